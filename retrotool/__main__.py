@@ -1,0 +1,5 @@
+"""``python -m retrotool``."""
+
+from retrotool.cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""Inverted lists in faiss files: made from float16 vectors and read back as arrays.
+
+A flat index is an ``IndexIDMap2`` over a float16 scalar quantiser and is read as a single list; an IVF index is an
+``IndexIVFScalarQuantizer`` whose codes are the float16 vectors themselves (not residuals). So codes lose nothing, and distances to
+them are distances to the stored embeddings. Ids are chunk ids, ascending in every list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.errors import CorruptError
+
+Ids = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class InvertedLists:
+    """The lists of one shard; ``centroids`` float32 [nlist, d] is None for a flat index, which has one list.
+
+    ``index`` keeps the faiss object alive whose (memory-mapped) arrays the lists are.
+    """
+
+    centroids: npt.NDArray[np.float32] | None
+    ids: tuple[Ids, ...]
+    vectors: tuple[Vectors, ...]
+    index: Any
+
+    def __len__(self) -> int:
+        """Vectors in all lists."""
+        return sum(map(len, self.ids))
+
+
+def empty_flat(d: int) -> Any:
+    """An empty exact index, float16."""
+    import faiss
+
+    return faiss.IndexIDMap2(faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2))
+
+
+def empty_ivf(centroids: npt.NDArray[np.float32]) -> Any:
+    """An empty inverted file, float16, with these coarse centroids [nlist, d]."""
+    import faiss
+
+    nlist, d = centroids.shape
+    quantizer = faiss.IndexFlatL2(d)
+    quantizer.add(np.ascontiguousarray(centroids))
+    kind = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexIVFScalarQuantizer(quantizer, d, nlist, kind, faiss.METRIC_L2, False)
+    index.own_fields = True
+    quantizer.this.disown()
+    index.is_trained = True  # float16 codes have nothing to learn
+    return index
+
+
+def centroids_of(index: Any) -> npt.NDArray[np.float32] | None:
+    """Coarse centroids [nlist, d] of an index; None for a flat one."""
+    import faiss
+
+    if not isinstance(index, faiss.IndexIVF):
+        return None
+    quantizer = faiss.downcast_index(index.quantizer)
+    return np.array(quantizer.reconstruct_n(0, index.nlist), np.float32)
+
+
+def add(index: Any, ids: Ids, vectors: Vectors, assigned: Ids | None) -> None:
+    """Add float16 vectors [n, d] under chunk ids [n]; ``assigned`` [n] are their lists (IVF)."""
+    import faiss
+
+    values = np.ascontiguousarray(vectors, np.float32)  # exact: float16 codes give the same bits back
+    if assigned is None:
+        index.add_with_ids(values, ids)
+    else:
+        pointers = (faiss.swig_ptr(np.ascontiguousarray(a)) for a in (values, ids, assigned))
+        index.add_core(len(ids), *pointers)
+
+
+def write(index: Any, path: Path) -> int:
+    """Write an index to a path; return how many vectors it holds. Use through the store's door only."""
+    import faiss
+
+    faiss.write_index(index, str(path))
+    return int(index.ntotal)
+
+
+def read(path: Path) -> InvertedLists:
+    """Map an index file; ``CorruptError`` if faiss can't read it or it is of another kind."""
+    import faiss
+
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    except RuntimeError as error:
+        raise CorruptError(f"{path} is no index that faiss can read: {str(error).splitlines()[0][:200]}") from error
+    if isinstance(index, faiss.IndexIVFScalarQuantizer):
+        inverted = index.invlists
+        sizes = [inverted.list_size(i) for i in range(index.nlist)]
+        ids = tuple(_view(inverted.get_ids(i), n, np.int64) for i, n in enumerate(sizes))
+        codes = (_view(inverted.get_codes(i), n * inverted.code_size, np.uint8) for i, n in enumerate(sizes))
+        vectors = tuple(c.view(np.float16).reshape(-1, index.d) for c in codes)
+        return InvertedLists(centroids_of(index), ids, vectors, index)
+    if isinstance(index, faiss.IndexIDMap2):
+        inner = faiss.downcast_index(index.index)
+        if isinstance(inner, faiss.IndexScalarQuantizer) and inner.code_size == 2 * index.d:
+            codes = faiss.vector_to_array(inner.codes).view(np.float16).reshape(-1, index.d)
+            return InvertedLists(None, (faiss.vector_to_array(index.id_map),), (codes,), index)
+    raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
+
+
+def _view(pointer: Any, size: int, dtype: Any) -> npt.NDArray[Any]:
+    import faiss
+
+    return faiss.rev_swig_ptr(pointer, size).view(dtype) if size else np.zeros(0, dtype)
+
+
+def without(lists: InvertedLists, banned: Iterable[Ids]) -> Any:
+    """A new index with the same lists less the banned ids (one array a list's ids to drop, as masks over them)."""
+    centroids = lists.centroids
+    d = lists.vectors[0].shape[1]
+    index = empty_flat(d) if centroids is None else empty_ivf(centroids)
+    for number, (ids, vectors, drop) in enumerate(zip(lists.ids, lists.vectors, banned, strict=True)):
+        keep = ~drop.astype(np.bool_)
+        if keep.any():
+            assigned = None if centroids is None else np.full(int(keep.sum()), number, np.int64)
+            add(index, ids[keep], vectors[keep], assigned)
+    return index

@@ -1,0 +1,250 @@
+"""The Python interface: ``retrotool.open(path)`` gives a ``Reader`` of one commit.
+
+A reader sees the store as it was when it opened, always through the tombstones, until ``refresh()``. Chunks are read by row group (8,192
+chunks); the last few are kept, so reading neighbours in order is quick. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrotool.ann.search import Queries
+from retrotool.encoder import Encoder
+from retrotool.errors import UsageError
+from retrotool.stages.database import Database, living, pick_encoder, read_part_vectors
+from retrotool.stages.neighbours import database_of
+from retrotool.store import parts, tables
+from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+from retrotool.tokenizers import Tokenizer, TokenizerFile
+
+_KEPT_ROW_GROUPS = 64
+_KEPT_PARTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A living chunk. ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``."""
+
+    id: int
+    document: str
+    index: int
+    tokens: npt.NDArray[Any]
+    text: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A chunk near another: squared L2 distance, and the chunk that follows it in its document (None: there is none)."""
+
+    id: int
+    distance: float
+    chunk: Chunk
+    continuation: Chunk | None
+
+
+class Reader:
+    """A store, opened for reading at one commit."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open_view()
+
+    def _open_view(self) -> None:
+        store = self._store
+        self._tombstones = read_tombstones(store)
+        self._tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        # Caches belong to the view: a new commit may have other files.
+        self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
+        self._documents = lru_cache(_KEPT_PARTS)(lambda part: parts.read_documents(store, part, ["id", "first_row", "n_chunks"]))
+        self._keys = lru_cache(_KEPT_PARTS)(
+            lambda part: parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
+        )
+        self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
+        self._databases: dict[str, tuple[Reader, int]] = {}
+
+    @property
+    def path(self) -> Path:
+        """The store's directory."""
+        return self._store.root
+
+    @property
+    def commit(self) -> int:
+        """Number of the commit this reader sees (−1: none)."""
+        return self._store.state.number
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens a chunk."""
+        return self._store.identity.chunk_length
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The store's tokenizer."""
+        return self._tokenizer
+
+    def refresh(self) -> int:
+        """Move to the newest commit, and return its number."""
+        self._store.refresh()
+        self._open_view()
+        return self.commit
+
+    def parts(self) -> list[int]:
+        """Numbers of all parts, ascending."""
+        return self._store.state.parts()
+
+    def is_living(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which chunk ids are chunks of the store that are neither purged nor erased, bool [n]."""
+        numbers = np.asarray(ids, np.int64).reshape(-1)
+        alive = ~self._tombstones.contains(numbers)
+        for i in np.flatnonzero(alive):
+            part, row = int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1)
+            entry = self._store.state.part_file("chunks", part)
+            alive[i] = entry is not None and row < entry.rows and self._row(part, row)[0].n_tokens[row % ROW_GROUP] > 0
+        return alive
+
+    def _row(self, part: int, row: int) -> tuple[Chunks, int]:
+        """The row group that holds a row, and the row's place in it."""
+        return self._row_group(part, row // ROW_GROUP), row % ROW_GROUP
+
+    def chunk(self, chunk_id: int) -> Chunk:
+        """A chunk; ``UsageError`` if there is none of this id, or it was purged."""
+        found = self._find(int(chunk_id))
+        if found is None:
+            raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
+        return found
+
+    def _find(self, chunk_id: int) -> Chunk | None:
+        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        if chunk_id < 0 or not self.is_living([chunk_id])[0]:
+            return None
+        chunks, place = self._row(part, row)
+        n = int(chunks.n_tokens[place])
+        document = self._documents(part)["id"][int(chunks.doc[place])].as_py()
+        text = self._tokenizer.decode_text(chunks.tokens[place : place + 1], chunks.n_tokens[place : place + 1])[0]
+        return Chunk(chunk_id, document, int(chunks.index[place]), chunks.tokens[place, :n], text)
+
+    def continuation(self, chunk_id: int) -> Chunk | None:
+        """The living chunk that follows in the same document; None if there is none."""
+        following = self._find(chunk_id + 1)
+        return following if following is not None and following.index > 0 else None
+
+    def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
+        numbers = np.asarray(ids, np.int64).reshape(-1)
+        out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
+        alive = (numbers >= 0) & self.is_living(numbers)
+        for i in np.flatnonzero(alive):
+            chunks, place = self._row(int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1))
+            out[i] = chunks.tokens[place]
+        return out
+
+    def text(self, tokens: npt.NDArray[Any]) -> str:
+        """Text of token ids, [n], without padding."""
+        row = np.asarray(tokens).reshape(1, -1)
+        return self._tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
+
+    def document(self, name: str) -> list[int]:
+        """Ids of a document's living chunks, in order; ``UsageError`` if there is no such document, or it was purged."""
+        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
+        for part in self.parts():
+            table = self._keys(part)
+            place = pc.index(table["key"], pa.scalar(key, table["key"].type)).as_py()
+            if place < 0:
+                continue
+            row = self._documents(part).slice(table["doc"][place].as_py(), 1).to_pylist()[0]
+            ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
+            alive = ids[self.is_living(ids)]
+            if len(alive):
+                return [int(i) for i in alive]
+        raise UsageError(f"the store has no document {name!r}, or it was purged")
+
+    def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
+        """Ids of a part's living chunks, ascending."""
+        rows = np.flatnonzero(living(parts.read_chunks(self._store, part), self._tombstones))
+        return parts.chunk_ids(part, rows)
+
+    def embeddings(self, part: int, encoder: str | None = None) -> npt.NDArray[np.float16]:
+        """A part's embeddings, float16 [n, d]; row i is that of row i of the part, zero where it is purged."""
+        matrix = read_part_vectors(self._store, pick_encoder(self._store, encoder), part)
+        purged = self._tombstones.rows(part)
+        if not len(purged):
+            return matrix
+        copy = np.array(matrix)
+        copy[purged] = 0
+        return copy
+
+    def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
+        """(id, distance) of a chunk's living neighbours, nearest first, at most k (default: as they were computed for)."""
+        database, default = self._database(name)
+        if not self.is_living([chunk_id])[0]:
+            raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
+        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        table = self._neighbour_rows(name, part, row // ROW_GROUP)
+        ids, distances = table.ids[row % ROW_GROUP], table.distances[row % ROW_GROUP]
+        keep = (ids >= 0) & database.is_living(ids)
+        found = [(int(i), float(d)) for i, d in zip(ids[keep], distances[keep], strict=True)]
+        return found[: default if k is None else k]
+
+    def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
+        """A chunk's living neighbours with their continuations, nearest first."""
+        database = self._database(name)[0]
+        return [database.neighbour(i, distance) for i, distance in self.neighbour_ids(chunk_id, name, k)]
+
+    def neighbour(self, chunk_id: int, distance: float) -> Neighbour:
+        """A chunk of this store as the neighbour of something."""
+        return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id))
+
+    def _database(self, name: str) -> tuple[Reader, int]:
+        if name not in self._databases:
+            store, k = database_of(self._store, name)
+            self._databases[name] = (self if store is self._store else Reader(store), k)
+        return self._databases[name]
+
+    def _read_neighbour_rows(self, name: str, part: int, group: int) -> tables.NeighbourTable:
+        entry = self._store.state.part_file("neighbours", part, name)
+        if entry is None:
+            raise UsageError(f"part {part} has no neighbours {name!r} yet", "Compute them: retrotool neighbours")
+        return tables.read_table(self._store, entry, [group])
+
+    def search(self, text: str, k: int = 5, index: str = "main", encoder: Encoder | None = None) -> list[Neighbour]:
+        """The k living chunks nearest to a text. ``encoder``: loaded already, for more than one search."""
+        database = Database(self._store, index)
+        loaded = encoder or self.load_encoder(index)
+        if not text.strip():
+            raise UsageError("the text to search for is empty")
+        vector = loaded.embed([loaded.tokenizer.encode_chunk_text(text)]).astype(np.float32)
+        best = database.search(Queries.plain(vector), k)
+        return [
+            self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0
+        ]
+
+    def load_encoder(self, index: str = "main", device: str = "auto") -> Encoder:
+        """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""
+        name = Database(self._store, index).encoder
+        record = self._store.state.records[f"encoder:{name}"]
+        encoder = Encoder(str(record["origin"]), device)
+        if encoder.identity.sha256 != record["sha256"]:
+            raise UsageError(f"the encoder at {record['origin']} is not the one the store was embedded with")
+        return encoder
+
+
+def open_store(path: str | Path) -> Reader:
+    """Open a store for reading; ``StoreNotFoundError`` if there is none."""
+    return Reader(Store.open(path))

@@ -1,0 +1,46 @@
+"""The command line: one file a command, which parses, calls ``retrotool.commands`` or ``retrotool.api``, and renders. No logic.
+
+Commands import what is heavy when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from retrotool.cli import chunk, embed, index, info, neighbours, purge, search, verify
+
+app = typer.Typer(
+    name="retrotool",
+    help="Build retrieval databases for language models: chunk, embed, index, neighbours; and purge text out of them again.\n\n"
+    "Every command takes the STORE first, can be killed at any moment, and goes on where it stopped when it is run again.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"retrotool {version('retrotool')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+for _command in (chunk, embed, index, neighbours, purge, search, info, verify):
+    app.command(_command.__name__.rpartition(".")[2], epilog=_command.EPILOG)(_command.command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="retrotool")

@@ -1,0 +1,115 @@
+"""``info`` and ``verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retrotool.ann import lists
+from retrotool.stages.chunk_plan import unfinished_plans
+from retrotool.stages.index import shards
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.store import Store
+from retrotool.store.verify import Verification, total_bytes
+from retrotool.store.verify import verify as verify_store
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What is in a store. ``parts`` and ``indexes`` list the current files, paths relative to the store."""
+
+    path: str
+    uuid: str
+    documents: int
+    chunks: int
+    tokens: int
+    set_aside: int
+    purged: int
+    chunk_length: int
+    tokenizer: dict[str, Any]
+    commit: int
+    bytes: dict[str, int]
+    parts: list[dict[str, Any]]
+    encoders: dict[str, Any]
+    indexes: dict[str, Any]
+    neighbours: dict[str, Any]
+    purges: dict[str, Any]
+    unfinished: int
+
+
+def info(root: str | Path) -> Info:
+    """Describe a store; reads the log only."""
+    store = Store.open(root)
+    state = store.state
+    totals = state.records.get("totals", {})
+    sizes: dict[str, int] = {}
+    for entry in state.files():
+        kind = FileName.parse(entry.path).kind
+        sizes[kind] = sizes.get(kind, 0) + entry.bytes
+    tombstones = state.group("tombstones")
+    own = store.identity
+    return Info(
+        path=str(root),
+        uuid=own.uuid,
+        documents=int(totals.get("documents", 0)),
+        chunks=int(totals.get("chunks", 0)),
+        tokens=int(totals.get("tokens", 0)),
+        set_aside=int(totals.get("set_aside", 0)),
+        purged=sum(entry.rows for slot in tombstones if (entry := tombstones.get(slot)) is not None),
+        chunk_length=own.chunk_length,
+        tokenizer={"name": own.tokenizer.name, "sha256": own.tokenizer.sha256, "vocabulary": own.tokenizer.vocabulary, "lossless": own.tokenizer.lossless},
+        commit=state.number,
+        bytes=sizes,
+        parts=[_part(store, part) for part in state.parts()],
+        encoders={name: {**record, **_coverage(store, "embeddings", name)} for name, record in state.with_prefix("encoder:").items()},
+        indexes={name: _index(store, name) for name in state.names("index")},
+        neighbours={name: {**record, **_coverage(store, "neighbours", name)} for name, record in state.with_prefix("neighbours:").items()},
+        purges=state.with_prefix("purge:"),
+        unfinished=len(unfinished_plans(state)),
+    )  # fmt: skip
+
+
+def _part(store: Store, part: int) -> dict[str, Any]:
+    state, slot = store.state, part_slot(part)
+
+    def files(kind: str) -> dict[str, Any]:
+        found = {name: state.file(kind, slot, name) for name in state.names(kind)}
+        return {name: {"path": entry.path} for name, entry in found.items() if entry is not None}
+
+    described: dict[str, Any] = {"part": part}
+    for kind in ("documents", "keys", "chunks"):
+        entry = state.file(kind, slot)
+        if entry is not None:
+            described[kind] = {"path": entry.path, "rows": entry.rows}
+    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
+
+
+def _coverage(store: Store, kind: str, name: str) -> dict[str, int]:
+    group = store.state.group(kind, name)
+    return {"parts": len(group), "rows": sum(entry.rows for slot in group if (entry := group.get(slot)) is not None)}
+
+
+def _index(store: Store, name: str) -> dict[str, Any]:
+    record = dict(store.state.records.get(f"index:{name}", {}))
+    record.pop("curve", None)
+    trained = store.state.file("index", "trained", name)
+    found = [store.state.file("index", slot, name) for slot in shards(store, name)]
+    paths = [entry.path for entry in found if entry is not None]
+    return {**record, "trained": trained.path if trained else None, "shards": paths}
+
+
+def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -> Verification:
+    """Check every file of a store, and give the hashes by which stores are compared."""
+    return verify_store(Store.open(root), report, _shard_ids)
+
+
+def bytes_to_verify(root: str | Path) -> int:
+    """How many bytes ``verify`` will report."""
+    return total_bytes(Store.open(root))
+
+
+def _shard_ids(store: Store, entry: FileEntry) -> Iterator[Any]:
+    yield from lists.read(store.path(entry)).ids

@@ -1,0 +1,113 @@
+"""``purge``: select, confirm, commit, erase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrotool import engine
+from retrotool.commands.writing import writing
+from retrotool.errors import UsageError
+from retrotool.stages import purge as selecting
+from retrotool.stages.erase import EraseStage
+from retrotool.stages.purge import Ids, Selection
+from retrotool.store import staging
+from retrotool.store.clean import clean
+from retrotool.store.log import Draft
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeResult:
+    """What ``purge`` did. ``purge`` is empty if nothing living was selected; ``erased`` counts chunks whose bytes are gone."""
+
+    purge: str
+    chunks: int
+    documents: int
+    tokens: int
+    already_purged: int
+    share: float
+    erased: int
+    files_rewritten: int
+    dry_run: bool
+    commit: int
+    examples: tuple[int, ...] = field(default=())
+
+
+def select(store: Store, kind: str, value: str) -> Selection:
+    """Select chunks: kind ``ids`` or ``documents`` (value: a file, one a line), ``where`` or ``pattern`` (an expression)."""
+    if kind in ("ids", "documents"):
+        try:
+            lines = Path(value).read_text("utf-8", "surrogateescape").splitlines()
+        except OSError as error:
+            raise UsageError(f"{value} can't be read: {error.strerror}", "Give a file with one id a line.") from error
+        chunks: Ids = selecting.select_ids(store, lines) if kind == "ids" else selecting.select_documents(store, lines)
+        literal = "\n".join(lines)
+    else:
+        chunks = selecting.select_where(store, value) if kind == "where" else selecting.select_pattern(store, value)
+        literal = value
+    return selecting.weigh(store, kind, literal, np.unique(chunks))
+
+
+def purge(
+    root: str | Path,
+    kind: str,
+    value: str,
+    *,
+    reason: str,
+    dry_run: bool = False,
+    erase: bool = False,
+    confirm: Callable[[PurgeResult], bool] = lambda _: True,
+) -> PurgeResult:
+    """Purge what a selector (see ``select``) matches, and erase it if asked to.
+
+    ``confirm`` is asked with what would be done, unless it is a dry run; False leaves everything as it is.
+    """
+    if not reason.strip():
+        raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
+    store = Store.open(root)
+    selection = select(store, kind, value)
+    chunks = len(selection.living)
+    alive = int(store.state.records.get("totals", {}).get("chunks", 0))
+    base: dict[str, Any] = {
+        "chunks": chunks, "documents": selection.documents, "tokens": selection.tokens,
+        "already_purged": len(selection.chunks) - chunks, "share": chunks / alive if alive else 0.0,
+        "examples": tuple(selection.living[:10].tolist()),
+    }  # fmt: skip
+    planned = PurgeResult("", **base, erased=0, files_rewritten=0, dry_run=dry_run, commit=store.state.number)
+    if dry_run or not len(selection.chunks) or not confirm(planned):
+        return planned
+    purged, erased, rewritten = "", 0, 0
+    with writing(store) as run:
+        if chunks:
+            purged = selecting.commit_purge(store, run, selection, reason)
+        if erase:
+            erased, rewritten = _erase(store, run, selection.chunks)
+    return PurgeResult(purged, **base, erased=erased, files_rewritten=rewritten, dry_run=False, commit=store.refresh().number)
+
+
+def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
+    """Erase tombstoned chunks; return how many chunks and how many files were rewritten."""
+    victims = Tombstones(chunks[read_tombstones(store).contains(chunks)])
+    stage = EraseStage(tuple(victims.ids.tolist()))
+    rewritten = sum(task.weight for task in stage.plan(store))
+    engine.execute(stage, store, run)
+    done = selecting.purges_within(store, victims)
+
+    def build(state: State) -> Draft | None:
+        records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
+        selectors = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
+        return Draft("erase", {"purges": done}, remove=tuple(selectors), records=records) if done else None
+
+    store.commit(run, build)
+    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
+    staging.fold(store, run)
+    clean(store)
+    return len(victims), rewritten

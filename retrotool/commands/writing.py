@@ -1,0 +1,18 @@
+"""What every writing command begins with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from retrotool.store.clean import clean
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+
+@contextlib.contextmanager
+def writing(store: Store) -> Iterator[Run]:
+    """A run on a store, after cleaning up what dead runs left."""
+    with Run(store.root) as run:
+        clean(store)
+        yield run

@@ -1,0 +1,205 @@
+"""Who runs tasks: this process, or local worker processes.
+
+``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under it is simply done again. A
+failed task is tried three times; the others go on. Workers are spawned, and get the stage, the store's path and a run id: nothing is
+shared but the store. On Ctrl-C, what is finished is committed and the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+
+from tqdm import tqdm
+
+from retrotool.errors import RetrotoolError, StorageError, TaskError
+from retrotool.stages.base import Report, Stage, Task, Worker
+from retrotool.store import staging
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+FOLD_SECONDS = 30.0
+ATTEMPTS = 3
+_FATAL = (StorageError, KeyboardInterrupt)
+
+
+@dataclass(slots=True)
+class _Failures:
+    """Attempts a task took, and the last error of those that are given up."""
+
+    attempts: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, BaseException] = field(default_factory=dict)
+
+    def note(self, task: Task, error: BaseException) -> bool:
+        """Count a failure; True if the task should be tried again."""
+        if isinstance(error, _FATAL):
+            raise error
+        self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
+        # What is wrong with the data or the settings will be wrong again.
+        if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
+            return True
+        self.given_up[task.key] = error
+        return False
+
+
+def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
+    """Do all of a stage's work on a store, and commit it.
+
+    Raises the error of the first task that failed for good, once all the others are done; ``TaskError`` if it was no
+    error of ours.
+    """
+    failures = _Failures()
+    labels: dict[str, str] = {}
+    refused: dict[str, int] = {}
+    try:
+        while True:
+            staging.fold(store, run)
+            tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
+            if not tasks:
+                break
+            labels.update((task.key, task.label) for task in tasks)
+            _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures)
+            for key, reason in staging.fold(store, run).refused.items():
+                refused[key] = refused.get(key, 0) + 1
+                if refused[key] >= ATTEMPTS:
+                    failures.given_up[key] = TaskError(f"{stage.name}: {labels.get(key, key)} can't be committed: {reason}")
+    except KeyboardInterrupt:
+        staging.fold(store, run)
+        raise
+    for key, error in failures.given_up.items():
+        if isinstance(error, RetrotoolError):
+            raise error
+        raise TaskError(
+            f"{stage.name}: {labels[key]} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
+            "What the other tasks did is committed. Run the same command again to try the rest.",
+        ) from error
+
+
+def _run_tasks(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures) -> None:
+    total = sum(task.weight for task in tasks)
+    with tqdm(total=total, unit=stage.unit, unit_scale=True, desc=stage.name, disable=None, delay=2, file=sys.stderr) as bar:
+        if workers > 1:
+            _run_in_processes(stage, store, run, tasks, workers, failures, bar.update)
+        else:
+            _run_here(stage, store, run, tasks, failures, bar.update)
+
+
+def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failures: _Failures, report: Callable[[int], object]) -> None:
+    worker = stage.open(store)
+    folded = time.monotonic()
+    for task in tasks:
+        again = True
+        while again:
+            again = False
+            try:
+                perform(worker, store.root, task, run.id, lambda done: None if report(done) else None)
+            except Exception as error:
+                again = failures.note(task, error)
+        if time.monotonic() - folded > FOLD_SECONDS:
+            staging.fold(store, run)
+            folded = time.monotonic()
+
+
+def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> None:
+    """Do one task and stage it, unless that was done meanwhile. This is all that another engine has to call."""
+    if not staging.is_staged(root, task.key):
+        staging.stage(root, worker(task, run, report))
+
+
+_worker: tuple[Worker, Path, str, SimpleQueue[int]] | None = None
+"""What a worker process was opened with; a process pool has no other place for it."""
+
+
+def _open_worker(stage: Stage, root: Path, run: str, progress: SimpleQueue[int], threads: int) -> None:
+    global _worker  # noqa: PLW0603
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    _worker = (stage.open(Store.open(root)), root, run, progress)
+
+
+def _do(task: Task) -> None:
+    assert _worker is not None
+    worker, root, run, progress = _worker
+    perform(worker, root, task, run, progress.put)
+
+
+def _run_in_processes(
+    stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures, report: Callable[[int], object]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    progress: SimpleQueue[int] = context.SimpleQueue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    waiting = list(tasks)
+    folded = time.monotonic()
+    while waiting:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers, context, _open_worker, (stage, store.root, run.id, progress, threads)
+        )
+        with _reporting(progress, report), _stopping(pool):
+            futures = {pool.submit(_do, task): task for task in waiting}
+            waiting = []
+            while futures:
+                done, _ = concurrent.futures.wait(futures, FOLD_SECONDS, concurrent.futures.FIRST_COMPLETED)
+                broken = False
+                for future in done:
+                    task = futures.pop(future)
+                    error = future.exception()
+                    broken |= isinstance(error, BrokenProcessPool)
+                    if error is not None and failures.note(task, error):
+                        waiting.append(task)
+                if broken:
+                    # A worker was killed (out of memory, perhaps); the pool is of no more use.
+                    waiting += list(futures.values())
+                    break
+                if time.monotonic() - folded > FOLD_SECONDS:
+                    staging.fold(store, run)
+                    folded = time.monotonic()
+
+
+@contextlib.contextmanager
+def _stopping(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
+    """Shut a pool down; on an error without waiting for tasks that have not begun, killing those that have."""
+    try:
+        yield
+    except BaseException:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+@contextlib.contextmanager
+def _reporting(progress: SimpleQueue[int], report: Callable[[int], object]) -> Iterator[None]:
+    """Pass on what workers report, from a thread."""
+    end = -1
+
+    def pump() -> None:
+        while (done := progress.get()) != end:
+            report(done)
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, queue.Full):
+            progress.put(end)
+        thread.join(timeout=5)
+
+

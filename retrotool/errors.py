@@ -1,0 +1,76 @@
+"""Every exception that retrotool raises on purpose, with its exit code and the advice that a person needs.
+
+The command line prints ``error: <message>`` and ``<advice>`` and exits with ``exit_code``; nothing else in the package
+chooses an exit code. Anything that is not a ``RetrotoolError`` is a bug, and shows its traceback.
+
+    0 done   1 failed   2 usage   3 finished with input set aside   10 no store   11 locked, or a commit race lost
+    12 corrupt, or erased under a reader   130 interrupted
+"""
+
+from __future__ import annotations
+
+EXIT_SET_ASIDE = 3
+EXIT_INTERRUPTED = 130
+
+
+class RetrotoolError(Exception):
+    """Base of all; ``advice`` names the next command or change, in a sentence."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, advice: str = "") -> None:
+        super().__init__(message)
+        self.advice = advice
+
+    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, str]]:
+        # Errors cross process borders; the default drops what is not in args.
+        return type(self), (str(self), self.advice)
+
+
+class UsageError(RetrotoolError):
+    """What was asked for contradicts itself, the store or the machine."""
+
+    exit_code = 2
+
+
+class StoreNotFoundError(RetrotoolError):
+    """There is no store at the path given."""
+
+    exit_code = 10
+
+
+class ConflictError(RetrotoolError):
+    """Another process committed something that this work does not go with."""
+
+    exit_code = 11
+
+
+class CorruptError(RetrotoolError):
+    """A file of the store is not what the log says it is."""
+
+    exit_code = 12
+
+
+class ErasedError(RetrotoolError):
+    """A file of the reader's view was erased; the view is gone."""
+
+    exit_code = 12
+
+
+class StorageError(RetrotoolError):
+    """The disk is full, read-only, or its file system can't carry a store."""
+
+
+class TaskError(RetrotoolError):
+    """A task failed every time it was tried."""
+
+
+class InputError(RetrotoolError):
+    """An input file can't be read from ``position`` on; what came before it is good."""
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message)
+        self.position = position
+
+    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int]]:  # type: ignore[override]
+        return type(self), (str(self), self.position)

@@ -1,0 +1,89 @@
+"""Finding input files and naming their format."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from retrotool.errors import UsageError
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".parquet": "parquet",
+    ".txt": "txt",
+}
+_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """An input: where it is, what it is called in the store (for ``.txt`` also its id), size in bytes, and format."""
+
+    path: str
+    name: str
+    size: int
+    format: str
+
+    @property
+    def splittable(self) -> bool:
+        """Whether any byte range of it can be read on its own."""
+        return self.format == "jsonl"
+
+    def fingerprint(self) -> str:
+        """BLAKE2b-128 of size and 16 samples of 64 KiB from start to end: the same for a renamed or copied file."""
+        digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
+        if self.format == "txt":
+            digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
+        last = max(0, self.size - _SAMPLE_BYTES)
+        with Path(self.path).open("rb") as file:
+            for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def input_format(name: str) -> str | None:
+    """The format a file name stands for, or None."""
+    lower = name.lower()
+    return next((FORMATS[suffix] for suffix in sorted(FORMATS, key=len, reverse=True) if lower.endswith(suffix)), None)
+
+
+def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """All input files behind paths and folders, in the order given, folders in the order of their names, each file once.
+
+    ``UsageError`` for a path that is missing or, given by name, of no known format; other files in folders are left out.
+    """
+    found: dict[Path, InputFile] = {}
+    known = ", ".join(FORMATS)
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            inside = [
+                file for file in sorted(path.rglob("*"))
+                if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts) and input_format(file.name)
+            ]  # fmt: skip
+            if not inside:
+                raise UsageError(f"{given} has no file of a known format", f"Known are: {known}.")
+            base = path.resolve().parent
+            for file in inside:
+                found.setdefault(file.resolve(), _describe(file, (base / path.resolve().name / file.relative_to(path)).relative_to(base)))
+        elif path.is_file():
+            if input_format(path.name) is None:
+                raise UsageError(f"{given} is of no known format", f"Known are: {known}.")
+            found.setdefault(path.resolve(), _describe(path, Path(path.name)))
+        else:
+            raise UsageError(f"{given}: no such file or folder", "Check the path; nothing was read or changed.")
+    return list(found.values())
+
+
+def _describe(path: Path, name: Path) -> InputFile:
+    kind = input_format(path.name)
+    assert kind is not None
+    # Made absolute, so that the work can go on from another directory.
+    return InputFile(str(path.absolute()), name.as_posix(), path.stat().st_size, kind)

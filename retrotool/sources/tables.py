@@ -1,0 +1,36 @@
+"""Parquet input: the columns that are asked for, a batch of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrotool.errors import InputError
+from retrotool.sources.records import Document, Fields, SetAside, document_of
+
+BATCH_ROWS = 256
+
+
+def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document | SetAside]:
+    """Documents of a Parquet file's rows; positions are rows from 1."""
+    row = 0
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        present = set(file.schema_arrow.names)
+        columns = [column for column in (fields.text, fields.id, "source", *fields.keep) if column in present]
+        if fields.text not in present:
+            have = ", ".join(sorted(present)[:12])
+            for row in range(1, file.metadata.num_rows + 1):
+                yield SetAside(row, f"no column {fields.text!r}; there are: {have}")
+            return
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(columns))):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield document_of(values, fields, name, row, row)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            rest = file.metadata.num_rows - row
+            reason = str(error).splitlines()[0]
+            raise InputError(f"broken off after row {row:,}, {rest:,} rows are lost: {reason}", row + 1) from error

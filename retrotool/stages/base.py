@@ -1,0 +1,69 @@
+"""The contract between a stage and whoever runs its tasks.
+
+``stage.plan(store)`` lists the tasks that are neither committed nor staged. A stage is a small frozen dataclass and a task is plain data, so
+both can be sent anywhere. Where a task runs, ``stage.open(store)`` gives a worker (a model may be loaded, once), and
+``worker(task, run, report)`` writes new files and returns what to stage. So:
+
+* local processes: ``retrotool.engine.execute``;
+* a job array: job i of n plans, and takes ``tasks[i::n]``;
+* a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
+
+In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent: any order, any machine,
+twice if need be. Resuming is planning again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+
+Report = Callable[[int], None]
+"""Told how many units of work (see ``Stage.unit``) were just done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A piece of work. ``key`` names it for ever, ``weight`` is its size in the stage's unit, ``inputs`` is JSON-like."""
+
+    key: str
+    label: str
+    weight: int
+    inputs: Mapping[str, Any]
+
+
+class Worker(Protocol):
+    """Does tasks, one at a time."""
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Write the task's files under the run's id and return what to stage."""
+
+
+class Stage(Protocol):
+    """A kind of work."""
+
+    @property
+    def name(self) -> str:
+        """Name of the command."""
+
+    @property
+    def unit(self) -> str:
+        """What progress counts: bytes, chunks."""
+
+    def plan(self, store: Store) -> Sequence[Task]:
+        """Tasks that are not committed yet, in order. Deterministic from the store's state and the stage's settings."""
+
+    def open(self, store: Store) -> Worker:
+        """Get ready to do tasks in this process."""
+
+
+def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:
+    """Name of a task: 32 hexadecimal digits from what it does and what it reads, not from who runs it or when."""
+    fields = [stage, dict(settings), list(reads)]
+    return hashlib.blake2b(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()

@@ -1,0 +1,174 @@
+"""Finishing a ``chunk`` plan: document ids that occur more than once, and what the store remembers of the inputs.
+
+Of documents with the same id the one with the lowest chunk id stays; the others are tombstoned and set aside. They are found by
+sorting the ``keys/`` files range by range, so the result does not depend on the order in which units were finished. Memory: 40
+bytes a document of one range, of which there are as many as keep it under ``RANGE_ROWS`` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from retrotool.errors import ConflictError
+from retrotool.sources.lines import count_lines
+from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans, write_json
+from retrotool.store import parts
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones, write_tombstones
+
+RANGE_ROWS = 8 << 20
+REASON = "duplicate document id"
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """Documents to leave out: their chunk ids, the rows for quarantine, and how many tokens they have."""
+
+    chunks: npt.NDArray[np.int64]
+    quarantine: tuple[tuple[str, int, str], ...]
+    tokens: int
+
+
+def finish_plans(store: Store, run: Run, range_rows: int = RANGE_ROWS) -> None:
+    """Finish the plans of which every unit is committed: set duplicates aside and turn the plan into a list of fingerprints."""
+    for plan_id in unfinished_plans(store.refresh()):
+        record = store.state.records[f"plan:{plan_id}"]
+        entry = store.state.file("plans", plan_id)
+        if record["done"] < record["units"] or entry is None:
+            return
+        _finish(store, run, plan_id, entry, range_rows)
+
+
+def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: int) -> None:
+    while True:
+        state = store.refresh()
+        if not state.has(entry.path):
+            return  # another process finished it
+        plan = read_plan(store, entry)
+        found = find_duplicates(store, plan, range_rows)
+        add = [write_json(store.root, FileName.new(run.id, "inputs", plan_id, "json"), {"fingerprints": plan.fingerprints}, len(plan.files))]
+        if len(found.chunks):
+            add.append(write_tombstones(store.root, FileName.new(run.id, "tombstones", plan_id, "parquet"), found.chunks))
+            columns = dict(zip(("input", "line", "reason"), zip(*found.quarantine, strict=True), strict=True))
+            name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
+            add.append(parts.write_parquet(store.root, name, parts.columns_of(columns, parts.QUARANTINE_SCHEMA)))
+        draft = Draft("finish", add=tuple(add), remove=(entry.path,), records=_counted(state, plan_id, found))
+        try:
+            store.commit(run, lambda newest, seen=state, draft=draft: _unless_changed(newest, seen, draft))  # type: ignore[misc]
+        except ConflictError:
+            continue  # parts or tombstones were committed meanwhile: look again; what was written is cleaned up
+        return
+
+
+def _unless_changed(newest: State, seen: State, draft: Draft) -> Draft:
+    """``draft``, if the documents and tombstones it was made from are still all there are."""
+    same = all(list(newest.group(kind)) == list(seen.group(kind)) for kind in ("keys", "tombstones"))
+    if not same or newest.records["totals"] != seen.records["totals"]:
+        raise ConflictError("the store grew while duplicates were searched")
+    return draft
+
+
+def _counted(state: State, plan_id: str, found: Duplicates) -> Mapping[str, Any]:
+    """Records of the plan and the totals, less the duplicates."""
+    change = {"documents": -len(found.quarantine), "chunks": -len(found.chunks), "tokens": -found.tokens, "set_aside": len(found.quarantine)}
+    plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
+    return {
+        f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, "finished": True},
+        "totals": {name: totals[name] + n for name, n in change.items()},
+    }
+
+
+def find_duplicates(store: Store, plan: Plan, range_rows: int = RANGE_ROWS) -> Duplicates:
+    """All living documents whose id a document of a lower chunk id has, purged ones included."""
+    later = sorted(pair for pairs in _ranges(store, range_rows) for pair in pairs)
+    tombstones = read_tombstones(store)
+    chunks: list[npt.NDArray[np.int64]] = []
+    places: list[tuple[str, int]] = []
+    tokens = 0
+    by_part: dict[int, list[int]] = {}
+    for part, doc in later:
+        by_part.setdefault(part, []).append(doc)
+    for part, docs in by_part.items():
+        table = parts.read_documents(store, part, ["first_row", "n_chunks", "n_tokens", "input", "position"]).take(docs)
+        for row in table.to_pylist():
+            ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
+            if tombstones.contains(ids).all():
+                continue
+            chunks.append(ids[~tombstones.contains(ids)])
+            places.append((row["input"], row["position"]))
+            tokens += row["n_tokens"]
+    ids = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+    return Duplicates(ids, tuple(_with_lines(plan, places)), tokens)
+
+
+def _ranges(store: Store, range_rows: int) -> Iterator[list[tuple[int, int]]]:
+    """(part, doc) of every occurrence of a key but the first, for one range of keys after another."""
+    entries = {part: entry for part in store.state.parts() if (entry := store.state.part_file("keys", part)) is not None}
+    rows = sum(entry.rows for entry in entries.values())
+    ranges = 1
+    while rows > ranges * range_rows and ranges < 1 << 16:
+        ranges *= 2
+    step = (1 << 16) // ranges
+    for low in range(0, 1 << 16, step):
+        columns = [_read_range(store, entry, part, low, low + step, whole=ranges == 1) for part, entry in entries.items()]
+        if not columns:
+            continue
+        key, part, doc = (np.concatenate(column) for column in zip(*columns, strict=True))
+        order = np.lexsort((doc, part, key[:, 1], key[:, 0]))
+        key, part, doc = key[order], part[order], doc[order]
+        again = np.flatnonzero((key[1:] == key[:-1]).all(axis=1)) + 1
+        yield list(zip(part[again].tolist(), doc[again].tolist(), strict=True))
+
+
+def _read_range(
+    store: Store, entry: FileEntry, part: int, low: int, high: int, *, whole: bool
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Keys (two uint64), part and doc of the rows of a keys file whose key begins with 16 bits in [low, high)."""
+    groups = None if whole else _row_groups(store.path(entry), low, high)
+    table = parts.read_parquet(store, entry, ["key", "doc"], groups)
+    key = parts.from_fixed_binary(table["key"], np.dtype(">u8"))
+    doc = table["doc"].to_numpy()
+    inside = (key[:, 0] >> 48 >= low) & (key[:, 0] >> 48 < high)
+    return key[inside].astype(np.uint64), np.full(int(inside.sum()), part), doc[inside]
+
+
+def _row_groups(path: Path, low: int, high: int) -> list[int]:
+    """Row groups that may hold keys beginning with 16 bits in [low, high); keys are sorted."""
+    with pq.ParquetFile(path) as file:
+        found = []
+        for i in range(file.metadata.num_row_groups):
+            statistics = file.metadata.row_group(i).column(0).statistics
+            first, last = (int.from_bytes(value[:2], "big") for value in (statistics.min, statistics.max))
+            if first < high and last >= low:
+                found.append(i)
+        return found
+
+
+def _with_lines(plan: Plan, places: list[tuple[str, int]]) -> Iterator[tuple[str, int, str]]:
+    """Quarantine rows for documents at (input name, position); lines are counted where the input can still be read."""
+    files = {file.name: file for file in plan.files}
+    wanted: dict[str, list[int]] = {}
+    for name, position in places:
+        wanted.setdefault(name, []).append(position)
+    for name, positions in wanted.items():
+        file = files.get(name)
+        lines = sorted(positions)
+        if file is not None and file.format.startswith("jsonl"):
+            try:
+                lines = count_lines(Path(file.path), file.format, sorted(positions))
+            except OSError:
+                lines = [0] * len(positions)
+        for line in lines:
+            yield (file.path if file else name), line, REASON

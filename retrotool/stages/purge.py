@@ -1,0 +1,201 @@
+"""``purge``: selecting chunks and making them tombstones, in one commit.
+
+Selectors: chunk ids, document ids, an expression over document columns, or a pattern (RE2, linear time) over the decoded text of each chunk.
+Selecting scans what the selector needs: nothing but the ids, the ``keys/`` files, the documents, or all tokens. The commit costs what is
+purged, not what is stored. A match across the border of two chunks is not found by ``--pattern``; a tokenizer that loses case or spacing
+shows the pattern what is left of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from retrotool.errors import ConflictError, UsageError
+from retrotool.stages.chunk_plan import write_json
+from retrotool.stages.where import Where
+from retrotool.store import parts
+from retrotool.store.log import Draft
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+from retrotool.tokenizers import Tokenizer, TokenizerFile
+
+Ids = npt.NDArray[np.int64]
+Report = Callable[[int], object]
+_DECODE_ROWS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a selector matched: ``chunks`` all ids, sorted; ``living`` those that were not purged before; and what goes with them.
+
+    ``documents`` and ``tokens`` count what the living ones take from the totals; ``state`` is the state that was searched.
+    """
+
+    kind: str
+    literal: str
+    chunks: Ids
+    living: Ids
+    documents: int
+    tokens: int
+    state: State
+
+
+def select_ids(store: Store, lines: Sequence[str]) -> Ids:
+    """Chunk ids given as text, one a line; ``UsageError`` names the first that is no chunk of the store."""
+    found = []
+    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            chunk = int(line)
+        except ValueError:
+            raise UsageError(f"line {number}: {line.strip()[:40]!r} is no chunk id", "Nothing was purged.") from None
+        if not 0 <= chunk & ((1 << PART_SHIFT) - 1) < sizes.get(chunk >> PART_SHIFT, 0):
+            raise UsageError(f"line {number}: the store has no chunk {chunk}", "Nothing was purged.")
+        found.append(chunk)
+    return np.unique(np.array(found, np.int64))
+
+
+def select_documents(store: Store, names: Sequence[str], report: Report = lambda _: None) -> Ids:
+    """Chunk ids of documents, given by their ids; ``UsageError`` names the first that the store has not."""
+    wanted = {name.rstrip("\n"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
+    keys = pa.array([hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest() for name in wanted], pa.binary())
+    seen = np.zeros(len(keys), np.bool_)
+    found: list[Ids] = []
+    for part in store.state.parts():
+        table = parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
+        place = pc.index_in(table["key"].cast(pa.binary()), value_set=keys)
+        hit = place.is_valid()
+        seen[place.filter(hit).to_numpy()] = True
+        found.append(_chunks_of(store, part, table["doc"].filter(hit).to_numpy()))
+        report(1)
+    if not seen.all():
+        name, number = list(wanted.items())[int(np.argmin(seen))]
+        raise UsageError(
+            f"line {number}: the store has no document {name[:100]!r} ({int((~seen).sum()):,} such in all)",
+            "Nothing was purged. Take those lines out and run it again.",
+        )
+    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+
+def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
+    """Chunk ids of the documents for which an expression over their columns holds."""
+    where = Where(expression)
+    found: list[Ids] = []
+    entries = [parts.part_entry(store, "documents", part) for part in store.state.parts()]
+    where.check(list(dict.fromkeys(name for entry in entries for name in pq.read_schema(store.path(entry)).names)))
+    for part in store.state.parts():
+        table = parts.read_documents(store, part)
+        for column in where.columns:
+            if column not in table.schema.names:  # kept by other parts, not by this one
+                table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
+        known = table["id"].is_valid()  # an erased document is nobody's any more
+        mask = pc.and_(where.mask(table), known)
+        found.append(_chunks_of(store, part, np.flatnonzero(mask.to_numpy())))
+        report(1)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def select_pattern(store: Store, pattern: str, report: Report = lambda _: None) -> Ids:
+    """Chunk ids whose decoded text matches an RE2 pattern."""
+    try:
+        pc.match_substring_regex(pa.array([""]), pattern)
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"the pattern can't be compiled: {str(error).splitlines()[0]}", "Patterns are in RE2's syntax.") from error
+    tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+    found: list[Ids] = []
+    for part in store.state.parts():
+        chunks = parts.read_chunks(store, part)
+        for start in range(0, len(chunks), _DECODE_ROWS):
+            rows = slice(start, start + _DECODE_ROWS)
+            text = tokenizer.decode(chunks.tokens[rows], chunks.n_tokens[rows])
+            hit = pc.match_substring_regex(text, pattern).to_numpy(zero_copy_only=False) & (chunks.n_tokens[rows] > 0)
+            found.append(parts.chunk_ids(part, start + np.flatnonzero(hit)))
+        report(1)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
+    """Chunk ids of some documents of a part, ascending."""
+    if not len(docs):
+        return np.zeros(0, np.int64)
+    table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
+    first, count = table["first_row"].to_numpy().astype(np.int64), table["n_chunks"].to_numpy()
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return parts.chunk_ids(part, np.repeat(first, count) + within)
+
+
+def weigh(store: Store, kind: str, literal: str, chunks: Ids) -> Selection:
+    """Find out what selected chunks would take from the store."""
+    tombstones = read_tombstones(store)
+    fresh = chunks[~tombstones.contains(chunks)]
+    living: list[Ids] = []
+    documents = tokens = 0
+    for part in np.unique(fresh >> PART_SHIFT).tolist():
+        rows = fresh[fresh >> PART_SHIFT == part] - (part << PART_SHIFT)
+        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
+        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
+        rows = rows[n_tokens[rows] > 0]
+        tokens += int(n_tokens[rows].sum())
+        documents += _documents_ended(doc, n_tokens, tombstones.rows(part), rows)
+        living.append(parts.chunk_ids(part, rows))
+    ids = np.concatenate(living) if living else np.zeros(0, np.int64)
+    return Selection(kind, literal, chunks, ids, documents, tokens, store.state)
+
+
+def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
+    """How many documents of a part have their last living chunk among ``rows``."""
+    alive = n_tokens > 0
+    alive[before] = False
+    left = alive.copy()
+    left[rows] = False
+    size = int(doc[-1]) + 1 if len(doc) else 0
+    had, has = np.bincount(doc[alive], minlength=size), np.bincount(doc[left], minlength=size)
+    return int(((had > 0) & (has == 0)).sum())
+
+
+def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> str:
+    """Make the living chunks of a selection tombstones; return the purge's id.
+
+    ``ConflictError`` if another purge was committed since the selection was made.
+    """
+    purge = "p" + secrets.token_hex(4)
+    tombstones = write_tombstones(store.root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.living)
+    literal = {"kind": selection.kind, "literal": selection.literal}
+    selector = write_json(store.root, FileName.new(run.id, "selectors", purge, "json"), literal, 1)
+    seen = list(selection.state.group("tombstones"))
+
+    def build(state: State) -> Draft:
+        if list(state.group("tombstones")) != seen:
+            raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
+        counts = {"chunks": len(selection.living), "documents": selection.documents, "tokens": selection.tokens}
+        totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
+        record = {**counts, "reason": reason, "selector": selection.kind, "commit": state.number + 1, "erased": False}
+        settings = {"selector": selection.kind, "hash": store.identity.keyed_hash(selection.literal), "reason": reason}
+        records = {f"purge:{purge}": record, "totals": totals}
+        return Draft("purge", settings, add=(tombstones, selector), records=records)
+
+    store.commit(run, build)
+    return purge
+
+
+def purges_within(store: Store, chunks: Tombstones) -> list[str]:
+    """Ids of the purges, not yet erased, of which every chunk is among ``chunks``."""
+    records = store.state.with_prefix("purge:")
+    waiting = [purge for purge, record in records.items() if not record["erased"]]
+    return [purge for purge in waiting if chunks.contains(read_tombstones(store, purge).ids).all()]

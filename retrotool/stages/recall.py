@@ -1,0 +1,89 @@
+"""The true recall of an index: against exact search over all living vectors, on random chunks, their own documents excluded.
+
+Recall@10 is the mean share of a query's true 10 nearest that the index finds. ``tune`` doubles ``nprobe`` until the
+recall less its 95 % error holds the target. Cost: ``QUERIES`` × n distances for the truth, once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.lists import InvertedLists
+from retrotool.ann.search import Best, Queries, search
+from retrotool.stages.database import document_intervals, embedded_parts, read_part_vectors, read_shards
+from retrotool.stages.index import read_living
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+QUERIES = 1000
+DEPTH = 10
+_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Recall@10 at ``nprobe``, with the half-width of its 95 % interval, over ``queries`` queries."""
+
+    nprobe: int
+    recall: float
+    error: float
+    queries: int
+
+
+def tune(store: Store, encoder: str, index: str, target: float) -> tuple[Recall, list[Recall]]:
+    """The least ``nprobe`` (a power of two, or all lists) that holds ``target``, and the curve that was measured."""
+    queries, truth = _truth(store, encoder)
+    shards = list(read_shards(store, index))
+    nlist = max((1 if s.centroids is None else len(s.centroids) for s in shards), default=1)
+    banned = read_tombstones(store).contains
+    curve: list[Recall] = []
+    nprobe = 1
+    while True:
+        found = Best(len(queries.vectors), DEPTH)
+        for shard in shards:
+            search(shard, queries, nprobe, banned, found)
+        curve.append(_recall(found.ids, truth, nprobe))
+        if curve[-1].recall - curve[-1].error >= target or nprobe >= nlist:
+            return curve[-1], curve
+        nprobe = min(2 * nprobe, nlist)
+
+
+def _truth(store: Store, encoder: str) -> tuple[Queries, npt.NDArray[np.int64]]:
+    """Random living chunks as queries, and their true 10 nearest, int64 [q, 10]."""
+    tombstones = read_tombstones(store)
+    numbers = embedded_parts(store, encoder)
+    ids = np.concatenate([read_living(store, encoder, part, tombstones)[0] for part in numbers])
+    drawn = np.sort(np.random.default_rng(_SEED).choice(ids, min(QUERIES, len(ids)), replace=False))
+    vectors, first, last = [], [], []
+    for part in numbers:
+        rows = drawn[drawn >> PART_SHIFT == part] - (part << PART_SHIFT)
+        if len(rows):
+            low, high = document_intervals(store, part)
+            vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
+            first.append(low[rows])
+            last.append(high[rows])
+    if not vectors:
+        empty = np.zeros(0, np.int64)
+        return Queries(np.zeros((0, 1), np.float32), empty, empty), np.zeros((0, DEPTH), np.int64)
+    queries = Queries(np.concatenate(vectors), np.concatenate(first), np.concatenate(last))
+    best = Best(len(drawn), DEPTH)
+    for part in numbers:
+        living_ids, living_vectors = read_living(store, encoder, part, tombstones)
+        everything = InvertedLists(None, (living_ids,), (living_vectors,), None)
+        search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best)
+    return queries, best.ids
+
+
+def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64], nprobe: int) -> Recall:
+    there = truth >= 0
+    hits = ((found[:, :, None] == truth[:, None, :]).any(axis=1) & there).sum(axis=1)
+    possible = there.sum(axis=1)
+    shares = hits[possible > 0] / possible[possible > 0]
+    if not len(shares):
+        return Recall(nprobe, 1.0, 0.0, 0)  # nothing to find, and nothing missed
+    return Recall(nprobe, float(shares.mean()), float(1.96 * shares.std() / math.sqrt(len(shares))), len(shares))

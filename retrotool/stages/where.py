@@ -1,0 +1,179 @@
+"""Expressions over document columns, such as ``source = 'news' and (year >= 2020 or license is null)``.
+
+Comparisons (``= != < <= > >=``), ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``, ``not``, parentheses. A column is
+compared as text with ``'text'`` and as a number with a number; values that are no number then match nothing, nor do nulls.
+It is parsed here rather than handed to a database because nothing but columns must be reachable from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrotool.errors import UsageError
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<operator><=|>=|!=|<>|=|<|>|\(|\)|,)"
+    r"|(?P<word>[A-Za-z_][A-Za-z0-9_.-]*)|\"(?P<quoted>[^\"]+)\")"
+)
+_COMPARE = {
+    "=": pc.equal, "!=": pc.not_equal, "<>": pc.not_equal, "<": pc.less, "<=": pc.less_equal,
+    ">": pc.greater, ">=": pc.greater_equal,
+}  # fmt: skip
+_KEYWORDS = ("and", "or", "not", "in", "is", "null", "like")
+_HIDDEN = ("key", "text_hash", "first_row")
+_ADVICE = "Write for example: --where \"source = 'news' and (year >= 2020 or license is null)\""
+
+
+class Where:
+    """A parsed expression; ``columns`` are the names it uses. ``UsageError`` says where it can't be read."""
+
+    def __init__(self, expression: str) -> None:
+        self._expression = expression
+        self._tokens = _tokenize(expression)
+        self._place = 0
+        self._table: pa.Table | None = None
+        self.columns = sorted({text for kind, text, _ in self._tokens if kind == "column"})
+        if not self._tokens:
+            raise UsageError("the expression is empty", _ADVICE)
+        if not self.columns:
+            raise UsageError(f"the expression {expression!r} names no column", _ADVICE)
+
+    def check(self, names: Sequence[str]) -> None:
+        """``UsageError`` if a column is not among ``names``, or the expression is malformed."""
+        known = [name for name in names if name not in _HIDDEN]
+        for column in self.columns:
+            if column not in known:
+                raise UsageError(f"documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE)
+        self.mask(pa.table({name: pa.array([], pa.string()) for name in self.columns}))
+
+    def mask(self, table: pa.Table) -> pa.Array:
+        """Which rows match: boolean, without nulls."""
+        self._table, self._place = table, 0
+        result = self._either()
+        if self._place < len(self._tokens):
+            raise self._error("the end")
+        return result
+
+    def _either(self) -> Any:
+        result = self._both()
+        while self._word("or"):
+            result = pc.or_(result, self._both())
+        return result
+
+    def _both(self) -> Any:
+        result = self._one()
+        while self._word("and"):
+            result = pc.and_(result, self._one())
+        return result
+
+    def _one(self) -> Any:
+        if self._word("not"):
+            return pc.invert(self._one())
+        if self._operator("("):
+            result = self._either()
+            if not self._operator(")"):
+                raise self._error("')'")
+            return result
+        return self._comparison()
+
+    def _comparison(self) -> Any:
+        kind, name, _ = self._next("a column")
+        if kind != "column" or self._table is None:
+            self._place -= 1
+            raise self._error("a column")
+        column = self._table[name]
+        if self._word("is"):
+            negative = self._word("not")
+            if not self._word("null"):
+                raise self._error("null")
+            return column.is_valid() if negative else column.is_null()
+        negative = self._word("not")
+        if self._word("in"):
+            result = self._in(column)
+        elif self._word("like"):
+            result = _no_nulls(pc.match_like(column.cast(pa.string()), self._literal(str)))
+        elif negative:
+            raise self._error("in or like")
+        else:
+            kind, operator, _ = self._next("a comparison")
+            if operator not in _COMPARE or kind != "operator":
+                self._place -= 1
+                raise self._error("a comparison")
+            result = _compare(column, operator, self._literal())
+        return pc.invert(result) if negative else result
+
+    def _in(self, column: Any) -> Any:
+        if not self._operator("("):
+            raise self._error("'('")
+        result = _compare(column, "=", self._literal())
+        while self._operator(","):
+            result = pc.or_(result, _compare(column, "=", self._literal()))
+        if not self._operator(")"):
+            raise self._error("')'")
+        return result
+
+    def _literal(self, *kinds: type) -> str | float:
+        kind, text, _ = self._next("a value")
+        if kind == "text":
+            return text[1:-1].replace("''", "'")
+        if kind == "number" and str not in kinds:
+            return float(text)
+        self._place -= 1
+        raise self._error("a text in '...'" if kinds else "a number, or a text in '...'")
+
+    def _next(self, wanted: str) -> tuple[str, str, int]:
+        if self._place >= len(self._tokens):
+            raise self._error(wanted)
+        self._place += 1
+        return self._tokens[self._place - 1]
+
+    def _word(self, word: str) -> bool:
+        return self._accept("keyword", word)
+
+    def _operator(self, operator: str) -> bool:
+        return self._accept("operator", operator)
+
+    def _accept(self, kind: str, text: str) -> bool:
+        if self._place < len(self._tokens) and self._tokens[self._place][:2] == (kind, text):
+            self._place += 1
+            return True
+        return False
+
+    def _error(self, wanted: str) -> UsageError:
+        at = self._tokens[self._place][2] if self._place < len(self._tokens) else len(self._expression)
+        return UsageError(f"the expression breaks at character {at + 1}: {wanted} was expected", _ADVICE)
+
+
+def _tokenize(expression: str) -> list[tuple[str, str, int]]:
+    """(kind, text, offset) of each token."""
+    tokens = []
+    place = 0
+    while expression[place:].strip():
+        match = _TOKEN.match(expression, place)
+        if match is None:
+            raise UsageError(f"the expression can't be read at character {place + 1}", _ADVICE)
+        kind, text = str(match.lastgroup), match[str(match.lastgroup)]
+        if kind == "word":
+            kind, text = ("keyword", text.lower()) if text.lower() in _KEYWORDS else ("column", text)
+        tokens.append(("column" if kind == "quoted" else kind, text, match.start(str(match.lastgroup))))
+        place = match.end()
+    return tokens
+
+
+def _compare(column: Any, operator: str, value: str | float) -> Any:
+    if isinstance(value, str):
+        return _no_nulls(_COMPARE[operator](column.cast(pa.string()), value))
+    numbers = column
+    if pa.types.is_string(column.type):
+        numeric = pc.match_substring_regex(column, r"^\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*$")
+        numbers = pc.if_else(numeric, pc.utf8_trim_whitespace(column), None)
+    return _no_nulls(_COMPARE[operator](numbers.cast(pa.float64()), value))
+
+
+def _no_nulls(mask: Any) -> Any:
+    return pc.fill_null(mask, False)

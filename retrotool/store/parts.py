@@ -1,0 +1,185 @@
+"""The Parquet files of a part: documents, keys and chunks; and one way to write and read any Parquet file of a store.
+
+Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine in ten
+flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them without a copy.
+Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrotool.errors import CorruptError
+from retrotool.store import atomic, disk
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName
+from retrotool.store.store import Store
+
+ROW_GROUP = 8192
+HASH_BYTES = 16
+PART_SHIFT = 32
+
+RESERVED_COLUMNS = (
+    "id", "key", "text_hash", "source", "first_row", "n_chunks", "n_tokens", "input", "position", "doc", "part",
+)  # fmt: skip
+"""Names that a kept column can't have."""
+
+
+def documents_schema(keep: Sequence[str]) -> pa.Schema:
+    """Schema of a documents file with the kept columns ``keep``."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("key", pa.binary(HASH_BYTES)),
+            ("text_hash", pa.binary(HASH_BYTES)),
+            ("source", pa.string()),
+            ("first_row", pa.int32()),
+            ("n_chunks", pa.int32()),
+            ("n_tokens", pa.int64()),
+            ("input", pa.string()),
+            ("position", pa.int64()),
+            *((name, pa.string()) for name in keep),
+        ]
+    )
+
+
+KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
+QUARANTINE_SCHEMA = pa.schema([("input", pa.string()), ("line", pa.int64()), ("reason", pa.string())])
+
+
+def chunks_schema(chunk_bytes: int) -> pa.Schema:
+    """Schema of a chunks file whose tokens take ``chunk_bytes`` bytes a chunk."""
+    names = ("row", "doc", "index", "n_tokens")
+    return pa.schema([*((name, pa.int32()) for name in names), ("tokens", pa.binary(chunk_bytes))])
+
+
+def chunk_ids(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Chunk ids of rows of a part: ``part << 32 | row``."""
+    return (np.int64(part) << PART_SHIFT) + rows.astype(np.int64)
+
+
+def token_dtype(token_bytes: int) -> np.dtype[Any]:
+    """Little-endian uint16 or uint32."""
+    return np.dtype("<u2" if token_bytes == 2 else "<u4")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunks of a part, all arrays of length n: ``tokens`` is [n, chunk_length], zero-padded."""
+
+    part: int
+    doc: npt.NDArray[np.int32]
+    index: npt.NDArray[np.int32]
+    n_tokens: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        """Rows of the part, erased ones too."""
+        return len(self.doc)
+
+
+def write_parquet(
+    root: Path, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
+) -> FileEntry:
+    """Write a table through the store's door."""
+
+    def write(path: Path) -> int:
+        pq.write_table(
+            table, path, row_group_size=row_group, compression="zstd", write_page_checksum=True, write_page_index=True
+        )
+        return int(table.num_rows)
+
+    return atomic.write_file(root, name, write, about=about, check=_check_rows)
+
+
+def _check_rows(path: Path, rows: int) -> None:
+    found = pq.read_metadata(path).num_rows
+    if found != rows:
+        raise CorruptError(f"{path}: wrote {rows:,} rows, found {found:,}")
+
+
+def read_parquet(
+    store: Store, entry: FileEntry, columns: Sequence[str] | None = None, row_groups: Sequence[int] | None = None
+) -> pa.Table:
+    """Read a Parquet file of the store's view; ``CorruptError`` names the file if it is broken."""
+    path = store.path(entry)
+    disk.announce("read", path)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
+            if file.metadata.num_rows != entry.rows:
+                raise CorruptError(f"{path}: {file.metadata.num_rows:,} rows, the log says {entry.rows:,}")
+            if row_groups is not None:
+                return file.read_row_groups(list(row_groups), columns=columns)
+            return file.read(columns=columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CorruptError(f"{path}: {reason}", f"See what else is wrong: retrotool verify {store.root}") from error
+
+
+def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:
+    """[n, w] numbers as n fixed-size binaries, without a copy."""
+    data = np.ascontiguousarray(values)
+    width = data.shape[1] * data.dtype.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)])
+
+
+def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Inverse of ``fixed_binary``; nulls come back as zeros."""
+    if column.null_count:
+        column = column.fill_null(b"\0" * column.type.byte_width)
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    width = array.type.byte_width // dtype.itemsize
+    if not len(array):
+        return np.zeros((0, width), dtype)
+    numbers = np.frombuffer(array.buffers()[1], dtype, count=len(array) * width, offset=array.offset * array.type.byte_width)
+    return numbers.reshape(-1, width)
+
+
+def chunks_table(doc: Any, index: Any, n_tokens: Any, tokens: npt.NDArray[Any]) -> pa.Table:
+    """The table of a chunks file; rows are numbered from 0."""
+    binary = fixed_binary(tokens)
+    columns = [pa.array(np.arange(len(doc)), pa.int32()), *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)), binary]
+    return pa.table(columns, schema=chunks_schema(binary.type.byte_width))
+
+
+def keys_table(documents: pa.Table) -> pa.Table:
+    """The table of a keys file for a documents table: erased documents left out, sorted by key."""
+    doc = pa.array(np.arange(documents.num_rows), pa.int32())
+    table = pa.table([documents["key"], documents["text_hash"], doc], schema=KEYS_SCHEMA)
+    return table.filter(table["key"].is_valid()).sort_by([("key", "ascending"), ("doc", "ascending")])
+
+
+def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
+    """The live file of a part; ``CorruptError`` if it has none."""
+    entry = store.state.part_file(kind, part, name)
+    if entry is None:
+        raise CorruptError(f"part {part} has no {kind} file", f"See what else is wrong: retrotool verify {store.root}")
+    return entry
+
+
+def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None) -> Chunks:
+    """Read a part's chunks (or the chunks of some row groups of it)."""
+    table = read_parquet(store, part_entry(store, "chunks", part), ["doc", "index", "n_tokens", "tokens"], row_groups)
+    dtype = token_dtype(store.identity.tokenizer.token_bytes)
+    numbers = [table[name].to_numpy() for name in ("doc", "index", "n_tokens")]
+    return Chunks(part, *numbers, tokens=from_fixed_binary(table["tokens"], dtype))
+
+
+def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a part's documents."""
+    return read_parquet(store, part_entry(store, "documents", part), columns)
+
+
+def columns_of(mapping: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
+    """Columns by name as a table of ``schema``."""
+    return pa.table([pa.array(mapping[field.name], field.type) for field in schema], schema=schema)

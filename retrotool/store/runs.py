@@ -1,0 +1,107 @@
+"""Runs: who is writing to a store, and whether they are still alive.
+
+A run writes ``staging/run-<id>.json`` when it starts and touches it every 30 seconds; every file it writes carries its
+id. Clean-up may take away what a dead run left. A run is dead if its process is gone on the same host, boot and process
+namespace; of another machine's run only an hour of silence can be seen.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import orjson
+
+from retrotool.store import atomic, disk
+
+HEARTBEAT_SECONDS = 30.0
+SILENCE_SECONDS = 3600.0
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _start_time(process: int) -> str:
+    """When a process started, in the kernel's own unit; empty if it is not there (or there is no /proc)."""
+    stat = _read_text(f"/proc/{process}/stat")
+    return stat.rpartition(")")[2].split()[19] if stat else ""
+
+
+def _here() -> dict[str, str]:
+    return {"host": socket.gethostname(), "boot": _read_text("/proc/sys/kernel/random/boot_id"), "namespace": _namespace()}
+
+
+@dataclass(slots=True)
+class Run:
+    """A writing command at work on ``root``; a context manager that says so for as long as it lasts."""
+
+    root: Path
+    id: str = field(default_factory=lambda: secrets.token_hex(4))
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def path(self) -> Path:
+        """The file by which others see this run."""
+        return run_path(self.root, self.id)
+
+    def __enter__(self) -> Run:
+        process = os.getpid()
+        fields = {**_here(), "process": process, "started": _start_time(process)}
+        atomic.put_if_absent(self.path, self.id + secrets.token_hex(2), orjson.dumps(fields))
+        threading.Thread(target=self._beat, name="retrotool-heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        disk.unlink(self.path)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if self.path.exists():
+                os.utime(self.path)
+
+
+def run_path(root: Path, run: str) -> Path:
+    """Where the run with this id would say that it lives."""
+    return root / "staging" / f"run-{run}.json"
+
+
+def is_alive(root: Path, run: str) -> bool:
+    """Whether a run may still be writing."""
+    path = run_path(root, run)
+    try:
+        fields = orjson.loads(path.read_bytes())
+        silent = time.time() - path.stat().st_mtime
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return False
+    if all(fields.get(key) == value for key, value in _here().items()):
+        started = _start_time(int(fields["process"]))
+        return started != "" and started == fields["started"] if fields["started"] else _exists(int(fields["process"]))
+    return silent < SILENCE_SECONDS
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,277 @@
+"""Finished tasks, waiting for a commit, and the fold that commits them.
+
+A worker calls ``stage`` when its files are whole; any process may call ``fold``, which commits what is there, one commit a kind,
+and takes the entries away. Units of ``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend
+on who finished first. Folding twice, or by two processes at once, commits nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from retrotool.store import atomic, disk, paths
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+COUNTS = ("documents", "chunks", "tokens", "set_aside")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What a unit of a chunk plan gave: files a part (documents, keys, chunks) under ``staging/``, not yet numbered."""
+
+    plan: str
+    index: int
+    parts: tuple[tuple[FileEntry, ...], ...]
+    quarantine: FileEntry | None
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A finished task. ``records`` are set if they are absent, and must be equal if they are there."""
+
+    task: str
+    kind: str
+    run: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    add: tuple[FileEntry, ...] = ()
+    remove: tuple[str, ...] = ()
+    records: Mapping[str, Any] = field(default_factory=dict)
+    unit: Unit | None = None
+
+    def files(self) -> list[str]:
+        """Paths of all files the task wrote."""
+        entries = list(self.add)
+        if self.unit is not None:
+            entries += [entry for part in self.unit.parts for entry in part]
+            entries += [self.unit.quarantine] if self.unit.quarantine else []
+        return [entry.path for entry in entries]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a fold did: keys of tasks committed, and of tasks refused with the reason."""
+
+    committed: frozenset[str]
+    refused: Mapping[str, str]
+
+
+def _staged_path(root: Path, task: str) -> Path:
+    return root / "staging" / f"{task}.json"
+
+
+def stage(root: Path, staged: Staged) -> bool:
+    """Make a finished task known; False (and its files removed) if another process staged it first."""
+    fields = {
+        "kind": staged.kind,
+        "run": staged.run,
+        "settings": staged.settings,
+        "reads": staged.reads,
+        "add": [entry.as_json() for entry in staged.add],
+        "remove": staged.remove,
+        "records": staged.records,
+        "unit": None if staged.unit is None else _unit_json(staged.unit),
+    }
+    won = atomic.put_if_absent(_staged_path(root, staged.task), paths.new_token(staged.run), orjson.dumps(fields))
+    if not won:
+        for path in staged.files():
+            disk.unlink(paths.inside(root, path))
+    return won
+
+
+def _unit_json(unit: Unit) -> dict[str, Any]:
+    return {
+        "plan": unit.plan,
+        "index": unit.index,
+        "parts": [[entry.as_json() for entry in part] for part in unit.parts],
+        "quarantine": unit.quarantine.as_json() if unit.quarantine else None,
+        "counts": unit.counts,
+    }
+
+
+def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
+    parts = tuple(tuple(map(FileEntry.from_json, part)) for part in fields["parts"])
+    quarantine = FileEntry.from_json(fields["quarantine"]) if fields["quarantine"] else None
+    return Unit(fields["plan"], fields["index"], parts, quarantine, fields["counts"])
+
+
+def read_staged(root: Path) -> dict[str, Staged]:
+    """All staged tasks by key."""
+    folder = root / "staging"
+    found = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        if path.name.startswith("run-"):
+            continue
+        try:
+            fields = orjson.loads(path.read_bytes())
+        except FileNotFoundError:
+            continue  # another process folded it just now
+        found[path.stem] = Staged(
+            task=path.stem,
+            kind=fields["kind"],
+            run=fields["run"],
+            settings=fields["settings"],
+            reads=tuple(fields["reads"]),
+            add=tuple(map(FileEntry.from_json, fields["add"])),
+            remove=tuple(fields["remove"]),
+            records=fields["records"],
+            unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
+        )
+    return found
+
+
+def is_staged(root: Path, task: str) -> bool:
+    """Whether the task is finished and waiting for a commit."""
+    return _staged_path(root, task).exists()
+
+
+def fold(store: Store, run: Run) -> Folded:
+    """Commit every staged task that goes with the newest state; drop those that do not."""
+    staged = read_staged(store.root)
+    committed: set[str] = set()
+    refused: dict[str, str] = {}
+    for kind in sorted({task.kind for task in staged.values()}):
+        tasks = [task for task in staged.values() if task.kind == kind]
+        if kind == "chunk":
+            _fold_units(store, run, tasks, committed, refused)
+        else:
+            _fold_files(store, run, kind, tasks, committed, refused)
+    for task in staged.values():
+        if task.task in committed:
+            _forget(store, task)
+        elif task.task in refused:
+            _forget(store, task)
+    return Folded(frozenset(committed), refused)
+
+
+def _forget(store: Store, task: Staged) -> None:
+    """Take a staged entry away, and those of its files that no commit names."""
+    disk.unlink(_staged_path(store.root, task.task))
+    for path in task.files():
+        if path.startswith("staging/") or not store.state.has(path):
+            disk.unlink(paths.inside(store.root, path))
+
+
+def _fold_files(
+    store: Store, run: Run, kind: str, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
+) -> None:
+    """Commit tasks whose files have their final names."""
+
+    def build(state: State) -> Draft | None:
+        committed.difference_update(task.task for task in tasks)
+        draft = Draft(kind)
+        for task in tasks:
+            if task.add and all(state.has(entry.path) for entry in task.add):
+                committed.add(task.task)  # a process was killed between the commit and taking the entry away
+                continue
+            reason = _conflict(state, draft, task)
+            if reason is not None:
+                refused[task.task] = reason
+                continue
+            committed.add(task.task)
+            draft = Draft(
+                kind,
+                settings=task.settings,
+                reads=tuple(dict.fromkeys((*draft.reads, *task.reads))),
+                add=(*draft.add, *task.add),
+                remove=(*draft.remove, *task.remove),
+                records={**draft.records, **task.records},
+            )
+        return draft if draft.add or draft.remove or draft.records else None
+
+    store.commit(run, build)
+
+
+def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
+    """Why ``task`` can't join ``draft`` on ``state``."""
+    joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove)
+    reason = state.conflict(joined)
+    if reason is None:
+        slots = {_slot(entry.path) for entry in draft.add}
+        reason = next((f"the place of {e.path} is taken" for e in task.add if _slot(e.path) in slots), None)
+    for key, value in task.records.items():
+        if state.records.get(key, value) != value:
+            reason = f"{key} was made with other settings meanwhile"
+    return reason
+
+
+def _slot(path: str) -> tuple[str, str, str]:
+    name = FileName.parse(path)
+    return name.kind, name.name, name.slot
+
+
+def _fold_units(
+    store: Store, run: Run, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
+) -> None:
+    """Number and commit the units that are next in the order of their plans; the others wait."""
+    waiting = {(task.unit.plan, task.unit.index): task for task in tasks if task.unit is not None}
+
+    def build(state: State) -> Draft | None:
+        committed.clear()
+        plans = state.with_prefix("plan:")
+        ready: list[Staged] = []
+        progress: dict[str, Any] = {}
+        for plan in sorted(plans, key=lambda plan: plans[plan]["order"]):
+            done = int(plans[plan]["done"])
+            committed.update(task.task for (p, i), task in waiting.items() if p == plan and i < done)
+            first = len(ready)
+            while (task := waiting.get((plan, done))) is not None:
+                ready.append(task)
+                done += 1
+            if done > plans[plan]["done"]:
+                progress[f"plan:{plan}"] = _advanced(plans[plan], ready[first:], done)
+            if done < plans[plan]["units"]:
+                break
+        refused.update({t.task: "its plan is gone" for (p, _), t in waiting.items() if p not in plans})
+        if not ready:
+            return None
+        committed.update(task.task for task in ready)
+        return _numbered(state, run, ready, progress)
+
+    store.commit(run, build)
+
+
+def _units(tasks: Sequence[Staged]) -> list[Unit]:
+    return [task.unit for task in tasks if task.unit is not None]
+
+
+def _advanced(plan: Mapping[str, Any], tasks: Sequence[Staged], done: int) -> dict[str, Any]:
+    units = _units(tasks)
+    counts = {name: plan[name] + sum(unit.counts[name] for unit in units) for name in COUNTS}
+    return {**plan, **counts, "parts": plan["parts"] + sum(len(unit.parts) for unit in units), "done": done}
+
+
+def _numbered(state: State, run: Run, tasks: Sequence[Staged], progress: dict[str, Any]) -> Draft:
+    """Give the parts of some units the next numbers."""
+    add: list[FileEntry] = []
+    links: list[tuple[str, str]] = []
+
+    def place(entry: FileEntry, kind: str, slot: str) -> None:
+        name = FileName.new(run.id, kind, slot, FileName.parse(entry.path).extension)
+        add.append(FileEntry(name.path, entry.rows, entry.bytes, entry.sha256, entry.about))
+        links.append((entry.path, name.path))
+
+    number = int(state.records.get("parts", 0))
+    totals = dict(state.records.get("totals", dict.fromkeys(COUNTS, 0)))
+    for unit in _units(tasks):
+        for part in unit.parts:
+            for kind, entry in zip(("documents", "keys", "chunks"), part, strict=True):
+                place(entry, kind, paths.part_slot(number))
+            number += 1
+        if unit.quarantine is not None:
+            place(unit.quarantine, "quarantine", f"{unit.plan}.{unit.index:06d}")
+        totals = {name: totals[name] + unit.counts[name] for name in COUNTS}
+    reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
+    records = {**progress, "parts": number, "totals": totals}
+    return Draft("chunk", {}, reads, tuple(add), (), records, tuple(links))

