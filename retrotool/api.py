@@ -1,7 +1,8 @@
 """The Python interface: ``retrotool.open(path)`` gives a ``Reader`` of one commit.
 
-A reader sees the store as it was when it opened, always through the tombstones, until ``refresh()``. Chunks are read by row group (8,192
-chunks); the last few are kept, so reading neighbours in order is quick. Nothing here writes.
+A reader sees the store as it was when it opened, always through the tombstones, until ``refresh()``. Chunks are
+read by row group (8,192 chunks); the last few are kept, so reading neighbours in order is quick. Nothing here
+writes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _KEPT_PARTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A living chunk. ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``."""
+    """A living chunk.
+
+    ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``, from 0.
+    """
 
     id: int
     document: str
@@ -51,7 +55,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A chunk near another: squared L2 distance, and the chunk that follows it in its document (None: there is none)."""
+    """A chunk near another, and how far: squared L2. ``continuation`` follows it in its document (None: nothing does)."""
 
     id: int
     distance: float
@@ -72,7 +76,9 @@ class Reader:
         self._tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
         # Caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
-        self._documents = lru_cache(_KEPT_PARTS)(lambda part: parts.read_documents(store, part, ["id", "first_row", "n_chunks"]))
+        self._documents = lru_cache(_KEPT_PARTS)(
+            lambda part: parts.read_documents(store, part, ["id", "first_row", "n_chunks"])
+        )
         self._keys = lru_cache(_KEPT_PARTS)(
             lambda part: parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
         )
@@ -161,7 +167,7 @@ class Reader:
         return self._tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
-        """Ids of a document's living chunks, in order; ``UsageError`` if there is no such document, or it was purged."""
+        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, or was purged."""
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
             table = self._keys(part)
@@ -191,7 +197,7 @@ class Reader:
         return copy
 
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
-        """(id, distance) of a chunk's living neighbours, nearest first, at most k (default: as they were computed for)."""
+        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: what was asked for then)."""
         database, default = self._database(name)
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
@@ -231,9 +237,7 @@ class Reader:
             raise UsageError("the text to search for is empty")
         vector = loaded.embed([loaded.tokenizer.encode_chunk_text(text)]).astype(np.float32)
         best = database.search(Queries.plain(vector), k)
-        return [
-            self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0
-        ]
+        return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
 
     def load_encoder(self, index: str = "main", device: str = "auto") -> Encoder:
         """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""

@@ -1,9 +1,10 @@
 """The encoder: a frozen BERT that turns chunks into vectors.
 
-Any model directory that ``transformers.AutoModel`` reads from safetensors. Rows are sorted by length and padded only to the
-longest of their batch; pooling and normalising follow the model's own sentence-transformers configuration, or are the
-mean over time of the RETRO paper (section 2.3) where there is none. Special tokens are added, and pooled over, as
-sentence-transformers does. Cost on two CPU cores with MiniLM: about 120 chunks of 64 tokens a second.
+Any model directory that ``transformers.AutoModel`` reads from safetensors. Rows are sorted by length and padded
+only to the longest of their batch; pooling and normalising follow the model's own sentence-transformers
+configuration, or are the mean over time of the RETRO paper (section 2.3) where there is none. Special tokens are
+added, and pooled over, as sentence-transformers does. Cost on two CPU cores with MiniLM: about 120 chunks of 64
+tokens a second.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     import torch
 
 PATTERNS = ("*.json", "*.safetensors", "*/config.json")
-_IDENTITY_FILES = ("config.json", "tokenizer.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+_IDENTITY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
@@ -54,12 +61,14 @@ def find_encoder(spec: str) -> tuple[Path, EncoderIdentity]:
     """Describe the encoder that ``spec`` stands for, without loading it; ``UsageError`` says what is missing."""
     path = resolve_model(spec, "encoder", PATTERNS)
     if not (path / "config.json").is_file():
-        raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory as transformers saves it.")
+        raise UsageError(
+            f"encoder {spec!r}: {path} has no config.json", "Name a model directory as transformers saves it."
+        )
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise UsageError(
             f"encoder {spec!r}: {path} has no safetensors weights; pickled ones can run code and are not loaded",
-            "Convert it once, where you trust it: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)",
+            "Convert it once, where you trust it: AutoModel.from_pretrained(...).save_pretrained(...)",
         )
     if not (path / "tokenizer.json").is_file():
         raise UsageError(
@@ -69,7 +78,8 @@ def find_encoder(spec: str) -> tuple[Path, EncoderIdentity]:
     config = _json(path / "config.json")
     if "auto_map" in config:
         raise UsageError(
-            f"encoder {spec!r} asks to run code of its own, which is never done", "Use a model that transformers knows itself."
+            f"encoder {spec!r} asks to run code of its own, which is never done",
+            "Use a model that transformers knows itself.",
         )
     digest = hashlib.sha256()
     for file in (*(path / name for name in _IDENTITY_FILES), *weights):
@@ -79,7 +89,9 @@ def find_encoder(spec: str) -> tuple[Path, EncoderIdentity]:
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         limit -= int(config.get("pad_token_id", 1)) + 1  # these number positions from behind the padding index
     declared = _json(path / "sentence_bert_config.json").get("max_seq_length")
-    name = spec if spec == BUNDLED else re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec).name if Path(spec).exists() else spec)
+    name = (
+        spec if spec == BUNDLED else re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec).name if Path(spec).exists() else spec)
+    )
     identity = EncoderIdentity(
         name=check_name(name.lstrip("-._") or "encoder", "encoder"),
         origin=spec if spec == BUNDLED or not Path(spec).exists() else str(Path(spec).absolute()),
@@ -110,13 +122,19 @@ def _pooling(path: Path) -> tuple[str, bool]:
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
-        raise UsageError(f"encoder {path}: its module {unknown.pop()} is not supported", "Use a model without a projection.")
+        raise UsageError(
+            f"encoder {path}: its module {unknown.pop()} is not supported", "Use a model without a projection."
+        )
     mode = config.get("pooling_mode")
-    on = {key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and key != "include_prompt"}
+    on = {
+        key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and key != "include_prompt"
+    }
     chosen = {str(mode)} if mode else on or {"mean_tokens"}
     names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
     if len(chosen) != 1 or not chosen <= set(names):
-        raise UsageError(f"encoder {path}: pooling {', '.join(sorted(chosen))} is not supported", "Known are mean and cls.")
+        raise UsageError(
+            f"encoder {path}: pooling {', '.join(sorted(chosen))} is not supported", "Known are mean and cls."
+        )
     return names[chosen.pop()], "Normalize" in kinds
 
 
@@ -192,7 +210,7 @@ class Encoder:
             finite = np.isfinite(vectors[batch]).all(axis=1)
             if not finite.all():
                 raise RetrotoolError(
-                    f"encoder {self.identity.name}: row {batch[np.argmin(finite)]} gives NaN or infinity in {self.dtype}",
+                    f"encoder {self.identity.name}: row {batch[np.argmin(finite)]} gives NaN or infinity",
                     "Try --dtype float32; if it stays, the model's weights are broken.",
                 )
             start += len(batch)

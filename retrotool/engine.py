@@ -1,8 +1,9 @@
 """Who runs tasks: this process, or local worker processes.
 
-``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under it is simply done again. A
-failed task is tried three times; the others go on. Workers are spawned, and get the stage, the store's path and a run id: nothing is
-shared but the store. On Ctrl-C, what is finished is committed and the rest is dropped.
+``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under
+it is simply done again. A failed task is tried three times; the others go on. Workers are spawned, and get the
+stage, the store's path and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and
+the rest is dropped.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
             for key, reason in staging.fold(store, run).refused.items():
                 refused[key] = refused.get(key, 0) + 1
                 if refused[key] >= ATTEMPTS:
-                    failures.given_up[key] = TaskError(f"{stage.name}: {labels.get(key, key)} can't be committed: {reason}")
+                    failures.given_up[key] = TaskError(
+                        f"{stage.name}: {labels.get(key, key)} can't be committed: {reason}"
+                    )
     except KeyboardInterrupt:
         staging.fold(store, run)
         raise
@@ -89,14 +92,16 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
 
 def _run_tasks(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures) -> None:
     total = sum(task.weight for task in tasks)
-    with tqdm(total=total, unit=stage.unit, unit_scale=True, desc=stage.name, disable=None, delay=2, file=sys.stderr) as bar:
+    with tqdm(
+        total=total, unit=stage.unit, unit_scale=True, desc=stage.name, disable=None, delay=2, file=sys.stderr
+    ) as bar:
         if workers > 1:
             _run_in_processes(stage, store, run, tasks, workers, failures, bar.update)
         else:
             _run_here(stage, store, run, tasks, failures, bar.update)
 
 
-def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failures: _Failures, report: Callable[[int], object]) -> None:
+def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failures: _Failures, report: Report) -> None:
     worker = stage.open(store)
     folded = time.monotonic()
     for task in tasks:
@@ -104,7 +109,7 @@ def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failu
         while again:
             again = False
             try:
-                perform(worker, store.root, task, run.id, lambda done: None if report(done) else None)
+                perform(worker, store.root, task, run.id, report)
             except Exception as error:
                 again = failures.note(task, error)
         if time.monotonic() - folded > FOLD_SECONDS:
@@ -123,7 +128,7 @@ _worker: tuple[Worker, Path, str, SimpleQueue[int]] | None = None
 
 
 def _open_worker(stage: Stage, root: Path, run: str, progress: SimpleQueue[int], threads: int) -> None:
-    global _worker  # noqa: PLW0603
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
@@ -138,7 +143,13 @@ def _do(task: Task) -> None:
 
 
 def _run_in_processes(
-    stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures, report: Callable[[int], object]
+    stage: Stage,
+    store: Store,
+    run: Run,
+    tasks: Sequence[Task],
+    workers: int,
+    failures: _Failures,
+    report: Report,
 ) -> None:
     context = multiprocessing.get_context("spawn")
     progress: SimpleQueue[int] = context.SimpleQueue()
@@ -185,7 +196,7 @@ def _stopping(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reporting(progress: SimpleQueue[int], report: Callable[[int], object]) -> Iterator[None]:
+def _reporting(progress: SimpleQueue[int], report: Report) -> Iterator[None]:
     """Pass on what workers report, from a thread."""
     end = -1
 
@@ -201,5 +212,3 @@ def _reporting(progress: SimpleQueue[int], report: Callable[[int], object]) -> I
         with contextlib.suppress(OSError, queue.Full):
             progress.put(end)
         thread.join(timeout=5)
-
-

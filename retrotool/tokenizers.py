@@ -1,8 +1,9 @@
 """Tokenizers: loading one from a file, a directory or the hub, text to tokens, and tokens back to text without a loop.
 
-Ids are those of the ``tokenizers`` library without special tokens, truncation or padding. Decoding uses a table of each token's
-bytes where the decoder is byte-level BPE or WordPiece: an Arrow ``take`` whose data buffer is the text, about 100 MB/s;
-the table is checked against the library when it is built, and any other decoder goes through the library.
+Ids are those of the ``tokenizers`` library without special tokens, truncation or padding. Decoding uses a table of
+each token's bytes where the decoder is byte-level BPE or WordPiece: an Arrow ``take`` whose data buffer is the
+text, about 100 MB/s; the table is checked against the library when it is built, and any other decoder goes through
+the library.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".json":
         raise UsageError(f"{what} {name!r}: no such file or directory", advice)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
@@ -176,14 +177,16 @@ class Tokenizer:
         offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
         ends = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])
         row_offsets = pa.py_buffer(np.ascontiguousarray(offsets[ends]))
-        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(tokens), [None, row_offsets, pieces.buffers()[2]])
+        return pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(tokens), [None, row_offsets, pieces.buffers()[2]]
+        )
 
     def decode_text(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> list[str]:
         """Like ``decode``, as strings; broken UTF-8 at a chunk's border shows as U+FFFD."""
         return [value.as_py().decode("utf-8", "replace") for value in self.decode(tokens, n_tokens)]
 
     def _byte_table(self) -> pa.Array | None:
-        """Bytes of every token, large_binary [V] (WordPiece: [2V], with and without a space); None if there is no such thing."""
+        """Bytes of every token, large_binary [V] (WordPiece: [2V], with and without a space); None: use the library."""
         if not self._table_tried:
             self._table_tried = True
             table = self._spell_tokens()

@@ -20,7 +20,7 @@ def assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor
     half_norms = centroids.square().sum(1) / 2
     block = max(1, _BLOCK_ENTRIES // len(centroids))
     found = []
-    for rows in vectors.split(block):
+    for rows in torch.split(vectors, block):
         # argmax of q·c − |c|²/2 is argmin of |q − c|²
         score, index = torch.addmm(-half_norms, rows, centroids.T).max(1)
         found.append((rows.square().sum(1) - 2 * score, index))

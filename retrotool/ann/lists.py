@@ -1,8 +1,8 @@
 """Inverted lists in faiss files: made from float16 vectors and read back as arrays.
 
 A flat index is an ``IndexIDMap2`` over a float16 scalar quantiser and is read as a single list; an IVF index is an
-``IndexIVFScalarQuantizer`` whose codes are the float16 vectors themselves (not residuals). So codes lose nothing, and distances to
-them are distances to the stored embeddings. Ids are chunk ids, ascending in every list.
+``IndexIVFScalarQuantizer`` whose codes are the float16 vectors themselves (not residuals). So codes lose nothing,
+and distances to them are distances to the stored embeddings. Ids are chunk ids, ascending in every list.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def empty_ivf(centroids: npt.NDArray[np.float32]) -> Any:
     import faiss
 
     nlist, d = centroids.shape
-    quantizer = faiss.IndexFlatL2(d)
+    quantizer: Any = faiss.IndexFlatL2(d)
     quantizer.add(np.ascontiguousarray(centroids))
     kind = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(quantizer, d, nlist, kind, faiss.METRIC_L2, False)
@@ -99,7 +99,7 @@ def read(path: Path) -> InvertedLists:
     except RuntimeError as error:
         raise CorruptError(f"{path} is no index that faiss can read: {str(error).splitlines()[0][:200]}") from error
     if isinstance(index, faiss.IndexIVFScalarQuantizer):
-        inverted = index.invlists
+        inverted: Any = index.invlists
         sizes = [inverted.list_size(i) for i in range(index.nlist)]
         ids = tuple(_view(inverted.get_ids(i), n, np.int64) for i, n in enumerate(sizes))
         codes = (_view(inverted.get_codes(i), n * inverted.code_size, np.uint8) for i, n in enumerate(sizes))
@@ -108,8 +108,8 @@ def read(path: Path) -> InvertedLists:
     if isinstance(index, faiss.IndexIDMap2):
         inner = faiss.downcast_index(index.index)
         if isinstance(inner, faiss.IndexScalarQuantizer) and inner.code_size == 2 * index.d:
-            codes = faiss.vector_to_array(inner.codes).view(np.float16).reshape(-1, index.d)
-            return InvertedLists(None, (faiss.vector_to_array(index.id_map),), (codes,), index)
+            flat = faiss.vector_to_array(inner.codes).view(np.float16).reshape(-1, index.d)
+            return InvertedLists(None, (faiss.vector_to_array(index.id_map),), (flat,), index)
     raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
 
 
@@ -119,13 +119,13 @@ def _view(pointer: Any, size: int, dtype: Any) -> npt.NDArray[Any]:
     return faiss.rev_swig_ptr(pointer, size).view(dtype) if size else np.zeros(0, dtype)
 
 
-def without(lists: InvertedLists, banned: Iterable[Ids]) -> Any:
-    """A new index with the same lists less the banned ids (one array a list's ids to drop, as masks over them)."""
+def without(lists: InvertedLists, banned: Iterable[npt.NDArray[np.bool_]]) -> Any:
+    """A new index with the same lists less the banned ids (for each list, which of its ids to drop)."""
     centroids = lists.centroids
     d = lists.vectors[0].shape[1]
     index = empty_flat(d) if centroids is None else empty_ivf(centroids)
     for number, (ids, vectors, drop) in enumerate(zip(lists.ids, lists.vectors, banned, strict=True)):
-        keep = ~drop.astype(np.bool_)
+        keep = ~drop
         if keep.any():
             assigned = None if centroids is None else np.full(int(keep.sum()), number, np.int64)
             add(index, ids[keep], vectors[keep], assigned)

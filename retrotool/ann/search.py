@@ -1,8 +1,9 @@
 """List-major search: queries are grouped by the lists they probe, one matrix product a list, top-k, merge.
 
-Against searching query by query this turns matrix–vector into matrix–matrix products. A query's own document is an interval of chunk
-ids, and ids ascend in a list, so excluding it is an interval of columns, found by binary search and masked before the
-top-k together with tombstones. Memory: the queries, k results each, and one block of ``BLOCK_ENTRIES`` distances.
+Against searching query by query this turns matrix–vector into matrix–matrix products. A query's own document is an
+interval of chunk ids, and ids ascend in a list, so excluding it is an interval of columns, found by binary search
+and masked before the top-k together with tombstones. Memory: the queries, k results each, and one block of
+``BLOCK_ENTRIES`` distances.
 
 Not done here: compressed codes and re-ranking; vectors are the stored float16 embeddings.
 """
@@ -27,7 +28,10 @@ Banned = Callable[[Ids], npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Queries float32 [q, d], and the interval of chunk ids [first, last] that each must not find (empty: first > last)."""
+    """Queries float32 [q, d], and the interval of chunk ids [first, last] that each must not find.
+
+    The interval is empty if first > last.
+    """
 
     vectors: npt.NDArray[np.float32]
     first: Ids
@@ -40,7 +44,10 @@ class Queries:
 
 
 class Best:
-    """The k nearest found so far: ``distances`` float32 [q, k] ascending (+inf: none) and ``ids`` int64 [q, k] (−1: none)."""
+    """The k nearest found so far, both [q, k].
+
+    ``distances`` are float32 and ascend (+inf: none); ``ids`` are int64 (−1: none).
+    """
 
     def __init__(self, q: int, k: int) -> None:
         self.distances = np.full((q, k), np.inf, np.float32)
@@ -88,7 +95,7 @@ def nearest_lists(centroids: npt.NDArray[np.float32], vectors: npt.NDArray[np.fl
     block = max(1, BLOCK_ENTRIES // len(table))
     found = [
         torch.addmm(-half_norms, rows, table.T).topk(min(nprobe, len(table)), sorted=False).indices
-        for rows in torch.from_numpy(vectors).split(block)
+        for rows in torch.split(torch.from_numpy(vectors), block)
     ]
     return torch.cat(found).numpy()
 

@@ -1,4 +1,4 @@
-"""The command line: one file a command, which parses, calls ``retrotool.commands`` or ``retrotool.api``, and renders. No logic.
+"""The command line: one file a command, which parses, calls what does the work, and renders. No logic.
 
 Commands import what is heavy when they run, so that ``--help`` answers at once.
 """
@@ -13,8 +13,10 @@ from retrotool.cli import chunk, embed, index, info, neighbours, purge, search, 
 
 app = typer.Typer(
     name="retrotool",
-    help="Build retrieval databases for language models: chunk, embed, index, neighbours; and purge text out of them again.\n\n"
-    "Every command takes the STORE first, can be killed at any moment, and goes on where it stopped when it is run again.",
+    help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
+    "and purge text out of them again.\n\n"
+    "Every command takes the STORE first, can be killed at any moment, and goes on where it stopped "
+    "when it is run again.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -32,7 +34,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -26,24 +26,41 @@ Exit codes: 0 done, 3 done with input set aside, 2 usage, 11 lost a race, 12 cor
 def command(
     store: StoreArgument,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, or folders of them.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, or folders of them.",
+            show_default=False,
+        ),
     ],
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="T", help="A tokenizer.json, a model directory, or a hub name. Default: the store's; of a new store, minilm's."),
+        typer.Option(
+            metavar="T",
+            help="A tokenizer.json, a model directory, or a hub name. Default: the store's; of a new store, minilm's.",
+        ),
     ] = None,
-    chunk_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens a chunk. Default: the store's; of a new store, 64.")] = None,
+    chunk_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens a chunk. Default: the store's; of a new store, 64.")
+    ] = None,
     text_field: Annotated[str, typer.Option(metavar="F", help="Field that holds the text.")] = "text",
-    id_field: Annotated[str, typer.Option(metavar="F", help="Field that holds the document's id; without one, a hash of the text.")] = "id",
-    keep: Annotated[list[str] | None, typer.Option(metavar="F", help="Field to keep as a column of documents; may be repeated.")] = None,
+    id_field: Annotated[
+        str, typer.Option(metavar="F", help="Field that holds the document's id; without one, a hash of the text.")
+    ] = "id",
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="F", help="Field to keep as a column of documents; may be repeated.")
+    ] = None,
     part_size: Annotated[int, typer.Option(metavar="N", help="Chunks after which a part is closed.")] = 1 << 20,
-    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Worker processes. Default: one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Worker processes. Default: one a core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Cut a corpus into chunks of 64 tokens, in Parquet.
 
-    Makes the store if there is none, else adds to it; inputs that the store has already are skipped. What can't be read is set
-    aside with file, line and reason. The result is the same whatever the number of workers, kills and resumes.
+    Makes the store if there is none, else adds to it; inputs that the store has already are skipped. What can't be
+    read is set aside with file, line and reason. The result is the same whatever the number of workers, kills and
+    resumes.
     """
     with output.errors(as_json):
         from retrotool import commands
@@ -62,15 +79,18 @@ def command(
 def _text(result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
-        lines.append(f"{result.known_inputs:,} inputs are in the store already and were skipped.")
+        lines.append(f"{output.count(result.known_inputs, 'input')} skipped: in the store already.")
     if result.parts or not result.known_inputs:
         lines.append(
-            f"{result.documents:,} documents, {result.chunks:,} chunks, {result.tokens:,} tokens "
-            f"in {result.parts:,} parts (commit {result.commit})."
+            f"{output.count(result.documents, 'document')}, {output.count(result.chunks, 'chunk')}, "
+            f"{output.count(result.tokens, 'token')} in {output.count(result.parts, 'part')} (commit {result.commit})."
         )
     if result.set_aside:
-        lines.append(f"{result.set_aside:,} rows were set aside:")
-        rows = [(r.rows, r.reason, f"first: {r.input}" + (f", line {r.line:,}" if r.line else "")) for r in result.reasons[:10]]
+        lines.append(f"{output.count(result.set_aside, 'row')} set aside:")
+        rows = [
+            (r.rows, r.reason, f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
+            for r in result.reasons[:10]
+        ]
         lines.append(output.table(rows))
         if len(result.reasons) > 10:
             lines.append(f"  and {len(result.reasons) - 10:,} other reasons, in the store's quarantine/ files.")

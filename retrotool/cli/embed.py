@@ -22,10 +22,15 @@ EPILOG = """Examples:
 def command(
     store: StoreArgument,
     encoder: Annotated[
-        str, typer.Option(metavar="E", help="minilm (bundled, with the extra of that name), a model directory, or a hub name.")
+        str,
+        typer.Option(
+            metavar="E", help="minilm (bundled, with the extra of that name), a model directory, or a hub name."
+        ),
     ] = "minilm",
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Embed every chunk with a frozen BERT.
@@ -40,4 +45,5 @@ def command(
 
 def _text(result: EmbedResult) -> str:
     done = f"{result.chunks:,} chunks embedded" if result.chunks else "Every chunk has its embedding already"
-    return f"{done} (encoder {result.encoder}, {result.dimension} dimensions, {result.pooling} pooling, commit {result.commit})."
+    how = f"{result.dimension} dimensions, {result.pooling} pooling"
+    return f"{done} (encoder {result.encoder}, {how}, commit {result.commit})."

@@ -28,8 +28,8 @@ def command(
 ) -> None:
     """Build the nearest-neighbour index, and measure its true recall.
 
-    Exact for small stores, an inverted file above. Parts that were embedded since are added. The recall is that of random
-    chunks against exact search over the whole store, their own documents left out.
+    Exact for small stores, an inverted file above. Parts that were embedded since are added. The recall is that of
+    random chunks against exact search over the whole store, their own documents left out.
     """
     with output.errors(as_json):
         from retrotool import commands
@@ -41,7 +41,7 @@ def _text(result: IndexResult) -> str:
     lists = f"{result.nlist:,} lists, {result.nprobe:,} probed" if result.nlist else "exact"
     lines = [
         f"Index {result.name!r}: {result.vectors:,} vectors of {result.encoder}, {result.kind} ({lists}), "
-        f"{result.bytes_per_vector:,.0f} bytes a vector, {result.shards:,} shards (commit {result.commit}).",
+        f"{result.bytes_per_vector:,.0f} bytes a vector, {output.count(result.shards, 'shard')} (commit {result.commit}).",
         f"True recall@10: {result.recall_at_10:.4f} ± {result.recall_error:.4f}",
     ]
     if len(result.curve) > 1:

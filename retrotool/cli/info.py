@@ -28,26 +28,36 @@ def command(store: StoreArgument, as_json: Json = False) -> None:
 def _text(info: Info) -> str:
     lossy = "" if info.tokenizer["lossless"] else " (loses case or spacing)"
     lines = [
-        f"{info.path}: {info.documents:,} documents, {info.chunks:,} chunks of {info.chunk_length} tokens, {info.tokens:,} tokens",
+        f"{info.path}: {output.count(info.documents, 'document')}, "
+        f"{output.count(info.chunks, 'chunk')} of {info.chunk_length} tokens, {info.tokens:,} tokens",
         f"  tokenizer   {info.tokenizer['name']}, {info.tokenizer['vocabulary']:,} tokens{lossy}",
         f"  parts       {len(info.parts):,}, at commit {info.commit}",
         f"  on disk     {output.size(sum(info.bytes.values()))}: "
-        + ", ".join(f"{kind} {output.size(size)}" for kind, size in sorted(info.bytes.items(), key=lambda item: -item[1])[:5]),
+        + ", ".join(
+            f"{kind} {output.size(size)}" for kind, size in sorted(info.bytes.items(), key=lambda item: -item[1])[:5]
+        ),
     ]
     if info.set_aside:
         lines.append(f"  set aside   {info.set_aside:,} rows of input, listed in quarantine/")
     lines += [
-        f"  embeddings  {name}: {e['dimension']} dimensions, {e['parts']:,} of {len(info.parts):,} parts" for name, e in info.encoders.items()
+        f"  embeddings  {name}: {e['dimension']} dimensions, {e['parts']:,} of {len(info.parts):,} parts"
+        for name, e in info.encoders.items()
     ]
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
-        lines.append(f"  index       {name}: {index.get('vectors', 0):,} vectors, {index.get('kind', 'unfinished')}, {recall}")
+        lines.append(
+            f"  index       {name}: {index.get('vectors', 0):,} vectors, {index.get('kind', 'unfinished')}, {recall}"
+        )
     lines += [
-        f"  neighbours  {name}: {n['saved']} saved of each of {n['rows']:,} chunks" for name, n in info.neighbours.items()
+        f"  neighbours  {name}: {n['saved']} saved of each of {n['rows']:,} chunks"
+        for name, n in info.neighbours.items()
     ]
     if info.purged:
         lines.append(f"  purged      {info.purged:,} chunks (duplicates of documents included)")
-    lines += [f"  purge {p}  {r['chunks']:,} chunks: {r['reason']}{' (erased)' if r['erased'] else ''}" for p, r in info.purges.items()]
+    lines += [
+        f"  purge {p}  {r['chunks']:,} chunks: {r['reason']}{' (erased)' if r['erased'] else ''}"
+        for p, r in info.purges.items()
+    ]
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run it again to go on")
     return "\n".join(lines)

@@ -23,7 +23,8 @@ EPILOG = """Examples:
 def command(
     store: StoreArgument,
     queries: Annotated[
-        Path | None, typer.Option(metavar="STORE2", help="Store of the query chunks. Default: STORE itself.", show_default=False)
+        Path | None,
+        typer.Option(metavar="STORE2", help="Store of the query chunks. Default: STORE itself.", show_default=False),
     ] = None,
     k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours that reading gives by default.")] = 2,
     saved: Annotated[int, typer.Option(metavar="N", help="Neighbours to save, a reserve against later purges.")] = 20,
@@ -33,8 +34,8 @@ def command(
 ) -> None:
     """Find the nearest chunks of every chunk, outside its own document.
 
-    Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document is the same if
-    its id is. Purged chunks are never found, and are masked in tables computed before.
+    Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
+    is the same if its id is. Purged chunks are never found, and are masked in tables computed before.
     """
     with output.errors(as_json):
         from retrotool import commands
@@ -44,5 +45,8 @@ def command(
 
 
 def _text(result: NeighboursResult) -> str:
-    done = f"Neighbours of {result.queries:,} chunks found" if result.queries else "Every chunk has its neighbours already"
-    return f"{done} ({result.name!r}: {result.saved} saved, {result.k} used, index {result.index!r}, commit {result.commit})."
+    done = (
+        f"Neighbours of {result.queries:,} chunks found" if result.queries else "Every chunk has its neighbours already"
+    )
+    how = f"{result.saved} saved, {result.k} used, index {result.index!r}"
+    return f"{done} ({result.name!r}: {how}, commit {result.commit})."

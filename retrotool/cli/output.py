@@ -45,6 +45,11 @@ def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def count(n: int, what: str) -> str:
+    """``1 part``, ``2 parts``."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
 def size(n: float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

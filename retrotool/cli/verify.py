@@ -47,8 +47,8 @@ class Verified:
 def command(store: StoreArgument, as_json: Json = False) -> None:
     """Check every checksum, row count and cross-reference of a store.
 
-    The hashes are equal for stores of equal content, however they were made: content (what living chunks say), ids (which chunk
-    is which), tombstones, embeddings, indexes, neighbours.
+    The hashes are equal for stores of equal content, however they were made: content (what living chunks say), ids
+    (which chunk is which), tombstones, embeddings, indexes, neighbours.
     """
     with output.errors(as_json):
         from tqdm import tqdm
@@ -69,7 +69,10 @@ def _shown(found: Verification) -> Verified:
 
 
 def _text(found: Verified) -> str:
-    lines = [f"{found.files:,} files, {output.size(found.bytes)}, at commit {found.commit}: {'all is well' if found.ok else 'NOT well'}."]
+    lines = [
+        f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}: "
+        + ("all is well." if found.ok else "NOT well.")
+    ]
     lines += [f"  problem: {problem}" for problem in found.problems]
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours")
     lines += [f"  {name:<11} {getattr(found, name)}" for name in hashes if getattr(found, name)]

@@ -1,7 +1,7 @@
-"""What each command does, from arguments to a result: the layer under the command line, and the way to run stages from Python.
+"""What each command does, from arguments to a result; also the way to run stages from Python.
 
-Every function opens (or makes) the store, announces a run, cleans up after dead ones, executes its stage and returns a frozen dataclass whose
-fields are those of ``--json``. Reading is in ``retrotool.api``.
+Every function opens (or makes) the store, announces a run, cleans up after dead ones, executes its stage and returns a
+frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.api``.
 """
 
 from retrotool.commands.building import embed, index, neighbours

@@ -71,7 +71,12 @@ class IndexResult:
 
 
 def index(
-    root: str | Path, *, name: str = "main", encoder: str | None = None, target_recall: float = 0.95, stage: IndexStage | None = None
+    root: str | Path,
+    *,
+    name: str = "main",
+    encoder: str | None = None,
+    target_recall: float = 0.95,
+    stage: IndexStage | None = None,
 ) -> IndexResult:
     """Index every part that has embeddings and is in no shard, and measure the recall."""
     if not 0 < target_recall <= 1:
@@ -89,7 +94,10 @@ def index(
             record = _measure(store, run, name, chosen, target_recall)
     state = store.refresh()
     curve = tuple(Recall(**point) for point in record["curve"])
-    shown = {key: record[key] for key in ("encoder", "kind", "vectors", "nlist", "nprobe", "bytes_per_vector", "recall_at_10", "recall_error")}
+    shown = {
+        key: record[key]
+        for key in ("encoder", "kind", "vectors", "nlist", "nprobe", "bytes_per_vector", "recall_at_10", "recall_error")
+    }
     return IndexResult(name=name, shards=len(record["shards"]), commit=state.number, curve=curve, **shown)
 
 
@@ -104,8 +112,9 @@ def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> 
     size = sum(entry.bytes for entry in entries.values())
     nlist = _nlist(store, trained.path)
     record: dict[str, Any] = {
-        "encoder": encoder, "kind": "IVF, float16" if nlist else "flat, float16", "nlist": nlist, "nprobe": point.nprobe,
-        "vectors": count, "bytes_per_vector": round(size / max(count, 1), 2), "shards": sorted(entries), "target": target,
+        "encoder": encoder, "kind": "IVF, float16" if nlist else "flat, float16",
+        "nlist": nlist, "nprobe": point.nprobe, "target": target,
+        "vectors": count, "bytes_per_vector": round(size / max(count, 1), 2), "shards": sorted(entries),
         "recall_at_10": round(point.recall, 4), "recall_error": round(point.error, 4),
         "curve": [{"nprobe": p.nprobe, "recall": p.recall, "error": p.error, "queries": p.queries} for p in curve],
     }  # fmt: skip
@@ -114,7 +123,9 @@ def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> 
     def build(state: State) -> Draft:
         old = state.file("index", "recall", name)
         settings = {"name": name, "encoder": encoder, "target": target}
-        return Draft("index", settings, add=(report,), remove=(old.path,) if old else (), records={f"index:{name}": record})
+        return Draft(
+            "index", settings, add=(report,), remove=(old.path,) if old else (), records={f"index:{name}": record}
+        )
 
     store.commit(run, build)
     return record
@@ -143,7 +154,13 @@ class NeighboursResult:
 
 
 def neighbours(
-    root: str | Path, *, queries: str | Path | None = None, k: int = 2, saved: int = SAVED, name: str = "main", index: str = "main"
+    root: str | Path,
+    *,
+    queries: str | Path | None = None,
+    k: int = 2,
+    saved: int = SAVED,
+    name: str = "main",
+    index: str = "main",
 ) -> NeighboursResult:
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself)."""
     if not 1 <= k <= saved:

@@ -60,7 +60,9 @@ def chunk(
     fields = fields or Fields()
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
-            raise UsageError(f"--keep {name}: the store has a column of this name already", "Rename the field in the input.")
+            raise UsageError(
+                f"--keep {name}: the store has a column of this name already", "Rename the field in the input."
+            )
     if part_size < 1 or part_size >= 1 << 31:
         raise UsageError(f"--part-size {part_size} is not between 1 and 2^31 - 1")
     files = find_inputs(inputs)
@@ -96,7 +98,8 @@ def _open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None)
         )
     if chunk_length not in (None, own.chunk_length):
         raise UsageError(
-            f"{root} has chunks of {own.chunk_length} tokens, not {chunk_length}", "Leave --chunk-length out, or make a new store."
+            f"{root} has chunks of {own.chunk_length} tokens, not {chunk_length}",
+            "Leave --chunk-length out, or make a new store.",
         )
     return store
 
@@ -112,6 +115,9 @@ def _reasons(store: Store, plans: Sequence[str]) -> tuple[SetAsideReason, ...]:
         for row in parts.read_parquet(store, entry).to_pylist():
             old = found.get(row["reason"])
             found[row["reason"]] = SetAsideReason(
-                row["reason"], (old.rows if old else 0) + 1, old.input if old else row["input"], old.line if old else row["line"]
+                row["reason"],
+                (old.rows if old else 0) + 1,
+                old.input if old else row["input"],
+                old.line if old else row["line"],
             )
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows))

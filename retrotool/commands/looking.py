@@ -46,11 +46,12 @@ def info(root: str | Path) -> Info:
     state = store.state
     totals = state.records.get("totals", {})
     sizes: dict[str, int] = {}
-    for entry in state.files():
-        kind = FileName.parse(entry.path).kind
-        sizes[kind] = sizes.get(kind, 0) + entry.bytes
-    tombstones = state.group("tombstones")
+    for file in state.files():
+        kind = FileName.parse(file.path).kind
+        sizes[kind] = sizes.get(kind, 0) + file.bytes
     own = store.identity
+    tombstones = state.group("tombstones")
+    purged = [entry for slot in tombstones if (entry := tombstones.get(slot)) is not None]
     return Info(
         path=str(root),
         uuid=own.uuid,
@@ -58,15 +59,15 @@ def info(root: str | Path) -> Info:
         chunks=int(totals.get("chunks", 0)),
         tokens=int(totals.get("tokens", 0)),
         set_aside=int(totals.get("set_aside", 0)),
-        purged=sum(entry.rows for slot in tombstones if (entry := tombstones.get(slot)) is not None),
+        purged=sum(entry.rows for entry in purged),
         chunk_length=own.chunk_length,
-        tokenizer={"name": own.tokenizer.name, "sha256": own.tokenizer.sha256, "vocabulary": own.tokenizer.vocabulary, "lossless": own.tokenizer.lossless},
+        tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         commit=state.number,
         bytes=sizes,
         parts=[_part(store, part) for part in state.parts()],
-        encoders={name: {**record, **_coverage(store, "embeddings", name)} for name, record in state.with_prefix("encoder:").items()},
+        encoders=_covered(store, "encoder:", "embeddings"),
         indexes={name: _index(store, name) for name in state.names("index")},
-        neighbours={name: {**record, **_coverage(store, "neighbours", name)} for name, record in state.with_prefix("neighbours:").items()},
+        neighbours=_covered(store, "neighbours:", "neighbours"),
         purges=state.with_prefix("purge:"),
         unfinished=len(unfinished_plans(state)),
     )  # fmt: skip
@@ -85,6 +86,12 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
     return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
+
+
+def _covered(store: Store, prefix: str, kind: str) -> dict[str, Any]:
+    """Records with how many parts and rows they cover."""
+    records = store.state.with_prefix(prefix)
+    return {name: {**record, **_coverage(store, kind, name)} for name, record in records.items()}
 
 
 def _coverage(store: Store, kind: str, name: str) -> dict[str, int]:

@@ -26,7 +26,10 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 
 @dataclass(frozen=True, slots=True)
 class PurgeResult:
-    """What ``purge`` did. ``purge`` is empty if nothing living was selected; ``erased`` counts chunks whose bytes are gone."""
+    """What ``purge`` did, or would do.
+
+    ``purge`` is empty if nothing living was selected; ``erased`` counts the chunks whose bytes are gone.
+    """
 
     purge: str
     chunks: int
@@ -42,7 +45,7 @@ class PurgeResult:
 
 
 def select(store: Store, kind: str, value: str) -> Selection:
-    """Select chunks: kind ``ids`` or ``documents`` (value: a file, one a line), ``where`` or ``pattern`` (an expression)."""
+    """Select chunks by ``ids`` or ``documents`` (value: a file, one a line), ``where`` or ``pattern`` (value: itself)."""
     if kind in ("ids", "documents"):
         try:
             lines = Path(value).read_text("utf-8", "surrogateescape").splitlines()
@@ -90,7 +93,9 @@ def purge(
             purged = selecting.commit_purge(store, run, selection, reason)
         if erase:
             erased, rewritten = _erase(store, run, selection.chunks)
-    return PurgeResult(purged, **base, erased=erased, files_rewritten=rewritten, dry_run=False, commit=store.refresh().number)
+    return PurgeResult(
+        purged, **base, erased=erased, files_rewritten=rewritten, dry_run=False, commit=store.refresh().number
+    )
 
 
 def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:

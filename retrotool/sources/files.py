@@ -55,24 +55,22 @@ def input_format(name: str) -> str | None:
 
 
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
-    """All input files behind paths and folders, in the order given, folders in the order of their names, each file once.
+    """All input files behind paths and folders, each once: as given, and in folders by their names.
 
-    ``UsageError`` for a path that is missing or, given by name, of no known format; other files in folders are left out.
+    ``UsageError`` for a path that is missing or, given by name, of no known format; in folders, files of no known
+    format and hidden ones are left out.
     """
     found: dict[Path, InputFile] = {}
     known = ", ".join(FORMATS)
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = [
-                file for file in sorted(path.rglob("*"))
-                if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts) and input_format(file.name)
-            ]  # fmt: skip
+            inside = [file for file in sorted(path.rglob("*")) if _is_input(file, path)]
             if not inside:
                 raise UsageError(f"{given} has no file of a known format", f"Known are: {known}.")
-            base = path.resolve().parent
             for file in inside:
-                found.setdefault(file.resolve(), _describe(file, (base / path.resolve().name / file.relative_to(path)).relative_to(base)))
+                # Names begin with the folder's own, so that they do not depend on where the folder lies.
+                found.setdefault(file.resolve(), _describe(file, path.resolve().name / file.relative_to(path)))
         elif path.is_file():
             if input_format(path.name) is None:
                 raise UsageError(f"{given} is of no known format", f"Known are: {known}.")
@@ -80,6 +78,11 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
         else:
             raise UsageError(f"{given}: no such file or folder", "Check the path; nothing was read or changed.")
     return list(found.values())
+
+
+def _is_input(file: Path, folder: Path) -> bool:
+    hidden = any(component.startswith(".") for component in file.relative_to(folder).parts)
+    return file.is_file() and not hidden and input_format(file.name) is not None
 
 
 def _describe(path: Path, name: Path) -> InputFile:

@@ -1,7 +1,8 @@
 """JSON lines: plain (also by byte ranges), gzip and zstd.
 
-Lines are cut from blocks of 4 MiB. Decompression goes through pyarrow, which raises on a truncated file where zstandard's
-``stream_reader`` ends in silence. A line over ``MAX_ROW_BYTES`` is skipped without being held in memory.
+Lines are cut from blocks of 4 MiB. Decompression goes through pyarrow, which raises on a truncated file where
+zstandard's ``stream_reader`` ends in silence. A line over ``MAX_ROW_BYTES`` is skipped without being held in
+memory.
 """
 
 from __future__ import annotations

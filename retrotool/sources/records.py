@@ -39,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A row that is not chunked. ``line`` is the line or row from 1, relative to the range read; 0: the file as a whole."""
+    """A row that is not chunked; ``line`` is its line or row from 1, relative to the range read (0: the whole file)."""
 
     line: int
     reason: str

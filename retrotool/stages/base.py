@@ -1,15 +1,15 @@
 """The contract between a stage and whoever runs its tasks.
 
-``stage.plan(store)`` lists the tasks that are neither committed nor staged. A stage is a small frozen dataclass and a task is plain data, so
-both can be sent anywhere. Where a task runs, ``stage.open(store)`` gives a worker (a model may be loaded, once), and
-``worker(task, run, report)`` writes new files and returns what to stage. So:
+``stage.plan(store)`` lists the tasks that are neither committed nor staged. A stage is a small frozen dataclass and
+a task is plain data, so both can be sent anywhere. Where a task runs, ``stage.open(store)`` gives a worker (a model
+may be loaded, once), and ``worker(task, run, report)`` writes new files and returns what to stage. So:
 
 * local processes: ``retrotool.engine.execute``;
 * a job array: job i of n plans, and takes ``tasks[i::n]``;
 * a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
 
-In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent: any order, any machine,
-twice if need be. Resuming is planning again.
+In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent:
+any order, any machine, twice if need be. Resuming is planning again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import orjson
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
-Report = Callable[[int], None]
+Report = Callable[[int], object]
 """Told how many units of work (see ``Stage.unit``) were just done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work. ``key`` names it for ever, ``weight`` is its size in the stage's unit, ``inputs`` is JSON-like."""
+    """A piece of work: ``key`` names it for ever, ``weight`` is in the stage's unit, ``inputs`` is JSON-like."""
 
     key: str
     label: str

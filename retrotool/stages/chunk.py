@@ -1,9 +1,9 @@
 """``chunk``: documents to chunks of ``chunk_length`` tokens, in Parquet.
 
-A task is a unit of a committed plan: it reads its pieces, tokenises in batches of a megabyte, cuts every document into chunks (the last
-one zero-padded) and closes a part at the first document end after ``part_size`` chunks. Memory: one part (128 bytes a chunk and its
-documents' columns) and one batch. Rows that can't be read go to quarantine. Ids that occur twice are found when
-the plan is finished, see ``duplicates``.
+A task is a unit of a committed plan: it reads its pieces, tokenises in batches of a megabyte, cuts every document
+into chunks (the last one zero-padded) and closes a part at the first document end after ``part_size`` chunks.
+Memory: one part (128 bytes a chunk and its documents' columns) and one batch. Rows that can't be read go to
+quarantine. Ids that occur twice are found when the plan is finished, see ``duplicates``.
 """
 
 from __future__ import annotations

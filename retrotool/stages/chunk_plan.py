@@ -1,12 +1,13 @@
 """Planning ``chunk``: which inputs are new, and the ordered list of units they are cut into.
 
-Units are cut from names and sizes alone (a file, a run of small files, a byte range of a plain ``.jsonl``), never from the
-number of workers; so chunk ids are decided when the plan is committed. Inputs that the store has, or has planned,
-are recognised by their fingerprints and left out.
+Units are cut from names and sizes alone (a file, a run of small files, a byte range of a plain ``.jsonl``), never
+from the number of workers; so chunk ids are decided when the plan is committed. Inputs that the store has, or has
+planned, are recognised by their fingerprints and left out.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +82,7 @@ def cut_units(files: Sequence[InputFile], part_size: int, chunk_length: int) -> 
         elif file.splittable:
             ranges = -(-size // target)
             cuts = [size * i // ranges for i in range(ranges + 1)]
-            units += [(Piece(number, start, end),) for start, end in zip(cuts, cuts[1:], strict=False)]
+            units += [(Piece(number, start, end),) for start, end in itertools.pairwise(cuts)]
         else:
             units.append((Piece(number),))
     close()
@@ -93,7 +94,9 @@ def _text_bytes(file: InputFile) -> int:
     return file.size * (_COMPRESSION_RATIO if file.format.endswith((".gz", ".zst", "parquet")) else 1)
 
 
-def commit_plan(store: Store, run: Run, files: Sequence[InputFile], fields: Fields, part_size: int) -> tuple[str | None, int]:
+def commit_plan(
+    store: Store, run: Run, files: Sequence[InputFile], fields: Fields, part_size: int
+) -> tuple[str | None, int]:
     """Commit a plan for those of ``files`` that are new to the store; return its id (None: all known) and how many are known."""
     fingerprints = [file.fingerprint() for file in files]
     known = 0
@@ -113,8 +116,21 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], fields: Fiel
         units = cut_units(list(new.values()), part_size, store.identity.chunk_length)
         plan = Plan(tuple(new.values()), tuple(new), fields, part_size, tuple(units))
         entry = _write_plan(store, run, plan_id, plan)
-        record = {**dict.fromkeys(COUNTS, 0), "parts": 0, "units": len(units), "done": 0, "finished": False, "order": state.number + 1}
-        settings = {"text_field": fields.text, "id_field": fields.id, "keep": fields.keep, "part_size": part_size, "files": len(new)}
+        record = {
+            **dict.fromkeys(COUNTS, 0),
+            "parts": 0,
+            "units": len(units),
+            "done": 0,
+            "finished": False,
+            "order": state.number + 1,
+        }
+        settings = {
+            "text_field": fields.text,
+            "id_field": fields.id,
+            "keep": fields.keep,
+            "part_size": part_size,
+            "files": len(new),
+        }
         return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record})
 
     state = store.commit(run, build)

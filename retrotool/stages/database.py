@@ -1,6 +1,7 @@
 """A store seen as a database to search: its living vectors, its index, and where its documents are.
 
-Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped; shards are opened one after another.
+Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped; shards are opened one after
+another.
 """
 
 from __future__ import annotations

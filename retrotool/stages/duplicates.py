@@ -1,8 +1,9 @@
 """Finishing a ``chunk`` plan: document ids that occur more than once, and what the store remembers of the inputs.
 
-Of documents with the same id the one with the lowest chunk id stays; the others are tombstoned and set aside. They are found by
-sorting the ``keys/`` files range by range, so the result does not depend on the order in which units were finished. Memory: 40
-bytes a document of one range, of which there are as many as keep it under ``RANGE_ROWS`` rows.
+Of documents with the same id the one with the lowest chunk id stays; the others are tombstoned and set aside. They
+are found by sorting the ``keys/`` files range by range, so the result does not depend on the order in which units
+were finished. Memory: 40 bytes a document of one range, of which there are as many as keep it under ``RANGE_ROWS``
+rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Duplicates:
 
 
 def finish_plans(store: Store, run: Run, range_rows: int = RANGE_ROWS) -> None:
-    """Finish the plans of which every unit is committed: set duplicates aside and turn the plan into a list of fingerprints."""
+    """Finish the plans of which every unit is committed: set duplicates aside, and keep of the inputs fingerprints only."""
     for plan_id in unfinished_plans(store.refresh()):
         record = store.state.records[f"plan:{plan_id}"]
         entry = store.state.file("plans", plan_id)
@@ -58,9 +59,18 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: 
             return  # another process finished it
         plan = read_plan(store, entry)
         found = find_duplicates(store, plan, range_rows)
-        add = [write_json(store.root, FileName.new(run.id, "inputs", plan_id, "json"), {"fingerprints": plan.fingerprints}, len(plan.files))]
+        add = [
+            write_json(
+                store.root,
+                FileName.new(run.id, "inputs", plan_id, "json"),
+                {"fingerprints": plan.fingerprints},
+                len(plan.files),
+            )
+        ]
         if len(found.chunks):
-            add.append(write_tombstones(store.root, FileName.new(run.id, "tombstones", plan_id, "parquet"), found.chunks))
+            add.append(
+                write_tombstones(store.root, FileName.new(run.id, "tombstones", plan_id, "parquet"), found.chunks)
+            )
             columns = dict(zip(("input", "line", "reason"), zip(*found.quarantine, strict=True), strict=True))
             name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
             add.append(parts.write_parquet(store.root, name, parts.columns_of(columns, parts.QUARANTINE_SCHEMA)))
@@ -82,7 +92,12 @@ def _unless_changed(newest: State, seen: State, draft: Draft) -> Draft:
 
 def _counted(state: State, plan_id: str, found: Duplicates) -> Mapping[str, Any]:
     """Records of the plan and the totals, less the duplicates."""
-    change = {"documents": -len(found.quarantine), "chunks": -len(found.chunks), "tokens": -found.tokens, "set_aside": len(found.quarantine)}
+    change = {
+        "documents": -len(found.quarantine),
+        "chunks": -len(found.chunks),
+        "tokens": -found.tokens,
+        "set_aside": len(found.quarantine),
+    }
     plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, "finished": True},
@@ -115,14 +130,18 @@ def find_duplicates(store: Store, plan: Plan, range_rows: int = RANGE_ROWS) -> D
 
 def _ranges(store: Store, range_rows: int) -> Iterator[list[tuple[int, int]]]:
     """(part, doc) of every occurrence of a key but the first, for one range of keys after another."""
-    entries = {part: entry for part in store.state.parts() if (entry := store.state.part_file("keys", part)) is not None}
+    entries = {
+        part: entry for part in store.state.parts() if (entry := store.state.part_file("keys", part)) is not None
+    }
     rows = sum(entry.rows for entry in entries.values())
     ranges = 1
     while rows > ranges * range_rows and ranges < 1 << 16:
         ranges *= 2
     step = (1 << 16) // ranges
     for low in range(0, 1 << 16, step):
-        columns = [_read_range(store, entry, part, low, low + step, whole=ranges == 1) for part, entry in entries.items()]
+        columns = [
+            _read_range(store, entry, part, low, low + step, whole=ranges == 1) for part, entry in entries.items()
+        ]
         if not columns:
             continue
         key, part, doc = (np.concatenate(column) for column in zip(*columns, strict=True))

@@ -1,8 +1,9 @@
 """``embed``: every chunk to a vector of the encoder, one float16 ``.npy`` a part.
 
-A task is a part. If the store's tokenizer is the encoder's, tokens go straight in; otherwise they are decoded to text and tokenised
-again. Erased chunks get zeros; tombstoned ones are embedded, so that a purge can be undone until it is erased. The task
-reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part is done again.
+A task is a part. If the store's tokenizer is the encoder's, tokens go straight in; otherwise they are decoded to
+text and tokenised again. Erased chunks get zeros; tombstoned ones are embedded, so that a purge can be undone until
+it is erased. The task reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part
+is done again.
 """
 
 from __future__ import annotations

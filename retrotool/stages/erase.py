@@ -1,10 +1,12 @@
 """``purge --erase``: rewriting the files that hold purged chunks, so that their bytes are gone.
 
-A task is a part (its documents, keys, chunks and every encoder's embeddings) or an index shard. Slots stay, zeroed, so no id or
-row ever moves. What is done is read off the data itself: a file that no longer holds a victim is left alone, so an
-interrupted erase simply goes on. The commit removes the old files from the state, then they are unlinked.
+A task is a part (its documents, keys, chunks and every encoder's embeddings) or an index shard. Slots stay, zeroed,
+so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a victim is left
+alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they are
+unlinked.
 
-Not reached: bare chunk ids in tombstones and neighbour tables, centroids that were trained with the vectors, and anything outside the store.
+Not reached: bare chunk ids in tombstones and neighbour tables, centroids that were trained with the vectors, and
+anything outside the store.
 """
 
 from __future__ import annotations
@@ -119,14 +121,17 @@ class EraseWorker:
             "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens),
         }
         add = [
-            parts.write_parquet(store.root, FileName.new(run, kind, slot, "parquet"), table) for kind, table in tables.items()
+            parts.write_parquet(store.root, FileName.new(run, kind, slot, "parquet"), table)
+            for kind, table in tables.items()
         ]
         for name in store.state.names("embeddings"):
             entry = store.state.part_file("embeddings", part, name)
             if entry is not None:
                 matrix = np.array(vectors.read_vectors(store, entry))
                 matrix[rows] = 0
-                add.append(vectors.write_vectors(store.root, FileName.new(run, "embeddings", slot, "npy", name), matrix))
+                add.append(
+                    vectors.write_vectors(store.root, FileName.new(run, "embeddings", slot, "npy", name), matrix)
+                )
         return add
 
     def _shard(self, name: str, slot: str, run: str) -> list[FileEntry]:
@@ -154,5 +159,3 @@ def erase_documents(documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: n
             column = pc.if_else(gone, pa.scalar(None, column.type), column)
         columns.append(column)
     return pa.table(columns, schema=documents.schema)
-
-

@@ -1,9 +1,10 @@
 """``index``: a faiss index over the embeddings, with its true recall.
 
-Up to ``FLAT_LIMIT`` vectors the index is exact; above, an inverted file whose codes are the stored float16 vectors. The first task trains
-(k-means on vectors drawn at random over all parts); then each shard is a task: assign in torch, write a faiss file that holds its own
-coarse quantiser. Parts embedded later go into new shards under the same training. ``measure`` then finds the
-least ``nprobe`` that holds the target recall. Memory: the training sample, and one shard (2·d bytes a vector) while it is written.
+Up to ``FLAT_LIMIT`` vectors the index is exact; above, an inverted file whose codes are the stored float16 vectors.
+The first task trains (k-means on vectors drawn at random over all parts); then each shard is a task: assign in
+torch, write a faiss file that holds its own coarse quantiser. Parts embedded later go into new shards under the
+same training. ``measure`` then finds the least ``nprobe`` that holds the target recall. Memory: the training
+sample, and one shard (2·d bytes a vector) while it is written.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def shards(store: Store, name: str) -> dict[str, Mapping[str, Any]]:
 
 
 def choose_lists(n: int, flat_limit: int) -> int:
-    """Number of inverted lists for n vectors; 0 for a flat index. About 8√n, a power of two, at least 39 vectors a list."""
+    """Number of inverted lists for n vectors: about 8√n, a power of two, at least 39 vectors a list; 0: flat."""
     if n <= flat_limit:
         return 0
     return 1 << round(math.log2(min(8 * math.sqrt(n), n / 39)))
@@ -143,7 +144,9 @@ class IndexWorker:
             index = lists.empty_ivf(kmeans(torch.from_numpy(sample), nlist, seed=_SEED).numpy())
         entry = self._write(index, FileName.new(run, "index", "trained", "faiss", stage.index), None)
         report(task.weight)
-        return Staged(task.key, "index", run, {"name": stage.index, "encoder": stage.encoder, "nlist": nlist}, add=(entry,))
+        return Staged(
+            task.key, "index", run, {"name": stage.index, "encoder": stage.encoder, "nlist": nlist}, add=(entry,)
+        )
 
     def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         import faiss
@@ -188,8 +191,10 @@ def _check_finite(vectors: npt.NDArray[np.float16], part: int, rows: Sequence[in
         )
 
 
-def _sample(store: Store, encoder: str, rows: Mapping[int, npt.NDArray[np.int64]], size: int) -> npt.NDArray[np.float32]:
-    """``size`` living vectors, float32, drawn at random over all parts (the first n would be of the first sources only)."""
+def _sample(
+    store: Store, encoder: str, rows: Mapping[int, npt.NDArray[np.int64]], size: int
+) -> npt.NDArray[np.float32]:
+    """``size`` living vectors, float32, drawn at random over all parts (the first n are of the first sources only)."""
     sizes = np.array([len(r) for r in rows.values()])
     drawn = np.sort(np.random.default_rng(_SEED).choice(int(sizes.sum()), size, replace=False))
     ends = np.cumsum(sizes)
@@ -201,7 +206,9 @@ def _sample(store: Store, encoder: str, rows: Mapping[int, npt.NDArray[np.int64]
     return np.concatenate(pieces)
 
 
-def read_living(store: Store, encoder: str, part: int, tombstones: Tombstones) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
+def read_living(
+    store: Store, encoder: str, part: int, tombstones: Tombstones
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
     """Chunk ids and vectors of a part's living chunks."""
     alive = living_rows(store, part, tombstones)
     return parts.chunk_ids(part, alive), read_part_vectors(store, encoder, part)[alive]

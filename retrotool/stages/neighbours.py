@@ -1,8 +1,9 @@
 """``neighbours``: the nearest chunks of every chunk, outside its own document.
 
-A task is a part of the query store: list-major search (``ann.search``) of all its living vectors through the database's shards, with the
-interval of the query's own document and all tombstones masked before the top-k. Rows of purged or erased queries are empty. The table
-lies in the query store and names the database by uuid, commit and path. It is stale once the database has parts that it had not.
+A task is a part of the query store: list-major search (``ann.search``) of all its living vectors through the
+database's shards, with the interval of the query's own document and all tombstones masked before the top-k. Rows of
+purged or erased queries are empty. The table lies in the query store and names the database by uuid, commit and
+path. It is stale once the database has parts that it had not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import numpy as np
 from retrotool.ann.search import Queries
 from retrotool.errors import UsageError
 from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.database import Database, document_intervals, embedded_parts, living_rows, read_part_vectors, same_documents
+from retrotool.stages.database import (
+    Database,
+    document_intervals,
+    embedded_parts,
+    living_rows,
+    read_part_vectors,
+    same_documents,
+)
 from retrotool.stages.index import shards
 from retrotool.store import parts, staging, tables
 from retrotool.store.paths import FileName, part_slot
@@ -84,13 +92,13 @@ def check_encoders(store: Store, database: Database) -> None:
         )
     if theirs is None or ours["sha256"] != theirs["sha256"]:
         raise UsageError(
-            f"{store.root} and {database.store.root} were embedded by different encoders of the name {database.encoder!r}",
+            f"{store.root} and {database.store.root} were embedded by different encoders, both {database.encoder!r}",
             "Embed one of them again with the encoder of the other.",
         )
 
 
 def _version(database: Database, index: str, record: Mapping[str, Any]) -> str:
-    """Changes when the database can give other neighbours: new parts, other index or settings; not when chunks are purged."""
+    """Changes when the database can give other neighbours (new parts, another index), not when chunks are purged."""
     held = sorted(part for about in shards(database.store, index).values() for part in about["parts"])
     fields = [record["database"], index, database.nprobe, record["saved"], held]
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
@@ -113,7 +121,9 @@ class NeighboursWorker:
         vectors = read_part_vectors(store, database.encoder, part)
         within = store.identity.uuid == database.store.identity.uuid
         first, last = (
-            document_intervals(store, part) if within else same_documents(store, part, database.store, database.tombstones)
+            document_intervals(store, part)
+            if within
+            else same_documents(store, part, database.store, database.tombstones)
         )
         table = NeighbourTable(
             np.full((len(vectors), stage.saved), NO_NEIGHBOUR, np.int64),
@@ -147,7 +157,9 @@ def database_of(store: Store, table: str) -> tuple[Store, int]:
     record = store.state.records.get(f"neighbours:{table}")
     if record is None:
         have = ", ".join(store.state.with_prefix("neighbours:")) or "none"
-        raise UsageError(f"{store.root} has no neighbours {table!r}; it has: {have}", "Make them with: retrotool neighbours")
+        raise UsageError(
+            f"{store.root} has no neighbours {table!r}; it has: {have}", "Make them with: retrotool neighbours"
+        )
     if record["database"] == store.identity.uuid:
         return store, int(record["k"])
     database = Store.open(Path(record["path"]))

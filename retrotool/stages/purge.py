@@ -1,9 +1,10 @@
 """``purge``: selecting chunks and making them tombstones, in one commit.
 
-Selectors: chunk ids, document ids, an expression over document columns, or a pattern (RE2, linear time) over the decoded text of each chunk.
-Selecting scans what the selector needs: nothing but the ids, the ``keys/`` files, the documents, or all tokens. The commit costs what is
-purged, not what is stored. A match across the border of two chunks is not found by ``--pattern``; a tokenizer that loses case or spacing
-shows the pattern what is left of the text.
+Selectors: chunk ids, document ids, an expression over document columns, or a pattern (RE2, linear time) over the
+decoded text of each chunk. Selecting scans what the selector needs: nothing but the ids, the ``keys/`` files, the
+documents, or all tokens. The commit costs what is purged, not what is stored. A match across the border of two
+chunks is not found by ``--pattern``; a tokenizer that loses case or spacing shows the pattern what is left of the
+text.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ _DECODE_ROWS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a selector matched: ``chunks`` all ids, sorted; ``living`` those that were not purged before; and what goes with them.
+    """What a selector matched.
 
-    ``documents`` and ``tokens`` count what the living ones take from the totals; ``state`` is the state that was searched.
+    ``chunks`` are all ids, sorted, and ``living`` those that were not purged before; ``documents`` and ``tokens``
+    count what these take from the totals. ``state`` is the state that was searched.
     """
 
     kind: str
@@ -74,7 +76,13 @@ def select_ids(store: Store, lines: Sequence[str]) -> Ids:
 def select_documents(store: Store, names: Sequence[str], report: Report = lambda _: None) -> Ids:
     """Chunk ids of documents, given by their ids; ``UsageError`` names the first that the store has not."""
     wanted = {name.rstrip("\n"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
-    keys = pa.array([hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest() for name in wanted], pa.binary())
+    keys = pa.array(
+        [
+            hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
+            for name in wanted
+        ],
+        pa.binary(),
+    )
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
     for part in store.state.parts():
@@ -116,7 +124,9 @@ def select_pattern(store: Store, pattern: str, report: Report = lambda _: None) 
     try:
         pc.match_substring_regex(pa.array([""]), pattern)
     except pa.ArrowInvalid as error:
-        raise UsageError(f"the pattern can't be compiled: {str(error).splitlines()[0]}", "Patterns are in RE2's syntax.") from error
+        raise UsageError(
+            f"the pattern can't be compiled: {str(error).splitlines()[0]}", "Patterns are in RE2's syntax."
+        ) from error
     tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
     found: list[Ids] = []
     for part in store.state.parts():

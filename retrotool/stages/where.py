@@ -1,8 +1,9 @@
 """Expressions over document columns, such as ``source = 'news' and (year >= 2020 or license is null)``.
 
-Comparisons (``= != < <= > >=``), ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``, ``not``, parentheses. A column is
-compared as text with ``'text'`` and as a number with a number; values that are no number then match nothing, nor do nulls.
-It is parsed here rather than handed to a database because nothing but columns must be reachable from it.
+Comparisons (``= != < <= > >=``), ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``,
+``not``, parentheses. A column is compared as text with ``'text'`` and as a number with a number; values that are no
+number then match nothing, nor do nulls. It is parsed here rather than handed to a database because nothing but
+columns must be reachable from it.
 """
 
 from __future__ import annotations

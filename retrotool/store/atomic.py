@@ -41,7 +41,9 @@ class FileEntry:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> FileEntry:
         """Inverse of ``as_json``; fields it does not know are ignored."""
-        return cls(str(entry["path"]), int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]), entry.get("about"))
+        return cls(
+            str(entry["path"]), int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]), entry.get("about")
+        )
 
 
 def file_sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Taking away what dead runs left: temporary files, files that no commit names, staged tasks that can't be committed.
 
-Safe beside live writers: a file is removed only if neither the state nor a staged task names it, and its run is dead or the log
-shows that a commit removed it. Files are listed before staging, and staging before the log, so that a file on its way from one to the next
-is always seen in one of them. Cost: one listing of the store's folders.
+Safe beside live writers: a file is removed only if neither the state nor a staged task names it, and its run is
+dead or the log shows that a commit removed it. Files are listed before staging, and staging before the log, so that
+a file on its way from one to the next is always seen in one of them. Cost: one listing of the store's folders.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def clean(store: Store) -> int:
         disk.unlink(path)
         removed += 1
     once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
-    for path in once:
-        disk.unlink(paths.inside(store.root, path))
+    for gone in once:
+        disk.unlink(paths.inside(store.root, gone))
     return removed + len(once)
 
 
@@ -73,7 +73,7 @@ def _is_data(relative: str) -> bool:
 
 
 def _ever_added(store: Store, candidates: list[str]) -> list[str]:
-    """Those of ``candidates`` that some commit added (and, not being live, another removed). Reads the log backwards."""
+    """Those of ``candidates`` that a commit added (and, not being live, another removed). Reads the log backwards."""
     left = {path for path in candidates if _is_data(path)}
     found = []
     for number in range(store.state.number, -1, -1):

@@ -55,13 +55,17 @@ def part_digest(chunks: Chunks, keys: list[bytes | None], living: npt.NDArray[np
     record = np.dtype([("index", "<i4"), ("n_tokens", "<i4"), ("tokens", chunks.tokens.dtype, (length,))])
     named = np.dtype([("id", "<i8"), ("index", "<i4")])
     contents = np.empty(len(rows), record)
-    contents["index"], contents["n_tokens"], contents["tokens"] = chunks.index[rows], chunks.n_tokens[rows], chunks.tokens[rows]
+    contents["index"], contents["n_tokens"], contents["tokens"] = (
+        chunks.index[rows],
+        chunks.n_tokens[rows],
+        chunks.tokens[rows],
+    )
     names = np.empty(len(rows), named)
     names["id"], names["index"] = chunk_ids(chunks.part, rows), chunks.index[rows]
     doc = chunks.doc[rows]
     starts = np.flatnonzero(np.diff(doc, prepend=doc[0] - 1))
     ends = np.append(starts[1:], len(rows))
-    content_bytes, name_bytes = memoryview(contents.view(np.uint8)), memoryview(names.view(np.uint8))
+    content_bytes, name_bytes = contents.view(np.uint8), names.view(np.uint8)
     content = ids = 0
     for start, end, document in zip(starts.tolist(), ends.tolist(), doc[starts].tolist(), strict=True):
         key = keys[document] or b""

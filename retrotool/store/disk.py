@@ -63,7 +63,7 @@ def fsync_directory(path: Path) -> None:
 def write(path: Path, data: bytes) -> None:
     """Write a new file; it must not exist."""
     announce("write", path)
-    with open(path, "xb") as file:
+    with path.open("xb") as file:
         file.write(data)
 
 

@@ -85,9 +85,7 @@ def create_identity(root: Path, tokenizer: TokenizerIdentity, tokenizer_json: by
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file; a store is a directory")
     if root.is_dir() and any(not entry.name.startswith((".", "tokenizer-", "staging")) for entry in root.iterdir()):
-        raise UsageError(
-            f"{root} is not empty and no store", "Name a new directory, or an empty one, for the store."
-        )
+        raise UsageError(f"{root} is not empty and no store", "Name a new directory, or an empty one, for the store.")
     token = paths.new_token(secrets.token_hex(4))
     target = root / tokenizer.file
     atomic.put_if_absent(target, token, tokenizer_json)

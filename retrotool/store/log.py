@@ -1,7 +1,8 @@
 """The commit log: one JSON file a commit, chained by SHA-256, appended by put-if-absent.
 
-``append`` is the only way a store changes: it links a finished file to the next number, so that of several writers one
-wins, and a kill leaves no torn entry. ``read`` checks number and chain. What a commit means is the business of ``state``.
+``append`` is the only way a store changes: it links a finished file to the next number, so that of several writers
+one wins, and a kill leaves no torn entry. ``read`` checks number and chain. What a commit means is the business of
+``state``.
 """
 
 from __future__ import annotations

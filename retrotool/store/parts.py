@@ -1,8 +1,8 @@
 """The Parquet files of a part: documents, keys and chunks; and one way to write and read any Parquet file of a store.
 
-Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine in ten
-flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them without a copy.
-Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s.
+Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine
+in ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them
+without a copy. Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s.
 """
 
 from __future__ import annotations
@@ -141,14 +141,20 @@ def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDAr
     width = array.type.byte_width // dtype.itemsize
     if not len(array):
         return np.zeros((0, width), dtype)
-    numbers = np.frombuffer(array.buffers()[1], dtype, count=len(array) * width, offset=array.offset * array.type.byte_width)
+    numbers = np.frombuffer(
+        array.buffers()[1], dtype, count=len(array) * width, offset=array.offset * array.type.byte_width
+    )
     return numbers.reshape(-1, width)
 
 
 def chunks_table(doc: Any, index: Any, n_tokens: Any, tokens: npt.NDArray[Any]) -> pa.Table:
     """The table of a chunks file; rows are numbered from 0."""
     binary = fixed_binary(tokens)
-    columns = [pa.array(np.arange(len(doc)), pa.int32()), *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)), binary]
+    columns = [
+        pa.array(np.arange(len(doc)), pa.int32()),
+        *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)),
+        binary,
+    ]
     return pa.table(columns, schema=chunks_schema(binary.type.byte_width))
 
 
@@ -171,8 +177,8 @@ def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None
     """Read a part's chunks (or the chunks of some row groups of it)."""
     table = read_parquet(store, part_entry(store, "chunks", part), ["doc", "index", "n_tokens", "tokens"], row_groups)
     dtype = token_dtype(store.identity.tokenizer.token_bytes)
-    numbers = [table[name].to_numpy() for name in ("doc", "index", "n_tokens")]
-    return Chunks(part, *numbers, tokens=from_fixed_binary(table["tokens"], dtype))
+    doc, index, n_tokens = (table[name].to_numpy() for name in ("doc", "index", "n_tokens"))
+    return Chunks(part, doc, index, n_tokens, from_fixed_binary(table["tokens"], dtype))
 
 
 def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:

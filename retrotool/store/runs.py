@@ -45,7 +45,11 @@ def _start_time(process: int) -> str:
 
 
 def _here() -> dict[str, str]:
-    return {"host": socket.gethostname(), "boot": _read_text("/proc/sys/kernel/random/boot_id"), "namespace": _namespace()}
+    return {
+        "host": socket.gethostname(),
+        "boot": _read_text("/proc/sys/kernel/random/boot_id"),
+        "namespace": _namespace(),
+    }
 
 
 @dataclass(slots=True)
@@ -68,7 +72,9 @@ class Run:
         threading.Thread(target=self._beat, name="retrotool-heartbeat", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         disk.unlink(self.path)
 

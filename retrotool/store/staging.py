@@ -1,8 +1,9 @@
 """Finished tasks, waiting for a commit, and the fold that commits them.
 
-A worker calls ``stage`` when its files are whole; any process may call ``fold``, which commits what is there, one commit a kind,
-and takes the entries away. Units of ``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend
-on who finished first. Folding twice, or by two processes at once, commits nothing twice.
+A worker calls ``stage`` when its files are whole; any process may call ``fold``, which commits what is there, one
+commit a kind, and takes the entries away. Units of ``chunk`` get their part numbers here, in the order of their
+plans, so that ids do not depend on who finished first. Folding twice, or by two processes at once, commits nothing
+twice.
 """
 
 from __future__ import annotations
@@ -148,9 +149,7 @@ def fold(store: Store, run: Run) -> Folded:
         else:
             _fold_files(store, run, kind, tasks, committed, refused)
     for task in staged.values():
-        if task.task in committed:
-            _forget(store, task)
-        elif task.task in refused:
+        if task.task in committed or task.task in refused:
             _forget(store, task)
     return Folded(frozenset(committed), refused)
 
@@ -211,9 +210,7 @@ def _slot(path: str) -> tuple[str, str, str]:
     return name.kind, name.name, name.slot
 
 
-def _fold_units(
-    store: Store, run: Run, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
-) -> None:
+def _fold_units(store: Store, run: Run, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]) -> None:
     """Number and commit the units that are next in the order of their plans; the others wait."""
     waiting = {(task.unit.plan, task.unit.index): task for task in tasks if task.unit is not None}
 

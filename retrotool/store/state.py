@@ -1,8 +1,9 @@
 """The state of a store: the fold of its log.
 
-A map from slots to files, in groups by (kind, name), and a map of records. Groups are kept as columns and indexed when
-asked for, so that a checkpoint of 150,000 files costs one JSON parse (about 16 MB) and no object a file. States are values:
-``apply`` returns a new one and shares what did not change. Nothing here reads or writes a data file.
+A map from slots to files, in groups by (kind, name), and a map of records. Groups are kept as columns and indexed
+when asked for, so that a checkpoint of 150,000 files costs one JSON parse (about 16 MB) and no object a file.
+States are values: ``apply`` returns a new one and shares what did not change. Nothing here reads or writes a data
+file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _REBASE = 2048
 
 
 class Group:
-    """The live files of one (kind, name): columns from a checkpoint, and the changes since. Never mutated once shared."""
+    """The live files of one (kind, name): columns from a checkpoint, and the changes since. Not mutated once shared."""
 
     __slots__ = ("_changed", "_columns", "_index", "_prefix")
 

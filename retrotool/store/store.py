@@ -99,8 +99,9 @@ class Store:
         """Commit what ``build`` makes of the newest state; return the state that includes it.
 
         ``build`` is called again whenever another writer was first, so it must decide from the state it is given;
-        it returns None if there is nothing (any more) to commit, and raises ``ConflictError`` if its work was overtaken.
-        Files that the draft removes are unlinked once it is committed; a kill in between leaves them to clean-up.
+        it returns None if there is nothing (any more) to commit, and raises ``ConflictError`` if its work was
+        overtaken. Files that the draft removes are unlinked once it is committed; a kill in between leaves them to
+        clean-up.
         """
         attempt = 0
         while True:

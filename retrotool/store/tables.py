@@ -36,7 +36,8 @@ def write_table(
     """Write a part's neighbours; they come from commit ``commit`` of the store ``database`` (uuid) at ``path``."""
     saved = table.ids.shape[1]
     columns = [
-        pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), saved) for values in (table.ids, table.distances)
+        pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), saved)
+        for values in (table.ids, table.distances)
     ]
     metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.path": path}
     arrow = pa.table(columns, names=["ids", "distances"]).replace_schema_metadata(metadata)

@@ -38,5 +38,7 @@ def read_vectors(store: Store, entry: FileEntry) -> npt.NDArray[np.float16]:
     except (OSError, ValueError) as error:
         raise CorruptError(f"{path}: {error}", advice) from error
     if vectors.dtype != np.float16 or vectors.ndim != 2 or len(vectors) != entry.rows:
-        raise CorruptError(f"{path}: {vectors.dtype} {vectors.shape}, the log says {entry.rows} rows of float16", advice)
+        raise CorruptError(
+            f"{path}: {vectors.dtype} {vectors.shape}, the log says {entry.rows} rows of float16", advice
+        )
     return vectors

@@ -1,8 +1,9 @@
 """``verify``: whether everything in a store is what the log says, and hashes by which two stores can be compared.
 
-Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other: rows, documents and their
-chunks, keys, padding, embeddings, neighbour tables, index ids, tombstones, totals. Reports every problem and goes on. Cost: reading every byte of
-the store once for SHA-256 and its Parquet files a second time; memory: one part.
+Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other:
+rows, documents and their chunks, keys, padding, embeddings, neighbour tables, index ids, tombstones, totals.
+Reports every problem and goes on. Cost: reading every byte of the store once for SHA-256 and its Parquet files a
+second time; memory: one part.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def verify(
         elif not broken.intersection(entry.path for entry in entries if entry is not None):
             with _problem(result):
                 total += _check_part(store, part, tombstones, result)
-    sizes = {part: entry.rows for part in store.state.parts() if (entry := store.state.part_file("chunks", part)) is not None}
+    sizes = {
+        part: entry.rows for part in store.state.parts() if (entry := store.state.part_file("chunks", part)) is not None
+    }
     _check_ids(tombstones.ids, sizes, "tombstones", result)
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index")
@@ -164,12 +167,16 @@ def _check_part(store: Store, part: int, tombstones: Tombstones, result: Verific
     checks = {
         "rows are not numbered from 0": (row == np.arange(n)).all(),
         "documents do not follow one another": (first == np.cumsum(count) - count).all() and count.sum() == n,
-        "chunks name other documents than documents name chunks": (chunks.doc == np.repeat(np.arange(docs), count)).all(),
+        "chunks name other documents than documents name chunks": (
+            chunks.doc == np.repeat(np.arange(docs), count)
+        ).all(),
         "chunks are not numbered in their documents": (chunks.index == np.arange(n) - np.repeat(first, count)).all(),
         "documents and chunks differ in tokens": (
             np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64) == n_tokens
         ).all(),
-        "padding is not zero": not (chunks.tokens * (np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None])).any(),
+        "padding is not zero": not (
+            chunks.tokens * (np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None])
+        ).any(),
     }
     result.problems += [f"part {part}: {what}" for what, fine in checks.items() if not fine]
     keys = parts.read_parquet(store, parts.part_entry(store, "keys", part))
