@@ -55,7 +55,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A chunk near another, and how far: squared L2. ``continuation`` follows it in its document (None: nothing does)."""
+    """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does)."""
 
     id: int
     distance: float
@@ -197,7 +197,7 @@ class Reader:
         return copy
 
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
-        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: what was asked for then)."""
+        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: the table's)."""
         database, default = self._database(name)
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")

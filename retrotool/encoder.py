@@ -179,7 +179,7 @@ class Encoder:
         self._batch_tokens = _BATCH_TOKENS.get(self.device.split(":")[0], 4096)
 
     def embed(
-        self, rows: Sequence[Sequence[int]], report: Callable[[int], None] = lambda _: None
+        self, rows: Sequence[Sequence[int]], report: Callable[[int], object] = lambda _: None
     ) -> npt.NDArray[np.float16]:
         """Vectors, float16 [n, dimension], of rows of the encoder's own token ids, without special tokens.
 

@@ -83,11 +83,12 @@ def command(
 
 
 def _text(store: Path, result: PurgeResult) -> str:
-    what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {output.count(result.documents, 'whole document')}"
+    documents = output.count(result.documents, "whole document")
+    what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
     before = f"; {result.already_purged:,} more were purged before" if result.already_purged else ""
     if result.dry_run:
         lines = [f"Would purge {what}{before}. Nothing was changed."]
-        lines += [f"  retrotool search can show them; for example chunk {chunk}" for chunk in result.examples[:3]]
+        lines += ["First chunks: " + ", ".join(map(str, result.examples))] if result.examples else []
         return "\n".join(lines)
     if not result.purge and not result.erased:
         return f"Nothing to purge{before}."

@@ -45,7 +45,7 @@ class PurgeResult:
 
 
 def select(store: Store, kind: str, value: str) -> Selection:
-    """Select chunks by ``ids`` or ``documents`` (value: a file, one a line), ``where`` or ``pattern`` (value: itself)."""
+    """Select chunks by ``ids`` or ``documents`` (a file, one a line), ``where`` or ``pattern`` (an expression)."""
     if kind in ("ids", "documents"):
         try:
             lines = Path(value).read_text("utf-8", "surrogateescape").splitlines()

@@ -43,7 +43,7 @@ class Duplicates:
 
 
 def finish_plans(store: Store, run: Run, range_rows: int = RANGE_ROWS) -> None:
-    """Finish the plans of which every unit is committed: set duplicates aside, and keep of the inputs fingerprints only."""
+    """Finish the plans of which every unit is committed: set duplicates aside, keep only fingerprints of the inputs."""
     for plan_id in unfinished_plans(store.refresh()):
         record = store.state.records[f"plan:{plan_id}"]
         entry = store.state.file("plans", plan_id)

