@@ -40,8 +40,9 @@ def command(
 def _text(result: IndexResult) -> str:
     lists = f"{result.nlist:,} lists, {result.nprobe:,} probed" if result.nlist else "exact"
     lines = [
-        f"Index {result.name!r}: {output.count(result.vectors, 'vector')} of {result.encoder}, {result.kind} ({lists}), "
-        f"{result.bytes_per_vector:,.0f} bytes a vector, {output.count(result.shards, 'shard')} (commit {result.commit}).",
+        f"Index {result.name!r}: {output.count(result.vectors, 'vector')} of {result.encoder}, "
+        f"{result.kind} ({lists}), {result.bytes_per_vector:,.0f} bytes a vector, "
+        f"{output.count(result.shards, 'shard')} (commit {result.commit}).",
         f"True recall@10: {result.recall_at_10:.4f} ± {result.recall_error:.4f}",
     ]
     if len(result.curve) > 1:

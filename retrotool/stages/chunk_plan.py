@@ -97,7 +97,7 @@ def _text_bytes(file: InputFile) -> int:
 def commit_plan(
     store: Store, run: Run, files: Sequence[InputFile], fields: Fields, part_size: int
 ) -> tuple[str | None, int]:
-    """Plan those of ``files`` that are new to the store; return the plan's id (None: all known) and how many are known."""
+    """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
     fingerprints = [file.fingerprint() for file in files]
     known = 0
     plan_id = secrets.token_hex(4)

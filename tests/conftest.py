@@ -1,0 +1,150 @@
+"""Fixtures: a small encoder and corpora made by code, and ways to run commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = (
+    "store chunk token vector index query neighbour document part shard commit log page file disk kernel driver "
+    "memory thread process signal socket packet buffer queue stack heap tree graph node edge path root leaf key value "
+    "hash table list array string number letter word sentence paragraph chapter book author reader writer editor river "
+    "mountain forest desert ocean island valley bridge tower castle village city market harbour garden winter summer"
+).split()
+
+
+def make_text(seed: int, words: int) -> str:
+    """Deterministic text: ``words`` words that say something different for every seed."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    drawn = rng.zipf(1.3, words) % len(WORDS)
+    return " ".join(f"{WORDS[i]}{'.' if n % 11 == 10 else ''}" for n, i in enumerate(drawn))
+
+
+def make_rows(n: int, *, first: int = 0, words: int = 150) -> list[dict[str, Any]]:
+    """``n`` documents with ids, of lengths around ``words`` words, from two sources."""
+    return [
+        {
+            "id": f"doc-{i}",
+            "text": make_text(i, 1 + (i * 37) % (2 * words)),
+            "source": ("a", "b")[i % 2],
+            "year": 2000 + i % 20,
+        }
+        for i in range(first, first + n)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers and 32 dimensions with random weights and a WordPiece vocabulary, saved as safetensors."""
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "tiny", seed=0)
+
+
+def make_encoder(path: Path, seed: int) -> Path:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel
+
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        *(w for w in WORDS if len(w) > 1),
+    ]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    path.mkdir(parents=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    BertModel(config).eval().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 2,000 tokens, trained here: lossless."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((make_text(i, 200) for i in range(100)), trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 documents as jsonl."""
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_rows(120))
+
+
+@pytest.fixture(scope="session")
+def built_store(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_encoder: Path) -> Path:
+    """A finished store of several parts: chunked, embedded, indexed, with neighbours. Not to be changed: copy it."""
+    from retrotool import commands
+
+    store = tmp_path_factory.mktemp("built") / "store"
+    commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    commands.embed(store, encoder=str(tiny_encoder))
+    commands.index(store)
+    commands.neighbours(store)
+    return store
+
+
+@pytest.fixture
+def store_copy(built_store: Path, tmp_path: Path) -> Path:
+    """A copy of ``built_store`` that may be changed."""
+    import shutil
+
+    return Path(shutil.copytree(built_store, tmp_path / "store"))
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run ``retrotool`` in a process of its own: ``cli("info", store, "--json")``."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "retrotool", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+    return run
