@@ -46,16 +46,16 @@ def _text(info: Info) -> str:
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
         lines.append(
-            f"  index       {name}: {index.get('vectors', 0):,} vectors, {index.get('kind', 'unfinished')}, {recall}"
+            f"  index       {name}: {output.count(index['vectors'], 'vector')}, {index.get('kind', 'unfinished')}, {recall}"
         )
     lines += [
         f"  neighbours  {name}: {n['saved']} saved of each of {n['rows']:,} chunks"
         for name, n in info.neighbours.items()
     ]
     if info.purged:
-        lines.append(f"  purged      {info.purged:,} chunks (duplicates of documents included)")
+        lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, of purges and duplicate documents")
     lines += [
-        f"  purge {p}  {r['chunks']:,} chunks: {r['reason']}{' (erased)' if r['erased'] else ''}"
+        f"  {p}   {output.count(r['chunks'], 'chunk')} purged{' and erased' if r['erased'] else ''}: {r['reason']}"
         for p, r in info.purges.items()
     ]
     if info.unfinished:

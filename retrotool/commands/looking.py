@@ -104,8 +104,15 @@ def _index(store: Store, name: str) -> dict[str, Any]:
     record.pop("curve", None)
     trained = store.state.file("index", "trained", name)
     found = [store.state.file("index", slot, name) for slot in shards(store, name)]
-    paths = [entry.path for entry in found if entry is not None]
-    return {**record, "trained": trained.path if trained else None, "shards": paths}
+    entries = [entry for entry in found if entry is not None]
+    # The record keeps what was measured; an erase has taken vectors away since.
+    vectors = sum(entry.rows for entry in entries)
+    return {
+        **record,
+        "vectors": vectors,
+        "trained": trained.path if trained else None,
+        "shards": [e.path for e in entries],
+    }
 
 
 def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -> Verification:
