@@ -45,9 +45,8 @@ def _text(info: Info) -> str:
     ]
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
-        lines.append(
-            f"  index       {name}: {output.count(index['vectors'], 'vector')}, {index.get('kind', 'unfinished')}, {recall}"
-        )
+        kind = index.get("kind", "unfinished")
+        lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
     lines += [
         f"  neighbours  {name}: {n['saved']} saved of each of {n['rows']:,} chunks"
         for name, n in info.neighbours.items()

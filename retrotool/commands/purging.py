@@ -44,19 +44,34 @@ class PurgeResult:
     examples: tuple[int, ...] = field(default=())
 
 
-def select(store: Store, kind: str, value: str) -> Selection:
-    """Select chunks by ``ids`` or ``documents`` (a file, one a line), ``where`` or ``pattern`` (an expression)."""
+def select(store: Store, kind: str, value: str, *, resume_erase: bool = False) -> Selection:
+    """Select chunks by ``ids`` or ``documents`` (a file, one a line), ``where`` or ``pattern`` (an expression).
+
+    A purge by the same selector may have been interrupted in its erase, so that its documents can't be found any more:
+    then missing ones are no error, and with ``resume_erase`` its chunks are selected too.
+    """
+    lines: list[str] = []
+    literal = value
     if kind in ("ids", "documents"):
         try:
             lines = Path(value).read_text("utf-8", "surrogateescape").splitlines()
         except OSError as error:
             raise UsageError(f"{value} can't be read: {error.strerror}", "Give a file with one id a line.") from error
-        chunks: Ids = selecting.select_ids(store, lines) if kind == "ids" else selecting.select_documents(store, lines)
         literal = "\n".join(lines)
-    else:
-        chunks = selecting.select_where(store, value) if kind == "where" else selecting.select_pattern(store, value)
-        literal = value
-    return selecting.weigh(store, kind, literal, np.unique(chunks))
+    earlier = selecting.same_selector(store, kind, literal)
+    match kind:
+        case "ids":
+            chunks = selecting.select_ids(store, lines)
+        case "documents":
+            chunks = selecting.select_documents(store, lines, missing_ok=bool(earlier))
+        case "where":
+            chunks = selecting.select_where(store, value)
+        case _:
+            chunks = selecting.select_pattern(store, value)
+    found = [chunks]
+    if resume_erase:
+        found += [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
+    return selecting.weigh(store, kind, literal, np.unique(np.concatenate(found)))
 
 
 def purge(
@@ -76,7 +91,7 @@ def purge(
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
     store = Store.open(root)
-    selection = select(store, kind, value)
+    selection = select(store, kind, value, resume_erase=erase)
     chunks = len(selection.living)
     alive = int(store.state.records.get("totals", {}).get("chunks", 0))
     base: dict[str, Any] = {
@@ -85,13 +100,13 @@ def purge(
         "examples": tuple(selection.living[:10].tolist()),
     }  # fmt: skip
     planned = PurgeResult("", **base, erased=0, files_rewritten=0, dry_run=dry_run, commit=store.state.number)
-    if dry_run or not len(selection.chunks) or not confirm(planned):
+    if dry_run or (chunks and not confirm(planned)):
         return planned
     purged, erased, rewritten = "", 0, 0
-    with writing(store) as run:
+    with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         if chunks:
             purged = selecting.commit_purge(store, run, selection, reason)
-        if erase:
+        if erase and len(selection.chunks):
             erased, rewritten = _erase(store, run, selection.chunks)
     return PurgeResult(
         purged, **base, erased=erased, files_rewritten=rewritten, dry_run=False, commit=store.refresh().number

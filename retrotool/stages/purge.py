@@ -73,7 +73,16 @@ def select_ids(store: Store, lines: Sequence[str]) -> Ids:
     return np.unique(np.array(found, np.int64))
 
 
-def select_documents(store: Store, names: Sequence[str], report: Report = lambda _: None) -> Ids:
+def same_selector(store: Store, kind: str, literal: str) -> dict[str, bool]:
+    """Purges made by the same selector before, and whether they are erased."""
+    wanted = store.identity.keyed_hash(literal)
+    records = store.state.with_prefix("purge:")
+    return {p: r["erased"] for p, r in records.items() if (r["selector"], r["hash"]) == (kind, wanted)}
+
+
+def select_documents(
+    store: Store, names: Sequence[str], *, missing_ok: bool = False, report: Report = lambda _: None
+) -> Ids:
     """Chunk ids of documents, given by their ids; ``UsageError`` names the first that the store has not."""
     wanted = {name.rstrip("\n"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
     keys = pa.array(
@@ -92,7 +101,7 @@ def select_documents(store: Store, names: Sequence[str], report: Report = lambda
         seen[place.filter(hit).to_numpy()] = True
         found.append(_chunks_of(store, part, table["doc"].filter(hit).to_numpy()))
         report(1)
-    if not seen.all():
+    if not (seen.all() or missing_ok):
         name, number = list(wanted.items())[int(np.argmin(seen))]
         raise UsageError(
             f"line {number}: the store has no document {name[:100]!r} ({int((~seen).sum()):,} such in all)",
@@ -187,7 +196,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> s
     purge = "p" + secrets.token_hex(4)
     tombstones = write_tombstones(store.root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.living)
     literal = {"kind": selection.kind, "literal": selection.literal}
-    selector = write_json(store.root, FileName.new(run.id, "selectors", purge, "json"), literal, 1)
+    literal_file = write_json(store.root, FileName.new(run.id, "selectors", purge, "json"), literal, 1)
     seen = list(selection.state.group("tombstones"))
 
     def build(state: State) -> Draft:
@@ -195,10 +204,10 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> s
             raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
         counts = {"chunks": len(selection.living), "documents": selection.documents, "tokens": selection.tokens}
         totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
-        record = {**counts, "reason": reason, "selector": selection.kind, "commit": state.number + 1, "erased": False}
-        settings = {"selector": selection.kind, "hash": store.identity.keyed_hash(selection.literal), "reason": reason}
+        selector = {"selector": selection.kind, "hash": store.identity.keyed_hash(selection.literal), "reason": reason}
+        record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, "totals": totals}
-        return Draft("purge", settings, add=(tombstones, selector), records=records)
+        return Draft("purge", selector, add=(tombstones, literal_file), records=records)
 
     store.commit(run, build)
     return purge

@@ -1,0 +1,196 @@
+"""SIGKILL at the n-th store call of each command, then the same command again: nothing lost, nothing twice.
+
+A parent that has everything imported forks a child for every kill, so a kill costs milliseconds. n is drawn uniformly
+over the calls of an uninterrupted run of the same command. RETROTOOL_KILLS sets how many (``make kill-test``: 1,000).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import make_rows, write_jsonl
+
+from retrotool import commands
+from retrotool.commands.looking import info, verify
+from retrotool.store import disk
+from retrotool.store.paths import DATA_KINDS
+from retrotool.store.store import Store
+from retrotool.store.verify import Verification
+
+KILLS = int(os.environ.get("RETROTOOL_KILLS", "20"))
+SEED = 2026
+
+
+class Countdown:
+    """Counts store calls; at the n-th, if there is an n, the process kills itself."""
+
+    calls = 0
+    fatal: int | None = None
+    installed = False
+
+    @classmethod
+    def hear(cls, event: str, arguments: tuple[object, ...]) -> None:
+        if event == disk.EVENT:
+            cls.calls += 1
+            if cls.calls == cls.fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @classmethod
+    def start(cls, fatal: int | None) -> None:
+        if not cls.installed:
+            sys.addaudithook(cls.hear)
+            cls.installed = True
+        cls.calls, cls.fatal = 0, fatal
+
+
+def in_child(work: Callable[[], object], fatal: int | None) -> tuple[bool, int]:
+    """Do ``work`` in a forked child; return whether it was killed, and how many store calls it made if it was not."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            import torch
+
+            torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
+            Countdown.start(fatal)
+            work()
+            os.write(write, str(Countdown.calls).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        calls = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert killed or status == 0, "the command failed by itself"
+    return killed, int(calls or 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, what of the result must be equal, and which purges there must be (erased or not)."""
+
+    name: str
+    work: Callable[[Path], object]
+    equal: tuple[str, ...]
+    purges: list[bool]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[str, Path]:
+    """The store before each command."""
+    root = tmp_path_factory.mktemp("kills")
+    rows = make_rows(24, words=60)
+    write_jsonl(root / "one.jsonl", [*rows[:14], rows[3]])
+    write_jsonl(root / "two.jsonl", rows[14:])
+    (root / "victims.txt").write_text("doc-3\ndoc-20\n")
+    stores = {"inputs": root, "chunk": root / "empty"}
+    steps: list[tuple[str, Callable[[Path], object]]] = [
+        (
+            "embed",
+            lambda s: commands.chunk(
+                s, [str(root / "one.jsonl"), str(root / "two.jsonl")], tokenizer=str(tiny_encoder), part_size=8
+            ),
+        ),
+        ("index", lambda s: commands.embed(s, encoder=str(tiny_encoder), device="cpu")),
+        ("neighbours", commands.index),
+        ("purge", commands.neighbours),
+    ]
+    before = stores["chunk"]
+    for name, step in steps:
+        stores[name] = root / name
+        if before.exists():
+            shutil.copytree(before, stores[name])
+        step(stores[name])
+        before = stores[name]
+    return stores
+
+
+def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
+    inputs = [str(stages["inputs"] / name) for name in ("one.jsonl", "two.jsonl")]
+    victims = str(stages["inputs"] / "victims.txt")
+
+    def purge(store: Path) -> object:
+        return commands.purge(store, "documents", victims, reason="test")
+
+    def erase(store: Path) -> object:
+        return commands.purge(store, "documents", victims, reason="test", erase=True)
+
+    logical = ("content", "ids", "tombstones", "embeddings", "neighbours", "documents", "chunks", "tokens")
+    return [
+        Case("chunk", lambda s: commands.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
+        Case("embed", lambda s: commands.embed(s, encoder=str(encoder), device="cpu"), logical, []),
+        Case("index", commands.index, (*logical, "indexes"), []),
+        Case("neighbours", commands.neighbours, logical, []),
+        Case("purge", purge, logical, [False]),
+        Case("purge --erase", erase, (*logical, "indexes"), [True]),
+    ]
+
+
+@pytest.mark.parametrize("number", range(6), ids=["chunk", "embed", "index", "neighbours", "purge", "erase"])
+def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
+    number: int, stages: dict[str, Path], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    case = cases(stages, tiny_encoder)[number]
+    before = stages["purge" if case.name.startswith("purge") else case.name]
+    expected, calls = uninterrupted(case, before, tmp_path / "whole")
+    assert calls > 10
+    draw = random.Random(SEED + number)
+    fired = 0
+    for attempt in range(KILLS):
+        store = tmp_path / f"store-{attempt}"
+        if before.exists():
+            shutil.copytree(before, store)
+        killed, _ = in_child(lambda store=store: case.work(store), draw.randint(1, calls))  # type: ignore[misc]
+        fired += killed
+        check_between(store, before)
+        in_child(lambda store=store: case.work(store), None)  # type: ignore[misc]
+        check_after(store, case, expected)
+        shutil.rmtree(store)
+    assert fired == KILLS, "every kill must have hit"
+
+
+def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, int]:
+    if before.exists():
+        shutil.copytree(before, store)
+    killed, calls = in_child(lambda: case.work(store), None)
+    assert not killed
+    return verify(store), calls
+
+
+def check_between(store: Path, before: Path) -> None:
+    """After the kill the store is whole: everything that was there before, and nothing half."""
+    if not (store / "store.json").exists():
+        return
+    found = verify(store)
+    assert found.ok, found.problems
+    if before.exists():
+        assert Store.open(store).state.number >= Store.open(before).state.number
+
+
+def check_after(store: Path, case: Case, expected: Verification) -> None:
+    found = verify(store)
+    assert found.ok, found.problems
+    assert {name: getattr(found, name) for name in case.equal} == {name: getattr(expected, name) for name in case.equal}
+    left = [path for path in store.rglob("*") if path.name.startswith(".tmp-")]
+    left += [path for path in (store / "staging").iterdir() if path.is_file()]
+    assert not left
+    live = {entry.path for entry in Store.open(store).state.files()}
+    files = {path.relative_to(store).as_posix() for kind in DATA_KINDS for path in (store / kind).rglob("*.*")}
+    assert files == live, "no file is left that no commit names"
+    shown = info(store)
+    assert shown.unfinished == 0
+    assert [purge["erased"] for purge in shown.purges.values()] == case.purges
