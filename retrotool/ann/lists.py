@@ -25,13 +25,12 @@ Vectors = npt.NDArray[np.float16]
 class InvertedLists:
     """The lists of one shard; ``centroids`` float32 [nlist, d] is None for a flat index, which has one list.
 
-    ``index`` keeps the faiss object alive whose (memory-mapped) arrays the lists are.
+    The arrays may lie in a memory-mapped file, and are then read-only.
     """
 
     centroids: npt.NDArray[np.float32] | None
     ids: tuple[Ids, ...]
     vectors: tuple[Vectors, ...]
-    index: Any
 
     def __len__(self) -> int:
         """Vectors in all lists."""
@@ -101,22 +100,30 @@ def read(path: Path) -> InvertedLists:
     if isinstance(index, faiss.IndexIVFScalarQuantizer):
         inverted: Any = index.invlists
         sizes = [inverted.list_size(i) for i in range(index.nlist)]
-        ids = tuple(_view(inverted.get_ids(i), n, np.int64) for i, n in enumerate(sizes))
-        codes = (_view(inverted.get_codes(i), n * inverted.code_size, np.uint8) for i, n in enumerate(sizes))
-        vectors = tuple(c.view(np.float16).reshape(-1, index.d) for c in codes)
-        return InvertedLists(centroids_of(index), ids, vectors, index)
+        ids = tuple(_view(index, inverted.get_ids(i), (n,), np.int64) for i, n in enumerate(sizes))
+        vectors = tuple(_view(index, inverted.get_codes(i), (n, index.d), np.float16) for i, n in enumerate(sizes))
+        return InvertedLists(centroids_of(index), ids, vectors)
     if isinstance(index, faiss.IndexIDMap2):
         inner = faiss.downcast_index(index.index)
         if isinstance(inner, faiss.IndexScalarQuantizer) and inner.code_size == 2 * index.d:
             flat = faiss.vector_to_array(inner.codes).view(np.float16).reshape(-1, index.d)
-            return InvertedLists(None, (faiss.vector_to_array(index.id_map),), (flat,), index)
+            return InvertedLists(None, (faiss.vector_to_array(index.id_map),), (flat,))
     raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
 
 
-def _view(pointer: Any, size: int, dtype: Any) -> npt.NDArray[Any]:
-    import faiss
+class _Mapped:
+    """Memory of a faiss index as numpy sees it; arrays made of it keep the index, and so the memory, alive."""
 
-    return faiss.rev_swig_ptr(pointer, size).view(dtype) if size else np.zeros(0, dtype)
+    def __init__(self, index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> None:
+        self._index = index
+        self.__array_interface__ = {
+            "version": 3, "data": (int(pointer), True), "shape": shape, "typestr": np.dtype(dtype).str,
+        }  # fmt: skip
+
+
+def _view(index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A read-only array over a faiss index's memory."""
+    return np.asarray(_Mapped(index, pointer, shape, dtype)) if all(shape) else np.zeros(shape, dtype)
 
 
 def without(lists: InvertedLists, banned: Iterable[npt.NDArray[np.bool_]]) -> Any:

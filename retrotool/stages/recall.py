@@ -75,7 +75,7 @@ def _truth(store: Store, encoder: str) -> tuple[Queries, npt.NDArray[np.int64]]:
     best = Best(len(drawn), DEPTH)
     for part in numbers:
         living_ids, living_vectors = read_living(store, encoder, part, tombstones)
-        everything = InvertedLists(None, (living_ids,), (living_vectors,), None)
+        everything = InvertedLists(None, (living_ids,), (living_vectors,))
         search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best)
     return queries, best.ids
 

@@ -1,0 +1,56 @@
+"""Reading a store without retrotool's own code, as docs/format.md says: pyarrow, numpy and the list of files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from retrotool.commands.looking import info
+
+
+@dataclass(frozen=True)
+class Plain:
+    """All rows of a store, one array each: chunk ids, document ids, living or not, vectors float32."""
+
+    ids: np.ndarray[Any, Any]
+    documents: np.ndarray[Any, Any]
+    living: np.ndarray[Any, Any]
+    vectors: np.ndarray[Any, Any]
+
+
+def read_plain(store: Path, encoder: str = "tiny", purged: frozenset[int] = frozenset()) -> Plain:
+    ids, documents, living, vectors = [], [], [], []
+    for part in info(store).parts:
+        names = pq.read_table(store / part["documents"]["path"])["id"].to_pylist()
+        chunks = pq.read_table(store / part["chunks"]["path"])
+        numbers = (part["part"] << 32) + np.arange(chunks.num_rows)
+        ids.append(numbers)
+        documents += [names[doc] for doc in chunks["doc"].to_pylist()]
+        alive = (chunks["n_tokens"].to_numpy() > 0) & ~np.isin(numbers, list(purged))
+        living.append(alive)
+        vectors.append(np.load(store / part["embeddings"][encoder]["path"]).astype(np.float32))
+    return Plain(np.concatenate(ids), np.array(documents, object), np.concatenate(living), np.concatenate(vectors))
+
+
+def brute_force(queries: Plain, database: Plain, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Ids and squared distances of the k nearest living chunks of other documents, [n, k]; −1 and inf: none."""
+    distances = ((queries.vectors[:, None, :] - database.vectors[None, :, :]) ** 2).sum(-1)
+    distances[queries.documents[:, None] == database.documents[None, :]] = np.inf
+    distances[:, ~database.living] = np.inf
+    distances[~queries.living] = np.inf
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(distances, order, 1)
+    return np.where(np.isinf(best), -1, database.ids[order]), best
+
+
+def saved_neighbours(store: Path, name: str = "main") -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Ids and distances of all tables, as they are stored."""
+    tables = [pq.read_table(store / part["neighbours"][name]["path"]) for part in info(store).parts]
+    ids, distances = (
+        np.array([row for t in tables for row in t[column].to_pylist()]) for column in ("ids", "distances")
+    )
+    return ids, distances

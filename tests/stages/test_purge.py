@@ -1,0 +1,309 @@
+"""After a purge no way of reading gives a purged chunk; after an erase no file holds it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_rows, write_jsonl
+from oracle import read_plain, saved_neighbours
+
+import retrotool
+from retrotool import commands
+from retrotool.api import Reader
+from retrotool.commands.writing import writing
+from retrotool.errors import ConflictError, ErasedError, UsageError
+from retrotool.stages import purge as selecting
+from retrotool.stages.embed import EmbedStage
+from retrotool.store import staging
+from retrotool.store.store import Store
+
+CANARY = "zqxjkv"
+
+
+def lines(path: Path, values: list[object]) -> str:
+    path.write_text("".join(f"{value}\n" for value in values))
+    return str(path)
+
+
+def returned(reader: Reader) -> Iterator[int]:
+    """Ids of every chunk that any way of reading gives: chunks, neighbours, continuations."""
+    for part in reader.parts():
+        for chunk in reader.chunk_ids(part):
+            yield int(chunk)
+            if (following := reader.continuation(int(chunk))) is not None:
+                yield following.id
+            for neighbour in reader.neighbours(int(chunk), k=20):
+                yield neighbour.id
+                if neighbour.continuation is not None:
+                    yield neighbour.continuation.id
+
+
+def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: Path) -> None:
+    before = retrotool.open(store_copy)
+    victims = set(before.document("doc-7") + before.document("doc-30"))
+    texts = [before.chunk(chunk).text for chunk in sorted(victims)]
+    assert victims <= set(returned(before)), "they were there"
+    result = commands.purge(store_copy, "documents", lines(tmp_path / "ids", ["doc-7", "doc-30"]), reason="test")
+    assert (result.chunks, result.documents, result.erased) == (len(victims), 2, 0)
+    after = retrotool.open(store_copy)
+    assert victims.isdisjoint(returned(after))
+    encoder = after.load_encoder()
+    for text in texts:
+        assert victims.isdisjoint(n.id for n in after.search(text, 20, encoder=encoder))
+    for part in after.parts():
+        vectors = after.embeddings(part)
+        assert not vectors[[v & 0xFFFFFFFF for v in victims if v >> 32 == part]].any()
+    with pytest.raises(UsageError, match="purged"):
+        after.chunk(min(victims))
+    with pytest.raises(UsageError, match="purged"):
+        after.document("doc-7")
+    assert not after.tokens(sorted(victims)).any()
+    shown = commands.info(store_copy)
+    assert (shown.documents, shown.chunks) == (118, 366 - len(victims))
+    assert commands.verify(store_copy).ok
+
+
+def test_a_reader_that_was_open_keeps_its_view_until_it_refreshes(store_copy: Path, tmp_path: Path) -> None:
+    reader = retrotool.open(store_copy)
+    victim = reader.document("doc-7")[0]
+    commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test")
+    assert reader.chunk(victim).document == "doc-7"
+    reader.refresh()
+    with pytest.raises(UsageError):
+        reader.chunk(victim)
+
+
+def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Path) -> None:
+    reader = retrotool.open(store_copy)
+    victim = reader.document("doc-7")[0]
+    view = retrotool.open(store_copy)
+    commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    with pytest.raises(ErasedError, match="erased") as error:
+        view.chunk(victim)
+    assert "Reopen" in error.value.advice
+
+
+def everything(root: Path) -> bytes:
+    """Every byte under a store, with Parquet, npy and compressed content decoded as well."""
+    out = io.BytesIO()
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            out.write(path.read_bytes())
+            if path.suffix == ".parquet":
+                for column in pq.read_table(path).columns:
+                    for chunk in column.chunks:
+                        for buffer in chunk.buffers():
+                            out.write(b"" if buffer is None else buffer.to_pybytes())
+    return out.getvalue()
+
+
+@pytest.fixture
+def canary_store(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, list[str]]:
+    """A store with two canary documents, built to the end, and an IVF beside the flat index."""
+    rows = make_rows(60)
+    names = []
+    for i in (10, 41):
+        text = " ".join(f"{CANARY}{i} {row['text']}" for row in make_rows(3, first=700 + i))
+        rows.insert(i, {"id": f"{CANARY}-{i}", "text": text, "source": "secret source", "note": f"{CANARY} kept"})
+        names.append(f"{CANARY}-{i}")
+    store = tmp_path / "store"
+    commands.chunk(
+        store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=60,
+        fields=retrotool_fields("note"),
+    )  # fmt: skip
+    commands.embed(store, encoder=str(tiny_encoder))
+    commands.index(store)
+    from retrotool.stages.index import IndexStage
+
+    commands.index(store, name="ivf", stage=IndexStage("ivf", "tiny", flat_limit=50, shard_rows=100))
+    commands.neighbours(store)
+    return store, names
+
+
+def retrotool_fields(*keep: str) -> object:
+    from retrotool.sources import Fields
+
+    return Fields(keep=keep)
+
+
+def traces(store: Path, names: list[str]) -> dict[str, list[bytes]]:
+    """What the canaries leave behind: id, kept text, hashes, token rows, vectors as float16 and float32."""
+    import hashlib
+
+    reader = retrotool.open(store)
+    chunks = [chunk for name in names for chunk in reader.document(name)]
+    plain = read_plain(store)
+    vectors = plain.vectors[np.isin(plain.ids, chunks)]
+    return {
+        "id": [name.encode() for name in names],
+        "key": [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names],
+        "kept": [f"{CANARY} kept".encode(), b"secret source"],
+        "tokens": [reader.chunk(chunk).tokens.tobytes() for chunk in chunks],
+        "float16": [vector.astype(np.float16).tobytes() for vector in vectors],
+    }
+
+
+def test_after_an_erase_no_byte_is_left(canary_store: tuple[Path, list[str]], tmp_path: Path) -> None:
+    store, names = canary_store
+    wanted = traces(store, names)
+    haystack = everything(store)
+    assert all(trace in haystack for kind in wanted.values() for trace in kind), "the scan sees what is there"
+    digests = commands.verify(store)
+    commands.purge(store, "documents", lines(tmp_path / "ids", names), reason="request 17", erase=True)
+    haystack = everything(store)
+    assert {kind: [t for t in found if t in haystack] for kind, found in wanted.items()} == {
+        kind: [] for kind in wanted
+    }
+    assert CANARY.encode() not in haystack
+    after = commands.verify(store)
+    assert after.ok, after.problems
+    assert after.content != digests.content
+    assert commands.info(store).purges.popitem()[1]["erased"]
+    assert [path for path in store.rglob("*") if "selectors" in path.parts and path.is_file()] == []
+
+
+def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path, list[str]], tmp_path: Path) -> None:
+    store, names = canary_store
+    reader = retrotool.open(store)
+    victims = {chunk for name in names for chunk in reader.document(name)}
+    before = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
+    commands.purge(store, "documents", lines(tmp_path / "ids", names), reason="test", erase=True)
+    reader = retrotool.open(store)
+    after = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
+    assert after == {i: text for i, text in before.items() if i not in victims}
+    ids, _ = saved_neighbours(store)
+    assert not victims.isdisjoint(ids.ravel().tolist()), "plain tables keep bare ids ..."
+    assert victims.isdisjoint(returned(reader)), "... which reading masks"
+
+
+def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: Path) -> None:
+    state = Store.open(store_copy).state
+    victim = retrotool.open(store_copy).document("doc-1")[0]
+    untouched = {
+        entry.path for entry in state.files() if not entry.path.split("/")[-1].startswith(f"{victim >> 32:06d}")
+    }
+    result = commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    left = {entry.path for entry in Store.open(store_copy).state.files()}
+    assert {path for path in untouched if not path.startswith("index/main/shard")} <= left
+    assert result.files_rewritten == 5, "documents, keys, chunks, embeddings and one shard"
+
+
+def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
+    corpus: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    from retrotool.encoder import find_encoder
+
+    store_path = tmp_path / "store"
+    commands.chunk(store_path, [str(corpus)], tokenizer=str(tiny_encoder))
+    store = Store.open(store_path)
+    stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], "cpu")
+    victim = retrotool.open(store_path).document("doc-9")[0]
+    with writing(store) as run:
+        (task,) = stage.plan(store)
+        late = stage.open(store)(task, run.id, lambda _: None)  # finished, not yet committed
+        vector = np.load(store_path / late.add[0].path)[victim & 0xFFFFFFFF].tobytes()
+        assert vector in everything(store_path)
+        commands.purge(store_path, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+        assert staging.stage(store.root, late)
+        folded = staging.fold(store, run)
+        assert list(folded.refused) == [task.key]
+    assert vector not in everything(store_path)
+    commands.embed(store_path, encoder=str(tiny_encoder))
+    assert vector not in everything(store_path)
+    assert not retrotool.open(store_path).embeddings(0)[victim & 0xFFFFFFFF].any()
+    assert commands.verify(store_path).ok
+
+
+def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
+    store = Store.open(store_copy)
+    reader = retrotool.open(store_copy)
+    chunks = {int(i): reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)}
+    odd = {i for i, chunk in chunks.items() if int(chunk.document.removeprefix("doc-")) % 2}
+    assert set(selecting.select_where(store, "source = 'b'").tolist()) == odd
+    with_words = {i for i, chunk in chunks.items() if "store chunk" in chunk.text}
+    assert with_words
+    assert set(selecting.select_pattern(store, r"\bstore\s+chunk\b").tolist()) == with_words
+    assert selecting.select_ids(store, ["5", "", "5", str(1 << 32)]).tolist() == [5, 1 << 32]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("ids", "12\nseven", "line 2: 'seven' is no chunk id"),
+        ("ids", "99999999999999", "no chunk 99999999999999"),
+        ("ids", "-1", "no chunk -1"),
+        ("documents", "doc-1\nnobody", "line 2: the store has no document 'nobody'"),
+        ("where", "nothing = 'x'", "no column 'nothing'"),
+        ("pattern", "(", "can't be compiled"),
+    ],
+)
+def test_a_wrong_selector_is_refused_and_nothing_is_done(
+    store_copy: Path, tmp_path: Path, kind: str, value: str, message: str
+) -> None:
+    before = Store.open(store_copy).state.number
+    given = lines(tmp_path / "ids", [value]) if kind in ("ids", "documents") else value
+    with pytest.raises(UsageError) as error:
+        commands.purge(store_copy, kind, given, reason="test")
+    assert message in str(error.value)
+    assert Store.open(store_copy).state.number == before
+
+
+def test_a_dry_run_changes_nothing_and_counts_right(store_copy: Path) -> None:
+    before = commands.verify(store_copy)
+    planned = commands.purge(store_copy, "where", "source = 'a'", reason="test", dry_run=True)
+    assert commands.verify(store_copy) == before
+    done = commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    assert (done.chunks, done.documents, done.tokens) == (planned.chunks, planned.documents, planned.tokens)
+    after = commands.verify(store_copy)
+    assert after.ok
+    assert (after.chunks, after.tokens) == (before.chunks - done.chunks, before.tokens - done.tokens)
+
+
+def test_purging_what_is_purged_does_nothing_and_says_so(store_copy: Path) -> None:
+    first = commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    again = commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    assert (again.purge, again.chunks, again.already_purged) == ("", 0, first.chunks)
+    assert again.commit == first.commit
+
+
+def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
+    commands.purge(store_copy, "where", "source is not null", reason="test", erase=True)
+    shown = commands.info(store_copy)
+    assert (shown.documents, shown.chunks, shown.tokens) == (0, 0, 0)
+    assert retrotool.open(store_copy).search("anything") == []
+    assert commands.verify(store_copy).ok
+
+
+def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
+    store = Store.open(store_copy)
+    selection = commands.purging.select(store, "where", "source = 'a'")
+    commands.purge(store_copy, "where", "source = 'b'", reason="test")
+    with writing(store) as run, pytest.raises(ConflictError, match="another purge"):
+        selecting.commit_purge(store, run, selection, "late")
+    assert commands.verify(store_copy).ok
+
+
+def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_path: Path) -> None:
+    reader = retrotool.open(store_copy)
+    name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 3)
+    first, victim, last = reader.document(name)[:3]
+    result = commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    assert (result.chunks, result.documents) == (1, 0)
+    reader = retrotool.open(store_copy)
+    assert reader.document(name)[:2] == [first, last]
+    assert reader.continuation(first) is None
+    assert commands.verify(store_copy).ok
+
+
+def test_no_text_stands_in_the_log(store_copy: Path, tmp_path: Path) -> None:
+    commands.purge(store_copy, "pattern", "store chunk", reason="request 17")
+    log = b"".join(path.read_bytes() for path in (store_copy / "log").iterdir())
+    assert b"store chunk" not in log
+    shutil.rmtree(store_copy / "checkpoints", ignore_errors=True)
+    assert commands.info(store_copy).purges.popitem()[1]["reason"] == "request 17"
