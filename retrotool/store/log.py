@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -89,6 +89,20 @@ def read(root: Path, number: int, parent: str | None = None) -> Commit | None:
     if parent is not None and commit.parent != parent:
         raise CorruptError(f"{path}: is no child of the commit before it; the log was edited or reordered")
     return commit
+
+
+def last_number(root: Path) -> int:
+    """The highest number that a commit in the folder has, reachable or not; −1 if there is none."""
+    folder = root / "log"
+    numbers = (path.stem for path in folder.iterdir() if path.suffix == ".json") if folder.is_dir() else ()
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1)
+
+
+def read_after(root: Path, number: int, head: str) -> Iterator[Commit]:
+    """The commits after ``number``, whose bytes hash to ``head``, as far as there are any."""
+    while (commit := read(root, number + 1, head)) is not None:
+        yield commit
+        number, head = commit.number, commit.sha256
 
 
 def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool:

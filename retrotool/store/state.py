@@ -2,14 +2,14 @@
 
 A map from slots to files, in groups by (kind, name), and a map of records. Groups are kept as columns and indexed
 when asked for, so that a checkpoint of 150,000 files costs one JSON parse (about 16 MB) and no object a file.
-States are values: ``apply`` returns a new one and shares what did not change. Nothing here reads or writes a data
+States are values: ``fold`` returns a new one and shares what did not change. Nothing here reads or writes a data
 file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ _REBASE = 2048
 
 
 class Group:
-    """The live files of one (kind, name): columns from a checkpoint, and the changes since. Not mutated once shared."""
+    """The live files of one (kind, name): columns from a checkpoint, and the changes since. Not changed once shared."""
 
     __slots__ = ("_changed", "_columns", "_index", "_prefix")
 
@@ -59,15 +59,19 @@ class Group:
         c = self._columns
         return FileEntry(f"{self._prefix}/{c['file'][i]}", c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
 
-    def changed(self, changes: Mapping[str, FileEntry | None]) -> Group:
-        """A copy with some slots filled or freed."""
+    def copy(self) -> Group:
+        """A group that can be changed without changing this one."""
         if len(self._changed) > _REBASE:
-            # Copying the changes at every commit would make folding a long log quadratic.
-            return Group(self._prefix, self.columns()).changed(changes)
+            # Copying ever more changes at every commit would be quadratic.
+            return Group(self._prefix, self.columns())
         copy = Group(self._prefix, self._columns)
         copy._index = self._index
-        copy._changed = {**self._changed, **changes}
+        copy._changed = dict(self._changed)
         return copy
+
+    def put(self, slot: str, entry: FileEntry | None) -> None:
+        """Fill a slot, or free it. Only for a copy that nobody else has yet."""
+        self._changed[slot] = entry
 
     def columns(self) -> dict[str, list[Any]]:
         """All live files as columns, for a checkpoint."""
@@ -91,7 +95,8 @@ class State:
 
     def group(self, kind: str, name: str = "") -> Group:
         """The files of a kind (and name); empty if there are none."""
-        return self.groups.get((kind, name)) or Group(f"{kind}/{name}" if name else kind)
+        found = self.groups.get((kind, name))
+        return Group(f"{kind}/{name}" if name else kind) if found is None else found
 
     def names(self, kind: str) -> list[str]:
         """Names under which a kind has files, sorted."""
@@ -143,23 +148,29 @@ class State:
             slots.add(slot)
         return None
 
-    def apply(self, commit: Commit) -> State:
-        """The state after ``commit``; ``CorruptError`` if it is invalid here."""
-        reason = self.conflict(commit)
-        if reason is not None:
-            raise CorruptError(f"commit {commit.number} is invalid: {reason}")
-        changes: dict[tuple[str, str], dict[str, FileEntry | None]] = {}
-        for path in commit.remove:
-            name = FileName.parse(path)
-            changes.setdefault((name.kind, name.name), {})[name.slot] = None
-        for entry in commit.add:
-            name = FileName.parse(entry.path)
-            changes.setdefault((name.kind, name.name), {})[name.slot] = entry
-        groups = dict(self.groups)
-        for (kind, group_name), slots in changes.items():
-            groups[kind, group_name] = self.group(kind, group_name).changed(slots)
-        records = {key: value for key, value in {**self.records, **commit.records}.items() if value is not None}
-        return State(commit.number, commit.sha256, groups, records)
+    def fold(self, commits: Iterable[Commit]) -> State:
+        """The state after ``commits``, in their order; ``CorruptError`` if one is invalid where it comes."""
+        groups, records = dict(self.groups), dict(self.records)
+        number, head = self.number, self.head
+        now = State(number, head, groups, records)  # sees what the loop does to the two maps
+        own: set[tuple[str, str]] = set()
+        for commit in commits:
+            reason = now.conflict(commit)
+            if reason is not None:
+                raise CorruptError(f"commit {commit.number} is invalid: {reason}")
+            changes: list[tuple[str, FileEntry | None]] = [(path, None) for path in commit.remove]
+            for path, entry in [*changes, *((entry.path, entry) for entry in commit.add)]:
+                name = FileName.parse(path)
+                key = (name.kind, name.name)
+                if key not in own:
+                    groups[key] = now.group(*key).copy()
+                    own.add(key)
+                groups[key].put(name.slot, entry)
+            records.update(commit.records)
+            for gone in [record for record, value in commit.records.items() if value is None]:
+                del records[gone]
+            number, head = commit.number, commit.sha256
+        return State(number, head, groups, records)
 
     def check(self, draft: Draft) -> None:
         """``ConflictError`` if ``draft`` can't be committed on this state."""

@@ -59,11 +59,8 @@ class Store:
 
     def refresh(self) -> State:
         """Fold the commits made since, and return the state."""
-        state = self.state
-        while (commit := log.read(self.root, state.number + 1, state.head)) is not None:
-            state = state.apply(commit)
-        self.state = state
-        return state
+        self.state = self.state.fold(log.read_after(self.root, self.state.number, self.state.head))
+        return self.state
 
     def path(self, entry: FileEntry) -> Path:
         """The absolute path of a file of this view, checked against its size.

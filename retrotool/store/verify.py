@@ -9,6 +9,7 @@ second time; memory: one part.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,18 +119,19 @@ class _problem:  # noqa: N801 - used like contextlib.suppress
 
 def _check_log(store: Store, result: Verification) -> None:
     """Fold the whole log anew, and hold the open state and the checkpoint against it."""
-    state = State(-1, store.genesis)
     checkpoint = newest_checkpoint(store.root)
+    middle = -1 if checkpoint is None else min(checkpoint.number, store.state.number)
     with _problem(result):
-        for number in range(store.state.number + 1):
-            commit = log.read(store.root, number, state.head)
-            if commit is None:
-                raise CorruptError(f"{log.commit_path(store.root, number)} is missing")
-            state = state.apply(commit)
-            if checkpoint is not None and number == checkpoint.number and not _same(state, checkpoint):
-                result.problems.append(f"the checkpoint of commit {number} is not the fold of the log; remove it")
+        state = State(-1, store.genesis)
+        commits = log.read_after(store.root, state.number, state.head)
+        state = state.fold(itertools.islice(commits, middle + 1))
+        if checkpoint is not None and middle == checkpoint.number and not _same(state, checkpoint):
+            result.problems.append(f"the checkpoint of commit {middle} is not the fold of the log; remove it")
+        state = state.fold(itertools.islice(commits, store.state.number - middle))
         if not _same(state, store.state):
-            result.problems.append("the open state is not the fold of the log")
+            result.problems.append("the open state is not the fold of the log: commits are missing")
+        if (last := log.last_number(store.root)) > state.number and log.read(store.root, state.number + 1) is None:
+            result.problems.append(f"the log has a gap: commit {state.number + 1} is missing, but there is a {last}")
 
 
 def _same(one: State, other: State) -> bool:

@@ -1,0 +1,135 @@
+"""How long opening a store of 30,000 parts takes, in a fresh process.
+
+    python benchmarks/open_store.py [--parts 30000] [--runs 5]
+
+Makes a log of one commit a part, each naming five files (documents, keys, chunks, embeddings, neighbours) that need
+not exist: opening reads the log only. The head lies half a checkpoint interval past the last checkpoint. Then times, in
+fresh processes, ``Store.open`` alone and the whole process; the floor is to read and parse the checkpoint and the
+commits after it without building a state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import orjson
+from machine import describe
+
+from retrotool.store import log
+from retrotool.store.atomic import FileEntry
+from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.paths import FileName, new_token, part_slot
+from retrotool.store.state import encode_checkpoint
+from retrotool.store.store import CHECKPOINT_EVERY, Store
+
+KINDS = (
+    ("documents", "", "parquet"),
+    ("keys", "", "parquet"),
+    ("chunks", "", "parquet"),
+    ("embeddings", "minilm", "npy"),
+    ("neighbours", "main", "parquet"),
+)
+
+RUN = "0123abcd"
+OPEN = """
+import time
+start = time.perf_counter()
+from retrotool.store.store import Store
+state = Store.open({root!r}).state
+assert len(state.parts()) == {parts}, len(state.parts())
+assert state.part_file("neighbours", {last}, "main") is not None
+print(time.perf_counter() - start)
+"""
+FLOOR = """
+import time
+start = time.perf_counter()
+import orjson, hashlib, pathlib
+root = pathlib.Path({root!r})
+data = max((root / "checkpoints").iterdir()).read_bytes()
+hashlib.sha256(data).hexdigest()
+orjson.loads(data.partition(b"\\n")[2])
+for number in range({first}, {end}):
+    data = (root / "log" / f"{{number:08d}}.json").read_bytes()
+    hashlib.sha256(data).hexdigest()
+    orjson.loads(data)
+print(time.perf_counter() - start)
+"""
+
+
+def make_store(root: Path, parts: int) -> None:
+    """A store whose log has ``parts`` commits of five files each; written without fsync, which opening does not see."""
+    tokenizer = TokenizerIdentity.of("none", b"{}", 30522, False)
+    store = Store.create(root, tokenizer, b"{}", 64)
+    (root / "log").mkdir()
+    (root / "checkpoints").mkdir()
+    last_checkpoint = parts - 1 - CHECKPOINT_EVERY // 2
+    state = store.state.fold(islice(commits(root, store.genesis, parts), last_checkpoint + 1))
+    (root / "checkpoints" / f"{state.number:08d}-{new_token(RUN)}.json").write_bytes(encode_checkpoint(state))
+    for _ in commits(root, state.head, parts, first=state.number + 1):
+        pass
+
+
+def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.Commit]:
+    """Write one commit a part, as ``log.append`` does but without the ceremony, and give it back as it is read."""
+    for part in range(first, parts):
+        entries = [entry(part, kind, name, ending).as_json() for kind, name, ending in KINDS]
+        fields = {
+            "number": part, "uuid": "0", "parent": head, "time": "", "kind": "chunk", "tool": "benchmark",
+            "settings": {}, "reads": [], "add": entries, "remove": [], "records": {"parts": part + 1},
+        }  # fmt: skip
+        log.commit_path(root, part).write_bytes(orjson.dumps(fields))
+        commit = log.read(root, part, head)
+        assert commit is not None
+        head = commit.sha256
+        yield commit
+
+
+def entry(part: int, kind: str, name: str, ending: str) -> FileEntry:
+    """A file that looks like one of a million chunks."""
+    path = FileName.new(RUN, kind, part_slot(part), ending, name).path
+    return FileEntry(path, 1_048_576, 80_000_000 + part, hashlib.sha256(f"{kind}{part}".encode()).hexdigest())
+
+
+def seconds(code: str) -> tuple[float, float]:
+    """Seconds that a fresh process says its work took, and of the whole process."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(done.stdout), time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=int, default=30_000)
+    parser.add_argument("--runs", type=int, default=5)
+    arguments = parser.parse_args()
+    print(describe())
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "store"
+        start = time.perf_counter()
+        make_store(root, arguments.parts)
+        made = time.perf_counter() - start
+        print(f"{arguments.parts:,} commits naming {5 * arguments.parts:,} files, made in {made:.1f} s")
+        code = OPEN.format(root=str(root), parts=arguments.parts, last=arguments.parts - 1)
+        floor = FLOOR.format(root=str(root), first=arguments.parts - CHECKPOINT_EVERY // 2, end=arguments.parts)
+        ours = [seconds(code) for _ in range(arguments.runs)]
+        floors = [seconds(floor) for _ in range(arguments.runs)]
+    report("open, imports included", [inside for inside, _ in ours])
+    report("the whole process", [whole for _, whole in ours])
+    report("floor: read and parse", [inside for inside, _ in floors])
+
+
+def report(what: str, times: list[float]) -> None:
+    print(f"{what:<24} median {statistics.median(times):.3f} s, from {min(times):.3f} to {max(times):.3f}")
+
+
+if __name__ == "__main__":
+    main()
