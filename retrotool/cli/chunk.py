@@ -54,6 +54,9 @@ def command(
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Worker processes. Default: one a core.")
     ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Give up inputs of an interrupted run that are gone or changed.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Cut a corpus into chunks of 64 tokens, in Parquet.
@@ -69,7 +72,7 @@ def command(
         fields = Fields(text_field, id_field, tuple(keep or ()))
         result = commands.chunk(
             store, inputs, tokenizer=tokenizer, chunk_length=chunk_length, fields=fields, part_size=part_size,
-            workers=workers or os.cpu_count() or 1,
+            workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
         )  # fmt: skip
         output.show(result, as_json, _text)
         if result.set_aside:

@@ -55,6 +55,7 @@ def chunk(
     fields: Fields | None = None,
     part_size: int = PART_SIZE,
     workers: int = 1,
+    skip_missing: bool = False,
 ) -> ChunkResult:
     """Chunk inputs into a store, making it if there is none."""
     fields = fields or Fields()
@@ -71,7 +72,7 @@ def chunk(
         before = set(unfinished_plans(store.state))
         plan, known = commit_plan(store, run, files, fields, part_size)
         plans = [*before, *([plan] if plan else [])]
-        engine.execute(ChunkStage(), store, run, workers=workers)
+        engine.execute(ChunkStage(skip_missing), store, run, workers=workers)
         finish_plans(store, run)
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in plans]

@@ -129,5 +129,5 @@ def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     store.commit(run, build)
     # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
     staging.fold(store, run)
-    clean(store)
+    clean(store, thorough=True)
     return len(victims), rewritten

@@ -36,6 +36,8 @@ def read_lines(
                 elif (row := _parse(data, line)) is not None:
                     yield row if isinstance(row, SetAside) else document_of(row, fields, name, line, offset)
         except (OSError, pa.ArrowException) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
             reason = str(error).splitlines()[0]
             raise InputError(f"broken off after line {line:,}: {reason}", line + 1) from error
 

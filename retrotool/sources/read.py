@@ -15,7 +15,10 @@ from retrotool.sources.records import MAX_ROW_BYTES, Document, Fields, SetAside
 
 
 def read(file: InputFile, fields: Fields, start: int = 0, end: int | None = None) -> Iterator[Document | SetAside]:
-    """Read a file, or the lines that begin in [``start``, ``end``) of a splittable one; every row comes out once."""
+    """Read a file, or the lines that begin in [``start``, ``end``) of a splittable one; every row comes out once.
+
+    Raises ``OSError`` if the system can't give the file, or stops giving it.
+    """
     try:
         if file.size == 0:
             yield SetAside(0, "the file is empty")
@@ -27,9 +30,10 @@ def read(file: InputFile, fields: Fields, start: int = 0, end: int | None = None
             yield from lines.read_lines(Path(file.path), file.format, file.name, fields, start, end)
     except InputError as error:
         yield SetAside(error.position, str(error))
-    except OSError as error:
-        yield SetAside(0, f"can't be read: {error.strerror or error}")
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
+        # What the system refuses now it may give later; what the content lacks it will lack again.
+        if getattr(error, "errno", None) is not None:
+            raise
         yield SetAside(0, f"can't be read: {str(error).splitlines()[0]}")
 
 

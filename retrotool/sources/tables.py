@@ -32,5 +32,7 @@ def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document | S
                     yield document_of(values, fields, name, row, row)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             rest = file.metadata.num_rows - row
+            if getattr(error, "errno", None) is not None:
+                raise
             reason = str(error).splitlines()[0]
             raise InputError(f"broken off after row {row:,}, {rest:,} rows are lost: {reason}", row + 1) from error

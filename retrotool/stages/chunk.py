@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool import sources
+from retrotool.errors import TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
 from retrotool.stages.base import Report, Task, task_key
@@ -32,12 +33,18 @@ from retrotool.tokenizers import Tokenizer, TokenizerFile
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
+GIVEN_UP = "given up"
+"""How the reason begins for an input that is not in the store and may be added later."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStage:
-    """The units of all unfinished plans."""
+    """The units of all unfinished plans.
 
+    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; else that is an error.
+    """
+
+    skip_missing: bool = False
     name: str = "chunk"
     unit: str = "B"
 
@@ -60,14 +67,15 @@ class ChunkStage:
     def open(self, store: Store) -> ChunkWorker:
         """Load the store's tokenizer."""
         name = store.identity.tokenizer.name
-        return ChunkWorker(store, Tokenizer(TokenizerFile(name, store.tokenizer_json())))
+        return ChunkWorker(store, Tokenizer(TokenizerFile(name, store.tokenizer_json())), self.skip_missing)
 
 
 class ChunkWorker:
     """Chunks units; keeps the last plan it read."""
 
-    def __init__(self, store: Store, tokenizer: Tokenizer) -> None:
+    def __init__(self, store: Store, tokenizer: Tokenizer, skip_missing: bool) -> None:
         self._store = store
+        self._skip_missing = skip_missing
         self._tokenizer = tokenizer
         self._plan: tuple[str, Plan] | None = None
 
@@ -80,7 +88,7 @@ class ChunkWorker:
         for piece in plan.units[index]:
             file = plan.files[piece.file]
             bad: list[SetAside] = []
-            for batch in _batches(_rows(plan, piece.file, piece.start, piece.end, bad)):
+            for batch in _batches(_rows(plan, piece.file, piece.start, piece.end, bad, self._skip_missing)):
                 writer.add(file.name, batch, self._tokenizer.encode_batch([d.text for d in batch]), bad)
             before = lines_before(Path(file.path), piece.start) if bad and piece.start else 0
             quarantine += [(file.path, row.line + before if row.line else 0, row.reason) for row in bad]
@@ -106,17 +114,24 @@ class ChunkWorker:
         return self._plan[1]
 
 
-def _rows(plan: Plan, number: int, start: int, end: int | None, bad: list[SetAside]) -> Iterator[Document]:
+def _rows(
+    plan: Plan, number: int, start: int, end: int | None, bad: list[SetAside], skip_missing: bool
+) -> Iterator[Document]:
     """Documents of a piece; what is set aside goes to ``bad``."""
     file = plan.files[number]
     try:
         size = Path(file.path).stat().st_size
+        problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
     except OSError as error:
-        bad.append(SetAside(0, f"can't be read: {error.strerror}"))
+        problem = error.strerror or str(error)
+    if problem and skip_missing:
+        bad.append(SetAside(0, f"{GIVEN_UP}: {problem}"))
         return
-    if size != file.size:
-        bad.append(SetAside(0, f"changed since it was planned: it had {file.size:,} bytes, now {size:,}"))
-        return
+    if problem:
+        raise TaskError(
+            f"{file.path}: {problem}",
+            "Bring it back as it was and run the same command again, or give it up with --skip-missing.",
+        )
     for row in sources.read(file, plan.fields, start, end):
         if isinstance(row, SetAside):
             bad.append(row)

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from retrotool.errors import CorruptError
+from retrotool.errors import CorruptError, UsageError
 from retrotool.sources import Fields, InputFile
 from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
@@ -98,7 +98,10 @@ def commit_plan(
     store: Store, run: Run, files: Sequence[InputFile], fields: Fields, part_size: int
 ) -> tuple[str | None, int]:
     """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
-    fingerprints = [file.fingerprint() for file in files]
+    try:
+        fingerprints = [file.fingerprint() for file in files]
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
     known = 0
     plan_id = secrets.token_hex(4)
 

@@ -8,6 +8,7 @@ rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from retrotool.errors import ConflictError
 from retrotool.sources.lines import count_lines
+from retrotool.stages.chunk import GIVEN_UP
 from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans, write_json
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
@@ -54,35 +56,45 @@ def finish_plans(store: Store, run: Run, range_rows: int = RANGE_ROWS) -> None:
 
 def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: int) -> None:
     while True:
-        state = store.refresh()
-        if not state.has(entry.path):
+        seen = store.refresh()
+        if not seen.has(entry.path):
             return  # another process finished it
-        plan = read_plan(store, entry)
-        found = find_duplicates(store, plan, range_rows)
-        add = [
-            write_json(
-                store.root,
-                FileName.new(run.id, "inputs", plan_id, "json"),
-                {"fingerprints": plan.fingerprints},
-                len(plan.files),
-            )
-        ]
-        if len(found.chunks):
-            add.append(
-                write_tombstones(store.root, FileName.new(run.id, "tombstones", plan_id, "parquet"), found.chunks)
-            )
-            columns = dict(zip(("input", "line", "reason"), zip(*found.quarantine, strict=True), strict=True))
-            name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
-            add.append(parts.write_parquet(store.root, name, parts.columns_of(columns, parts.QUARANTINE_SCHEMA)))
-        draft = Draft("finish", add=tuple(add), remove=(entry.path,), records=_counted(state, plan_id, found))
+        draft = _finishing(store, run, plan_id, entry, range_rows)
         try:
-            store.commit(run, lambda newest, seen=state, draft=draft: _unless_changed(newest, seen, draft))  # type: ignore[misc]
+            store.commit(run, functools.partial(_unless_changed, seen, draft))
         except ConflictError:
-            continue  # parts or tombstones were committed meanwhile: look again; what was written is cleaned up
+            continue  # documents or tombstones were committed meanwhile: search again; clean-up takes the files away
         return
 
 
-def _unless_changed(newest: State, seen: State, draft: Draft) -> Draft:
+def _finishing(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: int) -> Draft:
+    """The commit that finishes a plan on the store's state, its files written."""
+    plan = read_plan(store, entry)
+    found = find_duplicates(store, plan, range_rows)
+    known = {"fingerprints": _fingerprints(store, plan_id, plan)}
+    add = [write_json(store.root, FileName.new(run.id, "inputs", plan_id, "json"), known, len(known["fingerprints"]))]
+    if len(found.chunks):
+        name = FileName.new(run.id, "tombstones", plan_id, "parquet")
+        add.append(write_tombstones(store.root, name, found.chunks))
+        columns = dict(zip(("input", "line", "reason"), zip(*found.quarantine, strict=True), strict=True))
+        name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
+        add.append(parts.write_parquet(store.root, name, parts.columns_of(columns, parts.QUARANTINE_SCHEMA)))
+    return Draft("finish", add=tuple(add), remove=(entry.path,), records=_counted(store.state, plan_id, found))
+
+
+def _fingerprints(store: Store, plan_id: str, plan: Plan) -> list[str]:
+    """Fingerprints of a plan's inputs, but for those that were given up: these may be added later."""
+    given_up: set[str] = set()
+    group = store.state.group("quarantine")
+    for slot in group:
+        quarantine = group.get(slot)
+        if quarantine is not None and slot.partition(".")[0] == plan_id:
+            rows = parts.read_parquet(store, quarantine, ["input", "reason"]).to_pylist()
+            given_up |= {row["input"] for row in rows if row["reason"].startswith(GIVEN_UP)}
+    return [f for file, f in zip(plan.files, plan.fingerprints, strict=True) if file.path not in given_up]
+
+
+def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
     """``draft``, if the documents and tombstones it was made from are still all there are."""
     same = all(list(newest.group(kind)) == list(seen.group(kind)) for kind in ("keys", "tombstones"))
     if not same or newest.records["totals"] != seen.records["totals"]:

@@ -23,6 +23,9 @@ from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, TokenizerFile
 
+_BLOCK_ROWS = 1 << 15
+"""Rows that are held as Python integers at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class EmbedStage:
@@ -74,7 +77,10 @@ class EmbedWorker:
         part = int(task.inputs["part"])
         chunks = parts.read_chunks(self._store, part)
         identity = self.encoder.identity
-        matrix = self.encoder.embed(self.rows(chunks.tokens, chunks.n_tokens), report)
+        matrix = np.zeros((len(chunks), identity.dimension), np.float16)
+        for start in range(0, len(chunks), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            matrix[block] = self.encoder.embed(self.rows(chunks.tokens[block], chunks.n_tokens[block]), report)
         report(int((chunks.n_tokens == 0).sum()))
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
         entry = vectors.write_vectors(self._store.root, name, matrix)

@@ -19,8 +19,12 @@ from retrotool.store.store import Store
 _FOLDERS = (*paths.DATA_KINDS, "staging", "log", "checkpoints")
 
 
-def clean(store: Store) -> int:
-    """Remove left-overs of dead runs; return how many files."""
+def clean(store: Store, *, thorough: bool = False) -> int:
+    """Remove left-overs of dead runs; return how many files.
+
+    ``thorough``: also files that a commit removed and a kill left on the disk, while the run that once wrote them is
+    still alive. That reads the whole log if there are files of live runs on their way.
+    """
     candidates = list(_files(store.root))
     staged = {path for task in staging.read_staged(store.root).values() for path in task.files()}
     state = store.refresh()
@@ -39,6 +43,8 @@ def clean(store: Store) -> int:
             continue
         disk.unlink(path)
         removed += 1
+    if not thorough:
+        return removed
     once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
     for gone in once:
         disk.unlink(paths.inside(store.root, gone))

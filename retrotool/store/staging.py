@@ -8,6 +8,7 @@ twice.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,14 +141,16 @@ def is_staged(root: Path, task: str) -> bool:
 def fold(store: Store, run: Run) -> Folded:
     """Commit every staged task that goes with the newest state; drop those that do not."""
     staged = read_staged(store.root)
+    alike: dict[str, list[Staged]] = {}
+    for task in staged.values():
+        what = {"kind": task.kind, "settings": task.settings}
+        alike.setdefault(orjson.dumps(what, option=orjson.OPT_SORT_KEYS).decode(), []).append(task)
     committed: set[str] = set()
     refused: dict[str, str] = {}
-    for kind in sorted({task.kind for task in staged.values()}):
-        tasks = [task for task in staged.values() if task.kind == kind]
-        if kind == "chunk":
-            _fold_units(store, run, tasks, committed, refused)
-        else:
-            _fold_files(store, run, kind, tasks, committed, refused)
+    for _, tasks in sorted(alike.items()):
+        done = _fold_units(store, run, tasks) if tasks[0].unit is not None else _fold_files(store, run, tasks)
+        committed |= done.committed
+        refused.update(done.refused)
     for task in staged.values():
         if task.task in committed or task.task in refused:
             _forget(store, task)
@@ -162,34 +165,37 @@ def _forget(store: Store, task: Staged) -> None:
             disk.unlink(paths.inside(store.root, path))
 
 
-def _fold_files(
-    store: Store, run: Run, kind: str, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
-) -> None:
-    """Commit tasks whose files have their final names."""
+def _fold_files(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
+    """Commit tasks of one kind and settings, whose files have their final names."""
+    committed: set[str] = set()
+    refused: dict[str, str] = {}
 
     def build(state: State) -> Draft | None:
-        committed.difference_update(task.task for task in tasks)
-        draft = Draft(kind)
+        committed.clear()
+        refused.clear()
+        draft = Draft(tasks[0].kind, tasks[0].settings)
         for task in tasks:
             if task.add and all(state.has(entry.path) for entry in task.add):
                 committed.add(task.task)  # a process was killed between the commit and taking the entry away
-                continue
-            reason = _conflict(state, draft, task)
-            if reason is not None:
+            elif (reason := _conflict(state, draft, task)) is not None:
                 refused[task.task] = reason
-                continue
-            committed.add(task.task)
-            draft = Draft(
-                kind,
-                settings=task.settings,
-                reads=tuple(dict.fromkeys((*draft.reads, *task.reads))),
-                add=(*draft.add, *task.add),
-                remove=(*draft.remove, *task.remove),
-                records={**draft.records, **task.records},
-            )
+            else:
+                committed.add(task.task)
+                draft = _joined(draft, task)
         return draft if draft.add or draft.remove or draft.records else None
 
     store.commit(run, build)
+    return Folded(frozenset(committed), refused)
+
+
+def _joined(draft: Draft, task: Staged) -> Draft:
+    return dataclasses.replace(
+        draft,
+        reads=tuple(dict.fromkeys((*draft.reads, *task.reads))),
+        add=(*draft.add, *task.add),
+        remove=(*draft.remove, *task.remove),
+        records={**draft.records, **task.records},
+    )
 
 
 def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
@@ -210,9 +216,11 @@ def _slot(path: str) -> tuple[str, str, str]:
     return name.kind, name.name, name.slot
 
 
-def _fold_units(store: Store, run: Run, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]) -> None:
+def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
     """Number and commit the units that are next in the order of their plans; the others wait."""
     waiting = {(task.unit.plan, task.unit.index): task for task in tasks if task.unit is not None}
+    committed: set[str] = set()
+    refused: dict[str, str] = {}
 
     def build(state: State) -> Draft | None:
         committed.clear()
@@ -237,6 +245,7 @@ def _fold_units(store: Store, run: Run, tasks: Sequence[Staged], committed: set[
         return _numbered(state, run, ready, progress)
 
     store.commit(run, build)
+    return Folded(frozenset(committed), refused)
 
 
 def _units(tasks: Sequence[Staged]) -> list[Unit]:

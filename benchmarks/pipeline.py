@@ -1,0 +1,117 @@
+"""Rates of the five commands on real text, each against what a user would write instead, in one run.
+
+    python benchmarks/pipeline.py INPUT.jsonl[.zst] [...] [--embed-chunks 2000]
+
+chunk is held against ``tokenizers`` alone on the same texts (its floor) and embed against ``sentence-transformers`` on
+the same chunks; neighbours against ``faiss`` searching query by query in an exact float32 index of the same vectors.
+Embedding is slow on a CPU, so neighbours use the first ``--embed-chunks`` chunks only unless that is raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+from machine import describe
+
+import retrotool
+from retrotool import commands
+from retrotool.encoder import Encoder
+from retrotool.sources import Document, Fields, find_inputs, read
+from retrotool.stages.embed import EmbedStage, EmbedWorker
+from retrotool.store.parts import read_chunks
+from retrotool.store.store import Store
+
+
+def report(what: str, rate: float, unit: str, reference: float = 0.0, of: str = "") -> None:
+    ratio = f"   {rate / reference:6.2f} x {of} ({reference:,.1f})" if reference else ""
+    print(f"{what:<24} {rate:12,.1f} {unit:<10}{ratio}", flush=True)
+
+
+def bench_chunk(inputs: list[str], store: Path) -> None:
+    documents = [row for file in find_inputs(inputs) for row in read(file, Fields()) if isinstance(row, Document)]
+    texts = [document.text for document in documents]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    start = time.perf_counter()
+    result = commands.chunk(store, inputs, workers=os.cpu_count() or 1)
+    ours = megabytes / (time.perf_counter() - start)
+    tokenizer = retrotool.open(store).tokenizer.library
+    start = time.perf_counter()
+    for first in range(0, len(texts), 64):
+        tokenizer.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)
+    floor = megabytes / (time.perf_counter() - start)
+    print(f"{megabytes:.1f} MB of text, {result.chunks:,} chunks in {result.parts} parts")
+    report("chunk", ours, "MB/s", floor, "tokenizers alone, in memory, all cores")
+
+
+def bench_embed(store: Path, limit: int) -> np.ndarray:
+    from sentence_transformers import SentenceTransformer
+
+    from retrotool.encoder import find_encoder
+    from retrotool.tokenizers import bundled_model
+
+    opened = Store.open(store)
+    worker = EmbedWorker(opened, EmbedStage("minilm", find_encoder("minilm")[1]))
+    chunks = read_chunks(opened, 0)
+    rows = worker.rows(chunks.tokens[:limit], chunks.n_tokens[:limit])
+    encoder: Encoder = worker.encoder
+    encoder.embed(rows[:64])
+    start = time.perf_counter()
+    vectors = encoder.embed(rows)
+    ours = len(rows) / (time.perf_counter() - start)
+    texts = encoder.tokenizer.decode_text(chunks.tokens[:limit], chunks.n_tokens[:limit])
+    model = SentenceTransformer(str(bundled_model()), device=encoder.device)
+    model.encode(texts[:64])
+    start = time.perf_counter()
+    model.encode(texts)
+    report(
+        f"embed ({encoder.device})",
+        ours,
+        "chunks/s",
+        len(rows) / (time.perf_counter() - start),
+        "sentence-transformers",
+    )
+    return vectors
+
+
+def bench_search(vectors: np.ndarray) -> None:
+    from retrotool.ann.lists import InvertedLists
+    from retrotool.ann.search import Best, Queries, search
+
+    queries = vectors.astype(np.float32)
+    lists = InvertedLists(None, (np.arange(len(vectors)),), (vectors,))
+    start = time.perf_counter()
+    search(lists, Queries.plain(queries), 1, lambda ids: np.zeros(len(ids), np.bool_), Best(len(queries), 20))
+    ours = len(queries) / (time.perf_counter() - start)
+    index = faiss.IndexFlatL2(queries.shape[1])
+    index.add(queries)
+    start = time.perf_counter()
+    index.search(queries, 20)
+    report("neighbours (exact)", ours, "queries/s", len(queries) / (time.perf_counter() - start), "faiss, exact")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+")
+    parser.add_argument("--embed-chunks", type=int, default=2000)
+    arguments = parser.parse_args()
+    print(describe())
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        bench_chunk(arguments.inputs, store)
+        bench_search(bench_embed(store, arguments.embed_chunks))
+        start = time.perf_counter()
+        found = commands.verify(store)
+        report("verify", found.bytes / 1e6 / (time.perf_counter() - start), "MB/s")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"largest worker process: {children:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
