@@ -14,10 +14,9 @@ from retrotool.errors import EXIT_SET_ASIDE
 if TYPE_CHECKING:
     from retrotool.commands.chunking import ChunkResult
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool chunk store corpus/*.jsonl.zst
-
   retrotool chunk store papers.parquet --text-field body --id-field doi --keep year
 
 Exit codes: 0 done, 3 done with input set aside, 2 usage, 11 lost a race, 12 corrupt."""

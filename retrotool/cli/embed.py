@@ -12,10 +12,9 @@ from retrotool.cli.options import Device, Json, StoreArgument
 if TYPE_CHECKING:
     from retrotool.commands.building import EmbedResult
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool embed store
-
   retrotool embed store --encoder models/bert-base-uncased --device cuda"""
 
 
@@ -44,6 +43,8 @@ def command(
 
 
 def _text(result: EmbedResult) -> str:
-    done = f"{result.chunks:,} chunks embedded" if result.chunks else "Every chunk has its embedding already"
+    done = (
+        f"{output.count(result.chunks, 'chunk')} embedded" if result.chunks else "Every chunk has its embedding already"
+    )
     how = f"{result.dimension} dimensions, {result.pooling} pooling"
     return f"{done} (encoder {result.encoder}, {how}, commit {result.commit})."

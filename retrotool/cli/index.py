@@ -12,10 +12,9 @@ from retrotool.cli.options import EncoderOption, Json, StoreArgument
 if TYPE_CHECKING:
     from retrotool.commands.building import IndexResult
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool index store
-
   retrotool index store --name precise --target-recall 0.99"""
 
 

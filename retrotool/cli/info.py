@@ -10,10 +10,9 @@ from retrotool.cli.options import Json, StoreArgument
 if TYPE_CHECKING:
     from retrotool.commands.looking import Info
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool info store
-
   retrotool info store --json"""
 
 
@@ -38,7 +37,7 @@ def _text(info: Info) -> str:
         ),
     ]
     if info.set_aside:
-        lines.append(f"  set aside   {info.set_aside:,} rows of input, listed in quarantine/")
+        lines.append(f"  set aside   {output.count(info.set_aside, 'row')} of input, listed in quarantine/")
     lines += [
         f"  embeddings  {name}: {e['dimension']} dimensions, {e['parts']:,} of {len(info.parts):,} parts"
         for name, e in info.encoders.items()
@@ -48,7 +47,7 @@ def _text(info: Info) -> str:
         kind = index.get("kind", "unfinished")
         lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
     lines += [
-        f"  neighbours  {name}: {n['saved']} saved of each of {n['rows']:,} chunks"
+        f"  neighbours  {name}: {n['saved']} saved for {output.count(n['rows'], 'chunk')}"
         for name, n in info.neighbours.items()
     ]
     if info.purged:

@@ -13,10 +13,9 @@ from retrotool.cli.options import Json, StoreArgument
 if TYPE_CHECKING:
     from retrotool.commands.building import NeighboursResult
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool neighbours store
-
   retrotool neighbours database --queries training --name wiki -k 2 --saved 20"""
 
 
@@ -46,7 +45,9 @@ def command(
 
 def _text(result: NeighboursResult) -> str:
     done = (
-        f"Neighbours of {result.queries:,} chunks found" if result.queries else "Every chunk has its neighbours already"
+        f"Neighbours of {output.count(result.queries, 'chunk')} found"
+        if result.queries
+        else "Every chunk has its neighbours already"
     )
     how = f"{result.saved} saved, {result.k} used, index {result.index!r}"
     return f"{done} ({result.name!r}: {how}, commit {result.commit})."

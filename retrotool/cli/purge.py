@@ -15,12 +15,10 @@ from retrotool.errors import UsageError
 if TYPE_CHECKING:
     from retrotool.commands.purging import PurgeResult
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
-
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
-
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes"""
 
 ASK_ABOVE = 0.01

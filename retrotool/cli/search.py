@@ -12,10 +12,9 @@ from retrotool.cli import output
 from retrotool.cli.options import Device, Json, StoreArgument
 from retrotool.errors import UsageError
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool search store "how do I open a file for reading?"
-
   retrotool search store "file objects" -k 3 --json"""
 
 

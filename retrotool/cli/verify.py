@@ -15,10 +15,9 @@ from retrotool.errors import CorruptError
 if TYPE_CHECKING:
     from retrotool.store.verify import Verification
 
-EPILOG = """Examples:
-
+EPILOG = """\b
+Examples:
   retrotool verify store
-
   retrotool verify store --json
 
 Exit codes: 0 all is well, 12 something is not."""

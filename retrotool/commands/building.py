@@ -90,7 +90,9 @@ def index(
         engine.execute(stage, store, run)
         record = store.refresh().records.get(f"index:{name}")
         current = sorted(shards(store, name))
-        if record is None or record["shards"] != current or record["target"] != target_recall:
+        vectors = sum(entry.rows for slot in current if (entry := store.state.file("index", slot, name)) is not None)
+        made = {"shards": current, "vectors": vectors, "target": target_recall}
+        if record is None or any(record[key] != value for key, value in made.items()):
             record = _measure(store, run, name, chosen, target_recall)
     state = store.refresh()
     curve = tuple(Recall(**point) for point in record["curve"])

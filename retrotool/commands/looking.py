@@ -19,7 +19,7 @@ from retrotool.store.verify import verify as verify_store
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What is in a store. ``parts`` and ``indexes`` list the current files, paths relative to the store."""
+    """What is in a store. Current files are listed with paths relative to it."""
 
     path: str
     uuid: str
@@ -37,6 +37,8 @@ class Info:
     indexes: dict[str, Any]
     neighbours: dict[str, Any]
     purges: dict[str, Any]
+    tombstones: list[dict[str, Any]]
+    quarantine: list[dict[str, Any]]
     unfinished: int
 
 
@@ -69,6 +71,8 @@ def info(root: str | Path) -> Info:
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_covered(store, "neighbours:", "neighbours"),
         purges=state.with_prefix("purge:"),
+        tombstones=_files(store, "tombstones"),
+        quarantine=_files(store, "quarantine"),
         unfinished=len(unfinished_plans(state)),
     )  # fmt: skip
 
@@ -86,6 +90,11 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
     return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
+
+
+def _files(store: Store, kind: str) -> list[dict[str, Any]]:
+    group = store.state.group(kind)
+    return [{"path": e.path, "rows": e.rows} for slot in group if (e := group.get(slot)) is not None]
 
 
 def _covered(store: Store, prefix: str, kind: str) -> dict[str, Any]:

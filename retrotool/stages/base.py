@@ -5,7 +5,7 @@ a task is plain data, so both can be sent anywhere. Where a task runs, ``stage.o
 may be loaded, once), and ``worker(task, run, report)`` writes new files and returns what to stage. So:
 
 * local processes: ``retrotool.engine.execute``;
-* a job array: job i of n plans, and takes ``tasks[i::n]``;
+* a job array: job i of n plans, and takes the tasks with ``int(task.key, 16) % n == i`` (keys stay, positions do not);
 * a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
 
 In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent:

@@ -90,7 +90,7 @@ class ChunkWorker:
             bad: list[SetAside] = []
             for batch in _batches(_rows(plan, piece.file, piece.start, piece.end, bad, self._skip_missing)):
                 writer.add(file.name, batch, self._tokenizer.encode_batch([d.text for d in batch]), bad)
-            before = lines_before(Path(file.path), piece.start) if bad and piece.start else 0
+            before = lines_before(Path(file.path), piece.start) if any(row.line for row in bad) else 0
             quarantine += [(file.path, row.line + before if row.line else 0, row.reason) for row in bad]
             report((file.size if piece.end is None else piece.end) - piece.start)
         writer.close_part()

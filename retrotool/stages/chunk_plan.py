@@ -110,7 +110,9 @@ def commit_plan(
         seen = set(_known_fingerprints(store, state))
         new: dict[str, InputFile] = {}
         for file, fingerprint in zip(files, fingerprints, strict=True):
-            hidden = store.identity.keyed_hash(fingerprint)
+            # Read by another field, a file is another input: a wrong --text-field must not shut it out.
+            field = "" if file.format == "txt" else fields.text
+            hidden = store.identity.keyed_hash(f"{fingerprint} {field}")
             if hidden not in seen:
                 new.setdefault(hidden, file)
         known = len(files) - len(new)

@@ -110,7 +110,7 @@ class Store:
             if self._append(run, state, draft):
                 for path in draft.remove:
                     disk.unlink(paths.inside(self.root, path))
-                if (state.number + 1) % CHECKPOINT_EVERY == 0:
+                if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
                     self._write_checkpoint(run)
                 return self.refresh()
             attempt += 1

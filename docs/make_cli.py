@@ -1,0 +1,65 @@
+"""Write docs/cli.md: the ``--help`` of every command.
+
+    python docs/make_cli.py
+
+The width is fixed, so that the page does not depend on the terminal. A test holds the page against ``page()``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from retrotool.cli import app
+
+WIDTH = 100
+PAGE = Path(__file__).with_name("cli.md")
+
+HEAD = """\
+# The command line
+
+This page is made from `--help` by `docs/make_cli.py`; run `make docs` after a change.
+
+Results go to stdout, as text or with `--json` as one JSON object; errors, advice and progress go to stderr.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed: the disk is full, a task failed every time, a bug |
+| 2 | usage: what was asked for contradicts itself, the store or the machine |
+| 3 | `chunk` finished, with input set aside |
+| 10 | there is no store at that path |
+| 11 | another process committed something that this work does not go with; run the command again |
+| 12 | a file is not what the log says, or was erased under a reader |
+| 130 | interrupted; what is finished is kept |
+"""
+
+
+def command_names() -> list[str]:
+    """The commands, in the order in which ``--help`` lists them."""
+    return [str(info.name) for info in app.registered_commands]
+
+
+def help_text(*command: str) -> str:
+    """What ``retrotool COMMAND --help`` prints in a terminal of the fixed width."""
+    environment = {"COLUMNS": str(WIDTH), "TERMINAL_WIDTH": str(WIDTH), "NO_COLOR": "1"}
+    result = CliRunner().invoke(
+        app, [*command, "--help"], prog_name="retrotool", env=environment, terminal_width=WIDTH, color=False
+    )
+    if result.exit_code:
+        raise RuntimeError(f"retrotool {' '.join(command)} --help failed: {result.output}")
+    return "\n".join(line.rstrip() for line in result.output.strip("\n").splitlines())
+
+
+def page() -> str:
+    """The page as it should be."""
+    sections = [HEAD, f"## retrotool\n\n```text\n{help_text()}\n```\n"]
+    sections += [f"## retrotool {name}\n\n```text\n{help_text(name)}\n```\n" for name in command_names()]
+    return "\n".join(sections)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
+    sys.stdout.write(f"{PAGE} written\n")

