@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from retrotool.errors import RetrotoolError, StorageError, TaskError
+from retrotool.errors import ErasedError, RetrotoolError, StorageError, TaskError
 from retrotool.stages.base import Report, Stage, Task, Worker
 from retrotool.store import staging
 from retrotool.store.runs import Run
@@ -47,6 +47,8 @@ class _Failures:
         """Count a failure; True if the task should be tried again."""
         if isinstance(error, _FATAL):
             raise error
+        if isinstance(error, ErasedError):
+            return False  # what it read was removed by another process: it is planned again, if it is still to be done
         self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
         # What is wrong with the data or the settings will be wrong again.
         if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
@@ -67,6 +69,7 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
     try:
         while True:
             staging.fold(store, run)
+            store.refresh()
             tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
             if not tasks:
                 break
@@ -161,7 +164,8 @@ def _run_in_processes(
             workers, context, _open_worker, (stage, store.root, run.id, progress, threads)
         )
         with _reporting(progress, report), _stopping(pool):
-            futures = {pool.submit(_do, task): task for task in waiting}
+            with _interrupts_put_off():
+                futures = {pool.submit(_do, task): task for task in waiting}
             waiting = []
             while futures:
                 done, _ = concurrent.futures.wait(futures, FOLD_SECONDS, concurrent.futures.FIRST_COMPLETED)
@@ -179,6 +183,16 @@ def _run_in_processes(
                 if time.monotonic() - folded > FOLD_SECONDS:
                     staging.fold(store, run)
                     folded = time.monotonic()
+
+
+@contextlib.contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Processes started meanwhile have Ctrl-C blocked from their first instruction on: it is the parent's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

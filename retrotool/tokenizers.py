@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 BUNDLED = "minilm"
 _CONTINUATION = "##"
+_PROBE = "a  b\n\n \tc " + "".join(
+    map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x10FFFF, 0x4000)])
+)
+"""Text that has every byte that UTF-8 has, and white space of all kinds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +109,12 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.file = file
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UsageError(f"tokenizer {file.name!r} can't be loaded: it has no tokens", "Train it first.")
         self.vocabulary = max(vocabulary.values()) + 1
         self._decoder = str((fields.get("decoder") or {}).get("type"))
         self._is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
-        self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None
+        self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None and self._gives_back(_PROBE)
         self._table: pa.Array | None = None
         self._table_tried = False
 
@@ -122,6 +128,11 @@ class Tokenizer:
         """The tokenizer of the ``tokenizers`` library, without truncation and padding."""
         return self._tokenizer
 
+    def _gives_back(self, text: str) -> bool:
+        """Whether the library decodes a text's tokens to the same text."""
+        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.decode(tokens, skip_special_tokens=False) == text
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -131,13 +142,16 @@ class Tokenizer:
         """Token ids of a chunk's text, also of one that begins inside a word (shown as ``##...`` by WordPiece)."""
         if not (self._is_wordpiece and text.startswith(_CONTINUATION)):
             return self.encode_batch([text])[0]
-        rest = text.removeprefix(_CONTINUATION)
+        # What follows the first word stays as it is: special tokens such as [UNK] are found before normalising.
+        head, space, tail = text.removeprefix(_CONTINUATION).partition(" ")
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
-        plain = normalizer.normalize_str(rest) if normalizer is not None else rest
+        plain = normalizer.normalize_str(head) if normalizer is not None else head
         words = splitter.pre_tokenize_str(plain) if splitter is not None else [(plain, (0, len(plain)))]
         if not words or words[0][1][0] != 0:
             return self.encode_batch([text])[0]
         word, (_, end) = words[0]
+        if splitter is not None and len(splitter.pre_tokenize_str("a" + word)) > 1:
+            return self.encode_batch([text])[0]  # no word goes on like this
         pieces: list[int] = []
         while word:
             for length in range(len(word), 0, -1):
@@ -148,7 +162,7 @@ class Tokenizer:
                     break
             else:
                 return self.encode_batch([text])[0]
-        return pieces + self.encode_batch([plain[end:]])[0]
+        return pieces + self.encode_batch([plain[end:] + space + tail])[0]
 
     def special_tokens(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer's own template puts before and after a text, such as [CLS] and [SEP]."""

@@ -74,7 +74,9 @@ def errors(as_json: bool) -> Iterator[None]:
         if error.advice:
             note(error.advice)
         if as_json:
-            fields = {"error": str(error), "advice": error.advice, "exit_code": error.exit_code}
+            # A path that is not UTF-8 must not keep an error from being told.
+            message = str(error).encode("utf-8", "backslashreplace").decode()
+            fields = {"error": message, "advice": error.advice, "exit_code": error.exit_code}
             sys.stdout.write(orjson.dumps(fields).decode() + "\n")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:

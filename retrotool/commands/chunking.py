@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retrotool import engine
@@ -59,6 +59,7 @@ def chunk(
 ) -> ChunkResult:
     """Chunk inputs into a store, making it if there is none."""
     fields = fields or Fields()
+    fields = replace(fields, keep=tuple(dict.fromkeys(fields.keep)))
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
             raise UsageError(

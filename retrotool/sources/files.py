@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retrotool.errors import UsageError
@@ -65,7 +67,7 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if _is_input(file, path)]
+            inside = [file for file in _walk(path) if _is_input(file, path)]
             if not inside:
                 raise UsageError(f"{given} has no file of a known format", f"Known are: {known}.")
             for file in inside:
@@ -77,7 +79,26 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
             found.setdefault(path.resolve(), _describe(path, Path(path.name)))
         else:
             raise UsageError(f"{given}: no such file or folder", "Check the path; nothing was read or changed.")
-    return list(found.values())
+    return _tell_apart(list(found.values()))
+
+
+def _tell_apart(files: list[InputFile]) -> list[InputFile]:
+    """Give inputs of one name as many of their folders' names as it takes to tell them apart."""
+    while shared := {name for name, n in Counter(file.name for file in files).items() if n > 1}:
+        for i, file in enumerate(files):
+            if file.name in shared:
+                longer = Path(file.path).resolve().parts[-file.name.count("/") - 2 :]
+                files[i] = replace(file, name="/".join(longer).lstrip("/"))
+    return files
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files in a folder; ``rglob`` would leave out in silence what may not be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
+
+    return sorted(Path(place) / name for place, _, names in os.walk(folder, onerror=refuse) for name in names)
 
 
 def _is_input(file: Path, folder: Path) -> bool:
@@ -89,4 +110,10 @@ def _describe(path: Path, name: Path) -> InputFile:
     kind = input_format(path.name)
     assert kind is not None
     # Made absolute, so that the work can go on from another directory.
-    return InputFile(str(path.absolute()), name.as_posix(), path.stat().st_size, kind)
+    absolute = str(path.absolute())
+    try:
+        absolute.encode()
+    except UnicodeEncodeError:
+        shown = absolute.encode("utf-8", "backslashreplace").decode()
+        raise UsageError(f"{shown}: its name is not UTF-8", "Rename it; nothing was changed.") from None
+    return InputFile(absolute, name.as_posix(), path.stat().st_size, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,12 +28,27 @@ def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document | S
             return
         try:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(columns))):
-                for values in batch.to_pylist():
+                for values in _rows(batch):
                     row += 1
-                    yield document_of(values, fields, name, row, row)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                    if isinstance(values, UnicodeDecodeError):
+                        yield SetAside(row, f"invalid UTF-8 at byte {values.start:,} of a value")
+                    else:
+                        yield document_of(values, fields, name, row, row)
+        except (pa.ArrowException, OSError) as error:
             rest = file.metadata.num_rows - row
             if getattr(error, "errno", None) is not None:
                 raise
             reason = str(error).splitlines()[0]
             raise InputError(f"broken off after row {row:,}, {rest:,} rows are lost: {reason}", row + 1) from error
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Each row's values, or why they are no text: Arrow does not check UTF-8 when it reads."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool import sources
-from retrotool.errors import TaskError
+from retrotool.errors import ErasedError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
 from retrotool.stages.base import Report, Task, task_key
@@ -55,7 +55,10 @@ class ChunkStage:
             entry = store.state.file("plans", plan_id)
             if entry is None:
                 continue
-            plan = read_plan(store, entry)
+            try:
+                plan = read_plan(store, entry)
+            except ErasedError:
+                continue  # another process has just finished it
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
                 key = task_key("chunk", {"unit": index}, [entry.path])
                 if not staging.is_staged(store.root, key):
@@ -109,7 +112,8 @@ class ChunkWorker:
             entry = self._store.state.file("plans", plan_id)
             if entry is None:
                 entry = self._store.refresh().file("plans", plan_id)
-            assert entry is not None, f"plan {plan_id} was finished by another process"
+            if entry is None:
+                raise ErasedError(f"plan {plan_id} was finished by another process")
             self._plan = (path, read_plan(self._store, entry))
         return self._plan[1]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from retrotool.errors import CorruptError, UsageError
+from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile
 from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
@@ -138,7 +138,12 @@ def commit_plan(
         }
         return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record})
 
-    state = store.commit(run, build)
+    while True:
+        try:
+            state = store.commit(run, build)
+            break
+        except ErasedError:
+            continue  # a plan was finished while its fingerprints were read
     return (plan_id if f"plan:{plan_id}" in state.records else None), known
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from retrotool.errors import ConflictError
+from retrotool.errors import ConflictError, ErasedError
 from retrotool.sources.lines import count_lines
 from retrotool.stages.chunk import GIVEN_UP
 from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans, write_json
@@ -59,7 +59,10 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: 
         seen = store.refresh()
         if not seen.has(entry.path):
             return  # another process finished it
-        draft = _finishing(store, run, plan_id, entry, range_rows)
+        try:
+            draft = _finishing(store, run, plan_id, entry, range_rows)
+        except ErasedError:
+            continue  # the plan was finished, or something erased, meanwhile: look again
         try:
             store.commit(run, functools.partial(_unless_changed, seen, draft))
         except ConflictError:
@@ -201,5 +204,6 @@ def _with_lines(plan: Plan, places: list[tuple[str, int]]) -> Iterator[tuple[str
                 lines = count_lines(Path(file.path), file.format, sorted(positions))
             except OSError:
                 lines = [0] * len(positions)
-        for line in lines:
+        # A file that has become shorter since has fewer lines than were asked for.
+        for line in lines + [0] * (len(positions) - len(lines)):
             yield (file.path if file else name), line, REASON

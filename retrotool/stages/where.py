@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from retrotool.errors import UsageError
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<operator><=|>=|!=|<>|=|<|>|\(|\)|,)"
+    r"(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<operator><=|>=|!=|<>|=|<|>|\(|\)|,)"
     r"|(?P<word>[A-Za-z_][A-Za-z0-9_.-]*)|\"(?P<quoted>[^\"]+)\")"
 )
 _COMPARE = {
@@ -26,6 +26,7 @@ _COMPARE = {
     ">": pc.greater, ">=": pc.greater_equal,
 }  # fmt: skip
 _KEYWORDS = ("and", "or", "not", "in", "is", "null", "like")
+_DEPTH = 50
 _HIDDEN = ("key", "text_hash", "first_row")
 _ADVICE = "Write for example: --where \"source = 'news' and (year >= 2020 or license is null)\""
 
@@ -54,7 +55,7 @@ class Where:
 
     def mask(self, table: pa.Table) -> pa.Array:
         """Which rows match: boolean, without nulls."""
-        self._table, self._place = table, 0
+        self._table, self._place, self._depth = table, 0, 0
         result = self._either()
         if self._place < len(self._tokens):
             raise self._error("the end")
@@ -73,6 +74,15 @@ class Where:
         return result
 
     def _one(self) -> Any:
+        self._depth += 1
+        if self._depth > _DEPTH:
+            raise self._error(f"a nesting of at most {_DEPTH}")
+        try:
+            return self._nested()
+        finally:
+            self._depth -= 1
+
+    def _nested(self) -> Any:
         if self._word("not"):
             return pc.invert(self._one())
         if self._operator("("):
@@ -155,13 +165,14 @@ def _tokenize(expression: str) -> list[tuple[str, str, int]]:
     tokens = []
     place = 0
     while expression[place:].strip():
+        place += len(expression[place:]) - len(expression[place:].lstrip())
         match = _TOKEN.match(expression, place)
         if match is None:
             raise UsageError(f"the expression can't be read at character {place + 1}", _ADVICE)
         kind, text = str(match.lastgroup), match[str(match.lastgroup)]
         if kind == "word":
             kind, text = ("keyword", text.lower()) if text.lower() in _KEYWORDS else ("column", text)
-        tokens.append(("column" if kind == "quoted" else kind, text, match.start(str(match.lastgroup))))
+        tokens.append(("column" if kind == "quoted" else kind, text, place))
         place = match.end()
     return tokens
 

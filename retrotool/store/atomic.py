@@ -10,6 +10,7 @@ Cost: one extra read of the file for its SHA-256 (about 1.5 GB/s, from the page 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from retrotool.store import disk, paths
 from retrotool.store.paths import FileName
 
 TEMPORARY = ".tmp-"
+PUT_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,19 @@ def write_file(
 
 def put_if_absent(target: Path, token: str, data: bytes) -> bool:
     """Write a small file under a name that must be free; False if it is taken. Durable on return."""
-    with temporary_file(target, token) as temporary:
-        disk.write(temporary, data)
-        disk.fsync(temporary)
-        won = disk.link(temporary, target)
-    disk.fsync_directory(target.parent)
+    for attempt in itertools.count(1):
+        try:
+            with temporary_file(target, token) as temporary:
+                disk.write(temporary, data)
+                disk.fsync(temporary)
+                won = disk.link(temporary, target)
+            break
+        except FileNotFoundError:
+            # Clean-up by another process takes the temporary file of a run that it can't see yet.
+            if attempt == PUT_ATTEMPTS:
+                raise
+    with disk.told(target):
+        disk.fsync_directory(target.parent)
     return won
 
 

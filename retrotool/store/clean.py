@@ -1,8 +1,9 @@
 """Taking away what dead runs left: temporary files, files that no commit names, staged tasks that can't be committed.
 
 Safe beside live writers: a file is removed only if neither the state nor a staged task names it, and its run is
-dead or the log shows that a commit removed it. Files are listed before staging, and staging before the log, so that
-a file on its way from one to the next is always seen in one of them. Cost: one listing of the store's folders.
+dead or the log shows that a commit removed it. Files are listed first, then it is asked which runs are dead, then
+staging is read and then the log: a file on its way from one to the next is always seen in one of them, and a run that
+is dead has committed all that it ever will before the log is read. Cost: one listing of the store's folders.
 """
 
 from __future__ import annotations
@@ -25,19 +26,17 @@ def clean(store: Store, *, thorough: bool = False) -> int:
     ``thorough``: also files that a commit removed and a kill left on the disk, while the run that once wrote them is
     still alive. That reads the whole log if there are files of live runs on their way.
     """
-    candidates = list(_files(store.root))
+    candidates = [(path, path.relative_to(store.root).as_posix()) for path in _files(store.root)]
+    owners = {relative: _owner(path, relative) for path, relative in candidates}
+    alive = {run: runs.is_alive(store.root, run) for run in set(owners.values()) if run is not None}
     staged = {path for task in staging.read_staged(store.root).values() for path in task.files()}
     state = store.refresh()
-    alive: dict[str, bool] = {}
     removed = 0
     suspects: list[Path] = []
-    for path in candidates:
-        relative = path.relative_to(store.root).as_posix()
-        owner = _owner(path, relative)
+    for path, relative in candidates:
+        owner = owners[relative]
         if owner is None or relative in staged or (_is_data(relative) and state.has(relative)):
             continue
-        if owner not in alive:
-            alive[owner] = runs.is_alive(store.root, owner)
         if alive[owner]:
             suspects.append(path)
             continue

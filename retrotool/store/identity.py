@@ -84,7 +84,8 @@ def create_identity(root: Path, tokenizer: TokenizerIdentity, tokenizer_json: by
     """Make ``root`` a store, unless another process just did; the caller reads what came of it."""
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file; a store is a directory")
-    if root.is_dir() and any(not entry.name.startswith((".", "tokenizer-", "staging")) for entry in root.iterdir()):
+    strange = root.is_dir() and any(not e.name.startswith((".", "tokenizer-", "staging")) for e in root.iterdir())
+    if strange and not (root / FILE).exists():  # looked for last: another process may be making the store just now
         raise UsageError(f"{root} is not empty and no store", "Name a new directory, or an empty one, for the store.")
     token = paths.new_token(secrets.token_hex(4))
     target = root / tokenizer.file

@@ -11,7 +11,7 @@ import contextlib
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from retrotool.errors import CorruptError, ErasedError
@@ -119,12 +119,14 @@ class Store:
 
     def _append(self, run: Run, state: State, draft: Draft) -> bool:
         try:
-            with _linked(self.root, draft) as keep:
+            with disk.told(self.root):
+                _link(self.root, draft)
                 won = log.append(self.root, run.id, state.number + 1, state.head, draft)
-                if won:
-                    keep()
+                if not won:
+                    _unlink(self.root, draft)
                 return won
         except FileNotFoundError as error:
+            _unlink(self.root, draft)
             if self.refresh().number == state.number:
                 raise CorruptError(f"{error.filename}: a file to commit is gone") from error
             return False  # the writer that came first has committed these files and taken their staged names away
@@ -159,26 +161,22 @@ def newest_checkpoint(root: Path) -> State | None:
     return None
 
 
-@contextlib.contextmanager
-def _linked(root: Path, draft: Draft) -> Iterator[Callable[[], None]]:
-    """Make a draft's links, durable, and take them back unless the yielded function is called."""
-    kept = False
+def _link(root: Path, draft: Draft) -> None:
+    """Make a draft's links, durable.
 
-    def keep() -> None:
-        nonlocal kept
-        kept = True
+    After an error nobody knows whether the commit was made, so they stay: clean-up takes those that no commit names.
+    """
+    folders = set()
+    for source, target in draft.links:
+        path = paths.inside(root, target)
+        disk.make_directory(path.parent)
+        disk.link(paths.inside(root, source), path)
+        folders.add(path.parent)
+    for folder in folders:
+        disk.fsync_directory(folder)
 
-    try:
-        folders = set()
-        for source, target in draft.links:
-            path = paths.inside(root, target)
-            disk.make_directory(path.parent)
-            disk.link(paths.inside(root, source), path)
-            folders.add(path.parent)
-        for folder in folders:
-            disk.fsync_directory(folder)
-        yield keep
-    finally:
-        if not kept:
-            for _, target in draft.links:
-                disk.unlink(paths.inside(root, target))
+
+def _unlink(root: Path, draft: Draft) -> None:
+    """Take the links of a draft back that another writer came before."""
+    for _, target in draft.links:
+        disk.unlink(paths.inside(root, target))

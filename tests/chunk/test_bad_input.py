@@ -1,0 +1,222 @@
+"""Bad input: set aside with file, line and reason, or refused; what is good, and what was there before, stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chunk_helpers import (
+    FORMATS,
+    LINE_FORMATS,
+    TABLE_FORMATS,
+    Row,
+    as_line,
+    pack,
+    quarantine,
+    run_chunk,
+    verified,
+    write_rows,
+)
+
+from retrotool import commands
+from retrotool.sources import lines
+
+BEFORE = [{"id": "before", "text": "What the store holds before the bad input comes."}]
+GOOD = [{"id": f"good-{i}", "text": f"Good row number {i}."} for i in range(3)]
+Content = Callable[[Sequence[Row]], str]
+
+
+@pytest.fixture(scope="session")
+def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """The content hash of a store of exactly these rows."""
+    known: dict[str, str] = {}
+
+    def content_of(rows: Sequence[Row]) -> str:
+        key = json.dumps(rows)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("content")
+            assert run_chunk(folder / "store", write_rows(folder / "rows.jsonl", rows)).exit_code == 0
+            known[key] = verified(folder / "store").content
+        return known[key]
+
+    return content_of
+
+
+@pytest.fixture(scope="session")
+def first_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    assert run_chunk(folder / "store", write_rows(folder / "before.jsonl", BEFORE)).exit_code == 0
+    return folder / "store"
+
+
+@pytest.fixture
+def store(first_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(first_store, tmp_path / "store"))
+
+
+@dataclass
+class Case:
+    """A file, and what becomes of its rows: ``good`` documents and (line, reason) of those set aside."""
+
+    name: str
+    data: bytes | list[Row | bytes]
+    aside: list[tuple[int, str]]
+    good: list[Row] = field(default_factory=list)
+
+    def write(self, folder: Path) -> Path:
+        path = folder / self.name
+        if isinstance(self.data, bytes):
+            path.write_bytes(self.data)
+            return path
+        return write_rows(path, self.data)
+
+
+def amid(name: str, faults: list[tuple[Row | bytes, str]]) -> Case:
+    """Bad rows between good ones."""
+    aside = [(line, reason) for line, (_, reason) in enumerate(faults, 2)]
+    return Case(name, [GOOD[0], *(bad for bad, _ in faults), *GOOD[1:]], aside, GOOD)
+
+
+def bad_utf8_table() -> bytes:
+    texts = [b"good text", b"bad \xff text", b"good again"]
+    column = pa.Array.from_buffers(pa.string(), 3, pa.array(texts, pa.binary()).buffers())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": ["u0", "u1", "u2"], "text": column}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+ROW_FAULTS = [
+    ({"id": "bad", "text": None}, "'text' is null"),
+    ({"id": "bad", "text": ""}, "'text' is empty"),
+    ({"id": "bad", "text": " \n\t "}, "text without a token"),
+]
+LINE_FAULTS = [
+    ({"id": "bad"}, "no field 'text'"),
+    ({"id": "bad", "text": 5}, "'text' is not a string"),
+    ({"id": 1.5, "text": "x"}, "'id' is neither a string nor a whole number"),
+    (b'{"text": "caf\xe9"}', "invalid UTF-8 at byte 13 of the line"),
+    (b'{"text": "lone \\ud800"}', "not JSON"),
+    (b'{"text": "half', "not JSON"),
+    (b'["text"]', "not a JSON object but an array"),
+    (b"17", "not a JSON object but a number"),
+    (b"null", "not a JSON object but null"),
+]
+CASES = [
+    *(amid(f"lines.{kind}", ROW_FAULTS + LINE_FAULTS) for kind in LINE_FORMATS),
+    amid("rows.parquet", ROW_FAULTS),
+    *(Case(f"empty.{kind}", b"", [(0, "the file is empty")]) for kind in FORMATS),
+    Case("broken.txt", b"ab\xff", [(0, "invalid UTF-8 at byte 2")]),
+    Case("blank.txt", b" \n ", [(0, "text without a token")]),
+    Case("mark.txt", b"\xef\xbb\xbf", [(0, "text without a token")]),
+    Case("plain.jsonl.gz", as_line(GOOD[0]), [(1, "broken off after line 0")]),
+    Case("plain.jsonl.zst", as_line(GOOD[0]), [(1, "broken off after line 0")]),
+    Case("no.parquet", b"no parquet at all", [(0, "can't be read: Parquet magic bytes not found")]),
+    Case("other.parquet", [{"body": "x"}, {"body": "y"}], [(n, "no column 'text'; there are: body") for n in (1, 2)]),
+    Case("numbers.parquet", [{"text": 1}, {"text": None}], [(1, "'text' is not a string"), (2, "'text' is null")]),
+    Case(
+        "utf8.parquet",
+        bad_utf8_table(),
+        [(2, "invalid UTF-8 at byte 4")],
+        [{"id": "u0", "text": "good text"}, {"id": "u2", "text": "good again"}],
+    ),
+    Case("none.parquet", [{"text": "x"}][:0], []),
+    Case("none.jsonl.gz", pack(b"", ".gz"), []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_rows_are_set_aside_and_the_rest_is_kept(case, store, tmp_path, content):
+    path = case.write(tmp_path)
+    result = run_chunk(store, path)
+    assert result.exit_code == (3 if case.aside else 0)
+    found = quarantine(store)
+    assert [(name, line) for name, line, _ in found] == [(str(path), line) for line, _ in case.aside]
+    for (_, _, said), (_, reason) in zip(found, case.aside, strict=True):
+        assert reason in said
+    for line, _ in case.aside[:1]:
+        assert f"first: {path}" + (f", line {line}" if line else "") in result.stdout
+    if isinstance(case.data, list):
+        assert len(case.data) == len(case.good) + len(case.aside)
+    there = commands.info(store)
+    assert (there.documents, there.set_aside) == (len(BEFORE) + len(case.good), len(case.aside))
+    assert verified(store).content == content([*BEFORE, *case.good])
+
+
+def test_reasons_are_counted_and_placed(store, tmp_path):
+    path = amid("lines.jsonl", ROW_FAULTS + LINE_FAULTS + ROW_FAULTS[:1]).write(tmp_path)
+    lines_said = run_chunk(store, path).stdout.splitlines()
+    assert lines_said[1] == "13 rows set aside:"
+    assert lines_said[2].split() == ["2", "'text'", "is", "null", "first:", f"{path},", "line", "2"]
+    assert len(lines_said) == 13
+    assert "and 2 other reasons" in lines_said[-1]
+
+
+MANY = [{"id": f"many-{i}", "text": f"Row {i} of {Random(i).randbytes(300).hex()}."} for i in range(2500)]
+
+
+BREAKS = [("jsonl.gz", "truncated"), ("jsonl.zst", "truncated"), ("parquet", "overwritten")]
+
+
+@pytest.mark.parametrize(("kind", "harm"), BREAKS)
+def test_a_file_that_breaks_off_gives_what_comes_before(kind, harm, store, tmp_path, content, monkeypatch):
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
+    path = write_rows(tmp_path / f"many.{kind}", MANY)
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + (b"\0" * 64 + data[middle + 64 :] if harm == "overwritten" else b""))
+    result = run_chunk(store, path)
+    assert result.exit_code == 3
+    ((name, line, reason),) = quarantine(store)
+    good = MANY[: line - 1]
+    assert name == str(path)
+    assert 500 < len(good) < 2000
+    assert f"broken off after {'row' if kind == 'parquet' else 'line'} {len(good):,}" in reason
+    assert f"first: {path}, line {line:,}" in result.stdout
+    if kind == "parquet":
+        assert f"{len(MANY) - len(good):,} rows are lost" in reason
+    assert verified(store).content == content([*BEFORE, *good])
+
+
+def test_a_truncated_parquet_file_is_set_aside_whole(store, tmp_path, content):
+    path = write_rows(tmp_path / "many.parquet", MANY)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert run_chunk(store, path).exit_code == 3
+    ((name, line, reason),) = quarantine(store)
+    assert (name, line) == (str(path), 0)
+    assert reason.startswith("can't be read: Parquet magic bytes not found")
+    assert verified(store).content == content(BEFORE)
+
+
+@pytest.mark.parametrize("kind", TABLE_FORMATS)
+def test_of_documents_with_one_id_the_first_stays(kind, store, tmp_path, content):
+    one = write_rows(tmp_path / f"one.{kind}", [GOOD[0], {"id": "good-0", "text": "Again."}, GOOD[1]])
+    two = write_rows(tmp_path / f"two.{kind}", [GOOD[2], {"id": "good-1", "text": "In another file."}])
+    assert run_chunk(store, one, two).exit_code == 3
+    reason = "duplicate document id"
+    found = [(str(one), 2, reason), (str(two), 2, reason)]
+    assert quarantine(store) == found
+    three = write_rows(tmp_path / f"three.{kind}", [{"id": "good-2", "text": "In another run."}, *BEFORE])
+    assert run_chunk(store, three).exit_code == 3
+    assert quarantine(store) == sorted([*found, (str(three), 1, reason), (str(three), 2, reason)])
+    assert verified(store).content == content([*BEFORE, *GOOD])
+
+
+def test_duplicates_are_placed_in_their_own_file_of_several_with_one_name(store, tmp_path, content):
+    for folder, rows in (
+        ("a", GOOD),
+        ("b", [{"id": "good-1", "text": "Twice."}]),
+        ("c", [{"id": "c", "text": "More."}]),
+    ):
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / "same.jsonl", rows)
+    paths = [tmp_path / folder / "same.jsonl" for folder in "abc"]
+    assert run_chunk(store, *paths).exit_code == 3
+    assert quarantine(store) == [(str(paths[1]), 1, "duplicate document id")]
+    assert verified(store).content == content([*BEFORE, *GOOD, {"id": "c", "text": "More."}])

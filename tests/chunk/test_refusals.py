@@ -1,0 +1,186 @@
+"""What ``chunk`` refuses, in one message and without a trace in the store; and inputs that change under it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chunk_helpers import documents, quarantine, run_chunk, verified, write_rows
+from tokenizers import Tokenizer, models
+
+from retrotool.commands import chunking
+
+ROWS = [{"id": f"row-{i}", "text": f"Text of row {i}.", "body": f"Body {i}."} for i in range(4)]
+NEW = [{"id": "new", "text": "Something new."}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a store of ROWS, new.jsonl for it, and things that are neither."""
+    assert run_chunk(tmp_path / "store", write_rows(tmp_path / "rows.jsonl", ROWS)).exit_code == 0
+    write_rows(tmp_path / "new.jsonl", NEW)
+    (tmp_path / "file").write_text("not a store")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("precious")
+    (tmp_path / "image.png").write_bytes(b"png")
+    (tmp_path / "no-tokenizer").mkdir()
+    (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "text.json").write_text("no JSON")
+    Tokenizer(models.BPE()).save(str(tmp_path / "untrained.json"))
+    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "other.json"))
+    return tmp_path
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+REFUSALS = {
+    "missing file": ("store gone.jsonl", "gone.jsonl: no such file or folder"),
+    "one of many missing": ("store new.jsonl gone.jsonl", "gone.jsonl: no such file or folder"),
+    "unknown format": ("store image.png", "image.png is of no known format"),
+    "folder without input": ("store no-tokenizer", "no-tokenizer has no file of a known format"),
+    "no tokenizer of a name": ("fresh new.jsonl --tokenizer nobody/nothing", "tokenizer 'nobody/nothing' is no path"),
+    "no name of a tokenizer": ("fresh new.jsonl --tokenizer no:name", "tokenizer 'no:name' is no path"),
+    "no file of a tokenizer": ("fresh new.jsonl --tokenizer ./gone", "tokenizer './gone': no such file or directory"),
+    "no tokenizer in a directory": ("fresh new.jsonl --tokenizer no-tokenizer", "tokenizer.json can't be read"),
+    "no tokenizer in an object": ("fresh new.jsonl --tokenizer object.json", "'object.json' can't be loaded"),
+    "no tokenizer in a text": ("fresh new.jsonl --tokenizer text.json", "'text.json' can't be loaded"),
+    "no token in a tokenizer": ("fresh new.jsonl --tokenizer untrained.json", "'untrained.json' can't be loaded"),
+    "another tokenizer": ("store new.jsonl --tokenizer other.json", "was made with the tokenizer 'minilm'"),
+    "another chunk length": ("store new.jsonl --chunk-length 32", "store has chunks of 64 tokens, not 32"),
+    "no chunk length": ("fresh new.jsonl --chunk-length 0", "--chunk-length 0 is not between 1 and 4096"),
+    "no part size": ("store new.jsonl --part-size 0", "--part-size 0 is not between 1 and 2^31 - 1"),
+    "a column twice": ("store new.jsonl --keep id", "--keep id: the store has a column of this name already"),
+    "a store that is a file": ("file new.jsonl", "file is a file; a store is a directory"),
+    "a directory of others": ("foreign new.jsonl", "foreign is not empty and no store"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_contradicts_itself_is_refused_and_changes_nothing(name, folder, monkeypatch):
+    arguments, message = REFUSALS[name]
+    monkeypatch.chdir(folder)
+    before = snapshot(folder)
+    result = run_chunk(*arguments.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert snapshot(folder) == before
+
+
+def test_json_tells_an_error_as_an_object(folder):
+    result = run_chunk(folder / "store", folder / "gone.jsonl", "--json")
+    error = json.loads(result.stdout)
+    assert result.exit_code == error["exit_code"] == 2
+    assert error["error"] == f"{folder}/gone.jsonl: no such file or folder"
+    assert error["advice"]
+
+
+@pytest.mark.parametrize(("there", "message"), [(True, "its name is not UTF-8"), (False, "no such file or folder")])
+def test_a_name_that_is_not_utf8_is_refused(there, message, folder):
+    path = os.fsencode(folder) + b"/caf\xe9.jsonl"
+    if there:
+        shutil.copy(folder / "new.jsonl", path)
+    result = run_chunk(folder / "store", os.fsdecode(path), "--json")
+    assert result.exit_code == 2
+    assert message in json.loads(result.stdout)["error"]
+
+
+@pytest.mark.parametrize("name", ["new.jsonl", "corpus/locked"])
+def test_what_may_not_be_read_is_refused_by_name(name, folder):
+    """Run without the rights of root, which may read everything."""
+    drop = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root can read every file, and there is no setpriv to take that from it")
+        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    (folder / "corpus" / "locked").mkdir(parents=True)
+    write_rows(folder / "corpus" / "open.jsonl", NEW)
+    write_rows(folder / "corpus" / "locked" / "more.jsonl", NEW)
+    (folder / name).chmod(0)
+    before = verified(folder / "store")
+    command = [*drop, sys.executable, "-m", "retrotool", "chunk", folder / "store", folder / name.partition("/")[0]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    (folder / name).chmod(0o700)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {folder / name}")
+    assert "Permission denied" in result.stderr
+    assert verified(folder / "store") == before
+
+
+CHANGES = {
+    "longer": (lambda path: path.write_text(path.read_text() * 2), "it had 40 bytes when it was planned, now 80"),
+    "empty": (lambda path: path.write_text(""), "it had 40 bytes when it was planned, now 0"),
+    "gone": (Path.unlink, "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_given_up(how, folder, monkeypatch):
+    change, reason = CHANGES[how]
+    store, path = folder / "store", folder / "new.jsonl"
+    before, data = verified(store).content, path.read_bytes()
+    commit_plan = chunking.commit_plan
+
+    def plan_then_change(*arguments):
+        made = commit_plan(*arguments)
+        change(path)
+        return made
+
+    monkeypatch.setattr(chunking, "commit_plan", plan_then_change)
+    result = run_chunk(store, path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {path}: {reason}\n")
+    assert verified(store).content == before
+    monkeypatch.undo()
+    waiting = Path(shutil.copytree(store, folder / "waiting"))
+
+    given_up = run_chunk(store, folder / "rows.jsonl", "--skip-missing")
+    assert given_up.exit_code == 3
+    assert quarantine(store) == [(str(path), 0, f"given up: {reason}")]
+    assert f"given up: {reason}  first: {path}\n" in given_up.stdout
+    assert verified(store).content == before
+
+    path.write_bytes(data)
+    assert run_chunk(waiting, folder / "rows.jsonl").exit_code == 0
+    assert run_chunk(store, path).exit_code == 0  # what was given up can be given again
+    assert verified(waiting).content == verified(store).content != before
+
+
+@pytest.mark.parametrize("change", ["shorter", "gone"])
+def test_duplicates_in_a_file_that_changes_before_its_plan_is_finished_are_still_counted(change, folder, monkeypatch):
+    path = write_rows(folder / "twice.jsonl", [*NEW, *NEW, *ROWS])
+
+    def finish_later(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chunking, "finish_plans", finish_later)
+    assert run_chunk(folder / "store", path).exit_code == 130
+    monkeypatch.undo()
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_text("")
+    assert run_chunk(folder / "store", folder / "rows.jsonl").exit_code == 3
+    assert verified(folder / "store").documents == 5
+    assert [(name, reason) for name, _, reason in quarantine(folder / "store")] == [
+        (str(path), "duplicate document id")
+    ] * 5
+
+
+def test_a_file_is_read_again_for_another_text_field(folder):
+    path = write_rows(folder / "body.jsonl", [{"id": "b", "body": "Only a body."}])
+    assert run_chunk(folder / "store", path).exit_code == 3
+    result = run_chunk(folder / "store", path, "--text-field", "body")
+    assert (result.exit_code, result.stdout.split(",")[0]) == (0, "1 document")
+
+
+def test_a_column_that_is_kept_twice_is_kept_once(folder):
+    assert run_chunk(folder / "store", folder / "new.jsonl", "--keep", "body", "--keep", "body").exit_code == 0
+    assert documents(folder / "store")[-1]["body"] is None

@@ -1,0 +1,125 @@
+"""Two writers on one store: neither fails because of the other, and nothing is lost or done twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chunk_helpers import run_chunk, verified, write_rows
+from conftest import make_rows
+
+from retrotool import commands, engine
+from retrotool.errors import ErasedError
+from retrotool.stages.chunk import ChunkStage
+from retrotool.stages.chunk_plan import write_json
+from retrotool.store import disk, runs
+from retrotool.store.clean import clean
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "source.jsonl", make_rows(20))
+
+
+def test_two_processes_at_once_make_one_store_of_both_inputs(tmp_path, byte_level_tokenizer):
+    inputs = [write_rows(tmp_path / f"{i}.jsonl", make_rows(100, first=90 * i)) for i in (0, 1)]  # 10 are in both
+    options = ["--tokenizer", byte_level_tokenizer, "--part-size", "50", "--workers", "1", "--json"]
+    run_chunk(tmp_path / "both", *inputs, *options[:2])
+    for attempt in range(3):
+        store = tmp_path / f"store-{attempt}"
+        commands_ = [[sys.executable, "-m", "retrotool", "chunk", store, path, *options] for path in inputs]
+        running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands_]
+        for process in running:
+            _, stderr = process.communicate(timeout=120)
+            assert (stderr, process.returncode in (0, 3)) == ("", True)
+        assert verified(store).documents == 190
+        assert verified(store).content == verified(tmp_path / "both").content
+
+
+def test_work_that_another_process_finishes_meanwhile_is_no_failure(tmp_path, source, monkeypatch):
+    other = write_rows(tmp_path / "other.jsonl", make_rows(5, first=900))
+    plan = ChunkStage.plan
+
+    def plan_then_be_overtaken(self, store):
+        tasks = plan(self, store)
+        monkeypatch.undo()
+        commands.chunk(tmp_path / "store", [str(other)])
+        return tasks
+
+    monkeypatch.setattr(ChunkStage, "plan", plan_then_be_overtaken)
+    assert commands.chunk(tmp_path / "store", [str(source)]).documents == 20
+    assert verified(tmp_path / "store").documents == 25
+
+
+def test_a_task_whose_input_is_removed_is_planned_again(tmp_path, source, monkeypatch):
+    perform = engine.perform
+
+    def find_it_erased(*_):
+        monkeypatch.setattr(engine, "perform", perform)
+        raise ErasedError("removed by another process")
+
+    monkeypatch.setattr(engine, "perform", find_it_erased)
+    assert commands.chunk(tmp_path / "store", [str(source)]).documents == 20
+
+
+def test_a_store_that_another_process_makes_first_is_opened(tmp_path, source):
+    run_chunk(tmp_path / "store", source)
+    store = Store.open(tmp_path / "store")
+    again = Store.create(tmp_path / "store", store.identity.tokenizer, store.tokenizer_json(), 64)
+    assert again.identity == store.identity
+
+
+def test_a_run_begins_although_clean_up_takes_its_temporary_file(tmp_path, source, monkeypatch):
+    run_chunk(tmp_path / "store", source)
+    link = disk.link
+
+    def lose_it(path: Path, target: Path) -> bool:
+        monkeypatch.undo()
+        clean(Store.open(tmp_path / "store"))  # this run is not to be seen yet, so what it wrote seems left over
+        assert not path.exists()
+        return link(path, target)
+
+    monkeypatch.setattr(disk, "link", lose_it)
+    with Run(tmp_path / "store") as run:
+        assert runs.is_alive(tmp_path / "store", run.id)
+
+
+def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source, monkeypatch):
+    root = tmp_path / "store"
+    run_chunk(root, source)
+    store, run, is_alive = Store.open(root), Run(root), runs.is_alive
+    run.__enter__()
+    entry = write_json(root, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
+
+    def commit_and_end(*arguments):
+        monkeypatch.undo()
+        store.commit(run, lambda _: Draft("finish", add=(entry,)))
+        run.__exit__(None, None, None)
+        return is_alive(*arguments)
+
+    monkeypatch.setattr(runs, "is_alive", commit_and_end)
+    clean(Store.open(root))
+    assert verified(root).documents == 20
+
+
+def test_a_commit_whose_answer_is_lost_keeps_its_files(tmp_path, source, monkeypatch):
+    """As on Ctrl-C, or an error of the disk, in the moment after the entry of the log was linked."""
+    root, fsync_directory = tmp_path / "store", disk.fsync_directory
+
+    def lose_the_answer(path: Path) -> None:
+        if path.name == "log" and len(list(path.glob("0*.json"))) == 2:
+            raise KeyboardInterrupt
+        fsync_directory(path)
+
+    monkeypatch.setattr(disk, "fsync_directory", lose_the_answer)
+    assert run_chunk(root, source).exit_code == 130
+    monkeypatch.undo()
+    assert verified(root).documents == 20
+    assert run_chunk(root, source).exit_code == 0
+    assert verified(root).documents == 20

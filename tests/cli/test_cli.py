@@ -1,0 +1,220 @@
+"""The command line: help whose examples work, and results alone on stdout, one JSON object if asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import make_rows, write_jsonl
+
+from retrotool import commands
+from retrotool.cli import app, chunk, embed, index, info, neighbours, purge, search, verify
+
+COMMANDS = {
+    "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "purge": purge, "search": search,
+    "info": info, "verify": verify,
+}  # fmt: skip
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """A command in this process: its exit code, and all that it or a library writes to stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            app([str(argument) for argument in arguments], prog_name="retrotool")
+        return int(end.value.code or 0), *capfd.readouterr()
+
+    return call
+
+
+def examples(command: str) -> list[str]:
+    return re.findall(r"^  (retrotool .*)$", COMMANDS[command].EPILOG, re.MULTILINE)
+
+
+def test_version(run):
+    assert run("--version") == (0, f"retrotool {version('retrotool')}\n", "")
+
+
+def test_help_lists_every_command_with_what_it_does(run):
+    code, out, err = run("--help")
+    listed = re.findall(r"^  (\w+) {2,}\w", out.partition("Commands:")[2], re.MULTILINE)
+    assert (code, err, listed) == (0, "", list(COMMANDS))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_explains_every_option_and_gives_examples(command, run):
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert run(command, "-h") == (code, out, err)
+    assert len(examples(command)) >= 2
+    for example in examples(command):
+        assert f"  {example}\n" in out
+    for option in re.findall(r"^  ((?:-\w, )?--[\w-]+(?: \S+)?)(.*)$", out, re.MULTILINE):
+        assert option[1].strip() or re.search(rf"{re.escape(option[0])}\n {{20,}}\S", out), option
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the files that the examples name."""
+    rows = make_rows(12, words=40)
+    (tmp_path / "corpus").mkdir()
+    for i in (0, 6):
+        lines = "".join(json.dumps(row) + "\n" for row in rows[i : i + 6]).encode()
+        (tmp_path / "corpus" / f"{i}.jsonl.zst").write_bytes(zstandard.compress(lines))
+    papers = [
+        {"doi": f"10/{i}", "body": row["text"], "year": 1990 + i, "source": "forum"} for i, row in enumerate(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(papers), tmp_path / "papers.parquet")
+    (tmp_path / "takedown.txt").write_text("doc-3\n\n10/4\n")
+    shutil.copytree(tiny_encoder, tmp_path / "models" / "bert-base-uncased")
+    for name, first in (("database", 0), ("training", 30)):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(30, first=first))
+        commands.chunk(tmp_path / name, [str(source)], tokenizer=str(tiny_encoder))
+        commands.embed(tmp_path / name, encoder=str(tiny_encoder))
+    commands.index(tmp_path / "database")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ordered_examples() -> Iterator[str]:
+    """All examples, so that each finds what it needs: what an earlier one made."""
+    device = "--device cuda"
+    for command in ("chunk", "embed", "index", "neighbours", "search", "purge", "info", "verify"):
+        yield from (example for example in examples(command) if device not in example)
+    yield from (example for command in COMMANDS for example in examples(command) if device in example)
+
+
+def test_every_example_works(workplace, run):
+    import torch
+
+    shown = {}
+    for example in ordered_examples():
+        words = shlex.split(example)[1:]
+        arguments = [str(path) for word in words for path in (sorted(Path().glob(word)) if "*" in word else [word])]
+        code, out, err = run(*arguments)
+        if "cuda" in words and not torch.cuda.is_available():
+            assert (code, out) == (2, ""), example
+            assert err.startswith("error: "), example
+        else:
+            assert (code, err) == (0, ""), example
+            assert out, example
+        shown[example] = out
+    assert len(shown) == sum(len(examples(command)) for command in COMMANDS)
+    found = commands.info("store")
+    assert (found.documents, len(found.purges)) == (11, 2)  # of the corpus all but doc-3, of the papers none
+    assert "Would purge" in shown[examples("purge")[0]]
+    assert "Erased" in shown[examples("purge")[1]]
+
+
+PATH = {"path": str}
+FOUND = {"id": int, "distance": float, "document": str, "text": str, "continuation": (str, type(None))}
+FIELDS: dict[str, dict[str, Any]] = {
+    "chunk": {"documents": int, "chunks": int, "tokens": int, "set_aside": int, "parts": int, "commit": int},
+    "embed": {"encoder": str, "dimension": int, "chunks": int, "commit": int},
+    "index": {"name": str, "vectors": int, "bytes_per_vector": float, "recall_at_10": float, "commit": int},
+    "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},
+    "search": {"results": [FOUND]},
+    "purge": {"purge": str, "chunks": int, "erased": int, "commit": int},
+    "verify": {"ok": bool, "content": str, "problems": []},
+    "info": {
+        "documents": int, "chunks": int, "tokens": int, "commit": int,
+        "parts": [{
+            "part": int, "chunks": {**PATH, "rows": int}, "documents": PATH, "embeddings": {"tiny": PATH},
+            "neighbours": {"main": PATH},
+        }],
+        "indexes": {"main": {"trained": str, "shards": [str]}},
+    },
+}  # fmt: skip
+
+
+def check_fields(value: Any, wanted: Any, where: str) -> None:
+    """``wanted`` is a type, an object of required fields, or a list whose items are all alike."""
+    if isinstance(wanted, dict):
+        assert isinstance(value, dict), where
+        for name, inner in wanted.items():
+            assert name in value, f"{where}.{name}"
+            check_fields(value[name], inner, f"{where}.{name}")
+    elif isinstance(wanted, list):
+        assert isinstance(value, list), where
+        assert bool(value) == bool(wanted), where
+        for item in value:
+            check_fields(item, wanted[0], f"{where}[]")
+    else:
+        assert isinstance(value, wanted), where
+        assert wanted is not int or not isinstance(value, bool), where
+
+
+@pytest.fixture
+def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[str, dict[str, Any]]:
+    """What each command says with --json, on one store; each says one object and nothing else."""
+    arguments = {
+        "chunk": [corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1],
+        "embed": ["--encoder", tiny_encoder, "--device", "cpu"],
+        "index": [],
+        "neighbours": [],
+        "search": ["store index table", "--device", "cpu"],
+        "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
+        "verify": [],
+        "info": [],
+    }
+    found = {}
+    for command, more in arguments.items():
+        code, out, err = run(command, tmp_path / "store", *more, "--json")
+        assert (code, err) == (0, ""), command
+        assert out.count("\n") == 1
+        found[command] = json.loads(out)
+    return found
+
+
+def test_json_has_the_fields_that_scripts_rely_on(results, tmp_path):
+    assert list(results) and set(results) == set(FIELDS)
+    for command, wanted in FIELDS.items():
+        check_fields(results[command], wanted, command)
+    store, found = tmp_path / "store", results["info"]
+    assert [part["part"] for part in found["parts"]] == list(range(results["chunk"]["parts"]))
+    for part in found["parts"]:
+        for file in (part["chunks"], part["documents"], part["embeddings"]["tiny"], part["neighbours"]["main"]):
+            assert (store / file["path"]).is_file()
+    assert sum(part["chunks"]["rows"] for part in found["parts"]) == results["chunk"]["chunks"]
+    assert all((store / path).is_file() for path in found["indexes"]["main"]["shards"])
+
+
+def test_json_numbers_agree_with_one_another(results):
+    made, found, purged = results["chunk"], results["info"], results["purge"]
+    assert results["embed"]["chunks"] == results["neighbours"]["queries"] == made["chunks"]
+    assert results["embed"]["dimension"] == 32
+    assert results["index"]["vectors"] == made["chunks"]
+    assert purged["chunks"] == purged["erased"] > 0
+    assert (found["documents"], found["chunks"]) == (made["documents"] - 1, made["chunks"] - purged["chunks"])
+    assert results["verify"]["ok"] is True
+    assert len(results["search"]["results"]) == 5
+    assert [r["distance"] for r in results["search"]["results"]] == sorted(
+        r["distance"] for r in results["search"]["results"]
+    )
+    commits = [results[command]["commit"] for command in ("chunk", "embed", "index", "neighbours", "purge", "info")]
+    assert commits == sorted(commits)
+    assert commits[-2] == commits[-1]
+
+
+def test_text_says_the_same_in_words(store_copy, run, tiny_encoder):
+    told = {command: run(command, store_copy)[1] for command in ("info", "verify", "index", "neighbours")}
+    facts = commands.info(store_copy)
+    assert f"{facts.documents} documents, {facts.chunks} chunks of 64 tokens" in told["info"]
+    assert "all is well." in told["verify"]
+    assert "True recall@10: 1.0000" in told["index"]
+    assert "Every chunk has its neighbours already" in told["neighbours"]
+    code, out, _ = run("embed", store_copy, "--encoder", tiny_encoder)
+    assert (code, out.partition(" (")[0]) == (0, "Every chunk has its embedding already")

@@ -1,0 +1,185 @@
+"""How commands end: exit codes, one message on stderr, no traceback; and what starting costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_rows, write_jsonl
+from typer.testing import CliRunner
+
+from retrotool import commands
+from retrotool.cli import app
+from retrotool.errors import EXIT_INTERRUPTED
+
+READING = {
+    "embed": [],
+    "index": [],
+    "neighbours": [],
+    "purge": ["--where", "id = 'x'", "--reason", "r"],
+    "search": ["text"],
+    "info": [],
+    "verify": [],
+}
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("place", ["missing", "empty directory", "file"])
+@pytest.mark.parametrize("command", READING)
+def test_without_a_store_commands_end_with_10_and_make_none(command, place, tmp_path):
+    store = tmp_path / "store"
+    if place == "file":
+        store.write_text("x")
+    elif place == "empty directory":
+        store.mkdir()
+    before = list(tmp_path.rglob("*"))
+    code, out, err = run(command, store, *READING[command])
+    assert (code, out) == (10, "")
+    assert err == f"error: {store} is no store: it has no store.json\nMake one with: retrotool chunk {store} INPUT...\n"
+    assert list(tmp_path.rglob("*")) == before
+
+
+def test_an_error_is_also_an_object_with_json(tmp_path):
+    code, out, err = run("info", tmp_path / "store", "--json")
+    told = json.loads(out)
+    assert set(told) == {"error", "advice", "exit_code"}
+    assert (told["exit_code"], code) == (10, 10)
+    assert err == f"error: {told['error']}\n{told['advice']}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "Usage: retrotool"),
+        ("nothing", "No such command 'nothing'"),
+        ("chunk", "Missing argument"),
+        ("chunk STORE", "Missing argument"),
+        ("chunk STORE INPUT --part-size many", "--part-size"),
+        ("chunk STORE INPUT --workers 0", "--workers"),
+        ("chunk STORE gone.jsonl", "gone.jsonl: no such file or folder"),
+        ("info", "Missing argument"),
+        ("info STORE --nothing", "No such option"),
+        ("embed STORE --encoder ./gone", "./gone"),
+        ("embed STORE --device abacus", "abacus"),
+        ("embed STORE --dtype int8", "int8"),
+        ("index STORE --encoder nobody", "nobody"),
+        ("index STORE --name ../up", "../up"),
+        ("index STORE --target-recall 1.5", "--target-recall 1.5 is not above 0 and at most 1"),
+        ("neighbours STORE --index nothing", "nothing"),
+        ("neighbours STORE -k 30", "-k 30 is not between 1 and --saved 20"),
+        ("neighbours STORE --saved 2000", "--saved 2000 is more than 1000"),
+        ("neighbours STORE --name a/b", "a/b"),
+        ("search STORE", "Missing argument"),
+        ("search STORE text -k 0", "-k"),
+        ("search STORE _", "TEXT is empty"),
+        ("search STORE text --index nothing", "nothing"),
+        ("purge STORE --where id='x'", "--reason"),
+        ("purge STORE --reason r", "give one of --ids, --documents, --where and --pattern"),
+        ("purge STORE --reason r --where id='x' --pattern x", "give one of --ids"),
+        ("purge STORE --reason _ --where id='x'", "--reason is empty"),
+        ("purge STORE --reason r --where id", "the expression breaks at character 3"),
+        ("purge STORE --reason r --pattern (", "the pattern can't be compiled"),
+        ("purge STORE --reason r --ids gone.txt", "gone.txt can't be read: No such file or directory"),
+        ("purge STORE --reason r --pattern .", "Above 1 % it wants --yes"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message, built_store, tiny_encoder):
+    encoder = {"STORE": str(built_store), "_": " ", "INPUT": str(tiny_encoder / "tokenizer.json")}
+    before = {path: path.stat().st_mtime_ns for path in built_store.rglob("*.json")}
+    code, out, err = run(*(encoder.get(word, word) for word in arguments.split()))
+    assert (code, message in err, out) == (2, True, ""), err
+    assert {path: path.stat().st_mtime_ns for path in built_store.rglob("*.json")} == before
+
+
+def test_rows_set_aside_end_with_3(tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "good"}\nbad\n')
+    code, out, err = run("chunk", tmp_path / "store", tmp_path / "half.jsonl", "--json", "--workers", 1)
+    assert (code, err, out.count("\n")) == (3, "", 1)
+    assert (json.loads(out)["documents"], json.loads(out)["set_aside"]) == (1, 1)
+
+
+def test_corruption_ends_with_12_and_names_the_file(store_copy):
+    (broken,) = (store_copy / "chunks").glob("000001-*.parquet")
+    data = bytearray(broken.read_bytes())
+    data[len(data) // 2] ^= 1
+    broken.write_bytes(data)
+    code, out, err = run("verify", store_copy, "--json")
+    told = json.loads(out)
+    assert (code, err, told["ok"]) == (12, "", False)
+    assert any(broken.name in problem for problem in told["problems"])
+    broken.unlink()
+    code, out, err = run("purge", store_copy, "--pattern", "x", "--reason", "r", "--yes")
+    assert (code, out) == (12, "")
+    assert re.match(rf"error: .*{broken.name} is missing\n", err)
+
+
+def test_help_and_version_load_nothing_heavy():
+    heavy = {"torch", "transformers", "faiss", "numpy", "pyarrow", "tokenizers", "orjson.numpy"}
+    for arguments in (["--help"], ["--version"], ["search", "--help"]):
+        command = [sys.executable, "-X", "importtime", "-m", "retrotool", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+        assert (result.returncode, "retrotool" in loaded, loaded & heavy) == (0, True, set())
+
+
+def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
+    """What is no error of ours must not be told as one."""
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(commands, "info", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("info", tmp_path)
+
+
+def has_written(staging: Path, tasks: int) -> bool:
+    """Whether so many tasks have written their first part."""
+    return len({path.name.partition(".")[0] for path in staging.glob("*.documents-*.parquet")}) >= tasks
+
+
+def has_children(process: int) -> bool:
+    """Whether a process has started workers; they need a while to be ready."""
+    return bool(Path(f"/proc/{process}/task/{process}/children").read_text())
+
+
+@pytest.mark.parametrize(("workers", "moment"), [(1, "at work"), (2, "at work"), (2, "starting")])
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_path, byte_level_tokenizer):
+    if moment == "starting" and not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
+        pytest.skip("this kernel does not tell when a process has started another")
+    text = " ".join(row["text"] for row in make_rows(200))[:40_000]
+    rows = [{"id": str(i), "text": f"{i} {text}"} for i in range(250 * workers)]  # 10 MB: a unit a worker
+    source = write_jsonl(tmp_path / "many.jsonl", rows)
+    options = ["--tokenizer", byte_level_tokenizer, "--part-size", "500", "--workers", str(workers)]
+    command = [sys.executable, "-m", "retrotool", "chunk", tmp_path / "store", source, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    while not (
+        has_children(process.pid) if moment == "starting" else has_written(tmp_path / "store" / "staging", workers)
+    ):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    if moment == "starting":
+        time.sleep(0.3)  # a worker takes about a second until it is ready
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (EXIT_INTERRUPTED, "")
+    assert err == "interrupted: what is finished is kept; run the same command again to go on.\n"
+    assert commands.verify(tmp_path / "store").problems == []
+    if workers == 1:
+        assert commands.chunk(tmp_path / "store", [str(source)]).documents == len(rows)
+        assert commands.verify(tmp_path / "store").documents == len(rows)
+        assert list((tmp_path / "store" / "staging").iterdir()) == []
