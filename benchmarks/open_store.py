@@ -86,7 +86,7 @@ def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.C
             "number": part, "uuid": "0", "parent": head, "time": "", "kind": "chunk", "tool": "benchmark",
             "settings": {}, "reads": [], "add": entries, "remove": [], "records": {"parts": part + 1},
         }  # fmt: skip
-        log.commit_path(root, part).write_bytes(orjson.dumps(fields))
+        log.commit_path(root, part).write_bytes(log.with_checksum(orjson.dumps(fields)))
         commit = log.read(root, part, head)
         assert commit is not None
         head = commit.sha256

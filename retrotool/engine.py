@@ -133,10 +133,19 @@ _worker: tuple[Worker, Path, str, SimpleQueue[int]] | None = None
 def _open_worker(stage: Stage, root: Path, run: str, progress: SimpleQueue[int], threads: int) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_follow_parent, daemon=True).start()
     # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     _worker = (stage.open(Store.open(root)), root, run, progress)
+
+
+def _follow_parent() -> None:
+    """End this worker with its parent: others take the run for dead then, and clean up after it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(task: Task) -> None:

@@ -13,6 +13,7 @@ from retrotool.stages.index import shards
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 from retrotool.store.verify import Verification, total_bytes
 from retrotool.store.verify import verify as verify_store
 
@@ -43,7 +44,7 @@ class Info:
 
 
 def info(root: str | Path) -> Info:
-    """Describe a store; reads the log only."""
+    """Describe a store; reads the log and the tombstones."""
     store = Store.open(root)
     state = store.state
     totals = state.records.get("totals", {})
@@ -52,8 +53,6 @@ def info(root: str | Path) -> Info:
         kind = FileName.parse(file.path).kind
         sizes[kind] = sizes.get(kind, 0) + file.bytes
     own = store.identity
-    tombstones = state.group("tombstones")
-    purged = [entry for slot in tombstones if (entry := tombstones.get(slot)) is not None]
     return Info(
         path=str(root),
         uuid=own.uuid,
@@ -61,7 +60,7 @@ def info(root: str | Path) -> Info:
         chunks=int(totals.get("chunks", 0)),
         tokens=int(totals.get("tokens", 0)),
         set_aside=int(totals.get("set_aside", 0)),
-        purged=sum(entry.rows for entry in purged),
+        purged=len(read_tombstones(store)),
         chunk_length=own.chunk_length,
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         commit=state.number,

@@ -104,13 +104,21 @@ def purge(
         return planned
     purged, erased, rewritten = "", 0, 0
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
-        if chunks:
+        # An erase needs a purge that names all its chunks, or it could not be gone on with after a kill.
+        if chunks or (erase and len(selection.chunks) and not _is_covered(store, selection)):
             purged = selecting.commit_purge(store, run, selection, reason)
         if erase and len(selection.chunks):
             erased, rewritten = _erase(store, run, selection.chunks)
     return PurgeResult(
         purged, **base, erased=erased, files_rewritten=rewritten, dry_run=False, commit=store.refresh().number
     )
+
+
+def _is_covered(store: Store, selection: Selection) -> bool:
+    """Whether purges of the same selector name all chunks of a selection."""
+    purges = selecting.same_selector(store, selection.kind, selection.literal)
+    named = [read_tombstones(store, purge).ids for purge in purges]
+    return bool(named) and bool(np.isin(selection.chunks, np.concatenate(named)).all())
 
 
 def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:

@@ -189,12 +189,12 @@ def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: 
 
 
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> str:
-    """Make the living chunks of a selection tombstones; return the purge's id.
+    """Make the chunks of a selection tombstones, also those that other purges had; return the purge's id.
 
     ``ConflictError`` if another purge was committed since the selection was made.
     """
     purge = "p" + secrets.token_hex(4)
-    tombstones = write_tombstones(store.root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.living)
+    tombstones = write_tombstones(store.root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.chunks)
     literal = {"kind": selection.kind, "literal": selection.literal}
     literal_file = write_json(store.root, FileName.new(run.id, "selectors", purge, "json"), literal, 1)
     seen = list(selection.state.group("tombstones"))

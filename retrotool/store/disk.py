@@ -92,8 +92,9 @@ def link(source: Path, target: Path) -> bool:
 
 def unlink(path: Path) -> None:
     """Remove a name; it may be gone already."""
-    announce("unlink", path)
-    path.unlink(missing_ok=True)
+    with told(path):
+        announce("unlink", path)
+        path.unlink(missing_ok=True)
 
 
 def make_directory(path: Path) -> None:

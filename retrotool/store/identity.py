@@ -68,6 +68,8 @@ def read_identity(root: Path) -> tuple[Identity, str]:
         ) from None
     try:
         fields: dict[str, Any] = orjson.loads(data)
+        if _encode({name: value for name, value in fields.items() if name != "sha256"}) != data:
+            raise ValueError("its checksum is wrong")
         if int(fields["format"]) > FORMAT:
             raise UsageError(
                 f"{root} has format {fields['format']}; this retrotool knows {FORMAT}", "Install a newer retrotool."
@@ -94,5 +96,11 @@ def create_identity(root: Path, tokenizer: TokenizerIdentity, tokenizer_json: by
         raise CorruptError(f"{target} is not the tokenizer its name says", "Remove it and run the same command again.")
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     identity = Identity(FORMAT, str(uuid.uuid4()), created, chunk_length, secrets.token_hex(32), tokenizer)
-    data = orjson.dumps(asdict(identity), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
-    atomic.put_if_absent(root / FILE, token, data)
+    atomic.put_if_absent(root / FILE, token, _encode(asdict(identity)))
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    """The bytes of ``store.json``, with a checksum over its other fields."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
+    sha256 = hashlib.sha256(orjson.dumps(fields, option=options)).hexdigest()
+    return orjson.dumps({**fields, "sha256": sha256}, option=options)

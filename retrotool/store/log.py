@@ -8,6 +8,7 @@ one wins, and a kill leaves no torn entry. ``read`` checks number and chain. Wha
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ import orjson
 from retrotool.errors import CorruptError
 from retrotool.store import atomic, paths
 from retrotool.store.atomic import FileEntry
+
+_CHECKSUM_BYTES = len(',"sha256":""}') + 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,19 @@ def commit_path(root: Path, number: int) -> Path:
     return root / "log" / f"{number:08d}.json"
 
 
+def with_checksum(entry: bytes) -> bytes:
+    """A JSON object with one more field, the ``sha256`` of its bytes before."""
+    return entry[:-1] + b',"sha256":"' + hashlib.sha256(entry).hexdigest().encode() + b'"}'
+
+
+def _checked(data: bytes) -> bytes:
+    """The bytes of an entry without its checksum; ``ValueError`` if they do not match it."""
+    entry = data[:-_CHECKSUM_BYTES] + b"}"
+    if with_checksum(entry) != data:
+        raise ValueError("its checksum is wrong")
+    return entry
+
+
 def read(root: Path, number: int, parent: str | None = None) -> Commit | None:
     """Read a commit; None if it does not exist. ``CorruptError`` if it is broken, or not a child of ``parent``."""
     path = commit_path(root, number)
@@ -67,7 +83,7 @@ def read(root: Path, number: int, parent: str | None = None) -> Commit | None:
     except FileNotFoundError:
         return None
     try:
-        fields = orjson.loads(data)
+        fields = orjson.loads(_checked(data))
         commit = Commit(
             number=int(fields["number"]),
             uuid=str(fields["uuid"]),
@@ -93,9 +109,12 @@ def read(root: Path, number: int, parent: str | None = None) -> Commit | None:
 
 def last_number(root: Path) -> int:
     """The highest number that a commit in the folder has, reachable or not; −1 if there is none."""
-    folder = root / "log"
-    numbers = (path.stem for path in folder.iterdir() if path.suffix == ".json") if folder.is_dir() else ()
-    return max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    try:
+        with os.scandir(root / "log") as entries:
+            names = [entry.name for entry in entries]
+    except FileNotFoundError:
+        return -1
+    return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()), default=-1)
 
 
 def read_after(root: Path, number: int, head: str) -> Iterator[Commit]:
@@ -124,7 +143,7 @@ def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool
         "remove": draft.remove,
         "records": draft.records,
     }
-    won = atomic.put_if_absent(path, paths.new_token(run), orjson.dumps(fields))
+    won = atomic.put_if_absent(path, paths.new_token(run), with_checksum(orjson.dumps(fields)))
     if not won:
         # Over NFS a link can succeed and its answer be lost; the entry itself knows whose it is.
         existing = read(root, number)

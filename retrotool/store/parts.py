@@ -52,6 +52,7 @@ def documents_schema(keep: Sequence[str]) -> pa.Schema:
 
 
 KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
+TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
 QUARANTINE_SCHEMA = pa.schema([("input", pa.string()), ("line", pa.int64()), ("reason", pa.string())])
 
 
@@ -116,12 +117,36 @@ def read_parquet(
         with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
             if file.metadata.num_rows != entry.rows:
                 raise CorruptError(f"{path}: {file.metadata.num_rows:,} rows, the log says {entry.rows:,}")
+            _check_schema(store, entry, file.schema_arrow, columns)
             if row_groups is not None:
                 return file.read_row_groups(list(row_groups), columns=columns)
-            return file.read(columns=columns)
+            table = file.read(columns=columns)
+            if table.num_rows != entry.rows:
+                raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {entry.rows:,}")
+            return table
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CorruptError(f"{path}: {reason}", f"See what else is wrong: retrotool verify {store.root}") from error
+
+
+def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
+    """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
+    own = store.identity
+    expected = {
+        "documents": documents_schema(()),
+        "keys": KEYS_SCHEMA,
+        "chunks": chunks_schema(own.chunk_length * own.tokenizer.token_bytes),
+        "quarantine": QUARANTINE_SCHEMA,
+        "tombstones": TOMBSTONES_SCHEMA,
+    }.get(FileName.parse(entry.path).kind, pa.schema([]))
+    # pyarrow leaves out in silence a column that is asked for and not there.
+    wanted = [*(field.name for field in expected), *(columns or ())]
+    for name in wanted:
+        if name not in schema.names:
+            raise CorruptError(f"{entry.path}: it has no column {name!r}")
+        if name in expected.names and schema.field(name).type != expected.field(name).type:
+            found, due = schema.field(name).type, expected.field(name).type
+            raise CorruptError(f"{entry.path}: its column {name!r} is {found}, not {due}")
 
 
 def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:

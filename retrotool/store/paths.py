@@ -58,7 +58,12 @@ class FileName:
         pieces = path.split("/")
         match = _FILE.fullmatch(pieces[-1])
         kind = pieces[0]
-        if match is None or len(pieces) != (3 if kind in NAMED_KINDS else 2) or not all(map(_safe, pieces)):
+        if (
+            match is None
+            or kind not in (*DATA_KINDS, "staging")
+            or len(pieces) != (3 if kind in NAMED_KINDS else 2)
+            or not all(map(_safe, pieces))
+        ):
             raise CorruptError(f"{path!r} is no path of a store's file")
         return cls(kind, pieces[1] if len(pieces) == 3 else "", **match.groupdict())
 

@@ -40,8 +40,9 @@ def _namespace() -> str:
 
 def _start_time(process: int) -> str:
     """When a process started, in the kernel's own unit; empty if it is not there (or there is no /proc)."""
-    stat = _read_text(f"/proc/{process}/stat")
-    return stat.rpartition(")")[2].split()[19] if stat else ""
+    fields = _read_text(f"/proc/{process}/stat").rpartition(")")[2].split()
+    # A zombie has ended; where nobody waits for it (containers without an init) it stays in the table.
+    return fields[19] if fields and fields[0] not in "ZX" else ""
 
 
 def _here() -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from retrotool.errors import CorruptError
 from retrotool.store import atomic, disk, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -74,7 +75,15 @@ def _staged_path(root: Path, task: str) -> Path:
 
 
 def stage(root: Path, staged: Staged) -> bool:
-    """Make a finished task known; False (and its files removed) if another process staged it first."""
+    """Make a finished task known; False (and its files removed) if another process staged it first.
+
+    ``CorruptError`` if its files are gone: another process took this run for dead and cleaned up after it.
+    """
+    if not _is_whole(root, staged):
+        raise CorruptError(
+            f"the files of a finished {staged.kind} task are gone: this run was taken for dead",
+            "Run the same command again; should it stand still for more than an hour, its work is cleaned away.",
+        )
     fields = {
         "kind": staged.kind,
         "run": staged.run,
@@ -85,11 +94,26 @@ def stage(root: Path, staged: Staged) -> bool:
         "records": staged.records,
         "unit": None if staged.unit is None else _unit_json(staged.unit),
     }
-    won = atomic.put_if_absent(_staged_path(root, staged.task), paths.new_token(staged.run), orjson.dumps(fields))
+    data = orjson.dumps(fields)
+    won = atomic.put_if_absent(_staged_path(root, staged.task), paths.new_token(staged.run), data)
+    if not won and _content(_staged_path(root, staged.task)) == data:
+        won = True  # over NFS a link can succeed and its answer be lost
     if not won:
         for path in staged.files():
             disk.unlink(paths.inside(root, path))
     return won
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _is_whole(root: Path, task: Staged) -> bool:
+    """Whether all files that a task wrote are there."""
+    return all(paths.inside(root, path).exists() for path in task.files())
 
 
 def _unit_json(unit: Unit) -> dict[str, Any]:
@@ -140,6 +164,7 @@ def is_staged(root: Path, task: str) -> bool:
 
 def fold(store: Store, run: Run) -> Folded:
     """Commit every staged task that goes with the newest state; drop those that do not."""
+    store.refresh()
     staged = read_staged(store.root)
     alike: dict[str, list[Staged]] = {}
     for task in staged.values():
@@ -159,10 +184,11 @@ def fold(store: Store, run: Run) -> Folded:
 
 def _forget(store: Store, task: Staged) -> None:
     """Take a staged entry away, and those of its files that no commit names."""
-    disk.unlink(_staged_path(store.root, task.task))
     for path in task.files():
         if path.startswith("staging/") or not store.state.has(path):
             disk.unlink(paths.inside(store.root, path))
+    # Last: a kill before this leaves an entry that the next fold forgets again, files after it would stay.
+    disk.unlink(_staged_path(store.root, task.task))
 
 
 def _fold_files(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
@@ -177,6 +203,8 @@ def _fold_files(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
         for task in tasks:
             if task.add and all(state.has(entry.path) for entry in task.add):
                 committed.add(task.task)  # a process was killed between the commit and taking the entry away
+            elif not _is_whole(store.root, task):
+                refused[task.task] = "its files are gone"
             elif (reason := _conflict(state, draft, task)) is not None:
                 refused[task.task] = reason
             else:
@@ -205,10 +233,26 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     if reason is None:
         slots = {_slot(entry.path) for entry in draft.add}
         reason = next((f"the place of {e.path} is taken" for e in task.add if _slot(e.path) in slots), None)
+    known = {**state.records, **draft.records}
     for key, value in task.records.items():
-        if state.records.get(key, value) != value:
+        if known.get(key, value) != value:
             reason = f"{key} was made with other settings meanwhile"
-    return reason
+    return reason or _overlap(state, draft, task)
+
+
+def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
+    """Why a file that covers parts (an index shard) can't stand beside those that are there; None if it can."""
+    for entry in task.add:
+        covered = set((entry.about or {}).get("parts", ()))
+        if not covered:
+            continue
+        kind, name, _ = _slot(entry.path)
+        group = state.group(kind, name)
+        live = [other for slot in group if (other := group.get(slot)) is not None and other.path not in task.remove]
+        for other in (*live, *(e for e in draft.add if _slot(e.path)[:2] == (kind, name))):
+            if not covered.isdisjoint((other.about or {}).get("parts", ())):
+                return f"{other.path} covers the same parts"
+    return None
 
 
 def _slot(path: str) -> tuple[str, str, str]:
@@ -224,6 +268,7 @@ def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
 
     def build(state: State) -> Draft | None:
         committed.clear()
+        refused.clear()
         plans = state.with_prefix("plan:")
         ready: list[Staged] = []
         progress: dict[str, Any] = {}
@@ -231,7 +276,9 @@ def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
             done = int(plans[plan]["done"])
             committed.update(task.task for (p, i), task in waiting.items() if p == plan and i < done)
             first = len(ready)
-            while (task := waiting.get((plan, done))) is not None:
+            gone = [t for (p, i), t in waiting.items() if p == plan and i >= done and not _is_whole(store.root, t)]
+            refused.update({task.task: "its files are gone" for task in gone})
+            while (task := waiting.get((plan, done))) is not None and task.task not in refused:
                 ready.append(task)
                 done += 1
             if done > plans[plan]["done"]:

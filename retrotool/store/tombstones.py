@@ -18,8 +18,6 @@ from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
-SCHEMA = pa.schema([("chunk", pa.int64())])
-
 
 class Tombstones:
     """A set of chunk ids; ``ids`` is int64, sorted, without repeats."""
@@ -50,7 +48,9 @@ class Tombstones:
 
 def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
     """Write a purge's ids, sorted."""
-    return parts.write_parquet(root, name, pa.table([pa.array(np.sort(ids), pa.int64())], schema=SCHEMA))
+    return parts.write_parquet(
+        root, name, pa.table([pa.array(np.sort(ids), pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
+    )
 
 
 def read_tombstones(store: Store, purge: str | None = None, state: State | None = None) -> Tombstones:

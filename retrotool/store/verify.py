@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from retrotool.errors import CorruptError, RetrotoolError
 from retrotool.store import atomic, log, parts, tables, vectors
@@ -26,6 +29,7 @@ from retrotool.store.store import Store, newest_checkpoint
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Report = Callable[[int], object]
+IndexIds = Callable[[Store, FileEntry], Iterator[Any]]
 
 
 @dataclass(slots=True)
@@ -57,25 +61,24 @@ def total_bytes(store: Store) -> int:
     return sum(entry.bytes for entry in store.state.files())
 
 
-def verify(
-    store: Store, report: Report = lambda _: None, index_ids: Callable[[Store, FileEntry], Iterator[Any]] | None = None
-) -> Verification:
+def verify(store: Store, report: Report = lambda _: None, index_ids: IndexIds | None = None) -> Verification:
     """Check the store at its view. ``index_ids`` reads the ids of a shard (given by who knows faiss)."""
     result = Verification(store.state.number)
     _check_log(store, result)
     broken = _check_files(store, result, report)
     tombstones = Tombstones(np.zeros(0, np.int64))
-    with _problem(result):
+    with _noting(result, "tombstones"):
         tombstones = read_tombstones(store)
         result.tombstones = hashlib.blake2b(tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     total = PartDigest()
+    erased: list[npt.NDArray[np.int64]] = []
     for part in store.state.parts():
         entries = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
         if any(entry is None for entry in entries):
             result.problems.append(f"part {part} lacks one of documents, keys and chunks")
         elif not broken.intersection(entry.path for entry in entries if entry is not None):
-            with _problem(result):
-                total += _check_part(store, part, tombstones, result)
+            with _noting(result, f"part {part}"):
+                total += _check_part(store, part, tombstones, broken, result, erased)
     sizes = {
         part: entry.rows for part in store.state.parts() if (entry := store.state.part_file("chunks", part)) is not None
     }
@@ -84,13 +87,9 @@ def verify(
     result.indexes = _digest_files(store, "index")
     result.neighbours = _check_neighbours(store, broken, result)
     if index_ids is not None:
+        gone = np.concatenate(erased) if erased else np.zeros(0, np.int64)
         for name in store.state.names("index"):
-            for slot in store.state.group("index", name):
-                entry = store.state.file("index", slot, name)
-                if entry is not None and slot.startswith("shard-") and entry.path not in broken:
-                    with _problem(result):
-                        for ids in index_ids(store, entry):
-                            _check_ids(ids, sizes, entry.path, result)
+            _check_index(store, name, broken, sizes, gone, index_ids, result)
     if not broken:
         result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
         result.documents, result.chunks, result.tokens = total.documents, total.chunks, total.tokens
@@ -101,27 +100,50 @@ def verify(
     return result
 
 
-class _problem:  # noqa: N801 - used like contextlib.suppress
-    """Turns an error of ours into a problem, and goes on."""
+@contextmanager
+def _noting(result: Verification, what: str) -> Iterator[None]:
+    """Turn what goes wrong with ``what`` into a problem, and go on: a broken file can break anything that reads it."""
+    try:
+        yield
+    except RetrotoolError as error:
+        result.problems.append(str(error))
+    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, pa.ArrowException) as error:
+        result.problems.append(f"{what}: can't be checked: {type(error).__name__}: {error}")
 
-    def __init__(self, result: Verification) -> None:
-        self._result = result
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, RetrotoolError):
-            self._result.problems.append(str(error))
-            return True
-        return False
+def _check_index(
+    store: Store,
+    name: str,
+    broken: set[str],
+    sizes: dict[int, int],
+    erased: npt.NDArray[np.int64],
+    index_ids: IndexIds,
+    result: Verification,
+) -> None:
+    """Ids of an index are chunks that are not erased, and no part lies in two shards."""
+    held: set[int] = set()
+    for slot in store.state.group("index", name):
+        entry = store.state.file("index", slot, name)
+        if entry is None or not slot.startswith("shard-"):
+            continue
+        covered = set((entry.about or {}).get("parts", ()))
+        if not held.isdisjoint(covered):
+            result.problems.append(f"{entry.path}: holds parts that another shard holds too")
+        held |= covered
+        if entry.path in broken:
+            continue
+        with _noting(result, entry.path):
+            for ids in index_ids(store, entry):
+                _check_ids(ids, sizes, entry.path, result)
+                if np.isin(ids, erased).any():
+                    result.problems.append(f"{entry.path}: holds erased chunks")
 
 
 def _check_log(store: Store, result: Verification) -> None:
     """Fold the whole log anew, and hold the open state and the checkpoint against it."""
     checkpoint = newest_checkpoint(store.root)
     middle = -1 if checkpoint is None else min(checkpoint.number, store.state.number)
-    with _problem(result):
+    with _noting(result, "log"):
         state = State(-1, store.genesis)
         commits = log.read_after(store.root, state.number, state.head)
         state = state.fold(itertools.islice(commits, middle + 1))
@@ -130,8 +152,6 @@ def _check_log(store: Store, result: Verification) -> None:
         state = state.fold(itertools.islice(commits, store.state.number - middle))
         if not _same(state, store.state):
             result.problems.append("the open state is not the fold of the log: commits are missing")
-        if (last := log.last_number(store.root)) > state.number and log.read(store.root, state.number + 1) is None:
-            result.problems.append(f"the log has a gap: commit {state.number + 1} is missing, but there is a {last}")
 
 
 def _same(one: State, other: State) -> bool:
@@ -144,7 +164,7 @@ def _same(one: State, other: State) -> bool:
 def _check_files(store: Store, result: Verification, report: Report) -> set[str]:
     """Sizes and sums; returns the paths of files that are broken."""
     broken = set()
-    with _problem(result):
+    with _noting(result, "tokenizer"):
         store.tokenizer_json()
     for entry in store.state.files():
         result.files += 1
@@ -159,16 +179,26 @@ def _check_files(store: Store, result: Verification, report: Report) -> set[str]
     return broken
 
 
-def _check_part(store: Store, part: int, tombstones: Tombstones, result: Verification) -> PartDigest:
+def _check_part(
+    store: Store,
+    part: int,
+    tombstones: Tombstones,
+    broken: set[str],
+    result: Verification,
+    erased: list[npt.NDArray[np.int64]],
+) -> PartDigest:
+    """Check a part's files against each other; its erased chunk ids are added to ``erased``."""
     chunks = parts.read_chunks(store, part)
     documents = parts.read_documents(store, part, ["key", "first_row", "n_chunks", "n_tokens"])
-    n = len(chunks)
-    row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
+    n, docs = len(chunks), documents.num_rows
     first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
-    docs = documents.num_rows
+    if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
+        result.problems.append(f"part {part}: {docs:,} documents and {n:,} chunks do not belong together")
+        return PartDigest()
+    row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
     checks = {
         "rows are not numbered from 0": (row == np.arange(n)).all(),
-        "documents do not follow one another": (first == np.cumsum(count) - count).all() and count.sum() == n,
+        "documents do not follow one another": (first == np.cumsum(count) - count).all(),
         "chunks name other documents than documents name chunks": (
             chunks.doc == np.repeat(np.arange(docs), count)
         ).all(),
@@ -186,14 +216,16 @@ def _check_part(store: Store, part: int, tombstones: Tombstones, result: Verific
         result.problems.append(f"part {part}: keys are not those of its documents")
     for encoder in store.state.names("embeddings"):
         entry = store.state.part_file("embeddings", part, encoder)
-        if entry is not None:
+        if entry is not None and entry.path not in broken:
             matrix = vectors.read_vectors(store, entry)
             if len(matrix) != n:
                 result.problems.append(f"{entry.path}: {len(matrix):,} rows for {n:,} chunks")
             elif matrix[chunks.n_tokens == 0].any():
                 result.problems.append(f"{entry.path}: an erased chunk has a vector")
     alive = chunks.n_tokens > 0
-    alive[tombstones.rows(part)] = False
+    erased.append(parts.chunk_ids(part, np.flatnonzero(~alive)))
+    purged = tombstones.rows(part)
+    alive[purged[purged < n]] = False
     return part_digest(chunks, documents["key"].to_pylist(), alive)
 
 
@@ -224,7 +256,7 @@ def _check_neighbours(store: Store, broken: set[str], result: Verification) -> s
             entry = store.state.file("neighbours", slot, name)
             if entry is None or entry.path in broken:
                 continue
-            with _problem(result):
+            with _noting(result, entry.path):
                 table = tables.read_table(store, entry)
                 chunks = store.state.file("chunks", slot)
                 if chunks is None or len(table.ids) != chunks.rows:

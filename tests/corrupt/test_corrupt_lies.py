@@ -1,0 +1,202 @@
+"""Files that are what the log says they are, and yet do not agree with each other: ``verify`` finds that too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from retrotool import commands
+from retrotool.ann import lists
+from retrotool.store import atomic, parts, tables, tombstones, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+PART = 1
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass
+class Liar:
+    """Commits files in place of others, by the book but for what they say."""
+
+    store: Store
+    run: Run
+
+    def commit(self, entry: FileEntry | None = None, remove: FileEntry | None = None, **records: Any) -> None:
+        add = (entry,) if entry else ()
+        gone = (remove.path,) if remove else ()
+        self.store.commit(self.run, lambda _: Draft("test", add=add, remove=gone, records=records))
+
+    def old(self, kind: str, name: str = "", slot: str = part_slot(PART)) -> FileEntry:
+        return self.store.state.file(kind, slot, name)
+
+    def name(self, old: FileEntry) -> FileName:
+        name = FileName.parse(old.path)
+        return FileName.new(self.run.id, name.kind, name.slot, name.extension, name.name)
+
+    def table(self, kind: str, change: Callable[[pa.Table], pa.Table]) -> None:
+        old = self.old(kind)
+        self.commit(
+            parts.write_parquet(self.store.root, self.name(old), change(parts.read_parquet(self.store, old))), old
+        )
+
+    def column(self, kind: str, column: str, change: Callable[[list[Any]], None]) -> None:
+        def changed(table: pa.Table) -> pa.Table:
+            values = table[column].to_pylist()
+            change(values)
+            place = table.schema.get_field_index(column)
+            return table.set_column(place, column, pa.array(values, table.schema.field(column).type))
+
+        self.table(kind, changed)
+
+    def embeddings(self, change: Change) -> None:
+        old = self.old("embeddings", "tiny")
+        matrix = np.array(vectors.read_vectors(self.store, old))
+        self.commit(vectors.write_vectors(self.store.root, self.name(old), change(matrix)), old)
+
+    def neighbours(
+        self, ids: Callable[[np.ndarray], np.ndarray], distances: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        old = self.old("neighbours", "main")
+        table = tables.read_table(self.store, old)
+        changed = tables.NeighbourTable(ids(table.ids), distances(table.distances))
+        self.commit(
+            tables.write_table(
+                self.store.root, self.name(old), changed, database="", commit=0, path="", about=old.about
+            ),
+            old,
+        )
+
+    def shard(self, ids: np.ndarray) -> None:
+        old = self.old("index", "main", "shard-0000")
+        index = lists.empty_flat(32)
+        lists.add(index, ids, np.ones((len(ids), 32), np.float16), None)
+        write = lambda path: lists.write(index, path)  # noqa: E731
+        self.commit(atomic.write_file(self.store.root, self.name(old), write, about=old.about), old)
+
+    def tombstone(self, *ids: int) -> None:
+        name = FileName.new(self.run.id, "tombstones", "p", "parquet")
+        self.commit(tombstones.write_tombstones(self.store.root, name, np.array(ids, np.int64)))
+
+
+def put(place: int, value: Any) -> Callable[[list[Any]], None]:
+    return lambda values: values.__setitem__(place, value)
+
+
+def pad(values: list[bytes]) -> None:
+    row = next(i for i, tokens in enumerate(values) if tokens.endswith(b"\0\0"))
+    values[row] = values[row][:-2] + b"\1\0"
+
+
+def swap_first(values: list[Any]) -> None:
+    values[:2] = values[1::-1]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
+    "embeddings of another number of rows": (lambda liar: liar.embeddings(lambda m: m[:-1]), "rows for"),
+    "neighbours of another number of rows": (
+        lambda liar: liar.neighbours(lambda i: i[1:], lambda d: d[1:]), "rows are not those of its part",
+    ),
+    "neighbours farthest first": (lambda liar: liar.neighbours(same, lambda d: d[:, ::-1]), "do not ascend"),
+    "keys that lack a document": (lambda liar: liar.table("keys", lambda t: t.slice(1)), "keys are not those"),
+    "keys in another order": (lambda liar: liar.table("keys", lambda t: t.take([1, 0, 2])), "keys are not those"),
+    "a document with another key": (lambda liar: liar.column("documents", "key", put(0, b"x" * 16)), "keys are not"),
+    "a document with another text": (
+        lambda liar: liar.column("documents", "text_hash", put(0, b"x" * 16)), "keys are not",
+    ),
+    "a document of more tokens": (
+        lambda liar: liar.column("documents", "n_tokens", put(0, 10**6)), "documents and chunks differ in tokens",
+    ),
+    "a document that begins elsewhere": (
+        lambda liar: liar.column("documents", "first_row", put(1, 0)), "documents do not follow one another",
+    ),
+    "a document of more chunks": (lambda liar: liar.column("documents", "n_chunks", put(0, 99)), "part 1"),
+    "a document too many": (
+        lambda liar: liar.table("documents", lambda t: pa.concat_tables([t, t.slice(0, 1)])), "part 1",
+    ),
+    "chunks that lack one": (lambda liar: liar.table("chunks", lambda t: t.slice(0, t.num_rows - 1)), "part 1"),
+    "chunks in another order": (lambda liar: liar.column("chunks", "row", swap_first), "not numbered from 0"),
+    "chunks of another document": (lambda liar: liar.column("chunks", "doc", put(0, 1)), "name other documents"),
+    "a chunk of a document that is not there": (lambda liar: liar.column("chunks", "doc", put(-1, 10**6)), "part 1"),
+    "a chunk of no document": (lambda liar: liar.column("chunks", "doc", put(0, -1)), "part 1"),
+    "chunks numbered wrong in their document": (
+        lambda liar: liar.column("chunks", "index", put(0, 7)), "not numbered in their documents",
+    ),
+    "padding that is not zero": (lambda liar: liar.column("chunks", "tokens", pad), "padding is not zero"),
+    "more tokens than a chunk holds": (lambda liar: liar.column("chunks", "n_tokens", put(0, 65)), "differ in tokens"),
+    "fewer tokens than none": (lambda liar: liar.column("chunks", "n_tokens", put(0, -1)), "part 1"),
+    "a part without keys": (lambda liar: liar.commit(remove=liar.old("keys")), "part 1 lacks one of"),
+    "a tombstone of no part": (lambda liar: liar.tombstone(99 << 32), "are no chunks of the store"),
+    "a tombstone of no row": (lambda liar: liar.tombstone(1 << 32 | 10**6), "are no chunks of the store"),
+    "a tombstone below zero": (lambda liar: liar.tombstone(-1), "are no chunks of the store"),
+    "a tombstone that was not counted": (lambda liar: liar.tombstone(0), "living chunks found, the log says"),
+    "an indexed vector of no chunk": (lambda liar: liar.shard(np.array([0, 99 << 32])), "are no chunks of the store"),
+    "totals that are wrong": (
+        lambda liar: liar.commit(totals={"documents": 1, "chunks": 2, "tokens": 3, "set_aside": 0}),
+        "living documents found, the log says 1",
+    ),
+    "rows that are not in the file": (
+        lambda liar: liar.commit(
+            dataclasses.replace(liar.old("keys"), path=_moved(liar, "keys"), rows=10**6), liar.old("keys")
+        ),
+        "rows, the log says 1,000,000",
+    ),
+}  # fmt: skip
+
+
+def _moved(liar: Liar, kind: str) -> str:
+    """A new name for a part's file."""
+    old = liar.old(kind)
+    name = liar.name(old)
+    (liar.store.root / name.path).hardlink_to(liar.store.root / old.path)
+    return name.path
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_found(store_copy: Path, lie: str) -> None:
+    tell, expected = LIES[lie]
+    store = Store.open(store_copy)
+    with Run(store_copy) as run:
+        tell(Liar(store, run))
+    problems = commands.verify(store_copy).problems
+    assert any(expected in problem for problem in problems), problems
+
+
+def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_text(f"{PART << 32 | 3}\n")
+    commands.purge(store_copy, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+    assert commands.verify(store_copy).problems == []
+    store = Store.open(store_copy)
+
+    def revive(matrix: np.ndarray) -> np.ndarray:
+        matrix[3] = 1
+        return matrix
+
+    with Run(store_copy) as run:
+        Liar(store, run).embeddings(revive)
+    assert any("an erased chunk has a vector" in problem for problem in commands.verify(store_copy).problems)
+
+
+def test_every_part_is_looked_at(store_copy: Path) -> None:
+    store = Store.open(store_copy)
+    assert len(store.state.parts()) > 2
+    with Run(store_copy) as run:
+        liar = Liar(store, run)
+        for part in store.state.parts():
+            old = liar.old("embeddings", "tiny", part_slot(part))
+            liar.commit(vectors.write_vectors(store_copy, liar.name(old), np.zeros((1, 32), np.float16)), old)
+    problems = "\n".join(commands.verify(store_copy).problems)
+    assert all(f"{part_slot(part)}-" in problems for part in store.state.parts())

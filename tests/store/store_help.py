@@ -1,0 +1,182 @@
+"""What the tests of the store share: small stores, files in them, and faults at announced disk operations."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrotool.store import atomic, disk, paths
+from retrotool.store.atomic import FileEntry
+from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.log import Commit, Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+Action = Callable[[], object]
+
+
+def make_store(root: Path, vocabulary: int = 30_522, chunk_length: int = 8) -> Store:
+    content = b'{"vocabulary": %d}' % vocabulary
+    return Store.create(root, TokenizerIdentity.of("test", content, vocabulary, False), content, chunk_length)
+
+
+def write(root: Path, run: str, kind: str, slot: str, data: bytes = b"data", name: str = "") -> FileEntry:
+    """Write a file through the store's door."""
+
+    def write_data(path: Path) -> int:
+        path.write_bytes(data)
+        return 1
+
+    return atomic.write_file(root, FileName.new(run, kind, slot, "bin", name), write_data)
+
+
+def commit(store: Store, run: Run, *add: FileEntry, **fields: Any) -> State:
+    return store.commit(run, lambda _: Draft("test", add=add, **fields))
+
+
+def make_commit(number: int, **fields: Any) -> Commit:
+    """A commit that stands in no log."""
+    empty: dict[str, Any] = {"settings": {}, "reads": (), "add": (), "remove": (), "records": {}}
+    return Commit(number, "", "", "", "test", "", **{**empty, **fields}, sha256=f"{number:064x}")
+
+
+def viewing(store: Store, *entries: FileEntry) -> Store:
+    """The store as a reader would see it if ``entries`` were all that was ever committed."""
+    state = State(-1, store.genesis).fold([make_commit(0, add=entries)])
+    return Store(store.root, store.identity, store.genesis, state)
+
+
+def contents(state: State) -> tuple[dict[tuple[str, str, str], tuple[Any, ...]], dict[str, Any]]:
+    """What a state says, whatever its files are called: files by slot, and records."""
+    files = {}
+    for entry in state.files():
+        name = FileName.parse(entry.path)
+        files[name.kind, name.name, name.slot] = (entry.rows, entry.bytes, entry.sha256, entry.about)
+    return files, dict(state.records)
+
+
+def assert_whole(store: Store) -> None:
+    """Every file of the store's state is there, and is what the log says."""
+    for entry in store.state.files():
+        assert atomic.file_sha256(store.path(entry)) == entry.sha256, entry.path
+
+
+def files_in(root: Path) -> set[str]:
+    """Paths of all files but the store's identity, log and checkpoints; temporary files of those too."""
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    fixed = ("store.json", "tokenizer-", "log/0", "checkpoints/0")
+    return {path for path in found if not path.startswith(fixed)}
+
+
+def live_files(state: State) -> set[str]:
+    return {entry.path for entry in state.files()}
+
+
+def temporary_files(root: Path) -> list[Path]:
+    return list(root.rglob(f"{atomic.TEMPORARY}*"))
+
+
+def steps(names: list[str]) -> pytest.MarkDecorator:
+    """Run a test for ``step`` = the place of each of some disk operations."""
+    return pytest.mark.parametrize("step", range(len(names)), ids=[f"{i}-{name}" for i, name in enumerate(names)])
+
+
+_listener: Callable[[str, str], object] | None = None
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == disk.EVENT and _listener is not None:
+        _listener(*arguments)
+
+
+sys.addaudithook(_hook)  # there is no way to remove one
+
+
+@contextmanager
+def listening(listener: Callable[[str, str], object]) -> Iterator[None]:
+    global _listener
+    assert _listener is None
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
+
+
+def announced(action: Action) -> list[str]:
+    """Names of the disk operations of an action, in order."""
+    steps: list[str] = []
+    with listening(lambda operation, _: steps.append(operation)):
+        action()
+    return steps
+
+
+@contextmanager
+def at_step(number: int, strike: Action) -> Iterator[None]:
+    """Call ``strike`` just before the announced operation ``number`` (from 0), once; fail if it never came."""
+    left = number
+
+    def listener(_operation: str, _path: str) -> None:
+        global _listener
+        nonlocal left
+        left -= 1
+        if left == -1:
+            _listener = None  # what strikes may use the disk itself, and so may what clears up after it
+            strike()
+
+    with listening(listener):
+        yield
+    assert left == -1, f"step {number} was never reached"
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fork(action: Action) -> int:
+    """Do something in a child process, and return its id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        child = os.fork()
+    if child:
+        return child
+    try:
+        action()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_at_step(number: int, root: Path, action: Callable[[Run], object]) -> None:
+    """Do ``action`` in a run of a child process that is killed just before its operation ``number``."""
+
+    def doomed() -> None:
+        with Run(root) as run, at_step(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            action(run)
+
+    assert exit_code(fork(doomed)) == -signal.SIGKILL
+
+
+def new_token() -> str:
+    return paths.new_token("0123abcd")

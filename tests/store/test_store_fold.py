@@ -1,0 +1,115 @@
+"""Faults at every announced step of a fold, and other folds beside it: nothing is lost, nothing committed twice."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from staging_help import IN_ORDER, numbered, staged_store
+from store_help import (
+    announced,
+    assert_whole,
+    at_step,
+    contents,
+    exit_code,
+    files_in,
+    fork,
+    full_disk,
+    kill_at_step,
+    live_files,
+)
+
+from retrotool.errors import StorageError
+from retrotool.store import staging
+from retrotool.store.clean import clean
+from retrotool.store.runs import Run
+from retrotool.store.staging import COUNTS
+from retrotool.store.store import Store
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Store:
+    return staged_store(tmp_path / "store")
+
+
+FOLDED_FILES = [("chunks", 4), ("documents", 4), ("embeddings", 1), ("keys", 4), ("quarantine", 1)]
+
+
+def assert_folded_once(store: Store) -> None:
+    """Plans, the first part, the other parts, embeddings: five commits whose files are all there, and nothing else."""
+    assert store.state.number == 4
+    assert numbered(store.state, store.root) == IN_ORDER
+    files, records = contents(store.state)
+    kinds = sorted(kind for kind, _, _ in files)
+    assert [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)] == FOLDED_FILES
+    assert records["totals"] == dict.fromkeys(COUNTS, 43)
+    assert files_in(store.root) == live_files(store.state)
+    assert_whole(store)
+
+
+def each_step(store: Store) -> Iterator[tuple[int, Store]]:
+    """The disk operations that a fold of ``store`` takes, by number, and a copy of the store for each."""
+    copies = (Store.open(shutil.copytree(store.root, store.root.with_name(f"copy-{n}"))) for n in itertools.count())
+    with Run(store.root) as run:
+        steps = announced(lambda: staging.fold(next(copies), run))
+    assert {"mkdir", "link", "write", "fsync", "fsync_directory", "unlink"} == set(steps)
+    for number, step in enumerate(steps):
+        print(f"step {number}: {step}")  # pytest shows it if a test fails
+        yield number, next(copies)
+
+
+def test_a_fold_commits_everything_and_a_second_one_nothing(staged: Store) -> None:
+    with Run(staged.root) as run:
+        assert len(staging.fold(staged, run).committed) == 4
+        again = staging.fold(staged, run)
+        assert (again.committed, again.refused) == (frozenset(), {})
+    assert_folded_once(staged)
+
+
+def test_a_fold_killed_at_any_step_is_finished_by_the_next(staged: Store) -> None:
+    for step, store in each_step(staged):
+        kill_at_step(step, store.root, lambda run, root=store.root: staging.fold(Store.open(root), run))
+        with Run(store.root) as run:
+            clean(store)
+            assert staging.fold(store, run).refused == {}
+        assert_folded_once(store)
+
+
+def test_a_fold_that_fails_at_any_step_is_finished_by_the_next(staged: Store) -> None:
+    for step, store in each_step(staged):
+        with Run(store.root) as run, at_step(step, full_disk), pytest.raises(StorageError):
+            staging.fold(store, run)
+        with Run(store.root) as run:
+            clean(store)
+            assert staging.fold(store, run).refused == {}
+        assert_folded_once(store)
+
+
+def test_another_process_may_fold_at_any_step(staged: Store) -> None:
+    for step, store in each_step(staged):
+        other = Store.open(store.root)
+        with (
+            Run(store.root) as run,
+            Run(store.root) as rival,
+            at_step(step, lambda other=other, rival=rival: staging.fold(other, rival)),
+        ):
+            assert staging.fold(store, run).refused == {}
+        clean(store)
+        assert contents(store.refresh()) == contents(other.refresh())
+        assert_folded_once(store)
+
+
+def test_many_processes_fold_at_once(staged: Store) -> None:
+    def work() -> None:
+        own = Store.open(staged.root)
+        with Run(staged.root) as run:
+            assert staging.fold(own, run).refused == {}
+
+    children = [fork(work) for _ in range(8)]
+    assert [exit_code(child) for child in children] == [0] * 8
+    staged.refresh()
+    clean(staged)
+    assert_folded_once(staged)

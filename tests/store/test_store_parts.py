@@ -1,0 +1,273 @@
+"""What is written into a part's files comes back from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from store_help import make_store, viewing
+
+from retrotool.errors import CorruptError
+from retrotool.store import parts, tables, tombstones, vectors
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.store import Store
+from retrotool.store.tables import NeighbourTable
+from retrotool.store.tombstones import Tombstones
+
+RUN = "0123abcd"
+Named = Callable[..., FileName]
+
+with_files = settings(deadline=None, max_examples=40)
+without_files = settings(deadline=None)
+
+hashes = st.binary(min_size=16, max_size=16)
+int32 = st.integers(0, 2**31 - 1)
+ids = st.builds(lambda part, row: part << 32 | row, st.integers(0, 3), st.integers(0, 20) | st.just(2**31 - 1))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of two-byte tokens, eight a chunk."""
+    return make_store(tmp_path_factory.mktemp("small") / "store", vocabulary=1 << 16)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of four-byte tokens, eight a chunk."""
+    return make_store(tmp_path_factory.mktemp("large") / "store", vocabulary=(1 << 16) + 1)
+
+
+def name(kind: str, part: int = 0, folder: str = "") -> FileName:
+    return FileName.new(RUN, kind, part_slot(part), "parquet", folder)
+
+
+def test_a_vocabulary_of_two_to_the_sixteen_takes_two_bytes_a_token(small: Store, large: Store) -> None:
+    assert (small.identity.tokenizer.token_bytes, large.identity.tokenizer.token_bytes) == (2, 4)
+    assert [parts.token_dtype(n).str for n in (2, 4)] == ["<u2", "<u4"]
+
+
+@st.composite
+def chunk_columns(draw: st.DrawFn, dtype: str) -> tuple[np.ndarray, ...]:
+    n = draw(st.integers(1, 30))
+    columns = [draw(hnp.arrays(np.int32, n, elements=int32)) for _ in range(3)]
+    return (*columns, draw(hnp.arrays(dtype, (n, 8))))
+
+
+def check_chunks(store: Store, columns: tuple[np.ndarray, ...], part: int, row_group: int) -> None:
+    entry = parts.write_parquet(store.root, name("chunks", part), parts.chunks_table(*columns), row_group=row_group)
+    n = len(columns[0])
+    assert entry.rows == n
+    view = viewing(store, entry)
+    groups = range(-(-n // row_group))
+    for rows, read in (
+        (slice(None), parts.read_chunks(view, part)),
+        *((slice(g * row_group, (g + 1) * row_group), parts.read_chunks(view, part, [g])) for g in groups),
+    ):
+        assert read.part == part
+        for written, got in zip(columns, (read.doc, read.index, read.n_tokens, read.tokens), strict=True):
+            assert got.dtype == written.dtype
+            np.testing.assert_array_equal(got, written[rows])
+        assert len(read) == len(columns[0][rows])
+    np.testing.assert_array_equal(parts.read_parquet(view, entry, ["row"])["row"].to_numpy(), np.arange(n))
+
+
+@with_files
+@given(columns=chunk_columns("<u2"), part=st.integers(0, 10**7), row_group=st.integers(1, 40))
+def test_chunks_of_two_byte_tokens_come_back(small: Store, columns: Any, part: int, row_group: int) -> None:
+    check_chunks(small, columns, part, row_group)
+
+
+@with_files
+@given(columns=chunk_columns("<u4"), part=st.integers(0, 10**7), row_group=st.integers(1, 40))
+def test_chunks_of_four_byte_tokens_come_back(large: Store, columns: Any, part: int, row_group: int) -> None:
+    check_chunks(large, columns, part, row_group)
+
+
+@st.composite
+def document_tables(draw: st.DrawFn) -> pa.Table:
+    keep = draw(st.lists(st.sampled_from(["year", "licence", "ein Wort"]), unique=True))
+    by_type = {
+        pa.string(): st.none() | st.text(),
+        pa.binary(16): st.none() | hashes,
+        pa.int32(): int32,
+        pa.int64(): st.integers(-(2**63), 2**63 - 1),
+    }
+    schema = parts.documents_schema(keep)
+    rows = draw(st.lists(st.fixed_dictionaries({field.name: by_type[field.type] for field in schema}), max_size=10))
+    return parts.columns_of({field.name: [row[field.name] for row in rows] for field in schema}, schema)
+
+
+@with_files
+@given(table=document_tables())
+def test_documents_come_back(small: Store, table: pa.Table) -> None:
+    entry = parts.write_parquet(small.root, name("documents"), table)
+    view = viewing(small, entry)
+    assert parts.read_documents(view, 0).equals(table)
+    assert parts.read_documents(view, 0, ["n_tokens", "id"]).equals(table.select(["n_tokens", "id"]))
+
+
+@with_files
+@given(table=document_tables())
+def test_keys_are_those_of_the_living_documents_sorted(small: Store, table: pa.Table) -> None:
+    rows = zip(table["key"].to_pylist(), table["text_hash"].to_pylist(), range(table.num_rows), strict=True)
+    expected = sorted((row for row in rows if row[0] is not None), key=lambda row: (row[0], row[2]))
+    entry = parts.write_parquet(small.root, name("keys"), parts.keys_table(table))
+    read = parts.read_parquet(viewing(small, entry), entry)
+    assert read.schema.equals(parts.KEYS_SCHEMA)
+    assert [tuple(row.values()) for row in read.to_pylist()] == expected
+
+
+@without_files
+@given(st.sampled_from(["<u2", "<u4", "<f2", "<i8"]), st.data())
+def test_numbers_come_back_from_fixed_binary(dtype: str, data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(0, 20), st.integers(1, 9)))
+    values = data.draw(hnp.arrays(np.uint8, (*shape, np.dtype(dtype).itemsize))).view(dtype)[..., 0]
+    column = pa.chunked_array([parts.fixed_binary(values)])
+    assert column.to_pylist() == [row.tobytes() for row in values]
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, shape[0])] * 2)))
+    for rows, piece in ((slice(None), column), (slice(start, stop), column.slice(start, stop - start))):
+        assert parts.from_fixed_binary(piece, np.dtype(dtype)).tobytes() == values[rows].tobytes()
+    split = pa.chunked_array([*column.slice(0, start).chunks, *column.slice(start).chunks], column.type)
+    assert parts.from_fixed_binary(split, np.dtype(dtype)).tobytes() == values.tobytes()
+
+
+def test_fixed_binary_takes_numbers_that_do_not_lie_side_by_side() -> None:
+    values = np.arange(24, dtype="<u2").reshape(4, 6)
+    for view in (values[::2], values[:, ::2], values.T, values[::-1]):
+        column = pa.chunked_array([parts.fixed_binary(view)])
+        np.testing.assert_array_equal(parts.from_fixed_binary(column, view.dtype), view)
+
+
+def test_nulls_come_back_from_fixed_binary_as_zeros() -> None:
+    column = pa.chunked_array([pa.array([b"\1\0\2\0", None, b"\3\0\4\0"], pa.binary(4))])
+    assert parts.from_fixed_binary(column, np.dtype("<u2")).tolist() == [[1, 2], [0, 0], [3, 4]]
+
+
+@without_files
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1)))
+def test_a_chunk_id_holds_its_part_and_its_row(part: int, rows: list[int]) -> None:
+    found = parts.chunk_ids(part, np.array(rows, np.int32))
+    assert found.dtype == np.int64
+    assert found.tolist() == [part << 32 | row for row in rows]
+
+
+@with_files
+@given(matrix=hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=20)), fortran=st.booleans())
+def test_vectors_come_back_bit_for_bit(small: Store, matrix: np.ndarray, fortran: bool) -> None:
+    values = matrix.view(np.float16)  # every pattern of bits: infinities, several kinds of nan
+    name = FileName.new(RUN, "embeddings", "000000", "npy", "tiny")
+    entry = vectors.write_vectors(small.root, name, np.asfortranarray(values) if fortran else values)
+    assert entry.rows == len(values)
+    read = vectors.read_vectors(viewing(small, entry), entry)
+    assert (read.dtype, read.shape) == (np.float16, values.shape)
+    assert read.tobytes() == values.tobytes()
+    assert (small.root / entry.path).read_bytes()[:8] == b"\x93NUMPY\1\0"
+    assert np.load(small.root / entry.path).flags.c_contiguous
+
+
+@st.composite
+def neighbour_tables(draw: st.DrawFn) -> NeighbourTable:
+    """Tables as the search makes them: nearest first, then −1 and +inf."""
+    n, saved = draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    found = np.full((n, saved), tables.NO_NEIGHBOUR, np.int64)
+    distances = np.full((n, saved), np.inf, np.float32)
+    for row in range(n):
+        near = sorted(draw(st.lists(st.floats(0, 4, width=32), max_size=saved)))
+        distances[row, : len(near)] = near
+        found[row, : len(near)] = draw(st.lists(ids, min_size=len(near), max_size=len(near)))
+    return NeighbourTable(found, distances)
+
+
+@with_files
+@given(table=neighbour_tables())
+def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
+    entry = tables.write_table(
+        small.root, name("neighbours", folder="main"), table, database="uuid", commit=7, path="/db", about={"k": 2}
+    )
+    assert (entry.rows, entry.about) == (len(table.ids), {"k": 2})
+    read = tables.read_table(viewing(small, entry), entry)
+    assert (read.ids.dtype, read.distances.dtype) == (np.int64, np.float32)
+    assert read.ids.tolist() == table.ids.tolist()
+    assert read.distances.tolist() == table.distances.tolist()
+    metadata = pq.read_schema(small.root / entry.path).metadata
+    assert {key: metadata[b"retrotool." + key] for key in (b"database", b"commit", b"path")} == {
+        b"database": b"uuid", b"commit": b"7", b"path": b"/db",
+    }  # fmt: skip
+
+
+def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
+    found = np.arange(20_000 * 2).reshape(-1, 2)
+    table = NeighbourTable(found, found.astype(np.float32))
+    entry = tables.write_table(
+        small.root, name("neighbours", folder="main"), table, database="", commit=0, path="", about={}
+    )
+    view = viewing(small, entry)
+    assert tables.read_table(view, entry, [1]).ids.tolist() == found[8192:16384].tolist()
+    assert tables.read_table(view, entry, [2]).ids.tolist() == found[16384:].tolist()
+
+
+@without_files
+@given(neighbour_tables(), st.data())
+def test_masked_neighbours_are_as_if_they_had_never_been_found(table: NeighbourTable, data: st.DataObject) -> None:
+    banned = data.draw(hnp.arrays(np.bool_, table.ids.shape))
+    before = (table.ids.tolist(), table.distances.tolist())
+    masked = tables.mask_neighbours(table, banned)
+    for row in range(len(table.ids)):
+        pairs = zip(table.ids[row].tolist(), table.distances[row].tolist(), banned[row], strict=True)
+        left = [(i, d) for i, d, ban in pairs if not ban and i != -1]
+        left += [(-1, float("inf"))] * (table.ids.shape[1] - len(left))
+        assert list(zip(masked.ids[row].tolist(), masked.distances[row].tolist(), strict=True)) == left
+    assert (masked.ids.dtype, masked.distances.dtype) == (np.int64, np.float32)
+    assert (table.ids.tolist(), table.distances.tolist()) == before, "the table itself is not changed"
+
+
+@with_files
+@given(purges=st.lists(st.sets(ids), max_size=4), asked=st.lists(ids | st.just(-1), max_size=24))
+def test_tombstones_are_the_union_of_all_purges(small: Store, purges: list[set[int]], asked: list[int]) -> None:
+    entries = [
+        tombstones.write_tombstones(
+            small.root, FileName.new(RUN, "tombstones", f"p{i}", "parquet"), np.array(list(purge), np.int64)
+        )
+        for i, purge in enumerate(purges)
+    ]
+    assert [entry.rows for entry in entries] == [len(purge) for purge in purges]
+    view = viewing(small, *entries)
+    check_tombstones(tombstones.read_tombstones(view), set().union(*purges), asked)
+    for i, purge in enumerate(purges):
+        check_tombstones(tombstones.read_tombstones(view, f"p{i}"), purge, asked)
+
+
+def check_tombstones(found: Tombstones, expected: set[int], asked: list[int]) -> None:
+    assert found.ids.dtype == np.int64
+    assert found.ids.tolist() == sorted(expected)
+    assert len(found) == len(expected)
+    numbers = np.array(asked, np.int64)
+    assert found.contains(numbers).tolist() == [i in expected for i in asked]
+    assert found.contains(numbers.reshape(-1, 1)).shape == (len(asked), 1)
+    assert found.parts() == sorted({i >> 32 for i in expected})
+    for part in range(5):
+        assert found.rows(part).tolist() == sorted(i & 0xFFFFFFFF for i in expected if i >> 32 == part)
+
+
+def test_a_table_without_a_column_that_is_read_is_corrupt(small: Store, tmp_path: Path) -> None:
+    table = parts.chunks_table([0], [0], [1], np.zeros((1, 8), "<u2")).drop_columns(["tokens"])
+    entry = parts.write_parquet(small.root, name("chunks"), table)
+    with pytest.raises(CorruptError, match=entry.path):
+        parts.read_chunks(viewing(small, entry), 0)
+
+
+@pytest.mark.parametrize("width", [4, 7, 9, 16])
+def test_chunks_of_another_length_than_the_stores_are_corrupt(small: Store, width: int) -> None:
+    entry = parts.write_parquet(
+        small.root, name("chunks"), parts.chunks_table([0], [0], [1], np.zeros((1, width), "<u2"))
+    )
+    with pytest.raises(CorruptError, match=entry.path):
+        parts.read_chunks(viewing(small, entry), 0)

@@ -1,0 +1,186 @@
+"""Folding: finished tasks become commits, once each and in order, whoever folds and whatever befalls it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from staging_help import IN_ORDER, PARTS, embedding, numbered, planned_store, staged_store, unit
+from store_help import (
+    assert_whole,
+    commit,
+    contents,
+    files_in,
+    live_files,
+)
+
+from retrotool.store import staging
+from retrotool.store.runs import Run
+from retrotool.store.staging import COUNTS, Staged
+from retrotool.store.store import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return planned_store(tmp_path / "store")
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Store:
+    return staged_store(tmp_path / "store")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(sorted(PARTS)), st.sets(st.integers(0, 3)))
+def test_parts_are_numbered_in_the_order_of_the_plans(
+    tmp_path_factory: pytest.TempPathFactory, order: list[tuple[str, int]], folds: set[int]
+) -> None:
+    store = planned_store(tmp_path_factory.mktemp("order") / "store")
+    with Run(store.root) as run:
+        for place, (name, index) in enumerate(order):
+            staging.stage(store.root, unit(store.root, run.id, name, index))
+            if place in folds:
+                staging.fold(store, run)
+                arrived = set(order[: place + 1])
+                ready = list(itertools.takewhile(arrived.__contains__, PARTS))
+                assert len(store.state.parts()) == sum(PARTS[unit] for unit in ready)
+        staging.fold(store, run)
+        assert numbered(store.state, store.root) == IN_ORDER
+        assert store.state.records["parts"] == 4
+        assert store.state.records["totals"] == dict.fromkeys(COUNTS, 10 + 11 + 12 + 10)
+        progress = {name: store.state.records[f"plan:{name}"] for name in "ab"}
+        assert [(p["done"], p["parts"], p["chunks"]) for p in progress.values()] == [(3, 3, 33), (1, 1, 10)]
+    assert files_in(store.root) == live_files(store.state)
+    assert_whole(store)
+
+
+def test_units_wait_for_those_before_them(store: Store) -> None:
+    with Run(store.root) as run:
+        for name, index in (("b", 0), ("a", 2), ("a", 1)):
+            staging.stage(store.root, unit(store.root, run.id, name, index))
+            assert staging.fold(store, run).committed == frozenset()
+        assert store.state.parts() == []
+        assert len(staging.read_staged(store.root)) == 3
+        staging.stage(store.root, unit(store.root, run.id, "a", 0))
+        assert staging.fold(store, run).committed == {"task-a0", "task-a1", "task-a2", "task-b0"}
+    assert numbered(store.state, store.root) == IN_ORDER
+
+
+def test_a_task_is_staged_once(store: Store) -> None:
+    with Run(store.root) as run:
+        first, second = (unit(store.root, run.id, "a", 0) for _ in range(2))
+        assert not staging.is_staged(store.root, first.task)
+        assert staging.stage(store.root, first)
+        assert staging.is_staged(store.root, first.task)
+        assert not staging.stage(store.root, second)
+        assert staging.read_staged(store.root) == {first.task: first}
+        kept = {path for path in files_in(store.root) if not path.endswith(".json")}
+        assert kept == set(first.files()), "what the second one wrote is removed"
+
+
+def test_a_task_staged_over_nfs_keeps_its_files_when_the_answer_is_lost(
+    staged: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Path.hardlink_to
+
+    def lost_answer(target: Path, source: Path) -> None:
+        link(target, source)
+        raise FileExistsError(17, "File exists")
+
+    with Run(staged.root) as run:
+        staging.fold(staged, run)
+        read = staged.state.part_file("chunks", 1).path
+        task = embedding(staged.root, run.id, 1, (read,))
+        monkeypatch.setattr(Path, "hardlink_to", lost_answer)
+        staging.stage(staged.root, task)
+        monkeypatch.undo()
+        assert staging.fold(staged, run).committed == {task.task}
+    assert_whole(staged)
+
+
+def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
+    """Fold tasks, some of which are refused; what these wrote, and no more, must be gone."""
+    with Run(store.root) as run:
+        for task in tasks:
+            assert staging.stage(store.root, task)
+        folded = staging.fold(store, run)
+    assert folded.committed.isdisjoint(folded.refused)
+    assert folded.committed | folded.refused.keys() == {task.task for task in tasks}
+    assert files_in(store.root) == live_files(store.state)
+    assert_whole(store)
+    return dict(folded.refused)
+
+
+@pytest.fixture
+def chunked(staged: Store) -> tuple[Store, str]:
+    """A store with four parts, of which only part 0 is embedded; and the path of the chunks of part 1."""
+    with Run(staged.root) as run:
+        staging.fold(staged, run)
+    return staged, staged.state.part_file("chunks", 1).path
+
+
+RUN = "0123abcd"
+
+
+def test_a_task_whose_input_has_left_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:
+    store, read = chunked
+    good, late = embedding(store.root, RUN, 1, (read,)), embedding(store.root, RUN, 2, ("chunks/2-0123456789ab.bin",))
+    assert refuse(store, good, late) == {late.task: "chunks/2-0123456789ab.bin has left the store"}
+    assert sorted(store.state.group("embeddings", "tiny")) == ["000000", "000001"]
+
+
+def test_a_task_whose_place_is_taken_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:
+    store, _ = chunked
+    late = embedding(store.root, RUN, 0, ())
+    before = contents(store.state)
+    assert "is taken" in refuse(store, late)[late.task]
+    assert contents(store.state) == before
+
+
+def test_of_two_tasks_for_one_place_one_is_refused(chunked: tuple[Store, str]) -> None:
+    store, read = chunked
+    one, other = embedding(store.root, RUN, 1, (read,)), embedding(store.root, RUN, 1, (read,))
+    (reason,) = refuse(store, one, dataclasses.replace(other, task="embed-1-again")).values()
+    assert "is taken" in reason
+
+
+def test_a_task_made_with_other_settings_than_those_committed_is_refused(chunked: tuple[Store, str]) -> None:
+    store, read = chunked
+    other = embedding(store.root, RUN, 1, (read,), about="another encoder")
+    assert refuse(store, other) == {other.task: "encoder:tiny was made with other settings meanwhile"}
+    assert store.state.records["encoder:tiny"] == "one"
+
+
+def test_of_two_tasks_made_with_different_settings_one_is_refused(store: Store) -> None:
+    one, other = (embedding(store.root, RUN, part, (), about=f"encoder {part}") for part in range(2))
+    refused = refuse(store, one, other)
+    assert refused == {other.task: "encoder:tiny was made with other settings meanwhile"}
+    assert list(store.state.group("embeddings", "tiny")) == ["000000"]
+
+
+def test_a_unit_whose_plan_is_gone_is_refused_and_its_files_are_removed(store: Store) -> None:
+    with Run(store.root) as run:
+        commit(store, run, records={"plan:b": None})
+    task = unit(store.root, RUN, "b", 0)
+    assert refuse(store, task) == {task.task: "its plan is gone"}
+
+
+def test_a_unit_that_was_done_again_is_not_committed_again(chunked: tuple[Store, str]) -> None:
+    store, _ = chunked
+    before = contents(store.state)
+    assert refuse(store, unit(store.root, RUN, "a", 1)) == {}
+    assert contents(store.state) == before
+
+
+def test_a_task_whose_files_are_gone_is_refused_and_can_be_done_again(store: Store) -> None:
+    with Run(store.root) as run:
+        task = unit(store.root, run.id, "a", 0)
+        staging.stage(store.root, task)
+        (store.root / task.files()[0]).unlink()
+        assert staging.fold(store, run).refused == {task.task: "its files are gone"}
+        assert not staging.is_staged(store.root, task.task)
+    assert Store.open(store.root).state.parts() == []
