@@ -138,7 +138,7 @@ class Reader:
 
     def _find(self, chunk_id: int) -> Chunk | None:
         part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
-        if chunk_id < 0 or not self.is_living([chunk_id])[0]:
+        if not 0 <= chunk_id < 1 << 63 or not self.is_living([chunk_id])[0]:
             return None
         chunks, place = self._row(part, row)
         n = int(chunks.n_tokens[place])

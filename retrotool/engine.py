@@ -155,43 +155,50 @@ def _do(task: Task) -> None:
 
 
 def _run_in_processes(
-    stage: Stage,
-    store: Store,
-    run: Run,
-    tasks: Sequence[Task],
-    workers: int,
-    failures: _Failures,
-    report: Report,
+    stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures, report: Report
 ) -> None:
+    """Run tasks in a pool, and in a new one whenever a worker was killed (out of memory, perhaps).
+
+    A broken pool does not tell which task broke it: those that may have are then run one at a time, so that only the
+    one that breaks its worker again is counted as failed.
+    """
+    waiting, suspects = list(tasks), 0
+    while waiting:
+        batch = waiting[:1] if suspects else waiting
+        again, broken = _run_pool(stage, store, run, batch, 1 if suspects else workers, failures, report)
+        waiting = again + waiting[len(batch) :]
+        # Tasks are begun in their order, one ahead a worker.
+        suspects = 2 * workers if broken and not suspects else max(0, suspects - 1)
+
+
+def _run_pool(
+    stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures, report: Report
+) -> tuple[list[Task], bool]:
+    """Run tasks in one pool; return those to be done again, in their order, and whether a worker was killed."""
     context = multiprocessing.get_context("spawn")
     progress: SimpleQueue[int] = context.SimpleQueue()
     threads = max(1, (os.cpu_count() or 1) // workers)
-    waiting = list(tasks)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, context, _open_worker, (stage, store.root, run.id, progress, threads)
+    )
+    again: set[str] = set()
+    broken = False
     folded = time.monotonic()
-    while waiting:
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, context, _open_worker, (stage, store.root, run.id, progress, threads)
-        )
-        with _reporting(progress, report), _stopping(pool):
-            with _interrupts_put_off():
-                futures = {pool.submit(_do, task): task for task in waiting}
-            waiting = []
-            while futures:
-                done, _ = concurrent.futures.wait(futures, FOLD_SECONDS, concurrent.futures.FIRST_COMPLETED)
-                broken = False
-                for future in done:
-                    task = futures.pop(future)
-                    error = future.exception()
-                    broken |= isinstance(error, BrokenProcessPool)
-                    if error is not None and failures.note(task, error):
-                        waiting.append(task)
-                if broken:
-                    # A worker was killed (out of memory, perhaps); the pool is of no more use.
-                    waiting += list(futures.values())
-                    break
-                if time.monotonic() - folded > FOLD_SECONDS:
-                    staging.fold(store, run)
-                    folded = time.monotonic()
+    with _reporting(progress, report), _stopping(pool):
+        with _interrupts_put_off():
+            futures = {pool.submit(_do, task): task for task in tasks}
+        while futures:
+            done, _ = concurrent.futures.wait(futures, FOLD_SECONDS, concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                task, error = futures.pop(future), future.exception()
+                killed = isinstance(error, BrokenProcessPool)
+                broken |= killed
+                if (killed and len(tasks) > 1) or (error is not None and failures.note(task, error)):
+                    again.add(task.key)
+            if time.monotonic() - folded > FOLD_SECONDS:
+                staging.fold(store, run)
+                folded = time.monotonic()
+    return [task for task in tasks if task.key in again], broken
 
 
 @contextlib.contextmanager

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from retrotool import engine
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_encoder
-from retrotool.errors import UsageError
+from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.chunk_plan import write_json
-from retrotool.stages.database import Database, pick_encoder
+from retrotool.stages.database import Database, embedded_parts, pick_encoder
 from retrotool.stages.embed import EmbedStage
-from retrotool.stages.index import IndexStage, shards
+from retrotool.stages.index import IndexStage, encoder_of, shards
 from retrotool.stages.neighbours import NeighboursStage, check_encoders
 from retrotool.stages.recall import Recall, tune
 from retrotool.store.log import Draft
@@ -83,17 +86,16 @@ def index(
         raise UsageError(f"--target-recall {target_recall} is not above 0 and at most 1")
     check_name(name, "--name")
     store = Store.open(root)
-    made = store.state.records.get(f"index:{name}", {})
-    chosen = pick_encoder(store, encoder or made.get("encoder"))
+    chosen = pick_encoder(store, encoder or encoder_of(store, name))
     stage = stage or IndexStage(name, chosen)
     with writing(store) as run:
         engine.execute(stage, store, run)
         record = store.refresh().records.get(f"index:{name}")
-        current = sorted(shards(store, name))
+        current = sorted(shards(store.state, name))
         vectors = sum(entry.rows for slot in current if (entry := store.state.file("index", slot, name)) is not None)
         made = {"shards": current, "vectors": vectors, "target": target_recall}
         if record is None or any(record[key] != value for key, value in made.items()):
-            record = _measure(store, run, name, chosen, target_recall)
+            record = _measure_until_committed(store, run, name, chosen, target_recall)
     state = store.refresh()
     curve = tuple(Recall(**point) for point in record["curve"])
     shown = {
@@ -103,9 +105,20 @@ def index(
     return IndexResult(name=name, shards=len(record["shards"]), commit=state.number, curve=curve, **shown)
 
 
+def _measure_until_committed(store: Store, run: Run, name: str, encoder: str, target: float) -> dict[str, Any]:
+    """Measure, and again if another process has changed the shards meanwhile."""
+    while True:
+        try:
+            return _measure(store, run, name, encoder, target)
+        except ConflictError:
+            store.refresh()
+
+
 def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> dict[str, Any]:
     """Measure an index's recall and commit its record."""
-    point, curve = tune(store, encoder, name, target)
+    parts = len(embedded_parts(store, encoder))
+    with tqdm(total=parts, unit="part", desc="recall", disable=None, delay=2, file=sys.stderr) as bar:
+        point, curve = tune(store, encoder, name, target, bar.update)
     group = store.state.group("index", name)
     entries = {slot: entry for slot in group if slot.startswith("shard-") and (entry := group.get(slot)) is not None}
     trained = group.get("trained")
@@ -123,6 +136,8 @@ def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> 
     report = write_json(store.root, FileName.new(run.id, "index", "recall", "json", name), record, len(curve))
 
     def build(state: State) -> Draft:
+        if {slot: state.file("index", slot, name) for slot in shards(state, name)} != entries:
+            raise ConflictError(f"index {name!r} was changed while its recall was measured")
         old = state.file("index", "recall", name)
         settings = {"name": name, "encoder": encoder, "target": target}
         return Draft(

@@ -114,12 +114,9 @@ def _reasons(store: Store, plans: Sequence[str]) -> tuple[SetAsideReason, ...]:
         entry = group.get(slot)
         if entry is None or slot.partition(".")[0] not in plans:
             continue
-        for row in parts.read_parquet(store, entry).to_pylist():
-            old = found.get(row["reason"])
-            found[row["reason"]] = SetAsideReason(
-                row["reason"],
-                (old.rows if old else 0) + 1,
-                old.input if old else row["input"],
-                old.line if old else row["line"],
-            )
+        grouped = parts.read_parquet(store, entry).group_by("reason", use_threads=False)
+        for row in grouped.aggregate([("input", "first"), ("line", "first"), ("reason", "count")]).to_pylist():
+            reason = row["reason"]
+            old = found.get(reason) or SetAsideReason(reason, 0, row["input_first"], row["line_first"])
+            found[reason] = replace(old, rows=old.rows + row["reason_count"])
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows))

@@ -111,7 +111,7 @@ def _index(store: Store, name: str) -> dict[str, Any]:
     record = dict(store.state.records.get(f"index:{name}", {}))
     record.pop("curve", None)
     trained = store.state.file("index", "trained", name)
-    found = [store.state.file("index", slot, name) for slot in shards(store, name)]
+    found = [store.state.file("index", slot, name) for slot in shards(store.state, name)]
     entries = [entry for entry in found if entry is not None]
     # The record keeps what was measured; an erase has taken vectors away since.
     vectors = sum(entry.rows for entry in entries)

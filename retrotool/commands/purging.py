@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from retrotool import engine
 from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.stages import purge as selecting
 from retrotool.stages.erase import EraseStage
-from retrotool.stages.purge import Ids, Selection
+from retrotool.stages.purge import Ids, Report, Selection
 from retrotool.store import staging
 from retrotool.store.clean import clean
 from retrotool.store.log import Draft
@@ -44,7 +46,9 @@ class PurgeResult:
     examples: tuple[int, ...] = field(default=())
 
 
-def select(store: Store, kind: str, value: str, *, resume_erase: bool = False) -> Selection:
+def select(
+    store: Store, kind: str, value: str, *, resume_erase: bool = False, report: Report = lambda _: None
+) -> Selection:
     """Select chunks by ``ids`` or ``documents`` (a file, one a line), ``where`` or ``pattern`` (an expression).
 
     A purge by the same selector may have been interrupted in its erase, so that its documents can't be found any more:
@@ -54,7 +58,7 @@ def select(store: Store, kind: str, value: str, *, resume_erase: bool = False) -
     literal = value
     if kind in ("ids", "documents"):
         try:
-            lines = Path(value).read_text("utf-8", "surrogateescape").splitlines()
+            lines = Path(value).read_text("utf-8", "surrogateescape").split("\n")
         except OSError as error:
             raise UsageError(f"{value} can't be read: {error.strerror}", "Give a file with one id a line.") from error
         literal = "\n".join(lines)
@@ -63,11 +67,13 @@ def select(store: Store, kind: str, value: str, *, resume_erase: bool = False) -
         case "ids":
             chunks = selecting.select_ids(store, lines)
         case "documents":
-            chunks = selecting.select_documents(store, lines, missing_ok=bool(earlier))
+            chunks = selecting.select_documents(store, lines, missing_ok=bool(earlier), report=report)
         case "where":
-            chunks = selecting.select_where(store, value)
+            chunks = selecting.select_where(store, value, report)
+        case "pattern":
+            chunks = selecting.select_pattern(store, value, report)
         case _:
-            chunks = selecting.select_pattern(store, value)
+            raise UsageError(f"there is no selector {kind!r}", "Known are ids, documents, where and pattern.")
     found = [chunks]
     if resume_erase:
         found += [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
@@ -91,7 +97,9 @@ def purge(
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
     store = Store.open(root)
-    selection = select(store, kind, value, resume_erase=erase)
+    total = len(store.state.parts())
+    with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
+        selection = select(store, kind, value, resume_erase=erase, report=bar.update)
     chunks = len(selection.living)
     alive = int(store.state.records.get("totals", {}).get("chunks", 0))
     base: dict[str, Any] = {

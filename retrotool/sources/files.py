@@ -19,7 +19,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "txt",
 }
-_SAMPLES = 16
+_SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 
 
@@ -38,7 +38,10 @@ class InputFile:
         return self.format == "jsonl"
 
     def fingerprint(self) -> str:
-        """BLAKE2b-128 of size and 16 samples of 64 KiB from start to end: the same for a renamed or copied file."""
+        """BLAKE2b-128 of the content up to 16 MiB, and of size and 256 samples of 64 KiB from start to end above.
+
+        The same for a renamed or copied file.
+        """
         digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
         if self.format == "txt":
             digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
@@ -98,7 +101,13 @@ def _walk(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
 
-    return sorted(Path(place) / name for place, _, names in os.walk(folder, onerror=refuse) for name in names)
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        if "store.json" in names:  # a store of ours among the inputs is none of them
+            folders.clear()
+        else:
+            found += [Path(place) / name for name in names]
+    return sorted(found)
 
 
 def _is_input(file: Path, folder: Path) -> bool:

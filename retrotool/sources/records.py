@@ -72,7 +72,10 @@ def document_of(row: Mapping[str, Any], fields: Fields, source: str, line: int, 
     else:
         return SetAside(line, f"{fields.id!r} is neither a string nor a whole number")
     own = row.get("source")
-    kept = tuple(_as_text(row.get(name)) for name in fields.keep)
+    try:
+        kept = tuple(_as_text(row.get(name)) for name in fields.keep)
+    except (TypeError, ValueError) as error:
+        return SetAside(line, f"a kept field can't be written: {error}")
     return Document(identifier, text, own if isinstance(own, str) else source, position, line, kept)
 
 

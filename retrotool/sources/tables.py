@@ -28,10 +28,12 @@ def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document | S
             return
         try:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(columns))):
-                for values in _rows(batch):
+                for values in _rows(_times_as_text(batch)):
                     row += 1
                     if isinstance(values, UnicodeDecodeError):
                         yield SetAside(row, f"invalid UTF-8 at byte {values.start:,} of a value")
+                    elif isinstance(values, Exception):
+                        yield SetAside(row, f"a value can't be read: {str(values).splitlines()[0]}")
                     else:
                         yield document_of(values, fields, name, row, row)
         except (pa.ArrowException, OSError) as error:
@@ -42,13 +44,19 @@ def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document | S
             raise InputError(f"broken off after row {row:,}, {rest:,} rows are lost: {reason}", row + 1) from error
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """Each row's values, or why they are no text: Arrow does not check UTF-8 when it reads."""
+def _times_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Times and dates as Arrow writes them: Python's have no nanoseconds."""
+    columns = [c.cast(pa.string()) if pa.types.is_temporal(c.type) else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
+    """Each row's values, or why Python can't have them: broken UTF-8, which Arrow does not check, or a far-off time."""
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
+            except (ValueError, OverflowError) as error:
                 yield error

@@ -24,6 +24,7 @@ from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans
+from retrotool.stages.quarantine import Quarantine
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
@@ -87,23 +88,20 @@ class ChunkWorker:
         path, index = str(task.inputs["path"]), int(task.inputs["unit"])
         plan = self._read_plan(str(task.inputs["plan"]), path)
         writer = _UnitWriter(self._store, run, task.key, plan)
-        quarantine: list[tuple[str, int, str]] = []
+        bad = Quarantine()
         for piece in plan.units[index]:
             file = plan.files[piece.file]
-            bad: list[SetAside] = []
-            for batch in _batches(_rows(plan, piece.file, piece.start, piece.end, bad, self._skip_missing)):
+            bad.open(file.path)
+            rows = _rows(plan, piece.file, piece.start, piece.end, bad, self._skip_missing)
+            for batch in _batches(rows):
                 writer.add(file.name, batch, self._tokenizer.encode_batch([d.text for d in batch]), bad)
-            before = lines_before(Path(file.path), piece.start) if any(row.line for row in bad) else 0
-            quarantine += [(file.path, row.line + before if row.line else 0, row.reason) for row in bad]
+            if piece.start and bad.needs_lines():
+                bad.shift_lines(lines_before(Path(file.path), piece.start))
             report((file.size if piece.end is None else piece.end) - piece.start)
         writer.close_part()
-        entry = None
-        if quarantine:
-            columns = dict(zip(("input", "line", "reason"), zip(*quarantine, strict=True), strict=True))
-            table = parts.columns_of(columns, parts.QUARANTINE_SCHEMA)
-            name = FileName.new(run, "staging", f"{task.key}.quarantine", "parquet")
-            entry = parts.write_parquet(self._store.root, name, table)
-        counts = {**writer.counts, "set_aside": len(quarantine)}
+        name = FileName.new(run, "staging", f"{task.key}.quarantine", "parquet")
+        entry = bad.write(self._store.root, name)
+        counts = {**writer.counts, "set_aside": len(bad)}
         unit = Unit(str(task.inputs["plan"]), index, tuple(writer.parts), entry, counts)
         return Staged(task.key, "chunk", run, reads=(path,), unit=unit)
 
@@ -119,7 +117,7 @@ class ChunkWorker:
 
 
 def _rows(
-    plan: Plan, number: int, start: int, end: int | None, bad: list[SetAside], skip_missing: bool
+    plan: Plan, number: int, start: int, end: int | None, bad: Quarantine, skip_missing: bool
 ) -> Iterator[Document]:
     """Documents of a piece; what is set aside goes to ``bad``."""
     file = plan.files[number]
@@ -209,10 +207,11 @@ class _UnitWriter:
     def _new_part(self) -> _Part:
         return _Part({name: [] for name in self._schema.names})
 
-    def add(self, name: str, documents: list[Document], tokens: list[list[int]], bad: list[SetAside]) -> None:
+    def add(self, name: str, documents: list[Document], tokens: list[list[int]], bad: Quarantine) -> None:
         """Add documents of the input ``name`` with their tokens; those without a token go to ``bad``."""
         if not all(tokens):
-            bad += [SetAside(d.line, "text without a token") for d, t in zip(documents, tokens, strict=True) if not t]
+            for document in (d for d, t in zip(documents, tokens, strict=True) if not t):
+                bad.append(SetAside(document.line, "text without a token"))
             kept = [(d, t) for d, t in zip(documents, tokens, strict=True) if t]
             documents, tokens = [d for d, _ in kept], [t for _, t in kept]
         start = 0

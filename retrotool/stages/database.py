@@ -71,7 +71,7 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
     return np.repeat(ids, count), np.repeat(ids + count - 1, count)
 
 
-def same_documents(queries: Store, part: int, database: Store, tombstones: Tombstones) -> tuple[Ids, Ids]:
+def same_documents(queries: Store, part: int, database: Store) -> tuple[Ids, Ids]:
     """For each row of a part of ``queries``, the interval of chunk ids of the document of the same id in ``database``.
 
     First and last int64 [n] each; first > last where there is none. Joined through the ``keys/`` files.
@@ -89,9 +89,9 @@ def same_documents(queries: Store, part: int, database: Store, tombstones: Tombs
         theirs = parts.read_documents(database, other, ["first_row", "n_chunks"]).take(pa.array(found))
         low = parts.chunk_ids(other, theirs["first_row"].to_numpy())
         high = low + theirs["n_chunks"].to_numpy() - 1
-        # A document that is there twice has all but one of its copies tombstoned as a duplicate.
-        alive = ~(tombstones.contains(low) & tombstones.contains(high))
-        first[hits[alive]], last[hits[alive]] = low[alive], high[alive]
+        # Of a document that is there more than once all but the first are tombstones.
+        new = first[hits] > last[hits]
+        first[hits[new]], last[hits[new]] = low[new], high[new]
     count = documents["n_chunks"].to_numpy()
     return np.repeat(first, count), np.repeat(last, count)
 

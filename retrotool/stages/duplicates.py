@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool.errors import ConflictError, ErasedError
@@ -73,7 +74,11 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: 
 def _finishing(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: int) -> Draft:
     """The commit that finishes a plan on the store's state, its files written."""
     plan = read_plan(store, entry)
-    found = find_duplicates(store, plan, range_rows)
+    plans = store.state.with_prefix("plan:").values()
+    order = store.state.records[f"plan:{plan_id}"]["order"]
+    # Parts are numbered in the order of the plans.
+    parts_below = sum(record["parts"] for record in plans if record["order"] <= order)
+    found = find_duplicates(store, plan, range_rows, parts_below)
     known = {"fingerprints": _fingerprints(store, plan_id, plan)}
     add = [write_json(store.root, FileName.new(run.id, "inputs", plan_id, "json"), known, len(known["fingerprints"]))]
     if len(found.chunks):
@@ -99,10 +104,15 @@ def _fingerprints(store: Store, plan_id: str, plan: Plan) -> list[str]:
 
 def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
     """``draft``, if the documents and tombstones it was made from are still all there are."""
-    same = all(list(newest.group(kind)) == list(seen.group(kind)) for kind in ("keys", "tombstones"))
+    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("keys", "tombstones"))
     if not same or newest.records["totals"] != seen.records["totals"]:
         raise ConflictError("the store grew while duplicates were searched")
     return draft
+
+
+def _paths(state: State, kind: str) -> list[str]:
+    group = state.group(kind)
+    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
 
 
 def _counted(state: State, plan_id: str, found: Duplicates) -> Mapping[str, Any]:
@@ -120,25 +130,31 @@ def _counted(state: State, plan_id: str, found: Duplicates) -> Mapping[str, Any]
     }
 
 
-def find_duplicates(store: Store, plan: Plan, range_rows: int = RANGE_ROWS) -> Duplicates:
-    """All living documents whose id a document of a lower chunk id has, purged ones included."""
-    later = sorted(pair for pairs in _ranges(store, range_rows) for pair in pairs)
+def find_duplicates(
+    store: Store, plan: Plan, range_rows: int = RANGE_ROWS, parts_below: int | None = None
+) -> Duplicates:
+    """All living documents whose id a document of a lower chunk id has, purged ones included.
+
+    ``parts_below``: in the parts with lower numbers only; those above belong to plans that are finished later.
+    """
+    later: dict[int, list[int]] = {}
+    for part, doc in sorted(pair for pairs in _ranges(store, range_rows) for pair in pairs):
+        if parts_below is None or part < parts_below:
+            later.setdefault(part, []).append(doc)
     tombstones = read_tombstones(store)
     chunks: list[npt.NDArray[np.int64]] = []
     places: list[tuple[str, int]] = []
     tokens = 0
-    by_part: dict[int, list[int]] = {}
-    for part, doc in later:
-        by_part.setdefault(part, []).append(doc)
-    for part, docs in by_part.items():
-        table = parts.read_documents(store, part, ["first_row", "n_chunks", "n_tokens", "input", "position"]).take(docs)
+    for part, docs in later.items():
+        table = parts.read_documents(store, part, ["first_row", "n_chunks", "input", "position"]).take(docs)
+        counts = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"].to_numpy()
         for row in table.to_pylist():
-            ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
-            if tombstones.contains(ids).all():
-                continue
-            chunks.append(ids[~tombstones.contains(ids)])
-            places.append((row["input"], row["position"]))
-            tokens += row["n_tokens"]
+            rows = np.arange(row["first_row"], row["first_row"] + row["n_chunks"])
+            rows = rows[~tombstones.contains(parts.chunk_ids(part, rows)) & (counts[rows] > 0)]
+            if len(rows):
+                chunks.append(parts.chunk_ids(part, rows))
+                places.append((row["input"], row["position"]))
+                tokens += int(counts[rows].sum())
     ids = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
     return Duplicates(ids, tuple(_with_lines(plan, places)), tokens)
 
@@ -183,6 +199,8 @@ def _row_groups(path: Path, low: int, high: int) -> list[int]:
     with pq.ParquetFile(path) as file:
         found = []
         for i in range(file.metadata.num_row_groups):
+            if not file.metadata.row_group(i).num_rows:
+                continue
             statistics = file.metadata.row_group(i).column(0).statistics
             first, last = (int.from_bytes(value[:2], "big") for value in (statistics.min, statistics.max))
             if first < high and last >= low:
@@ -202,8 +220,8 @@ def _with_lines(plan: Plan, places: list[tuple[str, int]]) -> Iterator[tuple[str
         if file is not None and file.format.startswith("jsonl"):
             try:
                 lines = count_lines(Path(file.path), file.format, sorted(positions))
-            except OSError:
-                lines = [0] * len(positions)
+            except (OSError, pa.ArrowException):
+                lines = []
         # A file that has become shorter since has fewer lines than were asked for.
         for line in lines + [0] * (len(positions) - len(lines)):
             yield (file.path if file else name), line, REASON

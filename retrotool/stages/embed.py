@@ -8,7 +8,7 @@ is done again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,8 @@ class EmbedStage:
     def plan(self, store: Store) -> list[Task]:
         """One task a part; ``UsageError`` if the name is taken by another encoder."""
         record = store.state.records.get(f"encoder:{self.identity.name}")
-        if record is not None and record["sha256"] != self.identity.sha256:
-            raise UsageError(
-                f"the store has embeddings of another encoder under the name {self.identity.name!r}",
-                "Rename the directory of the new one: an encoder is named by its directory.",
-            )
+        if record is not None:
+            check_identity(record, self.identity)
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
         for part in store.state.parts():
@@ -59,6 +56,15 @@ class EmbedStage:
     def open(self, store: Store) -> EmbedWorker:
         """Load the encoder."""
         return EmbedWorker(store, self)
+
+
+def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
+    """``UsageError`` if the store's encoder of a name is not the one that is to be used under it."""
+    if record["sha256"] != identity.sha256:
+        raise UsageError(
+            f"the store has embeddings of another encoder under the name {identity.name!r}",
+            "Rename the directory of the new one: an encoder is named by its directory.",
+        )
 
 
 class EmbedWorker:
@@ -87,6 +93,7 @@ class EmbedWorker:
         key = f"encoder:{identity.name}"
         # The same model from another place is the same encoder: the record that was first stays.
         record = self._store.state.records.get(key) or identity.as_json()
+        check_identity(record, identity)
         settings = {"encoder": identity.name, "device": self.encoder.device, "dtype": self.encoder.dtype}
         return Staged(
             task.key, "embed", run, settings, (str(task.inputs["path"]),), (entry,),

@@ -55,7 +55,7 @@ class EraseStage:
                 tasks.append(Task(key, f"part {part}", len(entries), {"part": part, "paths": paths}))
         touched = set(victims.parts())
         for name in store.state.names("index"):
-            for slot, about in shards(store, name).items():
+            for slot, about in shards(store.state, name).items():
                 entry = store.state.file("index", slot, name)
                 if entry is None or not touched.intersection(about["parts"]):
                     continue

@@ -27,6 +27,7 @@ from retrotool.store import atomic, parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.staging import Staged
+from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -49,10 +50,10 @@ class IndexStage:
 
     def plan(self, store: Store) -> list[Task]:
         """First the training, if there is none; then one task a new shard, in the order of the parts."""
-        record = store.state.records.get(f"index:{self.index}")
-        if record is not None and record["encoder"] != self.encoder:
+        made_with = encoder_of(store, self.index)
+        if made_with not in (None, self.encoder):
             raise UsageError(
-                f"index {self.index!r} is of the encoder {record['encoder']!r}, not {self.encoder!r}",
+                f"index {self.index!r} is of the encoder {made_with!r}, not {self.encoder!r}",
                 "Give the new index a name of its own with --name.",
             )
         trained = store.state.file("index", "trained", self.index)
@@ -75,12 +76,12 @@ class IndexStage:
         return parts.part_entry(store, "embeddings", part, self.encoder)
 
     def _next_shard(self, store: Store) -> int:
-        numbers = [int(slot.removeprefix("shard-")) for slot in shards(store, self.index)]
+        numbers = [int(slot.removeprefix("shard-")) for slot in shards(store.state, self.index)]
         return max(numbers, default=-1) + 1
 
     def _new_runs(self, store: Store) -> list[list[int]]:
         """Parts that no shard holds, in runs of up to ``shard_rows`` rows."""
-        held = {part for about in shards(store, self.index).values() for part in about["parts"]}
+        held = {part for about in shards(store.state, self.index).values() for part in about["parts"]}
         runs: list[list[int]] = []
         rows = 0
         for part in embedded_parts(store, self.encoder):
@@ -99,9 +100,15 @@ class IndexStage:
         return IndexWorker(store, self)
 
 
-def shards(store: Store, name: str) -> dict[str, Mapping[str, Any]]:
+def encoder_of(store: Store, name: str) -> str | None:
+    """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
+    trained = store.state.file("index", "trained", name)
+    return None if trained is None else str((trained.about or {})["encoder"])
+
+
+def shards(state: State, name: str) -> dict[str, Mapping[str, Any]]:
     """The shards of an index: slot → what the log says about it (its parts)."""
-    group = store.state.group("index", name)
+    group = state.group("index", name)
     entries = {slot: group.get(slot) for slot in group if slot.startswith("shard-")}
     return {slot: entry.about or {} for slot, entry in entries.items() if entry is not None}
 
@@ -110,7 +117,7 @@ def choose_lists(n: int, flat_limit: int) -> int:
     """Number of inverted lists for n vectors: about 8√n, a power of two, at least 39 vectors a list; 0: flat."""
     if n <= flat_limit:
         return 0
-    return 1 << round(math.log2(min(8 * math.sqrt(n), n / 39)))
+    return 1 << min(round(math.log2(8 * math.sqrt(n))), math.floor(math.log2(n / 39)))
 
 
 class IndexWorker:
@@ -119,22 +126,21 @@ class IndexWorker:
     def __init__(self, store: Store, stage: IndexStage) -> None:
         self._store = store
         self._stage = stage
-        self._tombstones = read_tombstones(store)
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Do one task."""
         self._store.refresh()
-        self._tombstones = read_tombstones(self._store)
+        tombstones = read_tombstones(self._store)
         if task.inputs.get("train"):
-            return self._train(task, run, report)
-        return self._write_shard(task, run, report)
+            return self._train(task, run, report, tombstones)
+        return self._write_shard(task, run, report, tombstones)
 
-    def _train(self, task: Task, run: str, report: Report) -> Staged:
+    def _train(self, task: Task, run: str, report: Report, tombstones: Tombstones) -> Staged:
         import torch
 
         stage, store = self._stage, self._store
         numbers = embedded_parts(store, stage.encoder)
-        rows = {part: living_rows(store, part, self._tombstones) for part in numbers}
+        rows = {part: living_rows(store, part, tombstones) for part in numbers}
         n = sum(map(len, rows.values()))
         nlist = choose_lists(n, stage.flat_limit)
         if nlist == 0:
@@ -142,13 +148,14 @@ class IndexWorker:
         else:
             sample = _sample(store, stage.encoder, rows, min(n, nlist * _SAMPLES_A_LIST))
             index = lists.empty_ivf(kmeans(torch.from_numpy(sample), nlist, seed=_SEED).numpy())
-        entry = self._write(index, FileName.new(run, "index", "trained", "faiss", stage.index), None)
+        name = FileName.new(run, "index", "trained", "faiss", stage.index)
+        entry = write_index(store.root, index, name, {"encoder": stage.encoder})
         report(task.weight)
         return Staged(
             task.key, "index", run, {"name": stage.index, "encoder": stage.encoder, "nlist": nlist}, add=(entry,)
         )
 
-    def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
+    def _write_shard(self, task: Task, run: str, report: Report, tombstones: Tombstones) -> Staged:
         import faiss
         import torch
 
@@ -159,7 +166,7 @@ class IndexWorker:
         centroids = lists.centroids_of(index)
         table = None if centroids is None else torch.from_numpy(centroids)
         for part in task.inputs["parts"]:
-            alive = living_rows(store, part, self._tombstones)
+            alive = living_rows(store, part, tombstones)
             vectors = read_part_vectors(store, stage.encoder, part)[alive]
             _check_finite(vectors, part, alive)
             assigned = None if table is None else assign(torch.from_numpy(vectors.astype(np.float32)), table)[1].numpy()
@@ -168,12 +175,9 @@ class IndexWorker:
             report(len(vectors))
         slot = f"shard-{task.inputs['shard']:04d}"
         about = {"parts": list(task.inputs["parts"])}
-        entry = self._write(index, FileName.new(run, "index", slot, "faiss", stage.index), about)
+        entry = write_index(store.root, index, FileName.new(run, "index", slot, "faiss", stage.index), about)
         reads = (trained.path, *task.inputs["paths"])
         return Staged(task.key, "index", run, {"name": stage.index, "encoder": stage.encoder}, reads, (entry,))
-
-    def _write(self, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
-        return write_index(self._store.root, index, name, about)
 
 
 def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:

@@ -55,6 +55,12 @@ class NeighboursStage:
         database = Database(Store.open(self.database), self.index)
         check_encoders(store, database)
         record = self.record(database)
+        known = store.state.records.get(f"neighbours:{self.table}", record)
+        if known["database"] != record["database"]:
+            raise UsageError(
+                f"the neighbours {self.table!r} of {store.root} are chunks of another database, {known['path']}",
+                "Give these a name of their own with --name.",
+            )
         version = _version(database, self.index, record)
         tasks = []
         for part in embedded_parts(store, database.encoder):
@@ -99,7 +105,7 @@ def check_encoders(store: Store, database: Database) -> None:
 
 def _version(database: Database, index: str, record: Mapping[str, Any]) -> str:
     """Changes when the database can give other neighbours (new parts, another index), not when chunks are purged."""
-    held = sorted(part for about in shards(database.store, index).values() for part in about["parts"])
+    held = sorted(part for about in shards(database.store.state, index).values() for part in about["parts"])
     fields = [record["database"], index, database.nprobe, record["saved"], held]
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
 
@@ -111,20 +117,24 @@ class NeighboursWorker:
         self._store = store
         self._stage = stage
         self._database = Database(Store.open(stage.database), stage.index)
+        self._commit = self._database.store.state.number
+
+    def _current_database(self) -> Database:
+        """The database at its newest commit: an erase may have replaced files since."""
+        if self._database.store.refresh().number != self._commit:
+            self._database = Database(self._database.store, self._stage.index)
+            self._commit = self._database.store.state.number
+        return self._database
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Find the neighbours of one part."""
-        store, stage, database = self._store, self._stage, self._database
-        if not store.state.has(str(task.inputs["path"])):
-            store.refresh()
+        store, stage = self._store, self._stage
+        store.refresh()
+        database = self._current_database()
         part = int(task.inputs["part"])
         vectors = read_part_vectors(store, database.encoder, part)
         within = store.identity.uuid == database.store.identity.uuid
-        first, last = (
-            document_intervals(store, part)
-            if within
-            else same_documents(store, part, database.store, database.tombstones)
-        )
+        first, last = document_intervals(store, part) if within else same_documents(store, part, database.store)
         table = NeighbourTable(
             np.full((len(vectors), stage.saved), NO_NEIGHBOUR, np.int64),
             np.full((len(vectors), stage.saved), np.inf, np.float32),

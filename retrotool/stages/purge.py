@@ -84,7 +84,7 @@ def select_documents(
     store: Store, names: Sequence[str], *, missing_ok: bool = False, report: Report = lambda _: None
 ) -> Ids:
     """Chunk ids of documents, given by their ids; ``UsageError`` names the first that the store has not."""
-    wanted = {name.rstrip("\n"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
+    wanted = {name.removesuffix("\r"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
     keys = pa.array(
         [
             hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
@@ -142,11 +142,17 @@ def select_pattern(store: Store, pattern: str, report: Report = lambda _: None) 
         chunks = parts.read_chunks(store, part)
         for start in range(0, len(chunks), _DECODE_ROWS):
             rows = slice(start, start + _DECODE_ROWS)
-            text = tokenizer.decode(chunks.tokens[rows], chunks.n_tokens[rows])
+            text = _as_text(tokenizer.decode(chunks.tokens[rows], chunks.n_tokens[rows]))
             hit = pc.match_substring_regex(text, pattern).to_numpy(zero_copy_only=False) & (chunks.n_tokens[rows] > 0)
             found.append(parts.chunk_ids(part, start + np.flatnonzero(hit)))
         report(1)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _as_text(values: pa.LargeBinaryArray) -> pa.LargeStringArray:
+    """The same bytes as strings, unchecked: RE2 takes binary for Latin-1, and bears broken UTF-8 at a border."""
+    _, offsets, data = values.buffers()
+    return pa.LargeStringArray.from_buffers(len(values), offsets, data, offset=values.offset)
 
 
 def _chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:

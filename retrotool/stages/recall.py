@@ -11,19 +11,21 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.search import Best, Queries, search
-from retrotool.stages.database import document_intervals, embedded_parts, read_part_vectors, read_shards
-from retrotool.stages.index import read_living
-from retrotool.store.parts import PART_SHIFT
+from retrotool.stages.base import Report
+from retrotool.stages.database import document_intervals, living_rows, read_part_vectors, read_shards
+from retrotool.stages.index import read_living, shards
+from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
 QUERIES = 1000
 DEPTH = 10
 _SEED = 1
+_TIE = 1e-5
+"""Distances that differ by less, relatively, are the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +38,32 @@ class Recall:
     queries: int
 
 
-def tune(store: Store, encoder: str, index: str, target: float) -> tuple[Recall, list[Recall]]:
+def tune(
+    store: Store, encoder: str, index: str, target: float, report: Report = lambda _: None
+) -> tuple[Recall, list[Recall]]:
     """The least ``nprobe`` (a power of two, or all lists) that holds ``target``, and the curve that was measured."""
-    queries, truth = _truth(store, encoder)
-    shards = list(read_shards(store, index))
-    nlist = max((1 if s.centroids is None else len(s.centroids) for s in shards), default=1)
+    held = sorted(part for about in shards(store.state, index).values() for part in about["parts"])
+    queries, truth = _truth(store, encoder, held, report)
+    opened = list(read_shards(store, index))
+    nlist = max((1 if s.centroids is None else len(s.centroids) for s in opened), default=1)
     banned = read_tombstones(store).contains
     curve: list[Recall] = []
     nprobe = 1
     while True:
         found = Best(len(queries.vectors), DEPTH)
-        for shard in shards:
+        for shard in opened:
             search(shard, queries, nprobe, banned, found)
-        curve.append(_recall(found.ids, truth, nprobe))
+        curve.append(_recall(found, truth, nprobe))
         if curve[-1].recall - curve[-1].error >= target or nprobe >= nlist:
             return curve[-1], curve
         nprobe = min(2 * nprobe, nlist)
 
 
-def _truth(store: Store, encoder: str) -> tuple[Queries, npt.NDArray[np.int64]]:
-    """Random living chunks as queries, and their true 10 nearest, int64 [q, 10]."""
+def _truth(store: Store, encoder: str, numbers: list[int], report: Report) -> tuple[Queries, Best]:
+    """Random living chunks of the parts ``numbers`` as queries, and their true 10 nearest in these parts."""
     tombstones = read_tombstones(store)
-    numbers = embedded_parts(store, encoder)
-    ids = np.concatenate([read_living(store, encoder, part, tombstones)[0] for part in numbers])
+    none = np.zeros(0, np.int64)
+    ids = np.concatenate([none, *(chunk_ids(part, living_rows(store, part, tombstones)) for part in numbers)])
     drawn = np.sort(np.random.default_rng(_SEED).choice(ids, min(QUERIES, len(ids)), replace=False))
     vectors, first, last = [], [], []
     for part in numbers:
@@ -69,21 +74,24 @@ def _truth(store: Store, encoder: str) -> tuple[Queries, npt.NDArray[np.int64]]:
             first.append(low[rows])
             last.append(high[rows])
     if not vectors:
-        empty = np.zeros(0, np.int64)
-        return Queries(np.zeros((0, 1), np.float32), empty, empty), np.zeros((0, DEPTH), np.int64)
+        return Queries(np.zeros((0, 1), np.float32), none, none), Best(0, DEPTH)
     queries = Queries(np.concatenate(vectors), np.concatenate(first), np.concatenate(last))
     best = Best(len(drawn), DEPTH)
     for part in numbers:
         living_ids, living_vectors = read_living(store, encoder, part, tombstones)
         everything = InvertedLists(None, (living_ids,), (living_vectors,))
         search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best)
-    return queries, best.ids
+        report(1)
+    return queries, best
 
 
-def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64], nprobe: int) -> Recall:
-    there = truth >= 0
-    hits = ((found[:, :, None] == truth[:, None, :]).any(axis=1) & there).sum(axis=1)
+def _recall(found: Best, truth: Best, nprobe: int) -> Recall:
+    """Mean share of the true 10 nearest that was found; of several at the same distance any will do."""
+    there = truth.ids >= 0
+    farthest = np.where(there, truth.distances, -np.inf).max(axis=1)
+    near = found.distances <= (farthest * (1 + _TIE) + _TIE)[:, None]
     possible = there.sum(axis=1)
+    hits = np.minimum((near & (found.ids >= 0)).sum(axis=1), possible)
     shares = hits[possible > 0] / possible[possible > 0]
     if not len(shares):
         return Recall(nprobe, 1.0, 0.0, 0)  # nothing to find, and nothing missed

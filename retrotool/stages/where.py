@@ -2,7 +2,8 @@
 
 Comparisons (``= != < <= > >=``), ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``,
 ``not``, parentheses. A column is compared as text with ``'text'`` and as a number with a number; values that are no
-number then match nothing, nor do nulls. It is parsed here rather than handed to a database because nothing but
+number are then null. As in SQL, a comparison with a null is neither true nor false, and so is its ``not``: it selects
+nothing. It is parsed here rather than handed to a database because nothing but
 columns must be reachable from it.
 """
 
@@ -59,18 +60,18 @@ class Where:
         result = self._either()
         if self._place < len(self._tokens):
             raise self._error("the end")
-        return result
+        return pc.fill_null(result, False)
 
     def _either(self) -> Any:
         result = self._both()
         while self._word("or"):
-            result = pc.or_(result, self._both())
+            result = pc.or_kleene(result, self._both())
         return result
 
     def _both(self) -> Any:
         result = self._one()
         while self._word("and"):
-            result = pc.and_(result, self._one())
+            result = pc.and_kleene(result, self._one())
         return result
 
     def _one(self) -> Any:
@@ -107,7 +108,7 @@ class Where:
         if self._word("in"):
             result = self._in(column)
         elif self._word("like"):
-            result = _no_nulls(pc.match_like(column.cast(pa.string()), self._literal(str)))
+            result = pc.match_like(column.cast(pa.string()), self._literal(str))
         elif negative:
             raise self._error("in or like")
         else:
@@ -123,7 +124,7 @@ class Where:
             raise self._error("'('")
         result = _compare(column, "=", self._literal())
         while self._operator(","):
-            result = pc.or_(result, _compare(column, "=", self._literal()))
+            result = pc.or_kleene(result, _compare(column, "=", self._literal()))
         if not self._operator(")"):
             raise self._error("')'")
         return result
@@ -179,13 +180,9 @@ def _tokenize(expression: str) -> list[tuple[str, str, int]]:
 
 def _compare(column: Any, operator: str, value: str | float) -> Any:
     if isinstance(value, str):
-        return _no_nulls(_COMPARE[operator](column.cast(pa.string()), value))
+        return _COMPARE[operator](column.cast(pa.string()), value)
     numbers = column
     if pa.types.is_string(column.type):
         numeric = pc.match_substring_regex(column, r"^\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*$")
         numbers = pc.if_else(numeric, pc.utf8_trim_whitespace(column), None)
-    return _no_nulls(_COMPARE[operator](numbers.cast(pa.float64()), value))
-
-
-def _no_nulls(mask: Any) -> Any:
-    return pc.fill_null(mask, False)
+    return _COMPARE[operator](numbers.cast(pa.float64()), value)

@@ -68,6 +68,8 @@ def write_file(
     lies there is not what was meant. On any error the temporary file is removed and nothing else has changed.
     """
     target = paths.inside(root, name.path)
+    if target.exists():
+        raise FileExistsError(f"{target}: a name is never written twice")
     with temporary_file(target, name.token) as temporary:
         disk.announce("write", temporary)
         rows = write(temporary)

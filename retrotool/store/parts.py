@@ -7,7 +7,7 @@ without a copy. Reading a part's tokens costs about 0.1 s per million chunks; wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,20 @@ def write_parquet(
         return int(table.num_rows)
 
     return atomic.write_file(root, name, write, about=about, check=_check_rows)
+
+
+def write_batches(root: Path, name: FileName, schema: pa.Schema, batches: Iterable[pa.Table]) -> FileEntry:
+    """Write tables of one schema as one file, one row group each, without holding them all."""
+
+    def write(path: Path) -> int:
+        rows = 0
+        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+            for batch in batches:
+                writer.write_table(batch)
+                rows += batch.num_rows
+        return rows
+
+    return atomic.write_file(root, name, write, check=_check_rows)
 
 
 def _check_rows(path: Path, rows: int) -> None:

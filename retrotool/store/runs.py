@@ -7,6 +7,7 @@ namespace; of another machine's run only an hour of silence can be seen.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -81,7 +82,7 @@ class Run:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            if self.path.exists():
+            with contextlib.suppress(OSError):  # a beat may be missed, the next may not
                 os.utime(self.path)
 
 

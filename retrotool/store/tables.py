@@ -55,13 +55,3 @@ def read_table(store: Store, entry: FileEntry, row_groups: list[int] | None = No
     except (KeyError, ValueError, AttributeError) as error:
         raise CorruptError(f"{store.root / entry.path} is no neighbour table: {error}") from error
     return NeighbourTable(ids, distances)
-
-
-def mask_neighbours(table: NeighbourTable, banned: npt.NDArray[np.bool_]) -> NeighbourTable:
-    """Take out the banned places [n, saved]; the others close up, gaps at the end are −1 and +inf."""
-    if not banned.any():
-        return table
-    ids = np.where(banned, NO_NEIGHBOUR, table.ids)
-    distances = np.where(banned, np.float32(np.inf), table.distances)
-    order = np.argsort(ids == NO_NEIGHBOUR, axis=1, kind="stable")
-    return NeighbourTable(np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1))

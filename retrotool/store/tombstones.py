@@ -15,7 +15,6 @@ import pyarrow as pa
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.state import State
 from retrotool.store.store import Store
 
 
@@ -53,9 +52,9 @@ def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> 
     )
 
 
-def read_tombstones(store: Store, purge: str | None = None, state: State | None = None) -> Tombstones:
+def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Tombstones of the store's view, or of one purge."""
-    group = (state or store.state).group("tombstones")
+    group = store.state.group("tombstones")
     entries = [entry for slot in group if purge in (None, slot) and (entry := group.get(slot)) is not None]
     ids = [parts.read_parquet(store, entry)["chunk"].to_numpy() for entry in entries]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))

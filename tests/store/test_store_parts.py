@@ -214,21 +214,6 @@ def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
     assert tables.read_table(view, entry, [2]).ids.tolist() == found[16384:].tolist()
 
 
-@without_files
-@given(neighbour_tables(), st.data())
-def test_masked_neighbours_are_as_if_they_had_never_been_found(table: NeighbourTable, data: st.DataObject) -> None:
-    banned = data.draw(hnp.arrays(np.bool_, table.ids.shape))
-    before = (table.ids.tolist(), table.distances.tolist())
-    masked = tables.mask_neighbours(table, banned)
-    for row in range(len(table.ids)):
-        pairs = zip(table.ids[row].tolist(), table.distances[row].tolist(), banned[row], strict=True)
-        left = [(i, d) for i, d, ban in pairs if not ban and i != -1]
-        left += [(-1, float("inf"))] * (table.ids.shape[1] - len(left))
-        assert list(zip(masked.ids[row].tolist(), masked.distances[row].tolist(), strict=True)) == left
-    assert (masked.ids.dtype, masked.distances.dtype) == (np.int64, np.float32)
-    assert (table.ids.tolist(), table.distances.tolist()) == before, "the table itself is not changed"
-
-
 @with_files
 @given(purges=st.lists(st.sets(ids), max_size=4), asked=st.lists(ids | st.just(-1), max_size=24))
 def test_tombstones_are_the_union_of_all_purges(small: Store, purges: list[set[int]], asked: list[int]) -> None:

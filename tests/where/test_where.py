@@ -40,20 +40,32 @@ class Expression:
         return f"({self.text})" if self.binding > binding else self.text
 
 
-def compare(value: Any, name: str, literal: str | float) -> bool:
-    """Text with text, numbers with numbers; a null, or what is no number, matches nothing."""
+def negated(truth: bool | None) -> bool | None:
+    return None if truth is None else not truth
+
+
+def every(truths: list[bool | None]) -> bool | None:
+    return False if False in truths else None if None in truths else True
+
+
+def some(truths: list[bool | None]) -> bool | None:
+    return negated(every([negated(truth) for truth in truths]))
+
+
+def compare(value: Any, name: str, literal: str | float) -> bool | None:
+    """Text with text, numbers with numbers; of a null, or what is no number, nothing is known."""
     if value is None:
-        return False
+        return None
     if isinstance(literal, str):
         return OPERATORS[name](str(value), literal)
     if isinstance(value, str) and not NUMBER.fullmatch(value):
-        return False
+        return None
     return OPERATORS[name](float(value), literal)
 
 
-def like(value: Any, pattern: str) -> bool:
+def like(value: Any, pattern: str) -> bool | None:
     regex = "".join({"%": ".*", "_": "."}.get(c, re.escape(c)) for c in pattern)
-    return value is not None and re.fullmatch(regex, str(value), re.DOTALL) is not None
+    return None if value is None else re.fullmatch(regex, str(value), re.DOTALL) is not None
 
 
 def quote(literal: str | float) -> str:
@@ -97,24 +109,31 @@ def comparisons(draw: st.DrawFn) -> Expression:
     if kind == "like":
         pattern = draw(literals.filter(lambda literal: isinstance(literal, str)))
         text = f"{column} {no}{spell(draw, 'like')} {quote(pattern)}"
-        return Expression(text, lambda row: like(row[name], pattern) != negative)
+        return Expression(text, lambda row: negated(like(row[name], pattern)) if negative else like(row[name], pattern))
     choices = draw(st.lists(literals, min_size=1, max_size=4))
     text = f"{column} {no}{spell(draw, 'in')} ({', '.join(map(quote, choices))})"
-    return Expression(text, lambda row: any(compare(row[name], "=", choice) for choice in choices) != negative)
+
+    def holds(row: dict[str, Any]) -> bool | None:
+        found = some([compare(row[name], "=", choice) for choice in choices])
+        return negated(found) if negative else found
+
+    return Expression(text, holds)
 
 
 def all_of(parts: list[Expression]) -> Expression:
-    return Expression(" and ".join(part.within(1) for part in parts), lambda row: all(p.holds(row) for p in parts), 1)
+    return Expression(
+        " and ".join(part.within(1) for part in parts), lambda row: every([p.holds(row) for p in parts]), 1
+    )
 
 
 def any_of(parts: list[Expression]) -> Expression:
-    return Expression(" OR ".join(part.text for part in parts), lambda row: any(p.holds(row) for p in parts), 2)
+    return Expression(" OR ".join(part.text for part in parts), lambda row: some([p.holds(row) for p in parts]), 2)
 
 
 def combined(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
     several = st.lists(inner, min_size=2, max_size=3)
     return st.one_of(
-        inner.map(lambda part: Expression(f"not {part.within(0)}", lambda row: not part.holds(row))),
+        inner.map(lambda part: Expression(f"not {part.within(0)}", lambda row: negated(part.holds(row)))),
         inner.map(lambda part: Expression(f"({part.text})", part.holds)),
         several.map(all_of),
         several.map(any_of),
@@ -127,7 +146,7 @@ def test_an_expression_matches_the_rows_that_a_naive_reading_matches(expression,
     where = Where(expression.text)
     where.check(SCHEMA.names)
     found = where.mask(pa.Table.from_pylist(rows, SCHEMA)).to_pylist()
-    assert found == [expression.holds(row) for row in rows], expression.text
+    assert found == [bool(expression.holds(row)) for row in rows], expression.text
 
 
 TABLE = pa.table({"a": ["x", None, "5", "é'"], "n": pa.array([1, None, 5, 100], pa.int64())})
@@ -138,7 +157,10 @@ TABLE = pa.table({"a": ["x", None, "5", "é'"], "n": pa.array([1, None, 5, 100],
     [
         ("a = 'x'", [1, 0, 0, 0]),
         ("a != 'x'", [0, 0, 1, 1]),  # a null matches nothing
-        ("not a = 'x'", [0, 1, 1, 1]),
+        ("not a = 'x'", [0, 0, 1, 1]),  # nor does its negation
+        ("a not in ('x')", [0, 0, 1, 1]),
+        ("not a > 2", [0, 0, 0, 0]),  # only '5' is a number
+        ("a = 'x' or not a is null", [1, 0, 1, 1]),
         ("a is null", [0, 1, 0, 0]),
         ("a = 5", [0, 0, 1, 0]),
         ("a = '5.0'", [0, 0, 0, 0]),
