@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import ConflictError, ErasedError
@@ -97,8 +98,8 @@ def _fingerprints(store: Store, plan_id: str, plan: Plan) -> list[str]:
     for slot in group:
         quarantine = group.get(slot)
         if quarantine is not None and slot.partition(".")[0] == plan_id:
-            rows = parts.read_parquet(store, quarantine, ["input", "reason"]).to_pylist()
-            given_up |= {row["input"] for row in rows if row["reason"].startswith(GIVEN_UP)}
+            rows = parts.read_parquet(store, quarantine, ["input", "reason"])
+            given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
     return [f for file, f in zip(plan.files, plan.fingerprints, strict=True) if file.path not in given_up]
 
 
