@@ -57,7 +57,10 @@ def chunk(
     workers: int = 1,
     skip_missing: bool = False,
 ) -> ChunkResult:
-    """Chunk inputs into a store, making it if there is none."""
+    """Chunk inputs into a store, making it if there is none.
+
+    With more than one worker, a script must call this below ``if __name__ == "__main__":``, as processes are spawned.
+    """
     fields = fields or Fields()
     fields = replace(fields, keep=tuple(dict.fromkeys(fields.keep)))
     for name in fields.keep:
