@@ -129,14 +129,14 @@ def read_parquet(
     disk.announce("read", path)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
-            if file.metadata.num_rows != entry.rows:
-                raise CorruptError(f"{path}: {file.metadata.num_rows:,} rows, the log says {entry.rows:,}")
+            rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            if not file.metadata.num_rows == sum(rows) == entry.rows:
+                raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
             _check_schema(store, entry, file.schema_arrow, columns)
-            if row_groups is not None:
-                return file.read_row_groups(list(row_groups), columns=columns)
-            table = file.read(columns=columns)
-            if table.num_rows != entry.rows:
-                raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {entry.rows:,}")
+            groups = list(range(len(rows)) if row_groups is None else row_groups)
+            table = file.read_row_groups(groups, columns=columns)
+            if table.num_rows != (due := sum(rows[group] for group in groups)):
+                raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {due:,}")
             return table
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
