@@ -28,7 +28,7 @@ DATA_KINDS = (
 )
 NAMED_KINDS = ("embeddings", "index", "neighbours")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_FILE = re.compile(r"(?P<slot>[A-Za-z0-9._-]+)-(?P<token>[0-9a-f]{12})\.(?P<extension>[a-z0-9]+)")
+_FILE = re.compile(r"(?P<slot>[A-Za-z0-9._-]+)-(?P<token>[0-9a-f]{16})\.(?P<extension>[a-z0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ class FileName:
 
 
 def new_token(run: str) -> str:
-    """A token of a run: its id and 16 random bits."""
-    return run + secrets.token_hex(2)
+    """A token of a run: its id and 32 random bits."""
+    return run + secrets.token_hex(4)
 
 
 def part_slot(part: int) -> str:

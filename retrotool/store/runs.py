@@ -19,7 +19,7 @@ from types import TracebackType
 
 import orjson
 
-from retrotool.store import atomic, disk
+from retrotool.store import atomic, disk, paths
 
 HEARTBEAT_SECONDS = 30.0
 SILENCE_SECONDS = 3600.0
@@ -70,7 +70,7 @@ class Run:
     def __enter__(self) -> Run:
         process = os.getpid()
         fields = {**_here(), "process": process, "started": _start_time(process)}
-        atomic.put_if_absent(self.path, self.id + secrets.token_hex(2), orjson.dumps(fields))
+        atomic.put_if_absent(self.path, paths.new_token(self.id), orjson.dumps(fields))
         threading.Thread(target=self._beat, name="retrotool-heartbeat", daemon=True).start()
         return self
 

@@ -23,7 +23,7 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
 
 CHECKPOINT_EVERY = 256
-_CHECKPOINT = re.compile(r"(\d+)-[0-9a-f]{12}\.json")
+_CHECKPOINT = re.compile(r"(\d+)-[0-9a-f]{16}\.json")
 _BACKOFF_SECONDS = 0.002
 
 

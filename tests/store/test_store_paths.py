@@ -11,7 +11,7 @@ from retrotool.store import paths
 from retrotool.store.paths import DATA_KINDS, NAMED_KINDS, FileName
 
 components = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,30}", fullmatch=True)
-tokens = st.text("0123456789abcdef", min_size=12, max_size=12)
+tokens = st.text("0123456789abcdef", min_size=16, max_size=16)
 extensions = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=8)
 
 
@@ -76,15 +76,15 @@ def test_a_bad_path_is_refused(path: str) -> None:
     "path",
     [
         "chunks/000000.parquet",  # no token
-        "chunks/000000-0123456789a.parquet",  # a short one
-        "chunks/000000-0123456789AB.parquet",  # upper case
-        "chunks/000000-0123456789ab",  # no extension
-        "chunks/-0123456789ab.parquet",  # no slot
-        "chunks/000000-0123456789ab.parquet\n",
-        "chunks/name/000000-0123456789ab.parquet",  # a kind without names
-        "embeddings/000000-0123456789ab.npy",  # a kind with names
-        "embeddings/a/b/000000-0123456789ab.npy",
-        "000000-0123456789ab.parquet",
+        "chunks/000000-0123456789abcde.parquet",  # a short one
+        "chunks/000000-0123456789ABCDEF.parquet",  # upper case
+        "chunks/000000-0123456789abcdef",  # no extension
+        "chunks/-0123456789abcdef.parquet",  # no slot
+        "chunks/000000-0123456789abcdef.parquet\n",
+        "chunks/name/000000-0123456789abcdef.parquet",  # a kind without names
+        "embeddings/000000-0123456789abcdef.npy",  # a kind with names
+        "embeddings/a/b/000000-0123456789abcdef.npy",
+        "000000-0123456789abcdef.parquet",
     ],
 )
 def test_what_has_not_the_form_of_a_path_is_refused(path: str) -> None:
@@ -95,7 +95,7 @@ def test_what_has_not_the_form_of_a_path_is_refused(path: str) -> None:
 def test_a_kind_that_no_version_knows_is_refused() -> None:
     # One flipped bit in the log would otherwise hide the tombstones of a purge.
     with pytest.raises(CorruptError):
-        FileName.parse("4ombstones/p-0123456789ab.parquet")
+        FileName.parse("4ombstones/p-0123456789abcdef.parquet")
 
 
 @settings(deadline=None)

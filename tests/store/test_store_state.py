@@ -40,7 +40,7 @@ records = st.dictionaries(st.sampled_from(KEYS), values)
 
 def entry(slot: Slot, number: int = 0, about: dict[str, Any] | None = None) -> FileEntry:
     kind, name, place = slot
-    path = FileName(kind, name, place, f"{number:012x}", "parquet").path
+    path = FileName(kind, name, place, f"{number:016x}", "parquet").path
     return FileEntry(path, number, 100 + number, f"{number:064x}", about)
 
 
