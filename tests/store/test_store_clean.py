@@ -143,7 +143,13 @@ def test_a_removed_file_that_was_not_unlinked_is_removed_when_its_writer_is_dead
 
 
 def test_what_is_not_the_stores_is_kept(store: Store) -> None:
-    strange = ["notes.txt", "chunks/notes.txt", "chunks/.hidden", "staging/README", "elsewhere/000000-dead012300000000.bin"]
+    strange = [
+        "notes.txt",
+        "chunks/notes.txt",
+        "chunks/.hidden",
+        "staging/README",
+        "elsewhere/000000-dead012300000000.bin",
+    ]
     for path in strange:
         (store.root / path).parent.mkdir(exist_ok=True)
         (store.root / path).write_bytes(b"a person's")

@@ -128,7 +128,8 @@ RUN = "0123abcd"
 
 def test_a_task_whose_input_has_left_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:
     store, read = chunked
-    good, late = embedding(store.root, RUN, 1, (read,)), embedding(store.root, RUN, 2, ("chunks/2-0123456789abcdef.bin",))
+    good = embedding(store.root, RUN, 1, (read,))
+    late = embedding(store.root, RUN, 2, ("chunks/2-0123456789abcdef.bin",))
     assert refuse(store, good, late) == {late.task: "chunks/2-0123456789abcdef.bin has left the store"}
     assert sorted(store.state.group("embeddings", "tiny")) == ["000000", "000001"]
 
