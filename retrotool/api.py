@@ -8,7 +8,7 @@ writes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +39,7 @@ class Chunk:
     """A living chunk.
 
     ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``, from 0.
+    ``key`` is False for a chunk of the value of a key-value record, which is never searched.
     """
 
     id: int
@@ -46,6 +47,7 @@ class Chunk:
     index: int
     tokens: npt.NDArray[Any]
     text: str
+    key: bool = True
 
     @property
     def n_tokens(self) -> int:
@@ -55,7 +57,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does)."""
+    """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does).
+
+    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value.
+    """
 
     id: int
     distance: float
@@ -117,13 +122,23 @@ class Reader:
 
     def is_living(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which chunk ids are chunks of the store that are neither purged nor erased, bool [n]."""
+        return self._which(ids, lambda chunks, row: bool(chunks.n_tokens[row] > 0))
+
+    def is_searchable(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which chunk ids can be neighbours and have some, bool [n]: living chunks but values of key-value records."""
+        return self._which(ids, Chunks.is_embedded)
+
+    def _which(
+        self, ids: Sequence[int] | npt.NDArray[np.int64], fits: Callable[[Chunks, int], bool]
+    ) -> npt.NDArray[np.bool_]:
+        """Which ids are chunks that are not purged and fit, bool [n]; ``fits`` judges a row of a row group."""
         numbers = np.asarray(ids, np.int64).reshape(-1)
-        alive = ~self._tombstones.contains(numbers)
-        for i in np.flatnonzero(alive):
+        good = ~self._tombstones.contains(numbers)
+        for i in np.flatnonzero(good):
             part, row = int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1)
             entry = self._store.state.part_file("chunks", part)
-            alive[i] = entry is not None and row < entry.rows and self._row(part, row)[0].n_tokens[row % ROW_GROUP] > 0
-        return alive
+            good[i] = entry is not None and row < entry.rows and fits(*self._row(part, row))
+        return good
 
     def _row(self, part: int, row: int) -> tuple[Chunks, int]:
         """The row group that holds a row, and the row's place in it."""
@@ -144,12 +159,18 @@ class Reader:
         n = int(chunks.n_tokens[place])
         document = self._documents(part)["id"][int(chunks.doc[place])].as_py()
         text = self._tokenizer.decode_text(chunks.tokens[place : place + 1], chunks.n_tokens[place : place + 1])[0]
-        return Chunk(chunk_id, document, int(chunks.index[place]), chunks.tokens[place, :n], text)
+        return Chunk(
+            chunk_id, document, int(chunks.index[place]), chunks.tokens[place, :n], text, bool(chunks.key[place])
+        )
 
     def continuation(self, chunk_id: int) -> Chunk | None:
-        """The living chunk that follows in the same document; None if there is none."""
+        """The living chunk that follows in the same document; None if there is none, or it belongs to a purged key."""
         following = self._find(chunk_id + 1)
-        return following if following is not None and following.index > 0 else None
+        if following is None or following.index == 0:
+            return None
+        # Chunks of a document follow one another, and the key is its first.
+        whole = following.key or self.is_living([following.id - following.index])[0]
+        return following if whole else None
 
     def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
@@ -182,12 +203,12 @@ class Reader:
         raise UsageError(f"the store has no document {name!r}, or it was purged")
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
-        """Ids of a part's living chunks, ascending."""
+        """Ids of a part's living chunks, ascending; ``is_searchable`` tells the keys among them."""
         rows = np.flatnonzero(living(parts.read_chunks(self._store, part), self._tombstones))
         return parts.chunk_ids(part, rows)
 
     def embeddings(self, part: int, encoder: str | None = None) -> npt.NDArray[np.float16]:
-        """A part's embeddings, float16 [n, d]; row i is that of row i of the part, zero where it is purged."""
+        """A part's embeddings, float16 [n, d]; row i is that of row i of the part, zero where purged or no key."""
         matrix = read_part_vectors(self._store, pick_encoder(self._store, encoder), part)
         purged = self._tombstones.rows(part)
         if not len(purged):
@@ -204,7 +225,7 @@ class Reader:
         part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
         table = self._neighbour_rows(name, part, row // ROW_GROUP)
         ids, distances = table.ids[row % ROW_GROUP], table.distances[row % ROW_GROUP]
-        keep = (ids >= 0) & database.is_living(ids)
+        keep = (ids >= 0) & database.is_searchable(ids)
         found = [(int(i), float(d)) for i, d in zip(ids[keep], distances[keep], strict=True)]
         return found[: default if k is None else k]
 
@@ -230,7 +251,7 @@ class Reader:
         return tables.read_table(self._store, entry, [group])
 
     def search(self, text: str, k: int = 5, index: str = "main", encoder: Encoder | None = None) -> list[Neighbour]:
-        """The k living chunks nearest to a text. ``encoder``: loaded already, for more than one search."""
+        """The k living keys nearest to a text. ``encoder``: loaded already, for more than one search."""
         database = Database(self._store, index)
         loaded = encoder or self.load_encoder(index)
         if not text.strip():

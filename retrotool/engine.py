@@ -4,6 +4,8 @@
 it is simply done again. A failed task is tried three times; the others go on. Workers are spawned, and get the
 stage, the store's path and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and
 the rest is dropped.
+
+With few tasks the largest are begun first, so that no worker is left alone with one at the end.
 """
 
 from __future__ import annotations
@@ -17,23 +19,30 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from tqdm import tqdm
 
-from retrotool.errors import ErasedError, RetrotoolError, StorageError, TaskError
+from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
 from retrotool.stages.base import Report, Stage, Task, Worker
 from retrotool.store import staging
 from retrotool.store.runs import Run
+from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
 FOLD_SECONDS = 30.0
 ATTEMPTS = 3
-_FATAL = (StorageError, KeyboardInterrupt)
+_FATAL = (StorageError, AbortError, KeyboardInterrupt)
+_FEW = 8
+"""Tasks a worker up to which they are begun by size."""
+
+Enough = Callable[[Staged], bool]
+"""Told of every finished task; True ends the run after the tasks that have begun."""
 
 
 @dataclass(slots=True)
@@ -57,8 +66,12 @@ class _Failures:
         return False
 
 
-def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
-    """Do all of a stage's work on a store, and commit it.
+class _Ended(Exception):  # noqa: N818 - no error: it is what the caller asked for
+    """A finished task was enough."""
+
+
+def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
+    """Do all of a stage's work on a store, and commit it; less if a finished task is ``enough``.
 
     Raises the error of the first task that failed for good, once all the others are done; ``TaskError`` if it was no
     error of ours.
@@ -74,13 +87,15 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
             if not tasks:
                 break
             labels.update((task.key, task.label) for task in tasks)
-            _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures)
+            _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures, enough)
             for key, reason in staging.fold(store, run).refused.items():
                 refused[key] = refused.get(key, 0) + 1
                 if refused[key] >= ATTEMPTS:
                     failures.given_up[key] = TaskError(
                         f"{stage.name}: {labels.get(key, key)} can't be committed: {reason}"
                     )
+    except _Ended:
+        staging.fold(store, run)
     except KeyboardInterrupt:
         staging.fold(store, run)
         raise
@@ -93,18 +108,36 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1) -> None:
         ) from error
 
 
-def _run_tasks(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures) -> None:
+def _run_tasks(
+    stage: Stage,
+    store: Store,
+    run: Run,
+    tasks: Sequence[Task],
+    workers: int,
+    failures: _Failures,
+    enough: Enough | None,
+) -> None:
     total = sum(task.weight for task in tasks)
     with tqdm(
         total=total, unit=stage.unit, unit_scale=True, desc=stage.name, disable=None, delay=2, file=sys.stderr
     ) as bar:
         if workers > 1:
-            _run_in_processes(stage, store, run, tasks, workers, failures, bar.update)
+            if len(tasks) <= _FEW * workers:
+                tasks = sorted(tasks, key=lambda task: -task.weight)
+            _run_in_processes(stage, store, run, tasks, workers, failures, bar.update, enough)
         else:
-            _run_here(stage, store, run, tasks, failures, bar.update)
+            _run_here(stage, store, run, tasks, failures, bar.update, enough)
 
 
-def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failures: _Failures, report: Report) -> None:
+def _run_here(
+    stage: Stage,
+    store: Store,
+    run: Run,
+    tasks: Sequence[Task],
+    failures: _Failures,
+    report: Report,
+    enough: Enough | None,
+) -> None:
     worker = stage.open(store)
     folded = time.monotonic()
     for task in tasks:
@@ -112,7 +145,11 @@ def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failu
         while again:
             again = False
             try:
-                perform(worker, store.root, task, run.id, report)
+                staged = perform(worker, store.root, task, run.id, report)
+                if staged is not None and enough is not None and enough(staged):
+                    raise _Ended
+            except _Ended:
+                raise
             except Exception as error:
                 again = failures.note(task, error)
         if time.monotonic() - folded > FOLD_SECONDS:
@@ -120,24 +157,44 @@ def _run_here(stage: Stage, store: Store, run: Run, tasks: Sequence[Task], failu
             folded = time.monotonic()
 
 
-def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> None:
+def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
     """Do one task and stage it, unless that was done meanwhile. This is all that another engine has to call."""
-    if not staging.is_staged(root, task.key):
-        staging.stage(root, worker(task, run, report))
+    if staging.is_staged(root, task.key):
+        return None
+    staged = worker(task, run, report)
+    staging.stage(root, staged)
+    return staged
 
 
 _worker: tuple[Worker, Path, str, SimpleQueue[int]] | None = None
 """What a worker process was opened with; a process pool has no other place for it."""
 
 
-def _open_worker(stage: Stage, root: Path, run: str, progress: SimpleQueue[int], threads: int) -> None:
+def _open_worker(
+    stage: Stage, root: Path, run: str, progress: SimpleQueue[int], threads: int, opened: Synchronized[int]
+) -> None:
     global _worker
+    with opened.get_lock():
+        number, opened.value = opened.value, opened.value + 1
+    _keep_to_share(number, threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_follow_parent, daemon=True).start()
     # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     _worker = (stage.open(Store.open(root)), root, run, progress)
+
+
+def _keep_to_share(number: int, threads: int) -> None:
+    """Keep worker ``number`` to its own cores, where the system can: some libraries heed nothing else.
+
+    tokie starts a thread for every core it may run on at each call, which costs a third of its rate when each worker
+    does.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        first = number * threads % len(cores)
+        os.sched_setaffinity(0, (cores + cores)[first : first + threads])
 
 
 def _follow_parent() -> None:
@@ -148,14 +205,21 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _do(task: Task) -> None:
+def _do(task: Task) -> Staged | None:
     assert _worker is not None
     worker, root, run, progress = _worker
-    perform(worker, root, task, run, progress.put)
+    return perform(worker, root, task, run, progress.put)
 
 
 def _run_in_processes(
-    stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures, report: Report
+    stage: Stage,
+    store: Store,
+    run: Run,
+    tasks: Sequence[Task],
+    workers: int,
+    failures: _Failures,
+    report: Report,
+    enough: Enough | None,
 ) -> None:
     """Run tasks in a pool, and in a new one whenever a worker was killed (out of memory, perhaps).
 
@@ -165,24 +229,32 @@ def _run_in_processes(
     waiting, suspects = list(tasks), 0
     while waiting:
         batch = waiting[:1] if suspects else waiting
-        again, broken = _run_pool(stage, store, run, batch, 1 if suspects else workers, failures, report)
+        again, broken = _run_pool(stage, store, run, batch, 1 if suspects else workers, failures, report, enough)
         waiting = again + waiting[len(batch) :]
         # Tasks are begun in their order, one ahead a worker.
         suspects = 2 * workers if broken and not suspects else max(0, suspects - 1)
 
 
 def _run_pool(
-    stage: Stage, store: Store, run: Run, tasks: Sequence[Task], workers: int, failures: _Failures, report: Report
+    stage: Stage,
+    store: Store,
+    run: Run,
+    tasks: Sequence[Task],
+    workers: int,
+    failures: _Failures,
+    report: Report,
+    enough: Enough | None,
 ) -> tuple[list[Task], bool]:
     """Run tasks in one pool; return those to be done again, in their order, and whether a worker was killed."""
     context = multiprocessing.get_context("spawn")
     progress: SimpleQueue[int] = context.SimpleQueue()
     threads = max(1, (os.cpu_count() or 1) // workers)
+    opened: Synchronized[int] = context.Value("i", 0)
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, context, _open_worker, (stage, store.root, run.id, progress, threads)
+        workers, context, _open_worker, (stage, store.root, run.id, progress, threads, opened)
     )
     again: set[str] = set()
-    broken = False
+    broken = ended = False
     folded = time.monotonic()
     with _reporting(progress, report), _stopping(pool):
         with _interrupts_put_off():
@@ -190,7 +262,14 @@ def _run_pool(
         while futures:
             done, _ = concurrent.futures.wait(futures, FOLD_SECONDS, concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                task, error = futures.pop(future), future.exception()
+                task = futures.pop(future)
+                if future.cancelled():
+                    continue
+                error = future.exception()
+                if error is None and enough is not None and (staged := future.result()) is not None and enough(staged):
+                    ended = True
+                    for other in futures:
+                        other.cancel()
                 killed = isinstance(error, BrokenProcessPool)
                 broken |= killed
                 if (killed and len(tasks) > 1) or (error is not None and failures.note(task, error)):
@@ -198,6 +277,8 @@ def _run_pool(
             if time.monotonic() - folded > FOLD_SECONDS:
                 staging.fold(store, run)
                 folded = time.monotonic()
+    if ended:
+        raise _Ended
     return [task for task in tasks if task.key in again], broken
 
 

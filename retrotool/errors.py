@@ -61,8 +61,16 @@ class StorageError(RetrotoolError):
     """The disk is full, read-only, or its file system can't carry a store."""
 
 
+class AbortError(RetrotoolError):
+    """What a task met concerns all others too: the run ends at once, and its caller may begin another."""
+
+
 class TaskError(RetrotoolError):
     """A task failed every time it was tried."""
+
+
+class DuplicatesError(RetrotoolError):
+    """Documents repeat others, and were not to."""
 
 
 class InputError(RetrotoolError):

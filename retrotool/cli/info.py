@@ -16,6 +16,9 @@ Examples:
   retrotool info store --json"""
 
 
+_BAR, _SOURCES = 40, 8
+
+
 def command(store: StoreArgument, as_json: Json = False) -> None:
     """Tell what is in a store; with --json also list its current files."""
     with output.errors(as_json):
@@ -26,9 +29,10 @@ def command(store: StoreArgument, as_json: Json = False) -> None:
 
 def _text(info: Info) -> str:
     lossy = "" if info.tokenizer["lossless"] else " (loses case or spacing)"
+    keys = f" ({info.keys:,} of them keys)" if info.keys < info.chunks else ""
     lines = [
         f"{info.path}: {output.count(info.documents, 'document')}, "
-        f"{output.count(info.chunks, 'chunk')} of {info.chunk_length} tokens, {info.tokens:,} tokens",
+        f"{output.count(info.chunks, 'chunk')} of {info.chunk_length} tokens{keys}, {info.tokens:,} tokens",
         f"  tokenizer   {info.tokenizer['name']}, {info.tokenizer['vocabulary']:,} tokens{lossy}",
         f"  parts       {len(info.parts):,}, at commit {info.commit}",
         f"  on disk     {output.size(sum(info.bytes.values()))}: "
@@ -56,6 +60,28 @@ def _text(info: Info) -> str:
         f"  {p}   {output.count(r['chunks'], 'chunk')} purged{' and erased' if r['erased'] else ''}: {r['reason']}"
         for p, r in info.purges.items()
     ]
+    lines += _shape(info)
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run it again to go on")
     return "\n".join(lines)
+
+
+def _shape(info: Info) -> list[str]:
+    """How long documents are, and where they come from."""
+    lengths, sources = info.shape.lengths, info.shape.sources
+    if not lengths:
+        return []
+    about = "" if info.shape.share == 1 else f" (estimated from {100 * info.shape.share:.1f} % of them)"
+    most = max(row["documents"] for row in lengths)
+    lines = [f"  documents by length in tokens{about}"]
+    for row in lengths:
+        bar = "#" * max(1, round(_BAR * row["documents"] / most))
+        lines.append(f"    {row['tokens']:>11,} and more {row['documents']:>13,}  {bar}")
+    lines.append(
+        f"  documents by source, the largest of {len(sources):,}"
+        if len(sources) > _SOURCES
+        else "  documents by source"
+    )
+    rows = [(row["source"], row["documents"], f"{row['tokens']:,} tokens") for row in sources[:_SOURCES]]
+    width = max(len(str(source)) for source, _, _ in rows)
+    return lines + [f"    {source:<{width}} {n:>13,}  {tokens}" for source, n, tokens in rows]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from retrotool.errors import UsageError
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of the store.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -14,3 +17,19 @@ EncoderOption = Annotated[
     typer.Option("--encoder", metavar="NAME", help="Encoder whose embeddings to use, if the store has several."),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes from ``64MiB``, ``10 MB`` or ``4096``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"{option} {text}: it is a size, such as 64MiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def unescape(text: str) -> str:
+    """A text with the usual backslash escapes (of n, t, r, f, 0 and the backslash) made what they stand for."""
+    return re.sub(r"\\([ntrf0\\])", lambda match: _ESCAPES[match[1]], text)

@@ -91,6 +91,8 @@ def _text(store: Path, result: PurgeResult) -> str:
     if not result.purge and not result.erased:
         return f"Nothing to purge{before}."
     lines = [f"Purged {what}{before} (purge {result.purge}, commit {result.commit})."] if result.purge else []
+    if result.blocked and not result.chunks:
+        lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
     if result.erased:
         lines.append(
             f"Erased {output.count(result.erased, 'chunk')}; {output.count(result.files_rewritten, 'file')} rewritten. "

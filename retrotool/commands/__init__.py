@@ -6,7 +6,8 @@ frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool
 
 from retrotool.commands.building import embed, index, neighbours
 from retrotool.commands.chunking import chunk
+from retrotool.commands.estimating import estimate
 from retrotool.commands.looking import info, verify
 from retrotool.commands.purging import purge
 
-__all__ = ["chunk", "embed", "index", "info", "neighbours", "purge", "verify"]
+__all__ = ["chunk", "embed", "estimate", "index", "info", "neighbours", "purge", "verify"]

@@ -14,7 +14,7 @@ from retrotool.commands.writing import writing
 from retrotool.encoder import find_encoder
 from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.chunk_plan import write_json
-from retrotool.stages.database import Database, embedded_parts, pick_encoder
+from retrotool.stages.database import Database, count_keys, embedded_parts, pick_encoder
 from retrotool.stages.embed import EmbedStage
 from retrotool.stages.index import IndexStage, encoder_of, shards
 from retrotool.stages.neighbours import NeighboursStage, check_encoders
@@ -31,7 +31,7 @@ SAVED = 20
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
-    """What ``embed`` did; ``chunks`` are the rows embedded by this run, ``embedded`` those the store has now."""
+    """What ``embed`` did; ``chunks`` are the keys embedded by this run, ``embedded`` those the store has now."""
 
     encoder: str
     dimension: int
@@ -51,7 +51,7 @@ def embed(root: str | Path, *, encoder: str = BUNDLED, device: str = "auto", dty
         engine.execute(stage, store, run)
     state = store.refresh()
     group = state.group("embeddings", identity.name)
-    embedded = sum(entry.rows for slot in group if (entry := group.get(slot)) is not None)
+    embedded = sum(count_keys(store, int(slot)) for slot in group)
     return EmbedResult(identity.name, identity.dimension, identity.pooling, todo, embedded, state.number)
 
 
@@ -157,7 +157,7 @@ def _nlist(store: Store, trained: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NeighboursResult:
-    """What ``neighbours`` did; ``queries`` are the rows computed by this run, ``rows`` those the table has now."""
+    """What ``neighbours`` did; ``queries`` are the keys searched for by this run, ``rows`` those the table has now."""
 
     name: str
     database: str
@@ -196,7 +196,7 @@ def neighbours(
         store.commit(run, lambda state: _record(state, f"neighbours:{name}", record))
     state = store.refresh()
     group = state.group("neighbours", name)
-    rows = sum(entry.rows for slot in group if (entry := group.get(slot)) is not None)
+    rows = sum(count_keys(store, int(slot)) for slot in group)
     return NeighboursResult(name, str(root), index, database.encoder, todo, rows, k, saved, state.number)
 
 

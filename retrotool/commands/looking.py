@@ -8,24 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.ann import lists
+from retrotool.commands.shape import Shape, shape_of
 from retrotool.stages.chunk_plan import unfinished_plans
+from retrotool.stages.database import count_keys
 from retrotool.stages.index import shards
 from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import n_keys, read_key
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.store.verify import Verification, total_bytes
 from retrotool.store.verify import verify as verify_store
 
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What is in a store. Current files are listed with paths relative to it."""
+    """What is in a store. Current files are listed with paths relative to it.
+
+    ``keys`` are the chunks that are searched by and for: all but the values of key-value records.
+    """
 
     path: str
     uuid: str
     documents: int
     chunks: int
+    keys: int
     tokens: int
     set_aside: int
     purged: int
@@ -39,12 +46,17 @@ class Info:
     neighbours: dict[str, Any]
     purges: dict[str, Any]
     tombstones: list[dict[str, Any]]
+    blocked: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     unfinished: int
+    shape: Shape
 
 
 def info(root: str | Path) -> Info:
-    """Describe a store; reads the log and the tombstones."""
+    """Describe a store; reads the log, the tombstones, and some columns of documents.
+
+    Also read are the keys of parts that have both values and purged chunks.
+    """
     store = Store.open(root)
     state = store.state
     totals = state.records.get("totals", {})
@@ -53,14 +65,17 @@ def info(root: str | Path) -> Info:
         kind = FileName.parse(file.path).kind
         sizes[kind] = sizes.get(kind, 0) + file.bytes
     own = store.identity
+    tombstones = read_tombstones(store)
+    chunks = int(totals.get("chunks", 0))
     return Info(
         path=str(root),
         uuid=own.uuid,
         documents=int(totals.get("documents", 0)),
-        chunks=int(totals.get("chunks", 0)),
+        chunks=chunks,
+        keys=chunks - _living_values(store, tombstones),
         tokens=int(totals.get("tokens", 0)),
         set_aside=int(totals.get("set_aside", 0)),
-        purged=len(read_tombstones(store)),
+        purged=len(tombstones),
         chunk_length=own.chunk_length,
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         commit=state.number,
@@ -71,9 +86,24 @@ def info(root: str | Path) -> Info:
         neighbours=_covered(store, "neighbours:", "neighbours"),
         purges=state.with_prefix("purge:"),
         tombstones=_files(store, "tombstones"),
+        blocked=_files(store, "blocked"),
         quarantine=_files(store, "quarantine"),
         unfinished=len(unfinished_plans(state)),
+        shape=shape_of(store, tombstones),
     )  # fmt: skip
+
+
+def _living_values(store: Store, tombstones: Tombstones) -> int:
+    """Chunks that are no keys and not purged. The log counts them by part; only which of them are purged is read."""
+    values = 0
+    for part in store.state.parts():
+        entry = store.state.part_file("chunks", part)
+        if entry is not None and n_keys(entry) < entry.rows:
+            values += entry.rows - n_keys(entry)
+            purged = tombstones.rows(part)
+            if len(purged):  # the erased are among them
+                values -= int((~read_key(store, part)[purged]).sum())
+    return values
 
 
 def _part(store: Store, part: int) -> dict[str, Any]:
@@ -97,14 +127,14 @@ def _files(store: Store, kind: str) -> list[dict[str, Any]]:
 
 
 def _covered(store: Store, prefix: str, kind: str) -> dict[str, Any]:
-    """Records with how many parts and rows they cover."""
+    """Records with how many parts, and keys in them, they cover."""
     records = store.state.with_prefix(prefix)
     return {name: {**record, **_coverage(store, kind, name)} for name, record in records.items()}
 
 
 def _coverage(store: Store, kind: str, name: str) -> dict[str, int]:
     group = store.state.group(kind, name)
-    return {"parts": len(group), "rows": sum(entry.rows for slot in group if (entry := group.get(slot)) is not None)}
+    return {"parts": len(group), "rows": sum(count_keys(store, int(slot)) for slot in group)}
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 class PurgeResult:
     """What ``purge`` did, or would do.
 
-    ``purge`` is empty if nothing living was selected; ``erased`` counts the chunks whose bytes are gone.
+    ``purge`` is empty if there was nothing to do. ``erased`` counts the chunks whose bytes are gone, ``blocked`` the
+    ids and texts that are kept from coming back, and were not before.
     """
 
     purge: str
@@ -41,6 +42,7 @@ class PurgeResult:
     share: float
     erased: int
     files_rewritten: int
+    blocked: int
     dry_run: bool
     commit: int
     examples: tuple[int, ...] = field(default=())
@@ -105,15 +107,17 @@ def purge(
     base: dict[str, Any] = {
         "chunks": chunks, "documents": selection.documents, "tokens": selection.tokens,
         "already_purged": len(selection.chunks) - chunks, "share": chunks / alive if alive else 0.0,
-        "examples": tuple(selection.living[:10].tolist()),
+        "blocked": selection.newly_blocked, "examples": tuple(selection.living[:10].tolist()),
     }  # fmt: skip
     planned = PurgeResult("", **base, erased=0, files_rewritten=0, dry_run=dry_run, commit=store.state.number)
     if dry_run or (chunks and not confirm(planned)):
         return planned
     purged, erased, rewritten = "", 0, 0
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
-        # An erase needs a purge that names all its chunks, or it could not be gone on with after a kill.
-        if chunks or (erase and len(selection.chunks) and not _is_covered(store, selection)):
+        # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
+        # could not be gone on with after a kill.
+        uncovered = erase and len(selection.chunks) and not _is_covered(store, selection)
+        if chunks or selection.newly_blocked or uncovered:
             purged = selecting.commit_purge(store, run, selection, reason)
         if erase and len(selection.chunks):
             erased, rewritten = _erase(store, run, selection.chunks)

@@ -1,12 +1,25 @@
 """Reading input: files to documents, and what can't be read set aside with its place and the reason.
 
-One module a format; ``files`` finds inputs and names their format, ``read`` dispatches. Every row of an input comes
-out exactly once, as a ``Document`` or as a ``SetAside``; a file that breaks off ends with a ``SetAside`` for the
-rest. Memory is bounded by the longest line (``MAX_ROW_BYTES``) and, for Parquet, one batch of rows.
+One module a format; ``files`` finds inputs and names their format, ``streams`` decompresses, ``read`` dispatches.
+Every row of an input comes out exactly once, as a ``Document`` or as a ``SetAside``; a file that breaks off ends with
+a ``SetAside`` for the rest. Memory is bounded by the longest document (``Fields.max_document``) and a few blocks.
 """
 
-from retrotool.sources.files import InputFile, find_inputs
-from retrotool.sources.read import read
-from retrotool.sources.records import MAX_ROW_BYTES, Document, Fields, SetAside
+from retrotool.sources.files import WHOLE, InputFile, Slice, find_inputs
+from retrotool.sources.read import check, cut, read
+from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, SetAside, excerpt
 
-__all__ = ["MAX_ROW_BYTES", "Document", "Fields", "InputFile", "SetAside", "find_inputs", "read"]
+__all__ = [
+    "MAX_DOCUMENT_BYTES",
+    "WHOLE",
+    "Document",
+    "Fields",
+    "InputFile",
+    "SetAside",
+    "Slice",
+    "check",
+    "cut",
+    "excerpt",
+    "find_inputs",
+    "read",
+]

@@ -1,60 +1,90 @@
-"""JSON lines: plain (also by byte ranges), gzip and zstd.
+"""Lines of a stream: JSON lines, and the cutting that other formats of lines and separators share.
 
-Lines are cut from blocks of 4 MiB. Decompression goes through pyarrow, which raises on a truncated file where
-zstandard's ``stream_reader`` ends in silence. A line over ``MAX_ROW_BYTES`` is skipped without being held in
-memory.
+A line over the limit is skipped without being held in memory. A range of a file gives the lines that begin in it,
+so that every line belongs to one range; ranges are byte ranges of a plain file, or whole zstd frames. A range's reader
+can't see what comes before it: a line belongs to the range if the separator before it lies wholly inside, or the
+range is the first.
+
+Occurrences of a separator that overlap (two newlines in three) are one gap between lines, so that lines do not
+depend on where reading began.
+
+Cost: about 1.2 ms a MB and 0.5 µs a line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
-import pyarrow as pa
 
 from retrotool.errors import InputError
-from retrotool.sources.records import MAX_ROW_BYTES, Document, Fields, SetAside, document_of
+from retrotool.sources import frames, streams
+from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.records import Document, Fields, Maker, SetAside, excerpt, maker
+from retrotool.sources.streams import BrokenStream
 
-BLOCK_BYTES = 4 << 20
-_COMPRESSION = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}
-_BOM = b"\xef\xbb\xbf"
-
-
-def read_lines(
-    path: Path, kind: str, name: str, fields: Fields, start: int, end: int | None
-) -> Iterator[Document | SetAside]:
-    """Documents of the lines that begin in [``start``, ``end``); lines are counted from the first of them, as 1."""
-    line = 0
-    with pa.input_stream(str(path), compression=_COMPRESSION[kind]) as stream:
-        try:
-            for offset, data in _lines(stream, start, end):
-                line += 1
-                if data is None:
-                    yield SetAside(line, f"line longer than {MAX_ROW_BYTES:,} bytes")
-                elif (row := _parse(data, line)) is not None:
-                    yield row if isinstance(row, SetAside) else document_of(row, fields, name, line, offset)
-        except (OSError, pa.ArrowException) as error:
-            if getattr(error, "errno", None) is not None:
-                raise
-            reason = str(error).splitlines()[0]
-            raise InputError(f"broken off after line {line:,}: {reason}", line + 1) from error
+BOM = b"\xef\xbb\xbf"
+HEAD_BYTES = 1024
+JSON_OVERHEAD = 3
+"""Bytes that JSON needs at most for a byte of ordinary text in UTF-8: ``\\u00e9`` is six for two."""
 
 
-def _parse(data: bytes, line: int) -> dict[str, Any] | SetAside | None:
-    """The object of a line; None for a blank one."""
-    if not data or data.isspace():
-        return None
+class Line(NamedTuple):
+    """A line without its end.
+
+    ``data`` is None if it is longer than the limit; then its beginning, size and number of ``"`` are known.
+    """
+
+    number: int
+    offset: int
+    data: bytes | None
+    head: bytes = b""
+    size: int = 0
+    quotes: int = 0
+
+
+def line_limit(fields: Fields) -> int:
+    """Bytes that a row of JSON may have: the limit is on the text, and what stands around it may be longer."""
+    return JSON_OVERHEAD * fields.max_document + (1 << 20)
+
+
+def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+    """Documents of the lines that begin in a range; lines are counted from the first of them, as 1."""
+    limit = line_limit(fields)
+    make = maker(fields, file.name)
+    for line in lines_of(file, where, limit):
+        if line.data is None or (line.data and not line.data.isspace()):
+            yield row_of(line, make, limit, "line")
+
+
+def row_of(line: Line, make: Maker, limit: int, what: str) -> Document | SetAside:
+    """The document of a line or element of JSON, or why it is none."""
+    if line.data is None:
+        reason = f"{what} of {line.size:,} bytes, longer than {limit:,}"
+        return SetAside(line.number, reason, line.offset, excerpt(line.head))
+    row = _parse(line.data, what)
+    if isinstance(row, str):
+        return SetAside(line.number, row, line.offset, excerpt(line.data))
+    found = make(row, line.number, line.offset, line.offset)
+    return found._replace(excerpt=excerpt(line.data)) if isinstance(found, SetAside) else found
+
+
+def _parse(data: bytes, what: str) -> dict[str, Any] | str:
+    """The object, or why it is none."""
     try:
         row = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         try:
             data.decode()
         except UnicodeDecodeError as broken:
-            return SetAside(line, f"invalid UTF-8 at byte {broken.start:,} of the line")
-        return SetAside(line, f"not JSON: {error.msg} (column {error.colno:,})")
-    return row if isinstance(row, dict) else SetAside(line, f"not a JSON object but {_JSON_TYPES[type(row)]}")
+            return f"invalid UTF-8 at byte {broken.start:,} of the {what}"
+        return f"not JSON: {error.msg} (column {error.colno:,})"
+    return row if isinstance(row, dict) else f"not a JSON object but {_JSON_TYPES[type(row)]}"
 
 
 _JSON_TYPES: dict[type, str] = {
@@ -62,52 +92,162 @@ _JSON_TYPES: dict[type, str] = {
 }  # fmt: skip
 
 
-def _lines(stream: Any, start: int, end: int | None) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line without its end) of the lines that begin in [start, end); None for one that is too long."""
-    offset = start
-    skipping = False
-    if start:
-        # A line belongs to the range that holds its first byte: the byte before tells whether one begins at start.
-        stream.seek(start - 1)
-        offset -= 1
-        skipping = True
-    rest = b""
-    too_long = False
-    while True:
-        block = stream.read(BLOCK_BYTES)
-        at_end = not block
-        pieces = (rest + block).split(b"\n") if rest else block.split(b"\n")
+def lines_of(file: InputFile, where: Slice, limit: int, separator: bytes = b"\n") -> Iterator[Line]:
+    """Lines that begin in a range of a file, with their offsets in the decompressed file.
+
+    Raises ``InputError`` where the file breaks off, after all whole lines before.
+    """
+    number = 0
+    try:
+        with contextlib.closing(_stream(file, where)) as stream:
+            for line in cut_lines(stream, where.first, where.last, limit, separator, skip=where.first > 0):
+                number = line.number
+                yield line
+    except BrokenStream as error:
+        raise InputError(f"broken off after line {number:,}: {error}", number + 1) from error
+
+
+def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
+    """The bytes of a range, and those after it, where its last line may end."""
+    path = Path(file.path)
+    if where.last is None or not file.compression:
+        return streams.blocks(path, file.compression, where.start)
+    return _stream_of_frames(path, file.compression, where)
+
+
+def _stream_of_frames(path: Path, compression: str, where: Slice) -> Generator[bytes]:
+    assert where.last is not None
+    held = 0
+    with contextlib.closing(streams.blocks(path, compression, where.start, where.end)) as stream:
+        for block in stream:
+            held += len(block)
+            yield block
+    if held != where.last - where.first:
+        # Otherwise rows at the borders of ranges would be lost, or come twice.
+        raise BrokenStream(f"frames hold {held:,} bytes of text, not {where.last - where.first:,} as they say")
+    assert where.end is not None
+    with contextlib.closing(streams.blocks(path, compression, where.end)) as stream:
+        yield from stream
+
+
+def cut(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+    """Slices of about ``target`` bytes of text: byte ranges of a plain file, frames of a zstd archive."""
+    del fields
+    if file.compression == "zst":
+        return frames.cut(file, target)
+    if file.compression or file.size <= target:
+        return [WHOLE]
+    ranges = -(-file.size // target)
+    cuts = [file.size * i // ranges for i in range(ranges + 1)]
+    return [Slice(start, end, start, end) for start, end in itertools.pairwise(cuts)]
+
+
+class Held:
+    """The beginning of a line whose end has not come yet; of one over the limit only its first bytes and its size.
+
+    Up to ``gap`` bytes at its front may turn out not to be the line's.
+    """
+
+    def __init__(self, limit: int, gap: int = 0) -> None:
+        self._limit, self._gap = limit, gap
+        self._blocks: list[bytes] = []
+        self.size = self.quotes = 0
+        self.head: bytes | None = None
+
+    def add(self, block: bytes, *, keep: bool) -> None:
+        """Hold a block in which no separator ends."""
+        self.size += len(block)
+        self._blocks.append(block)
+        if self.size > self._limit + self._gap or not keep:
+            self.head = self.front(b"")
+            self.quotes += sum(held.count(b'"') for held in self._blocks)
+            self._blocks = []
+
+    def line(self, end: bytes, number: int, offset: int, gap: int) -> Line:
+        """The line that is held, without ``gap`` bytes at its front, and ends with ``end``."""
+        size = self.size + len(end) - gap
+        if self.head is None and size <= self._limit:
+            data = b"".join([*self._blocks, end])[gap:]
+            return Line(number, offset + gap, data.removeprefix(BOM) if offset == 0 else data, size=size)
+        quotes = self.quotes + sum(held.count(b'"') for held in (*self._blocks, end))
+        return Line(number, offset + gap, None, self.front(end)[gap:], size, quotes)
+
+    def front(self, end: bytes) -> bytes:
+        """The first bytes of what is held and ``end``."""
+        front = self.head or b""
+        for block in (*self._blocks, end):
+            if len(front) >= HEAD_BYTES:
+                break
+            front += block[: HEAD_BYTES - len(front)]
+        return front
+
+
+def overlaps(separator: bytes) -> list[bytes]:
+    """What follows an occurrence of the separator where another begins inside it, nearest first."""
+    return [separator[n:] for n in range(len(separator) - 1, 0, -1) if separator[:n] == separator[-n:]]
+
+
+def _gap(front: bytes, ends: list[bytes]) -> int:
+    """How many of the bytes after a separator belong to others that overlap it."""
+    gap = 0
+    while found := next((end for end in ends if front.startswith(end, gap)), b""):
+        gap += len(found)
+    return gap
+
+
+def cut_lines(
+    stream: Iterator[bytes], offset: int, last: int | None, limit: int, separator: bytes = b"\n", *, skip: bool = False
+) -> Iterator[Line]:
+    """Lines of a stream, whose first byte is at ``offset``, up to those whose separator before ends after ``last``.
+
+    ``skip``: without the one that the stream begins inside of. Lines are counted from 1.
+    """
+    width, ends = len(separator), overlaps(separator)
+    stop = sys.maxsize if last is None else last + width
+    begin, number = offset, 0
+    longest_gap = width - 1  # were it longer, a whole separator would be in it
+    held = Held(limit, longest_gap)
+    carry = b""  # the last bytes of what is held, in which a separator may have begun
+    for block in stream:
+        pieces = (carry + block).split(separator)
         rest = pieces.pop()
         for piece in pieces:
-            begin, offset = offset, offset + len(piece) + 1
-            if skipping:
-                skipping = too_long = False
+            if not (held.size or ends or skip or begin == 0) and begin < stop and len(piece) <= limit:
+                number += 1
+                yield Line(number, begin, piece)
+                begin += len(piece) + width
                 continue
-            if end is not None and begin >= end and not too_long:
+            gap = _gap(held.front(piece) + separator, ends) if ends and begin > offset else 0
+            size = held.size + len(piece)
+            if begin + gap >= stop:
                 return
-            data = piece.removeprefix(_BOM) if begin == 0 else piece
-            yield (begin, None) if too_long or len(data) > MAX_ROW_BYTES else (begin, data)
-            too_long = False
-        if len(rest) > MAX_ROW_BYTES:
-            offset += len(rest)
-            rest = b""
-            too_long = True
-        if end is not None and offset >= end and not skipping and not too_long:
+            if skip:
+                skip = False
+            elif gap < size or not ends:
+                number += 1
+                yield held.line(piece, number, begin, gap)
+            begin += size + width
+            if held.size:
+                held = Held(limit, longest_gap)
+        keep = max(0, len(rest) - width + 1)
+        if keep:
+            held.add(rest[:keep] if width > 1 else rest, keep=not skip)
+        carry = rest[keep:]
+        if begin >= stop or (skip and begin + held.size >= stop):
             return
-        if at_end:
-            if (rest or too_long) and not skipping:
-                yield offset, None if too_long else rest.removeprefix(_BOM if offset == 0 else b"")
-            return
+    gap = _gap(held.front(carry), ends) if ends and begin > offset else 0
+    if held.size + len(carry) > gap and not skip and begin + gap < stop:
+        yield held.line(carry, number + 1, begin, gap)  # the last line needs no separator
 
 
-def count_lines(path: Path, kind: str, offsets: list[int]) -> list[int]:
+def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     """Line numbers, from 1, of the lines that begin at ``offsets`` (ascending) of the decompressed file."""
     numbers: list[int] = []
     seen = line = 0
-    with pa.input_stream(str(path), compression=_COMPRESSION[kind]) as stream:
-        waiting = iter(offsets)
-        target = next(waiting, None)
-        while target is not None and (block := stream.read(BLOCK_BYTES)):
+    waiting = iter(offsets)
+    target = next(waiting, None)
+    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+        while target is not None and (block := next(stream, b"")):
             place = 0
             while target is not None and target <= seen + len(block):
                 line += block.count(b"\n", place, target - seen)
@@ -119,13 +259,22 @@ def count_lines(path: Path, kind: str, offsets: list[int]) -> list[int]:
     return numbers
 
 
-def lines_before(path: Path, start: int) -> int:
-    """How many lines of a plain file come before the first that begins at or after byte ``start``."""
-    if start == 0:
+def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
+    """How many lines, or pieces of separated text, come before the first of a range.
+
+    Raises ``InputError`` if the file is damaged before it: then nobody knows.
+    """
+    if where.first == 0:
         return 0
-    count, left = 1, start - 1
-    with path.open("rb") as file:
-        while left and (block := file.read(min(left, BLOCK_BYTES))):
-            count += block.count(b"\n")
-            left -= len(block)
-    return count
+    separator = fields.separator.encode() if fields.separator and file.base == "txt" else b"\n"
+    try:
+        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+            if separator != b"\n":
+                return sum(1 for _ in cut_lines(stream, 0, where.first, 0, separator))
+            count, left = 1, where.first
+            while left and (block := next(stream, b"")):
+                count += block.count(b"\n", 0, left)
+                left -= min(left, len(block))
+            return count
+    except BrokenStream as error:
+        raise InputError(f"lines can't be counted: {error}") from error

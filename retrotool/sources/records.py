@@ -1,32 +1,49 @@
-"""What a source gives: documents, and rows set aside."""
+"""What a source gives: documents, and rows set aside; and where in a row they are found."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
-MAX_ROW_BYTES = 64 << 20
-"""A longer line or text is set aside."""
+MAX_DOCUMENT_BYTES = 64 << 20
+EXCERPT_CHARACTERS = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Where in a row to find what: the text, the id, and the fields to keep as columns."""
+    """How rows are read.
+
+    ``text``, ``id`` and ``keep`` name fields; a dotted name leads into objects, unless a field has the whole name.
+    With ``key`` and ``value`` (both or none) a row is a key-value record and ``text`` is not read. ``tokens`` names the
+    field of token ids in rows that are tokenised already. ``separator`` cuts ``.txt`` files into documents.
+    ``token_dtype`` and ``end_of_document`` describe plain token files. ``max_document`` is in bytes of UTF-8: what is
+    longer is set aside.
+    """
 
     text: str = "text"
     id: str = "id"
     keep: tuple[str, ...] = ()
+    key: str | None = None
+    value: str | None = None
+    tokens: str | None = None
+    separator: str | None = None
+    token_dtype: str | None = None
+    end_of_document: int | None = None
+    max_document: int = MAX_DOCUMENT_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document. ``position`` is the byte offset of its line in the (decompressed) input, or its row from 1.
+class Document(NamedTuple):
+    """One document.
 
-    ``line`` is its line or row from 1, relative to the range read.
+    ``position`` is the byte offset of its line in the (decompressed) input, or its row from 1. ``line`` is its line or
+    row from 1, relative to the range read. ``value`` is there for a key-value record, whose key is ``text``;
+    ``tokens`` (a 1-d integer array) for one that is tokenised already, whose ``text`` is empty.
     """
 
     id: str
@@ -35,14 +52,36 @@ class Document:
     position: int
     line: int
     kept: tuple[str | None, ...] = ()
+    value: str | None = None
+    tokens: npt.NDArray[Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SetAside:
-    """A row that is not chunked; ``line`` is its line or row from 1, relative to the range read (0: the whole file)."""
+class SetAside(NamedTuple):
+    """A row that is not chunked.
+
+    ``line`` is its line or row from 1, relative to the range read (0: the whole file); ``offset`` the byte offset of
+    its line in the (decompressed) input, -1 where rows have none. ``damage``: the file is broken here, and what
+    followed is lost until it is mended.
+    """
 
     line: int
     reason: str
+    offset: int = -1
+    excerpt: str = ""
+    damage: bool = False
+
+
+class BadRow(Exception):  # noqa: N818 - it is a verdict about a row, not a failure
+    """Why a row is no document."""
+
+
+def excerpt(data: bytes | str) -> str:
+    """The beginning of a row, safe to print: control characters and broken UTF-8 escaped."""
+    text = data[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
+    text = text[:EXCERPT_CHARACTERS]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def content_id(text: str) -> str:
@@ -50,36 +89,114 @@ def content_id(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def document_of(row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int) -> Document | SetAside:
+def tokens_id(tokens: npt.NDArray[Any]) -> str:
+    """The id of a tokenised document that came without: BLAKE2b-128 of its tokens as little-endian uint32."""
+    return hashlib.blake2b(tokens.astype("<u4", copy=False).data, digest_size=16).hexdigest()
+
+
+def find(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, None if there is none; ``a.b`` is field b of the object in field a."""
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for step in name.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(step)
+    return value
+
+
+Maker = Callable[[Mapping[str, Any], int, int, int], Document | SetAside]
+"""From a row, its line, position and offset to a document, or why it is none."""
+
+
+def maker(fields: Fields, source: str) -> Maker:
+    """``document_of`` for rows of one input; quick for what most rows are: a text and an id, both strings."""
+    text_name, id_name, limit = fields.text, fields.id, fields.max_document // 4
+    plain = not fields.keep and fields.key is None and fields.tokens is None and "." not in text_name + id_name
+
+    def make(row: Mapping[str, Any], line: int, position: int, offset: int) -> Document | SetAside:
+        if plain:
+            text, identifier = row.get(text_name), row.get(id_name)
+            if type(text) is str and type(identifier) is str and identifier and 0 < len(text) <= limit:
+                own = row.get("source")
+                return Document(identifier, text, own if type(own) is str else source, position, line)
+        return document_of(row, fields, source, line, position, offset)
+
+    return make
+
+
+def document_of(
+    row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int, offset: int = -1
+) -> Document | SetAside:
     """Make a document of a row, or say why not."""
-    text = row.get(fields.text)
-    if text is None:
-        reason = f"{fields.text!r} is null" if fields.text in row else f"no field {fields.text!r}"
-        return SetAside(line, reason)
-    if not isinstance(text, str):
-        return SetAside(line, f"{fields.text!r} is not a string")
-    if not text:
-        return SetAside(line, f"{fields.text!r} is empty")
-    if len(text) > MAX_ROW_BYTES:
-        return SetAside(line, f"text of {len(text):,} characters, more than {MAX_ROW_BYTES:,}")
-    given = row.get(fields.id)
+    try:
+        return _document(row, fields, source, line, position)
+    except BadRow as bad:
+        return SetAside(line, str(bad), offset)
+
+
+def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int) -> Document:
+    tokens = value = None
+    if fields.tokens is not None:
+        text = ""
+        tokens = _tokens(row, fields.tokens)
+    elif fields.key is not None and fields.value is not None:
+        text = _text(row, fields.key, fields.max_document)
+        value = _text(row, fields.value, fields.max_document)
+    else:
+        text = _text(row, fields.text, fields.max_document)
+    given = find(row, fields.id)
     if given is None:
-        identifier = content_id(text)
+        if tokens is not None:
+            identifier = tokens_id(tokens)
+        else:
+            # Of a record both halves, with a mark between that no JSON string can blur.
+            identifier = content_id(text if value is None else f"{len(text)} {text}{value}")
     elif isinstance(given, str) and given:
         identifier = given
     elif isinstance(given, int) and not isinstance(given, bool):
         identifier = str(given)
     else:
-        return SetAside(line, f"{fields.id!r} is neither a string nor a whole number")
+        raise BadRow(f"{fields.id!r} is neither a string nor a whole number")
     own = row.get("source")
     try:
-        kept = tuple(_as_text(row.get(name)) for name in fields.keep)
+        kept = tuple(as_text(find(row, name)) for name in fields.keep) if fields.keep else ()
     except (TypeError, ValueError) as error:
-        return SetAside(line, f"a kept field can't be written: {error}")
-    return Document(identifier, text, own if isinstance(own, str) else source, position, line, kept)
+        raise BadRow(f"a kept field can't be written: {error}") from error
+    return Document(identifier, text, own if isinstance(own, str) else source, position, line, kept, value, tokens)
 
 
-def _as_text(value: Any) -> str | None:
+def _text(row: Mapping[str, Any], name: str, limit: int) -> str:
+    text = find(row, name)
+    if isinstance(text, str) and text:
+        # A character has up to four bytes: only long texts must be measured.
+        if len(text) * 4 > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
+            raise BadRow(f"{name!r} has {size:,} bytes, more than --max-document {limit:,}")
+        return text
+    if text is None:
+        raise BadRow(f"{name!r} is null" if name in row else f"no field {name!r}")
+    raise BadRow(f"{name!r} is empty" if text == "" else f"{name!r} is not a string")
+
+
+def _tokens(row: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
+    values = find(row, name)
+    if values is None:
+        raise BadRow(f"{name!r} is null" if name in row else f"no field {name!r}")
+    try:
+        tokens = np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise BadRow(f"{name!r} is not a list of token ids") from error
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise BadRow(f"{name!r} is not a list of token ids")
+    if not tokens.size:
+        raise BadRow(f"{name!r} is empty")
+    if int(tokens.min()) < 0:
+        raise BadRow(f"{name!r} has a negative token id")
+    return tokens
+
+
+def as_text(value: Any) -> str | None:
     """A kept value as its column holds it: strings as they are, anything else as JSON."""
     if value is None or isinstance(value, str):
         return value

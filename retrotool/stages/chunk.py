@@ -1,39 +1,38 @@
 """``chunk``: documents to chunks of ``chunk_length`` tokens, in Parquet.
 
-A task is a unit of a committed plan: it reads its pieces, tokenises in batches of a megabyte, cuts every document
-into chunks (the last one zero-padded) and closes a part at the first document end after ``part_size`` chunks.
-Memory: one part (128 bytes a chunk and its documents' columns) and one batch. Rows that can't be read go to
-quarantine. Ids that occur twice are found when the plan is finished, see ``duplicates``.
+A task is a unit of a committed plan: it reads its pieces, tokenises in batches, cuts every document into chunks (the
+last one zero-padded) and closes a part at the first document end after ``part_size`` chunks. Reading and
+decompressing go ahead in one thread, Parquet is written in another. Rows that can't be read go to quarantine, and
+documents on the block list are left out. Documents that repeat are found when the plan is finished, see
+``duplicates``. Memory: a few batches, the documents' columns of a part, and the longest document.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from retrotool import sources
-from retrotool.errors import ErasedError, TaskError
+from retrotool.errors import ErasedError, InputError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
+from retrotool.stages import cutting
 from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans
+from retrotool.stages.chunk_plan import EXPANSION, Piece, Plan, known_findings, read_plan, unfinished_plans
+from retrotool.stages.cutting import Tokens
+from retrotool.stages.part_writer import PartWriter
 from retrotool.stages.quarantine import Quarantine
-from retrotool.store import parts, staging
-from retrotool.store.atomic import FileEntry
+from retrotool.stages.retry import Prefix, Row, rows_again
+from retrotool.store import staging
+from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import Staged, Unit
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile
 
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 4096
+_BATCH_CHARACTERS = 2 << 20
+_BATCH_DOCUMENTS = 8192
 GIVEN_UP = "given up"
 """How the reason begins for an input that is not in the store and may be added later."""
 
@@ -43,9 +42,11 @@ class ChunkStage:
     """The units of all unfinished plans.
 
     ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; else that is an error.
+    ``check``: the share of documents whose tokens are compared with those of ``tokenizers``.
     """
 
     skip_missing: bool = False
+    check: float = 0.001
     name: str = "chunk"
     unit: str = "B"
 
@@ -70,57 +71,132 @@ class ChunkStage:
 
     def open(self, store: Store) -> ChunkWorker:
         """Load the store's tokenizer."""
-        name = store.identity.tokenizer.name
-        return ChunkWorker(store, Tokenizer(TokenizerFile(name, store.tokenizer_json())), self.skip_missing)
+        return ChunkWorker(store, self)
 
 
 class ChunkWorker:
-    """Chunks units; keeps the last plan it read."""
+    """Chunks units; keeps the last plan it read, and the tokenizer."""
 
-    def __init__(self, store: Store, tokenizer: Tokenizer, skip_missing: bool) -> None:
-        self._store = store
-        self._skip_missing = skip_missing
-        self._tokenizer = tokenizer
+    def __init__(self, store: Store, stage: ChunkStage) -> None:
+        self._store, self._stage = store, stage
+        self._exact = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        self._fast: tuple[bool, FastTokenizer] | None = None
         self._plan: tuple[str, Plan] | None = None
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Read, tokenise and write one unit."""
-        path, index = str(task.inputs["path"]), int(task.inputs["unit"])
-        plan = self._read_plan(str(task.inputs["plan"]), path)
-        writer = _UnitWriter(self._store, run, task.key, plan)
-        bad = Quarantine()
-        for piece in plan.units[index]:
-            file = plan.files[piece.file]
-            bad.open(file.path)
-            rows = _rows(plan, piece.file, piece.start, piece.end, bad, self._skip_missing)
-            for batch in _batches(rows):
-                writer.add(file.name, batch, self._tokenizer.encode_batch([d.text for d in batch]), bad)
-            if piece.start and bad.needs_lines():
-                bad.shift_lines(lines_before(Path(file.path), piece.start))
-            report((file.size if piece.end is None else piece.end) - piece.start)
-        writer.close_part()
+        path, index, plan_id = str(task.inputs["path"]), int(task.inputs["unit"]), str(task.inputs["plan"])
+        plan = self._read_plan(plan_id, path)
+        with PartWriter(self._store, run, task.key, plan.fields.keep, plan.part_size) as writer:
+            unit = _Unit(self._store, plan, self._encoder(plan), self._block_list(plan), writer, report)
+            for piece in plan.units[index]:
+                unit.chunk(piece, self._stage.skip_missing)
+            files = writer.close()
+            unit.count_tokenised()
         name = FileName.new(run, "staging", f"{task.key}.quarantine", "parquet")
-        entry = bad.write(self._store.root, name)
-        counts = {**writer.counts, "set_aside": len(bad)}
-        unit = Unit(str(task.inputs["plan"]), index, tuple(writer.parts), entry, counts)
-        return Staged(task.key, "chunk", run, reads=(path,), unit=unit)
+        entry = unit.bad.write(self._store.root, name)
+        counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
+        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts))
 
     def _read_plan(self, plan_id: str, path: str) -> Plan:
         if self._plan is None or self._plan[0] != path:
             entry = self._store.state.file("plans", plan_id)
-            if entry is None:
+            if entry is None or entry.path != path:
                 entry = self._store.refresh().file("plans", plan_id)
-            if entry is None:
-                raise ErasedError(f"plan {plan_id} was finished by another process")
+            if entry is None or entry.path != path:
+                raise ErasedError(f"plan {plan_id} was finished or changed by another process")
             self._plan = (path, read_plan(self._store, entry))
         return self._plan[1]
 
+    def _encoder(self, plan: Plan) -> FastTokenizer:
+        if self._fast is None or self._fast[0] != plan.fast:
+            known = known_findings(self._store.state)
+            fast = FastTokenizer(self._exact, check=self._stage.check, use_tokie=plan.fast, findings=known)
+            self._fast = (plan.fast, fast)
+        return self._fast[1]
 
-def _rows(
-    plan: Plan, number: int, start: int, end: int | None, bad: Quarantine, skip_missing: bool
-) -> Iterator[Document]:
-    """Documents of a piece; what is set aside goes to ``bad``."""
-    file = plan.files[number]
+    def _block_list(self, plan: Plan) -> Blocked | None:
+        if plan.allow_purged:
+            return None
+        # Anew for every unit: what was purged while the one before was read must not come back.
+        self._store.refresh()
+        return read_blocked(self._store) or None
+
+
+class _Unit:
+    """The work on one unit: rows of its pieces to the writer, to quarantine, or nowhere if they are blocked."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        encoder: FastTokenizer,
+        blocked: Blocked | None,
+        writer: PartWriter,
+        report: Report,
+    ) -> None:
+        self._store, self._plan, self._encoder, self._blocked = store, plan, encoder, blocked
+        self._writer, self._report = writer, report
+        self.bad = Quarantine()
+        self.counts = {"blocked": 0, "keys_cut": 0, "compared": -encoder.compared, "exact": -encoder.judged}
+
+    def chunk(self, piece: Piece, skip_missing: bool) -> None:
+        """Read a piece to its end."""
+        file = self._plan.files[piece.file]
+        weight = piece.weight
+        self.bad.open(file.path)
+        prefix = Prefix()
+        done = characters = 0
+        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, skip_missing)):
+            if isinstance(batch, SetAside):
+                self.bad.append(batch, prefix.documents, prefix.digest())
+                continue
+            self._add(file.name, batch, prefix)
+            characters += sum(len(document.text) for document in batch)
+            # How far it has come in a compressed file can only be guessed.
+            ahead = min(weight, int(characters / EXPANSION.get(file.compression or file.base, 1.0)))
+            self._report(max(0, ahead - done))
+            done = max(done, ahead)
+        self._report(weight - done)
+        if piece.where.first and self.bad.needs_lines():
+            try:
+                self.bad.shift_lines(lines_before(file, piece.where, self._plan.fields))
+            except InputError:
+                self.bad.forget_lines()  # damaged before this slice: the offsets still tell the places
+
+    def _add(self, name: str, batch: list[Document], prefix: Prefix) -> None:
+        hashes = [(cutting.id_hash(document.id), cutting.text_hash(document)) for document in batch]
+        prefix.add(hashes)
+        if self._blocked is not None:
+            held = self._blocked.holds([d.id for d in batch], [text for _, text in hashes])
+            self.counts["blocked"] += int(held.sum())
+            hashes = [pair for pair, left_out in zip(hashes, held, strict=True) if not left_out]
+            batch = [document for document, left_out in zip(batch, held, strict=True) if not left_out]
+            if not batch:
+                return
+        own = self._store.identity
+        found = cutting.tokenise(batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
+        if found.documents:
+            self._write(name, found, hashes)
+
+    def count_tokenised(self) -> None:
+        """Count the documents whose tokens were compared, and those that only the slow tokenizer did."""
+        encoder = self._encoder
+        self.counts["compared"] += encoder.compared
+        self.counts["exact"] += encoder.judged
+        if encoder.engine == "tokenizers":
+            self.counts["exact"] = self._writer.counts["documents"]
+
+    def _write(self, name: str, found: Tokens, hashes: list[tuple[bytes, bytes]]) -> None:
+        if found.kept is not None:
+            hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
+        self.counts["keys_cut"] += found.keys_cut
+        self._writer.add(name, found, hashes)
+
+
+def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, skip_missing: bool) -> Iterator[Row]:
+    """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
+    file = plan.files[piece.file]
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
@@ -134,137 +210,33 @@ def _rows(
             f"{file.path}: {problem}",
             "Bring it back as it was and run the same command again, or give it up with --skip-missing.",
         )
-    for row in sources.read(file, plan.fields, start, end):
-        if isinstance(row, SetAside):
+    retry = plan.retries.get(piece.file)
+    rows = (
+        sources.read(file, plan.fields, piece.where) if retry is None else rows_again(store, file, plan.fields, retry)
+    )
+    for row in rows:
+        if isinstance(row, SetAside) and not row.damage:
             bad.append(row)
         else:
             yield row
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Batches of about a million characters."""
+def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | SetAside]:
+    """Documents in batches of about two million characters; damage on its own, after what came before it."""
     batch: list[Document] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
+    for row in rows:
+        if isinstance(row, SetAside):
+            if batch:
+                yield batch
+                batch, size = [], 0
+            yield row
+            continue
+        batch.append(row)
+        size += len(row.text) + (len(row.value) if row.value is not None else 0)
+        size += 0 if row.tokens is None else len(row.tokens)
         if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def cut_chunks(
-    tokens: Sequence[Sequence[int]], chunk_length: int, dtype: np.dtype[Any]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """Cut documents into chunks, without a loop over tokens.
-
-    Args:
-        tokens: the token ids of d documents.
-        chunk_length: tokens a chunk.
-        dtype: of the tokens in the result.
-
-    Returns:
-        Chunks of each document, int64 [d]; then for all n chunks in order their index in the document, int64 [n], their
-        number of tokens, int64 [n], and their tokens [n, chunk_length], zero-padded.
-
-    """
-    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
-    n_chunks = -(-lengths // chunk_length)
-    first = np.cumsum(n_chunks) - n_chunks
-    n = int(n_chunks.sum())
-    index = np.arange(n) - np.repeat(first, n_chunks)
-    n_tokens = np.minimum(np.repeat(lengths, n_chunks) - index * chunk_length, chunk_length)
-    flat = np.zeros(n * chunk_length, dtype)
-    place = np.repeat(first * chunk_length - (np.cumsum(lengths) - lengths), lengths)
-    values = [np.asarray(document, dtype) for document in tokens if len(document)]
-    if values:
-        flat[np.arange(len(place)) + place] = np.concatenate(values)
-    return n_chunks, index, n_tokens, flat.reshape(n, chunk_length)
-
-
-@dataclass
-class _Part:
-    """The part that is being filled."""
-
-    documents: dict[str, list[Any]]
-    chunks: list[tuple[Any, ...]] = field(default_factory=list)
-    rows: int = 0
-
-
-class _UnitWriter:
-    """Gathers documents and chunks, and writes a part's three files whenever one is full."""
-
-    def __init__(self, store: Store, run: str, task: str, plan: Plan) -> None:
-        self._store, self._run, self._task, self._plan = store, run, task, plan
-        self._schema = parts.documents_schema(plan.fields.keep)
-        self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
-        self._part = self._new_part()
-        self.parts: list[tuple[FileEntry, ...]] = []
-        self.counts = {"documents": 0, "chunks": 0, "tokens": 0}
-
-    def _new_part(self) -> _Part:
-        return _Part({name: [] for name in self._schema.names})
-
-    def add(self, name: str, documents: list[Document], tokens: list[list[int]], bad: Quarantine) -> None:
-        """Add documents of the input ``name`` with their tokens; those without a token go to ``bad``."""
-        if not all(tokens):
-            for document in (d for d, t in zip(documents, tokens, strict=True) if not t):
-                bad.append(SetAside(document.line, "text without a token"))
-            kept = [(d, t) for d, t in zip(documents, tokens, strict=True) if t]
-            documents, tokens = [d for d, _ in kept], [t for _, t in kept]
-        start = 0
-        while start < len(documents):
-            start += self._fill(name, documents[start:], tokens[start:])
-
-    def _fill(self, name: str, documents: list[Document], tokens: list[list[int]]) -> int:
-        """Take documents into the part until it is full; return how many."""
-        n_chunks, index, n_tokens, values = cut_chunks(tokens, self._store.identity.chunk_length, self._dtype)
-        ends = np.cumsum(n_chunks)
-        # The part ends with the first document that reaches part_size.
-        taken = int(np.searchsorted(ends, self._plan.part_size - self._part.rows)) + 1
-        full = taken <= len(documents)
-        taken = min(taken, len(documents))
-        rows = int(ends[taken - 1])
-        columns = self._part.documents
-        doc = len(columns["id"]) + np.repeat(np.arange(taken), n_chunks[:taken])
-        first = self._part.rows + ends[:taken] - n_chunks[:taken]
-        for i, document in enumerate(documents[:taken]):
-            columns["id"].append(document.id)
-            columns["key"].append(_hash(document.id))
-            columns["text_hash"].append(_hash(document.text))
-            columns["source"].append(document.source)
-            columns["position"].append(document.position)
-            columns["n_tokens"].append(len(tokens[i]))
-            for column, value in zip(self._plan.fields.keep, document.kept, strict=True):
-                columns[column].append(value)
-        columns["input"] += [name] * taken
-        columns["first_row"] += first.tolist()
-        columns["n_chunks"] += n_chunks[:taken].tolist()
-        self._part.chunks.append((doc, index[:rows], n_tokens[:rows], values[:rows]))
-        self._part.rows += rows
-        self.counts["documents"] += taken
-        self.counts["chunks"] += rows
-        self.counts["tokens"] += int(n_tokens[:rows].sum())
-        if full:
-            self.close_part()
-        return taken
-
-    def close_part(self) -> None:
-        """Write the part that is being filled, if there is anything in it."""
-        if not self._part.rows:
-            return
-        documents = parts.columns_of(self._part.documents, self._schema)
-        chunks = parts.chunks_table(*(np.concatenate(columns) for columns in zip(*self._part.chunks, strict=True)))
-        self._part = self._new_part()
-        tables = {"documents": documents, "keys": parts.keys_table(documents), "chunks": chunks}
-        self.parts.append(tuple(self._write(kind, table) for kind, table in tables.items()))
-
-    def _write(self, kind: str, table: pa.Table) -> FileEntry:
-        name = FileName.new(self._run, "staging", f"{self._task}.{len(self.parts):04d}.{kind}", "parquet")
-        return parts.write_parquet(self._store.root, name, table)
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=parts.HASH_BYTES).digest()

@@ -1,4 +1,4 @@
-"""A store seen as a database to search: its living vectors, its index, and where its documents are.
+"""A store seen as a database to search: what of it can be searched, its index, and where its documents are.
 
 Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped; shards are opened one after
 another.
@@ -49,18 +49,22 @@ def read_part_vectors(store: Store, encoder: str, part: int) -> npt.NDArray[np.f
 
 
 def living(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
-    """Which rows of a part are neither erased nor purged, bool [n]."""
+    """Which rows of a part are neither erased nor purged, bool [n]; values of key-value records are among them."""
     alive: npt.NDArray[np.bool_] = chunks.n_tokens > 0
     alive[tombstones.rows(chunks.part)] = False
     return alive
 
 
-def living_rows(store: Store, part: int, tombstones: Tombstones) -> npt.NDArray[np.int64]:
-    """Rows of a part that are neither erased nor purged, ascending."""
-    table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
-    alive = table["n_tokens"].to_numpy() > 0
-    alive[tombstones.rows(part)] = False
-    return np.flatnonzero(alive)
+def searchable_rows(store: Store, part: int, tombstones: Tombstones) -> npt.NDArray[np.int64]:
+    """Rows of a part that are searched by and for, ascending: those that have a vector and are not purged."""
+    searchable = parts.read_embedded(store, part)
+    searchable[tombstones.rows(part)] = False
+    return np.flatnonzero(searchable)
+
+
+def count_keys(store: Store, part: int) -> int:
+    """How many rows of a part are keys, erased and purged ones too; the log knows, no file is read."""
+    return parts.n_keys(parts.part_entry(store, "chunks", part))
 
 
 def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
@@ -118,7 +122,7 @@ class Database:
         yield from read_shards(self.store, self.name)
 
     def search(self, queries: Queries, k: int) -> Best:
-        """The k nearest living chunks of each query."""
+        """The k nearest living keys of each query."""
         best = Best(len(queries.vectors), k)
         for shard in self.shards():
             search(shard, queries, self.nprobe, self.tombstones.contains, best)

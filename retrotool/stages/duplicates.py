@@ -1,98 +1,220 @@
-"""Finishing a ``chunk`` plan: document ids that occur more than once, and what the store remembers of the inputs.
+"""Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
 
-Of documents with the same id the one with the lowest chunk id stays; the others are tombstoned and set aside. They
-are found by sorting the ``keys/`` files range by range, so the result does not depend on the order in which units
-were finished. Memory: 40 bytes a document of one range, of which there are as many as keep it under ``RANGE_ROWS``
-rows.
+Which documents repeat is found after chunking, over all parts at once (``keysort``), so it depends on neither the
+order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
+
+1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since,
+   or set aside as a repeat itself; the others repeat it.
+2. By text, among the documents that do not repeat an id and are whole (no chunk purged or erased). Of those with one
+   text the one with the lowest chunk id is the first; the others repeat it.
+
+Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
+fewer plans gives the same documents. What repeats is found in memory as ``keysort`` says; then the parts that hold a
+repeat are read one by one. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from retrotool.errors import ConflictError, ErasedError
-from retrotool.sources.lines import count_lines
+from retrotool.errors import ConflictError, DuplicatesError, ErasedError
+from retrotool.stages import keysort
 from retrotool.stages.chunk import GIVEN_UP
 from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans, write_json
+from retrotool.stages.keysort import Places, Span
+from retrotool.stages.repeats import Repeats, locate, read_repeats
+from retrotool.stages.retry_plan import gather_quarantine, remembered, settle
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
+from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones, write_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
 
-RANGE_ROWS = 8 << 20
-REASON = "duplicate document id"
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicates:
-    """Documents to leave out: their chunk ids, the rows for quarantine, and how many tokens they have."""
-
-    chunks: npt.NDArray[np.int64]
-    quarantine: tuple[tuple[str, int, str], ...]
-    tokens: int
+Handling = Literal["skip", "keep", "fail"]
+LARGEST_SOURCES = 1000
+_COUNTED_SOURCES = 100_000
+_EXAMPLES = 3
 
 
-def finish_plans(store: Store, run: Run, range_rows: int = RANGE_ROWS) -> None:
-    """Finish the plans of which every unit is committed: set duplicates aside, keep only fingerprints of the inputs."""
+@dataclass(slots=True)
+class DuplicateCounts:
+    """Living documents of a plan that repeat an earlier one, by id or (only) by text, and what they hold.
+
+    ``sources`` has, for each source, the documents by id and by text. Above 100,000 sources the smallest are dropped.
+    """
+
+    by_id: int = 0
+    by_text: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, repeats: Repeats) -> None:
+        """Count the repeats of one part."""
+        texts = int(repeats.by_text.sum())
+        self.by_id += len(repeats.by_text) - texts
+        self.by_text += texts
+        self.chunks += len(repeats.chunks)
+        self.tokens += repeats.tokens
+        for (source, text), n in Counter(zip(repeats.sources, repeats.by_text.tolist(), strict=True)).items():
+            ids, before = self.sources.get(source, (0, 0))
+            self.sources[source] = (ids, before + n) if text else (ids + n, before)
+        if len(self.sources) > _COUNTED_SOURCES:
+            self.sources = dict(self.largest(_COUNTED_SOURCES // 2))
+
+    def largest(self, n: int = LARGEST_SOURCES) -> list[tuple[str, tuple[int, int]]]:
+        """The sources with most repeats, most first."""
+        return sorted(self.sources.items(), key=lambda item: (-sum(item[1]), item[0]))[:n]
+
+
+def finish_plans(
+    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = keysort.ROWS
+) -> dict[str, DuplicateCounts]:
+    """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
+
+    ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
+    ``fail`` raises ``DuplicatesError`` if there are any, and leaves the plan as it is: the next call finishes it. Of a
+    plan that another process finishes meanwhile only its record has the counts.
+    """
+    finished: dict[str, DuplicateCounts] = {}
     for plan_id in unfinished_plans(store.refresh()):
         record = store.state.records[f"plan:{plan_id}"]
         entry = store.state.file("plans", plan_id)
         if record["done"] < record["units"] or entry is None:
-            return
-        _finish(store, run, plan_id, entry, range_rows)
+            break
+        counts = _finish(store, run, plan_id, entry, duplicates, range_rows)
+        if counts is not None:
+            finished[plan_id] = counts
+    return finished
 
 
-def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: int) -> None:
+def _finish(
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
+) -> DuplicateCounts | None:
     while True:
         seen = store.refresh()
         if not seen.has(entry.path):
-            return  # another process finished it
+            return None  # another process finished it
         try:
-            draft = _finishing(store, run, plan_id, entry, range_rows)
+            draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)
         except ErasedError:
             continue  # the plan was finished, or something erased, meanwhile: look again
         try:
             store.commit(run, functools.partial(_unless_changed, seen, draft))
         except ConflictError:
             continue  # documents or tombstones were committed meanwhile: search again; clean-up takes the files away
-        return
+        return counts
 
 
-def _finishing(store: Store, run: Run, plan_id: str, entry: FileEntry, range_rows: int) -> Draft:
-    """The commit that finishes a plan on the store's state, its files written."""
+def _finishing(
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
+) -> tuple[Draft, DuplicateCounts]:
+    """The commit that finishes a plan on the store's state, its files written, and what it counts."""
     plan = read_plan(store, entry)
-    plans = store.state.with_prefix("plan:").values()
-    order = store.state.records[f"plan:{plan_id}"]["order"]
-    # Parts are numbered in the order of the plans.
-    parts_below = sum(record["parts"] for record in plans if record["order"] <= order)
-    found = find_duplicates(store, plan, range_rows, parts_below)
-    known = {"fingerprints": _fingerprints(store, plan_id, plan)}
-    add = [write_json(store.root, FileName.new(run.id, "inputs", plan_id, "json"), known, len(known["fingerprints"]))]
-    if len(found.chunks):
-        name = FileName.new(run.id, "tombstones", plan_id, "parquet")
-        add.append(write_tombstones(store.root, name, found.chunks))
-        columns = dict(zip(("input", "line", "reason"), zip(*found.quarantine, strict=True), strict=True))
-        name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
-        add.append(parts.write_parquet(store.root, name, parts.columns_of(columns, parts.QUARANTINE_SCHEMA)))
-    return Draft("finish", add=tuple(add), remove=(entry.path,), records=_counted(store.state, plan_id, found))
+    tombstones = read_tombstones(store)
+    places, by_text = find_duplicates(store, run.id, _span(store.state, plan_id), tombstones, range_rows)
+    found = read_repeats(store, tombstones, places, by_text)
+    counts = DuplicateCounts()
+    add: list[FileEntry] = []
+    if duplicates == "skip":
+        add = _set_aside(store, run, plan_id, plan, found, counts)
+    else:
+        examples = []
+        for repeats in found:
+            if counts.by_id + counts.by_text < _EXAMPLES:
+                examples.append(repeats.head(_EXAMPLES))
+            counts.add(repeats)
+        if examples and duplicates == "fail":
+            raise _refusal(store, plan, examples, counts)
+    known = _known(store, plan_id, plan)
+    name = FileName.new(run.id, "inputs", plan_id, "json")
+    add.append(write_json(store.root, name, known, len(known["fingerprints"])))
+    gathered = gather_quarantine(store, run, plan_id)
+    settled = settle(store, run, plan_id, plan)
+    records = settled.applied(_counted(store, plan_id, counts, duplicates), store.state)
+    remove = (entry.path, *gathered.remove, *settled.remove)
+    add += [*gathered.add, *settled.add]
+    return Draft("finish", {"duplicates": duplicates}, add=tuple(add), remove=remove, records=records), counts
 
 
-def _fingerprints(store: Store, plan_id: str, plan: Plan) -> list[str]:
-    """Fingerprints of a plan's inputs, but for those that were given up: these may be added later."""
+def _span(state: State, plan_id: str) -> Span:
+    """The parts of a plan, which are numbered in the order of the plans, and those before."""
+    order = state.records[f"plan:{plan_id}"]["order"]
+    plans = state.with_prefix("plan:").values()
+    own = state.records[f"plan:{plan_id}"]
+    before = sum(r["parts"] + r.get("withdrawn", 0) for r in plans if r["order"] < order) + own.get("withdrawn", 0)
+    return Span(before, before + own["parts"])
+
+
+def find_duplicates(
+    store: Store, run: str, span: Span, tombstones: Tombstones, range_rows: int = keysort.ROWS
+) -> tuple[Places, npt.NDArray[np.bool_]]:
+    """Documents of the new parts of ``span`` that repeat one before them, ascending; and which do so by text only."""
+    by_id = keysort.find_repeats(store, run, "key", span, rows=range_rows)
+
+    def leave_out(part: int) -> npt.NDArray[np.int64]:
+        low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
+        docs = by_id[low:high] - (part << PART_SHIFT)
+        purged = tombstones.rows(part)
+        if not len(purged):
+            return docs
+        first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
+        return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
+
+    texts = keysort.find_repeats(store, run, "text_hash", span, leave_out, range_rows)
+    places = np.concatenate([by_id, texts])
+    order = np.argsort(places)
+    return places[order], order >= len(by_id)
+
+
+def _set_aside(
+    store: Store, run: Run, plan_id: str, plan: Plan, found: Iterator[Repeats], counts: DuplicateCounts
+) -> list[FileEntry]:
+    """Write tombstones and quarantine of what was found, part by part, and count it."""
+    chunks: list[npt.NDArray[np.int64]] = []
+
+    def counted() -> Iterator[Repeats]:
+        for repeats in found:
+            counts.add(repeats)
+            chunks.append(repeats.chunks)
+            yield repeats
+
+    tables = locate(plan, counted())
+    first = next(tables, None)
+    if first is None:
+        return []
+    name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
+    aside = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, itertools.chain([first], tables))
+    name = FileName.new(run.id, "tombstones", plan_id, "parquet")
+    return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
+
+
+def _refusal(store: Store, plan: Plan, examples: list[Repeats], counts: DuplicateCounts) -> DuplicatesError:
+    rows = [row for table in locate(plan, iter(examples)) for row in table.to_pylist()][:_EXAMPLES]
+    places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
+    return DuplicatesError(
+        f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
+        f"{counts.by_text:,} by text only; the first: {places}",
+        f"All are in {store.root}, which waits to be told what to do with them. Run the same command again with "
+        "--duplicates skip (the first of each stays) or --duplicates keep (all stay).",
+    )
+
+
+def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
+    """What stays of a plan's inputs, but for those that were given up: these may be added later."""
     given_up: set[str] = set()
     group = store.state.group("quarantine")
     for slot in group:
@@ -100,7 +222,12 @@ def _fingerprints(store: Store, plan_id: str, plan: Plan) -> list[str]:
         if quarantine is not None and slot.partition(".")[0] == plan_id:
             rows = parts.read_parquet(store, quarantine, ["input", "reason"])
             given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
-    return [f for file, f in zip(plan.files, plan.fingerprints, strict=True) if file.path not in given_up]
+    kept = [i for i, file in enumerate(plan.files) if file.path not in given_up]
+    return {
+        "fingerprints": [plan.fingerprints[i] for i in kept],
+        "places": [plan.places[i] for i in kept],
+        **remembered(store, plan_id, plan),
+    }
 
 
 def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
@@ -116,113 +243,24 @@ def _paths(state: State, kind: str) -> list[str]:
     return [entry.path for slot in group if (entry := group.get(slot)) is not None]
 
 
-def _counted(state: State, plan_id: str, found: Duplicates) -> Mapping[str, Any]:
-    """Records of the plan and the totals, less the duplicates."""
+def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Handling) -> Mapping[str, Any]:
+    """Records of the plan and the totals, less the duplicates if they are tombstoned."""
+    plan, totals = store.state.records[f"plan:{plan_id}"], store.state.records["totals"]
+    gone = duplicates == "skip"
     change = {
-        "documents": -len(found.quarantine),
-        "chunks": -len(found.chunks),
-        "tokens": -found.tokens,
-        "set_aside": len(found.quarantine),
+        "documents": -(counts.by_id + counts.by_text) * gone,
+        "chunks": -counts.chunks * gone,
+        "tokens": -counts.tokens * gone,
+        "set_aside": counts.by_id * gone,
     }
-    plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
+    found = {
+        "duplicates": duplicates,
+        "duplicates_by_id": counts.by_id,
+        "duplicates_by_text": counts.by_text,
+        # Records stand in the log, which can't be edited: no name of a source does.
+        "duplicates_by_source": {store.identity.keyed_hash(name): n for name, n in counts.largest()},
+    }
     return {
-        f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, "finished": True},
+        f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {name: totals[name] + n for name, n in change.items()},
     }
-
-
-def find_duplicates(
-    store: Store, plan: Plan, range_rows: int = RANGE_ROWS, parts_below: int | None = None
-) -> Duplicates:
-    """All living documents whose id a document of a lower chunk id has, purged ones included.
-
-    ``parts_below``: in the parts with lower numbers only; those above belong to plans that are finished later.
-    """
-    later: dict[int, list[int]] = {}
-    for part, doc in sorted(pair for pairs in _ranges(store, range_rows) for pair in pairs):
-        if parts_below is None or part < parts_below:
-            later.setdefault(part, []).append(doc)
-    tombstones = read_tombstones(store)
-    chunks: list[npt.NDArray[np.int64]] = []
-    places: list[tuple[str, int]] = []
-    tokens = 0
-    for part, docs in later.items():
-        table = parts.read_documents(store, part, ["first_row", "n_chunks", "input", "position"]).take(docs)
-        counts = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"].to_numpy()
-        for row in table.to_pylist():
-            rows = np.arange(row["first_row"], row["first_row"] + row["n_chunks"])
-            rows = rows[~tombstones.contains(parts.chunk_ids(part, rows)) & (counts[rows] > 0)]
-            if len(rows):
-                chunks.append(parts.chunk_ids(part, rows))
-                places.append((row["input"], row["position"]))
-                tokens += int(counts[rows].sum())
-    ids = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
-    return Duplicates(ids, tuple(_with_lines(plan, places)), tokens)
-
-
-def _ranges(store: Store, range_rows: int) -> Iterator[list[tuple[int, int]]]:
-    """(part, doc) of every occurrence of a key but the first, for one range of keys after another."""
-    entries = {
-        part: entry for part in store.state.parts() if (entry := store.state.part_file("keys", part)) is not None
-    }
-    rows = sum(entry.rows for entry in entries.values())
-    ranges = 1
-    while rows > ranges * range_rows and ranges < 1 << 16:
-        ranges *= 2
-    step = (1 << 16) // ranges
-    for low in range(0, 1 << 16, step):
-        columns = [
-            _read_range(store, entry, part, low, low + step, whole=ranges == 1) for part, entry in entries.items()
-        ]
-        if not columns:
-            continue
-        key, part, doc = (np.concatenate(column) for column in zip(*columns, strict=True))
-        order = np.lexsort((doc, part, key[:, 1], key[:, 0]))
-        key, part, doc = key[order], part[order], doc[order]
-        again = np.flatnonzero((key[1:] == key[:-1]).all(axis=1)) + 1
-        yield list(zip(part[again].tolist(), doc[again].tolist(), strict=True))
-
-
-def _read_range(
-    store: Store, entry: FileEntry, part: int, low: int, high: int, *, whole: bool
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Keys (two uint64), part and doc of the rows of a keys file whose key begins with 16 bits in [low, high)."""
-    groups = None if whole else _row_groups(store.path(entry), low, high)
-    table = parts.read_parquet(store, entry, ["key", "doc"], groups)
-    key = parts.from_fixed_binary(table["key"], np.dtype(">u8"))
-    doc = table["doc"].to_numpy()
-    inside = (key[:, 0] >> 48 >= low) & (key[:, 0] >> 48 < high)
-    return key[inside].astype(np.uint64), np.full(int(inside.sum()), part), doc[inside]
-
-
-def _row_groups(path: Path, low: int, high: int) -> list[int]:
-    """Row groups that may hold keys beginning with 16 bits in [low, high); keys are sorted."""
-    with pq.ParquetFile(path) as file:
-        found = []
-        for i in range(file.metadata.num_row_groups):
-            if not file.metadata.row_group(i).num_rows:
-                continue
-            statistics = file.metadata.row_group(i).column(0).statistics
-            first, last = (int.from_bytes(value[:2], "big") for value in (statistics.min, statistics.max))
-            if first < high and last >= low:
-                found.append(i)
-        return found
-
-
-def _with_lines(plan: Plan, places: list[tuple[str, int]]) -> Iterator[tuple[str, int, str]]:
-    """Quarantine rows for documents at (input name, position); lines are counted where the input can still be read."""
-    files = {file.name: file for file in plan.files}
-    wanted: dict[str, list[int]] = {}
-    for name, position in places:
-        wanted.setdefault(name, []).append(position)
-    for name, positions in wanted.items():
-        file = files.get(name)
-        lines = sorted(positions)
-        if file is not None and file.format.startswith("jsonl"):
-            try:
-                lines = count_lines(Path(file.path), file.format, sorted(positions))
-            except (OSError, pa.ArrowException):
-                lines = []
-        # A file that has become shorter since has fewer lines than were asked for.
-        for line in lines + [0] * (len(positions) - len(lines)):
-            yield (file.path if file else name), line, REASON

@@ -1,9 +1,9 @@
-"""``embed``: every chunk to a vector of the encoder, one float16 ``.npy`` a part.
+"""``embed``: every key to a vector of the encoder, one float16 ``.npy`` a part.
 
 A task is a part. If the store's tokenizer is the encoder's, tokens go straight in; otherwise they are decoded to
-text and tokenised again. Erased chunks get zeros; tombstoned ones are embedded, so that a purge can be undone until
-it is erased. The task reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part
-is done again.
+text and tokenised again. Erased chunks and values of key-value records get zeros, and cost nothing but their bytes;
+tombstoned chunks are embedded, so that a purge can be undone until it is erased. The task reads the part's chunks
+file: if that is erased meanwhile, the commit is refused and the part is done again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EmbedStage:
             key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
             if done.get(part_slot(part)) is None and not staging.is_staged(store.root, key):
                 inputs = {"part": part, "path": entry.path}
-                tasks.append(Task(key, f"part {part}", entry.rows, inputs))
+                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs))
         return tasks
 
     def open(self, store: Store) -> EmbedWorker:
@@ -84,10 +84,11 @@ class EmbedWorker:
         chunks = parts.read_chunks(self._store, part)
         identity = self.encoder.identity
         matrix = np.zeros((len(chunks), identity.dimension), np.float16)
-        for start in range(0, len(chunks), _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
+        embedded = np.flatnonzero(chunks.embedded)
+        for start in range(0, len(embedded), _BLOCK_ROWS):
+            block = embedded[start : start + _BLOCK_ROWS]
             matrix[block] = self.encoder.embed(self.rows(chunks.tokens[block], chunks.n_tokens[block]), report)
-        report(int((chunks.n_tokens == 0).sum()))
+        report(task.weight - len(embedded))
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
         entry = vectors.write_vectors(self._store.root, name, matrix)
         key = f"encoder:{identity.name}"

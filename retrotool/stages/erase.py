@@ -118,7 +118,7 @@ class EraseWorker:
         tables = {
             "documents": documents,
             "keys": parts.keys_table(documents),
-            "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens),
+            "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
         }
         add = [
             parts.write_parquet(store.root, FileName.new(run, kind, slot, "parquet"), table)

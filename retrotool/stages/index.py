@@ -1,10 +1,10 @@
 """``index``: a faiss index over the embeddings, with its true recall.
 
-Up to ``FLAT_LIMIT`` vectors the index is exact; above, an inverted file whose codes are the stored float16 vectors.
-The first task trains (k-means on vectors drawn at random over all parts); then each shard is a task: assign in
-torch, write a faiss file that holds its own coarse quantiser. Parts embedded later go into new shards under the
-same training. ``measure`` then finds the least ``nprobe`` that holds the target recall. Memory: the training
-sample, and one shard (2·d bytes a vector) while it is written.
+Only keys are indexed, trained on and counted. Up to ``FLAT_LIMIT`` vectors the index is exact; above, an inverted
+file whose codes are the stored float16 vectors. The first task trains (k-means on vectors drawn at random over all
+parts); then each shard is a task: assign in torch, write a faiss file that holds its own coarse quantiser. Parts
+embedded later go into new shards under the same training. ``measure`` then finds the least ``nprobe`` that holds the
+target recall. Memory: the training sample, and one shard (2·d bytes a vector) while it is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from retrotool.ann import lists
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.errors import UsageError
 from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.database import embedded_parts, living_rows, read_part_vectors
+from retrotool.stages.database import count_keys, embedded_parts, read_part_vectors, searchable_rows
 from retrotool.store import atomic, parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
@@ -58,7 +58,7 @@ class IndexStage:
             )
         trained = store.state.file("index", "trained", self.index)
         if trained is None:
-            n = sum(self._embeddings(store, part).rows for part in embedded_parts(store, self.encoder))
+            n = sum(count_keys(store, part) for part in embedded_parts(store, self.encoder))
             key = task_key("index", {"name": self.index, "train": self.encoder, "flat_limit": self.flat_limit}, [])
             return [] if staging.is_staged(store.root, key) else [Task(key, "training", n, {"train": True})]
         tasks = []
@@ -66,7 +66,7 @@ class IndexStage:
         for run in self._new_runs(store):
             paths = [self._embeddings(store, part).path for part in run]
             key = task_key("index", {"name": self.index, "shard": number}, [trained.path, *paths])
-            rows = sum(self._embeddings(store, part).rows for part in run)
+            rows = sum(count_keys(store, part) for part in run)
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"shard {number}", rows, {"shard": number, "parts": run, "paths": paths}))
             number += 1
@@ -80,14 +80,14 @@ class IndexStage:
         return max(numbers, default=-1) + 1
 
     def _new_runs(self, store: Store) -> list[list[int]]:
-        """Parts that no shard holds, in runs of up to ``shard_rows`` rows."""
+        """Parts that no shard holds, in runs of up to ``shard_rows`` keys."""
         held = {part for about in shards(store.state, self.index).values() for part in about["parts"]}
         runs: list[list[int]] = []
         rows = 0
         for part in embedded_parts(store, self.encoder):
             if part in held:
                 continue
-            size = self._embeddings(store, part).rows
+            size = count_keys(store, part)
             if not runs or rows + size > self.shard_rows:
                 runs.append([])
                 rows = 0
@@ -140,7 +140,7 @@ class IndexWorker:
 
         stage, store = self._stage, self._store
         numbers = embedded_parts(store, stage.encoder)
-        rows = {part: living_rows(store, part, tombstones) for part in numbers}
+        rows = {part: searchable_rows(store, part, tombstones) for part in numbers}
         n = sum(map(len, rows.values()))
         nlist = choose_lists(n, stage.flat_limit)
         if nlist == 0:
@@ -166,12 +166,12 @@ class IndexWorker:
         centroids = lists.centroids_of(index)
         table = None if centroids is None else torch.from_numpy(centroids)
         for part in task.inputs["parts"]:
-            alive = living_rows(store, part, tombstones)
-            vectors = read_part_vectors(store, stage.encoder, part)[alive]
-            _check_finite(vectors, part, alive)
+            searchable = searchable_rows(store, part, tombstones)
+            vectors = read_part_vectors(store, stage.encoder, part)[searchable]
+            _check_finite(vectors, part, searchable)
             assigned = None if table is None else assign(torch.from_numpy(vectors.astype(np.float32)), table)[1].numpy()
-            if len(alive):
-                lists.add(index, parts.chunk_ids(part, alive), vectors, assigned)
+            if len(searchable):
+                lists.add(index, parts.chunk_ids(part, searchable), vectors, assigned)
             report(len(vectors))
         slot = f"shard-{task.inputs['shard']:04d}"
         about = {"parts": list(task.inputs["parts"])}
@@ -198,21 +198,21 @@ def _check_finite(vectors: npt.NDArray[np.float16], part: int, rows: Sequence[in
 def _sample(
     store: Store, encoder: str, rows: Mapping[int, npt.NDArray[np.int64]], size: int
 ) -> npt.NDArray[np.float32]:
-    """``size`` living vectors, float32, drawn at random over all parts (the first n are of the first sources only)."""
+    """``size`` searchable vectors, float32, drawn at random over all parts (the first n are of few sources)."""
     sizes = np.array([len(r) for r in rows.values()])
     drawn = np.sort(np.random.default_rng(_SEED).choice(int(sizes.sum()), size, replace=False))
     ends = np.cumsum(sizes)
     pieces = []
-    for (part, alive), end, count in zip(rows.items(), ends, sizes, strict=True):
+    for (part, searchable), end, count in zip(rows.items(), ends, sizes, strict=True):
         mine = drawn[(drawn >= end - count) & (drawn < end)] - (end - count)
         if len(mine):
-            pieces.append(read_part_vectors(store, encoder, part)[alive[mine]].astype(np.float32))
+            pieces.append(read_part_vectors(store, encoder, part)[searchable[mine]].astype(np.float32))
     return np.concatenate(pieces)
 
 
-def read_living(
+def read_searchable(
     store: Store, encoder: str, part: int, tombstones: Tombstones
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Chunk ids and vectors of a part's living chunks."""
-    alive = living_rows(store, part, tombstones)
-    return parts.chunk_ids(part, alive), read_part_vectors(store, encoder, part)[alive]
+    """Chunk ids and vectors of a part's searchable chunks."""
+    searchable = searchable_rows(store, part, tombstones)
+    return parts.chunk_ids(part, searchable), read_part_vectors(store, encoder, part)[searchable]

@@ -1,9 +1,9 @@
-"""``neighbours``: the nearest chunks of every chunk, outside its own document.
+"""``neighbours``: the nearest keys of every key, outside its own document.
 
-A task is a part of the query store: list-major search (``ann.search``) of all its living vectors through the
+A task is a part of the query store: list-major search (``ann.search``) of all its searchable vectors through the
 database's shards, with the interval of the query's own document and all tombstones masked before the top-k. Rows of
-purged or erased queries are empty. The table lies in the query store and names the database by uuid, commit and
-path. It is stale once the database has parts that it had not.
+purged or erased queries are empty, and so are those of values of key-value records. The table lies in the query store
+and names the database by uuid, commit and path. It is stale once the database has parts that it had not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from retrotool.errors import UsageError
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.database import (
     Database,
+    count_keys,
     document_intervals,
     embedded_parts,
-    living_rows,
     read_part_vectors,
     same_documents,
+    searchable_rows,
 )
 from retrotool.stages.index import shards
 from retrotool.store import parts, staging, tables
@@ -71,8 +72,7 @@ class NeighboursStage:
             key = task_key("neighbours", {"table": self.table, "version": version}, [path])
             if not staging.is_staged(store.root, key):
                 inputs = {"part": part, "path": path, "version": version, "replaces": old.path if old else None}
-                rows = parts.part_entry(store, "chunks", part).rows
-                tasks.append(Task(key, f"part {part}", rows, inputs))
+                tasks.append(Task(key, f"part {part}", count_keys(store, part), inputs))
         return tasks
 
     def record(self, database: Database) -> dict[str, Any]:
@@ -139,13 +139,13 @@ class NeighboursWorker:
             np.full((len(vectors), stage.saved), NO_NEIGHBOUR, np.int64),
             np.full((len(vectors), stage.saved), np.inf, np.float32),
         )
-        alive = living_rows(store, part, read_tombstones(store))
-        for start in range(0, len(alive), _QUERY_BLOCK):
-            rows = alive[start : start + _QUERY_BLOCK]
+        asking = searchable_rows(store, part, read_tombstones(store))
+        for start in range(0, len(asking), _QUERY_BLOCK):
+            rows = asking[start : start + _QUERY_BLOCK]
             best = database.search(Queries(vectors[rows].astype(np.float32), first[rows], last[rows]), stage.saved)
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
-        report(len(vectors) - len(alive))
+        report(task.weight - len(asking))
         record = stage.record(database)
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
         entry = tables.write_table(

@@ -2,9 +2,9 @@
 
 Selectors: chunk ids, document ids, an expression over document columns, or a pattern (RE2, linear time) over the
 decoded text of each chunk. Selecting scans what the selector needs: nothing but the ids, the ``keys/`` files, the
-documents, or all tokens. The commit costs what is purged, not what is stored. A match across the border of two
-chunks is not found by ``--pattern``; a tokenizer that loses case or spacing shows the pattern what is left of the
-text.
+documents, or all tokens. The commit costs what is purged, not what is stored; it also adds to the block list, so
+that what is purged does not come back with its input. A match across the border of two chunks is not found by
+``--pattern``; a tokenizer that loses case or spacing shows the pattern what is left of the text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.chunk_plan import write_json
 from retrotool.stages.where import Where
-from retrotool.store import parts
+from retrotool.store import blocked, parts
+from retrotool.store.blocked import Hashes, read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
@@ -44,7 +45,8 @@ class Selection:
     """What a selector matched.
 
     ``chunks`` are all ids, sorted, and ``living`` those that were not purged before; ``documents`` and ``tokens``
-    count what these take from the totals. ``state`` is the state that was searched.
+    count what these take from the totals. ``blocked`` are the hashes that keep what is purged from coming back, and
+    ``newly_blocked`` says how many of them the store has not yet. ``state`` is the state that was searched.
     """
 
     kind: str
@@ -53,6 +55,8 @@ class Selection:
     living: Ids
     documents: int
     tokens: int
+    blocked: Hashes
+    newly_blocked: int
     state: State
 
 
@@ -180,7 +184,31 @@ def weigh(store: Store, kind: str, literal: str, chunks: Ids) -> Selection:
         documents += _documents_ended(doc, n_tokens, tombstones.rows(part), rows)
         living.append(parts.chunk_ids(part, rows))
     ids = np.concatenate(living) if living else np.zeros(0, np.int64)
-    return Selection(kind, literal, chunks, ids, documents, tokens, store.state)
+    hashes = _hashes_to_block(store, chunks)
+    new = len(read_blocked(store).lacks(hashes))
+    return Selection(kind, literal, chunks, ids, documents, tokens, hashes, new, store.state)
+
+
+def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
+    """What a purge of ``chunks`` blocks: ids of documents that are purged as a whole then, and texts of all it touches.
+
+    Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
+    """
+    purges = [read_tombstones(store, purge).ids for purge in store.state.with_prefix("purge:")]
+    purged = Tombstones(np.unique(np.concatenate([chunks, *purges])))
+    secret = store.identity.secret
+    found = [np.zeros(0, blocked.HASH)]
+    for part in np.unique(chunks >> PART_SHIFT).tolist():
+        table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks"])
+        first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
+        gone = np.zeros(parts.part_entry(store, "chunks", part).rows, np.int64)
+        gone[purged.rows(part)] = 1
+        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
+        docs = np.unique(np.searchsorted(first, rows, side="right") - 1)
+        whole = docs[np.add.reduceat(gone, first)[docs] == count[docs]]
+        for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
+            found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
+    return np.unique(np.concatenate(found))
 
 
 def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
@@ -195,14 +223,18 @@ def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: 
 
 
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> str:
-    """Make the chunks of a selection tombstones, also those that other purges had; return the purge's id.
+    """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
 
-    ``ConflictError`` if another purge was committed since the selection was made.
+    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made.
     """
     purge = "p" + secrets.token_hex(4)
     tombstones = write_tombstones(store.root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.chunks)
     literal = {"kind": selection.kind, "literal": selection.literal}
     literal_file = write_json(store.root, FileName.new(run.id, "selectors", purge, "json"), literal, 1)
+    add = [tombstones, literal_file]
+    if len(selection.blocked):
+        name = FileName.new(run.id, "blocked", purge, "parquet")
+        add.append(blocked.write_blocked(store.root, name, selection.blocked))
     seen = list(selection.state.group("tombstones"))
 
     def build(state: State) -> Draft:
@@ -213,7 +245,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> s
         selector = {"selector": selection.kind, "hash": store.identity.keyed_hash(selection.literal), "reason": reason}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, "totals": totals}
-        return Draft("purge", selector, add=(tombstones, literal_file), records=records)
+        return Draft("purge", selector, add=tuple(add), records=records)
 
     store.commit(run, build)
     return purge

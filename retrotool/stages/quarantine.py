@@ -1,4 +1,8 @@
-"""Rows that a unit sets aside, held in 16 bytes each: a wrong ``--text-field`` can set aside every row of a corpus."""
+"""Rows that a unit sets aside, held in 24 bytes each: a wrong ``--text-field`` can set aside every row of a corpus.
+
+Excerpts are kept of the first rows only. Where a file broke off, how many rows came before and a hash of them are
+kept too, so that the mended file can be taken up behind an equal beginning.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 
 _BATCH_ROWS = 1 << 16
+EXCERPTS = 1000
+"""Rows of a unit that keep an excerpt."""
 
 
 class Quarantine:
@@ -23,23 +29,36 @@ class Quarantine:
     def __init__(self) -> None:
         self._inputs: list[str] = []
         self._reasons: dict[str, int] = {}
-        self._input, self._reason, self._line = array("i"), array("i"), array("q")
+        self._input, self._reason = array("i"), array("i")
+        self._line, self._offset = array("q"), array("q")
+        self._excerpts: list[str] = []
+        self._damage: dict[int, tuple[int, bytes]] = {}
         self._first = 0
 
     def __len__(self) -> int:
         """Rows gathered."""
         return len(self._line)
 
+    @property
+    def damaged(self) -> int:
+        """How many of the rows stand for the rest of a broken file."""
+        return len(self._damage)
+
     def open(self, path: str) -> None:
         """From now on rows are of the input at ``path``."""
         self._inputs.append(path)
         self._first = len(self)
 
-    def append(self, row: SetAside) -> None:
-        """Gather a row of the open input."""
+    def append(self, row: SetAside, rows_before: int = 0, prefix: bytes = b"") -> None:
+        """Gather a row of the open input; for damage, how many rows came before and their hash."""
+        if row.damage:
+            self._damage[len(self)] = (rows_before, prefix)
+        if len(self) < EXCERPTS:
+            self._excerpts.append(row.excerpt)
         self._input.append(len(self._inputs) - 1)
         self._reason.append(self._reasons.setdefault(row.reason, len(self._reasons)))
         self._line.append(row.line)
+        self._offset.append(row.offset)
 
     def needs_lines(self) -> bool:
         """Whether any row of the open input has a line number, relative to the range that was read."""
@@ -51,6 +70,11 @@ class Quarantine:
             if self._line[i]:
                 self._line[i] += before
 
+    def forget_lines(self) -> None:
+        """Set the line numbers of the open input to 0, not known."""
+        for i in range(self._first, len(self)):
+            self._line[i] = 0
+
     def write(self, root: Path, name: FileName) -> FileEntry | None:
         """Write what was gathered; None if that is nothing."""
         return parts.write_batches(root, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
@@ -58,10 +82,18 @@ class Quarantine:
     def _batches(self) -> Iterator[pa.Table]:
         inputs, reasons = pa.array(self._inputs, pa.string()), pa.array(list(self._reasons), pa.string())
         for start in range(0, len(self), _BATCH_ROWS):
-            rows = slice(start, start + _BATCH_ROWS)
+            stop = min(start + _BATCH_ROWS, len(self))
+            rows = slice(start, stop)
+            excerpts = self._excerpts[rows]
+            offset = np.array(self._offset[rows])
+            damage = [self._damage.get(i, (None, None)) for i in range(start, stop)]
             columns = [
                 inputs.take(pa.array(np.array(self._input[rows]))),
                 pa.array(np.array(self._line[rows]), pa.int64()),
+                pa.array(offset, pa.int64(), mask=offset < 0),
                 reasons.take(pa.array(np.array(self._reason[rows]))),
+                pa.array(excerpts + [""] * (stop - start - len(excerpts)), pa.string()),
+                pa.array([rows_before for rows_before, _ in damage], pa.int64()),
+                pa.array([prefix for _, prefix in damage], pa.binary(parts.HASH_BYTES)),
             ]
             yield pa.table(columns, schema=parts.QUARANTINE_SCHEMA)

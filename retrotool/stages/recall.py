@@ -1,6 +1,6 @@
 """The true recall of an index.
 
-Measured against exact search over all living vectors, on random chunks, their own documents excluded. Recall@10 is the
+Measured against exact search over all living keys, on random keys, their own documents excluded. Recall@10 is the
 mean share of a query's true 10 nearest that the index finds. ``tune`` doubles ``nprobe`` until the recall less its 95 %
 error holds the target. Cost: ``QUERIES`` × n distances for the truth, once.
 """
@@ -15,8 +15,8 @@ import numpy as np
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.search import Best, Queries, search
 from retrotool.stages.base import Report
-from retrotool.stages.database import document_intervals, living_rows, read_part_vectors, read_shards
-from retrotool.stages.index import read_living, shards
+from retrotool.stages.database import document_intervals, read_part_vectors, read_shards, searchable_rows
+from retrotool.stages.index import read_searchable, shards
 from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -60,10 +60,10 @@ def tune(
 
 
 def _truth(store: Store, encoder: str, numbers: list[int], report: Report) -> tuple[Queries, Best]:
-    """Random living chunks of the parts ``numbers`` as queries, and their true 10 nearest in these parts."""
+    """Random living keys of the parts ``numbers`` as queries, and their true 10 nearest in these parts."""
     tombstones = read_tombstones(store)
     none = np.zeros(0, np.int64)
-    ids = np.concatenate([none, *(chunk_ids(part, living_rows(store, part, tombstones)) for part in numbers)])
+    ids = np.concatenate([none, *(chunk_ids(part, searchable_rows(store, part, tombstones)) for part in numbers)])
     drawn = np.sort(np.random.default_rng(_SEED).choice(ids, min(QUERIES, len(ids)), replace=False))
     vectors, first, last = [], [], []
     for part in numbers:
@@ -78,8 +78,8 @@ def _truth(store: Store, encoder: str, numbers: list[int], report: Report) -> tu
     queries = Queries(np.concatenate(vectors), np.concatenate(first), np.concatenate(last))
     best = Best(len(drawn), DEPTH)
     for part in numbers:
-        living_ids, living_vectors = read_living(store, encoder, part, tombstones)
-        everything = InvertedLists(None, (living_ids,), (living_vectors,))
+        there, matrix = read_searchable(store, encoder, part, tombstones)
+        everything = InvertedLists(None, (there,), (matrix,))
         search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best)
         report(1)
     return queries, best

@@ -3,18 +3,23 @@
 Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine
 in ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them
 without a copy. Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s.
+
+Chunks that are no keys (the values of key-value records) are told by a column that a file has only if it holds some:
+at most 0.1 MB per million chunks. Which rows have a vector is decided here, in ``Chunks.embedded`` and
+``read_embedded``, and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import CorruptError
@@ -53,13 +58,28 @@ def documents_schema(keep: Sequence[str]) -> pa.Schema:
 
 KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
 TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
-QUARANTINE_SCHEMA = pa.schema([("input", pa.string()), ("line", pa.int64()), ("reason", pa.string())])
+BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("input", pa.string()),
+        ("line", pa.int64()),
+        ("offset", pa.int64()),
+        ("reason", pa.string()),
+        ("excerpt", pa.string()),
+        ("rows_before", pa.int64()),
+        ("prefix", pa.binary(HASH_BYTES)),
+    ]
+)
 
 
-def chunks_schema(chunk_bytes: int) -> pa.Schema:
-    """Schema of a chunks file whose tokens take ``chunk_bytes`` bytes a chunk."""
+_KEY = pa.field("key", pa.bool_(), nullable=False)
+
+
+def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
+    """Schema of a chunks file whose tokens take ``chunk_bytes`` bytes a chunk; ``key``: with the optional column."""
     names = ("row", "doc", "index", "n_tokens")
-    return pa.schema([*((name, pa.int32()) for name in names), ("tokens", pa.binary(chunk_bytes))])
+    columns = [*((name, pa.int32()) for name in names), ("tokens", pa.binary(chunk_bytes))]
+    return pa.schema([*columns, _KEY] if key else columns)
 
 
 def chunk_ids(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -74,23 +94,43 @@ def token_dtype(token_bytes: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """The chunks of a part, all arrays of length n: ``tokens`` is [n, chunk_length], zero-padded."""
+    """The chunks of a part, all arrays of length n: ``tokens`` is [n, chunk_length], zero-padded.
+
+    ``key``: searched by and for; False: the value of a key-value record, which is a continuation and nothing else.
+    """
 
     part: int
     doc: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     n_tokens: npt.NDArray[np.int32]
     tokens: npt.NDArray[Any]
+    key: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
         """Rows of the part, erased ones too."""
         return len(self.doc)
 
+    @property
+    def embedded(self) -> npt.NDArray[np.bool_]:
+        """Which rows have a vector, bool [n]: keys that are not erased. A purged row has its own until then."""
+        embedded: npt.NDArray[np.bool_] = _embedded(self.n_tokens, self.key)
+        return embedded
+
+    def is_embedded(self, row: int) -> bool:
+        """Whether one row has a vector."""
+        return bool(_embedded(self.n_tokens[row], self.key[row]))
+
+
+def _embedded(n_tokens: Any, key: Any) -> Any:
+    return (n_tokens > 0) & key
+
 
 def write_parquet(
     root: Path, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
 ) -> FileEntry:
-    """Write a table through the store's door."""
+    """Write a table through the store's door; of a chunks table with values, ``about`` will count the keys too."""
+    if _has_values(table.schema):
+        about = {**(about or {}), "keys": _count_keys(table)}
 
     def write(path: Path) -> int:
         pq.write_table(
@@ -101,18 +141,43 @@ def write_parquet(
     return atomic.write_file(root, name, write, about=about, check=_check_rows)
 
 
-def write_batches(root: Path, name: FileName, schema: pa.Schema, batches: Iterable[pa.Table]) -> FileEntry:
-    """Write tables of one schema as one file, one row group each, without holding them all."""
+def write_batches(
+    root: Path, name: FileName, schema: pa.Schema, batches: Iterable[pa.Table], *, row_group: int | None = None
+) -> FileEntry:
+    """Write tables of one schema as one file, in row groups of their own or of a given size; only one is held.
+
+    Of chunks with values ``about`` will count the keys.
+    """
+    keys = 0
 
     def write(path: Path) -> int:
+        nonlocal keys
         rows = 0
-        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        with pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            # Tokens never repeat as a whole: a dictionary of them is a third of the time, for nothing.
+            use_dictionary="tokens" not in schema.names,
+            write_page_checksum=True,
+            write_page_index=True,
+        ) as writer:
             for batch in batches:
-                writer.write_table(batch)
+                writer.write_table(batch, row_group_size=row_group)
                 rows += batch.num_rows
+                keys += _count_keys(batch) if _has_values(schema) else 0
         return rows
 
-    return atomic.write_file(root, name, write, check=_check_rows)
+    entry = atomic.write_file(root, name, write, check=_check_rows)
+    return replace(entry, about={"keys": keys}) if _has_values(schema) else entry
+
+
+def _has_values(schema: pa.Schema) -> bool:
+    return "key" in schema.names and schema.field("key").type == _KEY.type
+
+
+def _count_keys(table: pa.Table) -> int:
+    return int(pc.sum(table["key"]).as_py() or 0)
 
 
 def _check_rows(path: Path, rows: int) -> None:
@@ -122,9 +187,17 @@ def _check_rows(path: Path, rows: int) -> None:
 
 
 def read_parquet(
-    store: Store, entry: FileEntry, columns: Sequence[str] | None = None, row_groups: Sequence[int] | None = None
+    store: Store,
+    entry: FileEntry,
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[int] | None = None,
+    *,
+    optional: Sequence[str] = (),
 ) -> pa.Table:
-    """Read a Parquet file of the store's view; ``CorruptError`` names the file if it is broken."""
+    """Read a Parquet file of the store's view; ``CorruptError`` names the file if it is broken.
+
+    ``optional``: columns to read besides ``columns`` if the file has them.
+    """
     path = store.path(entry)
     disk.announce("read", path)
     try:
@@ -134,7 +207,8 @@ def read_parquet(
                 raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
             _check_schema(store, entry, file.schema_arrow, columns)
             groups = list(range(len(rows)) if row_groups is None else row_groups)
-            table = file.read_row_groups(groups, columns=columns)
+            present = [name for name in optional if name in file.schema_arrow.names]
+            table = file.read_row_groups(groups, columns=None if columns is None else [*columns, *present])
             if table.num_rows != (due := sum(rows[group] for group in groups)):
                 raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {due:,}")
             return table
@@ -152,7 +226,10 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         "chunks": chunks_schema(own.chunk_length * own.tokenizer.token_bytes),
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
+        "blocked": BLOCKED_SCHEMA,
     }.get(FileName.parse(entry.path).kind, pa.schema([]))
+    if FileName.parse(entry.path).kind == "chunks":
+        _check_key_column(entry, schema)
     # pyarrow leaves out in silence a column that is asked for and not there.
     wanted = [*(field.name for field in expected), *(columns or ())]
     for name in wanted:
@@ -161,6 +238,21 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         if name in expected.names and schema.field(name).type != expected.field(name).type:
             found, due = schema.field(name).type, expected.field(name).type
             raise CorruptError(f"{entry.path}: its column {name!r} is {found}, not {due}")
+
+
+def _check_key_column(entry: FileEntry, schema: pa.Schema) -> None:
+    """The log says whether a chunks file has the column ``key``: a footer that lost it would make keys of values."""
+    found = schema.field("key").type if "key" in schema.names else None
+    due = _KEY.type if "keys" in (entry.about or {}) else None
+    if found != due:
+        raise CorruptError(
+            f"{entry.path}: its column 'key' is {found or 'missing'}, the log says {due or 'that it has none'}"
+        )
+
+
+def n_keys(entry: FileEntry) -> int:
+    """How many rows of a chunks file are keys, erased and purged ones too."""
+    return int((entry.about or {}).get("keys", entry.rows))
 
 
 def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:
@@ -186,15 +278,30 @@ def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDAr
     return numbers.reshape(-1, width)
 
 
-def chunks_table(doc: Any, index: Any, n_tokens: Any, tokens: npt.NDArray[Any]) -> pa.Table:
-    """The table of a chunks file; rows are numbered from 0."""
+def chunks_table(
+    doc: Any,
+    index: Any,
+    n_tokens: Any,
+    tokens: npt.NDArray[Any],
+    key: npt.NDArray[np.bool_] | None = None,
+    *,
+    first: int = 0,
+) -> pa.Table:
+    """The table of a chunks file, or of its rows from ``first`` on.
+
+    ``key`` [n] tells which chunks are keys (None: all). If all are, the table has no such column.
+    """
     binary = fixed_binary(tokens)
     columns = [
-        pa.array(np.arange(len(doc)), pa.int32()),
+        pa.array(np.arange(first, first + len(doc)), pa.int32()),
         *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)),
         binary,
     ]
-    return pa.table(columns, schema=chunks_schema(binary.type.byte_width))
+    some = key is not None and not np.all(key)
+    return pa.table(
+        [*columns, pa.array(key, pa.bool_())] if some else columns,
+        schema=chunks_schema(binary.type.byte_width, key=some),
+    )
 
 
 def keys_table(documents: pa.Table) -> pa.Table:
@@ -214,10 +321,36 @@ def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
 
 def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None) -> Chunks:
     """Read a part's chunks (or the chunks of some row groups of it)."""
-    table = read_parquet(store, part_entry(store, "chunks", part), ["doc", "index", "n_tokens", "tokens"], row_groups)
+    entry = part_entry(store, "chunks", part)
+    table = read_parquet(store, entry, ["doc", "index", "n_tokens", "tokens"], row_groups, optional=["key"])
     dtype = token_dtype(store.identity.tokenizer.token_bytes)
     doc, index, n_tokens = (table[name].to_numpy() for name in ("doc", "index", "n_tokens"))
-    return Chunks(part, doc, index, n_tokens, from_fixed_binary(table["tokens"], dtype))
+    return Chunks(part, doc, index, n_tokens, from_fixed_binary(table["tokens"], dtype), _key(entry, table))
+
+
+def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
+    """Which rows of a part have a vector (``Chunks.embedded``), bool [n]; without reading their tokens."""
+    entry = part_entry(store, "chunks", part)
+    table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
+    embedded: npt.NDArray[np.bool_] = _embedded(table["n_tokens"].to_numpy(), _key(entry, table))
+    return embedded
+
+
+def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
+    """Which rows of a part are keys, erased and purged ones too, bool [n]; reads nothing where all are."""
+    entry = part_entry(store, "chunks", part)
+    if n_keys(entry) == entry.rows:
+        return np.ones(entry.rows, np.bool_)
+    return _key(entry, read_parquet(store, entry, ["key"]))
+
+
+def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
+    if "key" not in table.schema.names:
+        return np.ones(table.num_rows, np.bool_)
+    if table["key"].null_count:
+        raise CorruptError(f"{entry.path}: its column 'key' has nulls")
+    found: npt.NDArray[np.bool_] = table["key"].to_numpy()
+    return found
 
 
 def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:

@@ -21,6 +21,7 @@ DATA_KINDS = (
     "index",
     "neighbours",
     "tombstones",
+    "blocked",
     "quarantine",
     "plans",
     "inputs",

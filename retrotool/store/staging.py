@@ -26,6 +26,9 @@ from retrotool.store.state import State
 from retrotool.store.store import Store
 
 COUNTS = ("documents", "chunks", "tokens", "set_aside")
+"""What is counted of a unit, of a plan and of the store."""
+PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "keys_cut", "compared", "exact")
+"""What is counted of a unit and of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,6 @@ def _slot(path: str) -> tuple[str, str, str]:
 
 def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
     """Number and commit the units that are next in the order of their plans; the others wait."""
-    waiting = {(task.unit.plan, task.unit.index): task for task in tasks if task.unit is not None}
     committed: set[str] = set()
     refused: dict[str, str] = {}
 
@@ -270,22 +272,19 @@ def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
         committed.clear()
         refused.clear()
         plans = state.with_prefix("plan:")
+        waiting = _waiting(store, state, tasks, committed, refused)
         ready: list[Staged] = []
         progress: dict[str, Any] = {}
         for plan in sorted(plans, key=lambda plan: plans[plan]["order"]):
             done = int(plans[plan]["done"])
-            committed.update(task.task for (p, i), task in waiting.items() if p == plan and i < done)
             first = len(ready)
-            gone = [t for (p, i), t in waiting.items() if p == plan and i >= done and not _is_whole(store.root, t)]
-            refused.update({task.task: "its files are gone" for task in gone})
-            while (task := waiting.get((plan, done))) is not None and task.task not in refused:
+            while (task := waiting.get((plan, done))) is not None:
                 ready.append(task)
                 done += 1
             if done > plans[plan]["done"]:
                 progress[f"plan:{plan}"] = _advanced(plans[plan], ready[first:], done)
             if done < plans[plan]["units"]:
                 break
-        refused.update({t.task: "its plan is gone" for (p, _), t in waiting.items() if p not in plans})
         if not ready:
             return None
         committed.update(task.task for task in ready)
@@ -295,13 +294,33 @@ def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
     return Folded(frozenset(committed), refused)
 
 
+def _waiting(
+    store: Store, state: State, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
+) -> dict[tuple[str, int], Staged]:
+    """The staged units that can still be committed, by plan and index; what became of the others is noted."""
+    waiting = {}
+    plans = state.with_prefix("plan:")
+    for task in tasks:
+        if task.unit is None or task.unit.plan not in plans:
+            refused[task.task] = "its plan is gone"
+        elif task.unit.index < plans[task.unit.plan]["done"]:
+            committed.add(task.task)
+        elif not all(map(state.has, task.reads)):
+            refused[task.task] = "its plan was changed"
+        elif not _is_whole(store.root, task):
+            refused[task.task] = "its files are gone"
+        else:
+            waiting[task.unit.plan, task.unit.index] = task
+    return waiting
+
+
 def _units(tasks: Sequence[Staged]) -> list[Unit]:
     return [task.unit for task in tasks if task.unit is not None]
 
 
 def _advanced(plan: Mapping[str, Any], tasks: Sequence[Staged], done: int) -> dict[str, Any]:
     units = _units(tasks)
-    counts = {name: plan[name] + sum(unit.counts[name] for unit in units) for name in COUNTS}
+    counts = {name: plan.get(name, 0) + sum(unit.counts.get(name, 0) for unit in units) for name in PLAN_COUNTS}
     return {**plan, **counts, "parts": plan["parts"] + sum(len(unit.parts) for unit in units), "done": done}
 
 

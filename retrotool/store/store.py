@@ -43,14 +43,12 @@ class Store:
         found, genesis = identity.read_identity(path)
         state = newest_checkpoint(path) or State(-1, genesis)
         store = cls(path, found, genesis, state)
-        store.refresh()
-        if log.last_number(path) > store.state.number and log.read(path, store.refresh().number + 1) is None:
+        # Listed before it is read: commits are made in order, so all up to the last one listed are there.
+        last = log.last_number(path)
+        if last > store.refresh().number:
             # Without the commits behind the gap, what they purged would come back.
             missing = log.commit_path(path, store.state.number + 1)
-            if log.last_number(path) > store.state.number:
-                raise CorruptError(
-                    f"{missing} is missing, and there are commits after it", "Bring it back from a copy."
-                )
+            raise CorruptError(f"{missing} is missing, and there are commits after it", "Bring it back from a copy.")
         return store
 
     @classmethod

@@ -55,6 +55,6 @@ def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Tombstones of the store's view, or of one purge."""
     group = store.state.group("tombstones")
-    entries = [entry for slot in group if purge in (None, slot) and (entry := group.get(slot)) is not None]
+    entries = [entry for slot in (group if purge is None else [purge]) if (entry := group.get(slot)) is not None]
     ids = [parts.read_parquet(store, entry)["chunk"].to_numpy() for entry in entries]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))

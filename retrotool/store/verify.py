@@ -1,9 +1,11 @@
 """``verify``: whether everything in a store is what the log says, and hashes by which two stores can be compared.
 
 Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other:
-rows, documents and their chunks, keys, padding, embeddings, neighbour tables, index ids, tombstones, totals.
+rows, documents and their chunks, keys, padding, embeddings, neighbour tables, index ids, tombstones, block lists,
+totals.
 Reports every problem and goes on. Cost: reading every byte of the store once for SHA-256 and its Parquet files a
-second time; memory: one part.
+second time; memory: one part, or the ids of one shard. Not checked: whether the ids in a neighbour table are keys
+(readers mask them).
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ import pyarrow as pa
 from retrotool.errors import CorruptError, RetrotoolError
 from retrotool.store import atomic, log, parts, tables, vectors
 from retrotool.store.atomic import FileEntry
+from retrotool.store.blocked import read_hashes
 from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, newest_checkpoint
+from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Report = Callable[[int], object]
 IndexIds = Callable[[Store, FileEntry], Iterator[Any]]
+_BLOCK = 1 << 16
 
 
 @dataclass(slots=True)
@@ -71,25 +76,24 @@ def verify(store: Store, report: Report = lambda _: None, index_ids: IndexIds | 
         tombstones = read_tombstones(store)
         result.tombstones = hashlib.blake2b(tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     total = PartDigest()
-    erased: list[npt.NDArray[np.int64]] = []
     for part in store.state.parts():
         entries = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
         if any(entry is None for entry in entries):
             result.problems.append(f"part {part} lacks one of documents, keys and chunks")
         elif not broken.intersection(entry.path for entry in entries if entry is not None):
             with _noting(result, f"part {part}"):
-                total += _check_part(store, part, tombstones, broken, result, erased)
+                total += _check_part(store, part, tombstones, broken, result)
     sizes = {
         part: entry.rows for part in store.state.parts() if (entry := store.state.part_file("chunks", part)) is not None
     }
-    _check_ids(tombstones.ids, sizes, "tombstones", result)
+    _check_ids(tombstones.ids, {**sizes, **_withdrawn(store, sizes)}, "tombstones", result)
+    _check_blocked(store, broken, result)
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index")
     result.neighbours = _check_neighbours(store, broken, result)
     if index_ids is not None:
-        gone = np.concatenate(erased) if erased else np.zeros(0, np.int64)
         for name in store.state.names("index"):
-            _check_index(store, name, broken, sizes, gone, index_ids, result)
+            _check_index(store, name, broken, sizes, index_ids, result)
     if not broken:
         result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
         result.documents, result.chunks, result.tokens = total.documents, total.chunks, total.tokens
@@ -116,11 +120,10 @@ def _check_index(
     name: str,
     broken: set[str],
     sizes: dict[int, int],
-    erased: npt.NDArray[np.int64],
     index_ids: IndexIds,
     result: Verification,
 ) -> None:
-    """Ids of an index are chunks that are not erased, and no part lies in two shards."""
+    """Ids of an index are chunks that have a vector, and no part lies in two shards."""
     held: set[int] = set()
     for slot in store.state.group("index", name):
         entry = store.state.file("index", slot, name)
@@ -133,10 +136,22 @@ def _check_index(
         if entry.path in broken:
             continue
         with _noting(result, entry.path):
-            for ids in index_ids(store, entry):
-                _check_ids(ids, sizes, entry.path, result)
-                if np.isin(ids, erased).any():
-                    result.problems.append(f"{entry.path}: holds erased chunks")
+            ids = np.concatenate([np.zeros(0, np.int64), *index_ids(store, entry)])
+            _check_ids(ids, sizes, entry.path, result)
+            if not _have_vectors(store, ids, sizes, broken):
+                result.problems.append(f"{entry.path}: holds chunks that are erased or no keys")
+
+
+def _have_vectors(store: Store, ids: npt.NDArray[np.int64], sizes: dict[int, int], broken: set[str]) -> bool:
+    """Whether all of ``ids`` that are rows of whole parts have a vector."""
+    order = np.sort(ids)
+    for part in sizes.keys() & set(np.unique(order >> parts.PART_SHIFT).tolist()):
+        if parts.part_entry(store, "chunks", part).path not in broken:
+            low, high = np.searchsorted(order, [part << parts.PART_SHIFT, (part + 1) << parts.PART_SHIFT])
+            rows = order[low:high] - (part << parts.PART_SHIFT)
+            if not parts.read_embedded(store, part)[rows[rows < sizes[part]]].all():
+                return False
+    return True
 
 
 def _check_log(store: Store, result: Verification) -> None:
@@ -179,15 +194,8 @@ def _check_files(store: Store, result: Verification, report: Report) -> set[str]
     return broken
 
 
-def _check_part(
-    store: Store,
-    part: int,
-    tombstones: Tombstones,
-    broken: set[str],
-    result: Verification,
-    erased: list[npt.NDArray[np.int64]],
-) -> PartDigest:
-    """Check a part's files against each other; its erased chunk ids are added to ``erased``."""
+def _check_part(store: Store, part: int, tombstones: Tombstones, broken: set[str], result: Verification) -> PartDigest:
+    """Check a part's files against each other."""
     chunks = parts.read_chunks(store, part)
     documents = parts.read_documents(store, part, ["key", "first_row", "n_chunks", "n_tokens"])
     n, docs = len(chunks), documents.num_rows
@@ -210,6 +218,10 @@ def _check_part(
             chunks.tokens * (np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None])
         ).any(),
     }
+    checks |= {
+        "a document begins with a chunk that is no key": chunks.key[chunks.index == 0].all(),
+        "the log counts other keys": chunks.key.sum() == parts.n_keys(parts.part_entry(store, "chunks", part)),
+    }
     result.problems += [f"part {part}: {what}" for what, fine in checks.items() if not fine]
     keys = parts.read_parquet(store, parts.part_entry(store, "keys", part))
     if not keys.equals(parts.keys_table(parts.read_documents(store, part, ["key", "text_hash"]))):
@@ -220,13 +232,25 @@ def _check_part(
             matrix = vectors.read_vectors(store, entry)
             if len(matrix) != n:
                 result.problems.append(f"{entry.path}: {len(matrix):,} rows for {n:,} chunks")
-            elif matrix[chunks.n_tokens == 0].any():
-                result.problems.append(f"{entry.path}: an erased chunk has a vector")
+            elif _any_vector(matrix, np.flatnonzero(~chunks.embedded)):
+                result.problems.append(f"{entry.path}: a chunk that is erased or no key has a vector")
     alive = chunks.n_tokens > 0
-    erased.append(parts.chunk_ids(part, np.flatnonzero(~alive)))
     purged = tombstones.rows(part)
     alive[purged[purged < n]] = False
     return part_digest(chunks, documents["key"].to_pylist(), alive)
+
+
+def _any_vector(matrix: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]) -> bool:
+    """Whether any of these rows is not zero; block by block, for the matrix may be mapped and larger than memory."""
+    return any(matrix[rows[start : start + _BLOCK]].any() for start in range(0, len(rows), _BLOCK))
+
+
+def _withdrawn(store: Store, sizes: dict[int, int]) -> dict[int, int]:
+    """Parts that were taken back, with the most rows that they can have had: only their tombstones are left."""
+    plans = store.state.with_prefix("plan:").values()
+    if not any(plan.get("withdrawn") for plan in plans):
+        return {}
+    return {part: 1 << 31 for part in range(int(store.state.records.get("parts", 0))) if part not in sizes}
 
 
 def _check_ids(ids: Any, sizes: dict[int, int], what: str, result: Verification) -> None:
@@ -236,6 +260,20 @@ def _check_ids(ids: Any, sizes: dict[int, int], what: str, result: Verification)
     known = (ids >= 0) & (ids >> parts.PART_SHIFT < len(limit)) & ((ids & ((1 << parts.PART_SHIFT) - 1)) < limit[part])
     if not known.all():
         result.problems.append(f"{what}: {int((~known).sum()):,} ids are no chunks of the store")
+
+
+def _check_blocked(store: Store, broken: set[str], result: Verification) -> None:
+    """Block lists are sorted, and belong to purges."""
+    group = store.state.group("blocked")
+    for slot in group:
+        entry = group.get(slot)
+        if entry is None:
+            continue
+        if f"purge:{slot}" not in store.state.records:
+            result.problems.append(f"{entry.path}: there is no purge {slot}")
+        if entry.path not in broken:
+            with _noting(result, entry.path):
+                read_hashes(store, entry)
 
 
 def _digest_files(store: Store, kind: str) -> str:
@@ -261,6 +299,8 @@ def _check_neighbours(store: Store, broken: set[str], result: Verification) -> s
                 chunks = store.state.file("chunks", slot)
                 if chunks is None or len(table.ids) != chunks.rows:
                     result.problems.append(f"{entry.path}: {len(table.ids):,} rows are not those of its part")
+                elif chunks.path not in broken and (table.ids[~parts.read_key(store, int(slot))] != NO_NEIGHBOUR).any():
+                    result.problems.append(f"{entry.path}: a chunk that is no key has neighbours")
                 if (table.distances[:, 1:] < table.distances[:, :-1]).any():
                     result.problems.append(f"{entry.path}: distances do not ascend")
                 data = table.ids.astype("<i8").tobytes() + table.distances.astype("<f4").tobytes()

@@ -26,7 +26,7 @@ from chunk_helpers import (
 )
 
 from retrotool import commands
-from retrotool.sources import lines
+from retrotool.sources import streams
 
 BEFORE = [{"id": "before", "text": "What the store holds before the bad input comes."}]
 GOOD = [{"id": f"good-{i}", "text": f"Good row number {i}."} for i in range(3)]
@@ -166,7 +166,7 @@ BREAKS = [("jsonl.gz", "truncated"), ("jsonl.zst", "truncated"), ("parquet", "ov
 
 @pytest.mark.parametrize(("kind", "harm"), BREAKS)
 def test_a_file_that_breaks_off_gives_what_comes_before(kind, harm, store, tmp_path, content, monkeypatch):
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 4096)
     path = write_rows(tmp_path / f"many.{kind}", MANY)
     data = path.read_bytes()
     middle = len(data) // 2

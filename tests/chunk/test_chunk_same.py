@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from chunk_helpers import TABLE_FORMATS, documents, run_chunk, verified, write_rows
 from conftest import make_rows
@@ -17,8 +16,6 @@ from retrotool import commands
 from retrotool.sources import Fields, find_inputs
 from retrotool.stages import chunk as chunk_stage
 from retrotool.stages import chunk_plan
-from retrotool.stages.chunk import cut_chunks
-from retrotool.stages.duplicates import find_duplicates
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
@@ -65,7 +62,7 @@ def test_the_format_changes_nothing_in_the_content(chunked, tmp_path, plain):
 def test_ranges_of_a_file_change_nothing_in_the_content(workers, chunked, plain, monkeypatch):
     whole = chunked(plain)
     monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", 1000)
-    units = chunk_plan.cut_units(find_inputs([str(plain)]), 30, 64)
+    units = chunk_plan.cut_units(find_inputs([str(plain)]), Fields(), 30, 64)
     assert len(units) > 10
     cut = chunked(plain, workers=workers)
     assert cut.content == whole.content
@@ -79,21 +76,6 @@ def test_files_and_folders_change_nothing_in_the_content(chunked, tmp_path, plai
         write_rows(folder / f"{i:03}.{TABLE_FORMATS[i // 10 % 4]}", ROWS[i : i + 10])
     monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", 10_000)
     assert chunked(folder).content == chunked(plain).content
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=12), st.integers(1, 9))
-def test_chunks_are_cut_as_by_a_loop(tokens, length):
-    expected = [
-        (i, cut[:length] + [0] * (length - len(cut)), len(cut))
-        for document in tokens
-        for i in range(-(-len(document) // length))
-        for cut in [document[i * length : (i + 1) * length]]
-    ]
-    n_chunks, index, n_tokens, values = cut_chunks(tokens, length, np.dtype("<u2"))
-    assert n_chunks.tolist() == [-(-len(document) // length) for document in tokens]
-    assert list(zip(index.tolist(), values.tolist(), n_tokens.tolist(), strict=True)) == expected
-    assert values.shape == (len(expected), length)
 
 
 def chunk_tokens(store: Path) -> dict[str, list[int]]:
@@ -174,20 +156,3 @@ def test_kept_fields_and_places_are_columns_of_documents(tmp_path, plain):
         line = json.loads(data[row["position"] :].partition(b"\n")[0])
         assert (row["id"], row["source"], row["year"]) == (line["id"], line["source"], str(line["year"]))
         assert (row["input"], row["missing"]) == ("plain.jsonl", None)
-
-
-@pytest.mark.parametrize("range_rows", [2, 10, 1 << 20])
-def test_duplicates_are_those_of_a_naive_search(range_rows, tmp_path, byte_level_tokenizer, monkeypatch):
-    rng = np.random.default_rng(0)
-    rows = [{"id": str(rng.integers(150)), "text": f"text {i}"} for i in range(300)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr(commands.chunking, "finish_plans", lambda *_: None)
-    commands.chunk(tmp_path / "store", [str(path)], tokenizer=str(byte_level_tokenizer), part_size=40)
-    store = Store.open(tmp_path / "store")
-    plan_id = chunk_plan.unfinished_plans(store.state)[0]
-    plan = chunk_plan.read_plan(store, store.state.file("plans", plan_id))
-    found = find_duplicates(store, plan, range_rows)
-    first = {row["id"]: line for line, row in reversed(list(enumerate(rows, 1)))}
-    expected = [line for line, row in enumerate(rows, 1) if first[row["id"]] != line]
-    assert sorted(found.quarantine) == [(str(path), line, "duplicate document id") for line in expected]
-    assert len(found.chunks) == len(expected)

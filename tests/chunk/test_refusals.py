@@ -157,7 +157,7 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
 def test_duplicates_in_a_file_that_changes_before_its_plan_is_finished_are_still_counted(change, folder, monkeypatch):
     path = write_rows(folder / "twice.jsonl", [*NEW, *NEW, *ROWS])
 
-    def finish_later(*_):
+    def finish_later(*_, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chunking, "finish_plans", finish_later)

@@ -6,11 +6,13 @@ import json
 import re
 import shlex
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -79,6 +81,8 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     ]
     pq.write_table(pa.Table.from_pylist(papers), tmp_path / "papers.parquet")
     (tmp_path / "takedown.txt").write_text("doc-3\n\n10/4\n")
+    write_jsonl(tmp_path / "pairs.jsonl", [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(5)])
+    write_megatron(tmp_path / "wiki", [[2003 + i, 2004, 102] for i in range(4)])
     shutil.copytree(tiny_encoder, tmp_path / "models" / "bert-base-uncased")
     for name, first in (("database", 0), ("training", 30)):
         source = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(30, first=first))
@@ -87,6 +91,16 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     commands.index(tmp_path / "database")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
+    """Documents as an indexed dataset of Megatron's, uint16."""
+    lengths = np.array([len(document) for document in documents], "<i4")
+    np.concatenate(documents).astype("<u2").tofile(prefix.with_suffix(".bin"))
+    pointers = (2 * (np.cumsum(lengths) - lengths)).astype("<i8")
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(documents), len(documents) + 1)
+    boundaries = np.arange(len(documents) + 1, dtype="<i8")
+    prefix.with_suffix(".idx").write_bytes(header + lengths.tobytes() + pointers.tobytes() + boundaries.tobytes())
 
 
 def ordered_examples() -> Iterator[str]:

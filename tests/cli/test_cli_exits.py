@@ -66,7 +66,13 @@ def test_an_error_is_also_an_object_with_json(tmp_path):
         ("", "Usage: retrotool"),
         ("nothing", "No such command 'nothing'"),
         ("chunk", "Missing argument"),
-        ("chunk STORE", "Missing argument"),
+        ("chunk STORE", "no input was given"),
+        ("chunk STORE gone.jsonl", "no such file or folder"),
+        ("chunk STORE INPUT --max-bad x", "--max-bad x"),
+        ("chunk STORE INPUT --max-document big", "--max-document big"),
+        ("chunk STORE INPUT --check 2", "--check 2"),
+        ("chunk STORE INPUT --key-field question", "--key-field and --value-field go together"),
+        ("chunk STORE nothing-*.jsonl", "nothing-*.jsonl matches nothing"),
         ("chunk STORE INPUT --part-size many", "--part-size"),
         ("chunk STORE INPUT --workers 0", "--workers"),
         ("chunk STORE gone.jsonl", "gone.jsonl: no such file or folder"),
@@ -160,10 +166,11 @@ def has_children(process: int) -> bool:
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_path, byte_level_tokenizer):
     if moment == "starting" and not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
         pytest.skip("this kernel does not tell when a process has started another")
-    text = " ".join(row["text"] for row in make_rows(200))[:40_000]
-    rows = [{"id": str(i), "text": f"{i} {text}"} for i in range(250 * workers)]  # 10 MB: a unit a worker
+    text = " ".join(row["text"] for row in make_rows(200))[:30_000]
+    rows = [{"id": str(i), "text": f"{i} {text}"} for i in range(340 * workers)]  # 10 MB: a unit a worker
     source = write_jsonl(tmp_path / "many.jsonl", rows)
-    options = ["--tokenizer", byte_level_tokenizer, "--part-size", "500", "--workers", str(workers)]
+    # Holding every text against the slow tokenizer keeps a unit at work for seconds.
+    options = ["--tokenizer", byte_level_tokenizer, "--part-size", "500", "--workers", str(workers), "--check", "1"]
     command = [sys.executable, "-m", "retrotool", "chunk", tmp_path / "store", source, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)

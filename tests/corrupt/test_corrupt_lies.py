@@ -87,6 +87,11 @@ class Liar:
         name = FileName.new(self.run.id, "tombstones", "p", "parquet")
         self.commit(tombstones.write_tombstones(self.store.root, name, np.array(ids, np.int64)))
 
+    def block(self, purge: str, *hashes: bytes) -> None:
+        name = FileName.new(self.run.id, "blocked", purge, "parquet")
+        column = pa.array(hashes, pa.binary(16))
+        self.commit(parts.write_parquet(self.store.root, name, pa.table({"hash": column})), **{"purge:p": {}})
+
 
 def put(place: int, value: Any) -> Callable[[list[Any]], None]:
     return lambda values: values.__setitem__(place, value)
@@ -143,6 +148,9 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "a tombstone of no row": (lambda liar: liar.tombstone(1 << 32 | 10**6), "are no chunks of the store"),
     "a tombstone below zero": (lambda liar: liar.tombstone(-1), "are no chunks of the store"),
     "a tombstone that was not counted": (lambda liar: liar.tombstone(0), "living chunks found, the log says"),
+    "a block list in another order": (lambda liar: liar.block("p", b"b" * 16, b"a" * 16), "hashes are not sorted"),
+    "a block list with a hash twice": (lambda liar: liar.block("p", b"a" * 16, b"a" * 16), "hashes are not sorted"),
+    "a block list of no purge": (lambda liar: liar.block("q", b"a" * 16), "there is no purge q"),
     "an indexed vector of no chunk": (lambda liar: liar.shard(np.array([0, 99 << 32])), "are no chunks of the store"),
     "totals that are wrong": (
         lambda liar: liar.commit(totals={"documents": 1, "chunks": 2, "tokens": 3, "set_aside": 0}),
@@ -187,7 +195,9 @@ def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path
 
     with Run(store_copy) as run:
         Liar(store, run).embeddings(revive)
-    assert any("an erased chunk has a vector" in problem for problem in commands.verify(store_copy).problems)
+    assert any(
+        "a chunk that is erased or no key has a vector" in problem for problem in commands.verify(store_copy).problems
+    )
 
 
 def test_every_part_is_looked_at(store_copy: Path) -> None:

@@ -24,6 +24,7 @@ KINDS = {
     "recall": "index/*/recall-*",
     "neighbours": "neighbours/*/*",
     "tombstones": "tombstones/*",
+    "blocked": "blocked/*",
     "inputs": "inputs/*",
     "selectors": "selectors/*",
     "tokenizer": "tokenizer-*",

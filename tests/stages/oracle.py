@@ -14,7 +14,7 @@ from retrotool.commands.looking import info
 
 @dataclass(frozen=True)
 class Plain:
-    """All rows of a store, one array each: chunk ids, document ids, living or not, vectors float32."""
+    """All rows of a store, one array each: chunk ids, document ids, living keys or not, vectors float32."""
 
     ids: np.ndarray[Any, Any]
     documents: np.ndarray[Any, Any]
@@ -31,13 +31,13 @@ def read_plain(store: Path, encoder: str = "tiny", purged: frozenset[int] = froz
         ids.append(numbers)
         documents += [names[doc] for doc in chunks["doc"].to_pylist()]
         alive = (chunks["n_tokens"].to_numpy() > 0) & ~np.isin(numbers, list(purged))
-        living.append(alive)
+        living.append(alive & chunks["key"].to_numpy() if "key" in chunks.column_names else alive)
         vectors.append(np.load(store / part["embeddings"][encoder]["path"]).astype(np.float32))
     return Plain(np.concatenate(ids), np.array(documents, object), np.concatenate(living), np.concatenate(vectors))
 
 
 def brute_force(queries: Plain, database: Plain, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Ids and squared distances of the k nearest living chunks of other documents, [n, k]; −1 and inf: none."""
+    """Ids and squared distances of the k nearest living keys of other documents, [n, k]; −1 and inf: none."""
     distances = ((queries.vectors[:, None, :] - database.vectors[None, :, :]) ** 2).sum(-1)
     distances[queries.documents[:, None] == database.documents[None, :]] = np.inf
     distances[:, ~database.living] = np.inf

@@ -186,7 +186,8 @@ def test_a_task_overtaken_by_an_erase_leaves_no_file(chunked: Path, tiny_encoder
 
 def test_workers_end_with_their_parent_and_the_store_goes_on(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
-    inputs = [str(write_jsonl(tmp_path / f"{i}.jsonl", make_rows(2000, first=2000 * i))) for i in range(4)]
+    rows = [{**row, "text": f"{row['id']} {row['text']}"} for row in make_rows(8000)]  # of a word or two many are equal
+    inputs = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows[2000 * i : 2000 * (i + 1)])) for i in range(4)]
     command = [
         sys.executable,
         "-m",
@@ -235,10 +236,10 @@ def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path
     with writing(opened) as run:
         from retrotool.sources import Fields, find_inputs
         from retrotool.stages.chunk import ChunkStage
-        from retrotool.stages.chunk_plan import commit_plan
+        from retrotool.stages.chunk_plan import Wanted, commit_plan
         from retrotool.stages.duplicates import finish_plans
 
-        commit_plan(opened, run, find_inputs([str(again)]), Fields(), 1000)
+        commit_plan(opened, run, find_inputs([str(again)]), Wanted(Fields(), 1000))
         engine.execute(ChunkStage(), opened, run)
         (tmp_path / "ids").write_text(f"{1 << 32}\n")
         commands.purge(store, "ids", str(tmp_path / "ids"), reason="test")  # a chunk of the copy, before it is found

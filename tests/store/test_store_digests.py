@@ -76,7 +76,8 @@ def digest(part: int, documents: list[Document], dtype: str) -> PartDigest:
     doc, index = (np.array([row[i] for row in rows], np.int32) for i in (0, 1))
     n_tokens = np.array([len(row[2]) for row in rows], np.int32)
     keys = [d.key if any(lives for *_, lives in d.chunks) else None for d in documents]
-    return part_digest(Chunks(part, doc, index, n_tokens, tokens), keys, np.array([row[3] for row in rows]))
+    chunks = Chunks(part, doc, index, n_tokens, tokens, np.ones(len(rows), np.bool_))
+    return part_digest(chunks, keys, np.array([row[3] for row in rows]))
 
 
 @settings(deadline=None)

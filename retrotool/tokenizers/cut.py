@@ -1,0 +1,141 @@
+"""Cutting a long text into pieces whose tokens, one piece after the other, are exactly those of the whole.
+
+A cut is made in two places only: before a single space between two ASCII letters, and after a single newline between
+something that is no white space and a letter or digit. With the splitting rules listed here no token, and no
+decision about a token, reaches across such a place:
+
+* GPT-2's pattern and its descendants: a space goes with the word after it, in both cases; a lone newline before a
+  letter ends a piece, alone or behind punctuation, and no pattern takes it as the prefix of a word.
+* BERT's: white space is dropped, and a word never holds any.
+* Normalisers: BERT's and NFC leave a space or newline between letters alone, and compose nothing across it.
+
+Text without such a place stays whole; so does any text of a tokenizer whose rules are not listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W_])")
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What tiktoken's own pattern does, in Oniguruma's syntax: white space at the very end is one piece."""
+O200K_PATTERN = "|".join(
+    [*(c + _CONTRACTIONS + "?" for c in _CASED), r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _TAIL]
+)
+KNOWN_PATTERNS = frozenset(
+    [
+        GPT2_PATTERN,
+        CL100K_PATTERN,
+        O200K_PATTERN,
+        *(
+            _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL
+            for digits in (r"\p{N}{1,3}", r"\p{N}")  # Llama 3, Qwen 2
+        ),
+    ]
+)
+
+
+def why_not_cut(fields: Mapping[str, Any]) -> str:
+    """Why texts must not be cut for the tokenizer of this ``tokenizer.json``; empty if they may be."""
+    model = str((fields.get("model") or {}).get("type"))
+    normalizer = fields.get("normalizer") or {}
+    splitter = fields.get("pre_tokenizer") or {}
+    for token in fields.get("added_tokens") or []:
+        content = str(token.get("content", ""))
+        reaches = (token.get("rstrip") and content[-1:].isalnum()) or (token.get("lstrip") and content[:1].isalnum())
+        if reaches or re.search(r"[A-Za-z] |\n\w", content) or (token.get("normalized") and normalizer):
+            return f"the added token {content!a} may reach across white space, or is found in normalised text"
+    if (
+        model == "WordPiece"
+        and normalizer.get("type") == "BertNormalizer"
+        and splitter.get("type") == "BertPreTokenizer"
+    ):
+        return ""
+    if model != "BPE":
+        return f"{model} models are not among those it is exact for"
+    if normalizer.get("type") not in (None, "NFC"):
+        return f"the normaliser {normalizer.get('type')} is not among those it is exact for"
+    return _why_not_split(splitter)
+
+
+def _why_not_split(splitter: Mapping[str, Any]) -> str:
+    steps = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
+    kinds = [str(step.get("type")) for step in steps]
+    if kinds == ["Split", "ByteLevel"]:
+        pattern = (steps[0].get("pattern") or {}).get("Regex")
+        form = (steps[0].get("behavior"), bool(steps[0].get("invert")))
+        known = pattern in KNOWN_PATTERNS and form in (("Isolated", False), ("Removed", True))
+        if not known or steps[1].get("use_regex", True):
+            return "its splitting pattern is not among those it is exact for"
+    elif kinds != ["ByteLevel"] or not steps[0].get("use_regex", True):
+        return f"the pre-tokenizer {' + '.join(kinds)} is not among those it is exact for"
+    return "it puts a space before every text" if steps[-1].get("add_prefix_space", True) else ""
+
+
+def cut(texts: Iterable[str], least: int, most: int) -> tuple[list[str], list[int]]:
+    """Pieces of all texts, in order, and how many each text has (at least one).
+
+    A piece has between ``least`` (1 or more) and ``most`` characters, but for the last of a text and where there is no
+    place to cut.
+    """
+    assert least > 0, "an empty piece would never end"
+    pieces: list[str] = []
+    counts: list[int] = []
+    for text in texts:
+        before = len(pieces)
+        start = 0
+        while len(text) - start > most:
+            place = _CUT.search(text, start + least, start + most)
+            if place is None:
+                place = _CUT.search(text, start + most - 1)
+            if place is None:
+                break
+            pieces.append(text[start : place.end()])
+            start = place.end()
+        pieces.append(text[start:] if start else text)
+        counts.append(len(pieces) - before)
+    return pieces, counts
+
+
+def cut_some(
+    texts: Sequence[str], chosen: npt.NDArray[np.bool_], least: int, most: int
+) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """As ``cut``, of those texts [n] that are chosen; the others stay whole."""
+    pieces: list[str] = []
+    counts = np.ones(len(texts), np.int64)
+    for i, (text, long) in enumerate(zip(texts, chosen.tolist(), strict=True)):
+        if long:
+            some, _ = cut([text], least, most)
+            counts[i] = len(some)
+            pieces += some
+        else:
+            pieces.append(text)
+    return pieces, counts
+
+
+def slices(texts: Sequence[str], most: int) -> Iterable[list[str]]:
+    """Runs of consecutive texts of about ``most`` characters; a longer text is a run of its own."""
+    run: list[str] = []
+    held = 0
+    for text in texts:
+        if run and held + len(text) > most:
+            yield run
+            run, held = [], 0
+        run.append(text)
+        held += len(text)
+    if run:
+        yield run

@@ -1,0 +1,324 @@
+"""Tokenising ten to twenty times as fast as ``tokenizers``, with exactly its ids.
+
+``tokie`` is fast, and wrong on some texts: its Unicode tables are of another version, a few pairs of characters are
+split otherwise, and it cuts a text of 10,000 bytes or more where that changes tokens. So
+
+* it is given pieces of at most 2,400 characters, cut where no token can reach across (``retrotool.tokenizers.cut``);
+* a guard (``retrotool.tokenizers.guard``) sends pieces that it is not known to get right to ``tokenizers``;
+* a judge compares the first texts and then a random sample with ``tokenizers``, and raises ``TokensDiffer``.
+
+It is used for byte-level BPE with the well-known patterns and for BERT's WordPiece. Not for Unigram models, which it
+gives other pieces where several ways to split score the same, nor for others, whose texts can't be cut.
+
+Guard and judge together cost about a tenth. ``tokie`` starts a thread for every CPU that the process may run on
+(``os.sched_getaffinity``) in each call, whatever ``RAYON_NUM_THREADS`` says; only the affinity bounds it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from retrotool.errors import AbortError
+from retrotool.tokenizers.cut import cut, cut_some, why_not_cut
+from retrotool.tokenizers.guard import Encode, Findings, Flat, Guard, Pair
+from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
+
+_PIECE = 2_400
+"""Characters, of at most 4 bytes: from 10,000 bytes on, tokie cuts texts itself, and gets them wrong."""
+_PART = 256
+"""Characters of the parts that a piece is cut into when something in it is not known to come out right."""
+_GROUP = 4 << 20
+_LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
+
+
+class TokensDiffer(AbortError):  # noqa: N818
+    """The fast tokenizer gave other ids than ``tokenizers``; what it gave before may be wrong too.
+
+    ``version`` is that of tokie, ``position`` the first token that differs, ``excerpt`` ASCII text around it.
+    """
+
+    def __init__(self, version: str, position: int, excerpt: str) -> None:
+        super().__init__(
+            f"tokie {version} and tokenizers differ at token {position} of a text, near {excerpt}",
+            "Tokenise again without tokie; the tokens of `tokenizers` are the right ones.",
+        )
+        self.version, self.position, self.excerpt = version, position, excerpt
+
+    def __reduce__(self) -> tuple[type[TokensDiffer], tuple[str, int, str]]:  # type: ignore[override]
+        return type(self), (self.version, self.position, self.excerpt)
+
+
+class FastTokenizer:
+    """The ids of ``tokenizer``, as fast as can be done exactly.
+
+    ``engine`` is "tokie", or "tokenizers" with the reason in ``why``. ``compared`` counts the texts that the judge
+    compared: the first ``first``, then a random share ``check``. ``judged`` counts those that the guard sent, in
+    whole or in part, to ``tokenizers``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        check: float = 0.001,
+        first: int = 32,
+        seed: int = 0,
+        use_tokie: bool = True,
+        findings: Findings | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._check, self._first = check, first
+        self._random = np.random.default_rng(seed)
+        self._seen = self.compared = self.judged = 0
+        self._fast, self.why = _load(tokenizer) if use_tokie else (None, "it was not asked for")
+        if self._fast is not None:
+            known = findings if findings is not None and findings.versions == library_versions() else None
+            self._guard = _guard(self._fast, tokenizer, known)
+            self.why = f"tokie {_version()} is not used: {self._guard.why}" if self._guard.why else ""
+        self.engine = "tokenizers" if self.why else "tokie"
+
+    @property
+    def findings(self) -> Findings | None:
+        """What the guard found, for others with the same tokenizer; None if tokie could not be asked."""
+        if self._fast is None:
+            return None
+        guard = self._guard
+        return Findings(library_versions(), guard.needles, guard.runs, guard.frames, guard.why)
+
+    def encode_flat(self, texts: Sequence[str]) -> Flat:
+        """Ids of all texts one after the other, uint32 [tokens], and the tokens of each, int64 [texts].
+
+        ``TokensDiffer`` if a text of the sample has other ids in ``tokenizers``; ``UsageError`` for text that has no
+        UTF-8.
+        """
+        if self.engine == "tokenizers" or not len(texts):
+            return self._tokenizer.encode_flat(texts)
+        ids, lengths, sure = self._encode(texts)
+        self.judged += len(texts) - int(sure.sum())
+        for i in self._sample(sure):
+            self._compare(texts[i], ids, lengths, i)
+        self._seen += len(texts)
+        return ids, lengths
+
+    def _encode(
+        self, texts: Sequence[str]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """As ``encode_flat``, with which texts [n] the fast tokenizer alone did; not compared."""
+        pieces, n_pieces = cut(texts, _PIECE * 3 // 4, _PIECE)
+        done = [self._encode_pieces(some) for some in _groups(pieces)]
+        ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
+        if len(pieces) == len(texts):
+            return ids, lengths, ~unsure
+        starts = np.cumsum(n_pieces, dtype=np.intp) - n_pieces
+        return ids, np.add.reduceat(lengths, starts), ~np.logical_or.reduceat(unsure, starts)
+
+    def _encode_pieces(
+        self, pieces: list[str]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Ids and lengths of pieces, and which of them [n] went to ``tokenizers``."""
+        unsure = self._unsure(pieces)
+        if not unsure.any():
+            return *self._quick(pieces), unsure
+        # What makes a piece unsure stands in one place of it, most often: only that much need go to `tokenizers`.
+        parts, n_parts = cut_some(pieces, unsure, _PART // 2, _PART)
+        slow = np.repeat(unsure, n_parts)
+        slow[slow] = self._unsure([part for part, again in zip(parts, slow.tolist(), strict=True) if again])
+        lengths = np.empty(len(parts), np.int64)
+        quick, lengths[~slow] = self._quick([part for part, exact in zip(parts, slow, strict=True) if not exact])
+        exact, lengths[slow] = self._tokenizer.encode_flat([p for p, exact in zip(parts, slow, strict=True) if exact])
+        ids = np.empty(len(quick) + len(exact), np.uint32)
+        slow_token = np.repeat(slow, lengths)
+        ids[~slow_token], ids[slow_token] = quick, exact
+        starts = np.cumsum(n_parts, dtype=np.intp) - n_parts
+        return ids, np.add.reduceat(lengths, starts), np.logical_or.reduceat(slow, starts)
+
+    def _quick(self, texts: list[str]) -> Flat:
+        assert self._fast is not None
+        return self._fast(texts) if texts else (np.empty(0, np.uint32), np.empty(0, np.int64))
+
+    def _unsure(self, pieces: list[str]) -> npt.NDArray[np.bool_]:
+        """Which pieces [n] are for ``tokenizers``: those that the guard does not know, or too long."""
+        unsure = self._guard.unsure(pieces)
+        for i in np.flatnonzero(np.fromiter(map(len, pieces), np.int64, len(pieces)) > _PIECE).tolist():
+            unsure[i] |= len(pieces[i].encode(errors="replace")) > 4 * _PIECE
+        return unsure
+
+    def _sample(self, sure: npt.NDArray[np.bool_]) -> list[int]:
+        """Places of the texts to compare; those that went to ``tokenizers`` in whole or in part are left out."""
+        chosen = self._random.random(len(sure)) < self._check
+        chosen[: max(self._first - self._seen, 0)] = True
+        return np.flatnonzero(chosen & sure).tolist()
+
+    def _compare(self, text: str, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], i: int) -> None:
+        self.compared += 1
+        start = int(lengths[:i].sum())
+        got = ids[start : start + int(lengths[i])]
+        if len(text) > _LONG_TEXT:
+            text = text[:_JUDGED_PREFIX]
+            got = self._encode([text])[0]
+        expected = self._tokenizer.encode_flat([text])[0]
+        if np.array_equal(got, expected):
+            return
+        common = min(len(got), len(expected))
+        unlike = np.flatnonzero(got[:common] != expected[:common])
+        position = int(unlike[0]) if len(unlike) else common
+        offsets = self._tokenizer.library.encode(text, add_special_tokens=False).offsets
+        place = offsets[position][0] if position < len(expected) else len(text)
+        raise TokensDiffer(_version(), position, ascii(text[max(place - 20, 0) : place + 20]))
+
+
+def _groups(pieces: list[str]) -> Iterator[list[str]]:
+    """Runs of pieces of a few million characters: what is held for a piece besides its tokens is much more than it."""
+    start = size = 0
+    for i, piece in enumerate(pieces):
+        size += len(piece)
+        if size >= _GROUP:
+            yield pieces[start : i + 1]
+            start, size = i + 1, 0
+    if start < len(pieces):
+        yield pieces[start:]
+
+
+def _version() -> str:
+    try:
+        return version("tokie")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
+    """The fast tokenizer's encoding, or why there is none."""
+    why = why_not_cut(orjson.loads(tokenizer.file.content))
+    if why:
+        return None, f"tokie is not used: {why}"
+    try:
+        return _read(tokenizer.file.content), ""
+    except (ImportError, OSError) as error:
+        return None, f"tokie can't be imported: {error}"
+    except Exception as error:  # whatever it can't read, there is another way
+        return None, f"tokie {_version()} can't load this tokenizer: {error}"
+
+
+def _read(content: bytes) -> Encode:
+    """What tokie makes of a ``tokenizer.json``."""
+    import tokie
+
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(content)
+        file.flush()
+        fast: Any = tokie.Tokenizer.from_json(file.name)
+    fast.no_truncation()
+    fast.no_padding()
+
+    def encode(texts: Sequence[str]) -> Flat:
+        ids, lengths = fast.encode_batch_flat(list(texts), add_special_tokens=False)
+        return ids, lengths.astype(np.int64)
+
+    return encode
+
+
+def library_versions() -> str:
+    """Versions of all that a guard's findings depend on."""
+    return f"tokie {_version()}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 3"
+
+
+def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:
+    from tokenizers import decoders
+
+    whole = split = strict = (fast, tokenizer.encode_flat)
+    fields = orjson.loads(tokenizer.file.content)
+    neighbours: set[tuple[str, str]] = set()
+    matters = None
+    if fields["model"]["type"] == "BPE":
+        vocabulary = fields["model"]["vocab"]
+        neighbours = {two for token in vocabulary for two in pairwise(token)}
+        split = _pairs(fields, neighbours)
+        strict = _pairs(fields, set(product(byte_level_alphabet(), repeat=2)))
+        matters = Crossings(vocabulary).has
+    if findings is not None:
+        return Guard(whole, split, strict, matters=matters, findings=findings)
+    ascii_of = {letter: chr(byte) for letter, byte in byte_level_alphabet().items() if byte < 128}
+    decode = decoders.ByteLevel().decode
+    rows = np.random.default_rng(0).integers(0, tokenizer.vocabulary, (1000, 8))
+    return Guard(
+        whole,
+        split,
+        strict,
+        matters=matters,
+        neighbours=[(ascii_of[a], ascii_of[b]) for a, b in sorted(neighbours) if a in ascii_of and b in ascii_of],
+        tokens=[decode([token]) for token in fields["model"]["vocab"]] if neighbours else [],
+        added=[token.content for token in tokenizer.library.get_added_tokens_decoder().values()],
+        trials=tokenizer.library.decode_batch(rows.tolist(), skip_special_tokens=True),
+        longest=4 * _PIECE,
+    )
+
+
+class Crossings:
+    """The characters at whose borders a byte-level vocabulary has tokens that reach across.
+
+    Where none does, it makes no difference whether text is split there.
+    """
+
+    def __init__(self, vocabulary: Iterable[str]) -> None:
+        byte_of = byte_level_alphabet()
+        self._whole: set[bytes] = set()
+        self._ends: set[bytes] = set()
+        self._begins: set[bytes] = set()
+        for token in vocabulary:
+            if not token.isascii() and len(token) > 1 and all(letter in byte_of for letter in token):
+                self._add(bytes(byte_of[letter] for letter in token))
+
+    def _add(self, token: bytes) -> None:
+        """Note the characters of a token that has more than one; at its ends these may be parts of characters."""
+        starts = [i for i, byte in enumerate(token) if byte & 0xC0 != 0x80]
+        borders = [0, *starts, len(token)] if starts and starts[0] else [*starts, len(token)]
+        pieces = [token[a:b] for a, b in pairwise(borders)]
+        if len(pieces) < 2:
+            return
+        self._whole.update(pieces)
+        self._ends.add(pieces[0])
+        self._begins.add(pieces[-1])
+
+    def has(self, point: int) -> bool:
+        """Whether a token reaches across a border of this character."""
+        data = chr(point).encode()
+        ends = any(data[i:] in self._ends for i in range(1, len(data)))
+        begins = any(data[:i] in self._begins for i in range(1, len(data)))
+        return data in self._whole or ends or begins
+
+
+def _pairs(fields: dict[str, Any], pairs: set[tuple[str, str]]) -> Pair:
+    """The two ways to tokenise with tokens that show where text is split, between ``pairs`` of bytes."""
+    content = orjson.dumps({**fields, "added_tokens": [], "model": _pairs_model(pairs)})
+    return _read(content), Tokenizer(TokenizerFile("pairs of bytes", content)).encode_flat
+
+
+def _pairs_model(neighbours: set[tuple[str, str]]) -> dict[str, Any]:
+    """A BPE model whose tokens are bytes and pairs of bytes, in random order: they show where a text is split.
+
+    Of a text, pairs show what splitting between them would: those that no token of the real model has as neighbours
+    come to the same tokens either way.
+    """
+    byte_of = byte_level_alphabet()
+    # Inside a character nothing is split; without pairs there, its first and last byte are free to pair up.
+    inside = {(a, b) for a, b in neighbours if byte_of.get(a, 0) >= 0x80 and 0x80 <= byte_of.get(b, 0) < 0xC0}
+    pairs = sorted((a, b) for a, b in neighbours - inside if a in byte_of and b in byte_of)
+    order = np.random.default_rng(0).permutation(len(pairs))
+    tokens = [*byte_of, *("".join(pairs[i]) for i in order)]
+    return {
+        "type": "BPE",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "unk_token": None,
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": [" ".join(pairs[i]) for i in order],
+    }

@@ -1,0 +1,324 @@
+"""Which texts a fast tokenizer is known to get right, found out by comparing it with an exact one.
+
+Nothing is assumed of the fast one but that it works along a text, from a few neighbouring characters at a time, as
+the splitting rules of ``retrotool.tokenizers.cut`` do. On that ground a guard knows
+
+* *needles*: ASCII pairs, characters and added tokens that the two treat differently; found when it is made, by
+  trying all 128 × 128 pairs, and looked for with ``in``;
+* *runs*: long runs of one character between two others, see ``retrotool.tokenizers.runs``;
+* *code points*: above ASCII, each in a table of 1.1 MB as unknown, safe or unsafe; an unknown one is tried in
+  several surroundings when it first occurs. One that Python's own Unicode tables do not know is unsafe untried: what
+  the two libraries take it for is a matter of their age.
+
+Making one takes a quarter of a second to a few, by the size of the vocabulary; asking costs about a nanosecond a character. A text with none of these
+is called safe. That is no proof, so random texts are compared as well when the guard is made, and the caller
+compares a sample of what it tokenises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.tokenizers.runs import Run, unlike_runs
+
+Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
+Encode = Callable[[Sequence[str]], Flat]
+Pair = tuple[Encode, Encode]
+"""The fast one and the exact one."""
+
+MOST_NEEDLES = 24
+_MOST_LEARNT = 8
+"""Needles that may be learnt from trial texts, which the pairs did not show."""
+_UNKNOWN, _SAFE, _UNSAFE, _QUOTABLE = 0, 1, 2, 3
+_PAIR_FRAMES = (" {}s ", "\n{}re x", "a{}a ", "1{}1 ", ".{}. ", "  {} x ")
+_CHARACTER_FRAMES = (
+    "{0} ", "{0}'s ", "a{0}b ", " {0}a ", "x{0} ", ".{0}. ", " {0} ", "  {0}1 ", "{0}{0} ", "1{0}1 ", "\n{0}\n",
+    "\n{0}s ", "'{0} ", "a{0}'re ", "\t{0}\t ", "a{0}\nb ", "é{0}é ", "一{0}一 ", "—{0}—", " {0}{0}a ", "A{0}B ",
+    "{0}12345 ", "12{0}345 ", "-{0}'s ", "-{0}a ", " -{0}x ", "é{0}'t ", "\u0301{0}a ", "{0}\u0301a ", " {0}",
+)  # fmt: skip
+_WORDS = ("'s", "'LL", "'re", "the", "don't", "Ing", "   ", "\n\n", "\r\n", "\t\t", "2024", "...", "//", "ﬁ", "ǆ")
+_STRANGE = "éßÅİſжЖѣאשعلى一龍あア한각ไ์िक्ষ𐍈𝒳🎈👩🏽£—…“’«»\u00a0\u2003\u3000\u2028\u200d\ufe0f\u0301\u0327\u0345٣²½Ⅳ①￼"
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a guard found when it was made, by the libraries named in ``versions``: it need not be found out again."""
+
+    versions: str
+    needles: tuple[str, ...]
+    runs: tuple[Run, ...]
+    frames: tuple[str, str]
+    why: str
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Findings:
+        """Inverse of ``dataclasses.asdict``, also of what JSON made of that."""
+        first, second = fields["frames"]
+        runs = tuple(Run(*run) for run in fields.get("runs", ()))
+        needles, why = tuple(fields["needles"]), str(fields["why"])
+        return cls(str(fields["versions"]), needles, runs, (str(first), str(second)), why)
+
+
+class Guard:
+    """What two ways to tokenise are known to do alike.
+
+    ``why`` is a reason not to use the fast one at all, or empty. ``split`` are a fast and an exact tokenizer that
+    split like ``whole`` and show by their tokens where, between ``neighbours``, and ``strict`` two that show it
+    everywhere; ``matters`` tells whether it changes tokens how text is split around a code point; ``tokens`` are the
+    texts of its tokens, ``added`` its added tokens, ``trials`` texts to try, ``longest`` the most bytes a text will
+    have. Of a guard made from the ``findings`` of another, only the ways and ``matters`` are needed.
+    """
+
+    def __init__(
+        self,
+        whole: Pair,
+        split: Pair,
+        strict: Pair | None = None,
+        *,
+        matters: Callable[[int], bool] | None = None,
+        neighbours: Sequence[tuple[str, str]] = (),
+        tokens: Sequence[str] = (),
+        added: Sequence[str] = (),
+        trials: Sequence[str] = (),
+        longest: int = 8192,
+        findings: Findings | None = None,
+    ) -> None:
+        self._whole, self._split, self._strict = whole, split, strict or split
+        self._crossed = matters or (lambda _: True)
+        self._states = np.zeros(0x110000, np.uint8)
+        self._states[:128] = _SAFE
+        self._states[0xD800:0xE000] = _UNSAFE
+        self.needles: tuple[str, ...] = ()
+        self.runs: tuple[Run, ...] = ()
+        self.frames = ("", "")
+        self.why = ""
+        if findings is not None:
+            self.needles, self.frames, self.why = findings.needles, findings.frames, findings.why
+            self._look_for(findings.runs)
+            return
+        self._look_for(())
+        self.needles = tuple(dict.fromkeys([*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added)]))
+        if len(self.needles) > MOST_NEEDLES:
+            self.why = f"it differs on {len(self.needles)} or more pairs of ASCII characters, or added tokens"
+            return
+        self._look_for(unlike_runs(self._differing_somehow, self._has_needle))
+        frames = [frame for frame in _CHARACTER_FRAMES if not self._has_needle(frame.format("e"))]
+        frames = list(itertools.compress(frames, ~self._differing([frame.format("e") for frame in frames])))
+        self.frames = "".join(frames), "".join(frame for frame in frames if "}'" not in frame)
+        odd = [*_odd_texts(longest, added), *trials]
+        wrong = differing(*(encode(odd) for encode in self._whole))
+        for _ in range(_MOST_LEARNT):
+            missed = np.flatnonzero(wrong & ~self.unsure(odd))
+            needle = self._needle_of(odd[missed[0]]) if len(missed) else ""
+            if not needle:
+                break
+            self.needles = (*self.needles, needle)
+        if len(missed):
+            self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, as {odd[missed[0]][:40]!a}"
+
+    def _look_for(self, runs: tuple[Run, ...]) -> None:
+        self.runs = runs
+        self._patterns = {plain: [run.pattern(ascii_only=plain) for run in runs] for plain in (False, True)}
+
+    def _needle_of(self, text: str) -> str:
+        """An ASCII pair that makes ``text`` come out differently: without it, it would not. "" if there is none."""
+        start = 0
+        while start < len(text):  # take out what does not matter
+            shorter = text[:start] + text[start + 1 :]
+            if shorter and self._differs(shorter):
+                text = shorter
+            else:
+                start += 1
+        pairs = [text[i : i + 2] for i in range(len(text) - 1)]
+        mended = [
+            pair
+            for i, pair in enumerate(pairs)
+            if pair.isascii() and not self._differs(f"{text[: i + 1]}a{text[i + 1 :]}")
+        ]
+        # Of several the one that text has least: what is part of words, or begins them, is frequent.
+        return min(mended, key=lambda pair: sum(2 * c.isalnum() + (c in " \n") for c in pair), default="")
+
+    def _differs(self, text: str) -> bool:
+        return bool(differing(*(encode([text]) for encode in self._whole))[0])
+
+    def unsure(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Which texts [n] are not known to be tokenised alike."""
+        unsure = np.zeros(len(texts), bool)
+        plain = np.fromiter(map(str.isascii, texts), bool, len(texts))
+        for part in (plain, ~plain):
+            places = np.flatnonzero(part)
+            if not len(places):
+                continue
+            joined = "\n".join([texts[i] for i in places.tolist()])
+            ends = np.cumsum([len(texts[i]) + 1 for i in places.tolist()])
+            unsure[places[np.searchsorted(ends, self._unsafe_places(joined), side="right")]] = True
+        return unsure
+
+    def _differing(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Which texts [n] are split differently."""
+        return differing(*(encode(texts) for encode in self._split))
+
+    def _differing_somehow(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Which texts [n] are split differently, or have other tokens: what the one does not show, the other may."""
+        return np.asarray(self._differing(texts) | differing(*(encode(texts) for encode in self._whole)))
+
+    def _has_needle(self, text: str) -> bool:
+        return any(needle in text for needle in self.needles)
+
+    def _unsafe_places(self, text: str) -> npt.NDArray[np.int64]:
+        """Where in ``text`` needles, runs and unsafe characters begin, in no order."""
+        plain = text.isascii()
+        codes: npt.NDArray[Any] = (
+            np.frombuffer(f"{text}\n".encode("ascii"), np.uint8)
+            if plain
+            else np.frombuffer(f"{text}\n".encode("utf-32-le", "surrogatepass"), np.uint32)
+        )
+        found = [] if plain else [self._above_ascii(codes)]
+        found += [np.array([m.start() for m in run.finditer(text)], np.int64) for run in self._patterns[plain]]
+        for first in {needle[0] for needle in self.needles}:
+            if first in text:
+                rest = [needle[1:] for needle in self.needles if needle[0] == first]
+                places = np.flatnonzero(codes[:-1] == ord(first))
+                for second in {tail[:1] for tail in rest}:
+                    here = places[codes[places + 1] == ord(second)] if second else places
+                    if any(len(tail) > 1 and tail[0] == second for tail in rest):
+                        tails = tuple(tail for tail in rest if tail[:1] == second)
+                        here = np.array([p for p in here.tolist() if text.startswith(tails, p + 1)], np.int64)
+                    found.append(here)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _above_ascii(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Where the unsafe characters above ASCII are; the last of ``codes`` is none."""
+        places = np.flatnonzero(codes > 127)
+        points = codes[places]
+        states = self._states[points]
+        if (states == _SAFE).all():
+            return places[:0]
+        self._classify(np.unique(points[states == _UNKNOWN]))
+        states = self._states[points]
+        unsafe: npt.NDArray[np.bool_] = (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
+        return places[unsafe]
+
+    def _classify(self, points: npt.NDArray[np.uint32]) -> None:
+        known = np.array([unicodedata.category(chr(point)) != "Cn" for point in points.tolist()], bool)
+        self._states[points[~known]] = _UNSAFE
+        self._states[points[known]] = _SAFE
+        suspects = self._frame_by_frame(points[known], self._strict)
+        harmless = [point for point in suspects.tolist() if not self._crossed(point)]
+        self._states[harmless] = _SAFE
+
+    def _frame_by_frame(self, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.uint32]:
+        """Set the states of ``points`` by what ``pair`` makes of the two frames; return those that are not safe."""
+        for start in range(0, len(points), 2048):
+            some = points[start : start + 2048]
+            self._states[some] = np.where(self._wrong_in(self.frames[0], some, pair), _QUOTABLE, _SAFE)
+            suspects = some[self._states[some] == _QUOTABLE]
+            self._states[suspects[self._wrong_in(self.frames[1], suspects, pair)]] = _UNSAFE
+        wrong: npt.NDArray[np.bool_] = self._states[points] != _SAFE
+        return points[wrong]
+
+    @staticmethod
+    def _wrong_in(frame: str, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.bool_]:
+        """Which of ``points`` [n] the two tokenizers of ``pair`` treat differently in ``frame``."""
+        texts = [frame.format(chr(point)) for point in points.tolist()]
+        return differing(*(encode(texts) for encode in pair)) if texts else np.zeros(0, bool)
+
+    def _unsafe_ascii(self, neighbours: Sequence[tuple[str, str]], tokens: Sequence[str]) -> list[str]:
+        """Characters, and pairs of the others, that some surroundings show to be treated differently."""
+        letters = [chr(code) for code in range(128)]
+        singles = {c for frame in _PAIR_FRAMES for c in self._unsafe_in([frame.format(c) for c in letters], letters)}
+        rest = [letter for letter in letters if letter not in singles]
+        pairs: set[str] = set()
+        for before, after in _surroundings(neighbours):
+            # Many pairs in one text first, as first of every pair and as second; then those that this leaves.
+            around = {x + y: f"{before}{x}{y}{after.get(y, '')} " for x in rest for y in rest}
+            rows = self._differing(["".join(around[x + y] for y in rest) for x in rest])
+            if not rows.any():
+                continue
+            columns = self._differing(["".join(around[x + y] for x in rest) for y in rest])
+            suspects = itertools.product(itertools.compress(rest, rows), itertools.compress(rest, columns))
+            names = [x + y for x, y in suspects]
+            pairs |= self._unsafe_in([around[name] for name in names], names)
+        if tokens:
+            pairs = {pair for pair in pairs if self._matters(pair, tokens)}
+        for place in (0, 1):  # a character that goes wrong with many others is unsafe by itself
+            often = {letter for letter, n in Counter(pair[place] for pair in pairs).items() if n > 6}
+            pairs = {pair for pair in pairs if pair[place] not in often}
+            singles |= often
+        return [*sorted(singles), *sorted(pairs)]
+
+    def _matters(self, pair: str, tokens: Sequence[str]) -> bool:
+        """Whether splitting a pair otherwise can lead to other tokens: next to the tokens that could show it."""
+        x, y = pair[0], pair[1]
+        inside = [token for token in tokens if pair in token]
+        after = [x + token for token in tokens if token[0:1] == y and len(token) > 1]
+        before = [token + y for token in tokens if token[-1:] == x and len(token) > 1]
+        near = [*inside[:400], *after[:: len(after) // 100 + 1], *before[:: len(before) // 100 + 1]]
+        texts = [head + text + tail for text in near for head in ("", " ", "a", "\n ") for tail in ("", "s ", "1", ".")]
+        return bool(differing(*(encode(texts) for encode in self._whole)).any())
+
+    def _unsafe_in(self, texts: Sequence[str], names: Sequence[str]) -> set[str]:
+        return set(itertools.compress(names, self._differing(texts)))
+
+    def _unsafe_added(self, added: Sequence[str]) -> list[str]:
+        """Added tokens that the two find differently, shortened to what many of them begin with."""
+        found: set[str] = set()
+        names = [name for name in added if name]
+        for before, after in (("", ""), ("a", "b"), (" ", " "), ("x ", "\ny"), (".", "'s"), ("_", "_"), ("<", "|>")):
+            texts = [before + name + after for name in names]
+            found |= set(itertools.compress(names, differing(*(encode(texts) for encode in self._whole))))
+        length = max(map(len, found), default=0)
+        while len({name[:length] for name in found}) > MOST_NEEDLES and length > 2:
+            length -= 1
+        return sorted({name[:length] for name in found})
+
+
+def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """What to put before a pair, and after it by its second character.
+
+    Besides fixed ones, a letter, a digit and a mark that may share a token with the second character: only before
+    those does it show what the pair was split into.
+    """
+    letters = [chr(code) for code in range(128)]
+    for before, after in ((" ", "s"), ("\n", "re x"), ("a", "a"), ("1", "1"), (".", "."), ("  ", " x")):
+        yield before, dict.fromkeys(letters, after)
+    followers: dict[str, list[str]] = {letter: [] for letter in letters}
+    for one, two in neighbours:
+        followers[one].append(two)
+    for before, kind in ((" ", str.isalpha), ("a", str.isalpha), ("", str.isdigit), ("", str.isprintable)):
+        chosen = {one: [two for two in all_of if kind(two)] for one, all_of in followers.items()}
+        yield before, {one: some[0 if before else -1] for one, some in chosen.items() if some}
+
+
+def _odd_texts(longest: int, added: Sequence[str]) -> list[str]:
+    """Random texts of all kinds of characters, and runs of them around lengths that may matter."""
+    draw = random.Random(0)  # noqa: S311
+    letters = [chr(code) for code in range(128)]
+    often = [*" \n\t'.,-_()/", *"sStTrReEvVlLmMdD0123456789abcXYZ", *_WORDS, *added[:8]]
+    kinds = (often, [*often, *letters], [*often, *_STRANGE], [*letters, *_STRANGE], [*_STRANGE])
+    texts = ["".join(draw.choices(draw.choice(kinds), k=draw.randrange(1, 60))) for _ in range(2000)]
+    for run in (" ", "a", "\n", " \n", "é", "一", ".", "1", "'s", "a ", "\t"):
+        texts += [run * n for n in (2, 3, 7, 17, 99, 100, 101, 200)]
+        texts.append(run * (longest // len(run.encode())))
+    return texts
+
+
+def differing(one: Flat, other: Flat) -> npt.NDArray[np.bool_]:
+    """Which of the texts [n] have other ids in ``one`` than in ``other``, each (ids, tokens of each text)."""
+    wrong = one[1] != other[1]
+    if not wrong.any() and np.array_equal(one[0], other[0]):
+        return np.asarray(wrong, bool)
+    starts, others = (np.cumsum(lengths) - lengths for lengths in (one[1], other[1]))
+    for i in np.flatnonzero(~wrong).tolist():
+        length = one[1][i]
+        wrong[i] = not np.array_equal(one[0][starts[i] : starts[i] + length], other[0][others[i] : others[i] + length])
+    return np.asarray(wrong, bool)

@@ -1,0 +1,195 @@
+"""Input that is broken, mended and taken up again; input that has changed; and how much of it is too much."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from chunk_helpers import documents, pack, quarantine, run_chunk, verified, write_rows
+from conftest import make_rows
+
+from retrotool import commands
+from retrotool.commands.limits import MaxBad
+from retrotool.errors import UsageError
+
+ROWS = make_rows(300, words=30)
+LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+def content_of(folder: Path, rows: list[dict[str, object]]) -> str:
+    assert run_chunk(folder / "expected", write_rows(folder / "expected.jsonl", rows)).exit_code == 0
+    return verified(folder / "expected").content
+
+
+def packed(name: str) -> bytes:
+    """The rows in several members or frames, of which each is one block."""
+    return b"".join(pack(LINES[start : start + 4096], name) for start in range(0, len(LINES), 4096))
+
+
+def truncated(path: Path) -> Path:
+    data = packed(path.name)
+    path.write_bytes(data[: len(data) * 2 // 3])
+    return path
+
+
+def ids(store: Path) -> list[str]:
+    return [row["id"] for row in documents(store)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.jsonl.gz"])
+def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_gone_on_with_when_mended(tmp_path, name):
+    store, path = tmp_path / "store", truncated(tmp_path / name)
+    later = write_rows(tmp_path / "later.jsonl", make_rows(5, first=500))
+    result = run_chunk(store, path, later)
+    assert result.exit_code == 3
+    assert "--retry-quarantine" in result.stdout
+    good = len(ids(store))
+    assert 20 < good < 300
+    path.write_bytes(packed(name))
+    result = run_chunk(store, "--retry-quarantine", "--json")
+    assert result.exit_code == 0, result.stdout
+    assert quarantine(store) == []
+    assert sorted(ids(store)) == sorted([row["id"] for row in ROWS] + [f"doc-{i}" for i in range(500, 505)])
+    found = commands.info(store)
+    assert (found.documents, found.set_aside, found.unfinished) == (305, 0, 0)
+    assert verified(store).content == content_of(tmp_path, [*ROWS, *make_rows(5, first=500)])
+
+
+def test_what_was_chunked_before_the_break_is_not_tokenised_again(tmp_path):
+    store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.gz")
+    run_chunk(store, path)
+    good = len(ids(store))
+    path.write_bytes(gzip.compress(LINES))
+    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
+    assert result["documents"] == 300 - good
+    assert ids(store)[:good] == [row["id"] for row in ROWS[:good]]
+
+
+def test_a_mended_file_whose_beginning_is_another_gives_what_is_new_in_it(tmp_path):
+    store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.gz")
+    run_chunk(store, path)
+    good = len(ids(store))
+    changed = [{"id": "first", "text": "A new first row."}, {**ROWS[0], "text": "Another text."}, *ROWS[1:]]
+    path.write_bytes(pack(b"".join(json.dumps(row).encode() + b"\n" for row in changed), path.name))
+    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
+    assert result["documents"] == 1 + 300 - good
+    assert [(line, reason[:33]) for _, line, reason in quarantine(store)] == [(2, "its id is in the store with anoth")]
+    assert sorted(ids(store)) == sorted(["first", *(row["id"] for row in ROWS)])
+
+
+def test_rows_that_were_mended_are_taken_up_and_the_others_not_again(tmp_path):
+    store = tmp_path / "store"
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], b'{"id": "doc-1", "text": 5}', ROWS[2], b"{", ROWS[4]])
+    assert run_chunk(store, path).exit_code == 3
+    write_rows(path, [ROWS[0], ROWS[1], ROWS[2], b"{", ROWS[4]])
+    result = run_chunk(store, "--retry-quarantine", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["documents"] == 1
+    assert [(line, reason[:8]) for _, line, reason in quarantine(store)] == [(4, "not JSON")]
+    assert commands.info(store).set_aside == 1
+    write_rows(path, ROWS[:5])
+    assert run_chunk(store, "--retry-quarantine").exit_code == 0
+    assert quarantine(store) == []
+    assert verified(store).content == content_of(tmp_path, ROWS[:5])
+
+
+def test_retrying_what_was_not_mended_changes_nothing(tmp_path):
+    store = tmp_path / "store"
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], b"{"])
+    run_chunk(store, path)
+    before = verified(store)
+    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
+    assert (result["documents"], result["set_aside"]) == (0, 0)
+    path.unlink()
+    assert json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)["documents"] == 0
+    assert verified(store).content == before.content
+    assert len(quarantine(store)) == 1
+
+
+def test_a_broken_file_can_be_allowed(tmp_path):
+    store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.zst")
+    later = write_rows(tmp_path / "later.jsonl", make_rows(5, first=500))
+    result = json.loads(run_chunk(store, path, later, "--max-bad", 1, "--json").stdout)
+    assert (result["stopped"], result["damaged"], result["set_aside"]) == ("", 1, 1)
+    assert "doc-504" in ids(store)
+    assert commands.info(store).unfinished == 0
+
+
+def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
+    store = tmp_path / "store"
+    big = [{"id": f"big-{i}", "text": "word " * 20_000} for i in range(180)]  # 18 MB: units of their own
+    path = truncated(tmp_path / "rows.jsonl.zst")
+    later = write_rows(tmp_path / "later.jsonl", big)
+    for _ in range(2):
+        result = json.loads(run_chunk(store, path, later, "--json").stdout)
+        assert "broken off" in result["stopped"]
+        assert commands.info(store).unfinished == 1
+    assert run_chunk(store, path, later, "--max-bad", "1").exit_code == 3
+    assert commands.info(store).unfinished == 0
+    assert "big-179" in ids(store)
+
+
+def test_too_many_bad_rows_stop_the_run(tmp_path):
+    store = tmp_path / "store"
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS[:10], b"{", b"{", b"{"])
+    big = [{"id": f"big-{i}", "text": "word " * 20_000} for i in range(180)]
+    later = write_rows(tmp_path / "later.jsonl", big)
+    result = run_chunk(store, path, later, "--max-bad", 2)
+    assert result.exit_code == 3
+    assert "3 rows were set aside, more than --max-bad 2" in result.stdout
+    assert run_chunk(store, path, later, "--max-bad", 3).exit_code == 3
+    assert commands.info(store).unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "documents", "bad", "stops"),
+    [("1%", 990, 10, False), ("1%", 989, 11, True), ("50%", 1, 3, False), ("0%", 999, 1, True), ("0", 5, 1, True)],
+)
+def test_a_share_counts_from_a_thousand_rows_on(limit, documents, bad, stops):
+    counts = {"documents": documents, "set_aside": bad, "damaged": 0, "blocked": 0}
+    assert bool(MaxBad.parse(limit).exceeded(counts)) == stops
+
+
+@pytest.mark.parametrize("limit", ["-1", "x", "101%", "%", "1.5", "nan%"])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(UsageError, match="--max-bad"):
+        MaxBad.parse(limit)
+
+
+def test_an_input_that_has_changed_is_refused_until_it_is_to_be_added(tmp_path):
+    store, path = tmp_path / "store", write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    assert run_chunk(store, path).exit_code == 0
+    write_rows(path, ROWS[:8])
+    result = run_chunk(store, path)
+    assert result.exit_code == 2
+    assert "--changed add" in result.output
+    assert len(ids(store)) == 5
+    result = json.loads(run_chunk(store, path, "--changed", "add", "--json").stdout)
+    assert (result["documents"], result["set_aside"]) == (3, 5)
+    assert verified(store).content == content_of(tmp_path, ROWS[:8])
+    assert run_chunk(store, path).exit_code == 0
+
+
+def test_renamed_and_reordered_inputs_are_known(tmp_path):
+    store = tmp_path / "store"
+    paths = [write_rows(tmp_path / f"{i}.jsonl", ROWS[10 * i : 10 * i + 10]) for i in range(3)]
+    run_chunk(store, *paths)
+    renamed = paths[0].rename(tmp_path / "other.jsonl")
+    result = json.loads(run_chunk(store, paths[2], renamed, paths[1], "--json").stdout)
+    assert (result["known_inputs"], result["documents"], result["set_aside"]) == (3, 0, 0)
+
+
+def test_quarantine_has_the_offset_and_the_beginning_of_a_row(tmp_path):
+    from retrotool.store import parts
+    from retrotool.store.store import Store
+
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], b'{"text": "bad \x00 row', ROWS[1]])
+    run_chunk(tmp_path / "store", path)
+    opened = Store.open(tmp_path / "store")
+    group = opened.state.group("quarantine")
+    (entry,) = [group.get(slot) for slot in group]
+    (row,) = parts.read_parquet(opened, entry).to_pylist()
+    assert row["offset"] == len(json.dumps(ROWS[0])) + 1
+    assert row["excerpt"] == '{"text": "bad \\x00 row'

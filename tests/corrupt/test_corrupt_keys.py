@@ -1,0 +1,85 @@
+"""Files of a part with key-value records that do not agree with each other: ``verify`` finds that too."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from key_values import Written, make_store
+from test_corrupt_lies import PART, Liar, put
+
+from retrotool import commands
+from retrotool.store import parts
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """Part 1: the record of rows 0 (key) and 1 (value), and others like it."""
+    content = [Written(f"record-{i}", f"key {i}", "a value") for i in range(5)]
+    store = make_store(
+        tmp_path_factory.mktemp("told") / "store", tiny_encoder, [Written("plain", "one chunk")], content
+    )
+    commands.embed(store, encoder=str(tiny_encoder))
+    commands.index(store)
+    commands.neighbours(store)
+    assert commands.verify(store).problems == []
+    return store
+
+
+def neighbour_of_key(ids: np.ndarray) -> np.ndarray:
+    ids[1] = ids[0]
+    return ids
+
+
+def count(liar: Liar, about: dict[str, int] | None) -> None:
+    old = liar.old("chunks")
+    name = liar.name(old)
+    (liar.store.root / name.path).hardlink_to(liar.store.root / old.path)
+    liar.commit(dataclasses.replace(old, path=name.path, about=about), old)
+
+
+def lose_column(liar: Liar) -> None:
+    old = liar.old("chunks")
+    table = parts.read_parquet(liar.store, old).drop_columns(["key"])
+    liar.commit(parts.write_parquet(liar.store.root, liar.name(old), table, about=old.about), old)
+
+
+def vector_of_key(matrix: np.ndarray) -> np.ndarray:
+    matrix[1] = matrix[0]
+    return matrix
+
+
+LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
+    "a value with a vector": (lambda liar: liar.embeddings(vector_of_key), "erased or no key has a vector"),
+    "a value in the index": (
+        lambda liar: liar.shard(np.array([0, PART << 32, PART << 32 | 1])), "holds chunks that are erased or no keys",
+    ),
+    "a value with neighbours": (
+        lambda liar: liar.neighbours(neighbour_of_key, lambda distances: distances), "no key has neighbours",
+    ),
+    "a key that is said to be none": (
+        lambda liar: liar.column("chunks", "key", put(0, False)), "begins with a chunk that is no key",
+    ),
+    "a log that counts other keys": (lambda liar: count(liar, {"keys": 4}), "the log counts other keys"),
+    "a log that counts no keys": (lambda liar: count(liar, None), "the log says that it has none"),
+    "a file that lost the column": (
+        lambda liar: lose_column(liar), "its column 'key' is missing, the log says bool",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_about_keys_is_found(told: Path, tmp_path: Path, lie: str) -> None:
+    tell, expected = LIES[lie]
+    copy = Path(shutil.copytree(told, tmp_path / "store"))
+    store = Store.open(copy)
+    with Run(copy) as run:
+        tell(Liar(store, run))
+    problems = commands.verify(copy).problems
+    assert any(expected in problem for problem in problems), problems

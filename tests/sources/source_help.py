@@ -1,0 +1,49 @@
+"""Inputs made by code, and ways to read them."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import itertools
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import zstandard
+
+from retrotool.sources import Document, Fields, InputFile, SetAside, Slice, find_inputs, read
+from retrotool.sources.lines import lines_before
+
+DEFAULT = Fields()
+BOM = b"\xef\xbb\xbf"
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def input_of(path: Path, data: bytes | None = None) -> InputFile:
+    if data is not None:
+        path.write_bytes(data)
+    return find_inputs([str(path)])[0]
+
+
+def rows_of(path: Path, data: bytes | None = None, **fields: object) -> list[Document | SetAside]:
+    return list(read(input_of(path, data), Fields(**fields)))
+
+
+def read_slices(file: InputFile, slices: list[Slice], fields: Fields = DEFAULT) -> list[Document | SetAside]:
+    """Rows of all slices, with lines counted from the file's beginning."""
+    found: list[Document | SetAside] = []
+    for where in slices:
+        before = lines_before(file, where, fields)
+        found += [row._replace(line=row.line + before) for row in read(file, fields, where)]
+    return found
+
+
+def byte_ranges(size: int, cuts: list[float]) -> list[Slice]:
+    places = sorted({0, size, *(int(cut * size) for cut in cuts)})
+    return [Slice(start, end, start, end) for start, end in itertools.pairwise(places)]

@@ -1,0 +1,178 @@
+"""zstd archives of many frames: cut between frames, read as one; what headers say wrongly is never believed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from unittest.mock import patch
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from source_help import input_of, read_slices, zstd
+
+from retrotool.sources import WHOLE, Fields, SetAside, Slice, cut, read, streams
+from retrotool.sources.frames import Frame, frames_of
+
+SKIPPABLE = struct.pack("<II", 0x184D2A5A, 3) + b"abc"
+NO_SIZE = zstandard.ZstdCompressor(write_content_size=False)
+LINES = b"".join(json.dumps({"text": f"line {i} " + "word " * (i % 7)}).encode() + b"\n" for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("frames")
+
+
+def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(cut for cut in cuts if cut <= len(data))})
+    return [data[a:b] for a, b in itertools.pairwise(places)]
+
+
+def seekable(pieces: list[bytes], compress=NO_SIZE.compress, checksums: bool = False, lie: int = 0) -> bytes:
+    """An archive with a seek table, as zstd's ``contrib/seekable_format`` describes it."""
+    packed = [compress(piece) for piece in pieces]
+    entries = b"".join(
+        struct.pack("<II", len(frame), len(piece) + lie) + b"\0\0\0\0" * checksums
+        for frame, piece in zip(packed, pieces, strict=True)
+    )
+    table = entries + struct.pack("<IBI", len(packed), 0x80 * checksums, 0x8F92EAB1)
+    return b"".join(packed) + struct.pack("<II", 0x184D2A5E, len(table)) + table
+
+
+contents = st.one_of(
+    st.binary(max_size=600),
+    st.builds(lambda byte, n: byte * n, st.sampled_from([b"a", b"\0"]), st.integers(0, 400_000)),
+    st.builds(lambda n: bytes(i * i % 251 for i in range(n)), st.integers(0, 3000)),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(contents, st.sampled_from([1, 3, 19]), st.booleans(), st.booleans()), min_size=1, max_size=5))
+def test_frames_are_found_where_they_were_written(folder, frames):
+    data, expected = b"", []
+    for content, level, checksum, skippable in frames:
+        packed = zstandard.ZstdCompressor(level=level, write_checksum=checksum).compress(content)
+        data += SKIPPABLE * skippable
+        expected.append(Frame(len(data), len(packed), len(content)))
+        data += packed
+    path = folder / "walk.zst"
+    path.write_bytes(data)
+    assert frames_of(path) == expected
+    path.write_bytes(data + SKIPPABLE)
+    assert frames_of(path) == expected
+
+
+def test_frames_larger_than_a_block_are_found(folder):
+    contents = [bytes(i * i * j % 253 for i in range(300_000)) for j in (1, 7)]
+    path = folder / "blocks.zst"
+    path.write_bytes(b"".join(map(zstd, contents)))
+    first, second = map(zstd, contents)
+    assert frames_of(path) == [Frame(0, len(first), 300_000), Frame(len(first), len(second), 300_000)]
+
+
+def test_an_archive_cut_off_at_any_byte_is_not_cut_into_slices(folder):
+    packed = [zstd(LINES[:100]), SKIPPABLE, zstd(LINES[100:300])]
+    data = b"".join(packed)
+    borders = set(itertools.accumulate(map(len, packed)))
+    path = folder / "cut.zst"
+    for size in range(1, len(data)):
+        path.write_bytes(data[:size])
+        assert (frames_of(path) is None) == (size not in borders)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        zstd(LINES) + NO_SIZE.compress(LINES),
+        zstd(LINES) + b"\0",
+        b"plain",
+        zstd(b"x")[:4] + b"\x00" * 40,
+        zstd(LINES) + zstd(LINES)[:6] + b"\x07\0\0" * 9,  # a reserved kind of block
+    ],
+)
+def test_what_does_not_tell_its_sizes_or_is_no_frame_is_not_cut(folder, data):
+    file = input_of(folder / "whole.jsonl.zst", data)
+    assert frames_of(folder / "whole.jsonl.zst") is None
+    assert cut(file, Fields(), 1) == [WHOLE]
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("compress", [NO_SIZE.compress, zstd])
+def test_a_seek_table_tells_what_headers_do_not(folder, checksums, compress):
+    pieces = pieces_of(LINES, [100, 200, 700])
+    file = input_of(folder / "seekable.jsonl.zst", seekable(pieces, compress, checksums))
+    assert [frame.content for frame in frames_of(folder / "seekable.jsonl.zst")] == [len(piece) for piece in pieces]
+    slices = cut(file, Fields(), 100)
+    assert len(slices) > 1
+    assert read_slices(file, slices) == list(read(file, Fields()))
+
+
+def test_a_seek_table_that_lies_is_found_out(folder):
+    pieces = pieces_of(LINES, [500, 1000])
+    (folder / "lie.jsonl.zst").write_bytes(seekable(pieces, zstd, lie=1))
+    # The frames' own headers know better.
+    assert [frame.content for frame in frames_of(folder / "lie.jsonl.zst")] == [len(piece) for piece in pieces]
+    file = input_of(folder / "lie.jsonl.zst", seekable(pieces, lie=1))
+    rows = [row for where in cut(file, Fields(), 500) for row in read(file, Fields(), where)]
+    damage = [row for row in rows if isinstance(row, SetAside)]
+    assert damage
+    assert all(row.damage and "as they say" in row.reason for row in damage)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.sampled_from([b"", b"{", b'{"text": "x"}', b'{"text": "' + b"long " * 30 + b'"}']), max_size=25),
+    st.booleans(),
+    st.lists(st.integers(0, 1500), max_size=12),
+    st.integers(1, 400),
+    st.integers(1, 80),
+)
+def test_slices_give_the_rows_of_the_whole(folder, lines, last_end, cuts, target, block):
+    data = b"\n".join(lines) + b"\n" * last_end
+    file = input_of(folder / "slices.jsonl.zst", SKIPPABLE.join(map(zstd, pieces_of(data, cuts))) or zstd(b""))
+    slices = cut(file, Fields(), target)
+    with patch.object(streams, "BLOCK_BYTES", block):
+        assert read_slices(file, slices) == list(read(file, Fields()))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.sampled_from([b"a", b"\n", b"\n\n", b"b\n", b"xyz" * 20]), max_size=25),
+    st.lists(st.integers(0, 200), max_size=12),
+    st.sampled_from(["\n\n", "b\nb", "yzx"]),
+    st.integers(1, 80),
+)
+def test_slices_of_separated_text_give_the_documents_of_the_whole(folder, pieces, cuts, separator, target):
+    file = input_of(folder / "slices.txt.zst", b"".join(map(zstd, pieces_of(b"".join(pieces), cuts))) or zstd(b"x"))
+    fields = Fields(separator=separator, max_document=40)
+    assert read_slices(file, cut(file, fields, target), fields) == list(read(file, fields))
+
+
+def test_slices_are_of_about_the_size_asked_for(folder):
+    pieces = [b"x" * 999 + b"\n"] * 100
+    file = input_of(folder / "size.jsonl.zst", b"".join(map(zstd, pieces)))
+    slices = cut(file, Fields(), 10_000)
+    assert [where.last - where.first for where in slices] == [10_000] * 10
+    assert (slices[0].start, slices[-1].end) == (0, file.size)
+    assert all(one.end == two.start and one.last == two.first for one, two in itertools.pairwise(slices))
+    assert cut(file, Fields(), 100_000) == [WHOLE]
+    assert cut(input_of(folder / "one.jsonl.zst", zstd(LINES)), Fields(), 10) == [WHOLE]
+    assert isinstance(slices[0], Slice)
+
+
+def test_damage_in_a_frame_takes_only_what_is_cut_with_it(folder):
+    frames = [zstd(LINES[i : i + 500]) for i in range(0, len(LINES), 500)]
+    frames[2] = frames[2][:20] + bytes(byte ^ 0xFF for byte in frames[2][20:40]) + frames[2][40:]
+    file = input_of(folder / "damaged.jsonl.zst", b"".join(frames))
+    slices = cut(file, Fields(), 500)
+    rows = [list(read(file, Fields(), where)) for where in slices]
+    broken = [bool(found) and isinstance(found[-1], SetAside) and found[-1].damage for found in rows]
+    assert broken[2]
+    # The slice before it may lack the end of its last line.
+    assert not any(broken[:1] + broken[3:])
+    after = [row.text for found in rows[3:] for row in found]
+    assert after
+    assert after == [json.loads(line)["text"] for line in LINES.splitlines()[-len(after) :]]

@@ -1,0 +1,164 @@
+"""What was purged is blocked, what was not is not, and the list gives nothing away by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_rows, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import retrotool
+from retrotool import commands
+from retrotool.commands.looking import info, verify
+from retrotool.store.blocked import HASH, Blocked, id_hashes, keyed_texts, read_blocked
+from retrotool.store.store import Store
+
+ROWS = make_rows(12, words=120)
+
+
+def text_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+TEXTS = {row["id"]: text_hash(row["text"]) for row in ROWS}
+STRANGER = text_hash("nobody wrote this")
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer: Path) -> Path:
+    folder = tmp_path_factory.mktemp("blocked")
+    rows = write_jsonl(folder / "rows.jsonl", ROWS)
+    options = {"tokenizer": str(byte_level_tokenizer), "chunk_length": 16, "part_size": 20}
+    commands.chunk(folder / "store", [str(rows)], **options)
+    return folder / "store"
+
+
+def chunks_of(store: Path) -> dict[str, list[int]]:
+    reader = retrotool.open(store)
+    return {row["id"]: reader.document(row["id"]) for row in ROWS}
+
+
+def purge(store: Path, chunks: list[int], *, erase: bool = False) -> commands.PurgeResult:
+    ids = store.parent / f"{store.name}.ids"
+    ids.write_text("".join(f"{chunk}\n" for chunk in chunks))
+    return commands.purge(store, "ids", str(ids), reason="test", erase=erase)
+
+
+def blocked_ids(store: Path) -> set[str]:
+    return {row["id"] for row in ROWS if read_blocked(Store.open(store)).holds([row["id"]], [STRANGER])[0]}
+
+
+def blocked_texts(store: Path) -> set[str]:
+    blocked = read_blocked(Store.open(store))
+    return {name for name, text in TEXTS.items() if blocked.holds(["a new id"], [text])[0]}
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_whole_documents_are_blocked_by_id_and_touched_ones_by_text(
+    chunked: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    store = Path(shutil.copytree(chunked, tmp_path_factory.mktemp("purges") / "store"))
+    of = chunks_of(store)
+    everything = [chunk for chunks in of.values() for chunk in chunks]
+    purged: set[int] = set()
+    for _ in range(data.draw(st.integers(1, 3))):
+        some = data.draw(st.lists(st.sampled_from(everything), max_size=8))
+        whole = data.draw(st.lists(st.sampled_from(sorted(of)), max_size=2))
+        victims = {*some, *(chunk for name in whole for chunk in of[name])}
+        purge(store, sorted(victims), erase=data.draw(st.booleans()))
+        purged |= victims
+    assert blocked_ids(store) == {name for name, chunks in of.items() if purged.issuperset(chunks)}
+    assert blocked_texts(store) == {name for name, chunks in of.items() if not purged.isdisjoint(chunks)}
+    assert verify(store).problems == []
+
+
+def test_a_batch_is_asked_at_once_in_any_form(chunked: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(chunked, tmp_path / "store"))
+    of = chunks_of(store)
+    purge(store, of["doc-3"] + of["doc-5"][:1])
+    blocked = read_blocked(Store.open(store))
+    assert len(blocked) == 3
+    ids, texts = ["doc-3", "doc-5", "doc-7", "x"], [TEXTS["doc-4"], TEXTS["doc-6"], TEXTS["doc-5"], STRANGER]
+    expected = [True, False, True, False]
+    assert blocked.holds(ids, texts).tolist() == expected
+    assert blocked.holds(ids, np.frombuffer(b"".join(texts), np.uint8).reshape(-1, 16)).tolist() == expected
+    assert blocked.holds([], []).tolist() == []
+    with pytest.raises(ValueError, match="3 text hashes for 4 ids"):
+        blocked.holds(ids, texts[:3])
+
+
+def test_the_list_of_another_store_does_not_match(chunked: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(chunked, tmp_path / "store"))
+    purge(store, chunks_of(store)["doc-3"])
+    blocked = read_blocked(Store.open(store))
+    assert blocked.holds(["doc-3"], [TEXTS["doc-3"]])[0]
+    assert not Blocked("00" * 32, blocked.hashes).holds(["doc-3"], [TEXTS["doc-3"]])[0]
+    entry = Store.open(store).state.file("blocked", next(iter(info(store).purges)))
+    data = b"".join(pq.read_table(store / entry.path)["hash"].to_pylist())
+    unkeyed = [hashlib.blake2b(b, digest_size=16).digest() for b in (b"doc-3", b"id:doc-3", b"text:" + TEXTS["doc-3"])]
+    assert all(trace not in data for trace in [b"doc-3", TEXTS["doc-3"], *unkeyed])
+    key = bytes.fromhex(Store.open(store).identity.secret)
+    due = [hashlib.blake2b(b, digest_size=16, key=key).digest() for b in (b"id:doc-3", b"text:" + TEXTS["doc-3"])]
+    assert data == b"".join(sorted(due)), "as the format says"
+
+
+def test_documents_that_repeat_are_not_blocked(byte_level_tokenizer: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, *ROWS[:3], {**ROWS[4], "id": "other"}])
+    made = commands.chunk(tmp_path / "store", [str(rows)], tokenizer=str(byte_level_tokenizer))
+    assert (made.documents, made.set_aside) == (12, 3)
+    assert not read_blocked(Store.open(tmp_path / "store"))
+    purge(tmp_path / "store", chunks_of(tmp_path / "store")["doc-1"])
+    assert blocked_ids(tmp_path / "store") == {"doc-1"}
+
+
+def test_an_older_store_is_made_good_by_the_same_purge(chunked: Path, tmp_path: Path, monkeypatch) -> None:
+    store = Path(shutil.copytree(chunked, tmp_path / "store"))
+    victims = chunks_of(store)["doc-3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("retrotool.stages.purge._hashes_to_block", lambda *_: np.zeros(0, HASH))
+        purge(store, victims)
+    assert not (store / "blocked").exists()
+    assert blocked_ids(store) == blocked_texts(store) == set()
+    assert verify(store).problems == []
+    again = purge(store, victims)
+    assert (again.chunks, again.blocked, again.already_purged) == (0, 2, len(victims))
+    assert blocked_ids(store) == blocked_texts(store) == {"doc-3"}
+    assert verify(store).problems == []
+    assert purge(store, victims).purge == ""
+
+
+def test_files_are_listed_and_kept_after_an_erase(chunked: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(chunked, tmp_path / "store"))
+    result = purge(store, chunks_of(store)["doc-3"], erase=True)
+    assert result.blocked == 2
+    (file,) = info(store).blocked
+    assert file["rows"] == 2
+    assert (store / file["path"]).exists()
+    assert info(store).bytes["blocked"] > 0
+    assert blocked_ids(store) == {"doc-3"}
+
+
+@given(names=st.lists(st.text(st.characters(codec="utf-8")), unique=True), data=st.data())
+def test_a_set_is_what_a_set_is(names: list[str], data: st.DataObject) -> None:
+    secret = "ab" * 32
+    held = data.draw(st.sets(st.sampled_from(names))) if names else set()
+    blocked = Blocked(secret, np.unique(id_hashes(secret, held)))
+    nothing = [STRANGER] * len(names)
+    assert blocked.holds(names, nothing).tolist() == [name in held for name in names]
+    assert len(blocked.lacks(id_hashes(secret, names))) == len(names) - len(held)
+    assert not np.isin(keyed_texts(secret, [name.encode() for name in names]), blocked.hashes).any()
+
+
+@settings(max_examples=300)
+@given(st.sets(st.binary(min_size=16, max_size=16) | st.integers(0, 255).map(lambda i: bytes([i]) + bytes(15))))
+def test_hashes_that_end_in_zeros_are_told_apart(values: set[bytes]) -> None:
+    hashes = np.frombuffer(b"".join(sorted(values)), HASH)
+    assert len(np.unique(hashes)) == len(values)
+    assert np.unique(hashes).tobytes() == hashes.tobytes(), "NumPy's order is that of bytes"

@@ -1,0 +1,225 @@
+"""Of documents that repeat the first stays, whatever the parts, plans and workers; an oracle in plain Python agrees."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import retrotool
+from retrotool import commands, engine
+from retrotool.commands.looking import info, verify
+from retrotool.commands.writing import writing
+from retrotool.errors import DuplicatesError, RetrotoolError
+from retrotool.sources import Fields, find_inputs
+from retrotool.stages.chunk import ChunkStage
+from retrotool.stages.chunk_plan import Wanted, commit_plan
+from retrotool.stages.duplicates import DuplicateCounts, finish_plans
+from retrotool.stages.repeats import BY_ID, BY_TEXT, Repeats
+from retrotool.store.store import Store
+from retrotool.tokenizers import Tokenizer, find_tokenizer
+
+Row = tuple[str, str]
+"""An id and a text."""
+
+
+def make_store(root: Path, tokenizer: Path) -> Store:
+    made = Tokenizer(find_tokenizer(str(tokenizer)))
+    return Store.create(root, made.identity, made.file.content, 4)
+
+
+def add(store: Store, path: Path, rows: list[Row], *, part_size: int = 3, **options: Any) -> list[DuplicateCounts]:
+    """Chunk rows from a file of their own as one plan, and finish it."""
+    # A file that the store has already is left out as a whole, so no two are the same.
+    only = {"only in": path.name}
+    write_jsonl(path, [{"id": name, "text": text, "source": f"s-{name}", **only} for name, text in rows])
+    with writing(store) as run:
+        commit_plan(store, run, find_inputs([str(path)]), Wanted(Fields(), part_size, allow_purged=True))
+        engine.execute(ChunkStage(), store, run)
+        return list(finish_plans(store, run, **options).values())
+
+
+def first_come(rows: list[Row]) -> list[str | None]:
+    """For each row why it goes, or None if it stays: ids first, then texts among those that are left."""
+    ids: set[str] = set()
+    reasons: list[str | None] = []
+    for name, _ in rows:
+        reasons.append(BY_ID if name in ids else None)
+        ids.add(name)
+    texts: set[str] = set()
+    for i, (_, text) in enumerate(rows):
+        if reasons[i] is None:
+            reasons[i] = BY_TEXT if text in texts else None
+            texts.add(text)
+    return reasons
+
+
+def set_aside(store: Store) -> list[tuple[str, int, str]]:
+    store.refresh()
+    group = store.state.group("quarantine")
+    tables = [pq.read_table(store.path(entry)) for slot in group if (entry := group.get(slot)) is not None]
+    rows = (row for table in tables for row in table.to_pylist())
+    return sorted((Path(row["input"]).name, row["line"], row["reason"]) for row in rows)
+
+
+def living(store: Store) -> list[Row]:
+    """Ids and texts that are living, in order of chunk ids."""
+    reader = retrotool.open(store.root)
+    chunks = [reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)]
+    groups = itertools.groupby(chunks, lambda chunk: (chunk.id - chunk.index, chunk.document))
+    return [(name, "".join(chunk.text for chunk in group)) for (_, name), group in groups]
+
+
+rows_of = st.lists(
+    st.tuples(st.sampled_from("abcdef"), st.sampled_from(["one two", "three", "four five six", "seven"]))
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(plans=st.lists(rows_of.filter(bool), min_size=1, max_size=3), range_rows=st.sampled_from([1, 2, 5, 1 << 20]))
+def test_the_first_of_each_stays_however_the_rows_are_cut_into_plans(
+    plans: list[list[Row]], range_rows: int, byte_level_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("duplicates")
+    store = make_store(folder / "store", byte_level_tokenizer)
+    reasons = iter(first_come([row for rows in plans for row in rows]))
+    expected: list[tuple[str, int, str]] = []
+    stay: list[Row] = []
+    for number, rows in enumerate(plans):
+        (counts,) = add(store, folder / f"{number}.jsonl", rows, range_rows=range_rows)
+        mine = list(itertools.islice(reasons, len(rows)))
+        expected += [(f"{number}.jsonl", line, why) for line, why in enumerate(mine, 1) if why]
+        stay += [row for row, why in zip(rows, mine, strict=True) if why is None]
+        assert (counts.by_id, counts.by_text) == (mine.count(BY_ID), mine.count(BY_TEXT))
+        assert counts.sources == {
+            f"s-{name}": (of.count(BY_ID), of.count(BY_TEXT))
+            for name in {name for name, _ in rows}
+            if any(of := [why for (other, _), why in zip(rows, mine, strict=True) if other == name])
+        }
+    assert living(store) == stay
+    assert set_aside(store) == expected
+    found = verify(store.root)
+    assert found.problems == []
+    assert found.documents == len(stay)
+    assert info(store.root).set_aside == [why for _, _, why in expected].count(BY_ID)
+    assert not list(store.root.rglob(".tmp-*"))
+
+
+def test_a_document_repeats_only_a_text_that_stays_of_those_with_one_id(
+    byte_level_tokenizer: Path, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "store", byte_level_tokenizer)
+    (counts,) = add(store, tmp_path / "a.jsonl", [("x", "first"), ("x", "second"), ("y", "second"), ("z", "first")])
+    assert (counts.by_id, counts.by_text) == (1, 1)
+    assert living(store) == [("x", "first"), ("y", "second")]
+    record = next(iter(store.refresh().with_prefix("plan:").values()))
+    assert (record["documents"], record["set_aside"], record["finished"]) == (2, 1, True)
+    assert (record["duplicates"], record["duplicates_by_id"], record["duplicates_by_text"]) == ("skip", 1, 1)
+    secret = store.identity.keyed_hash
+    assert record["duplicates_by_source"] == {secret("s-x"): [1, 0], secret("s-z"): [0, 1]}
+    assert b"s-x" not in b"".join(path.read_bytes() for path in (store.root / "log").iterdir())
+
+
+def test_a_purged_document_holds_its_id_and_not_its_text(byte_level_tokenizer: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", byte_level_tokenizer)
+    add(store, tmp_path / "a.jsonl", [("whole", "purged as a whole"), ("partly", "purged but for its first chunk")])
+    reader = retrotool.open(store.root)
+    victims = [*reader.document("whole"), *reader.document("partly")[1:]]
+    (tmp_path / "ids").write_text("".join(f"{chunk}\n" for chunk in victims))
+    commands.purge(store.root, "ids", str(tmp_path / "ids"), reason="test")
+    again = [("whole", "x"), ("partly", "y"), ("a", "purged as a whole"), ("b", "purged but for its first chunk")]
+    (counts,) = add(store, tmp_path / "b.jsonl", again)
+    assert (counts.by_id, counts.by_text) == (2, 0)
+    assert [name for name, _ in living(store)] == ["partly", "a", "b"]
+    assert verify(store.root).problems == []
+
+
+ROWS = [("a", "one"), ("b", "two"), ("a", "three"), ("c", "two"), ("d", "four")]
+
+
+def test_kept_duplicates_are_counted_and_stay(byte_level_tokenizer: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", byte_level_tokenizer)
+    (counts,) = add(store, tmp_path / "a.jsonl", ROWS, duplicates="keep", part_size=100)
+    assert (counts.by_id, counts.by_text) == (1, 1)
+    assert living(store) == ROWS
+    assert set_aside(store) == []
+    shown = info(store.root)
+    assert (shown.documents, shown.set_aside, shown.unfinished) == (5, 0, 0)
+    assert verify(store.root).problems == []
+    reader = retrotool.open(store.root)
+    assert reader.document("a") == [0], "of documents with one id the first is found"
+    (tmp_path / "ids").write_text("a\n")
+    assert commands.purge(store.root, "documents", str(tmp_path / "ids"), reason="test").documents == 2
+    (counts,) = add(store, tmp_path / "b.jsonl", [("e", "two"), ("a", "new")])
+    assert (counts.by_id, counts.by_text) == (1, 1)
+    assert living(store) == [("b", "two"), ("c", "two"), ("d", "four")], "what was kept stays kept"
+
+
+def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
+    byte_level_tokenizer: Path, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "store", byte_level_tokenizer)
+    (counts,) = add(store, tmp_path / "a.jsonl", ROWS[:2], duplicates="fail")
+    assert counts == DuplicateCounts()
+    with pytest.raises(DuplicatesError) as error:
+        add(store, tmp_path / "b.jsonl", [*ROWS[2:], ("c", "five")], duplicates="fail")
+    assert "3 documents repeat earlier ones, 2 by id and 1 by text only" in str(error.value)
+    for line, reason in ((1, BY_ID), (2, BY_TEXT), (4, BY_ID)):
+        assert f"{tmp_path / 'b.jsonl'} line {line} ({reason})" in str(error.value)
+    assert "--duplicates skip" in error.value.advice
+    assert error.value.exit_code == 1
+    assert isinstance(error.value, RetrotoolError)
+    assert (info(store.root).unfinished, len(living(store))) == (1, 6)
+    assert verify(store.root).problems == []
+    with writing(store) as run:
+        (counts,) = finish_plans(store, run).values()
+    assert (counts.by_id, counts.by_text) == (2, 1)
+    assert living(store) == [("a", "one"), ("b", "two"), ("d", "four")]
+
+
+def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("retrotool.stages.repeats._LOCATED_ROWS", 3)
+    monkeypatch.setattr("retrotool.stages.repeats._TABLE_ROWS", 4)
+    store = make_store(tmp_path / "store", byte_level_tokenizer)
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    inputs = [
+        [(str(draw.integers(40)), f"text {draw.integers(30)}") for _ in range(draw.integers(1, 60))] for _ in range(6)
+    ]
+    for number, rows in enumerate(inputs):
+        write_jsonl(folder / f"{number}.jsonl", [{"id": name, "text": text} for name, text in rows])
+    with writing(store) as run:
+        commit_plan(store, run, find_inputs([str(folder)]), Wanted(Fields(), 20))
+        engine.execute(ChunkStage(), store, run)
+        (counts,) = finish_plans(store, run, range_rows=16).values()
+    reasons = iter(first_come([row for rows in inputs for row in rows]))
+    expected = [
+        (f"{number}.jsonl", line, why)
+        for number, rows in enumerate(inputs)
+        for line, why in enumerate(itertools.islice(reasons, len(rows)), 1)
+        if why
+    ]
+    assert set_aside(store) == expected
+    assert counts.by_id + counts.by_text == len(expected)
+    assert verify(store.root).problems == []
+
+
+def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrotool.stages.duplicates._COUNTED_SOURCES", 10)
+    counts = DuplicateCounts()
+    for small in range(100):
+        sources = ["large", "large", "middle", f"small-{small}"]
+        none = np.zeros(4, np.int64)
+        counts.add(Repeats(none, np.array([True, False, True, False]), pa.array([""] * 4), none, sources, 0))
+        assert len(counts.sources) <= 10
+    assert counts.largest(2) == [("large", (100, 100)), ("middle", (0, 100))]
+    assert (counts.by_id, counts.by_text) == (200, 200)

@@ -1,0 +1,66 @@
+"""Cutting a text changes none of its tokens."""
+
+from __future__ import annotations
+
+import awkward
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers.cut import cut, cut_some, slices
+
+CUTTABLE = [kind for kind in awkward.KINDS if kind != "unigram"]
+sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+
+
+@settings(deadline=None)
+@given(texts=st.lists(awkward.texts, max_size=6), limits=sizes)
+def test_pieces_are_the_texts_in_order(texts, limits):
+    least, most = limits
+    pieces, counts = cut(texts, least, most)
+    assert len(counts) == len(texts)
+    ends = np.cumsum(counts)
+    assert ["".join(pieces[end - n : end]) for end, n in zip(ends, counts, strict=True)] == texts
+    for end, n in zip(ends, counts, strict=True):
+        assert all(len(piece) >= least for piece in pieces[end - n : end - 1])
+
+
+@pytest.mark.parametrize("kind", CUTTABLE)
+@settings(deadline=None, max_examples=100)
+@given(text=awkward.texts, limits=sizes)
+def test_tokens_of_the_pieces_are_those_of_the_text(kind, text, limits):
+    tokenizer = loaded(kind)
+    pieces, _ = cut([text], *limits)
+    assert [token for tokens in tokenizer.encode_batch(pieces) for token in tokens] == tokenizer.encode_batch([text])[0]
+
+
+@pytest.mark.parametrize("kind", CUTTABLE)
+def test_real_text_is_cut_often_and_keeps_its_tokens(kind):
+    tokenizer = loaded(kind)
+    pieces, counts = cut(awkward.TOPICS, 10, 40)
+    assert len(pieces) > sum(map(len, awkward.TOPICS)) / 200
+    flat, _ = tokenizer.encode_flat(pieces)
+    assert np.array_equal(flat, tokenizer.encode_flat(awkward.TOPICS)[0])
+    assert sum(counts) == len(pieces)
+
+
+def test_only_chosen_texts_are_cut():
+    texts = ["one two three four", "five six seven eight"]
+    pieces, counts = cut_some(texts, np.array([False, True]), 3, 6)
+    assert pieces[0] == texts[0]
+    assert "".join(pieces[1:]) == texts[1]
+    assert counts.tolist() == [1, len(pieces) - 1]
+    assert len(pieces) > 3
+
+
+def test_slices_hold_consecutive_texts():
+    texts = ["a" * n for n in (1, 5, 3, 20, 1, 1)]
+    runs = list(slices(texts, 8))
+    assert [text for run in runs for text in run] == texts
+    assert [sum(map(len, run)) for run in runs] == [6, 3, 20, 2]
+
+
+def loaded(kind: str) -> Tokenizer:
+    return Tokenizer(TokenizerFile(kind, awkward.made(kind)))
