@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format kill-test docs clean
+.PHONY: demo test lint format kill-test corpus-test docs clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
@@ -30,6 +30,9 @@ format: $(STAMP)
 
 kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 20
 	RETROTOOL_KILLS=$(or $(KILLS),1000) $(BIN)/python -m pytest tests/crash --timeout 0
+
+corpus-test: $(STAMP)  ## Every document of CORPUS=folder of .jsonl.zst files, and 100 kills; `make test` takes Python's own texts
+	RETROTOOL_CORPUS=$(abspath $(CORPUS)) RETROTOOL_CORPUS_KILLS=100 $(BIN)/python -m pytest tests/corpus --timeout 0
 
 docs: $(STAMP)  ## Write docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py

@@ -8,7 +8,7 @@ writes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,9 @@ from retrotool.ann.search import Queries
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.stages.database import Database, living, pick_encoder, read_part_vectors
-from retrotool.stages.neighbours import database_of
+from retrotool.stages.neighbours import check_table, database_of
 from retrotool.store import parts, tables
+from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -88,7 +89,8 @@ class Reader:
             lambda part: parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
         )
         self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
-        self._databases: dict[str, tuple[Reader, int]] = {}
+        self._neighbour_file = lru_cache(None)(self._find_neighbour_file)
+        self._databases: dict[str, tuple[Reader, Mapping[str, Any]]] = {}
 
     @property
     def path(self) -> Path:
@@ -132,8 +134,8 @@ class Reader:
         self, ids: Sequence[int] | npt.NDArray[np.int64], fits: Callable[[Chunks, int], bool]
     ) -> npt.NDArray[np.bool_]:
         """Which ids are chunks that are not purged and fit, bool [n]; ``fits`` judges a row of a row group."""
-        numbers = np.asarray(ids, np.int64).reshape(-1)
-        good = ~self._tombstones.contains(numbers)
+        numbers = _ids(ids)
+        good = ~self._tombstones.contains(numbers) & (numbers >= 0)
         for i in np.flatnonzero(good):
             part, row = int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1)
             entry = self._store.state.part_file("chunks", part)
@@ -174,7 +176,7 @@ class Reader:
 
     def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
-        numbers = np.asarray(ids, np.int64).reshape(-1)
+        numbers = _ids(ids)
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
         alive = (numbers >= 0) & self.is_living(numbers)
         for i in np.flatnonzero(alive):
@@ -188,18 +190,20 @@ class Reader:
         return self._tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
-        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, or was purged."""
+        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, or was purged.
+
+        Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
+        the order of chunk ids, that is living. The others are read as all chunks are, by their ids (``chunk_ids``).
+        """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
             table = self._keys(part)
-            place = pc.index(table["key"], pa.scalar(key, table["key"].type)).as_py()
-            if place < 0:
-                continue
-            row = self._documents(part).slice(table["doc"][place].as_py(), 1).to_pylist()[0]
-            ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
-            alive = ids[self.is_living(ids)]
-            if len(alive):
-                return [int(i) for i in alive]
+            places = table["doc"].filter(pc.equal(table["key"], pa.scalar(key, table["key"].type)))
+            for row in self._documents(part).take(places).to_pylist():
+                ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
+                alive = ids[self.is_living(ids)]
+                if len(alive):
+                    return [int(i) for i in alive]
         raise UsageError(f"the store has no document {name!r}, or it was purged")
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
@@ -219,15 +223,15 @@ class Reader:
 
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
         """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: the table's)."""
-        database, default = self._database(name)
+        database, record = self._database(name)
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
         part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
         table = self._neighbour_rows(name, part, row // ROW_GROUP)
         ids, distances = table.ids[row % ROW_GROUP], table.distances[row % ROW_GROUP]
-        keep = (ids >= 0) & database.is_searchable(ids)
+        keep = database.is_searchable(ids)
         found = [(int(i), float(d)) for i, d in zip(ids[keep], distances[keep], strict=True)]
-        return found[: default if k is None else k]
+        return found[: int(record["k"]) if k is None else k]
 
     def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
         """A chunk's living neighbours with their continuations, nearest first."""
@@ -238,17 +242,21 @@ class Reader:
         """A chunk of this store as the neighbour of something."""
         return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id))
 
-    def _database(self, name: str) -> tuple[Reader, int]:
+    def _database(self, name: str) -> tuple[Reader, Mapping[str, Any]]:
         if name not in self._databases:
-            store, k = database_of(self._store, name)
-            self._databases[name] = (self if store is self._store else Reader(store), k)
+            store, record = database_of(self._store, name)
+            self._databases[name] = (self if store is self._store else Reader(store), record)
         return self._databases[name]
 
     def _read_neighbour_rows(self, name: str, part: int, group: int) -> tables.NeighbourTable:
+        return tables.read_table(self._store, self._neighbour_file(name, part), [group])
+
+    def _find_neighbour_file(self, name: str, part: int) -> FileEntry:
         entry = self._store.state.part_file("neighbours", part, name)
         if entry is None:
             raise UsageError(f"part {part} has no neighbours {name!r} yet", "Compute them: retrotool neighbours")
-        return tables.read_table(self._store, entry, [group])
+        check_table(self._store, entry, name, self._database(name)[0]._store)
+        return entry
 
     def search(self, text: str, k: int = 5, index: str = "main", encoder: Encoder | None = None) -> list[Neighbour]:
         """The k living keys nearest to a text. ``encoder``: loaded already, for more than one search."""
@@ -256,6 +264,8 @@ class Reader:
         loaded = encoder or self.load_encoder(index)
         if not text.strip():
             raise UsageError("the text to search for is empty")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError("the text to search for is not Unicode")
         vector = loaded.embed([loaded.tokenizer.encode_chunk_text(text)]).astype(np.float32)
         best = database.search(Queries.plain(vector), k)
         return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
@@ -268,6 +278,14 @@ class Reader:
         if encoder.identity.sha256 != record["sha256"]:
             raise UsageError(f"the encoder at {record['origin']} is not the one the store was embedded with")
         return encoder
+
+
+def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Chunk ids as int64 [n]; what int64 can't hold is nobody's id, −1."""
+    try:
+        return np.asarray(ids, np.int64).reshape(-1)
+    except OverflowError:
+        return np.array([i if 0 <= i < 1 << 63 else -1 for i in map(int, ids)], np.int64)
 
 
 def open_store(path: str | Path) -> Reader:

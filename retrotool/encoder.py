@@ -3,8 +3,8 @@
 Any model directory that ``transformers.AutoModel`` reads from safetensors. Rows are sorted by length and padded
 only to the longest of their batch; pooling and normalising follow the model's own sentence-transformers
 configuration, or are the mean over time of the RETRO paper (section 2.3) where there is none. Special tokens are
-added, and pooled over, as sentence-transformers does. Cost on two CPU cores with MiniLM: about 120 chunks of 64
-tokens a second.
+added, and pooled over, as sentence-transformers does; a text in which the tokenizer sees nothing is these tokens alone.
+Cost on two CPU cores with MiniLM: about 120 chunks of 64 tokens a second.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _IDENTITY_FILES = (
     "1_Pooling/config.json",
 )
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,15 @@ def find_encoder(spec: str) -> tuple[Path, EncoderIdentity]:
     for file in (*(path / name for name in _IDENTITY_FILES), *weights):
         digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file) if file.is_file() else '-'}\n".encode())
     pooling, normalize = _pooling(path)
-    limit = int(config.get("max_position_embeddings", 512))
+    limit = _number(path / "config.json", config, "max_position_embeddings") or 512
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        limit -= int(config.get("pad_token_id", 1)) + 1  # these number positions from behind the padding index
-    declared = _json(path / "sentence_bert_config.json").get("max_seq_length")
+        padding = _number(path / "config.json", config, "pad_token_id")
+        limit -= (1 if padding is None else padding) + 1  # these number positions from behind the padding index
+    dimension = _number(path / "config.json", config, "hidden_size", "dim")
+    if not dimension:
+        raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "It is no encoder.")
+    more = path / "sentence_bert_config.json"
+    declared = _number(more, _json(more), "max_seq_length")
     name = (
         spec if spec == BUNDLED else re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec).name if Path(spec).exists() else spec)
     )
@@ -97,28 +103,46 @@ def find_encoder(spec: str) -> tuple[Path, EncoderIdentity]:
         origin=spec if spec == BUNDLED or not Path(spec).exists() else str(Path(spec).absolute()),
         sha256=digest.hexdigest(),
         tokenizer=hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest(),
-        dimension=int(config.get("hidden_size") or config.get("dim") or 0),
+        dimension=dimension,
         pooling=pooling,
         normalize=normalize,
-        max_tokens=min(limit, int(declared)) if declared else limit,
+        max_tokens=min(limit, declared) if declared else limit,
     )
     return path, identity
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
+    """What a JSON file holds; None if there is no such file."""
     try:
-        fields = orjson.loads(path.read_bytes())
+        return orjson.loads(path.read_bytes())
     except FileNotFoundError:
-        return {}
+        return None
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{path}: not JSON: {error}") from error
-    return fields if isinstance(fields, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file; none if there is no such file."""
+    fields = _load(path)
+    if not isinstance(fields, dict | None):
+        raise UsageError(f"{path}: a {type(fields).__name__}, not a JSON object")
+    return fields or {}
+
+
+def _number(path: Path, fields: dict[str, Any], *names: str) -> int | None:
+    """The first of some fields that is set; None if none is."""
+    value = next((fields[name] for name in names if fields.get(name) is not None), None)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UsageError(f"{path}: {' or '.join(names)} is {value!r}, not a number")
+    return value
 
 
 def _pooling(path: Path) -> tuple[str, bool]:
     """Pooling ("mean" or "cls") and whether vectors are normalised, as the model's own configuration says."""
     config = _json(path / "1_Pooling" / "config.json")
-    modules = orjson.loads((path / "modules.json").read_bytes()) if (path / "modules.json").is_file() else []
+    modules = _load(path / "modules.json") or []
+    if not (isinstance(modules, list) and all(isinstance(module, dict) for module in modules)):
+        raise UsageError(f"{path / 'modules.json'}: not a list of JSON objects")
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
@@ -138,18 +162,21 @@ def _pooling(path: Path) -> tuple[str, bool]:
     return names[chosen.pop()], "Normalize" in kinds
 
 
-def choose_device(device: str) -> str:
-    """``auto`` to ``cuda`` where there is one, else ``cpu``; ``UsageError`` for one that is not there."""
+def check_device(device: str, dtype: str = "auto") -> None:
+    """``UsageError`` for a device or a type that an encoder can't be put on here; imports torch only if it has to."""
+    if dtype not in ("auto", *_DTYPES):
+        raise UsageError(f"dtype {dtype!r} is not known", f"Known are auto, {', '.join(_DTYPES)}.")
+    if device in ("auto", "cpu"):
+        return
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(f"device {device!r} is not known", "Use auto, cpu, cuda or cuda:N.")
     import torch
 
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise UsageError(f"device {device!r}: torch sees no GPU", "Use --device cpu, or install a CUDA build of torch.")
-    try:
-        return str(torch.device(device))
-    except RuntimeError as error:
-        raise UsageError(f"device {device!r} is not known to torch", "Use auto, cpu or cuda.") from error
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
 
 
 class Encoder:
@@ -160,20 +187,21 @@ class Encoder:
         import transformers
 
         path, self.identity = find_encoder(spec)
-        self.device = choose_device(device)
-        kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        check_device(device, dtype)
+        gpu = torch.cuda.is_available()
+        self.device = ("cuda" if gpu else "cpu") if device == "auto" else device
         self.dtype = ("float16" if self.device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-        if self.dtype not in kinds:
-            raise UsageError(f"dtype {dtype!r} is not known", f"Known are auto, {', '.join(kinds)}.")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        kind = getattr(torch, self.dtype)
         try:
             model = transformers.AutoModel.from_pretrained(
-                path, dtype=kinds[self.dtype], use_safetensors=True, local_files_only=True, trust_remote_code=False
+                path, dtype=kind, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UsageError(f"encoder {spec!r} can't be loaded: {str(error).splitlines()[0]}") from error
-        self._model = model.to(self.device).eval()
+            self._model = model.to(self.device).eval()
+        except Exception as error:  # the library raises whatever its parts do
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"encoder {spec!r} can't be loaded: {type(error).__name__}: {reason}") from error
         self.tokenizer = Tokenizer(find_tokenizer(str(path)))
         self._before, self._after = self.tokenizer.special_tokens()
         self._batch_tokens = _BATCH_TOKENS.get(self.device.split(":")[0], 4096)
@@ -183,27 +211,31 @@ class Encoder:
     ) -> npt.NDArray[np.float16]:
         """Vectors, float16 [n, dimension], of rows of the encoder's own token ids, without special tokens.
 
-        An empty row gives zeros; a row over the model's length is cut. ``report`` is told of each batch's rows.
-        ``RetrotoolError`` names the row if the model gives NaN or a number that float16 can't hold.
+        An empty row is embedded as the special tokens alone (zeros for a model without any); a row over the model's
+        length is cut. ``report`` is told of each batch's rows. ``RetrotoolError`` names the row if the model gives NaN
+        or a number that float16 can't hold.
         """
         import torch
 
-        room = self.identity.max_tokens - len(self._before) - len(self._after)
+        frame = len(self._before) + len(self._after)
+        room = self.identity.max_tokens - frame
         lengths = np.array([min(len(row), room) for row in rows], np.int64)
         vectors = np.zeros((len(rows), self.identity.dimension), np.float16)
         # Longest first: a batch too large for the device shows at once.
         order = np.argsort(-lengths, kind="stable")
-        order = order[: int((lengths > 0).sum())]
+        whole = int((lengths + frame > 0).sum())
+        report(len(rows) - whole)
+        order = order[:whole]
         start = 0
         while start < len(order):
-            longest = int(lengths[order[start]]) + len(self._before) + len(self._after)
+            longest = int(lengths[order[start]]) + frame
             batch = order[start : start + max(1, self._batch_tokens // longest)]
             ids = np.zeros((len(batch), longest), np.int64)
             mask = np.zeros((len(batch), longest), np.int64)
             for i, row in enumerate(batch):
-                whole = [*self._before, *list(rows[row])[:room], *self._after]
-                ids[i, : len(whole)] = whole
-                mask[i, : len(whole)] = 1
+                framed = [*self._before, *list(rows[row])[:room], *self._after]
+                ids[i, : len(framed)] = framed
+                mask[i, : len(framed)] = 1
             out = self._forward(torch.from_numpy(ids), torch.from_numpy(mask))
             with np.errstate(over="ignore"):
                 vectors[batch] = out.cpu().numpy()

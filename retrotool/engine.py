@@ -1,9 +1,9 @@
 """Who runs tasks: this process, or local worker processes.
 
 ``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under
-it is simply done again. A failed task is tried three times; the others go on. Workers are spawned, and get the
-stage, the store's path and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and
-the rest is dropped.
+it is simply done again. A failed task is tried three times; the others go on. A stage may say what to stage for one
+that fails for good (``GivesUp``): others would wait for it. Workers are spawned, and get the stage, the store's path
+and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and the rest is dropped.
 
 With few tasks the largest are begun first, so that no worker is left alone with one at the end.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
-from retrotool.stages.base import Report, Stage, Task, Worker
+from retrotool.stages.base import GivesUp, Report, Stage, Task, Worker
 from retrotool.store import staging
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
@@ -38,6 +38,8 @@ from retrotool.store.store import Store
 FOLD_SECONDS = 30.0
 ATTEMPTS = 3
 _FATAL = (StorageError, AbortError, KeyboardInterrupt)
+_NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)
+"""Errors that are told as they are, or may be gone when the same command is run again: no task is given up for them."""
 _FEW = 8
 """Tasks a worker up to which they are begun by size."""
 
@@ -77,7 +79,7 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: E
     error of ours.
     """
     failures = _Failures()
-    labels: dict[str, str] = {}
+    known: dict[str, Task] = {}
     refused: dict[str, int] = {}
     try:
         while True:
@@ -86,15 +88,16 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: E
             tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
             if not tasks:
                 break
-            labels.update((task.key, task.label) for task in tasks)
+            known.update((task.key, task) for task in tasks)
             _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures, enough)
+            _give_up(stage, store, run, known, failures, enough)
             for key, reason in staging.fold(store, run).refused.items():
                 refused[key] = refused.get(key, 0) + 1
                 if refused[key] >= ATTEMPTS:
-                    failures.given_up[key] = TaskError(
-                        f"{stage.name}: {labels.get(key, key)} can't be committed: {reason}"
-                    )
+                    label = known[key].label if key in known else key
+                    failures.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
     except _Ended:
+        _give_up(stage, store, run, known, failures, None)
         staging.fold(store, run)
     except KeyboardInterrupt:
         staging.fold(store, run)
@@ -103,9 +106,27 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: E
         if isinstance(error, RetrotoolError):
             raise error
         raise TaskError(
-            f"{stage.name}: {labels[key]} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
+            f"{stage.name}: {known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
             "What the other tasks did is committed. Run the same command again to try the rest.",
         ) from error
+
+
+def _give_up(
+    stage: Stage, store: Store, run: Run, known: dict[str, Task], failures: _Failures, enough: Enough | None
+) -> None:
+    """Have the stage stage what is to stand for tasks that failed for good, if it can."""
+    if not isinstance(stage, GivesUp):
+        return
+    ended = False
+    for key, error in list(failures.given_up.items()):
+        if isinstance(error, _NOT_THE_DATA):
+            continue
+        staged = stage.give_up(store, known[key], run.id, error)
+        staging.stage(store.root, staged)
+        del failures.given_up[key]
+        ended |= enough is not None and enough(staged)
+    if ended:
+        raise _Ended
 
 
 def _run_tasks(
@@ -161,7 +182,12 @@ def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) ->
     """Do one task and stage it, unless that was done meanwhile. This is all that another engine has to call."""
     if staging.is_staged(root, task.key):
         return None
-    staged = worker(task, run, report)
+    try:
+        staged = worker(task, run, report)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the panic of a library in Rust, which no other process knows the class of
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     staging.stage(root, staged)
     return staged
 

@@ -1,42 +1,59 @@
 """k-means in torch (Lloyd's iterations): blocked assignment by one matrix product, empty clusters re-seeded.
 
-Cost of an iteration: 2·n·k·d multiply-adds. Deterministic from the seed on one device up to the order of float sums.
+No centroid is one of the vectors, to the bit: centroids stay in a store when a chunk is erased, so its vector must not
+stand among them (``_blur``). Vectors are shifted by a mean before products and sums, which lose digits where vectors
+have much in common. Cost of an iteration: 2·n·k·d multiply-adds. Deterministic from the seed on one device up to the
+order of float sums.
+
+Not done here: hiding what a cluster holds. The centroid of a cluster of one vector is close to it.
 """
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
 
 _BLOCK_ENTRIES = 1 << 25
+_SPLIT = 1 / 1024
+"""By how much, relatively, the halves of a cluster that is split are moved apart; as faiss does."""
+_BLUR = 1 / 256
+"""By how much, relatively, a centroid is moved that is one of the vectors: a unit in the last place of bfloat16."""
+_ATTEMPTS = 100
 
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest centroid of each vector: squared distances float32 [n] and indices int64 [n]."""
     import torch
 
-    half_norms = centroids.square().sum(1) / 2
+    shift = centroids.mean(0)
+    table = centroids - shift
+    half_norms = table.square().sum(1) / 2
     block = max(1, _BLOCK_ENTRIES // len(centroids))
     found = []
     for rows in torch.split(vectors, block):
+        shifted = rows - shift
         # argmax of q·c − |c|²/2 is argmin of |q − c|²
-        score, index = torch.addmm(-half_norms, rows, centroids.T).max(1)
-        found.append((rows.square().sum(1) - 2 * score, index))
+        score, index = torch.addmm(-half_norms, shifted, table.T).max(1)
+        found.append((shifted.square().sum(1) - 2 * score, index))
     distances, indices = zip(*found, strict=True)
     return torch.cat(distances).clamp_min(0), torch.cat(indices)
 
 
 def kmeans(vectors: torch.Tensor, k: int, *, iterations: int = 10, seed: int = 0) -> torch.Tensor:
-    """Centroids, float32 [k, d], of ``vectors``, float32 [n, d], n ≥ k.
+    """Centroids, float32 [k, d], of ``vectors``, float32 [n, d], n ≥ k; none is a vector, in float32 or float16.
 
-    Starts from k vectors drawn at random. A cluster that loses all its vectors is moved to one of the vectors
-    that lie farthest from their centroids.
+    Starts from k vectors drawn at random. A cluster that loses all its vectors takes half of the one whose vectors lie
+    farthest from their centroid, in sum: moved to one of the vectors it would keep that one to itself.
     """
     import torch
 
-    n, d = vectors.shape
+    n = len(vectors)
     if not 1 <= k <= n:
         raise ValueError(f"k-means of {n} vectors into {k} clusters")
     generator = torch.Generator().manual_seed(seed)
@@ -44,9 +61,85 @@ def kmeans(vectors: torch.Tensor, k: int, *, iterations: int = 10, seed: int = 0
     for _ in range(iterations):
         distances, index = assign(vectors, centroids)
         counts = torch.bincount(index, minlength=k)
-        sums = torch.zeros(k, d, device=vectors.device).index_add_(0, index, vectors)
-        centroids = sums / counts.clamp_min(1).unsqueeze(1)
-        empty = torch.nonzero(counts == 0).flatten()
-        if len(empty):
-            centroids[empty] = vectors[distances.topk(len(empty)).indices]
+        centroids = _means(vectors, index, counts)
+        _fill_empty(centroids, counts, torch.bincount(index, distances, minlength=k), generator)
+    _blur(centroids, vectors, generator)
     return centroids
+
+
+def _means(vectors: torch.Tensor, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean of each cluster's vectors, float32 [k, d]; of an empty one that of all."""
+    import torch
+
+    shift = vectors.mean(0)
+    sums = torch.zeros(len(counts), vectors.shape[1], device=vectors.device)
+    block = max(1, _BLOCK_ENTRIES // vectors.shape[1])
+    for rows, to in zip(torch.split(vectors, block), torch.split(index, block), strict=True):
+        sums.index_add_(0, to, rows - shift)
+    return sums / counts.clamp_min(1).unsqueeze(1) + shift
+
+
+def _fill_empty(
+    centroids: torch.Tensor, counts: torch.Tensor, errors: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Move the centroids of empty clusters beside those of clusters with the largest ``errors`` [k], in place.
+
+    A cluster is split again once half of its error is the largest. Copies of one vector have no error: they can't be
+    split.
+    """
+    import torch
+
+    empty = torch.nonzero(counts == 0).flatten()
+    if not len(empty):
+        return
+    heap = [(-e, cluster) for cluster, (e, n) in enumerate(zip(errors.tolist(), counts.tolist(), strict=True)) if n > 1]
+    heapq.heapify(heap)
+    donors = []
+    for _ in range(len(empty) if heap else 0):
+        error, cluster = heap[0]
+        donors.append(cluster)
+        heapq.heapreplace(heap, (error / 2, cluster))
+    to, donor = empty[: len(donors)], torch.tensor(donors, dtype=torch.int64, device=centroids.device)
+    centroids[to] = centroids[donor] + _SPLIT * _signs(centroids[donor], generator)
+
+
+def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> None:
+    """Move every centroid that is one of ``vectors``, as float16 has them, off it, in place.
+
+    That is the mean of a cluster of one vector, or of copies of one: what many documents begin with, say. The move is
+    too small to change which centroid is nearest. It is rounded, so that who knows the seed can't take it back exactly.
+    """
+    import torch
+
+    for attempt in range(1, _ATTEMPTS):
+        same = torch.from_numpy(_same_rows(centroids, vectors)).to(centroids.device)
+        if not len(same):
+            return
+        moved = centroids[same] + attempt * _BLUR * _signs(centroids[same], generator)
+        centroids[same] = moved.to(torch.bfloat16).float()
+    raise ValueError(f"{len(same)} centroids can't be told from vectors")
+
+
+def _signs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random signs times the size of each number of ``rows``, or times the usual size in its row if that is larger."""
+    import torch
+
+    usual = rows.square().mean(1, keepdim=True).sqrt()
+    usual[usual == 0] = 1
+    signs = 2 * torch.randint(0, 2, rows.shape, generator=generator).to(rows.device) - 1
+    return torch.maximum(rows.abs(), usual) * signs
+
+
+def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Which of ``rows`` [k, d] are among ``others`` [n, d] as float16 has both, int64."""
+    import torch
+
+    def halves(some: torch.Tensor) -> list[bytes]:
+        half: npt.NDArray[np.float16] = (some.to(torch.float16) + 0).cpu().numpy()  # −0 is 0
+        return [row.tobytes() for row in half]
+
+    own = halves(rows)
+    known = set(own)
+    block = max(1, _BLOCK_ENTRIES // others.shape[1])
+    found = {key for some in torch.split(others, block) for key in halves(some) if key in known}
+    return np.flatnonzero([key in found for key in own])

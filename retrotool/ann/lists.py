@@ -3,6 +3,9 @@
 A flat index is an ``IndexIDMap2`` over a float16 scalar quantiser and is read as a single list; an IVF index is an
 ``IndexIVFScalarQuantizer`` whose codes are the float16 vectors themselves (not residuals). So codes lose nothing,
 and distances to them are distances to the stored embeddings. Ids are chunk ids, ascending in every list.
+
+faiss writes through a Python file, and what it wrote is read back: on its own it only prints that a disk was full when
+the file was closed. That costs a copy, and one more read of what has just been written.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.errors import CorruptError
+from retrotool.errors import CorruptError, StorageError
+
+_WRITE_BYTES = 1 << 20
 
 Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16]
@@ -82,21 +87,81 @@ def add(index: Any, ids: Ids, vectors: Vectors, assigned: Ids | None) -> None:
 
 
 def write(index: Any, path: Path) -> int:
-    """Write an index to a path; return how many vectors it holds. Use through the store's door only."""
+    """Write an index to a path; return how many vectors it holds. Use through the store's door only, with ``check``."""
     import faiss
 
-    faiss.write_index(index, str(path))
+    library: Any = faiss  # type checkers miss some of its names
+    with path.open("xb") as file:
+        failed: list[BaseException] = []
+
+        def put(data: bytes) -> None:
+            try:
+                file.write(data)
+            except BaseException as error:
+                failed.append(error)
+                raise
+
+        try:
+            library.write_index(index, library.PyCallbackIOWriter(put, _WRITE_BYTES))
+        except RuntimeError:
+            if failed:  # faiss does not say what the callback raised
+                raise failed[0] from None
+            raise
     return int(index.ntotal)
+
+
+def check(index: Any, path: Path) -> None:
+    """``StorageError`` unless the file holds what ``index`` does: as many vectors, and the same in every list."""
+    meant = _arrays(index, path)
+    try:
+        found = read(path)
+    except CorruptError as error:
+        raise _not_written(path) from error
+    if not (
+        len(meant.ids) == len(found.ids)
+        and _equal(meant.centroids, found.centroids)
+        and all(map(_equal, meant.ids, found.ids))
+        and all(map(_equal, meant.vectors, found.vectors))
+    ):
+        raise _not_written(path)
+
+
+def _equal(one: npt.NDArray[Any] | None, other: npt.NDArray[Any] | None) -> bool:
+    """Whether two arrays are the same to the bit."""
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and np.array_equal(one.view(np.uint8), other.view(np.uint8))
+
+
+def _not_written(path: Path) -> StorageError:
+    return StorageError(
+        f"{path}: what lies there is not what was written; what was committed before is untouched",
+        "Look for a full or failing disk, then run the same command again: it goes on where it stopped.",
+    )
+
+
+def open_index(path: Path, flags: int = 0) -> Any:
+    """A faiss index from a file; ``CorruptError`` if faiss can't read it."""
+    import faiss
+
+    try:
+        return faiss.read_index(str(path), flags)
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
 
 
 def read(path: Path) -> InvertedLists:
     """Map an index file; ``CorruptError`` if faiss can't read it or it is of another kind."""
     import faiss
 
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    except RuntimeError as error:
-        raise CorruptError(f"{path} is no index that faiss can read: {str(error).splitlines()[0][:200]}") from error
+    return _arrays(open_index(path, faiss.IO_FLAG_MMAP), path)
+
+
+def _arrays(index: Any, path: Path) -> InvertedLists:
+    """The lists of an index as arrays over its memory; ``CorruptError`` if it is of another kind."""
+    import faiss
+
     if isinstance(index, faiss.IndexIVFScalarQuantizer):
         inverted: Any = index.invlists
         sizes = [inverted.list_size(i) for i in range(index.nlist)]
@@ -106,8 +171,11 @@ def read(path: Path) -> InvertedLists:
     if isinstance(index, faiss.IndexIDMap2):
         inner = faiss.downcast_index(index.index)
         if isinstance(inner, faiss.IndexScalarQuantizer) and inner.code_size == 2 * index.d:
-            flat = faiss.vector_to_array(inner.codes).view(np.float16).reshape(-1, index.d)
-            return InvertedLists(None, (faiss.vector_to_array(index.id_map),), (flat,))
+            n = int(index.id_map.size())
+            if inner.codes.size() != 2 * index.d * n:
+                raise CorruptError(f"{path}: {n:,} ids for {inner.codes.size():,} bytes of vectors")
+            flat = _view(index, inner.codes.data(), (n, index.d), np.float16)
+            return InvertedLists(None, (_view(index, index.id_map.data(), (n,), np.int64),), (flat,))
     raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
 
 

@@ -12,7 +12,7 @@ from retrotool.cli.options import Json, StoreArgument, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
-    from retrotool.commands.chunking import ChunkResult
+    from retrotool.commands.chunk_result import ChunkResult
     from retrotool.commands.estimating import Estimate
 
 EPILOG = """\b
@@ -237,7 +237,9 @@ def _text(result: ChunkResult) -> str:
             f"Stopped: {result.stopped}. What was read is kept. Mend the input and add --retry-quarantine to the "
             "command, or go on without it: --max-bad 1000, say."
         )
-    elif result.damaged:
+    elif result.exceeded:
+        lines.append(f"More than was allowed: {result.exceeded}. All was read, and what is good is kept.")
+    if result.damaged and not result.stopped:
         lines.append("What a broken file lost is added when it is mended: --retry-quarantine.")
     return "\n".join(lines)
 

@@ -28,12 +28,16 @@ def command(
     """Build the nearest-neighbour index, and measure its true recall.
 
     Exact for small stores, an inverted file above. Parts that were embedded since are added. The recall is that of
-    random chunks against exact search over the whole store, their own documents left out.
+    random chunks against exact search over all that is indexed, their own documents left out.
     """
     with output.errors(as_json):
         from retrotool import commands
 
-        output.show(commands.index(store, name=name, encoder=encoder, target_recall=target_recall), as_json, _text)
+        result = commands.index(store, name=name, encoder=encoder, target_recall=target_recall)
+        output.show(result, as_json, _text)
+        if result.not_embedded:
+            output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
+            output.note("\n".join(f"  {command}" for command in result.next))
 
 
 def _text(result: IndexResult) -> str:

@@ -34,13 +34,22 @@ def command(
     """Find the nearest chunks of every chunk, outside its own document.
 
     Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
-    is the same if its id is. Purged chunks are never found, and are masked in tables computed before.
+    is the same if its id is. Purged chunks are never found, and are masked in tables computed before; run it again to
+    fill rows up that have fewer than K left.
     """
     with output.errors(as_json):
         from retrotool import commands
 
         result = commands.neighbours(store, queries=queries, k=k, saved=saved, name=name, index=index)
         output.show(result, as_json, _text)
+        if result.not_embedded:
+            output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')} that have no embeddings.")
+        if result.not_indexed:
+            output.note(
+                f"Never found: {output.count(result.not_indexed, 'chunk')} of {store} that are not in the index."
+            )
+        if result.next:
+            output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 
 
 def _text(result: NeighboursResult) -> str:

@@ -33,3 +33,11 @@ def parse_size(option: str, text: str) -> int:
 def unescape(text: str) -> str:
     """A text with the usual backslash escapes (of n, t, r, f, 0 and the backslash) made what they stand for."""
     return re.sub(r"\\([ntrf0\\])", lambda match: _ESCAPES[match[1]], text)
+
+
+def check_utf8(option: str, text: str) -> None:
+    """``UsageError`` if a text is not UTF-8: the shell hands any bytes on, and no file of a store can hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} {text!a} is not UTF-8") from None

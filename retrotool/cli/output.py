@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 import typer
 
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
+EXIT_FAILED = 1
+
 
 def show(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a result (a dataclass): one JSON object on stdout, or ``text`` of it."""
     if as_json:
-        fields = asdict(result)
-        sys.stdout.write(orjson.dumps(fields, default=str, option=orjson.OPT_SERIALIZE_NUMPY).decode() + "\n")
+        _write_json(asdict(result))
     else:
-        typer.echo(text(result))
+        typer.echo(_printable(text(result)))
+
+
+def _write_json(fields: dict[str, Any]) -> None:
+    try:
+        data = orjson.dumps(fields, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:  # a path, perhaps, that is not UTF-8
+        data = orjson.dumps(_all_printable(fields), default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+    sys.stdout.write(data.decode() + "\n")
+
+
+def _printable(text: str) -> str:
+    """A text with what is not UTF-8 escaped: a path must not keep a result, or an error, from being told."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _all_printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return _printable(value)
+    if isinstance(value, dict):
+        return {_all_printable(key): _all_printable(inner) for key, inner in value.items()}
+    return [_all_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
@@ -64,21 +87,41 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
+def stop(message: str, as_json: bool) -> NoReturn:
+    """End a command that a person does not want to go on: with exit code 1, but it is no error."""
+    note(message)
+    _tell_json(message, "", EXIT_FAILED, as_json)
+    raise typer.Exit(EXIT_FAILED)
+
+
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors of ours into a message and an exit code; with ``--json`` also into an object on stdout."""
+    """Turn errors of ours into a message and an exit code; with ``--json`` also into an object on stdout.
+
+    So too what the system says of a file. Anything else is a bug, and shows its traceback.
+    """
     try:
         yield
     except RetrotoolError as error:
-        note(f"error: {error}")
-        if error.advice:
-            note(error.advice)
-        if as_json:
-            # A path that is not UTF-8 must not keep an error from being told.
-            message = str(error).encode("utf-8", "backslashreplace").decode()
-            fields = {"error": message, "advice": error.advice, "exit_code": error.exit_code}
-            sys.stdout.write(orjson.dumps(fields).decode() + "\n")
+        _tell(str(error), error.advice, error.exit_code, as_json)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        _tell(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
+        raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
         note("interrupted: what is finished is kept; run the same command again to go on.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _tell(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+    note(f"error: {message}")
+    if advice:
+        note(advice)
+    _tell_json(message, advice, exit_code, as_json)
+
+
+def _tell_json(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+    if as_json:
+        _write_json({"error": message, "advice": advice, "exit_code": exit_code})

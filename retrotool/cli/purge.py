@@ -66,36 +66,69 @@ def command(
         if len(chosen) != 1:
             raise UsageError("give one of --ids, --documents, --where and --pattern", "See: retrotool purge --help")
 
+        declined = False
+
         def confirm(planned: PurgeResult) -> bool:
-            if yes or planned.share <= ASK_ABOVE:
+            nonlocal declined
+            if yes or max(planned.share, planned.unerased_share) <= ASK_ABOVE:
                 return True
-            question = f"This purges {planned.chunks:,} chunks, {planned.share:.1%} of the store. Go on?"
-            if not sys.stdin.isatty():
-                raise UsageError(
-                    question.removesuffix(" Go on?"), "Above 1 % it wants --yes. See what it is with --dry-run."
-                )
-            return typer.confirm(question, err=True)
+            declined = not _agrees(_warning(planned, erase))
+            return not declined
 
         result = commands.purge(store, *chosen[0], reason=reason, dry_run=dry_run, erase=erase, confirm=confirm)
-        output.show(result, as_json, lambda result: _text(store, result))
+        if declined:
+            output.stop("Nothing was purged.", as_json)
+        output.show(result, as_json, lambda result: _text(store, result, erase))
+        for sentence in result.left:
+            output.note(sentence)
 
 
-def _text(store: Path, result: PurgeResult) -> str:
+def _warning(planned: PurgeResult, erase: bool) -> str:
+    """What is about to happen."""
+    does = []
+    if planned.chunks:
+        does.append(f"purges {output.count(planned.chunks, 'chunk')}, {planned.share:.1%} of the store")
+    if erase:
+        share = f"{planned.unerased_share:.1%} of all it ever had"
+        does.append(f"erases {output.count(planned.unerased, 'chunk')} for good, {share}")
+    return f"This {', and '.join(does)}."
+
+
+def _agrees(warning: str) -> bool:
+    """Ask a person; ``UsageError`` if none is there."""
+    if not sys.stdin.isatty():
+        raise UsageError(warning.removesuffix("."), "Above 1 % it wants --yes. See what it is with --dry-run.")
+    sys.stderr.write(f"{warning} Go on? [y/N]: ")
+    sys.stderr.flush()
+    # Not typer's own: it can't tell Ctrl-C, which ends a command with another exit code, from an answer.
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _text(store: Path, result: PurgeResult, erase: bool) -> str:
     documents = output.count(result.documents, "whole document")
     what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
     before = f"; {result.already_purged:,} more were purged before" if result.already_purged else ""
+    copies = ""
+    if result.copies:
+        repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
+        copies = f", those of {result.copies:,} set-aside {repeating} them included"
     if result.dry_run:
         lines = [f"Would purge {what}{before}. Nothing was changed."]
+        if erase:
+            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{copies}.")
         lines += ["First chunks: " + ", ".join(map(str, result.examples))] if result.examples else []
         return "\n".join(lines)
     if not result.purge and not result.erased:
         return f"Nothing to purge{before}."
-    lines = [f"Purged {what}{before} (purge {result.purge}, commit {result.commit})."] if result.purge else []
+    lines = []
+    if result.purge and (result.chunks or not result.erased):
+        lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
         lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
     if result.erased:
         lines.append(
-            f"Erased {output.count(result.erased, 'chunk')}; {output.count(result.files_rewritten, 'file')} rewritten. "
-            f"Check: retrotool verify {store}"
+            f"Erased {output.count(result.erased, 'chunk')}{copies}; "
+            f"{output.count(result.files_rewritten, 'file')} rewritten. Check: retrotool verify {store}"
         )
+    lines += result.not_reached
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Device, Json, StoreArgument
+from retrotool.cli.options import Device, Json, StoreArgument, check_utf8
 from retrotool.errors import UsageError
 
 EPILOG = """\b
@@ -50,6 +50,7 @@ def command(
 
         if not text.strip():
             raise UsageError("TEXT is empty")
+        check_utf8("TEXT", text)
         reader = retrotool.open(store)
         found = reader.search(text, k, index, reader.load_encoder(index, device))
         results = [

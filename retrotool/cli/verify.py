@@ -20,7 +20,7 @@ Examples:
   retrotool verify store
   retrotool verify store --json
 
-Exit codes: 0 all is well, 12 something is not."""
+Exit codes: 0 all is well, 12 something is not, or files were erased again and again while it was at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,8 @@ def _text(found: Verified) -> str:
     lines = [
         f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}: "
         + ("all is well." if found.ok else "NOT well.")
+        if found.commit >= 0 or found.ok
+        else "The store can't be opened: NOT well."
     ]
     lines += [f"  problem: {problem}" for problem in found.problems]
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours")

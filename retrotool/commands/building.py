@@ -1,8 +1,14 @@
-"""``embed``, ``index`` and ``neighbours``."""
+"""``embed``, ``index`` and ``neighbours``.
+
+Results count living keys: those that are neither purged nor erased. What a command can't do yet, because the one before
+it was not run since the store grew, is counted too, with the commands to run next.
+"""
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +16,15 @@ from typing import Any
 from tqdm import tqdm
 
 from retrotool import engine
+from retrotool.ann import lists
 from retrotool.commands.writing import writing
-from retrotool.encoder import find_encoder
-from retrotool.errors import ConflictError, UsageError
+from retrotool.encoder import check_device, find_encoder
+from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
+from retrotool.stages.base import Task
 from retrotool.stages.chunk_plan import write_json
-from retrotool.stages.database import Database, count_keys, embedded_parts, pick_encoder
+from retrotool.stages.database import Database, count_left, count_living_keys, embedded_parts, pick_encoder
 from retrotool.stages.embed import EmbedStage
-from retrotool.stages.index import IndexStage, encoder_of, shards
+from retrotool.stages.index import IndexStage, encoder_of, read_trained, shards
 from retrotool.stages.neighbours import NeighboursStage, check_encoders
 from retrotool.stages.recall import Recall, tune
 from retrotool.store.log import Draft
@@ -24,8 +32,10 @@ from retrotool.store.paths import FileName, check_name
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import BUNDLED
 
+K = 2
 SAVED = 20
 
 
@@ -44,20 +54,29 @@ class EmbedResult:
 def embed(root: str | Path, *, encoder: str = BUNDLED, device: str = "auto", dtype: str = "auto") -> EmbedResult:
     """Embed every part that has no embeddings of ``encoder``."""
     store = Store.open(root)
+    check_device(device, dtype)
     identity = find_encoder(encoder)[1]
     with writing(store) as run:
         stage = EmbedStage(encoder, identity, device, dtype)
-        todo = sum(task.weight for task in stage.plan(store))
+        todo = _count(store, [task.inputs["part"] for task in stage.plan(store)])
         engine.execute(stage, store, run)
     state = store.refresh()
-    group = state.group("embeddings", identity.name)
-    embedded = sum(count_keys(store, int(slot)) for slot in group)
+    embedded = _count(store, embedded_parts(store, identity.name))
     return EmbedResult(identity.name, identity.dimension, identity.pooling, todo, embedded, state.number)
+
+
+def _count(store: Store, numbers: Iterable[int]) -> int:
+    """Living keys of some parts."""
+    tombstones = read_tombstones(store)
+    return sum(count_living_keys(store, part, tombstones) for part in numbers)
 
 
 @dataclass(frozen=True, slots=True)
 class IndexResult:
-    """What ``index`` made. ``bytes_per_vector`` is what the shards' files take, divided by their vectors."""
+    """What ``index`` made. ``bytes_per_vector`` is what the shards' files take, divided by their vectors.
+
+    ``not_embedded`` keys are in no shard, for they have no embeddings; ``next`` are the commands that change that.
+    """
 
     name: str
     encoder: str
@@ -71,6 +90,8 @@ class IndexResult:
     recall_error: float
     commit: int
     curve: tuple[Recall, ...] = ()
+    not_embedded: int = 0
+    next: tuple[str, ...] = ()
 
 
 def index(
@@ -102,16 +123,41 @@ def index(
         key: record[key]
         for key in ("encoder", "kind", "vectors", "nlist", "nprobe", "bytes_per_vector", "recall_at_10", "recall_error")
     }
-    return IndexResult(name=name, shards=len(record["shards"]), commit=state.number, curve=curve, **shown)
+    left = count_left(store, embedded_parts(store, chosen), read_tombstones(store))
+    todo = (_embed_command(store, root, chosen), _command("index", root, name=name)) if left else ()
+    return IndexResult(
+        name=name, shards=len(record["shards"]), commit=state.number, curve=curve, not_embedded=left, next=todo, **shown
+    )
+
+
+def _command(command: str, root: str | Path, **options: object) -> str:
+    """A command line, without the options that are what they are by default."""
+    given = [
+        ("-k" if option == "k" else f"--{option}", str(value))
+        for option, value in options.items()
+        if value not in ("main", None)
+    ]
+    return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
+
+
+def _embed_command(store: Store, root: str | Path, encoder: str) -> str:
+    """The command that embeds what is new in a store with an encoder that it knows."""
+    origin = str(store.state.records[f"encoder:{encoder}"]["origin"])
+    return _command("embed", root, encoder=None if origin == BUNDLED else origin)
 
 
 def _measure_until_committed(store: Store, run: Run, name: str, encoder: str, target: float) -> dict[str, Any]:
-    """Measure, and again if another process has changed the shards meanwhile."""
+    """Measure, and again if another process has changed the shards, or erased what was read, meanwhile."""
     while True:
+        seen = store.state.number
         try:
             return _measure(store, run, name, encoder, target)
-        except ConflictError:
+        except (ConflictError, ErasedError):
             store.refresh()
+        except CorruptError:
+            # A file that is unlinked between being looked up and being read looks broken.
+            if store.refresh().number == seen:
+                raise
 
 
 def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> dict[str, Any]:
@@ -121,11 +167,10 @@ def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> 
         point, curve = tune(store, encoder, name, target, bar.update)
     group = store.state.group("index", name)
     entries = {slot: entry for slot in group if slot.startswith("shard-") and (entry := group.get(slot)) is not None}
-    trained = group.get("trained")
-    assert trained is not None, "the stage has just trained"
     count = sum(entry.rows for entry in entries.values())
     size = sum(entry.bytes for entry in entries.values())
-    nlist = _nlist(store, trained.path)
+    centroids = lists.centroids_of(read_trained(store, name)[1])
+    nlist = 0 if centroids is None else len(centroids)
     record: dict[str, Any] = {
         "encoder": encoder, "kind": "IVF, float16" if nlist else "flat, float16",
         "nlist": nlist, "nprobe": point.nprobe, "target": target,
@@ -148,16 +193,13 @@ def _measure(store: Store, run: Run, name: str, encoder: str, target: float) -> 
     return record
 
 
-def _nlist(store: Store, trained: str) -> int:
-    import faiss
-
-    index = faiss.read_index(str(store.root / trained))
-    return int(index.nlist) if isinstance(index, faiss.IndexIVF) else 0
-
-
 @dataclass(frozen=True, slots=True)
 class NeighboursResult:
-    """What ``neighbours`` did; ``queries`` are the keys searched for by this run, ``rows`` those the table has now."""
+    """What ``neighbours`` did; ``queries`` are the keys searched for by this run, ``rows`` those the table has now.
+
+    ``not_embedded`` keys of the query store have no embeddings, so no neighbours; ``not_indexed`` keys of the database
+    are not in the index, so they are nobody's; ``next`` are the commands that change that.
+    """
 
     name: str
     database: str
@@ -168,13 +210,16 @@ class NeighboursResult:
     k: int
     saved: int
     commit: int
+    not_embedded: int = 0
+    not_indexed: int = 0
+    next: tuple[str, ...] = ()
 
 
 def neighbours(
     root: str | Path,
     *,
     queries: str | Path | None = None,
-    k: int = 2,
+    k: int = K,
     saved: int = SAVED,
     name: str = "main",
     index: str = "main",
@@ -190,16 +235,45 @@ def neighbours(
     check_encoders(store, database)
     with writing(store) as run:
         stage = NeighboursStage(str(Path(root).absolute()), index, name, saved, k)
-        todo = sum(task.weight for task in stage.plan(store))
+        todo = _count_queries(store, stage.plan(store))
+        record = stage.record(store, database)
+        store.commit(run, lambda state: stage.claim(state, record))
         engine.execute(stage, store, run)
-        record = stage.record(database)
-        store.commit(run, lambda state: _record(state, f"neighbours:{name}", record))
+        _check_claim(store, stage, record)
     state = store.refresh()
-    group = state.group("neighbours", name)
-    rows = sum(count_keys(store, int(slot)) for slot in group)
-    return NeighboursResult(name, str(root), index, database.encoder, todo, rows, k, saved, state.number)
+    database = Database(Store.open(root), index)
+    rows = _count(store, map(int, state.group("neighbours", name)))
+    held = [part for about in shards(database.store.state, index).values() for part in about["parts"]]
+    not_embedded = count_left(store, embedded_parts(store, database.encoder), read_tombstones(store))
+    not_indexed = count_left(database.store, held, database.tombstones)
+    left: list[str] = []
+    if not_embedded:
+        left.append(_embed_command(store, queries or root, database.encoder))
+    if not_indexed:
+        if count_left(database.store, embedded_parts(database.store, database.encoder), database.tombstones):
+            left.append(_embed_command(database.store, root, database.encoder))
+        left.append(_command("index", root, name=index))
+    if left:
+        chosen = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
+        left.append(_command("neighbours", root, queries=queries, **chosen, name=name, index=index))
+    return NeighboursResult(
+        name, str(root), index, database.encoder, todo, rows, k, saved, state.number, not_embedded, not_indexed,
+        tuple(dict.fromkeys(left)),
+    )  # fmt: skip
 
 
-def _record(state: State, key: str, value: dict[str, Any]) -> Draft | None:
-    """A commit that sets a record, if it is not so already."""
-    return None if state.records.get(key) == value else Draft("neighbours", records={key: value})
+def _check_claim(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> None:
+    """``ConflictError`` if another run took the name for other tables meanwhile."""
+    known = store.refresh().records.get(stage.key)
+    if known is None or any(known[field] != record[field] for field in ("database", "index", "encoder")):
+        raise ConflictError(
+            f"another run made the neighbours {stage.table!r} with another index meanwhile",
+            "Give one of them a name of its own with --name.",
+        )
+
+
+def _count_queries(store: Store, tasks: Iterable[Task]) -> int:
+    """Living keys that tasks of ``neighbours`` search for; of a table to refill only some rows."""
+    tasks = list(tasks)
+    whole = _count(store, [task.inputs["part"] for task in tasks if not task.inputs["refill"]])
+    return whole + sum(task.weight for task in tasks if task.inputs["refill"])

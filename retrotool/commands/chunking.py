@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.compute as pc
-
 from retrotool import engine, sources
-from retrotool.commands.limits import MaxBad
+from retrotool.commands.chunk_result import ChunkResult, counts_of, result_of
+from retrotool.commands.limits import NO_LIMIT, MaxBad
 from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
@@ -22,7 +20,6 @@ from retrotool.sources.spool import spool
 from retrotool.stages.chunk import ChunkStage
 from retrotool.stages.chunk_plan import Wanted, commit_plan, known_findings, may_be_fast, read_plan, unfinished_plans
 from retrotool.stages.duplicates import DuplicateCounts, finish_plans
-from retrotool.stages.repeats import BY_TEXT
 from retrotool.stages.retry_plan import commit_retry
 from retrotool.stages.withdraw import go_on_exactly
 from retrotool.store import disk, parts
@@ -44,43 +41,6 @@ CHUNK_LENGTH = 64
 PART_SIZE = 1 << 20
 Duplicates = Literal["skip", "keep", "fail"]
 _SPOOL_SECONDS = 3600
-
-
-@dataclass(frozen=True, slots=True)
-class SetAsideReason:
-    """A reason why rows were set aside, how many, and where the first is."""
-
-    reason: str
-    rows: int
-    input: str
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
-
-    ``stopped`` says why not all was done; "" if it was. ``duplicates`` are documents left out for their text;
-    ``blocked`` those that were purged once. Of ``compared`` documents the fast tokenizer's tokens were held against
-    those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
-    """
-
-    documents: int
-    chunks: int
-    tokens: int
-    set_aside: int
-    blocked: int
-    damaged: int
-    keys_cut: int
-    compared: int
-    exact: int
-    duplicates: int
-    parts: int
-    known_inputs: int
-    commit: int
-    stopped: str = ""
-    reasons: tuple[SetAsideReason, ...] = ()
-    duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,34 +74,62 @@ def chunk(
     ``changes`` are fields of ``ChunkOptions``. With more than one worker, a script must call this below
     ``if __name__ == "__main__":``, as processes are spawned.
     """
-    chosen = _checked(replace(options or ChunkOptions(), **changes))
+    chosen = check_options(replace(options or ChunkOptions(), **changes))
     if not inputs and not retry_quarantine:
         raise UsageError(
             "no input was given", "Name files or folders, or retry what was set aside: --retry-quarantine."
         )
     # Before anything is made: what can't be read must leave nothing behind.
-    files = find_inputs([name for name in inputs if name != STANDARD_INPUT])
-    for file in files:
-        sources.check(file, chosen.fields)
+    files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
     store, loaded = open_or_create(Path(root), tokenizer, chunk_length)
     spooled = None
     if STANDARD_INPUT in inputs:
-        spooled = spool(sys.stdin.buffer, spool_folder(store))
+        spooled = spool(sys.stdin.buffer if sys.stdin else None, spool_folder(store))
         files = find_inputs(inputs, spooled)
+    repeats: dict[str, DuplicateCounts] = {}
     with writing(store) as run:
         plans = list(unfinished_plans(store.state))
         known = 0
         if retry_quarantine:
-            plans += commit_retry(store, run)
+            # Only when nothing is open any more it is known what the store has of an input.
+            _work(store, run, plans, replace(chosen, max_bad=NO_LIMIT), skip_changed=True)
+            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
+            retried = commit_retry(
+                store, run, max_document=chosen.fields.max_document, allow_purged=chosen.allow_purged
+            )
+            if not retried:
+                chosen.note("No input that rows were set aside of has changed since: nothing was taken up again.")
+            plans += retried
         if files:
-            findings = _findings(store, files, loaded)
+            findings = _findings(store, files, loaded, chosen)
             wanted = Wanted(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
             plan, known = commit_plan(store, run, files, wanted)
             plans += [plan] if plan else []
-        stopped = _work(store, run, plans, chosen)
-        repeats = finish_plans(store, run, duplicates=chosen.duplicates) if not stopped else {}
+        open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
+        stopped = _work(store, run, open_plans, chosen)
+        exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
+        if not stopped:
+            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
         clear_spool(store, spooled)
-    return _result(store, plans, known, stopped, repeats if chosen.duplicates == "skip" else {})
+    return result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+
+
+def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFile]:
+    """The files behind the inputs; ``UsageError`` if one can't be read, or not in this way."""
+    sources.check_fields(options.fields)
+    try:
+        found = sources.survey(inputs)
+        files = list(found.files)
+        for file in files:
+            sources.check(file, options.fields)
+            with Path(file.path).open("rb"):
+                pass
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was read or changed.") from error
+    if found.left_out:
+        what = "file is" if len(found.left_out) == 1 else "files are"
+        options.note(f"{len(found.left_out):,} {what} of no known format, and left out: {found.left_out[0]}, for one.")
+    return files
 
 
 def spool_folder(store: Store) -> Path:
@@ -164,17 +152,31 @@ def clear_spool(store: Store, own: Path | None) -> None:
             disk.unlink(path)
 
 
-def _findings(store: Store, files: Sequence[InputFile], loaded: Tokenizer | None) -> Findings | None:
-    """What there is to know about the fast tokenizer, if it will be used and is not known yet."""
-    known = known_findings(store.state)
-    if not may_be_fast(store.state, files) or (known is not None and known.versions == library_versions()):
+def _findings(
+    store: Store, files: Sequence[InputFile], loaded: Tokenizer | None, options: ChunkOptions
+) -> Findings | None:
+    """What is to be known of the fast tokenizer, if that would be used and is not known yet; says if it is not used."""
+    if not may_be_fast(store.state, files):
         return None
-    exact = loaded or Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
-    return FastTokenizer(exact).findings
+    known = known_findings(store.state)
+    new = None
+    if known is None or known.versions != library_versions():
+        exact = loaded or Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        fast = FastTokenizer(exact)
+        new, why = fast.findings, fast.why
+    else:
+        why = known.why
+    if why:
+        options.note(f"Tokenising by tokenizers alone, which is many times slower: {why}.")
+    return new
 
 
-def _checked(options: ChunkOptions) -> ChunkOptions:
+def check_options(options: ChunkOptions) -> ChunkOptions:
+    """The options, tidied; ``UsageError`` for one that can't be meant."""
     fields = replace(options.fields, keep=tuple(dict.fromkeys(options.fields.keep)))
+    for value in (fields.text, fields.id, fields.key, fields.value, fields.tokens, fields.separator, *fields.keep):
+        if value is not None and not _is_utf8(value):
+            raise UsageError(f"{value!a} is not UTF-8", "Fields and separators are text.")
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
             raise UsageError(
@@ -182,6 +184,10 @@ def _checked(options: ChunkOptions) -> ChunkOptions:
             )
     if options.part_size < 1 or options.part_size >= 1 << 31:
         raise UsageError(f"--part-size {options.part_size} is not between 1 and 2^31 - 1")
+    if fields.end_of_document is not None and not 0 <= fields.end_of_document < 1 << 32:
+        raise UsageError(f"--end-of-document {fields.end_of_document} is no token id: these are below 2^32")
+    if not 0 < fields.max_document < 1 << 40:
+        raise UsageError(f"--max-document {fields.max_document:,} is not between 1 byte and 1 TiB")
     if (fields.key is None) != (fields.value is None):
         raise UsageError("--key-field and --value-field go together", "Give both, or neither.")
     if not 0 <= options.check <= 1:
@@ -189,18 +195,26 @@ def _checked(options: ChunkOptions) -> ChunkOptions:
     return replace(options, fields=fields)
 
 
-def _work(store: Store, run: Run, plans: Sequence[str], options: ChunkOptions) -> str:
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _work(store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, *, skip_changed: bool = False) -> str:
     """Work all units; why it stopped before, or ""."""
-    stage = ChunkStage(options.skip_missing, options.check)
+    stage = ChunkStage(options.skip_missing, skip_changed, options.check)
     while True:
         watch = _Watch(store, plans, options.max_bad)
-        if reason := watch.reason():
+        if (reason := watch.reason()) and unfinished_units(store):
             return reason
         try:
             engine.execute(stage, store, run, workers=options.workers, enough=watch)
         except TokensDiffer as error:
             options.note(f"{error}. Going on with tokenizers; what was not compared is done again.")
-            go_on_exactly(store, run, str(error))
+            go_on_exactly(store, run, error.summary)
             continue
         return watch.reason() if unfinished_units(store) else ""
 
@@ -216,13 +230,8 @@ class _Watch:
     """Counts what is set aside, and says when it is too much."""
 
     def __init__(self, store: Store, plans: Sequence[str], limit: MaxBad) -> None:
-        state = store.refresh()
-        records = [state.records[f"plan:{plan}"] for plan in plans]
-        self._counts = {name: sum(record.get(name, 0) for record in records) for name in PLAN_COUNTS}
-        # What an input that is retried had set aside does not count against it.
-        for record in records:
-            for name, n in record.get("forgiven", {}).items():
-                self._counts[name] -= n
+        store.refresh()
+        self._counts = counts_of(store, plans)
         self._limit = limit
 
     def reason(self) -> str:
@@ -236,24 +245,10 @@ class _Watch:
         return bool(self.reason())
 
 
-def _result(
-    store: Store, plans: Sequence[str], known: int, stopped: str, repeats: Mapping[str, DuplicateCounts]
-) -> ChunkResult:
-    state = store.refresh()
-    records = [state.records[f"plan:{plan}"] for plan in plans]
-    counts = {name: sum(int(record.get(name, 0)) for record in records) for name in (*PLAN_COUNTS, "parts")}
-    repeating = Counter[str]()
-    for counts_of_plan in repeats.values():
-        repeating.update({source: by_text for source, (_, by_text) in counts_of_plan.largest() if by_text})
-    return ChunkResult(
-        **counts,
-        duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
-        known_inputs=known,
-        commit=state.number,
-        stopped=stopped,
-        reasons=_reasons(store, plans),
-        duplicates_by_source=dict(repeating),
-    )
+def check_chunk_length(chunk_length: int | None) -> None:
+    """``UsageError`` for a length that no store has."""
+    if chunk_length is not None and not 1 <= chunk_length <= 4096:
+        raise UsageError(f"--chunk-length {chunk_length} is not between 1 and 4096")
 
 
 def open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None) -> tuple[Store, Tokenizer | None]:
@@ -261,8 +256,9 @@ def open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None) 
 
     ``UsageError`` if the store goes by another tokenizer or chunk length.
     """
-    if chunk_length is not None and not 1 <= chunk_length <= 4096:
-        raise UsageError(f"--chunk-length {chunk_length} is not between 1 and 4096")
+    check_chunk_length(chunk_length)
+    if not _is_utf8(str(root)):
+        raise UsageError(f"{str(root)!a}: a store's path must be UTF-8", "Give the store another name.")
     loaded: Tokenizer | None
     if not (root / "store.json").exists():
         loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
@@ -270,34 +266,22 @@ def open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None) 
     else:
         store = Store.open(root)
         loaded = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
+    check_identity(store, tokenizer, loaded, chunk_length)
+    return store, loaded
+
+
+def check_identity(store: Store, name: str | None, tokenizer: Tokenizer | None, chunk_length: int | None) -> None:
+    """``UsageError`` if the store goes by another tokenizer or chunk length than what was asked for."""
     own = store.identity
-    wanted = own.tokenizer.sha256 if loaded is None else loaded.identity.sha256
+    wanted = own.tokenizer.sha256 if tokenizer is None else tokenizer.identity.sha256
     if wanted != own.tokenizer.sha256:
         raise UsageError(
-            f"{root} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…); "
-            f"{tokenizer!r} is another ({wanted[:12]}…)",
+            f"{store.root} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…); "
+            f"{name!r} is another ({wanted[:12]}…)",
             "Leave --tokenizer out to go on with the store's own, or make a new store.",
         )
     if chunk_length not in (None, own.chunk_length):
         raise UsageError(
-            f"{root} has chunks of {own.chunk_length} tokens, not {chunk_length}",
+            f"{store.root} has chunks of {own.chunk_length} tokens, not {chunk_length}",
             "Leave --chunk-length out, or make a new store.",
         )
-    return store, loaded
-
-
-def _reasons(store: Store, plans: Sequence[str]) -> tuple[SetAsideReason, ...]:
-    """Reasons why rows of some plans were set aside, the most frequent first."""
-    found: dict[str, SetAsideReason] = {}
-    group = store.state.group("quarantine")
-    for slot in group:
-        entry = group.get(slot)
-        if entry is None or slot.partition(".")[0] not in plans:
-            continue
-        table = parts.read_parquet(store, entry, ["input", "line", "reason"])
-        grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
-        for row in grouped.aggregate([("input", "first"), ("line", "first"), ("reason", "count")]).to_pylist():
-            reason = row["reason"]
-            old = found.get(reason) or SetAsideReason(reason, 0, row["input_first"], row["line_first"])
-            found[reason] = replace(old, rows=old.rows + row["reason_count"])
-    return tuple(sorted(found.values(), key=lambda reason: -reason.rows))

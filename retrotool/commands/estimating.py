@@ -15,9 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool import sources
-from retrotool.commands.chunking import CHUNK_LENGTH, ChunkOptions
+from retrotool.commands.chunking import (
+    CHUNK_LENGTH,
+    ChunkOptions,
+    check_chunk_length,
+    check_identity,
+    check_options,
+    find_readable,
+)  # fmt: skip
 from retrotool.errors import UsageError
-from retrotool.sources import Document, InputFile, SetAside, Slice, find_inputs, streams
+from retrotool.sources import Document, InputFile, SetAside, Slice, streams
 from retrotool.stages import cutting
 from retrotool.stages.chunk_plan import cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.store import parts
@@ -74,15 +81,15 @@ def estimate(
     options: ChunkOptions | None = None,
 ) -> Estimate:
     """Sample inputs, and say what chunking them into the store at ``root`` would give. Changes nothing."""
-    options = options or ChunkOptions()
+    options = check_options(options or ChunkOptions())
+    check_chunk_length(chunk_length)
     if not inputs:
         raise UsageError("no input was given", "Name files or folders.")
-    files = find_inputs(inputs)
-    for file in files:
-        sources.check(file, options.fields)
+    files = find_readable(inputs, options)
     known = 0
     if (Path(root) / "store.json").exists():
         store = Store.open(root)
+        check_identity(store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length)
         fingerprints, _ = known_inputs(store, store.state)
         hashes = hashes_of(store, files, options.fields)
         new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]

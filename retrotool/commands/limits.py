@@ -42,7 +42,7 @@ class MaxBad:
             return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
         if self.share is not None:
             read = counts["documents"] + bad + counts["blocked"]
-            if read < _LEAST_ROWS and not last:
+            if read < _LEAST_ROWS and self.share and not last:
                 return ""
             limit = f"{100 * self.share:g}%"
             return (
@@ -52,3 +52,7 @@ class MaxBad:
             )
         what = "an input is" if damaged == 1 else f"{damaged:,} inputs are"
         return f"{what} broken off or damaged" if damaged else ""
+
+
+NO_LIMIT = MaxBad(rows=1 << 62)
+"""Any number of rows, and any number of broken files."""

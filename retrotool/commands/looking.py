@@ -9,6 +9,7 @@ from typing import Any
 
 from retrotool.ann import lists
 from retrotool.commands.shape import Shape, shape_of
+from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.chunk_plan import unfinished_plans
 from retrotool.stages.database import count_keys
 from retrotool.stages.index import shards
@@ -19,6 +20,9 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.store.verify import Verification, total_bytes
 from retrotool.store.verify import verify as verify_store
+
+ATTEMPTS = 5
+"""How often ``verify`` begins, when other processes remove what it checks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +158,38 @@ def _index(store: Store, name: str) -> dict[str, Any]:
 
 
 def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -> Verification:
-    """Check every file of a store, and give the hashes by which stores are compared."""
-    return verify_store(Store.open(root), report, _shard_ids)
+    """Check every file of a store, and give the hashes by which stores are compared.
+
+    A store that can't be opened for what is in it is a problem too; ``ErasedError`` if other processes keep removing
+    files that were to be checked.
+    """
+    for attempt in range(ATTEMPTS):
+        reported = 0
+
+        def counted(n: int) -> None:
+            nonlocal reported
+            reported += n
+            report(n)
+
+        try:
+            return verify_store(Store.open(root), counted, _read_lists)
+        except CorruptError as error:
+            return Verification(-1, [f"{error}. {error.advice}".removesuffix(" ")])
+        except ErasedError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            report(-reported)  # from the beginning, on the newest commit
+    raise AssertionError("the last attempt returns or raises")
 
 
 def bytes_to_verify(root: str | Path) -> int:
-    """How many bytes ``verify`` will report."""
-    return total_bytes(Store.open(root))
+    """How many bytes ``verify`` will report; 0 if the store can't be opened for what is in it."""
+    try:
+        return total_bytes(Store.open(root))
+    except CorruptError:
+        return 0
 
 
-def _shard_ids(store: Store, entry: FileEntry) -> Iterator[Any]:
-    yield from lists.read(store.path(entry)).ids
+def _read_lists(store: Store, entry: FileEntry) -> Iterator[tuple[Any, Any]]:
+    shard = lists.read(store.path(entry))
+    yield from zip(shard.ids, shard.vectors, strict=True)

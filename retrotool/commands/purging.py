@@ -1,37 +1,53 @@
-"""``purge``: select, confirm, commit, erase."""
+"""``purge``: select, confirm, commit, erase.
+
+Another process may purge or erase at the same time. What was selected, or begun to be erased, on a view that another
+commit has overtaken is selected, or planned, again; ``confirm`` is asked again if that changes what it was asked.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from retrotool import engine
 from retrotool.commands.writing import writing
-from retrotool.errors import UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
 from retrotool.stages import purge as selecting
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.purge import Ids, Report, Selection
 from retrotool.store import staging
-from retrotool.store.clean import clean
+from retrotool.store.clean import clean, clean_spool
 from retrotool.store.log import Draft
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
+ATTEMPTS = 20
+"""How often what another process has overtaken is begun again."""
+_ELSEWHERE = (
+    "Neighbours that other stores have of chunks of this one can't be known here: their tables keep the ids of what was "
+    "erased, and the distances to it."
+)
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True, slots=True)
 class PurgeResult:
     """What ``purge`` did, or would do.
 
-    ``purge`` is empty if there was nothing to do. ``erased`` counts the chunks whose bytes are gone, ``blocked`` the
-    ids and texts that are kept from coming back, and were not before.
+    ``purge`` is empty if there was nothing to do. ``unerased`` counts the selected chunks, copies included, that an
+    erase has still to take, and ``unerased_share`` is their share of all chunks that the store ever had. ``erased``
+    counts the chunks whose bytes are gone; among them are those of ``copies``, documents that a ``chunk`` had set
+    aside because they repeat one that is erased. ``blocked`` are the ids and texts that are kept from coming back, and
+    were not before. In sentences, ``left`` says where text may lie that an erase could not reach just now, and
+    ``not_reached`` what it never reaches and may be there.
     """
 
     purge: str
@@ -40,21 +56,24 @@ class PurgeResult:
     tokens: int
     already_purged: int
     share: float
+    unerased: int
+    unerased_share: float
     erased: int
+    copies: int
     files_rewritten: int
     blocked: int
     dry_run: bool
     commit: int
     examples: tuple[int, ...] = field(default=())
+    left: tuple[str, ...] = field(default=())
+    not_reached: tuple[str, ...] = field(default=())
 
 
-def select(
-    store: Store, kind: str, value: str, *, resume_erase: bool = False, report: Report = lambda _: None
-) -> Selection:
+def select(store: Store, kind: str, value: str, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
     """Select chunks by ``ids`` or ``documents`` (a file, one a line), ``where`` or ``pattern`` (an expression).
 
     A purge by the same selector may have been interrupted in its erase, so that its documents can't be found any more:
-    then missing ones are no error, and with ``resume_erase`` its chunks are selected too.
+    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
     """
     lines: list[str] = []
     literal = value
@@ -64,6 +83,8 @@ def select(
         except OSError as error:
             raise UsageError(f"{value} can't be read: {error.strerror}", "Give a file with one id a line.") from error
         literal = "\n".join(lines)
+    else:
+        _check_text(f"--{kind}", value)
     earlier = selecting.same_selector(store, kind, literal)
     match kind:
         case "ids":
@@ -76,10 +97,22 @@ def select(
             chunks = selecting.select_pattern(store, value, report)
         case _:
             raise UsageError(f"there is no selector {kind!r}", "Known are ids, documents, where and pattern.")
-    found = [chunks]
-    if resume_erase:
-        found += [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
-    return selecting.weigh(store, kind, literal, np.unique(np.concatenate(found)))
+    if not erase:
+        return selecting.weigh(store, kind, literal, chunks)
+    begun = [purge for purge, erased in earlier.items() if not erased]
+    own = [read_tombstones(store, purge).ids for purge in begun]
+    chunks = selecting.in_store(store, np.unique(np.concatenate([chunks, *own])))
+    copies, copied = selecting.find_copies(store, chunks)
+    known = [read_tombstones(store, purge + selecting.COPIES).ids for purge in begun]
+    copies = selecting.in_store(store, np.unique(np.concatenate([copies, *known])))
+    return selecting.weigh(store, kind, literal, chunks, copies, copied)
+
+
+def _check_text(option: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
 
 
 def purge(
@@ -98,56 +131,121 @@ def purge(
     """
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
+    _check_text("--reason", reason)
     store = Store.open(root)
-    total = len(store.state.parts())
-    with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
-        selection = select(store, kind, value, resume_erase=erase, report=bar.update)
+    agreed: PurgeResult | None = None
+
+    def attempt() -> PurgeResult:
+        nonlocal agreed
+        total = len(store.state.parts())
+        with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
+            selection = select(store, kind, value, erase=erase, report=bar.update)
+        planned = _planned(store, selection, dry_run)
+        if dry_run:
+            return planned
+        if (planned.chunks or planned.unerased) and not _is_alike(planned, agreed):
+            if not confirm(planned):
+                return planned
+            agreed = planned
+        return _carry_out(store, selection, planned, reason, erase)
+
+    return _until_not_overtaken(store, attempt)
+
+
+def _until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
+    """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
+    for _ in range(ATTEMPTS):
+        seen = store.refresh().number
+        try:
+            return attempt()
+        except (ErasedError, ConflictError, CorruptError):
+            # Between being found and being read a file can be replaced, which then looks like damage.
+            if store.refresh().number == seen:
+                raise
+    return attempt()
+
+
+def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
+    """What a selection would do, if nothing else happened."""
+    state = store.state
     chunks = len(selection.living)
-    alive = int(store.state.records.get("totals", {}).get("chunks", 0))
-    base: dict[str, Any] = {
-        "chunks": chunks, "documents": selection.documents, "tokens": selection.tokens,
-        "already_purged": len(selection.chunks) - chunks, "share": chunks / alive if alive else 0.0,
-        "blocked": selection.newly_blocked, "examples": tuple(selection.living[:10].tolist()),
-    }  # fmt: skip
-    planned = PurgeResult("", **base, erased=0, files_rewritten=0, dry_run=dry_run, commit=store.state.number)
-    if dry_run or (chunks and not confirm(planned)):
-        return planned
+    alive = int(state.records.get("totals", {}).get("chunks", 0))
+    rows = sum(entry.rows for part in state.parts() if (entry := state.part_file("chunks", part)) is not None)
+    return PurgeResult(
+        "", chunks, selection.documents, selection.tokens,
+        already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
+        unerased=selection.unerased, unerased_share=selection.unerased / rows if rows else 0.0,
+        erased=0, copies=selection.copied, files_rewritten=0, blocked=selection.newly_blocked,
+        dry_run=dry_run, commit=state.number, examples=tuple(selection.living[:10].tolist()),
+    )  # fmt: skip
+
+
+def _is_alike(planned: PurgeResult, agreed: PurgeResult | None) -> bool:
+    """Whether what is planned takes no more than what was agreed to."""
+    return agreed is not None and planned.chunks <= agreed.chunks and planned.unerased <= agreed.unerased
+
+
+def _carry_out(store: Store, selection: Selection, planned: PurgeResult, reason: str, erase: bool) -> PurgeResult:
+    """Commit a purge, and erase."""
     purged, erased, rewritten = "", 0, 0
+    left: list[str] = []
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
         # could not be gone on with after a kill.
-        uncovered = erase and len(selection.chunks) and not _is_covered(store, selection)
-        if chunks or selection.newly_blocked or uncovered:
+        uncovered = erase and not _is_covered(store, selection)
+        if planned.chunks or planned.blocked or uncovered:
             purged = selecting.commit_purge(store, run, selection, reason)
-        if erase and len(selection.chunks):
-            erased, rewritten = _erase(store, run, selection.chunks)
-    return PurgeResult(
-        purged, **base, erased=erased, files_rewritten=rewritten, dry_run=False, commit=store.refresh().number
-    )
+        if erase:
+            victims = np.union1d(selection.chunks, selection.copies)
+            erased, rewritten = _until_not_overtaken(store, lambda: _erase(store, run, victims))
+            left = _clear(store, run)
+    state = store.refresh()
+    return replace(
+        planned, purge=purged, erased=erased, files_rewritten=rewritten, commit=state.number, left=tuple(left),
+        not_reached=(_ELSEWHERE,) if erased and state.names("index") else (),
+    )  # fmt: skip
 
 
 def _is_covered(store: Store, selection: Selection) -> bool:
-    """Whether purges of the same selector name all chunks of a selection."""
+    """Whether purges of the same selector name all chunks of a selection, and all copies."""
     purges = selecting.same_selector(store, selection.kind, selection.literal)
-    named = [read_tombstones(store, purge).ids for purge in purges]
-    return bool(named) and bool(np.isin(selection.chunks, np.concatenate(named)).all())
+    named = [np.zeros(0, np.int64), *(selecting.tombstones_of(store, purge) for purge in purges)]
+    return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())
 
 
 def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     """Erase tombstoned chunks; return how many chunks and how many files were rewritten."""
+    chunks = selecting.in_store(store, chunks)
     victims = Tombstones(chunks[read_tombstones(store).contains(chunks)])
     stage = EraseStage(tuple(victims.ids.tolist()))
     rewritten = sum(task.weight for task in stage.plan(store))
     engine.execute(stage, store, run)
-    done = selecting.purges_within(store, victims)
 
     def build(state: State) -> Draft | None:
+        done = selecting.erased_purges(store, victims)
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
         selectors = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
         return Draft("erase", {"purges": done}, remove=tuple(selectors), records=records) if done else None
 
     store.commit(run, build)
+    return len(victims), rewritten
+
+
+def _clear(store: Store, run: Run) -> list[str]:
+    """Take away what may hold what was erased, and say what must stay."""
     # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
     staging.fold(store, run)
     clean(store, thorough=True)
-    return len(victims), rewritten
+    left = clean_spool(store, run.id)
+    told = []
+    if planned := [file.path.name for file in left if file.planned]:
+        told.append(
+            f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
+            f"hold what was erased. Finish that: retrotool chunk {store.root} --retry-quarantine; then run this again."
+        )
+    if busy := [file.path.name for file in left if not file.planned]:
+        told.append(
+            f"Standard input in {store.root}/spool ({', '.join(busy)}) may hold what was erased; it was written less "
+            "than an hour ago, and a process may be about to chunk it. Run this again when none is."
+        )
+    return told

@@ -1,9 +1,12 @@
 """Arrow input: IPC files (``.arrow``, ``.feather`` version 2) and IPC streams, told apart by their content.
 
-Files are memory-mapped and only the columns that are asked for are taken out, so that uncompressed batches cost
-nothing until their rows are read; compressed ones are decompressed a batch and a column at a time. Slices are runs of
-record batches. Arrow trusts the offsets in a file; here they are checked before a value is taken, so that a damaged
-file is set aside and can't crash the process. What a cut-off file has before the break is read as a stream.
+A batch is read at a time: of a file only the columns that are asked for, of a stream all, as they come. Slices are runs
+of record batches. Arrow trusts the offsets in a file; here they are checked before a value is taken, so that a damaged
+file is set aside and can't crash the process. For the same reason files are not memory-mapped: one that becomes
+shorter meanwhile would end the process, and reading costs no more. What a cut-off file has before the break is read as
+a stream.
+
+Memory: a batch, which may be as large as its writer made it; a few MiB of it as Python's values.
 
 Source of the layout: the Arrow columnar format, "IPC Streaming Format" and "IPC File Format".
 """
@@ -11,6 +14,7 @@ Source of the layout: the Arrow columnar format, "IPC Streaming Format" and "IPC
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -18,22 +22,22 @@ import pyarrow.ipc
 
 from retrotool.errors import InputError
 from retrotool.sources import columns, rows
-from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.arrow_messages import MARK, Message, messages
+from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.parquet import runs
 from retrotool.sources.records import Document, Fields, SetAside
 
 _FILE = b"ARROW1"
 _FEATHER_1 = b"FEA1"
 _STREAM_START = 8
-_MARK = b"\xff\xff\xff\xff"
 _END = b"\0\0\0\0"
-"""A message begins with a mark and its length, and length 0 ends a stream; before version 0.15 there was no mark."""
+"""The length that ends a stream."""
 
 
 def read_arrow(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
     """Documents of a range of record batches; positions are rows of the file, from 1."""
     line = 1
-    with pa.memory_map(file.path) as source:
+    with pa.OSFile(file.path) as source:
         batches = _batches(source, fields, where)
         while True:
             try:
@@ -56,19 +60,32 @@ def read_arrow(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
 
 
 def cut_arrow(file: InputFile, fields: Fields, target: int) -> list[Slice]:
-    """Runs of record batches of about ``target`` bytes of the file, by their rows."""
+    """Runs of record batches of about ``target`` bytes of the file."""
     del fields
-    try:
-        with pa.memory_map(file.path) as source:
-            counts = [batch.num_rows for batch in _batches(source, None, WHOLE)]
-    except (pa.ArrowException, OSError, UnicodeDecodeError, InputError):
-        return [WHOLE]  # reading it will say what is wrong
-    befores = [0, *itertools.accumulate(counts)]
-    return runs([file.size * count // max(befores[-1], 1) for count in counts], befores, target)
+    with pa.OSFile(file.path) as source:
+        found = _batch_messages(source)
+    counts = [message.rows or 0 for message in found]
+    return runs([message.end - message.offset for message in found], [0, *itertools.accumulate(counts)], target)
 
 
-def _batches(source: pa.NativeFile, fields: Fields | None, where: Slice) -> Iterator[pa.RecordBatch]:
-    """The batches of a range, with the columns that ``fields`` need; None: one column, for counting rows."""
+def _batch_messages(source: pa.NativeFile) -> list[Message]:
+    """The messages that are record batches, in order; raises if the file is not whole."""
+    in_file = source.read(len(_FILE)) == _FILE
+    count = pa.ipc.open_file(source).num_record_batches if in_file else None
+    found: list[Message] = []
+    for message in messages(source, _STREAM_START if in_file else 0):
+        if len(found) == count:
+            break  # what follows is for the footer to tell
+        if isinstance(message, int):
+            if in_file or message != source.size():
+                raise ValueError("the stream does not end where the file does")
+        elif message.rows is not None:
+            found.append(message)
+    return found
+
+
+def _batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iterator[pa.RecordBatch]:
+    """The batches of a range, with the columns that ``fields`` need."""
     head = source.read(len(_FILE))
     if head.startswith(_FEATHER_1):
         advice = "write it again with pyarrow.feather.write_feather(..., version=2)"
@@ -89,12 +106,12 @@ def _batches(source: pa.NativeFile, fields: Fields | None, where: Slice) -> Iter
         yield from _stream(source, fields, where)
 
 
-def _stream(source: pa.NativeFile, fields: Fields | None, where: Slice, broken: str = "") -> Iterator[pa.RecordBatch]:
+def _stream(source: pa.NativeFile, fields: Fields, where: Slice, broken: str = "") -> Iterator[pa.RecordBatch]:
     start = source.tell()
     schema = pa.ipc.open_stream(source).schema
     source.seek(start)
     with pa.ipc.open_stream(source, options=_options(schema, fields)) as stream:
-        for i in itertools.count():
+        for i in itertools.count(_skip(source, where.start)):
             if i == where.end:
                 return
             try:
@@ -109,20 +126,41 @@ def _stream(source: pa.NativeFile, fields: Fields | None, where: Slice, broken: 
         raise pa.ArrowInvalid(broken or "the stream has no end mark, so its writer was cut off")
 
 
+def _skip(source: pa.NativeFile, count: int) -> int:
+    """Pass over ``count`` batches, unread, from behind the schema on; returns how many were passed.
+
+    That is none if there are dictionaries among them, which later batches refer to.
+    """
+    begin = source.tell()
+    passed = 0
+    try:
+        for message in messages(source, begin) if count else ():
+            if isinstance(message, int) or message.is_dictionary:
+                break
+            passed += message.rows is not None
+            if passed == count:
+                source.seek(message.end)
+                return passed
+    except (ValueError, struct.error):
+        pass  # the reader will come to it
+    source.seek(begin)
+    return 0
+
+
 def _is_ended(source: pa.NativeFile, start: int) -> bool:
     """Whether a stream that began at ``start`` and was read up to here ended with its mark, not with the file."""
     end = source.tell()
     source.seek(start)
     # In old streams zeros that pad the last batch look the same; there a missing mark is not always found.
-    mark = _MARK + _END if source.read(len(_MARK)) == _MARK else _END
+    mark = MARK + _END if source.read(len(MARK)) == MARK else _END
     source.seek(max(start, end - len(mark)))
     return bool(source.read(len(mark)) == mark)
 
 
-def _options(schema: pa.Schema, fields: Fields | None) -> pa.ipc.IpcReadOptions:
-    ways = [[0]] if fields is None else [columns.steps(schema, name) for name in rows.wanted(fields)]
+def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:
+    ways = [columns.steps(schema, name) for name in rows.wanted(fields)]
     needed = sorted({int(way[0]) for way in ways if way})
     # An empty choice would mean all columns; names stay whole for what is said of a missing one.
-    if fields is not None and rows.missing(schema, fields):
+    if rows.missing(schema, fields):
         needed = []
     return pa.ipc.IpcReadOptions(included_fields=needed)

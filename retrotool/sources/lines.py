@@ -241,22 +241,32 @@ def cut_lines(
 
 
 def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
-    """Line numbers, from 1, of the lines that begin at ``offsets`` (ascending) of the decompressed file."""
+    """Line numbers, from 1, of the lines that begin at ``offsets`` (ascending) of the decompressed file.
+
+    Raises ``InputError`` if the file is damaged before one of them.
+    """
     numbers: list[int] = []
     seen = line = 0
     waiting = iter(offsets)
     target = next(waiting, None)
-    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-        while target is not None and (block := next(stream, b"")):
-            place = 0
-            while target is not None and target <= seen + len(block):
-                line += block.count(b"\n", place, target - seen)
-                place = target - seen
-                numbers.append(line + 1)
-                target = next(waiting, None)
-            line += block.count(b"\n", place)
-            seen += len(block)
+    try:
+        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+            while target is not None and (block := next(stream, b"")):
+                place = 0
+                while target is not None and target <= seen + len(block):
+                    line += block.count(b"\n", place, target - seen)
+                    place = target - seen
+                    numbers.append(line + 1)
+                    target = next(waiting, None)
+                line += block.count(b"\n", place)
+                seen += len(block)
+    except BrokenStream as error:
+        raise _uncountable(error) from error
     return numbers
+
+
+def _uncountable(error: BrokenStream) -> InputError:
+    return InputError(f"lines can't be counted: {error}")
 
 
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
@@ -277,4 +287,4 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
                 left -= min(left, len(block))
             return count
     except BrokenStream as error:
-        raise InputError(f"lines can't be counted: {error}") from error
+        raise _uncountable(error) from error

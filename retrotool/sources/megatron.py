@@ -19,7 +19,7 @@ fairseq's own has no d, and adds one to each id (for Lua): it is refused. Sequen
 text; their documents are set aside. So is a document whose sequences lie outside the ``.bin``, which is never read
 there.
 
-Cost: the index is memory-mapped and read in windows of a million sequences.
+Cost: the index is read in windows of a million sequences.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import InputError
-from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.records import Document, Fields, SetAside
-from retrotool.sources.token_ranges import Ranges, broken_off, cut_documents, documents, lost
+from retrotool.sources.token_ranges import OnDisk, Ranges, break_at, cut_documents, documents, documents_before, lost
 
 WINDOW_DOCUMENTS = 1 << 16
 WINDOW_SEQUENCES = 1 << 20
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 """By code; 6 and 7 are floats, 9 and 10 fairseq's and DeepSpeed's."""
+_CHAR, _INT, _LONG = np.dtype("i1"), np.dtype("<i4"), np.dtype("<i8")
 _MEMORY_MAPPED = b"MMIDIDX\0\0"
 _TORCHNET = b"TNTIDX\0\0"
-
-Integers = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +59,10 @@ class Index:
     unit: int
     sequences: int
     documents: int
-    lengths: Integers
-    pointers: Integers
-    boundaries: Integers | None
-    modes: Integers | None
+    lengths: OnDisk
+    pointers: OnDisk
+    boundaries: OnDisk | None
+    modes: OnDisk | None
 
     def edges(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """The first sequence of documents ``start`` to ``end``, both included."""
@@ -73,7 +72,7 @@ class Index:
 
 
 def open_index(path: Path) -> Index:
-    """Map an index; ``InputError`` if its header and its size do not agree."""
+    """Open an index; ``InputError`` if its header and its size do not agree."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -96,10 +95,13 @@ def _memory_mapped(path: Path, head: bytes, size: int) -> Index:
     modal = size == told + sequences and boundaries is not None
     if size != told and not modal:
         raise _wrong_size(path, sequences, boundaries, told, size)
-    lengths = _map(path, "<i4", start, sequences)
-    pointers = _map(path, "<i8", start + 4 * sequences, sequences)
-    edges = None if boundaries is None else _map(path, "<i8", start + 12 * sequences, boundaries)
-    modes = _map(path, "i1", told, sequences) if modal and sequences else None
+    lengths = OnDisk(path, _INT, start, sequences)
+    pointers = OnDisk(path, _LONG, start + 4 * sequences, sequences)
+    if boundaries is None and sequences and pointers.at(0):
+        # One with documents, cut off, can have the size of one without; then lengths are where places should be.
+        raise InputError(f"{path.name} is damaged: its first sequence begins at byte {pointers.at(0):,}")
+    edges = None if boundaries is None else OnDisk(path, _LONG, start + 12 * sequences, boundaries)
+    modes = OnDisk(path, _CHAR, told, sequences) if modal and sequences else None
     count = sequences if boundaries is None else max(0, boundaries - 1)
     return Index(dtype, 1, sequences, count, lengths, pointers, edges, modes)
 
@@ -124,8 +126,8 @@ def _torchnet(path: Path, head: bytes, size: int) -> Index:
     places = start + 8 * (sequences + 1)
     return Index(
         dtype, width, sequences, max(0, boundaries - 1),
-        _map(path, "<i8", places + 8 * (sequences + 1), lengths), _map(path, "<i8", places, sequences),
-        _map(path, "<i8", places + 8 * (sequences + 1 + lengths), boundaries), None,
+        OnDisk(path, _LONG, places + 8 * (sequences + 1), lengths), OnDisk(path, _LONG, places, sequences),
+        OnDisk(path, _LONG, places + 8 * (sequences + 1 + lengths), boundaries), None,
     )  # fmt: skip
 
 
@@ -148,16 +150,13 @@ def _wrong_size(path: Path, sequences: int, boundaries: int | None, told: int, s
     return InputError(f"{path.name} is damaged: {counts} take {told:,} bytes, it has {size:,}")
 
 
-def _map(path: Path, dtype: str, offset: int, count: int) -> Integers:
-    if not count:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", offset, (count,))
-
-
 def read_megatron(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
     """Documents of a range of documents; positions are their numbers in the file, from 1."""
     index = open_index(Path(file.path).with_suffix(".idx"))
-    end = index.documents if where.end is None else where.end
+    whole = break_at(index.documents, lambda start, stop: _outside(index, start, stop, file.size), WINDOW_DOCUMENTS)
+    end, broken = documents_before(where.end, index.documents, whole)
+    if where.start > whole:
+        return
     if where.start == 0:
         first = int(index.edges(0, 0)[0]) if index.documents else index.sequences
         if first > 0:
@@ -168,14 +167,11 @@ def read_megatron(file: InputFile, fields: Fields, where: Slice) -> Iterator[Doc
         while stop - start > 1 and _spread(index, start, stop) > WINDOW_SEQUENCES:
             stop = start + (stop - start) // 2
         line = start - where.start + 1
-        ranges, outside = _ranges(index, start, stop, file.size)
-        broken = broken_off(outside, last=stop == index.documents)
-        if broken is not None:
-            del ranges.begins[broken:], ranges.ends[broken:]
+        ranges, _ = _ranges(index, start, stop, file.size)
         yield from documents(Path(file.path), index.dtype, ranges, fields, file.name, line, start + 1)
-        if broken is not None:
-            raise lost(line + broken, start + 1 + broken, index.documents, file.size)
         start = stop
+    if broken:
+        raise lost(whole - where.start + 1, whole + 1, index.documents, file.size)
     if end == index.documents:
         yield from _rest(index, file)
 
@@ -186,16 +182,22 @@ def _rest(index: Index, file: InputFile) -> Iterator[SetAside]:
     if 0 <= last < index.sequences:
         count = index.sequences - last
         yield SetAside(0, f"the last {count:,} of {index.sequences:,} sequences belong to no document")
-    reach = (
-        int(index.pointers[-1]) * index.unit + int(index.lengths[-1]) * index.dtype.itemsize if index.sequences else 0
-    )
+    reach = index.pointers.at(-1) * index.unit + index.lengths.at(-1) * index.dtype.itemsize if index.sequences else 0
     if 0 <= reach < file.size:
         yield SetAside(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
 
 
 def _spread(index: Index, start: int, stop: int) -> int:
-    edges = index.edges(start, stop)
+    edges = index.edges(start, stop).clip(0, index.sequences)
     return int(edges.max() - edges.min())
+
+
+def _outside(index: Index, start: int, stop: int, size: int) -> npt.NDArray[np.bool_]:
+    """Which documents end outside the file, as many sequences at a time as are held in memory."""
+    if stop - start > 1 and _spread(index, start, stop) > WINDOW_SEQUENCES:
+        middle = start + (stop - start) // 2
+        return np.concatenate([_outside(index, start, middle, size), _outside(index, middle, stop, size)])
+    return _ranges(index, start, stop, size)[1]
 
 
 def _ranges(index: Index, start: int, stop: int, size: int) -> tuple[Ranges, npt.NDArray[np.bool_]]:
@@ -251,13 +253,10 @@ def _ranges(index: Index, start: int, stop: int, size: int) -> tuple[Ranges, npt
 
 def cut_megatron(file: InputFile, target: int) -> list[Slice]:
     """Runs of documents of about ``target`` bytes."""
-    try:
-        index = open_index(Path(file.path).with_suffix(".idx"))
-    except InputError:
-        return [WHOLE]  # reading it will say what is wrong
+    index = open_index(Path(file.path).with_suffix(".idx"))
 
     def begin(number: int) -> int:
         sequence = int(index.edges(number, number)[0])
-        return int(index.pointers[sequence]) * index.unit if 0 <= sequence < index.sequences else file.size
+        return index.pointers.at(sequence) * index.unit if 0 <= sequence < index.sequences else file.size
 
     return cut_documents(index.documents, begin, file.size, target)

@@ -3,6 +3,8 @@
 Row groups are read one by one, pages as they come, so that memory does not grow with the row group: a batch has as
 many rows as make a few MiB by the group's own sizes. Slices are runs of row groups. Page checksums are checked where
 there are any. At a damaged page the group is read again row by row up to it, so that every row before comes out.
+How many bytes the columns have says ``footer``: pyarrow's own accessor of column chunks ends the process if the footer
+is damaged.
 
 Not held down: a page, which Arrow decompresses whole (its own writer makes pages of 1,024 rows at least, so texts of a
 megabyte make pages of a gigabyte, and 2 GiB here), and a dictionary's copies (a batch of up to 1,024 of one long text).
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +22,7 @@ import pyarrow.parquet as pq
 from retrotool.errors import InputError
 from retrotool.sources import columns, rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.footer import ColumnSizes, column_sizes
 from retrotool.sources.records import Document, Fields, SetAside
 
 BATCH_BYTES = 4 << 20
@@ -35,12 +39,14 @@ def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docu
         counts = [table.metadata.row_group(group).num_rows for group in range(where.start, end)]
         total = sum(counts)
         if lacking := rows.missing(table.schema_arrow, fields):
+            _check_counts(table)  # or a damaged one would set aside rows without end
             yield from (SetAside(line, lacking) for line in range(1, total + 1))
             return
         line = 1
+        sizes = _sizes(file, table, fields)
         for group, count in zip(range(where.start, end), counts, strict=True):
             begin = line
-            for batch in _batches(table, group, fields, begin, total):
+            for batch in _batches(table, group, fields, sizes[group], begin, total):
                 yield from rows.rows_of(batch, fields, file.name, line, where.first + line)
                 line += batch.num_rows
             if line != begin + count:
@@ -49,15 +55,10 @@ def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docu
 
 def cut_parquet(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """Runs of row groups of about ``target`` decompressed bytes of the columns that ``fields`` need."""
-    try:
-        with _open(file) as table:
-            metadata = table.metadata
-            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-            sizes = [_bytes(group, _selected(table, fields)) for group in groups]
-            befores = [0, *itertools.accumulate(group.num_rows for group in groups)]
-    except (pa.ArrowException, OSError):
-        return [WHOLE]  # reading it will say what is wrong
-    return runs(sizes, befores, target)
+    with _open(file) as table:
+        _check_counts(table)
+        counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        return runs(_sizes(file, table, fields), [0, *itertools.accumulate(counts)], target)
 
 
 def runs(sizes: list[int], befores: list[int], target: int) -> list[Slice]:
@@ -87,22 +88,38 @@ def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
     return found
 
 
-def _bytes(group: pq.RowGroupMetaData, selected: list[str] | None) -> int:
-    if selected is None:
-        return int(group.total_byte_size)
-    chunks = (group.column(i) for i in range(group.num_columns))
-    prefixes = tuple(f"{path}." for path in selected)
-    return sum(
-        int(chunk.total_uncompressed_size) for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes)
-    )
+def _check_counts(table: pq.ParquetFile) -> None:
+    """Raise ``InputError`` if the row groups do not have the rows that the footer tells of the whole file."""
+    counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
+        told = f"it tells {table.metadata.num_rows:,} rows, its row groups {sum(counts):,}"
+        raise InputError(f"the footer is damaged: {told}")
 
 
-def _batches(table: pq.ParquetFile, group: int, fields: Fields, line: int, total: int) -> Iterator[pa.RecordBatch]:
-    """Batches of a row group, of which the first row is the range's row ``line``."""
+def _sizes(file: InputFile, table: pq.ParquetFile, fields: Fields) -> list[int]:
+    """Decompressed bytes of the columns that ``fields`` need, of each row group."""
+    prefixes = tuple(f"{path}." for path in _selected(table, fields))
+
+    def selected(chunks: ColumnSizes) -> int:
+        return sum(size for path, size in chunks if f"{path}.".startswith(prefixes))
+
+    try:
+        groups = [selected(chunks) for chunks in column_sizes(Path(file.path))]
+    except ValueError:
+        groups = []
+    if len(groups) != table.num_row_groups:
+        # Sizes only decide how much is read at a time: what of the footer matters is for Arrow to judge.
+        return [max(0, table.metadata.row_group(i).total_byte_size) for i in range(table.num_row_groups)]
+    return groups
+
+
+def _batches(
+    table: pq.ParquetFile, group: int, fields: Fields, bytes_: int, line: int, total: int
+) -> Iterator[pa.RecordBatch]:
+    """Batches of a row group of ``bytes_``, of which the first row is the range's row ``line``."""
     selected = _selected(table, fields)
-    metadata = table.metadata.row_group(group)
-    count = metadata.num_rows
-    size = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(_bytes(metadata, selected), 1)))
+    count = table.metadata.row_group(group).num_rows
+    size = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(bytes_, 1)))
     done = 0
     for step in (size, max(1, min(size, count // _RETRIED_ROWS))):
         seen = 0
@@ -117,6 +134,6 @@ def _batches(table: pq.ParquetFile, group: int, fields: Fields, line: int, total
             if getattr(error, "errno", None) is not None:
                 raise
             broken = error
-    after, lost = line - 1 + done, total - (line - 1 + done)
+    after, lost = line - 1 + done, max(0, total - (line - 1 + done))
     reason = str(broken).splitlines()[0]
     raise InputError(f"broken off after row {after:,}, {lost:,} rows are lost: {reason}", after + 1) from broken

@@ -1,4 +1,10 @@
-"""From an input file, or a slice of one, to documents and rows set aside."""
+"""From an input file, or a slice of one, to documents and rows set aside.
+
+Readers raise ``InputError`` where a file breaks off, and libraries whatever their authors thought of where content is
+damaged. Here both become one row: so no file can stop the work on others, neither while it is read nor before, when it
+is checked and cut. What remains an exception is what is not the file's fault: ``OSError`` of the system, memory that
+ran out, and ``UsageError`` for settings that contradict the file.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from retrotool.errors import InputError
+from retrotool.errors import InputError, RetrotoolError, UsageError
 from retrotool.sources import arrow, csv_rows, json_array, lines, parquet, text, tokens, warc
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, SetAside
@@ -48,20 +54,62 @@ def read(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
             yield from FORMATS[file.base].read(file, fields, where)
     except InputError as error:
         yield SetAside(error.position, str(error), damage=True)
-    except (OSError, pa.ArrowException) as error:
-        # What the system refuses now it may give later; what the content lacks it will lack again.
-        if getattr(error, "errno", None) is not None:
+    except Exception as error:
+        if not _is_damage(error):
             raise
-        yield SetAside(0, f"can't be read: {str(error).splitlines()[0]}", damage=True)
+        yield SetAside(0, f"can't be read: {_told(error)}", damage=True)
+
+
+def check_fields(fields: Fields) -> None:
+    """``UsageError`` if settings contradict one another, whatever is read."""
+    if fields.tokens is not None and (fields.key is not None or fields.value is not None):
+        raise UsageError(
+            "--tokens-field goes with neither --key-field nor --value-field",
+            "Of rows that are tokenised already no key-value records are made; give one or the other.",
+        )
 
 
 def check(file: InputFile, fields: Fields) -> None:
-    """``UsageError`` if ``fields`` does not say what reading a file needs."""
-    if file.base == "tokens":
+    """``UsageError`` if ``fields`` does not say what reading a file needs, or contradicts it.
+
+    Of a damaged file nothing is said: reading it will.
+    """
+    check_fields(fields)
+    if file.base != "tokens" or file.size == 0:
+        return
+    try:
         tokens.check_tokens(file, fields)
+    except Exception as error:
+        if not _is_damage(error):
+            raise
 
 
 def cut(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """The slices of a file, in order, of about ``target`` bytes of text; the whole file where it can't be cut."""
     cutter = FORMATS[file.base].cut
-    return [WHOLE] if cutter is None else cutter(file, fields, target)
+    if cutter is None or file.size == 0:
+        return [WHOLE]
+    try:
+        return cutter(file, fields, target)
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        return [WHOLE]  # reading it will say what is wrong
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an exception speaks of a file's content.
+
+    What the system refuses now it may give later; what the content lacks it will lack again.
+    """
+    if isinstance(error, RetrotoolError):
+        return isinstance(error, InputError)
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
+
+
+def _told(error: Exception) -> str:
+    """What an exception says, in a line; Arrow's are sentences, of others the name is half of it."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError | pa.ArrowException):
+        return first or type(error).__name__
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import orjson
 
 MAX_DOCUMENT_BYTES = 64 << 20
+TOKEN_BYTES = 4
+"""What a token id counts against ``Fields.max_document``."""
 EXCERPT_CHARACTERS = 120
 
 
@@ -36,6 +38,22 @@ class Fields:
     token_dtype: str | None = None
     end_of_document: int | None = None
     max_document: int = MAX_DOCUMENT_BYTES
+
+    def reading(self, base: str) -> tuple[object, ...]:
+        """The settings that decide which documents the rows of an input of format ``base`` are, without compression.
+
+        Two runs for which they differ read the same bytes as different inputs. What is kept beside a document, and
+        the limit on its size, change nothing about which document a row is; neither is among them.
+        """
+        if base == "txt":
+            return ("separator", self.separator or None)
+        if base == "tokens":
+            return ("token_dtype", self.token_dtype, "end_of_document", self.end_of_document)
+        if self.tokens is not None:
+            return ("tokens", self.tokens, "id", self.id)
+        if self.key is not None:
+            return ("key", self.key, "value", self.value, "id", self.id)
+        return ("text", self.text, "id", self.id)
 
 
 class Document(NamedTuple):
@@ -140,7 +158,7 @@ def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, po
     tokens = value = None
     if fields.tokens is not None:
         text = ""
-        tokens = _tokens(row, fields.tokens)
+        tokens = _tokens(row, fields.tokens, fields.max_document)
     elif fields.key is not None and fields.value is not None:
         text = _text(row, fields.key, fields.max_document)
         value = _text(row, fields.value, fields.max_document)
@@ -179,10 +197,19 @@ def _text(row: Mapping[str, Any], name: str, limit: int) -> str:
     raise BadRow(f"{name!r} is empty" if text == "" else f"{name!r} is not a string")
 
 
-def _tokens(row: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
+def too_many_tokens(name: str, count: int, limit: int) -> str | None:
+    """Why a field with so many token ids is over the limit, or None."""
+    if count * TOKEN_BYTES <= limit:
+        return None
+    return f"{name!r} has {count * TOKEN_BYTES:,} bytes of token ids, more than --max-document {limit:,}"
+
+
+def _tokens(row: Mapping[str, Any], name: str, limit: int) -> npt.NDArray[Any]:
     values = find(row, name)
     if values is None:
         raise BadRow(f"{name!r} is null" if name in row else f"no field {name!r}")
+    if isinstance(values, list) and (too_many := too_many_tokens(name, len(values), limit)):
+        raise BadRow(too_many)
     try:
         tokens = np.asarray(values)
     except (ValueError, OverflowError) as error:

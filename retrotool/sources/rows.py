@@ -20,12 +20,19 @@ import pyarrow as pa
 
 from retrotool.sources import columns
 from retrotool.sources.columns import Unreadable
-from retrotool.sources.records import Document, Fields, SetAside, as_text, content_id, document_of
+from retrotool.sources.records import (
+    TOKEN_BYTES,
+    Document,
+    Fields,
+    SetAside,
+    as_text,
+    content_id,
+    document_of,
+    too_many_tokens,
+)
 
 WINDOW_BYTES = 8 << 20
 WINDOW_ROWS = 4096
-TOKEN_BYTES = 4
-"""What a token id counts against ``Fields.max_document``."""
 
 _document = partial(tuple.__new__, Document)
 """``Document._make`` in a third of its time."""
@@ -157,10 +164,9 @@ def _limited(array: pa.Array, name: str, fields: Fields) -> tuple[pa.Array, dict
     over = sizes > limit
     if not over.any():
         return array, {}
-    unit = "bytes" if name != fields.tokens else "bytes of token ids"
-    reasons = {
-        i: f"{name!r} has {sizes[i]:,} {unit}, more than --max-document {limit:,}"
-        for i in np.flatnonzero(over).tolist()
-    }
+    reasons = {}
+    for i in np.flatnonzero(over).tolist():
+        too_many = too_many_tokens(name, int(sizes[i]) // TOKEN_BYTES, limit) if name == fields.tokens else None
+        reasons[i] = too_many or f"{name!r} has {sizes[i]:,} bytes, more than --max-document {limit:,}"
     # A null place in ``take`` is a null, whatever the type, and copies nothing.
     return array.take(pa.array(np.arange(len(array)), mask=over)), reasons

@@ -32,6 +32,8 @@ else:
 
 BLOCK_BYTES = 256 << 10
 _AHEAD = 16
+_PATIENCE_SECONDS = 2.0
+"""How long a thread is waited for that nobody reads from any more; it may stand in a read that never ends."""
 _PACKED_BYTES = 64 << 10
 """Compressed bytes a step: what follows a frame is copied, and there may be a million frames."""
 _LARGEST_WINDOW_LOG = 31
@@ -44,7 +46,7 @@ class BrokenStream(Exception):  # noqa: N818 - what it says of the stream is its
     """The stream ends where it must not, or its content is damaged; what came before is whole."""
 
 
-class _Decompressor(Protocol):
+class Decompressor(Protocol):
     """What the standard library's decompressors share."""
 
     @property
@@ -63,25 +65,29 @@ class _Decompressor(Protocol):
         """Feed ``data``; at most ``max_length`` bytes come back, the rest later."""
 
 
-class _Gzip:
-    """``zlib`` in the manner of ``bz2`` and ``lzma``."""
+class Inflater:
+    """``zlib`` in the manner of ``bz2`` and ``lzma``; ``wbits`` as there: 31 is gzip."""
 
-    def __init__(self) -> None:
-        self._inner = zlib.decompressobj(wbits=31)
+    def __init__(self, wbits: int = 31) -> None:
+        self._inner = zlib.decompressobj(wbits)
 
     @property
     def eof(self) -> bool:
+        """Whether the frame is complete."""
         return self._inner.eof
 
     @property
     def unused_data(self) -> bytes:
+        """What was fed after the frame's end."""
         return self._inner.unused_data
 
     @property
     def needs_input(self) -> bool:
+        """Whether more input is needed for more output."""
         return not self._inner.unconsumed_tail
 
     def decompress(self, data: bytes, max_length: int = -1) -> bytes:
+        """Feed ``data``; at most ``max_length`` bytes come back, the rest later."""
         return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
 
 
@@ -93,7 +99,7 @@ def _xz() -> lzma.LZMADecompressor:
     return lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
 
-_DECOMPRESSORS: dict[str, Callable[[], Any]] = {"gz": _Gzip, "zst": _zstd, "bz2": bz2.BZ2Decompressor, "xz": _xz}
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {"gz": Inflater, "zst": _zstd, "bz2": bz2.BZ2Decompressor, "xz": _xz}
 _ERRORS = (zlib.error, zstd.ZstdError, lzma.LZMAError, OSError, ValueError, EOFError)
 
 
@@ -129,7 +135,10 @@ def decompressed(file: IO[bytes], compression: str, start: int = 0, end: int | N
 
 
 def unpacked(raw: Iterator[bytes], compression: str) -> Generator[bytes]:
-    """Decompress blocks that can be read only once; of a damaged frame its last ``BLOCK_BYTES`` may be missing."""
+    """Decompress blocks that can be read only once; of a damaged frame its last ``BLOCK_BYTES`` may be missing.
+
+    Raises ``BrokenStream`` after the last good byte.
+    """
     try:
         yield from _gathered(_Frames(_DECOMPRESSORS[compression], raw).blocks())
     except _DamagedFrame as damage:
@@ -177,7 +186,7 @@ class _DamagedFrame(Exception):  # noqa: N818 - caught where the frame's last go
 class _Frames:
     """Decompresses frame after frame; knows where the frame at hand begins, and how much of it was given."""
 
-    def __init__(self, make: Callable[[], _Decompressor], raw: Iterator[bytes]) -> None:
+    def __init__(self, make: Callable[[], Decompressor], raw: Iterator[bytes]) -> None:
         self._make, self._raw = make, raw
         self._read = self._begin = self._given = self._last = 0
 
@@ -203,7 +212,7 @@ class _Frames:
                 return b""
         return data
 
-    def _frame(self, frame: _Decompressor, data: bytes) -> Iterator[bytes]:
+    def _frame(self, frame: Decompressor, data: bytes) -> Iterator[bytes]:
         while True:
             try:
                 text = frame.decompress(data, BLOCK_BYTES)
@@ -243,7 +252,10 @@ class _Frames:
 
 
 def ahead(source: Generator[bytes]) -> Generator[bytes]:
-    """The same blocks, produced by a thread that is at most a few blocks ahead."""
+    """The same blocks, produced by a thread that is at most a few blocks ahead.
+
+    A thread that stands in a read when it is no longer needed is left behind after a while, and ends with the process.
+    """
     waiting: queue.Queue[bytes | BaseException | None] = queue.Queue(_AHEAD)
     stopped = threading.Event()
 
@@ -275,4 +287,4 @@ def ahead(source: Generator[bytes]) -> Generator[bytes]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(_PATIENCE_SECONDS)

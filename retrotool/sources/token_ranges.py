@@ -22,13 +22,40 @@ import numpy.typing as npt
 
 from retrotool.errors import InputError
 from retrotool.sources.files import WHOLE, Slice
-from retrotool.sources.records import Document, Fields, SetAside, tokens_id
+from retrotool.sources.records import TOKEN_BYTES, Document, Fields, SetAside, tokens_id
 
 BLOCK_BYTES = 8 << 20
-TOKEN_BYTES = 4
-"""What a token id counts against ``Fields.max_document``."""
 
 Tokens = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """An array of integers in a file, of which a part is read where it is asked for.
+
+    Mapped into memory, a file that becomes shorter meanwhile would end the process.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    offset: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> Tokens:
+        start, stop, _ = part.indices(self.count)
+        count = max(0, stop - start)
+        found: Tokens = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
+        if len(found) < count:
+            raise InputError(f"{self.path.name} became shorter while it was read")
+        return found
+
+    def at(self, place: int) -> int:
+        """One of the numbers; negative places count from the end."""
+        place = place if place >= 0 else self.count + place
+        return int(self[place : place + 1][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +144,28 @@ def load(file: IO[bytes], dtype: np.dtype[Any], begin: int, end: int) -> Tokens:
     return tokens if dtype.isnative else tokens.astype(dtype.newbyteorder("="))
 
 
-def broken_off(outside: npt.NDArray[np.bool_], last: bool) -> int | None:
-    """The place in a window from which on every document lies outside the file, None if the file was not cut short.
+def break_at(total: int, outside: Callable[[int, int], npt.NDArray[np.bool_]], window: int) -> int:
+    """The document from which on all lie outside the file; ``total`` if the file was not cut short.
 
-    ``last``: the window holds the file's last documents.
+    ``outside`` tells of a range of documents which do. Looked for from the end, so that every slice of a file finds the
+    same, at the cost of what is lost.
     """
-    if not last or not len(outside) or not outside[-1]:
-        return None
-    inside = np.flatnonzero(~outside)
-    return int(inside[-1]) + 1 if len(inside) else 0
+    stop, step = total, 1
+    while stop:
+        start = max(0, stop - step)
+        inside = np.flatnonzero(~outside(start, stop))
+        if len(inside):
+            return start + int(inside[-1]) + 1
+        stop, step = start, min(2 * step, window)
+    return 0
+
+
+def documents_before(end: int | None, total: int, whole: int) -> tuple[int, bool]:
+    """Where reading a slice up to ``end`` stops, and whether that is where the file breaks off, before ``whole``."""
+    if end is not None and end > total:
+        raise InputError(f"{total:,} documents are told of, {end:,} were when it was planned")
+    end = total if end is None else end
+    return min(end, whole), whole < end
 
 
 def lost(line: int, position: int, total: int, size: int) -> InputError:

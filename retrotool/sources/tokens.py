@@ -16,6 +16,7 @@ documents.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +27,27 @@ import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.files import OFFSETS, WHOLE, InputFile, Slice
-from retrotool.sources.megatron import cut_megatron, read_megatron
+from retrotool.sources.megatron import cut_megatron, open_index, read_megatron
 from retrotool.sources.records import Document, Fields, SetAside
 from retrotool.sources.token_ranges import (
     BLOCK_BYTES,
+    OnDisk,
     Ranges,
     Tokens,
-    broken_off,
+    break_at,
     cut_documents,
     document,
     documents,
+    documents_before,
     load,
     lost,
     over,
 )
 
 _NUMPY = b"\x93NUMPY"
+_DESCRIPTION = b"'descr'"
+_NUMPY_HEAD_BYTES = 64
+"""Within which a header that has lost its beginning still shows."""
 _ALIGNED = 8
 """Byte ranges begin at multiples of the widest type: which it is, is not known when they are cut."""
 _SUFFIX_DTYPES = {".u16": "<u2", ".u32": "<u4"}
@@ -52,28 +58,36 @@ WINDOW_DOCUMENTS = 1 << 16
 class Layout:
     """Where a plain file's tokens are: ``count`` of ``dtype`` from byte ``begin``; ``dtype`` None: it does not say.
 
-    ``told`` is how many there should be.
+    ``told`` is how many there should be; ``by`` what says the type.
     """
 
     dtype: np.dtype[Any] | None
     begin: int
     told: int | None = None
+    by: str = ""
 
 
 def check_tokens(file: InputFile, fields: Fields) -> None:
-    """Raise ``UsageError`` if neither a token file nor ``fields`` say how it is to be read; for before the work."""
-    if file.base == "tokens" and not _is_megatron(file) and not file.path.endswith(".idx"):
-        _dtype(file, fields, _layout(file))
+    """Raise ``UsageError`` if neither a token file nor ``fields`` say how it is to be read, or they contradict it."""
+    if file.path.endswith(".idx"):
+        return  # without its tokens there is nothing to be read
+    layout = _layout(file)
+    if layout.dtype is None or layout.told in (None, (file.size - layout.begin) / layout.dtype.itemsize):
+        _settled(file, fields, layout)  # else it is damaged, and what its header says means nothing
 
 
 def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
     """Documents of a file of token ids, or of a range of it."""
     if file.path.endswith(".idx"):
         raise InputError(f"{Path(file.path).with_suffix('.bin').name} is missing: an index has no tokens")
+    layout = _layout(file)
+    try:
+        dtype = _settled(file, fields, layout)
+    except UsageError as error:
+        # Such a file is refused before the work, unless it was damaged then.
+        raise InputError(str(error)) from error
     if _is_megatron(file):
         return read_megatron(file, fields, where)
-    layout = _layout(file)
-    dtype = _dtype(file, fields, layout)
     if _offsets(file).is_file():
         return _read_offsets(file, fields, where, layout, dtype)
     return _read_marked(file, fields, where, layout, dtype)
@@ -86,15 +100,12 @@ def cut_tokens(file: InputFile, fields: Fields, target: int) -> list[Slice]:
         return [WHOLE]
     if _is_megatron(file):
         return cut_megatron(file, target)
-    try:
-        layout = _layout(file)
-        offsets = _load_offsets(file) if _offsets(file).is_file() else None
-    except InputError:
-        return [WHOLE]  # reading it will say what is wrong
-    if offsets is not None:
+    layout = _layout(file)
+    if _offsets(file).is_file():
+        offsets = _open_offsets(file)
         width = 1 if layout.dtype is None else layout.dtype.itemsize
-        scale = (file.size - layout.begin) / max(int(offsets[-1]) * width, 1)
-        return cut_documents(len(offsets) - 1, lambda i: int(offsets[i] * width * scale), file.size, target)
+        scale = (file.size - layout.begin) / max(offsets.at(-1) * width, 1)
+        return cut_documents(len(offsets) - 1, lambda i: int(offsets.at(i) * width * scale), file.size, target)
     steps = (file.size - layout.begin) // _ALIGNED
     count = -(-file.size // target)
     edges = sorted({layout.begin + _ALIGNED * (steps * i // count) for i in range(count)})
@@ -111,43 +122,75 @@ def _offsets(file: InputFile) -> Path:
 
 def _layout(file: InputFile) -> Layout:
     path = Path(file.path)
+    if _is_megatron(file):
+        return Layout(open_index(path.with_suffix(".idx")).dtype, 0, by="index")
     with path.open("rb") as stream:
-        if stream.read(len(_NUMPY)) != _NUMPY:
+        head = stream.read(_NUMPY_HEAD_BYTES)
+        if not head.startswith(_NUMPY):
+            if _DESCRIPTION in head:
+                raise InputError(f"the numpy header of {path.name} is damaged: it begins with {head[:6]!r}")
             suffix = _SUFFIX_DTYPES.get(path.suffix.lower())
-            return Layout(np.dtype(suffix) if suffix else None, 0)
-        stream.seek(0)
-        shape, dtype = _numpy_header(stream)
-        if len(shape) != 1 or dtype.kind not in "iu":
-            raise InputError(f"an array of {dtype} of shape {list(shape)}, not token ids in one dimension")
-        return Layout(dtype, stream.tell(), shape[0])
+            return Layout(np.dtype(suffix) if suffix else None, 0, by="suffix")
+    shape, dtype, begin = _numpy_header(path)
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise InputError(f"an array of {dtype} of shape {list(shape)}, not token ids in one dimension")
+    return Layout(dtype, begin, shape[0], by="header")
 
 
-def _numpy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape and type of numpy's array, and the byte where its numbers begin."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version not in readers:
-            raise InputError(f"numpy's format version {version[0]}.{version[1]} is not known")
-        shape, _, dtype = readers[version](stream)
-    except ValueError as error:
-        raise InputError(f"its numpy header is damaged: {str(error).splitlines()[0]}") from error
-    return shape, dtype
+    with path.open("rb") as stream:
+        try:
+            version = np.lib.format.read_magic(stream)
+            if version in readers:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that Python 2 wrote it
+                    shape, _, dtype = readers[version](stream)
+                return shape, dtype, stream.tell()
+        except Exception as error:  # a header is parsed as Python, and damaged ones fail in as many ways
+            if isinstance(error, OSError):
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the numpy header of {path.name} is damaged: {first}") from error
+    raise InputError(f"{path.name} is of numpy's format version {version[0]}.{version[1]}, which is not known")
 
 
-def _dtype(file: InputFile, fields: Fields, layout: Layout) -> np.dtype[Any]:
-    """The type of the tokens; ``UsageError`` if nobody says, or if nobody says where documents end."""
-    if layout.dtype is None and fields.token_dtype is None:
+def _settled(file: InputFile, fields: Fields, layout: Layout) -> np.dtype[Any]:
+    """The type of the tokens.
+
+    ``UsageError`` if nobody says it, or where documents end, or if one contradicts another.
+    """
+    given = _given_dtype(fields)
+    dtype = layout.dtype or given
+    if dtype is None:
         raise UsageError(
             f"{file.name} does not say how its tokens are stored",
             "Give --token-dtype (uint16 or uint32), or put the index that Megatron wrote, NAME.idx, beside it.",
         )
-    if fields.end_of_document is None and not _offsets(file).is_file():
+    # Ids are never negative, so whether the type has a sign makes no difference.
+    if given is not None and given.itemsize != dtype.itemsize:
+        raise UsageError(
+            f"{file.name} holds {dtype.name} by its {layout.by}, not the {given.name} of --token-dtype",
+            "Leave --token-dtype out for this file, or give it another name if its suffix is wrong.",
+        )
+    if fields.end_of_document is None and not (_is_megatron(file) or _offsets(file).is_file()):
         raise UsageError(
             f"{file.name} does not say where its documents end",
             f"Give --end-of-document with the id that stands after each, or put {_offsets(file).name} beside it.",
         )
-    if layout.dtype is not None:
-        return layout.dtype
+    mark = fields.end_of_document
+    if mark is not None and not np.iinfo(dtype).min <= mark <= np.iinfo(dtype).max:
+        raise UsageError(
+            f"{file.name} holds {dtype.name}, which --end-of-document {mark} does not fit",
+            "Give the id that stands after each document, or the type that the file has.",
+        )
+    return dtype
+
+
+def _given_dtype(fields: Fields) -> np.dtype[Any] | None:
+    if fields.token_dtype is None:
+        return None
     try:
         dtype = np.dtype(fields.token_dtype).newbyteorder("<")
     except TypeError:
@@ -166,49 +209,58 @@ def _tail(file: InputFile, layout: Layout, dtype: np.dtype[Any], line: int) -> N
         raise InputError(f"broken off inside a token: {left} bytes after token {have:,}", line)
 
 
-def _load_offsets(file: InputFile) -> npt.NDArray[Any]:
+def _open_offsets(file: InputFile) -> OnDisk:
     path = _offsets(file)
-    try:
-        offsets: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path.name} is damaged: {str(error).splitlines()[0]}") from error
-    if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or not len(offsets):
-        raise InputError(f"{path.name} is no list of places: {offsets.dtype} of shape {list(offsets.shape)}")
-    return offsets
+    shape, dtype, begin = _numpy_header(path)
+    if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 1:
+        raise InputError(f"{path.name} is no list of places: {dtype} of shape {list(shape)}")
+    size = path.stat().st_size
+    if size != begin + shape[0] * dtype.itemsize:
+        raise InputError(f"{path.name} is damaged: {shape[0]:,} places do not make its {size:,} bytes")
+    return OnDisk(path, dtype, begin, shape[0])
 
 
 def _read_offsets(
     file: InputFile, fields: Fields, where: Slice, layout: Layout, dtype: np.dtype[Any]
 ) -> Iterator[Document | SetAside]:
     """Documents of a range of documents; positions are their numbers in the file, from 1."""
-    offsets = _load_offsets(file)
+    offsets = _open_offsets(file)
     have = (file.size - layout.begin) // dtype.itemsize
     total = len(offsets) - 1
-    end = total if where.end is None else where.end
-    if where.start == 0 and 0 < offsets[0] <= have:
-        yield SetAside(0, f"the first {int(offsets[0]):,} of {have:,} tokens belong to no document")
+
+    def edges_of(start: int, stop: int) -> npt.NDArray[np.int64]:
+        places = offsets[start : stop + 1]
+        places = places if places.itemsize == 8 else places.astype(np.int64)
+        # One more than there are tokens stands for all places outside; no product below can overflow.
+        return places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
+
+    def outside(start: int, stop: int) -> npt.NDArray[np.bool_]:
+        edges = edges_of(start, stop)
+        return np.asarray((edges[1:] > have) & (edges[:-1] >= 0))
+
+    whole = break_at(total, outside, WINDOW_DOCUMENTS)
+    end, broken = documents_before(where.end, total, whole)
+    if where.start > whole:
+        return
+    if where.start == 0 and 0 < offsets.at(0) <= have:
+        yield SetAside(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
     for start in range(where.start, end, WINDOW_DOCUMENTS):
         stop = min(start + WINDOW_DOCUMENTS, end)
-        # One more than there are tokens stands for all places outside; no product below can overflow.
-        edges = offsets[start : stop + 1].clip(-1 if offsets.dtype.kind == "i" else 0, have + 1).astype(np.int64)
+        edges = edges_of(start, stop)
         wrong = (edges[:-1] < 0) | (edges[1:] < edges[:-1]) | (edges[1:] > have)
-        outside = (edges[1:] > have) & (edges[:-1] >= 0)
         line = start - where.start + 1
         ranges = Ranges(
             *((layout.begin + edges[part] * dtype.itemsize).tolist() for part in (slice(-1), slice(1, None)))
         )
         for i in np.flatnonzero(wrong).tolist():
-            a, b = int(offsets[start + i]), int(offsets[start + i + 1])
+            a, b = offsets.at(start + i), offsets.at(start + i + 1)
             ranges.reasons[i] = f"it spans tokens {a:,} to {b:,} of {have:,}"
-        broken = broken_off(outside, last=stop == total)
-        if broken is not None:
-            del ranges.begins[broken:], ranges.ends[broken:]
         yield from documents(Path(file.path), dtype, ranges, fields, file.name, line, start + 1)
-        if broken is not None:
-            raise lost(line + broken, start + 1 + broken, total, file.size)
+    if broken:
+        raise lost(whole - where.start + 1, whole + 1, total, file.size)
     if end == total:
-        if 0 <= offsets[-1] < have:
-            yield SetAside(0, f"the last {have - int(offsets[-1]):,} of {have:,} tokens belong to no document")
+        if 0 <= offsets.at(-1) < have:
+            yield SetAside(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
         _tail(file, layout, dtype, total - where.start + 1)
 
 

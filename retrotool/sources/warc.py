@@ -6,9 +6,9 @@ records are no rows. A record's fields are ``text``, ``uri``, ``record_id``, ``d
 if it has none. So of a page that was fetched twice one capture stays and the other is set aside as a duplicate; with
 ``--id-field record_id`` both stay.
 
-Framing and HTTP are parsed here: that is little, and a reader that must account for every record and find every
-break can't leave either to a library that goes on in silence. The text of HTML is a library's work. Chosen is
-Resiliparse (since 2021, Apache-2.0, wheels for Linux, macOS and Windows, used for DCLM, whose authors found it level
+Framing is parsed here, HTTP in ``http_response``: that is little, and a reader that must account for every record and
+find every break can't leave either to a library that goes on in silence. The text of HTML is a library's work. Chosen
+is Resiliparse (since 2021, Apache-2.0, wheels for Linux, macOS and Windows, used for DCLM, whose authors found it level
 with trafilatura at an eighth of the time); trafilatura (2019, Apache-2.0) draws in lxml and a dozen more packages;
 warcio (2017, Apache-2.0) reads records, not HTML. What scripts load later is not read. WET files need no extra.
 
@@ -18,7 +18,6 @@ Cost: framing 1 ms a MB, HTML about 40 ms a MB; memory for one record (``Fields.
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,15 @@ from typing import Any
 from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
+from retrotool.sources.http_response import headers_of, response_of
 from retrotool.sources.records import BadRow, Document, Fields, SetAside, document_of, excerpt
 from retrotool.sources.streams import BrokenStream
 
 _HTML = ("text/html", "application/xhtml+xml")
 _ROWS = ("response", "resource", "conversion", "continuation")
 _LONGEST_LINE = 1 << 20
+_LONGEST_NUMBER = 18
+"""Digits of a size: more are none that a file has, and Python refuses to read thousands."""
 _HTML_OVERHEAD = 4
 Headers = Mapping[str, str]
 
@@ -80,7 +82,7 @@ def _fields_of(headers: Headers, block: bytes, limit: int) -> dict[str, Any]:
     if kind == "continuation":
         raise BadRow("a part of a segmented record: they are not put together")
     if kind == "response" and content_type.lower().startswith("application/http"):
-        content_type, status, block = _http(block, limit)
+        content_type, status, block = response_of(block, limit)
     content_type = content_type or headers.get("warc-identified-payload-type", "")
     text = _utf8(block) if kind == "conversion" else _text(content_type, block)
     if not text.strip():
@@ -136,59 +138,6 @@ def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
     return decode, extract
 
 
-def _http(block: bytes, limit: int) -> tuple[str, str | None, bytes]:
-    """Content type, status and decoded body of an HTTP response."""
-    head, _, body = block.partition(b"\r\n\r\n")
-    first, *lines = head.decode("latin-1").splitlines() or [""]
-    headers = _headers(lines)
-    if "chunked" in headers.get("transfer-encoding", "").lower():
-        body = _dechunked(body)
-    for coding in reversed(headers.get("content-encoding", "").lower().split(",")):
-        body = _decoded(body, coding.strip(), limit)
-    words = first.split(None, 2)
-    return headers.get("content-type", ""), words[1] if len(words) > 1 else None, body
-
-
-def _dechunked(body: bytes) -> bytes:
-    """The chunks joined (RFC 9112, 7.1); as it is where there are none: crawlers often leave the header behind."""
-    chunks: list[bytes] = []
-    place = 0
-    while True:
-        end = body.find(b"\r\n", place)
-        try:
-            size = int(body[place:end].partition(b";")[0], 16) if end > place else -1
-        except ValueError:
-            size = -1
-        if size < 0:
-            return b"".join(chunks) if chunks else body
-        if size == 0:
-            return b"".join(chunks)
-        chunks.append(body[end + 2 : end + 2 + size])
-        place = end + 2 + size + 2
-
-
-def _decoded(body: bytes, coding: str, limit: int) -> bytes:
-    """The body without a content coding; as it is where it has none: crawlers often leave the header behind."""
-    if coding in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b":
-        wbits = 31
-    elif coding == "deflate" and body[:1] == b"\x78":
-        wbits = 15
-    elif coding == "br":
-        raise BadRow("its content is compressed with Brotli, which is not read")
-    else:
-        return body
-    decompressor = zlib.decompressobj(wbits)
-    try:
-        decoded = decompressor.decompress(body, limit)
-    except zlib.error as error:
-        raise BadRow(f"its content is damaged: {error}") from error
-    if decompressor.unconsumed_tail:
-        raise BadRow(f"its content is longer than {limit:,} bytes")
-    if not decompressor.eof:
-        raise BadRow("its compressed content is cut off")
-    return decoded
-
-
 class _BrokenRecord(Exception):  # noqa: N818 - a verdict about the file
     """Here no record is, or it is cut off."""
 
@@ -212,28 +161,14 @@ def _next_headers(reader: _Reader) -> Headers | None:
         if not line:
             raise _BrokenRecord("the file ends inside a record's header")
         lines.append(line.decode("utf-8", "replace").rstrip("\r\n"))
-    return _headers(lines)
-
-
-def _headers(lines: list[str]) -> dict[str, str]:
-    """Headers by their names in lower case; a line that begins with white space goes on from the one before."""
-    headers: dict[str, str] = {}
-    name = ""
-    for line in lines:
-        if line[:1] in (" ", "\t") and name:
-            headers[name] += " " + line.strip()
-        else:
-            name, _, value = line.partition(":")
-            name = name.strip().lower()
-            headers[name] = value.strip()
-    return headers
+    return headers_of(lines)
 
 
 def _size(headers: Headers) -> int:
     length = headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()):
+    if not (length.isascii() and length.isdigit() and len(length.lstrip("0")) <= _LONGEST_NUMBER):
         raise _BrokenRecord(f"a record's Content-Length is {excerpt(length)!r}")
-    return int(length)
+    return int(length.lstrip("0") or "0")
 
 
 class _Reader:

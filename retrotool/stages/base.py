@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import orjson
 
@@ -61,6 +61,14 @@ class Stage(Protocol):
 
     def open(self, store: Store) -> Worker:
         """Get ready to do tasks in this process."""
+
+
+@runtime_checkable
+class GivesUp(Protocol):
+    """A stage for which a task that fails for good is no reason to leave what comes after it undone."""
+
+    def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
+        """What to stage in place of a task that failed every time it was tried: that nothing came of it, and why."""
 
 
 def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ documents on the block list are left out. Documents that repeat are found when t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from retrotool.stages.retry import Prefix, Row, rows_again
 from retrotool.store import staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
-from retrotool.store.staging import Staged, Unit
+from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
 from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile
 
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
+_EXCERPT = 200
 GIVEN_UP = "given up"
 """How the reason begins for an input that is not in the store and may be added later."""
 
@@ -41,11 +43,13 @@ GIVEN_UP = "given up"
 class ChunkStage:
     """The units of all unfinished plans.
 
-    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; else that is an error.
-    ``check``: the share of documents whose tokens are compared with those of ``tokenizers``.
+    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``skip_changed``: only those
+    that changed, as they are taken up again as they are now. Else that is an error. ``check``: the share of documents
+    whose tokens are compared with those of ``tokenizers``.
     """
 
     skip_missing: bool = False
+    skip_changed: bool = False
     check: float = 0.001
     name: str = "chunk"
     unit: str = "B"
@@ -73,6 +77,23 @@ class ChunkStage:
         """Load the store's tokenizer."""
         return ChunkWorker(store, self)
 
+    def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
+        """An empty unit, whose inputs are set aside: what can't be read must not keep what comes after it waiting."""
+        plan_id, index, path = str(task.inputs["plan"]), int(task.inputs["unit"]), str(task.inputs["path"])
+        entry = store.refresh().file("plans", plan_id)
+        if entry is None or entry.path != path:
+            raise ErasedError(f"plan {plan_id} was finished or changed by another process")
+        plan = read_plan(store, entry)
+        what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
+        detail = (str(error).splitlines() or [""])[0][:_EXCERPT]
+        bad = Quarantine()
+        for piece in plan.units[index]:
+            bad.open(plan.files[piece.file].path)
+            bad.append(SetAside(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
+        quarantine = bad.write(store.root, FileName.new(run, "staging", f"{task.key}.quarantine", "parquet"))
+        counts = {**dict.fromkeys(PLAN_COUNTS, 0), "set_aside": len(bad), "damaged": bad.damaged}
+        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, (), quarantine, counts))
+
 
 class ChunkWorker:
     """Chunks units; keeps the last plan it read, and the tokenizer."""
@@ -88,15 +109,17 @@ class ChunkWorker:
         path, index, plan_id = str(task.inputs["path"]), int(task.inputs["unit"]), str(task.inputs["plan"])
         plan = self._read_plan(plan_id, path)
         with PartWriter(self._store, run, task.key, plan.fields.keep, plan.part_size) as writer:
-            unit = _Unit(self._store, plan, self._encoder(plan), self._block_list(plan), writer, report)
+            blocked = self._block_list(plan)
+            unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
             for piece in plan.units[index]:
-                unit.chunk(piece, self._stage.skip_missing)
+                unit.chunk(piece, self._stage)
             files = writer.close()
             unit.count_tokenised()
         name = FileName.new(run, "staging", f"{task.key}.quarantine", "parquet")
         entry = unit.bad.write(self._store.root, name)
+        slots = None if blocked is None else blocked.slots
         counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
-        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts))
+        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts, slots))
 
     def _read_plan(self, plan_id: str, path: str) -> Plan:
         if self._plan is None or self._plan[0] != path:
@@ -120,7 +143,7 @@ class ChunkWorker:
             return None
         # Anew for every unit: what was purged while the one before was read must not come back.
         self._store.refresh()
-        return read_blocked(self._store) or None
+        return read_blocked(self._store)
 
 
 class _Unit:
@@ -140,16 +163,18 @@ class _Unit:
         self.bad = Quarantine()
         self.counts = {"blocked": 0, "keys_cut": 0, "compared": -encoder.compared, "exact": -encoder.judged}
 
-    def chunk(self, piece: Piece, skip_missing: bool) -> None:
+    def chunk(self, piece: Piece, stage: ChunkStage) -> None:
         """Read a piece to its end."""
         file = self._plan.files[piece.file]
         weight = piece.weight
         self.bad.open(file.path)
+        # Only what was read whole, for the first time, has a beginning that a mended file can go on behind.
+        whole = piece.where == sources.WHOLE and piece.file not in self._plan.retries
         prefix = Prefix()
         done = characters = 0
-        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, skip_missing)):
+        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, stage)):
             if isinstance(batch, SetAside):
-                self.bad.append(batch, prefix.documents, prefix.digest())
+                self.bad.append(batch, prefix.documents, prefix.digest() if whole else None)
                 continue
             self._add(file.name, batch, prefix)
             characters += sum(len(document.text) for document in batch)
@@ -194,15 +219,17 @@ class _Unit:
         self._writer.add(name, found, hashes)
 
 
-def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, skip_missing: bool) -> Iterator[Row]:
+def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
     """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
     file = plan.files[piece.file]
+    given_up = stage.skip_missing
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
+        given_up |= stage.skip_changed
     except OSError as error:
         problem = error.strerror or str(error)
-    if problem and skip_missing:
+    if problem and given_up:
         bad.append(SetAside(0, f"{GIVEN_UP}: {problem}"))
         return
     if problem:
@@ -221,6 +248,13 @@ def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, skip_missing:
             yield row
 
 
+def _characters(document: Document) -> int:
+    """What a document holds, about, in characters or tokens: all of it counts in memory."""
+    size = len(document.text) + len(document.id) + len(document.value or "")
+    size += sum(len(kept) for kept in document.kept if kept is not None)
+    return size if document.tokens is None else size + len(document.tokens)
+
+
 def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | SetAside]:
     """Documents in batches of about two million characters; damage on its own, after what came before it."""
     batch: list[Document] = []
@@ -233,8 +267,7 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | SetAside]:
             yield row
             continue
         batch.append(row)
-        size += len(row.text) + (len(row.value) if row.value is not None else 0)
-        size += 0 if row.tokens is None else len(row.tokens)
+        size += _characters(row)
         if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0

@@ -36,7 +36,7 @@ PLAN_FIELDS = {"files", "fields", "part_size"}
 """What a plan file says of how its inputs are read; an inputs file too, of those that may be retried."""
 GUARD = "guard"
 """Record with what was found out about the fast tokenizer, so that it is found out once a store."""
-SMALL_PLAN = 4 << 20
+SMALL_PLAN = 12 << 20
 """Bytes of text below which starting the fast tokenizer costs more than it saves."""
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
@@ -127,7 +127,7 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Want
 
     def build(state: State) -> Draft | None:
         nonlocal known
-        fingerprints, places = known_inputs(store, state)
+        fingerprints, places = known_inputs(store, state, blocked_too=not wanted.allow_purged)
         new: dict[str, tuple[InputFile, str]] = {}
         changed = []
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
@@ -194,15 +194,14 @@ def may_be_fast(state: State, files: Sequence[InputFile]) -> bool:
 def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[tuple[str, str]]:
     """Keyed hashes of each file's content and of its path.
 
-    Read by another field, a file is another input: a wrong --text-field must not shut it out.
+    Read otherwise, a file is another input: a wrong --text-field must not shut it out.
     """
     found = []
-    read_by = fields.tokens or (f"{fields.key} {fields.value}" if fields.key else fields.text)
     try:
         for file in files:
-            name = "" if file.base == "txt" else read_by
-            fingerprint = store.identity.keyed_hash(f"{file.fingerprint()} {name}")
-            found.append((fingerprint, store.identity.keyed_hash(f"path {file.path} {name}")))
+            reading = repr(fields.reading(file.base))
+            fingerprint = store.identity.keyed_hash(f"{file.fingerprint(fields)} {reading}")
+            found.append((fingerprint, store.identity.keyed_hash(f"path {file.path} {reading}")))
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
     return found
@@ -259,7 +258,10 @@ def read_plan(store: Store, entry: FileEntry) -> Plan:
         ),
         fast=bool(content["fast"]),
         allow_purged=bool(content["allow_purged"]),
-        retries={int(number): Retry(**retry) for number, retry in content["retries"].items()},
+        retries={
+            int(number): Retry(**{**retry, "plans": tuple(retry["plans"])})
+            for number, retry in content["retries"].items()
+        },
     )
 
 
@@ -268,13 +270,18 @@ def read_fields(content: Mapping[str, Any]) -> Fields:
     return Fields(**{**content, "keep": tuple(content["keep"])})
 
 
-def known_inputs(store: Store, state: State) -> tuple[set[str], set[str]]:
-    """Keyed hashes of the content, and of the path, of all inputs that were planned."""
+def known_inputs(store: Store, state: State, *, blocked_too: bool = True) -> tuple[set[str], set[str]]:
+    """Keyed hashes of the content, and of the path, of all inputs that were planned.
+
+    Without ``blocked_too``: not those of plans that left documents out because they had been purged.
+    """
     fingerprints: set[str] = set()
     places: set[str] = set()
     for kind in ("inputs", "plans"):
         group = state.group(kind)
         for slot in group:
+            if not blocked_too and state.records[f"plan:{slot}"].get("blocked"):
+                continue
             entry = group.get(slot)
             assert entry is not None
             content = read_json(store, entry)

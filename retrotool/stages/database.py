@@ -1,12 +1,13 @@
-"""A store seen as a database to search: what of it can be searched, its index, and where its documents are.
+"""A store seen as a database to search: what of it can be searched, its index, where its documents are, its copies.
 
 Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped; shards are opened one after
-another.
+another. A query's own document costs its part's documents; across stores, or where documents of one id were kept, a
+join over all ``keys/`` files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import pyarrow.compute as pc
 
 from retrotool.ann import lists
 from retrotool.ann.lists import Ids, InvertedLists
-from retrotool.ann.search import Best, Queries, search
+from retrotool.ann.search import Best, Excluded, Intervals, Queries, search
 from retrotool.errors import CorruptError, UsageError
-from retrotool.store import parts, vectors
+from retrotool.store import log, parts, vectors
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -67,6 +68,34 @@ def count_keys(store: Store, part: int) -> int:
     return parts.n_keys(parts.part_entry(store, "chunks", part))
 
 
+def count_living_keys(store: Store, part: int, tombstones: Tombstones) -> int:
+    """How many keys of a part are neither purged nor erased; reads which are keys only where some of both are there."""
+    purged = tombstones.rows(part)  # the erased are among them
+    keys = count_keys(store, part)
+    if keys == parts.part_entry(store, "chunks", part).rows:
+        return keys - len(purged)
+    return keys - int(parts.read_key(store, part)[purged].sum()) if len(purged) else keys
+
+
+def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int:
+    """Living keys of the parts that are not among ``done``."""
+    left = set(store.state.parts()).difference(done)
+    return sum(count_living_keys(store, part, tombstones) for part in left)
+
+
+def own_documents(store: Store, part: int, database: Store, tombstones: Tombstones, *, within: bool) -> Excluded:
+    """What each row of a part must not find in ``database``: the chunks of documents of its own document's id.
+
+    ``within``: ``database`` is the same store. Then no file but the part's documents is read, unless documents of one
+    id were kept.
+    """
+    if within and not may_repeat(database):
+        return Excluded(*document_intervals(store, part))
+    documents = parts.read_documents(store, part, ["key", "n_chunks"])
+    found = find_documents(database, documents["key"], tombstones)
+    return found.take(np.repeat(np.arange(documents.num_rows), documents["n_chunks"].to_numpy()))
+
+
 def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
     """First and last chunk id of each row's own document, int64 [n] each."""
     table = parts.read_documents(store, part, ["first_row", "n_chunks"])
@@ -75,29 +104,68 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
     return np.repeat(ids, count), np.repeat(ids + count - 1, count)
 
 
-def same_documents(queries: Store, part: int, database: Store) -> tuple[Ids, Ids]:
-    """For each row of a part of ``queries``, the interval of chunk ids of the document of the same id in ``database``.
+def may_repeat(store: Store) -> bool:
+    """Whether several documents of one id may be living: if they were kept, or not looked for yet. The log knows."""
+    plans = store.state.with_prefix("plan:").values()
+    return any(
+        not plan["finished"] or (plan.get("duplicates") == "keep" and plan.get("duplicates_by_id")) for plan in plans
+    )
 
-    First and last int64 [n] each; first > last where there is none. Joined through the ``keys/`` files.
+
+def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstones) -> Excluded:
+    """The chunks of the documents that have ``keys`` (nulls: of nobody), as intervals, one of ``Excluded`` a key.
+
+    Documents of which nothing is living are left out: they are never found. Reads all ``keys/`` files of the database,
+    one at a time, and the documents of the parts that have any.
     """
-    documents = parts.read_documents(queries, part, ["key", "n_chunks"])
-    keys = documents["key"].cast(pa.binary()).combine_chunks()
-    first, last = np.zeros(len(keys), np.int64), np.full(len(keys), -1, np.int64)
-    for other in database.state.parts():
-        table = parts.read_parquet(database, parts.part_entry(database, "keys", other), ["key", "doc"])
-        place = pc.index_in(keys, value_set=table["key"].cast(pa.binary()).combine_chunks())
-        hits = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
-        if not len(hits):
+    coded = keys.cast(pa.binary()).combine_chunks().dictionary_encode()
+    if isinstance(coded, pa.ChunkedArray):
+        coded = coded.combine_chunks()
+    codes = coded.indices.fill_null(-1).to_numpy().astype(np.int64)
+    found = [np.zeros((3, 0), np.int64)]
+    for part in database.state.parts():
+        table = parts.read_parquet(database, parts.part_entry(database, "keys", part), ["key", "doc"])
+        place = pc.index_in(table["key"].cast(pa.binary()), value_set=coded.dictionary)
+        hit = place.is_valid()
+        document = place.filter(hit).to_numpy().astype(np.int64)
+        if not len(document):
             continue
-        found = table["doc"].to_numpy()[place.take(pa.array(hits)).to_numpy()]
-        theirs = parts.read_documents(database, other, ["first_row", "n_chunks"]).take(pa.array(found))
-        low = parts.chunk_ids(other, theirs["first_row"].to_numpy())
+        theirs = parts.read_documents(database, part, ["first_row", "n_chunks"]).take(table["doc"].filter(hit))
+        low = parts.chunk_ids(part, theirs["first_row"].to_numpy())
         high = low + theirs["n_chunks"].to_numpy() - 1
-        # Of a document that is there more than once all but the first are tombstones.
-        new = first[hits] > last[hits]
-        first[hits[new]], last[hits[new]] = low[new], high[new]
-    count = documents["n_chunks"].to_numpy()
-    return np.repeat(first, count), np.repeat(last, count)
+        purged = np.searchsorted(tombstones.ids, high, side="right") - np.searchsorted(tombstones.ids, low)
+        found.append(np.stack([document, low, high])[:, purged <= high - low])
+    document, low, high = np.concatenate(found, axis=1)
+    order = np.lexsort((low, document))
+    document, low, high = document[order], low[order], high[order]
+    further = np.zeros(len(document), np.bool_)
+    further[1:] = document[1:] == document[:-1]
+    first, last = np.zeros(len(coded.dictionary) + 1, np.int64), np.full(len(coded.dictionary) + 1, -1, np.int64)
+    first[document[~further]], last[document[~further]] = low[~further], high[~further]
+    if not further.any():
+        return Excluded(first[codes], last[codes])
+    ascending = np.flatnonzero(further)[np.argsort(low[further])]
+    repeats = Intervals(low[ascending], high[ascending], document[ascending])
+    return Excluded(first[codes], last[codes], codes, repeats)
+
+
+def is_same_directory(one: Store, other: Store) -> bool:
+    """Whether two stores are one on the disk; a copy has the same uuid, and goes its own way from then on."""
+    return one.root.samefile(other.root)
+
+
+def has_commit(store: Store, number: int, head: str) -> bool:
+    """Whether the commit ``number`` of a store's view has a SHA-256 that begins with ``head``: its log, or a copy's."""
+    if number == store.state.number:
+        return store.state.head.startswith(head)
+    commit = log.read(store.root, number) if number < store.state.number else None
+    return commit is not None and commit.sha256.startswith(head)
+
+
+def count_tombstones(store: Store) -> int:
+    """How many chunks were purged, those of two purges twice; the log knows. It grows with every purge."""
+    group = store.state.group("tombstones")
+    return sum(entry.rows for slot in group if (entry := group.get(slot)) is not None)
 
 
 class Database:
@@ -130,12 +198,17 @@ class Database:
 
 
 def read_shards(store: Store, name: str) -> Iterator[InvertedLists]:
-    """The shards of an index, one after another."""
+    """The shards of an index, one after another; ``ErasedError`` for one that was erased since the store was opened."""
     group = store.state.group("index", name)
     for slot in group:
         entry = group.get(slot)
         if slot.startswith("shard-") and entry is not None:
-            shard = lists.read(store.path(entry))
+            path = store.path(entry)
+            try:
+                shard = lists.read(path)
+            except CorruptError:
+                store.path(entry)  # unlinked just now?
+                raise
             if len(shard) != entry.rows:
                 raise CorruptError(
                     f"{store.root / entry.path} holds {len(shard):,} vectors, the log says {entry.rows:,}",

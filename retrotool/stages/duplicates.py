@@ -3,8 +3,8 @@
 Which documents repeat is found after chunking, over all parts at once (``keysort``), so it depends on neither the
 order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
 
-1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since,
-   or set aside as a repeat itself; the others repeat it.
+1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since
+   (unless the plan allows what was purged), or set aside as a repeat itself; the others repeat it.
 2. By text, among the documents that do not repeat an id and are whole (no chunk purged or erased). Of those with one
    text the one with the lowest chunk id is the first; the others repeat it.
 
@@ -32,6 +32,7 @@ from retrotool.stages.chunk import GIVEN_UP
 from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans, write_json
 from retrotool.stages.keysort import Places, Span
 from retrotool.stages.repeats import Repeats, locate, read_repeats
+from retrotool.stages.retry import parts_of
 from retrotool.stages.retry_plan import gather_quarantine, remembered, settle
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
@@ -125,7 +126,8 @@ def _finishing(
     """The commit that finishes a plan on the store's state, its files written, and what it counts."""
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
-    places, by_text = find_duplicates(store, run.id, _span(store.state, plan_id), tombstones, range_rows)
+    span = _span(store.state, plan_id)
+    places, by_text = find_duplicates(store, run.id, span, tombstones, range_rows, allow_purged=plan.allow_purged)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
     add: list[FileEntry] = []
@@ -151,19 +153,35 @@ def _finishing(
 
 
 def _span(state: State, plan_id: str) -> Span:
-    """The parts of a plan, which are numbered in the order of the plans, and those before."""
-    order = state.records[f"plan:{plan_id}"]["order"]
-    plans = state.with_prefix("plan:").values()
-    own = state.records[f"plan:{plan_id}"]
-    before = sum(r["parts"] + r.get("withdrawn", 0) for r in plans if r["order"] < order) + own.get("withdrawn", 0)
-    return Span(before, before + own["parts"])
+    """The parts of a plan, and those before."""
+    own = parts_of(state, plan_id)
+    return Span(own.start, own.stop)
 
 
 def find_duplicates(
-    store: Store, run: str, span: Span, tombstones: Tombstones, range_rows: int = keysort.ROWS
+    store: Store,
+    run: str,
+    span: Span,
+    tombstones: Tombstones,
+    range_rows: int = keysort.ROWS,
+    *,
+    allow_purged: bool = False,
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
-    """Documents of the new parts of ``span`` that repeat one before them, ascending; and which do so by text only."""
-    by_id = keysort.find_repeats(store, run, "key", span, rows=range_rows)
+    """Documents of the new parts of ``span`` that repeat one before them, ascending; and which do so by text only.
+
+    ``allow_purged``: the id of a document that is wholly purged is free again.
+    """
+
+    def gone(part: int) -> npt.NDArray[np.int64]:
+        purged = tombstones.rows(part)
+        if not allow_purged or not len(purged):
+            return np.zeros(0, np.int64)
+        table = parts.read_documents(store, part, ["first_row", "n_chunks"])
+        first, n_chunks = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
+        n_purged = np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first)
+        return np.flatnonzero(n_purged == n_chunks)
+
+    by_id = keysort.find_repeats(store, run, "key", span, gone, range_rows)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
@@ -220,8 +238,8 @@ def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
     for slot in group:
         quarantine = group.get(slot)
         if quarantine is not None and slot.partition(".")[0] == plan_id:
-            rows = parts.read_parquet(store, quarantine, ["input", "reason"])
-            given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
+            for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
+                given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
     kept = [i for i, file in enumerate(plan.files) if file.path not in given_up]
     return {
         "fingerprints": [plan.fingerprints[i] for i in kept],

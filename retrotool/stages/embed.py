@@ -2,8 +2,9 @@
 
 A task is a part. If the store's tokenizer is the encoder's, tokens go straight in; otherwise they are decoded to
 text and tokenised again. Erased chunks and values of key-value records get zeros, and cost nothing but their bytes;
-tombstoned chunks are embedded, so that a purge can be undone until it is erased. The task reads the part's chunks
-file: if that is erased meanwhile, the commit is refused and the part is done again.
+tombstoned chunks are embedded, as long as they are not erased, and so are chunks that the encoder's tokenizer sees no
+token in. The task reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part is done
+again.
 """
 
 from __future__ import annotations

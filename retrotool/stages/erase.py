@@ -1,17 +1,30 @@
 """``purge --erase``: rewriting the files that hold purged chunks, so that their bytes are gone.
 
-A task is a part (its documents, keys, chunks and every encoder's embeddings) or an index shard. Slots stay, zeroed,
-so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a victim is left
-alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they are
-unlinked.
+A task is one of
 
-Not reached: bare chunk ids in tombstones and neighbour tables, centroids that were trained with the vectors, and
-anything outside the store.
+- a part: its documents, keys and chunks, and every encoder's embeddings;
+- a shard of an index;
+- a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
+  exact distances to known vectors tell what a vector was;
+- a quarantine file that has excerpts. All of them go: a row that could not be read may be the victim's, and nothing
+  but reading it tells whose it is.
+
+Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
+victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
+are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
+table against this store; writing those that hold a victim. Memory: one part, or one shard.
+
+Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
+stores, and anything outside the store.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +32,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.ann import lists
+from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.index import shards, write_index
-from retrotool.store import parts, staging, vectors
+from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class EraseStage:
-    """The files that still hold any of ``chunks`` (tombstoned ids, as a tuple so that the stage stays plain data)."""
+    """The files that still hold any of ``chunks`` (tombstoned ids, as a tuple so that the stage stays plain data).
+
+    ``clean`` remembers paths that were found to hold none. A path always names the same bytes, so planning again reads
+    only what is new.
+    """
 
     chunks: tuple[int, ...]
+    clean: set[str] = field(default_factory=set, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
 
@@ -44,31 +66,74 @@ class EraseStage:
         return Tombstones(np.unique(np.array(self.chunks, np.int64)))
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a part, and one a shard, that holds a victim."""
-        victims = self.victims()
-        tasks = []
-        for part in victims.parts():
+        """One task a part, shard, table and quarantine file that holds something of a victim."""
+        tasks = look_again(store, lambda: list(self._tasks(store, self.victims())))
+        return [task for task in tasks if not staging.is_staged(store.root, task.key)]
+
+    def _tasks(self, store: Store, victims: Tombstones) -> Iterator[Task]:
+        if not len(victims):
+            return
+        whole = hashlib.blake2b(victims.ids.tobytes(), digest_size=16).hexdigest()
+        present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk
+        for part in present:
             entries = part_files(store, part)
-            if _holds(store, part, victims.rows(part)):
+            if self._holds(entries, lambda part=part: _holds(store, part, victims.rows(part))):  # type: ignore[misc]
                 paths = [entry.path for entry in entries]
                 key = task_key("erase", {"victims": victims.rows(part).tolist()}, paths)
-                tasks.append(Task(key, f"part {part}", len(entries), {"part": part, "paths": paths}))
-        touched = set(victims.parts())
-        for name in store.state.names("index"):
-            for slot, about in shards(store.state, name).items():
-                entry = store.state.file("index", slot, name)
-                if entry is None or not touched.intersection(about["parts"]):
-                    continue
-                found = lists.read(store.path(entry))
-                if any(victims.contains(ids).any() for ids in found.ids):
-                    key = task_key("erase", {"shard": slot, "victims": victims.ids.tolist()}, [entry.path])
-                    inputs = {"index": name, "slot": slot, "path": entry.path}
-                    tasks.append(Task(key, f"index {name} {slot}", 1, inputs))
-        return [task for task in tasks if not staging.is_staged(store.root, task.key)]
+                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths})
+        for label, what, entry, holds in _others(store, victims, present):
+            if self._holds([entry], holds):
+                key = task_key("erase", {**what, "victims": whole}, [entry.path])
+                yield Task(key, label, 1, {**what, "paths": [entry.path]})
+
+    def _holds(self, entries: list[FileEntry], holds: Callable[[], bool]) -> bool:
+        paths = {entry.path for entry in entries}
+        if paths <= self.clean:
+            return False
+        if holds():
+            return True
+        self.clean.update(paths)
+        return False
 
     def open(self, store: Store) -> EraseWorker:
         """Nothing to load."""
         return EraseWorker(store, self.victims())
+
+
+def look_again(store: Store, look: Callable[[], _Result]) -> _Result:
+    """What ``look`` finds; once more on the newest state if a file was replaced meanwhile."""
+    while True:
+        seen = store.state.number
+        try:
+            return look()
+        except (CorruptError, ErasedError):
+            # Between being found and being read a file can be gone, which then looks like damage.
+            if store.refresh().number == seen:
+                raise
+
+
+Other = tuple[str, dict[str, str], FileEntry, Callable[[], bool]]
+
+
+def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[Other]:
+    """Label, inputs, file, and whether it holds something, of all files that belong to no part alone."""
+    state = store.state
+    for name in state.names("index"):
+        for slot, about in shards(state, name).items():
+            entry = state.file("index", slot, name)
+            if entry is not None and not set(present).isdisjoint(about["parts"]):
+                holds = functools.partial(_shard_holds, store, entry, victims)
+                yield f"index {name} {slot}", {"index": name, "slot": slot}, entry, holds
+    for name in state.names("neighbours"):
+        for slot in state.group("neighbours", name):
+            entry = state.file("neighbours", slot, name)
+            if entry is not None:
+                holds = functools.partial(_table_holds, store, entry, victims)
+                yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, entry, holds
+    for slot in state.group("quarantine"):
+        entry = state.file("quarantine", slot)
+        if entry is not None:
+            yield f"quarantine {slot}", {"quarantine": slot}, entry, functools.partial(_has_excerpts, store, entry)
 
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
@@ -90,24 +155,86 @@ def _holds(store: Store, part: int, rows: Rows) -> bool:
     return False
 
 
+def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+    return any(victims.contains(ids).any() for ids in lists.read(store.path(entry)).ids)
+
+
+def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+    rows = victims.rows(int(FileName.parse(entry.path).slot))
+    within = is_within(store, table_schema(store, entry))
+    for group in range(-(-entry.rows // ROW_GROUP)):
+        mine = _in_group(rows, group)
+        if not (within or len(mine)):
+            continue
+        ids = tables.read_table(store, entry, [group]).ids
+        if (ids[mine] != NO_NEIGHBOUR).any() or (within and victims.contains(ids).any()):
+            return True
+    return False
+
+
+def _in_group(rows: Rows, group: int) -> Rows:
+    """Those of ``rows`` (ascending) that a row group has, counted from its first."""
+    low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
+    return rows[low:high] - group * ROW_GROUP
+
+
+def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
+    """The schema of a Parquet file with its metadata; ``CorruptError`` if it can't be read."""
+    return parts.read_parquet(store, entry, row_groups=[]).schema
+
+
+def is_within(store: Store, schema: pa.Schema) -> bool:
+    """Whether the ids of a neighbour table are chunks of the store that it lies in."""
+    database: bytes = (schema.metadata or {}).get(b"retrotool.database", b"")
+    return database == store.identity.uuid.encode()
+
+
+def _has_excerpts(store: Store, entry: FileEntry) -> bool:
+    excerpts = parts.read_parquet(store, entry, ["excerpt"])["excerpt"]
+    return bool(pc.any(pc.greater(pc.binary_length(excerpts), 0)).as_py())
+
+
 class EraseWorker:
-    """Rewrites parts and shards without the victims."""
+    """Rewrites files without the victims."""
 
     def __init__(self, store: Store, victims: Tombstones) -> None:
         self._store = store
         self._victims = victims
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Rewrite one part or shard."""
-        self._store.refresh()
-        if "part" in task.inputs:
-            add = self._part(int(task.inputs["part"]), run)
-            old = tuple(task.inputs["paths"])
-        else:
-            add = self._shard(str(task.inputs["index"]), str(task.inputs["slot"]), run)
-            old = (str(task.inputs["path"]),)
+        """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
+        old = tuple(task.inputs["paths"])
+        self._check_there(old)
+        try:
+            add = self._rewritten(task, run)
+        except CorruptError:
+            self._check_there(old)
+            raise
         report(task.weight)
         return Staged(task.key, "erase", run, reads=old, add=tuple(add), remove=old)
+
+    def _check_there(self, paths: tuple[str, ...]) -> None:
+        state = self._store.refresh()
+        gone = [path for path in paths if not state.has(path)]
+        if gone:
+            raise ErasedError(f"{gone[0]} was replaced meanwhile")
+
+    def _rewritten(self, task: Task, run: str) -> list[FileEntry]:
+        inputs, state = task.inputs, self._store.state
+        if "part" in inputs:
+            return self._part(int(inputs["part"]), run)
+        if "index" in inputs:
+            entry = state.file("index", inputs["slot"], inputs["index"])
+            rewrite = self._shard
+        elif "table" in inputs:
+            entry = state.file("neighbours", inputs["slot"], inputs["table"])
+            rewrite = self._table
+        else:
+            entry = state.file("quarantine", inputs["quarantine"])
+            rewrite = self._excerpts
+        assert entry is not None, "it was there just now"
+        name = FileName.parse(entry.path)
+        return [rewrite(entry, FileName.new(run, name.kind, name.slot, name.extension, name.name))]
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
         store, rows, slot = self._store, self._victims.rows(part), part_slot(part)
@@ -115,14 +242,14 @@ class EraseWorker:
         n_tokens, tokens = chunks.n_tokens.copy(), chunks.tokens.copy()
         n_tokens[rows], tokens[rows] = 0, 0
         documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens)
-        tables = {
+        found = {
             "documents": documents,
             "keys": parts.keys_table(documents),
             "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
         }
         add = [
             parts.write_parquet(store.root, FileName.new(run, kind, slot, "parquet"), table)
-            for kind, table in tables.items()
+            for kind, table in found.items()
         ]
         for name in store.state.names("embeddings"):
             entry = store.state.part_file("embeddings", part, name)
@@ -134,12 +261,33 @@ class EraseWorker:
                 )
         return add
 
-    def _shard(self, name: str, slot: str, run: str) -> list[FileEntry]:
-        entry = self._store.state.file("index", slot, name)
-        assert entry is not None, "the task's file has left the state; its commit will be refused"
+    def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
         found = lists.read(self._store.path(entry))
         index = lists.without(found, [self._victims.contains(ids) for ids in found.ids])
-        return [write_index(self._store.root, index, FileName.new(run, "index", slot, "faiss", name), entry.about)]
+        return write_index(self._store.root, index, name, entry.about)
+
+    def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
+        store, rows = self._store, self._victims.rows(int(name.slot))
+        schema = table_schema(store, entry)
+        banned = self._victims.contains if is_within(store, schema) else None
+
+        def groups() -> Iterator[pa.Table]:
+            for group in range(-(-entry.rows // ROW_GROUP)):
+                table = erase_neighbours(tables.read_table(store, entry, [group]), _in_group(rows, group), banned)
+                columns = {
+                    column: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+                    for column, values in (("ids", table.ids), ("distances", table.distances))
+                }
+                yield pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
+
+        written = parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP)
+        return replace(written, about=entry.about)
+
+    def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
+        table = parts.read_parquet(self._store, entry)
+        place = table.schema.get_field_index("excerpt")
+        nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
+        return parts.write_parquet(self._store.root, name, table.set_column(place, table.schema.field(place), nothing))
 
 
 def erase_documents(documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32]) -> pa.Table:
@@ -159,3 +307,19 @@ def erase_documents(documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: n
             column = pc.if_else(gone, pa.scalar(None, column.type), column)
         columns.append(column)
     return pa.table(columns, schema=documents.schema)
+
+
+def erase_neighbours(
+    table: NeighbourTable, rows: Rows, banned: Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]] | None
+) -> NeighbourTable:
+    """Neighbours with ``rows`` emptied, and without the entries that are ``banned`` (None: none is)."""
+    ids, distances = table.ids.copy(), table.distances.copy()
+    ids[rows], distances[rows] = NO_NEIGHBOUR, np.inf
+    if banned is not None:
+        drop = banned(ids)
+        ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
+        hit = np.flatnonzero(drop.any(axis=1))
+        order = np.argsort(drop[hit], axis=1, kind="stable")  # those that stay move up, in their order
+        ids[hit] = np.take_along_axis(ids[hit], order, 1)
+        distances[hit] = np.take_along_axis(distances[hit], order, 1)
+    return NeighbourTable(ids, distances)

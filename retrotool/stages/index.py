@@ -9,6 +9,7 @@ target recall. Memory: the training sample, and one shard (2·d bytes a vector) 
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from retrotool.ann import lists
 from retrotool.ann.kmeans import assign, kmeans
-from retrotool.errors import UsageError
+from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.database import count_keys, embedded_parts, read_part_vectors, searchable_rows
 from retrotool.store import atomic, parts, staging
@@ -156,13 +157,10 @@ class IndexWorker:
         )
 
     def _write_shard(self, task: Task, run: str, report: Report, tombstones: Tombstones) -> Staged:
-        import faiss
         import torch
 
         stage, store = self._stage, self._store
-        trained = store.state.file("index", "trained", stage.index)
-        assert trained is not None, "shards are planned after the training"
-        index = faiss.read_index(str(store.path(trained)))
+        trained, index = read_trained(store, stage.index)
         centroids = lists.centroids_of(index)
         table = None if centroids is None else torch.from_numpy(centroids)
         for part in task.inputs["parts"]:
@@ -180,9 +178,39 @@ class IndexWorker:
         return Staged(task.key, "index", run, {"name": stage.index, "encoder": stage.encoder}, reads, (entry,))
 
 
+def read_trained(store: Store, name: str) -> tuple[FileEntry, Any]:
+    """The trained, empty index of a name; ``CorruptError`` if it is not, to the bit, what the log says.
+
+    All that is indexed goes into lists by it, and it is small beside a shard: its sum is checked each time.
+    """
+    trained = store.state.file("index", "trained", name)
+    if trained is None:
+        raise CorruptError(f"index {name!r} has no training", f"See what else is wrong: retrotool verify {store.root}")
+    path = store.path(trained)
+    if atomic.file_sha256(path) != trained.sha256:
+        raise CorruptError(
+            f"{path}: its SHA-256 is not what the log says", f"See what else is wrong: retrotool verify {store.root}"
+        )
+    return trained, lists.open_index(path)
+
+
 def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
-    """Write a faiss index through the store's door."""
-    return atomic.write_file(root, name, lambda path: lists.write(index, path), about=about)
+    """Write a faiss index through the store's door, and read it back; ``StorageError`` if it is not all there."""
+    try:
+        return atomic.write_file(
+            root,
+            name,
+            lambda path: lists.write(index, path),
+            about=about,
+            check=lambda path, _: lists.check(index, path),
+        )
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise StorageError(
+            f"{name.path}: {error.strerror}; what was committed before is untouched",
+            "The file system, or a limit of the process (ulimit -f), allows no file of this size.",
+        ) from error
 
 
 def _check_finite(vectors: npt.NDArray[np.float16], part: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:

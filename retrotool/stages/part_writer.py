@@ -1,7 +1,9 @@
 """Writing the parts of a unit: chunks go to disk while the next batch is tokenised.
 
 The chunks file of the part being filled is written by a thread, some row groups at a time; the documents' columns
-are held as Arrow arrays (about 150 bytes a document) until the part is closed. Memory: those, and a few row groups.
+are held as Arrow arrays (about 150 bytes a document, and what ``--keep`` keeps) until the part is closed, which it is
+when they come to ``COLUMN_BYTES``. Memory: those, and a few row groups. Plain documents and key-value records do not
+share a part, as their chunks files have other columns.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from retrotool.store.store import Store
 
 _FLUSH_ROWS = 8 * parts.ROW_GROUP
 _QUEUE = 2
+COLUMN_BYTES = 128 << 20
+"""Bytes of documents' columns at which a part is closed before it has its chunks."""
 
 
 class _Abandoned(Exception):  # noqa: N818 - no error: the file is not wanted any more
@@ -109,7 +113,9 @@ class PartWriter:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="retrotool-write")
         self._closed: list[tuple[FileEntry, FileEntry, Future[FileEntry]]] = []
         self._columns: list[pa.RecordBatch] = []
+        self._column_bytes = 0
         self._documents = 0
+        self._pieces = 1
         self._chunks = self._new_file()
         self.counts = {"documents": 0, "chunks": 0, "tokens": 0}
 
@@ -127,6 +133,9 @@ class PartWriter:
 
     def add(self, name: str, batch: Tokens, hashes: Sequence[tuple[bytes, bytes]]) -> None:
         """Add documents of the input ``name``; ``hashes`` are the key and the text hash of each."""
+        if batch.pieces != self._pieces and self._chunks.rows:
+            self._close_part()
+        self._pieces = batch.pieces
         cut = cut_chunks(batch.ids, batch.lengths, self._store.identity.chunk_length, self._dtype, batch.pieces)
         ends = np.cumsum(cut.n_chunks)
         n_tokens = batch.lengths.reshape(-1, batch.pieces).sum(axis=1)
@@ -147,7 +156,7 @@ class PartWriter:
             self.counts["documents"] += stop - start
             self.counts["chunks"] += rows.stop - rows.start
             self.counts["tokens"] += int(n_tokens[some].sum())
-            if self._chunks.rows >= self._part_size:
+            if self._chunks.rows >= self._part_size or self._column_bytes >= COLUMN_BYTES:
                 self._close_part()
             start = stop
 
@@ -180,6 +189,7 @@ class PartWriter:
         ]
         arrays = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=True)]
         self._columns.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._column_bytes += self._columns[-1].nbytes
 
     def _new_file(self) -> _ChunksFile:
         return _ChunksFile(self._store, self._name("chunks", len(self._closed)), self._threads)
@@ -191,7 +201,7 @@ class PartWriter:
         number = len(self._closed)
         chunks = self._chunks.close()
         documents = pa.Table.from_batches(self._columns, self._schema).combine_chunks()
-        self._columns, self._documents = [], 0
+        self._columns, self._documents, self._column_bytes = [], 0, 0
         root = self._store.root
         entry = parts.write_parquet(root, self._name("documents", number), documents)
         keys = parts.write_parquet(root, self._name("keys", number), parts.keys_table(documents))

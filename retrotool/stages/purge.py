@@ -5,11 +5,16 @@ decoded text of each chunk. Selecting scans what the selector needs: nothing but
 documents, or all tokens. The commit costs what is purged, not what is stored; it also adds to the block list, so
 that what is purged does not come back with its input. A match across the border of two chunks is not found by
 ``--pattern``; a tokenizer that loses case or spacing shows the pattern what is left of the text.
+
+An erase also takes what a ``chunk`` set aside because it repeats a purged document (``find_copies``): nobody could
+select it by its text any more, and it is the same text. That reads all ``keys/`` files of parts with repeats.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +24,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.chunk_plan import write_json
 from retrotool.stages.where import Where
-from retrotool.store import blocked, parts
+from retrotool.store import blocked, disk, parts, paths
+from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Hashes, read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
@@ -47,6 +52,9 @@ class Selection:
     ``chunks`` are all ids, sorted, and ``living`` those that were not purged before; ``documents`` and ``tokens``
     count what these take from the totals. ``blocked`` are the hashes that keep what is purged from coming back, and
     ``newly_blocked`` says how many of them the store has not yet. ``state`` is the state that was searched.
+
+    For an erase ``copies`` are the chunks, and ``copied`` the number, of documents that repeat one selected and are
+    tombstones for that; ``unerased`` counts the chunks of all that still have tokens.
     """
 
     kind: str
@@ -58,6 +66,9 @@ class Selection:
     blocked: Hashes
     newly_blocked: int
     state: State
+    copies: Ids
+    copied: int = 0
+    unerased: int = 0
 
 
 def select_ids(store: Store, lines: Sequence[str]) -> Ids:
@@ -67,10 +78,10 @@ def select_ids(store: Store, lines: Sequence[str]) -> Ids:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            chunk = int(line)
-        except ValueError:
-            raise UsageError(f"line {number}: {line.strip()[:40]!r} is no chunk id", "Nothing was purged.") from None
+        # What ``int`` takes besides plain digits (1_0, ٣) is more likely a mistake than an id.
+        if re.fullmatch(r"[0-9]{1,19}", line.strip()) is None:
+            raise UsageError(f"line {number}: {line.strip()[:40]!r} is no chunk id", "Nothing was purged.")
+        chunk = int(line)
         if not 0 <= chunk & ((1 << PART_SHIFT) - 1) < sizes.get(chunk >> PART_SHIFT, 0):
             raise UsageError(f"line {number}: the store has no chunk {chunk}", "Nothing was purged.")
         found.append(chunk)
@@ -118,8 +129,8 @@ def select_where(store: Store, expression: str, report: Report = lambda _: None)
     """Chunk ids of the documents for which an expression over their columns holds."""
     where = Where(expression)
     found: list[Ids] = []
-    entries = [parts.part_entry(store, "documents", part) for part in store.state.parts()]
-    where.check(list(dict.fromkeys(name for entry in entries for name in pq.read_schema(store.path(entry)).names)))
+    names = (parts.read_parquet(store, entry, row_groups=[]).schema.names for entry in _documents_files(store))
+    where.check(list(dict.fromkeys(itertools.chain.from_iterable(names))))
     for part in store.state.parts():
         table = parts.read_documents(store, part)
         for column in where.columns:
@@ -130,6 +141,10 @@ def select_where(store: Store, expression: str, report: Report = lambda _: None)
         found.append(_chunks_of(store, part, np.flatnonzero(mask.to_numpy())))
         report(1)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _documents_files(store: Store) -> list[FileEntry]:
+    return [parts.part_entry(store, "documents", part) for part in store.state.parts()]
 
 
 def select_pattern(store: Store, pattern: str, report: Report = lambda _: None) -> Ids:
@@ -164,14 +179,74 @@ def _chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
     if not len(docs):
         return np.zeros(0, np.int64)
     table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
-    first, count = table["first_row"].to_numpy().astype(np.int64), table["n_chunks"].to_numpy()
+    return parts.chunk_ids(part, _rows(table["first_row"].to_numpy(), table["n_chunks"].to_numpy()))
+
+
+def _rows(first: npt.NDArray[Any], count: npt.NDArray[Any]) -> Ids:
+    """The rows of some documents, one document after another."""
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return parts.chunk_ids(part, np.repeat(first, count) + within)
+    rows: Ids = np.repeat(first.astype(np.int64), count) + within
+    return rows
 
 
-def weigh(store: Store, kind: str, literal: str, chunks: Ids) -> Selection:
-    """Find out what selected chunks would take from the store."""
+def in_store(store: Store, chunks: Ids) -> Ids:
+    """Those of ``chunks`` whose part the store has: a ``chunk`` may have taken parts back after they were purged."""
+    there: Ids = chunks[np.isin(chunks >> PART_SHIFT, store.state.parts())]
+    return there
+
+
+def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
+    """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
+
+    Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
+    """
+    plans = set(store.state.with_prefix("plan:"))
+    aside = [
+        read_tombstones(store, slot).ids
+        for slot in store.state.group("tombstones")
+        if slot.partition(".")[0] in plans  # the others are of purges
+    ]
+    if not aside or not len(chunks):
+        return np.zeros(0, np.int64), 0
+    repeats = Tombstones(in_store(store, np.unique(np.concatenate(aside))))
+    wanted = {name: _values_of(store, chunks, name) for name in ("key", "text_hash")}
+    selected = Tombstones(chunks)
+    found = [np.zeros(0, np.int64)]
+    copied = 0
+    for part in repeats.parts():
+        table = parts.read_parquet(store, parts.part_entry(store, "keys", part))
+        alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
+        docs = table["doc"].filter(pc.or_(*alike))
+        if not len(docs):
+            continue
+        places = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(docs)
+        first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
+        rows = repeats.rows(part)
+        repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
+        first, count = first[repeating], count[repeating]
+        ids = parts.chunk_ids(part, _rows(first, count))
+        more = ~selected.contains(ids)
+        found.append(ids[more])
+        copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
+    return np.unique(np.concatenate(found)), copied
+
+
+def _values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
+    """A column of the documents that have any of ``chunks``, without nulls."""
+    found = [pa.array([], pa.binary())]
+    for part in np.unique(chunks >> PART_SHIFT).tolist():
+        table = parts.read_documents(store, part, ["first_row", column])
+        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
+        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
+        values = table[column].take(pa.array(docs)).drop_null().cast(pa.binary())
+        found += values.chunks
+    return pa.concat_arrays(found)
+
+
+def weigh(store: Store, kind: str, literal: str, chunks: Ids, copies: Ids | None = None, copied: int = 0) -> Selection:
+    """Find out what selected chunks would take from the store; ``copies`` (None: nothing is erased): see Selection."""
     tombstones = read_tombstones(store)
+    chunks = in_store(store, chunks)
     fresh = chunks[~tombstones.contains(chunks)]
     living: list[Ids] = []
     documents = tokens = 0
@@ -186,7 +261,20 @@ def weigh(store: Store, kind: str, literal: str, chunks: Ids) -> Selection:
     ids = np.concatenate(living) if living else np.zeros(0, np.int64)
     hashes = _hashes_to_block(store, chunks)
     new = len(read_blocked(store).lacks(hashes))
-    return Selection(kind, literal, chunks, ids, documents, tokens, hashes, new, store.state)
+    none = np.zeros(0, np.int64)
+    unerased = 0 if copies is None else _count_unerased(store, np.union1d(chunks, copies))
+    return Selection(
+        kind, literal, chunks, ids, documents, tokens, hashes, new, store.state,
+        none if copies is None else copies, copied, unerased,
+    )  # fmt: skip
+
+
+def _count_unerased(store: Store, chunks: Ids) -> int:
+    count = 0
+    for part in np.unique(chunks >> PART_SHIFT).tolist():
+        n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"]
+        count += int((n_tokens.to_numpy()[chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)] > 0).sum())
+    return count
 
 
 def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
@@ -222,20 +310,24 @@ def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: 
     return int(((had > 0) & (has == 0)).sum())
 
 
+COPIES = ".copies"
+"""What the slot of a purge's tombstones has behind its id where they are the copies that are erased with it."""
+
+
+def tombstones_of(store: Store, purge: str) -> Ids:
+    """The chunks of a purge, and the copies that are erased with it."""
+    return np.union1d(read_tombstones(store, purge).ids, read_tombstones(store, purge + COPIES).ids)
+
+
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> str:
     """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
 
-    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made.
+    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made. Copies are
+    written down too, though they are tombstones already: once their originals are erased nothing else tells them.
     """
     purge = "p" + secrets.token_hex(4)
-    tombstones = write_tombstones(store.root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.chunks)
-    literal = {"kind": selection.kind, "literal": selection.literal}
-    literal_file = write_json(store.root, FileName.new(run.id, "selectors", purge, "json"), literal, 1)
-    add = [tombstones, literal_file]
-    if len(selection.blocked):
-        name = FileName.new(run.id, "blocked", purge, "parquet")
-        add.append(blocked.write_blocked(store.root, name, selection.blocked))
     seen = list(selection.state.group("tombstones"))
+    add: list[FileEntry] = []
 
     def build(state: State) -> Draft:
         if list(state.group("tombstones")) != seen:
@@ -247,12 +339,39 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> s
         records = {f"purge:{purge}": record, "totals": totals}
         return Draft("purge", selector, add=tuple(add), records=records)
 
-    store.commit(run, build)
+    try:
+        _write_purge(store, run, purge, selection, add)
+        store.commit(run, build)
+    except ConflictError:
+        for entry in add:  # one of them has the selector's text: it must not wait for the next clean-up
+            disk.unlink(paths.inside(store.root, entry.path))
+        raise
     return purge
 
 
-def purges_within(store: Store, chunks: Tombstones) -> list[str]:
-    """Ids of the purges, not yet erased, of which every chunk is among ``chunks``."""
+def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: list[FileEntry]) -> None:
+    """Write the files of a purge, and note them in ``add``."""
+    root = store.root
+    add.append(write_tombstones(root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.chunks))
+    if len(selection.copies):
+        name = FileName.new(run.id, "tombstones", purge + COPIES, "parquet")
+        add.append(write_tombstones(root, name, selection.copies))
+    if len(selection.blocked):
+        add.append(blocked.write_blocked(root, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
+    literal = {
+        "kind": selection.kind,
+        "literal": selection.literal,
+    }  # last: it must not stay if another can't be written
+    add.append(write_json(root, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
+
+
+def erased_purges(store: Store, erased: Tombstones) -> list[str]:
+    """Ids of the purges that are not known to be erased and of which nothing is left once ``erased`` chunks are.
+
+    What other purges erased counts, and so does what left the store with its part.
+    """
     records = store.state.with_prefix("purge:")
-    waiting = [purge for purge, record in records.items() if not record["erased"]]
-    return [purge for purge in waiting if chunks.contains(read_tombstones(store, purge).ids).all()]
+    before = [tombstones_of(store, purge) for purge, record in records.items() if record["erased"]]
+    gone = Tombstones(np.unique(np.concatenate([erased.ids, *before])))
+    waiting = {purge: in_store(store, tombstones_of(store, purge)) for purge, r in records.items() if not r["erased"]}
+    return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]

@@ -1,11 +1,13 @@
 """Rows that a unit sets aside, held in 24 bytes each: a wrong ``--text-field`` can set aside every row of a corpus.
 
-Excerpts are kept of the first rows only. Where a file broke off, how many rows came before and a hash of them are
-kept too, so that the mended file can be taken up behind an equal beginning.
+Excerpts are kept of the first rows only, and of reasons the first ten thousand that differ. Where a file broke off, how
+many rows came before and a hash of them are kept too, so that the mended file can be taken up behind an equal
+beginning.
 """
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,16 @@ EXCERPTS = 1000
 """Rows of a unit that keep an excerpt."""
 
 
+REASONS = 10_000
+"""Reasons of a unit that are kept with their numbers."""
+_NUMBER = re.compile(r"\d[\d,.]*")
+
+
+def without_numbers(reason: str) -> str:
+    """A reason without what differs from row to row: sizes, columns, counts."""
+    return _NUMBER.sub("…", reason)
+
+
 class Quarantine:
     """Gathers rows set aside, input by input, and writes them as a quarantine file."""
 
@@ -32,7 +44,7 @@ class Quarantine:
         self._input, self._reason = array("i"), array("i")
         self._line, self._offset = array("q"), array("q")
         self._excerpts: list[str] = []
-        self._damage: dict[int, tuple[int, bytes]] = {}
+        self._damage: dict[int, tuple[int, bytes | None]] = {}
         self._first = 0
 
     def __len__(self) -> int:
@@ -49,14 +61,17 @@ class Quarantine:
         self._inputs.append(path)
         self._first = len(self)
 
-    def append(self, row: SetAside, rows_before: int = 0, prefix: bytes = b"") -> None:
-        """Gather a row of the open input; for damage, how many rows came before and their hash."""
+    def append(self, row: SetAside, rows_before: int = 0, prefix: bytes | None = None) -> None:
+        """Gather a row of the open input; for damage, how many rows came before and, if they are all, their hash."""
         if row.damage:
             self._damage[len(self)] = (rows_before, prefix)
         if len(self) < EXCERPTS:
             self._excerpts.append(row.excerpt)
         self._input.append(len(self._inputs) - 1)
-        self._reason.append(self._reasons.setdefault(row.reason, len(self._reasons)))
+        reason = row.reason
+        if len(self._reasons) >= REASONS and reason not in self._reasons:
+            reason = without_numbers(reason)
+        self._reason.append(self._reasons.setdefault(reason, len(self._reasons)))
         self._line.append(row.line)
         self._offset.append(row.offset)
 

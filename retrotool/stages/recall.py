@@ -1,8 +1,9 @@
 """The true recall of an index.
 
-Measured against exact search over all living keys, on random keys, their own documents excluded. Recall@10 is the
-mean share of a query's true 10 nearest that the index finds. ``tune`` doubles ``nprobe`` until the recall less its 95 %
-error holds the target. Cost: ``QUERIES`` × n distances for the truth, once.
+Measured against exact search, in float64, over all living keys of the parts that are indexed, on random ones of them,
+their own documents excluded. Recall@10 is the mean share of a query's true 10 nearest that the index finds. ``tune``
+doubles ``nprobe`` until the recall less its 95 % error holds the target. Cost: ``QUERIES`` × n distances for the truth,
+once.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from retrotool.ann.lists import InvertedLists
-from retrotool.ann.search import Best, Queries, search
+from retrotool.ann.lists import Ids, InvertedLists
+from retrotool.ann.search import Best, Excluded, Queries, search
 from retrotool.stages.base import Report
-from retrotool.stages.database import document_intervals, read_part_vectors, read_shards, searchable_rows
+from retrotool.stages.database import (
+    document_intervals,
+    find_documents,
+    may_repeat,
+    read_part_vectors,
+    read_shards,
+    searchable_rows,
+)
 from retrotool.stages.index import read_searchable, shards
+from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -24,8 +34,9 @@ from retrotool.store.tombstones import read_tombstones
 QUERIES = 1000
 DEPTH = 10
 _SEED = 1
-_TIE = 1e-5
-"""Distances that differ by less, relatively, are the same."""
+_TIE = 16 * float(np.finfo(np.float32).eps)
+"""Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
+relatively, for vectors may be short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +76,44 @@ def _truth(store: Store, encoder: str, numbers: list[int], report: Report) -> tu
     none = np.zeros(0, np.int64)
     ids = np.concatenate([none, *(chunk_ids(part, searchable_rows(store, part, tombstones)) for part in numbers)])
     drawn = np.sort(np.random.default_rng(_SEED).choice(ids, min(QUERIES, len(ids)), replace=False))
-    vectors, first, last = [], [], []
+    vectors, intervals, keys = [], [], []
+    repeat = may_repeat(store)
     for part in numbers:
         rows = drawn[drawn >> PART_SHIFT == part] - (part << PART_SHIFT)
         if len(rows):
-            low, high = document_intervals(store, part)
             vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
-            first.append(low[rows])
-            last.append(high[rows])
+            if repeat:
+                keys += _document_keys(store, part, rows)
+            else:
+                intervals.append([ends[rows] for ends in document_intervals(store, part)])
     if not vectors:
-        return Queries(np.zeros((0, 1), np.float32), none, none), Best(0, DEPTH)
-    queries = Queries(np.concatenate(vectors), np.concatenate(first), np.concatenate(last))
+        return Queries.plain(np.zeros((0, 1), np.float32)), Best(0, DEPTH)
+    if repeat:
+        excluded = find_documents(store, pa.chunked_array(keys), tombstones)
+    else:
+        excluded = Excluded(*np.concatenate(intervals, axis=1))
+    queries = Queries(np.concatenate(vectors), excluded)
     best = Best(len(drawn), DEPTH)
     for part in numbers:
         there, matrix = read_searchable(store, encoder, part, tombstones)
         everything = InvertedLists(None, (there,), (matrix,))
-        search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best)
+        search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best, precise=True)
         report(1)
     return queries, best
+
+
+def _document_keys(store: Store, part: int, rows: Ids) -> list[pa.Array]:
+    """The keys of the documents that some rows of a part belong to, one a row."""
+    table = parts.read_documents(store, part, ["key", "first_row"])
+    documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
+    return [table["key"].combine_chunks().take(pa.array(documents))]
 
 
 def _recall(found: Best, truth: Best, nprobe: int) -> Recall:
     """Mean share of the true 10 nearest that was found; of several at the same distance any will do."""
     there = truth.ids >= 0
     farthest = np.where(there, truth.distances, -np.inf).max(axis=1)
-    near = found.distances <= (farthest * (1 + _TIE) + _TIE)[:, None]
+    near = found.distances <= (farthest * (1 + _TIE))[:, None]
     possible = there.sum(axis=1)
     hits = np.minimum((near & (found.ids >= 0)).sum(axis=1), possible)
     shares = hits[possible > 0] / possible[possible > 0]

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from retrotool.errors import InputError
 from retrotool.sources import InputFile
+from retrotool.sources.files import COMPRESSIBLE
 from retrotool.sources.lines import count_lines
 from retrotool.stages.chunk_plan import Plan
 from retrotool.stages.keysort import Places
@@ -32,6 +33,8 @@ _LOCATED_ROWS = 1 << 20
 _COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20
 """Larger inputs are not read again for the line numbers of ids, and of texts, that repeat: their offsets must do."""
 _TABLE_ROWS = 1 << 16
+_IN_LINES = ("jsonl", "csv", "tsv")
+"""Formats whose rows go by the number of a line."""
 
 Flags = npt.NDArray[np.bool_]
 
@@ -132,11 +135,10 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
 
     Lines are counted, which reads the input again, for ids that repeat in a file that is not large.
     """
-    in_lines = file is not None and file.base == "jsonl"
+    has_offsets = file is not None and file.base in COMPRESSIBLE
     n = len(positions)
-    lines = positions.tolist()
-    if file is not None and in_lines:
-        lines = [0] * n
+    lines = [0] * n if has_offsets else positions.tolist()
+    if file is not None and file.base in _IN_LINES:
         ids = np.flatnonzero(~by_text | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
         if ids and file.size <= _COUNTED_BYTES:
             with contextlib.suppress(OSError, InputError):
@@ -146,7 +148,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
     columns: dict[str, Any] = {
         "input": [file.path if file is not None else name] * n,
         "line": lines,
-        "offset": positions.tolist() if in_lines else [None] * n,
+        "offset": positions.tolist() if has_offsets else [None] * n,
         "reason": [BY_TEXT if text else BY_ID for text in by_text.tolist()],
         **dict.fromkeys(("excerpt", "rows_before", "prefix"), [None] * n),
     }

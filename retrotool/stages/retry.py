@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from retrotool import sources
 from retrotool.sources import Document, Fields, InputFile, SetAside
 from retrotool.stages.cutting import id_hash, text_hash
 from retrotool.store import parts
+from retrotool.store.state import State
 from retrotool.store.store import Store
 
 _BATCH = 1024
@@ -34,12 +35,13 @@ Row = Document | SetAside
 class Retry:
     """What is known of an input that is taken up again.
 
-    ``documents`` came before it broke off, and ``prefix`` is their hash in hexadecimal; "" if rows of it were set
-    aside, so that there is no such beginning.
+    ``documents`` came before it broke off, and ``prefix`` is their hash in hexadecimal; "" if there is no such
+    beginning: rows of it were set aside, or it was read in slices. ``plans`` are those that read it before.
     """
 
     documents: int = 0
     prefix: str = ""
+    plans: tuple[str, ...] = ()
 
 
 class Prefix:
@@ -81,10 +83,14 @@ class Known:
         return found
 
 
-def known_documents(store: Store, name: str) -> Known:
-    """The documents of the input ``name`` that the store has, purged ones included."""
+def known_documents(store: Store, name: str, plans: Sequence[str]) -> Known:
+    """The documents of the input ``name`` that the store has of some plans, purged ones included.
+
+    Only of those plans: another input may have the same name.
+    """
     keys, texts = [], []
-    for part in store.state.parts():
+    live = set(store.state.parts())
+    for part in (part for plan in plans for part in parts_of(store.state, plan) if part in live):
         entry = parts.part_entry(store, "documents", part)
         table = parts.read_parquet(store, entry, ["key", "text_hash", "input"])
         table = table.filter(pc.and_(pc.equal(table["input"], name), pc.is_valid(table["key"])))
@@ -93,6 +99,14 @@ def known_documents(store: Store, name: str) -> Known:
             keys.append(parts.from_fixed_binary(table["key"], big).astype(np.uint64))
             texts.append(parts.from_fixed_binary(table["text_hash"], big).astype(np.uint64))
     return Known(_joined(keys), _joined(texts))
+
+
+def parts_of(state: State, plan_id: str) -> range:
+    """Numbers of the parts that a plan gave; as plans are worked in order, they follow those of the plans before."""
+    record = state.records[f"plan:{plan_id}"]
+    before = [r for r in state.with_prefix("plan:").values() if r["order"] < record["order"]]
+    first = sum(r["parts"] + r.get("withdrawn", 0) for r in before) + record.get("withdrawn", 0)
+    return range(first, first + record["parts"])
 
 
 def _joined(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[np.uint64]:
@@ -114,7 +128,7 @@ def rows_again(store: Store, file: InputFile, fields: Fields, retry: Retry) -> I
             yield from before
             yield from rows
             return
-    known = known_documents(store, file.name)
+    known = known_documents(store, file.name, retry.plans)
     for batch in _batches(sources.read(file, fields)):
         documents = [row for row in batch if isinstance(row, Document)]
         verdicts = iter(known.find([(id_hash(d.id), text_hash(d)) for d in documents]))

@@ -38,10 +38,16 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
+_TOO_LONG = "more than --max-document|longer than"
+"""What the reasons say of rows that a larger limit lets in."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Aside:
-    """An input that rows were set aside of: how it was read, and how often each plan set something aside."""
+    """An input that rows were set aside of: how it was read, and how often each plan set something aside.
+
+    ``too_long``: some of them may be taken up as they are, as longer documents are let in now.
+    """
 
     file: InputFile
     fields: Fields
@@ -49,19 +55,26 @@ class _Aside:
     retry: Retry
     rows: Mapping[str, int]
     damaged: Mapping[str, int]
+    too_long: bool = False
 
 
-def commit_retry(store: Store, run: Run) -> list[str]:
-    """Plan the inputs that have changed since rows of them were set aside; return the plans' ids."""
+def commit_retry(store: Store, run: Run, *, max_document: int = 0, allow_purged: bool = False) -> list[str]:
+    """Plan the inputs that have changed since rows of them were set aside; return the plans' ids.
+
+    Also those that have not, if rows were too long and ``max_document`` is larger now. To be called when no plan is
+    open: what an open plan has yet to read of an input is not known.
+    """
     planned: list[str] = []
-    for fields, part_size in sorted({(a.fields, a.part_size) for a in _inputs_aside(store, store.refresh())}, key=repr):
+    found = _inputs_aside(store, store.refresh(), max_document)
+    for fields, part_size in sorted({(a.fields, a.part_size) for a in found}, key=repr):
         plan_id = secrets.token_hex(4)
 
         def build(
             state: State, fields: Fields = fields, part_size: int = part_size, plan_id: str = plan_id
         ) -> Draft | None:
-            found = [a for a in _inputs_aside(store, state) if (a.fields, a.part_size) == (fields, part_size)]
-            return _draft(store, run, state, plan_id, found)
+            found = _inputs_aside(store, state, max_document)
+            alike = [a for a in found if (a.fields, a.part_size) == (fields, part_size)]
+            return _draft(store, run, state, plan_id, alike, allow_purged)
 
         while True:
             try:
@@ -74,14 +87,14 @@ def commit_retry(store: Store, run: Run) -> list[str]:
     return planned
 
 
-def _draft(store: Store, run: Run, state: State, plan_id: str, found: list[_Aside]) -> Draft | None:
+def _draft(store: Store, run: Run, state: State, plan_id: str, found: list[_Aside], allow_purged: bool) -> Draft | None:
     there = [_as_it_is(aside) for aside in found if Path(aside.file.path).is_file()]
     if not there:
         return None
     fields = there[0].fields
     fingerprints, _ = known_inputs(store, state)
     hashes = hashes_of(store, [aside.file for aside in there], fields)
-    mended = [(a, h) for a, h in zip(there, hashes, strict=True) if h[0] not in fingerprints]
+    mended = [(a, h) for a, h in zip(there, hashes, strict=True) if a.too_long or h[0] not in fingerprints]
     if not mended:
         return None
     files = tuple(aside.file for aside, _ in mended)
@@ -93,6 +106,7 @@ def _draft(store: Store, run: Run, state: State, plan_id: str, found: list[_Asid
         part_size=there[0].part_size,
         units=tuple((Piece(number, file.size),) for number, file in enumerate(files)),
         fast=may_be_fast(state, files),
+        allow_purged=allow_purged,
         retries={number: aside.retry for number, (aside, _) in enumerate(mended)},
     )
     draft = draft_of(store, run, state, plan_id, plan)
@@ -117,35 +131,47 @@ def _forgiven(state: State, mended: list[_Aside]) -> dict[str, Any]:
     return records
 
 
-def _inputs_aside(store: Store, state: State) -> list[_Aside]:
+def _inputs_aside(store: Store, state: State, max_document: int = 0) -> list[_Aside]:
     """The inputs that rows were set aside of, duplicates not counted, in the order of their paths."""
     plans = _plans(store, state)
     rows: dict[str, dict[str, int]] = {}
     damaged: dict[str, dict[str, int]] = {}
-    retries: dict[str, Retry] = {}
+    breaks: dict[str, tuple[int, str]] = {}
+    too_long: set[str] = set()
     for plan_id, entry in quarantine_files(state):
         if plan_id not in plans:
             continue
-        table = parts.read_parquet(store, entry, ["input", "rows_before", "prefix"])
-        for path, n in _counts(table):
-            of_input = rows.setdefault(path, {})
-            of_input[plan_id] = of_input.get(plan_id, 0) + n
-        broken = table.filter(table["rows_before"].is_valid())
-        for row in broken.to_pylist():
-            path = row["input"]
-            damaged.setdefault(path, {})[plan_id] = damaged.get(path, {}).get(plan_id, 0) + 1
-            retries[path] = Retry(row["rows_before"], (row["prefix"] or b"").hex())
+        for table in parts.read_tables(store, entry, ["input", "reason", "rows_before", "prefix"]):
+            for path, n in _counts(table):
+                of_input = rows.setdefault(path, {})
+                of_input[plan_id] = of_input.get(plan_id, 0) + n
+            long = table.filter(pc.match_substring_regex(table["reason"], _TOO_LONG))
+            too_long |= set(long["input"].unique().to_pylist())
+            broken = table.filter(table["rows_before"].is_valid())
+            for row in broken.to_pylist():
+                path = row["input"]
+                damaged.setdefault(path, {})[plan_id] = damaged.get(path, {}).get(plan_id, 0) + 1
+                breaks[path] = (row["rows_before"], (row["prefix"] or b"").hex())
     found = []
     for path, of_input in sorted(rows.items()):
-        plan_id = max(of_input, key=lambda plan_id: int(state.records[f"plan:{plan_id}"]["order"]))
-        file = plans[plan_id].files.get(path)
-        if file is not None:
-            # With rows missing in the middle there is no beginning to go on behind.
-            alone = sum(of_input.values()) == 1
-            retry = retries.get(path, Retry()) if alone else Retry()
-            plan = plans[plan_id]
-            found.append(_Aside(file, plan.fields, plan.part_size, retry, of_input, damaged.get(path, {})))
+        readers = sorted((p for p in plans if path in plans[p].files), key=lambda p: _order(state, p))
+        if not readers:
+            continue
+        plan = plans[readers[-1]]
+        # With rows missing in the middle, or read before, there is no beginning to go on behind.
+        alone = sum(of_input.values()) == 1 and len(readers) == 1
+        before, prefix = breaks.get(path, (0, "")) if alone else (0, "")
+        wider = path in too_long and max_document > plan.fields.max_document
+        fields = (
+            replace(plan.fields, max_document=max(max_document, plan.fields.max_document)) if wider else plan.fields
+        )
+        retry = Retry(before, prefix, tuple(readers))
+        found.append(_Aside(plan.files[path], fields, plan.part_size, retry, of_input, damaged.get(path, {}), wider))
     return found
+
+
+def _order(state: State, plan_id: str) -> int:
+    return int(state.records[f"plan:{plan_id}"]["order"])
 
 
 def _counts(table: pa.Table) -> Iterator[tuple[str, int]]:
@@ -217,20 +243,28 @@ def settle(store: Store, run: Run, plan_id: str, plan: Plan) -> Settled:
     for older, entry in quarantine_files(store.state):
         if older == plan_id or not len(retried):
             continue
-        table = parts.read_parquet(store, entry)
-        gone = pc.is_in(table["input"], retried)
-        solved = table.filter(gone)
-        if not solved.num_rows:
+        solved, broken = _count_of(store, entry, retried)
+        if not solved:
             continue
         remove.append(entry.path)
         rows, damaged = less.get(older, (0, 0))
-        broken = solved.num_rows - solved["rows_before"].null_count
-        less[older] = (rows + solved.num_rows, damaged + broken)
-        left = table.filter(pc.invert(gone))
-        if left.num_rows:
+        less[older] = (rows + solved, damaged + broken)
+        if solved < entry.rows:
             name = FileName.new(run.id, "quarantine", FileName.parse(entry.path).slot, "parquet")
-            add.append(parts.write_parquet(store.root, name, left))
+            tables = parts.read_tables(store, entry)
+            left = (table.filter(pc.invert(pc.is_in(table["input"], retried))) for table in tables)
+            add.append(parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, left))
     return Settled(tuple(add), tuple(remove), less)
+
+
+def _count_of(store: Store, entry: FileEntry, inputs: pa.Array) -> tuple[int, int]:
+    """How many rows of a quarantine file are of some inputs, and how many of these stand for the rest of a file."""
+    rows = broken = 0
+    for table in parts.read_tables(store, entry, ["input", "rows_before"]):
+        own = table.filter(pc.is_in(table["input"], inputs))
+        rows += own.num_rows
+        broken += own.num_rows - own["rows_before"].null_count
+    return rows, broken
 
 
 def gather_quarantine(store: Store, run: Run, plan_id: str) -> Settled:
@@ -239,7 +273,7 @@ def gather_quarantine(store: Store, run: Run, plan_id: str) -> Settled:
     if len(entries) < 2:
         return Settled()
     name = FileName.new(run.id, "quarantine", plan_id, "parquet")
-    tables = (parts.read_parquet(store, entry) for entry in entries)
+    tables = (table for entry in entries for table in parts.read_tables(store, entry))
     whole = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, tables)
     return Settled((whole,), tuple(entry.path for entry in entries))
 
@@ -249,6 +283,7 @@ def remembered(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
     aside: set[str] = set()
     for of_plan, entry in quarantine_files(store.state):
         if of_plan == plan_id:
-            aside |= set(parts.read_parquet(store, entry, ["input"])["input"].unique().to_pylist())
+            for table in parts.read_tables(store, entry, ["input"]):
+                aside |= set(table["input"].unique().to_pylist())
     files = [asdict(file) for file in plan.files if file.path in aside]
     return {"files": files, "fields": asdict(plan.fields), "part_size": plan.part_size}

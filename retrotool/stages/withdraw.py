@@ -14,6 +14,7 @@ import numpy as np
 
 from retrotool.errors import ErasedError
 from retrotool.stages.chunk_plan import read_plan, unfinished_plans, write_plan
+from retrotool.stages.retry import parts_of
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -22,7 +23,7 @@ from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS, PLAN_COUNTS
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import write_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
 
 RECORD = "tokenizers"
 """Record that says why this store is tokenised by ``tokenizers`` alone."""
@@ -45,6 +46,7 @@ def _draft(store: Store, run: Run, state: State, why: str) -> Draft | None:
     remove: list[str] = []
     records: dict[str, Any] = {RECORD: {"why": why}}
     totals = dict(state.records.get("totals", {}))
+    tombstones = read_tombstones(store)
     for plan_id in unfinished_plans(state):
         entry = state.file("plans", plan_id)
         if entry is None:
@@ -54,32 +56,41 @@ def _draft(store: Store, run: Run, state: State, why: str) -> Draft | None:
             continue
         record = state.records[f"plan:{plan_id}"]
         add.append(write_plan(store, run, plan_id, replace(plan, fast=False)))
-        withdrawn = _parts_of(state, plan_id)
+        withdrawn = list(parts_of(state, plan_id))
         remove += [entry.path, *_files_of(state, withdrawn), *_quarantine_of(state, plan_id)]
         if withdrawn:
             ids = np.concatenate([_all_ids(state, part) for part in withdrawn])
             name = FileName.new(run.id, "tombstones", f"{plan_id}.withdrawn", "parquet")
             add.append(write_tombstones(store.root, name, ids))
-        totals = {name: totals[name] - record[name] for name in COUNTS} if totals else {}
+        # What was purged meanwhile is no part of the totals any more.
+        gone = {**_living(store, withdrawn, tombstones), "set_aside": record["set_aside"]}
+        totals = {name: totals[name] - gone[name] for name in COUNTS} if totals else {}
         records[f"plan:{plan_id}"] = {
             **record,
             **dict.fromkeys(PLAN_COUNTS, 0),
             "parts": 0,
             "done": 0,
             "withdrawn": record.get("withdrawn", 0) + len(withdrawn),
+            "forgiven": {},
         }
     if totals:
         records["totals"] = totals
-    return Draft("withdraw", {}, add=tuple(add), remove=tuple(remove), records=records)
+    # A shard may hold parts of several plans.
+    return Draft("withdraw", {}, add=tuple(add), remove=tuple(dict.fromkeys(remove)), records=records)
 
 
-def _parts_of(state: State, plan_id: str) -> list[int]:
-    """The parts that a plan gave: the newest, as plans are worked in their order and the later ones wait."""
-    record = state.records[f"plan:{plan_id}"]
-    plans = state.with_prefix("plan:").values()
-    before = [r for r in plans if r["order"] < record["order"]]
-    first = sum(r["parts"] + r.get("withdrawn", 0) for r in before) + record.get("withdrawn", 0)
-    return list(range(first, first + record["parts"]))
+def _living(store: Store, withdrawn: list[int], tombstones: Tombstones) -> dict[str, int]:
+    """Documents, chunks and tokens of some parts that are not purged."""
+    counts = dict.fromkeys(("documents", "chunks", "tokens"), 0)
+    for part in withdrawn:
+        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
+        n_tokens = table["n_tokens"].to_numpy()
+        alive = n_tokens > 0
+        alive[tombstones.rows(part)] = False
+        counts["documents"] += len(np.unique(table["doc"].to_numpy()[alive]))
+        counts["chunks"] += int(alive.sum())
+        counts["tokens"] += int(n_tokens[alive].sum())
+    return counts
 
 
 def _all_ids(state: State, part: int) -> Any:

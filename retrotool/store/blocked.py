@@ -32,11 +32,15 @@ Hashes = npt.NDArray[np.bytes_]
 
 
 class Blocked:
-    """A set of keyed hashes; ``hashes`` is S16, sorted, without repeats. False if it is empty."""
+    """A set of keyed hashes; ``hashes`` is S16, sorted, without repeats. False if it is empty.
 
-    def __init__(self, secret: str, hashes: Hashes) -> None:
+    ``slots`` are those of the files that it was read from.
+    """
+
+    def __init__(self, secret: str, hashes: Hashes, slots: tuple[str, ...] = ()) -> None:
         self._secret = secret
         self.hashes = hashes
+        self.slots = slots
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -102,7 +106,8 @@ def read_blocked(store: Store) -> Blocked:
     """The block list of the store's view: empty if nothing was purged, or only before there were block lists."""
     group = store.state.group("blocked")
     found = [read_hashes(store, entry) for slot in group if (entry := group.get(slot)) is not None]
-    return Blocked(store.identity.secret, np.unique(np.concatenate(found)) if found else np.zeros(0, HASH))
+    hashes = np.unique(np.concatenate(found)) if found else np.zeros(0, HASH)
+    return Blocked(store.identity.secret, hashes, tuple(group))
 
 
 def read_hashes(store: Store, entry: FileEntry) -> Hashes:

@@ -4,12 +4,18 @@ Safe beside live writers: a file is removed only if neither the state nor a stag
 dead or the log shows that a commit removed it. Files are listed first, then it is asked which runs are dead, then
 staging is read and then the log: a file on its way from one to the next is always seen in one of them, and a run that
 is dead has committed all that it ever will before the log is read. Cost: one listing of the store's folders.
+
+Standard input lies in ``spool/`` until it is chunked, under a name that tells no run: see ``clean_spool``.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
+
+import orjson
 
 from retrotool.errors import CorruptError
 from retrotool.store import disk, log, paths, runs, staging
@@ -18,6 +24,9 @@ from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 _FOLDERS = (*paths.DATA_KINDS, "staging", "log", "checkpoints")
+SPOOL = "spool"
+SETTLED_SECONDS = 2.0
+"""A process that has written standard input to the end has planned it, or announced its run, by then."""
 
 
 def clean(store: Store, *, thorough: bool = False) -> int:
@@ -42,6 +51,7 @@ def clean(store: Store, *, thorough: bool = False) -> int:
             continue
         disk.unlink(path)
         removed += 1
+    removed += sum(1 for file in _spooled(store) if not file.planned and _remove_stale(file.path))
     if not thorough:
         return removed
     once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
@@ -89,3 +99,78 @@ def _ever_added(store: Store, candidates: list[str]) -> list[str]:
         found += sorted(hits)
         left -= hits
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """A file of standard input; ``planned``: a ``chunk`` that is not finished reads it, when it is gone on with."""
+
+    path: Path
+    planned: bool
+
+
+def clean_spool(store: Store, own: str) -> list[Spooled]:
+    """Remove from ``spool/`` what no unfinished plan names, and return what must stay.
+
+    ``clean`` takes what was written an hour ago or more. Here also younger files go, unless they are half written or
+    another run than ``own`` is alive, which may be about to plan them.
+    """
+    whole = [file.path for file in _spooled(store) if not (file.planned or file.path.name.startswith(TEMPORARY))]
+    youngest = max(map(_written, whole), default=0.0)
+    busy = any(run != own for run in _living_runs(store.root))
+    wait = SETTLED_SECONDS - (time.time() - youngest)
+    if wait > 0 and not busy:
+        time.sleep(min(wait, SETTLED_SECONDS))
+        busy = any(run != own for run in _living_runs(store.root))
+    left = []
+    for file in _spooled(store):
+        certain = not busy and not file.path.name.startswith(TEMPORARY)
+        if file.planned or not (_remove(file.path) if certain else _remove_stale(file.path)):
+            left.append(file)
+    return left
+
+
+def _spooled(store: Store) -> list[Spooled]:
+    """All standard input in ``spool/``. The live plan files are those of unfinished plans; read if there is any."""
+    folder = store.root / SPOOL
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in there if path.name.startswith(("stdin-", TEMPORARY))]
+    if not found:
+        return []
+    group = store.refresh().group("plans")
+    planned: set[str] = set()
+    for slot in group:
+        entry = group.get(slot)
+        assert entry is not None
+        try:
+            content = orjson.loads(paths.inside(store.root, entry.path).read_bytes())
+            # By name, which is made of the content: the store may have been moved, or be known by several paths.
+            planned.update(Path(file["path"]).name for file in content["files"])
+        except FileNotFoundError:
+            continue  # it was finished just now
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            planned.update(path.name for path in found)  # what a broken plan needs can't be known
+    return [Spooled(path, path.name in planned) for path in found]
+
+
+def _living_runs(root: Path) -> list[str]:
+    found = [path.stem.removeprefix("run-") for path in (root / "staging").glob("run-*.json")]
+    return [run for run in found if runs.is_alive(root, run)]
+
+
+def _written(path: Path) -> float:
+    """When a file was last written to."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(path: Path) -> bool:
+    disk.unlink(path)
+    return True
+
+
+def _remove_stale(path: Path) -> bool:
+    """Remove a file that nobody has written to for an hour."""
+    return time.time() - _written(path) > runs.SILENCE_SECONDS and _remove(path)

@@ -11,7 +11,7 @@ at most 0.1 MB per million chunks. Which rows have a vector is decided here, in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,17 @@ def read_parquet(
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CorruptError(f"{path}: {reason}", f"See what else is wrong: retrotool verify {store.root}") from error
+
+
+def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """As ``read_parquet``, one row group after another: files that may be larger than memory."""
+    path = store.path(entry)
+    try:
+        groups = pq.read_metadata(path).num_row_groups
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptError(f"{path}: {error}", f"See what else is wrong: retrotool verify {store.root}") from error
+    for group in range(groups):
+        yield read_parquet(store, entry, columns, [group])
 
 
 def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, disk, paths
+from retrotool.store import atomic, disk, parts, paths
 from retrotool.store.atomic import FileEntry
+from retrotool.store.blocked import Blocked, read_hashes
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -33,13 +35,17 @@ PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "keys_cut", "compared", "exact")
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a unit of a chunk plan gave: files a part (documents, keys, chunks) under ``staging/``, not yet numbered."""
+    """What a unit of a chunk plan gave: files a part (documents, keys, chunks) under ``staging/``, not yet numbered.
+
+    ``blocked`` are the slots of the block list that it left documents out by; None: it let all in.
+    """
 
     plan: str
     index: int
     parts: tuple[tuple[FileEntry, ...], ...]
     quarantine: FileEntry | None
     counts: Mapping[str, int]
+    blocked: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +132,15 @@ def _unit_json(unit: Unit) -> dict[str, Any]:
         "parts": [[entry.as_json() for entry in part] for part in unit.parts],
         "quarantine": unit.quarantine.as_json() if unit.quarantine else None,
         "counts": unit.counts,
+        "blocked": unit.blocked,
     }
 
 
 def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
     parts = tuple(tuple(map(FileEntry.from_json, part)) for part in fields["parts"])
     quarantine = FileEntry.from_json(fields["quarantine"]) if fields["quarantine"] else None
-    return Unit(fields["plan"], fields["index"], parts, quarantine, fields["counts"])
+    blocked = None if fields["blocked"] is None else tuple(fields["blocked"])
+    return Unit(fields["plan"], fields["index"], parts, quarantine, fields["counts"], blocked)
 
 
 def read_staged(root: Path) -> dict[str, Staged]:
@@ -143,21 +151,28 @@ def read_staged(root: Path) -> dict[str, Staged]:
         if path.name.startswith("run-"):
             continue
         try:
-            fields = orjson.loads(path.read_bytes())
+            found[path.stem] = _staged_from_json(path.stem, orjson.loads(path.read_bytes()))
         except FileNotFoundError:
             continue  # another process folded it just now
-        found[path.stem] = Staged(
-            task=path.stem,
-            kind=fields["kind"],
-            run=fields["run"],
-            settings=fields["settings"],
-            reads=tuple(fields["reads"]),
-            add=tuple(map(FileEntry.from_json, fields["add"])),
-            remove=tuple(fields["remove"]),
-            records=fields["records"],
-            unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
-        )
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptError(
+                f"{path} is no staged task: {type(error).__name__}", "Remove it, and run the same command again."
+            ) from error
     return found
+
+
+def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
+    return Staged(
+        task=task,
+        kind=fields["kind"],
+        run=fields["run"],
+        settings=fields["settings"],
+        reads=tuple(fields["reads"]),
+        add=tuple(map(FileEntry.from_json, fields["add"])),
+        remove=tuple(fields["remove"]),
+        records=fields["records"],
+        unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
+    )
 
 
 def is_staged(root: Path, task: str) -> bool:
@@ -309,9 +324,29 @@ def _waiting(
             refused[task.task] = "its plan was changed"
         elif not _is_whole(store.root, task):
             refused[task.task] = "its files are gone"
+        elif _brings_back(store, state, task.unit):
+            refused[task.task] = "a document of it was purged meanwhile"
         else:
             waiting[task.unit.plan, task.unit.index] = task
     return waiting
+
+
+def _brings_back(store: Store, state: State, unit: Unit) -> bool:
+    """Whether a unit has documents that are on the block list by now: it was read before they were purged."""
+    if unit.blocked is None:
+        return False
+    group = state.group("blocked")
+    newer = [entry for slot in group if slot not in unit.blocked and (entry := group.get(slot)) is not None]
+    if not newer:
+        return False
+    hashes = np.unique(np.concatenate([read_hashes(store, entry) for entry in newer]))
+    blocked = Blocked(store.identity.secret, hashes)
+    for documents, _, _ in unit.parts:
+        table = parts.read_parquet(store, documents, ["id", "text_hash"])
+        texts = parts.from_fixed_binary(table["text_hash"], np.dtype(np.uint8))
+        if blocked.holds(table["id"].to_pylist(), texts).any():
+            return True
+    return False
 
 
 def _units(tasks: Sequence[Staged]) -> list[Unit]:

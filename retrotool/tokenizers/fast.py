@@ -20,7 +20,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,14 @@ _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
 class TokensDiffer(AbortError):  # noqa: N818
     """The fast tokenizer gave other ids than ``tokenizers``; what it gave before may be wrong too.
 
-    ``version`` is that of tokie, ``position`` the first token that differs, ``excerpt`` ASCII text around it.
+    ``version`` is that of tokie, ``position`` the first token that differs, ``excerpt`` ASCII text around it;
+    ``summary`` has no text of a document.
     """
 
     def __init__(self, version: str, position: int, excerpt: str) -> None:
+        self.summary = f"tokie {version} and tokenizers differ at token {position} of a text"
         super().__init__(
-            f"tokie {version} and tokenizers differ at token {position} of a text, near {excerpt}",
+            f"{self.summary}, near {excerpt}",
             "Tokenise again without tokie; the tokens of `tokenizers` are the right ones.",
         )
         self.version, self.position, self.excerpt = version, position, excerpt
@@ -104,7 +106,7 @@ class FastTokenizer:
             return self._tokenizer.encode_flat(texts)
         ids, lengths, sure = self._encode(texts)
         self.judged += len(texts) - int(sure.sum())
-        for i in self._sample(sure):
+        for i in self._sample(len(texts)):
             self._compare(texts[i], ids, lengths, i)
         self._seen += len(texts)
         return ids, lengths
@@ -152,11 +154,11 @@ class FastTokenizer:
             unsure[i] |= len(pieces[i].encode(errors="replace")) > 4 * _PIECE
         return unsure
 
-    def _sample(self, sure: npt.NDArray[np.bool_]) -> list[int]:
-        """Places of the texts to compare; those that went to ``tokenizers`` in whole or in part are left out."""
-        chosen = self._random.random(len(sure)) < self._check
+    def _sample(self, n: int) -> list[int]:
+        """Places of the texts to compare, of n."""
+        chosen = self._random.random(n) < self._check
         chosen[: max(self._first - self._seen, 0)] = True
-        return np.flatnonzero(chosen & sure).tolist()
+        return np.flatnonzero(chosen).tolist()
 
     def _compare(self, text: str, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], i: int) -> None:
         self.compared += 1
@@ -228,13 +230,14 @@ def _read(content: bytes) -> Encode:
 
 def library_versions() -> str:
     """Versions of all that a guard's findings depend on."""
-    return f"tokie {_version()}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 3"
+    return f"tokie {_version()}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 4"
 
 
 def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:
     from tokenizers import decoders
 
-    whole = split = strict = (fast, tokenizer.encode_flat)
+    whole: Pair = (fast, tokenizer.encode_flat)
+    split = strict = whole
     fields = orjson.loads(tokenizer.file.content)
     neighbours: set[tuple[str, str]] = set()
     matters = None
@@ -242,7 +245,7 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
         vocabulary = fields["model"]["vocab"]
         neighbours = {two for token in vocabulary for two in pairwise(token)}
         split = _pairs(fields, neighbours)
-        strict = _pairs(fields, set(product(byte_level_alphabet(), repeat=2)))
+        strict = _pairs(fields, {(a, b) for a in byte_level_alphabet() for b in byte_level_alphabet()})
         matters = Crossings(vocabulary).has
     if findings is not None:
         return Guard(whole, split, strict, matters=matters, findings=findings)

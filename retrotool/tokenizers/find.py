@@ -56,8 +56,8 @@ def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
 def find_tokenizer(name: str) -> TokenizerFile:
     """The ``tokenizer.json`` that ``name`` stands for, read or made of what there is.
 
-    ``name`` is a file (``tokenizer.json``, a SentencePiece ``.model``, a tiktoken file) or stands for a model's directory
-    (see ``resolve_model``): its ``tokenizer.json``, or else what transformers makes of its vocabulary files.
+    ``name`` is a file (``tokenizer.json``, a SentencePiece ``.model``, a tiktoken file) or stands for a model's
+    directory (see ``resolve_model``): its ``tokenizer.json``, or else what transformers makes of its vocabulary files.
     """
     path = resolve_model(name, "tokenizer", _FILES)
     try:
@@ -70,7 +70,7 @@ def find_tokenizer(name: str) -> TokenizerFile:
 
 
 def _as_json(content: bytes, path: Path, name: str) -> bytes:
-    """A tokenizer file as a ``tokenizer.json``, by what it holds: names such as ``tokenizer.model`` mean several kinds."""
+    """A tokenizer file as a ``tokenizer.json``, by what it holds: a ``tokenizer.model`` may be of several kinds."""
     if content.lstrip()[:1] == b"{":
         return content
     if tiktoken_file.looks_like(content):
@@ -90,5 +90,6 @@ def _from_directory(path: Path, name: str) -> bytes:
     except Exception as error:  # the library raises whatever its parts do
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"tokenizer {name!r}: {path} has no tokenizer.json, and transformers can't make one of it: {reason}", _ADVICE
+            f"tokenizer {name!r}: {path} has no tokenizer.json, and transformers can't make one of it: {reason}",
+            _ADVICE,
         ) from error

@@ -3,16 +3,16 @@
 Nothing is assumed of the fast one but that it works along a text, from a few neighbouring characters at a time, as
 the splitting rules of ``retrotool.tokenizers.cut`` do. On that ground a guard knows
 
-* *needles*: ASCII pairs, characters and added tokens that the two treat differently; found when it is made, by
-  trying all 128 × 128 pairs, and looked for with ``in``;
+* *needles*: ASCII pairs, characters and added tokens that the two treat differently, found when it is made, by
+  trying all 128 × 128 pairs; and tokens of 250 bytes or more;
 * *runs*: long runs of one character between two others, see ``retrotool.tokenizers.runs``;
 * *code points*: above ASCII, each in a table of 1.1 MB as unknown, safe or unsafe; an unknown one is tried in
   several surroundings when it first occurs. One that Python's own Unicode tables do not know is unsafe untried: what
   the two libraries take it for is a matter of their age.
 
-Making one takes a quarter of a second to a few, by the size of the vocabulary; asking costs about a nanosecond a character. A text with none of these
-is called safe. That is no proof, so random texts are compared as well when the guard is made, and the caller
-compares a sample of what it tokenises.
+Making one takes a quarter of a second to a few, by the size of the vocabulary; asking costs about a nanosecond a
+character. A text with none of these is called safe. That is no proof, so random texts are compared as well when the
+guard is made, and the caller compares a sample of what it tokenises.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ Pair = tuple[Encode, Encode]
 MOST_NEEDLES = 24
 _MOST_LEARNT = 8
 """Needles that may be learnt from trial texts, which the pairs did not show."""
+_LONG_TOKEN = 250
+"""Bytes from which a token is sent to the exact tokenizer."""
+_NEAR = 60
+"""Tokens of a kind that a pair of characters is tried with."""
 _UNKNOWN, _SAFE, _UNSAFE, _QUOTABLE = 0, 1, 2, 3
 _PAIR_FRAMES = (" {}s ", "\n{}re x", "a{}a ", "1{}1 ", ".{}. ", "  {} x ")
 _CHARACTER_FRAMES = (
     "{0} ", "{0}'s ", "a{0}b ", " {0}a ", "x{0} ", ".{0}. ", " {0} ", "  {0}1 ", "{0}{0} ", "1{0}1 ", "\n{0}\n",
-    "\n{0}s ", "'{0} ", "a{0}'re ", "\t{0}\t ", "a{0}\nb ", "é{0}é ", "一{0}一 ", "—{0}—", " {0}{0}a ", "A{0}B ",
+    "\n{0}s ", "'{0} ", "a{0}'re ", "a{0}\nb ", "é{0}é ", "一{0}一 ", "—{0}—", " {0}{0}a ", "A{0}B ",
     "{0}12345 ", "12{0}345 ", "-{0}'s ", "-{0}a ", " -{0}x ", "é{0}'t ", "\u0301{0}a ", "{0}\u0301a ", " {0}",
 )  # fmt: skip
 _WORDS = ("'s", "'LL", "'re", "the", "don't", "Ing", "   ", "\n\n", "\r\n", "\t\t", "2024", "...", "//", "ﬁ", "ǆ")
@@ -106,7 +110,10 @@ class Guard:
             self._look_for(findings.runs)
             return
         self._look_for(())
-        self.needles = tuple(dict.fromkeys([*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added)]))
+        # Lengths that take more than a byte are another case for who stores them in one.
+        long = sorted({token[:_LONG_TOKEN] for token in tokens if len(token.encode()) >= _LONG_TOKEN})
+        needles = [*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added), *long]
+        self.needles = tuple(dict.fromkeys(needles))
         if len(self.needles) > MOST_NEEDLES:
             self.why = f"it differs on {len(self.needles)} or more pairs of ASCII characters, or added tokens"
             return
@@ -184,28 +191,26 @@ class Guard:
         )
         found = [] if plain else [self._above_ascii(codes)]
         found += [np.array([m.start() for m in run.finditer(text)], np.int64) for run in self._patterns[plain]]
-        for first in {needle[0] for needle in self.needles}:
+        pairs = [needle for needle in self.needles if len(needle) <= 2]
+        for first in {pair[0] for pair in pairs}:
             if first in text:
-                rest = [needle[1:] for needle in self.needles if needle[0] == first]
                 places = np.flatnonzero(codes[:-1] == ord(first))
-                for second in {tail[:1] for tail in rest}:
-                    here = places[codes[places + 1] == ord(second)] if second else places
-                    if any(len(tail) > 1 and tail[0] == second for tail in rest):
-                        tails = tuple(tail for tail in rest if tail[:1] == second)
-                        here = np.array([p for p in here.tolist() if text.startswith(tails, p + 1)], np.int64)
-                    found.append(here)
+                seconds = {pair[1:] for pair in pairs if pair[0] == first}
+                found += [places[codes[places + 1] == ord(second)] if second else places for second in seconds]
+        found += [_occurrences(text, needle) for needle in self.needles if len(needle) > 2]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _above_ascii(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
         """Where the unsafe characters above ASCII are; the last of ``codes`` is none."""
         places = np.flatnonzero(codes > 127)
         points = codes[places]
+        # Beside a tab many are split otherwise; that is rare enough to be unsafe whatever the character.
+        unsafe: npt.NDArray[np.bool_] = (codes[places + 1] == ord("\t")) | (codes[places - 1] == ord("\t"))
         states = self._states[points]
-        if (states == _SAFE).all():
-            return places[:0]
-        self._classify(np.unique(points[states == _UNKNOWN]))
-        states = self._states[points]
-        unsafe: npt.NDArray[np.bool_] = (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
+        if (states != _SAFE).any():
+            self._classify(np.unique(points[states == _UNKNOWN]))
+            states = self._states[points]
+            unsafe |= (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
         return places[unsafe]
 
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
@@ -262,7 +267,7 @@ class Guard:
         inside = [token for token in tokens if pair in token]
         after = [x + token for token in tokens if token[0:1] == y and len(token) > 1]
         before = [token + y for token in tokens if token[-1:] == x and len(token) > 1]
-        near = [*inside[:400], *after[:: len(after) // 100 + 1], *before[:: len(before) // 100 + 1]]
+        near = [token for some in (inside, after, before) for token in some[:: len(some) // _NEAR + 1]]
         texts = [head + text + tail for text in near for head in ("", " ", "a", "\n ") for tail in ("", "s ", "1", ".")]
         return bool(differing(*(encode(texts) for encode in self._whole)).any())
 
@@ -280,6 +285,16 @@ class Guard:
         while len({name[:length] for name in found}) > MOST_NEEDLES and length > 2:
             length -= 1
         return sorted({name[:length] for name in found})
+
+
+def _occurrences(text: str, needle: str) -> npt.NDArray[np.int64]:
+    """Where a needle begins in a text; of those that overlap, the first."""
+    places = []
+    place = text.find(needle)
+    while place >= 0:
+        places.append(place)
+        place = text.find(needle, place + len(needle))
+    return np.array(places, np.int64)
 
 
 def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:

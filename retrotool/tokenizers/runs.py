@@ -1,6 +1,6 @@
-"""Runs of one character between two others, which a fast tokenizer may not look across.
+r"""Runs of one character between two others, which a fast tokenizer may not look across.
 
-Splitting rules such as ``\\s*[\\r\\n]+`` join white space of any length with the newline after it. Whether an
+Splitting rules such as ``\s*[\r\n]+`` join white space of any length with the newline after it. Whether an
 implementation gets that right no pair of neighbouring characters shows, and tokens show it at some lengths only. So
 runs of many lengths are tried, in all surroundings of a few kinds of characters.
 """

@@ -9,12 +9,13 @@ What may differ, here as wherever `tokenizers` reads such models: a Unigram mode
 split of the same score (``ww|w`` and ``w|ww``); and a character map is applied otherwise to some rare sequences of
 combining marks. Control pieces (``<s>``) are never found in text, as SentencePiece does not find them either.
 
-Needs the extra ``sentencepiece``. Cost: about a second for 32,000 pieces. Does not do: WORD and CHAR models, white space
-as a suffix, pieces that are marked as unused, Unigram models with bytes for unknown characters.
+Needs the extra ``sentencepiece``. Cost: about a second for 32,000 pieces. Does not do: WORD and CHAR models, white
+space as a suffix, pieces that are marked as unused, Unigram models with bytes for unknown characters.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "▁"
 _PROBES = (
-    "The quick brown fox, 1,234.5 times: don't!", "  two  spaces  ", "tab\tnewline\nend", "a", " ", "", "x_y ##a <s> </s>",
+    "The quick brown fox, 1,234.5 times: don't!", "  two  spaces  ", "tab\tnewline\nend", "a", " ", "",
+    "x_y ##a <s> </s>",
     "Ünïcödé naïve café Straße", "北京大学是中国的大学。", "한국어 문장입니다.", "こんにちは世界", "Привет, мир!",
     "مرحبا بالعالم", "हिन्दी में", "สวัสดีชาวโลก", "γειά σου κόσμε", "שלום עולם", "😀 🎈🎈", "<0x41> <unk> ▁▁a▁",
     "http://example.org/a?b=c&d=%20", "def f(x):\n    return x ** 2\n", "…“quoted” — ½ ² ™ ﬁ Ⅳ",
@@ -44,13 +46,14 @@ def convert(content: bytes, name: str) -> bytes:
     """The ``tokenizer.json`` of a SentencePiece model; ``UsageError`` if there is none with the same ids."""
     try:
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
+
+        messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise UsageError(
             f"tokenizer {name!r} is a SentencePiece model, and the extra that reads them is not installed ({error})",
             "Install it with: pip install 'retrotool[sentencepiece]'",
         ) from error
-    model = sentencepiece_model_pb2.ModelProto()
+    model = messages.ModelProto()
     processor = sentencepiece.SentencePieceProcessor()
     try:
         model.ParseFromString(content)
@@ -124,6 +127,9 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     steps.append(normalizers.Replace(" ", _SPACE))
     if normal.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
+    if normal.remove_extra_whitespaces:
+        # What looks like an escaped space at the end is taken for one.
+        steps.append(normalizers.Replace(Regex(rf"{_SPACE}+\z"), ""))
     library.normalizer = normalizers.Sequence(steps)
     if own:
         # They come out whole wherever they stand, the longest first.

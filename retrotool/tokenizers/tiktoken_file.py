@@ -22,9 +22,8 @@ from typing import Any
 import orjson
 
 from retrotool.errors import UsageError
-from retrotool.tokenizers.tokenizer import byte_level_alphabet
 from retrotool.tokenizers.cut import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
-
+from retrotool.tokenizers.tokenizer import byte_level_alphabet
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,8 @@ def convert(content: bytes, name: str) -> bytes:
     encoding = ENCODINGS.get(stem)
     if encoding is None:
         raise UsageError(
-            f"tokenizer {name!r}: a tiktoken file does not say how text is split, and {stem!r} is no encoding known here",
+            f"tokenizer {name!r}: a tiktoken file does not say how text is split, and {stem!r} is no encoding known "
+            "here",
             f"Name the file as its encoding: {', '.join(f'{known}.tiktoken' for known in ENCODINGS)}; or convert it to "
             "a tokenizer.json.",
         )

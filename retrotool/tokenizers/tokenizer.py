@@ -8,6 +8,7 @@ the library.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,6 +233,7 @@ class Tokenizer:
         return np.setdiff1d(np.arange(self.vocabulary), used)
 
 
+@functools.cache
 def byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a byte-level BPE vocabulary (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

@@ -27,6 +27,8 @@ from chunk_helpers import (
 
 from retrotool import commands
 from retrotool.sources import streams
+from retrotool.store import parts
+from retrotool.store.store import Store
 
 BEFORE = [{"id": "before", "text": "What the store holds before the bad input comes."}]
 GOOD = [{"id": f"good-{i}", "text": f"Good row number {i}."} for i in range(3)]
@@ -206,6 +208,27 @@ def test_of_documents_with_one_id_the_first_stays(kind, store, tmp_path, content
     assert run_chunk(store, three).exit_code == 3
     assert quarantine(store) == sorted([*found, (str(three), 1, reason), (str(three), 2, reason)])
     assert verified(store).content == content([*BEFORE, *GOOD])
+
+
+def test_duplicates_are_placed_as_rows_are_in_each_format(store, tmp_path):
+    texts = [("a", "first"), ("b", "second,\n of two lines"), ("a", "third")]
+    quoted = "".join(f'{name},"{text}"\n' for name, text in texts)
+    (tmp_path / "rows.csv").write_text(f"id,text\n{quoted}")
+    rows = json.dumps([{"id": f"json {name}", "text": text} for name, text in texts])
+    (tmp_path / "rows.json").write_text(rows)
+    run_chunk(store, tmp_path / "rows.csv", tmp_path / "rows.json", "--duplicates", "skip")
+    opened = Store.open(store)
+    tables = [
+        parts.read_parquet(opened, entry) for entry in opened.state.files() if entry.path.startswith("quarantine/")
+    ]
+    placed = {
+        Path(row["input"]).name: (row["line"], row["offset"])
+        for table in tables
+        for row in table.to_pylist()
+        if row["reason"] == "duplicate document id"
+    }
+    csv = (tmp_path / "rows.csv").read_text()
+    assert placed == {"rows.csv": (5, csv.rindex("a,")), "rows.json": (0, rows.rindex("{"))}
 
 
 def test_duplicates_are_placed_in_their_own_file_of_several_with_one_name(store, tmp_path, content):

@@ -149,8 +149,9 @@ def test_new_inputs_are_added_and_nothing_else_changes(tmp_path, plain):
     assert [row["id"] for row in after[len(before) :]] == ["doc-500", "doc-501", "doc-502"]
 
 
-def test_kept_fields_and_places_are_columns_of_documents(tmp_path, plain):
-    commands.chunk(tmp_path / "store", [str(plain)], fields=Fields(keep=("year", "missing")))
+def test_kept_fields_and_places_are_columns_of_documents(tmp_path, plain, monkeypatch):
+    monkeypatch.chdir(plain.parent)
+    commands.chunk(tmp_path / "store", [plain.name], fields=Fields(keep=("year", "missing")))
     data = plain.read_bytes()
     for row in documents(tmp_path / "store"):
         line = json.loads(data[row["position"] :].partition(b"\n")[0])

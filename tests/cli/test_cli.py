@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -20,7 +21,7 @@ import zstandard
 from conftest import make_rows, write_jsonl
 
 from retrotool import commands
-from retrotool.cli import app, chunk, embed, index, info, neighbours, purge, search, verify
+from retrotool.cli import app, chunk, embed, index, info, neighbours, output, purge, search, verify
 
 COMMANDS = {
     "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "purge": purge, "search": search,
@@ -141,7 +142,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "index": {"name": str, "vectors": int, "bytes_per_vector": float, "recall_at_10": float, "commit": int},
     "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},
     "search": {"results": [FOUND]},
-    "purge": {"purge": str, "chunks": int, "erased": int, "commit": int},
+    "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "left": [], "commit": int},
     "verify": {"ok": bool, "content": str, "problems": []},
     "info": {
         "documents": int, "chunks": int, "tokens": int, "commit": int,
@@ -232,3 +233,30 @@ def test_text_says_the_same_in_words(store_copy, run, tiny_encoder):
     assert "Every chunk has its neighbours already" in told["neighbours"]
     code, out, _ = run("embed", store_copy, "--encoder", tiny_encoder)
     assert (code, out.partition(" (")[0]) == (0, "Every chunk has its embedding already")
+
+
+def test_a_purge_tells_what_it_does_not_reach(store_copy, run):
+    select = (store_copy, "--where", "id = 'doc-7'", "--reason", "r")
+    assert "erase" not in run("purge", *select, "--dry-run")[1]
+    assert "Would erase" in run("purge", *select, "--dry-run", "--erase")[1]
+    spool = store_copy / "spool"
+    spool.mkdir()
+    (spool / ".tmp-stdin01234567").write_bytes(b"half")
+    code, out, err = run("purge", *select, "--erase", "--yes")
+    assert (code, out.splitlines()[1].partition(";")[0]) == (0, "Erased 5 chunks")
+    assert "other stores" in out.splitlines()[2]
+    assert ".tmp-stdin01234567" in err
+    assert json.loads(run("purge", *select, "--erase", "--json")[1])["left"] == [err.rstrip("\n")]
+
+
+@dataclasses.dataclass
+class Named:
+    path: str
+    paths: tuple[str, ...]
+
+
+def test_a_name_that_is_not_utf_8_keeps_no_result_from_being_told(capsys):
+    named = Named("caf\udce9", ("x", "caf\udce9"))
+    output.show(named, False, lambda found: found.path)
+    output.show(named, True, str)
+    assert capsys.readouterr().out == 'caf\\udce9\n{"path":"caf\\\\udce9","paths":["x","caf\\\\udce9"]}\n'

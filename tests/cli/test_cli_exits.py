@@ -110,6 +110,40 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message, buil
     assert {path: path.stat().st_mtime_ns for path in built_store.rglob("*.json")} == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "chunk STORE", "embed STORE --encoder ./gone", "index STORE --name ../up", "neighbours STORE -k 30",
+        "search STORE _", "search STORE text --index nothing", "purge STORE --reason r",
+        "purge STORE --reason r --pattern .",
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_also_an_object_with_json(arguments, built_store):
+    words = {"STORE": str(built_store), "_": " "}
+    code, out, err = run(*(words.get(word, word) for word in arguments.split()), "--json")
+    told = json.loads(out)
+    assert (code, told["exit_code"], set(told)) == (2, 2, {"error", "advice", "exit_code"})
+    assert err.startswith(f"error: {told['error']}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("purge STORE --reason BYTES --where id='x'", "--reason"),
+        ("purge STORE --reason r --where id=BYTES", "--where"),
+        ("purge STORE --reason r --pattern BYTES", "--pattern"),
+        ("search STORE BYTES", "TEXT"),
+    ],
+)
+def test_what_is_not_utf_8_is_wrong_usage(arguments, message, built_store, cli):
+    words = arguments.replace("STORE", str(built_store)).encode().replace(b"BYTES", b"'\xff'").split()
+    command = [sys.executable, "-m", "retrotool", *words]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["exit_code"], "Traceback" in done.stderr) == (2, 2, False)
+    assert told["error"].startswith(message) and told["error"].endswith("is not UTF-8")
+
+
 def test_rows_set_aside_end_with_3(tmp_path):
     (tmp_path / "half.jsonl").write_text('{"text": "good"}\nbad\n')
     code, out, err = run("chunk", tmp_path / "store", tmp_path / "half.jsonl", "--json", "--workers", 1)
@@ -150,6 +184,98 @@ def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "info", fail)
     with pytest.raises(ZeroDivisionError):
         run("info", tmp_path)
+
+
+def test_what_the_system_says_of_a_file_is_told(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "store" / "chunks"))
+
+    monkeypatch.setattr(commands, "info", fail)
+    code, out, err = run("info", tmp_path, "--json")
+    assert (code, err) == (1, f"error: {tmp_path}/store/chunks: Permission denied\n")
+    assert json.loads(out) == {"error": err[7:-1], "advice": "", "exit_code": 1}
+
+
+def test_what_the_system_says_of_no_file_is_a_bug(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no file is named")
+
+    monkeypatch.setattr(commands, "info", fail)
+    with pytest.raises(OSError, match="no file"):
+        run("info", tmp_path)
+
+
+class Terminal:
+    """A person at a terminal, who types a line."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        if self.line == "^C":
+            raise KeyboardInterrupt
+        return self.line
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """A command, and what is answered to it: its exit code, stdout and stderr."""
+
+    def ask(line: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", Terminal(line))
+        with pytest.raises(SystemExit) as end:
+            app([str(argument) for argument in arguments], prog_name="retrotool")
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return ask
+
+
+PURGE = ("--where", "source = 'a'", "--reason", "r")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ("n\n", 1, "Nothing was purged.\n"),
+        ("\n", 1, "Nothing was purged.\n"),
+        ("", 1, "Nothing was purged.\n"),
+        ("^C", EXIT_INTERRUPTED, "interrupted: "),
+        ("yes\n", 0, ""),
+    ],
+)
+def test_a_large_purge_asks(line, code, told, store_copy, asked):
+    before = commands.info(store_copy)
+    found, out, err = asked(line, "purge", store_copy, *PURGE)
+    assert found == code
+    question, _, rest = err.partition(" Go on? [y/N]: ")
+    assert re.fullmatch(r"This purges [\d,]+ chunks, \d\d\.\d% of the store\.", question)
+    assert rest.startswith(told) and bool(rest) == bool(told)
+    assert ("Purged" in out) == (code == 0)
+    assert (commands.info(store_copy).commit > before.commit) == (code == 0)
+
+
+def test_an_erase_of_much_asks_too(store_copy, asked):
+    commands.purge(store_copy, "where", "source = 'a'", reason="r")
+    before = commands.info(store_copy).commit
+    assert asked("n\n", "purge", store_copy, *PURGE)[::2] == (0, ""), "it is purged already: there is nothing to ask"
+    code, out, err = asked("n\n", "purge", store_copy, *PURGE, "--erase", "--json")
+    assert (code, json.loads(out)["error"]) == (1, "Nothing was purged.")
+    assert re.match(r"This erases \d+ chunks for good, \d\d\.\d% of all it ever had\. Go on\?", err)
+    code, out, err = run("purge", store_copy, *PURGE, "--erase")
+    assert (code, out, "it wants --yes" in err) == (2, "", True), "nobody is there to be asked"
+    assert commands.info(store_copy).commit == before
+    code, out, _ = asked("y\n", "purge", store_copy, *PURGE, "--erase")
+    assert (code, out.partition(" ")[0]) == (0, "Erased")
+    assert asked("n\n", "purge", store_copy, *PURGE, "--erase")[::2] == (0, ""), "an erase goes on unasked"
+
+
+def test_a_purge_of_little_does_not_ask(store_copy, asked):
+    code, out, err = asked("n\n", "purge", store_copy, "--where", "id = 'doc-0'", "--reason", "r", "--erase")
+    assert (code, err) == (0, "")
+    assert out.startswith("Purged 1 chunk (0.27% of the store), 1 whole document")
 
 
 def has_written(staging: Path, tasks: int) -> bool:

@@ -37,6 +37,12 @@ def neighbour_of_key(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
+def value_for_a_key(ids: np.ndarray) -> np.ndarray:
+    """A value of another record of the part."""
+    ids[0, 0] = PART << 32 | 3
+    return ids
+
+
 def count(liar: Liar, about: dict[str, int] | None) -> None:
     old = liar.old("chunks")
     name = liar.name(old)
@@ -62,6 +68,9 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     ),
     "a value with neighbours": (
         lambda liar: liar.neighbours(neighbour_of_key, lambda distances: distances), "no key has neighbours",
+    ),
+    "a value that is a neighbour": (
+        lambda liar: liar.neighbours(value_for_a_key, lambda distances: distances), "a neighbour is no key",
     ),
     "a key that is said to be none": (
         lambda liar: liar.column("chunks", "key", put(0, False)), "begins with a chunk that is no key",

@@ -63,18 +63,22 @@ class Liar:
         matrix = np.array(vectors.read_vectors(self.store, old))
         self.commit(vectors.write_vectors(self.store.root, self.name(old), change(matrix)), old)
 
-    def neighbours(
-        self, ids: Callable[[np.ndarray], np.ndarray], distances: Callable[[np.ndarray], np.ndarray]
-    ) -> None:
+    def neighbours(self, ids: Change, distances: Change, database: str | None = None) -> None:
         old = self.old("neighbours", "main")
         table = tables.read_table(self.store, old)
-        changed = tables.NeighbourTable(ids(table.ids), distances(table.distances))
-        self.commit(
-            tables.write_table(
-                self.store.root, self.name(old), changed, database="", commit=0, path="", about=old.about
-            ),
-            old,
-        )
+        changed = tables.NeighbourTable(ids(table.ids.copy()), distances(table.distances.copy()))
+        of = {"database": database or self.store.identity.uuid, "commit": 0, "path": "", "about": old.about}
+        self.commit(tables.write_table(self.store.root, self.name(old), changed, **of), old)
+
+    def in_shard(self, ids: Change, vectors: Change, **about: Any) -> None:
+        """The vectors of all parts, changed."""
+        old = self.old("index", "main", "shard-0000")
+        found = lists.read(self.store.path(old))
+        index = lists.empty_flat(32)
+        lists.add(index, ids(found.ids[0].copy()), vectors(found.vectors[0].copy()), None)
+        write = lambda path: lists.write(index, path)  # noqa: E731
+        told = {**old.about, **about}
+        self.commit(atomic.write_file(self.store.root, self.name(old), write, about=told), old)
 
     def shard(self, ids: np.ndarray) -> None:
         old = self.old("index", "main", "shard-0000")
@@ -110,12 +114,98 @@ def same(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def with_value(value: float, place: Any = slice(None)) -> Change:
+    """Put a value into an array."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[place] = value
+        return array
+
+    return change
+
+
+def column(target: int, source: int) -> Change:
+    """Make a column of a table equal to another."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[:, target] = array[:, source]
+        return array
+
+    return change
+
+
+def without(row: int) -> Change:
+    return lambda array: np.delete(array, row, axis=0)
+
+
+def repeated(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array, array[:1]])
+
+
+def themselves(ids: np.ndarray) -> np.ndarray:
+    ids[:, 0] = (PART << 32) + np.arange(len(ids))
+    return ids
+
+
 LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "embeddings of another number of rows": (lambda liar: liar.embeddings(lambda m: m[:-1]), "rows for"),
     "neighbours of another number of rows": (
         lambda liar: liar.neighbours(lambda i: i[1:], lambda d: d[1:]), "rows are not those of its part",
     ),
     "neighbours farthest first": (lambda liar: liar.neighbours(same, lambda d: d[:, ::-1]), "do not ascend"),
+    "neighbours that are no parts": (
+        lambda liar: liar.neighbours(with_value(10**15), same), "2,000 ids are no chunks of the store",
+    ),
+    "neighbours that are no rows": (
+        lambda liar: liar.neighbours(with_value(1 << 32 | 10**6, (5, 3)), same), "1 ids are no chunks of the store",
+    ),
+    "neighbours below zero": (lambda liar: liar.neighbours(with_value(-7, (5, 3)), same), "an id is negative"),
+    "a neighbour twice": (lambda liar: liar.neighbours(column(4, 9), same), "a row names a neighbour twice"),
+    "a chunk that is its own neighbour": (lambda liar: liar.neighbours(themselves, same), "of its own document"),
+    "neighbours that are no numbers away": (
+        lambda liar: liar.neighbours(same, with_value(np.nan, (5, 3))), "a distance is negative or no number",
+    ),
+    "neighbours less than nothing away": (
+        lambda liar: liar.neighbours(same, with_value(-1, (5, 0))), "a distance is negative or no number",
+    ),
+    "no neighbour that is somewhere": (
+        lambda liar: liar.neighbours(with_value(-1, (5, 19)), same), "a neighbour has no distance, or none has one",
+    ),
+    "a neighbour that is nowhere": (
+        lambda liar: liar.neighbours(same, with_value(np.inf, (5, 19))), "a neighbour has no distance, or none has one",
+    ),
+    "neighbours that are not where they are said to be": (
+        lambda liar: liar.neighbours(same, lambda d: 2 * d), "are not those of the vectors",
+    ),
+    "neighbours that are all here": (lambda liar: liar.neighbours(same, with_value(0)), "are not those of the vectors"),
+    "neighbours of another database": (
+        lambda liar: liar.neighbours(same, same, "another"), "is of another database than the record",
+    ),
+    "embeddings of another dimension": (
+        lambda liar: liar.embeddings(lambda m: m[:, :7]), "7 dimensions, its encoder has 32",
+    ),
+    "a vector that is no numbers": (lambda liar: liar.embeddings(with_value(np.nan, 3)), "a vector is not finite"),
+    "an infinite vector": (lambda liar: liar.embeddings(with_value(-np.inf, (3, 5))), "a vector is not finite"),
+    "a vector of zeros": (lambda liar: liar.embeddings(with_value(0, 3)), "has a vector of zeros"),
+    "embeddings of other chunks": (lambda liar: liar.embeddings(lambda m: m[::-1]), "holds other vectors"),
+    "an index of other vectors": (lambda liar: liar.in_shard(same, with_value(1)), "holds other vectors"),
+    "an index that lacks a chunk": (
+        lambda liar: liar.in_shard(without(7), without(7)), "lacks 1 chunks of its parts",
+    ),
+    "an index with a chunk twice": (lambda liar: liar.in_shard(repeated, repeated), "holds a chunk twice"),
+    "an index of fewer parts than it holds": (
+        lambda liar: liar.in_shard(same, same, parts=[0, 1]), "holds chunks of parts that it does not list",
+    ),
+    "an index of parts that are not there": (
+        lambda liar: liar.in_shard(same, same, parts=[0, 1, 2, 3, 4]), "lists part 4, which is not there",
+    ),
+    "embeddings of an unknown encoder": (
+        lambda liar: liar.commit(**{"encoder:tiny": None}), "the record 'encoder:tiny' is missing",
+    ),
+    "an unknown index": (lambda liar: liar.commit(**{"index:main": None}), "the record 'index:main' is missing"),
+    "neighbours of unknown chunks": (
+        lambda liar: liar.commit(**{"neighbours:main": None}), "the record 'neighbours:main' is missing",
+    ),
     "keys that lack a document": (lambda liar: liar.table("keys", lambda t: t.slice(1)), "keys are not those"),
     "keys in another order": (lambda liar: liar.table("keys", lambda t: t.take([1, 0, 2])), "keys are not those"),
     "a document with another key": (lambda liar: liar.column("documents", "key", put(0, b"x" * 16)), "keys are not"),
@@ -210,3 +300,37 @@ def test_every_part_is_looked_at(store_copy: Path) -> None:
             liar.commit(vectors.write_vectors(store_copy, liar.name(old), np.zeros((1, 32), np.float16)), old)
     problems = "\n".join(commands.verify(store_copy).problems)
     assert all(f"{part_slot(part)}-" in problems for part in store.state.parts())
+
+
+def test_what_is_not_finished_is_no_lie(store_copy: Path) -> None:
+    """An index, or a table, of which a run was killed before it could record it."""
+    store = Store.open(store_copy)
+    with Run(store_copy) as run:
+        liar = Liar(store, run)
+        for kind, slot, name in (("index", "trained", "begun"), ("neighbours", part_slot(PART), "begun")):
+            old = liar.old(kind, "main", slot)
+            path = FileName.new(run.id, kind, slot, FileName.parse(old.path).extension, name).path
+            (store_copy / path).parent.mkdir()
+            (store_copy / path).hardlink_to(store_copy / old.path)
+            liar.commit(dataclasses.replace(old, path=path))
+    assert commands.verify(store_copy).problems == []
+
+
+def test_purged_chunks_may_be_missing_from_an_index(store_copy: Path) -> None:
+    """They are left out of what is indexed later, and stay in what is there until they are erased."""
+    commands.purge(store_copy, "where", "id = 'doc-3'", reason="test")
+    assert commands.verify(store_copy).problems == []
+    commands.index(store_copy, name="later")
+    assert commands.verify(store_copy).problems == []
+
+
+def test_vectors_of_zeros_may_be_right_where_texts_are_tokenised_again(store_copy: Path) -> None:
+    """Of white space that another tokenizer made tokens of, the encoder's own sees nothing."""
+    store = Store.open(store_copy)
+    with Run(store_copy) as run:
+        liar = Liar(store, run)
+        liar.commit(**{"encoder:tiny": {**store.state.records["encoder:tiny"], "tokenizer": "another"}})
+        liar.embeddings(with_value(0, 3))
+        assert not any("zeros" in problem for problem in commands.verify(store_copy).problems)
+        liar.embeddings(with_value(0))
+    assert any("has a vector of zeros" in problem for problem in commands.verify(store_copy).problems), "not of all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -12,7 +13,9 @@ from unittest import mock
 import pytest
 
 from retrotool import commands
-from retrotool.errors import CorruptError, RetrotoolError, StoreNotFoundError
+from retrotool.cli import app
+from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StoreNotFoundError
+from retrotool.store import verify as verifying
 
 KINDS = {
     "documents": "documents/*",
@@ -204,3 +207,72 @@ def test_damage_to_a_checkpoint_is_none_to_the_store(purged_store: Path, tmp_pat
     found, before = commands.verify(copy), commands.verify(purged_store)
     assert found == before
     assert found.ok
+
+
+def erase_when(monkeypatch: pytest.MonkeyPatch, store: Path, name: str, times: int) -> None:
+    """Have another document erased before each of the first calls of a function of ``verify``."""
+    original, erased = getattr(verifying, name), 0
+
+    def called(*arguments: object) -> object:
+        nonlocal erased
+        if erased < times:
+            erased += 1
+            commands.purge(store, "where", f"id = 'doc-{10 + erased}'", reason="test", erase=True)
+        return original(*arguments)
+
+    monkeypatch.setattr(verifying, name, called)
+
+
+@pytest.mark.parametrize("name", ["_check_log", "_check_files", "_check_part", "_digest_files"])
+def test_an_erase_beside_it_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    reported: list[int] = []
+    erase_when(monkeypatch, store, name, 2)
+    found = commands.verify(store, reported.append)
+    monkeypatch.undo()
+    assert found == commands.verify(store)
+    assert found.ok
+    assert sum(reported) == found.bytes, "progress begins again too"
+
+
+def test_where_files_are_erased_all_the_time_nothing_is_said_of_the_store(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    erase_when(monkeypatch, store, "_check_files", 100)
+    with pytest.raises(ErasedError, match=r"replaced|erased"):
+        commands.verify(store)
+    with pytest.raises(SystemExit) as end:
+        app(["verify", str(store), "--json"])
+    assert end.value.code == 12
+    assert set(json.loads(capsys.readouterr().out)) == {"error", "advice", "exit_code"}
+
+
+def test_an_erase_beside_it_hides_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not in what the erase rewrites, or the erase would fail.
+    path = sorted(store.glob(KINDS["inputs"]))[0]
+    flip(path, random.Random(0))
+    erase_when(monkeypatch, store, "_check_files", 1)
+    assert_found(store, path)
+
+
+@pytest.mark.parametrize("kind", ["log", "store.json"])
+def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli: Callable) -> None:
+    path = sorted(store.glob(KINDS[kind]))[1 if kind == "log" else 0]
+    path.write_text("{}")
+    found = commands.verify(store)
+    assert (found.ok, found.content, len(found.problems)) == (False, "", 1)
+    done = cli("verify", store, "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (12, "")
+    assert (told["ok"], told["content"], told["problems"]) == (False, "", found.problems)
+    assert "NOT well" in cli("verify", store).stdout
+
+
+@pytest.mark.parametrize("selector", ["where", "pattern", "documents"])
+def test_a_purge_over_broken_files_says_so(store: Path, tmp_path: Path, selector: str) -> None:
+    (tmp_path / "names").write_text("doc-3\n")
+    kind = {"where": "documents", "pattern": "chunks", "documents": "keys"}[selector]
+    value = {"where": "source = 'a'", "pattern": "store", "documents": str(tmp_path / "names")}[selector]
+    path = sorted(store.glob(KINDS[kind]))[0]
+    fill(path)
+    with pytest.raises(CorruptError, match=path.name):
+        commands.purge(store, selector, value, reason="test")

@@ -7,6 +7,7 @@ import gzip
 import itertools
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import zstandard
@@ -26,9 +27,11 @@ PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd, "
 
 
 def input_of(path: Path, data: bytes | None = None) -> InputFile:
+    """The input at a path, named as if it were given from its folder."""
     if data is not None:
         path.write_bytes(data)
-    return find_inputs([str(path)])[0]
+    (file,) = find_inputs([str(path)])
+    return replace(file, name=Path(file.path).name)
 
 
 def rows_of(path: Path, data: bytes | None = None, **fields: object) -> list[Document | SetAside]:

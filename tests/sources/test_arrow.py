@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
-from retrotool.sources import Document, Fields, SetAside, cut, find_inputs, read
+from retrotool.sources import Document, Fields, SetAside, arrow, cut, find_inputs, read
+from retrotool.sources.arrow_messages import messages
 
 ROWS = [{"id": f"d{i}", "text": f"text {i} " * (i % 7 + 1), "n": i, "tags": ["x", str(i)]} for i in range(50)]
 TABLE = pa.Table.from_pylist(ROWS)
@@ -27,7 +29,8 @@ KEEP = Fields(keep=("n", "tags"))
 
 
 def input_of(path: Path):
-    return find_inputs([str(path)])[0]
+    (file,) = find_inputs([str(path)])
+    return replace(file, name=Path(file.path).name)  # as if given from its folder
 
 
 def write_file(path: Path, table: pa.Table = TABLE, rows: int = 7, **options: Any) -> Path:
@@ -157,6 +160,59 @@ def test_of_a_cut_off_file_the_batches_before_come_out(tmp_path, write, compress
         assert len(cut(input_of(path), Fields(), 1)) == 1
         counts.add(len(found))
     assert counts == {0, 10, 20, 30, 40, 50}
+
+
+@pytest.mark.parametrize("write", [write_file, write_stream])
+def test_a_file_that_becomes_shorter_while_it_is_read_is_damage(tmp_path, write):
+    path = write(tmp_path / "a.arrow", pa.table({"text": ["x" * 5000] * 400}), 20)
+    rows = read(input_of(path), Fields())
+    first = [next(rows) for _ in range(20)]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    *more, last = rows
+    assert texts_of([*first, *more]) == ["x" * 5000] * (20 + len(more))
+    assert last.damage
+    assert f"broken off after row {20 + len(more)}" in last.reason
+
+
+@pytest.mark.parametrize("kind", ["plain", "dictionary"])
+def test_a_slice_of_a_stream_is_read_without_what_comes_before(tmp_path, kind, monkeypatch):
+    table = pa.table({"text": [f"{i} " + "word " * 400 for i in range(100)]})
+    if kind == "dictionary":
+        table = pa.table({"text": table["text"].dictionary_encode()})
+    path = write_stream(tmp_path / "a.arrow", table, 10)
+    file = input_of(path)
+    slices = cut(file, Fields(), 1)
+    assert [(where.start, where.first) for where in slices] == [(i, 10 * i) for i in range(10)]
+    taken = []
+    real = arrow._skip
+    monkeypatch.setattr(arrow, "_skip", lambda source, count: taken.append(real(source, count)) or taken[-1])
+    together = [row for where in slices for row in read(file, Fields(), where)]
+    assert [row.text for row in together] == table["text"].to_pylist()
+    assert [row.position for row in together] == list(range(1, 101))
+    # Batches with dictionaries need those before them.
+    assert taken == (list(range(10)) if kind == "plain" else [0] * 10)
+
+
+@pytest.mark.parametrize("write", [write_file, write_stream])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_rows_are_counted_without_reading_them(tmp_path, write, compression):
+    table = pa.table({"text": ["x" * 1000] * 95, "n": range(95)})
+    path = write(tmp_path / "a.arrow", table, 10, compression=compression)
+    read_bytes = 0
+
+    class Counting(pa.PythonFile):
+        def read(self, size=None):
+            nonlocal read_bytes
+            data = super().read(size)
+            read_bytes += len(data)
+            return data
+
+    with path.open("rb") as raw:
+        source = Counting(raw, mode="r")
+        found = [m for m in messages(source, 8 if write is write_file else 0) if not isinstance(m, int)]
+    assert [message.rows for message in found] == [None, *[10] * 9, 5]
+    assert read_bytes < 5000
 
 
 def test_a_stream_without_its_end_mark_is_told(tmp_path):

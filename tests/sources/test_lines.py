@@ -12,8 +12,9 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_help import BOM, byte_ranges, input_of, read_slices, rows_of
+from source_help import BOM, PACK, byte_ranges, input_of, read_slices, rows_of
 
+from retrotool.errors import InputError
 from retrotool.sources import WHOLE, Document, Fields, SetAside, Slice, cut, read, streams
 from retrotool.sources.lines import JSON_OVERHEAD, count_lines, cut_lines
 from retrotool.sources.records import content_id
@@ -83,6 +84,15 @@ def test_lines_are_counted_as_they_are_numbered(folder, data, block, draw):
     chosen = sorted(draw.draw(st.sets(st.sampled_from(known)))) if known else []
     with patch.object(streams, "BLOCK_BYTES", block):
         assert count_lines(file, [offset for _, offset in chosen]) == [n for n, _ in chosen]
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_lines_behind_damage_can_not_be_counted(tmp_path, kind):
+    packed = PACK[kind](b"line\n" * 100) + PACK[kind](b"line\n" * 100)
+    file = input_of(tmp_path / f"a.jsonl.{kind}", packed[:-6])
+    assert count_lines(file, [0, 5, 250]) == [1, 2, 51]
+    with pytest.raises(InputError, match="lines can't be counted: "):
+        count_lines(file, [0, 999_999])
 
 
 pieces_of_text = st.lists(

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from source_help import BOM, PACK, input_of, rows_of, zstd
 
-from retrotool.errors import UsageError
 from retrotool.sources import Document, Fields, SetAside, find_inputs, read
 from retrotool.sources.lines import count_lines
 from retrotool.sources.records import content_id, find
@@ -139,43 +138,39 @@ def test_dotted_fields_are_read(tmp_path):
     assert found == [Document("5", "b", "f.jsonl", 0, 1, ("en",))]
 
 
-def test_folders_give_files_of_known_formats_once_in_order(tmp_path):
-    for name in ("b.jsonl", "a.txt", "sub/c.parquet", ".hidden.txt", ".git/d.txt", "readme.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    found = find_inputs([str(tmp_path / "b.jsonl"), str(tmp_path), str(tmp_path / "a.txt")])
-    assert [Path(file.path).name for file in found] == ["b.jsonl", "a.txt", "c.parquet"]
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "image.png", "empty-folder", "*.gz", "[x]/**/?.txt", "-"])
-def test_what_can_be_no_input_is_named(tmp_path, name):
-    (tmp_path / "image.png").write_bytes(b"x")
-    (tmp_path / "empty-folder").mkdir()
-    with pytest.raises(UsageError) as refused:
-        find_inputs([name if name == "-" else str(tmp_path / name)])
-    assert name in f"{refused.value} {refused.value.advice}"
-
-
-PATTERNS = {
-    "*.jsonl": ["a1.jsonl", "a2.jsonl", "b[1].jsonl"],
-    "a?.jsonl": ["a1.jsonl", "a2.jsonl"],
-    "a[2-9].jsonl": ["a2.jsonl"],
-    "b[1].jsonl": ["b[1].jsonl"],  # what exists by that name is meant
-    "**/*.txt": ["u.txt", "t.txt"],
-    "sub*": ["sub/u.txt"],  # a folder among the matches is a folder given
-}
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_stand_for_what_they_match_by_the_same_names(tmp_path, pattern):
-    for name in ("a2.jsonl", "a1.jsonl", "b[1].jsonl", "b1.ndjson", "t.txt", "sub/u.txt", ".h.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    assert [file.name for file in find_inputs([str(tmp_path / pattern)])] == PATTERNS[pattern]
-
-
 def test_fingerprints_tell_content_from_names(tmp_path):
     one, copy, other = (input_of(tmp_path / f"{n}.jsonl", data) for n, data in enumerate([b"x1", b"x1", b"x2"]))
     assert one.fingerprint() == copy.fingerprint() != other.fingerprint()
-    texts = [input_of(tmp_path / name, b"same") for name in ("a.txt", "b.txt")]
-    assert texts[0].fingerprint() != texts[1].fingerprint()  # of a text file the name is the document's id
+
+
+def test_of_a_text_the_name_counts_where_it_is_the_id(tmp_path):
+    one, other = (input_of(tmp_path / name, b"same") for name in ("a.txt", "b.txt"))
+    whole, separated = Fields(), Fields(separator="\n")
+    assert one.fingerprint() != other.fingerprint()
+    assert one.fingerprint(whole) != other.fingerprint(whole)
+    assert one.fingerprint(separated) == other.fingerprint(separated)
+
+
+READ_OTHERWISE = {
+    "jsonl": [{"text": "body"}, {"id": "doi"}, {"tokens": "text"}, {"key": "text", "value": "id"}],
+    "parquet": [{"text": "body"}, {"id": "doi"}, {"tokens": "text"}, {"key": "text", "value": "id"}],
+    "txt": [{"separator": "\n"}, {"separator": "\n\n"}],
+    "tokens": [{"token_dtype": "uint16"}, {"token_dtype": "uint32"}, {"end_of_document": 0}, {"end_of_document": 1}],
+}
+"""Settings by which an input of a format is another."""
+READ_ALIKE = {
+    "jsonl": [{"keep": ("a",)}, {"max_document": 1}, {"separator": "\n"}, {"token_dtype": "uint16"}],
+    "txt": [{"text": "body"}, {"id": "doi"}, {"max_document": 1}, {"end_of_document": 1}, {"separator": ""}],
+    "tokens": [{"text": "body"}, {"separator": "x"}, {"max_document": 1}],
+}
+
+
+@pytest.mark.parametrize("base", READ_OTHERWISE)
+def test_settings_that_make_other_documents_of_rows_are_told_apart(base):
+    readings = [Fields(**settings).reading(base) for settings in ({}, *READ_OTHERWISE[base])]
+    assert len(set(readings)) == len(readings)
+
+
+@pytest.mark.parametrize("base", READ_ALIKE)
+def test_settings_that_leave_the_documents_as_they_are_make_no_difference(base):
+    assert {Fields(**settings).reading(base) for settings in READ_ALIKE[base]} == {Fields().reading(base)}

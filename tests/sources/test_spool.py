@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from source_help import PACK, read_slices
 
-from retrotool.errors import InputError, UsageError
-from retrotool.sources import Fields, cut, find_inputs, read
+from retrotool.errors import UsageError
+from retrotool.sources import WHOLE, Fields, cut, find_inputs, read
 from retrotool.sources.frames import frames_of
 from retrotool.sources.spool import spool
 
@@ -64,10 +69,87 @@ def test_an_empty_stream_is_refused(tmp_path, data):
     assert list(tmp_path.iterdir()) == []
 
 
+BREAKS = {"cut off": lambda data: data[:-5], "junk behind it": lambda data: data + b"junk" * 9}
+
+
+@pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("kind", PACK)
-def test_a_stream_that_breaks_off_leaves_nothing(tmp_path, kind):
-    with pytest.raises(InputError, match="standard input breaks off"):
-        spool(io.BytesIO(PACK[kind](LINES)[:-5]), tmp_path)
+def test_of_a_stream_that_breaks_off_what_came_before_is_kept_and_the_break_is_damage(
+    tmp_path, small_frames, kind, how
+):
+    packed = b"".join(PACK[kind](LINES[i : i + 3000]) for i in range(0, len(LINES), 3000))
+    path = spool(io.BytesIO(BREAKS[how](packed)), tmp_path)
+    (file,) = find_inputs(["-"], path)
+    assert cut(file, Fields(), 100) == [WHOLE]
+    *rows, last = read(file, Fields())
+    assert [row.text for row in rows] == [f"line {i}" for i in range(len(rows))]
+    assert 850 < len(rows) <= 1000
+    assert last.damage
+    assert f"broken off after line {len(rows):,}" in last.reason
+    assert path.name != spool(io.BytesIO(packed), tmp_path).name
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_a_stream_that_breaks_off_before_any_text_is_damage(tmp_path, kind):
+    path = spool(io.BytesIO(PACK[kind](LINES)[:12]), tmp_path)
+    (row,) = read(find_inputs(["-"], path)[0], Fields())
+    assert (row.damage, row.line) == (True, 1)
+
+
+def closed() -> io.BytesIO:
+    stream = io.BytesIO(LINES)
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [None, closed()], ids=["none", "closed"])
+def test_a_closed_stream_is_refused(tmp_path, stream):
+    with pytest.raises(UsageError, match="standard input is closed"):
+        spool(stream, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_that_the_system_stops_giving_is_refused_and_leaves_nothing(tmp_path):
+    class Failing(Pipe):
+        def read(self, size: int = -1) -> bytes:
+            data = super().read(size)
+            if data:
+                return data
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(UsageError, match="standard input can't be read: Input/output error"):
+        spool(Failing(LINES, 5000), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+import sys, pathlib
+from retrotool.sources.spool import spool
+print("ready", flush=True)
+spool(sys.stdin.buffer, pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("sent", [b"", LINES, b"x" * (3 << 20)], ids=["nothing", "little", "much"])
+def test_an_interrupt_while_the_producer_is_idle_ends_the_process_and_leaves_nothing(tmp_path, sent):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            process.stdin.write(sent)
+            process.stdin.flush()
+            time.sleep(0.3)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            errors = process.stderr.read().decode()
+            process.wait(20)
+        finally:
+            process.kill()
+    assert time.monotonic() - begun < 5
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert "Fatal" not in errors
+    assert process.returncode == -signal.SIGINT
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import random
 import resource
 import struct
 import threading
+import time
 from unittest.mock import patch
 
 import pytest
@@ -233,6 +234,25 @@ def test_a_stream_left_early_ends_its_thread_and_closes_its_file(folder, taken):
     stream.close()
     assert closed.is_set() == (taken > 0)
     assert "retrotool-read" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_stream_left_while_its_thread_stands_in_a_read_is_left_soon(monkeypatch):
+    monkeypatch.setattr(streams, "_PATIENCE_SECONDS", 0.2)
+    released = threading.Event()
+
+    def source():
+        yield b"one"
+        released.wait(60)
+
+    stream = streams.ahead(source())
+    assert next(stream) == b"one"
+    begun = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begun < 5
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "retrotool-read")
+    assert thread.daemon  # so that it can't hold up the end of the process
+    released.set()
+    thread.join()
 
 
 def test_gzip_names_and_comments_in_headers_are_no_text(folder):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -58,7 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def input_of(path: Path):
-    return find_inputs([str(path)])[0]
+    (file,) = find_inputs([str(path)])
+    return replace(file, name=Path(file.path).name)  # as if given from its folder
 
 
 def write(path: Path, table: pa.Table, **options: Any):
@@ -249,6 +253,23 @@ def test_what_is_no_list_of_ids_is_set_aside(tmp_path):
         write(tmp_path / "odd.parquet", pa.table({"ids": [[1] * 26]})), Fields(tokens="ids", max_document=100)
     )
     assert row == SetAside(1, "'ids' has 104 bytes of token ids, more than --max-document 100")
+
+
+@pytest.mark.parametrize("count", [25, 26, 10_000])
+def test_the_limit_on_token_ids_is_the_same_in_every_format(tmp_path, count):
+    fields = Fields(tokens="m.ids", max_document=100)
+    content = [{"m": {"ids": [7] * count}}, {"m": {"ids": [7] * 25}}]
+    write(tmp_path / "a.parquet", pa.Table.from_pylist(content))
+    pa.feather.write_feather(pa.Table.from_pylist(content), tmp_path / "a.arrow")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+    for suffix in ("parquet", "arrow", "jsonl", "json"):
+        first, second = read(input_of(tmp_path / f"a.{suffix}"), fields)
+        assert second.tokens.tolist() == [7] * 25
+        if count == 25:
+            assert first.tokens.tolist() == [7] * 25
+        else:
+            assert first.reason == f"'m.ids' has {count * 4:,} bytes of token ids, more than --max-document 100"
 
 
 @pytest.mark.parametrize("checksums", [True, False])

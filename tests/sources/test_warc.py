@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import sys
 import zlib
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
-from source_help import PACK, input_of, rows_of
+import zstandard
+from source_help import PACK, input_of, rows_of, zstd
 
 from retrotool.errors import UsageError
 from retrotool.sources import Document, Fields, SetAside, read, streams
@@ -34,6 +36,18 @@ def http(body: bytes, content_type: str = "text/html; charset=utf-8", status: st
 
 def response(body: bytes, content_type: str = "text/html; charset=utf-8", uri: str = "http://a.example/", **headers):
     return record("response", http(body, content_type, **headers), WARC_Target_URI=uri, WARC_Record_ID="<urn:uuid:1>")
+
+
+def raw_deflate(data: bytes) -> bytes:
+    """What stands in zlib's frame, which some servers send as ``deflate``."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return compressor.compress(data) + compressor.flush()
+
+
+def halves(pack: Callable[[bytes], bytes], between: bytes = b"") -> bytes:
+    """The page in two members."""
+    page = PAGE.encode()
+    return pack(page[:60]) + between + pack(page[60:])
 
 
 INFO = record("warcinfo", b"software: x\r\n", "application/warc-fields")
@@ -81,7 +95,18 @@ ENCODED = {
     "chunked by name only": response(PAGE.encode(), Transfer_Encoding="chunked"),
     "gzip": response(gzip.compress(PAGE.encode()), Content_Encoding="gzip"),
     "gzip by name only": response(PAGE.encode(), Content_Encoding="gzip"),
+    "gzip in two members": response(halves(gzip.compress), Content_Encoding="gzip"),
+    "gzip in tiny members": response(b"".join(gzip.compress(PAGE.encode()[i : i + 1]) for i in range(
+        len(PAGE.encode()))), Content_Encoding="x-gzip"),
+    "gzip with junk behind it": response(gzip.compress(PAGE.encode()) + b"\0\0junk", Content_Encoding="gzip"),
     "deflate": response(zlib.compress(PAGE.encode()), Content_Encoding="deflate"),
+    "raw deflate": response(raw_deflate(PAGE.encode()), Content_Encoding="deflate"),
+    "deflate by name only": response(PAGE.encode(), Content_Encoding="deflate"),
+    "zstd": response(zstd(PAGE.encode()), Content_Encoding="zstd"),
+    "zstd in two frames": response(halves(zstd, b"\x50\x2a\x4d\x18\3\0\0\0any"), Content_Encoding="zstd"),
+    "zstd by name only": response(PAGE.encode(), Content_Encoding="zstd"),
+    "zstd in gzip": response(gzip.compress(zstd(PAGE.encode())), Content_Encoding="zstd, gzip"),
+    "not encoded by name": response(PAGE.encode(), Content_Encoding="identity"),
     "xhtml": response(PAGE.encode(), "application/xhtml+xml"),
     "resource": record("resource", PAGE.encode(), "text/html", WARC_Target_URI="http://a.example/"),
     "type told by the crawler": record("response", http(PAGE.encode(), ""), WARC_Target_URI="http://a.example/",
@@ -102,12 +127,43 @@ SET_ASIDE = {
     "its compressed content is cut off": response(gzip.compress(PAGE.encode())[:-9], Content_Encoding="gzip"),
     "its content is damaged": response(b"\x1f\x8b\x08" + b"\xff" * 50, Content_Encoding="gzip"),
     "its content is compressed with Brotli": response(b"x", Content_Encoding="br"),
+    "its content is compressed with compress": response(b"\x1f\x9dx", Content_Encoding="compress"),
+    "its content is compressed with 'dcz'": response(b"x", Content_Encoding="dcz"),
+    "its content is no gzip, though": response(b"\0\1\2 no gzip", Content_Encoding="gzip"),
+    "its content is no zstd, though": response(b"\0\1\2 no zstd", Content_Encoding="zstd"),
     "invalid UTF-8 at byte 1": record("conversion", b"a\xff", "text/plain", WARC_Target_URI="http://a.example/"),
     "a part of a segmented record": record("continuation", b"x", WARC_Target_URI="http://a.example/"),
     "'text' has 2,000 bytes": response(b"x" * 2000, "text/plain"),
     "record of 2,000,000 bytes": record("response", b"x" * 2_000_000, WARC_Target_URI="http://a.example/"),
     "its content is longer than": response(gzip.compress(b"\0" * 3_000_000), Content_Encoding="gzip"),
 }
+CODED = {"gzip": gzip.compress, "zstd": zstd, "deflate": zlib.compress, "raw deflate": raw_deflate}
+
+
+@pytest.mark.parametrize("coding", CODED)
+def test_bodies_of_any_coding_that_are_cut_off_damaged_or_too_long_are_set_aside(tmp_path, coding):
+    page = b"<p>" + bytes(i % 89 + 33 for i in range(2000)) + b"</p>"
+    packed, header = CODED[coding](page), {"Content_Encoding": coding.split()[-1]}
+    damaged = packed[:40] + bytes(byte ^ 0x5A for byte in packed[40:80]) + packed[80:]
+    if coding == "raw deflate":
+        damaged = b"\x07" + packed[1:]  # it has no checksum, so only what is no code at all shows
+    bomb = CODED[coding](b"\0" * 3_000_000)
+    bodies = (packed, packed[:-9], packed[: len(packed) // 2], damaged, bomb)
+    data = b"".join(response(body, **header) for body in bodies)
+    good, *bad = rows_of(tmp_path / "a.warc", data, max_document=4000)
+    assert isinstance(good, Document)
+    assert [row.damage for row in bad] == [False] * 4  # of the page, not of the file
+    assert [row.reason.split(":")[0] for row in bad[:2]] == ["its compressed content is cut off"] * 2
+    assert bad[2].reason.startswith("its content is damaged")
+    assert bad[3].reason == f"its content is longer than {4 * 4000 + (1 << 20):,} bytes"
+
+
+def test_a_window_larger_than_http_allows_is_refused(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    body = writer.compress(PAGE.encode()) + writer.flush()
+    (row,) = rows_of(tmp_path / "a.warc", response(body, Content_Encoding="zstd"))
+    assert "too much memory" in row.reason
 
 
 @pytest.mark.parametrize("reason", SET_ASIDE)
@@ -148,7 +204,9 @@ def test_a_member_cut_off_is_damage(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "junk", [b"no archive", b"\0" * 100, b"WARC/1.0\r\nWARC-Type: response\r\n\r\n",
-             b"WARC/1.0\r\nContent-Length: -5\r\n\r\n", b"WARC/1.0\r\n" + b"x" * 3_000_000]
+             b"WARC/1.0\r\nContent-Length: -5\r\n\r\n", b"WARC/1.0\r\n" + b"x" * 3_000_000,
+             b"WARC/1.0\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+             b"WARC/1.0\r\nContent-Length: " + "\u0665".encode() + b"\r\n\r\n"]
 )  # fmt: skip
 def test_what_is_no_record_breaks_off_the_rest(tmp_path, junk):
     good = response(b"good", "text/plain")
@@ -156,6 +214,11 @@ def test_what_is_no_record_breaks_off_the_rest(tmp_path, junk):
     assert isinstance(first, Document)
     assert (type(last), last.damage, last.line) == (SetAside, True, 2)
     assert f"at byte {len(good):,}" in last.reason
+
+
+def test_a_length_may_begin_with_zeros(tmp_path):
+    data = response(b"good", "text/plain").replace(b"Content-Length: ", b"Content-Length: " + b"0" * 5000)
+    assert [row.text for row in rows_of(tmp_path / "a.warc", data)] == ["good"]
 
 
 def test_the_same_page_twice_keeps_one_id(tmp_path):

@@ -25,7 +25,8 @@ def test_minilm_vectors_are_those_of_sentence_transformers() -> None:
 
     from retrotool.tokenizers import bundled_model
 
-    texts = [make_text(i, 1 + i) for i in range(40)]
+    # In the last three the tokenizer sees nothing: they are [CLS] and [SEP] alone, for both.
+    texts = [*(make_text(i, 1 + i) for i in range(40)), "", " \n\t ", "\u200b\x00"]
     encoder = Encoder("minilm", device="cpu")
     ours = encoder.embed(encoder.tokenizer.encode_batch(texts))
     theirs = SentenceTransformer(str(bundled_model()), device="cpu").encode(texts)
@@ -65,12 +66,31 @@ def test_the_order_and_the_lengths_of_other_rows_do_not_matter(tiny_encoder: Pat
     assert np.allclose(together.astype(np.float32), alone.astype(np.float32), atol=2e-3)
 
 
-def test_an_empty_row_is_zero_and_a_long_one_is_cut(tiny_encoder: Path) -> None:
+def test_a_row_that_is_too_long_is_cut_and_one_without_tokens_reported_too(tiny_encoder: Path) -> None:
     encoder = Encoder(str(tiny_encoder), device="cpu")
     row = list(range(10, 200))
-    empty, long, cut = encoder.embed([[], row, row[:126]])
-    assert not empty.any()
+    told: list[int] = []
+    empty, long, cut = encoder.embed([[], row, row[:126]], told.append)
+    assert np.isfinite(empty).all() and empty.any()
     assert np.array_equal(long, cut)
+    assert sum(told) == 3
+
+
+def test_a_chunk_in_which_the_encoder_sees_nothing_has_a_vector(
+    tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path
+) -> None:
+    store = tmp_path / "store"
+    rows = [{"id": "layout", "text": "a table" + "\n\t " * 100}, *make_rows(3)]
+    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    commands.embed(store, encoder=str(tiny_encoder))
+    import retrotool
+
+    reader = retrotool.open(store)
+    blank = [i for i in reader.document("layout") if not reader.chunk(i).text.strip()]
+    assert len(blank) >= 2
+    assert reader.embeddings(0).any(axis=1).all()
+    alone = Encoder(str(tiny_encoder), device="cpu").embed([[]])[0]
+    assert np.allclose(reader.embeddings(0)[blank].astype(np.float32), alone.astype(np.float32), atol=2e-3)
 
 
 def test_a_store_of_another_tokenizer_is_embedded_through_its_text(
@@ -114,6 +134,11 @@ def remote(path: Path) -> None:
     (path / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
 
 
+def configure(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
 def maxpool(path: Path) -> None:
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
@@ -128,6 +153,12 @@ def maxpool(path: Path) -> None:
         (remote, "run code"),
         (maxpool, "pooling max_tokens is not supported"),
         (lambda path: (path / "config.json").write_text("{"), "not JSON"),
+        (lambda path: (path / "config.json").write_text("[]"), "a list, not a JSON object"),
+        (lambda path: (path / "modules.json").write_text("{"), "not JSON"),
+        (lambda path: (path / "modules.json").write_text('["Pooling"]'), "not a list of JSON objects"),
+        (lambda path: (path / "modules.json").write_text('{"type": "Pooling"}'), "not a list of JSON objects"),
+        (lambda path: configure(path, max_position_embeddings="many"), "max_position_embeddings is 'many'"),
+        (lambda path: configure(path, hidden_size=None), "no hidden_size"),
     ],
 )
 def test_a_model_that_cannot_be_used_safely_is_refused(
@@ -139,15 +170,41 @@ def test_a_model_that_cannot_be_used_safely_is_refused(
         find_encoder(str(path))
 
 
+def test_a_length_that_is_null_is_that_of_bert(tiny_encoder: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_encoder, tmp_path / "model"))
+    configure(path, max_position_embeddings=None)
+    assert find_encoder(str(path))[1].max_tokens == 512
+
+
+def test_weights_that_break_off_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_encoder, tmp_path / "model"))
+    weights = path / "model.safetensors"
+    for size in (0, 1000, weights.stat().st_size - 1):
+        weights.write_bytes((tiny_encoder / "model.safetensors").read_bytes()[:size])
+        with pytest.raises(UsageError, match="can't be loaded"):
+            Encoder(str(path), device="cpu")
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "vulkan", "meta", "cpu:3", "cuda:", "cuda:x", "toaster", ""])
+def test_what_no_encoder_can_be_put_on_is_refused_also_where_nothing_is_left_to_embed(
+    built_store: Path, tiny_encoder: Path, device: str
+) -> None:
+    with pytest.raises(UsageError, match="not known"):
+        commands.embed(built_store, encoder=str(tiny_encoder), device=device)
+    with pytest.raises(UsageError, match="not known"):
+        Encoder(str(tiny_encoder), device=device)
+    with pytest.raises(UsageError, match="float99"):
+        commands.embed(built_store, encoder=str(tiny_encoder), dtype="float99")
+
+
 def test_a_device_that_is_not_there_is_named(tiny_encoder: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UsageError, match="no GPU"):
-        Encoder(str(tiny_encoder), device="cuda")
-    with pytest.raises(UsageError, match="not known"):
-        Encoder(str(tiny_encoder), device="toaster")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match="no GPU"):
+            Encoder(str(tiny_encoder), device=device)
 
 
 def test_on_a_gpu_the_vectors_are_those_of_the_cpu(tiny_encoder: Path) -> None:

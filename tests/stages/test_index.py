@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from retrotool.ann import lists, search
 from retrotool.ann.kmeans import assign, kmeans
-from retrotool.ann.search import Best, Queries
+from retrotool.ann.search import Best, Excluded, Queries
 from retrotool.errors import CorruptError
 from retrotool.stages.index import choose_lists
 
@@ -58,6 +58,54 @@ def test_kmeans_leaves_no_cluster_empty_while_there_are_vectors_to_take() -> Non
     assert len(torch.unique(assign(vectors, centroids)[1])) == 8
     with pytest.raises(ValueError, match="5 vectors into 6"):
         kmeans(torch.zeros(5, 2), 6)
+
+
+def same_bytes(centroids: torch.Tensor, vectors: torch.Tensor) -> bool:
+    """Whether any centroid is a vector to the bit, in float32 or float16."""
+    return any(
+        not {row.tobytes() for row in centroids.to(kind).numpy()}.isdisjoint(
+            row.tobytes() for row in vectors.to(kind).numpy()
+        )
+        for kind in (torch.float32, torch.float16)
+    )
+
+
+@pytest.mark.parametrize("k", [16, 128, 560, 600])
+@pytest.mark.parametrize("spread", [1.0, 0.0])
+def test_no_centroid_is_a_vector(k: int, spread: float) -> None:
+    """Neither that of a cluster of one, nor of copies; with many clusters, and where nothing can be split."""
+    rng = np.random.default_rng(k)
+    one = np.zeros((1, 16)) + rng.normal(size=(1, 16)).round()
+    copies = one + spread * np.repeat(rng.normal(size=(6, 16)), 50, axis=0)
+    vectors = torch.from_numpy(np.concatenate([copies, one + spread * clustered(300, 16, k)]).astype(np.float16)).float()
+    centroids = kmeans(vectors, k)
+    assert torch.isfinite(centroids).all()
+    assert not same_bytes(centroids, vectors)
+    assert torch.equal(centroids, kmeans(vectors, k)), "from the seed"
+    if spread and k == 600:
+        assert (assign(vectors, centroids)[0] <= 0.001 * vectors.square().sum(1)).all(), "it is hardly moved"
+
+
+def test_kmeans_does_not_spend_clusters_on_copies() -> None:
+    """Half of the vectors are copies of five: the clusters that begin on copies go to where vectors differ."""
+    vectors = clustered(2000, 16, 0).astype(np.float32)
+    some = torch.from_numpy(np.concatenate([vectors, np.repeat(vectors[:5], 400, axis=0)]))
+    ours = kmeans(some, 128)
+    theirs = faiss.Kmeans(16, 128, niter=10, seed=1, min_points_per_centroid=1)
+    theirs.train(some.numpy())
+    assert assign(some, ours)[0].mean() <= 1.02 * assign(some, torch.from_numpy(theirs.centroids))[0].mean()
+
+
+def test_what_vectors_have_in_common_costs_no_digits() -> None:
+    vectors = torch.from_numpy(clustered(3000, 16, 4)).float() * 0.02
+    far = vectors.clone()
+    far[:, 0] = 1000
+    plain = assign(vectors, kmeans(vectors, 32))[0].mean()
+    distances, index = assign(far, (centroids := kmeans(far, 32)))
+    assert distances.mean() <= 1.1 * plain
+    exact = torch.cdist(far.double(), centroids.double()).square()
+    assert torch.allclose(distances.double(), exact.min(1).values, atol=1e-4)
+    assert torch.allclose(exact[torch.arange(len(far)), index], exact.min(1).values, atol=1e-5)
 
 
 def make_index(vectors: np.ndarray, ids: np.ndarray, nlist: int) -> object:
@@ -117,7 +165,7 @@ def test_excluded_intervals_and_banned_ids_are_never_found_and_nothing_else_is_l
     try:
         lists.write(index, path)
         best = Best(q, k)
-        search.search(lists.read(path), Queries(queries, first, last), 4, lambda i: np.isin(i, banned), best)
+        search.search(lists.read(path), Queries(queries, Excluded(first, last)), 4, lambda i: np.isin(i, banned), best)
     finally:
         path.unlink(missing_ok=True)
     exact = ((queries[:, None] - vectors[None].astype(np.float32)) ** 2).sum(-1)

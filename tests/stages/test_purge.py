@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
-from oracle import read_plain, saved_neighbours
+from oracle import read_plain
 
 import retrotool
 from retrotool import commands
@@ -177,21 +177,25 @@ def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path,
     reader = retrotool.open(store)
     after = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
     assert after == {i: text for i, text in before.items() if i not in victims}
-    ids, _ = saved_neighbours(store)
-    assert not victims.isdisjoint(ids.ravel().tolist()), "plain tables keep bare ids ..."
-    assert victims.isdisjoint(returned(reader)), "... which reading masks"
+    assert victims.isdisjoint(returned(reader))
 
 
 def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: Path) -> None:
     state = Store.open(store_copy).state
     victim = retrotool.open(store_copy).document("doc-1")[0]
-    untouched = {
-        entry.path for entry in state.files() if not entry.path.split("/")[-1].startswith(f"{victim >> 32:06d}")
+    tables = {
+        entry.path
+        for entry in state.files()
+        if entry.path.startswith("neighbours/")
+        and victim in pq.read_table(store_copy / entry.path)["ids"].combine_chunks().flatten().to_pylist()
     }
+    part = {entry.path for entry in state.files() if entry.path.split("/")[-1].startswith(f"{victim >> 32:06d}-")}
+    shards = {entry.path for entry in state.files() if entry.path.startswith("index/main/shard")}
+    assert (len(part), len(shards)) == (5, 1), "documents, keys, chunks, embeddings and neighbours"
     result = commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
     left = {entry.path for entry in Store.open(store_copy).state.files()}
-    assert {path for path in untouched if not path.startswith("index/main/shard")} <= left
-    assert result.files_rewritten == 5, "documents, keys, chunks, embeddings and one shard"
+    assert {entry.path for entry in state.files()} - left == part | shards | tables
+    assert result.files_rewritten == len(part | shards | tables)
 
 
 def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
@@ -237,7 +241,12 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
     [
         ("ids", "12\nseven", "line 2: 'seven' is no chunk id"),
         ("ids", "99999999999999", "no chunk 99999999999999"),
-        ("ids", "-1", "no chunk -1"),
+        ("ids", "-1", "'-1' is no chunk id"),
+        ("ids", "1_0", "'1_0' is no chunk id"),
+        ("ids", "٣", "'٣' is no chunk id"),
+        ("ids", "9" * 5000, "is no chunk id"),
+        ("where", "source = '\udcff'", "--where \"source = '\\udcff'\" is not UTF-8"),
+        ("pattern", "\udcff", "--pattern '\\udcff' is not UTF-8"),
         ("documents", "doc-1\nnobody", "line 2: the store has no document 'nobody'"),
         ("where", "nothing = 'x'", "no column 'nothing'"),
         ("pattern", "(", "can't be compiled"),
@@ -284,9 +293,51 @@ def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
     store = Store.open(store_copy)
     selection = commands.purging.select(store, "where", "source = 'a'")
     commands.purge(store_copy, "where", "source = 'b'", reason="test")
-    with writing(store) as run, pytest.raises(ConflictError, match="another purge"):
-        selecting.commit_purge(store, run, selection, "late")
+    with writing(store) as run:
+        before = files(store_copy)
+        with pytest.raises(ConflictError, match="another purge"):
+            selecting.commit_purge(store, run, selection, "late")
+        assert files(store_copy) == before, "what it selected by does not stay on the disk"
     assert commands.verify(store_copy).ok
+
+
+def files(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_purge_that_another_overtook_selects_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, asked = selecting.commit_purge, []
+
+    def overtaken(*arguments: object) -> str:
+        monkeypatch.undo()
+        assert commands.purge(store_copy, "where", "id in ('doc-3', 'doc-4')", reason="first").documents == 2
+        return commit(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(selecting, "commit_purge", overtaken)
+    result = commands.purge(
+        store_copy, "where", "source = 'a'", reason="test", confirm=lambda planned: bool(asked.append(planned)) or True
+    )
+    assert (result.documents, [planned.documents for planned in asked]) == (59, [60]), (
+        "it takes less than was agreed to"
+    )
+    assert commands.verify(store_copy).ok
+
+
+def test_what_is_declined_is_not_done(store_copy: Path) -> None:
+    before = Store.open(store_copy).state.number
+    result = commands.purge(store_copy, "where", "source = 'a'", reason="test", confirm=lambda _: False)
+    assert (result.purge, result.documents, Store.open(store_copy).state.number) == ("", 60, before)
+    commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    purged = Store.open(store_copy).state.number
+    asked: list[commands.PurgeResult] = []
+    commands.purge(store_copy, "where", "source = 'a'", reason="test", confirm=lambda _: pytest.fail("nothing to ask"))
+    commands.purge(
+        store_copy, "where", "source = 'a'", reason="test", erase=True,
+        confirm=lambda planned: bool(asked.append(planned)),
+    )  # fmt: skip
+    assert (asked[0].chunks, asked[0].unerased) == (0, result.chunks), "an erase of what is purged is asked about too"
+    assert asked[0].unerased_share == pytest.approx(result.chunks / 366)
+    assert Store.open(store_copy).state.number == purged
 
 
 def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_path: Path) -> None:

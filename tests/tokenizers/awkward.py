@@ -14,13 +14,16 @@ TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.to
 SAMPLES = (
     "Ünïcödé, NAÏVE café ﬁne ½ ² ™ Ⅳ", "北京大学是中国的大学。", "한국어 문장", "こんにちは世界", "Привет, мир!", "ǅ ǆ ſ İ ı ß",
     "مرحبا", "हिन्दी में", "สวัสดี", "😀🎈 👩🏽‍🚀", "don't DON'T we'LL I'ſ x'RE", "\t'say' \n 'tis  \r\n\r\n  end \u2003",
-    "a\u0301e\u0327\u0301 \u00a0\u3000\u200d\ufeff\ufffd\u2028", "<|endoftext|> [SEP] </s> <0x41> ▁▁a▁", "\0\x01\x7f\x80\x9f",
+    "a\u0301e\u0327\u0301 \u00a0\u3000\u200d\ufeff\ufffd\u2028", "<|endoftext|> [SEP] </s> <0x41> ▁▁a▁",
+    "\0\x01\x7f\x80\x9f",
     "12345678 1,234.5 ٣٤٥ 𝟘𝟙", "x" * 300, "ab" * 200, " " * 130, "\n" * 130, "=" * 99 + "\n" + "-" * 99,
 )  # fmt: skip
 _PIECES = [*SAMPLES, *" \n\t'.,-_()/\"#", "'s", "'ll", "\r\n", "  ", "the ", "Word", "der", "é", "一", "😀", "\u0301"]
 
 texts = st.lists(
-    st.sampled_from(_PIECES) | st.text(st.characters(codec="utf-8"), max_size=8) | st.text(max_size=6, alphabet="ab' \n1"),
+    st.sampled_from(_PIECES)
+    | st.text(st.characters(codec="utf-8"), max_size=8)
+    | st.text(max_size=6, alphabet="ab' \n1"),
     max_size=12,
 ).map("".join)
 """Texts of awkward pieces in any order."""

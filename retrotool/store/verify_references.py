@@ -1,0 +1,292 @@
+"""Whether the files of a store mean each other rightly: embeddings, indexes, neighbour tables, block lists, records.
+
+Used by ``verify``. Everything is read part by part, or shard by shard, in blocks; of vectors that are stored twice and
+of distances only some are looked at, drawn by the file's own sum, so that the same file always gives the same answer.
+Memory: one table, or the ids of one shard, besides what ``Checked`` holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.store import parts, tables, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.blocked import read_hashes
+from retrotool.store.checked import Checked, Ids, check_ids
+from retrotool.store.digest import lines_digest
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
+
+Lists = Callable[[Store, FileEntry], Iterator[tuple[Ids, npt.NDArray[np.float16]]]]
+"""Reads the inverted lists of a shard: ids [n] and vectors [n, d] of each."""
+
+_BLOCK = 1 << 16
+_SAMPLED_VECTORS = 256
+_SAMPLED_ROWS = 8
+_ROUNDING = 5e-4
+"""How far a distance, computed in float32, may be off: this share of the two squared norms."""
+_INFINITE = 0x7C00
+"""Bits of a float16, without its sign, from which on it is infinite or no number."""
+
+
+def check_records(checked: Checked) -> None:
+    """Note records that are gone while their files are there.
+
+    An index and a table get theirs when they are finished, so a missing one may also be one that is not there yet.
+    """
+    state = checked.store.state
+    for kind, prefix in (("embeddings", "encoder:"), ("index", "index:"), ("neighbours", "neighbours:")):
+        for name in state.names(kind):
+            key = prefix + name
+            measured = kind == "index" and state.file(kind, "recall", name) is not None
+            if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
+                checked.problems.append(f"{kind} {name}: there are files, but the record {key!r} is missing")
+
+
+def check_blocked(checked: Checked) -> None:
+    """Block lists are sorted, and belong to purges."""
+    group = checked.store.state.group("blocked")
+    for slot in group:
+        entry = group.get(slot)
+        if entry is None:
+            continue
+        if f"purge:{slot}" not in checked.store.state.records:
+            checked.problems.append(f"{entry.path}: there is no purge {slot}")
+        if entry.path not in checked.broken:
+            with checked.noting(entry.path):
+                read_hashes(checked.store, entry)
+
+
+def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
+    """Embeddings of a part have a vector where, and only where, ``embedded`` says so."""
+    store = checked.store
+    for encoder in store.state.names("embeddings"):
+        entry = checked.whole("embeddings", part, encoder)
+        if entry is None:
+            continue
+        matrix = vectors.read_vectors(store, entry)
+        record = store.state.records.get(f"encoder:{encoder}", {})
+        if len(matrix) != len(embedded):
+            checked.problems.append(f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
+            continue
+        if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
+            checked.problems.append(f"{entry.path}: {matrix.shape[1]:,} dimensions, its encoder has {dimension:,}")
+        checked.problems += [f"{entry.path}: {what}" for what in _check_vectors(checked, entry, matrix, embedded)]
+
+
+def _check_vectors(
+    checked: Checked, entry: FileEntry, matrix: npt.NDArray[np.float16], embedded: npt.NDArray[np.bool_]
+) -> list[str]:
+    """What is wrong with the vectors of a part."""
+    largest = np.zeros(len(matrix), np.uint16)
+    for start in range(0, len(matrix), _BLOCK):  # it may be mapped and larger than memory
+        block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
+        largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
+    zero = (largest == 0) & embedded
+    checked.zeros[entry.path] = np.flatnonzero(zero)
+    own = checked.store.identity.tokenizer.sha256
+    record = checked.store.state.records.get(f"encoder:{FileName.parse(entry.path).name}", {})
+    # Of a text that is tokenised again nothing may be left, white space for example. Then its vector is zero.
+    nothing = zero.any() if record.get("tokenizer") == own else embedded.any() and (zero == embedded).all()
+    checks = {
+        "a vector is not finite": (largest >= _INFINITE).any(),
+        "a chunk that is erased or no key has a vector": ((largest > 0) & ~embedded).any(),
+        "a chunk that is neither erased nor a value has a vector of zeros": nothing,
+    }
+    return [what for what, found in checks.items() if found]
+
+
+def check_index(checked: Checked, name: str, read_lists: Lists) -> None:
+    """Shards hold the vectors of all chunks of their parts that have one and are not purged, and of no other."""
+    held: set[int] = set()
+    for slot in checked.store.state.group("index", name):
+        entry = checked.store.state.file("index", slot, name)
+        if entry is None or not slot.startswith("shard-"):
+            continue
+        covered = set((entry.about or {}).get("parts", ()))
+        if not held.isdisjoint(covered):
+            checked.problems.append(f"{entry.path}: holds parts that another shard holds too")
+        held |= covered
+        if entry.path not in checked.broken:
+            with checked.noting(entry.path):
+                _check_shard(checked, name, entry, sorted(covered), read_lists)
+
+
+def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[int], read_lists: Lists) -> None:
+    lists = list(read_lists(checked.store, entry))
+    ids = np.sort(np.concatenate([np.zeros(0, np.int64), *(some for some, _ in lists)]))
+    if len(ids) != entry.rows:
+        checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
+    if not check_ids(checked, ids, entry.path, withdrawn=False):
+        return
+    encoder = _encoder_of_index(checked.store, name)
+    expected = lacking = unembedded = 0
+    for part in covered:
+        if not (0 <= part < len(checked.rows) and checked.rows[part]):
+            checked.problems.append(f"{entry.path}: lists part {part}, which is not there")
+            continue
+        low, high = np.searchsorted(ids, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
+        expected += int(high - low)
+        if checked.whole("chunks", part) is None:
+            continue
+        embedded = parts.read_embedded(checked.store, part)
+        rows = ids[low:high] - (part << PART_SHIFT)
+        # An erase takes parts and shards one after another.
+        unembedded += int((~checked.erasing().contains(ids[low:high][~embedded[rows]])).sum())
+        embedded[checked.tombstones.rows(part)] = False
+        vectors_of = checked.store.state.part_file("embeddings", part, encoder)
+        embedded[checked.zeros.get(vectors_of.path if vectors_of else "", np.zeros(0, np.int64))] = False
+        embedded[rows] = False
+        lacking += int(embedded.sum())
+    checks = {
+        "holds a chunk twice": bool((ids[1:] == ids[:-1]).any()),
+        "holds chunks that are erased or no keys": unembedded > 0,
+        "holds chunks of parts that it does not list": expected < len(ids),
+        f"lacks {lacking:,} chunks of its parts": lacking > 0,
+        "holds other vectors than the embeddings": not _same_vectors(checked, encoder, entry, lists),
+    }
+    checked.problems += [f"{entry.path}: {what}" for what, found in checks.items() if found]
+
+
+def _encoder_of_index(store: Store, name: str) -> str:
+    trained = store.state.file("index", "trained", name)
+    return str(((trained.about if trained else None) or {}).get("encoder", ""))
+
+
+def _same_vectors(
+    checked: Checked, encoder: str, entry: FileEntry, lists: list[tuple[Ids, npt.NDArray[np.float16]]]
+) -> bool:
+    """Whether some vectors of a shard are those of the embeddings."""
+    total = sum(len(ids) for ids, _ in lists)
+    drawn = np.sort(_draw(entry).choice(total, min(total, _SAMPLED_VECTORS), replace=False))
+    start = place = 0
+    for ids, matrix in lists:
+        while place < len(drawn) and drawn[place] < start + len(ids):
+            row = drawn[place] - start
+            stored = _vector(checked, encoder, int(ids[row]))
+            if stored is not None and stored.any() and not np.array_equal(stored, matrix[row]):
+                return False
+            place += 1
+        start += len(ids)
+    return True
+
+
+def _draw(entry: FileEntry) -> np.random.Generator:
+    return np.random.default_rng(int(entry.sha256[:16], 16))
+
+
+def _vector(checked: Checked, encoder: str, chunk: int) -> npt.NDArray[np.float16] | None:
+    """The stored vector of a chunk, float16 [d]; None if it can't be had. Zeros if it is erased."""
+    part, row = chunk >> PART_SHIFT, chunk & ((1 << PART_SHIFT) - 1)
+    entry = checked.whole("embeddings", part, encoder)
+    if entry is None or row >= entry.rows:
+        return None
+    return np.asarray(vectors.read_vectors(checked.store, entry)[row])
+
+
+def check_neighbours(checked: Checked) -> str:
+    """Tables of neighbours are what they should be; their digest."""
+    lines = []
+    for name in checked.store.state.names("neighbours"):
+        for slot in checked.store.state.group("neighbours", name):
+            entry = checked.store.state.file("neighbours", slot, name)
+            if entry is None or entry.path in checked.broken:
+                continue
+            with checked.noting(entry.path):
+                table = tables.read_table(checked.store, entry)
+                digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
+                digest.update(np.ascontiguousarray(table.distances, "<f4").data)
+                lines.append(f"{slot_of(entry)} {digest.hexdigest()}")
+                _check_table(checked, entry, name, table)
+    return lines_digest(lines) if lines else ""
+
+
+def slot_of(entry: FileEntry) -> str:
+    """A file's slot as digests name it."""
+    name = FileName.parse(entry.path)
+    return f"{name.kind}/{name.name}/{name.slot}"
+
+
+def _check_table(checked: Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:
+    store, part = checked.store, int(FileName.parse(entry.path).slot)
+    record = store.state.records.get(f"neighbours:{name}", {})
+    metadata = parts.read_parquet(store, entry, row_groups=[]).schema.metadata or {}
+    database = metadata.get(b"retrotool.database", b"").decode()
+    if database != record.get("database", database):
+        checked.problems.append(f"{entry.path}: is of another database than the record of its name")
+    chunks = store.state.file("chunks", part_slot(part))
+    if chunks is None or table.ids.shape != table.distances.shape or len(table.ids) != chunks.rows:
+        checked.problems.append(f"{entry.path}: {len(table.ids):,} rows are not those of its part")
+        return
+    found: set[str] = set()
+    if chunks.path not in checked.broken and (table.ids[~parts.read_key(store, part)] != NO_NEIGHBOUR).any():
+        found.add("a chunk that is no key has neighbours")
+    within = database == store.identity.uuid
+    own = _documents_of_rows(checked, part) if within else None
+    known = True
+    for start in range(0, len(table.ids), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        found |= _problems_of_rows(table.ids[rows], table.distances[rows])
+        if own is not None and ((table.ids[rows] >= own[0][rows]) & (table.ids[rows] <= own[1][rows])).any():
+            found.add("a chunk has one of its own document for a neighbour")
+        if within and known:
+            ids = table.ids[rows]
+            ids = ids[ids >= 0]
+            known = check_ids(checked, ids, entry.path)
+            if known and not checked.are_keys(ids).all():
+                found.add("a neighbour is no key")
+    if within and known and "encoder" in record and not found:
+        wrong, looked_at = _wrong_distances(checked, str(record["encoder"]), entry, part, table)
+        if wrong:
+            found.add(f"{wrong:,} of {looked_at:,} distances looked at are not those of the vectors")
+    checked.problems += [f"{entry.path}: {what}" for what in sorted(found)]
+
+
+def _problems_of_rows(ids: Ids, distances: npt.NDArray[np.float32]) -> set[str]:
+    """What is wrong with rows of a table, whatever it is a table of."""
+    ordered = np.sort(ids, axis=1)
+    checks = {
+        "distances do not ascend": not (distances[:, 1:] >= distances[:, :-1]).all(),
+        "a distance is negative or no number": not (distances >= 0).all(),
+        "an id is negative": (ids < NO_NEIGHBOUR).any(),
+        "a neighbour has no distance, or none has one": ((ids == NO_NEIGHBOUR) != np.isposinf(distances)).any(),
+        "a row names a neighbour twice": ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(),
+    }
+    return {what for what, found in checks.items() if found}
+
+
+def _documents_of_rows(checked: Checked, part: int) -> tuple[Ids, Ids] | None:
+    """First and last chunk id of each row's own document, [n, 1] each; None if that can't be had."""
+    if checked.whole("documents", part) is None:
+        return None
+    table = parts.read_documents(checked.store, part, ["first_row", "n_chunks"])
+    first, count = parts.chunk_ids(part, table["first_row"].to_numpy()), table["n_chunks"].to_numpy()
+    if count.sum() != checked.rows[part] or (count < 0).any():
+        return None
+    return np.repeat(first, count)[:, None], np.repeat(first + count - 1, count)[:, None]
+
+
+def _wrong_distances(
+    checked: Checked, encoder: str, entry: FileEntry, part: int, table: NeighbourTable
+) -> tuple[int, int]:
+    """How many of some stored distances are not the exact ones, and how many were looked at."""
+    asking = np.flatnonzero((table.ids != NO_NEIGHBOUR).any(axis=1))
+    wrong = looked_at = 0
+    for row in _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False):
+        query = _vector(checked, encoder, (part << PART_SHIFT) + int(row))
+        if query is None or not query.any():
+            continue
+        for chunk, distance in zip(table.ids[row].tolist(), table.distances[row].tolist(), strict=True):
+            other = _vector(checked, encoder, chunk) if chunk != NO_NEIGHBOUR else None
+            if other is None or not other.any():  # erased since
+                continue
+            one, two = query.astype(np.float64), other.astype(np.float64)
+            looked_at += 1
+            wrong += abs(((one - two) ** 2).sum() - distance) > _ROUNDING * ((one**2).sum() + (two**2).sum())
+    return wrong, looked_at

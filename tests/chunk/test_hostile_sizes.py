@@ -1,0 +1,122 @@
+"""Inputs made to hurt, through the command as a process: bounded memory, no crash, and every row accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from chunk_helpers import quarantine, verified
+
+import retrotool
+from retrotool import commands
+
+GIGABYTE = 1 << 30
+MOST_MEMORY_KB = 600 << 10
+
+
+def packed(*pieces: tuple[bytes, int]) -> bytes:
+    """The pieces, each repeated, as one zstd frame."""
+    writer = zstandard.ZstdCompressor().compressobj()
+    found = []
+    for piece, times in pieces:
+        block = piece * max(1, (1 << 20) // len(piece))
+        found += [writer.compress(block) for _ in range(times * len(piece) // len(block))]
+        found.append(writer.compress(piece * (times - times * len(piece) // len(block) * (len(block) // len(piece)))))
+    return b"".join([*found, writer.flush()])
+
+
+GOOD = b'{"id": "good", "text": "A good row at the end."}\n'
+ROWS = 1_000_000
+NULLS = 200_000
+
+
+def nulls(path: Path) -> None:
+    ids, texts = [*map(str, range(NULLS)), "good"], [*[None] * NULLS, "x"]
+    pq.write_table(pa.table({"id": ids, "text": texts}), path)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
+    "a document of a gigabyte": (
+        "big.jsonl.zst",
+        lambda path: path.write_bytes(
+            packed((b'{"id": "big", "text": "', 1), (b"word ", GIGABYTE // 5), (b'"}\n', 1), (GOOD, 1))
+        ),
+        1,
+        "longer than",
+    ),
+    "a text of a gigabyte in a CSV": (
+        "big.csv.zst",
+        lambda path: path.write_bytes(packed((b'id,text\nbig,"', 1), (b"word ", GIGABYTE // 5), (b'"\ngood,x\n', 1))),
+        1,
+        "longer than",
+    ),
+    "a text file of a gigabyte": (
+        "big.txt.zst",
+        lambda path: path.write_bytes(packed((b"word ", GIGABYTE // 5))),
+        1,
+        "more than --max-document",
+    ),
+    "a line of a gigabyte without an end": (
+        "line.jsonl.zst",
+        lambda path: path.write_bytes(packed((GOOD, 1), (b"x", GIGABYTE))),
+        1,
+        "longer than",
+    ),
+    "a bomb": ("bomb.jsonl.zst", lambda path: path.write_bytes(packed((b"\0", GIGABYTE))), 1, "longer than"),
+    "bytes of zero": (
+        "zeros.jsonl",
+        lambda path: path.write_bytes(b"\0" * 5000 + b"\n" + GOOD + b"\0\n"),
+        2,
+        "not JSON",
+    ),
+    "lone surrogates": (
+        "halves.jsonl",
+        lambda path: path.write_text('{"text": "\\ud800"}\n{"text": "a\\udfff\\ud800b"}\n' + GOOD.decode()),
+        2,
+        "not JSON",
+    ),
+    "a million empty documents": (
+        "empty.jsonl.zst",
+        lambda path: path.write_bytes(packed((b'{"id": "e", "text": ""}\n', ROWS), (GOOD, 1))),
+        ROWS,
+        "'text' is empty",
+    ),
+    "a table of nulls": ("nulls.parquet", nulls, NULLS, "'text' is null"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_made_to_hurt_does_not(name, tmp_path):
+    file, write, bad, reason = WRITERS[name]
+    path = tmp_path / file
+    write(path)
+    assert path.stat().st_size < 16 << 20
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "retrotool", "chunk", store, path, "--json", "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        result = json.loads(process.stdout.read())
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    good = 0 if file in ("big.txt.zst", "bomb.jsonl.zst") else 1
+    assert (process.returncode, result["documents"], result["set_aside"]) == (3, good, bad)
+    assert usage.ru_maxrss < MOST_MEMORY_KB
+    assert reason in result["reasons"][0]["reason"]
+    assert len(quarantine(store)) == bad
+    assert (verified(store).documents, commands.info(store).set_aside) == (good, bad)
+
+
+def test_zeros_inside_a_text_are_part_of_it(tmp_path, byte_level_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "z", "text": "a\\u0000b \\u0000"}\n')
+    commands.chunk(tmp_path / "store", [str(path)], tokenizer=str(byte_level_tokenizer))
+
+    assert retrotool.open(tmp_path / "store").chunk(0).text == "a\0b \0"

@@ -1,0 +1,191 @@
+"""Damage of any kind is one row that says what is wrong; it never stops a command, before the work or during it."""
+
+from __future__ import annotations
+
+import errno
+import io
+import random
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_help import PACK, input_of
+from test_warc import response
+from token_help import write_megatron
+
+from retrotool.errors import UsageError
+from retrotool.sources import WHOLE, Document, Fields, SetAside, check, check_fields, cut, read
+from retrotool.sources.read import FORMATS, Format
+
+TABLE = pa.table({"text": [f"text {i} " * (i % 5) for i in range(60)], "ids": [[i, 1] for i in range(60)]})
+
+
+def arrow(new) -> bytes:
+    out = io.BytesIO()
+    with new(out, TABLE.schema) as writer:
+        writer.write_table(TABLE, 10)
+    return out.getvalue()
+
+
+def parquet() -> bytes:
+    out = io.BytesIO()
+    pq.write_table(TABLE, out, row_group_size=20)
+    return out.getvalue()
+
+
+def numpy() -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.arange(60, dtype="u2"))
+    return out.getvalue()
+
+
+LINES = b'{"text": "a line"}\n' * 9
+FILES = {
+    "a.jsonl": LINES,
+    "a.jsonl.zst": PACK["zst"](LINES),
+    "a.jsonl.gz": PACK["gz"](LINES),
+    "a.json": b"[" + b",".join(LINES.split(b"\n")[:-1]) + b"]",
+    "a.csv": b'id,text\n1,"a\n""b"""\n' * 9,
+    "a.arrow": arrow(pa.ipc.new_file),
+    "b.arrow": arrow(pa.ipc.new_stream),
+    "a.parquet": parquet(),
+    "a.npy": numpy(),
+    "a.warc": response(b"<p>one</p>") + response(PACK["gz"](b"<p>two</p>"), Content_Encoding="gzip"),
+}
+
+
+def plan_and_read(path: Path, data: bytes, fields: Fields) -> list[Document | SetAside]:
+    """The rows of a file read whole, after all that is done with one before the work."""
+    file = input_of(path, data)
+    check(file, fields)
+    for where in cut(file, fields, max(1, len(data) // 3)):
+        for row in read(file, fields, where):
+            assert isinstance(row, Document | SetAside)
+    return list(read(file, fields))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_changed_bytes_anywhere_raise_nothing(tmp_path, name):
+    generator = random.Random(0)
+    good = FILES[name]
+    fields = Fields(end_of_document=7)
+    assert any(isinstance(row, Document) for row in plan_and_read(tmp_path / name, good, fields))
+    outcomes = set()
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(generator.choice((1, 2))):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        if generator.random() < 0.2:
+            del data[generator.randrange(1, len(data)) :]
+        rows = plan_and_read(tmp_path / name, bytes(data), fields)
+        outcomes.add(any(isinstance(row, SetAside) for row in rows))
+    assert True in outcomes
+
+
+ODD = [
+    ValueError("it says\nthis"),
+    KeyError("x"),
+    SyntaxError("no"),
+    EOFError(),
+    OverflowError("big"),
+    TypeError("odd"),
+]
+
+
+@pytest.mark.parametrize("error", ODD, ids=lambda error: type(error).__name__)
+def test_whatever_a_library_raises_of_a_file_is_damage_of_it(tmp_path, error):
+    def fail(*given):
+        raise error
+        yield
+
+    file = input_of(tmp_path / "a.jsonl", LINES)
+    with patch.dict(FORMATS, {"jsonl": Format(fail, fail)}):
+        (row,) = read(file, Fields())
+    with patch.dict(FORMATS, {"jsonl": Format(fail, lambda *given: list(fail()))}):
+        assert cut(file, Fields(), 1) == [WHOLE]
+    assert (row.line, row.damage) == (0, True)
+    first = str(error).partition("\n")[0]
+    assert row.reason == f"can't be read: {type(error).__name__}" + (f": {first}" if first else "")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), MemoryError("no more"), UsageError("not so")], ids=repr
+)
+def test_what_is_not_the_fault_of_a_file_is_raised_as_it_is(tmp_path, error):
+    def fail(*given):
+        raise error
+
+    file = input_of(tmp_path / "a.jsonl", LINES)
+    with patch.dict(FORMATS, {"jsonl": Format(fail, fail)}):
+        for use in (lambda: list(read(file, Fields())), lambda: cut(file, Fields(), 1)):
+            with pytest.raises(type(error)) as raised:
+                use()
+            assert raised.value is error
+
+
+HEADERS = {
+    "a quote that is not closed": lambda data: data.replace(b"'descr'", b"'descr "),
+    "a bracket that is not closed": lambda data: data.replace(b")", b" "),
+    "no text": lambda data: data.replace(b"descr", b"\xff\xfe\0\0\0"),
+    "another type": lambda data: data.replace(b"<u2", b"<Q9"),
+    "a name": lambda data: data.replace(b"False", b"Falsy"),
+    "a version that is not known": lambda data: data[:6] + b"\x09" + data[7:],
+    "cut off": lambda data: data[:40],
+    "a length beyond the file": lambda data: data[:8] + b"\xff\xff" + data[10:],
+    "brackets without end": lambda data: data.replace(b"{'descr': ", b"((((((((((").replace(b"}", b" "),
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_a_damaged_header_of_numpy_sets_the_file_aside_by_name(tmp_path, damage):
+    data = HEADERS[damage](numpy())
+    assert data != numpy()
+    (row,) = plan_and_read(tmp_path / "a.npy", data, Fields(end_of_document=7))
+    assert row.damage
+    assert "a.npy is" in row.reason
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_damaged_offsets_set_their_file_aside_by_name(tmp_path, damage):
+    np.save(tmp_path / "a.offsets.npy", np.array([0, 5, 60], dtype="u2"))
+    (tmp_path / "a.offsets.npy").write_bytes(HEADERS[damage]((tmp_path / "a.offsets.npy").read_bytes()))
+    (row,) = plan_and_read(tmp_path / "a.u16", np.arange(60, dtype="<u2").tobytes(), Fields())
+    assert row.damage
+    assert "a.offsets.npy is" in row.reason
+
+
+def test_a_damaged_index_sets_its_file_aside_by_name(tmp_path):
+    write_megatron(tmp_path / "c", [[[1, 2]], [[3]]], "<u2")
+    (tmp_path / "c.idx").write_bytes((tmp_path / "c.idx").read_bytes()[:-1])
+    (row,) = plan_and_read(tmp_path / "c.bin", b"\1\0\2\0\3\0", Fields(end_of_document=7))
+    assert row.damage
+    assert "c.idx is damaged" in row.reason
+
+
+def test_files_beside_that_become_shorter_while_they_are_read_are_damage(tmp_path):
+    path = tmp_path / "a.u16"
+    path.write_bytes(np.arange(60_000, dtype="<u2").tobytes())
+    np.save(tmp_path / "a.offsets.npy", np.arange(60_001))
+    with patch("retrotool.sources.tokens.WINDOW_DOCUMENTS", 1000):
+        rows = read(input_of(path), Fields())
+        first = [next(rows) for _ in range(1000)]
+        with (tmp_path / "a.offsets.npy").open("r+b") as file:
+            file.truncate(4000)
+        *_, last = rows
+    assert all(isinstance(row, Document) for row in first)
+    assert last.damage
+    assert "a.offsets.npy became shorter" in last.reason
+
+
+def test_settings_that_contradict_each_other_are_refused_for_any_file(tmp_path):
+    file = input_of(tmp_path / "a.jsonl", LINES)
+    for settings in ({"key": "k", "value": "v"}, {"key": "k"}, {"value": "v"}):
+        fields = Fields(tokens="ids", **settings)
+        for refuse in (lambda fields=fields: check(file, fields), lambda fields=fields: check_fields(fields)):
+            with pytest.raises(UsageError, match="--tokens-field goes with neither"):
+                refuse()
+    check(file, Fields(tokens="ids"))
+    check(file, Fields(key="k", value="v"))

@@ -1,0 +1,394 @@
+"""What an erase takes besides the chunks selected: copies, distances, excerpts, selectors, spooled input; and races."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_rows, make_text, write_jsonl
+from oracle import saved_neighbours
+from test_purge import everything, lines
+
+import retrotool
+from retrotool import commands, engine
+from retrotool.ann import lists
+from retrotool.commands.writing import writing
+from retrotool.sources import Fields, find_inputs
+from retrotool.stages import erase
+from retrotool.stages.chunk_plan import Wanted, commit_plan
+from retrotool.store import parts, staging, tables, tombstones
+from retrotool.store.atomic import FileEntry
+from retrotool.store.blocked import read_blocked
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+SECRET, VERSION = make_text(990, 150), make_text(991, 150)
+FIRST, SAME_TEXT, OTHER = "the-first-of-all", "a-copy-by-text", "somebody-else"
+
+
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A store with a document, another version of it under its id, and its text under another id, in three parts."""
+    folder = tmp_path_factory.mktemp("repeating")
+    rows = make_rows(12)
+    told = [(FIRST, SECRET, rows[:4]), (FIRST, VERSION, rows[4:8]), (SAME_TEXT, SECRET, rows[8:])]
+    inputs = []
+    for number, (name, text, others) in enumerate(told):
+        rows_of = [*others, {"id": name, "text": text, "source": "victims"}]
+        inputs.append(str(write_jsonl(folder / f"{number}.jsonl", rows_of)))
+    for path in inputs:
+        commands.chunk(folder / "store", [path], tokenizer=str(tiny_encoder))
+    commands.embed(folder / "store", encoder=str(tiny_encoder))
+    commands.index(folder / "store")
+    commands.neighbours(folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture
+def store(repeating: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(repeating, tmp_path / "store"))
+
+
+def rows_of(store: Path, part: int) -> tuple[list[int], list[bytes]]:
+    """Chunk ids, and tokens and vectors, of the last document of a part, tombstones included."""
+    opened = Store.open(store)
+    last = parts.read_documents(opened, part, ["first_row", "n_chunks"]).to_pylist()[-1]
+    rows = range(last["first_row"], last["first_row"] + last["n_chunks"])
+    chunks = parts.read_chunks(opened, part)
+    vectors = np.load(store / opened.state.part_file("embeddings", part, "tiny").path)
+    bits = [chunks.tokens[row].tobytes() for row in rows] + [vectors[row].tobytes() for row in rows]
+    return [part << 32 | row for row in rows], bits
+
+
+def names_of(store: Path) -> set[str | None]:
+    opened = Store.open(store)
+    return {n for part in opened.state.parts() for n in parts.read_documents(opened, part, ["id"])["id"].to_pylist()}
+
+
+def test_an_erase_takes_what_was_set_aside_as_a_repeat(store: Path, tmp_path: Path) -> None:
+    chunks, bits = zip(*(rows_of(store, part) for part in range(3)), strict=True)
+    assert all(trace in everything(store) for traces in bits for trace in traces), "they are on the disk"
+    before = commands.info(store)
+    assert before.documents == 13
+    given = lines(tmp_path / "ids", chunks[0])
+    planned = commands.purge(store, "ids", given, reason="test", erase=True, dry_run=True)
+    assert (planned.chunks, planned.unerased, planned.copies) == (len(chunks[0]), sum(map(len, chunks)), 2)
+    result = commands.purge(store, "ids", given, reason="test", erase=True)
+    assert (result.chunks, result.documents, result.copies) == (len(chunks[0]), 1, 2)
+    assert result.erased == sum(map(len, chunks))
+    haystack = everything(store)
+    assert [trace for traces in bits for trace in traces if trace in haystack] == []
+    assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
+    after = commands.info(store)
+    assert (after.documents, after.chunks) == (12, before.chunks - result.chunks), (
+        "copies had been taken from the totals"
+    )
+    assert after.purges[result.purge]["erased"]
+    assert commands.verify(store).problems == []
+
+
+def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path: Path) -> None:
+    texts = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (SECRET, VERSION, "")]
+    kept = names_of(store) - {FIRST, SAME_TEXT}
+    commands.purge(store, "ids", lines(tmp_path / "ids", rows_of(store, 0)[0]), reason="test", erase=True)
+    blocked = read_blocked(Store.open(store))
+    assert blocked.holds([FIRST, SAME_TEXT, OTHER], [texts[2]] * 3).tolist() == [True, False, False]
+    assert blocked.holds([OTHER] * 2, texts[:2]).tolist() == [True, False]
+    assert names_of(store) == {*kept, None}
+
+
+def test_without_an_erase_copies_stay_as_they_are(store: Path, tmp_path: Path) -> None:
+    given = lines(tmp_path / "ids", rows_of(store, 0)[0])
+    first = commands.purge(store, "ids", given, reason="test")
+    assert (first.copies, first.unerased) == (0, 0)
+    assert {FIRST, SAME_TEXT} <= names_of(store)
+    again = commands.purge(store, "ids", given, reason="test", erase=True)
+    assert (again.chunks, again.already_purged, again.copies) == (0, first.chunks, 2)
+    assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
+    assert all(purge["erased"] for purge in commands.info(store).purges.values())
+
+
+@pytest.mark.parametrize("purged_before", [False, True])
+def test_an_erase_that_was_interrupted_still_knows_the_copies(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purged_before: bool
+) -> None:
+    """The first document's id and hash are gone by then, so nothing in the files tells what repeated it."""
+    bits = [trace for part in range(3) for trace in rows_of(store, part)[1]]
+    given = lines(tmp_path / "ids", rows_of(store, 0)[0])
+    if purged_before:
+        commands.purge(store, "ids", given, reason="test")
+    done: list[int] = []
+    rewrite = erase.EraseWorker._part
+
+    def one_only(worker: erase.EraseWorker, part: int, run: str) -> object:
+        if done:
+            raise KeyboardInterrupt
+        done.append(part)
+        return rewrite(worker, part, run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(erase.EraseWorker, "_part", one_only)
+        commands.purge(store, "ids", given, reason="test", erase=True)
+    assert done == [0]
+    assert names_of(store) >= {SAME_TEXT, FIRST}
+    commands.purge(store, "ids", given, reason="test", erase=True)
+    haystack = everything(store)
+    assert [trace for trace in bits if trace in haystack] == []
+    assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
+    assert all(purge["erased"] for purge in commands.info(store).purges.values())
+    assert commands.verify(store).problems == []
+
+
+def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
+    """A large one commits every half a minute: first parts, then shards, then tables."""
+    purge = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test").purge
+    opened = Store.open(store_copy)
+    victims = tombstones.read_tombstones(opened)
+    stage = erase.EraseStage(tuple(victims.ids.tolist()))
+    with writing(opened) as run:
+        for task in stage.plan(opened):
+            engine.perform(stage.open(opened), opened.root, task, run.id, lambda _: None)
+            staging.fold(opened, run)
+            if "part" in task.inputs:
+                assert np.isin(victims.ids, shard_ids(opened)).all()
+                assert commands.verify(store_copy).problems == []
+                record = opened.state.records[f"purge:{purge}"]
+                opened.commit(run, lambda _: Draft("erase", records={f"purge:{purge}": {**record, "erased": True}}))  # noqa: B023
+                assert any("chunks that are erased" in problem for problem in commands.verify(store_copy).problems)
+    assert not np.isin(victims.ids, shard_ids(opened)).any()
+    assert commands.verify(store_copy).problems == []
+
+
+def shard_ids(store: Store) -> np.ndarray:
+    return np.concatenate(lists.read(store.path(store.state.file("index", "shard-0000", "main"))).ids)
+
+
+def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: Path) -> None:
+    victims = np.array(retrotool.open(store_copy).document("doc-9") + retrotool.open(store_copy).document("doc-30"))
+    before, distances_before = saved_neighbours(store_copy)
+    assert np.isin(before, victims).any()
+    state = Store.open(store_copy).state
+    rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
+    commands.purge(store_copy, "ids", lines(tmp_path / "ids", victims.tolist()), reason="test", erase=True)
+    ids, distances = saved_neighbours(store_copy)
+    gone = np.isin(rows, victims)
+    assert (ids[gone] == -1).all()
+    assert np.isinf(distances[gone]).all()
+    for row in np.flatnonzero(~gone):
+        stay = ~np.isin(before[row], victims)
+        left = int(stay.sum())
+        assert ids[row].tolist() == [*before[row][stay].tolist(), *[-1] * (20 - left)]
+        assert distances[row][:left].tolist() == distances_before[row][stay].tolist()
+        assert np.isinf(distances[row][left:]).all()
+    assert commands.verify(store_copy).problems == []
+    assert commands.neighbours(store_copy).queries == 0, "they count as the tables of what was searched"
+
+
+def test_ids_of_another_store_are_not_taken_for_ones_own(
+    store_copy: Path, built_store: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    queries = tmp_path / "queries"
+    source = write_jsonl(tmp_path / "q.jsonl", make_rows(30, first=500))
+    commands.chunk(queries, [str(source)], tokenizer=str(tiny_encoder))
+    commands.embed(queries, encoder=str(tiny_encoder))
+    commands.neighbours(store_copy, queries=queries)
+    before, _ = saved_neighbours(queries)
+    victim = int(before[before < 1 << 32][0])  # the id of a chunk here and there
+    result = commands.purge(queries, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    after, distances = saved_neighbours(queries)
+    rows = np.arange(len(after)) == victim
+    assert (after[~rows] == before[~rows]).all()
+    assert (after[rows] == -1).all() and np.isinf(distances[rows]).all()
+    assert result.not_reached == (), "without an index nothing was searched for here"
+    assert commands.verify(queries).problems == []
+    (told,) = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test", erase=True).not_reached
+    assert "other stores" in told
+    assert (saved_neighbours(queries)[0] == after).all()
+
+
+def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Path) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", make_rows(5))
+    with source.open("a") as file:
+        file.write('{"id": "doc-3", "text": "broken off\n{"id": "x"}\n')
+    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder))
+
+    def quarantine() -> list[dict[str, object]]:
+        (file,) = commands.info(tmp_path / "store").quarantine
+        return pq.read_table(tmp_path / "store" / file["path"]).to_pylist()
+
+    before = quarantine()
+    assert [row["excerpt"][:12] for row in before] == ['{"id": "doc-', '{"id": "x"}']
+    commands.purge(tmp_path / "store", "where", "id = 'doc-4'", reason="test")
+    assert quarantine() == before
+    commands.purge(tmp_path / "store", "where", "id = 'doc-4'", reason="test", erase=True)
+    assert quarantine() == [{**row, "excerpt": None} for row in before], "all, as nobody knows whose they are"
+    assert b"broken off" not in everything(tmp_path / "store")
+    assert commands.verify(tmp_path / "store").problems == []
+
+
+def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, tmp_path: Path) -> None:
+    both = "id in ('doc-3', 'doc-4')"
+    first = commands.purge(store_copy, "where", both, reason="test")
+
+    def literals() -> list[bytes]:
+        return [path.read_bytes() for path in (store_copy / "selectors").iterdir()]
+
+    commands.purge(store_copy, "documents", lines(tmp_path / "a", ["doc-3"]), reason="test", erase=True)
+    assert not commands.info(store_copy).purges[first.purge]["erased"]
+    assert any(b"doc-4" in literal for literal in literals())
+    commands.purge(store_copy, "documents", lines(tmp_path / "b", ["doc-4"]), reason="test", erase=True)
+    assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
+    assert literals() == []
+
+
+def withdraw(root: Path, part: int) -> None:
+    """Take a part back, as a ``chunk`` does that finds the fast tokenizer wrong before its plan is finished."""
+    store = Store.open(root)
+    state, slot = store.state, part_slot(part)
+    entries = [entry for entry in state.files() if entry.path.split("/")[-1].startswith(f"{slot}-")]
+    ids = parts.chunk_ids(part, np.arange(state.part_file("chunks", part).rows))
+    plan = next(iter(state.with_prefix("plan:")))
+    with Run(root) as run:
+        name = FileName.new(run.id, "tombstones", f"{plan}.withdrawn", "parquet")
+        gone = tombstones.write_tombstones(root, name, ids)
+        records = {f"plan:{plan}": {**state.records[f"plan:{plan}"], "withdrawn": 1}}
+        remove = tuple(entry.path for entry in entries)
+        store.commit(run, lambda _: Draft("withdraw", add=(gone,), remove=remove, records=records))
+
+
+def test_an_erase_passes_over_parts_that_were_taken_back(store: Path, tmp_path: Path) -> None:
+    chunks = [rows_of(store, part)[0] for part in range(3)]
+    only = lines(tmp_path / "only", ["doc-9"])
+    commands.purge(store, "documents", only, reason="test")
+    both = lines(tmp_path / "both", ["doc-1", "doc-10"])
+    commands.purge(store, "documents", both, reason="test")
+    withdraw(store, 2)
+    first = retrotool.open(store)
+    assert len(chunks[2]) and first.parts() == [0, 1]
+    result = commands.purge(store, "documents", both, reason="test", erase=True)
+    assert {chunk >> 32 for chunk in result.examples} <= {0}
+    assert result.erased == result.already_purged > 0, "doc-1's"
+    assert commands.purge(store, "documents", only, reason="test", erase=True).erased == 0
+    assert all(purge["erased"] for purge in commands.info(store).purges.values())
+    assert list((store / "selectors").iterdir()) == []
+
+
+def beside(monkeypatch: pytest.MonkeyPatch, module: object, name: str, work: Callable[[], object]) -> None:
+    """Have ``work`` done by another process, as it were, just before a function is called for the first time."""
+    original = getattr(module, name)
+
+    def called(*arguments: object, **options: object) -> object:
+        monkeypatch.undo()
+        work()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, called)
+
+
+@pytest.mark.parametrize("at", ["_holds", "_shard_holds", "_table_holds", "look_again"])
+def test_an_erase_goes_on_beside_another(
+    store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The other replaces files that this one is about to read."""
+    other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
+    commands.purge(store_copy, "documents", other, reason="test")
+    beside(monkeypatch, erase, at, lambda: commands.purge(store_copy, "documents", other, reason="test", erase=True))
+    assert commands.purge(store_copy, "documents", own, reason="test", erase=True).erased > 0
+    assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
+    assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
+    assert commands.verify(store_copy).problems == []
+
+
+@pytest.mark.parametrize("at", ["_part", "_shard", "_table"])
+def test_a_task_that_another_erase_overtakes_is_planned_again(
+    store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
+    commands.purge(store_copy, "documents", other, reason="test")
+    beside(
+        monkeypatch, erase.EraseWorker, at,
+        lambda: commands.purge(store_copy, "documents", other, reason="test", erase=True),
+    )  # fmt: skip
+    assert commands.purge(store_copy, "documents", own, reason="test", erase=True).erased > 0
+    assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
+    assert commands.verify(store_copy).problems == []
+
+
+def test_a_selection_that_an_erase_overtakes_is_made_again(
+    store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside(
+        monkeypatch, commands.purging.selecting, "select_where",
+        lambda: commands.purge(store_copy, "where", "id = 'doc-9'", reason="test", erase=True),
+    )  # fmt: skip
+    result = commands.purge(store_copy, "where", "id in ('doc-9', 'doc-11')", reason="test")
+    assert result.documents == 1
+
+
+def spooled(store: Path, text: str = '{"id": "a", "text": "b"}\n') -> Path:
+    """What a killed ``chunk STORE -`` leaves."""
+    import zstandard
+
+    path = store / "spool" / "stdin-0123456789abcdef.jsonl.zst"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(zstandard.compress(text.encode()))
+    os.utime(path, (time.time() - 60,) * 2)  # long enough ago that nobody is on the way to plan it
+    return path
+
+
+def test_an_erase_takes_standard_input_that_a_killed_process_left(store_copy: Path) -> None:
+    path = spooled(store_copy)
+    commands.purge(store_copy, "where", "id = 'doc-3'", reason="test")
+    assert path.exists()
+    result = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test", erase=True)
+    assert (path.exists(), result.left) == (False, ())
+
+
+def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy: Path) -> None:
+    path = spooled(store_copy)
+    opened = Store.open(store_copy)
+    with writing(opened) as run:
+        commit_plan(opened, run, find_inputs([str(path)]), Wanted(Fields(), 1000))
+    select = (store_copy, "where", "id = 'doc-3'")
+    (told,) = commands.purge(*select, reason="test", erase=True).left
+    assert f"retrotool chunk {store_copy} --retry-quarantine" in told
+    assert path.name in told and path.exists()
+    commands.chunk(store_copy, [], retry_quarantine=True)
+    assert commands.purge(*select, reason="test", erase=True).left == ()
+    assert not path.exists()
+
+
+def test_an_erase_leaves_what_a_living_process_may_be_about_to_chunk(store_copy: Path) -> None:
+    path = spooled(store_copy)
+    with Run(store_copy):
+        (told,) = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test", erase=True).left
+    assert path.name in told and path.exists()
+
+
+def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands.neighbours(store_copy, name="nearest", k=1, saved=1)
+    commands.purge(store_copy, "where", "id = 'doc-3'", reason="test")
+    store = Store.open(store_copy)
+    stage = erase.EraseStage(tuple(tombstones.read_tombstones(store).ids.tolist()))
+    tasks = stage.plan(store)
+    assert len(tasks) > 1
+    read, looked_at = tables.read_table, []
+
+    def noted(store: Store, entry: FileEntry, groups: list[int]) -> tables.NeighbourTable:
+        looked_at.append(entry.path)
+        return read(store, entry, groups)
+
+    monkeypatch.setattr(tables, "read_table", noted)
+    assert [task.key for task in stage.plan(store)] == [task.key for task in tasks]
+    holding = {path for task in tasks if "table" in task.inputs for path in task.inputs["paths"]}
+    assert set(looked_at) == holding
+    assert 0 < len(holding) < sum(len(store.state.group("neighbours", name)) for name in ("main", "nearest"))

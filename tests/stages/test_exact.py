@@ -1,0 +1,115 @@
+"""Distances, their order and the recall, where float32 products and absolute tolerances would be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+from oracle import brute_force, read_plain, saved_neighbours
+
+from retrotool import commands
+from retrotool.ann.lists import InvertedLists
+from retrotool.ann.search import Best, Excluded, Intervals, Queries, search
+from retrotool.encoder import Encoder
+from retrotool.stages.index import IndexStage
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """A chunked and embedded store whose vectors are made by a function of (generator, rows), not by the encoder."""
+
+    def made(vectors: Callable[[np.random.Generator, int], np.ndarray]) -> Path:
+        rng = np.random.default_rng(0)
+
+        def embed(_: Encoder, rows: list[object], report: Callable[[int], object]) -> np.ndarray:
+            report(len(rows))
+            return vectors(rng, len(rows)).astype(np.float16)
+
+        monkeypatch.setattr(Encoder, "embed", embed)
+        store = tmp_path / "store"
+        source = write_jsonl(tmp_path / "c.jsonl", make_rows(120))
+        commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=200)
+        commands.embed(store, encoder=str(tiny_encoder))
+        return store
+
+    return made
+
+
+def far(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Vectors that differ by less than a thousandth of what they have in common."""
+    vectors = rng.normal(size=(n, 32)) * 0.05
+    vectors[:, 0] = 1000
+    return vectors
+
+
+@pytest.mark.parametrize("flat_limit", [1 << 16, 50])
+def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, flat_limit: int) -> None:
+    store = build(far)
+    commands.index(store, target_recall=1, stage=IndexStage("main", "tiny", flat_limit, shard_rows=250))
+    commands.neighbours(store)
+    plain = read_plain(store)
+    plain.vectors[:, 0] = 0
+    ids, distances = saved_neighbours(store)
+    true_ids, true_distances = brute_force(plain, plain, 20)
+    assert np.allclose(distances, true_distances, rtol=1e-5)
+    assert (ids == true_ids).mean() > 0.999
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: float) -> None:
+    store = build(lambda rng, n: rng.normal(size=(n, 32)) * scale)
+    result = commands.index(store, target_recall=0.5, stage=IndexStage("main", "tiny", flat_limit=50))
+    assert 1 < result.nprobe <= result.nlist
+    assert result.curve[0].recall < 0.5, "one list of eight holds few of the true nearest"
+    commands.neighbours(store)
+    plain = read_plain(store)
+    plain.vectors[:] = plain.vectors / scale
+    found, true = saved_neighbours(store)[0], brute_force(plain, plain, 10)[0]
+    hits = np.mean([len(set(a[:10]) & set(b)) / 10 for a, b in zip(found, true, strict=True)])
+    assert result.recall_at_10 == pytest.approx(hits, abs=0.005)
+
+
+def test_near_ties_come_in_their_true_order() -> None:
+    """Products in float32 can't tell these apart, at a distance that is a hundred thousandth of the lengths."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(1, 64)).astype(np.float16)
+    vectors = np.repeat(query, 40, axis=0)
+    for row in range(40):
+        vectors[row, row] += np.float16(2**-9 * (1 + row))
+    everything = np.concatenate([vectors[rng.permutation(40)], -20 * rng.normal(size=(400, 64)).astype(np.float16)])
+    best = Best(1, 33)
+    lists = InvertedLists(None, (np.arange(len(everything)),), (everything,))
+    search(lists, Queries.plain(query.astype(np.float32)), 1, lambda ids: np.zeros(len(ids), np.bool_), best)
+    true = np.sort(((everything.astype(np.float64) - query.astype(np.float64)) ** 2).sum(1))[:33]
+    assert np.allclose(best.distances[0], true, rtol=1e-6)
+
+
+def test_further_documents_of_the_same_id_are_left_out_and_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    n, q, per = 600, 50, 6
+    vectors = rng.normal(size=(n, 8)).astype(np.float16)
+    document = np.repeat(rng.integers(0, 12, n // per), per)  # twelve documents, each in many places
+    starts = np.arange(0, n, per)
+    first = np.array([starts[document[starts] == d][0] for d in range(12)])
+    further = np.setdiff1d(starts, first)
+    repeats = Intervals(further, further + per - 1, document[further])
+    own = rng.integers(-1, 12, q)
+    excluded = Excluded(np.where(own < 0, 0, first[own]), np.where(own < 0, -1, first[own] + per - 1), own, repeats)
+    queries = vectors[:q].astype(np.float32)
+    half = n // 2
+    lists = InvertedLists(
+        np.array([[-9.0] * 8, [9.0] * 8], np.float32),
+        (np.arange(0, n, 2), np.arange(1, n, 2)),
+        (vectors[::2], vectors[1::2]),
+    )
+    best = Best(q, half)
+    search(lists, Queries(queries, excluded), 2, lambda ids: ids % 7 == 0, best)
+    exact = ((queries[:, None] - vectors[None].astype(np.float32)) ** 2).sum(-1)
+    exact[own[:, None] == document[None]] = np.inf
+    exact[:, np.arange(n) % 7 == 0] = np.inf
+    assert np.allclose(best.distances, np.sort(exact, axis=1)[:, :half], rtol=1e-5)

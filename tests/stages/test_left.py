@@ -1,0 +1,148 @@
+"""What ``embed``, ``index`` and ``neighbours`` say of work that is not done, or not to be counted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import Cli, make_rows, write_jsonl
+
+import retrotool
+from retrotool import cli as command_line
+from retrotool import commands
+from retrotool.commands import building
+from retrotool.errors import UsageError
+from retrotool.stages import recall
+from retrotool.store.store import Store
+
+
+def purge(store: Path, *documents: str, erase: bool = False) -> None:
+    names = store.parent / "names"
+    names.write_text("".join(f"{name}\n" for name in documents))
+    commands.purge(store, "documents", str(names), reason="test", erase=erase)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, object], str]:
+    """A command with ``--json``, in this process: its result and what it said on stderr."""
+    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["retrotool", *map(str, arguments), "--json"])
+        command_line.main()
+    assert ended.value.code in (0, None)
+    shown = capsys.readouterr()
+    return json.loads(shown.out), shown.err
+
+
+def test_parts_that_are_not_embedded_or_not_indexed_are_told_with_the_next_commands(
+    store_copy: Path, tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = store_copy
+    commands.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=100_000)))])
+    purge(store, "doc-100003")
+    new = sum(len(ids) for ids in map(retrotool.open(store).chunk_ids, retrotool.open(store).parts()[4:]))
+    result, told = run(capsys, "index", store)
+    embedding, indexing = (shlex.join(["retrotool", *words]) for words in (
+        ["embed", str(store), "--encoder", str(tiny_encoder)], ["index", str(store)]
+    ))  # fmt: skip
+    assert (result["not_embedded"], result["next"]) == (new, [embedding, indexing])
+    assert f"{new} chunks" in told and embedding in told and indexing in told
+    finding = shlex.join(["retrotool", "neighbours", str(store)])
+    result, told = run(capsys, "neighbours", store)
+    assert (result["not_embedded"], result["not_indexed"]) == (new, new)
+    assert result["next"] == [embedding, indexing, finding]
+    assert all(command in told for command in result["next"])
+    run(capsys, "embed", store, "--encoder", tiny_encoder)
+    result, told = run(capsys, "neighbours", store)
+    assert (result["not_embedded"], result["not_indexed"]) == (0, new)
+    assert result["next"] == [indexing, finding]
+    for command in result["next"]:
+        result, told = run(capsys, *shlex.split(command)[1:])
+    assert (result["not_embedded"], result["not_indexed"], result["next"]) == (0, 0, [])
+    assert "Next" not in told
+    reader = retrotool.open(store)
+    ids = [j for part in reader.parts() for i in reader.chunk_ids(part) for j, _ in reader.neighbour_ids(int(i), k=20)]
+    assert any(j >> 32 >= 4 for j in ids)
+
+
+def test_the_next_command_of_two_stores_can_be_run_as_it_stands(
+    built_store: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    queries = tmp_path / "my queries"
+    for n in (5, 7):
+        source = write_jsonl(tmp_path / f"{n}.jsonl", make_rows(n, first=100 * n))
+        commands.chunk(queries, [str(source)], tokenizer=str(tiny_encoder))
+        if n == 5:
+            commands.embed(queries, encoder=str(tiny_encoder))
+    result = commands.neighbours(built_store, queries=queries, name="built", k=3, saved=7)
+    assert result.not_embedded == len(retrotool.open(queries).chunk_ids(1))
+    assert [shlex.split(command)[1:] for command in result.next] == [
+        ["embed", str(queries), "--encoder", str(tiny_encoder)],
+        ["neighbours", str(built_store), *shlex.split(f"--queries '{queries}' -k 3 --saved 7 --name built")],
+    ]
+
+
+@pytest.mark.parametrize("erase", [False, True])
+def test_purged_chunks_are_not_counted(tmp_path: Path, corpus: Path, tiny_encoder: Path, erase: bool) -> None:
+    store = tmp_path / "store"
+    commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    purge(store, "doc-3", "doc-50", erase=erase)
+    living = commands.info(store).chunks
+    embedded = commands.embed(store, encoder=str(tiny_encoder))
+    assert (embedded.chunks, embedded.embedded) == (living, living)
+    assert commands.index(store).vectors == living
+    found = commands.neighbours(store)
+    assert (found.queries, found.rows) == (living, living)
+    purge(store, "doc-7", erase=erase)
+    assert commands.embed(store, encoder=str(tiny_encoder)).embedded == commands.info(store).chunks < living
+    assert commands.neighbours(store, name="again").queries == commands.info(store).chunks
+
+
+def test_an_erase_while_the_recall_is_measured_is_no_error(
+    tmp_path: Path, corpus: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    commands.embed(store, encoder=str(tiny_encoder))
+    measure, beside = recall._truth, ["doc-9", "doc-70"]
+
+    def erasing(*arguments: object) -> object:
+        if beside:
+            purge(store, beside.pop(), erase=True)
+        return measure(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recall, "_truth", erasing)
+    result = commands.index(store)
+    assert not beside
+    assert (result.vectors, result.recall_at_10) == (commands.info(store).chunks, 1.0)
+    assert Store.open(store).state.records["index:main"]["vectors"] == result.vectors
+    assert commands.verify(store).problems == []
+
+
+def test_an_index_that_is_broken_is_an_error_and_not_measured_for_ever(store_copy: Path) -> None:
+    path = store_copy / commands.info(store_copy).indexes["main"]["shards"][0]
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    with pytest.raises(building.CorruptError, match=path.name):
+        commands.index(store_copy, target_recall=0.5)
+
+
+def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
+    reader = retrotool.open(built_store)
+    ids = [0, 2**63, 2**200, -1, -(2**70), 2**63 - 1]
+    assert reader.is_living(ids).tolist() == reader.is_searchable(ids).tolist() == [True] + [False] * 5
+    assert reader.tokens(ids).any(axis=1).tolist() == [True] + [False] * 5
+    for wrong in ids[1:]:
+        for ask in (reader.neighbour_ids, reader.neighbours, reader.chunk):
+            with pytest.raises(UsageError, match="no chunk"):
+                ask(wrong)
+        assert reader.continuation(wrong) is None or wrong == -1
+
+
+def test_the_notes_are_on_stderr_and_the_exit_code_is_0(
+    store_copy: Path, tmp_path: Path, cli: Cli
+) -> None:
+    commands.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=100_000)))])
+    for command in ("index", "neighbours"):
+        result = cli(command, store_copy)
+        assert result.returncode == 0
+        assert "Next:" in result.stderr and "retrotool embed" in result.stderr and "Next:" not in result.stdout
