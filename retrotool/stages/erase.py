@@ -37,6 +37,7 @@ from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.index import shards, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
+from retrotool.store.checked import is_within
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -161,7 +162,7 @@ def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
 
 def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
     rows = victims.rows(int(FileName.parse(entry.path).slot))
-    within = is_within(store, table_schema(store, entry))
+    within = is_within(store, entry, table_schema(store, entry).metadata)
     for group in range(-(-entry.rows // ROW_GROUP)):
         mine = _in_group(rows, group)
         if not (within or len(mine)):
@@ -181,12 +182,6 @@ def _in_group(rows: Rows, group: int) -> Rows:
 def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
     """The schema of a Parquet file with its metadata; ``CorruptError`` if it can't be read."""
     return parts.read_parquet(store, entry, row_groups=[]).schema
-
-
-def is_within(store: Store, schema: pa.Schema) -> bool:
-    """Whether the ids of a neighbour table are chunks of the store that it lies in."""
-    database: bytes = (schema.metadata or {}).get(b"retrotool.database", b"")
-    return database == store.identity.uuid.encode()
 
 
 def _has_excerpts(store: Store, entry: FileEntry) -> bool:
@@ -269,7 +264,7 @@ class EraseWorker:
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
         store, rows = self._store, self._victims.rows(int(name.slot))
         schema = table_schema(store, entry)
-        banned = self._victims.contains if is_within(store, schema) else None
+        banned = self._victims.contains if is_within(store, entry, schema.metadata) else None
 
         def groups() -> Iterator[pa.Table]:
             for group in range(-(-entry.rows // ROW_GROUP)):

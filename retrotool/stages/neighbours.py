@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool.ann.search import Queries
@@ -29,11 +30,11 @@ from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.database import (
     Database,
     count_keys,
-    count_tombstones,
     embedded_parts,
     has_commit,
     is_same_directory,
     own_documents,
+    purges,
     read_part_vectors,
     searchable_rows,
 )
@@ -53,8 +54,8 @@ _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")
 """In what tables of one name must agree with its record."""
 
-_counted: dict[tuple[str, int, int, int], int] = {}
-"""Rows to refill by table, tombstones of database and queries, and k: a plan is made several times in one run."""
+_counted: dict[tuple[str, str, str, int], int] = {}
+"""Rows to refill by table, purges of database and queries, and k: a plan is made several times in one run."""
 _COUNTED = 1 << 17
 
 
@@ -73,8 +74,8 @@ class NeighboursStage:
     def plan(self, store: Store) -> list[Task]:
         """One task a part that has embeddings, and no table or one to be done again, in whole or in some rows.
 
-        ``UsageError`` if the name is of another database, or of a copy of this one that went its own way, or queries and
-        database are of different encoders.
+        ``UsageError`` if the name is of another database, or of a copy that went its own way, or if the encoders of
+        queries and database differ.
         """
         database = Database(Store.open(self.database), self.index)
         check_encoders(store, database)
@@ -97,7 +98,7 @@ class NeighboursStage:
                 weight = _count_few(store, database, part, old, self.k)
                 if not weight:
                     continue
-                settings["refill"] = [old.path, count_tombstones(database.store), self.k]
+                settings["refill"] = [old.path, purges(database.store), self.k]
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 inputs = {"part": part, "path": path, "version": version, "replaces": old.path if old else None}
@@ -196,21 +197,28 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
             "Compute them: retrotool neighbours",
         )
     _check_commit(entry, table, database)
-    if _commit(entry)[1] is None:
-        found = (pq.read_schema(store.path(entry)).metadata or {}).get(b"retrotool.database", b"").decode()
-        if found != record["database"]:
-            raise UsageError(
-                f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
-                "Compute them again: retrotool neighbours",
-            )
+    if _commit(entry)[1] is None and _database_in(store, entry) not in (None, record["database"]):
+        raise UsageError(
+            f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
+            "Compute them again: retrotool neighbours",
+        )
+
+
+def _database_in(store: Store, entry: FileEntry) -> str | None:
+    """The uuid that a table's own metadata has, for one of which the log says nothing; None if the file is broken."""
+    try:
+        metadata = pq.read_schema(store.path(entry)).metadata or {}
+    except pa.ArrowException:
+        return None  # reading it will say so
+    return str(metadata.get(b"retrotool.database", b"").decode())
 
 
 def _count_few(store: Store, database: Database, part: int, old: FileEntry, k: int) -> int:
     """How many rows of a table are to be refilled; reads it only if chunks were purged since it was made."""
-    purged = count_tombstones(database.store)
-    if (old.about or {}).get("tombstones") == purged:
+    purged = purges(database.store)
+    if (old.about or {}).get("purges") == purged:
         return 0
-    key = (old.path, purged, count_tombstones(store), k)
+    key = (old.path, purged, purges(store), k)
     if key not in _counted:
         if len(_counted) >= _COUNTED:
             _counted.clear()
@@ -261,7 +269,7 @@ class NeighboursWorker:
         state = database.store.state
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in _SAME},
-            "commit": state.number, "head": state.head[:_HEAD_DIGITS], "tombstones": count_tombstones(database.store),
+            "commit": state.number, "head": state.head[:_HEAD_DIGITS], "purges": purges(database.store),
         }  # fmt: skip
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
         entry = tables.write_table(

@@ -5,7 +5,7 @@ Memory: 8 bytes a part, the tombstones, and a bit a chunk of the parts that hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
+from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -126,6 +127,17 @@ class Checked:
             rows = ids[mine] - (part << PART_SHIFT)
             keys[mine] = (self._keys[part][rows >> 3] << (rows & 7) & 0x80) > 0
         return keys
+
+
+def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | None) -> bool:
+    """Whether the ids in a neighbour table are chunks of the store that it lies in; ``metadata`` is that of its file.
+
+    A copy of a store has the same uuid, and goes its own way: the table's record knows where the database was.
+    """
+    if (metadata or {}).get(b"retrotool.database", b"") != store.identity.uuid.encode():
+        return False
+    record = store.state.records.get(f"neighbours:{FileName.parse(entry.path).name}", {})
+    return bool(record.get("within", True))
 
 
 def check_ids(checked: Checked, ids: Ids, what: str, *, withdrawn: bool = True) -> bool:

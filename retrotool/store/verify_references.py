@@ -16,7 +16,7 @@ import numpy.typing as npt
 from retrotool.store import parts, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
-from retrotool.store.checked import Checked, Ids, check_ids
+from retrotool.store.checked import Checked, Ids, check_ids, is_within
 from retrotool.store.digest import lines_digest
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName, part_slot
@@ -227,7 +227,7 @@ def _check_table(checked: Checked, entry: FileEntry, name: str, table: Neighbour
     found: set[str] = set()
     if chunks.path not in checked.broken and (table.ids[~parts.read_key(store, part)] != NO_NEIGHBOUR).any():
         found.add("a chunk that is no key has neighbours")
-    within = database == store.identity.uuid
+    within = is_within(store, entry, metadata)
     own = _documents_of_rows(checked, part) if within else None
     known = True
     for start in range(0, len(table.ids), _BLOCK):

@@ -16,9 +16,10 @@ Guard and judge together cost about a tenth. ``tokie`` starts a thread for every
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
@@ -230,35 +231,37 @@ def _read(content: bytes) -> Encode:
 
 def library_versions() -> str:
     """Versions of all that a guard's findings depend on."""
-    return f"tokie {_version()}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 4"
+    return f"tokie {_version()}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 5"
 
 
 def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:
     from tokenizers import decoders
 
     whole: Pair = (fast, tokenizer.encode_flat)
-    split = strict = whole
+    split: Pair | None = None
+    strict: Callable[[], Pair] | None = None
     fields = orjson.loads(tokenizer.file.content)
+    vocabulary: dict[str, int] = fields["model"]["vocab"]
     neighbours: set[tuple[str, str]] = set()
     matters = None
     if fields["model"]["type"] == "BPE":
-        vocabulary = fields["model"]["vocab"]
-        neighbours = {two for token in vocabulary for two in pairwise(token)}
-        split = _pairs(fields, neighbours)
-        strict = _pairs(fields, {(a, b) for a in byte_level_alphabet() for b in byte_level_alphabet()})
+        strict = functools.partial(_pairs, fields, _all_pairs())
         matters = Crossings(vocabulary).has
     if findings is not None:
-        return Guard(whole, split, strict, matters=matters, findings=findings)
+        return Guard(whole, whole, strict, matters=matters, findings=findings)
+    if fields["model"]["type"] == "BPE":
+        neighbours = {two for token in vocabulary for two in pairwise(token)}
+        split = _pairs(fields, neighbours)
     ascii_of = {letter: chr(byte) for letter, byte in byte_level_alphabet().items() if byte < 128}
     decode = decoders.ByteLevel().decode
     rows = np.random.default_rng(0).integers(0, tokenizer.vocabulary, (1000, 8))
     return Guard(
         whole,
-        split,
+        split or whole,
         strict,
         matters=matters,
         neighbours=[(ascii_of[a], ascii_of[b]) for a, b in sorted(neighbours) if a in ascii_of and b in ascii_of],
-        tokens=[decode([token]) for token in fields["model"]["vocab"]] if neighbours else [],
+        tokens=[decode([token]) for token in vocabulary] if neighbours else [],
         added=[token.content for token in tokenizer.library.get_added_tokens_decoder().values()],
         trials=tokenizer.library.decode_batch(rows.tolist(), skip_special_tokens=True),
         longest=4 * _PIECE,
@@ -272,13 +275,18 @@ class Crossings:
     """
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
-        byte_of = byte_level_alphabet()
+        self._vocabulary = vocabulary
+        self._noted = False
         self._whole: set[bytes] = set()
         self._ends: set[bytes] = set()
         self._begins: set[bytes] = set()
-        for token in vocabulary:
+
+    def _note(self) -> None:
+        byte_of = byte_level_alphabet()
+        for token in self._vocabulary:
             if not token.isascii() and len(token) > 1 and all(letter in byte_of for letter in token):
                 self._add(bytes(byte_of[letter] for letter in token))
+        self._noted = True
 
     def _add(self, token: bytes) -> None:
         """Note the characters of a token that has more than one; at its ends these may be parts of characters."""
@@ -293,10 +301,19 @@ class Crossings:
 
     def has(self, point: int) -> bool:
         """Whether a token reaches across a border of this character."""
+        if not self._noted:  # most texts have no character that it must be known of
+            self._note()
         data = chr(point).encode()
         ends = any(data[i:] in self._ends for i in range(1, len(data)))
         begins = any(data[:i] in self._begins for i in range(1, len(data)))
         return data in self._whole or ends or begins
+
+
+def _all_pairs() -> set[tuple[str, str]]:
+    """Every pair of bytes that can meet where a character ends and another begins."""
+    last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
+    first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
+    return {(a, b) for a in last for b in first}
 
 
 def _pairs(fields: dict[str, Any], pairs: set[tuple[str, str]]) -> Pair:

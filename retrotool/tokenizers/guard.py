@@ -76,7 +76,7 @@ class Guard:
     """What two ways to tokenise are known to do alike.
 
     ``why`` is a reason not to use the fast one at all, or empty. ``split`` are a fast and an exact tokenizer that
-    split like ``whole`` and show by their tokens where, between ``neighbours``, and ``strict`` two that show it
+    split like ``whole`` and show by their tokens where, between ``neighbours``, and ``strict`` makes two that show it
     everywhere; ``matters`` tells whether it changes tokens how text is split around a code point; ``tokens`` are the
     texts of its tokens, ``added`` its added tokens, ``trials`` texts to try, ``longest`` the most bytes a text will
     have. Of a guard made from the ``findings`` of another, only the ways and ``matters`` are needed.
@@ -86,7 +86,7 @@ class Guard:
         self,
         whole: Pair,
         split: Pair,
-        strict: Pair | None = None,
+        strict: Callable[[], Pair] | None = None,
         *,
         matters: Callable[[int], bool] | None = None,
         neighbours: Sequence[tuple[str, str]] = (),
@@ -96,7 +96,8 @@ class Guard:
         longest: int = 8192,
         findings: Findings | None = None,
     ) -> None:
-        self._whole, self._split, self._strict = whole, split, strict or split
+        self._whole, self._split, self._make_strict = whole, split, strict
+        self._made: Pair | None = None
         self._crossed = matters or (lambda _: True)
         self._states = np.zeros(0x110000, np.uint8)
         self._states[:128] = _SAFE
@@ -212,6 +213,13 @@ class Guard:
             states = self._states[points]
             unsafe |= (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
         return places[unsafe]
+
+    @property
+    def _strict(self) -> Pair:
+        """Made when the first character above ASCII comes: that takes a while."""
+        if self._made is None:
+            self._made = self._split if self._make_strict is None else self._make_strict()
+        return self._made
 
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
         known = np.array([unicodedata.category(chr(point)) != "Cn" for point in points.tolist()], bool)

@@ -45,19 +45,24 @@ def unlike_runs(
     differing: Callable[[Sequence[str]], npt.NDArray[np.bool_]], known: Callable[[str], bool]
 ) -> tuple[Run, ...]:
     """Runs that ``differing`` tells apart, each at its least length; what is ``known`` by other signs is left out."""
-    names, texts = [], []
-    for before, inside, after in itertools.product(_KINDS, repeat=3):
-        if inside in (before, after):
-            continue  # the same as a longer run
-        for length in (*_SHORT, *_LONG):
-            for left, right in ((1, 1), (1, 2), (2, 1)) if length in _SHORT else ((1, 1),):
-                names.append(Run(before, inside, length, after))
-                texts.append(f"x{before * left}{inside * length}{after * right}y ")
-    places = [i for i, text in enumerate(texts) if not known(text)]
-    wrong = differing([texts[i] for i in places])
-    least: dict[tuple[str, str, str], Run] = {}
-    for i in itertools.compress(places, wrong):
-        run = names[i]
-        way = (run.before, run.inside, run.after)
-        least[way] = min(least.get(way, run), run)
-    return tuple(least.values())
+    least = []
+    ways = [way for way in itertools.product(_KINDS, repeat=3) if way[1] not in (way[0], way[2])]
+    tried = {way: [(n, text) for n, text in _texts(*way) if not known(text)] for way in ways}
+    # All lengths in one text first; of what that shows, each by itself.
+    wrong = differing(["".join(text for _, text in tried[way]) for way in ways])
+    for way in itertools.compress(ways, wrong):
+        alone = differing([text for _, text in tried[way]])
+        if alone.any():
+            least.append(
+                Run(way[0], way[1], min(n for (n, _), bad in zip(tried[way], alone, strict=True) if bad), way[2])
+            )
+    return tuple(least)
+
+
+def _texts(before: str, inside: str, after: str) -> list[tuple[int, str]]:
+    """Lengths, and texts with a run of that length."""
+    return [
+        (length, f"x{before * left}{inside * length}{after * right}y ")
+        for length in (*_SHORT, *_LONG)
+        for left, right in (((1, 1), (1, 2), (2, 1)) if length in _SHORT else ((1, 1),))
+    ]

@@ -112,6 +112,14 @@ def ordered_examples() -> Iterator[str]:
     yield from (example for command in COMMANDS for example in examples(command) if device in example)
 
 
+NOTES = {
+    "retrotool chunk store --retry-quarantine": (
+        "No input that rows were set aside of has changed since: nothing was taken up again.\n"
+    ),
+}
+"""What examples tell a person besides their results."""
+
+
 def test_every_example_works(workplace, run):
     import torch
 
@@ -124,7 +132,7 @@ def test_every_example_works(workplace, run):
             assert (code, out) == (2, ""), example
             assert err.startswith("error: "), example
         else:
-            assert (code, err) == (0, ""), example
+            assert (code, err) == (0, NOTES.get(example, "")), example
             assert out, example
         shown[example] = out
     assert len(shown) == sum(len(examples(command)) for command in COMMANDS)

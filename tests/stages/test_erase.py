@@ -215,6 +215,23 @@ def test_ids_of_another_store_are_not_taken_for_ones_own(
     assert (saved_neighbours(queries)[0] == after).all()
 
 
+def test_ids_of_the_store_that_it_was_copied_from_are_not_its_own(store_copy: Path, built_store: Path) -> None:
+    """A copy has the same uuid, and goes its own way from then on."""
+    commands.neighbours(built_store, queries=store_copy, name="copied")
+    victims = retrotool.open(store_copy).document("doc-9")
+    before, _ = saved_neighbours(store_copy, "copied")
+    assert np.isin(before, victims).any()
+    state = Store.open(store_copy).state
+    rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
+    commands.purge(store_copy, "where", "id = 'doc-9'", reason="test", erase=True)
+    after, _ = saved_neighbours(store_copy, "copied")
+    gone = np.isin(rows, victims)
+    assert (after[~gone] == before[~gone]).all()
+    assert (after[gone] == -1).all()
+    assert not np.isin(saved_neighbours(store_copy)[0], victims).any()
+    assert commands.verify(store_copy).problems == []
+
+
 def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(5))
     with source.open("a") as file:

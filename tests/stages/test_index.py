@@ -77,7 +77,9 @@ def test_no_centroid_is_a_vector(k: int, spread: float) -> None:
     rng = np.random.default_rng(k)
     one = np.zeros((1, 16)) + rng.normal(size=(1, 16)).round()
     copies = one + spread * np.repeat(rng.normal(size=(6, 16)), 50, axis=0)
-    vectors = torch.from_numpy(np.concatenate([copies, one + spread * clustered(300, 16, k)]).astype(np.float16)).float()
+    vectors = torch.from_numpy(
+        np.concatenate([copies, one + spread * clustered(300, 16, k)]).astype(np.float16)
+    ).float()
     centroids = kmeans(vectors, k)
     assert torch.isfinite(centroids).all()
     assert not same_bytes(centroids, vectors)

@@ -138,9 +138,7 @@ def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
         assert reader.continuation(wrong) is None or wrong == -1
 
 
-def test_the_notes_are_on_stderr_and_the_exit_code_is_0(
-    store_copy: Path, tmp_path: Path, cli: Cli
-) -> None:
+def test_the_notes_are_on_stderr_and_the_exit_code_is_0(store_copy: Path, tmp_path: Path, cli: Cli) -> None:
     commands.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=100_000)))])
     for command in ("index", "neighbours"):
         result = cli(command, store_copy)

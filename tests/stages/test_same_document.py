@@ -54,7 +54,9 @@ def test_within_a_store_and_its_recall(kept: Path) -> None:
     assert_true(kept, kept, "main")
     assert commands.index(kept).recall_at_10 == 1.0
     reader = retrotool.open(kept)
-    chunks = [int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.chunk(int(i)).document == "same"]
+    chunks = [
+        int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.chunk(int(i)).document == "same"
+    ]
     assert len(chunks) > 8
     assert all(n.chunk.document != "same" for chunk in chunks for n in reader.neighbours(chunk, k=20))
 
