@@ -1,7 +1,8 @@
 """Every exception that retrotool raises on purpose, with its exit code and the advice that a person needs.
 
 The command line prints ``error: <message>`` and ``<advice>`` and exits with ``exit_code``; nothing else in the package
-chooses an exit code. Anything that is not a ``RetrotoolError`` is a bug, and shows its traceback.
+chooses an exit code. So does what the system says of a file (an ``OSError`` with its name: exit code 1). Anything else
+is a bug, and shows its traceback.
 
     0 done   1 failed   2 usage   3 finished with input set aside   10 no store   11 locked, or a commit race lost
     12 corrupt, or erased under a reader   130 interrupted

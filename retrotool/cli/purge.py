@@ -130,5 +130,5 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
             f"Erased {output.count(result.erased, 'chunk')}{copies}; "
             f"{output.count(result.files_rewritten, 'file')} rewritten. Check: retrotool verify {store}"
         )
-    lines += result.not_reached
+    lines += [f"Not reached: {what}." for what in result.not_reached]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ Examples:
   retrotool verify store
   retrotool verify store --json
 
-Exit codes: 0 all is well, 12 something is not, or files were erased again and again while it was at work."""
+Exit codes: 0 all is well, 12 something is not, or so much was erased meanwhile that it can't be told."""
 
 
 @dataclass(frozen=True, slots=True)

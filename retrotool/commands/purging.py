@@ -31,10 +31,7 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 
 ATTEMPTS = 20
 """How often what another process has overtaken is begun again."""
-_ELSEWHERE = (
-    "Neighbours that other stores have of chunks of this one can't be known here: their tables keep the ids of what was "
-    "erased, and the distances to it."
-)
+_ELSEWHERE = "ids of what was erased, and distances to it, where other stores have neighbours in this one"
 _Result = TypeVar("_Result")
 
 
@@ -46,8 +43,8 @@ class PurgeResult:
     erase has still to take, and ``unerased_share`` is their share of all chunks that the store ever had. ``erased``
     counts the chunks whose bytes are gone; among them are those of ``copies``, documents that a ``chunk`` had set
     aside because they repeat one that is erased. ``blocked`` are the ids and texts that are kept from coming back, and
-    were not before. In sentences, ``left`` says where text may lie that an erase could not reach just now, and
-    ``not_reached`` what it never reaches and may be there.
+    were not before. ``left`` says, in sentences, where text may lie that an erase could not reach just now, and
+    ``not_reached`` what may be there that it never reaches.
     """
 
     purge: str
@@ -88,7 +85,7 @@ def select(store: Store, kind: str, value: str, *, erase: bool = False, report: 
     earlier = selecting.same_selector(store, kind, literal)
     match kind:
         case "ids":
-            chunks = selecting.select_ids(store, lines)
+            chunks = selecting.select_ids(store, lines, missing_ok=bool(earlier))
         case "documents":
             chunks = selecting.select_documents(store, lines, missing_ok=bool(earlier), report=report)
         case "where":

@@ -276,11 +276,15 @@ class NeighboursWorker:
             store.root, name, table, database=record["database"], commit=state.number, path=record["path"], about=about
         )
         replaced = task.inputs["replaces"]
+        reads = [str(task.inputs["path"])]
+        if self._within:  # an erase replaces them: what was found before it must not come after it
+            shard = (state.file("index", slot, stage.index) for slot in shards(state, stage.index))
+            reads += [found.path for found in shard if found is not None]
         # Where nobody has claimed the name yet, the first table does: a run with another database is refused then.
         claim = {} if stage.key in store.state.records else {stage.key: record}
         return Staged(
             task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
-            (str(task.inputs["path"]),), (entry,), (replaced,) if replaced else (), claim,
+            tuple(reads), (entry,), (replaced,) if replaced else (), claim,
         )  # fmt: skip
 
     def _begin(

@@ -71,9 +71,13 @@ class Selection:
     unerased: int = 0
 
 
-def select_ids(store: Store, lines: Sequence[str]) -> Ids:
-    """Chunk ids given as text, one a line; ``UsageError`` names the first that is no chunk of the store."""
+def select_ids(store: Store, lines: Sequence[str], *, missing_ok: bool = False) -> Ids:
+    """Chunk ids given as text, one a line; ``UsageError`` names the first that is no chunk of the store.
+
+    ``missing_ok``: those of parts that a ``chunk`` took back are left out.
+    """
     found = []
+    given = int(store.state.records.get("parts", 0)) if missing_ok else 0
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -82,6 +86,8 @@ def select_ids(store: Store, lines: Sequence[str]) -> Ids:
         if re.fullmatch(r"[0-9]{1,19}", line.strip()) is None:
             raise UsageError(f"line {number}: {line.strip()[:40]!r} is no chunk id", "Nothing was purged.")
         chunk = int(line)
+        if chunk >> PART_SHIFT < given and chunk >> PART_SHIFT not in sizes:
+            continue
         if not 0 <= chunk & ((1 << PART_SHIFT) - 1) < sizes.get(chunk >> PART_SHIFT, 0):
             raise UsageError(f"line {number}: the store has no chunk {chunk}", "Nothing was purged.")
         found.append(chunk)

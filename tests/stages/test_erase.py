@@ -20,6 +20,7 @@ import retrotool
 from retrotool import commands, engine
 from retrotool.ann import lists
 from retrotool.commands.writing import writing
+from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
 from retrotool.stages import erase
 from retrotool.stages.chunk_plan import Wanted, commit_plan
@@ -288,13 +289,18 @@ def test_an_erase_passes_over_parts_that_were_taken_back(store: Path, tmp_path: 
     commands.purge(store, "documents", only, reason="test")
     both = lines(tmp_path / "both", ["doc-1", "doc-10"])
     commands.purge(store, "documents", both, reason="test")
+    ids = lines(tmp_path / "ids", chunks[2][:2])
+    commands.purge(store, "ids", ids, reason="test")
     withdraw(store, 2)
+    with pytest.raises(UsageError, match="the store has no chunk"):
+        commands.purge(store, "ids", lines(tmp_path / "more", chunks[2]), reason="test", erase=True)
     first = retrotool.open(store)
     assert len(chunks[2]) and first.parts() == [0, 1]
     result = commands.purge(store, "documents", both, reason="test", erase=True)
     assert {chunk >> 32 for chunk in result.examples} <= {0}
     assert result.erased == result.already_purged > 0, "doc-1's"
     assert commands.purge(store, "documents", only, reason="test", erase=True).erased == 0
+    assert commands.purge(store, "ids", ids, reason="test", erase=True).erased == 0
     assert all(purge["erased"] for purge in commands.info(store).purges.values())
     assert list((store / "selectors").iterdir()) == []
 

@@ -218,10 +218,30 @@ def test_across_stores_rows_are_filled_up_after_a_purge_in_the_database(
     assert saved_neighbours(queries)[1].shape == true.shape
 
 
+def test_what_was_found_before_an_erase_is_not_committed_after_it(store_copy: Path) -> None:
+    store = Store.open(store_copy)
+    stage = NeighboursStage(str(store_copy), "main", "late", 20, 2)
+    victims = [i for i in retrotool.open(store_copy).document("doc-115") if i >> 32]
+    assert victims
+    with writing(store) as run:
+        (task,) = (task for task in stage.plan(store) if task.inputs["part"] == 0)
+        late = stage.open(store)(task, run.id, nothing)
+        assert np.isin(victims, tables.read_table(store, late.add[0]).ids).any()
+        purge(store_copy, "doc-115", erase=True)
+        staging.stage(store.root, late)
+        assert staging.fold(store, run).refused
+        engine.execute(stage, store, run)
+    assert not np.isin(saved_neighbours(store_copy, "late")[0], victims).any()
+
+
 def test_nothing_is_read_to_find_that_nothing_is_to_be_done(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purge(store_copy, "doc-5")
     commands.neighbours(store_copy, name="later")
-    monkeypatch.setattr(tables, "read_table", lambda *_: pytest.fail("reads a table"))
+
+    def refuse(*_: object) -> None:
+        raise UsageError("reads a table")
+
+    monkeypatch.setattr(tables, "read_table", refuse)
     assert commands.neighbours(store_copy, name="later").queries == 0
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(UsageError, match="reads a table"):
         commands.neighbours(store_copy)
