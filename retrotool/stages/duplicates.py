@@ -127,7 +127,8 @@ def _finishing(
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
     span = _span(store.state, plan_id)
-    places, by_text = find_duplicates(store, run.id, span, tombstones, range_rows, allow_purged=plan.allow_purged)
+    free = _purged(store) if plan.allow_purged else None
+    places, by_text = find_duplicates(store, run.id, span, tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
     add: list[FileEntry] = []
@@ -158,6 +159,13 @@ def _span(state: State, plan_id: str) -> Span:
     return Span(own.start, own.stop)
 
 
+def _purged(store: Store) -> Tombstones:
+    """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
+    purges = store.state.with_prefix("purge:")
+    ids = [read_tombstones(store, purge).ids for purge in purges]
+    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
+
+
 def find_duplicates(
     store: Store,
     run: str,
@@ -165,17 +173,17 @@ def find_duplicates(
     tombstones: Tombstones,
     range_rows: int = keysort.ROWS,
     *,
-    allow_purged: bool = False,
+    free: Tombstones | None = None,
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
     """Documents of the new parts of ``span`` that repeat one before them, ascending; and which do so by text only.
 
-    ``allow_purged``: the id of a document that is wholly purged is free again.
+    The id of a document of which every chunk is in ``free`` can be given again.
     """
 
     def gone(part: int) -> npt.NDArray[np.int64]:
-        purged = tombstones.rows(part)
-        if not allow_purged or not len(purged):
-            return np.zeros(0, np.int64)
+        purged = free.rows(part) if free is not None else np.zeros(0, np.int64)
+        if not len(purged):
+            return purged
         table = parts.read_documents(store, part, ["first_row", "n_chunks"])
         first, n_chunks = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
         n_purged = np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first)

@@ -11,6 +11,7 @@ import json
 import os
 import pydoc_data.topics
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,16 +229,20 @@ def test_a_run_that_is_killed_again_and_again_gives_what_an_uninterrupted_one_gi
     store = tmp_path / "store"
     command = [sys.executable, "-m", "retrotool", "chunk", store, *corpus, "--tokenizer", bpe, "--part-size", "20000"]
     draw = random.Random(2026)
-    killed = 0
+    killed, longest = 0, 4.0
     while killed < KILLS:
         process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stdout=subprocess.PIPE)
         # From starting up to a good way into the work.
-        end = time.monotonic() + draw.uniform(0.5, 4.0)
+        end = time.monotonic() + draw.uniform(longest / 10, longest)
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         if process.poll() is not None:
             process.communicate()
-            break  # it was done before the kill came
+            if killed:
+                break  # it was done before the next kill came
+            shutil.rmtree(store)
+            longest /= 2
+            continue
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         killed += 1
