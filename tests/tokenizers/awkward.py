@@ -12,7 +12,8 @@ from retrotool.tokenizers.cut import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 SAMPLES = (
-    "Ünïcödé, NAÏVE café ﬁne ½ ² ™ Ⅳ", "北京大学是中国的大学。", "한국어 문장", "こんにちは世界", "Привет, мир!", "ǅ ǆ ſ İ ı ß",
+    "Ünïcödé, NAÏVE café ﬁne ½ ² ™ Ⅳ", "北京大学是中国的大学。", "한국어 문장", "こんにちは世界", "Привет, мир!",
+    "ǅ ǆ ſ İ ı ß",
     "مرحبا", "हिन्दी में", "สวัสดี", "😀🎈 👩🏽‍🚀", "don't DON'T we'LL I'ſ x'RE", "\t'say' \n 'tis  \r\n\r\n  end \u2003",
     "a\u0301e\u0327\u0301 \u00a0\u3000\u200d\ufeff\ufffd\u2028", "<|endoftext|> [SEP] </s> <0x41> ▁▁a▁",
     "\0\x01\x7f\x80\x9f",
