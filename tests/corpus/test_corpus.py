@@ -202,9 +202,8 @@ def test_the_number_of_workers_changes_nothing(workers, corpus, bpe, whole, tmp_
 
 def test_the_order_of_the_inputs_changes_no_document(corpus, bpe, whole, tmp_path):
     """Which of several equal texts stays does depend on it, so ids are left out where texts repeat."""
-    shuffled = random.Random(1).sample(corpus, len(corpus))
-    assert shuffled != corpus
-    chunk(tmp_path / "store", shuffled, bpe, 2)
+    assert len(corpus) > 1
+    chunk(tmp_path / "store", corpus[::-1], bpe, 2)
     texts = [{document["text_hash"] for document, _, _ in documents_of(store)} for store in (tmp_path / "store", whole)]
     assert texts[0] == texts[1]
     if not commands.info(whole).set_aside and not os.environ.get("RETROTOOL_CORPUS"):
