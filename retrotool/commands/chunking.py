@@ -97,7 +97,7 @@ def chunk(
             retried = commit_retry(
                 store, run, max_document=chosen.fields.max_document, allow_purged=chosen.allow_purged
             )
-            if not retried:
+            if not retried and not plans:  # an open plan may be the retry that was interrupted
                 chosen.note("No input that rows were set aside of has changed since: nothing was taken up again.")
             plans += retried
         if files:
