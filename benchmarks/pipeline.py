@@ -59,9 +59,9 @@ def bench_embed(store: Path, limit: int) -> np.ndarray:
     opened = Store.open(store)
     worker = EmbedWorker(opened, EmbedStage("minilm", find_encoder("minilm")[1]))
     chunks = read_chunks(opened, 0)
-    rows = worker.rows(chunks.tokens[:limit], chunks.n_tokens[:limit])
+    rows = worker.texts.rows(chunks.tokens[:limit], chunks.n_tokens[:limit])
     encoder: Encoder = worker.encoder
-    encoder.embed(rows[:64])
+    encoder.embed(rows.take(np.arange(64)))
     start = time.perf_counter()
     vectors = encoder.embed(rows)
     ours = len(rows) / (time.perf_counter() - start)

@@ -266,7 +266,7 @@ class Reader:
             raise UsageError("the text to search for is empty")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UsageError("the text to search for is not Unicode")
-        vector = loaded.embed([loaded.tokenizer.encode_chunk_text(text)]).astype(np.float32)
+        vector = loaded.embed(loaded.tokenize_query(text)).astype(np.float32)
         best = database.search(Queries.plain(vector), k)
         return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
 
@@ -274,7 +274,10 @@ class Reader:
         """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""
         name = Database(self._store, index).encoder
         record = self._store.state.records[f"encoder:{name}"]
-        encoder = Encoder(str(record["origin"]), device)
+        # Of one text transformers is as fast as anything, and needs no proof.
+        encoder = Encoder(
+            str(record["origin"]), device, "float32", pooling=record["pooling"], name=name, forward="transformers"
+        )
         if encoder.identity.sha256 != record["sha256"]:
             raise UsageError(f"the encoder at {record['origin']} is not the one the store was embedded with")
         return encoder

@@ -83,3 +83,14 @@ class InputError(RetrotoolError):
 
     def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int]]:  # type: ignore[override]
         return type(self), (str(self), self.position)
+
+
+class NotFiniteError(RetrotoolError):
+    """An encoder gave NaN, infinity, or a number that float16 can't hold, for the row ``row`` of those it was given."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message, "Try --dtype float32; if it stays, the model's weights are broken.")
+        self.row = row
+
+    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int]]:  # type: ignore[override]
+        return type(self), (str(self), self.row)

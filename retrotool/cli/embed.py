@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Device, Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument
+from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.commands.building import EmbedResult
+    from retrotool.commands.embedding import EmbedResult
 
 EPILOG = """\b
 Examples:
   retrotool embed store
-  retrotool embed store --encoder models/bert-base-uncased --device cuda"""
+  retrotool embed store --encoder models/bert-base-uncased --check
+  retrotool embed store --encoder models/bert-base-uncased --name bert-cls --pooling cls
+  retrotool embed store --dtype bfloat16 --devices cpu
+  retrotool embed store --shard 3/16
+  retrotool embed store --devices cuda:0,cuda:1"""
+
+_WORTH_TELLING_SECONDS = 2.0
 
 
 def command(
@@ -26,25 +34,104 @@ def command(
             metavar="E", help="minilm (bundled, with the extra of that name), a model directory, or a hub name."
         ),
     ] = "minilm",
-    device: Device = "auto",
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What the store calls the encoder.  [default: the name of its directory]"),
+    ] = None,
+    pooling: Annotated[
+        str, typer.Option(help="auto (the model's own configuration, else mean), mean or cls.")
+    ] = "auto",
+    devices: Annotated[
+        str,
+        typer.Option(
+            "--devices",
+            "--device",
+            metavar="D,...",
+            help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
+        ),
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")
     ] = "auto",
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Tokens of a batch: the memory it takes.  [default: 65536 on a GPU, 2048 on a CPU]"
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="This is job I of N on the store, from 0: begin with that share of the parts."
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Hold 2,000 stored vectors against those of transformers in float32.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Embed every chunk with a frozen BERT.
 
-    Writes float16 vectors, one .npy a part. Parts that have embeddings of this encoder are left as they are.
+    Writes float16 vectors, one .npy a part. Parts that have embeddings of this encoder are left as they are, and so are
+    those that another running embed is at. A model of the BERT family runs without padding, any other one through
+    transformers. Which it is, and how near its vectors come to those of transformers in float32, is printed and kept.
     """
     with output.errors(as_json):
         from retrotool import commands
 
-        output.show(commands.embed(store, encoder=encoder, device=device, dtype=dtype), as_json, _text)
+        result = commands.embed(
+            store,
+            encoder=encoder,
+            name=name,
+            pooling=pooling,
+            devices=devices,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            shard=_shard(shard),
+            check=check,
+        )
+        output.show(result, as_json, _text)
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of ``i/n``."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None:
+        raise UsageError(f"--shard {text}: it is a job and how many there are, such as 3/16")
+    return int(match[1]), int(match[2])
 
 
 def _text(result: EmbedResult) -> str:
-    done = (
-        f"{output.count(result.chunks, 'chunk')} embedded" if result.chunks else "Every chunk has its embedding already"
-    )
+    if result.chunks:
+        done = f"{output.count(result.chunks, 'chunk')} embedded"
+    elif result.elsewhere:
+        done = "Nothing is left for this run"
+    else:
+        done = "Every chunk has its embedding already"
     how = f"{result.dimension} dimensions, {result.pooling} pooling"
-    return f"{done} (encoder {result.encoder}, {how}, commit {result.commit})."
+    lines = [f"{done} (encoder {result.encoder}, {how}, commit {result.commit})."]
+    if result.forward:
+        devices = result.device if result.devices == 1 else f"{result.devices} × {result.device}"
+        reason = f" ({result.why})" if result.why else ""
+        lines.append(
+            f"  forward   {result.forward}, {result.dtype}, {devices}{reason}; "
+            f"cosine with transformers in float32: {result.cosine:.4f} or more"
+        )
+    if result.seconds > _WORTH_TELLING_SECONDS:
+        chunks, tokens = result.chunks / result.seconds, result.tokens / result.seconds
+        busy = f"{100 * result.busy:.0f} % of the time was forward"
+        lines.append(f"  rate      {chunks:,.0f} chunks/s, {tokens:,.0f} tokens/s; {busy}")
+    if result.elsewhere:
+        lines.append(
+            f"  left      {output.count(result.elsewhere, 'part')} that other runs are at; "
+            "should they die, run the same command again"
+        )
+    if result.check:
+        lines.append(
+            f"  check     {output.count(result.check['sample'], 'stored vector')} against transformers in float32: "
+            f"cosine {result.check['cosine_min']:.4f} or more, {result.check['cosine_mean']:.4f} on average, "
+            f"recall@10 {result.check['recall_at_10']:.4f}"
+        )
+    return "\n".join(lines)

@@ -42,10 +42,10 @@ def _text(info: Info) -> str:
     ]
     if info.set_aside:
         lines.append(f"  set aside   {output.count(info.set_aside, 'row')} of input, listed in quarantine/")
-    lines += [
-        f"  embeddings  {name}: {e['dimension']} dimensions, {e['parts']:,} of {len(info.parts):,} parts"
-        for name, e in info.encoders.items()
-    ]
+    for name, e in info.encoders.items():
+        covered = f"{e['rows']:,} of {output.count(info.keys, 'chunk')}, {e['parts']:,} of {len(info.parts):,} parts"
+        checked = f"; recall@10 {e['check']['recall_at_10']:.4f} against float32" if "check" in e else ""
+        lines.append(f"  embeddings  {name}: {e['dimension']} dimensions, {covered}{checked}")
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
         kind = index.get("kind", "unfinished")

@@ -4,8 +4,9 @@ Every function opens (or makes) the store, announces a run, cleans up after dead
 frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.api``.
 """
 
-from retrotool.commands.building import embed, index, neighbours
+from retrotool.commands.building import index, neighbours
 from retrotool.commands.chunking import chunk
+from retrotool.commands.embedding import embed
 from retrotool.commands.estimating import estimate
 from retrotool.commands.looking import info, verify
 from retrotool.commands.purging import purge

@@ -1,4 +1,4 @@
-"""``embed``, ``index`` and ``neighbours``.
+"""``index`` and ``neighbours``.
 
 Results count living keys: those that are neither purged nor erased. What a command can't do yet, because the one before
 it was not run since the store grew, is counted too, with the commands to run next.
@@ -6,7 +6,6 @@ it was not run since the store grew, is counted too, with the commands to run ne
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from tqdm import tqdm
 
 from retrotool import engine
 from retrotool.ann import lists
+from retrotool.commands.counting import command_line, count_keys_of, embed_command
 from retrotool.commands.writing import writing
-from retrotool.encoder import check_device, find_encoder
 from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
 from retrotool.stages.base import Task
 from retrotool.stages.chunk_plan import write_json
-from retrotool.stages.database import Database, count_left, count_living_keys, embedded_parts, pick_encoder
-from retrotool.stages.embed import EmbedStage
+from retrotool.stages.database import Database, count_left, embedded_parts, pick_encoder
 from retrotool.stages.index import IndexStage, encoder_of, read_trained, shards
 from retrotool.stages.neighbours import NeighboursStage, check_encoders
 from retrotool.stages.recall import Recall, tune
@@ -33,42 +31,9 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.tokenizers import BUNDLED
 
 K = 2
 SAVED = 20
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedResult:
-    """What ``embed`` did; ``chunks`` are the keys embedded by this run, ``embedded`` those the store has now."""
-
-    encoder: str
-    dimension: int
-    pooling: str
-    chunks: int
-    embedded: int
-    commit: int
-
-
-def embed(root: str | Path, *, encoder: str = BUNDLED, device: str = "auto", dtype: str = "auto") -> EmbedResult:
-    """Embed every part that has no embeddings of ``encoder``."""
-    store = Store.open(root)
-    check_device(device, dtype)
-    identity = find_encoder(encoder)[1]
-    with writing(store) as run:
-        stage = EmbedStage(encoder, identity, device, dtype)
-        todo = _count(store, [task.inputs["part"] for task in stage.plan(store)])
-        engine.execute(stage, store, run)
-    state = store.refresh()
-    embedded = _count(store, embedded_parts(store, identity.name))
-    return EmbedResult(identity.name, identity.dimension, identity.pooling, todo, embedded, state.number)
-
-
-def _count(store: Store, numbers: Iterable[int]) -> int:
-    """Living keys of some parts."""
-    tombstones = read_tombstones(store)
-    return sum(count_living_keys(store, part, tombstones) for part in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,26 +89,10 @@ def index(
         for key in ("encoder", "kind", "vectors", "nlist", "nprobe", "bytes_per_vector", "recall_at_10", "recall_error")
     }
     left = count_left(store, embedded_parts(store, chosen), read_tombstones(store))
-    todo = (_embed_command(store, root, chosen), _command("index", root, name=name)) if left else ()
+    todo = (embed_command(store, root, chosen), command_line("index", root, name=name)) if left else ()
     return IndexResult(
         name=name, shards=len(record["shards"]), commit=state.number, curve=curve, not_embedded=left, next=todo, **shown
     )
-
-
-def _command(command: str, root: str | Path, **options: object) -> str:
-    """A command line, without the options that are what they are by default."""
-    given = [
-        ("-k" if option == "k" else f"--{option}", str(value))
-        for option, value in options.items()
-        if value not in ("main", None)
-    ]
-    return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
-
-
-def _embed_command(store: Store, root: str | Path, encoder: str) -> str:
-    """The command that embeds what is new in a store with an encoder that it knows."""
-    origin = str(store.state.records[f"encoder:{encoder}"]["origin"])
-    return _command("embed", root, encoder=None if origin == BUNDLED else origin)
 
 
 def _measure_until_committed(store: Store, run: Run, name: str, encoder: str, target: float) -> dict[str, Any]:
@@ -242,20 +191,20 @@ def neighbours(
         _check_claim(store, stage, record)
     state = store.refresh()
     database = Database(Store.open(root), index)
-    rows = _count(store, map(int, state.group("neighbours", name)))
+    rows = count_keys_of(store, map(int, state.group("neighbours", name)))
     held = [part for about in shards(database.store.state, index).values() for part in about["parts"]]
     not_embedded = count_left(store, embedded_parts(store, database.encoder), read_tombstones(store))
     not_indexed = count_left(database.store, held, database.tombstones)
     left: list[str] = []
     if not_embedded:
-        left.append(_embed_command(store, queries or root, database.encoder))
+        left.append(embed_command(store, queries or root, database.encoder))
     if not_indexed:
         if count_left(database.store, embedded_parts(database.store, database.encoder), database.tombstones):
-            left.append(_embed_command(database.store, root, database.encoder))
-        left.append(_command("index", root, name=index))
+            left.append(embed_command(database.store, root, database.encoder))
+        left.append(command_line("index", root, name=index))
     if left:
         chosen = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
-        left.append(_command("neighbours", root, queries=queries, **chosen, name=name, index=index))
+        left.append(command_line("neighbours", root, queries=queries, **chosen, name=name, index=index))
     return NeighboursResult(
         name, str(root), index, database.encoder, todo, rows, k, saved, state.number, not_embedded, not_indexed,
         tuple(dict.fromkeys(left)),
@@ -275,5 +224,5 @@ def _check_claim(store: Store, stage: NeighboursStage, record: Mapping[str, Any]
 def _count_queries(store: Store, tasks: Iterable[Task]) -> int:
     """Living keys that tasks of ``neighbours`` search for; of a table to refill only some rows."""
     tasks = list(tasks)
-    whole = _count(store, [task.inputs["part"] for task in tasks if not task.inputs["refill"]])
+    whole = count_keys_of(store, [task.inputs["part"] for task in tasks if not task.inputs["refill"]])
     return whole + sum(task.weight for task in tasks if task.inputs["refill"])

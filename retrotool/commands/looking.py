@@ -11,7 +11,7 @@ from retrotool.ann import lists
 from retrotool.commands.shape import Shape, shape_of
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.chunk_plan import unfinished_plans
-from retrotool.stages.database import count_keys
+from retrotool.stages.database import count_living_keys
 from retrotool.stages.index import shards
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import n_keys, read_key
@@ -85,9 +85,9 @@ def info(root: str | Path) -> Info:
         commit=state.number,
         bytes=sizes,
         parts=[_part(store, part) for part in state.parts()],
-        encoders=_covered(store, "encoder:", "embeddings"),
+        encoders=_encoders(store, tombstones),
         indexes={name: _index(store, name) for name in state.names("index")},
-        neighbours=_covered(store, "neighbours:", "neighbours"),
+        neighbours=_covered(store, tombstones, "neighbours:", "neighbours"),
         purges=state.with_prefix("purge:"),
         tombstones=_files(store, "tombstones"),
         blocked=_files(store, "blocked"),
@@ -130,15 +130,21 @@ def _files(store: Store, kind: str) -> list[dict[str, Any]]:
     return [{"path": e.path, "rows": e.rows} for slot in group if (e := group.get(slot)) is not None]
 
 
-def _covered(store: Store, prefix: str, kind: str) -> dict[str, Any]:
-    """Records with how many parts, and keys in them, they cover."""
-    records = store.state.with_prefix(prefix)
-    return {name: {**record, **_coverage(store, kind, name)} for name, record in records.items()}
+def _encoders(store: Store, tombstones: Tombstones) -> dict[str, Any]:
+    """What is covered by embeddings, and what ``embed --check`` found last."""
+    checks = store.state.with_prefix("fidelity:")
+    found = _covered(store, tombstones, "encoder:", "embeddings")
+    return {name: {**about, "check": checks[name]} if name in checks else about for name, about in found.items()}
 
 
-def _coverage(store: Store, kind: str, name: str) -> dict[str, int]:
-    group = store.state.group(kind, name)
-    return {"parts": len(group), "rows": sum(count_keys(store, int(slot)) for slot in group)}
+def _covered(store: Store, tombstones: Tombstones, prefix: str, kind: str) -> dict[str, Any]:
+    """Records with how many parts, and living keys in them, they cover."""
+    found = {}
+    for name, record in store.state.with_prefix(prefix).items():
+        group = store.state.group(kind, name)
+        rows = sum(count_living_keys(store, int(slot), tombstones) for slot in group)
+        found[name] = {**record, "parts": len(group), "rows": rows}
+    return found
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ may be loaded, once), and ``worker(task, run, report)`` writes new files and ret
 
 * local processes: ``retrotool.engine.execute``;
 * a job array: job i of n plans, and takes the tasks with ``int(task.key, 16) % n == i`` (keys stay, positions do not);
+  of a ``Shared`` stage it may go on with the others, for runs leave each other's tasks alone;
 * a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
 
 In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent:
@@ -41,8 +42,8 @@ class Task:
 class Worker(Protocol):
     """Does tasks, one at a time."""
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Write the task's files under the run's id and return what to stage."""
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Write the task's files under the run's id and return what to stage; None if it is done already."""
 
 
 class Stage(Protocol):
@@ -69,6 +70,43 @@ class GivesUp(Protocol):
 
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
         """What to stage in place of a task that failed every time it was tried: that nothing came of it, and why."""
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A stage whose tasks several runs may be at: each claims the one at hand (``retrotool.store.claims``)."""
+
+    @property
+    def shard(self) -> tuple[int, int] | None:
+        """Which of how many jobs this is, from 0: the plan begins with its own share. None: it is the only one."""
+
+
+@runtime_checkable
+class PerWorker(Protocol):
+    """A stage that is not the same for all worker processes: each has a device of its own, perhaps."""
+
+    def of_worker(self, number: int) -> Stage:
+        """What worker ``number``, from 0, is to open."""
+
+
+Measured = tuple[float, ...]
+"""What a worker measures besides progress, numbers that can be added up."""
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A worker that measures more than its progress."""
+
+    def measured(self) -> Measured:
+        """What was measured since this was last asked for."""
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A stage that has something to say of what its workers measured."""
+
+    def shown(self, measured: Sequence[float]) -> str:
+        """A few words to stand beside the progress, of the sums so far."""
 
 
 def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:

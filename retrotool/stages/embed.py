@@ -5,37 +5,59 @@ text and tokenised again. Erased chunks and values of key-value records get zero
 tombstoned chunks are embedded, as long as they are not erased, and so are chunks that the encoder's tokenizer sees no
 token in. The task reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part is done
 again.
+
+A part goes through block by block: one is read and tokenised, one is computed, one is written, made durable and hashed,
+all at the same time. So memory does not grow with the part, and when the last vectors are there the file nearly is.
+A block is of as many rows as a batch is of tokens, about 64 batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from retrotool.encoder import Encoder, EncoderIdentity
-from retrotool.errors import UsageError
-from retrotool.stages.base import Report, Task, task_key
+from retrotool.encoder import Encoder, EncoderIdentity, Rows
+from retrotool.errors import NotFiniteError, UsageError
+from retrotool.stages.base import Measured, Report, Task, task_key
 from retrotool.store import parts, staging, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import Tokenizer, TokenizerFile, TokensDiffer
 
-_BLOCK_ROWS = 1 << 15
-"""Rows that are held as Python integers at a time."""
+_BLOCK_ROWS = (256, 1 << 16)
+"""Rows of a block, at least and at most."""
+_FIRST_BLOCK = 8
+"""The first block of a part is so many times smaller: nothing is computed until it is there."""
+_VERIFIED = 64
+"""Chunks that an encoder is verified on when it begins."""
+_MANY = 100_000
+"""Chunks from which on a GPU would wait for the slow tokenizer longer than it takes to get the fast one ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedStage:
-    """All parts without embeddings of one encoder; ``spec`` is the path or name to load it by."""
+    """All parts without embeddings of one encoder; ``spec`` is the path or name to load it by.
+
+    ``devices`` are those of the worker processes, the first that of a single one. ``shard`` (i, n): the parts of job i
+    of n come first.
+    """
 
     spec: str
     identity: EncoderIdentity
-    device: str = "auto"
+    devices: tuple[str, ...] = ("auto",)
     dtype: str = "auto"
+    batch_tokens: int | None = None
+    shard: tuple[int, int] | None = None
     name: str = field(default="embed", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -47,16 +69,42 @@ class EmbedStage:
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
         for part in store.state.parts():
+            if done.get(part_slot(part)) is not None:
+                continue
             entry = parts.part_entry(store, "chunks", part)
             key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
-            if done.get(part_slot(part)) is None and not staging.is_staged(store.root, key):
+            if not staging.is_staged(store.root, key):
                 inputs = {"part": part, "path": entry.path}
                 tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs))
-        return tasks
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def of_worker(self, number: int) -> EmbedStage:
+        """The stage on the device of worker ``number``."""
+        return replace(self, devices=(self.devices[number % len(self.devices)],))
 
     def open(self, store: Store) -> EmbedWorker:
         """Load the encoder."""
         return EmbedWorker(store, self)
+
+    def shown(self, measured: Sequence[float]) -> str:
+        """Tokens a second, and the share of the device's time that is forward."""
+        tokens, forward, seconds = measured
+        rate = len(self.devices) * tokens / max(seconds, 1e-9)
+        return f"{rate:,.0f} tokens/s, forward {100 * forward / max(seconds, 1e-9):.0f} %"
+
+
+def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
+    """Tasks in the order in which job ``job`` of ``jobs`` goes at them.
+
+    First its own, which it knows by their keys, whatever else is still to do. Then those of the jobs after it, each
+    from the end, for their owners are at the beginning.
+    """
+
+    def order(place: int) -> tuple[int, int]:
+        owner = int(tasks[place].key, 16) % jobs
+        return (owner - job) % jobs, place if owner == job else -place
+
+    return [tasks[place] for place in sorted(range(len(tasks)), key=order)]
 
 
 def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
@@ -64,46 +112,167 @@ def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None
     if record["sha256"] != identity.sha256:
         raise UsageError(
             f"the store has embeddings of another encoder under the name {identity.name!r}",
-            "Rename the directory of the new one: an encoder is named by its directory.",
+            "Give the new one a name of its own with --name.",
         )
 
 
 class EmbedWorker:
-    """Embeds parts with a loaded encoder."""
+    """Embeds parts with a loaded encoder, which it verifies on the first chunks that it gets."""
 
     def __init__(self, store: Store, stage: EmbedStage) -> None:
         self._store = store
-        self.encoder = Encoder(stage.spec, stage.device, stage.dtype)
-        own = store.identity.tokenizer
-        self._straight = own.sha256 == self.encoder.identity.tokenizer
-        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+        identity = stage.identity
+        self.encoder = Encoder(
+            stage.spec,
+            stage.devices[0],
+            stage.dtype,
+            pooling=identity.pooling,
+            name=identity.name,
+            batch_tokens=stage.batch_tokens,
+        )
+        if self.encoder.identity.sha256 != identity.sha256:
+            raise UsageError(f"encoder {stage.spec!r} was changed just now")
+        self.texts = EncoderRows(store, self.encoder)
+        self._verified = False
+        self._measured = (0.0, 0.0, time.perf_counter())
+        if self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY:
+            self.texts.hasten()
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Embed one part."""
-        self._store.refresh()
-        part = int(task.inputs["part"])
-        chunks = parts.read_chunks(self._store, part)
-        identity = self.encoder.identity
-        matrix = np.zeros((len(chunks), identity.dimension), np.float16)
-        embedded = np.flatnonzero(chunks.embedded)
-        for start in range(0, len(embedded), _BLOCK_ROWS):
-            block = embedded[start : start + _BLOCK_ROWS]
-            matrix[block] = self.encoder.embed(self.rows(chunks.tokens[block], chunks.n_tokens[block]), report)
-        report(task.weight - len(embedded))
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Embed one part; None if it has its embeddings by now."""
+        state = self._store.refresh()
+        part, identity = int(task.inputs["part"]), self.encoder.identity
+        if state.part_file("embeddings", part, identity.name) is not None:
+            return None
+        if not self._verified:
+            self._verify(part)
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
-        entry = vectors.write_vectors(self._store.root, name, matrix)
+        told = 0
+
+        def tell(rows: int) -> None:
+            nonlocal told
+            told += rows
+            report(rows)
+
+        try:
+            entry = self._write(part, name, tell)
+        except TokensDiffer as error:
+            # What this part has of the fast tokenizer is thrown away; --check tells of the parts before.
+            self.encoder.say(f"{error.summary}; going on with tokenizers, which is slower")
+            self.encoder.be_exact()
+            tell(-told)
+            entry = self._write(part, name, tell)
+        except NotFiniteError as error:
+            row = int(np.flatnonzero(parts.read_embedded(self._store, part))[error.row])
+            raise self._not_finite(part, row) from error
+        report(task.weight - told)  # what is erased has no vector
         key = f"encoder:{identity.name}"
         # The same model from another place is the same encoder: the record that was first stays.
         record = self._store.state.records.get(key) or identity.as_json()
         check_identity(record, identity)
-        settings = {"encoder": identity.name, "device": self.encoder.device, "dtype": self.encoder.dtype}
         return Staged(
-            task.key, "embed", run, settings, (str(task.inputs["path"]),), (entry,),
+            task.key, "embed", run, self.settings(), (str(task.inputs["path"]),), (entry,),
             records={key: record},
         )  # fmt: skip
 
-    def rows(self, tokens: np.ndarray[Any, Any], n_tokens: np.ndarray[Any, Any]) -> Sequence[Sequence[int]]:
-        """The encoder's own token ids of chunks given as the store's tokens [n, chunk_length]."""
-        if self._straight:
-            return [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
-        return self.encoder.tokenizer.encode_batch(self._tokenizer.decode_text(tokens, n_tokens))
+    def settings(self) -> dict[str, Any]:
+        """How vectors are made, as a commit keeps it."""
+        encoder = self.encoder
+        return {
+            "encoder": encoder.identity.name,
+            "device": encoder.device_name,
+            "dtype": encoder.dtype,
+            "forward": encoder.forward,
+            "why": encoder.why,
+            "cosine": encoder.cosine,
+        }
+
+    def measured(self) -> Measured:
+        """Tokens, seconds of forward and seconds since this was last asked for."""
+        work = self.encoder.work
+        now = (float(work.tokens), work.seconds / work.lanes, time.perf_counter())
+        before, self._measured = self._measured, now
+        tokens, forward, seconds = (a - b for a, b in zip(now, before, strict=True))
+        return tokens, forward, seconds
+
+    def _verify(self, part: int) -> None:
+        """Hold the encoder's forward against transformers, on chunks of the part."""
+        chunks = parts.read_chunks(self._store, part, [0])
+        rows = np.flatnonzero(chunks.embedded)
+        some = np.random.default_rng(0).permutation(rows)[:_VERIFIED]
+        try:
+            self.encoder.verify(self.texts.rows(chunks.tokens[some], chunks.n_tokens[some]))
+        except NotFiniteError as error:
+            raise self._not_finite(part, int(some[error.row])) from error
+        self._verified = True
+        self._measured = (0.0, 0.0, time.perf_counter())
+
+    def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
+        """Embed a part and write its file."""
+        entry = parts.part_entry(self._store, "chunks", part)
+        dimension = self.encoder.identity.dimension
+        with_vector: deque[npt.NDArray[np.bool_]] = deque()
+
+        def blocks() -> Iterator[Rows]:
+            for chunks in self._read(part, entry.rows):
+                embedded = chunks.embedded
+                with_vector.append(embedded)
+                yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
+
+        def filled(coming: Iterator[npt.NDArray[np.float16]]) -> Iterator[npt.NDArray[np.float16]]:
+            for found in coming:
+                embedded = with_vector.popleft()
+                if len(found) < len(embedded):
+                    block = np.zeros((len(embedded), dimension), np.float16)
+                    block[embedded] = found
+                    yield block
+                else:
+                    yield found
+
+        with self.encoder.stream(blocks(), report) as coming:
+            return vectors.write_vector_blocks(self._store.root, name, entry.rows, dimension, filled(coming))
+
+    def _read(self, part: int, rows: int) -> Iterator[Chunks]:
+        """A part's chunks, block by block."""
+        least, most = _BLOCK_ROWS
+        size = min(max(self.encoder.batch_tokens, least), most)
+        first = max(1, size // _FIRST_BLOCK)
+        groups = range(-(-rows // ROW_GROUP))
+        for start in (0, *range(1, len(groups), max(1, size // ROW_GROUP))):
+            taken = groups[:1] if start == 0 else groups[start : start + max(1, size // ROW_GROUP)]
+            chunks = parts.read_chunks(self._store, part, taken)
+            bounds = [0, *range(first if start == 0 else size, len(chunks), size), len(chunks)]
+            for begin, end in itertools.pairwise(bounds):
+                yield chunks.between(begin, end)
+
+    def _not_finite(self, part: int, row: int) -> NotFiniteError:
+        """What says which chunk it is."""
+        chunks = parts.read_chunks(self._store, part, [row // ROW_GROUP])
+        document = parts.read_documents(self._store, part, ["id"])["id"][int(chunks.doc[row % ROW_GROUP])].as_py()
+        chunk = int(parts.chunk_ids(part, np.array([row]))[0])
+        return NotFiniteError(
+            f"encoder {self.encoder.identity.name} gives NaN or infinity for chunk {chunk} "
+            f"(row {row} of part {part}, document {document!r})",
+            row,
+        )
+
+
+class EncoderRows:
+    """A store's chunks as the encoder's own token ids."""
+
+    def __init__(self, store: Store, encoder: Encoder) -> None:
+        own, identity = store.identity.tokenizer, encoder.identity
+        self._encoder = encoder
+        self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
+        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+
+    def hasten(self) -> None:
+        """Get ready for very many chunks."""
+        if not self.straight:
+            self._encoder.hasten()
+
+    def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
+        """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""
+        if self.straight:
+            return Rows.of_matrix(tokens, n_tokens)
+        return self._encoder.tokenize(self._tokenizer.decode_text(tokens, n_tokens))

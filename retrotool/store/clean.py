@@ -18,7 +18,7 @@ from pathlib import Path
 import orjson
 
 from retrotool.errors import CorruptError
-from retrotool.store import disk, log, paths, runs, staging
+from retrotool.store import claims, disk, log, paths, runs, staging
 from retrotool.store.atomic import TEMPORARY
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
@@ -75,6 +75,8 @@ def _owner(path: Path, relative: str) -> str | None:
         return path.name.removeprefix(TEMPORARY)[:8]
     if path.name.startswith("run-"):
         return path.stem.removeprefix("run-")
+    if relative.startswith("staging/claims/"):
+        return claims.owner(path.name)
     if relative.startswith(("log/", "checkpoints/")):
         return None
     try:

@@ -116,6 +116,13 @@ class Chunks:
         embedded: npt.NDArray[np.bool_] = _embedded(self.n_tokens, self.key)
         return embedded
 
+    def between(self, start: int, stop: int) -> Chunks:
+        """Some of the rows, without a copy."""
+        some = slice(start, stop)
+        return Chunks(
+            self.part, self.doc[some], self.index[some], self.n_tokens[some], self.tokens[some], self.key[some]
+        )
+
     def is_embedded(self, row: int) -> bool:
         """Whether one row has a vector."""
         return bool(_embedded(self.n_tokens[row], self.key[row]))

@@ -91,8 +91,8 @@ def run_path(root: Path, run: str) -> Path:
     return root / "staging" / f"run-{run}.json"
 
 
-def is_alive(root: Path, run: str) -> bool:
-    """Whether a run may still be writing."""
+def is_alive(root: Path, run: str, *, silence: float = SILENCE_SECONDS) -> bool:
+    """Whether a run may still be writing; one of another machine is not after so many seconds of ``silence``."""
     path = run_path(root, run)
     try:
         fields = orjson.loads(path.read_bytes())
@@ -102,7 +102,7 @@ def is_alive(root: Path, run: str) -> bool:
     if all(fields.get(key) == value for key, value in _here().items()):
         started = _start_time(int(fields["process"]))
         return started != "" and started == fields["started"] if fields["started"] else _exists(int(fields["process"]))
-    return silent < SILENCE_SECONDS
+    return silent < silence
 
 
 def _exists(process: int) -> bool:

@@ -108,7 +108,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
                 s, [str(root / "one.jsonl"), str(root / "two.jsonl")], tokenizer=str(tiny_encoder), part_size=8
             ),
         ),
-        ("index", lambda s: commands.embed(s, encoder=str(tiny_encoder), device="cpu")),
+        ("index", lambda s: commands.embed(s, encoder=str(tiny_encoder), devices="cpu")),
         ("neighbours", commands.index),
         ("purge", commands.neighbours),
     ]
@@ -135,7 +135,7 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     logical = ("content", "ids", "tombstones", "embeddings", "neighbours", "documents", "chunks", "tokens")
     return [
         Case("chunk", lambda s: commands.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
-        Case("embed", lambda s: commands.embed(s, encoder=str(encoder), device="cpu"), logical, []),
+        Case("embed", lambda s: commands.embed(s, encoder=str(encoder), devices="cpu"), logical, []),
         Case("index", commands.index, (*logical, "indexes"), []),
         Case("neighbours", commands.neighbours, logical, []),
         Case("purge", purge, logical, [False]),

@@ -45,7 +45,7 @@ def chunked(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
 
 
 def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None:
-    embedding = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], "cpu")
+    embedding = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], ("cpu",))
     stage = IndexStage("main", "tiny", shard_rows=40)
     one, other = Store.open(chunked), Store.open(chunked)
     with writing(one) as run, writing(other) as rival:
@@ -74,7 +74,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
 
 def test_vectors_of_two_encoders_do_not_mix_under_one_name(chunked: Path, tmp_path: Path) -> None:
     one, other = (make_encoder(tmp_path / str(seed) / "same", seed) for seed in (1, 2))
-    stages = [EmbedStage(str(path), find_encoder(str(path))[1], "cpu") for path in (one, other)]
+    stages = [EmbedStage(str(path), find_encoder(str(path))[1], ("cpu",)) for path in (one, other)]
     store = Store.open(chunked)
     with writing(store) as run:
         first, second = stages[0].plan(store)[0], stages[1].plan(store)[1]

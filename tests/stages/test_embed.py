@@ -190,7 +190,7 @@ def test_what_no_encoder_can_be_put_on_is_refused_also_where_nothing_is_left_to_
     built_store: Path, tiny_encoder: Path, device: str
 ) -> None:
     with pytest.raises(UsageError, match="not known"):
-        commands.embed(built_store, encoder=str(tiny_encoder), device=device)
+        commands.embed(built_store, encoder=str(tiny_encoder), devices=device)
     with pytest.raises(UsageError, match="not known"):
         Encoder(str(tiny_encoder), device=device)
     with pytest.raises(UsageError, match="float99"):

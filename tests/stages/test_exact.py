@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from oracle import brute_force, read_plain, saved_neighbours
 from retrotool import commands
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.search import Best, Excluded, Intervals, Queries, search
-from retrotool.encoder import Encoder
+from retrotool.encoder import Encoder, Rows
 from retrotool.stages.index import IndexStage
 
 Build = Callable[..., Path]
@@ -26,11 +26,15 @@ def build(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -
     def made(vectors: Callable[[np.random.Generator, int], np.ndarray]) -> Path:
         rng = np.random.default_rng(0)
 
-        def embed(_: Encoder, rows: list[object], report: Callable[[int], object]) -> np.ndarray:
-            report(len(rows))
-            return vectors(rng, len(rows)).astype(np.float16)
+        def made_up(
+            _: Encoder, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None
+        ) -> Iterator[np.ndarray]:
+            for rows in blocks:
+                report(len(rows))
+                yield vectors(rng, len(rows)).astype(np.float16)
 
-        monkeypatch.setattr(Encoder, "embed", embed)
+        monkeypatch.setattr(Encoder, "vectors", made_up)
+        monkeypatch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
         store = tmp_path / "store"
         source = write_jsonl(tmp_path / "c.jsonl", make_rows(120))
         commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=200)

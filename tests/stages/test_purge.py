@@ -206,7 +206,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
     store_path = tmp_path / "store"
     commands.chunk(store_path, [str(corpus)], tokenizer=str(tiny_encoder))
     store = Store.open(store_path)
-    stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], "cpu")
+    stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], ("cpu",))
     victim = retrotool.open(store_path).document("doc-9")[0]
     with writing(store) as run:
         (task,) = stage.plan(store)

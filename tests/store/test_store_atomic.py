@@ -134,13 +134,13 @@ def test_a_table_that_lacks_rows_is_found_by_the_check(store: Store, monkeypatch
 
 @pytest.mark.parametrize("keep", [0.0, 0.05, 0.5, 0.99])
 def test_truncated_vectors_are_found_by_the_check(store: Store, monkeypatch: pytest.MonkeyPatch, keep: float) -> None:
-    whole = np.lib.format.write_array
+    whole = disk.fsync
 
-    def truncated(file: object, array: np.ndarray, **options: object) -> None:
-        whole(file, array, **options)
-        file.truncate(int(keep * file.tell()))
+    def truncated(path: Path) -> None:
+        os.truncate(path, int(keep * path.stat().st_size))
+        whole(path)
 
-    monkeypatch.setattr(np.lib.format, "write_array", truncated)
+    monkeypatch.setattr(disk, "fsync", truncated)
     name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
     with pytest.raises((CorruptError, ValueError, EOFError)):
         vectors.write_vectors(store.root, name, np.ones((50, 8), np.float16))

@@ -1,0 +1,160 @@
+"""``embed``: every part that has no embeddings of an encoder; and how true the stored vectors are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from retrotool import engine
+from retrotool.commands.counting import command_line, count_keys_of
+from retrotool.commands.writing import writing
+from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
+from retrotool.engine import Meter
+from retrotool.errors import RetrotoolError, UsageError
+from retrotool.stages.database import embedded_parts
+from retrotool.stages.embed import EmbedStage
+from retrotool.stages.fidelity import draw, measure
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.tokenizers import BUNDLED
+
+_NOT_ITS_OWN = 0.99
+"""A stored vector whose cosine with the true one is below this was made by another model, or is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    """What ``embed`` did; ``chunks`` are the keys embedded by this run, ``embedded`` those the store has now.
+
+    ``tokens`` are the encoder's, real ones and special ones, of this run. ``forward`` is the way its devices took,
+    "packed" or "transformers" with the reason in ``why``, and ``cosine`` the least with ``transformers`` in float32
+    that was seen when the encoder was loaded. ``busy`` is the share of its devices' time that was forward.
+    ``elsewhere`` are parts that other living runs are at. ``check`` is the record of ``--check``.
+    """
+
+    encoder: str
+    dimension: int
+    pooling: str
+    chunks: int
+    embedded: int
+    commit: int
+    parts: int = 0
+    elsewhere: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    busy: float = 0.0
+    device: str = ""
+    devices: int = 0
+    dtype: str = ""
+    forward: str = ""
+    why: str = ""
+    cosine: float | None = None
+    check: dict[str, Any] | None = None
+
+
+class _Done:
+    """The parts that a run embedded, and how."""
+
+    def __init__(self) -> None:
+        self.parts: list[int] = []
+        self.settings: list[dict[str, Any]] = []
+
+    def __call__(self, staged: Staged) -> bool:
+        self.parts += [int(FileName.parse(entry.path).slot) for entry in staged.add]
+        self.settings.append(dict(staged.settings))
+        return False
+
+
+def embed(
+    root: str | Path,
+    *,
+    encoder: str = BUNDLED,
+    name: str | None = None,
+    pooling: str = "auto",
+    devices: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int | None = None,
+    shard: tuple[int, int] | None = None,
+    check: bool = False,
+) -> EmbedResult:
+    """Embed every part that has no embeddings of ``encoder``, on one or several devices.
+
+    ``shard`` (i, n): this is job i of n on this store, from 0. With more than one device, a script must call this below
+    ``if __name__ == "__main__":``, as processes are spawned.
+    """
+    store = Store.open(root)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise UsageError(f"--batch-tokens {batch_tokens} is not 1 or more")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"--shard {shard[0]}/{shard[1]}: jobs of {shard[1]} are numbered 0 to {shard[1] - 1}")
+    found = find_devices(devices, dtype)
+    identity = find_encoder(encoder, pooling=pooling, name=name)[1]
+    stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
+    done, meter = _Done(), Meter()
+    with writing(store) as run:
+        engine.execute(stage, store, run, workers=len(found), enough=done, meter=meter)
+        store.refresh()
+        elsewhere = len(stage.plan(store))
+        checked = _check(store, run, encoder, identity, found[0]) if check else None
+    state = store.refresh()
+    tokens, forward, seconds = meter.sums or (0.0, 0.0, 0.0)
+    return EmbedResult(
+        encoder=identity.name,
+        dimension=identity.dimension,
+        pooling=identity.pooling,
+        chunks=count_keys_of(store, done.parts),
+        embedded=count_keys_of(store, embedded_parts(store, identity.name)),
+        commit=state.number,
+        parts=len(done.parts),
+        elsewhere=elsewhere,
+        tokens=int(tokens),
+        seconds=round(seconds / len(found), 3),
+        busy=round(forward / seconds, 4) if seconds else 0.0,
+        devices=len(found),
+        check=checked,
+        **_how(done.settings),
+    )
+
+
+def _how(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How all vectors of a run were made; of workers that differ the one that is farther from the true vectors."""
+    if not settings:
+        return {}
+    farthest = min(settings, key=lambda one: one["cosine"])
+    return {key: farthest[key] for key in ("device", "dtype", "forward", "why", "cosine")}
+
+
+def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any]:
+    """Measure how true the stored vectors are, and commit it; ``RetrotoolError`` if one is of another model."""
+    reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
+    sample = draw(store, reference)
+    with tqdm(total=len(sample.ids), unit="chunk", desc="check", disable=None, delay=2, file=sys.stderr) as bar:
+        fidelity = measure(sample, reference, bar.update)
+    reference.close()
+    worst = int(sample.ids[fidelity.worst]) if len(sample.ids) else -1
+    record = {
+        "sample": fidelity.sample,
+        "cosine_min": round(fidelity.cosine_min, 6),
+        "cosine_mean": round(fidelity.cosine_mean, 6),
+        "recall_at_10": round(fidelity.recall_at_10, 4),
+        "worst_chunk": worst,
+        "against": f"transformers, float32, on {reference.device_name}",
+    }
+    settings = {"encoder": identity.name, "check": True}
+    store.commit(run, lambda _: Draft("embed", settings, records={f"fidelity:{identity.name}": record}))
+    if fidelity.cosine_min < _NOT_ITS_OWN:
+        raise RetrotoolError(
+            f"the stored vector of chunk {worst} is not what encoder {identity.name} gives: "
+            f"its cosine with that is {fidelity.cosine_min:.4f}",
+            "If the files are whole (retrotool verify), embed anew under another name: "
+            + command_line("embed", store.root, encoder=None if spec == BUNDLED else spec, name=f"{identity.name}-2"),
+        )
+    return record

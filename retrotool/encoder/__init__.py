@@ -1,0 +1,27 @@
+"""The encoder: a frozen BERT that turns chunks into vectors, fast and provably the same as ``transformers`` does.
+
+``find_encoder`` says what an encoder is, ``Encoder`` loads it and embeds, ``compare`` measures how far its vectors are
+from those of ``transformers`` in float32. The BERT family runs through a forward of our own without padding
+(``retrotool.encoder.packed``), every other model through ``transformers``.
+"""
+
+from __future__ import annotations
+
+from retrotool.encoder.devices import check_device, find_devices
+from retrotool.encoder.encoder import Encoder
+from retrotool.encoder.fidelity import Fidelity, compare, cosines
+from retrotool.encoder.identity import EncoderIdentity, find_encoder, plain_name
+from retrotool.encoder.rows import Rows
+
+__all__ = [
+    "Encoder",
+    "EncoderIdentity",
+    "Fidelity",
+    "Rows",
+    "check_device",
+    "compare",
+    "cosines",
+    "find_devices",
+    "find_encoder",
+    "plain_name",
+]

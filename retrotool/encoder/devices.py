@@ -1,0 +1,105 @@
+"""Devices and number types that an encoder can be put on, and telling when memory has run out.
+
+torch is imported only where a GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from retrotool.errors import UsageError
+
+DTYPES = ("float32", "float16", "bfloat16")
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Tokens of a batch: on a CPU what stays in its caches, on a GPU what fills it."""
+
+
+def check_device(device: str, dtype: str = "auto") -> None:
+    """``UsageError`` for a device or a type that an encoder can't be put on here; imports torch only if it has to."""
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {dtype!r} is not known", f"Known are auto, {', '.join(DTYPES)}.")
+    if device in ("auto", "cpu"):
+        return
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(f"device {device!r} is not known", "Use auto, cpu, cuda or cuda:N.")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {device!r}: torch sees no GPU", "Use --device cpu, or install a CUDA build of torch.")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
+
+
+def find_devices(devices: str, dtype: str = "auto") -> list[str]:
+    """The devices that a list such as ``cuda:0,cuda:1`` names; ``auto``: every GPU that torch sees, else the CPU.
+
+    ``UsageError`` for one that is not here, and for a GPU named twice (``cpu,cpu`` halves the cores).
+    """
+    if devices == "auto":
+        check_device("cpu", dtype)
+        import torch
+
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
+    named = [device.strip() for device in devices.split(",")]
+    for device in named:
+        check_device(device, dtype)
+    whole = ["cuda:0" if device == "cuda" else pick_device(device) for device in named]
+    twice = next((device for device in whole if device != "cpu" and whole.count(device) > 1), None)
+    if twice is not None:
+        raise UsageError(f"device {twice!r} is named twice", "One process a GPU keeps it busy.")
+    return whole
+
+
+def pick_device(device: str) -> str:
+    """What ``auto`` stands for: the first GPU where there is one."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(device: str, dtype: str) -> str:
+    """What ``auto`` stands for: float16 on a GPU, float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if device.startswith("cuda") else "float32"
+
+
+def name_of(device: str) -> str:
+    """What a device is: "cpu", or the name of the GPU."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def batch_tokens_of(device: str) -> int:
+    """Tokens of a batch, if nothing else is asked for."""
+    return BATCH_TOKENS[device.split(":")[0]]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, has no memory left."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+
+
+def release_memory(device: str) -> None:
+    """Give back to the device what torch holds and does not use."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()

@@ -1,0 +1,333 @@
+"""A loaded encoder: token ids in, float16 vectors out, on one device.
+
+The BERT family runs through the packed forward, any other model through ``transformers``. Which it is, is not taken on
+trust: when a model is loaded, some rows are embedded by the chosen way and by ``transformers`` in float32. A packed
+forward that differs is not used. Batches are made ready in a thread, several are in flight, and vectors come block
+by block, so that reading, tokenising, copying, computing and writing overlap. Out of memory, a batch is halved, and
+all after it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from retrotool.encoder import devices
+from retrotool.encoder.ahead import ahead
+from retrotool.encoder.architecture import NotPackedError
+from retrotool.encoder.fidelity import cosines
+from retrotool.encoder.identity import find_encoder, read_config
+from retrotool.encoder.rows import Rows, batches
+from retrotool.errors import NotFiniteError, RetrotoolError, UsageError
+from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
+
+if TYPE_CHECKING:
+    from retrotool.encoder.forwards import Forward
+    from retrotool.encoder.runners import Handle, Ready
+
+Vectors = npt.NDArray[np.float16]
+
+LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}
+"""What a vector's cosine with the true one must be, at least."""
+_PROBES = (
+    "The store is a directory with one commit log; a reader sees one commit.",
+    "def spread(starts, lengths): return np.arange(total) + np.repeat(starts - ends + lengths, lengths)",
+    "Le vent se lève, il faut tenter de vivre.",
+    "1 + 1 = 2",
+    "a",
+    " ".join(f"word {i} of a text that is longer than the others" for i in range(12)),
+)
+"""What the ways are compared on, where there is no text of a store."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What an encoder has done: rows, their tokens with special ones, and seconds that its device was at it.
+
+    ``lanes`` is how many batches its device computes at a time.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    lanes: int = 1
+
+
+class _Left(Exception):  # noqa: N818 - no error: nobody waits for the vectors any more
+    """What ends a computation that is not wanted any more."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """Rows that are given back together; ``first`` is how many came before them."""
+
+    vectors: Vectors
+    first: int
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Some rows of a block, framed, longest first; of the last one, which ends the block, there is nothing else."""
+
+    block: _Block
+    which: npt.NDArray[np.int64]
+    rows: Rows
+    ready: Ready | None
+
+
+def say(message: str) -> None:
+    """Tell the user on stderr, above a progress bar."""
+    tqdm.write(f"retrotool: {message}", file=sys.stderr)
+
+
+class Encoder:
+    """A loaded encoder on a device. ``forward`` is the way it takes: "packed" or "transformers"."""
+
+    def __init__(
+        self,
+        spec: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        pooling: str = "auto",
+        name: str | None = None,
+        batch_tokens: int | None = None,
+        forward: str = "auto",
+        say: Callable[[str], object] = say,
+    ) -> None:
+        path, self.identity = find_encoder(spec, pooling=pooling, name=name)
+        devices.check_device(device, dtype)
+        self.device = devices.pick_device(device)
+        self.dtype = devices.pick_dtype(self.device, dtype)
+        self.batch_tokens = batch_tokens or devices.batch_tokens_of(self.device)
+        self.work = Work()
+        self.cosine: float | None = None
+        """The least cosine with ``transformers`` in float32 that was seen when it was verified."""
+        self._spec, self._path, self.say = spec, path, say
+        self._exact = Tokenizer(find_tokenizer(str(path)))
+        self._fast: FastTokenizer | None = None
+        self._before, self._after = self._exact.special_tokens()
+        self._vocabulary = read_config(path).get("vocab_size")
+        self._load(forward)
+
+    def _load(self, way: str) -> None:
+        from retrotool.encoder.forwards import PackedForward, PaddedForward
+        from retrotool.encoder.runners import CpuRunner, CudaRunner, Runner
+
+        loaded: Forward | None = None
+        self.forward, self.why = "packed", ""
+        if way != "transformers":
+            try:
+                config = read_config(self._path)
+                loaded = PackedForward(self._path, self.identity, config, self.device, self.dtype)
+            except NotPackedError as reason:
+                if way == "packed":
+                    raise UsageError(f"encoder {self._spec!r} has no packed forward: {reason}") from reason
+                self.why = str(reason)
+            except Exception as error:  # safetensors raises what its parts do
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise UsageError(f"encoder {self._spec!r} can't be loaded: {why}") from error
+        if loaded is None:
+            self.forward = "transformers"
+            loaded = PaddedForward(self._spec, self._path, self.identity, self.device, self.dtype)
+        self._loaded = loaded
+        self._runner: Runner = CpuRunner(loaded) if self.device == "cpu" else CudaRunner(loaded, self.device)
+        self.work.lanes = self._runner.lanes
+
+    @property
+    def device_name(self) -> str:
+        """What the device is: "cpu", or the name of the GPU."""
+        return devices.name_of(self.device)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The encoder's own."""
+        return self._exact
+
+    def hasten(self) -> None:
+        """Get ready to tokenise very many texts: finding out what the fast tokenizer gets right takes seconds."""
+        if self._fast is None:
+            self._fast = FastTokenizer(self._exact)
+
+    def be_exact(self) -> None:
+        """Tokenise by ``tokenizers`` alone from now on."""
+        self._fast = None
+
+    def tokenize(self, texts: Sequence[str]) -> Rows:
+        """Rows of the encoder's own tokens, without special ones; texts are put as its configuration wants them.
+
+        ``TokensDiffer`` if it was hastened, and a text is found that the fast tokenizer gets wrong.
+        """
+        if self.identity.lower:
+            texts = [text.lower() for text in texts]
+        if self.identity.prompt:
+            texts = [self.identity.prompt + text for text in texts]
+        ids, lengths = (self._fast or self._exact).encode_flat(texts)
+        return Rows(ids.astype(np.int32), lengths)
+
+    def tokenize_query(self, text: str) -> Rows:
+        """As ``tokenize``, of one text that may be a chunk's as it is shown: one that begins inside a word."""
+        if self.identity.prompt or self.identity.lower:
+            return self.tokenize([text])
+        return Rows.of([self._exact.encode_chunk_text(text)])
+
+    def verify(self, sample: Rows | None = None) -> None:
+        """Hold the chosen way against ``transformers`` in float32, on ``sample`` or on texts of our own.
+
+        A packed forward with a vector below ``LEAST_COSINE`` gives way to ``transformers``, saying so. What that gives
+        in half precision is used if it was asked for, and said; ``RetrotoolError`` if nobody asked.
+        """
+        rows = sample if sample is not None and len(sample) else self.tokenize(_PROBES)
+        if self.forward == "transformers" and self.dtype == "float32":
+            self.cosine = 1.0
+            return
+        judge = Encoder(
+            self._spec, self.device, "float32", pooling=self.identity.pooling, forward="transformers", say=self.say
+        )
+        true = judge.embed(rows)
+        judge.close()
+        self.cosine = self._cosine(rows, true)
+        least = LEAST_COSINE[self.dtype]
+        if self.forward == "packed" and self.cosine < least:
+            self.say(f"the packed forward gives other vectors (cosine {self.cosine:.5f}): transformers is used instead")
+            self.close()
+            self._load("transformers")
+            self.why = f"the packed forward gave a cosine of {self.cosine:.5f}"
+            self.cosine = 1.0 if self.dtype == "float32" else self._cosine(rows, true)
+        if self.cosine < least:
+            self.say(
+                f"{self.dtype} changes this encoder's vectors (cosine {self.cosine:.5f}): --dtype float32 does not"
+            )
+        self.work = Work(lanes=self._runner.lanes)
+
+    def _cosine(self, rows: Rows, true: Vectors) -> float:
+        """The least cosine of our vectors with the true ones; −1 if they are no numbers."""
+        try:
+            return round(float(cosines(self.embed(rows), true).min()), 6)
+        except NotFiniteError:
+            return -1.0
+
+    def embed(self, rows: Rows | Sequence[Sequence[int]], report: Callable[[int], object] = lambda _: None) -> Vectors:
+        """Vectors, float16 [n, dimension], of rows of the encoder's own token ids, without special tokens.
+
+        An empty row is embedded as the special tokens alone (zeros for a model without any); a row over the model's
+        length is cut. ``report`` is told of each batch's rows. ``NotFiniteError`` names the row if the model gives NaN
+        or a number that float16 can't hold.
+        """
+        block = rows if isinstance(rows, Rows) else Rows.of(rows)
+        return next(self.vectors([block], report))
+
+    def vectors(self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None) -> Iterator[Vectors]:
+        """Vectors of each block in turn, as ``embed`` gives them; blocks are taken ahead, in other threads."""
+        flying: deque[tuple[_Batch, Handle | None]] = deque()
+        with ahead(blocks, 1) as made, ahead(self._batches(made), 2) as batched:
+            for batch in batched:
+                flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
+                while len(flying) > self._runner.depth:
+                    yield from self._land(*flying.popleft(), report)
+            while flying:
+                yield from self._land(*flying.popleft(), report)
+
+    @contextmanager
+    def stream(
+        self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None
+    ) -> Iterator[Iterator[Vectors]]:
+        """As ``vectors``, computed in a thread while the caller is busy with those that came before.
+
+        On leaving, the device is at rest: what was begun is dropped after the batches in flight.
+        """
+        left = threading.Event()
+
+        def told(rows: int) -> None:
+            if left.is_set():
+                raise _Left
+            report(rows)
+
+        with ahead(self.vectors(blocks, told), 1) as coming:
+            try:
+                yield coming
+            finally:
+                left.set()
+
+    def _batches(self, blocks: Iterable[Rows]) -> Iterator[_Batch]:
+        """The batches of each block, ready for the device, and what ends it."""
+        first = 0
+        for rows in blocks:
+            block = _Block(np.zeros((len(rows), self.identity.dimension), np.float16), first)
+            framed = rows.framed(self._before, self._after, self.identity.max_tokens)
+            self._check_tokens(framed)
+            for which in self._cut(framed.lengths):
+                some = framed.take(which)
+                yield _Batch(block, which, some, self._ready(some))
+            yield _Batch(block, np.flatnonzero(framed.lengths == 0), framed, None)
+            first += len(rows)
+
+    def _check_tokens(self, rows: Rows) -> None:
+        """``UsageError`` for a token that the model has no vector of, which a GPU would not survive."""
+        highest = int(rows.ids.max(initial=0))
+        if self._vocabulary is not None and highest >= self._vocabulary:
+            raise UsageError(
+                f"encoder {self._spec!r}: its tokenizer gives the token {highest}, its model has {self._vocabulary:,}",
+                "Take the tokenizer.json that was made with the model.",
+            )
+
+    def _cut(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Places of the rows of each batch."""
+        most_rows = self._loaded.most_rows(self.batch_tokens)
+        return batches(lengths, self.batch_tokens, most_rows=most_rows, padded=self._loaded.padded)
+
+    def _ready(self, rows: Rows) -> Ready:
+        return self._runner.ready(self._loaded.arrays(rows, self.batch_tokens), len(rows))
+
+    def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
+        """Put a batch's vectors where they belong; give back the block if it was the last."""
+        if handle is None:
+            report(len(batch.which))
+            yield batch.block.vectors
+            return
+        vectors = self._result(batch.rows, handle)
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            row = batch.block.first + int(batch.which[np.argmin(finite)])
+            raise NotFiniteError(f"encoder {self.identity.name}: row {row} gives NaN or infinity", row)
+        batch.block.vectors[batch.which] = vectors
+        self.work.rows += len(batch.which)
+        self.work.tokens += len(batch.rows.ids)
+        report(len(batch.which))
+
+    def _result(self, rows: Rows, handle: Handle) -> Vectors:
+        """A batch's vectors; out of memory, of smaller ones, and from then on batches are half as large."""
+        try:
+            vectors, seconds = handle()
+            self.work.seconds += seconds
+            return vectors
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise RetrotoolError(
+                    f"encoder {self.identity.name}: {self.device} has no memory for a row of {len(rows.ids)} tokens",
+                    "Free some of it, or use another device.",
+                ) from error
+        devices.release_memory(self.device)
+        if len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving
+            while self.batch_tokens >= len(rows.ids):
+                self.batch_tokens //= 2
+            self.say(f"{self.device} is out of memory: going on with {self.batch_tokens:,} tokens a batch")
+        pieces = [rows.take(which) for which in self._cut(rows.lengths)]
+        if len(pieces) == 1:
+            pieces = [rows.take(some) for some in np.array_split(np.arange(len(rows)), 2)]
+        return np.concatenate([self._result(some, self._runner.submit(self._ready(some))) for some in pieces])
+
+    def close(self) -> None:
+        """Let go of the device."""
+        self._runner.close()

@@ -1,0 +1,85 @@
+"""What a run tells while it works: a bar with what is done, the rate and the time left, and what workers measure.
+
+Worker processes tell theirs through a queue; a thread passes it on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+from tqdm import tqdm
+
+from retrotool.stages.base import Measured, Shows, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """``done`` units of work, ``left`` that fell to others, and what a worker has measured since it last told."""
+
+    done: int = 0
+    left: int = 0
+    measured: Measured = ()
+
+
+@dataclass(slots=True)
+class Meter:
+    """Sums of what the workers of a run measured, in the order of ``Metered.measured``."""
+
+    sums: list[float] = field(default_factory=list)
+
+    def add(self, measured: Measured) -> None:
+        """Take in what one worker measured."""
+        self.sums += [0.0] * (len(measured) - len(self.sums))
+        for i, value in enumerate(measured):
+            self.sums[i] += value
+
+
+class Progress:
+    """A bar on stderr, after two seconds and where there is a terminal."""
+
+    def __init__(self, stage: Stage, total: int, meter: Meter) -> None:
+        self._bar: tqdm[Any] = tqdm(
+            total=total, unit=stage.unit, unit_scale=True, desc=stage.name, disable=None, delay=2, file=sys.stderr
+        )
+        self._stage = stage
+        self._meter = meter
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def tell(self, told: Told) -> None:
+        """Take in what a worker told."""
+        self._meter.add(told.measured)
+        if told.left and not self._bar.disable:
+            self._bar.total = (self._bar.total or 0) - told.left
+        if told.measured and isinstance(self._stage, Shows):
+            self._bar.set_postfix_str(self._stage.shown(self._meter.sums), refresh=False)
+        self._bar.update(told.done)
+
+
+@contextlib.contextmanager
+def passing_on(told: SimpleQueue[Told | None], progress: Progress) -> Iterator[None]:
+    """Pass on what workers tell, from a thread."""
+
+    def pump() -> None:
+        while (message := told.get()) is not None:
+            progress.tell(message)
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, queue.Full):
+            told.put(None)
+        thread.join(timeout=5)

@@ -1,0 +1,84 @@
+"""One task: doing and staging it, and what becomes of it when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retrotool.engine.progress import Told
+from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError
+from retrotool.stages.base import Metered, Report, Task, Worker
+from retrotool.store import claims, staging
+from retrotool.store.staging import Staged
+
+ATTEMPTS = 3
+_FATAL = (StorageError, AbortError, KeyboardInterrupt)
+
+Enough = Callable[[Staged], bool]
+"""Told of every finished task; True ends the run after the tasks that have begun."""
+
+
+class Ended(Exception):  # noqa: N818 - no error: it is what the caller asked for
+    """A finished task was enough."""
+
+
+@dataclass(slots=True)
+class Failures:
+    """Attempts a task took, and the last error of those that are given up."""
+
+    attempts: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, BaseException] = field(default_factory=dict)
+
+    def note(self, task: Task, error: BaseException) -> bool:
+        """Count a failure; True if the task should be tried again."""
+        if isinstance(error, _FATAL):
+            raise error
+        if isinstance(error, ErasedError):
+            return False  # what it read was removed by another process: it is planned again, if it is still to be done
+        self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
+        # What is wrong with the data or the settings will be wrong again.
+        if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
+            return True
+        self.given_up[task.key] = error
+        return False
+
+
+def perform(worker: Worker, root: Path, task: Task, run: str, report: Report, *, shared: bool = False) -> Staged | None:
+    """Do one task and stage it; None if another process did, or (``shared``) a living run is at it.
+
+    This is all that another engine has to call.
+    """
+    if staging.is_staged(root, task.key):
+        return None
+    with _claimed(root, task.key, run) if shared else contextlib.nullcontext(True) as mine:
+        if not mine:
+            return None
+        try:
+            staged = worker(task, run, report)
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the panic of a library in Rust, which no other process knows the class of
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        if staged is None or not staging.stage(root, staged):
+            return None
+        return staged
+
+
+@contextlib.contextmanager
+def _claimed(root: Path, task: str, run: str) -> Iterator[bool]:
+    """Whether the task was to be had; what was had is given back."""
+    if not claims.take(root, task, run):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claims.release(root, task, run)
+
+
+def telling(worker: Worker, tell: Callable[[Told], object]) -> Report:
+    """What a worker reports to, so that what it measured is told with what it has done."""
+    metered = worker if isinstance(worker, Metered) else None
+    return lambda done: tell(Told(done, measured=metered.measured() if metered else ()))

@@ -1,0 +1,335 @@
+"""``embed`` part by part: blocks, what is left zero, what goes wrong in one part, and what is recorded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
+
+import retrotool
+from retrotool import commands
+from retrotool.encoder import Encoder, Rows, cosines, find_encoder
+from retrotool.errors import CorruptError, NotFiniteError, RetrotoolError, UsageError
+from retrotool.stages import embed, fidelity
+from retrotool.store import log
+from retrotool.store.parts import read_chunks
+from retrotool.store.store import Store
+from retrotool.tokenizers import TokensDiffer
+
+
+@pytest.fixture
+def chunked(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
+    """A store of several parts without embeddings, whose tokenizer is the encoder's."""
+    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def by_text(tmp_path: Path, corpus: Path, byte_level_tokenizer: Path) -> Path:
+    """As ``chunked``, with another tokenizer."""
+    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(byte_level_tokenizer), part_size=100)
+    return tmp_path / "store"
+
+
+def sums(store: Path) -> dict[str, str]:
+    state = Store.open(store).state
+    return {slot: state.file("embeddings", slot, "tiny").sha256 for slot in state.group("embeddings", "tiny")}
+
+
+@pytest.mark.parametrize("straight", [True, False])
+def test_blocks_of_any_size_give_each_chunk_its_own_vector(
+    straight: bool, tiny_encoder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = request.getfixturevalue("chunked" if straight else "by_text")
+    monkeypatch.setattr(embed, "_BLOCK_ROWS", (24, 24))
+    result = commands.embed(store, encoder=str(tiny_encoder), batch_tokens=300)
+    assert result.chunks == result.embedded == commands.info(store).chunks
+    assert result.parts == len(retrotool.open(store).parts()) > 2
+    assert result.tokens > 40 * result.chunks, "real tokens and two special ones"
+    encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
+    opened = Store.open(store)
+    rows = embed.EncoderRows(opened, encoder)
+    assert rows.straight == straight
+    for part in opened.state.parts():
+        chunks = read_chunks(opened, part)
+        true = encoder.embed(rows.rows(chunks.tokens, chunks.n_tokens))
+        assert cosines(retrotool.open(store).embeddings(part), true).min() > 0.9999
+
+
+def test_what_is_erased_has_no_vector_and_is_no_work(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_BLOCK_ROWS", (16, 16))
+    victims = retrotool.open(chunked).document("doc-9") + retrotool.open(chunked).document("doc-10")
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    before = commands.info(chunked).chunks
+    commands.purge(chunked, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    assert result.chunks == before - len(victims)
+    reader = retrotool.open(chunked)
+    rows = np.array(victims) & 0xFFFFFFFF
+    part = victims[0] >> 32
+    matrix = reader.embeddings(part)
+    assert not matrix[rows].any()
+    assert matrix[np.setdiff1d(np.arange(len(matrix)), rows)].any(axis=1).all()
+    assert commands.verify(chunked).ok
+
+
+def test_an_erase_that_commits_while_a_part_is_embedded_wins(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victims = retrotool.open(chunked).document("doc-9")
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    write = embed.EmbedWorker._write
+    erased = 0
+
+    def interrupted(self: embed.EmbedWorker, part: int, *arguments: object) -> object:
+        nonlocal erased
+        entry = write(self, part, *arguments)  # type: ignore[arg-type]
+        if part == victims[0] >> 32 and not erased:
+            erased += 1
+            assert np.load(self._store.path(entry))[victims[0] & 0xFFFFFFFF].any()
+            commands.purge(chunked, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+        return entry
+
+    monkeypatch.setattr(embed.EmbedWorker, "_write", interrupted)
+    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    assert erased == 1
+    matrix = retrotool.open(chunked).embeddings(victims[0] >> 32)
+    assert not matrix[np.array(victims) & 0xFFFFFFFF].any()
+    assert result.embedded == commands.info(chunked).chunks
+    assert commands.verify(chunked).ok
+
+
+def test_a_corrupt_part_is_exit_12_and_the_others_are_embedded(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
+    store = Store.open(chunked)
+    broken = chunked / store.state.part_file("chunks", 1).path
+    data = bytearray(broken.read_bytes())
+    data[len(data) // 3] ^= 1
+    broken.write_bytes(data)
+    done = cli("embed", chunked, "--encoder", tiny_encoder)
+    assert done.returncode == CorruptError.exit_code == 12
+    assert broken.name in done.stderr
+    assert "retrotool verify" in done.stderr
+    assert set(sums(chunked)) == {f"{part:06d}" for part in store.state.parts() if part != 1}
+
+
+def test_a_vector_that_is_no_number_names_the_chunk_and_its_document(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    reader = retrotool.open(chunked)
+    victim = reader.chunk((1 << 32) + 5)
+    path = Path(shutil.copytree(tiny_encoder, tmp_path / "models" / "tiny"))
+    weights = load_file(path / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][int(victim.tokens[3])] = float("inf")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        NotFiniteError, match=r"gives NaN or infinity for chunk \d+ \(row \d+ of part \d+, document 'doc-"
+    ):
+        commands.embed(chunked, encoder=str(path))
+
+
+def test_chunks_that_begin_and_end_inside_a_character(
+    tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path
+) -> None:
+    store = tmp_path / "store"
+    rows = [{"id": "emoji", "text": "🦖語" * 200}, {"id": "plain", "text": make_text(1, 50)}]
+    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    reader = retrotool.open(store)
+    texts = [reader.chunk(int(i)).text for i in reader.chunk_ids(0)]
+    assert sum("�" in text for text in texts) > 5
+    commands.embed(store, encoder=str(tiny_encoder))
+    encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
+    true = encoder.embed(encoder.tokenizer.encode_batch(texts))
+    assert cosines(retrotool.open(store).embeddings(0), true).min() > 0.9999
+
+
+def test_chunks_longer_than_the_model_are_cut(tmp_path: Path, tiny_encoder: Path) -> None:
+    store = tmp_path / "store"
+    source = write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": make_text(i, 600)} for i in range(4)])
+    commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), chunk_length=512)
+    commands.embed(store, encoder=str(tiny_encoder))
+    reader = retrotool.open(store)
+    encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
+    rows = [reader.chunk(int(i)).tokens[:126].tolist() for i in reader.chunk_ids(0)]
+    assert max(len(reader.chunk(int(i)).tokens) for i in reader.chunk_ids(0)) == 512
+    assert cosines(reader.embeddings(0), encoder.embed(rows)).min() > 0.9999
+
+
+def test_tokens_that_differ_are_thrown_away_with_their_part(
+    by_text: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+    from contextlib import redirect_stderr
+
+    expected = by_text.parent / "expected"
+    shutil.copytree(by_text, expected)
+    commands.embed(expected, encoder=str(tiny_encoder))
+    monkeypatch.setattr(embed, "_BLOCK_ROWS", (24, 24))
+    commands_before = Encoder.tokenize
+    calls = 0
+
+    def differs(self: Encoder, texts: list[str]) -> Rows:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise TokensDiffer("0.1", 3, "a text")
+        return commands_before(self, texts)
+
+    monkeypatch.setattr(Encoder, "tokenize", differs)
+    said = io.StringIO()
+    with redirect_stderr(said):
+        result = commands.embed(by_text, encoder=str(tiny_encoder))
+    assert calls > 4
+    assert "going on with tokenizers" in said.getvalue()
+    assert result.chunks == commands.info(by_text).chunks
+    for part in Store.open(by_text).state.parts():
+        pair = [retrotool.open(store).embeddings(part) for store in (by_text, expected)]
+        assert cosines(*pair).min() > 0.9999
+
+
+def test_how_vectors_were_made_stands_in_the_commit(chunked: Path, tiny_encoder: Path) -> None:
+    result = commands.embed(chunked, encoder=str(tiny_encoder), dtype="bfloat16", devices="cpu")
+    settings = log.read(chunked, result.commit).settings
+    assert {key: settings[key] for key in ("encoder", "device", "dtype", "forward", "why")} == {
+        "encoder": "tiny", "device": "cpu", "dtype": "bfloat16", "forward": "packed", "why": "",
+    }  # fmt: skip
+    assert 0.99 < settings["cosine"] == result.cosine <= 1
+    assert (result.forward, result.dtype, result.device, result.devices) == ("packed", "bfloat16", "cpu", 1)
+
+
+def test_several_encoders_lie_side_by_side_and_info_tells_what_each_covers(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    other = make_encoder(tmp_path / "models" / "other", 3)
+    commands.embed(chunked, encoder=str(tiny_encoder))
+    before = sums(chunked)
+    result = commands.embed(chunked, encoder=str(tiny_encoder), pooling="cls")
+    assert (result.encoder, result.pooling) == ("tiny-cls", "cls")
+    commands.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
+    assert commands.embed(chunked, encoder=str(other), name="mine").encoder == "mine"
+    found = commands.info(chunked)
+    assert {name: (e["parts"], e["rows"]) for name, e in found.encoders.items()} == {
+        "tiny": (len(before), result.embedded),
+        "tiny-cls": (len(before), result.embedded),
+        "mine": (len(found.parts), found.chunks),
+    }
+    assert sums(chunked) == before
+    reader = retrotool.open(chunked)
+    assert not np.allclose(reader.embeddings(0, "tiny"), reader.embeddings(0, "tiny-cls"), atol=0.01)
+    commands.index(chunked, name="cls", encoder="tiny-cls")
+    left = commands.index(chunked, name="cls")
+    assert left.next[0].endswith("--pooling cls")
+    assert retrotool.open(chunked).search("a token of the store", index="cls")
+    with pytest.raises(UsageError, match="another encoder under the name 'mine'") as error:
+        commands.embed(chunked, encoder=str(tiny_encoder), name="mine")
+    assert "--name" in error.value.advice
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_tells_how_true_the_stored_vectors_are(
+    dtype: str, chunked: Path, tiny_encoder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = commands.embed(chunked, encoder=str(tiny_encoder), dtype=dtype, check=True)
+    assert result.check is not None
+    assert result.check["sample"] == result.embedded
+    assert log.read(chunked, result.commit).records == {"fidelity:tiny": result.check}
+    store = Store.open(chunked)
+    encoder = Encoder(str(tiny_encoder), "cpu", "float32", forward="transformers")
+    sample = fidelity.draw(store, encoder)
+    assert len(set(sample.ids.tolist())) == len(sample.ids) == result.embedded
+    true = encoder.embed(sample.rows)
+    assert result.check["cosine_min"] == pytest.approx(cosines(sample.vectors, true).min(), abs=1e-6)
+    reader = retrotool.open(chunked)
+    for i in (0, 17, 200):
+        chunk = reader.chunk(int(sample.ids[i]))
+        assert sample.rows.take(np.array([i])).ids.tolist() == chunk.tokens.tolist()
+        assert np.array_equal(sample.vectors[i], reader.embeddings(chunk.id >> 32)[chunk.id & 0xFFFFFFFF])
+        same = sample.ids[sample.document == sample.document[i]]
+        assert set(same.tolist()) == set(reader.document(chunk.document))
+    assert f"recall@10 {result.check['recall_at_10']:.4f} against float32" in cli("info", chunked).stdout
+
+
+def test_a_sample_is_drawn_from_all_parts_and_no_larger_than_asked(chunked: Path, tiny_encoder: Path) -> None:
+    commands.embed(chunked, encoder=str(tiny_encoder))
+    encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
+    store = Store.open(chunked)
+    sample = fidelity.draw(store, encoder, 50)
+    assert len(sample.ids) == 50
+    assert set((sample.ids >> 32).tolist()) == set(store.state.parts())
+    assert not np.array_equal(sample.ids, fidelity.draw(store, encoder, 50, seed=1).ids)
+
+
+def test_check_finds_vectors_of_another_model(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    liar = make_encoder(tmp_path / "models" / "liar", 9)
+    commands.embed(chunked, encoder=str(tiny_encoder))
+    with pytest.MonkeyPatch.context() as patch:
+        _, identity = find_encoder(str(tiny_encoder))
+        patch.setattr(embed, "Encoder", lambda spec, *a, **k: _posing(liar, identity, *a, **k))
+        commands.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
+        commands.embed(chunked, encoder=str(tiny_encoder))
+    with pytest.raises(RetrotoolError, match=r"stored vector of chunk \d+ is not what encoder tiny gives") as error:
+        commands.embed(chunked, encoder=str(tiny_encoder), check=True)
+    assert "--name tiny-2" in error.value.advice
+
+
+def _posing(path: Path, identity: object, *arguments: object, **options: object) -> Encoder:
+    encoder = Encoder(str(path), "cpu")
+    encoder.identity = identity  # type: ignore[assignment]
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_tokens": 0}, "--batch-tokens 0"),
+        ({"shard": (2, 2)}, "--shard 2/2"),
+        ({"shard": (0, 0)}, "--shard 0/0"),
+        ({"pooling": "max"}, "pooling 'max' is not known"),
+        ({"name": "a/b"}, "can't be used as a name"),
+        ({"devices": "cpu,"}, "not known"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    chunked: Path, tiny_encoder: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        commands.embed(chunked, encoder=str(tiny_encoder), **options)  # type: ignore[arg-type]
+    assert not sums(chunked)
+
+
+def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path, tiny_encoder: Path) -> None:
+    """The most that a process has held after a few parts is the most that it holds after forty."""
+    import json
+    import subprocess
+    import sys
+
+    store = tmp_path / "store"
+    source = write_jsonl(tmp_path / "c.jsonl", make_rows(700))
+    result = commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=40)
+    assert result.parts >= 40
+    code = (
+        "import sys, json, resource\n"
+        "from retrotool import commands, engine\n"
+        "from retrotool.stages.embed import EmbedWorker\n"
+        "peaks, call = [], EmbedWorker.__call__\n"
+        "def called(self, *a):\n"
+        "    staged = call(self, *a)\n"
+        "    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "    return staged\n"
+        "EmbedWorker.__call__ = called\n"
+        "commands.embed(sys.argv[1], encoder=sys.argv[2], devices='cpu')\n"
+        "print(json.dumps(peaks))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store), str(tiny_encoder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout)
+    assert len(peaks) == result.parts
+    assert peaks[-1] - peaks[5] < 20 * 1024, f"{(peaks[-1] - peaks[5]) / 1024:.0f} MiB more after {len(peaks)} parts"

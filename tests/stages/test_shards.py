@@ -1,0 +1,199 @@
+"""Several jobs, devices and runs on one store: every part once, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Cli, make_rows, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrotool import commands
+from retrotool.stages.base import Task
+from retrotool.stages.embed import own_first
+from retrotool.store import claims, log
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+
+@pytest.fixture
+def chunked(tmp_path: Path, tiny_encoder: Path) -> Path:
+    source = write_jsonl(tmp_path / "c.jsonl", make_rows(200))
+    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=40)
+    return tmp_path / "store"
+
+
+def sums(store: Path) -> dict[str, str]:
+    state = Store.open(store).state
+    return {slot: state.file("embeddings", slot, "tiny").sha256 for slot in state.group("embeddings", "tiny")}
+
+
+def embeds(store: Path) -> list[str]:
+    """Slots that commits of ``embed`` added, in order; one twice would be one done twice."""
+    state = Store.open(store).state
+    commits = [log.read(store, number) for number in range(state.number + 1)]
+    return [entry.path.split("/")[-1][:6] for c in commits if c and c.kind == "embed" for entry in c.add]
+
+
+@given(st.sets(st.integers(0, 2**128 - 1), max_size=30), st.integers(1, 6), st.data())
+def test_a_job_begins_with_its_own_share_and_then_has_all_the_others(
+    keys: set[int], jobs: int, data: st.DataObject
+) -> None:
+    job = data.draw(st.integers(0, jobs - 1))
+    tasks = [Task(f"{key:032x}", "part", 1, {}) for key in sorted(keys)]
+    found = own_first(tasks, job, jobs)
+    assert sorted(t.key for t in found) == sorted(t.key for t in tasks)
+    own = [t for t in tasks if int(t.key, 16) % jobs == job]
+    assert found[: len(own)] == own
+    others = [int(t.key, 16) % jobs for t in found[len(own) :]]
+    assert others == sorted(others, key=lambda other: (other - job) % jobs)
+    less = [t for t in tasks if int(t.key, 16) % 3]
+    assert [t for t in found if t in less] == own_first(less, job, jobs), "whatever else there is to do"
+
+
+def start(store: Path, encoder: Path, *options: str, before: str = "") -> subprocess.Popen[str]:
+    """An ``embed`` in a process of its own; ``before`` is Python that it runs first."""
+    command = ["retrotool", "embed", str(store), "--encoder", str(encoder), "--json", *options]
+    code = f"{before}\nimport sys\nfrom retrotool.cli import main\nsys.argv = {command!r}\nmain()"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+SLOW = """
+import time
+from retrotool.stages.embed import EmbedWorker
+write = EmbedWorker._write
+def slow(self, part, *arguments):
+    time.sleep(0.2)
+    with open(MARKS, 'a') as file:
+        file.write(f'{part}\\n')
+    return write(self, part, *arguments)
+EmbedWorker._write = slow
+"""
+
+
+def test_two_jobs_at_once_do_every_part_once(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    slow = f"MARKS = {str(marks)!r}\n{SLOW}"
+    jobs = [start(chunked, tiny_encoder, "--shard", f"{i}/2", before=slow) for i in range(2)]
+    results = []
+    for job in jobs:
+        out, errors = job.communicate(timeout=200)
+        assert job.returncode == 0, errors
+        results.append(orjson.loads(out))
+    n = len(Store.open(chunked).state.parts())
+    assert sorted(map(int, marks.read_text().split())) == list(range(n)), "begun once each"
+    assert len(embeds(chunked)) == len(set(embeds(chunked))) == n
+    assert [result["parts"] for result in results] != [0, n]
+    assert sum(result["parts"] for result in results) == n
+    assert sum(result["chunks"] for result in results) == commands.info(chunked).chunks
+    assert not list((chunked / "staging" / "claims").iterdir())
+    assert commands.verify(chunked).ok
+
+
+def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
+    from retrotool.encoder import find_encoder
+    from retrotool.stages.embed import EmbedStage
+
+    store = Store.open(chunked)
+    stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1])
+    task = stage.plan(store)[2]
+    with Run(store.root) as other:
+        assert claims.take(store.root, task.key, other.id)
+        result = commands.embed(chunked, encoder=str(tiny_encoder))
+        assert result.elsewhere == 1
+        assert result.parts == len(store.state.parts()) - 1
+        again = cli("embed", chunked, "--encoder", tiny_encoder)
+        assert again.returncode == 0
+        assert "Nothing is left for this run" in again.stdout
+        assert "1 part that other runs are at" in again.stdout
+    last = commands.embed(chunked, encoder=str(tiny_encoder))
+    assert (last.parts, last.elsewhere) == (1, 0)
+
+
+def test_a_killed_job_s_parts_are_done_by_the_next(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    job = start(chunked, tiny_encoder, before=f"MARKS = {str(marks)!r}\n{SLOW}")
+    deadline = time.monotonic() + 100
+    while not (marks.exists() and len(marks.read_text().split()) >= 3) and time.monotonic() < deadline:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    begun = len(marks.read_text().split())
+    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    n = len(Store.open(chunked).state.parts())
+    assert n - begun <= result.parts <= n - begun + 1, "at most the part at hand is done again"
+    assert result.elsewhere == 0
+    assert len(sums(chunked)) == n
+    assert not list((chunked / "staging" / "claims").iterdir())
+
+
+def test_several_devices_give_the_same_files_as_one(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    one = Path(shutil.copytree(chunked, tmp_path / "one"))
+    commands.embed(one, encoder=str(tiny_encoder), devices="cpu")
+    result = commands.embed(chunked, encoder=str(tiny_encoder), devices="cpu,cpu")
+    assert sums(chunked) == sums(one)
+    assert result.devices == 2
+    assert result.parts == len(sums(one))
+    assert result.tokens > 0
+    assert 0 < result.busy <= 1
+    assert (result.forward, result.device) == ("packed", "cpu")
+
+
+DYING = """
+import os, signal
+from pathlib import Path
+from retrotool.stages.embed import EmbedWorker
+write = EmbedWorker._write
+def dying(self, part, *arguments):
+    if part == 2:
+        try:
+            Path(MARKS).touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            pass
+    return write(self, part, *arguments)
+EmbedWorker._write = dying
+"""
+
+
+def test_a_process_of_a_device_that_is_killed_is_replaced(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    """Worker processes are spawned, so what they do otherwise is told by a module that Python imports at its start."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(f"MARKS = {str(tmp_path / 'mark')!r}\n{DYING}")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "retrotool", "embed", chunked, "--encoder", tiny_encoder]
+    command += ["--devices", "cpu,cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mark").exists()
+    assert orjson.loads(done.stdout)["elsewhere"] == 0
+    assert sorted(embeds(chunked)) == sorted(sums(chunked))
+    assert len(sums(chunked)) == len(Store.open(chunked).state.parts())
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_rest_is_done_by_the_next(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    job = start(chunked, tiny_encoder, before=f"MARKS = {str(marks)!r}\n{SLOW}")
+    deadline = time.monotonic() + 100
+    while not (marks.exists() and len(marks.read_text().split()) >= 3) and time.monotonic() < deadline:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert len(sums(chunked)) >= 2
+    assert commands.embed(chunked, encoder=str(tiny_encoder)).embedded == commands.info(chunked).chunks
+    assert commands.verify(chunked).ok
