@@ -1,10 +1,10 @@
-"""Rates of the five commands on real text, each against what a user would write instead, in one run.
+"""Rates of the commands on real text, each against what a user would write instead, in one run.
 
     python benchmarks/pipeline.py INPUT.jsonl[.zst] [...] [--embed-chunks 2000]
 
-chunk is held against ``tokenizers`` alone on the same texts (its floor) and embed against ``sentence-transformers`` on
-the same chunks; neighbours against ``faiss`` searching query by query in an exact float32 index of the same vectors.
-Embedding is slow on a CPU, so neighbours use the first ``--embed-chunks`` chunks only unless that is raised.
+chunk is held against ``tokenizers`` alone on the same texts (its floor); neighbours against ``faiss`` searching query
+by query in an exact float32 index of the same vectors. Embedding has a benchmark of its own, ``embed.py``; it is slow
+on a CPU, so neighbours use the first ``--embed-chunks`` chunks only unless that is raised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import retrotool
 from retrotool import commands
 from retrotool.encoder import Encoder
 from retrotool.sources import Document, Fields, find_inputs, read
-from retrotool.stages.embed import EmbedStage, EmbedWorker
+from retrotool.stages.embed import EncoderRows
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
 
@@ -50,34 +50,11 @@ def bench_chunk(inputs: list[str], store: Path) -> None:
     report("chunk", ours, "MB/s", floor, "tokenizers alone, in memory, all cores")
 
 
-def bench_embed(store: Path, limit: int) -> np.ndarray:
-    from sentence_transformers import SentenceTransformer
-
-    from retrotool.encoder import find_encoder
-    from retrotool.tokenizers import bundled_model
-
-    opened = Store.open(store)
-    worker = EmbedWorker(opened, EmbedStage("minilm", find_encoder("minilm")[1]))
+def embed_some(store: Path, limit: int) -> np.ndarray:
+    """Vectors of the first chunks; ``benchmarks/embed.py`` is what measures that."""
+    opened, encoder = Store.open(store), Encoder("minilm")
     chunks = read_chunks(opened, 0)
-    rows = worker.texts.rows(chunks.tokens[:limit], chunks.n_tokens[:limit])
-    encoder: Encoder = worker.encoder
-    encoder.embed(rows.take(np.arange(64)))
-    start = time.perf_counter()
-    vectors = encoder.embed(rows)
-    ours = len(rows) / (time.perf_counter() - start)
-    texts = encoder.tokenizer.decode_text(chunks.tokens[:limit], chunks.n_tokens[:limit])
-    model = SentenceTransformer(str(bundled_model()), device=encoder.device)
-    model.encode(texts[:64])
-    start = time.perf_counter()
-    model.encode(texts)
-    report(
-        f"embed ({encoder.device})",
-        ours,
-        "chunks/s",
-        len(rows) / (time.perf_counter() - start),
-        "sentence-transformers",
-    )
-    return vectors
+    return encoder.embed(EncoderRows(opened, encoder).rows(chunks.tokens[:limit], chunks.n_tokens[:limit]))
 
 
 def bench_search(vectors: np.ndarray) -> None:
@@ -105,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         bench_chunk(arguments.inputs, store)
-        bench_search(bench_embed(store, arguments.embed_chunks))
+        bench_search(embed_some(store, arguments.embed_chunks))
         start = time.perf_counter()
         found = commands.verify(store)
         report("verify", found.bytes / 1e6 / (time.perf_counter() - start), "MB/s")

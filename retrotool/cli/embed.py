@@ -116,22 +116,23 @@ def _text(result: EmbedResult) -> str:
         devices = result.device if result.devices == 1 else f"{result.devices} × {result.device}"
         reason = f" ({result.why})" if result.why else ""
         lines.append(
-            f"  forward   {result.forward}, {result.dtype}, {devices}{reason}; "
-            f"cosine with transformers in float32: {result.cosine:.4f} or more"
+            f"Forward: {result.forward}, {result.dtype}, on {devices}{reason}. "
+            f"Least cosine with transformers in float32: {result.cosine:.5f}"
         )
     if result.seconds > _WORTH_TELLING_SECONDS:
         chunks, tokens = result.chunks / result.seconds, result.tokens / result.seconds
         busy = f"{100 * result.busy:.0f} % of the time was forward"
-        lines.append(f"  rate      {chunks:,.0f} chunks/s, {tokens:,.0f} tokens/s; {busy}")
+        lines.append(f"{chunks:,.0f} chunks/s, {tokens:,.0f} tokens/s; {busy}.")
     if result.elsewhere:
+        are = "is" if result.elsewhere == 1 else "are"
         lines.append(
-            f"  left      {output.count(result.elsewhere, 'part')} that other runs are at; "
-            "should they die, run the same command again"
+            f"{output.count(result.elsewhere, 'part')} {are} left to other runs that have begun with them. "
+            "Should these die, run the same command again."
         )
     if result.check:
         lines.append(
-            f"  check     {output.count(result.check['sample'], 'stored vector')} against transformers in float32: "
-            f"cosine {result.check['cosine_min']:.4f} or more, {result.check['cosine_mean']:.4f} on average, "
+            f"Check of {output.count(result.check['sample'], 'stored vector')} against transformers in float32: "
+            f"cosine {result.check['cosine_min']:.5f} or more, {result.check['cosine_mean']:.5f} on average, "
             f"recall@10 {result.check['recall_at_10']:.4f}"
         )
     return "\n".join(lines)

@@ -1,10 +1,11 @@
 """A loaded encoder: token ids in, float16 vectors out, on one device.
 
 The BERT family runs through the packed forward, any other model through ``transformers``. Which it is, is not taken on
-trust: when a model is loaded, some rows are embedded by the chosen way and by ``transformers`` in float32. A packed
-forward that differs is not used. Batches are made ready in a thread, several are in flight, and vectors come block
-by block, so that reading, tokenising, copying, computing and writing overlap. Out of memory, a batch is halved, and
-all after it.
+trust: ``verify`` embeds some rows by the chosen way and by ``transformers`` in float32. A packed forward that differs
+is not used, nor a number type that nobody asked for.
+
+Batches are made ready in a thread, several are in flight, and vectors come block by block, so that reading, tokenising,
+copying, computing and writing overlap. Out of memory, batches are halved from there on.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Encoder:
         path, self.identity = find_encoder(spec, pooling=pooling, name=name)
         devices.check_device(device, dtype)
         self.device = devices.pick_device(device)
-        self.dtype = devices.pick_dtype(self.device, dtype)
+        self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
         self.batch_tokens = batch_tokens or devices.batch_tokens_of(self.device)
         self.work = Work()
         self.cosine: float | None = None
@@ -128,7 +129,7 @@ class Encoder:
         if way != "transformers":
             try:
                 config = read_config(self._path)
-                loaded = PackedForward(self._path, self.identity, config, self.device, self.dtype)
+                loaded = PackedForward(self._path, self.identity, config, self.device, self.dtype, self.say)
             except NotPackedError as reason:
                 if way == "packed":
                     raise UsageError(f"encoder {self._spec!r} has no packed forward: {reason}") from reason
@@ -183,31 +184,46 @@ class Encoder:
     def verify(self, sample: Rows | None = None) -> None:
         """Hold the chosen way against ``transformers`` in float32, on ``sample`` or on texts of our own.
 
-        A packed forward with a vector below ``LEAST_COSINE`` gives way to ``transformers``, saying so. What that gives
-        in half precision is used if it was asked for, and said; ``RetrotoolError`` if nobody asked.
+        A vector below ``LEAST_COSINE`` is the forward's fault or the type's. A packed forward that is wrong in float32
+        gives way to ``transformers``. A type that nobody asked for gives way to float32; one that was asked for stays.
+        Each is said.
         """
         rows = sample if sample is not None and len(sample) else self.tokenize(_PROBES)
         if self.forward == "transformers" and self.dtype == "float32":
             self.cosine = 1.0
             return
-        judge = Encoder(
-            self._spec, self.device, "float32", pooling=self.identity.pooling, forward="transformers", say=self.say
-        )
-        true = judge.embed(rows)
-        judge.close()
+        true = self._other("float32", "transformers").embed(rows)
         self.cosine = self._cosine(rows, true)
-        least = LEAST_COSINE[self.dtype]
-        if self.forward == "packed" and self.cosine < least:
-            self.say(f"the packed forward gives other vectors (cosine {self.cosine:.5f}): transformers is used instead")
-            self.close()
-            self._load("transformers")
-            self.why = f"the packed forward gave a cosine of {self.cosine:.5f}"
-            self.cosine = 1.0 if self.dtype == "float32" else self._cosine(rows, true)
-        if self.cosine < least:
-            self.say(
-                f"{self.dtype} changes this encoder's vectors (cosine {self.cosine:.5f}): --dtype float32 does not"
-            )
+        if self.cosine < LEAST_COSINE[self.dtype] and self.forward == "packed" and not self._is_right(rows, true):
+            why = f"the packed forward gave a cosine of {self.cosine:.5f}"
+            self.say(f"{why}: transformers is used instead")
+            self._load_again("transformers", why, rows, true)
+        if self.cosine < LEAST_COSINE[self.dtype]:
+            why = f"{self.dtype} gave a cosine of {self.cosine:.5f}"
+            if self._asked == "auto":
+                self.say(f"{why}: float32 is used instead, which is slower")
+                self.dtype = "float32"
+                self._load_again(self.forward, why, rows, true)
+            else:
+                self.say(f"{why}: --dtype float32 changes no vector of this encoder")
         self.work = Work(lanes=self._runner.lanes)
+
+    def _is_right(self, rows: Rows, true: Vectors) -> bool:
+        """Whether the packed forward gives the true vectors in float32."""
+        return (
+            self.dtype != "float32" and self._other("float32", "packed")._cosine(rows, true) > LEAST_COSINE["float32"]
+        )
+
+    def _other(self, dtype: str, forward: str) -> Encoder:
+        """The same encoder on the same device in another way."""
+        pooling = self.identity.pooling
+        return Encoder(self._spec, self.device, dtype, pooling=pooling, forward=forward, say=self.say)
+
+    def _load_again(self, way: str, why: str, rows: Rows, true: Vectors) -> None:
+        self.close()
+        self._load(way)
+        self.why = why
+        self.cosine = self._cosine(rows, true)
 
     def _cosine(self, rows: Rows, true: Vectors) -> float:
         """The least cosine of our vectors with the true ones; −1 if they are no numbers."""

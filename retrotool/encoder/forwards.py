@@ -54,7 +54,13 @@ class PackedForward:
     padded = False
 
     def __init__(
-        self, path: Path, identity: EncoderIdentity, config: Mapping[str, Any], device: str, dtype: str
+        self,
+        path: Path,
+        identity: EncoderIdentity,
+        config: Mapping[str, Any],
+        device: str,
+        dtype: str,
+        say: Callable[[str], object],
     ) -> None:
         shape = architecture_of(config)
         kind: torch.dtype = getattr(torch, dtype)
@@ -64,6 +70,7 @@ class PackedForward:
         self.constant = device != "cpu" and kind != torch.float32 and not shape.buckets and _has_varlen(device)
         self._compiled: Callable[..., torch.Tensor] | None = None
         self.why_eager = ""
+        self._say = say
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
         """Ids, places and spans; see ``Forward``."""
@@ -82,7 +89,7 @@ class PackedForward:
         filled = np.zeros((2, room), np.int32)
         filled[0, :total], filled[1, :total] = ids, places
         filler = np.arange(total + longest, room, longest)
-        spans = np.full(rows_of(room) + room // _LONGEST_STEP + 2, room, np.int32)
+        spans = np.full(max(rows_of(room), len(rows)) + room // _LONGEST_STEP + 2, room, np.int32)
         spans[0] = 0
         spans[1 : len(ends) + 1] = ends
         spans[len(ends) + 1 : len(ends) + 1 + len(filler)] = filler
@@ -101,6 +108,7 @@ class PackedForward:
                 raise
             # A compiler can lack a tool (a C compiler, a header) that the model can do without.
             self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self._say(f"the forward can't be compiled ({self.why_eager}), and is slower without")
             self._model.run = Layer.forward
             pooled = self._model(tensors["ids"], tensors["places"], spans, more["longest"])
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled

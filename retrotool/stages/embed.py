@@ -13,7 +13,6 @@ A block is of as many rows as a batch is of tokens, about 64 batches.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +35,8 @@ from retrotool.tokenizers import Tokenizer, TokenizerFile, TokensDiffer
 
 _BLOCK_ROWS = (256, 1 << 16)
 """Rows of a block, at least and at most."""
-_FIRST_BLOCK = 8
-"""The first block of a part is so many times smaller: nothing is computed until it is there."""
+_END_BLOCK = 8
+"""The first block of a part, and the last, are so many times smaller."""
 _VERIFIED = 64
 """Chunks that an encoder is verified on when it begins."""
 _MANY = 100_000
@@ -114,6 +113,24 @@ def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None
             f"the store has embeddings of another encoder under the name {identity.name!r}",
             "Give the new one a name of its own with --name.",
         )
+
+
+def blocks_of(rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the blocks of a part: of ``most`` rows, fewer at both ends, of whole row groups if large.
+
+    Nothing is computed until the first block is there, and nothing while the last one is written.
+    """
+    least = max(1, most // _END_BLOCK)
+    start, size = 0, least
+    while start < rows:
+        size = max(least, min(size, most, (rows - start) // 2))
+        stop = start + size
+        if size >= ROW_GROUP:
+            stop -= stop % ROW_GROUP
+        elif stop // ROW_GROUP > start // ROW_GROUP:
+            stop = (start // ROW_GROUP + 1) * ROW_GROUP
+        yield start, min(stop, rows)
+        start, size = stop, 2 * size
 
 
 class EmbedWorker:
@@ -233,17 +250,14 @@ class EmbedWorker:
             return vectors.write_vector_blocks(self._store.root, name, entry.rows, dimension, filled(coming))
 
     def _read(self, part: int, rows: int) -> Iterator[Chunks]:
-        """A part's chunks, block by block."""
+        """A part's chunks, block by block; at most two row groups more than a block are held."""
         least, most = _BLOCK_ROWS
-        size = min(max(self.encoder.batch_tokens, least), most)
-        first = max(1, size // _FIRST_BLOCK)
-        groups = range(-(-rows // ROW_GROUP))
-        for start in (0, *range(1, len(groups), max(1, size // ROW_GROUP))):
-            taken = groups[:1] if start == 0 else groups[start : start + max(1, size // ROW_GROUP)]
-            chunks = parts.read_chunks(self._store, part, taken)
-            bounds = [0, *range(first if start == 0 else size, len(chunks), size), len(chunks)]
-            for begin, end in itertools.pairwise(bounds):
-                yield chunks.between(begin, end)
+        held, first = None, 0
+        for start, stop in blocks_of(rows, min(max(self.encoder.batch_tokens, least), most)):
+            if held is None or stop > first + len(held):
+                groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
+                held, first = parts.read_chunks(self._store, part, groups), groups[0] * ROW_GROUP
+            yield held.between(start - first, stop - first)
 
     def _not_finite(self, part: int, row: int) -> NotFiniteError:
         """What says which chunk it is."""

@@ -3,7 +3,7 @@
 A claim is an empty file, ``staging/claims/<task key>-<run>``. A run makes its claim first and then looks whether a
 living run has another: of two that meet, at least the later one sees the other and steps back. Nothing but time depends
 on claims: a task that two runs do is staged once. So a run of another machine is taken for dead after minutes of
-silence here, and only after an hour where its files are at stake.
+silence here, by the clock of the file system, and only after an hour where its files are at stake.
 
 Cost: a file made, a listing of a folder with a few files a run, and a file removed.
 """
@@ -58,10 +58,11 @@ def held(root: Path, run: str) -> frozenset[str]:
     """Keys of the tasks that other living runs have claimed."""
     alive: dict[str, bool] = {run: False}
     found = set()
+    now = runs.beat(root, run)
     for name in _names(root):
         other = owner(name)
         if other not in alive:
-            alive[other] = runs.is_alive(root, other, silence=SILENCE_SECONDS)
+            alive[other] = runs.is_alive(root, other, silence=SILENCE_SECONDS, now=now)
         if alive[other]:
             found.add(name.rpartition("-")[0])
     return frozenset(found)
@@ -80,5 +81,8 @@ def _names(root: Path) -> list[str]:
 
 def _others(root: Path, task: str, run: str) -> bool:
     """Whether another living run has claimed a task."""
-    rivals = [owner(name) for name in _names(root) if name.startswith(f"{task}-")]
-    return any(runs.is_alive(root, rival, silence=SILENCE_SECONDS) for rival in rivals if rival != run)
+    rivals = [owner(name) for name in _names(root) if name.startswith(f"{task}-") and owner(name) != run]
+    if not rivals:
+        return False
+    now = runs.beat(root, run)
+    return any(runs.is_alive(root, rival, silence=SILENCE_SECONDS, now=now) for rival in rivals)

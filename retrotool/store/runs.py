@@ -91,12 +91,24 @@ def run_path(root: Path, run: str) -> Path:
     return root / "staging" / f"run-{run}.json"
 
 
-def is_alive(root: Path, run: str, *, silence: float = SILENCE_SECONDS) -> bool:
-    """Whether a run may still be writing; one of another machine is not after so many seconds of ``silence``."""
+def beat(root: Path, run: str) -> float:
+    """Let a run give a sign of life; return its time by the clock of the file system, which all machines share."""
+    try:
+        os.utime(run_path(root, run))
+        return run_path(root, run).stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def is_alive(root: Path, run: str, *, silence: float = SILENCE_SECONDS, now: float | None = None) -> bool:
+    """Whether a run may still be writing; one of another machine is not after so many seconds of ``silence``.
+
+    ``now`` is by the clock of the file system; without it this machine's clock is taken.
+    """
     path = run_path(root, run)
     try:
         fields = orjson.loads(path.read_bytes())
-        silent = time.time() - path.stat().st_mtime
+        silent = (time.time() if now is None else now) - path.stat().st_mtime
     except (FileNotFoundError, orjson.JSONDecodeError):
         return False
     if all(fields.get(key) == value for key, value in _here().items()):

@@ -58,10 +58,11 @@ def test_page_that_begins_with_the_tutorials_store(here: Path, tutorial_store: P
     run_page(HOW_TO / page)
 
 
-def test_embed_and_index(here: Path, tutorial_store: Path, tiny_encoder: Path) -> None:
+@pytest.mark.parametrize("page", ["choose-an-encoder.md", "embed-and-index.md"])
+def test_page_with_an_encoder_of_its_own(here: Path, tutorial_store: Path, tiny_encoder: Path, page: str) -> None:
     shutil.copytree(tutorial_store, here, dirs_exist_ok=True)
     shutil.copytree(tiny_encoder, here / "models" / "my-bert")
-    run_page(HOW_TO / "embed-and-index.md")
+    run_page(HOW_TO / page)
 
 
 def test_run_on_a_cluster(here: Path, tiny_encoder: Path) -> None:

@@ -159,9 +159,10 @@ def test_a_packed_forward_that_differs_is_not_used(
     assert encoder.forward == "packed"
     encoder.verify()
     assert encoder.forward == "transformers"
-    assert encoder.cosine == 1.0
-    assert "other vectors" in said[0]
-    assert "gave a cosine of" in encoder.why
+    assert encoder.cosine is not None
+    assert encoder.cosine > 0.99999
+    assert "transformers is used instead" in said[0]
+    assert "packed forward gave a cosine of" in encoder.why
     assert_same(encoder.embed(rows_of_all_lengths()), true)
 
 
@@ -177,15 +178,33 @@ def test_a_right_one_is_verified_and_its_work_counted_from_there(tiny_encoder: P
     assert encoder.work.seconds > 0
 
 
-def test_half_precision_that_ruins_an_encoder_is_said(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", ["bfloat16", "auto"])
+def test_a_type_that_ruins_an_encoder_is_said_and_not_used_unless_it_was_asked_for(
+    asked: str, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from retrotool.encoder import encoder as module
 
     path = make_family("bert", tmp_path / "model", tiny_encoder)
+    true = embed(path, "transformers")
     monkeypatch.setitem(module.LEAST_COSINE, "bfloat16", 1.01)
+    pick = module.devices.pick_dtype
+    monkeypatch.setattr(
+        module.devices, "pick_dtype", lambda device, dtype: "bfloat16" if dtype == "auto" else pick(device, dtype)
+    )
     said: list[str] = []
-    encoder = Encoder(str(path), "cpu", "bfloat16", say=said.append)
+    encoder = Encoder(str(path), "cpu", asked, say=said.append)
+    assert encoder.dtype == "bfloat16"
     encoder.verify()
-    assert encoder.forward == "transformers"
-    assert "--dtype float32" in said[-1]
+    assert encoder.forward == "packed", "the forward is right, the type is not"
+    assert len(said) == 1
+    assert encoder.cosine is not None
+    if asked == "auto":
+        assert "float32 is used instead" in said[0]
+        assert encoder.dtype == "float32"
+        assert encoder.cosine > 0.99999
+        assert "bfloat16 gave a cosine of" in encoder.why
+        assert_same(encoder.embed(rows_of_all_lengths()), true)
+    else:
+        assert "--dtype float32" in said[0]
+        assert encoder.dtype == "bfloat16"
+        assert encoder.why == ""

@@ -129,9 +129,11 @@ def test_a_compiler_that_fails_is_done_without(
     path = make_family("bert", tmp_path / "bert", tiny_encoder)
     rows = rows_of_all_lengths(n=200)
     true = Encoder(str(path), "cpu", forward="transformers").embed(rows)
-    encoder = Encoder(str(path), "cpu", batch_tokens=1024)
+    said: list[str] = []
+    encoder = Encoder(str(path), "cpu", batch_tokens=1024, say=said.append)
     assert cosines(encoder.embed(rows), true).min() > 0.99999
     assert encoder._loaded.why_eager == "RuntimeError: no C compiler"
+    assert "can't be compiled (RuntimeError: no C compiler)" in said[0]
 
 
 def test_rows_shorter_than_a_batch_has_room_for(seen: Seen, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -140,3 +142,19 @@ def test_rows_shorter_than_a_batch_has_room_for(seen: Seen, tiny_encoder: Path, 
     true = Encoder(str(path), "cpu", forward="transformers").embed(rows)
     found = Encoder(str(path), "cpu", batch_tokens=1024).embed(rows)
     assert cosines(found, true).min() > 0.99999
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_on_a_gpu(kind: str, dtype: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    path = make_family(kind, tmp_path / kind, tiny_encoder)
+    rows = rows_of_all_lengths(n=3000)
+    true = Encoder(str(path), "cpu", forward="transformers").embed(rows)
+    encoder = Encoder(str(path), "cuda", dtype, batch_tokens=8192)
+    encoder.verify()
+    assert encoder.forward == "packed"
+    assert cosines(encoder.embed(rows), true).min() > {"float16": 0.9995, "bfloat16": 0.99, "float32": 0.9999}[dtype]
+    assert encoder._loaded.why_eager == ""
+    assert encoder.work.seconds > 0

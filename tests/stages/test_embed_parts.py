@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 
 import retrotool
 from retrotool import commands
@@ -15,7 +17,7 @@ from retrotool.encoder import Encoder, Rows, cosines, find_encoder
 from retrotool.errors import CorruptError, NotFiniteError, RetrotoolError, UsageError
 from retrotool.stages import embed, fidelity
 from retrotool.store import log
-from retrotool.store.parts import read_chunks
+from retrotool.store.parts import ROW_GROUP, read_chunks
 from retrotool.store.store import Store
 from retrotool.tokenizers import TokensDiffer
 
@@ -37,6 +39,17 @@ def by_text(tmp_path: Path, corpus: Path, byte_level_tokenizer: Path) -> Path:
 def sums(store: Path) -> dict[str, str]:
     state = Store.open(store).state
     return {slot: state.file("embeddings", slot, "tiny").sha256 for slot in state.group("embeddings", "tiny")}
+
+
+@given(st.integers(0, 200_000), st.integers(1, 70_000))
+def test_blocks_are_all_rows_in_order_and_lie_well_in_row_groups(rows: int, most: int) -> None:
+    found = list(embed.blocks_of(rows, most))
+    assert [stop for _, stop in found[:-1]] == [start for start, _ in found[1:]]
+    assert (found[0][0], found[-1][1]) == (0, rows) if rows else not found
+    assert all(0 < stop - start <= most for start, stop in found)
+    split = [1 for start, stop in found if stop - start >= ROW_GROUP and start % ROW_GROUP]
+    assert len(split) <= 1, "no row group is read twice, but for one where small blocks become large ones"
+    assert len(found) <= 2 * (rows // most) + rows // ROW_GROUP + 24, "none is small without a reason"
 
 
 @pytest.mark.parametrize("straight", [True, False])
