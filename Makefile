@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format kill-test corpus-test docs clean
+.PHONY: demo test gpu-test lint format kill-test corpus-test docs clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
@@ -17,6 +17,9 @@ demo: $(STAMP)  ## Real text through all five commands, then a purge
 
 test: $(STAMP) lint  ## Lint, types, import rules and every test
 	$(BIN)/python -m pytest
+
+gpu-test: $(STAMP)  ## The tests that need a GPU; `make test` skips them
+	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/stages/test_embed.py -k on_a_gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

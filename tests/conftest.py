@@ -14,6 +14,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests say what a machine without a GPU does; those that want one are run by: make gpu-test
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 WORDS = (
     "store chunk token vector index query neighbour document part shard commit log page file disk kernel driver "

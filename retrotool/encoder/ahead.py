@@ -58,10 +58,12 @@ def ahead(items: Iterable[T], most: int) -> Iterator[Iterator[T]]:
                 return
             yield item
 
-    thread = threading.Thread(target=work, name="retrotool-ahead", daemon=True)
-    thread.start()
+    # No daemon: one that the interpreter stops in the middle of a library's code takes the process down with it.
+    thread = threading.Thread(target=work, name="retrotool-ahead")
     try:
+        thread.start()
         yield take()
     finally:
         stop.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from retrotool.encoder.identity import OFFSET_POSITIONS
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
 
     wanted = {theirs: own for own, theirs in _names(shape).items()}
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in _weight_files(path):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no dict
                 own = wanted.get(_plain(key))
@@ -151,6 +153,16 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
     if shape.buckets and "distance" not in tensors:
         raise NotPackedError(f"it has no weight {_RELATIVE}")
     return Weights(tensors)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that ``transformers`` would read, and no variant beside them; without these, all."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return sorted({path / name for name in orjson.loads(index.read_bytes())["weight_map"].values()})
+    return sorted(path.glob("*.safetensors"))
 
 
 def _plain(key: str) -> str:

@@ -60,7 +60,7 @@ def test_work_that_another_process_finishes_meanwhile_is_no_failure(tmp_path, so
 def test_a_task_whose_input_is_removed_is_planned_again(tmp_path, source, monkeypatch):
     perform = engine.perform
 
-    def find_it_erased(*_):
+    def find_it_erased(*_, **__):
         monkeypatch.setattr(engine, "perform", perform)
         raise ErasedError("removed by another process")
 

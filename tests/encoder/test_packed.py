@@ -86,6 +86,27 @@ def test_weights_in_old_spelling_and_in_several_files(tiny_encoder: Path, tmp_pa
     assert_same(embed(path, "packed"), true)
 
 
+def test_a_model_in_several_files_is_read_by_its_index_and_variants_are_left_alone(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    plain = make_family("bert", tmp_path / "plain", tiny_encoder)
+    other = make_family("bert", tmp_path / "other", tiny_encoder, layer_norm_eps=0.1)
+    model = AutoModel.from_pretrained(other)
+    model.encoder.layer[0].output.dense.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "variant")
+    path = tmp_path / "sharded"
+    AutoModel.from_pretrained(plain).save_pretrained(path, max_shard_size="50KB")
+    assert len(list(path.glob("model-*.safetensors"))) > 2
+    for folder in (plain, path):
+        shutil.copy(tmp_path / "variant" / "model.safetensors", folder / "model-0.fp16.safetensors")
+    shutil.copy(tiny_encoder / "tokenizer.json", path)
+    true = embed(plain, "transformers")
+    assert_same(embed(plain, "packed"), true)
+    assert_same(embed(path, "packed"), true)
+
+
 def test_bfloat16_is_near_and_the_batch_a_row_is_in_does_not_matter(tiny_encoder: Path, tmp_path: Path) -> None:
     path = make_family("bert", tmp_path / "model", tiny_encoder)
     true = embed(path, "transformers")

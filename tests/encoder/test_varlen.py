@@ -146,9 +146,9 @@ def test_rows_shorter_than_a_batch_has_room_for(seen: Seen, tiny_encoder: Path, 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
-def test_on_a_gpu(kind: str, dtype: str, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_the_packed_forward_on_a_gpu(kind: str, dtype: str, tiny_encoder: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+        pytest.skip("needs a GPU: make gpu-test")
     path = make_family(kind, tmp_path / kind, tiny_encoder)
     rows = rows_of_all_lengths(n=3000)
     true = Encoder(str(path), "cpu", forward="transformers").embed(rows)

@@ -211,7 +211,7 @@ def test_on_a_gpu_the_vectors_are_those_of_the_cpu(tiny_encoder: Path) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+        pytest.skip("needs a GPU: make gpu-test")
     cpu, gpu = Encoder(str(tiny_encoder), device="cpu"), Encoder(str(tiny_encoder), device="cuda")
     rows = cpu.tokenizer.encode_batch([make_text(i, 1 + i % 60) for i in range(500)])
     assert gpu.dtype == "float16"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -208,4 +208,56 @@ def test_a_disk_that_refuses_is_told_with_advice(store: Store, error: int) -> No
 def test_an_error_that_no_person_can_mend_is_not_dressed_up(store: Store) -> None:
     with at_step(WRITE.index("fsync"), lambda: disk.os.close(-1)), pytest.raises(OSError, match="Bad file descriptor"):
         write_file(store.root, "0123abcd")
+    assert files_in(store.root) == set()
+
+
+BLOCKS = [np.full((n, 4), n, np.float16) for n in (3, 0, 50)]
+WRITE_BLOCKS = ["mkdir", "fsync_directory"] * 2 + ["write", "fsync", "fsync", "rename", "fsync_directory"]
+
+
+def write_blocks(root: Path, run: str) -> FileEntry:
+    name = FileName.new(run, "embeddings", "000000", "npy", "tiny")
+    return vectors.write_vector_blocks(root, name, 53, 4, iter(BLOCKS))
+
+
+def test_a_file_made_of_blocks_is_what_one_made_at_once_is(store: Store) -> None:
+    assert announced(lambda: write_blocks(store.root, "0123abcd")) == WRITE_BLOCKS, "one fsync a block that has rows"
+    entry = write_blocks(store.root, "0123abcd")
+    whole = store.root.parent / "whole.npy"
+    with whole.open("xb") as file:
+        np.lib.format.write_array(file, np.concatenate(BLOCKS), version=(1, 0))
+    assert (store.root / entry.path).read_bytes() == whole.read_bytes()
+    assert (entry.rows, entry.bytes, entry.sha256) == (53, whole.stat().st_size, atomic.file_sha256(whole))
+
+
+@steps(WRITE_BLOCKS)
+def test_blocks_on_a_full_disk_or_killed_leave_no_file_or_the_whole_one(store: Store, step: int) -> None:
+    due = int(step > WRITE_BLOCKS.index("rename"))
+    with at_step(step, full_disk), pytest.raises(StorageError, match="no space left"):
+        write_blocks(store.root, "0123abcd")
+    assert len(files_in(store.root)) == due
+    assert temporary_files(store.root) == []
+    other = make_store(store.root.parent / "other")
+    kill_at_step(step, other.root, lambda run: write_blocks(other.root, run.id))
+    assert len(list((other.root / "embeddings").glob("*/0*.npy"))) == due
+    clean(other)
+    assert files_in(other.root) == set()
+
+
+@pytest.mark.parametrize("rows", [52, 54, 0])
+def test_another_number_of_rows_than_was_said_is_no_file(store: Store, rows: int) -> None:
+    name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
+    with pytest.raises(CorruptError):
+        vectors.write_vector_blocks(store.root, name, rows, 4, iter(BLOCKS))
+    assert files_in(store.root) == set()
+
+
+def test_a_block_that_can_not_be_made_leaves_nothing(store: Store) -> None:
+    def blocks() -> Iterator[np.ndarray]:
+        yield BLOCKS[0]
+        raise KeyboardInterrupt
+
+    name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
+    with pytest.raises(KeyboardInterrupt):
+        vectors.write_vector_blocks(store.root, name, 53, 4, blocks())
     assert files_in(store.root) == set()
