@@ -242,10 +242,10 @@ def on_a_gpu(model: str, store: Path, texts: list[str], rounds: int, device: str
     encoder = Encoder(model, device)
     rows = encoder.tokenize(texts)
     tokens = int(rows.lengths.sum()) + len(texts) * (len(encoder._before) + len(encoder._after))
-    prepared = [(encoder._ready(some.rows), len(some.which)) for some in encoder._batches([rows]) if some.ready]
+    prepared = [batch.ready for batch in encoder._batches([rows]) if batch.ready is not None]
 
     def packed() -> Vectors:
-        handles = [encoder._runner.submit(ready) for ready, _ in prepared]
+        handles = [encoder._runner.submit(ready) for ready in prepared]
         return np.concatenate([handle()[0] for handle in handles])
 
     packed()

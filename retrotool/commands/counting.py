@@ -33,8 +33,12 @@ def embed_command(store: Store, root: str | Path, encoder: str) -> str:
     """The command that embeds what is new in a store with an encoder that it knows."""
     record = store.state.records[f"encoder:{encoder}"]
     origin, pooling = str(record["origin"]), str(record["pooling"])
-    plain = plain_name(origin)
-    options: dict[str, object] = {"encoder": None if origin == BUNDLED else origin}
-    if encoder != plain:
-        options |= {"name": None if encoder == f"{plain}-{pooling}" else encoder, "pooling": pooling}
-    return command_line("embed", root, **options)
+    overridden = bool(record.get("overridden"))
+    plain = f"{plain_name(origin)}-{pooling}" if overridden else plain_name(origin)
+    return command_line(
+        "embed",
+        root,
+        encoder=None if origin == BUNDLED else origin,
+        name=None if encoder == plain else encoder,
+        pooling=pooling if overridden else None,
+    )

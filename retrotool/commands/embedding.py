@@ -14,11 +14,13 @@ from retrotool import engine
 from retrotool.commands.counting import command_line, count_keys_of
 from retrotool.commands.writing import writing
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
+from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine import Meter
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.stages.database import embedded_parts
 from retrotool.stages.embed import EmbedStage
 from retrotool.stages.fidelity import draw, measure
+from retrotool.store import claims
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -61,15 +63,16 @@ class EmbedResult:
 
 
 class _Done:
-    """The parts that a run embedded, and how."""
+    """The parts that a run embedded, by the path of their vectors, and how."""
 
     def __init__(self) -> None:
-        self.parts: list[int] = []
-        self.settings: list[dict[str, Any]] = []
+        self.parts: dict[str, int] = {}
+        self.how: list[dict[str, Any]] = []
 
     def __call__(self, staged: Staged) -> bool:
-        self.parts += [int(FileName.parse(entry.path).slot) for entry in staged.add]
-        self.settings.append(dict(staged.settings))
+        for entry in staged.add:
+            self.parts[entry.path] = int(FileName.parse(entry.path).slot)
+            self.how.append({**staged.settings, **(entry.about or {})})
         return False
 
 
@@ -91,8 +94,7 @@ def embed(
     ``if __name__ == "__main__":``, as processes are spawned.
     """
     store = Store.open(root)
-    if batch_tokens is not None and batch_tokens < 1:
-        raise UsageError(f"--batch-tokens {batch_tokens} is not 1 or more")
+    batch_tokens_of("cpu", batch_tokens)
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise UsageError(f"--shard {shard[0]}/{shard[1]}: jobs of {shard[1]} are numbered 0 to {shard[1] - 1}")
     found = find_devices(devices, dtype)
@@ -102,33 +104,35 @@ def embed(
     with writing(store) as run:
         engine.execute(stage, store, run, workers=len(found), enough=done, meter=meter)
         store.refresh()
-        elsewhere = len(stage.plan(store))
+        held = claims.held(store.root, run.id)
+        elsewhere = sum(task.key in held for task in stage.plan(store))
         checked = _check(store, run, encoder, identity, found[0]) if check else None
     state = store.refresh()
-    tokens, forward, seconds = meter.sums or (0.0, 0.0, 0.0)
+    tokens, forward, working = meter.sums or (0.0, 0.0, 0.0)
+    made = [part for path, part in done.parts.items() if state.has(path)]
     return EmbedResult(
         encoder=identity.name,
         dimension=identity.dimension,
         pooling=identity.pooling,
-        chunks=count_keys_of(store, done.parts),
+        chunks=count_keys_of(store, made),
         embedded=count_keys_of(store, embedded_parts(store, identity.name)),
         commit=state.number,
-        parts=len(done.parts),
+        parts=len(made),
         elsewhere=elsewhere,
         tokens=int(tokens),
-        seconds=round(seconds / len(found), 3),
-        busy=round(forward / seconds, 4) if seconds else 0.0,
-        devices=len(found),
+        seconds=round(meter.seconds, 3),
+        busy=round(forward / working, 4) if working else 0.0,
+        devices=min(len(found), len(made)),
         check=checked,
-        **_how(done.settings),
+        **_how(done.how),
     )
 
 
-def _how(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How all vectors of a run were made; of workers that differ the one that is farther from the true vectors."""
-    if not settings:
+def _how(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How all vectors of a run were made; of workers that differ the one that is farthest from the true vectors."""
+    if not made:
         return {}
-    farthest = min(settings, key=lambda one: one["cosine"])
+    farthest = min(made, key=lambda one: one["cosine"])
     return {key: farthest[key] for key in ("device", "dtype", "forward", "why", "cosine")}
 
 
@@ -155,6 +159,12 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
             f"the stored vector of chunk {worst} is not what encoder {identity.name} gives: "
             f"its cosine with that is {fidelity.cosine_min:.4f}",
             "If the files are whole (retrotool verify), embed anew under another name: "
-            + command_line("embed", store.root, encoder=None if spec == BUNDLED else spec, name=f"{identity.name}-2"),
+            + command_line(
+                "embed",
+                store.root,
+                encoder=None if spec == BUNDLED else spec,
+                name=f"{identity.name}-2",
+                pooling=identity.pooling if identity.overridden else None,
+            ),
         )
     return record

@@ -13,6 +13,7 @@ from retrotool.errors import UsageError
 DTYPES = ("float32", "float16", "bfloat16")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Tokens of a batch: on a CPU what stays in its caches, on a GPU what fills it."""
+MOST_BATCH_TOKENS = 1 << 19
 
 
 def check_device(device: str, dtype: str = "auto") -> None:
@@ -53,12 +54,13 @@ def find_devices(devices: str, dtype: str = "auto") -> list[str]:
 
 
 def pick_device(device: str) -> str:
-    """What ``auto`` stands for: the first GPU where there is one."""
-    if device != "auto":
+    """What ``auto`` stands for: the current GPU where there is one."""
+    if device not in ("auto", "cuda"):
         return device
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    # With its number: which GPU is the current one is a matter of each thread.
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def pick_dtype(device: str, dtype: str) -> str:
@@ -77,9 +79,11 @@ def name_of(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def batch_tokens_of(device: str) -> int:
-    """Tokens of a batch, if nothing else is asked for."""
-    return BATCH_TOKENS[device.split(":")[0]]
+def batch_tokens_of(device: str, asked: int | None) -> int:
+    """Tokens of a batch; ``UsageError`` for more than attention on a GPU can have rows of."""
+    if asked is not None and not 1 <= asked <= MOST_BATCH_TOKENS:
+        raise UsageError(f"--batch-tokens {asked} is not between 1 and {MOST_BATCH_TOKENS}")
+    return asked or BATCH_TOKENS[device.split(":")[0]]
 
 
 def cores() -> int:
@@ -87,14 +91,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the host, has no memory left."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that the device, or the host, has no memory left."""
     import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+    signs = ("not enough memory", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+            return True
+        error = error.__cause__
+    return False
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a device can't be used any more by this process, whatever is asked of it."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def release_memory(device: str) -> None:

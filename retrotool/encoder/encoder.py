@@ -28,7 +28,7 @@ from retrotool.encoder.architecture import NotPackedError
 from retrotool.encoder.fidelity import cosines
 from retrotool.encoder.identity import find_encoder, read_config
 from retrotool.encoder.rows import Rows, batches
-from retrotool.errors import NotFiniteError, RetrotoolError, UsageError
+from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ Vectors = npt.NDArray[np.float16]
 
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}
 """What a vector's cosine with the true one must be, at least."""
+_LEAST_TOKENS = 256
+"""Batches are made no smaller, out of memory."""
 _PROBES = (
     "The store is a directory with one commit log; a reader sees one commit.",
     "def spread(starts, lengths): return np.arange(total) + np.repeat(starts - ends + lengths, lengths)",
@@ -109,7 +111,7 @@ class Encoder:
         devices.check_device(device, dtype)
         self.device = devices.pick_device(device)
         self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
-        self.batch_tokens = batch_tokens or devices.batch_tokens_of(self.device)
+        self.batch_tokens = devices.batch_tokens_of(self.device, batch_tokens)
         self.work = Work()
         self.cosine: float | None = None
         """The least cosine with ``transformers`` in float32 that was seen when it was verified."""
@@ -221,14 +223,21 @@ class Encoder:
 
     def _load_again(self, way: str, why: str, rows: Rows, true: Vectors) -> None:
         self.close()
+        del self._loaded, self._runner  # two models may be more than the device holds
         self._load(way)
         self.why = why
         self.cosine = self._cosine(rows, true)
 
     def _cosine(self, rows: Rows, true: Vectors) -> float:
-        """The least cosine of our vectors with the true ones; −1 if they are no numbers."""
+        """The least cosine of our vectors with the true ones; −1 if they are no numbers.
+
+        Rows are repeated until they are computed as most will be: compiled, perhaps.
+        """
+        tokens = len(rows.framed(self._before, self._after, self.identity.max_tokens).ids)
+        copies = -(-self._loaded.least_tokens(self.batch_tokens) // max(tokens, 1)) or 1
+        which = np.tile(np.arange(len(rows)), copies)
         try:
-            return round(float(cosines(self.embed(rows), true).min()), 6)
+            return round(float(cosines(self.embed(rows.take(which)), true[which]).min()), 6)
         except NotFiniteError:
             return -1.0
 
@@ -243,15 +252,24 @@ class Encoder:
         return next(self.vectors([block], report))
 
     def vectors(self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None) -> Iterator[Vectors]:
-        """Vectors of each block in turn, as ``embed`` gives them; blocks are taken ahead, in other threads."""
+        """Vectors of each block in turn, as ``embed`` gives them; blocks are taken ahead, in other threads.
+
+        ``AbortError`` if the device can't be used any more.
+        """
         flying: deque[tuple[_Batch, Handle | None]] = deque()
-        with ahead(blocks, 1) as made, ahead(self._batches(made), 2) as batched:
-            for batch in batched:
-                flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
-                while len(flying) > self._runner.depth:
+        try:
+            with ahead(blocks, 1) as made, ahead(self._batches(made), 2) as batched:
+                for batch in batched:
+                    flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
+                    while len(flying) > self._runner.depth:
+                        yield from self._land(*flying.popleft(), report)
+                while flying:
                     yield from self._land(*flying.popleft(), report)
-            while flying:
-                yield from self._land(*flying.popleft(), report)
+        except RuntimeError as error:
+            if not devices.is_lost(error):
+                raise
+            reason, advice = str(error).splitlines()[0], "Run the same command again; what is finished is kept."
+            raise AbortError(f"{self.device} is lost: {reason}", advice) from error
 
     @contextmanager
     def stream(
@@ -281,9 +299,14 @@ class Encoder:
             block = _Block(np.zeros((len(rows), self.identity.dimension), np.float16), first)
             framed = rows.framed(self._before, self._after, self.identity.max_tokens)
             self._check_tokens(framed)
-            for which in self._cut(framed.lengths):
+            tokens, left = self.batch_tokens, deque(self._cut(framed.lengths, self.batch_tokens))
+            while left:
+                if self.batch_tokens < tokens:  # memory ran out meanwhile
+                    tokens, rest = self.batch_tokens, np.concatenate(left)
+                    left = deque(rest[which] for which in self._cut(framed.lengths[rest], tokens))
+                which = left.popleft()
                 some = framed.take(which)
-                yield _Batch(block, which, some, self._ready(some))
+                yield _Batch(block, which, some, self._ready(some, tokens))
             yield _Batch(block, np.flatnonzero(framed.lengths == 0), framed, None)
             first += len(rows)
 
@@ -296,13 +319,12 @@ class Encoder:
                 "Take the tokenizer.json that was made with the model.",
             )
 
-    def _cut(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Places of the rows of each batch."""
-        most_rows = self._loaded.most_rows(self.batch_tokens)
-        return batches(lengths, self.batch_tokens, most_rows=most_rows, padded=self._loaded.padded)
+    def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
+        """Places of the rows of each batch of up to so many tokens."""
+        return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
 
-    def _ready(self, rows: Rows) -> Ready:
-        return self._runner.ready(self._loaded.arrays(rows, self.batch_tokens), len(rows))
+    def _ready(self, rows: Rows, tokens: int) -> Ready:
+        return self._runner.ready(self._loaded.arrays(rows, tokens), len(rows))
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
         """Put a batch's vectors where they belong; give back the block if it was the last."""
@@ -335,14 +357,14 @@ class Encoder:
                     "Free some of it, or use another device.",
                 ) from error
         devices.release_memory(self.device)
-        if len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving
+        if _LEAST_TOKENS < len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving, or is small
             while self.batch_tokens >= len(rows.ids):
-                self.batch_tokens //= 2
+                self.batch_tokens = max(self.batch_tokens // 2, _LEAST_TOKENS)
             self.say(f"{self.device} is out of memory: going on with {self.batch_tokens:,} tokens a batch")
-        pieces = [rows.take(which) for which in self._cut(rows.lengths)]
-        if len(pieces) == 1:
-            pieces = [rows.take(some) for some in np.array_split(np.arange(len(rows)), 2)]
-        return np.concatenate([self._result(some, self._runner.submit(self._ready(some))) for some in pieces])
+        tokens = min(self.batch_tokens, max(1, len(rows.ids) // 2))
+        pieces = [rows.take(which) for which in self._cut(rows.lengths, tokens)]
+        found = [self._result(some, self._runner.submit(self._ready(some, self.batch_tokens))) for some in pieces]
+        return np.concatenate(found)
 
     def close(self) -> None:
         """Let go of the device."""

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrotool.encoder.architecture import architecture_of, read_weights
+from retrotool.encoder.architecture import Architecture, architecture_of, read_weights
+from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.encoder.identity import EncoderIdentity
 from retrotool.encoder.packed import Layer, PackedBert
 from retrotool.encoder.rows import Rows
@@ -28,8 +29,10 @@ Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
 
 _SHORTEST = 16
 """Mean length of rows that a batch of constant shape has room for; of shorter ones fewer tokens go into it."""
-_LONGEST_STEP = 128
-"""Attention kernels are told the longest row in steps of this, so that they are compiled for few."""
+_LONGEST = 128
+"""The longest row that attention is told of is this or a power of two times this, so that it is compiled for few."""
+_PROGRAMS = 32
+"""Programs that may be compiled: for each size of batch (halved out of memory) one for each longest row."""
 
 
 class Forward(Protocol):
@@ -40,6 +43,9 @@ class Forward(Protocol):
 
     def most_rows(self, batch_tokens: int) -> int:
         """Rows a batch may have."""
+
+    def least_tokens(self, batch_tokens: int) -> int:
+        """Tokens from which on a batch is computed as most are."""
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
         """A batch of framed rows, longest first, ready for the device."""
@@ -67,7 +73,7 @@ class PackedForward:
         self._model = PackedBert(read_weights(path, shape), shape, identity.pooling, device, kind)
         self._padding = shape.padding
         self._normalize = identity.normalize
-        self.constant = device != "cpu" and kind != torch.float32 and not shape.buckets and _has_varlen(device)
+        self.constant = kind != torch.float32 and _has_varlen(device) and _fits_flash(shape)
         self._compiled: Callable[..., torch.Tensor] | None = None
         self.why_eager = ""
         self._say = say
@@ -79,17 +85,17 @@ class PackedForward:
             lengths, counts = np.unique(-rows.lengths, return_counts=True)
             groups = [(int(n), int(-length)) for length, n in zip(lengths, counts, strict=True)]
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
-        longest = -int(-rows.lengths[0] // _LONGEST_STEP) * _LONGEST_STEP
+        longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
         ends = np.cumsum(rows.lengths)
-        whole = len(ids) > batch_tokens // 2
+        whole = self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
         if not whole:
             spans = np.concatenate([[0], ends]).astype(np.int32)
             return {"ids": ids, "places": places, "spans": spans}, {"longest": longest, "whole": False}
-        total, room = len(ids), max(batch_tokens, len(ids))
+        total, room = len(ids), batch_tokens
         filled = np.zeros((2, room), np.int32)
         filled[0, :total], filled[1, :total] = ids, places
         filler = np.arange(total + longest, room, longest)
-        spans = np.full(max(rows_of(room), len(rows)) + room // _LONGEST_STEP + 2, room, np.int32)
+        spans = np.full(rows_of(room) + room // _LONGEST + 2, room, np.int32)
         spans[0] = 0
         spans[1 : len(ends) + 1] = ends
         spans[len(ends) + 1 : len(ends) + 1 + len(filler)] = filler
@@ -97,29 +103,37 @@ class PackedForward:
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
         """Vectors of a batch; see ``Forward``."""
+        pooled = None
+        if self.constant and more["whole"] and not self.why_eager:
+            pooled = self._compiled_or_none(tensors, more)
+        if pooled is None:
+            pooled = self._run(Layer.forward, tensors, more)
+        return torch.nn.functional.normalize(pooled) if self._normalize else pooled
+
+    def _run(
+        self, layer: Callable[..., torch.Tensor], tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]
+    ) -> torch.Tensor:
         spans: Any = tensors["spans"] if self.constant else more["spans"]
-        self._model.run = self._layer(more)
+        pooled: torch.Tensor = self._model(tensors["ids"], tensors["places"], spans, more["longest"], layer)
+        return pooled
+
+    def _compiled_or_none(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor | None:
+        """A batch by layers that are compiled, once for all of them; None if they can't be."""
         try:
-            pooled = self._model(tensors["ids"], tensors["places"], spans, more["longest"])
-        except torch.OutOfMemoryError:
-            raise
+            if self._compiled is None:
+                self._compiled = compile_layer()
+            return self._run(self._compiled, tensors, more)
         except Exception as error:
-            if self._model.run is Layer.forward:
+            if is_out_of_memory(error) or is_lost(error):
                 raise
             # A compiler can lack a tool (a C compiler, a header) that the model can do without.
             self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             self._say(f"the forward can't be compiled ({self.why_eager}), and is slower without")
-            self._model.run = Layer.forward
-            pooled = self._model(tensors["ids"], tensors["places"], spans, more["longest"])
-        return torch.nn.functional.normalize(pooled) if self._normalize else pooled
+            return None
 
-    def _layer(self, more: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
-        """What computes a layer: compiled for whole batches of constant shape, for all layers at once."""
-        if not (self.constant and more["whole"]) or self.why_eager:
-            return Layer.forward
-        if self._compiled is None:
-            self._compiled = compile_layer()
-        return self._compiled
+    def least_tokens(self, batch_tokens: int) -> int:
+        """More than half of a batch of constant shape: less is not filled up."""
+        return batch_tokens // 2 + 1 if self.constant else 0
 
     def most_rows(self, batch_tokens: int) -> int:
         """As many as its constant shape has room for."""
@@ -128,6 +142,8 @@ class PackedForward:
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
     """``Layer.forward``, compiled: layers share one program, for their weights are arguments to it."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
     compiled: Callable[..., torch.Tensor] = torch.compile(Layer.forward, dynamic=False, fullgraph=True, **options)
     return compiled
 
@@ -138,12 +154,20 @@ def rows_of(batch_tokens: int) -> int:
 
 
 def _has_varlen(device: str) -> bool:
-    """Whether FlashAttention runs on a GPU: from compute capability 8.0 (Ampere) on."""
+    """Whether FlashAttention runs on a device: GPUs from compute capability 8.0 (Ampere) on."""
+    if device == "cpu":
+        return False
     try:
         import torch.nn.attention.varlen
     except ImportError:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _fits_flash(shape: Architecture) -> bool:
+    """Whether FlashAttention computes a model: it has no bias, and heads of certain sizes only."""
+    size = shape.hidden // shape.heads
+    return not shape.buckets and size % 8 == 0 and size <= 256
 
 
 def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
@@ -180,6 +204,10 @@ class PaddedForward:
     def most_rows(self, batch_tokens: int) -> int:  # noqa: ARG002
         """Any number."""
         return sys.maxsize
+
+    def least_tokens(self, batch_tokens: int) -> int:  # noqa: ARG002
+        """All batches are computed alike."""
+        return 0
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
         """Padded ids and their mask; see ``Forward``."""

@@ -38,7 +38,7 @@ class EncoderIdentity:
     """What a store keeps of an encoder; ``sha256`` covers weights, configuration, tokenizer and chosen pooling.
 
     ``prompt`` stands before every text, and ``lower`` texts are made lower case first, as the model's configuration
-    says.
+    says. ``overridden``: the pooling is not the model's own.
     """
 
     name: str
@@ -51,6 +51,7 @@ class EncoderIdentity:
     max_tokens: int
     prompt: str = ""
     lower: bool = False
+    overridden: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The record ``encoder:<name>``."""
@@ -118,6 +119,7 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
         max_tokens=min(limit, declared) if declared else limit,
         prompt=prompt,
         lower=_json(sentence).get("do_lower_case") is True,
+        overridden=pooling not in ("auto", own),
     )
     return path, identity
 

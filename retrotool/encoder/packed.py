@@ -14,6 +14,7 @@ Cost of a token: 24·d² multiply-adds a layer for d dimensions, and 4·d a laye
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,20 +178,26 @@ class PackedBert(torch.nn.Module):
         self.layers = torch.nn.ModuleList(Layer(weights, i, shape, kind, dtypes) for i in range(shape.layers))
         self.distance = weights["distance"].to(device) if shape.buckets else None
         self.shape, self.pooling = shape, pooling
-        self.run: Any = Layer.forward
-        """What computes a layer; a compiled one may take its place."""
         self.word: torch.Tensor
         self.place: torch.Tensor
         self.to(device).eval()
 
-    def forward(self, ids: torch.Tensor, places: torch.Tensor, spans: Spans, longest: int) -> torch.Tensor:
-        """Vectors, float32 [n, d], of ``ids`` [tokens] at ``places`` [tokens] of rows that ``spans`` describe."""
+    def forward(
+        self, ids: torch.Tensor, places: torch.Tensor, spans: Spans, longest: int, run: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Vectors, float32 [n, d], of ``ids`` [tokens] at ``places`` [tokens] of rows that ``spans`` describe.
+
+        ``run`` computes a layer: ``Layer.forward``, or that compiled.
+        """
         x = self.norm(F.embedding(ids, self.word) + F.embedding(places, self.place))
         bias = None if self.distance is None else relative_bias(self.distance, longest, self.shape.buckets)
         first = _first(spans, ids) if self.pooling == "cls" else None
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = self.run(layer, x, spans, longest, bias, first if i == last else None)
+            if first is not None and i == last:  # another shape: not worth a program of its own
+                x = layer(x, spans, longest, bias, first)
+            else:
+                x = run(layer, x, spans, longest, bias, None)
         if first is not None:
             pooled: torch.Tensor = x.float()
             return pooled

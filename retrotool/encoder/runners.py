@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from retrotool.encoder.devices import cores
 from retrotool.encoder.forwards import Arrays, Forward
 
 Vectors = npt.NDArray[np.float16]
+_START_SECONDS = 60.0
+"""How long a thread may take to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class CpuRunner:
 
         def start(_: int) -> None:
             torch.set_num_threads(1)
-            started.wait()
+            started.wait(_START_SECONDS)
 
         list(self._pool.map(start, range(self.lanes)))
         # The number that a thread sets is its own, and what threads that begin later start with: that is put back.
@@ -115,7 +118,9 @@ class CudaRunner:
         try:
             return self._submit(ready)
         except Exception as error:
-            return _failed(error)
+            traceback.clear_frames(error.__traceback__)  # else what ran out of memory would keep what it had
+            error.__context__ = error.__cause__ = None
+            return _failed(error.with_traceback(None))
 
     def _submit(self, ready: Ready) -> Handle:
         work = torch.cuda.current_stream(self._device)
@@ -146,8 +151,10 @@ class CudaRunner:
 
 
 def _failed(error: Exception) -> Handle:
+    errors = [error]
+
     def handle() -> tuple[Vectors, float]:
-        raise error
+        raise errors.pop()  # it must not be held by its own traceback
 
     return handle
 

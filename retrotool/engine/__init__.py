@@ -5,7 +5,7 @@ it is simply done again. A failed task is tried three times; the others go on. A
 that fails for good (``GivesUp``): others would wait for it. Workers are spawned, and get the stage, the store's path
 and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and the rest is dropped.
 
-Several runs may do one stage's work at a time: of a ``Shared`` stage each leaves alone what another is at.
+Several runs may do one stage's work at a time: a task that is to be ``claimed`` is left alone while another is at it.
 
 With few tasks the largest are begun first, so that no worker is left alone with one at the end.
 """
@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 
 from retrotool.engine.processes import run_in_processes
-from retrotool.engine.progress import Meter, Progress, Told
-from retrotool.engine.task import ATTEMPTS, Ended, Enough, Failures, perform, telling
+from retrotool.engine.progress import Meter, Progress
+from retrotool.engine.task import ATTEMPTS, Ended, Enough, Failures, Telling, perform
 from retrotool.errors import RetrotoolError, TaskError
-from retrotool.stages.base import GivesUp, Shared, Stage, Task
+from retrotool.stages.base import GivesUp, Stage, Task
 from retrotool.store import claims, staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -55,12 +55,16 @@ def execute(
         while True:
             staging.fold(store, run)
             store.refresh()
-            elsewhere = claims.held(store.root, run.id) if isinstance(stage, Shared) else frozenset()
-            tasks = [t for t in stage.plan(store) if t.key not in failures.given_up and t.key not in elsewhere]
+            tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
+            if any(task.claimed for task in tasks):
+                held = claims.held(store.root, run.id)
+                tasks = [task for task in tasks if task.key not in held]
             if not tasks:
                 break
             known.update((task.key, task) for task in tasks)
             _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures, enough, meter)
+            for key in failures.given_up:
+                claims.release(store.root, key, run.id)  # a worker that was killed could not
             _give_up(stage, store, run, known, failures, enough)
             for key, reason in staging.fold(store, run).refused.items():
                 refused[key] = refused.get(key, 0) + 1
@@ -112,7 +116,7 @@ def _run_tasks(
 ) -> None:
     folds = _Folds(store, run)
     if workers > 1:
-        if len(tasks) <= _FEW * workers and not isinstance(stage, Shared):
+        if len(tasks) <= _FEW * workers and not tasks[0].claimed:
             tasks = sorted(tasks, key=lambda task: -task.weight)
         with Progress(stage, sum(task.weight for task in tasks), meter) as progress:
             run_in_processes(stage, store, run, tasks, workers, failures, progress, enough, folds.now_and_then)
@@ -145,16 +149,17 @@ def _run_here(
     folds: _Folds,
 ) -> None:
     worker = stage.open(store)
-    shared = isinstance(stage, Shared)
     with Progress(stage, sum(task.weight for task in tasks), meter) as progress:
         for task in tasks:
             again = True
             while again:
                 again = False
                 try:
-                    staged = perform(worker, store.root, task, run.id, telling(worker, progress.tell), shared=shared)
+                    report = Telling(worker, task, progress.tell)
+                    with report.telling():
+                        staged = perform(worker, store.root, task, run.id, report)
                     if staged is None:
-                        progress.tell(Told(left=task.weight))
+                        report.fell_to_others()
                     elif enough is not None and enough(staged):
                         raise Ended
                 except Ended:

@@ -1,7 +1,8 @@
 """Running tasks in local worker processes, spawned: they share nothing with their parent but the store.
 
-A worker that is killed (out of memory, perhaps) costs its task an attempt and no more. Each worker keeps to its share
-of the cores. With Ctrl-C, or when the parent dies, they end.
+Each worker is a pool of one process, which is given one task at a time. So if a process is killed (out of memory,
+perhaps), it is known which task it was at, that task alone has failed, and the other workers go on while a new process
+takes its place. Each worker keeps to its share of the cores. With Ctrl-C, or when the parent dies, they end.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from retrotool.engine.progress import Progress, Told, passing_on
-from retrotool.engine.task import Ended, Enough, Failures, perform, telling
-from retrotool.stages.base import PerWorker, Shared, Stage, Task, Worker
+from retrotool.engine.task import Ended, Enough, Failures, OpenError, Telling, perform
+from retrotool.stages.base import PerWorker, Stage, Task, Worker
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -28,25 +30,25 @@ from retrotool.store.store import Store
 WAIT_SECONDS = 30.0
 """How long to wait for a task to end before the caller is given its turn."""
 
-_worker: tuple[Worker, Path, str, bool, SimpleQueue[Told | None]] | None = None
+_worker: tuple[Worker | Exception, Path, str, SimpleQueue[Told | None]] | None = None
 """What a worker process was opened with; a process pool has no other place for it."""
 
 
-def _open_worker(
-    stage: Stage, root: Path, run: str, told: SimpleQueue[Told | None], threads: int, opened: Synchronized[int]
-) -> None:
+def _open_worker(stage: Stage, root: Path, run: str, told: SimpleQueue[Told | None], number: int, threads: int) -> None:
     global _worker
-    with opened.get_lock():
-        number, opened.value = opened.value, opened.value + 1
     _keep_to_share(number, threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_follow_parent, daemon=True).start()
     # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    if isinstance(stage, PerWorker):
-        stage = stage.of_worker(number)
-    _worker = (stage.open(Store.open(root)), root, run, isinstance(stage, Shared), told)
+    own = stage.of_worker(number) if isinstance(stage, PerWorker) else stage
+    opened: Worker | Exception
+    try:
+        opened = own.open(Store.open(root))
+    except Exception as error:  # a pool would tell of a broken process, and not why
+        opened = error
+    _worker = (opened, root, run, told)
 
 
 def _keep_to_share(number: int, threads: int) -> None:
@@ -71,10 +73,14 @@ def _follow_parent() -> None:
 
 def _do(task: Task) -> Staged | None:
     assert _worker is not None
-    worker, root, run, shared, told = _worker
-    staged = perform(worker, root, task, run, telling(worker, told.put), shared=shared)
+    worker, root, run, told = _worker
+    if isinstance(worker, Exception):
+        raise OpenError(worker)
+    report = Telling(worker, task, told.put)
+    with report.telling():
+        staged = perform(worker, root, task, run, report)
     if staged is None:
-        told.put(Told(left=task.weight))
+        report.fell_to_others()
     return staged
 
 
@@ -89,68 +95,76 @@ def run_in_processes(
     enough: Enough | None,
     now_and_then: Callable[[], None],
 ) -> None:
-    """Run tasks in a pool, and in a new one whenever a worker was killed (out of memory, perhaps).
+    """Run tasks in ``workers`` processes, in their order; ``now_and_then`` is called between them.
 
-    A broken pool does not tell which task broke it: those that may have are then run one at a time, so that only the
-    one that breaks its worker again is counted as failed. ``now_and_then`` is called between tasks.
+    Raises ``Ended`` if one was enough, once those that had begun are finished.
     """
-    waiting, suspects = list(tasks), 0
-    while waiting:
-        batch = waiting[:1] if suspects else waiting
-        pool = _Pool(stage, store, run, 1 if suspects else workers)
-        again, broken = pool.work(batch, failures, progress, enough, now_and_then)
-        waiting = again + waiting[len(batch) :]
-        # Tasks are begun in their order, one ahead a worker.
-        suspects = 2 * workers if broken and not suspects else max(0, suspects - 1)
+    waiting = deque(tasks)
+    ended = False
+    with _Workers(stage, store, run, workers, progress) as pool:
+        while waiting or pool.busy:
+            while waiting and pool.idle and not ended:
+                pool.begin(waiting.popleft())
+            for task, future in pool.finished():
+                error = future.exception()
+                if error is not None:
+                    if failures.note(task, error):
+                        waiting.appendleft(task)
+                elif enough is not None and (staged := future.result()) is not None and enough(staged):
+                    ended = True
+            if ended and not pool.busy:
+                raise Ended
+            now_and_then()
 
 
-class _Pool:
-    """A process pool for one batch of tasks."""
+class _Workers:
+    """Worker processes, each a pool of one; a context manager."""
 
-    def __init__(self, stage: Stage, store: Store, run: Run, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._told: SimpleQueue[Told | None] = context.SimpleQueue()
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        opened: Synchronized[int] = context.Value("i", 0)
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            workers, context, _open_worker, (stage, store.root, run.id, self._told, threads, opened)
-        )
+    def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._told: SimpleQueue[Told | None] = self._context.SimpleQueue()
+        self._arguments = (stage, store.root, run.id, self._told)
+        self._threads = max(1, (os.cpu_count() or 1) // workers)
+        self._pools: dict[int, ProcessPoolExecutor] = {}
+        self.idle = list(reversed(range(workers)))
+        """Workers without a task, the first one last."""
+        self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}
+        self._passing_on = passing_on(self._told, progress)
 
-    def work(
-        self,
-        tasks: Sequence[Task],
-        failures: Failures,
-        progress: Progress,
-        enough: Enough | None,
-        now_and_then: Callable[[], None],
-    ) -> tuple[list[Task], bool]:
-        """Run tasks; return those to be done again, in their order, and whether a worker was killed."""
-        again: set[str] = set()
-        broken = ended = False
-        with passing_on(self._told, progress), _stopping(self._pool):
-            with _interrupts_put_off():
-                futures = {self._pool.submit(_do, task): task for task in tasks}
-            while futures:
-                done, _ = concurrent.futures.wait(futures, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    task = futures.pop(future)
-                    if future.cancelled():
-                        continue
-                    error = future.exception()
-                    if error is None:
-                        staged = future.result()
-                        if enough is not None and staged is not None and enough(staged):
-                            ended = True
-                            for other in futures:
-                                other.cancel()
-                    killed = isinstance(error, BrokenProcessPool)
-                    broken |= killed
-                    if (killed and len(tasks) > 1) or (error is not None and failures.note(task, error)):
-                        again.add(task.key)
-                now_and_then()
-        if ended:
-            raise Ended
-        return [task for task in tasks if task.key in again], broken
+    def begin(self, task: Task) -> None:
+        """Give a task to an idle worker, started if it is not running."""
+        number = self.idle.pop()
+        with _interrupts_put_off():
+            if number not in self._pools:
+                self._pools[number] = ProcessPoolExecutor(
+                    1, self._context, _open_worker, (*self._arguments, number, self._threads)
+                )
+            self.busy[self._pools[number].submit(_do, task)] = (number, task)
+
+    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+        """Wait for tasks to end, and give those that have; a worker that was killed will be started anew."""
+        done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            number, task = self.busy.pop(future)
+            if isinstance(future.exception(), BrokenProcessPool):
+                self._pools.pop(number).shutdown(wait=False)
+            self.idle.append(number)
+            yield task, future
+
+    def __enter__(self) -> _Workers:
+        self._passing_on.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Shut down; on an error without waiting for tasks that have begun, which are killed."""
+        killed = kind is not None and kind is not Ended
+        processes = [process for pool in self._pools.values() for process in (pool._processes or {}).values()]
+        for pool in self._pools.values():
+            pool.shutdown(wait=not killed, cancel_futures=True)
+        if killed:
+            for process in processes:
+                process.terminate()
+        self._passing_on.__exit__(None, None, None)
 
 
 @contextlib.contextmanager
@@ -161,17 +175,3 @@ def _interrupts_put_off() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _stopping(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
-    """Shut a pool down; on an error without waiting for tasks that have not begun, killing those that have."""
-    try:
-        yield
-    except BaseException:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        raise
-    pool.shutdown()

@@ -9,6 +9,7 @@ import contextlib
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
@@ -30,12 +31,23 @@ class Told:
 
 @dataclass(slots=True)
 class Meter:
-    """Sums of what the workers of a run measured, in the order of ``Metered.measured``."""
+    """Sums of what the workers of a run measured, in the order of ``Metered.measured``, and when it was."""
 
     sums: list[float] = field(default_factory=list)
+    first: float = 0.0
+    last: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From when the first began to measure until the last told."""
+        return self.last - self.first
 
     def add(self, measured: Measured) -> None:
-        """Take in what one worker measured."""
+        """Take in what one worker measured; the last of it is the seconds that it took."""
+        if not measured:
+            return
+        self.last = time.monotonic()
+        self.first = min(self.first or self.last, self.last - measured[-1])
         self.sums += [0.0] * (len(measured) - len(self.sums))
         for i, value in enumerate(measured):
             self.sums[i] += value
@@ -63,7 +75,7 @@ class Progress:
         if told.left and not self._bar.disable:
             self._bar.total = (self._bar.total or 0) - told.left
         if told.measured and isinstance(self._stage, Shows):
-            self._bar.set_postfix_str(self._stage.shown(self._meter.sums), refresh=False)
+            self._bar.set_postfix_str(self._stage.shown(self._meter.sums, self._meter.seconds), refresh=False)
         self._bar.update(told.done)
 
 

@@ -24,6 +24,10 @@ class Ended(Exception):  # noqa: N818 - no error: it is what the caller asked fo
     """A finished task was enough."""
 
 
+class OpenError(Exception):
+    """A worker process could not be opened, for the reason in ``args[0]``: no task is to blame, none would be done."""
+
+
 @dataclass(slots=True)
 class Failures:
     """Attempts a task took, and the last error of those that are given up."""
@@ -33,6 +37,8 @@ class Failures:
 
     def note(self, task: Task, error: BaseException) -> bool:
         """Count a failure; True if the task should be tried again."""
+        if isinstance(error, OpenError):
+            raise error.args[0] from None
         if isinstance(error, _FATAL):
             raise error
         if isinstance(error, ErasedError):
@@ -45,15 +51,13 @@ class Failures:
         return False
 
 
-def perform(worker: Worker, root: Path, task: Task, run: str, report: Report, *, shared: bool = False) -> Staged | None:
-    """Do one task and stage it; None if another process did, or (``shared``) a living run is at it.
-
-    This is all that another engine has to call.
-    """
+def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
+    """Do one task and stage it; None if another process did, or is at it. All that another engine has to call."""
     if staging.is_staged(root, task.key):
         return None
-    with _claimed(root, task.key, run) if shared else contextlib.nullcontext(True) as mine:
-        if not mine:
+    with _claimed(root, task.key, run) if task.claimed else contextlib.nullcontext(True) as mine:
+        # It may have been staged, and the claim for it given back, just now.
+        if not mine or (task.claimed and staging.is_staged(root, task.key)):
             return None
         try:
             staged = worker(task, run, report)
@@ -61,9 +65,7 @@ def perform(worker: Worker, root: Path, task: Task, run: str, report: Report, *,
             raise
         except BaseException as error:  # the panic of a library in Rust, which no other process knows the class of
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        if staged is None or not staging.stage(root, staged):
-            return None
-        return staged
+        return staged if staged is not None and staging.stage(root, staged) else None
 
 
 @contextlib.contextmanager
@@ -78,7 +80,28 @@ def _claimed(root: Path, task: str, run: str) -> Iterator[bool]:
         claims.release(root, task, run)
 
 
-def telling(worker: Worker, tell: Callable[[Told], object]) -> Report:
-    """What a worker reports to, so that what it measured is told with what it has done."""
-    metered = worker if isinstance(worker, Metered) else None
-    return lambda done: tell(Told(done, measured=metered.measured() if metered else ()))
+class Telling:
+    """What a worker reports to: what is done is told with what was measured, and taken back if it came to nothing."""
+
+    def __init__(self, worker: Worker, task: Task, tell: Callable[[Told], object]) -> None:
+        self._metered = worker if isinstance(worker, Metered) else None
+        self._task, self._tell = task, tell
+        self._done = 0
+
+    def __call__(self, done: int) -> None:
+        """Tell of some units of work."""
+        self._done += done
+        self._tell(Told(done, measured=self._metered.measured() if self._metered else ()))
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Take back what was told if there is an error."""
+        try:
+            yield
+        except BaseException:
+            self._tell(Told(-self._done))
+            raise
+
+    def fell_to_others(self) -> None:
+        """Take back what was told, and that there was something to do."""
+        self._tell(Told(-self._done, left=self._task.weight))

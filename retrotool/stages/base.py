@@ -6,7 +6,7 @@ may be loaded, once), and ``worker(task, run, report)`` writes new files and ret
 
 * local processes: ``retrotool.engine.execute``;
 * a job array: job i of n plans, and takes the tasks with ``int(task.key, 16) % n == i`` (keys stay, positions do not);
-  of a ``Shared`` stage it may go on with the others, for runs leave each other's tasks alone;
+  where tasks are ``claimed`` it may go on with the others, for runs leave each other's alone;
 * a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
 
 In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent:
@@ -31,12 +31,16 @@ Report = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work: ``key`` names it for ever, ``weight`` is in the stage's unit, ``inputs`` is JSON-like."""
+    """A piece of work: ``key`` names it for ever, ``weight`` is in the stage's unit, ``inputs`` is JSON-like.
+
+    ``claimed``: several runs may be at such tasks, so each claims the one at hand (``retrotool.store.claims``).
+    """
 
     key: str
     label: str
     weight: int
     inputs: Mapping[str, Any]
+    claimed: bool = False
 
 
 class Worker(Protocol):
@@ -73,15 +77,6 @@ class GivesUp(Protocol):
 
 
 @runtime_checkable
-class Shared(Protocol):
-    """A stage whose tasks several runs may be at: each claims the one at hand (``retrotool.store.claims``)."""
-
-    @property
-    def shard(self) -> tuple[int, int] | None:
-        """Which of how many jobs this is, from 0: the plan begins with its own share. None: it is the only one."""
-
-
-@runtime_checkable
 class PerWorker(Protocol):
     """A stage that is not the same for all worker processes: each has a device of its own, perhaps."""
 
@@ -90,7 +85,7 @@ class PerWorker(Protocol):
 
 
 Measured = tuple[float, ...]
-"""What a worker measures besides progress, numbers that can be added up."""
+"""What a worker measures besides progress: numbers that can be added up, the last of them seconds."""
 
 
 @runtime_checkable
@@ -105,8 +100,8 @@ class Metered(Protocol):
 class Shows(Protocol):
     """A stage that has something to say of what its workers measured."""
 
-    def shown(self, measured: Sequence[float]) -> str:
-        """A few words to stand beside the progress, of the sums so far."""
+    def shown(self, measured: Sequence[float], seconds: float) -> str:
+        """A few words to stand beside the progress, of the sums so far and the seconds since the first was begun."""
 
 
 def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:

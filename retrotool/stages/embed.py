@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
-from retrotool.errors import NotFiniteError, UsageError
+from retrotool.errors import ErasedError, NotFiniteError, UsageError
 from retrotool.stages.base import Measured, Report, Task, task_key
 from retrotool.store import parts, staging, vectors
 from retrotool.store.atomic import FileEntry
@@ -40,7 +40,7 @@ _END_BLOCK = 8
 _VERIFIED = 64
 """Chunks that an encoder is verified on when it begins."""
 _MANY = 100_000
-"""Chunks from which on a GPU would wait for the slow tokenizer longer than it takes to get the fast one ready."""
+"""For so many chunks a GPU would wait for the slow tokenizer longer than it takes to get the fast one ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,15 @@ class EmbedStage:
             check_identity(record, self.identity)
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
+        staged = staging.staged_keys(store.root)
         for part in store.state.parts():
             if done.get(part_slot(part)) is not None:
                 continue
             entry = parts.part_entry(store, "chunks", part)
             key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
-            if not staging.is_staged(store.root, key):
+            if key not in staged:
                 inputs = {"part": part, "path": entry.path}
-                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs))
+                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def of_worker(self, number: int) -> EmbedStage:
@@ -85,11 +86,11 @@ class EmbedStage:
         """Load the encoder."""
         return EmbedWorker(store, self)
 
-    def shown(self, measured: Sequence[float]) -> str:
-        """Tokens a second, and the share of the device's time that is forward."""
-        tokens, forward, seconds = measured
-        rate = len(self.devices) * tokens / max(seconds, 1e-9)
-        return f"{rate:,.0f} tokens/s, forward {100 * forward / max(seconds, 1e-9):.0f} %"
+    def shown(self, measured: Sequence[float], seconds: float) -> str:
+        """Tokens a second, and the share of the devices' time that is forward."""
+        tokens, forward, working = measured
+        rate, share = tokens / max(seconds, 1e-9), forward / max(working, 1e-9)
+        return f"{rate:,.0f} tokens/s, forward {100 * share:.0f} %"
 
 
 def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
@@ -152,8 +153,7 @@ class EmbedWorker:
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
         self._measured = (0.0, 0.0, time.perf_counter())
-        if self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY:
-            self.texts.hasten()
+        self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Embed one part; None if it has its embeddings by now."""
@@ -161,8 +161,10 @@ class EmbedWorker:
         part, identity = int(task.inputs["part"]), self.encoder.identity
         if state.part_file("embeddings", part, identity.name) is not None:
             return None
+        if parts.part_entry(self._store, "chunks", part).path != task.inputs["path"]:
+            raise ErasedError(f"chunks of part {part} were erased since this was planned")
         if not self._verified:
-            self._verify(part)
+            self._get_ready(part)
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
         told = 0
 
@@ -184,13 +186,14 @@ class EmbedWorker:
             raise self._not_finite(part, row) from error
         report(task.weight - told)  # what is erased has no vector
         key = f"encoder:{identity.name}"
+        self._store.refresh()
         # The same model from another place is the same encoder: the record that was first stays.
         record = self._store.state.records.get(key) or identity.as_json()
         check_identity(record, identity)
-        return Staged(
-            task.key, "embed", run, self.settings(), (str(task.inputs["path"]),), (entry,),
-            records={key: record},
-        )  # fmt: skip
+        # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
+        entry = replace(entry, about={"cosine": self.encoder.cosine})
+        reads = (str(task.inputs["path"]),)
+        return Staged(task.key, "embed", run, self.settings(), reads, (entry,), records={key: record})
 
     def settings(self) -> dict[str, Any]:
         """How vectors are made, as a commit keeps it."""
@@ -201,7 +204,6 @@ class EmbedWorker:
             "dtype": encoder.dtype,
             "forward": encoder.forward,
             "why": encoder.why,
-            "cosine": encoder.cosine,
         }
 
     def measured(self) -> Measured:
@@ -212,16 +214,20 @@ class EmbedWorker:
         tokens, forward, seconds = (a - b for a, b in zip(now, before, strict=True))
         return tokens, forward, seconds
 
-    def _verify(self, part: int) -> None:
-        """Hold the encoder's forward against transformers, on chunks of the part."""
+    def _get_ready(self, part: int) -> None:
+        """Hold the encoder's forward against transformers, on chunks of the part; then get the fast tokenizer ready."""
         chunks = parts.read_chunks(self._store, part, [0])
         rows = np.flatnonzero(chunks.embedded)
         some = np.random.default_rng(0).permutation(rows)[:_VERIFIED]
         try:
             self.encoder.verify(self.texts.rows(chunks.tokens[some], chunks.n_tokens[some]))
         except NotFiniteError as error:
-            raise self._not_finite(part, int(some[error.row])) from error
+            if not len(some):
+                raise
+            raise self._not_finite(part, int(some[error.row % len(some)])) from error
         self._verified = True
+        if self._many:
+            self.texts.hasten()
         self._measured = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:

@@ -39,8 +39,8 @@ def take(root: Path, task: str, run: str) -> bool:
     for _ in range(_TRIES):
         if _others(root, task, run):
             return False
-        disk.make_directory(own.parent)
-        with contextlib.suppress(FileExistsError):  # a worker of this run that was killed had it
+        with disk.told(own), contextlib.suppress(FileExistsError):  # a worker of this run that was killed had it
+            disk.make_directory(own.parent)
             disk.write(own, b"")
         if not _others(root, task, run):
             return True
@@ -75,7 +75,9 @@ def _path(root: Path, task: str, run: str) -> Path:
 def _names(root: Path) -> list[str]:
     try:
         return [path.name for path in claims_folder(root).iterdir()]
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in runs.GONE:
+            raise
         return []
 
 

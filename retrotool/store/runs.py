@@ -8,6 +8,7 @@ namespace; of another machine's run only an hour of silence can be seen.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -23,6 +24,8 @@ from retrotool.store import atomic, disk, paths
 
 HEARTBEAT_SECONDS = 30.0
 SILENCE_SECONDS = 3600.0
+GONE = (errno.ENOENT, errno.ESTALE)
+"""What the system says of a file that another process, or machine, has removed."""
 
 
 def _read_text(path: str) -> str:
@@ -96,7 +99,9 @@ def beat(root: Path, run: str) -> float:
     try:
         os.utime(run_path(root, run))
         return run_path(root, run).stat().st_mtime
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
         return time.time()
 
 
@@ -109,7 +114,11 @@ def is_alive(root: Path, run: str, *, silence: float = SILENCE_SECONDS, now: flo
     try:
         fields = orjson.loads(path.read_bytes())
         silent = (time.time() if now is None else now) - path.stat().st_mtime
-    except (FileNotFoundError, orjson.JSONDecodeError):
+    except orjson.JSONDecodeError:
+        return False
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
         return False
     if all(fields.get(key) == value for key, value in _here().items()):
         started = _start_time(int(fields["process"]))

@@ -175,6 +175,12 @@ def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
     )
 
 
+def staged_keys(root: Path) -> frozenset[str]:
+    """Keys of all tasks that are finished and waiting for a commit, by one listing."""
+    folder = root / "staging"
+    return frozenset(path.stem for path in folder.glob("*.json")) if folder.is_dir() else frozenset()
+
+
 def is_staged(root: Path, task: str) -> bool:
     """Whether the task is finished and waiting for a commit."""
     return _staged_path(root, task).exists()

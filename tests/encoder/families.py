@@ -33,9 +33,8 @@ def make_family(kind: str, path: Path, tokenizer: Path, **changes: Any) -> Path:
         shape = {"dim": 48, "n_layers": 3, "n_heads": 4, "hidden_dim": 96}
     else:
         shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-    config = getattr(transformers, names[0])(
-        vocab_size=VOCABULARY, max_position_embeddings=LONGEST + 5, initializer_range=0.3, **shape, **changes
-    )
+    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": LONGEST + 5, "initializer_range": 0.3}
+    config = getattr(transformers, names[0])(**{**settings, **shape, **changes})
     model = getattr(transformers, names[1])(config).eval()
     with torch.no_grad():  # norms and biases begin as ones and zeros, which would hide one that is not used
         for parameter in model.parameters():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrotool.encoder import compare, cosines, find_devices
-from retrotool.encoder.devices import is_out_of_memory
+from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.errors import UsageError
 
 
@@ -84,5 +84,13 @@ def test_what_says_that_memory_has_run_out() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    wrapped = ValueError("a compiler's error")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(wrapped)
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_lost(RuntimeError("CUDA error: device-side assert triggered\nCompile with ..."))
+    for message in ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out of memory"):
+        assert is_out_of_memory(RuntimeError(f"CUDA error: {message}"))
+        assert not is_lost(RuntimeError(f"CUDA error: {message}"))
     assert not is_out_of_memory(ValueError("not enough memory"))

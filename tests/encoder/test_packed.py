@@ -86,6 +86,16 @@ def test_weights_in_old_spelling_and_in_several_files(tiny_encoder: Path, tmp_pa
     assert_same(embed(path, "packed"), true)
 
 
+@pytest.mark.parametrize(("kind", "places"), [("bert", 512), ("mpnet", 514), ("roberta", 514)])
+def test_rows_of_512_tokens(kind: str, places: int, tiny_encoder: Path, tmp_path: Path) -> None:
+    path = make_family(kind, tmp_path / "model", tiny_encoder, max_position_embeddings=places)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(5, 300, n).tolist() for n in (510, 509, 511, 512, 700, 1, 64)]
+    packed, true = (Encoder(str(path), "cpu", forward=forward) for forward in ("packed", "transformers"))
+    assert packed.identity.max_tokens == 512
+    assert_same(packed.embed(rows), true.embed(rows))
+
+
 def test_a_model_in_several_files_is_read_by_its_index_and_variants_are_left_alone(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from families import make_family, rows_of_all_lengths
 
 from retrotool.encoder import Encoder, Rows
 from retrotool.encoder.ahead import ahead
-from retrotool.errors import NotFiniteError, RetrotoolError, UsageError
+from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,18 @@ def test_a_row_for_which_there_is_no_memory_is_an_error(model: Path) -> None:
     with pytest.raises(RetrotoolError, match="no memory for a row of 4 tokens") as error:
         encoder.embed([[10, 11]] * 3)
     assert error.value.advice
+
+
+def test_a_device_that_is_lost_ends_the_run(model: Path) -> None:
+    """Each task would fail on it, three times."""
+    encoder = Encoder(str(model), "cpu")
+
+    def lost(tensors: Mapping[str, torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+
+    spoiled(encoder, lost)
+    with pytest.raises(AbortError, match=r"cpu is lost: CUDA error: an illegal memory access was encountered$"):
+        encoder.embed([[10, 11]])
 
 
 def test_another_error_of_a_batch_is_passed_on(model: Path) -> None:

@@ -136,6 +136,62 @@ def test_a_compiler_that_fails_is_done_without(
     assert "can't be compiled (RuntimeError: no C compiler)" in said[0]
 
 
+def test_memory_that_runs_out_adds_one_shape_a_halving(
+    seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrotool.encoder import forwards, runners
+
+    monkeypatch.setattr(runners, "cores", lambda: 1)
+    whole: list[int] = []
+
+    def layer(*arguments: object) -> torch.Tensor:
+        x = arguments[1]
+        assert isinstance(x, torch.Tensor)
+        whole.append(len(x))
+        if len(x) > 1024:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forwards.Layer.forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(forwards, "compile_layer", lambda: layer)
+    path = make_family("bert", tmp_path / "bert", tiny_encoder)
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(5, 160, n).tolist() for n in rng.integers(1, 98, 2000)]
+    true = Encoder(str(path), "cpu", forward="transformers").embed(rows)
+    said: list[str] = []
+    encoder = Encoder(str(path), "cpu", batch_tokens=4096, say=said.append)
+    assert cosines(encoder.embed(rows), true).min() > 0.99999
+    assert set(whole) == {4096, 2048, 1024}
+    assert encoder.batch_tokens == 1024
+    assert len(said) == 2
+    assert encoder._loaded.why_eager == ""
+
+
+def test_an_encoder_is_verified_as_it_will_compute(
+    seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrotool.encoder import forwards
+
+    monkeypatch.setattr(forwards, "compile_layer", lambda: lambda layer, x, *rest: x * 1.5)  # miscompiled
+    path = make_family("bert", tmp_path / "bert", tiny_encoder)
+    said: list[str] = []
+    encoder = Encoder(str(path), "cpu", batch_tokens=65536, say=said.append)
+    encoder.verify()
+    assert encoder.forward == "transformers"
+    assert "transformers is used instead" in said[0]
+
+
+@pytest.mark.parametrize(("heads", "fits"), [(4, False), (6, True), (1, True)])
+def test_heads_that_flash_attention_has_not_take_the_other_way(
+    heads: int, fits: bool, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    from retrotool.encoder.architecture import architecture_of
+    from retrotool.encoder.forwards import _fits_flash
+    from retrotool.encoder.identity import read_config
+
+    path = make_family("bert", tmp_path / "bert", tiny_encoder, num_attention_heads=heads)
+    assert _fits_flash(architecture_of(read_config(path))) == fits
+
+
 def test_rows_shorter_than_a_batch_has_room_for(seen: Seen, tiny_encoder: Path, tmp_path: Path) -> None:
     path = make_family("bert", tmp_path / "bert", tiny_encoder)
     rows = [[5 + i % 150] for i in range(700)]

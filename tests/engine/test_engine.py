@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,12 @@ from conftest import make_rows, write_jsonl
 
 from retrotool import commands, engine
 from retrotool.commands.writing import writing
-from retrotool.errors import CorruptError, StorageError, TaskError
+from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.chunk_plan import write_json
-from retrotool.store import staging
+from retrotool.store import claims, staging
 from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
@@ -65,7 +66,7 @@ class TouchWorker:
             raise CorruptError("this file is broken", "mend it")
         if kind == "full":
             raise StorageError("no space left")
-        if kind == "die" and attempt == 0:
+        if kind == "kill" or (kind == "die" and attempt == 0):
             os.kill(os.getpid(), signal.SIGKILL)
         entry = write_json(self.store.root, FileName.new(run, "selectors", f"t{n}", "json"), {"n": n}, 1)
         report(1)
@@ -137,6 +138,109 @@ def test_a_full_disk_stops_at_once(store: Store, tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_is_replaced(store: Store, tmp_path: Path) -> None:
     execute(store, TouchStage(str(tmp_path / "marks"), fail=((4, "die"),)), workers=2)
     assert len(store.state.group("selectors")) == 6
+
+
+@dataclass(frozen=True)
+class NoStage(TouchStage):
+    """One of whose workers can't be opened."""
+
+    broken: int = 0
+    number: int = -1
+
+    def of_worker(self, number: int) -> NoStage:
+        return replace(self, number=number)
+
+    def open(self, store: Store) -> TouchWorker:
+        (Path(self.marks) / f"open-{self.number}-{os.getpid()}").touch()
+        if self.number == self.broken:
+            raise UsageError("no such device", "name another")
+        return super().open(store)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_worker_that_can_not_be_opened_ends_the_run_and_says_why(store: Store, tmp_path: Path, broken: int) -> None:
+    with pytest.raises(UsageError, match="no such device") as error:
+        execute(store, NoStage(str(tmp_path / "marks"), broken=broken), workers=2)
+    assert error.value.advice == "name another"
+    assert len(list((tmp_path / "marks").glob("open-*"))) <= 2, "none is opened again and again"
+
+
+def test_a_worker_that_is_killed_fails_its_own_task_alone_and_keeps_its_number(store: Store, tmp_path: Path) -> None:
+    stage = NoStage(str(tmp_path / "marks"), tasks=9, fail=((4, "die"), (7, "die")), broken=-1)
+    execute(store, stage, workers=3)
+    assert len(store.state.group("selectors")) == 9
+    assert [attempts(tmp_path, n) for n in range(9)] == [2 if n in (4, 7) else 1 for n in range(9)]
+    opened = [path.name.split("-")[1] for path in (tmp_path / "marks").glob("open-*")]
+    assert set(opened) == {"0", "1", "2"}
+    assert len(opened) == 5, "three workers, and one in place of each that was killed"
+
+
+def test_a_task_that_kills_its_worker_every_time_is_given_up_and_its_claim_with_it(
+    store: Store, tmp_path: Path
+) -> None:
+    stage = ClaimingStage(str(tmp_path / "marks"), fail=((2, "kill"),))
+    with writing(store) as run:
+        with pytest.raises(TaskError, match=r"task 2 failed 3 times: BrokenProcessPool"):
+            engine.execute(stage, store, run, workers=2)
+        assert attempts(tmp_path, 2) == 3
+        assert claims.held(store.root, "0000beef") == frozenset()
+    assert len(store.refresh().group("selectors")) == 5
+
+
+@dataclass(frozen=True)
+class ClaimingStage(TouchStage):
+    """Whose tasks are claimed."""
+
+    def plan(self, store: Store) -> Sequence[Task]:
+        return [replace(task, claimed=True) for task in super().plan(store)]
+
+
+def test_a_claimed_task_is_left_to_the_run_that_is_at_it(store: Store, tmp_path: Path) -> None:
+    stage = ClaimingStage(str(tmp_path / "marks"))
+    task = stage.plan(store)[3]
+    with Run(store.root) as other, Run(store.root) as run:
+        assert claims.take(store.root, task.key, other.id)
+        assert engine.perform(stage.open(store), store.root, task, run.id, lambda _: None) is None
+        engine.execute(stage, store, run)
+        assert [attempts(tmp_path, n) for n in range(6)] == [1, 1, 1, 0, 1, 1]
+        claims.release(store.root, task.key, other.id)
+        engine.execute(stage, store, run)
+    assert len(store.state.group("selectors")) == 6
+
+
+def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = ClaimingStage(str(tmp_path / "marks"))
+    task = stage.plan(store)[0]
+    take = claims.take
+
+    def late(root: Path, key: str, run: str) -> bool:
+        monkeypatch.undo()
+        with Run(root) as other:  # does it all while the first one is about to claim it
+            assert engine.perform(stage.open(store), root, task, other.id, lambda _: None)
+        return take(root, key, run)
+
+    monkeypatch.setattr(claims, "take", late)
+    with Run(store.root) as run:
+        assert engine.perform(stage.open(store), store.root, task, run.id, lambda _: None) is None
+    assert attempts(tmp_path, 0) == 1
+
+
+def test_progress_takes_back_what_came_to_nothing(store: Store, tmp_path: Path) -> None:
+    from retrotool.engine.progress import Told
+    from retrotool.engine.task import Telling
+
+    told: list[Told] = []
+    task = Task("k", "task", 10, {})
+    report = Telling(TouchWorker(store, TouchStage(str(tmp_path))), task, told.append)
+    with pytest.raises(OSError, match="a hiccup"), report.telling():
+        report(4)
+        report(3)
+        raise OSError("a hiccup")
+    assert sum(message.done for message in told) == 0
+    report.fell_to_others()
+    assert told[-1].left == 10
 
 
 def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,28 @@ def test_an_erase_that_commits_while_a_part_is_embedded_wins(
     assert commands.verify(chunked).ok
 
 
+def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victims = retrotool.open(chunked).document("doc-110")
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    write = embed.EmbedWorker._write
+    begun: list[int] = []
+
+    def noted(self: embed.EmbedWorker, part: int, *arguments: object) -> object:
+        if not begun:
+            commands.purge(chunked, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+        begun.append(part)
+        return write(self, part, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embed.EmbedWorker, "_write", noted)
+    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    assert victims[0] >> 32 > 0, "a later part than the first"
+    assert sorted(begun) == Store.open(chunked).state.parts(), "each once"
+    assert result.chunks == result.embedded == commands.info(chunked).chunks
+    assert result.parts == len(begun)
+
+
 def test_a_corrupt_part_is_exit_12_and_the_others_are_embedded(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
     store = Store.open(chunked)
     broken = chunked / store.state.part_file("chunks", 1).path
@@ -208,11 +231,14 @@ def test_tokens_that_differ_are_thrown_away_with_their_part(
 
 def test_how_vectors_were_made_stands_in_the_commit(chunked: Path, tiny_encoder: Path) -> None:
     result = commands.embed(chunked, encoder=str(tiny_encoder), dtype="bfloat16", devices="cpu")
-    settings = log.read(chunked, result.commit).settings
+    commit = log.read(chunked, result.commit)
+    settings = commit.settings
     assert {key: settings[key] for key in ("encoder", "device", "dtype", "forward", "why")} == {
         "encoder": "tiny", "device": "cpu", "dtype": "bfloat16", "forward": "packed", "why": "",
     }  # fmt: skip
-    assert 0.99 < settings["cosine"] == result.cosine <= 1
+    assert len(commit.add) == result.parts
+    assert {entry.about["cosine"] for entry in commit.add} == {result.cosine}
+    assert 0.99 < result.cosine <= 1
     assert (result.forward, result.dtype, result.device, result.devices) == ("packed", "bfloat16", "cpu", 1)
 
 
@@ -237,8 +263,14 @@ def test_several_encoders_lie_side_by_side_and_info_tells_what_each_covers(
     assert not np.allclose(reader.embeddings(0, "tiny"), reader.embeddings(0, "tiny-cls"), atol=0.01)
     commands.index(chunked, name="cls", encoder="tiny-cls")
     left = commands.index(chunked, name="cls")
-    assert left.next[0].endswith("--pooling cls")
+    assert shlex.split(left.next[0])[3:] == ["--encoder", str(tiny_encoder), "--pooling", "cls"]
     assert retrotool.open(chunked).search("a token of the store", index="cls")
+    commands.embed(chunked, encoder=str(other), name="other", pooling="cls")
+    commands.index(chunked, name="named", encoder="other")
+    more = make_rows(1, first=900)
+    commands.chunk(chunked, [str(write_jsonl(tmp_path / "last.jsonl", more))])
+    command = shlex.split(commands.index(chunked, name="named").next[0])
+    assert command[3:] == ["--encoder", str(other), "--name", "other", "--pooling", "cls"]
     with pytest.raises(UsageError, match="another encoder under the name 'mine'") as error:
         commands.embed(chunked, encoder=str(tiny_encoder), name="mine")
     assert "--name" in error.value.advice
