@@ -136,14 +136,19 @@ def _how(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: farthest[key] for key in ("device", "dtype", "forward", "why", "cosine")}
 
 
-def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any]:
-    """Measure how true the stored vectors are, and commit it; ``RetrotoolError`` if one is of another model."""
+def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any] | None:
+    """Measure how true the stored vectors are, and commit it; None if there are none.
+
+    ``RetrotoolError`` if one is of another model.
+    """
     reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
     sample = draw(store, reference)
+    if not len(sample.ids):
+        return None
     with tqdm(total=len(sample.ids), unit="chunk", desc="check", disable=None, delay=2, file=sys.stderr) as bar:
         fidelity = measure(sample, reference, bar.update)
     reference.close()
-    worst = int(sample.ids[fidelity.worst]) if len(sample.ids) else -1
+    worst = int(sample.ids[fidelity.worst])
     record = {
         "sample": fidelity.sample,
         "cosine_min": round(fidelity.cosine_min, 6),

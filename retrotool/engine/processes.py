@@ -2,7 +2,8 @@
 
 Each worker is a pool of one process, which is given one task at a time. So if a process is killed (out of memory,
 perhaps), it is known which task it was at, that task alone has failed, and the other workers go on while a new process
-takes its place. Each worker keeps to its share of the cores. With Ctrl-C, or when the parent dies, they end.
+takes its place. Each worker keeps to its share of the cores, and has a pipe of its own by which it tells of its
+progress: one that is killed while it writes holds no lock. With Ctrl-C, or when the parent dies, they end.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from retrotool.engine.progress import Progress, Told, passing_on
+from retrotool.engine.progress import Progress, Told
 from retrotool.engine.task import Ended, Enough, Failures, OpenError, Telling, perform
 from retrotool.stages.base import PerWorker, Stage, Task, Worker
 from retrotool.store.runs import Run
@@ -29,12 +31,13 @@ from retrotool.store.store import Store
 
 WAIT_SECONDS = 30.0
 """How long to wait for a task to end before the caller is given its turn."""
+_LISTEN_SECONDS = 5.0
 
-_worker: tuple[Worker | Exception, Path, str, SimpleQueue[Told | None]] | None = None
+_worker: tuple[Worker | Exception, Path, str, Callable[[Told], object]] | None = None
 """What a worker process was opened with; a process pool has no other place for it."""
 
 
-def _open_worker(stage: Stage, root: Path, run: str, told: SimpleQueue[Told | None], number: int, threads: int) -> None:
+def _open_worker(stage: Stage, root: Path, run: str, told: Connection[Told, Any], number: int, threads: int) -> None:
     global _worker
     _keep_to_share(number, threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -48,7 +51,7 @@ def _open_worker(stage: Stage, root: Path, run: str, told: SimpleQueue[Told | No
         opened = own.open(Store.open(root))
     except Exception as error:  # a pool would tell of a broken process, and not why
         opened = error
-    _worker = (opened, root, run, told)
+    _worker = (opened, root, run, told.send)
 
 
 def _keep_to_share(number: int, threads: int) -> None:
@@ -73,10 +76,10 @@ def _follow_parent() -> None:
 
 def _do(task: Task) -> Staged | None:
     assert _worker is not None
-    worker, root, run, told = _worker
+    worker, root, run, tell = _worker
     if isinstance(worker, Exception):
         raise OpenError(worker)
-    report = Telling(worker, task, told.put)
+    report = Telling(worker, task, tell)
     with report.telling():
         staged = perform(worker, root, task, run, report)
     if staged is None:
@@ -122,24 +125,29 @@ class _Workers:
 
     def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._told: SimpleQueue[Told | None] = self._context.SimpleQueue()
-        self._arguments = (stage, store.root, run.id, self._told)
+        self._arguments = (stage, store.root, run.id)
+        self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}
         self.idle = list(reversed(range(workers)))
         """Workers without a task, the first one last."""
         self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}
-        self._passing_on = passing_on(self._told, progress)
+        self._listening: list[threading.Thread] = []
 
     def begin(self, task: Task) -> None:
         """Give a task to an idle worker, started if it is not running."""
         number = self.idle.pop()
         with _interrupts_put_off():
-            if number not in self._pools:
-                self._pools[number] = ProcessPoolExecutor(
-                    1, self._context, _open_worker, (*self._arguments, number, self._threads)
-                )
-            self.busy[self._pools[number].submit(_do, task)] = (number, task)
+            if number in self._pools:
+                self.busy[self._pools[number].submit(_do, task)] = (number, task)
+                return
+            heard, told = self._context.Pipe(duplex=False)
+            arguments = (*self._arguments, told, number, self._threads)
+            pool = self._pools[number] = ProcessPoolExecutor(1, self._context, _open_worker, arguments)
+            self.busy[pool.submit(_do, task)] = (number, task)
+            told.close()  # the process has its own end of it by now; when that is closed, there is nothing to hear
+            self._listening.append(threading.Thread(target=self._progress.listen, args=(heard,), daemon=True))
+            self._listening[-1].start()
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
         """Wait for tasks to end, and give those that have; a worker that was killed will be started anew."""
@@ -152,7 +160,6 @@ class _Workers:
             yield task, future
 
     def __enter__(self) -> _Workers:
-        self._passing_on.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -164,7 +171,8 @@ class _Workers:
         if killed:
             for process in processes:
                 process.terminate()
-        self._passing_on.__exit__(None, None, None)
+        for thread in self._listening:
+            thread.join(_LISTEN_SECONDS)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,16 @@
 """What a run tells while it works: a bar with what is done, the rate and the time left, and what workers measure.
 
-Worker processes tell theirs through a queue; a thread passes it on.
+Worker processes tell theirs through a pipe each; threads listen to them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from typing import Any
 
 from tqdm import tqdm
@@ -62,6 +60,7 @@ class Progress:
         )
         self._stage = stage
         self._meter = meter
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Progress:
         return self
@@ -71,27 +70,16 @@ class Progress:
 
     def tell(self, told: Told) -> None:
         """Take in what a worker told."""
-        self._meter.add(told.measured)
-        if told.left and not self._bar.disable:
-            self._bar.total = (self._bar.total or 0) - told.left
-        if told.measured and isinstance(self._stage, Shows):
-            self._bar.set_postfix_str(self._stage.shown(self._meter.sums, self._meter.seconds), refresh=False)
-        self._bar.update(told.done)
+        with self._lock:
+            self._meter.add(told.measured)
+            if told.left and not self._bar.disable:
+                self._bar.total = (self._bar.total or 0) - told.left
+            if told.measured and isinstance(self._stage, Shows):
+                self._bar.set_postfix_str(self._stage.shown(self._meter.sums, self._meter.seconds), refresh=False)
+            self._bar.update(told.done)
 
-
-@contextlib.contextmanager
-def passing_on(told: SimpleQueue[Told | None], progress: Progress) -> Iterator[None]:
-    """Pass on what workers tell, from a thread."""
-
-    def pump() -> None:
-        while (message := told.get()) is not None:
-            progress.tell(message)
-
-    thread = threading.Thread(target=pump, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError, queue.Full):
-            told.put(None)
-        thread.join(timeout=5)
+    def listen(self, told: Connection[Any, Told]) -> None:
+        """Take in what a worker process tells, until it has ended."""
+        with contextlib.suppress(EOFError, OSError), told:
+            while True:
+                self.tell(told.recv())
