@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from retrotool import interrupts
 from retrotool.cli import chunk, embed, index, info, neighbours, purge, search, verify
 
 app = typer.Typer(
@@ -47,4 +48,5 @@ for _command in (chunk, embed, index, neighbours, purge, search, info, verify):
 
 def main() -> None:
     """Entry point of the console script."""
+    interrupts.install()
     app(prog_name="retrotool")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from retrotool import interrupts
 from retrotool.engine.processes import run_in_processes
 from retrotool.engine.progress import Meter, Progress
 from retrotool.engine.task import ATTEMPTS, Ended, Enough, Failures, Telling, perform
@@ -53,6 +54,7 @@ def execute(
     meter = meter or Meter()
     try:
         while True:
+            interrupts.check()
             staging.fold(store, run)
             store.refresh()
             tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
@@ -151,6 +153,7 @@ def _run_here(
     worker = stage.open(store)
     with Progress(stage, sum(task.weight for task in tasks), meter) as progress:
         for task in tasks:
+            interrupts.check()
             again = True
             while again:
                 again = False

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from retrotool import interrupts
 from retrotool.engine.progress import Progress, Told
 from retrotool.engine.task import Ended, Enough, Failures, OpenError, Telling, perform
 from retrotool.stages.base import PerWorker, Stage, Task, Worker
@@ -115,6 +116,7 @@ def run_in_processes(
                         waiting.appendleft(task)
                 elif enough is not None and (staged := future.result()) is not None and enough(staged):
                     ended = True
+            interrupts.check()
             if ended and not pool.busy:
                 raise Ended
             now_and_then()

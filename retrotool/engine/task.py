@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from retrotool import interrupts
 from retrotool.engine.progress import Told
 from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError
 from retrotool.stages.base import Metered, Report, Task, Worker
@@ -90,6 +91,7 @@ class Telling:
 
     def __call__(self, done: int) -> None:
         """Tell of some units of work."""
+        interrupts.check()
         self._done += done
         self._tell(Told(done, measured=self._metered.measured() if self._metered else ()))
 

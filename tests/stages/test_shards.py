@@ -197,3 +197,35 @@ def test_ctrl_c_keeps_what_is_finished_and_the_rest_is_done_by_the_next(
     assert len(sums(chunked)) >= 2
     assert commands.embed(chunked, encoder=str(tiny_encoder)).embedded == commands.info(chunked).chunks
     assert commands.verify(chunked).ok
+
+
+SWALLOWED = """
+import os, signal
+from retrotool.stages.embed import EmbedWorker
+get_ready = EmbedWorker._get_ready
+class Finaliser:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+def swallowing(self, part):
+    if HOW == 'finaliser':
+        Finaliser()
+    else:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:
+            pass
+    return get_ready(self, part)
+EmbedWorker._get_ready = swallowing
+"""
+
+
+@pytest.mark.parametrize("how", ["finaliser", "library"])
+def test_ctrl_c_that_a_library_swallows_is_kept_in_mind(chunked: Path, tiny_encoder: Path, how: str) -> None:
+    job = start(chunked, tiny_encoder, before=f"HOW = {how!r}\n{SWALLOWED}")
+    _, errors = job.communicate(timeout=100)
+    assert job.returncode == 130, errors
+    assert errors == "interrupted: what is finished is kept; run the same command again to go on.\n"
+    assert len(sums(chunked)) <= 1, "it ends at the next step"
+    assert commands.embed(chunked, encoder=str(tiny_encoder)).embedded == commands.info(chunked).chunks

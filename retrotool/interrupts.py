@@ -1,0 +1,41 @@
+"""Ctrl-C that is not lost.
+
+Python raises ``KeyboardInterrupt`` wherever the main thread happens to be. If that is a finaliser, or code of a library
+that catches everything, it is swallowed, and a run of hours goes on. So the command line keeps in mind that it was
+asked, and whoever does work in steps calls ``check`` between them. Without ``install``, as in a script, Python's own
+way stays.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+_asked = threading.Event()
+
+
+def install() -> None:
+    """Keep Ctrl-C in mind from now on; not where it is ignored, as in jobs of a shell's background."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    told = sys.unraisablehook
+
+    def without_interrupts(error: sys.UnraisableHookArgs) -> None:
+        if error.exc_type is not KeyboardInterrupt:  # it is in mind: a traceback of some finaliser tells nothing
+            told(error)
+
+    sys.unraisablehook = without_interrupts
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    _asked.set()
+    raise KeyboardInterrupt
+
+
+def check() -> None:
+    """Raise ``KeyboardInterrupt`` if there was a Ctrl-C; in any thread."""
+    if _asked.is_set():
+        raise KeyboardInterrupt
