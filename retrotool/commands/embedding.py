@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from retrotool import engine
+from retrotool import engine, interrupts
 from retrotool.commands.counting import command_line, count_keys_of
 from retrotool.commands.writing import writing
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine import Meter
-from retrotool.errors import RetrotoolError, UsageError
+from retrotool.errors import ErasedError, RetrotoolError, UsageError
 from retrotool.stages.database import embedded_parts
 from retrotool.stages.embed import EmbedStage
 from retrotool.stages.fidelity import draw, measure
@@ -142,11 +143,20 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     ``RetrotoolError`` if one is of another model.
     """
     reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
-    sample = draw(store, reference)
+    sample = None
+    while sample is None:
+        store.refresh()
+        with contextlib.suppress(ErasedError):  # by another process, while it was read
+            sample = draw(store, reference)
     if not len(sample.ids):
         return None
     with tqdm(total=len(sample.ids), unit="chunk", desc="check", disable=None, delay=2, file=sys.stderr) as bar:
-        fidelity = measure(sample, reference, bar.update)
+
+        def report(rows: int) -> None:
+            interrupts.check()
+            bar.update(rows)
+
+        fidelity = measure(sample, reference, report)
     reference.close()
     worst = int(sample.ids[fidelity.worst])
     record = {
