@@ -149,7 +149,7 @@ class EmbedWorker:
             batch_tokens=stage.batch_tokens,
         )
         if self.encoder.identity.sha256 != identity.sha256:
-            raise UsageError(f"encoder {stage.spec!r} was changed just now")
+            raise UsageError(f"encoder {stage.spec!r} was changed just now", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
         self._measured = (0.0, 0.0, time.perf_counter())
