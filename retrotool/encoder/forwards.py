@@ -192,13 +192,25 @@ class PaddedForward:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            model = transformers.AutoModel.from_pretrained(
-                path, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
+            model, info = transformers.AutoModel.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             self._model = model.to(device).eval()
         except Exception as error:  # the library raises whatever its parts do
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"encoder {spec!r} can't be loaded: {type(error).__name__}: {reason}") from error
+        # What is missing would be made up at random; a pooler's output is not used.
+        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise UsageError(
+                f"encoder {spec!r} lacks weights of its config.json: {missing[0]}, and {len(missing) - 1} more",
+                "It is incomplete, or its config.json is that of another model.",
+            )
         self._pooling, self._normalize = identity.pooling, identity.normalize
 
     def most_rows(self, batch_tokens: int) -> int:  # noqa: ARG002
