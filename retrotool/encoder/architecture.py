@@ -137,6 +137,7 @@ class Weights:
 
 def read_weights(path: Path, shape: Architecture) -> Weights:
     """Read a model directory's safetensors; ``NotPackedError`` names a weight that is missing."""
+    import torch
     from safetensors import safe_open
 
     wanted = {theirs: own for own, theirs in _names(shape).items()}
@@ -146,7 +147,8 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
             for key in opened.keys():  # noqa: SIM118 - it is no dict
                 own = wanted.get(_plain(key))
                 if own is not None and own not in tensors:
-                    tensors[own] = opened.get_tensor(key).float()
+                    # A copy: what is mapped changes with the file, or is gone with it.
+                    tensors[own] = opened.get_tensor(key).to(torch.float32, copy=True)
     missing = next((theirs for theirs, own in wanted.items() if own not in tensors and own not in _NOT_IN_ALL), None)
     if missing is not None:
         raise NotPackedError(f"it has no weight {missing}")

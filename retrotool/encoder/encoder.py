@@ -142,6 +142,10 @@ class Encoder:
         if loaded is None:
             self.forward = "transformers"
             loaded = PaddedForward(self._spec, self._path, self.identity, self.device, self.dtype)
+        # The weights were hashed before they were read: what was read must be what was hashed.
+        again = find_encoder(self._spec, pooling=self.identity.pooling, name=self.identity.name)[1]
+        if again.sha256 != self.identity.sha256:
+            raise UsageError(f"encoder {self._spec!r} was changed while it was loaded", "Run the same command again.")
         self._loaded = loaded
         self._runner: Runner = CpuRunner(loaded) if self.device == "cpu" else CudaRunner(loaded, self.device)
         self.work.lanes = self._runner.lanes
@@ -219,7 +223,10 @@ class Encoder:
     def _other(self, dtype: str, forward: str) -> Encoder:
         """The same encoder on the same device in another way."""
         pooling = self.identity.pooling
-        return Encoder(self._spec, self.device, dtype, pooling=pooling, forward=forward, say=self.say)
+        other = Encoder(self._spec, self.device, dtype, pooling=pooling, forward=forward, say=self.say)
+        if other.identity.sha256 != self.identity.sha256:
+            raise UsageError(f"encoder {self._spec!r} was changed since it was loaded", "Run the same command again.")
+        return other
 
     def _load_again(self, way: str, why: str, rows: Rows, true: Vectors) -> None:
         self.close()

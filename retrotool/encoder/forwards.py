@@ -201,6 +201,9 @@ class PaddedForward:
                 output_loading_info=True,
             )
             self._model = model.to(device).eval()
+            if device == "cpu":  # what is mapped changes with the file, or is gone with it
+                for tensor in (*self._model.parameters(), *self._model.buffers()):
+                    tensor.data = tensor.data.clone()
         except Exception as error:  # the library raises whatever its parts do
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"encoder {spec!r} can't be loaded: {type(error).__name__}: {reason}") from error

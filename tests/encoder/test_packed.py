@@ -240,3 +240,32 @@ def test_a_type_that_ruins_an_encoder_is_said_and_not_used_unless_it_was_asked_f
         assert "--dtype float32" in said[0]
         assert encoder.dtype == "bfloat16"
         assert encoder.why == ""
+
+
+@pytest.mark.parametrize("forward", ["packed", "transformers"])
+def test_weights_that_change_under_a_run_are_noticed_or_do_not_matter(
+    forward: str, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrotool.encoder import forwards
+
+    path = make_family("bert", tmp_path / "model", tiny_encoder)
+    other = make_family("bert", tmp_path / "other", tiny_encoder, hidden_act="relu")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-4000:] = bytes(4000)
+    encoder = Encoder(str(path), "cpu", forward=forward)
+    true = encoder.embed(rows_of_all_lengths())
+    (path / "model.safetensors").write_bytes(weights)
+    assert np.array_equal(encoder.embed(rows_of_all_lengths()), true), "what is loaded stays"
+    if forward == "packed":
+        with pytest.raises(UsageError, match="was changed since it was loaded"):
+            encoder.verify()
+    kind = "PackedForward" if forward == "packed" else "PaddedForward"
+    load = getattr(forwards, kind)
+
+    def changed(*arguments: Any) -> Any:
+        (path / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+        return load(*arguments)
+
+    monkeypatch.setattr(forwards, kind, changed)
+    with pytest.raises(UsageError, match="was changed while it was loaded"):
+        Encoder(str(path), "cpu", forward=forward)
