@@ -326,6 +326,8 @@ def test_check_finds_vectors_of_another_model(chunked: Path, tiny_encoder: Path,
 def _posing(path: Path, identity: object, *arguments: object, **options: object) -> Encoder:
     encoder = Encoder(str(path), "cpu")
     encoder.identity = identity  # type: ignore[assignment]
+    encoder.cosine = 1.0
+    encoder.verify = lambda *_: None  # type: ignore[method-assign]
     return encoder
 
 
