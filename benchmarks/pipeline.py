@@ -41,7 +41,7 @@ def bench_chunk(inputs: list[str], store: Path) -> None:
     start = time.perf_counter()
     result = commands.chunk(store, inputs, workers=os.cpu_count() or 1)
     ours = megabytes / (time.perf_counter() - start)
-    tokenizer = retrotool.open(store).tokenizer.library
+    tokenizer = retrotool.open(store).tokenizer.backend
     start = time.perf_counter()
     for first in range(0, len(texts), 64):
         tokenizer.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)

@@ -126,8 +126,8 @@ def _text(result: EmbedResult) -> str:
     if result.elsewhere:
         are = "is" if result.elsewhere == 1 else "are"
         lines.append(
-            f"{output.count(result.elsewhere, 'part')} {are} left to other runs that have begun with them. "
-            "Should these die, run the same command again."
+            f"{output.count(result.elsewhere, 'part')} {are} left to runs that are at work. "
+            "Should one die, run the same command again."
         )
     if result.check:
         lines.append(

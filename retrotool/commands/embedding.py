@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
+from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.tokenizers import BUNDLED
 
@@ -97,12 +98,15 @@ def embed(
     store = Store.open(root)
     batch_tokens_of("cpu", batch_tokens)
     if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"--shard {shard[0]}/{shard[1]}: jobs of {shard[1]} are numbered 0 to {shard[1] - 1}")
+        raise UsageError(f"--shard {shard[0]}/{shard[1]}: of n jobs this is one from 0 to n - 1")
     found = find_devices(devices, dtype)
     identity = find_encoder(encoder, pooling=pooling, name=name)[1]
+    if name is None:
+        identity = _as_known(store, identity)
     stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
     done, meter = _Done(), Meter()
     with writing(store) as run:
+        _tell_where(store, run, identity)
         engine.execute(stage, store, run, workers=len(found), enough=done, meter=meter)
         store.refresh()
         held = claims.held(store.root, run.id)
@@ -127,6 +131,28 @@ def embed(
         check=checked,
         **_how(done.how),
     )
+
+
+def _as_known(store: Store, identity: EncoderIdentity) -> EncoderIdentity:
+    """The encoder by the name that the store knows it by, wherever it lies now."""
+    known = store.state.with_prefix("encoder:")
+    names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
+    return identity if not names or identity.name in names else replace(identity, name=names[0])
+
+
+def _tell_where(store: Store, run: Run, identity: EncoderIdentity) -> None:
+    """Record where an encoder lies now, if it is no more where it was: ``search`` will look for it there."""
+    key = f"encoder:{identity.name}"
+
+    def build(state: State) -> Draft | None:
+        record = state.records.get(key)
+        if record is None or record["sha256"] != identity.sha256 or record["origin"] == identity.origin:
+            return None
+        if not Path(record["origin"]).is_absolute() or Path(record["origin"]).exists():
+            return None
+        return Draft("embed", {"encoder": identity.name}, records={key: {**record, "origin": identity.origin}})
+
+    store.commit(run, build)
 
 
 def _how(made: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from those of ``transformers`` in float32. The BERT family runs through a forwar
 
 from __future__ import annotations
 
-from retrotool.encoder.devices import check_device, find_devices
+from retrotool.encoder.devices import find_devices
 from retrotool.encoder.encoder import Encoder
 from retrotool.encoder.fidelity import Fidelity, compare, cosines
 from retrotool.encoder.identity import EncoderIdentity, find_encoder, plain_name
@@ -18,7 +18,6 @@ __all__ = [
     "EncoderIdentity",
     "Fidelity",
     "Rows",
-    "check_device",
     "compare",
     "cosines",
     "find_devices",

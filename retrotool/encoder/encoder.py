@@ -118,7 +118,12 @@ class Encoder:
         self._spec, self._path, self.say = spec, path, say
         self._exact = Tokenizer(find_tokenizer(str(path)))
         self._fast: FastTokenizer | None = None
-        self._before, self._after = self._exact.special_tokens()
+        try:
+            self._before, self._after = self._exact.special_tokens()
+        except Exception as error:  # the library raises nothing more special
+            raise UsageError(
+                f"encoder {spec!r}: its tokenizer can't tokenise: {error}", "Mend tokenizer.json."
+            ) from error
         self._vocabulary = read_config(path).get("vocab_size")
         self._load(forward)
 
@@ -211,7 +216,7 @@ class Encoder:
                 self.dtype = "float32"
                 self._load_again(self.forward, why, rows, true)
             else:
-                self.say(f"{why}: --dtype float32 changes no vector of this encoder")
+                self.say(f"{why}; with --dtype float32 its vectors would be the true ones")
         self.work = Work(lanes=self._runner.lanes)
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:

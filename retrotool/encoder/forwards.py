@@ -211,7 +211,7 @@ class PaddedForward:
         missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
         if missing:
             raise UsageError(
-                f"encoder {spec!r} lacks weights of its config.json: {missing[0]}, and {len(missing) - 1} more",
+                f"encoder {spec!r} lacks {len(missing):,} of the weights that its config.json asks for: {missing[0]}",
                 "It is incomplete, or its config.json is that of another model.",
             )
         self._pooling, self._normalize = identity.pooling, identity.normalize

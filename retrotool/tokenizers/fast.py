@@ -174,7 +174,7 @@ class FastTokenizer:
         common = min(len(got), len(expected))
         unlike = np.flatnonzero(got[:common] != expected[:common])
         position = int(unlike[0]) if len(unlike) else common
-        offsets = self._tokenizer.library.encode(text, add_special_tokens=False).offsets
+        offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
         place = offsets[position][0] if position < len(expected) else len(text)
         raise TokensDiffer(_version(), position, ascii(text[max(place - 20, 0) : place + 20]))
 
@@ -262,8 +262,8 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
         matters=matters,
         neighbours=[(ascii_of[a], ascii_of[b]) for a, b in sorted(neighbours) if a in ascii_of and b in ascii_of],
         tokens=[decode([token]) for token in vocabulary] if neighbours else [],
-        added=[token.content for token in tokenizer.library.get_added_tokens_decoder().values()],
-        trials=tokenizer.library.decode_batch(rows.tolist(), skip_special_tokens=True),
+        added=[token.content for token in tokenizer.backend.get_added_tokens_decoder().values()],
+        trials=tokenizer.backend.decode_batch(rows.tolist(), skip_special_tokens=True),
         longest=4 * _PIECE,
     )
 

@@ -78,7 +78,7 @@ class Tokenizer:
         return TokenizerIdentity.of(self.file.name, self.file.content, self.vocabulary, self.lossless)
 
     @property
-    def library(self) -> tokenizers.Tokenizer:
+    def backend(self) -> tokenizers.Tokenizer:
         """The tokenizer of the ``tokenizers`` library, without truncation and padding."""
         return self._tokenizer
 

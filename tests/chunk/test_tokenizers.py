@@ -81,16 +81,16 @@ def rows_of(tokens: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
 def test_decoding_is_that_of_the_library(name, tokenizer):
     own = tokenizer(name)
     rng = np.random.default_rng(0)
-    used = np.array(sorted(own.library.get_vocab().values()))
+    used = np.array(sorted(own.backend.get_vocab().values()))
     tokens = rng.choice(used, (400, 24))
     n_tokens = rng.integers(0, 25, 400)
     rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
-    expected = own.library.decode_batch(rows, skip_special_tokens=False)
+    expected = own.backend.decode_batch(rows, skip_special_tokens=False)
     assert own.decode_text(tokens, n_tokens) == expected
     text = own.encode_batch([TEXT + AWKWARD])[0]
     cut, counts = rows_of(text, 24)
     rows = [row[:n].tolist() for row, n in zip(cut, counts, strict=True)]
-    assert own.decode_text(cut, counts) == own.library.decode_batch(rows, skip_special_tokens=False)
+    assert own.decode_text(cut, counts) == own.backend.decode_batch(rows, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("name", ["minilm", "bytes", "unigram"])
@@ -129,7 +129,7 @@ def test_special_tokens_are_those_of_the_template(name, around, tokenizer):
 def test_encoding_is_that_of_the_library_without_special_tokens(name, tokenizer):
     own = tokenizer(name)
     texts = [TEXT[:5000], AWKWARD, "", " "]
-    assert own.encode_batch(texts) == [own.library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert own.encode_batch(texts) == [own.backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tokenizer):

@@ -218,6 +218,17 @@ def test_texts_are_put_as_the_configuration_wants_them(tiny_encoder: Path, tmp_p
     assert own.tokenize_query("Chunk").ids.tolist() == plain.tokenize(["store: chunk"]).ids.tolist()
 
 
+def test_a_tokenizer_that_can_not_tokenise_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from tokenizers import Tokenizer, models
+
+    path = Path(shutil.copytree(tiny_encoder, tmp_path / "model"))
+    Tokenizer(models.WordLevel({"store": 0}, unk_token="[UNK]")).save(str(path / "tokenizer.json"))
+    with pytest.raises(UsageError, match="its tokenizer can't tokenise"):
+        Encoder(str(path), "cpu")
+
+
 def test_the_fast_tokenizer_gives_the_same_rows(tiny_encoder: Path) -> None:
     encoder = Encoder(str(tiny_encoder), "cpu")
     texts = ["a store of chunks", "", "Ünïcödé and [MASK] 語", "x" * 300]

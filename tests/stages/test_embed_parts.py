@@ -276,6 +276,25 @@ def test_several_encoders_lie_side_by_side_and_info_tells_what_each_covers(
     assert "--name" in error.value.advice
 
 
+def test_an_encoder_that_was_moved_is_known_by_its_weights_and_found_where_it_is(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path, cli: Cli
+) -> None:
+    first = Path(shutil.copytree(tiny_encoder, tmp_path / "models" / "first"))
+    commands.embed(chunked, encoder=str(first))
+    commands.index(chunked)
+    moved = first.rename(tmp_path / "models" / "second")
+    assert cli("search", chunked, "a token").returncode == 2, "it is no more where it was"
+    result = commands.embed(chunked, encoder=str(moved))
+    assert (result.encoder, result.chunks) == ("first", 0), "nothing is embedded again"
+    assert cli("search", chunked, "a token").returncode == 0
+    assert commands.info(chunked).encoders["first"]["origin"] == str(moved)
+    number = Store.open(chunked).state.number
+    shutil.copytree(moved, tmp_path / "models" / "third")
+    commands.embed(chunked, encoder=str(tmp_path / "models" / "third"))
+    assert Store.open(chunked).state.number == number, "it is still where it was"
+    assert commands.embed(chunked, encoder=str(moved), name="again").chunks > 0, "a name that is asked for is another"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_check_tells_how_true_the_stored_vectors_are(
     dtype: str, chunked: Path, tiny_encoder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch

@@ -112,7 +112,7 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
         again = cli("embed", chunked, "--encoder", tiny_encoder)
         assert again.returncode == 0
         assert "Nothing is left for this run" in again.stdout
-        assert "1 part is left to other runs" in again.stdout
+        assert "1 part is left to runs that are at work" in again.stdout
     last = commands.embed(chunked, encoder=str(tiny_encoder))
     assert (last.parts, last.elsewhere) == (1, 0)
 
