@@ -58,13 +58,16 @@ def embed_some(store: Path, limit: int) -> np.ndarray:
 
 
 def bench_search(vectors: np.ndarray) -> None:
-    from retrotool.ann.lists import InvertedLists
-    from retrotool.ann.search import Best, Queries, search
+    from retrotool.ann.excluded import Queries
+    from retrotool.ann.lists import OneList
+    from retrotool.ann.search import SPARE, Search, nothing_banned, rerank
 
     queries = vectors.astype(np.float32)
-    lists = InvertedLists(None, (np.arange(len(vectors)),), (vectors,))
+    everything = OneList(np.arange(len(vectors)), vectors)
     start = time.perf_counter()
-    search(lists, Queries.plain(queries), 1, lambda ids: np.zeros(len(ids), np.bool_), Best(len(queries), 20))
+    search = Search(everything.trained, Queries.plain(queries), 1, 20 + SPARE, nothing_banned)
+    search.add(everything)
+    rerank(queries, search.candidates, lambda ids: vectors[ids], 20)
     ours = len(queries) / (time.perf_counter() - start)
     index = faiss.IndexFlatL2(queries.shape[1])
     index.add(queries)

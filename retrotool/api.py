@@ -19,11 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.ann.search import Queries
+from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
-from retrotool.stages.database import Database, living, pick_encoder, read_part_vectors
+from retrotool.stages.database import living, pick_encoder, read_part_vectors
 from retrotool.stages.neighbours import check_table, database_of
+from retrotool.stages.searching import Database, Point
 from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
@@ -91,6 +92,7 @@ class Reader:
         self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
         self._neighbour_file = lru_cache(None)(self._find_neighbour_file)
         self._databases: dict[str, tuple[Reader, Mapping[str, Any]]] = {}
+        self._opened: dict[tuple[str | None, bool], Database] = {}
 
     @property
     def path(self) -> Path:
@@ -258,21 +260,44 @@ class Reader:
         check_table(self._store, entry, name, self._database(name)[0]._store)
         return entry
 
-    def search(self, text: str, k: int = 5, index: str = "main", encoder: Encoder | None = None) -> list[Neighbour]:
-        """The k living keys nearest to a text. ``encoder``: loaded already, for more than one search."""
-        database = Database(self._store, index)
+    def search(
+        self,
+        text: str,
+        k: int = 5,
+        index: str | None = None,
+        encoder: Encoder | None = None,
+        *,
+        nprobe: int | None = None,
+        rerank: int | None = None,
+        allow_missing: bool = False,
+    ) -> list[Neighbour]:
+        """The k living keys nearest to a text.
+
+        ``index``: the default one, if none is named. ``encoder``: loaded already, for more than one search. ``nprobe``
+        and ``rerank`` take the place of the index's operating point: lists to probe, and candidates for 10 neighbours.
+        ``allow_missing``: broken shards are left out, see ``database``.
+        """
+        database = self.database(index, allow_missing=allow_missing)
         loaded = encoder or self.load_encoder(index)
         if not text.strip():
             raise UsageError("the text to search for is empty")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UsageError("the text to search for is not Unicode")
         vector = loaded.embed(loaded.tokenize_query(text)).astype(np.float32)
-        best = database.search(Queries.plain(vector), k)
+        own = database.point
+        best = database.search(Queries.plain(vector), k, Point(nprobe or own.nprobe, rerank or own.depth))
         return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
 
-    def load_encoder(self, index: str = "main", device: str = "auto") -> Encoder:
+    def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
+        """An index of the store, opened once; with ``allow_missing`` its broken shards are left out, and listed."""
+        key = (index, allow_missing)
+        if key not in self._opened:
+            self._opened[key] = Database(self._store, index, allow_missing=allow_missing)
+        return self._opened[key]
+
+    def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
         """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""
-        name = Database(self._store, index).encoder
+        name = self.database(index).encoder
         record = self._store.state.records[f"encoder:{name}"]
         # Of one text transformers is as fast as anything, and needs no proof.
         encoder = Encoder(

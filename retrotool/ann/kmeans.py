@@ -2,15 +2,22 @@
 
 No centroid is one of the vectors, to the bit: centroids stay in a store when a chunk is erased, so its vector must not
 stand among them (``_blur``). Vectors are shifted by a mean before products and sums, which lose digits where vectors
-have much in common. Cost of an iteration: 2·n·k·d multiply-adds. Deterministic from the seed on one device up to the
-order of float sums.
+have much in common. Vectors may be float16, which halves the memory of a sample; products and sums are float32, and on
+a GPU products round what goes in to TF32.
 
-Not done here: hiding what a cluster holds. The centroid of a cluster of one vector is close to it.
+Cost of an iteration: 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters there are two levels: √k clusters, each of
+which is cut on its own into as many as its share of the vectors. That costs √k in place of k, for centroids that are
+somewhat worse. Deterministic from the seed on one device up to the order of float sums.
+
+Not done here: assignment in two levels, which would miss the nearest now and then; and hiding what a cluster holds. The
+centroid of a cluster of one vector is close to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +26,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ENTRIES = 1 << 25
+TWO_LEVELS = 250_000
+_BLOCK_ENTRIES = {"cpu": 1 << 24, "cuda": 1 << 28}
 _SPLIT = 1 / 1024
 """By how much, relatively, the halves of a cluster that is split are moved apart; as faiss does."""
 _BLUR = 1 / 256
@@ -28,54 +36,111 @@ _ATTEMPTS = 100
 
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid of each vector: squared distances float32 [n] and indices int64 [n]."""
+    """Nearest centroid of each vector, float32 or float16: squared distances float32 [n] and indices int64 [n]."""
     import torch
 
     shift = centroids.mean(0)
     table = centroids - shift
     half_norms = table.square().sum(1) / 2
-    block = max(1, _BLOCK_ENTRIES // len(centroids))
-    found = []
-    for rows in torch.split(vectors, block):
-        shifted = rows - shift
-        # argmax of q·c − |c|²/2 is argmin of |q − c|²
-        score, index = torch.addmm(-half_norms, shifted, table.T).max(1)
-        found.append((shifted.square().sum(1) - 2 * score, index))
-    distances, indices = zip(*found, strict=True)
-    return torch.cat(distances).clamp_min(0), torch.cat(indices)
+    block = max(1, _BLOCK_ENTRIES[vectors.device.type] // len(centroids))
+    distances = torch.empty(len(vectors), device=vectors.device)
+    indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    with _fast_products():
+        for start in range(0, len(vectors), block):
+            part = slice(start, start + block)
+            shifted = vectors[part].float() - shift
+            # argmax of q·c − |c|²/2 is argmin of |q − c|²
+            score, indices[part] = torch.addmm(-half_norms, shifted, table.T).max(1)
+            distances[part] = shifted.square().sum(1) - 2 * score
+    return distances.clamp_min_(0), indices
 
 
-def kmeans(vectors: torch.Tensor, k: int, *, iterations: int = 10, seed: int = 0) -> torch.Tensor:
-    """Centroids, float32 [k, d], of ``vectors``, float32 [n, d], n ≥ k; none is a vector, in float32 or float16.
+@contextlib.contextmanager
+def _fast_products() -> Iterator[None]:
+    """Let a GPU use its tensor cores: which of two centroids that are equally near is named matters little."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def kmeans(
+    vectors: torch.Tensor,
+    k: int,
+    *,
+    iterations: int = 10,
+    seed: int = 0,
+    two_levels: int = TWO_LEVELS,
+    report: Callable[[float], object] = lambda _: None,
+) -> torch.Tensor:
+    """Centroids, float32 [k, d], of ``vectors`` [n, d], float32 or float16, n ≥ k; none is a vector, in either type.
 
     Starts from k vectors drawn at random. A cluster that loses all its vectors takes half of the one whose vectors lie
-    farthest from their centroid, in sum: moved to one of the vectors it would keep that one to itself.
+    farthest from their centroid, in sum: moved to one of the vectors it would keep that one to itself. ``report`` is
+    told the share of the work that was just done.
     """
     import torch
 
     n = len(vectors)
     if not 1 <= k <= n:
         raise ValueError(f"k-means of {n} vectors into {k} clusters")
+    if k > two_levels:
+        return _two_levels(vectors, k, iterations, seed, report)
     generator = torch.Generator().manual_seed(seed)
-    centroids = vectors[torch.randperm(n, generator=generator)[:k].to(vectors.device)].clone()
+    centroids = vectors[torch.randperm(n, generator=generator)[:k].to(vectors.device)].float()
     for _ in range(iterations):
         distances, index = assign(vectors, centroids)
         counts = torch.bincount(index, minlength=k)
         centroids = _means(vectors, index, counts)
         _fill_empty(centroids, counts, torch.bincount(index, distances, minlength=k), generator)
+        report(1 / iterations)
     _blur(centroids, vectors, generator)
     return centroids
+
+
+def _two_levels(
+    vectors: torch.Tensor, k: int, iterations: int, seed: int, report: Callable[[float], object]
+) -> torch.Tensor:
+    import torch
+
+    upper = kmeans(vectors, round(k**0.5), iterations=iterations, seed=seed, report=lambda share: report(share / 2))
+    index = assign(vectors, upper)[1]
+    order = torch.argsort(index, stable=True)
+    counts = torch.bincount(index, minlength=len(upper))
+    found = []
+    for number, (rows, share) in enumerate(zip(torch.split(order, counts.tolist()), _shares(counts, k), strict=True)):
+        if share:
+            found.append(kmeans(vectors[rows], share, iterations=iterations, seed=seed + 1 + number, two_levels=k))
+        report(0.5 / len(upper))
+    return torch.cat(found)
+
+
+def _shares(counts: torch.Tensor, k: int) -> list[int]:
+    """How many of k clusters each of some clusters is cut into: in proportion to its vectors, not more than these."""
+    n = int(counts.sum())
+    exact = [k * count / n for count in counts.tolist()]
+    shares = [min(int(share), count) for share, count in zip(exact, counts.tolist(), strict=True)]
+    by_rest = sorted(range(len(shares)), key=lambda i: shares[i] - exact[i])
+    while sum(shares) < k:
+        for i in by_rest:
+            if sum(shares) < k and shares[i] < counts[i]:
+                shares[i] += 1
+    return shares
 
 
 def _means(vectors: torch.Tensor, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mean of each cluster's vectors, float32 [k, d]; of an empty one that of all."""
     import torch
 
-    shift = vectors.mean(0)
+    shift = vectors.mean(0, dtype=torch.float32)
     sums = torch.zeros(len(counts), vectors.shape[1], device=vectors.device)
-    block = max(1, _BLOCK_ENTRIES // vectors.shape[1])
+    block = max(1, _BLOCK_ENTRIES[vectors.device.type] // vectors.shape[1])
     for rows, to in zip(torch.split(vectors, block), torch.split(index, block), strict=True):
-        sums.index_add_(0, to, rows - shift)
+        sums.index_add_(0, to, rows.float() - shift)
     return sums / counts.clamp_min(1).unsqueeze(1) + shift
 
 
@@ -140,6 +205,6 @@ def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> npt.NDArray[np.int64
 
     own = halves(rows)
     known = set(own)
-    block = max(1, _BLOCK_ENTRIES // others.shape[1])
+    block = max(1, _BLOCK_ENTRIES[others.device.type] // others.shape[1])
     found = {key for some in torch.split(others, block) for key in halves(some) if key in known}
     return np.flatnonzero([key in found for key in own])

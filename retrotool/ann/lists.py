@@ -1,8 +1,7 @@
-"""Inverted lists in faiss files: made from float16 vectors and read back as arrays.
+"""Inverted lists in faiss files: made from codes, and read back list by list.
 
-A flat index is an ``IndexIDMap2`` over a float16 scalar quantiser and is read as a single list; an IVF index is an
-``IndexIVFScalarQuantizer`` whose codes are the float16 vectors themselves (not residuals). So codes lose nothing,
-and distances to them are distances to the stored embeddings. Ids are chunk ids, ascending in every list.
+An index without lists is read as one list. Ids are chunk ids, ascending in every list. A file that is read is mapped,
+and a list is looked up when it is asked for.
 
 faiss writes through a Python file, and what it wrote is read back: on its own it only prints that a disk was full when
 the file was closed. That costs a copy, and one more read of what has just been written.
@@ -10,80 +9,164 @@ the file was closed. That costs a copy, and one more read of what has just been 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ann.codes import Codes, Whole
+from retrotool.ann.kmeans import assign
+from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError, StorageError
 
 _WRITE_BYTES = 1 << 20
+_TIE = 1e-3
 
 Ids = npt.NDArray[np.int64]
-Vectors = npt.NDArray[np.float16]
 
 
-@dataclass(frozen=True, slots=True)
-class InvertedLists:
-    """The lists of one shard; ``centroids`` float32 [nlist, d] is None for a flat index, which has one list.
+class Lists(Protocol):
+    """Lists of codes that can be searched; an index without lists has one, 0."""
 
-    The arrays may lie in a memory-mapped file, and are then read-only.
-    """
-
-    centroids: npt.NDArray[np.float32] | None
-    ids: tuple[Ids, ...]
-    vectors: tuple[Vectors, ...]
+    @property
+    def trained(self) -> Trained:
+        """What they are trained to."""
 
     def __len__(self) -> int:
         """Vectors in all lists."""
-        return sum(map(len, self.ids))
+
+    def size(self, number: int) -> int:
+        """Vectors in a list."""
+
+    def ids(self, number: int) -> Ids:
+        """Chunk ids of a list, int64 [n], ascending."""
+
+    def codes(self, number: int) -> Codes:
+        """Codes of a list, uint8 [n, size]."""
 
 
-def empty_flat(d: int) -> Any:
-    """An empty exact index, float16."""
+class OneList:
+    """Vectors, float16 [n, d], with ids [n], as an index without lists has them."""
+
+    def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16]) -> None:
+        self.trained = Trained(vectors.shape[1], Whole(vectors.shape[1]))
+        self._ids, self._vectors = ids, vectors
+
+    def __len__(self) -> int:
+        """Vectors."""
+        return len(self._ids)
+
+    def size(self, number: int) -> int:
+        """Vectors in the list."""
+        return len(self) if number == 0 else 0
+
+    def ids(self, number: int) -> Ids:
+        """Ids, int64 [n], ascending."""
+        return self._ids if number == 0 else self._ids[:0]
+
+    def codes(self, number: int) -> Codes:
+        """The vectors as bytes, uint8 [n, 2·d]."""
+        some = self._vectors if number == 0 else self._vectors[:0]
+        return np.ascontiguousarray(some).view(np.uint8)
+
+
+class InvertedLists:
+    """The lists of one faiss index, and what it is ``trained`` to. Arrays lie in its memory, and are read-only."""
+
+    def __init__(self, index: Any, trained: Trained) -> None:
+        import faiss
+
+        self.trained = trained
+        self._index = index
+        inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+        self._inverted: Any = inner.invlists if trained.centroids is not None else None
+        self._flat: Any = faiss.downcast_index(inner.index) if self._inverted is None else None
+
+    def __len__(self) -> int:
+        """Vectors in all lists."""
+        return int(self._index.ntotal)
+
+    @property
+    def holds_quantizer(self) -> bool:
+        """Whether the centroids lie in the index itself."""
+        return self.trained.centroids is not None and len(self.trained.centroids) > 0
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of the lists."""
+        return range(max(self.trained.nlist, 1))
+
+    def size(self, number: int) -> int:
+        """Vectors in a list."""
+        return len(self) if self._inverted is None else int(self._inverted.list_size(number))
+
+    def ids(self, number: int) -> Ids:
+        """Chunk ids of a list, int64 [n], ascending."""
+        n = self.size(number)
+        pointer = self._index.id_map.data() if self._inverted is None else self._inverted.get_ids(number)
+        return _view(self._index, pointer, (n,), np.int64)
+
+    def codes(self, number: int) -> Codes:
+        """Codes of a list, uint8 [n, size]."""
+        n = self.size(number)
+        pointer = self._flat.codes.data() if self._inverted is None else self._inverted.get_codes(number)
+        return _view(self._index, pointer, (n, self.trained.codec.size), np.uint8)
+
+    def may_stand_for(self, number: int, row: int, vector: npt.NDArray[np.float16]) -> bool:
+        """Whether a row of a list is what ``vector`` [d] is coded to: among the nearest, up to float32."""
+        import torch
+
+        trained = self.trained
+        some = trained.rotate(torch.from_numpy(vector.astype(np.float32)[None]))
+        codes = self.codes(number)[row : row + 1]
+        if trained.centroids is not None and len(trained.centroids):
+            table = torch.from_numpy(trained.centroids)
+            least = assign(some, table)[0][0]
+            if (some[0] - table[number]).square().sum() > least * (1 + _TIE) + _TIE:
+                return False
+            some = some - table[number] if trained.by_residual else some
+        elif trained.by_residual:
+            return True  # without its centroids nothing can be said
+        best = trained.codec.encode(some).numpy()
+        if np.array_equal(best, codes):
+            return True
+        if isinstance(trained.codec, Whole):
+            return False
+        off = [(trained.codec.decode(one) - some).square().sum() for one in (codes, best)]
+        return bool(off[0] <= off[1] * (1 + _TIE) + _TIE)
+
+    def is_whole(self) -> bool:
+        """Whether there are as many ids and codes as the index says that it holds."""
+        n = len(self)
+        if self._inverted is not None:
+            return sum(map(self.size, self.numbers)) == n
+        return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
+
+
+def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
+    """Put codes [n, size] of chunk ids [n] into the lists ``numbers`` [n] of an index, in this order in each list."""
     import faiss
 
-    return faiss.IndexIDMap2(faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2))
-
-
-def empty_ivf(centroids: npt.NDArray[np.float32]) -> Any:
-    """An empty inverted file, float16, with these coarse centroids [nlist, d]."""
-    import faiss
-
-    nlist, d = centroids.shape
-    quantizer: Any = faiss.IndexFlatL2(d)
-    quantizer.add(np.ascontiguousarray(centroids))
-    kind = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(quantizer, d, nlist, kind, faiss.METRIC_L2, False)
-    index.own_fields = True
-    quantizer.this.disown()
-    index.is_trained = True  # float16 codes have nothing to learn
-    return index
-
-
-def centroids_of(index: Any) -> npt.NDArray[np.float32] | None:
-    """Coarse centroids [nlist, d] of an index; None for a flat one."""
-    import faiss
-
-    if not isinstance(index, faiss.IndexIVF):
-        return None
-    quantizer = faiss.downcast_index(index.quantizer)
-    return np.array(quantizer.reconstruct_n(0, index.nlist), np.float32)
-
-
-def add(index: Any, ids: Ids, vectors: Vectors, assigned: Ids | None) -> None:
-    """Add float16 vectors [n, d] under chunk ids [n]; ``assigned`` [n] are their lists (IVF)."""
-    import faiss
-
-    values = np.ascontiguousarray(vectors, np.float32)  # exact: float16 codes give the same bits back
-    if assigned is None:
-        index.add_with_ids(values, ids)
-    else:
-        pointers = (faiss.swig_ptr(np.ascontiguousarray(a)) for a in (values, ids, assigned))
-        index.add_core(len(ids), *pointers)
+    if not len(ids):
+        return
+    if isinstance(index, faiss.IndexIDMap2):
+        trained = of_faiss(index)
+        assert trained is not None, "made by to_faiss"
+        index.add_with_ids(trained.codec.decode(codes).numpy(), ids)
+        return
+    inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    order = np.argsort(numbers, kind="stable")
+    sorted_numbers = numbers[order]
+    starts = np.flatnonzero(np.diff(sorted_numbers, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        rows = order[start:stop]
+        some_ids, some_codes = np.ascontiguousarray(ids[rows]), np.ascontiguousarray(codes[rows])
+        number = int(sorted_numbers[start])
+        inner.invlists.add_entries(number, len(rows), faiss.swig_ptr(some_ids), faiss.swig_ptr(some_codes))
+    inner.ntotal += len(ids)
+    index.ntotal = inner.ntotal
 
 
 def write(index: Any, path: Path) -> int:
@@ -111,26 +194,22 @@ def write(index: Any, path: Path) -> int:
 
 
 def check(index: Any, path: Path) -> None:
-    """``StorageError`` unless the file holds what ``index`` does: as many vectors, and the same in every list."""
-    meant = _arrays(index, path)
+    """``StorageError`` unless the file holds what ``index`` does: the same training, and the same in every list."""
+    meant = _lists(index, path)
     try:
         found = read(path)
     except CorruptError as error:
         raise _not_written(path) from error
-    if not (
-        len(meant.ids) == len(found.ids)
-        and _equal(meant.centroids, found.centroids)
-        and all(map(_equal, meant.ids, found.ids))
-        and all(map(_equal, meant.vectors, found.vectors))
+    if (
+        len(meant) != len(found)
+        or meant.holds_quantizer != found.holds_quantizer
+        or not same_training(meant.trained, found.trained)
+        or not all(
+            np.array_equal(meant.ids(i), found.ids(i)) and np.array_equal(meant.codes(i), found.codes(i))
+            for i in meant.numbers
+        )
     ):
         raise _not_written(path)
-
-
-def _equal(one: npt.NDArray[Any] | None, other: npt.NDArray[Any] | None) -> bool:
-    """Whether two arrays are the same to the bit."""
-    if one is None or other is None:
-        return one is other
-    return one.shape == other.shape and np.array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def _not_written(path: Path) -> StorageError:
@@ -138,6 +217,22 @@ def _not_written(path: Path) -> StorageError:
         f"{path}: what lies there is not what was written; what was committed before is untouched",
         "Look for a full or failing disk, then run the same command again: it goes on where it stopped.",
     )
+
+
+def read(path: Path, trained: Trained | None = None) -> InvertedLists:
+    """Map an index file. ``CorruptError`` if faiss can't read it, or it is of another kind or other training.
+
+    With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
+    """
+    import faiss
+
+    found = _lists(open_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
+    if trained is None:
+        return found
+    if not same_training(found.trained, trained):
+        raise CorruptError(f"{path} was not made by the training of its index")
+    found.trained = trained
+    return found
 
 
 def open_index(path: Path, flags: int = 0) -> Any:
@@ -151,32 +246,19 @@ def open_index(path: Path, flags: int = 0) -> Any:
         raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
 
 
-def read(path: Path) -> InvertedLists:
-    """Map an index file; ``CorruptError`` if faiss can't read it or it is of another kind."""
-    import faiss
-
-    return _arrays(open_index(path, faiss.IO_FLAG_MMAP), path)
+def read_trained(path: Path) -> Trained:
+    """What an index file is trained to; ``CorruptError`` if it is of another kind."""
+    return read(path).trained
 
 
-def _arrays(index: Any, path: Path) -> InvertedLists:
-    """The lists of an index as arrays over its memory; ``CorruptError`` if it is of another kind."""
-    import faiss
-
-    if isinstance(index, faiss.IndexIVFScalarQuantizer):
-        inverted: Any = index.invlists
-        sizes = [inverted.list_size(i) for i in range(index.nlist)]
-        ids = tuple(_view(index, inverted.get_ids(i), (n,), np.int64) for i, n in enumerate(sizes))
-        vectors = tuple(_view(index, inverted.get_codes(i), (n, index.d), np.float16) for i, n in enumerate(sizes))
-        return InvertedLists(centroids_of(index), ids, vectors)
-    if isinstance(index, faiss.IndexIDMap2):
-        inner = faiss.downcast_index(index.index)
-        if isinstance(inner, faiss.IndexScalarQuantizer) and inner.code_size == 2 * index.d:
-            n = int(index.id_map.size())
-            if inner.codes.size() != 2 * index.d * n:
-                raise CorruptError(f"{path}: {n:,} ids for {inner.codes.size():,} bytes of vectors")
-            flat = _view(index, inner.codes.data(), (n, index.d), np.float16)
-            return InvertedLists(None, (_view(index, index.id_map.data(), (n,), np.int64),), (flat,))
-    raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
+def _lists(index: Any, path: Path) -> InvertedLists:
+    trained = of_faiss(index)
+    if trained is None:
+        raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
+    lists = InvertedLists(index, trained)
+    if not lists.is_whole():
+        raise CorruptError(f"{path}: it does not hold the {len(lists):,} vectors that it says it does")
+    return lists
 
 
 class _Mapped:
@@ -194,14 +276,12 @@ def _view(index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> npt.N
     return np.asarray(_Mapped(index, pointer, shape, dtype)) if all(shape) else np.zeros(shape, dtype)
 
 
-def without(lists: InvertedLists, banned: Iterable[npt.NDArray[np.bool_]]) -> Any:
-    """A new index with the same lists less the banned ids (for each list, which of its ids to drop)."""
-    centroids = lists.centroids
-    d = lists.vectors[0].shape[1]
-    index = empty_flat(d) if centroids is None else empty_ivf(centroids)
-    for number, (ids, vectors, drop) in enumerate(zip(lists.ids, lists.vectors, banned, strict=True)):
-        keep = ~drop
+def without(lists: InvertedLists, banned: Callable[[Ids], npt.NDArray[np.bool_]]) -> Any:
+    """A new index with the same lists less the ids that are ``banned``."""
+    index = to_faiss(lists.trained, quantizer=lists.holds_quantizer)
+    for number in lists.numbers:
+        ids = lists.ids(number)
+        keep = ~banned(ids)
         if keep.any():
-            assigned = None if centroids is None else np.full(int(keep.sum()), number, np.int64)
-            add(index, ids[keep], vectors[keep], assigned)
+            fill(index, np.full(int(keep.sum()), number, np.int64), ids[keep], lists.codes(number)[keep])
     return index

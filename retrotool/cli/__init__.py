@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from retrotool import interrupts
-from retrotool.cli import chunk, embed, index, info, neighbours, purge, search, verify
+from retrotool.cli import chunk, embed, index, info, neighbours, plan, purge, search, verify
 
 app = typer.Typer(
     name="retrotool",
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
-    "Every command takes the STORE first, can be killed at any moment, and goes on where it stopped "
+    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped "
     "when it is run again.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -42,7 +42,7 @@ def _root(
     pass
 
 
-for _command in (chunk, embed, index, neighbours, purge, search, info, verify):
+for _command in (chunk, embed, index, neighbours, purge, search, info, verify, plan):
     app.command(_command.__name__.rpartition(".")[2], epilog=_command.EPILOG)(_command.command)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
-from retrotool.errors import UsageError
+from retrotool.cli.options import Json, StoreArgument, parse_shard
 
 if TYPE_CHECKING:
     from retrotool.commands.embedding import EmbedResult
@@ -87,20 +85,10 @@ def command(
             devices=devices,
             dtype=dtype,
             batch_tokens=batch_tokens,
-            shard=_shard(shard),
+            shard=parse_shard(shard),
             check=check,
         )
         output.show(result, as_json, _text)
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    """(i, n) of ``i/n``."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if match is None:
-        raise UsageError(f"--shard {text}: it is a job and how many there are, such as 3/16")
-    return int(match[1]), int(match[2])
 
 
 def _text(result: EmbedResult) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import IndexOption, Json, StoreArgument
 
 if TYPE_CHECKING:
     from retrotool.commands.building import NeighboursResult
@@ -28,7 +28,7 @@ def command(
     k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours that reading gives by default.")] = 2,
     saved: Annotated[int, typer.Option(metavar="N", help="Neighbours to save, a reserve against later purges.")] = 20,
     name: Annotated[str, typer.Option(help="Name of the neighbour tables, which lie in the query store.")] = "main",
-    index: Annotated[str, typer.Option(help="Index to search.")] = "main",
+    index: IndexOption = None,
     as_json: Json = False,
 ) -> None:
     """Find the nearest chunks of every chunk, outside its own document.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -16,18 +17,42 @@ EncoderOption = Annotated[
     str | None,
     typer.Option("--encoder", metavar="NAME", help="Encoder whose embeddings to use, if the store has several."),
 ]
+IndexOption = Annotated[
+    str | None,
+    typer.Option("--index", metavar="NAME", help="Index to search.  [default: the default index, else main]"),
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "t": 10**12, "ti": 2**40}
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
 
 
 def parse_size(option: str, text: str) -> int:
     """Bytes from ``64MiB``, ``10 MB`` or ``4096``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"{option} {text}: it is a size, such as 64MiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of ``i/n``."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None:
+        raise UsageError(f"--shard {text}: it is a job and how many there are, such as 3/16")
+    return int(match[1]), int(match[2])
+
+
+def parse_count(option: str, text: str) -> int:
+    """A number from ``1.75T``, ``300B`` (or ``300G``), ``20M``, ``500k``, ``1e9`` or ``4096``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([kmbgt])?", text.strip().lower())
+    count = 0 if match is None else int(Fraction(match[1]) * _COUNTS[match[2] or ""])
+    if count < 1:
+        raise UsageError(f"{option} {text}: it is a number, such as 1.75T, 20M or 4096")
+    return count
 
 
 def unescape(text: str) -> str:

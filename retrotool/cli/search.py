@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Device, Json, StoreArgument, check_utf8
+from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, check_utf8
 from retrotool.errors import UsageError
+
+if TYPE_CHECKING:
+    from retrotool.stages.searching import Database
 
 EPILOG = """\b
 Examples:
   retrotool search store "how do I open a file for reading?"
-  retrotool search store "file objects" -k 3 --json"""
+  retrotool search store "file objects" -k 3 --json
+  retrotool search store "file objects" --index precise --nprobe 64 --rerank 200"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +34,39 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """Broken shards, and the share of the index's vectors that they hold."""
+
+    shards: list[str]
+    vectors: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
-    """What a search gives."""
+    """What a search gives; ``missing`` is what could not be searched, None: nothing."""
 
     results: list[Found]
+    missing: Missing | None = None
 
 
 def command(
     store: StoreArgument,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to search for.", show_default=False)],
     k: Annotated[int, typer.Option("-k", metavar="K", min=1, max=1000, help="How many chunks.")] = 5,
-    index: Annotated[str, typer.Option(help="Index to search.")] = "main",
+    index: IndexOption = None,
+    nprobe: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Lists to probe.  [default: as the index was tuned]"),
+    ] = None,
+    rerank: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Candidates to rank for 10 results.  [default: as the index was tuned]"),
+    ] = None,
+    allow_missing_shards: Annotated[
+        bool,
+        typer.Option("--allow-missing-shards", help="Search what is left if shards of the index are broken or gone."),
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -52,12 +78,28 @@ def command(
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
         reader = retrotool.open(store)
-        found = reader.search(text, k, index, reader.load_encoder(index, device))
+        encoder = reader.load_encoder(index, device)
+        found = reader.search(text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards)
+        missing = _missing(reader.database(index, allow_missing=allow_missing_shards))
         results = [
             Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
             for n in found
         ]
-        output.show(Results(results), as_json, _text)
+        output.show(Results(results, missing), as_json, _text)
+        if missing is not None:
+            mend = f"retrotool index {store} --mend" + ("" if index is None else f" --name {index}")
+            output.note(
+                f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
+                f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
+            )
+
+
+def _missing(database: Database) -> Missing | None:
+    broken = [entry for entry, _ in database.missing]
+    if not broken:
+        return None
+    lost = sum(entry.rows for entry in broken)
+    return Missing([entry.path for entry in broken], lost, lost / max(database.vectors_in_log, 1))
 
 
 def _text(found: Results) -> str:

@@ -4,11 +4,27 @@ Every function opens (or makes) the store, announces a run, cleans up after dead
 frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.api``.
 """
 
-from retrotool.commands.building import index, neighbours
+from retrotool.commands.building import neighbours
+from retrotool.commands.calibrating import calibrate
 from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
 from retrotool.commands.estimating import estimate
+from retrotool.commands.indexing import index
 from retrotool.commands.looking import info, verify
+from retrotool.commands.plan_page import write_page as write_plan_page
+from retrotool.commands.planning import plan
 from retrotool.commands.purging import purge
 
-__all__ = ["chunk", "embed", "estimate", "index", "info", "neighbours", "purge", "verify"]
+__all__ = [
+    "calibrate",
+    "chunk",
+    "embed",
+    "estimate",
+    "index",
+    "info",
+    "neighbours",
+    "plan",
+    "purge",
+    "verify",
+    "write_plan_page",
+]

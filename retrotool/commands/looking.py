@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,10 @@ from retrotool.commands.shape import Shape, shape_of
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.chunk_plan import unfinished_plans
 from retrotool.stages.database import count_living_keys
-from retrotool.stages.index import shards
+from retrotool.stages.index_files import read_trained, shards, trained_entry
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import n_keys, read_key
-from retrotool.store.paths import FileName, part_slot
+from retrotool.store.paths import FileName, generation_in, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.store.verify import Verification, total_bytes
@@ -150,9 +152,8 @@ def _covered(store: Store, tombstones: Tombstones, prefix: str, kind: str) -> di
 def _index(store: Store, name: str) -> dict[str, Any]:
     record = dict(store.state.records.get(f"index:{name}", {}))
     record.pop("curve", None)
-    trained = store.state.file("index", "trained", name)
-    found = [store.state.file("index", slot, name) for slot in shards(store.state, name)]
-    entries = [entry for entry in found if entry is not None]
+    trained = trained_entry(store.state, name)
+    entries = list(shards(store.state, name).values())
     # The record keeps what was measured; an erase has taken vectors away since.
     vectors = sum(entry.rows for entry in entries)
     return {
@@ -196,6 +197,12 @@ def bytes_to_verify(root: str | Path) -> int:
         return 0
 
 
-def _read_lists(store: Store, entry: FileEntry) -> Iterator[tuple[Any, Any]]:
-    shard = lists.read(store.path(entry))
-    yield from zip(shard.ids, shard.vectors, strict=True)
+def _read_lists(store: Store, entry: FileEntry) -> Iterator[tuple[Any, Callable[[int, Any], bool]]]:
+    name = FileName.parse(entry.path)
+    # A training that is broken is noted as such: its shards are still read, by what they hold of it.
+    trained = None
+    with contextlib.suppress(CorruptError):
+        trained = read_trained(store, name.name, generation_in(name.slot))[1]
+    shard = lists.read(store.path(entry), trained)
+    for number in shard.numbers:
+        yield shard.ids(number), functools.partial(shard.may_stand_for, number)

@@ -20,6 +20,7 @@ from retrotool.commands.writing import writing
 from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
 from retrotool.stages import purge as selecting
 from retrotool.stages.erase import EraseStage
+from retrotool.stages.index_files import measured_files
 from retrotool.stages.purge import Ids, Report, Selection
 from retrotool.store import staging
 from retrotool.store.clean import clean, clean_spool
@@ -221,8 +222,10 @@ def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     def build(state: State) -> Draft | None:
         done = selecting.erased_purges(store, victims)
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
-        selectors = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
-        return Draft("erase", {"purges": done}, remove=tuple(selectors), records=records) if done else None
+        gone = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
+        # What was measured of an index names the sources of documents: the victims' may be among them.
+        gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
+        return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
 
     store.commit(run, build)
     return len(victims), rewritten

@@ -108,3 +108,17 @@ def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> s
     """Name of a task: 32 hexadecimal digits from what it does and what it reads, not from who runs it or when."""
     fields = [stage, dict(settings), list(reads)]
     return hashlib.blake2b(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
+    """Tasks in the order in which job ``job`` of ``jobs`` goes at them.
+
+    First its own, which it knows by their keys, whatever else is still to do. Then those of the jobs after it, each
+    from the end, for their owners are at the beginning.
+    """
+
+    def order(place: int) -> tuple[int, int]:
+        owner = int(tasks[place].key, 16) % jobs
+        return (owner - job) % jobs, place if owner == job else -place
+
+    return [tasks[place] for place in sorted(range(len(tasks)), key=order)]

@@ -1,29 +1,25 @@
-"""A store seen as a database to search: what of it can be searched, its index, where its documents are, its copies.
+"""A store seen as a database to search: what of it can be searched, where its documents are, its copies.
 
-Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped; shards are opened one after
-another. A query's own document costs its part's documents; across stores, or where documents of one id were kept, a
-join over all ``keys/`` files.
+Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped. A query's own document costs its
+part's documents; across stores, or where documents of one id were kept, a join over all ``keys/`` files.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.ann import lists
-from retrotool.ann.lists import Ids, InvertedLists
-from retrotool.ann.search import Best, Excluded, Intervals, Queries, search
-from retrotool.errors import CorruptError, UsageError
+from retrotool.ann.excluded import Excluded, Ids, Intervals
+from retrotool.errors import UsageError
 from retrotool.store import log, parts, vectors
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
@@ -167,52 +163,3 @@ def purges(store: Store) -> str:
     """Stands for the tombstones of a store's view: another one after each purge. The log knows, no file is read."""
     slots = " ".join(store.state.group("tombstones"))
     return hashlib.blake2b(slots.encode(), digest_size=8).hexdigest()
-
-
-class Database:
-    """An indexed store, open for search. ``record`` is the index's record, see ``docs/format.md``."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self.store = store
-        self.name = name
-        record: dict[str, Any] | None = store.state.records.get(f"index:{name}")
-        if record is None:
-            have = ", ".join(store.state.with_prefix("index:"))
-            found = f"it has: {have}" if have else "it has none"
-            make = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
-            raise UsageError(f"the store {store.root} has no index {name!r}; {found}", f"Make it with: {make}")
-        self.record = record
-        self.encoder = str(record["encoder"])
-        self.nprobe = int(record["nprobe"])
-        self.tombstones = read_tombstones(store)
-
-    def shards(self) -> Iterator[InvertedLists]:
-        """The index's shards, one after another, memory-mapped; ``CorruptError`` names one that is broken."""
-        yield from read_shards(self.store, self.name)
-
-    def search(self, queries: Queries, k: int) -> Best:
-        """The k nearest living keys of each query."""
-        best = Best(len(queries.vectors), k)
-        for shard in self.shards():
-            search(shard, queries, self.nprobe, self.tombstones.contains, best)
-        return best
-
-
-def read_shards(store: Store, name: str) -> Iterator[InvertedLists]:
-    """The shards of an index, one after another; ``ErasedError`` for one that was erased since the store was opened."""
-    group = store.state.group("index", name)
-    for slot in group:
-        entry = group.get(slot)
-        if slot.startswith("shard-") and entry is not None:
-            path = store.path(entry)
-            try:
-                shard = lists.read(path)
-            except CorruptError:
-                store.path(entry)  # unlinked just now?
-                raise
-            if len(shard) != entry.rows:
-                raise CorruptError(
-                    f"{store.root / entry.path} holds {len(shard):,} vectors, the log says {entry.rows:,}",
-                    f"See what else is wrong: retrotool verify {store.root}",
-                )
-            yield shard

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
-from retrotool.stages.base import Measured, Report, Task, task_key
+from retrotool.stages.base import Measured, Report, Task, own_first, task_key
 from retrotool.store import parts, staging, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import ROW_GROUP, Chunks
@@ -91,20 +91,6 @@ class EmbedStage:
         tokens, forward, working = measured
         rate, share = tokens / max(seconds, 1e-9), forward / max(working, 1e-9)
         return f"{rate:,.0f} tokens/s, forward {100 * share:.0f} %"
-
-
-def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
-    """Tasks in the order in which job ``job`` of ``jobs`` goes at them.
-
-    First its own, which it knows by their keys, whatever else is still to do. Then those of the jobs after it, each
-    from the end, for their owners are at the beginning.
-    """
-
-    def order(place: int) -> tuple[int, int]:
-        owner = int(tasks[place].key, 16) % jobs
-        return (owner - job) % jobs, place if owner == job else -place
-
-    return [tasks[place] for place in sorted(range(len(tasks)), key=order)]
 
 
 def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:

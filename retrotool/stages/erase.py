@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from retrotool.ann import lists
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.index import shards, write_index
+from retrotool.stages.index_files import all_shards, parts_of, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
@@ -120,21 +120,21 @@ def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[O
     """Label, inputs, file, and whether it holds something, of all files that belong to no part alone."""
     state = store.state
     for name in state.names("index"):
-        for slot, about in shards(state, name).items():
-            entry = state.file("index", slot, name)
-            if entry is not None and not set(present).isdisjoint(about["parts"]):
+        for slot, entry in all_shards(state, name).items():
+            if not set(present).isdisjoint(parts_of(entry)):
                 holds = functools.partial(_shard_holds, store, entry, victims)
                 yield f"index {name} {slot}", {"index": name, "slot": slot}, entry, holds
     for name in state.names("neighbours"):
         for slot in state.group("neighbours", name):
-            entry = state.file("neighbours", slot, name)
-            if entry is not None:
-                holds = functools.partial(_table_holds, store, entry, victims)
-                yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, entry, holds
+            table = state.file("neighbours", slot, name)
+            if table is not None:
+                holds = functools.partial(_table_holds, store, table, victims)
+                yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, table, holds
     for slot in state.group("quarantine"):
-        entry = state.file("quarantine", slot)
-        if entry is not None:
-            yield f"quarantine {slot}", {"quarantine": slot}, entry, functools.partial(_has_excerpts, store, entry)
+        input_file = state.file("quarantine", slot)
+        if input_file is not None:
+            holds = functools.partial(_has_excerpts, store, input_file)
+            yield f"quarantine {slot}", {"quarantine": slot}, input_file, holds
 
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
@@ -157,7 +157,8 @@ def _holds(store: Store, part: int, rows: Rows) -> bool:
 
 
 def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    return any(victims.contains(ids).any() for ids in lists.read(store.path(entry)).ids)
+    shard = lists.read(store.path(entry))
+    return any(victims.contains(shard.ids(number)).any() for number in shard.numbers)
 
 
 def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
@@ -257,8 +258,7 @@ class EraseWorker:
         return add
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
-        found = lists.read(self._store.path(entry))
-        index = lists.without(found, [self._victims.contains(ids) for ids in found.ids])
+        index = lists.without(lists.read(self._store.path(entry)), self._victims.contains)
         return write_index(self._store.root, index, name, entry.about)
 
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:

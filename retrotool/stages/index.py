@@ -1,246 +1,313 @@
-"""``index``: a faiss index over the embeddings, with its true recall.
+"""``index``: codes of a store's vectors in faiss files, by a training of its own.
 
-Only keys are indexed, trained on and counted. Up to ``FLAT_LIMIT`` vectors the index is exact; above, an inverted
-file whose codes are the stored float16 vectors. The first task trains (k-means on vectors drawn at random over all
-parts); then each shard is a task: assign in torch, write a faiss file that holds its own coarse quantiser. Parts
-embedded later go into new shards under the same training. ``measure`` then finds the least ``nprobe`` that holds the
-target recall. Memory: the training sample, and one shard (2·d bytes a vector) while it is written.
+Only keys are indexed, trained on and counted. The first task trains (``stages.training``); then each window of parts is
+a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
+the same training; ``merge`` joins those of a window. Which index it is is chosen once, from the vectors that are there
+(``ann.choice``), and kept with the training.
+
+The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
+
+Memory: the sample while training; the codes of one shard, twice, while it is written. Vectors are read in blocks.
 """
 
 from __future__ import annotations
 
-import errno
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import lists
-from retrotool.ann.kmeans import assign, kmeans
-from retrotool.errors import CorruptError, StorageError, UsageError
-from retrotool.stages.base import Report, Task, task_key
+from retrotool.ann.choice import Choice, Wanted, choose
+from retrotool.ann.lists import Ids
+from retrotool.ann.trained import Trained, to_faiss
+from retrotool.errors import UsageError
+from retrotool.stages.base import Report, Task, own_first, task_key
 from retrotool.stages.database import count_keys, embedded_parts, read_part_vectors, searchable_rows
-from retrotool.store import atomic, parts, staging
+from retrotool.stages.drift import ranges
+from retrotool.stages.index_files import (
+    encoder_of,
+    free_slot,
+    held_parts,
+    parts_of,
+    read_shard,
+    read_trained,
+    shards,
+    trained_entry,
+    windows,
+    write_index,
+)
+from retrotool.stages.training import check_finite, train
+from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
-from retrotool.store.paths import FileName
+from retrotool.store.paths import FileName, generation_slot
 from retrotool.store.staging import Staged
-from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
-FLAT_LIMIT = 1 << 16
 SHARD_ROWS = 1 << 20
-_SAMPLES_A_LIST = 64
-_SEED = 0
+_LISTS_IN_A_SHARD = 16
+"""Vectors a list that a shard has at least by default: with fewer, looking at a list costs more than going through."""
+QUANTIZER_SHARE = 0.05
+_BLOCK_ROWS = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
 @dataclass(frozen=True, slots=True)
 class IndexStage:
-    """All parts of an encoder's embeddings that the index ``index`` does not hold."""
+    """All parts of an encoder's embeddings that a generation of the index ``index`` does not hold.
+
+    ``wanted`` and ``shard_rows`` count when it is trained. ``devices`` are those of the worker processes. ``shard``
+    (i, n): this is job i of n. ``merge``: join the shards of each window instead.
+    """
 
     index: str
     encoder: str
-    flat_limit: int = FLAT_LIMIT
-    shard_rows: int = SHARD_ROWS
+    wanted: Wanted = field(default_factory=Wanted)
+    generation: int = 0
+    shard_rows: int | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    shard: tuple[int, int] | None = None
+    merge: bool = False
     name: str = field(default="index", init=False)
     unit: str = field(default="chunk", init=False)
 
+    def of_worker(self, number: int) -> IndexStage:
+        """What a worker process is to open: with its own device."""
+        return replace(self, devices=(self.devices[number % len(self.devices)],))
+
     def plan(self, store: Store) -> list[Task]:
-        """First the training, if there is none; then one task a new shard, in the order of the parts."""
+        """First the training, if there is none; then one task a new shard, or a merge."""
         made_with = encoder_of(store, self.index)
         if made_with not in (None, self.encoder):
             raise UsageError(
                 f"index {self.index!r} is of the encoder {made_with!r}, not {self.encoder!r}",
                 "Give the new index a name of its own with --name.",
             )
-        trained = store.state.file("index", "trained", self.index)
+        trained = trained_entry(store.state, self.index, self.generation)
         if trained is None:
-            n = sum(count_keys(store, part) for part in embedded_parts(store, self.encoder))
-            key = task_key("index", {"name": self.index, "train": self.encoder, "flat_limit": self.flat_limit}, [])
-            return [] if staging.is_staged(store.root, key) else [Task(key, "training", n, {"train": True})]
+            tasks = [self._training(store)]
+        else:
+            tasks = list(self._merges(store) if self.merge else self._new_shards(store, trained))
+        tasks = [task for task in tasks if not staging.is_staged(store.root, task.key)]
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def _training(self, store: Store) -> Task:
+        n = sum(count_keys(store, part) for part in embedded_parts(store, self.encoder))
+        settings = {"name": self.index, "train": self.encoder, "generation": self.generation}
+        return Task(task_key("index", settings, []), "training", n, {"train": True}, claimed=True)
+
+    def _new_shards(self, store: Store, trained: FileEntry) -> list[Task]:
+        about = trained.about or {}
+        held = set(held_parts(store.state, self.index, self.generation))
+        there = set(embedded_parts(store, self.encoder))
+        taken = shards(store.state, self.index, self.generation)
         tasks = []
-        number = self._next_shard(store)
-        for run in self._new_runs(store):
-            paths = [self._embeddings(store, part).path for part in run]
-            key = task_key("index", {"name": self.index, "shard": number}, [trained.path, *paths])
-            rows = sum(count_keys(store, part) for part in run)
-            if not staging.is_staged(store.root, key):
-                tasks.append(Task(key, f"shard {number}", rows, {"shard": number, "parts": run, "paths": paths}))
-            number += 1
+        for window, numbers in windows(store, int(about["shard_rows"])):
+            new = [part for part in numbers if part in there and part not in held]
+            if new:
+                paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
+                rows = sum(count_keys(store, part) for part in new)
+                slot = free_slot(taken, window, self.generation)
+                key = task_key("index", {"name": self.index, "slot": slot}, [trained.path, *paths])
+                inputs = {"slot": slot, "parts": new, "paths": paths}
+                tasks.append(Task(key, slot, rows, inputs, claimed=True))
         return tasks
 
-    def _embeddings(self, store: Store, part: int) -> FileEntry:
-        return parts.part_entry(store, "embeddings", part, self.encoder)
-
-    def _next_shard(self, store: Store) -> int:
-        numbers = [int(slot.removeprefix("shard-")) for slot in shards(store.state, self.index)]
-        return max(numbers, default=-1) + 1
-
-    def _new_runs(self, store: Store) -> list[list[int]]:
-        """Parts that no shard holds, in runs of up to ``shard_rows`` keys."""
-        held = {part for about in shards(store.state, self.index).values() for part in about["parts"]}
-        runs: list[list[int]] = []
-        rows = 0
-        for part in embedded_parts(store, self.encoder):
-            if part in held:
-                continue
-            size = count_keys(store, part)
-            if not runs or rows + size > self.shard_rows:
-                runs.append([])
-                rows = 0
-            runs[-1].append(part)
-            rows += size
-        return runs
+    def _merges(self, store: Store) -> list[Task]:
+        found: dict[str, list[tuple[str, FileEntry]]] = {}
+        for slot, entry in shards(store.state, self.index, self.generation).items():
+            window = slot.removesuffix(f".g{self.generation}").split(".")[0]
+            found.setdefault(window, []).append((slot, entry))
+        tasks = []
+        for window, some in found.items():
+            if len(some) > 1:
+                paths = [entry.path for _, entry in some]
+                key = task_key("index", {"name": self.index, "merge": window}, paths)
+                inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
+                tasks.append(Task(key, f"merge {window}", sum(entry.rows for _, entry in some), inputs, claimed=True))
+        return tasks
 
     def open(self, store: Store) -> IndexWorker:
         """Nothing to load."""
         return IndexWorker(store, self)
 
 
-def encoder_of(store: Store, name: str) -> str | None:
-    """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
-    trained = store.state.file("index", "trained", name)
-    return None if trained is None else str((trained.about or {})["encoder"])
+def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]:
+    """The index that suits what is embedded, and of how many vectors that is."""
+    numbers = embedded_parts(store, encoder)
+    tombstones = read_tombstones(store)
+    n = sum(count_keys(store, part) for part in numbers)
+    for part in numbers:
+        n -= len(tombstones.rows(part))
+    d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
+    return choose(max(n, 0), d, wanted), max(n, 0)
 
 
-def shards(state: State, name: str) -> dict[str, Mapping[str, Any]]:
-    """The shards of an index: slot → what the log says about it (its parts)."""
-    group = state.group("index", name)
-    entries = {slot: group.get(slot) for slot in group if slot.startswith("shard-")}
-    return {slot: entry.about or {} for slot, entry in entries.items() if entry is not None}
-
-
-def choose_lists(n: int, flat_limit: int) -> int:
-    """Number of inverted lists for n vectors: about 8√n, a power of two, at least 39 vectors a list; 0: flat."""
-    if n <= flat_limit:
-        return 0
-    return 1 << min(round(math.log2(8 * math.sqrt(n))), math.floor(math.log2(n / 39)))
+def default_shard_rows(choice: Choice, memory: int | None) -> int:
+    """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
+    rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
+    return rows if memory is None else max(1, min(rows, memory // (4 * choice.bytes_per_vector)))
 
 
 class IndexWorker:
-    """Trains, and writes shards."""
+    """Trains, writes shards and merges them."""
 
     def __init__(self, store: Store, stage: IndexStage) -> None:
         self._store = store
         self._stage = stage
+        self._device = stage.devices[0]
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Do one task."""
         self._store.refresh()
-        tombstones = read_tombstones(self._store)
         if task.inputs.get("train"):
-            return self._train(task, run, report, tombstones)
-        return self._write_shard(task, run, report, tombstones)
+            return self._train(task, run, report)
+        if "merge" in task.inputs:
+            return self._merge(task, run, report)
+        return self._write_shard(task, run, report)
 
-    def _train(self, task: Task, run: str, report: Report, tombstones: Tombstones) -> Staged:
-        import torch
-
+    def _train(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
-        numbers = embedded_parts(store, stage.encoder)
-        rows = {part: searchable_rows(store, part, tombstones) for part in numbers}
-        n = sum(map(len, rows.values()))
-        nlist = choose_lists(n, stage.flat_limit)
-        if nlist == 0:
-            index = lists.empty_flat(read_part_vectors(store, stage.encoder, numbers[0]).shape[1])
-        else:
-            sample = _sample(store, stage.encoder, rows, min(n, nlist * _SAMPLES_A_LIST))
-            index = lists.empty_ivf(kmeans(torch.from_numpy(sample), nlist, seed=_SEED).numpy())
-        name = FileName.new(run, "index", "trained", "faiss", stage.index)
-        entry = write_index(store.root, index, name, {"encoder": stage.encoder})
-        report(task.weight)
-        return Staged(
-            task.key, "index", run, {"name": stage.index, "encoder": stage.encoder, "nlist": nlist}, add=(entry,)
+        choice, n = choose_for(store, stage.encoder, stage.wanted)
+        tombstones = read_tombstones(store)
+        rows = {part: searchable_rows(store, part, tombstones) for part in embedded_parts(store, stage.encoder)}
+        told = _Shares(task.weight, report)
+        trained = train(
+            store, stage.encoder, rows, choice, memory=stage.wanted.memory, device=self._device, report=told
         )
+        told.finish()
+        slot = generation_slot("trained", stage.generation)
+        about = {
+            "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
+            "trained_parts": ranges(list(rows)),
+            "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory), **trained.about(),
+        }  # fmt: skip
+        name = FileName.new(run, "index", slot, "faiss", stage.index)
+        entry = write_index(store.root, to_faiss(trained.trained), name, about)
+        settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
+        return Staged(task.key, "index", run, settings, add=(entry,))
 
-    def _write_shard(self, task: Task, run: str, report: Report, tombstones: Tombstones) -> Staged:
-        import torch
-
+    def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
-        trained, index = read_trained(store, stage.index)
-        centroids = lists.centroids_of(index)
-        table = None if centroids is None else torch.from_numpy(centroids)
+        entry, trained = read_trained(store, stage.index, stage.generation)
+        tombstones = read_tombstones(store)
+        coded = _Coded(trained, self._device)
         for part in task.inputs["parts"]:
-            searchable = searchable_rows(store, part, tombstones)
-            vectors = read_part_vectors(store, stage.encoder, part)[searchable]
-            _check_finite(vectors, part, searchable)
-            assigned = None if table is None else assign(torch.from_numpy(vectors.astype(np.float32)), table)[1].numpy()
-            if len(searchable):
-                lists.add(index, parts.chunk_ids(part, searchable), vectors, assigned)
-            report(len(vectors))
-        slot = f"shard-{task.inputs['shard']:04d}"
-        about = {"parts": list(task.inputs["parts"])}
-        entry = write_index(store.root, index, FileName.new(run, "index", slot, "faiss", stage.index), about)
-        reads = (trained.path, *task.inputs["paths"])
-        return Staged(task.key, "index", run, {"name": stage.index, "encoder": stage.encoder}, reads, (entry,))
+            coded.add_part(store, stage.encoder, part, tombstones, report)
+        slot = task.inputs["slot"]
+        written = self._write(run, slot, *coded.all(), trained, {"parts": list(task.inputs["parts"]), **coded.about()})
+        reads = (entry.path, *task.inputs["paths"])
+        settings = {"name": stage.index, "encoder": stage.encoder}
+        return Staged(task.key, "index", run, settings, reads, (written,))
 
+    def _write(
+        self,
+        run: str,
+        slot: str,
+        numbers: Ids,
+        ids: Ids,
+        codes: npt.NDArray[Any],
+        trained: Trained,
+        about: dict[str, Any],
+    ) -> FileEntry:
+        quantizer = 0 if trained.centroids is None else trained.centroids.nbytes
+        index = to_faiss(trained, quantizer=quantizer <= QUANTIZER_SHARE * (codes.nbytes + ids.nbytes))
+        lists.fill(index, numbers, ids, codes)
+        return write_index(self._store.root, index, FileName.new(run, "index", slot, "faiss", self._stage.index), about)
 
-def read_trained(store: Store, name: str) -> tuple[FileEntry, Any]:
-    """The trained, empty index of a name; ``CorruptError`` if it is not, to the bit, what the log says.
-
-    All that is indexed goes into lists by it, and it is small beside a shard: its sum is checked each time.
-    """
-    trained = store.state.file("index", "trained", name)
-    if trained is None:
-        raise CorruptError(f"index {name!r} has no training", f"See what else is wrong: retrotool verify {store.root}")
-    path = store.path(trained)
-    if atomic.file_sha256(path) != trained.sha256:
-        raise CorruptError(
-            f"{path}: its SHA-256 is not what the log says", f"See what else is wrong: retrotool verify {store.root}"
+    def _merge(self, task: Task, run: str, report: Report) -> Staged:
+        stage, store = self._stage, self._store
+        current = shards(store.state, stage.index, stage.generation)
+        entries = [current[slot] for slot in task.inputs["slots"] if slot in current]
+        _, trained = read_trained(store, stage.index, stage.generation)
+        found = [read_shard(store, entry, trained) for entry in entries]
+        numbers = [np.full(shard.size(i), i, np.int64) for shard in found for i in shard.numbers]
+        ids = np.concatenate([shard.ids(i) for shard in found for i in shard.numbers])
+        codes = np.concatenate([shard.codes(i) for shard in found for i in shard.numbers])
+        order = np.argsort(ids, kind="stable")
+        about = _merged_about(entries)
+        written = self._write(
+            run, task.inputs["merge"], np.concatenate(numbers)[order], ids[order], codes[order], trained, about
         )
-    return trained, lists.open_index(path)
+        report(task.weight)
+        old = tuple(entry.path for entry in entries)
+        settings = {"name": stage.index, "encoder": stage.encoder, "merge": True}
+        return Staged(task.key, "index", run, settings, old, (written,), old)
 
 
-def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
-    """Write a faiss index through the store's door, and read it back; ``StorageError`` if it is not all there."""
-    try:
-        return atomic.write_file(
-            root,
-            name,
-            lambda path: lists.write(index, path),
-            about=about,
-            check=lambda path, _: lists.check(index, path),
-        )
-    except OSError as error:
-        if error.errno != errno.EFBIG:
-            raise
-        raise StorageError(
-            f"{name.path}: {error.strerror}; what was committed before is untouched",
-            "The file system, or a limit of the process (ulimit -f), allows no file of this size.",
-        ) from error
+class _Shares:
+    """Turns shares of the work into whole chunks that sum up to ``total``."""
+
+    def __init__(self, total: int, report: Report) -> None:
+        self._total, self._report = total, report
+        self._done, self._told = 0.0, 0
+
+    def __call__(self, share: float) -> None:
+        self._done += share
+        now = min(self._total, int(self._done * self._total))
+        self._report(now - self._told)
+        self._told = now
+
+    def finish(self) -> None:
+        """Tell what is left."""
+        self._report(self._total - self._told)
+        self._told = self._total
 
 
-def _check_finite(vectors: npt.NDArray[np.float16], part: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        row = int(rows[int(np.argmin(finite))])
-        raise UsageError(
-            f"the vector of chunk {(part << parts.PART_SHIFT) + row} (part {part}, row {row}) is not finite",
-            "Embed the part again.",
-        )
+class _Coded:
+    """Lists, ids and codes of some parts, and how well the training fits them."""
+
+    def __init__(self, trained: Trained, device: str) -> None:
+        self._trained, self._device = trained, device
+        self._numbers, self._ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        self._codes = [np.zeros((0, trained.codec.size), np.uint8)]
+        self._error = self._code_error = 0.0
+
+    def add_part(self, store: Store, encoder: str, part: int, tombstones: Tombstones, report: Report) -> None:
+        """Code the searchable vectors of a part."""
+        import torch
+
+        searchable = searchable_rows(store, part, tombstones)
+        vectors = read_part_vectors(store, encoder, part)
+        block = _BLOCK_ROWS[self._device.split(":")[0]]
+        for start in range(0, len(searchable), block):
+            rows = searchable[start : start + block]
+            some = vectors[rows]
+            check_finite(store, some, part, rows)
+            numbers, codes, error, code_error = self._trained.encode(torch.from_numpy(some).to(self._device).float())
+            self._numbers.append(numbers.cpu().numpy())
+            self._ids.append(parts.chunk_ids(part, rows))
+            self._codes.append(codes.cpu().numpy())
+            self._error += error
+            self._code_error += code_error
+            report(len(rows))
+        report(count_keys(store, part) - len(searchable))
+
+    def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
+        """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
+        return np.concatenate(self._numbers), np.concatenate(self._ids), np.concatenate(self._codes)
+
+    def about(self) -> dict[str, Any]:
+        """What the log keeps: mean errors, and the imbalance of the lists."""
+        numbers = np.concatenate(self._numbers)
+        if not len(numbers) or self._trained.nlist == 0:
+            return {}
+        shares = np.bincount(numbers, minlength=self._trained.nlist) / len(numbers)
+        return {
+            "error": self._error / len(numbers),
+            "code_error": self._code_error / len(numbers),
+            "imbalance": round(float(self._trained.nlist * ((shares**2).sum() - 1 / len(numbers))), 3),
+        }
 
 
-def _sample(
-    store: Store, encoder: str, rows: Mapping[int, npt.NDArray[np.int64]], size: int
-) -> npt.NDArray[np.float32]:
-    """``size`` searchable vectors, float32, drawn at random over all parts (the first n are of few sources)."""
-    sizes = np.array([len(r) for r in rows.values()])
-    drawn = np.sort(np.random.default_rng(_SEED).choice(int(sizes.sum()), size, replace=False))
-    ends = np.cumsum(sizes)
-    pieces = []
-    for (part, searchable), end, count in zip(rows.items(), ends, sizes, strict=True):
-        mine = drawn[(drawn >= end - count) & (drawn < end)] - (end - count)
-        if len(mine):
-            pieces.append(read_part_vectors(store, encoder, part)[searchable[mine]].astype(np.float32))
-    return np.concatenate(pieces)
-
-
-def read_searchable(
-    store: Store, encoder: str, part: int, tombstones: Tombstones
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Chunk ids and vectors of a part's searchable chunks."""
-    searchable = searchable_rows(store, part, tombstones)
-    return parts.chunk_ids(part, searchable), read_part_vectors(store, encoder, part)[searchable]
+def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
+    """What the log keeps of several shards as one: parts, and the means of what was measured."""
+    about: dict[str, Any] = {"parts": sorted(part for entry in entries for part in parts_of(entry))}
+    weights = np.array([entry.rows for entry in entries], np.float64)
+    for key in ("error", "code_error", "imbalance"):
+        values = [(entry.about or {}).get(key) for entry in entries]
+        if weights.sum() and all(value is not None for value in values):
+            about[key] = float(np.average(np.array(values, np.float64), weights=weights))
+    return about

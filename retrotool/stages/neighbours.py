@@ -24,11 +24,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.ann.search import Queries
+from retrotool.ann.excluded import Queries
 from retrotool.errors import UsageError
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.database import (
-    Database,
     count_keys,
     embedded_parts,
     has_commit,
@@ -38,7 +37,8 @@ from retrotool.stages.database import (
     read_part_vectors,
     searchable_rows,
 )
-from retrotool.stages.index import shards
+from retrotool.stages.index_files import held_parts, shards
+from retrotool.stages.searching import Database
 from retrotool.store import parts, staging, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -161,8 +161,8 @@ def check_encoders(store: Store, database: Database) -> None:
 
 def _version(database: Database, index: str, record: Mapping[str, Any]) -> str:
     """Changes when the database can give other neighbours (new parts, another index), not when chunks are purged."""
-    held = sorted(part for about in shards(database.store.state, index).values() for part in about["parts"])
-    fields = [record["database"], index, database.nprobe, record["saved"], held]
+    held = held_parts(database.store.state, index)
+    fields = [record["database"], index, database.point, database.record.get("generation", 0), record["saved"], held]
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
 
 
@@ -278,8 +278,7 @@ class NeighboursWorker:
         replaced = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]
         if self._within:  # an erase replaces them: what was found before it must not come after it
-            shard = (state.file("index", slot, stage.index) for slot in shards(state, stage.index))
-            reads += [found.path for found in shard if found is not None]
+            reads += [entry.path for entry in shards(state, stage.index).values()]
         # Where nobody has claimed the name yet, the first table does: a run with another database is refused then.
         claim = {} if stage.key in store.state.records else {stage.key: record}
         return Staged(

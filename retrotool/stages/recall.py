@@ -1,39 +1,41 @@
-"""The true recall of an index.
+"""The true recall of an index, as a curve over operating points, and the cheapest point that holds a target.
 
-Measured against exact search, in float64, over all living keys of the parts that are indexed, on random ones of them,
-their own documents excluded. Recall@10 is the mean share of a query's true 10 nearest that the index finds. ``tune``
-doubles ``nprobe`` until the recall less its 95 % error holds the target. Cost: ``QUERIES`` × n distances for the truth,
-once.
+Recall@k is the mean share of a query's true k nearest (``stages.truth``) that the index finds; of several at the same
+distance any will do. Points are all of a grid of ``nprobe``, for codes with a grid of re-rank depths. One search a
+``nprobe`` serves all depths: its candidates are ordered by their codes, and a depth takes the first of them.
+
+Where the truth is of a sample, of a query's true neighbours those in the sample are looked for. Which of these are
+among the k nearest of all is told by how many the most thorough search has found nearer: recall is then of
+queries × k × share neighbours.
+
+A point costs what its query goes through: codes, and ``_RERANK`` times the candidates that are ranked by their vectors.
+So the choice depends on data alone, not on how busy the machine is. The rates are measured, and are of batches.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 
+from retrotool.ann.codes import Whole
 from retrotool.ann.lists import Ids, InvertedLists
-from retrotool.ann.search import Best, Excluded, Queries, search
-from retrotool.stages.base import Report
-from retrotool.stages.database import (
-    document_intervals,
-    find_documents,
-    may_repeat,
-    read_part_vectors,
-    read_shards,
-    searchable_rows,
-)
-from retrotool.stages.index import read_searchable, shards
-from retrotool.store import parts
-from retrotool.store.parts import PART_SHIFT, chunk_ids
-from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.ann.search import SPARE, Best, Search, exact_distances
+from retrotool.ann.trained import Trained
+from retrotool.stages.searching import TUNED_K, Point, Vectors
+from retrotool.stages.truth import DEPTH, Truth
 
-QUERIES = 1000
-DEPTH = 10
-_SEED = 1
+DEPTHS = (20, 30, 50, 100, 200, 400)
+_RERANK = 16
+"""What ranking a candidate by its vector costs, in codes that are gone through."""
+_BEYOND = 2
+_THOROUGH = 0.999
+_SOURCES = 20
 _TIE = 16 * float(np.finfo(np.float32).eps)
 """Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
 relatively, for vectors may be short."""
@@ -41,82 +43,202 @@ relatively, for vectors may be short."""
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Recall@10 at ``nprobe``, with the half-width of its 95 % interval, over ``queries`` queries."""
+    """Recall at an operating point, with the half-width of the 95 % interval of that @10.
+
+    ``scanned`` codes a query are gone through; ``rate`` is in queries a second.
+    """
 
     nprobe: int
-    recall: float
+    depth: int
+    recall_at_1: float
+    recall_at_10: float
+    recall_at_100: float
     error: float
+    scanned: float
+    rate: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """What a query costs, in codes that are gone through."""
+        return self.scanned + _RERANK * self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured: the ``curve``, the ``point`` that was chosen of it, and its recall@10 by ``groups``.
+
+    These are kind → name → (recall, error, queries), of what queries were told apart by: "source", say.
+    """
+
+    curve: tuple[Recall, ...]
+    point: Recall
+    holds: bool
     queries: int
+    vectors: int
+    share: float
+    groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file that the store keeps."""
+        return asdict(self)
 
 
-def tune(
-    store: Store, encoder: str, index: str, target: float, report: Report = lambda _: None
-) -> tuple[Recall, list[Recall]]:
-    """The least ``nprobe`` (a power of two, or all lists) that holds ``target``, and the curve that was measured."""
-    held = sorted(part for about in shards(store.state, index).values() for part in about["parts"])
-    queries, truth = _truth(store, encoder, held, report)
-    opened = list(read_shards(store, index))
-    nlist = max((1 if s.centroids is None else len(s.centroids) for s in opened), default=1)
-    banned = read_tombstones(store).contains
+def probes(nlist: int) -> list[int]:
+    """The ``nprobe`` of a curve: powers of two and what is halfway, up to all lists."""
+    grid = sorted({n for i in range(31) for n in (1 << i, 3 << i)})
+    return [n for n in grid if n < nlist] + [max(nlist, 1)]
+
+
+def measure(
+    truth: Truth,
+    trained: Trained,
+    shards: Sequence[InvertedLists],
+    vectors: Vectors,
+    banned: Callable[[Ids], npt.NDArray[np.bool_]],
+    target: float,
+    *,
+    at: Point | None = None,
+    groups: Mapping[str, npt.NDArray[np.object_]] | None = None,
+    report: Callable[[int], object] = lambda _: None,
+) -> Measurement:
+    """The curve, up to where it is well above ``target``; ``at``: only this point is measured, not chosen."""
+    grid = probes(trained.nlist)
+    depths = (DEPTH + SPARE,) if isinstance(trained.codec, Whole) else DEPTHS
+    if at is not None:
+        grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
+        depths = tuple(sorted({*depths, at.depth}))
+    whole = isinstance(trained.codec, Whole)
+    search = _Curve(truth, trained, shards, vectors, banned, depths)
     curve: list[Recall] = []
-    nprobe = 1
-    while True:
-        found = Best(len(queries.vectors), DEPTH)
-        for shard in opened:
-            search(shard, queries, nprobe, banned, found)
-        curve.append(_recall(found, truth, nprobe))
-        if curve[-1].recall - curve[-1].error >= target or nprobe >= nlist:
-            return curve[-1], curve
-        nprobe = min(2 * nprobe, nlist)
-
-
-def _truth(store: Store, encoder: str, numbers: list[int], report: Report) -> tuple[Queries, Best]:
-    """Random living keys of the parts ``numbers`` as queries, and their true 10 nearest in these parts."""
-    tombstones = read_tombstones(store)
-    none = np.zeros(0, np.int64)
-    ids = np.concatenate([none, *(chunk_ids(part, searchable_rows(store, part, tombstones)) for part in numbers)])
-    drawn = np.sort(np.random.default_rng(_SEED).choice(ids, min(QUERIES, len(ids)), replace=False))
-    vectors, intervals, keys = [], [], []
-    repeat = may_repeat(store)
-    for part in numbers:
-        rows = drawn[drawn >> PART_SHIFT == part] - (part << PART_SHIFT)
-        if len(rows):
-            vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
-            if repeat:
-                keys += _document_keys(store, part, rows)
-            else:
-                intervals.append([ends[rows] for ends in document_intervals(store, part)])
-    if not vectors:
-        return Queries.plain(np.zeros((0, 1), np.float32)), Best(0, DEPTH)
-    if repeat:
-        excluded = find_documents(store, pa.chunked_array(keys), tombstones)
-    else:
-        excluded = Excluded(*np.concatenate(intervals, axis=1))
-    queries = Queries(np.concatenate(vectors), excluded)
-    best = Best(len(drawn), DEPTH)
-    for part in numbers:
-        there, matrix = read_searchable(store, encoder, part, tombstones)
-        everything = InvertedLists(None, (there,), (matrix,))
-        search(everything, queries, 1, lambda ids: np.zeros(len(ids), np.bool_), best, precise=True)
+    reached = 0
+    for nprobe in grid:
+        curve += search.at(nprobe)
         report(1)
-    return queries, best
+        # A little beyond the target: more lists with fewer candidates may be cheaper, and it shows what could be had.
+        reached += curve[-1].recall_at_10 - curve[-1].error >= target
+        if at is None and reached > (0 if whole else _BEYOND):
+            break
+    if truth.share < 1:
+        search.thorough(curve[-1].nprobe)
+        curve = search.judged(curve)
+    if at is not None:
+        chosen = next(p for p in curve if p.nprobe == at.nprobe and (whole or p.depth == at.depth))
+    else:
+        good = [p for p in curve if p.recall_at_10 - p.error >= target]
+        chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
+    by_query = search.shares(chosen)
+    return Measurement(
+        tuple(curve),
+        chosen,
+        chosen.recall_at_10 - chosen.error >= target or not len(truth),
+        len(truth),
+        truth.vectors,
+        truth.share,
+        {kind: _by_group(by_query, labels) for kind, labels in (groups or {}).items()},
+    )
 
 
-def _document_keys(store: Store, part: int, rows: Ids) -> list[pa.Array]:
-    """The keys of the documents that some rows of a part belong to, one a row."""
-    table = parts.read_documents(store, part, ["key", "first_row"])
-    documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
-    return [table["key"].combine_chunks().take(pa.array(documents))]
+class _Curve:
+    """Searches at one ``nprobe`` after another, and what they found of the truth."""
+
+    def __init__(
+        self,
+        truth: Truth,
+        trained: Trained,
+        shards: Sequence[InvertedLists],
+        vectors: Vectors,
+        banned: Callable[[Ids], npt.NDArray[np.bool_]],
+        depths: tuple[int, ...],
+    ) -> None:
+        self._truth, self._trained, self._shards = truth, trained, shards
+        self._vectors, self._banned, self._depths = vectors, banned, depths
+        self._found: dict[tuple[int, int], Best] = {}
+        self._cost: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def at(self, nprobe: int) -> list[Recall]:
+        """All depths at ``nprobe``, the deepest last."""
+        queries = self._truth.queries
+        start = time.perf_counter()
+        search = Search(self._trained, queries, nprobe, max(self._depths), self._banned)
+        for shard in self._shards:
+            search.add(shard)
+        candidates = search.candidates
+        searched = time.perf_counter() - start
+        distances = exact_distances(queries.vectors, candidates, self._vectors)
+        ranked = time.perf_counter() - start - searched
+        q = max(len(queries.vectors), 1)
+        for depth in self._depths:
+            order = np.argsort(distances[:, :depth], axis=1, kind="stable")[:, :DEPTH]
+            near, ids = np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1)
+            self._found[nprobe, depth] = Best(near, ids)
+            seconds = searched + ranked * depth / max(self._depths)
+            self._cost[nprobe, depth] = search.scanned / q, q / max(seconds, 1e-9)
+        return [self._recall(nprobe, depth) for depth in self._depths]
+
+    def thorough(self, nprobe: int) -> None:
+        """Search on with ever more lists than ``nprobe``, until more of them find hardly anything that is nearer."""
+        while nprobe < self._trained.nlist:
+            before = nprobe
+            nprobe = min(2 * nprobe, self._trained.nlist)
+            self.at(nprobe)
+            if self._recall(before, max(self._depths)).recall_at_10 >= _THOROUGH:
+                break
+
+    def judged(self, curve: list[Recall]) -> list[Recall]:
+        """The curve once more, now that the most thorough search is known."""
+        return [self._recall(p.nprobe, p.depth) for p in curve]
+
+    def shares(self, point: Recall) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """True neighbours found, and those that there are to find, of the 10 nearest of each query."""
+        return self._hits(self._found[point.nprobe, point.depth], TUNED_K)
+
+    def _recall(self, nprobe: int, depth: int) -> Recall:
+        found = self._found[nprobe, depth]
+        values = {k: _ratio(*self._hits(found, k)) for k in (1, TUNED_K, DEPTH)}
+        scanned, rate = self._cost[nprobe, depth]
+        return Recall(
+            nprobe, depth, values[1][0], values[TUNED_K][0], values[DEPTH][0], values[TUNED_K][1], scanned, rate
+        )
+
+    def _hits(self, found: Best, k: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        truth = self._truth.best
+        if self._truth.share == 1:
+            there = truth.ids[:, :k] >= 0
+            farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
+            near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
+            possible = there.sum(axis=1)
+            return np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible).astype(float), possible.astype(
+                float
+            )
+        deepest = self._found[max(self._found)]
+        nearer = np.array(
+            [np.searchsorted(row, d * (1 - _TIE)) for row, d in zip(deepest.distances, truth.distances, strict=True)]
+        )
+        wanted = (nearer < k) & (truth.ids >= 0)
+        hits = [np.isin(t[w], f[:k]).sum() for t, w, f in zip(truth.ids, wanted, found.ids, strict=True)]
+        return np.array(hits, float), wanted.sum(axis=1).astype(float)
 
 
-def _recall(found: Best, truth: Best, nprobe: int) -> Recall:
-    """Mean share of the true 10 nearest that was found; of several at the same distance any will do."""
-    there = truth.ids >= 0
-    farthest = np.where(there, truth.distances, -np.inf).max(axis=1)
-    near = found.distances <= (farthest * (1 + _TIE))[:, None]
-    possible = there.sum(axis=1)
-    hits = np.minimum((near & (found.ids >= 0)).sum(axis=1), possible)
-    shares = hits[possible > 0] / possible[possible > 0]
-    if not len(shares):
-        return Recall(nprobe, 1.0, 0.0, 0)  # nothing to find, and nothing missed
-    return Recall(nprobe, float(shares.mean()), float(1.96 * shares.std() / math.sqrt(len(shares))), len(shares))
+def _ratio(hits: npt.NDArray[np.float64], possible: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Recall, the mean of the queries' shares weighted by what there is to find; and half its 95 % interval."""
+    total = possible.sum()
+    if not total:
+        return 1.0, 0.0  # nothing to find, and nothing missed
+    recall = float(hits.sum() / total)
+    spread = hits - recall * possible
+    count = int((possible > 0).sum())
+    return recall, float(1.96 * math.sqrt((spread**2).sum() * count / max(count - 1, 1)) / total)
+
+
+def _by_group(
+    by_query: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], groups: npt.NDArray[np.object_]
+) -> dict[str, tuple[float, float, int]]:
+    """Recall, its error and the number of queries of the groups with most queries."""
+    hits, possible = by_query
+    names, counts = np.unique(groups.astype(str), return_counts=True)
+    found = {}
+    for name in names[np.argsort(-counts, kind="stable")][:_SOURCES]:
+        mine = groups == name
+        recall, error = _ratio(hits[mine], possible[mine])
+        found[str(name)] = (recall, error, int(mine.sum()))
+    return found

@@ -84,6 +84,17 @@ def part_slot(part: int) -> str:
     return f"{part:06d}"
 
 
+def generation_slot(what: str, generation: int) -> str:
+    """The slot of a file of an index, whose training is the ``generation``-th, from 0."""
+    return f"{what}.g{generation}" if generation else what
+
+
+def generation_in(slot: str) -> int:
+    """The generation that a slot of an index is of."""
+    _, dot, last = slot.rpartition(".g")
+    return int(last) if dot and last.isdigit() else 0
+
+
 def check_name(name: str, what: str) -> str:
     """Return ``name`` if it can be a folder of the store, else ``UsageError`` naming ``what`` it was for."""
     if not _COMPONENT.fullmatch(name) or len(name) > 100:

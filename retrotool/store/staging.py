@@ -22,7 +22,7 @@ from retrotool.store import atomic, disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Blocked, read_hashes
 from retrotool.store.log import Draft
-from retrotool.store.paths import FileName
+from retrotool.store.paths import FileName, generation_in
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -270,10 +270,12 @@ def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
         covered = set((entry.about or {}).get("parts", ()))
         if not covered:
             continue
-        kind, name, _ = _slot(entry.path)
+        kind, name, own = _slot(entry.path)
         group = state.group(kind, name)
         live = [other for slot in group if (other := group.get(slot)) is not None and other.path not in task.remove]
         for other in (*live, *(e for e in draft.add if _slot(e.path)[:2] == (kind, name))):
+            if generation_in(_slot(other.path)[2]) != generation_in(own):
+                continue
             if not covered.isdisjoint((other.about or {}).get("parts", ())):
                 return f"{other.path} covers the same parts"
     return None

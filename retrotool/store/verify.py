@@ -85,7 +85,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
     check_ids(checked, checked.tombstones.ids, "tombstones")
     references.check_blocked(checked)
     result.embeddings = _digest_files(store, "embeddings")
-    result.indexes = _digest_files(store, "index")
+    result.indexes = _digest_files(store, "index", lambda slot: not slot.startswith("recall"))
     result.neighbours = references.check_neighbours(checked)
     if read_lists is not None:
         for name in store.state.names("index"):
@@ -109,6 +109,10 @@ def _check_log(checked: Checked) -> None:
     def noted(commits: Iterator[Commit]) -> Iterator[Commit]:
         for commit in commits:
             checked.recorded.update(commit.records)
+            # An index that was dropped may be begun again.
+            checked.recorded.difference_update(
+                key for key, value in commit.records.items() if value is None and key.startswith("index:")
+            )
             yield commit
 
     with checked.noting("log"):
@@ -189,7 +193,8 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
     return part_digest(chunks, documents["key"].to_pylist(), alive)
 
 
-def _digest_files(store: Store, kind: str) -> str:
+def _digest_files(store: Store, kind: str, counts: Callable[[str], bool] = lambda _: True) -> str:
     names = store.state.names(kind)
-    entries = [entry for entry in store.state.files() if FileName.parse(entry.path).kind == kind]
+    found = [(FileName.parse(entry.path), entry) for entry in store.state.files()]
+    entries = [entry for name, entry in found if name.kind == kind and counts(name.slot)]
     return lines_digest(f"{references.slot_of(entry)} {entry.sha256}" for entry in entries) if names else ""

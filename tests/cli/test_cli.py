@@ -21,11 +21,12 @@ import zstandard
 from conftest import make_rows, write_jsonl
 
 from retrotool import commands
-from retrotool.cli import app, chunk, embed, index, info, neighbours, output, purge, search, verify
+from retrotool.cli import app, chunk, embed, index, info, neighbours, output, plan, purge, search, verify
+from retrotool.commands import calibrating
 
 COMMANDS = {
     "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "purge": purge, "search": search,
-    "info": info, "verify": verify,
+    "info": info, "verify": verify, "plan": plan,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -91,6 +92,12 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
         commands.embed(tmp_path / name, encoder=str(tiny_encoder))
     commands.index(tmp_path / "database")
     monkeypatch.chdir(tmp_path)
+    # Rates are kept in here, and measured in no time.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    quick = calibrating.Sizes(
+        seconds=0.01, text_bytes=1, layers=1, d=64, vectors=1024, lists=16, queries=64, nprobe=4, file_bytes=1 << 16
+    )
+    monkeypatch.setattr(calibrating, "SIZES", quick)
     return tmp_path
 
 
@@ -106,7 +113,7 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
-    commands = ("chunk", "embed", "index", "neighbours", "search", "purge", "info", "verify")
+    commands = ("chunk", "embed", "index", "neighbours", "search", "purge", "info", "verify", "plan")
     found = [example for command in commands for example in examples(command)]
     yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
 
@@ -114,6 +121,9 @@ def ordered_examples() -> Iterator[str]:
 NOTES = {
     "retrotool chunk store --retry-quarantine": (
         "No input that rows were set aside of has changed since: nothing was taken up again.\n"
+    ),
+    "retrotool index store --name wide --factory IVF4,SQ8": (
+        "To be trained for 15 vectors: 4 lists, a byte a dimension (as asked). 392 bytes a vector, 15.1 kB in all.\n"
     ),
 }
 """What examples tell a person besides their results."""
@@ -139,6 +149,8 @@ def test_every_example_works(workplace, run):
     assert (found.documents, len(found.purges)) == (11, 2)  # of the corpus all but doc-3, of the papers none
     assert "Would purge" in shown[examples("purge")[0]]
     assert "Erased" in shown[examples("purge")[1]]
+    assert Path("plan.html").is_file()
+    assert Path("cache/retrotool/rates.json").is_file()
 
 
 PATH = {"path": str}
@@ -146,7 +158,7 @@ FOUND = {"id": int, "distance": float, "document": str, "text": str, "continuati
 FIELDS: dict[str, dict[str, Any]] = {
     "chunk": {"documents": int, "chunks": int, "tokens": int, "set_aside": int, "parts": int, "commit": int},
     "embed": {"encoder": str, "dimension": int, "chunks": int, "commit": int},
-    "index": {"name": str, "vectors": int, "bytes_per_vector": float, "recall_at_10": float, "commit": int},
+    "index": {"name": str, "vectors": int, "bytes_per_vector": int, "recall_at_10": float, "commit": int},
     "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},
     "search": {"results": [FOUND]},
     "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "left": [], "commit": int},
@@ -158,6 +170,13 @@ FIELDS: dict[str, dict[str, Any]] = {
             "neighbours": {"main": PATH},
         }],
         "indexes": {"main": {"trained": str, "shards": [str]}},
+    },
+    "plan": {
+        "tokens": int, "documents": int, "chunks": int, "bytes": int, "files": [{"kind": str, "bytes": int}],
+        "index": {"factory": str, "bytes_per_vector": int, "memory": int, "hosts": int, "shards": int},
+        "gpu_hours": float, "core_hours": float, "wall_hours": float,
+        "stages": [{"name": str, "gpu_hours": float, "core_hours": float, "wall_hours": float, "limit": str}],
+        "rates": [{"key": str, "value": float, "unit": str, "source": str}],
     },
 }  # fmt: skip
 
@@ -191,10 +210,12 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
         "verify": [],
         "info": [],
+        "plan": ["--tokens", "1.75T", "--gpus", 64],
     }
     found = {}
     for command, more in arguments.items():
-        code, out, err = run(command, tmp_path / "store", *more, "--json")
+        store = [] if command == "plan" else [tmp_path / "store"]
+        code, out, err = run(command, *store, *more, "--json")
         assert (code, err) == (0, ""), command
         assert out.count("\n") == 1
         found[command] = json.loads(out)

@@ -13,6 +13,8 @@ import pytest
 
 from retrotool import commands
 from retrotool.ann import lists
+from retrotool.ann.codes import Whole
+from retrotool.ann.trained import Trained, to_faiss
 from retrotool.store import atomic, parts, tables, tombstones, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -22,6 +24,13 @@ from retrotool.store.store import Store
 
 PART = 1
 Change = Callable[[np.ndarray], np.ndarray]
+
+
+def flat(ids: np.ndarray, vectors: np.ndarray) -> Any:
+    """An exact index as a store has it."""
+    index = to_faiss(Trained(vectors.shape[1], Whole(vectors.shape[1])))
+    lists.fill(index, np.zeros(len(ids), np.int64), ids, vectors.view(np.uint8))
+    return index
 
 
 @dataclasses.dataclass
@@ -74,16 +83,14 @@ class Liar:
         """The vectors of all parts, changed."""
         old = self.old("index", "main", "shard-0000")
         found = lists.read(self.store.path(old))
-        index = lists.empty_flat(32)
-        lists.add(index, ids(found.ids[0].copy()), vectors(found.vectors[0].copy()), None)
+        index = flat(ids(found.ids(0).copy()), vectors(found.codes(0).view(np.float16).copy()))
         write = lambda path: lists.write(index, path)  # noqa: E731
         told = {**old.about, **about}
         self.commit(atomic.write_file(self.store.root, self.name(old), write, about=told), old)
 
     def shard(self, ids: np.ndarray) -> None:
         old = self.old("index", "main", "shard-0000")
-        index = lists.empty_flat(32)
-        lists.add(index, ids, np.ones((len(ids), 32), np.float16), None)
+        index = flat(ids, np.ones((len(ids), 32), np.float16))
         write = lambda path: lists.write(index, path)  # noqa: E731
         self.commit(atomic.write_file(self.store.root, self.name(old), write, about=old.about), old)
 

@@ -32,6 +32,6 @@ def test_page_does_not_depend_on_the_terminal(make_cli: ModuleType, monkeypatch:
 
 
 def test_every_command_is_there(make_cli: ModuleType) -> None:
-    assert {"chunk", "embed", "index", "neighbours", "purge", "search", "info", "verify"} <= set(
+    assert {"chunk", "embed", "index", "neighbours", "purge", "search", "info", "verify", "plan"} <= set(
         make_cli.command_names()
     )

@@ -52,7 +52,9 @@ def test_from_hugging_face(here: Path) -> None:
     run_page(HOW_TO / "from-hugging-face.md")
 
 
-@pytest.mark.parametrize("page", ["purge-and-erase.md", "other-tools.md", "neighbours-across-stores.md"])
+@pytest.mark.parametrize(
+    "page", ["purge-and-erase.md", "other-tools.md", "neighbours-across-stores.md", "index-a-store.md"]
+)
 def test_page_that_begins_with_the_tutorials_store(here: Path, tutorial_store: Path, page: str) -> None:
     shutil.copytree(tutorial_store, here, dirs_exist_ok=True)
     run_page(HOW_TO / page)
@@ -63,6 +65,10 @@ def test_page_with_an_encoder_of_its_own(here: Path, tutorial_store: Path, tiny_
     shutil.copytree(tutorial_store, here, dirs_exist_ok=True)
     shutil.copytree(tiny_encoder, here / "models" / "my-bert")
     run_page(HOW_TO / page)
+
+
+def test_plan_a_database(here: Path) -> None:
+    run_page(HOW_TO / "plan-a-database.md")
 
 
 def test_run_on_a_cluster(here: Path, tiny_encoder: Path) -> None:

@@ -11,8 +11,12 @@ from conftest import make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 
 from retrotool import commands
-from retrotool.ann.lists import InvertedLists
-from retrotool.ann.search import Best, Excluded, Intervals, Queries, search
+from retrotool.ann.choice import Wanted
+from retrotool.ann.codes import Whole
+from retrotool.ann.excluded import Excluded, Intervals, Queries
+from retrotool.ann.lists import InvertedLists, OneList, fill
+from retrotool.ann.search import SPARE, Search, nothing_banned, rerank
+from retrotool.ann.trained import Trained, to_faiss
 from retrotool.encoder import Encoder, Rows
 from retrotool.stages.index import IndexStage
 
@@ -51,10 +55,12 @@ def far(rng: np.random.Generator, n: int) -> np.ndarray:
     return vectors
 
 
-@pytest.mark.parametrize("flat_limit", [1 << 16, 50])
-def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, flat_limit: int) -> None:
+@pytest.mark.parametrize("nlist", [0, 8])
+def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, nlist: int) -> None:
     store = build(far)
-    commands.index(store, target_recall=1, stage=IndexStage("main", "tiny", flat_limit, shard_rows=250))
+    commands.index(
+        store, target_recall=1, stage=IndexStage("main", "tiny", Wanted(nlist=nlist, code="float16"), shard_rows=250)
+    )
     commands.neighbours(store)
     plain = read_plain(store)
     plain.vectors[:, 0] = 0
@@ -67,9 +73,9 @@ def test_a_large_common_component_changes_no_distance_and_no_order(build: Build,
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: float) -> None:
     store = build(lambda rng, n: rng.normal(size=(n, 32)) * scale)
-    result = commands.index(store, target_recall=0.5, stage=IndexStage("main", "tiny", flat_limit=50))
+    result = commands.index(store, target_recall=0.5, stage=IndexStage("main", "tiny", Wanted(nlist=8, code="float16")))
     assert 1 < result.nprobe <= result.nlist
-    assert result.curve[0].recall < 0.5, "one list of eight holds few of the true nearest"
+    assert result.curve[0].recall_at_10 < 0.5, "one list of eight holds few of the true nearest"
     commands.neighbours(store)
     plain = read_plain(store)
     plain.vectors[:] = plain.vectors / scale
@@ -86,9 +92,10 @@ def test_near_ties_come_in_their_true_order() -> None:
     for row in range(40):
         vectors[row, row] += np.float16(2**-9 * (1 + row))
     everything = np.concatenate([vectors[rng.permutation(40)], -20 * rng.normal(size=(400, 64)).astype(np.float16)])
-    best = Best(1, 33)
-    lists = InvertedLists(None, (np.arange(len(everything)),), (everything,))
-    search(lists, Queries.plain(query.astype(np.float32)), 1, lambda ids: np.zeros(len(ids), np.bool_), best)
+    asked, one = Queries.plain(query.astype(np.float32)), OneList(np.arange(len(everything)), everything)
+    search = Search(one.trained, asked, 1, 33 + SPARE, nothing_banned)
+    search.add(one)
+    best = rerank(asked.vectors, search.candidates, lambda ids: everything[ids], 33)
     true = np.sort(((everything.astype(np.float64) - query.astype(np.float64)) ** 2).sum(1))[:33]
     assert np.allclose(best.distances[0], true, rtol=1e-6)
 
@@ -106,13 +113,12 @@ def test_further_documents_of_the_same_id_are_left_out_and_nothing_else() -> Non
     excluded = Excluded(np.where(own < 0, 0, first[own]), np.where(own < 0, -1, first[own] + per - 1), own, repeats)
     queries = vectors[:q].astype(np.float32)
     half = n // 2
-    lists = InvertedLists(
-        np.array([[-9.0] * 8, [9.0] * 8], np.float32),
-        (np.arange(0, n, 2), np.arange(1, n, 2)),
-        (vectors[::2], vectors[1::2]),
-    )
-    best = Best(q, half)
-    search(lists, Queries(queries, excluded), 2, lambda ids: ids % 7 == 0, best)
+    trained = Trained(8, Whole(8), np.array([[-9.0] * 8, [9.0] * 8], np.float32), nlist=2)
+    index = to_faiss(trained)
+    fill(index, np.arange(n) % 2, np.arange(n), vectors.view(np.uint8))
+    search = Search(trained, Queries(queries, excluded), 2, half, lambda ids: ids % 7 == 0)
+    search.add(InvertedLists(index, trained))
+    best = rerank(queries, search.candidates, lambda ids: vectors[ids], half)
     exact = ((queries[:, None] - vectors[None].astype(np.float32)) ** 2).sum(-1)
     exact[own[:, None] == document[None]] = np.inf
     exact[:, np.arange(n) % 7 == 0] = np.inf

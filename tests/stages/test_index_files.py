@@ -14,17 +14,23 @@ from conftest import make_rows, write_jsonl
 import retrotool
 from retrotool import commands
 from retrotool.ann import lists
+from retrotool.ann.choice import Wanted
+from retrotool.ann.codes import Whole
+from retrotool.ann.trained import Trained, to_faiss
 from retrotool.errors import CorruptError, StorageError
-from retrotool.stages.index import IndexStage, write_index
+from retrotool.stages.index import IndexStage
+from retrotool.stages.index_files import write_index
 from retrotool.store.paths import FileName
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 16)).astype(np.float16)
 IDS = (np.int64(3) << 32) + np.arange(500)
 
 
-def make_index(nlist: int) -> object:
-    index = lists.empty_ivf(VECTORS[:nlist].astype(np.float32)) if nlist else lists.empty_flat(16)
-    lists.add(index, IDS, VECTORS, np.arange(500) % nlist if nlist else None)
+def make_index(nlist: int, shift: int = 0, first: int = 0) -> object:
+    trained = Trained(16, Whole(16), VECTORS[:nlist].astype(np.float32) if nlist else None, nlist=nlist)
+    index = to_faiss(trained)
+    codes = VECTORS.view(np.uint8)[first:]
+    lists.fill(index, np.arange(first, 500) % max(nlist, 1), IDS[first:] + shift, codes)
     return index
 
 
@@ -50,12 +56,9 @@ def test_a_file_that_is_not_what_was_meant_does_not_pass(tmp_path: Path, nlist: 
     """As after a full disk, of which faiss says nothing, or on a failing one."""
     index, written = make_index(nlist), make_index(nlist)
     if damage == "other ids":
-        written = lists.empty_ivf(VECTORS[:nlist].astype(np.float32)) if nlist else lists.empty_flat(16)
-        lists.add(written, IDS + 1, VECTORS, np.arange(500) % nlist if nlist else None)
+        written = make_index(nlist, shift=1)
     elif damage == "fewer":
-        lists.write(index, tmp_path / "whole")
-        whole = lists.read(tmp_path / "whole")
-        written = lists.without(whole, [ids == IDS[7] for ids in whole.ids])
+        written = make_index(nlist, first=1)
 
     def spoil(_: object, path: Path) -> int:
         faiss.write_index(written, str(path))
@@ -91,7 +94,7 @@ def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embe
 def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    commands.index(store_copy, name="ivf", stage=IndexStage("ivf", "tiny", flat_limit=100))
+    commands.index(store_copy, name="ivf", stage=IndexStage("ivf", "tiny", Wanted(nlist=8, code="float16")))
     commands.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
     commands.embed(store_copy, encoder=str(tiny_encoder))
     for name, places in (("main", (0, -20)), ("ivf", (0, 200, -20))):

@@ -12,9 +12,8 @@ from conftest import Cli, make_rows, write_jsonl
 import retrotool
 from retrotool import cli as command_line
 from retrotool import commands
-from retrotool.commands import building
-from retrotool.errors import UsageError
-from retrotool.stages import recall
+from retrotool.commands import measuring
+from retrotool.errors import CorruptError, UsageError
 from retrotool.store.store import Store
 
 
@@ -104,14 +103,14 @@ def test_an_erase_while_the_recall_is_measured_is_no_error(
     store = tmp_path / "store"
     commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
     commands.embed(store, encoder=str(tiny_encoder))
-    measure, beside = recall._truth, ["doc-9", "doc-70"]
+    measure, beside = measuring.find_truth, ["doc-9", "doc-70"]
 
-    def erasing(*arguments: object) -> object:
+    def erasing(*arguments: object, **options: object) -> object:
         if beside:
             purge(store, beside.pop(), erase=True)
-        return measure(*arguments)  # type: ignore[arg-type]
+        return measure(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recall, "_truth", erasing)
+    monkeypatch.setattr(measuring, "find_truth", erasing)
     result = commands.index(store)
     assert not beside
     assert (result.vectors, result.recall_at_10) == (commands.info(store).chunks, 1.0)
@@ -122,7 +121,7 @@ def test_an_erase_while_the_recall_is_measured_is_no_error(
 def test_an_index_that_is_broken_is_an_error_and_not_measured_for_ever(store_copy: Path) -> None:
     path = store_copy / commands.info(store_copy).indexes["main"]["shards"][0]
     path.write_bytes(b"x" + path.read_bytes()[1:])
-    with pytest.raises(building.CorruptError, match=path.name):
+    with pytest.raises(CorruptError, match=path.name):
         commands.index(store_copy, target_recall=0.5)
 
 

@@ -119,9 +119,10 @@ def canary_store(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, list[str]]:
     )  # fmt: skip
     commands.embed(store, encoder=str(tiny_encoder))
     commands.index(store)
+    from retrotool.ann.choice import Wanted
     from retrotool.stages.index import IndexStage
 
-    commands.index(store, name="ivf", stage=IndexStage("ivf", "tiny", flat_limit=50, shard_rows=100))
+    commands.index(store, name="ivf", stage=IndexStage("ivf", "tiny", Wanted(nlist=4, code="float16"), shard_rows=100))
     commands.neighbours(store)
     return store, names
 
@@ -192,9 +193,11 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
     part = {entry.path for entry in state.files() if entry.path.split("/")[-1].startswith(f"{victim >> 32:06d}-")}
     shards = {entry.path for entry in state.files() if entry.path.startswith("index/main/shard")}
     assert (len(part), len(shards)) == (5, 1), "documents, keys, chunks, embeddings and neighbours"
+    measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
+    assert len(measured) == 2, "the curve and its picture, which name sources"
     result = commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
     left = {entry.path for entry in Store.open(store_copy).state.files()}
-    assert {entry.path for entry in state.files()} - left == part | shards | tables
+    assert {entry.path for entry in state.files()} - left == part | shards | tables | measured
     assert result.files_rewritten == len(part | shards | tables)
 
 

@@ -12,6 +12,7 @@ from oracle import brute_force, read_plain, saved_neighbours
 
 import retrotool
 from retrotool import commands
+from retrotool.ann.choice import Wanted
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.stages import database
 from retrotool.stages.index import IndexStage
@@ -25,7 +26,9 @@ def build(root: Path, model: Path, *inputs: list[dict[str, Any]], index: bool = 
         commands.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
     commands.embed(root, encoder=str(model))
     if index:
-        commands.index(root, target_recall=1, stage=IndexStage("main", "tiny", flat_limit=60, shard_rows=100))
+        commands.index(
+            root, target_recall=1, stage=IndexStage("main", "tiny", Wanted(nlist=4, code="float16"), shard_rows=100)
+        )
     return root
 
 
@@ -53,7 +56,7 @@ def assert_true(queries: Path, theirs: Path, name: str) -> None:
 def test_within_a_store_and_its_recall(kept: Path) -> None:
     commands.neighbours(kept)
     assert_true(kept, kept, "main")
-    assert commands.index(kept).recall_at_10 == 1.0
+    assert commands.index(kept, target_recall=1).recall_at_10 == 1.0
     reader = retrotool.open(kept)
     chunks = [
         int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.chunk(int(i)).document == "same"

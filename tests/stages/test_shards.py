@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import commands
-from retrotool.stages.base import Task
-from retrotool.stages.embed import own_first
+from retrotool.stages.base import Task, own_first
 from retrotool.store import claims, log
 from retrotool.store.runs import Run
 from retrotool.store.store import Store

@@ -1,0 +1,198 @@
+"""A trained index without vectors: centroids of the lists, a rotation, a codec; to faiss objects and back.
+
+The objects are plain ones: ``IndexIVFFlat`` (float32), ``IndexIVFScalarQuantizer`` (float16, or a byte a dimension) or
+``IndexIVFPQ``, under an ``IndexPreTransform`` if there is a rotation; without lists an ``IndexIDMap2`` over
+``IndexFlatL2`` or ``IndexScalarQuantizer``. The metric is L2. Bytes and products are of residuals, whole vectors are
+not. An index may be made without its coarse quantiser, to be given one by whoever reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.codes import Codec, Product, Scalar, Whole, same
+from retrotool.ann.kmeans import assign
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Trained:
+    """What an index was trained to: ``centroids`` [nlist, codec.d] (None: no lists), ``rotation`` [codec.d, d] or None.
+
+    Centroids are of rotated vectors. They have no rows where the coarse quantiser lies elsewhere: ``nlist`` tells.
+    """
+
+    d: int
+    codec: Codec
+    centroids: Floats | None = None
+    rotation: Floats | None = None
+    nlist: int = 0
+
+    @property
+    def by_residual(self) -> bool:
+        """Whether codes are of residuals, not of vectors."""
+        return self.centroids is not None and not isinstance(self.codec, Whole)
+
+    @property
+    def bytes(self) -> int:
+        """What the trained data take in memory."""
+        table = self.codec.table.nbytes if isinstance(self.codec, Product) else 0
+        return sum(a.nbytes for a in (self.centroids, self.rotation) if a is not None) + table
+
+    def rotate(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float32 [n, d] as the lists and codes have it, [n, codec.d]."""
+        import torch
+
+        return rows if self.rotation is None else rows @ torch.from_numpy(self.rotation).to(rows.device).T
+
+    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+        """Lists, int64 [n], and codes, uint8 [n, size], of float32 [n, d]; and how far off both are.
+
+        That is the sum of squared distances to the centroids, and to what the codes stand for.
+        """
+        import torch
+
+        rotated = self.rotate(rows)
+        if self.centroids is None:
+            return torch.zeros(len(rows), dtype=torch.int64), self.codec.encode(rotated), 0.0, 0.0
+        table = torch.from_numpy(self.centroids).to(rows.device)
+        distances, lists = assign(rotated, table)
+        aim = rotated - table[lists] if self.by_residual else rotated
+        codes = self.codec.encode(aim)
+        off = (self.codec.decode(codes.cpu().numpy()).to(aim.device) - aim).square().sum()
+        return lists, codes, float(distances.sum()), float(off)
+
+
+def same_training(one: Trained, other: Trained) -> bool:
+    """Whether two are the same to the bit; the coarse quantiser of one may lie elsewhere."""
+
+    def equal(a: Floats | None, b: Floats | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+    beside = one.nlist == other.nlist and 0 in (_rows(one), _rows(other))
+    return (
+        same(one.codec, other.codec)
+        and equal(one.rotation, other.rotation)
+        and (beside or equal(one.centroids, other.centroids))
+    )
+
+
+def _rows(trained: Trained) -> int:
+    return -1 if trained.centroids is None else len(trained.centroids)
+
+
+def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
+    """An empty faiss index that is trained so; without ``quantizer`` its coarse quantiser is empty."""
+    import faiss
+
+    codec, d = trained.codec, trained.codec.d
+    if trained.centroids is None:
+        return faiss.IndexIDMap2(_flat(codec))
+    coarse: Any = faiss.IndexFlatL2(d)
+    if quantizer:
+        coarse.add(np.ascontiguousarray(trained.centroids))
+    index: Any
+    if isinstance(codec, Product):
+        index = faiss.IndexIVFPQ(coarse, d, trained.nlist, codec.size, 8, faiss.METRIC_L2)
+        faiss.copy_array_to_vector(codec.table.ravel(), index.pq.centroids)
+    elif isinstance(codec, Scalar):
+        kind = faiss.ScalarQuantizer.QT_8bit
+        index = faiss.IndexIVFScalarQuantizer(coarse, d, trained.nlist, kind, faiss.METRIC_L2, True)
+        faiss.copy_array_to_vector(np.concatenate([codec.least, codec.extent]), index.sq.trained)
+    elif codec == Whole(d, "float32"):
+        index = faiss.IndexIVFFlat(coarse, d, trained.nlist, faiss.METRIC_L2)
+    else:
+        kind = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexIVFScalarQuantizer(coarse, d, trained.nlist, kind, faiss.METRIC_L2, False)
+    index.own_fields = True
+    coarse.this.disown()
+    index.is_trained = True
+    return index if trained.rotation is None else _rotated(index, trained)
+
+
+def _flat(codec: Codec) -> Any:
+    import faiss
+
+    if codec == Whole(codec.d, "float32"):
+        return faiss.IndexFlatL2(codec.d)
+    if codec == Whole(codec.d):
+        return faiss.IndexScalarQuantizer(codec.d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
+    raise ValueError("an index without lists holds whole vectors")
+
+
+def _rotated(index: Any, trained: Trained) -> Any:
+    import faiss
+
+    assert trained.rotation is not None
+    matrix: Any = faiss.LinearTransform(trained.d, trained.codec.d, False)
+    faiss.copy_array_to_vector(trained.rotation.ravel(), matrix.A)
+    matrix.is_trained = matrix.is_orthonormal = True
+    whole = faiss.IndexPreTransform(matrix, index)
+    whole.own_fields = True
+    matrix.this.disown()
+    index.this.disown()
+    return whole
+
+
+def of_faiss(index: Any) -> Trained | None:
+    """What a faiss index is trained to; None if it is of a kind that ``to_faiss`` does not make."""
+    import faiss
+
+    if index.metric_type != faiss.METRIC_L2:
+        return None
+    inner: Any = index
+    rotation, d = None, int(index.d)
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        if chain.size() != 1:
+            return None
+        matrix = faiss.downcast_VectorTransform(chain.at(0))
+        if not isinstance(matrix, faiss.LinearTransform) or matrix.have_bias:
+            return None
+        rotation = faiss.vector_to_array(matrix.A).reshape(matrix.d_out, matrix.d_in)
+        inner = faiss.downcast_index(index.index)
+    if isinstance(inner, faiss.IndexIDMap2) and rotation is None:
+        whole = _whole(faiss.downcast_index(inner.index))
+        return None if whole is None else Trained(d, whole)
+    if not isinstance(inner, faiss.IndexIVF):
+        return None
+    coarse = faiss.downcast_index(inner.quantizer)
+    codec = _codec(inner)
+    if codec is None or not isinstance(coarse, faiss.IndexFlat) or coarse.ntotal not in (0, inner.nlist):
+        return None
+    centroids = coarse.reconstruct_n(0, coarse.ntotal) if coarse.ntotal else np.zeros((0, codec.d))
+    return Trained(d, codec, np.array(centroids, np.float32), rotation, int(inner.nlist))
+
+
+def _codec(index: Any) -> Codec | None:
+    import faiss
+
+    d = int(index.d)
+    if isinstance(index, faiss.IndexIVFPQ):
+        pq = index.pq
+        if not index.by_residual or pq.nbits != 8:
+            return None
+        return Product(faiss.vector_to_array(pq.centroids).reshape(pq.M, 256, pq.dsub))
+    if isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == faiss.ScalarQuantizer.QT_8bit:
+        steps = faiss.vector_to_array(index.sq.trained)
+        return Scalar(steps[:d], steps[d:]) if index.by_residual and len(steps) == 2 * d else None
+    return None if getattr(index, "by_residual", False) else _whole(index)
+
+
+def _whole(index: Any) -> Whole | None:
+    import faiss
+
+    if isinstance(index, faiss.IndexIVFFlat | faiss.IndexFlat):
+        return Whole(int(index.d), "float32")
+    scalar = isinstance(index, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)
+    return Whole(int(index.d)) if scalar and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 else None

@@ -1,0 +1,350 @@
+"""``index``: build what is new, measure it, and what else is done with indexes: train anew, merge, drop."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from retrotool import engine, interrupts
+from retrotool.ann.choice import Choice, Wanted
+from retrotool.commands.counting import command_line, embed_command
+from retrotool.commands.measuring import measure_until_committed
+from retrotool.commands.writing import writing
+from retrotool.encoder import find_devices
+from retrotool.errors import UsageError
+from retrotool.stages.chunk_plan import read_json
+from retrotool.stages.database import count_left, embedded_parts, pick_encoder
+from retrotool.stages.drift import Drift, drift
+from retrotool.stages.index import IndexStage, choose_for
+from retrotool.stages.index_files import (
+    PAGE,
+    RECALL,
+    broken_shards,
+    encoder_of,
+    generation_of,
+    index_key,
+    shards,
+    trained_entry,
+)
+from retrotool.stages.recall import Recall
+from retrotool.stages.searching import DEFAULT
+from retrotool.stages.training import build_seconds, sample_size
+from retrotool.stages.truth import QUERIES
+from retrotool.store import claims
+from retrotool.store.log import Draft
+from retrotool.store.paths import check_name
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+_POLL_SECONDS = 1.0
+_SHOWN = (
+    "encoder", "kind", "factory", "why", "vectors", "nlist", "nprobe", "depth", "target", "holds", "bytes_per_vector",
+    "trained_bytes", "recall_at_1", "recall_at_10", "recall_at_100", "recall_error", "queries", "share", "rate", "due",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class IndexResult:
+    """What ``index`` made.
+
+    In memory a vector takes ``bytes_per_vector``, its code and id, and all of them ``trained_bytes`` besides; a re-rank
+    reads the embeddings, ``embedding_bytes`` on the disk. ``added`` vectors are of this run. ``curve`` is what was
+    measured, ``groups`` the recall@10 by source. ``due`` says why to train anew; "": there is no reason. ``elsewhere``
+    shards are left to other runs. ``not_embedded`` keys are in no shard, for they have no embeddings; ``next`` are
+    the commands that change that.
+    """
+
+    name: str
+    encoder: str
+    kind: str
+    factory: str
+    why: str
+    vectors: int
+    added: int
+    shards: int
+    nlist: int
+    nprobe: int
+    depth: int
+    target: float
+    holds: bool
+    bytes_per_vector: int
+    trained_bytes: int
+    index_bytes: int
+    embedding_bytes: int
+    recall_at_1: float
+    recall_at_10: float
+    recall_at_100: float
+    recall_error: float
+    queries: int
+    share: float
+    rate: float
+    commit: int
+    page: str = ""
+    due: str = ""
+    drift: Drift | None = None
+    curve: tuple[Recall, ...] = ()
+    groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
+    elsewhere: int = 0
+    not_embedded: int = 0
+    next: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What ``index --drop`` took away; ``tables`` are neighbours that were found with it, and stay as they are."""
+
+    name: str
+    files: int
+    bytes: int
+    commit: int
+    tables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The index that ``vectors`` would be put in, and about how long that takes here."""
+
+    choice: Choice
+    vectors: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to go about it; see ``retrotool index --help``."""
+
+    wanted: Wanted = field(default_factory=Wanted)
+    shard_rows: int | None = None
+    devices: str = "auto"
+    shard: tuple[int, int] | None = None
+    queries: int = QUERIES
+    tune: bool = False
+    retrain: bool = False
+    merge: bool = False
+    mend: bool = False
+    default: bool = False
+
+
+def index(
+    root: str | Path,
+    *,
+    name: str | None = None,
+    encoder: str | None = None,
+    target_recall: float = 0.95,
+    options: Options | None = None,
+    stage: IndexStage | None = None,
+) -> IndexResult:
+    """Index every part that has embeddings and is in no shard, and measure the recall."""
+    options = options or Options()
+    wanted = _checked(options, target_recall)
+    store = Store.open(root)
+    name = default_name(store) if name is None else name
+    check_name(name, "--name")
+    chosen = pick_encoder(store, encoder or encoder_of(store, name))
+    generation = generation_of(store.state, name)
+    generation += options.retrain and trained_entry(store.state, name) is not None
+    devices = find_devices(options.devices)
+    stage = stage or IndexStage(
+        name, chosen, wanted, generation, options.shard_rows, tuple(devices), options.shard, options.merge
+    )
+    before = 0 if options.retrain else _count(store.state, name, generation)
+    with writing(store) as run:
+        if options.retrain:
+            _forget_other(store, run, stage)
+        if options.mend:
+            _forget_broken(store, run, name)
+        _check_training(store, stage, wanted)
+        _execute(stage, store, run)
+        elsewhere = _elsewhere(stage, store, run)
+        record = store.state.records.get(index_key(name))
+        current = sorted(shards(store.state, name, generation))
+        made = {
+            "shards": current, "vectors": _count(store.state, name, generation), "target": target_recall,
+            "generation": generation,
+        }  # fmt: skip
+        if not elsewhere and (record is None or options.tune or any(record[key] != made[key] for key in made)):
+            measure_until_committed(store, run, name, generation, target_recall, queries=options.queries)
+        if options.default:
+            store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
+    return describe(store, root, name, before=before, elsewhere=elsewhere)
+
+
+def evaluate(root: str | Path, *, name: str | None = None, queries: int = QUERIES) -> IndexResult:
+    """Measure the recall of an index at its operating point, which stays; nothing is built."""
+    store = Store.open(root)
+    name = default_name(store) if name is None else name
+    record = store.state.records.get(index_key(name))
+    if record is None:
+        raise _no_index(store, name)
+    with writing(store) as run:
+        generation, target = generation_of(store.state, name), float(record["target"])
+        measure_until_committed(store, run, name, generation, target, queries=queries, keep=True)
+    return describe(store, root, name)
+
+
+def drop(root: str | Path, *, name: str) -> Dropped:
+    """Take an index away, finished or not, with all its files."""
+    store = Store.open(root)
+    if name not in store.state.names("index"):
+        raise _no_index(store, name)
+    with writing(store) as run:
+        gone: list[Any] = []
+
+        def build(state: State) -> Draft:
+            group = state.group("index", name)
+            gone[:] = [entry for slot in group if (entry := group.get(slot)) is not None]
+            records: dict[str, Any] = {key: None for key in (index_key(name),) if key in state.records}
+            if state.records.get(DEFAULT) == name:
+                records[DEFAULT] = None
+            return Draft("index", {"name": name, "drop": True}, remove=tuple(e.path for e in gone), records=records)
+
+        store.commit(run, build)
+    tables = [table for table, about in store.refresh().with_prefix("neighbours:").items() if about["index"] == name]
+    return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
+
+
+def default_name(store: Store) -> str:
+    """The index that is meant where none is named."""
+    return str(store.state.records.get(DEFAULT, "main"))
+
+
+def estimate(
+    root: str | Path, *, name: str | None, encoder: str | None, wanted: Wanted, retrain: bool = False
+) -> Planned | None:
+    """What ``index`` would train; None if it is trained already."""
+    store = Store.open(root)
+    name = default_name(store) if name is None else name
+    if trained_entry(store.state, name) is not None and not retrain:
+        return None
+    choice, n = choose_for(store, pick_encoder(store, encoder or encoder_of(store, name)), wanted)
+    return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory)) if choice.nlist else 0.0)
+
+
+def _checked(options: Options, target: float) -> Wanted:
+    if not 0 < target <= 1:
+        raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
+    if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
+        raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
+    if options.merge and options.retrain:
+        raise UsageError("--merge and --retrain are two things to do", "Give one of them.")
+    wanted = options.wanted
+    return Wanted(target, wanted.memory, wanted.nlist, wanted.code, wanted.factory)
+
+
+def _no_index(store: Store, name: str) -> UsageError:
+    have = ", ".join(store.state.names("index"))
+    return UsageError(f"the store {store.root} has no index {name!r}; it has: {have or 'none'}")
+
+
+def _count(state: State, name: str, generation: int) -> int:
+    return sum(entry.rows for entry in shards(state, name, generation).values())
+
+
+def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
+    """``UsageError`` if another index was asked for than the one that is trained."""
+    trained = trained_entry(store.state, stage.index, stage.generation)
+    asked = wanted.factory is not None or wanted.nlist is not None or wanted.code is not None
+    if trained is None or not asked:
+        return
+    about = trained.about or {}
+    choice = choose_for(store, stage.encoder, wanted)[0]
+    if choice.factory != about["factory"]:
+        raise UsageError(
+            f"index {stage.index!r} is trained already, as {about['factory']}, not {choice.factory}",
+            "Train it anew with --retrain, or give the new one a name of its own with --name.",
+        )
+
+
+def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
+    """Take away what an interrupted ``--retrain`` began with other settings."""
+    begun = trained_entry(store.state, stage.index, stage.generation)
+    if begun is None or (begun.about or {})["factory"] == choose_for(store, stage.encoder, stage.wanted)[0].factory:
+        return
+
+    def build(state: State) -> Draft:
+        files = list(shards(state, stage.index, stage.generation).values())
+        entry = trained_entry(state, stage.index, stage.generation)
+        gone = tuple(one.path for one in [*files, *([entry] if entry else [])])
+        return Draft("index", {"name": stage.index, "retrain": "begun anew"}, remove=gone)
+
+    store.commit(run, build)
+
+
+def _forget_broken(store: Store, run: Run, name: str) -> None:
+    """Take broken shards out of the state: what they held is coded anew."""
+    broken = broken_shards(store, name)
+
+    def build(state: State) -> Draft | None:
+        gone = tuple(entry.path for entry in broken if state.has(entry.path))
+        return Draft("index", {"name": name, "mend": True}, remove=gone) if gone else None
+
+    store.commit(run, build)
+
+
+def _execute(stage: IndexStage, store: Store, run: Run) -> None:
+    """Do what there is to do; while another run trains the index, wait for it."""
+    engine.execute(stage, store, run, workers=len(stage.devices))
+    with _waiting(stage) as bar:
+        while trained_entry(store.refresh(), stage.index, stage.generation) is None:
+            interrupts.check()
+            time.sleep(_POLL_SECONDS)
+            bar.update(1)
+            engine.execute(stage, store, run, workers=len(stage.devices))
+
+
+@contextlib.contextmanager
+def _waiting(stage: IndexStage) -> Iterator[tqdm[Any]]:
+    text = f"waiting for another run that trains {stage.index!r}"
+    with tqdm(unit="s", desc=text, disable=None, delay=2, file=sys.stderr) as bar:
+        yield bar
+
+
+def _elsewhere(stage: IndexStage, store: Store, run: Run) -> int:
+    """Shards that other living runs are at."""
+    store.refresh()
+    held = claims.held(store.root, run.id)
+    return sum(task.key in held for task in stage.plan(store))
+
+
+def describe(
+    store: Store, root: str | Path, name: str, *, before: int | None = None, elsewhere: int = 0
+) -> IndexResult:
+    """The result for an index as it is now."""
+    state = store.refresh()
+    record = state.records.get(index_key(name))
+    generation = generation_of(state, name)
+    encoder = encoder_of(store, name) or ""
+    entries = shards(state, name)
+    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store)) if encoder else 0
+    todo = (embed_command(store, root, encoder), command_line("index", root, name=name)) if left else ()
+    measured, page = state.file("index", RECALL, name), state.file("index", PAGE, name)
+    content = read_json(store, measured) if measured is not None else {}
+    about = (entry.about or {}) if (entry := trained_entry(state, name)) is not None else {}
+    shown: dict[str, Any] = dict.fromkeys(_SHOWN, 0) | {
+        "due": "",
+        "kind": "not measured yet",
+        "encoder": encoder,
+        "holds": False,
+    }
+    shown |= {key: about.get(key, "") for key in ("factory", "why")}
+    shown |= {key: record[key] for key in _SHOWN} if record is not None else {}
+    embedded = (state.part_file("embeddings", part, encoder) for part in embedded_parts(store, encoder))
+    now = _count(state, name, generation)
+    return IndexResult(
+        name=name, added=0 if before is None else now - before, shards=len(entries),
+        index_bytes=sum(entry.bytes for entry in entries.values()),
+        embedding_bytes=sum(entry.bytes for entry in embedded if entry is not None), commit=state.number,
+        page=str(Path(root) / page.path) if page is not None else "", drift=drift(state, name),
+        curve=tuple(Recall(**point) for point in content.get("curve", ())),
+        groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
+        elsewhere=elsewhere, not_embedded=left, next=todo, **{**shown, "vectors": now},
+    )  # fmt: skip

@@ -1,0 +1,193 @@
+"""The files of an index: the training, and shards of codes; which of them are current, and reading and writing them.
+
+An index has a *generation*, the number of its training. Files of generation 0 are in the slots ``trained`` and
+``shard-…``, those of a later one in ``trained.g1`` and so on. While the next generation is built the record still names
+the current one, which everybody reads; the commit that switches takes the old files away.
+
+Parts are grouped into *windows*: as many as have up to ``shard_rows`` keys, in the order of their numbers, whether they
+are embedded yet or not. So a part's window does not depend on who asks when, and two runs that index the same part at
+once want the same slot: the second one is refused. What a window's first shard has not, for it was embedded later, goes
+into a further one: ``shard-0003``, ``shard-0003.1``.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from retrotool.ann import lists
+from retrotool.ann.lists import InvertedLists
+from retrotool.ann.trained import Trained
+from retrotool.errors import CorruptError, RetrotoolError, StorageError
+from retrotool.store import atomic, parts
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName, generation_in, generation_slot
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+_SHARD = "shard-"
+RECALL, PAGE = "recall", "recall-curve"
+"""Slots of what was measured, as JSON and as a page to look at."""
+
+
+def index_key(name: str) -> str:
+    """Key of an index's record."""
+    return f"index:{name}"
+
+
+def generation_of(state: State, name: str) -> int:
+    """The current generation of an index; 0 also if there is none yet."""
+    return int(state.records.get(index_key(name), {}).get("generation", 0))
+
+
+def trained_entry(state: State, name: str, generation: int | None = None) -> FileEntry | None:
+    """The training of an index, of its current generation or of another one."""
+    current = generation_of(state, name) if generation is None else generation
+    return state.file("index", generation_slot("trained", current), name)
+
+
+def encoder_of(store: Store, name: str) -> str | None:
+    """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
+    trained = trained_entry(store.state, name)
+    return None if trained is None else str((trained.about or {})["encoder"])
+
+
+def shards(state: State, name: str, generation: int | None = None) -> dict[str, FileEntry]:
+    """Slot → file of the shards of an index, of its current generation or of another one."""
+    current = generation_of(state, name) if generation is None else generation
+    return {slot: entry for slot, entry in all_shards(state, name).items() if generation_in(slot) == current}
+
+
+def all_shards(state: State, name: str) -> dict[str, FileEntry]:
+    """Slot → file of the shards of all generations."""
+    group = state.group("index", name)
+    found = {slot: group.get(slot) for slot in group if slot.startswith(_SHARD)}
+    return {slot: entry for slot, entry in found.items() if entry is not None}
+
+
+def measured_files(state: State, name: str) -> list[str]:
+    """Paths of what was measured of an index: the curve, and its picture."""
+    found = (state.file("index", slot, name) for slot in (RECALL, PAGE))
+    return [entry.path for entry in found if entry is not None]
+
+
+def parts_of(entry: FileEntry) -> list[int]:
+    """Numbers of the parts that a shard holds."""
+    return [int(part) for part in (entry.about or {})["parts"]]
+
+
+def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
+    """Numbers of the parts that the shards of an index hold, ascending."""
+    return sorted(part for entry in shards(state, name, generation).values() for part in parts_of(entry))
+
+
+def windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
+    """(number, parts) of each window: consecutive parts with up to ``shard_rows`` keys, or a single larger one."""
+    number, window, rows = 0, list[int](), 0
+    for part in store.state.parts():
+        size = parts.n_keys(parts.part_entry(store, "chunks", part))
+        if window and rows + size > shard_rows:
+            yield number, window
+            number, window, rows = number + 1, [], 0
+        window.append(part)
+        rows += size
+    if window:
+        yield number, window
+
+
+def free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
+    """The next slot of a window: ``shard-0003``, or ``shard-0003.1`` if that is there."""
+    further = 0
+    while True:
+        what = f"{_SHARD}{window:04d}" + (f".{further}" if further else "")
+        if generation_slot(what, generation) not in taken:
+            return generation_slot(what, generation)
+        further += 1
+
+
+def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
+    """The training of an index; ``CorruptError`` if it is not, to the bit, what the log says.
+
+    All that is indexed and searched depends on it, and it is small beside the shards: its sum is checked each time.
+    """
+    advice = f"See what else is wrong: retrotool verify {store.root}"
+    entry = trained_entry(store.state, name, generation)
+    if entry is None:
+        raise CorruptError(f"index {name!r} has no training", advice)
+    path = store.path(entry)
+    if atomic.file_sha256(path) != entry.sha256:
+        raise CorruptError(f"{path}: its SHA-256 is not what the log says", advice)
+    return entry, lists.read_trained(path)
+
+
+def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
+    """Map a shard; ``ErasedError`` if it was erased since the store was opened, ``CorruptError`` if it is broken."""
+    path = store.path(entry)
+    try:
+        shard = lists.read(path, trained)
+    except CorruptError:
+        store.path(entry)  # unlinked just now?
+        raise
+    if len(shard) != entry.rows:
+        raise CorruptError(f"{store.root / entry.path} holds {len(shard):,} vectors, the log says {entry.rows:,}")
+    return shard
+
+
+def read_shards(
+    store: Store,
+    name: str,
+    trained: Trained | None = None,
+    missing: Callable[[FileEntry, RetrotoolError], object] | None = None,
+    *,
+    generation: int | None = None,
+) -> Iterator[InvertedLists]:
+    """The shards of an index, of its current generation or another one.
+
+    ``missing`` is told of those that are broken; without it, the first raises its ``CorruptError``.
+    """
+    for entry in shards(store.state, name, generation).values():
+        try:
+            shard = read_shard(store, entry, trained)
+        except CorruptError as error:
+            if missing is None:
+                raise CorruptError(str(error), f"Make it anew: {_mend(store, name)}") from error
+            missing(entry, error)
+            continue
+        yield shard
+
+
+def _mend(store: Store, name: str) -> str:
+    return f"retrotool index {store.root} --mend" + ("" if name == "main" else f" --name {name}")
+
+
+def broken_shards(store: Store, name: str) -> list[FileEntry]:
+    """Shards of the current generation whose bytes are not, or no more, what the log says; reads all of them."""
+    found = []
+    for entry in shards(store.state, name).values():
+        try:
+            if atomic.file_sha256(store.path(entry)) != entry.sha256:
+                found.append(entry)
+        except CorruptError:
+            found.append(entry)
+    return found
+
+
+def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
+    """Write a faiss index through the store's door, and read it back; ``StorageError`` if it is not all there."""
+    try:
+        return atomic.write_file(
+            root,
+            name,
+            lambda path: lists.write(index, path),
+            about=about,
+            check=lambda path, _: lists.check(index, path),
+        )
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise StorageError(
+            f"{name.path}: {error.strerror}; what was committed before is untouched",
+            "The file system, or a limit of the process (ulimit -f), allows no file of this size.",
+        ) from error

@@ -1,0 +1,152 @@
+"""Searching an index of a store: candidates from its shards by their codes, ranked by the embeddings themselves.
+
+Shards and embeddings are memory-mapped: what is in memory is what the system keeps of them. Of a shard the lists that
+are probed are read, of the embeddings the candidates' vectors. The operating point, ``nprobe`` lists and ``depth``
+candidates for each 10 neighbours, is the one that the index's record has, unless another is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.codes import Whole
+from retrotool.ann.excluded import Queries
+from retrotool.ann.lists import Ids, InvertedLists
+from retrotool.ann.search import SPARE, Best, Search, rerank
+from retrotool.ann.trained import Trained
+from retrotool.errors import CorruptError, RetrotoolError, UsageError
+from retrotool.stages.database import read_part_vectors
+from retrotool.stages.index_files import index_key, read_shards, read_trained, shards
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+TUNED_K = 10
+"""Neighbours that an operating point is for; more of them take more candidates."""
+_KEPT_PARTS = 512
+DEFAULT = "default_index"
+"""Key of the record that names the index to take where none is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An operating point: lists that a query probes, and candidates that are ranked by their own vectors."""
+
+    nprobe: int
+    depth: int
+
+    def depth_for(self, k: int, trained: Trained) -> int:
+        """Candidates for k neighbours; whole vectors need hardly more than k."""
+        if isinstance(trained.codec, Whole):
+            return k + SPARE
+        return max(self.depth, -(-self.depth * k // TUNED_K), k + SPARE)
+
+
+def pick_index(store: Store, name: str | None = None) -> str:
+    """The index to use: ``name``, the default, "main", or the only one; ``UsageError`` if there is none such."""
+    have = store.state.with_prefix(index_key(""))
+    if name is None:
+        name = str(store.state.records.get(DEFAULT, "main"))
+        if name not in have and len(have) == 1:
+            name = next(iter(have))
+    if name not in have:
+        found = f"it has: {', '.join(have)}" if have else "it has none"
+        make = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
+        raise UsageError(f"the store {store.root} has no index {name!r}; {found}", f"Make it with: {make}")
+    return name
+
+
+class Vectors:
+    """The embeddings of a store by chunk id."""
+
+    def __init__(self, store: Store, encoder: str) -> None:
+        self._store = store
+        self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
+
+    def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
+        """Vectors, float16 [n, d], of ascending chunk ids; ``CorruptError`` for one that is nobody's."""
+        found = []
+        numbers = ids >> PART_SHIFT
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            part = int(numbers[start])
+            if part < 0 or self._store.state.part_file("chunks", part) is None:
+                raise self._nobody(int(ids[start]))
+            vectors = self._part(part)
+            rows = ids[start:stop] - (part << PART_SHIFT)
+            if rows[-1] >= len(vectors):
+                raise self._nobody(int(ids[stop - 1]))
+            found.append(vectors[rows])
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _nobody(self, chunk: int) -> CorruptError:
+        return CorruptError(
+            f"an index of {self._store.root} names the chunk {chunk}, which is not there",
+            f"See what else is wrong: retrotool verify {self._store.root}",
+        )
+
+
+class Database:
+    """An indexed store, open for search. ``record`` is the index's record, see ``docs/format.md``.
+
+    Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
+    """
+
+    def __init__(self, store: Store, name: str | None = None, *, allow_missing: bool = False) -> None:
+        self.store = store
+        self.name = pick_index(store, name)
+        self.record: dict[str, Any] = store.state.records[index_key(self.name)]
+        self.encoder = str(self.record["encoder"])
+        self.point = Point(int(self.record["nprobe"]), int(self.record["depth"]))
+        self.tombstones = read_tombstones(store)
+        self.vectors = Vectors(store, self.encoder)
+        self.missing: list[tuple[FileEntry, RetrotoolError]] = []
+        self._allow_missing = allow_missing
+        self._trained: Trained | None = None
+        self._shards: list[InvertedLists] | None = None
+
+    @property
+    def nprobe(self) -> int:
+        """Lists that a query probes."""
+        return self.point.nprobe
+
+    @property
+    def vectors_in_log(self) -> int:
+        """How many vectors the index holds, those of broken shards too."""
+        return sum(entry.rows for entry in shards(self.store.state, self.name).values())
+
+    @property
+    def trained(self) -> Trained:
+        """What the index is trained to."""
+        if self._trained is None:
+            self._trained = read_trained(self.store, self.name)[1]
+        return self._trained
+
+    def shards(self) -> list[InvertedLists]:
+        """The index's shards, mapped once; ``CorruptError`` names one that is broken."""
+        if self._shards is None:
+            told = (lambda entry, error: self.missing.append((entry, error))) if self._allow_missing else None
+            self._shards = list(read_shards(self.store, self.name, self.trained, told))
+        return self._shards
+
+    def search(self, queries: Queries, k: int, point: Point | None = None) -> Best:
+        """The k nearest living keys of each query."""
+        search = start_search(self.trained, self.shards(), queries, k, point or self.point, self.tombstones.contains)
+        return rerank(queries.vectors, search.candidates, self.vectors, k)
+
+
+def start_search(
+    trained: Trained, shards: Iterable[InvertedLists], queries: Queries, k: int, point: Point, banned: Any
+) -> Search:
+    """The candidates that queries find at an operating point."""
+    search = Search(trained, queries, point.nprobe, point.depth_for(k, trained), banned)
+    for shard in shards:
+        search.add(shard)
+    return search

@@ -1,0 +1,156 @@
+"""The true nearest neighbours of random chunks, by exact search over what an index holds.
+
+Queries are random searchable chunks of the indexed parts; what they may find are all others but those of their own
+document. Products are float64, and the distances of the nearest are computed once more from the vectors.
+
+Cost: queries × vectors distances, and reading every vector once. Above a budget of distances only a random share of the
+vectors is searched, in blocks of ``_BLOCK`` rows: then of a query's true neighbours those are known that lie in the
+sample, and recall is the share of these that is found (see ``stages.recall``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrotool.ann.excluded import Excluded, Ids, Queries
+from retrotool.ann.lists import OneList
+from retrotool.ann.search import SPARE, Best, Search, nothing_banned, rerank
+from retrotool.stages.base import Report
+from retrotool.stages.database import (
+    document_intervals,
+    find_documents,
+    may_repeat,
+    read_part_vectors,
+    searchable_rows,
+)
+from retrotool.store import parts
+from retrotool.store.parts import PART_SHIFT, chunk_ids
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+QUERIES = 1000
+DEPTH = 100
+_SEED = 1
+BUDGET = 1 << 34
+"""Distances that a truth may cost: a few minutes on two cores."""
+_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Queries, their ``ids`` [q], the ``source`` of their documents [q], and the ``DEPTH`` nearest of each.
+
+    ``share`` is that of the vectors that were searched, of ``vectors`` in all; 1: the nearest are the true ones.
+    """
+
+    ids: Ids
+    queries: Queries
+    sources: npt.NDArray[np.object_]
+    best: Best
+    vectors: int
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        """Queries."""
+        return len(self.ids)
+
+
+def find_truth(
+    store: Store,
+    encoder: str,
+    numbers: list[int],
+    report: Report = lambda _: None,
+    *,
+    queries: int = QUERIES,
+    budget: int = BUDGET,
+) -> Truth:
+    """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched."""
+    tombstones = read_tombstones(store)
+    rows = {part: searchable_rows(store, part, tombstones) for part in numbers}
+    n = sum(map(len, rows.values()))
+    ids = _draw(rows, min(queries, n))
+    if not len(ids):
+        empty = Best(np.zeros((0, DEPTH), np.float32), np.zeros((0, DEPTH), np.int64))
+        return Truth(ids, Queries.plain(np.zeros((0, 1), np.float32)), np.zeros(0, object), empty, n)
+    asked = _queries(store, encoder, ids, tombstones)
+    share = min(1.0, budget / (len(ids) * n))
+    rng = np.random.default_rng(_SEED)
+    best: Best | None = None
+    for part, searchable in rows.items():
+        chosen = searchable
+        if share < 1:
+            blocks = rng.random(-(-len(searchable) // _BLOCK)) < share
+            chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
+        if len(chosen):
+            vectors = read_part_vectors(store, encoder, part)
+            best = _nearest(asked, chunk_ids(part, chosen), vectors, chosen, best)
+        report(1)
+    if best is None:
+        best = Best(np.full((len(ids), DEPTH), np.inf, np.float32), np.full((len(ids), DEPTH), -1, np.int64))
+    return Truth(ids, asked, _sources(store, ids), best, n, share)
+
+
+def _draw(rows: dict[int, npt.NDArray[np.int64]], size: int) -> Ids:
+    """Random chunk ids, ascending."""
+    ends = np.cumsum([0, *map(len, rows.values())])
+    drawn = np.sort(np.random.default_rng(_SEED).choice(int(ends[-1]), size, replace=False))
+    found = [np.zeros(0, np.int64)]
+    for (part, searchable), low, high in zip(rows.items(), ends, ends[1:], strict=False):
+        mine = drawn[(drawn >= low) & (drawn < high)] - low
+        found.append(chunk_ids(part, searchable[mine]))
+    return np.concatenate(found)
+
+
+def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
+    vectors, intervals, keys = [], [], []
+    repeat = may_repeat(store)
+    for part, rows in _by_part(ids):
+        vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
+        if repeat:
+            keys.append(_of_documents(store, part, rows, "key"))
+        else:
+            intervals.append([ends[rows] for ends in document_intervals(store, part)])
+    if repeat:
+        excluded = find_documents(store, pa.chunked_array(keys), tombstones)
+    else:
+        excluded = Excluded(*np.concatenate(intervals, axis=1))
+    return Queries(np.concatenate(vectors), excluded)
+
+
+def _sources(store: Store, ids: Ids) -> npt.NDArray[np.object_]:
+    found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in _by_part(ids)]
+    return np.array([source or "" for some in found for source in some], object)
+
+
+def _by_part(ids: Ids) -> list[tuple[int, Ids]]:
+    numbers = ids >> PART_SHIFT
+    return [(int(part), ids[numbers == part] - (int(part) << PART_SHIFT)) for part in np.unique(numbers)]
+
+
+def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
+    """A column of the documents that some rows of a part belong to, one value a row."""
+    table = parts.read_documents(store, part, [column, "first_row"])
+    documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
+    found = table[column].combine_chunks().take(pa.array(documents))
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def _nearest(
+    asked: Queries, ids: Ids, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64], before: Best | None
+) -> Best:
+    """The nearest among ``rows`` of a part's vectors, whose ids are ``ids``, and those found before."""
+    matrix = vectors if len(rows) == len(vectors) else vectors[rows]
+    everything = OneList(ids, matrix)
+    search = Search(everything.trained, asked, 1, DEPTH + SPARE, nothing_banned, precise=True)
+    search.add(everything)
+    found = rerank(asked.vectors, search.candidates, lambda some: matrix[np.searchsorted(ids, some)], DEPTH)
+    if before is None:
+        return found
+    distances = np.concatenate([before.distances, found.distances], 1)
+    both = np.concatenate([before.ids, found.ids], 1)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :DEPTH]
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(both, order, 1))

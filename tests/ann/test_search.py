@@ -1,0 +1,96 @@
+"""List-major search against a brute force that knows nothing of lists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_lists import clustered, filled, trained_as
+
+from retrotool.ann import search as searching
+from retrotool.ann.excluded import Excluded, Queries
+from retrotool.ann.lists import InvertedLists, OneList
+from retrotool.ann.search import SPARE, Search, exact_distances, nothing_banned, rerank
+
+
+def random_vectors(n: int, d: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float16)
+
+
+@given(
+    st.integers(1, 200), st.integers(1, 12), st.integers(0, 50), st.sampled_from(["SQfp16", "IVF4,SQfp16"]), st.data()
+)
+@settings(max_examples=60, deadline=None)
+def test_excluded_intervals_and_banned_ids_are_never_found_and_nothing_else_is_lost(
+    n: int, k: int, seed: int, factory: str, data: st.DataObject
+) -> None:
+    vectors = random_vectors(n, 6, seed)
+    ids = np.cumsum(np.random.default_rng(seed).integers(1, 4, n))
+    trained = trained_as(factory if n >= 4 else "SQfp16", vectors)
+    q = data.draw(st.integers(1, 5))
+    queries = random_vectors(q, 6, seed + 9).astype(np.float32)
+    first = np.array(data.draw(st.lists(st.integers(-2, int(ids[-1]) + 2), min_size=q, max_size=q)), np.int64)
+    last = first + np.array(data.draw(st.lists(st.integers(-1, 30), min_size=q, max_size=q)), np.int64)
+    banned = np.array(data.draw(st.lists(st.sampled_from(ids.tolist()), max_size=n)), np.int64)
+    cut = data.draw(st.integers(0, n))
+    search = Search(trained, Queries(queries, Excluded(first, last)), 4, k + SPARE, lambda i: np.isin(i, banned))
+    with pytest.MonkeyPatch.context() as patch:  # several rounds, several blocks of queries
+        patch.setattr(searching, "ENTRIES", data.draw(st.sampled_from([1, 50, 1 << 20])))
+        patch.setattr(searching, "_COLUMNS", data.draw(st.sampled_from([1, 7, 1 << 14])))
+        for some in (slice(0, cut), slice(cut, n)):
+            index = filled(trained, vectors[some], ids[some])
+            search.add(InvertedLists(index, trained))
+    best = rerank(queries, search.candidates, lambda some: vectors[np.searchsorted(ids, some)], k)
+    exact = ((queries[:, None] - vectors[None].astype(np.float32)) ** 2).sum(-1)
+    exact[(ids >= first[:, None]) & (ids <= last[:, None])] = np.inf
+    exact[:, np.isin(ids, banned)] = np.inf
+    expected = np.sort(exact, axis=1)[:, :k]
+    found = best.distances[:, : expected.shape[1]]
+    assert np.array_equal(np.isinf(found), np.isinf(expected))
+    assert np.allclose(found[np.isfinite(found)], expected[np.isfinite(expected)], atol=1e-3)
+    assert np.array_equal(best.ids == -1, np.isinf(best.distances))
+    for row, id_row in enumerate(best.ids):
+        kept = id_row[id_row >= 0]
+        assert not np.isin(kept, banned).any() and not ((kept >= first[row]) & (kept <= last[row])).any()
+        assert len(np.unique(kept)) == len(kept)
+
+
+def test_shards_give_what_one_index_gives() -> None:
+    vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
+    for factory in ("OPQ8,IVF12,PQ8", "IVF12,SQ8"):
+        trained = trained_as(factory, vectors)
+        whole, parts = (Search(trained, queries, 4, 30, nothing_banned) for _ in range(2))
+        whole.add(InvertedLists(filled(trained, vectors, np.arange(3000)), trained))
+        for low in range(0, 3000, 700):
+            some = slice(low, min(low + 700, 3000))
+            parts.add(InvertedLists(filled(trained, vectors[some], np.arange(3000)[some]), trained))
+        assert (whole.candidates == parts.candidates).mean() > 0.99
+        assert whole.scanned == parts.scanned
+
+
+def test_nothing_is_found_in_nothing() -> None:
+    trained = trained_as("IVF4,SQfp16", clustered(100, 1))
+    search = Search(trained, Queries.plain(clustered(3, 2).astype(np.float32)), 2, 5, nothing_banned)
+    search.add(InvertedLists(filled(trained, clustered(0, 1), np.zeros(0, np.int64)), trained))
+    assert (search.candidates == -1).all()
+    best = rerank(np.zeros((3, 16), np.float32), search.candidates, lambda ids: np.zeros((0, 16), np.float16), 5)
+    assert (best.ids == -1).all() and np.isinf(best.distances).all()
+    empty = OneList(np.zeros(0, np.int64), np.zeros((0, 16), np.float16))
+    search = Search(empty.trained, Queries.plain(np.zeros((2, 16), np.float32)), 1, 3, nothing_banned)
+    search.add(empty)
+    assert (search.candidates == -1).all()
+
+
+def test_distances_are_those_of_the_vectors_and_fetching_is_in_order() -> None:
+    vectors, queries = clustered(900, 3), clustered(20, 4).astype(np.float32)
+    candidates = np.random.default_rng(0).integers(-1, 900, (20, 70))
+
+    def fetch(ids: np.ndarray) -> np.ndarray:
+        assert (np.diff(ids) >= 0).all()
+        return vectors[ids]
+
+    found = exact_distances(queries, candidates, fetch)
+    exact = ((queries[:, None] - vectors[candidates].astype(np.float32)) ** 2).sum(-1)
+    assert np.allclose(found[candidates >= 0], exact[candidates >= 0], rtol=1e-5)
+    assert np.isinf(found[candidates < 0]).all()

@@ -1,0 +1,354 @@
+"""``plan``: sums that add up, costs that grow with the corpus, rates that are told, and a page that stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from retrotool import commands
+from retrotool.ann.choice import FLAT_LIMIT
+from retrotool.cli import app
+from retrotool.cli.options import parse_count, parse_size
+from retrotool.commands import figures, rates
+from retrotool.commands.encoder_shapes import KNOWN, find_shape
+from retrotool.commands.plan_page import page
+from retrotool.commands.plan_result import Plan
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where rates are looked for: never those of the machine that runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "retrotool" / "rates.json"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def made(tokens: int, **settings: object) -> Plan:
+    return commands.plan(tokens, **{"cores": 8, "memory_per_host": 10**11, **settings})  # type: ignore[arg-type]
+
+
+TOKENS = st.integers(1, 10**13)
+MACHINES = st.fixed_dictionaries(
+    {"gpus": st.sampled_from([0, 1, 8, 64, 1000]), "hosts": st.sampled_from([None, 1, 3]), "cores": st.integers(1, 256)}
+)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "encoder": st.sampled_from(["minilm", "bert-base-uncased", "BAAI/bge-large-en-v1.5"]),
+        "tokens_per_document": st.sampled_from([1, 50, 700, 10**6]),
+        "chunk_length": st.sampled_from([1, 64, 4096]),
+        "saved": st.integers(1, 1000),
+        "target_recall": st.sampled_from([0.5, 0.95, 1.0]),
+    }
+)
+
+
+def costs(plan: Plan) -> dict[str, float]:
+    """All that a plan says of what a database costs, by name."""
+    found: dict[str, float] = {name: getattr(plan, name) for name in ("documents", "chunks", "parts")}
+    found |= {one.kind: one.bytes for one in plan.files}
+    found |= {name: getattr(plan.index, name) for name in ("memory", "hosts", "shards", "sample", "trained_bytes")}
+    for stage in plan.stages:
+        found |= {f"{stage.name}.{field.name}": getattr(stage, field.name) for field in dataclasses.fields(stage)[1:-1]}
+    return found
+
+
+@given(TOKENS, MACHINES, SETTINGS)
+def test_totals_are_sums(tokens, machines, settings):
+    plan = made(tokens, **machines, **settings)
+    assert plan.bytes == sum(one.bytes for one in plan.files)
+    assert [one.kind for one in plan.files] == ["documents", "keys", "chunks", "embeddings", "index", "neighbours"]
+    for total in ("gpu_hours", "core_hours", "wall_hours"):
+        assert getattr(plan, total) == pytest.approx(sum(getattr(stage, total) for stage in plan.stages))
+    assert all(value >= 0 for value in costs(plan).values())
+    assert plan.chunks >= max(plan.documents, tokens / plan.chunk_length)
+    assert plan.documents <= tokens
+    assert plan.index.memory <= plan.index.hosts * plan.machines.memory
+
+
+@given(TOKENS, MACHINES, SETTINGS)
+def test_no_more_hours_are_worked_than_the_machines_have(tokens, machines, settings):
+    plan = made(tokens, **machines, **settings)
+    for stage in plan.stages:
+        assert stage.gpu_hours <= stage.wall_hours * plan.machines.gpus * 1.000001
+        assert stage.core_hours <= stage.wall_hours * plan.machines.hosts * plan.machines.cores * 1.000001
+
+
+@given(TOKENS, TOKENS, MACHINES, SETTINGS)
+def test_more_tokens_never_cost_less_with_the_same_index(one, other, machines, settings):
+    less, more = (made(tokens, **machines, **settings) for tokens in sorted((one, other)))
+    before, after = costs(less), costs(more)
+    if less.index.factory != more.index.factory:  # lists save work that exact search does, and codes bytes
+        kept = ("documents", "chunks", "parts", "keys", "embeddings", "neighbours")
+        stages = tuple(name for name in before if name.startswith(("chunk.", "embed.")))
+        before, after = ({name: found[name] for name in (*kept, *stages)} for found in (before, after))
+    # Chunks, documents and parts are whole: what is in them differs in the last digits.
+    assert all(after[name] >= before[name] * 0.9999 for name in before)
+
+
+@given(st.integers(2 * 10**8, 10**12), st.integers(2, 100), MACHINES, SETTINGS)
+def test_a_corpus_twice_as_large_costs_more(tokens, times, machines, settings):
+    less, more = made(tokens, **machines, **settings), made(times * tokens, **machines, **settings)
+    assert less.chunks > FLAT_LIMIT
+    assert more.bytes > less.bytes
+    assert more.gpu_hours + more.core_hours > less.gpu_hours + less.core_hours
+
+
+def test_chunks_that_are_not_full_cost_what_they_have():
+    full, short = (made(10**9, tokens_per_document=n).stages[1].core_hours for n in (10**9, 32))
+    assert full < short < 1.1 * full
+
+
+@given(TOKENS, st.integers(1, 64), SETTINGS)
+def test_more_gpus_never_take_longer(tokens, gpus, settings):
+    few, many = (made(tokens, gpus=n, hosts=8, **settings) for n in (gpus, 2 * gpus))
+    assert many.wall_hours <= few.wall_hours
+    assert many.gpu_hours == few.gpu_hours
+
+
+@given(st.integers(1, 10**14))
+def test_counts_and_sizes_are_read_as_they_are_shown(n):
+    assert parse_count("--tokens", figures.number(n)) == pytest.approx(n, rel=0.006)
+    assert parse_size("--memory", figures.size(n)) == pytest.approx(n, rel=0.006)
+    assert parse_count("--tokens", str(n)) == n
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1.75T", 1_750_000_000_000), ("300B", 3 * 10**11), ("300 g", 3 * 10**11), ("0.5k", 500), ("2e12", 2 * 10**12)],
+)
+def test_counts_are_read(text, count):
+    assert parse_count("--tokens", text) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512GB", 512 * 10**9), ("1 TiB", 2**40), ("2tb", 2 * 10**12), ("64KiB", 2**16)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_size("--memory-per-host", text) == size
+
+
+@pytest.mark.parametrize("name", [*KNOWN, "minilm", "google-bert/bert-base-uncased", "intfloat/multilingual-e5-large"])
+def test_well_known_encoders_have_sizes(name):
+    shape = find_shape(name)
+    assert shape.name == name
+    assert shape.dimension == shape.hidden
+    assert shape.flops_per_token(66) > 12 * shape.layers * shape.hidden**2
+
+
+def test_arithmetic_of_a_chunk_is_that_of_the_docs():
+    def gigaflops(name: str) -> float:
+        return 64 * find_shape(name).flops_per_token(64) / 1e9
+
+    told = {"minilm": 1.4, "bge-small-en": 2.9, "bert-base-uncased": 11.3, "bge-large-en-v1.5": 40}
+    assert {name: gigaflops(name) for name in told} == pytest.approx(told, rel=0.05)
+
+
+def test_a_model_directory_says_its_own_sizes(tiny_encoder, tmp_path):
+    shape = find_shape(str(tiny_encoder))
+    assert (shape.name, shape.dimension, shape.layers, shape.hidden, shape.intermediate) == ("tiny", 32, 2, 32, 64)
+    distilled = {"model_type": "distilbert", "dim": 768, "n_layers": 6, "hidden_dim": 3072}
+    (tmp_path / "config.json").write_text(json.dumps(distilled))
+    assert dataclasses.astuple(find_shape(str(tmp_path)))[1:] == dataclasses.astuple(find_shape("distilbert-base"))[1:]
+
+
+def test_sizes_are_those_of_a_store(built_store, tiny_encoder):
+    """Small files are mostly their own headers; what has none is as large as reckoned."""
+    info = commands.info(built_store)
+    plan = made(info.tokens, encoder=str(tiny_encoder), tokens_per_document=-(-info.tokens // info.documents))
+    assert plan.chunks == pytest.approx(info.chunks, rel=0.1)
+    files = list((built_store / "embeddings").rglob("*.npy"))
+    vectors = sum(file.stat().st_size - 128 for file in files)
+    assert vectors == 64 * info.chunks
+    assert plan.files[3].bytes == 64 * plan.chunks
+
+
+MOST = {"--tokens": "1T", "--gpus": 8, "--cores": 4, "--memory-per-host": "1TB"}
+WRONG = [
+    ((), "--tokens is missing"),
+    (("--calibrate", "--html", "plan.html"), "--tokens is missing"),
+    (("--tokens", "many"), "--tokens many"),
+    (("--tokens", "0"), "--tokens 0"),
+    (("--tokens", "-1T"), "--tokens -1T"),
+    (("--tokens", "1e20"), "is not between 1 and 100,000,000,000,000"),
+    (("--tokens", "1T", "--encoder", "nobody"), "encoder 'nobody' is no directory"),
+    (("--tokens", "1T", "--gpus", "-1"), "--gpus -1"),
+    (("--tokens", "1T", "--hosts", "0"), "--hosts 0"),
+    (("--tokens", "1T", "--cores", "0"), "--cores 0"),
+    (("--tokens", "1T", "--memory-per-host", "much"), "--memory-per-host much"),
+    (("--tokens", "1T", "--tokens-per-document", "0"), "--tokens-per-document 0"),
+    (("--tokens", "1T", "--chunk-length", "0"), "--chunk-length 0"),
+    (("--tokens", "1T", "--neighbours", "1001"), "--neighbours 1001"),
+    (("--tokens", "1T", "--target-recall", "1.5"), "--target-recall 1.5"),
+    (("--tokens", "1T", "--rates", "gone.json"), "gone.json: no such file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    code, out, _ = run(*arguments, "--json")
+    told = json.loads(out)
+    assert (code, told["exit_code"], message in told["error"]) == (2, 2, True)
+
+
+def test_an_encoder_that_is_not_known_is_told_those_that_are():
+    advice = run("--tokens", "1T", "--encoder", "gpt-7")[2]
+    assert all(name in advice for name in KNOWN)
+    assert "directory" in advice
+
+
+BROKEN = {
+    "{": "not JSON",
+    "[1]": "a list, not a JSON object",
+    '{"speed": 1}': "'speed' is no rate",
+    '{"disk_read_bytes_per_s": 0}': "its disk_read_bytes_per_s is 0, not a number",
+    '{"disk_read_bytes_per_s": true}': "its disk_read_bytes_per_s is True, not a number",
+    '{"disk_read_bytes_per_s": "fast"}': "its disk_read_bytes_per_s is 'fast', not a number",
+    '{"machine": 7}': "its machine is 7, not a text",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_rates_file_is_told_with_its_key(content, tmp_path):
+    file = tmp_path / "rates.json"
+    file.write_text(content)
+    for arguments in (["--tokens", "1T"], ["--calibrate"]):
+        code, out, err = run(*arguments, "--rates", file)
+        assert (code, out, f"{file}: {BROKEN[content]}" in err) == (2, "", True)
+    assert file.read_text() == content
+
+
+def test_rates_of_a_file_take_the_place_of_those_built_in(tmp_path, cache):
+    file = tmp_path / "mine.json"
+    file.write_text('{"embed_gpu_flop_per_s": 7.2e14}')
+    before, after = (made(10**12, encoder="bert-base", gpus=8, rates=given) for given in (None, file))
+    assert after.stages[1].gpu_hours == pytest.approx(before.stages[1].gpu_hours / 2)
+    assert after.stages[4] == before.stages[4]
+    sources = {rate.key: rate.source for rate in after.rates}
+    assert sources["embed_gpu_flop_per_s"] == f"given in {file}"
+    assert sources["search_gpu_flop_per_s"].startswith("built in")
+    assert (before.rates_file, after.rates_file) == ("", str(file))
+
+
+def test_every_rate_that_is_used_is_told_and_no_other():
+    for gpus in (0, 8):
+        told = [rate.key for rate in made(10**12, gpus=gpus).rates]
+        assert len(set(told)) == len(told)
+        assert all(("gpu" in key) <= bool(gpus) for key in told)
+        for rate in rates.BUILT_IN:
+            changed = rates.Rates(
+                {**{r.key: r for r in rates.BUILT_IN}, rate.key: dataclasses.replace(rate, value=1.0)}
+            )
+            request = commands.planning.Request(10**12, find_shape("minilm"), made(10**12, gpus=gpus).machines)
+            differs = commands.planning.reckon(request, changed).stages != made(10**12, gpus=gpus).stages
+            assert differs == (rate.key in told)
+
+
+def test_the_embed_rate_is_the_one_that_it_is_told_as():
+    plan = made(64 * 31_600 * 3600, encoder="bert-base-uncased", gpus=1, tokens_per_document=10**9)
+    assert plan.stages[1].gpu_hours == pytest.approx(1, rel=0.01)
+
+
+def test_json_has_the_keys_that_scripts_rely_on():
+    code, out, err = run(*(word for pair in MOST.items() for word in pair), "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert set(told) == {field.name for field in dataclasses.fields(Plan)}
+    assert set(told["files"][0]) == {"kind", "bytes", "each"}
+    assert set(told["stages"][0]) == {
+        "name", "gpu_hours", "core_hours", "wall_hours", "read_bytes", "written_bytes", "limit",
+    }  # fmt: skip
+    assert set(told["index"]) == {
+        "factory", "kind", "why", "nlist", "bytes_per_vector", "trained_bytes", "sample", "sample_bytes", "shards",
+        "memory", "hosts",
+    }  # fmt: skip
+    assert set(told["rates"][0]) == {"key", "value", "unit", "what", "source"}
+    assert set(told["machines"]) == {"gpus", "hosts", "cores", "memory"}
+    assert set(told["encoder"]) == {"name", "dimension", "layers", "hidden", "intermediate"}
+    assert [stage["name"] for stage in told["stages"]] == [
+        "chunk", "embed", "index: train", "index: encode", "neighbours",
+    ]  # fmt: skip
+
+
+def test_the_largest_plan_is_json_too(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"num_hidden_layers": 16384, "hidden_size": 16384, "intermediate_size": 16384}'
+    )
+    (tmp_path / "slow.json").write_text(json.dumps(dict.fromkeys(rates.KEYS, 1)))
+    arguments = {"--tokens": "100T", "--encoder": tmp_path, "--neighbours": 1000, "--chunk-length": 1, "--cores": 1}
+    slow = ("--tokens-per-document", 1, "--rates", tmp_path / "slow.json", "--target-recall", 1.0, "--json")
+    code, out, _ = run(*(word for pair in arguments.items() for word in pair), *slow)
+    told = json.loads(out)
+    assert code == 0
+    assert told["bytes"] == sum(one["bytes"] for one in told["files"])
+    assert all(isinstance(stage["wall_hours"], float) for stage in told["stages"])
+
+
+def test_text_says_the_same():
+    out = run(*(word for pair in MOST.items() for word in pair))[1]
+    plan = commands.plan(10**12, gpus=8, cores=4, memory_per_host=10**12)
+    for one in plan.files:
+        assert re.search(rf"^  {one.kind} +{figures.size(one.bytes)}  ", out, re.MULTILINE)
+    for stage in plan.stages:
+        assert re.search(rf"^  {stage.name} .* {figures.hours(stage.wall_hours)}  {stage.limit}$", out, re.MULTILINE)
+    for rate in plan.rates:
+        assert re.search(rf"^  {rate.key} +{figures.rate(rate)}  {rate.source}$", out, re.MULTILINE)
+    assert f"Index {plan.index.factory}: " in out
+    assert all(f"  {one}\n" in out for one in plan.assumptions)
+
+
+def check_page(text: str, plan: Plan) -> None:
+    root = ElementTree.fromstring(text)
+    shown = " ".join("".join(root.itertext()).split())
+    for element in root.iter():
+        assert element.tag not in ("script", "link", "img", "iframe", "object", "embed")
+        assert not {"src", "href", "style"} & set(element.attrib)
+    assert not re.search(r"https?:|url\(|@import|//", text.replace("<!DOCTYPE", ""))
+    assert len(list(root.iter("rect"))) == len(plan.files) + len(plan.stages)
+    for one in plan.files:
+        assert figures.size(one.bytes) in shown
+    assert plan.index.factory in shown
+    assert all(rate.source in shown for rate in plan.rates)
+
+
+def test_the_page_stands_alone(tmp_path):
+    file = tmp_path / "plan.html"
+    code, out, err = run(*(word for pair in MOST.items() for word in pair), "--html", file)
+    assert (code, err) == (0, "")
+    assert out.endswith(f"\nPage: {file}\n")
+    check_page(file.read_text("utf-8"), commands.plan(10**12, gpus=8, cores=4, memory_per_host=10**12))
+
+
+@given(TOKENS, MACHINES, SETTINGS)
+def test_every_page_is_well_formed(tokens, machines, settings):
+    plan = made(tokens, **machines, **settings)
+    check_page(page(plan), plan)
+
+
+def test_names_can_not_break_the_page(tmp_path):
+    folder = tmp_path / "<b>&\"'"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}')
+    plan = made(10**9, encoder=str(folder))
+    assert ElementTree.fromstring(page(plan)).findtext("body/h1") == f"A database of 1G tokens, {folder.name}"
+
+
+def test_a_page_that_can_not_be_written_is_told(tmp_path):
+    code, out, err = run("--tokens", "1G", "--html", tmp_path)
+    assert (code, out, err) == (1, "", f"error: {tmp_path}: Is a directory\n")

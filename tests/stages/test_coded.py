@@ -1,0 +1,494 @@
+"""Coded indexes of a store of some thousand chunks: recall, growth, new trainings, joined and broken shards.
+
+Vectors are made up: clusters of 32 dimensions, one set of clusters a source. They stand in files as an encoder would
+have left them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+from conftest import write_jsonl
+from oracle import read_plain
+
+import retrotool
+from retrotool import cli as command_line
+from retrotool import commands
+from retrotool.ann.choice import Wanted
+from retrotool.ann.excluded import Queries
+from retrotool.commands import indexing
+from retrotool.commands.indexing import Options
+from retrotool.encoder import Encoder, Rows
+from retrotool.errors import CorruptError, UsageError
+from retrotool.stages import truth
+from retrotool.stages.index_files import shards
+from retrotool.stages.searching import Database, Point
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+SOURCES = ("books", "forum", "manual")
+PER_SOURCE = 4200
+CODED = Wanted(factory="OPQ16,IVF64,PQ16")
+
+
+def made_up(seed: int, n: int, d: int = 32) -> np.ndarray:
+    """Vectors around 40 centres of their own, which leave some directions nearly empty."""
+    rng = np.random.default_rng(seed)
+    shape = np.geomspace(2, 0.2, d)
+    centres = rng.normal(size=(40, d)) * 1.5
+    return ((centres[rng.integers(0, 40, n)] + rng.normal(size=(n, d))) * shape).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[str, Path]:
+    """Stores of the same documents, by source and shuffled; and the inputs, one a source."""
+    root = tmp_path_factory.mktemp("coded")
+    rows: list[dict[str, Any]] = []
+    inputs = {}
+    for source in SOURCES:
+        mine = [{"id": f"{source}-{i}", "text": f"word{i} of {source}", "source": source} for i in range(PER_SOURCE)]
+        inputs[source] = write_jsonl(root / f"{source}.jsonl", mine)
+        rows += mine
+    order = np.random.default_rng(0).permutation(len(rows))
+    shuffled = write_jsonl(root / "shuffled.jsonl", [rows[i] for i in order])
+    stores = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, files in (("sorted", [inputs[s] for s in SOURCES]), ("shuffled", [shuffled])):
+            stores[name] = root / name
+            commands.chunk(stores[name], [str(file) for file in files], tokenizer=str(tiny_encoder), part_size=1500)
+            embed_by_id(patch, stores[name], tiny_encoder)
+    return {**stores, **{f"{source} input": path for source, path in inputs.items()}}
+
+
+def embed_by_id(patch: pytest.MonkeyPatch, store: Path, encoder: Path) -> None:
+    """Embed what is new with the vectors that documents have by their ids."""
+    table = {s: made_up(i, 3 * PER_SOURCE) for i, s in enumerate((*SOURCES, "late", "other"))}
+    opened = Store.open(store)
+    have = set(opened.state.group("embeddings", "tiny"))
+    names = []
+    for part in commands.info(store).parts:
+        if f"{part['part']:06d}" not in have:
+            import pyarrow.parquet as pq
+
+            names += pq.read_table(store / part["documents"]["path"])["id"].to_pylist()
+    waiting = iter(names)
+
+    def vectors(
+        _: Encoder, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None
+    ) -> Iterator[np.ndarray]:
+        for rows in blocks:
+            mine = [next(waiting).rsplit("-", 1) for _ in range(len(rows))]
+            report(len(rows))
+            yield np.stack([table[source][int(number)] for source, number in mine])
+
+    patch.setattr(Encoder, "vectors", vectors)
+    patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
+    commands.embed(store, encoder=str(encoder))
+
+
+@pytest.fixture
+def copy(made: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made["sorted"], tmp_path / "store"))
+
+
+@pytest.fixture(scope="module")
+def built(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = Path(shutil.copytree(made["sorted"], tmp_path_factory.mktemp("built") / "store"))
+    commands.index(store, options=Options(CODED, shard_rows=4000))
+    return store
+
+
+@pytest.fixture
+def built_copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "store"))
+
+
+def true_recall(store: Path, name: str | None = None, k: int = 10, q: int = 500) -> float:
+    """Recall@k at the operating point by a brute force of its own, on other queries than retrotool's."""
+    database = Database(Store.open(store), name)
+    plain = read_plain(store, purged=frozenset(database.tombstones.ids.tolist()))
+    alive = np.flatnonzero(plain.living)
+    chosen = np.sort(np.random.default_rng(99).choice(alive, min(q, len(alive)), replace=False))
+    vectors = plain.vectors[chosen]
+    d = (vectors**2).sum(1)[:, None] + (plain.vectors**2).sum(1)[None] - 2 * vectors @ plain.vectors.T
+    d[:, ~plain.living] = np.inf
+    d[np.arange(len(chosen)), chosen] = np.inf  # every document is one chunk
+    best = np.argsort(d, axis=1)[:, :k]
+    from retrotool.ann.excluded import Excluded
+
+    ids = plain.ids[chosen]
+    found = database.search(Queries(vectors, Excluded(ids, ids)), k)
+    return float(np.mean([len(set(f) & set(plain.ids[b])) / k for f, b in zip(found.ids, best, strict=True)]))
+
+
+def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict[str, Path], tmp_path: Path) -> None:
+    results = {}
+    for order in ("sorted", "shuffled"):
+        store = Path(shutil.copytree(made[order], tmp_path / order))
+        results[order] = commands.index(store, options=Options(CODED))
+        assert results[order].holds and results[order].recall_at_10 >= 0.95
+        assert results[order].bytes_per_vector == 24
+        assert abs(true_recall(store) - results[order].recall_at_10) <= 0.015
+        assert results[order].recall_at_1 >= results[order].recall_at_10 >= 0.95
+        assert commands.verify(store).problems == []
+    assert abs(results["sorted"].recall_at_10 - results["shuffled"].recall_at_10) <= 0.02
+    groups = results["sorted"].groups
+    assert set(groups["source"]) == set(SOURCES) and set(groups["part"]) == {"trained on"}
+    assert sum(q for _, _, q in groups["source"].values()) == results["sorted"].queries == 1000
+
+
+def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -> None:
+    result = indexing.describe(Store.open(built), built, "main")
+    by_depth: dict[int, list[Any]] = {}
+    for point in result.curve:
+        by_depth.setdefault(point.depth, []).append(point)
+    for points in by_depth.values():
+        assert [p.nprobe for p in points] == sorted(p.nprobe for p in points)
+        assert all(a.recall_at_10 <= b.recall_at_10 + 0.01 for a, b in itertools.pairwise(points))
+        assert all(a.scanned < b.scanned for a, b in itertools.pairwise(points))
+    good = [p for p in result.curve if p.recall_at_10 - p.error >= 0.95]
+    chosen = next(p for p in result.curve if (p.nprobe, p.depth) == (result.nprobe, result.depth))
+    assert chosen in good and all(chosen.cost <= p.cost for p in good)
+    page = Path(result.page).read_text()
+    assert page.count("<svg") == page.count("</svg>") == 2
+    assert "<script" not in page and "http" not in page
+    for point in result.curve:
+        assert f"{point.recall_at_10:.4f}" in page
+
+
+def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:
+    before = commands.info(built_copy).indexes["main"]
+    low = commands.index(built_copy, target_recall=0.7)
+    assert (
+        low.shards == len(before["shards"]) and commands.info(built_copy).indexes["main"]["shards"] == before["shards"]
+    )
+    assert (low.nprobe, low.depth) < (before["nprobe"], before["depth"])
+    again = indexing.evaluate(built_copy, queries=2000)
+    assert (again.nprobe, again.depth, again.queries, again.target) == (low.nprobe, low.depth, 2000, 0.7)
+    assert abs(again.recall_at_10 - low.recall_at_10) <= again.recall_error + low.recall_error
+    commit = again.commit
+    assert commands.index(built_copy, target_recall=0.7).commit == commit, "nothing is left to do"
+    assert commands.index(built_copy, target_recall=0.7, options=Options(tune=True)).commit > commit
+
+
+def test_an_operating_point_can_be_given(built: Path) -> None:
+    database = Database(Store.open(built))
+    plain = read_plain(built)
+    queries = Queries.plain(plain.vectors[:50])
+    everything = database.search(queries, 10, Point(64, 400))
+    exact = np.argsort(((plain.vectors[:50, None] - plain.vectors[None]) ** 2).sum(-1), axis=1)[:, :10]
+    assert (everything.ids == plain.ids[exact]).mean() > 0.99
+    little = database.search(queries, 10, Point(1, 10))
+    assert (little.ids == plain.ids[exact]).mean() < 0.9
+
+
+def grow(store: Path, made: dict[str, Path], encoder: Path, source: str = "late", n: int = 2500) -> None:
+    """More documents, of clusters that the training did not see."""
+    rows = [{"id": f"{source}-{i}", "text": f"word{i} of {source}", "source": source} for i in range(n)]
+    commands.chunk(store, [str(write_jsonl(store.parent / f"{source}.jsonl", rows))], part_size=1500)
+    with pytest.MonkeyPatch.context() as patch:
+        embed_by_id(patch, store, encoder)
+
+
+def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
+    built_copy: Path, made: dict[str, Path], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    grow(built_copy, made, tiny_encoder)
+    before = set(commands.info(built_copy).indexes["main"]["shards"])
+    result = commands.index(built_copy, options=Options())
+    assert result.added == 2500 and result.vectors == 3 * PER_SOURCE + 2500
+    assert before < set(commands.info(built_copy).indexes["main"]["shards"]), "old shards are left alone"
+    assert result.drift is not None and result.drift.new == 2500
+    assert result.drift.error > 1.15 and "times as far from their centroids" in result.drift.due
+    assert "recall@10 of what was added since the training" in result.due, "which says more"
+    assert set(result.groups["part"]) == {"trained on", "added since"}
+    fresh = commands.index(built_copy, name="fresh", options=Options(CODED))
+    assert fresh.due == ""
+    assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
+    victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
+    (tmp_path / "ids").write_text("\n".join(victims))
+    commands.purge(built_copy, "documents", str(tmp_path / "ids"), reason="test")
+    purged = set(Database(Store.open(built_copy)).tombstones.ids.tolist())
+    assert len(purged) == len(victims)
+    assert true_recall(built_copy, "main") >= 0.94
+    commands.purge(built_copy, "documents", str(tmp_path / "ids"), reason="test", erase=True)
+    assert not any(
+        purged & set(shard.ids(number).tolist())
+        for shard in Database(Store.open(built_copy), "main").shards()
+        for number in range(64)
+    )
+    assert commands.verify(built_copy).problems == []
+    assert commands.index(built_copy, name="main").vectors == 3 * PER_SOURCE + 2500 - len(victims)
+    refreshed = commands.index(built_copy, name="anew", options=Options(CODED))
+    assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "anew")) <= 0.02
+    assert refreshed.vectors == 3 * PER_SOURCE + 2500 - len(victims)
+
+
+def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
+    built_copy: Path, made: dict[str, Path], tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow(built_copy, made, tiny_encoder)
+    old = commands.info(built_copy).indexes["main"]
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):  # all is built, and not switched yet
+        patch.setattr(indexing, "measure_until_committed", stop)
+        commands.index(built_copy, options=Options(CODED, retrain=True))
+    between = commands.info(built_copy).indexes["main"]
+    assert (between["trained"], between["shards"]) == (old["trained"], old["shards"])
+    assert commands.verify(built_copy).problems == []
+    true_recall(built_copy)
+    begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
+    result = commands.index(built_copy, options=Options(CODED, retrain=True))
+    assert Store.open(built_copy).state.file("index", "trained.g1", "main") == begun, "it goes on where it stopped"
+    assert result.vectors == 3 * PER_SOURCE + 2500 and result.due == ""
+    now = commands.info(built_copy).indexes["main"]
+    assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
+    assert not any((built_copy / path).exists() for path in (*old["shards"], old["trained"]))
+    assert commands.verify(built_copy).problems == []
+    third = commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    assert third.factory == "IVF8,SQ8" and commands.info(built_copy).indexes["main"]["generation"] == 2
+    assert commands.verify(built_copy).problems == []
+
+
+def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
+    for source in ("late", "other"):
+        grow(built_copy, made, tiny_encoder, source, n=300)
+        result = commands.index(built_copy)
+    state = Store.open(built_copy).state
+    further = [slot for slot in shards(state, "main") if re.fullmatch(r"shard-\d{4}\.\d", slot)]
+    assert further
+    queries = Queries.plain(read_plain(built_copy).vectors[::50])
+    before = Database(Store.open(built_copy)).search(queries, 10)
+    joined = commands.index(built_copy, options=Options(merge=True))
+    after = Database(Store.open(built_copy)).search(queries, 10)
+    assert joined.shards == result.shards - len(further) and joined.vectors == result.vectors
+    assert np.array_equal(before.ids, after.ids)
+    assert commands.verify(built_copy).problems == []
+    assert commands.index(built_copy, options=Options(merge=True)).commit == joined.commit
+
+
+def break_shard(store: Path, how: str) -> Path:
+    path = store / commands.info(store).indexes["main"]["shards"][1]
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": data[: len(data) // 2], "bits": b"x" + data[1:], "empty": b""}[how])
+    return path
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "bits", "empty"])
+def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
+    built_copy: Path, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = commands.info(built_copy).indexes["main"]
+    path = break_shard(built_copy, how)
+    queries = Queries.plain(read_plain(built_copy).vectors[:20])
+    with pytest.raises(CorruptError, match=path.name) as error:
+        Database(Store.open(built_copy)).search(queries, 10)
+    assert error.value.exit_code == 12 and "--mend" in error.value.advice
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            command_line.app([str(a) for a in arguments], prog_name="retrotool")
+        return int(end.value.code or 0), *capfd.readouterr()
+
+    assert run("search", built_copy, "word")[0] == 12
+    code, out, err = run("search", built_copy, "word", "--allow-missing-shards")
+    share = Store.open(built_copy).state.file("index", "shard-0001", "main").rows / before["vectors"]  # type: ignore[union-attr]
+    assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "--mend" in err
+    told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
+    assert told["missing"]["shards"] == [path.relative_to(built_copy).as_posix()]
+    assert told["missing"]["share"] == pytest.approx(share)
+    result = commands.index(built_copy, options=Options(mend=True))
+    assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
+    assert commands.verify(built_copy).problems == []
+
+
+def test_a_shard_that_names_a_chunk_that_is_not_there_is_corrupt(built_copy: Path) -> None:
+    path = break_shard(built_copy, "bits")
+    index = faiss.read_index(str(Path(shutil.copy(commands_shard(built_copy, 0), path.parent / "x.faiss"))))
+    ivf = faiss.extract_index_ivf(index)
+    ids = np.arange(ivf.invlists.list_size(0), dtype=np.int64) + (np.int64(77) << 32)
+    codes = np.zeros((len(ids), ivf.code_size), np.uint8)
+    ivf.invlists.update_entries(0, 0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    faiss.write_index(index, str(commands_shard(built_copy, 0)))
+    queries = Queries.plain(read_plain(built_copy).vectors[:300])
+    with pytest.raises(CorruptError, match="names the chunk"):
+        Database(Store.open(built_copy), allow_missing=True).search(queries, 10, Point(64, 4000))
+
+
+def commands_shard(store: Path, number: int) -> Path:
+    return store / str(commands.info(store).indexes["main"]["shards"][number])
+
+
+def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
+    """A shard whose sum is right, as the log has it, but whose codes are of other vectors."""
+    store = Store.open(built_copy)
+    entry = shards(store.state, "main")["shard-0000"]
+    index = faiss.read_index(str(built_copy / entry.path))
+    ivf = faiss.extract_index_ivf(index)
+    for number in range(64):
+        n = ivf.invlists.list_size(number)
+        ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), n).copy()
+        codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), n * ivf.code_size).copy()[::-1].copy()
+        if n:
+            ivf.invlists.update_entries(number, 0, n, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    from retrotool.commands.writing import writing
+    from retrotool.stages.index_files import write_index
+    from retrotool.store.log import Draft
+    from retrotool.store.paths import FileName
+
+    with writing(store) as run:
+        name = FileName.new(run.id, "index", "shard-0000", "faiss", "main")
+        written = write_index(store.root, index, name, entry.about)
+        store.commit(run, lambda _: Draft("index", add=(written,), remove=(entry.path,)))
+    assert any("holds other vectors than the embeddings" in problem for problem in commands.verify(built_copy).problems)
+
+
+def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
+    commands.index(built_copy, name="exact", options=Options(Wanted(nlist=0), default=True))
+    assert Database(Store.open(built_copy)).name == "exact"
+    assert Database(Store.open(built_copy), "main").name == "main"
+    with pytest.raises(UsageError, match="no index 'nought'"):
+        Database(Store.open(built_copy), "nought")
+    dropped = indexing.drop(built_copy, name="exact")
+    assert dropped.files == 4 and not list((built_copy / "index" / "exact").iterdir())
+    assert Database(Store.open(built_copy)).name == "main"
+    with pytest.raises(UsageError, match="no index 'exact'"):
+        indexing.drop(built_copy, name="exact")
+    assert commands.verify(built_copy).problems == []
+    again = commands.index(built_copy, name="exact", options=Options(Wanted(nlist=0)))
+    assert again.recall_at_10 == 1.0 and commands.verify(built_copy).problems == []
+
+
+def test_an_index_that_is_there_is_not_another_one_in_silence(built_copy: Path) -> None:
+    with pytest.raises(UsageError, match="trained already, as OPQ16,IVF64,PQ16") as error:
+        commands.index(built_copy, options=Options(Wanted(nlist=32)))
+    assert "--retrain" in error.value.advice
+    with pytest.raises(UsageError, match="two things"):
+        commands.index(built_copy, options=Options(merge=True, retrain=True))
+
+
+def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dict[str, Path]) -> None:
+    rows = [{"id": f"new-{i}", "text": f"new{i}"} for i in range(30)]
+    commands.chunk(copy, [str(write_jsonl(copy.parent / "new.jsonl", rows))])
+    result = commands.index(copy, options=Options(CODED))
+    assert (result.vectors, result.not_embedded) == (3 * PER_SOURCE, 30)
+    assert "embed" in result.next[0]
+
+
+@pytest.mark.parametrize("where", ["in the sample", "later"])
+def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "later":  # as if the training had not drawn it
+        monkeypatch.setattr("retrotool.stages.training.check_finite", lambda *_: None)
+    part = commands.info(copy).parts[2]
+    path = copy / part["embeddings"]["tiny"]["path"]
+    vectors = np.load(path)
+    vectors[7, 3] = np.nan
+    np.save(path, vectors)
+    with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
+        commands.index(copy, options=Options(Wanted(factory="IVF64,SQ8")))
+    assert "main" not in Store.open(copy).state.with_prefix("index:")
+
+
+def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
+    built_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = commands.index(built_copy, target_recall=0.8)
+    monkeypatch.setattr(truth.find_truth, "__kwdefaults__", {**truth.find_truth.__kwdefaults__, "budget": 5_000_000})
+    sampled = indexing.evaluate(built_copy, queries=1000)
+    assert 0.3 < sampled.share < 0.5 and whole.share == 1
+    assert (sampled.nprobe, sampled.depth) == (whole.nprobe, whole.depth)
+    assert sampled.recall_error > whole.recall_error
+    assert abs(sampled.recall_at_10 - whole.recall_at_10) <= 2 * (sampled.recall_error + whole.recall_error)
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 2_000_000, 500_000, 1])
+def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrotool.ann.choice.FLAT_LIMIT", 5000)
+    monkeypatch.setattr("retrotool.ann.choice.DEFAULT_CODE", 16)
+    result = commands.index(copy, options=Options(Wanted(memory=memory)))
+    size = result.vectors * result.bytes_per_vector + result.trained_bytes
+    assert size <= memory or result.factory.endswith("PQ8")
+    assert ("read from disk" in result.why) == (size > memory)
+    assert commands.verify(copy).problems == []
+
+
+@pytest.mark.parametrize("n", [1, 10, 300])
+@pytest.mark.parametrize("kind", ["copies", "zeros", "apart"])
+def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int, kind: str) -> None:
+    rows = [{"id": f"d-{i}", "text": f"word{i}"} for i in range(n)]
+    store = tmp_path / "store"
+    commands.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
+    vectors = {"copies": np.ones((n, 32)), "zeros": np.zeros((n, 32)), "apart": made_up(0, n)}[kind]
+
+    def given(_: Encoder, blocks: Iterable[Rows], report: Callable[[int], object] = print) -> Iterator[np.ndarray]:
+        start = 0
+        for some in blocks:
+            yield vectors[start : start + len(some)].astype(np.float16)
+            start += len(some)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "vectors", given)
+        patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
+        commands.embed(store, encoder=str(tiny_encoder))
+    for name, wanted in (
+        ("main", Wanted()),
+        ("lists", Wanted(nlist=min(n, 4))),
+        ("half", Wanted(nlist=1, code="float16")),
+    ):
+        result = commands.index(store, name=name, options=Options(wanted))
+        assert result.vectors == n
+        found = Database(Store.open(store), name).search(Queries.plain(vectors[:5].astype(np.float32)), 3)
+        assert (found.ids[:, 0] >= 0).all() and (found.distances[:, 0] <= 1e-3).all()
+    if kind != "zeros":  # which are what an erase leaves
+        assert commands.verify(store).problems == []
+    if n > 1:
+        with pytest.raises(UsageError, match="product codes need 9,984 vectors"):
+            commands.index(store, name="coded", options=Options(Wanted(nlist=1, code="pq8")))
+
+
+def test_a_store_without_vectors_has_an_empty_index(tmp_path: Path, tiny_encoder: Path) -> None:
+    store = tmp_path / "store"
+    rows = [{"id": "a", "text": "word"}]
+    commands.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
+    with pytest.raises(UsageError, match="no embeddings"):
+        commands.index(store)
+    commands.embed(store, encoder=str(tiny_encoder))
+    (tmp_path / "ids").write_text("a\n")
+    commands.purge(store, "documents", str(tmp_path / "ids"), reason="test")
+    result = commands.index(store)
+    assert (result.vectors, result.recall_at_10) == (0, 1.0)
+    assert retrotool.open(store).search("word", encoder=retrotool.open(store).load_encoder()) == []
+
+
+def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "measure_until_committed", lambda *_, **__: None)
+    commands.index(built_copy, options=Options(CODED, retrain=True))
+
+    def files(state: State) -> set[str]:
+        return {slot for slot in state.group("index", "main") if slot.endswith(".g1")}
+
+    begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
+    assert len(files(Store.open(built_copy).state)) == 2 and begun is not None
+    commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    other = Store.open(built_copy).state.file("index", "trained.g1", "main")
+    assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"
+    assert commands.verify(built_copy).problems == []
