@@ -2,8 +2,8 @@
 
 No centroid is one of the vectors, to the bit: centroids stay in a store when a chunk is erased, so its vector must not
 stand among them (``_blur``). Vectors are shifted by a mean before products and sums, which lose digits where vectors
-have much in common. Vectors may be float16, which halves the memory of a sample; products and sums are float32, and on
-a GPU products round what goes in to TF32.
+have much in common. Vectors may be float16, which halves the memory of a sample; sums are float32, and so are products,
+but those that only choose a vector's cluster during the iterations, which are rough (``ann.products``).
 
 Cost of an iteration: 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters there are two levels: √k clusters, each of
 which is cut on its own into as many as its share of the vectors. That costs √k in place of k, for centroids that are
@@ -15,19 +15,20 @@ centroid of a cluster of one vector is close to it.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ann.products import Table
+
 if TYPE_CHECKING:
     import torch
 
 TWO_LEVELS = 250_000
-_BLOCK_ENTRIES = {"cpu": 1 << 24, "cuda": 1 << 28}
+_BLOCK_ROWS = 1 << 12
 _SPLIT = 1 / 1024
 """By how much, relatively, the halves of a cluster that is split are moved apart; as faiss does."""
 _BLUR = 1 / 256
@@ -35,37 +36,25 @@ _BLUR = 1 / 256
 _ATTEMPTS = 100
 
 
-def assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid of each vector, float32 or float16: squared distances float32 [n] and indices int64 [n]."""
+def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centroid of each vector, float32 or float16: squared distances float32 [n] and indices int64 [n].
+
+    ``rough``: of centroids that are nearly as near, another one may be named.
+    """
     import torch
 
     shift = centroids.mean(0)
     table = centroids - shift
-    half_norms = table.square().sum(1) / 2
-    block = max(1, _BLOCK_ENTRIES[vectors.device.type] // len(centroids))
+    # argmax of q·c − |c|²/2 is argmin of |q − c|²
+    products = Table(table, -table.square().sum(1) / 2, rough=rough)
     distances = torch.empty(len(vectors), device=vectors.device)
     indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    with _fast_products():
-        for start in range(0, len(vectors), block):
-            part = slice(start, start + block)
-            shifted = vectors[part].float() - shift
-            # argmax of q·c − |c|²/2 is argmin of |q − c|²
-            score, indices[part] = torch.addmm(-half_norms, shifted, table.T).max(1)
-            distances[part] = shifted.square().sum(1) - 2 * score
+    for start in range(0, len(vectors), products.rows):
+        part = slice(start, start + products.rows)
+        shifted = vectors[part].float().sub_(shift) if vectors.dtype != torch.float32 else vectors[part] - shift
+        score, indices[part] = products.scores(shifted).max(1)
+        distances[part] = shifted.square().sum(1).sub_(score.float(), alpha=2)
     return distances.clamp_min_(0), indices
-
-
-@contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
-    """Let a GPU use its tensor cores: which of two centroids that are equally near is named matters little."""
-    import torch
-
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def kmeans(
@@ -93,10 +82,9 @@ def kmeans(
     generator = torch.Generator().manual_seed(seed)
     centroids = vectors[torch.randperm(n, generator=generator)[:k].to(vectors.device)].float()
     for _ in range(iterations):
-        distances, index = assign(vectors, centroids)
-        counts = torch.bincount(index, minlength=k)
-        centroids = _means(vectors, index, counts)
-        _fill_empty(centroids, counts, torch.bincount(index, distances, minlength=k), generator)
+        centroids, index, counts = _step(vectors, centroids)
+        if not counts.all():
+            _fill_empty(centroids, counts, _errors(vectors, centroids, index), generator)
         report(1 / iterations)
     _blur(centroids, vectors, generator)
     return centroids
@@ -132,16 +120,36 @@ def _shares(counts: torch.Tensor, k: int) -> list[int]:
     return shares
 
 
-def _means(vectors: torch.Tensor, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean of each cluster's vectors, float32 [k, d]; of an empty one that of all."""
+def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of the clusters, float32 [k, d], of an empty one that of the centroids; the vectors' clusters; sizes [k].
+
+    Block by block, so that vectors are read once, and added up while they are in the cache.
+    """
     import torch
 
-    shift = vectors.mean(0, dtype=torch.float32)
-    sums = torch.zeros(len(counts), vectors.shape[1], device=vectors.device)
-    block = max(1, _BLOCK_ENTRIES[vectors.device.type] // vectors.shape[1])
-    for rows, to in zip(torch.split(vectors, block), torch.split(index, block), strict=True):
-        sums.index_add_(0, to, rows.float() - shift)
-    return sums / counts.clamp_min(1).unsqueeze(1) + shift
+    k = len(centroids)
+    shift = centroids.mean(0)
+    table = centroids - shift
+    products = Table(table, -table.square().sum(1) / 2, rough=True)
+    sums = torch.zeros_like(centroids)
+    index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for start in range(0, len(vectors), products.rows):
+        part = slice(start, start + products.rows)
+        shifted = vectors[part].float() - shift
+        index[part] = products.scores(shifted).max(1).indices
+        sums.index_add_(0, index[part], shifted)
+    counts = torch.bincount(index, minlength=k)
+    return sums / counts.clamp_min(1).unsqueeze(1) + shift, index, counts
+
+
+def _errors(vectors: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Summed squared distances of each cluster's vectors to its centroid, float32 [k]."""
+    import torch
+
+    errors = torch.zeros(len(centroids), device=vectors.device)
+    for rows, to in zip(torch.split(vectors, _BLOCK_ROWS), torch.split(index, _BLOCK_ROWS), strict=True):
+        errors.index_add_(0, to, (rows.float() - centroids[to]).square().sum(1))
+    return errors
 
 
 def _fill_empty(
@@ -205,6 +213,5 @@ def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> npt.NDArray[np.int64
 
     own = halves(rows)
     known = set(own)
-    block = max(1, _BLOCK_ENTRIES[others.device.type] // others.shape[1])
-    found = {key for some in torch.split(others, block) for key in halves(some) if key in known}
+    found = {key for some in torch.split(others, _BLOCK_ROWS) for key in halves(some) if key in known}
     return np.flatnonzero([key in found for key in own])

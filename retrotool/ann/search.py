@@ -25,6 +25,7 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Queries, mask
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Ids, Lists
+from retrotool.ann.products import Table
 from retrotool.ann.trained import Floats, Trained
 
 if TYPE_CHECKING:
@@ -236,11 +237,10 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int) -> Ids:
         return assign(vectors, table)[1].numpy().reshape(-1, 1)
     shift = table.mean(0)
     table = table - shift
-    half_norms = table.square().sum(1) / 2
-    block = max(1, ENTRIES // len(table))
+    products = Table(table, -table.square().sum(1) / 2)
     found = [
-        torch.addmm(-half_norms, rows - shift, table.T).topk(min(nprobe, len(table)), sorted=False).indices
-        for rows in torch.split(vectors, block)
+        products.scores(rows - shift).topk(min(nprobe, len(table)), sorted=False).indices
+        for rows in torch.split(vectors, products.rows)
     ]
     return torch.cat(found).numpy()
 

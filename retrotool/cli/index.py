@@ -65,7 +65,7 @@ def command(
         ),
     ] = "auto",
     encoder: EncoderOption = None,
-    queries: Annotated[int, typer.Option(metavar="N", min=1, help="Random chunks to measure the recall with.")] = 1000,
+    queries: Annotated[int, typer.Option(metavar="N", min=1, help="Random chunks to measure the recall with.")] = 2000,
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure anew, and take the cheapest operating point that holds the target.")
     ] = False,

@@ -32,7 +32,7 @@ from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
-QUERIES = 1000
+QUERIES = 2000
 DEPTH = 100
 _SEED = 1
 BUDGET = 1 << 34

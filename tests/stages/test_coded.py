@@ -143,7 +143,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
     assert abs(results["sorted"].recall_at_10 - results["shuffled"].recall_at_10) <= 0.02
     groups = results["sorted"].groups
     assert set(groups["source"]) == set(SOURCES) and set(groups["part"]) == {"trained on"}
-    assert sum(q for _, _, q in groups["source"].values()) == results["sorted"].queries == 1000
+    assert sum(q for _, _, q in groups["source"].values()) == results["sorted"].queries == 2000
 
 
 def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -> None:
