@@ -194,9 +194,9 @@ def evaluate(root: str | Path, *, name: str | None = None, queries: int = QUERIE
 def drop(root: str | Path, *, name: str) -> Dropped:
     """Take an index away, finished or not, with all its files."""
     store = Store.open(root)
-    if name not in store.state.names("index"):
-        raise _no_index(store, name)
-    with writing(store) as run:
+    with writing(store) as run:  # which takes away what was left by one that was killed when it had dropped it
+        if name not in store.state.names("index"):
+            raise _no_index(store, name)
         gone: list[Any] = []
 
         def build(state: State) -> Draft:

@@ -6,6 +6,7 @@ over the calls of an uninterrupted run of the same command. RETROTOOL_KILLS sets
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -15,13 +16,18 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_rows, write_jsonl
 
 from retrotool import commands
+from retrotool.ann.choice import Wanted
+from retrotool.commands import indexing
+from retrotool.commands.indexing import Options
 from retrotool.commands.looking import info, verify
 from retrotool.commands.writing import writing
+from retrotool.errors import UsageError
 from retrotool.stages.duplicates import finish_plans
 from retrotool.store import disk
 from retrotool.store.blocked import read_blocked
@@ -112,6 +118,15 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
         ("neighbours", commands.index),
         ("purge", commands.neighbours),
     ]
+    extra = write_jsonl(root / "extra.jsonl", make_rows(6, first=100, words=60))
+
+    def grown(store: Path) -> None:
+        """Lists in one shard, and in another one what came later."""
+        lists_index(store, shard_rows=10_000)
+        commands.chunk(store, [str(extra)], part_size=8)
+        commands.embed(store, encoder=str(tiny_encoder), devices="cpu")
+        lists_index(store)
+
     before = stores["chunk"]
     for name, step in steps:
         stores[name] = root / name
@@ -119,7 +134,20 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
             shutil.copytree(before, stores[name])
         step(stores[name])
         before = stores[name]
+    stores["lists"] = stores["index"]
+    stores["renew"] = Path(shutil.copytree(stores["index"], root / "renew"))
+    grown(stores["renew"])
     return stores
+
+
+def lists_index(store: Path, shard_rows: int = 12, **options: Any) -> object:
+    wanted = Wanted(nlist=4, code="sq8")
+    return commands.index(store, name="lists", options=Options(wanted, shard_rows=shard_rows, **options))
+
+
+def drop_if_there(store: Path) -> None:
+    with contextlib.suppress(UsageError):
+        indexing.drop(store, name="lists")
 
 
 def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
@@ -137,18 +165,26 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("chunk", lambda s: commands.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
         Case("embed", lambda s: commands.embed(s, encoder=str(encoder), devices="cpu"), logical, []),
         Case("index", commands.index, (*logical, "indexes"), []),
+        Case("lists", lists_index, (*logical, "indexes"), []),
+        Case("renew --merge", lambda s: lists_index(s, merge=True), (*logical, "indexes"), []),
+        # Once it has switched, the same command trains once more.
+        Case("renew --retrain", lambda s: lists_index(s, retrain=True), logical, []),
+        Case("renew --drop", drop_if_there, (*logical, "indexes"), []),
         Case("neighbours", commands.neighbours, logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
     ]
 
 
-@pytest.mark.parametrize("number", range(6), ids=["chunk", "embed", "index", "neighbours", "purge", "erase"])
+CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "neighbours", "purge", "erase"]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
 def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     number: int, stages: dict[str, Path], tiny_encoder: Path, tmp_path: Path
 ) -> None:
     case = cases(stages, tiny_encoder)[number]
-    before = stages["purge" if case.name.startswith("purge") else case.name]
+    before = stages[case.name.split()[0]]
     expected, calls = uninterrupted(case, before, tmp_path / "whole")
     blocked = read_blocked(Store.open(tmp_path / "whole")).hashes.tolist()
     assert bool(blocked) == case.name.startswith("purge")
