@@ -19,7 +19,7 @@ test: $(STAMP) lint  ## Lint, types, import rules and every test
 	$(BIN)/python -m pytest
 
 gpu-test: $(STAMP)  ## The tests that need a GPU; `make test` skips them
-	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/stages/test_embed.py -k on_a_gpu
+	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/ann tests/stages/test_embed.py -k on_a_gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

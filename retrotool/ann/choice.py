@@ -31,10 +31,14 @@ LEAST_FOR_PRODUCT = 39 * 256
 """Vectors that product codes need: fewer than 39 a centroid would be learnt by heart."""
 _LEAST_A_LIST = 39
 _SAMPLES_AT_LEAST = 16
+_SHORTEST = 4
 _LADDER = (128, 96, 64, 48, 32, 24, 16, 12, 8)
+"""Bytes of the codes to choose from; of each the next shorter one that divides the dimensions."""
 _TOO_FINE_FOR_CODES = 0.999
-_FACTORY = re.compile(r"(?:OPQ(\d+)(?:_(\d+))?,)?(?:IVF(\d+),)?(?:(Flat)|(SQfp16)|(SQ8)|PQ(\d+)(?:x8)?(?:np)?)")
-_CODE = re.compile(r"float16|float32|sq8|(o?)pq(\d+)")
+_FACTORY = re.compile(
+    r"(?:OPQ([1-9]\d*)(?:_([1-9]\d*))?,)?(?:IVF([1-9]\d*),)?(?:(Flat)|(SQfp16)|(SQ8)|PQ([1-9]\d*)(?:x8)?(?:np)?)"
+)
+_CODE = re.compile(r"float16|float32|sq8|(o?)pq([1-9]\d*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ def choose(n: int, d: int, wanted: Wanted | None = None) -> Choice:
     nlist = _lists(n, d, wanted) if wanted.nlist is None else wanted.nlist
     if wanted.code is not None:
         chosen = replace(_parse_code(wanted.code, d), nlist=nlist, why="as asked")
-        if not nlist and chosen.code not in ("float16", "float32"):
+        if not nlist and wanted.nlist is None and chosen.code not in ("float16", "float32"):
             chosen = replace(chosen, nlist=count_lists(n))
         return _check(n, chosen)
     if nlist:
@@ -147,20 +151,31 @@ def _code(n: int, d: int, nlist: int, wanted: Wanted) -> Choice:
         return wanted.memory is None or n * choice.bytes_per_vector + choice.trained_bytes <= wanted.memory
 
     whole = Choice(d, nlist)
-    if whole.code_bytes <= DEFAULT_CODE:
+    if n < LEAST_FOR_PRODUCT:
+        ladder = [replace(whole, code="sq8")]
+    else:
+        ladder = [replace(whole, code=f"pq{m}", rotated=d) for m in _pieces(d)] or [replace(whole, code="sq8")]
+    if wanted.memory is None and whole.code_bytes <= DEFAULT_CODE:
         return replace(whole, why=f"whole vectors are no longer than codes of {DEFAULT_CODE} bytes")
     if wanted.target >= _TOO_FINE_FOR_CODES:
-        return replace(whole, why=f"for a recall of {wanted.target} codes are too coarse")
-    ladder = [replace(whole, code=f"pq{m}", rotated=d) for m in _LADDER if d % m == 0] or [replace(whole, code="sq8")]
+        why = f"for a recall of {wanted.target} codes are too coarse"
+        return replace(whole, why=why if fits(whole) else f"{why}; it does not fit --memory, and is read from disk")
     default = next((one for one in ladder if one.code_bytes <= DEFAULT_CODE), ladder[-1])
-    if n < LEAST_FOR_PRODUCT:
-        default, ladder = replace(whole, code="sq8"), [replace(whole, code="sq8")]
     if wanted.memory is None:
-        return replace(default, why=f"{default.bytes_per_vector} bytes a vector; --memory would allow longer codes")
+        return replace(
+            default, why=f"{default.bytes_per_vector} bytes a vector are enough where candidates are ranked again"
+        )
     for one in [whole, *ladder]:
         if fits(one):
             return replace(one, why=f"the longest codes of which {n:,} fit --memory")
     return replace(ladder[-1], why=f"no code of {n:,} vectors fits --memory: shards are read from disk when needed")
+
+
+def _pieces(d: int) -> list[int]:
+    """Lengths of product codes for d dimensions, longest first: at least two dimensions a piece."""
+    divisors = [m for m in range(1, d // 2 + 1) if d % m == 0]
+    found = [max((m for m in divisors if m <= length), default=0) for length in _LADDER]
+    return [m for m in dict.fromkeys(found) if m >= _SHORTEST]
 
 
 def parse_factory(text: str, d: int) -> Choice:

@@ -104,10 +104,14 @@ class Scalar:
         return share.mul_(torch.from_numpy(self.extent)).add_(torch.from_numpy(self.least))
 
     @classmethod
-    def train(cls, rows: torch.Tensor) -> Scalar:
-        """The range of each dimension of float32 [n, d]."""
-        least, most = rows.amin(0).cpu().numpy(), rows.amax(0).cpu().numpy()
-        return cls(least, most - least)
+    def train(cls, rows: torch.Tensor, *, seed: int = 0) -> Scalar:
+        """The range of each dimension of float32 [n, d], a little widened: its ends are numbers of some vector."""
+        import torch
+
+        least, most = rows.amin(0).cpu(), rows.amax(0).cpu()
+        generator = torch.Generator().manual_seed(seed)
+        below, above = (torch.rand(2, len(least), generator=generator) + 1) * (most - least) / 256
+        return cls((least - below).numpy(), (most - least + below + above).numpy())
 
 
 @dataclass(frozen=True, eq=False, slots=True)

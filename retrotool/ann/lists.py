@@ -121,10 +121,11 @@ class InvertedLists:
         trained = self.trained
         some = trained.rotate(torch.from_numpy(vector.astype(np.float32)[None]))
         codes = self.codes(number)[row : row + 1]
+        scale = _TIE * some.square().sum()  # of which float32 products keep so much
         if trained.centroids is not None and len(trained.centroids):
             table = torch.from_numpy(trained.centroids)
             least = assign(some, table)[0][0]
-            if (some[0] - table[number]).square().sum() > least * (1 + _TIE) + _TIE:
+            if (some[0] - table[number]).square().sum() > least * (1 + _TIE) + _TIE * scale:
                 return False
             some = some - table[number] if trained.by_residual else some
         elif trained.by_residual:
@@ -135,7 +136,7 @@ class InvertedLists:
         if isinstance(trained.codec, Whole):
             return False
         off = [(trained.codec.decode(one) - some).square().sum() for one in (codes, best)]
-        return bool(off[0] <= off[1] * (1 + _TIE) + _TIE)
+        return bool(off[0] <= off[1] * (1 + _TIE) + _TIE * scale)
 
     def is_whole(self) -> bool:
         """Whether there are as many ids and codes as the index says that it holds."""

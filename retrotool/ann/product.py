@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _ITERATIONS = 8
 _ROTATIONS = 4
 _ROTATION_ROWS = 1 << 14
+_MOVED = 1 / 64
+"""By how much, relatively, the centroid of a single vector's piece is moved."""
 SAMPLE = 1 << 15
 """Vectors that training takes at most: 128 a centroid."""
 
@@ -26,9 +28,20 @@ SAMPLE = 1 << 15
 def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Tensor:
     """Centroids, float32 [pieces, 256, d / pieces], for float32 [n, d], n ≥ 1.
 
-    With fewer than 256 vectors some centroids stand for none of them.
+    With fewer than 256 vectors some centroids stand for none of them. They are rounded to bfloat16, and those of cells
+    with one vector are moved: with the centroid of its list such a one would be the vector, and the table stays in a
+    store when its chunk is erased.
     """
-    return _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
+    import torch
+
+    table = _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
+    place = encode_pieces(rows, table).int() + _firsts(table)
+    alone = torch.bincount(place.flatten(), minlength=pieces * CENTROIDS).view(pieces, CENTROIDS) <= 1
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(0, 2, table.shape, generator=generator).to(table.device) - 1
+    usual = table.square().mean(2, keepdim=True).sqrt()
+    moved = table + _MOVED * torch.maximum(table.abs(), usual) * signs
+    return torch.where(alone.unsqueeze(2), moved, table).to(torch.bfloat16).float()
 
 
 def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) -> torch.Tensor:

@@ -62,31 +62,43 @@ def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
 class Search:
     """A search of some queries through the shards of one index, for ``depth`` candidates each.
 
-    ``precise``: products in float64, twice the time, for a truth that others are held against.
+    ``precise``: products in float64, twice the time, for a truth that others are held against. ``device`` does the
+    products and finds the best; lists are decoded on the CPU.
     """
 
     def __init__(
-        self, trained: Trained, queries: Queries, nprobe: int, depth: int, banned: Banned, *, precise: bool = False
+        self,
+        trained: Trained,
+        queries: Queries,
+        nprobe: int,
+        depth: int,
+        banned: Banned,
+        *,
+        precise: bool = False,
+        device: str = "cpu",
     ) -> None:
         import torch
 
         self.scanned = 0
         """Codes that were compared with a query, over all queries."""
         self._trained, self._banned, self._excluded = trained, banned, queries.excluded
-        rotated = trained.rotate(torch.from_numpy(queries.vectors))
+        self._device = torch.device(device)
+        rotated = trained.rotate(torch.from_numpy(queries.vectors).to(self._device))
         self._groups = _by_list(trained, rotated, nprobe)
         self._dtype = torch.float64 if precise else torch.float32
         self._rotated = rotated
         self._shift: Any = None if trained.centroids is None else torch.from_numpy(trained.centroids).mean(0)
         q = len(rotated)
-        self._scores = torch.full((q, depth), torch.inf, dtype=self._dtype)
+        self._scores = torch.full((q, depth), torch.inf, dtype=self._dtype, device=self._device)
         self._ids = np.full((q, depth), -1, np.int64)
 
     def add(self, shard: Lists) -> None:
         """Take in what the queries find in a shard."""
+        import torch
+
         if self._shift is None:
             self._shift = _mean(shard)
-        self._wanted = (self._rotated - self._shift).to(self._dtype)
+        self._wanted = (self._rotated - self._shift.to(self._device)).to(self._dtype)
         # Blocks of queries, each as wide as the lists that they probe: the more that is, the fewer at a time.
         sizes = np.array([shard.size(number) for number, _ in self._groups], np.int64)
         width = np.zeros(len(self._rotated), np.int64)
@@ -94,12 +106,13 @@ class Search:
             width[rows] += size
         self.scanned += int(width.sum())
         widest = max(1, min(int(width.max(initial=0)), _COLUMNS))
-        block = max(1, ENTRIES // widest)
+        # A truth is sought once, in twice the memory a distance: fewer queries at a time cost little there.
+        block = max(1, (ENTRIES // 4 if self._dtype == torch.float64 else ENTRIES) // widest)
         for start in range(0, len(width), block):
             self._add_block(shard, start, min(start + block, len(width)), widest)
 
     def _add_block(self, shard: Lists, start: int, stop: int, widest: int) -> None:
-        found = _Round(stop - start, widest, self._dtype)
+        found = _Round(stop - start, widest, self._scores)
         for number, rows in self._groups:
             some = rows[(rows >= start) & (rows < stop)] if stop - start < len(self._rotated) else rows
             n = shard.size(number)
@@ -128,8 +141,8 @@ class Search:
             columns.add_(torch.from_numpy(self._trained.centroids[number]) - self._shift)
         else:
             columns.sub_(self._shift)
-        columns = columns.to(self._dtype)
-        wanted = self._wanted.index_select(0, torch.from_numpy(rows))
+        columns = columns.to(self._device, self._dtype)
+        wanted = self._wanted.index_select(0, torch.from_numpy(rows).to(self._device))
         return torch.addmm(columns.square().sum(1), wanted, columns.T, alpha=-2)
 
     def _keep(self, found: _Round, start: int, stop: int) -> None:
@@ -140,21 +153,21 @@ class Search:
         scores = torch.cat([self._scores[start:stop], scores], 1)
         ids = np.concatenate([self._ids[start:stop], ids], 1)
         self._scores[start:stop], order = scores.topk(self._scores.shape[1], largest=False)
-        self._ids[start:stop] = np.take_along_axis(ids, order.numpy(), 1)
+        self._ids[start:stop] = np.take_along_axis(ids, order.cpu().numpy(), 1)
 
     @property
     def candidates(self) -> Ids:
         """Ids of the candidates, int64 [q, depth], nearest by their codes first (−1: none)."""
-        return np.where(np.isfinite(self._scores.numpy()), self._ids, -1)
+        return np.where(np.isfinite(self._scores.cpu().numpy()), self._ids, -1)
 
 
 class _Round:
     """Distances of vectors of several lists, side by side for each query, until there is no more room."""
 
-    def __init__(self, q: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, q: int, width: int, like: torch.Tensor) -> None:
         import torch
 
-        self._scores = torch.full((q, width), torch.inf, dtype=dtype)
+        self._scores = torch.full((q, width), torch.inf, dtype=like.dtype, device=like.device)
         self._used = np.zeros(q, np.int64)
         self._segments: list[tuple[Ids, Ids, Ids]] = []  # queries, their first column, ids
 
@@ -168,7 +181,7 @@ class _Round:
 
         n, width = len(ids), self._scores.shape[1]
         if n > width:
-            wider = torch.full((len(self._scores), n), torch.inf, dtype=self._scores.dtype)
+            wider = torch.full((len(self._scores), n), torch.inf, dtype=self._scores.dtype, device=self._scores.device)
             wider[:, :width] = self._scores
             self._scores, width = wider, n
         first = self._used[rows]
@@ -176,7 +189,7 @@ class _Round:
             self._scores[:, :n] = scores
         else:
             place = torch.from_numpy(rows * width + first).unsqueeze(1) + torch.arange(n)
-            self._scores.view(-1)[place.view(-1)] = scores.reshape(-1)
+            self._scores.view(-1)[place.view(-1).to(self._scores.device)] = scores.reshape(-1)
         self._segments.append((rows, first, ids))
         self._used[rows] += n
 
@@ -187,8 +200,8 @@ class _Round:
         used = int(self._used.max(initial=0))
         q = len(self._scores)
         scores, columns = self._scores[:, :used].topk(min(k, used), largest=False, sorted=False)
-        ids = self._ids_at(columns.numpy())
-        ids[~np.isfinite(scores.numpy())] = -1
+        ids = self._ids_at(columns.cpu().numpy())
+        ids[~np.isfinite(scores.cpu().numpy())] = -1
         if used:
             self._scores[:, :used] = torch.inf
         self._used = np.zeros(q, np.int64)
@@ -232,9 +245,9 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int) -> Ids:
     """The ``nprobe`` nearest centroids of each vector, int64 [q, nprobe], in no order."""
     import torch
 
-    table = torch.from_numpy(centroids)
+    table = torch.from_numpy(centroids).to(vectors.device)
     if nprobe == 1:
-        return assign(vectors, table)[1].numpy().reshape(-1, 1)
+        return assign(vectors, table)[1].cpu().numpy().reshape(-1, 1)
     shift = table.mean(0)
     table = table - shift
     products = Table(table, -table.square().sum(1) / 2)
@@ -242,7 +255,7 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int) -> Ids:
         products.scores(rows - shift).topk(min(nprobe, len(table)), sorted=False).indices
         for rows in torch.split(vectors, products.rows)
     ]
-    return torch.cat(found).numpy()
+    return torch.cat(found).cpu().numpy()
 
 
 def _mean(shard: Lists) -> torch.Tensor:

@@ -105,7 +105,7 @@ def command(
             return
         if evaluate:
             _refuse("--evaluate", tune=tune, retrain=retrain, merge=merge, mend=mend, default=default)
-            output.show(indexing.evaluate(store, name=name, queries=queries), as_json, _text)
+            output.show(indexing.evaluate(store, name=name, queries=queries, devices=devices), as_json, _text)
             return
         size = None if memory is None else parse_size("--memory", memory)
         wanted = Wanted(target_recall, size, nlist, code, factory)

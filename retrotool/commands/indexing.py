@@ -6,14 +6,14 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from retrotool import engine, interrupts
-from retrotool.ann.choice import Choice, Wanted
+from retrotool.ann.choice import Choice, Wanted, parse_factory
 from retrotool.commands.counting import command_line, embed_command
 from retrotool.commands.measuring import measure_until_committed
 from retrotool.commands.writing import writing
@@ -21,7 +21,7 @@ from retrotool.encoder import find_devices
 from retrotool.errors import UsageError
 from retrotool.stages.chunk_plan import read_json
 from retrotool.stages.database import count_left, embedded_parts, pick_encoder
-from retrotool.stages.drift import Drift, drift
+from retrotool.stages.drift import Drift, drift, trained_on
 from retrotool.stages.index import IndexStage, choose_for
 from retrotool.stages.index_files import (
     PAGE,
@@ -30,6 +30,7 @@ from retrotool.stages.index_files import (
     encoder_of,
     generation_of,
     index_key,
+    read_trained,
     shards,
     trained_entry,
 )
@@ -154,16 +155,19 @@ def index(
     generation += options.retrain and trained_entry(store.state, name) is not None
     devices = find_devices(options.devices)
     stage = stage or IndexStage(
-        name, chosen, wanted, generation, options.shard_rows, tuple(devices), options.shard, options.merge
-    )
+        name, chosen, wanted, generation, options.shard_rows, tuple(devices), options.shard, options.merge,
+        trained=not options.retrain and trained_entry(store.state, name) is not None,
+    )  # fmt: skip
     before = 0 if options.retrain else _count(store.state, name, generation)
     with writing(store) as run:
         if options.retrain:
             _forget_other(store, run, stage)
         if options.mend:
-            _forget_broken(store, run, name)
+            read_trained(store, name, generation)
+            stage = replace(stage, broken=tuple(entry.path for entry in broken_shards(store, name)))
         _check_training(store, stage, wanted)
         _execute(stage, store, run)
+        _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = _elsewhere(stage, store, run)
         record = store.state.records.get(index_key(name))
         current = sorted(shards(store.state, name, generation))
@@ -172,13 +176,17 @@ def index(
             "generation": generation,
         }  # fmt: skip
         if not elsewhere and (record is None or options.tune or any(record[key] != made[key] for key in made)):
-            measure_until_committed(store, run, name, generation, target_recall, queries=options.queries)
-        if options.default:
+            measure_until_committed(
+                store, run, name, generation, target_recall, queries=options.queries, device=devices[0]
+            )
+        if options.default and store.refresh().records.get(DEFAULT) != name and index_key(name) in store.state.records:
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
     return describe(store, root, name, before=before, elsewhere=elsewhere)
 
 
-def evaluate(root: str | Path, *, name: str | None = None, queries: int = QUERIES) -> IndexResult:
+def evaluate(
+    root: str | Path, *, name: str | None = None, queries: int = QUERIES, devices: str = "auto"
+) -> IndexResult:
     """Measure the recall of an index at its operating point, which stays; nothing is built."""
     store = Store.open(root)
     name = default_name(store) if name is None else name
@@ -187,7 +195,8 @@ def evaluate(root: str | Path, *, name: str | None = None, queries: int = QUERIE
         raise _no_index(store, name)
     with writing(store) as run:
         generation, target = generation_of(store.state, name), float(record["target"])
-        measure_until_committed(store, run, name, generation, target, queries=queries, keep=True)
+        device = find_devices(devices)[0]
+        measure_until_committed(store, run, name, generation, target, queries=queries, keep=True, device=device)
     return describe(store, root, name)
 
 
@@ -234,8 +243,15 @@ def _checked(options: Options, target: float) -> Wanted:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
         raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
-    if options.merge and options.retrain:
-        raise UsageError("--merge and --retrain are two things to do", "Give one of them.")
+    if options.retrain:
+        for option in ("merge", "mend"):
+            if getattr(options, option):
+                raise UsageError(f"--{option} and --retrain are two things to do", "Give one of them.")
+        if options.shard is not None:
+            raise UsageError(
+                "--retrain is for one run: each job would train anew",
+                "On several GPUs of a machine: --devices. On several machines: a new --name, with --shard.",
+            )
     wanted = options.wanted
     return Wanted(target, wanted.memory, wanted.nlist, wanted.code, wanted.factory)
 
@@ -256,18 +272,27 @@ def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
     if trained is None or not asked:
         return
     about = trained.about or {}
-    choice = choose_for(store, stage.encoder, wanted)[0]
-    if choice.factory != about["factory"]:
+    is_so = parse_factory(str(about["factory"]), int(about["dimension"]))
+    asked_for = choose_for(store, stage.encoder, wanted)[0]
+    # How many lists suit has changed since, perhaps: what was not asked for stays as it is.
+    if wanted.factory is None and wanted.nlist is None:
+        asked_for = replace(asked_for, nlist=is_so.nlist)
+    if wanted.factory is None and wanted.code is None:
+        asked_for = replace(asked_for, code=is_so.code, rotated=is_so.rotated)
+    if asked_for.factory != is_so.factory:
         raise UsageError(
-            f"index {stage.index!r} is trained already, as {about['factory']}, not {choice.factory}",
+            f"index {stage.index!r} is trained already, as {is_so.factory}, not {asked_for.factory}",
             "Train it anew with --retrain, or give the new one a name of its own with --name.",
         )
 
 
 def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
-    """Take away what an interrupted ``--retrain`` began with other settings."""
+    """Take away what an interrupted ``--retrain`` began with other settings, or before the store grew."""
     begun = trained_entry(store.state, stage.index, stage.generation)
-    if begun is None or (begun.about or {})["factory"] == choose_for(store, stage.encoder, stage.wanted)[0].factory:
+    if begun is None:
+        return
+    same = (begun.about or {})["factory"] == choose_for(store, stage.encoder, stage.wanted)[0].factory
+    if same and trained_on(begun) == set(embedded_parts(store, stage.encoder)):
         return
 
     def build(state: State) -> Draft:
@@ -275,17 +300,6 @@ def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
         entry = trained_entry(state, stage.index, stage.generation)
         gone = tuple(one.path for one in [*files, *([entry] if entry else [])])
         return Draft("index", {"name": stage.index, "retrain": "begun anew"}, remove=gone)
-
-    store.commit(run, build)
-
-
-def _forget_broken(store: Store, run: Run, name: str) -> None:
-    """Take broken shards out of the state: what they held is coded anew."""
-    broken = broken_shards(store, name)
-
-    def build(state: State) -> Draft | None:
-        gone = tuple(entry.path for entry in broken if state.has(entry.path))
-        return Draft("index", {"name": name, "mend": True}, remove=gone) if gone else None
 
     store.commit(run, build)
 

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from retrotool import interrupts
 from retrotool.ann.choice import parse_factory
 from retrotool.commands.recall_page import page
-from retrotool.errors import ConflictError, CorruptError, ErasedError
+from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.chunk_plan import write_json
 from retrotool.stages.drift import Drift, drift, trained_on
+from retrotool.stages.index import superseded
 from retrotool.stages.index_files import (
     PAGE,
     RECALL,
@@ -42,7 +43,15 @@ from retrotool.store.tombstones import read_tombstones
 
 
 def measure_until_committed(
-    store: Store, run: Run, name: str, generation: int, target: float, *, queries: int = QUERIES, keep: bool = False
+    store: Store,
+    run: Run,
+    name: str,
+    generation: int,
+    target: float,
+    *,
+    queries: int = QUERIES,
+    keep: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure a generation of an index and commit its record, which makes that the current one.
 
@@ -50,23 +59,40 @@ def measure_until_committed(
     point that the record has, which stays.
     """
     while True:
-        seen = store.state.number
+        if trained_entry(store.state, name, generation) is None:
+            raise superseded(name)
+        reads = _reads(store.state, name, generation)
         try:
-            return _measure(store, run, name, generation, target, queries, keep)
-        except (ConflictError, ErasedError):
+            return _measure(store, run, name, generation, target, queries, keep, device)
+        except (_ChangedError, ErasedError):
             store.refresh()
         except CorruptError:
             # A file that is unlinked between being looked up and being read looks broken.
-            if store.refresh().number == seen:
+            state = store.refresh()
+            if all(state.has(path) for path in reads):
                 raise
 
 
+class _ChangedError(Exception):
+    """Another process has changed what was measured."""
+
+
+def _reads(state: State, name: str, generation: int) -> list[str]:
+    """Paths of what measuring reads."""
+    trained = trained_entry(state, name, generation)
+    encoder = str((trained.about or {})["encoder"]) if trained else ""
+    vectors = (state.part_file("embeddings", part, encoder) for part in held_parts(state, name, generation))
+    entries = [trained, *shards(state, name, generation).values(), *vectors]
+    return [entry.path for entry in entries if entry is not None]
+
+
 def _measure(
-    store: Store, run: Run, name: str, generation: int, target: float, queries: int, keep: bool
+    store: Store, run: Run, name: str, generation: int, target: float, queries: int, keep: bool, device: str
 ) -> dict[str, Any]:
     trained_file, trained = read_trained(store, name, generation)
     entries = shards(store.state, name, generation)
     encoder = str((trained_file.about or {})["encoder"])
+    opened = list(read_shards(store, name, trained, generation=generation))
     numbers = held_parts(store.state, name, generation)
     record = store.state.records.get(index_key(name), {})
     at = Point(int(record["nprobe"]), int(record["depth"])) if keep and record else None
@@ -76,13 +102,12 @@ def _measure(
             interrupts.check()
             bar.update(n)
 
-        truth = find_truth(store, encoder, numbers, told, queries=queries)
+        truth = find_truth(store, encoder, numbers, told, queries=queries, device=device)
     with tqdm(unit="point", desc="recall", disable=None, delay=2, file=sys.stderr) as bar:
-        opened = list(read_shards(store, name, trained, generation=generation))
         found = measure(
             truth, trained, opened, Vectors(store, encoder), read_tombstones(store).contains, target, at=at,
             groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
-            report=bar.update,
+            report=bar.update, device=device,
         )  # fmt: skip
     moved = drift(store.state, name, generation)
     record = _record(generation, trained_file, entries, found, moved, target)
@@ -93,8 +118,9 @@ def _measure(
     )
 
     def build(state: State) -> Draft:
-        if shards(state, name, generation) != entries:
-            raise ConflictError(f"index {name!r} was changed while its recall was measured")
+        gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
+        if gone or shards(state, name, generation) != entries:
+            raise _ChangedError
         settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
         return Draft(
             "index", settings, add=files, remove=_replaced(state, name, generation), records={index_key(name): record}

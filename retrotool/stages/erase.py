@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from retrotool.ann import lists
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.index_files import all_shards, parts_of, write_index
+from retrotool.stages.index_files import all_shards, check_sum, parts_of, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
@@ -258,6 +258,7 @@ class EraseWorker:
         return add
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
+        check_sum(self._store, name.name, entry)
         index = lists.without(lists.read(self._store.path(entry)), self._victims.contains)
         return write_index(self._store.root, index, name, entry.about)
 

@@ -23,14 +23,16 @@ from retrotool.ann import lists
 from retrotool.ann.choice import Choice, Wanted, choose
 from retrotool.ann.lists import Ids
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.errors import UsageError
+from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.base import Report, Task, own_first, task_key
-from retrotool.stages.database import count_keys, embedded_parts, read_part_vectors, searchable_rows
+from retrotool.stages.database import count_keys, count_living_keys, embedded_parts, read_part_vectors, searchable_rows
 from retrotool.stages.drift import ranges
 from retrotool.stages.index_files import (
+    check_sum,
     encoder_of,
     free_slot,
     held_parts,
+    index_key,
     parts_of,
     read_shard,
     read_trained,
@@ -51,7 +53,7 @@ SHARD_ROWS = 1 << 20
 _LISTS_IN_A_SHARD = 16
 """Vectors a list that a shard has at least by default: with fewer, looking at a list costs more than going through."""
 QUANTIZER_SHARE = 0.05
-_BLOCK_ROWS = {"cpu": 1 << 13, "cuda": 1 << 18}
+_BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class IndexStage:
     """All parts of an encoder's embeddings that a generation of the index ``index`` does not hold.
 
     ``wanted`` and ``shard_rows`` count when it is trained. ``devices`` are those of the worker processes. ``shard``
-    (i, n): this is job i of n. ``merge``: join the shards of each window instead.
+    (i, n): this is job i of n. ``merge``: join the shards of each window instead. ``broken``: paths of shards to be
+    coded anew first. ``trained``: the training was there when the command began, so it is not for this run to make.
     """
 
     index: str
@@ -70,6 +73,8 @@ class IndexStage:
     devices: tuple[str, ...] = ("cpu",)
     shard: tuple[int, int] | None = None
     merge: bool = False
+    broken: tuple[str, ...] = ()
+    trained: bool = False
     name: str = field(default="index", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -87,9 +92,12 @@ class IndexStage:
             )
         trained = trained_entry(store.state, self.index, self.generation)
         if trained is None:
+            if self.trained or (self.generation and index_key(self.index) not in store.state.records):
+                raise superseded(self.index)
             tasks = [self._training(store)]
         else:
-            tasks = list(self._merges(store) if self.merge else self._new_shards(store, trained))
+            tasks = self._mends(store, trained)
+            tasks += self._merges(store) if self.merge else self._new_shards(store, trained)
         tasks = [task for task in tasks if not staging.is_staged(store.root, task.key)]
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
@@ -115,6 +123,18 @@ class IndexStage:
                 tasks.append(Task(key, slot, rows, inputs, claimed=True))
         return tasks
 
+    def _mends(self, store: Store, trained: FileEntry) -> list[Task]:
+        there = set(embedded_parts(store, self.encoder))
+        tasks = []
+        for slot, entry in shards(store.state, self.index, self.generation).items():
+            if entry.path in self.broken:
+                numbers = [part for part in parts_of(entry) if part in there]
+                paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
+                key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
+                inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
+                tasks.append(Task(key, f"mend {slot}", entry.rows, inputs, claimed=True))
+        return tasks
+
     def _merges(self, store: Store) -> list[Task]:
         found: dict[str, list[tuple[str, FileEntry]]] = {}
         for slot, entry in shards(store.state, self.index, self.generation).items():
@@ -134,15 +154,20 @@ class IndexStage:
         return IndexWorker(store, self)
 
 
+def superseded(name: str) -> ConflictError:
+    """What a run meets whose index another run has trained anew, or dropped."""
+    return ConflictError(
+        f"index {name!r} was trained anew, or dropped, by another run meanwhile", "Run the same command again."
+    )
+
+
 def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]:
     """The index that suits what is embedded, and of how many vectors that is."""
     numbers = embedded_parts(store, encoder)
     tombstones = read_tombstones(store)
-    n = sum(count_keys(store, part) for part in numbers)
-    for part in numbers:
-        n -= len(tombstones.rows(part))
+    n = sum(count_living_keys(store, part, tombstones) for part in numbers)
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
-    return choose(max(n, 0), d, wanted), max(n, 0)
+    return choose(n, d, wanted), n
 
 
 def default_shard_rows(choice: Choice, memory: int | None) -> int:
@@ -200,7 +225,8 @@ class IndexWorker:
         written = self._write(run, slot, *coded.all(), trained, {"parts": list(task.inputs["parts"]), **coded.about()})
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
-        return Staged(task.key, "index", run, settings, reads, (written,))
+        replaced = task.inputs.get("replaces")
+        return Staged(task.key, "index", run, settings, reads, (written,), (replaced,) if replaced else ())
 
     def _write(
         self,
@@ -222,6 +248,8 @@ class IndexWorker:
         current = shards(store.state, stage.index, stage.generation)
         entries = [current[slot] for slot in task.inputs["slots"] if slot in current]
         _, trained = read_trained(store, stage.index, stage.generation)
+        for entry in entries:
+            check_sum(store, stage.index, entry)
         found = [read_shard(store, entry, trained) for entry in entries]
         numbers = [np.full(shard.size(i), i, np.int64) for shard in found for i in shard.numbers]
         ids = np.concatenate([shard.ids(i) for shard in found for i in shard.numbers])

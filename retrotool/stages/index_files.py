@@ -13,6 +13,7 @@ into a further one: ``shard-0003``, ``shard-0003.1``.
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
 
     All that is indexed and searched depends on it, and it is small beside the shards: its sum is checked each time.
     """
-    advice = f"See what else is wrong: retrotool verify {store.root}"
+    advice = f"Train it anew: {shlex.join(['retrotool', 'index', str(store.root), '--retrain', '--name', name])}"
     entry = trained_entry(store.state, name, generation)
     if entry is None:
         raise CorruptError(f"index {name!r} has no training", advice)
@@ -159,7 +160,7 @@ def read_shards(
 
 
 def _mend(store: Store, name: str) -> str:
-    return f"retrotool index {store.root} --mend" + ("" if name == "main" else f" --name {name}")
+    return shlex.join(["retrotool", "index", str(store.root), "--mend", "--name", name])
 
 
 def broken_shards(store: Store, name: str) -> list[FileEntry]:
@@ -172,6 +173,14 @@ def broken_shards(store: Store, name: str) -> list[FileEntry]:
         except CorruptError:
             found.append(entry)
     return found
+
+
+def check_sum(store: Store, name: str, entry: FileEntry) -> None:
+    """``CorruptError`` if a shard's bytes are not what the log says: what is made of it would be as wrong."""
+    path = store.path(entry)
+    if atomic.file_sha256(path) != entry.sha256:
+        store.path(entry)  # unlinked just now?
+        raise CorruptError(f"{path}: its SHA-256 is not what the log says", f"Make it anew: {_mend(store, name)}")
 
 
 def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:

@@ -100,6 +100,7 @@ def measure(
     at: Point | None = None,
     groups: Mapping[str, npt.NDArray[np.object_]] | None = None,
     report: Callable[[int], object] = lambda _: None,
+    device: str = "cpu",
 ) -> Measurement:
     """The curve, up to where it is well above ``target``; ``at``: only this point is measured, not chosen."""
     grid = probes(trained.nlist)
@@ -108,7 +109,7 @@ def measure(
         grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
         depths = tuple(sorted({*depths, at.depth}))
     whole = isinstance(trained.codec, Whole)
-    search = _Curve(truth, trained, shards, vectors, banned, depths)
+    search = _Curve(truth, trained, shards, vectors, banned, depths, device)
     curve: list[Recall] = []
     reached = 0
     for nprobe in grid:
@@ -149,9 +150,10 @@ class _Curve:
         vectors: Vectors,
         banned: Callable[[Ids], npt.NDArray[np.bool_]],
         depths: tuple[int, ...],
+        device: str,
     ) -> None:
         self._truth, self._trained, self._shards = truth, trained, shards
-        self._vectors, self._banned, self._depths = vectors, banned, depths
+        self._vectors, self._banned, self._depths, self._device = vectors, banned, depths, device
         self._found: dict[tuple[int, int], Best] = {}
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
@@ -159,7 +161,7 @@ class _Curve:
         """All depths at ``nprobe``, the deepest last."""
         queries = self._truth.queries
         start = time.perf_counter()
-        search = Search(self._trained, queries, nprobe, max(self._depths), self._banned)
+        search = Search(self._trained, queries, nprobe, max(self._depths), self._banned, device=self._device)
         for shard in self._shards:
             search.add(shard)
         candidates = search.candidates

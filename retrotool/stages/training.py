@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import product
-from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, Choice
+from retrotool.ann.choice import ITERATIONS, LEAST_FOR_PRODUCT, SAMPLES_A_LIST, Choice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
@@ -69,6 +69,13 @@ def sample_size(n: int, choice: Choice, memory: int | None) -> int:
     return min(n, most)
 
 
+def _code_sample(choice: Choice, memory: int | None) -> int:
+    """Vectors to learn codes from; as float32, and several times over, they take a quarter of the memory."""
+    if memory is None:
+        return product.SAMPLE
+    return min(product.SAMPLE, max(LEAST_FOR_PRODUCT, memory // (64 * choice.d)))
+
+
 def build_seconds(choice: Choice, n: int, sample: int, device: str = "cpu") -> float:
     """About how long training and coding n vectors take, by the rate of a matrix product that is timed for it."""
     import torch
@@ -106,7 +113,7 @@ def train(
         sample, choice.nlist, iterations=ITERATIONS, seed=_SEED, report=lambda share: report(_KMEANS_SHARE * share)
     )
     generator = torch.Generator().manual_seed(_SEED)
-    some = sample[torch.randperm(len(sample), generator=generator)[: product.SAMPLE].to(device)].float()
+    some = sample[torch.randperm(len(sample), generator=generator)[: _code_sample(choice, memory)].to(device)].float()
     distances, assigned = assign(some, centroids)
     residuals = some - centroids[assigned]
     rotation = None

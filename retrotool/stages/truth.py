@@ -35,8 +35,8 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 QUERIES = 2000
 DEPTH = 100
 _SEED = 1
-BUDGET = 1 << 34
-"""Distances that a truth may cost: a few minutes on two cores."""
+BUDGET, GPU_BUDGET = 1 << 34, 1 << 40
+"""Distances that a truth may cost: some minutes on two cores, or on a GPU."""
 _BLOCK = 256
 
 
@@ -66,7 +66,8 @@ def find_truth(
     report: Report = lambda _: None,
     *,
     queries: int = QUERIES,
-    budget: int = BUDGET,
+    budget: int | None = None,
+    device: str = "cpu",
 ) -> Truth:
     """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched."""
     tombstones = read_tombstones(store)
@@ -77,7 +78,8 @@ def find_truth(
         empty = Best(np.zeros((0, DEPTH), np.float32), np.zeros((0, DEPTH), np.int64))
         return Truth(ids, Queries.plain(np.zeros((0, 1), np.float32)), np.zeros(0, object), empty, n)
     asked = _queries(store, encoder, ids, tombstones)
-    share = min(1.0, budget / (len(ids) * n))
+    most = budget if budget is not None else BUDGET if device == "cpu" else GPU_BUDGET
+    share = min(1.0, most / (len(ids) * n))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
     for part, searchable in rows.items():
@@ -87,7 +89,7 @@ def find_truth(
             chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
         if len(chosen):
             vectors = read_part_vectors(store, encoder, part)
-            best = _nearest(asked, chunk_ids(part, chosen), vectors, chosen, best)
+            best = _nearest(asked, chunk_ids(part, chosen), vectors, chosen, best, device)
         report(1)
     if best is None:
         best = Best(np.full((len(ids), DEPTH), np.inf, np.float32), np.full((len(ids), DEPTH), -1, np.int64))
@@ -140,12 +142,17 @@ def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
 
 
 def _nearest(
-    asked: Queries, ids: Ids, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64], before: Best | None
+    asked: Queries,
+    ids: Ids,
+    vectors: npt.NDArray[np.float16],
+    rows: npt.NDArray[np.int64],
+    before: Best | None,
+    device: str,
 ) -> Best:
     """The nearest among ``rows`` of a part's vectors, whose ids are ``ids``, and those found before."""
     matrix = vectors if len(rows) == len(vectors) else vectors[rows]
     everything = OneList(ids, matrix)
-    search = Search(everything.trained, asked, 1, DEPTH + SPARE, nothing_banned, precise=True)
+    search = Search(everything.trained, asked, 1, DEPTH + SPARE, nothing_banned, precise=True, device=device)
     search.add(everything)
     found = rerank(asked.vectors, search.candidates, lambda some: matrix[np.searchsorted(ids, some)], DEPTH)
     if before is None:
