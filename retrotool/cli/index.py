@@ -184,7 +184,7 @@ def _text(result: IndexResult) -> str:
     if result.page and len(result.curve) > 1:
         lines.append(f"As a picture: {result.page}")
     if result.due:
-        lines.append(f"Training anew is due: {result.due}. Next: retrotool index STORE --retrain")
+        lines.append(f"Training anew is due: {result.due}. Next:\n  {result.retrain}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -87,7 +88,7 @@ def command(
         ]
         output.show(Results(results, missing), as_json, _text)
         if missing is not None:
-            mend = f"retrotool index {store} --mend" + ("" if index is None else f" --name {index}")
+            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", reader.database(index).name])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"

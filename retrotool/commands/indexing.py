@@ -91,6 +91,7 @@ class IndexResult:
     commit: int
     page: str = ""
     due: str = ""
+    retrain: str = ""
     drift: Drift | None = None
     curve: tuple[Recall, ...] = ()
     groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
@@ -358,6 +359,7 @@ def describe(
         index_bytes=sum(entry.bytes for entry in entries.values()),
         embedding_bytes=sum(entry.bytes for entry in embedded if entry is not None), commit=state.number,
         page=str(Path(root) / page.path) if page is not None else "", drift=drift(state, name),
+        retrain=f"{command_line('index', root, name=name)} --retrain",
         curve=tuple(Recall(**point) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left, next=todo, **{**shown, "vectors": now},

@@ -73,6 +73,10 @@ def measure_until_committed(
                 raise
 
 
+_ENOUGH = 50
+"""Queries from new parts below which their recall says nothing."""
+
+
 class _ChangedError(Exception):
     """Another process has changed what was measured."""
 
@@ -163,7 +167,7 @@ def _record(
 def _due(moved: Drift, found: Measurement, target: float) -> str:
     """Why to train anew; "" if there is no reason."""
     new = found.groups.get("part", {}).get("added since")
-    if new is not None and new[0] + new[1] < min(target, found.point.recall_at_10):
+    if new is not None and new[2] >= _ENOUGH and new[0] + new[1] < min(target, found.point.recall_at_10):
         return f"recall@10 of what was added since the training is {new[0]:.4f} ± {new[1]:.4f}"
     return moved.due
 

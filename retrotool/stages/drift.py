@@ -20,6 +20,8 @@ _WORSE = 1.15
 """A squared distance so many times that of the training: lists or codes are of other text."""
 _UNEVEN = 2.0
 _GROWN = 4.0
+_ENOUGH = 1000
+"""New vectors below which an average says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def drift(state: State, name: str, generation: int | None = None) -> Drift:
 
 
 def _due(found: Drift, imbalance: float) -> str:
+    if found.new < _ENOUGH:
+        return ""
     if found.error > _WORSE:
         return f"new vectors are {found.error:.2f} times as far from their centroids"
     if found.code_error > _WORSE:

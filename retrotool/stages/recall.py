@@ -30,11 +30,15 @@ from retrotool.ann.trained import Trained
 from retrotool.stages.searching import TUNED_K, Point, Vectors
 from retrotool.stages.truth import DEPTH, Truth
 
+Floats = npt.NDArray[np.float64]
+Hits = tuple[Floats, Floats]
+"""True neighbours found, and those that there are to find, of each query."""
 DEPTHS = (20, 30, 50, 100, 200, 400)
 _RERANK = 16
 """What ranking a candidate by its vector costs, in codes that are gone through."""
 _BEYOND = 2
 _THOROUGH = 0.999
+_Z = 1.96
 _SOURCES = 20
 _TIE = 16 * float(np.finfo(np.float32).eps)
 """Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
@@ -121,7 +125,7 @@ def measure(
             break
     if truth.share < 1:
         search.thorough(curve[-1].nprobe)
-        curve = search.judged(curve)
+        curve = [search.recall(p.nprobe, p.depth) for p in curve]
     if at is not None:
         chosen = next(p for p in curve if p.nprobe == at.nprobe and (whole or p.depth == at.depth))
     else:
@@ -135,12 +139,15 @@ def measure(
         len(truth),
         truth.vectors,
         truth.share,
-        {kind: _by_group(by_query, labels) for kind, labels in (groups or {}).items()},
+        {kind: _by_group(by_query, labels, search.sampled) for kind, labels in (groups or {}).items()},
     )
 
 
 class _Curve:
-    """Searches at one ``nprobe`` after another, and what they found of the truth."""
+    """Searches at one ``nprobe`` after another, and what they found of the truth.
+
+    Where the truth is of a sample, what was found is kept: it is judged when the most thorough search is known.
+    """
 
     def __init__(
         self,
@@ -154,7 +161,10 @@ class _Curve:
     ) -> None:
         self._truth, self._trained, self._shards = truth, trained, shards
         self._vectors, self._banned, self._depths, self._device = vectors, banned, depths, device
-        self._found: dict[tuple[int, int], Best] = {}
+        # An exact index misses nothing, whatever is asked; and all vectors as queries are no sample.
+        self.sampled = trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
+        self._found: dict[tuple[int, int], tuple[Best, Best]] = {}
+        self._hits: dict[tuple[int, int], dict[int, Hits]] = {}
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
     def at(self, nprobe: int) -> list[Recall]:
@@ -170,12 +180,15 @@ class _Curve:
         ranked = time.perf_counter() - start - searched
         q = max(len(queries.vectors), 1)
         for depth in self._depths:
-            order = np.argsort(distances[:, :depth], axis=1, kind="stable")[:, :DEPTH]
-            near, ids = np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1)
-            self._found[nprobe, depth] = Best(near, ids)
+            # A search for 100 ranks ten times as many candidates, see ``Point.depth_for``; here up to the deepest.
+            more = min(depth * DEPTH // TUNED_K, max(self._depths))
+            found = _ranked(distances, candidates, depth), _ranked(distances, candidates, more)
+            if self._truth.share < 1:
+                self._found[nprobe, depth] = found
+            self._hits[nprobe, depth] = self._judge(found)
             seconds = searched + ranked * depth / max(self._depths)
             self._cost[nprobe, depth] = search.scanned / q, q / max(seconds, 1e-9)
-        return [self._recall(nprobe, depth) for depth in self._depths]
+        return [self.recall(nprobe, depth) for depth in self._depths]
 
     def thorough(self, nprobe: int) -> None:
         """Search on with ever more lists than ``nprobe``, until more of them find hardly anything that is nearer."""
@@ -183,57 +196,71 @@ class _Curve:
             before = nprobe
             nprobe = min(2 * nprobe, self._trained.nlist)
             self.at(nprobe)
-            if self._recall(before, max(self._depths)).recall_at_10 >= _THOROUGH:
+            self._hits = {point: self._judge(found) for point, found in self._found.items()}
+            if self.recall(before, max(self._depths)).recall_at_10 >= _THOROUGH:
                 break
 
-    def judged(self, curve: list[Recall]) -> list[Recall]:
-        """The curve once more, now that the most thorough search is known."""
-        return [self._recall(p.nprobe, p.depth) for p in curve]
+    def recall(self, nprobe: int, depth: int) -> Recall:
+        """What is known of a point by now."""
+        hits = self._hits[nprobe, depth]
+        (one, _), (ten, error), (hundred, _) = (ratio(*hits[k], sampled=self.sampled) for k in (1, TUNED_K, DEPTH))
+        return Recall(nprobe, depth, one, ten, hundred, error, *self._cost[nprobe, depth])
 
-    def shares(self, point: Recall) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def shares(self, point: Recall) -> Hits:
         """True neighbours found, and those that there are to find, of the 10 nearest of each query."""
-        return self._hits(self._found[point.nprobe, point.depth], TUNED_K)
+        return self._hits[point.nprobe, point.depth][TUNED_K]
 
-    def _recall(self, nprobe: int, depth: int) -> Recall:
-        found = self._found[nprobe, depth]
-        values = {k: _ratio(*self._hits(found, k)) for k in (1, TUNED_K, DEPTH)}
-        scanned, rate = self._cost[nprobe, depth]
-        return Recall(
-            nprobe, depth, values[1][0], values[TUNED_K][0], values[DEPTH][0], values[TUNED_K][1], scanned, rate
-        )
+    def _judge(self, found: tuple[Best, Best]) -> dict[int, Hits]:
+        near, far = found
+        count = self._of_all if self._truth.share == 1 else self._of_sample
+        return {1: count(near, 1), TUNED_K: count(near, TUNED_K), DEPTH: count(far, DEPTH)}
 
-    def _hits(self, found: Best, k: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def _of_all(self, found: Best, k: int) -> Hits:
         truth = self._truth.best
-        if self._truth.share == 1:
-            there = truth.ids[:, :k] >= 0
-            farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
-            near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
-            possible = there.sum(axis=1)
-            return np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible).astype(float), possible.astype(
-                float
-            )
-        deepest = self._found[max(self._found)]
-        nearer = np.array(
-            [np.searchsorted(row, d * (1 - _TIE)) for row, d in zip(deepest.distances, truth.distances, strict=True)]
-        )
+        there = truth.ids[:, :k] >= 0
+        farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
+        near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
+        possible = there.sum(axis=1)
+        hits = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible)
+        return hits.astype(np.float64), possible.astype(np.float64)
+
+    def _of_sample(self, found: Best, k: int) -> Hits:
+        truth, deepest = self._truth.best, self._found[max(self._found)][1]
+        pairs = zip(deepest.distances, truth.distances, strict=True)
+        nearer = np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs])
         wanted = (nearer < k) & (truth.ids >= 0)
         hits = [np.isin(t[w], f[:k]).sum() for t, w, f in zip(truth.ids, wanted, found.ids, strict=True)]
-        return np.array(hits, float), wanted.sum(axis=1).astype(float)
+        return np.array(hits, np.float64), wanted.sum(axis=1).astype(np.float64)
 
 
-def _ratio(hits: npt.NDArray[np.float64], possible: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Recall, the mean of the queries' shares weighted by what there is to find; and half its 95 % interval."""
+def _ranked(distances: npt.NDArray[np.float32], candidates: Ids, depth: int) -> Best:
+    """The nearest of the first ``depth`` candidates."""
+    order = np.argsort(distances[:, :depth], axis=1, kind="stable")[:, :DEPTH]
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1))
+
+
+def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:
+    """Recall, the mean of the queries' shares weighted by what there is to find; and half its 95 % interval.
+
+    Not ``sampled``: the queries are all there are, so there is no error.
+    """
     total = possible.sum()
     if not total:
-        return 1.0, 0.0  # nothing to find, and nothing missed
+        return 1.0, 1.0 if sampled else 0.0  # nothing to find, and nothing missed
     recall = float(hits.sum() / total)
+    if not sampled:
+        return recall, 0.0
     spread = hits - recall * possible
     count = int((possible > 0).sum())
-    return recall, float(1.96 * math.sqrt((spread**2).sum() * count / max(count - 1, 1)) / total)
+    error = _Z * math.sqrt((spread**2).sum() * count / max(count - 1, 1)) / total
+    # Where all queries found all, or there are few, the spread hides what is not known: Wilson's interval has it.
+    return recall, float(max(error, _Z**2 / 2 / (count + _Z**2)))
 
 
 def _by_group(
-    by_query: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], groups: npt.NDArray[np.object_]
+    by_query: Hits,
+    groups: npt.NDArray[np.object_],
+    sampled: bool,
 ) -> dict[str, tuple[float, float, int]]:
     """Recall, its error and the number of queries of the groups with most queries."""
     hits, possible = by_query
@@ -241,6 +268,6 @@ def _by_group(
     found = {}
     for name in names[np.argsort(-counts, kind="stable")][:_SOURCES]:
         mine = groups == name
-        recall, error = _ratio(hits[mine], possible[mine])
+        recall, error = ratio(hits[mine], possible[mine], sampled=sampled)
         found[str(name)] = (recall, error, int(mine.sum()))
     return found

@@ -27,6 +27,7 @@ from retrotool.stages.database import (
     read_part_vectors,
     searchable_rows,
 )
+from retrotool.stages.searching import TUNED_K
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
@@ -38,6 +39,8 @@ _SEED = 1
 BUDGET, GPU_BUDGET = 1 << 34, 1 << 40
 """Distances that a truth may cost: some minutes on two cores, or on a GPU."""
 _BLOCK = 256
+_KNOWN = 2000
+"""True neighbours, among the 10 nearest of all queries, that a sample of the store is to have, whatever that costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def find_truth(
         return Truth(ids, Queries.plain(np.zeros((0, 1), np.float32)), np.zeros(0, object), empty, n)
     asked = _queries(store, encoder, ids, tombstones)
     most = budget if budget is not None else BUDGET if device == "cpu" else GPU_BUDGET
-    share = min(1.0, most / (len(ids) * n))
+    share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
     for part, searchable in rows.items():
