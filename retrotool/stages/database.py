@@ -7,7 +7,7 @@ part's documents; across stores, or where documents of one id were kept, a join 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,40 @@ def searchable_rows(store: Store, part: int, tombstones: Tombstones) -> npt.NDAr
     searchable = parts.read_embedded(store, part)
     searchable[tombstones.rows(part)] = False
     return np.flatnonzero(searchable)
+
+
+class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
+    """The searchable rows of parts, read when they are asked for; ``counts`` says how many each has."""
+
+    def __init__(self, store: Store, numbers: Iterable[int], tombstones: Tombstones) -> None:
+        self._store, self._tombstones = store, tombstones
+        self.counts = {part: len(searchable_rows(store, part, tombstones)) for part in numbers}
+
+    def __getitem__(self, part: int) -> npt.NDArray[np.int64]:
+        """Searchable rows of a part, ascending."""
+        return searchable_rows(self._store, part, self._tombstones)
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the parts."""
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        """Count the parts."""
+        return len(self.counts)
+
+    def draw(self, size: int, seed: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Random rows of each part, ascending: of each in proportion to what it has, ``size`` in all."""
+        total = sum(self.counts.values())
+        rng = np.random.default_rng(seed)
+        exact = {part: size * count / max(total, 1) for part, count in self.counts.items()}
+        quotas = {part: int(share) for part, share in exact.items()}
+        while (left := size - sum(quotas.values())) > 0:
+            open_parts = [part for part, quota in quotas.items() if quota < self.counts[part]]
+            for part in rng.permutation(open_parts)[:left].tolist():
+                quotas[part] += 1
+        for part, quota in quotas.items():
+            if quota:
+                yield part, self[part][np.sort(rng.choice(self.counts[part], quota, replace=False))]
 
 
 def count_keys(store: Store, part: int) -> int:

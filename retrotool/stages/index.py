@@ -25,7 +25,14 @@ from retrotool.ann.lists import Ids
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.base import Report, Task, own_first, task_key
-from retrotool.stages.database import count_keys, count_living_keys, embedded_parts, read_part_vectors, searchable_rows
+from retrotool.stages.database import (
+    SearchableRows,
+    count_keys,
+    count_living_keys,
+    embedded_parts,
+    read_part_vectors,
+    searchable_rows,
+)
 from retrotool.stages.drift import ranges
 from retrotool.stages.index_files import (
     check_sum,
@@ -197,7 +204,7 @@ class IndexWorker:
         stage, store = self._stage, self._store
         choice, n = choose_for(store, stage.encoder, stage.wanted)
         tombstones = read_tombstones(store)
-        rows = {part: searchable_rows(store, part, tombstones) for part in embedded_parts(store, stage.encoder)}
+        rows = SearchableRows(store, embedded_parts(store, stage.encoder), tombstones)
         told = _Shares(task.weight, report)
         trained = train(
             store, stage.encoder, rows, choice, memory=stage.wanted.memory, device=self._device, report=told

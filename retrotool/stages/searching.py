@@ -1,8 +1,9 @@
 """Searching an index of a store: candidates from its shards by their codes, ranked by the embeddings themselves.
 
-Shards and embeddings are memory-mapped: what is in memory is what the system keeps of them. Of a shard the lists that
-are probed are read, of the embeddings the candidates' vectors. The operating point, ``nprobe`` lists and ``depth``
-candidates for each 10 neighbours, is the one that the index's record has, unless another is given.
+Shards and embeddings are memory-mapped: what is in memory is what the system keeps of them. Only exact indexes are read
+whole by faiss. Of a shard the lists that are probed are read, of the embeddings the candidates' vectors. The operating
+point, ``nprobe`` lists and ``depth`` candidates for each 10 neighbours, is the one that the index's record has, unless
+another is given.
 """
 
 from __future__ import annotations
@@ -111,11 +112,6 @@ class Database:
         self._allow_missing = allow_missing
         self._trained: Trained | None = None
         self._shards: list[InvertedLists] | None = None
-
-    @property
-    def nprobe(self) -> int:
-        """Lists that a query probes."""
-        return self.point.nprobe
 
     @property
     def vectors_in_log(self) -> int:

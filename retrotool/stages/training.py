@@ -1,14 +1,15 @@
 """Training an index on a random sample of a store's vectors.
 
-The sample is drawn over all parts, from a seed: the first n vectors are of few sources, and lists that fit these serve
-the others badly. It is held as float16, at most half of the memory that was asked for. Then: k-means for the lists, a
-rotation for the residuals, tables for their codes (``retrotool.ann``). Deterministic from the seed on one device.
+The sample is drawn over all parts in proportion, from a seed: the first n vectors are of few sources, and lists that
+fit these serve the others badly. It is held as float16, at most half of the memory that was asked for. Then: k-means
+for the lists, a rotation for the residuals, tables for their codes (``retrotool.ann``). Deterministic from the seed on
+a CPU.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,13 @@ from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError
-from retrotool.stages.database import read_part_vectors
+from retrotool.stages.database import SearchableRows, read_part_vectors
 from retrotool.store import parts
 from retrotool.store.store import Store
 
 if TYPE_CHECKING:
     import torch
 
-Rows = Mapping[int, npt.NDArray[np.int64]]
 _SEED = 0
 _KMEANS_SHARE = 0.8
 _MEASURED = 1 << 14
@@ -93,7 +93,7 @@ def build_seconds(choice: Choice, n: int, sample: int, device: str = "cpu") -> f
 def train(
     store: Store,
     encoder: str,
-    rows: Rows,
+    rows: SearchableRows,
     choice: Choice,
     *,
     memory: int | None = None,
@@ -106,7 +106,7 @@ def train(
         return Training(Trained(choice.d, _whole(choice)), 0)
     import torch
 
-    n = sum(map(len, rows.values()))
+    n = sum(rows.counts.values())
     size = sample_size(n, choice, memory)
     sample = torch.from_numpy(draw_vectors(store, encoder, rows, size)).to(device)
     centroids = kmeans(
@@ -157,20 +157,15 @@ def _code_error(codec: Codec, residuals: torch.Tensor) -> float:
     return float((coded.to(residuals.device) - residuals).square().sum(1).mean())
 
 
-def draw_vectors(store: Store, encoder: str, rows: Rows, size: int) -> npt.NDArray[np.float16]:
+def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) -> npt.NDArray[np.float16]:
     """``size`` searchable vectors, float16, drawn at random over all parts; ``CorruptError`` for one that is not."""
-    sizes = np.array([len(r) for r in rows.values()], np.int64)
-    drawn = np.sort(np.random.default_rng(_SEED).choice(int(sizes.sum()), size, replace=False))
-    ends = np.cumsum(sizes)
-    first = next(iter(rows))
-    sample = np.empty((size, read_part_vectors(store, encoder, first).shape[1]), np.float16)
-    for (part, searchable), end, count in zip(rows.items(), ends, sizes, strict=True):
-        low, high = np.searchsorted(drawn, [end - count, end])
-        if high > low:
-            chosen = searchable[drawn[low:high] - (end - count)]
-            vectors = read_part_vectors(store, encoder, part)[chosen]
-            check_finite(store, vectors, part, chosen)
-            sample[low:high] = vectors
+    sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows))).shape[1]), np.float16)
+    done = 0
+    for part, chosen in rows.draw(size, _SEED):
+        vectors = read_part_vectors(store, encoder, part)[chosen]
+        check_finite(store, vectors, part, chosen)
+        sample[done : done + len(chosen)] = vectors
+        done += len(chosen)
     return sample
 
 

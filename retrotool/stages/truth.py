@@ -21,11 +21,11 @@ from retrotool.ann.lists import OneList
 from retrotool.ann.search import SPARE, Best, Search, nothing_banned, rerank
 from retrotool.stages.base import Report
 from retrotool.stages.database import (
+    SearchableRows,
     document_intervals,
     find_documents,
     may_repeat,
     read_part_vectors,
-    searchable_rows,
 )
 from retrotool.stages.searching import TUNED_K
 from retrotool.store import parts
@@ -74,9 +74,10 @@ def find_truth(
 ) -> Truth:
     """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched."""
     tombstones = read_tombstones(store)
-    rows = {part: searchable_rows(store, part, tombstones) for part in numbers}
-    n = sum(map(len, rows.values()))
-    ids = _draw(rows, min(queries, n))
+    rows = SearchableRows(store, numbers, tombstones)
+    n = sum(rows.counts.values())
+    drawn = [chunk_ids(part, chosen) for part, chosen in rows.draw(min(queries, n), _SEED)]
+    ids = np.concatenate([np.zeros(0, np.int64), *drawn])
     if not len(ids):
         empty = Best(np.zeros((0, DEPTH), np.float32), np.zeros((0, DEPTH), np.int64))
         return Truth(ids, Queries.plain(np.zeros((0, 1), np.float32)), np.zeros(0, object), empty, n)
@@ -97,17 +98,6 @@ def find_truth(
     if best is None:
         best = Best(np.full((len(ids), DEPTH), np.inf, np.float32), np.full((len(ids), DEPTH), -1, np.int64))
     return Truth(ids, asked, _sources(store, ids), best, n, share)
-
-
-def _draw(rows: dict[int, npt.NDArray[np.int64]], size: int) -> Ids:
-    """Random chunk ids, ascending."""
-    ends = np.cumsum([0, *map(len, rows.values())])
-    drawn = np.sort(np.random.default_rng(_SEED).choice(int(ends[-1]), size, replace=False))
-    found = [np.zeros(0, np.int64)]
-    for (part, searchable), low, high in zip(rows.items(), ends, ends[1:], strict=False):
-        mine = drawn[(drawn >= low) & (drawn < high)] - low
-        found.append(chunk_ids(part, searchable[mine]))
-    return np.concatenate(found)
 
 
 def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
