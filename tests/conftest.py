@@ -58,7 +58,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_encoder(tmp_path_factory.mktemp("encoder") / "tiny", seed=0)
 
 
-def make_encoder(path: Path, seed: int) -> Path:
+def make_encoder(path: Path, seed: int, dimension: int = 32) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
@@ -87,8 +87,8 @@ def make_encoder(path: Path, seed: int) -> Path:
     tokenizer.save(str(path / "tokenizer.json"))
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=128,
+        vocab_size=len(vocabulary), hidden_size=dimension, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128,
     )  # fmt: skip
     BertModel(config).eval().save_pretrained(path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,16 @@ class Queries:
     def plain(cls, vectors: npt.NDArray[np.float32]) -> Queries:
         """Queries that may find anything."""
         return cls(vectors, Excluded.nothing(len(vectors)))
+
+    def __len__(self) -> int:
+        """Queries."""
+        return len(self.vectors)
+
+    def blocks(self, rows: int) -> Iterator[Queries]:
+        """The same, at most ``rows`` of them at a time."""
+        for start in range(0, len(self), rows):
+            some = np.arange(start, min(start + rows, len(self)))
+            yield Queries(self.vectors[some], self.excluded.take(some))
 
 
 def mask(scores: torch.Tensor, ids: Ids, excluded: Excluded) -> None:

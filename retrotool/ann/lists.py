@@ -71,6 +71,10 @@ class OneList:
         some = self._vectors if number == 0 else self._vectors[:0]
         return np.ascontiguousarray(some).view(np.uint8)
 
+    def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
+        """Vectors of some of the ids, float16 [n, d]."""
+        return self._vectors[np.searchsorted(self._ids, ids)]
+
 
 class InvertedLists:
     """The lists of one faiss index, and what it is ``trained`` to. Arrays lie in its memory, and are read-only."""
@@ -79,6 +83,8 @@ class InvertedLists:
         import faiss
 
         self.trained = trained
+        self.holds_quantizer = trained.centroids is not None and len(trained.centroids) > 0
+        """Whether the centroids lie in the index itself."""
         self._index = index
         inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
         self._inverted: Any = inner.invlists if trained.centroids is not None else None
@@ -87,11 +93,6 @@ class InvertedLists:
     def __len__(self) -> int:
         """Vectors in all lists."""
         return int(self._index.ntotal)
-
-    @property
-    def holds_quantizer(self) -> bool:
-        """Whether the centroids lie in the index itself."""
-        return self.trained.centroids is not None and len(self.trained.centroids) > 0
 
     @property
     def numbers(self) -> range:
@@ -142,7 +143,7 @@ class InvertedLists:
         """Whether there are as many ids and codes as the index says that it holds."""
         n = len(self)
         if self._inverted is not None:
-            return sum(map(self.size, self.numbers)) == n
+            return int(self._inverted.compute_ntotal()) == n
         return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _ITERATIONS = 8
 _ROTATIONS = 4
 _ROTATION_ROWS = 1 << 14
+_CROSS_ROWS = 1 << 10
 _MOVED = 1 / 64
 """By how much, relatively, the centroid of a single vector's piece is moved."""
 SAMPLE = 1 << 15
@@ -57,16 +58,20 @@ def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) ->
     table = _improve(rotated, _first(rotated, pieces, seed), _ITERATIONS // 2)
     for _ in range(_ROTATIONS):
         coded = _decode(encode_pieces(rotated, table), table)
-        left, _, right = torch.linalg.svd(coded.T.double() @ sample.double(), full_matrices=False)
+        left, _, right = torch.linalg.svd(_cross(coded, sample), full_matrices=False)
+        del coded
         rotation = torch.matmul(left, right).float()
         rotated = sample @ rotation.T
         table = _improve(rotated, table, 1)
     return rotation
 
 
-def error_of(rows: torch.Tensor, table: torch.Tensor) -> float:
-    """Mean squared distance of float32 [n, d] to what their codes stand for."""
-    return float((_decode(encode_pieces(rows, table), table) - rows).square().sum(1).mean())
+def _cross(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """oneᵀ · other, float64 [d, d'], of float32 [n, d] and [n, d'], in blocks: float64 takes twice the memory."""
+    import torch
+
+    blocks = zip(torch.split(one, _CROSS_ROWS), torch.split(other, _CROSS_ROWS), strict=True)
+    return sum((a.T.double() @ b.double() for a, b in blocks), start=one.new_zeros((), dtype=torch.float64))
 
 
 def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
@@ -78,8 +83,8 @@ def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
         random = torch.randn(rows.shape[1], rows.shape[1], generator=generator, dtype=torch.float64)
         turned: torch.Tensor = torch.linalg.qr(random)[0]
         return turned[:d].float().to(rows.device)
-    centred = (rows - rows.mean(0)).double()
-    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    mean = rows.mean(0, dtype=torch.float64)
+    variances, directions = torch.linalg.eigh(_cross(rows, rows) / len(rows) - torch.outer(mean, mean))
     order = torch.argsort(variances, descending=True)[:d].tolist()
     room = [d // pieces] * pieces
     weight = [0.0] * pieces

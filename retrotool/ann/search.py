@@ -10,7 +10,8 @@ Against searching query by query this turns matrix–vector into matrix–matrix
 What a query must not find is masked before the best are taken. Its own document is an interval of chunk ids, and ids
 ascend in a list, so that is an interval of columns, found by binary search.
 
-Memory: queries twice, candidates, one list as vectors, and ``ENTRIES`` distances.
+Memory: queries twice, candidates, and ``room`` bytes for distances and the vectors of lists. What it is not enough for
+is done in more steps.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from retrotool.ann.trained import Floats, Trained
 if TYPE_CHECKING:
     import torch
 
-ENTRIES = 1 << 24
+ROOM = 1 << 27
+"""Bytes for distances and decoded vectors: with more it gets no faster."""
 _COLUMNS = 1 << 14
 _PAIRS = 1 << 9
 SPARE = 8
@@ -53,6 +55,10 @@ class Best:
     distances: npt.NDArray[np.float32]
     ids: Ids
 
+    def take(self, rows: slice) -> Best:
+        """The same for some of the queries."""
+        return Best(self.distances[rows], self.ids[rows])
+
 
 def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
     """Ban no id."""
@@ -63,7 +69,7 @@ class Search:
     """A search of some queries through the shards of one index, for ``depth`` candidates each.
 
     ``precise``: products in float64, twice the time, for a truth that others are held against. ``device`` does the
-    products and finds the best; lists are decoded on the CPU.
+    products and finds the best; lists are decoded on the CPU. ``room``: bytes for distances and decoded vectors.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class Search:
         *,
         precise: bool = False,
         device: str = "cpu",
+        room: int = ROOM,
     ) -> None:
         import torch
 
@@ -89,13 +96,14 @@ class Search:
         self._rotated = rotated
         self._shift: Any = None if trained.centroids is None else torch.from_numpy(trained.centroids).mean(0)
         q = len(rotated)
+        # A truth is sought once, in twice the memory a distance: fewer queries at a time cost little there.
+        self._entries = room // 8 // (4 if precise else 1)
+        self._columns = max(1, min(_COLUMNS, room // 2 // (trained.codec.d * (12 if precise else 4))))
         self._scores = torch.full((q, depth), torch.inf, dtype=self._dtype, device=self._device)
         self._ids = np.full((q, depth), -1, np.int64)
 
     def add(self, shard: Lists) -> None:
         """Take in what the queries find in a shard."""
-        import torch
-
         if self._shift is None:
             self._shift = _mean(shard)
         self._wanted = (self._rotated - self._shift.to(self._device)).to(self._dtype)
@@ -105,9 +113,8 @@ class Search:
         for size, (_, rows) in zip(sizes, self._groups, strict=True):
             width[rows] += size
         self.scanned += int(width.sum())
-        widest = max(1, min(int(width.max(initial=0)), _COLUMNS))
-        # A truth is sought once, in twice the memory a distance: fewer queries at a time cost little there.
-        block = max(1, (ENTRIES // 4 if self._dtype == torch.float64 else ENTRIES) // widest)
+        widest = max(1, min(int(width.max(initial=0)), self._columns))
+        block = max(1, self._entries // widest)
         for start in range(0, len(width), block):
             self._add_block(shard, start, min(start + block, len(width)), widest)
 
@@ -120,8 +127,8 @@ class Search:
                 continue
             ids = shard.ids(number)
             banned = self._banned(ids)
-            for low in range(0, n, _COLUMNS):
-                part = slice(low, min(low + _COLUMNS, n))
+            for low in range(0, n, self._columns):
+                part = slice(low, min(low + self._columns, n))
                 if not found.has_room(some - start, part.stop - part.start):
                     self._keep(found, start, stop)
                 scores = self._distances(shard, number, part, some)
@@ -172,18 +179,14 @@ class _Round:
         self._segments: list[tuple[Ids, Ids, Ids]] = []  # queries, their first column, ids
 
     def has_room(self, rows: Ids, n: int) -> bool:
-        """Whether ``n`` more distances fit for all of ``rows``, or there are none yet."""
-        return not self._segments or int(self._used[rows].max()) + n <= self._scores.shape[1]
+        """Whether ``n`` more distances fit for all of ``rows``."""
+        return int(self._used[rows].max()) + n <= self._scores.shape[1]
 
     def put(self, rows: Ids, scores: torch.Tensor, ids: Ids) -> None:
         """Add distances [rows, n] of ``ids`` [n]."""
         import torch
 
         n, width = len(ids), self._scores.shape[1]
-        if n > width:
-            wider = torch.full((len(self._scores), n), torch.inf, dtype=self._scores.dtype, device=self._scores.device)
-            wider[:, :width] = self._scores
-            self._scores, width = wider, n
         first = self._used[rows]
         if len(rows) == len(self._scores) and not first.any():
             self._scores[:, :n] = scores

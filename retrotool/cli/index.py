@@ -11,7 +11,8 @@ from retrotool.cli.options import EncoderOption, Json, StoreArgument, parse_shar
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.commands.indexing import Dropped, IndexResult, Planned
+    from retrotool.commands.index_result import IndexResult
+    from retrotool.commands.indexing import Dropped, Planned
     from retrotool.stages.recall import Recall
 
 EPILOG = """\b
@@ -36,10 +37,15 @@ def command(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the index.  [default: the default index, else main]")
     ] = None,
-    target_recall: Annotated[float, typer.Option(metavar="R", help="Share of the true 10 nearest to find.")] = 0.95,
+    target_recall: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R", help="Share of the true 10 nearest to find.  [default: what the index has, else 0.95]"
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="What search may hold, and training: longer codes, or shorter ones."),
+        typer.Option(metavar="SIZE", help="What search may hold, and building: longer codes, or shorter ones."),
     ] = None,
     nlist: Annotated[int | None, typer.Option(metavar="N", min=0, help="Lists; 0: exact search.")] = None,
     code: Annotated[
@@ -97,22 +103,28 @@ def command(
         from retrotool.ann.choice import Wanted
         from retrotool.commands import indexing
 
+        other = {"tune": tune, "retrain": retrain, "merge": merge, "mend": mend, "default": default}
+        building = {
+            "nlist": nlist, "code": code, "factory": factory, "shard_size": shard_size, "shard": shard,
+            "encoder": encoder,
+        }  # fmt: skip
         if drop:
-            _refuse("--drop", tune=tune, evaluate=evaluate, retrain=retrain, merge=merge, mend=mend, default=default)
+            _refuse("--drop", evaluate=evaluate, **other, target_recall=target_recall, memory=memory, **building)
             if name is None:
                 raise UsageError("--drop takes an index away for good", "Say which, with --name.")
             output.show(indexing.drop(store, name=name), as_json, _dropped)
             return
-        if evaluate:
-            _refuse("--evaluate", tune=tune, retrain=retrain, merge=merge, mend=mend, default=default)
-            output.show(indexing.evaluate(store, name=name, queries=queries, devices=devices), as_json, _text)
-            return
         size = None if memory is None else parse_size("--memory", memory)
-        wanted = Wanted(target_recall, size, nlist, code, factory)
+        if evaluate:
+            _refuse("--evaluate", **other, target_recall=target_recall, **building)
+            found = indexing.evaluate(store, name=name, queries=queries, devices=devices, memory=size)
+            output.show(found, as_json, _text)
+            return
+        wanted = Wanted(memory=size, nlist=nlist, code=code, factory=factory)
         options = indexing.Options(
             wanted, shard_size, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default
         )
-        planned = indexing.estimate(store, name=name, encoder=encoder, wanted=wanted, retrain=retrain)
+        planned = indexing.estimate(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         if planned is not None and planned.choice.nlist and not as_json:
             output.note(_planned(planned))
         result = commands.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
@@ -122,9 +134,9 @@ def command(
             output.note("\n".join(f"  {command}" for command in result.next))
 
 
-def _refuse(option: str, **others: bool) -> None:
+def _refuse(option: str, **others: object) -> None:
     """``UsageError`` if an option is given with others that it has nothing to do with."""
-    given = [f"--{name}" for name, on in others.items() if on]
+    given = [f"--{name.replace('_', '-')}" for name, on in others.items() if on not in (None, False)]
     if given:
         raise UsageError(f"{option} and {given[0]} are two things to do", "Give one of them.")
 

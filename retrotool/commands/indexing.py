@@ -14,28 +14,27 @@ from tqdm import tqdm
 
 from retrotool import engine, interrupts
 from retrotool.ann.choice import Choice, Wanted, parse_factory
-from retrotool.commands.counting import command_line, embed_command
+from retrotool.commands.index_result import IndexResult, describe
 from retrotool.commands.measuring import measure_until_committed
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_devices
 from retrotool.errors import UsageError
-from retrotool.stages.chunk_plan import read_json
-from retrotool.stages.database import count_left, embedded_parts, pick_encoder
-from retrotool.stages.drift import Drift, drift, trained_on
+from retrotool.stages.database import embedded_parts, pick_encoder
+from retrotool.stages.drift import trained_on
 from retrotool.stages.index import IndexStage, choose_for
 from retrotool.stages.index_files import (
-    PAGE,
-    RECALL,
+    DEFAULT,
     broken_shards,
+    default_index,
     encoder_of,
     generation_of,
+    held_vectors,
     index_key,
     read_trained,
     shards,
     trained_entry,
 )
-from retrotool.stages.recall import Recall
-from retrotool.stages.searching import DEFAULT
+from retrotool.stages.searching import pick_index
 from retrotool.stages.training import build_seconds, sample_size
 from retrotool.stages.truth import QUERIES
 from retrotool.store import claims
@@ -44,60 +43,8 @@ from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
 
 _POLL_SECONDS = 1.0
-_SHOWN = (
-    "encoder", "kind", "factory", "why", "vectors", "nlist", "nprobe", "depth", "target", "holds", "bytes_per_vector",
-    "trained_bytes", "recall_at_1", "recall_at_10", "recall_at_100", "recall_error", "queries", "share", "rate", "due",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class IndexResult:
-    """What ``index`` made.
-
-    In memory a vector takes ``bytes_per_vector``, its code and id, and all of them ``trained_bytes`` besides; a re-rank
-    reads the embeddings, ``embedding_bytes`` on the disk. ``added`` vectors are of this run. ``curve`` is what was
-    measured, ``groups`` the recall@10 by source. ``due`` says why to train anew; "": there is no reason. ``elsewhere``
-    shards are left to other runs. ``not_embedded`` keys are in no shard, for they have no embeddings; ``next`` are
-    the commands that change that.
-    """
-
-    name: str
-    encoder: str
-    kind: str
-    factory: str
-    why: str
-    vectors: int
-    added: int
-    shards: int
-    nlist: int
-    nprobe: int
-    depth: int
-    target: float
-    holds: bool
-    bytes_per_vector: int
-    trained_bytes: int
-    index_bytes: int
-    embedding_bytes: int
-    recall_at_1: float
-    recall_at_10: float
-    recall_at_100: float
-    recall_error: float
-    queries: int
-    share: float
-    rate: float
-    commit: int
-    page: str = ""
-    due: str = ""
-    retrain: str = ""
-    drift: Drift | None = None
-    curve: tuple[Recall, ...] = ()
-    groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
-    elsewhere: int = 0
-    not_embedded: int = 0
-    next: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,25 +88,28 @@ def index(
     *,
     name: str | None = None,
     encoder: str | None = None,
-    target_recall: float = 0.95,
+    target_recall: float | None = None,
     options: Options | None = None,
-    stage: IndexStage | None = None,
 ) -> IndexResult:
-    """Index every part that has embeddings and is in no shard, and measure the recall."""
+    """Index every part that has embeddings and is in no shard, and measure the recall.
+
+    ``target_recall`` None: what the index has, 0.95 for a new one.
+    """
     options = options or Options()
-    wanted = _checked(options, target_recall)
+    _check(options, target_recall)
     store = Store.open(root)
-    name = default_name(store) if name is None else name
+    name = default_index(store.state) if name is None else name
     check_name(name, "--name")
+    wanted = _wanted(store, name, options, target_recall)
     chosen = pick_encoder(store, encoder or encoder_of(store, name))
     generation = generation_of(store.state, name)
     generation += options.retrain and trained_entry(store.state, name) is not None
     devices = find_devices(options.devices)
-    stage = stage or IndexStage(
+    stage = IndexStage(
         name, chosen, wanted, generation, options.shard_rows, tuple(devices), options.shard, options.merge,
         trained=not options.retrain and trained_entry(store.state, name) is not None,
     )  # fmt: skip
-    before = 0 if options.retrain else _count(store.state, name, generation)
+    before = 0 if options.retrain else held_vectors(store.state, name, generation)
     with writing(store) as run:
         if options.retrain:
             _forget_other(store, run, stage)
@@ -173,31 +123,37 @@ def index(
         record = store.state.records.get(index_key(name))
         current = sorted(shards(store.state, name, generation))
         made = {
-            "shards": current, "vectors": _count(store.state, name, generation), "target": target_recall,
+            "shards": current, "vectors": held_vectors(store.state, name, generation), "target": wanted.target,
             "generation": generation,
         }  # fmt: skip
         if not elsewhere and (record is None or options.tune or any(record[key] != made[key] for key in made)):
             measure_until_committed(
-                store, run, name, generation, target_recall, queries=options.queries, device=devices[0]
-            )
+                store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
+                memory=wanted.memory,
+            )  # fmt: skip
         if options.default and store.refresh().records.get(DEFAULT) != name and index_key(name) in store.state.records:
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
     return describe(store, root, name, before=before, elsewhere=elsewhere)
 
 
 def evaluate(
-    root: str | Path, *, name: str | None = None, queries: int = QUERIES, devices: str = "auto"
+    root: str | Path,
+    *,
+    name: str | None = None,
+    queries: int = QUERIES,
+    devices: str = "auto",
+    memory: int | None = None,
 ) -> IndexResult:
     """Measure the recall of an index at its operating point, which stays; nothing is built."""
     store = Store.open(root)
-    name = default_name(store) if name is None else name
-    record = store.state.records.get(index_key(name))
-    if record is None:
-        raise _no_index(store, name)
+    name = pick_index(store, name)
+    record = store.state.records[index_key(name)]
     with writing(store) as run:
         generation, target = generation_of(store.state, name), float(record["target"])
         device = find_devices(devices)[0]
-        measure_until_committed(store, run, name, generation, target, queries=queries, keep=True, device=device)
+        measure_until_committed(
+            store, run, name, generation, target, queries=queries, keep=True, device=device, memory=memory
+        )
     return describe(store, root, name)
 
 
@@ -222,48 +178,52 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
 
 
-def default_name(store: Store) -> str:
-    """The index that is meant where none is named."""
-    return str(store.state.records.get(DEFAULT, "main"))
-
-
 def estimate(
-    root: str | Path, *, name: str | None, encoder: str | None, wanted: Wanted, retrain: bool = False
+    root: str | Path, *, name: str | None, encoder: str | None, target_recall: float | None, options: Options
 ) -> Planned | None:
     """What ``index`` would train; None if it is trained already."""
     store = Store.open(root)
-    name = default_name(store) if name is None else name
-    if trained_entry(store.state, name) is not None and not retrain:
+    name = default_index(store.state) if name is None else name
+    if trained_entry(store.state, name) is not None and not options.retrain:
         return None
+    wanted = _wanted(store, name, options, target_recall)
     choice, n = choose_for(store, pick_encoder(store, encoder or encoder_of(store, name)), wanted)
     return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory)) if choice.nlist else 0.0)
 
 
-def _checked(options: Options, target: float) -> Wanted:
-    if not 0 < target <= 1:
+def _wanted(store: Store, name: str, options: Options, target: float | None) -> Wanted:
+    """What is wanted of an index: what is said, else what was said of the one that it has."""
+    wanted = options.wanted
+    if target is None:
+        target = float(store.state.records.get(index_key(name), {}).get("target", wanted.target))
+    trained = trained_entry(store.state, name)
+    before = (trained.about or {})["asked"] if trained is not None and options.retrain else {}
+    if wanted.factory is None and wanted.nlist is None and wanted.code is None:
+        wanted = replace(wanted, factory=before.get("factory"), nlist=before.get("nlist"), code=before.get("code"))
+    return replace(wanted, target=target, memory=before.get("memory") if wanted.memory is None else wanted.memory)
+
+
+def _check(options: Options, target: float | None) -> None:
+    """``UsageError`` for values that can't be, or not together."""
+    if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
         raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
-    if options.retrain:
-        for option in ("merge", "mend"):
-            if getattr(options, option):
-                raise UsageError(f"--{option} and --retrain are two things to do", "Give one of them.")
-        if options.shard is not None:
-            raise UsageError(
-                "--retrain is for one run: each job would train anew",
-                "On several GPUs of a machine: --devices. On several machines: a new --name, with --shard.",
-            )
-    wanted = options.wanted
-    return Wanted(target, wanted.memory, wanted.nlist, wanted.code, wanted.factory)
+    if not options.retrain:
+        return
+    for option in ("merge", "mend"):
+        if getattr(options, option):
+            raise UsageError(f"--{option} and --retrain are two things to do", "Give one of them.")
+    if options.shard is not None:
+        raise UsageError(
+            "--retrain is for one run: each job would train anew",
+            "On several GPUs of a machine: --devices. On several machines: a new --name, with --shard.",
+        )
 
 
 def _no_index(store: Store, name: str) -> UsageError:
     have = ", ".join(store.state.names("index"))
     return UsageError(f"the store {store.root} has no index {name!r}; it has: {have or 'none'}")
-
-
-def _count(state: State, name: str, generation: int) -> int:
-    return sum(entry.rows for entry in shards(state, name, generation).values())
 
 
 def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
@@ -328,39 +288,3 @@ def _elsewhere(stage: IndexStage, store: Store, run: Run) -> int:
     store.refresh()
     held = claims.held(store.root, run.id)
     return sum(task.key in held for task in stage.plan(store))
-
-
-def describe(
-    store: Store, root: str | Path, name: str, *, before: int | None = None, elsewhere: int = 0
-) -> IndexResult:
-    """The result for an index as it is now."""
-    state = store.refresh()
-    record = state.records.get(index_key(name))
-    generation = generation_of(state, name)
-    encoder = encoder_of(store, name) or ""
-    entries = shards(state, name)
-    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store)) if encoder else 0
-    todo = (embed_command(store, root, encoder), command_line("index", root, name=name)) if left else ()
-    measured, page = state.file("index", RECALL, name), state.file("index", PAGE, name)
-    content = read_json(store, measured) if measured is not None else {}
-    about = (entry.about or {}) if (entry := trained_entry(state, name)) is not None else {}
-    shown: dict[str, Any] = dict.fromkeys(_SHOWN, 0) | {
-        "due": "",
-        "kind": "not measured yet",
-        "encoder": encoder,
-        "holds": False,
-    }
-    shown |= {key: about.get(key, "") for key in ("factory", "why")}
-    shown |= {key: record[key] for key in _SHOWN} if record is not None else {}
-    embedded = (state.part_file("embeddings", part, encoder) for part in embedded_parts(store, encoder))
-    now = _count(state, name, generation)
-    return IndexResult(
-        name=name, added=0 if before is None else now - before, shards=len(entries),
-        index_bytes=sum(entry.bytes for entry in entries.values()),
-        embedding_bytes=sum(entry.bytes for entry in embedded if entry is not None), commit=state.number,
-        page=str(Path(root) / page.path) if page is not None else "", drift=drift(state, name),
-        retrain=f"{command_line('index', root, name=name)} --retrain",
-        curve=tuple(Recall(**point) for point in content.get("curve", ())),
-        groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
-        elsewhere=elsewhere, not_embedded=left, next=todo, **{**shown, "vectors": now},
-    )  # fmt: skip

@@ -14,6 +14,7 @@ from retrotool import interrupts
 from retrotool.ann.choice import parse_factory
 from retrotool.commands.recall_page import page
 from retrotool.errors import CorruptError, ErasedError
+from retrotool.memory import give_back
 from retrotool.stages.chunk_plan import write_json
 from retrotool.stages.drift import Drift, drift, trained_on
 from retrotool.stages.index import superseded
@@ -28,8 +29,8 @@ from retrotool.stages.index_files import (
     shards,
     trained_entry,
 )
-from retrotool.stages.recall import Measurement, measure
-from retrotool.stages.searching import Point, Vectors
+from retrotool.stages.recall import Measurement, Searched, measure
+from retrotool.stages.searching import Point, Vectors, room_in
 from retrotool.stages.truth import QUERIES, find_truth
 from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
@@ -52,18 +53,19 @@ def measure_until_committed(
     queries: int = QUERIES,
     keep: bool = False,
     device: str = "cpu",
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Measure a generation of an index and commit its record, which makes that the current one.
 
     Again if another process has changed the shards, or erased what was read, meanwhile. ``keep``: at the operating
-    point that the record has, which stays.
+    point that the record has, which stays. ``memory``: bytes, if not those that it was trained in.
     """
     while True:
         if trained_entry(store.state, name, generation) is None:
             raise superseded(name)
         reads = _reads(store.state, name, generation)
         try:
-            return _measure(store, run, name, generation, target, queries, keep, device)
+            return _measure(store, run, name, generation, target, queries, keep, device, memory)
         except (_ChangedError, ErasedError):
             store.refresh()
         except CorruptError:
@@ -91,11 +93,21 @@ def _reads(state: State, name: str, generation: int) -> list[str]:
 
 
 def _measure(
-    store: Store, run: Run, name: str, generation: int, target: float, queries: int, keep: bool, device: str
+    store: Store,
+    run: Run,
+    name: str,
+    generation: int,
+    target: float,
+    queries: int,
+    keep: bool,
+    device: str,
+    memory: int | None,
 ) -> dict[str, Any]:
     trained_file, trained = read_trained(store, name, generation)
     entries = shards(store.state, name, generation)
-    encoder = str((trained_file.about or {})["encoder"])
+    about = trained_file.about or {}
+    encoder = str(about["encoder"])
+    room = room_in(about["asked"].get("memory") if memory is None else memory)
     opened = list(read_shards(store, name, trained, generation=generation))
     numbers = held_parts(store.state, name, generation)
     record = store.state.records.get(index_key(name), {})
@@ -106,12 +118,13 @@ def _measure(
             interrupts.check()
             bar.update(n)
 
-        truth = find_truth(store, encoder, numbers, told, queries=queries, device=device)
+        truth = find_truth(store, encoder, numbers, told, queries=queries, device=device, room=room)
+    give_back()
     with tqdm(unit="point", desc="recall", disable=None, delay=2, file=sys.stderr) as bar:
         found = measure(
-            truth, trained, opened, Vectors(store, encoder), read_tombstones(store).contains, target, at=at,
+            truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
             groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
-            report=bar.update, device=device,
+            report=bar.update, device=device, room=room,
         )  # fmt: skip
     moved = drift(store.state, name, generation)
     record = _record(generation, trained_file, entries, found, moved, target)

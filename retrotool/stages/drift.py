@@ -1,21 +1,24 @@
 """Whether vectors that were added since an index was trained still fit its training.
 
-Each shard says in the log how far its vectors are from their centroids and codes, on average, and how uneven its lists
-are. Shards of parts that the training saw are held against those that it did not see. Nothing is read but the log.
+Each shard says in the log how far the vectors of each of its parts are from their centroids and codes, on average, and
+how uneven its lists are. Parts that the training saw are held against those that it did not see. Nothing is read but
+the log.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from retrotool.stages.index_files import parts_of, shards, trained_entry
+from retrotool.stages.index_files import fit_of, parts_of, shards, trained_entry
 from retrotool.store.atomic import FileEntry
 from retrotool.store.state import State
 
+Fits = npt.NDArray[np.float64]
+"""Vectors of parts, and their mean squared distances to centroids and to codes, [n, 3]."""
 _WORSE = 1.15
 """A squared distance so many times that of the training: lists or codes are of other text."""
 _UNEVEN = 2.0
@@ -65,15 +68,16 @@ def drift(state: State, name: str, generation: int | None = None) -> Drift:
     if entry is None:
         return Drift(0, vectors)
     about, seen = entry.about or {}, trained_on(entry)
-    old = [one for one in entries if seen.issuperset(parts_of(one))]
-    new = [one for one in entries if not seen.issuperset(parts_of(one))]
-    added = sum(one.rows for one in new)
-    grown = vectors / about["vectors"] if about.get("vectors") else 1.0
-    if not _measured(entries):  # exact: nothing to fit
-        return Drift(added, vectors, grown=grown)
-    error, code_error = (_ratio(old, new, about, key) for key in ("error", "code_error"))
-    found = Drift(added, vectors, error, code_error, _mean(entries, "imbalance"), grown)
-    return replace(found, due=_due(found, float(about.get("imbalance", 1.0))))
+    fits = [(part in seen, *fit) for one in entries for part, fit in zip(parts_of(one), fit_of(one), strict=True)]
+    table = np.array(fits, np.float64).reshape(-1, 4)
+    old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]
+    error, code_error = (
+        _ratio(old, new, column, float(about[key])) for column, key in ((1, "error"), (2, "code_error"))
+    )
+    grown = vectors / about["vectors"] if about["vectors"] else 1.0
+    found = Drift(int(new[:, 0].sum()), vectors, error, code_error, _imbalance(entries), grown)
+    # An exact index has nothing to fit.
+    return replace(found, due=_due(found, float(about["imbalance"]))) if float(about["error"]) else found
 
 
 def _due(found: Drift, imbalance: float) -> str:
@@ -90,19 +94,14 @@ def _due(found: Drift, imbalance: float) -> str:
     return ""
 
 
-def _measured(entries: Iterable[FileEntry]) -> bool:
-    return any("error" in (entry.about or {}) for entry in entries)
-
-
-def _mean(entries: Sequence[FileEntry], key: str) -> float:
-    """The mean over the vectors of some shards."""
-    known = [
-        (float(entry.about[key]), entry.rows) for entry in entries if entry.about and key in entry.about and entry.rows
-    ]
+def _imbalance(entries: Sequence[FileEntry]) -> float:
+    """That of shards, each counted by its vectors."""
+    known = [(float(about["imbalance"]), one.rows) for one in entries if "imbalance" in (about := one.about or {})]
+    known = [(value, rows) for value, rows in known if rows]
     return float(np.average([v for v, _ in known], weights=[n for _, n in known])) if known else 1.0
 
 
-def _ratio(old: Sequence[FileEntry], new: Sequence[FileEntry], about: Mapping[str, Any], key: str) -> float:
-    """How many times as large it is for ``new`` as for parts that the training saw, or its sample, which fits best."""
-    before = _mean(old, key) if _measured(old) else float(about.get(key, 0.0))
-    return _mean(new, key) / before if before and _measured(new) else 1.0
+def _ratio(old: Fits, new: Fits, column: int, sample: float) -> float:
+    """How many times as large it is for ``new`` as for ``old``; without these, as for the training's sample."""
+    before = np.average(old[:, column], weights=old[:, 0]) if old[:, 0].sum() else sample
+    return float(np.average(new[:, column], weights=new[:, 0]) / before) if before and new[:, 0].sum() else 1.0

@@ -7,7 +7,8 @@ the same training; ``merge`` joins those of a window. Which index it is is chose
 
 The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
 
-Memory: the sample while training; the codes of one shard, twice, while it is written. Vectors are read in blocks.
+Memory: the sample while training; the codes of one shard, twice, and 32 bytes a vector while it is written. Vectors are
+read in blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from retrotool.ann.choice import Choice, Wanted, choose
 from retrotool.ann.lists import Ids
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.errors import ConflictError, UsageError
+from retrotool.memory import give_back
 from retrotool.stages.base import Report, Task, own_first, task_key
 from retrotool.stages.database import (
     SearchableRows,
@@ -37,6 +39,7 @@ from retrotool.stages.drift import ranges
 from retrotool.stages.index_files import (
     check_sum,
     encoder_of,
+    fit_of,
     free_slot,
     held_parts,
     index_key,
@@ -180,7 +183,7 @@ def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]
 def default_shard_rows(choice: Choice, memory: int | None) -> int:
     """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
     rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
-    return rows if memory is None else max(1, min(rows, memory // (4 * choice.bytes_per_vector)))
+    return rows if memory is None else max(1, min(rows, memory // (6 * choice.bytes_per_vector)))
 
 
 class IndexWorker:
@@ -194,11 +197,14 @@ class IndexWorker:
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Do one task."""
         self._store.refresh()
-        if task.inputs.get("train"):
-            return self._train(task, run, report)
-        if "merge" in task.inputs:
-            return self._merge(task, run, report)
-        return self._write_shard(task, run, report)
+        try:
+            if task.inputs.get("train"):
+                return self._train(task, run, report)
+            if "merge" in task.inputs:
+                return self._merge(task, run, report)
+            return self._write_shard(task, run, report)
+        finally:
+            give_back()
 
     def _train(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
@@ -214,7 +220,8 @@ class IndexWorker:
         about = {
             "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
             "trained_parts": ranges(list(rows)),
-            "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory), **trained.about(),
+            "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory),
+            "asked": _asked(stage.wanted), **trained.about(),
         }  # fmt: skip
         name = FileName.new(run, "index", slot, "faiss", stage.index)
         entry = write_index(store.root, to_faiss(trained.trained), name, about)
@@ -225,11 +232,12 @@ class IndexWorker:
         stage, store = self._stage, self._store
         entry, trained = read_trained(store, stage.index, stage.generation)
         tombstones = read_tombstones(store)
-        coded = _Coded(trained, self._device)
-        for part in task.inputs["parts"]:
+        numbers = list(task.inputs["parts"])
+        coded = _Coded(trained, self._device, sum(count_keys(store, part) for part in numbers))
+        for part in numbers:
             coded.add_part(store, stage.encoder, part, tombstones, report)
         slot = task.inputs["slot"]
-        written = self._write(run, slot, *coded.all(), trained, {"parts": list(task.inputs["parts"]), **coded.about()})
+        written = self._write(run, slot, *coded.all(), trained, {"parts": numbers, "fit": coded.fit})
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
         replaced = task.inputs.get("replaces")
@@ -248,6 +256,8 @@ class IndexWorker:
         quantizer = 0 if trained.centroids is None else trained.centroids.nbytes
         index = to_faiss(trained, quantizer=quantizer <= QUANTIZER_SHARE * (codes.nbytes + ids.nbytes))
         lists.fill(index, numbers, ids, codes)
+        if trained.nlist:
+            about = {**about, "imbalance": _imbalance(numbers, trained.nlist)}
         return write_index(self._store.root, index, FileName.new(run, "index", slot, "faiss", self._stage.index), about)
 
     def _merge(self, task: Task, run: str, report: Report) -> Staged:
@@ -272,6 +282,12 @@ class IndexWorker:
         return Staged(task.key, "index", run, settings, old, (written,), old)
 
 
+def _asked(wanted: Wanted) -> dict[str, Any]:
+    """What a person asked for, which holds for the next training, too."""
+    said = {"memory": wanted.memory, "nlist": wanted.nlist, "code": wanted.code, "factory": wanted.factory}
+    return {key: value for key, value in said.items() if value is not None}
+
+
 class _Shares:
     """Turns shares of the work into whole chunks that sum up to ``total``."""
 
@@ -292,13 +308,15 @@ class _Shares:
 
 
 class _Coded:
-    """Lists, ids and codes of some parts, and how well the training fits them."""
+    """Lists, ids and codes of up to ``most`` vectors of some parts, and how well the training fits each part."""
 
-    def __init__(self, trained: Trained, device: str) -> None:
-        self._trained, self._device = trained, device
-        self._numbers, self._ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        self._codes = [np.zeros((0, trained.codec.size), np.uint8)]
-        self._error = self._code_error = 0.0
+    def __init__(self, trained: Trained, device: str, most: int) -> None:
+        self._trained, self._device, self._n = trained, device, 0
+        self._numbers, self._ids = np.empty(most, np.int64), np.empty(most, np.int64)
+        self._codes = np.empty((most, trained.codec.size), np.uint8)
+        self.fit: list[list[float]] = []
+        """Vectors of each part, and their mean squared distances to their centroids and, of residuals, to their codes.
+        """
 
     def add_part(self, store: Store, encoder: str, part: int, tombstones: Tombstones, report: Report) -> None:
         """Code the searchable vectors of a part."""
@@ -307,42 +325,36 @@ class _Coded:
         searchable = searchable_rows(store, part, tombstones)
         vectors = read_part_vectors(store, encoder, part)
         block = _BLOCK_ROWS[self._device.split(":")[0]]
+        errors = np.zeros(2)
         for start in range(0, len(searchable), block):
             rows = searchable[start : start + block]
             some = vectors[rows]
             check_finite(store, some, part, rows)
-            numbers, codes, error, code_error = self._trained.encode(torch.from_numpy(some).to(self._device).float())
-            self._numbers.append(numbers.cpu().numpy())
-            self._ids.append(parts.chunk_ids(part, rows))
-            self._codes.append(codes.cpu().numpy())
-            self._error += error
-            self._code_error += code_error
+            numbers, codes, *off = self._trained.encode(torch.from_numpy(some).to(self._device).float())
+            place = slice(self._n, self._n + len(rows))
+            self._numbers[place] = numbers.cpu().numpy()
+            self._ids[place] = parts.chunk_ids(part, rows)
+            self._codes[place] = codes.cpu().numpy()
+            self._n += len(rows)
+            errors += off
             report(len(rows))
+        self.fit.append([len(searchable), *(errors / max(len(searchable), 1)).tolist()])
         report(count_keys(store, part) - len(searchable))
 
     def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
         """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
-        return np.concatenate(self._numbers), np.concatenate(self._ids), np.concatenate(self._codes)
+        return self._numbers[: self._n], self._ids[: self._n], self._codes[: self._n]
 
-    def about(self) -> dict[str, Any]:
-        """What the log keeps: mean errors, and the imbalance of the lists."""
-        numbers = np.concatenate(self._numbers)
-        if not len(numbers) or self._trained.nlist == 0:
-            return {}
-        shares = np.bincount(numbers, minlength=self._trained.nlist) / len(numbers)
-        return {
-            "error": self._error / len(numbers),
-            "code_error": self._code_error / len(numbers),
-            "imbalance": round(float(self._trained.nlist * ((shares**2).sum() - 1 / len(numbers))), 3),
-        }
+
+def _imbalance(numbers: Ids, nlist: int) -> float:
+    """How uneven lists are, n·Σ(share of list)², less what chance alone makes of it; 1: all are as long."""
+    if not len(numbers):
+        return 1.0
+    shares = np.bincount(numbers, minlength=nlist) / len(numbers)
+    return round(float(nlist * ((shares**2).sum() - 1 / len(numbers))), 3)
 
 
 def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
-    """What the log keeps of several shards as one: parts, and the means of what was measured."""
-    about: dict[str, Any] = {"parts": sorted(part for entry in entries for part in parts_of(entry))}
-    weights = np.array([entry.rows for entry in entries], np.float64)
-    for key in ("error", "code_error", "imbalance"):
-        values = [(entry.about or {}).get(key) for entry in entries]
-        if weights.sum() and all(value is not None for value in values):
-            about[key] = float(np.average(np.array(values, np.float64), weights=weights))
-    return about
+    """What the log keeps of several shards as one: the parts, ascending, and how well the training fits each."""
+    fits = {part: fit for entry in entries for part, fit in zip(parts_of(entry), fit_of(entry), strict=True)}
+    return {"parts": sorted(fits), "fit": [fits[part] for part in sorted(fits)]}

@@ -31,11 +31,18 @@ from retrotool.store.store import Store
 _SHARD = "shard-"
 RECALL, PAGE = "recall", "recall-curve"
 """Slots of what was measured, as JSON and as a page to look at."""
+DEFAULT = "default_index"
+"""Key of the record that names the index to take where none is named."""
 
 
 def index_key(name: str) -> str:
     """Key of an index's record."""
     return f"index:{name}"
+
+
+def default_index(state: State) -> str:
+    """The index that is meant where none is named."""
+    return str(state.records.get(DEFAULT, "main"))
 
 
 def generation_of(state: State, name: str) -> int:
@@ -61,6 +68,11 @@ def shards(state: State, name: str, generation: int | None = None) -> dict[str, 
     return {slot: entry for slot, entry in all_shards(state, name).items() if generation_in(slot) == current}
 
 
+def held_vectors(state: State, name: str, generation: int | None = None) -> int:
+    """Vectors in the shards of an index."""
+    return sum(entry.rows for entry in shards(state, name, generation).values())
+
+
 def all_shards(state: State, name: str) -> dict[str, FileEntry]:
     """Slot → file of the shards of all generations."""
     group = state.group("index", name)
@@ -77,6 +89,11 @@ def measured_files(state: State, name: str) -> list[str]:
 def parts_of(entry: FileEntry) -> list[int]:
     """Numbers of the parts that a shard holds."""
     return [int(part) for part in (entry.about or {})["parts"]]
+
+
+def fit_of(entry: FileEntry) -> list[list[float]]:
+    """For each part that a shard holds: vectors, and their mean squared distances to centroids and to codes."""
+    return [list(map(float, fit)) for fit in (entry.about or {})["fit"]]
 
 
 def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:

@@ -25,14 +25,16 @@ import numpy.typing as npt
 
 from retrotool.ann.codes import Whole
 from retrotool.ann.lists import Ids, InvertedLists
-from retrotool.ann.search import SPARE, Best, Search, exact_distances
+from retrotool.ann.search import ROOM, SPARE, Best, exact_distances
 from retrotool.ann.trained import Trained
-from retrotool.stages.searching import TUNED_K, Point, Vectors
-from retrotool.stages.truth import DEPTH, Truth
+from retrotool.stages.searching import TUNED_K, Point, Vectors, rows_in, start_search
+from retrotool.stages.truth import DEPTH, Truth, budget_on
 
 Floats = npt.NDArray[np.float64]
 Hits = tuple[Floats, Floats]
 """True neighbours found, and those that there are to find, of each query."""
+Masks = npt.NDArray[np.bool_]
+"""Which of a sample's truth was found, for each query."""
 DEPTHS = (20, 30, 50, 100, 200, 400)
 _RERANK = 16
 """What ranking a candidate by its vector costs, in codes that are gone through."""
@@ -40,6 +42,7 @@ _BEYOND = 2
 _THOROUGH = 0.999
 _Z = 1.96
 _SOURCES = 20
+_KS = (1, TUNED_K, DEPTH)
 _TIE = 16 * float(np.finfo(np.float32).eps)
 """Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
 relatively, for vectors may be short."""
@@ -95,25 +98,25 @@ def probes(nlist: int) -> list[int]:
 
 def measure(
     truth: Truth,
-    trained: Trained,
-    shards: Sequence[InvertedLists],
-    vectors: Vectors,
-    banned: Callable[[Ids], npt.NDArray[np.bool_]],
+    database: Searched,
     target: float,
     *,
     at: Point | None = None,
     groups: Mapping[str, npt.NDArray[np.object_]] | None = None,
     report: Callable[[int], object] = lambda _: None,
     device: str = "cpu",
+    room: int = ROOM,
 ) -> Measurement:
-    """The curve, up to where it is well above ``target``; ``at``: only this point is measured, not chosen."""
-    grid = probes(trained.nlist)
-    depths = (DEPTH + SPARE,) if isinstance(trained.codec, Whole) else DEPTHS
+    """The curve, up to where it is well above ``target``; ``at``: only this point is measured, not chosen.
+
+    ``room``: bytes for each of distances and candidates. ``report`` is told of each ``nprobe``.
+    """
+    whole = isinstance(database.trained.codec, Whole)
+    grid, depths = probes(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
     if at is not None:
         grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
         depths = tuple(sorted({*depths, at.depth}))
-    whole = isinstance(trained.codec, Whole)
-    search = _Curve(truth, trained, shards, vectors, banned, depths, device)
+    search = _Curve(truth, database, depths, device, room)
     curve: list[Recall] = []
     reached = 0
     for nprobe in grid:
@@ -124,7 +127,7 @@ def measure(
         if at is None and reached > (0 if whole else _BEYOND):
             break
     if truth.share < 1:
-        search.thorough(curve[-1].nprobe)
+        search.thorough(curve[-1].nprobe, budget_on(device))
         curve = [search.recall(p.nprobe, p.depth) for p in curve]
     if at is not None:
         chosen = next(p for p in curve if p.nprobe == at.nprobe and (whole or p.depth == at.depth))
@@ -143,94 +146,132 @@ def measure(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What is searched: shards of a training, the vectors that candidates are ranked by, and which ids are banned."""
+
+    trained: Trained
+    shards: Sequence[InvertedLists]
+    vectors: Vectors
+    banned: Callable[[Ids], npt.NDArray[np.bool_]]
+
+
 class _Curve:
     """Searches at one ``nprobe`` after another, and what they found of the truth.
 
-    Where the truth is of a sample, what was found is kept: it is judged when the most thorough search is known.
+    Where the truth is of a sample, it is kept which of it was found: how much there was to find is known when the most
+    thorough search is.
     """
 
-    def __init__(
-        self,
-        truth: Truth,
-        trained: Trained,
-        shards: Sequence[InvertedLists],
-        vectors: Vectors,
-        banned: Callable[[Ids], npt.NDArray[np.bool_]],
-        depths: tuple[int, ...],
-        device: str,
-    ) -> None:
-        self._truth, self._trained, self._shards = truth, trained, shards
-        self._vectors, self._banned, self._depths, self._device = vectors, banned, depths, device
+    def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...], device: str, room: int) -> None:
+        self._truth, self._database, self._depths = truth, database, depths
+        self._device, self._room = device, room
         # An exact index misses nothing, whatever is asked; and all vectors as queries are no sample.
-        self.sampled = trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
-        self._found: dict[tuple[int, int], tuple[Best, Best]] = {}
-        self._hits: dict[tuple[int, int], dict[int, Hits]] = {}
+        self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
+        self._found: dict[tuple[int, int], dict[int, Hits | Masks]] = {}
+        self._nearer = np.zeros(truth.best.ids.shape, np.int64)
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
     def at(self, nprobe: int) -> list[Recall]:
         """All depths at ``nprobe``, the deepest last."""
-        queries = self._truth.queries
-        start = time.perf_counter()
-        search = Search(self._trained, queries, nprobe, max(self._depths), self._banned, device=self._device)
-        for shard in self._shards:
-            search.add(shard)
-        candidates = search.candidates
-        searched = time.perf_counter() - start
-        distances = exact_distances(queries.vectors, candidates, self._vectors)
-        ranked = time.perf_counter() - start - searched
-        q = max(len(queries.vectors), 1)
-        for depth in self._depths:
+        scanned, searched, ranked, deepest = 0, 0.0, 0.0, max(self._depths)
+        judged: dict[tuple[int, int], list[Any]] = {(depth, k): [] for depth in self._depths for k in _KS}
+        nearer = [self._nearer[:0]]
+        first = 0
+        for queries in self._truth.queries.blocks(rows_in(self._room, deepest, self._database.trained.d)):
+            start = time.perf_counter()
+            search = start_search(
+                self._database.trained, self._database.shards, queries, nprobe, deepest, self._database.banned,
+                device=self._device, room=self._room,
+            )  # fmt: skip
+            candidates = search.candidates
+            scanned += search.scanned
+            searched += time.perf_counter() - start
+            start = time.perf_counter()
+            distances = exact_distances(queries.vectors, candidates, self._database.vectors)
+            ranked += time.perf_counter() - start
+            truth = self._truth.best.take(slice(first, first + len(queries)))
+            first += len(queries)
             # A search for 100 ranks ten times as many candidates, see ``Point.depth_for``; here up to the deepest.
-            more = min(depth * DEPTH // TUNED_K, max(self._depths))
-            found = _ranked(distances, candidates, depth), _ranked(distances, candidates, more)
-            if self._truth.share < 1:
-                self._found[nprobe, depth] = found
-            self._hits[nprobe, depth] = self._judge(found)
-            seconds = searched + ranked * depth / max(self._depths)
-            self._cost[nprobe, depth] = search.scanned / q, q / max(seconds, 1e-9)
+            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
+            best = {depth: _ranked(distances, candidates, depth) for depth in {*enough.values()}}
+            for point, blocks in judged.items():
+                blocks.append(self._judge(truth, best[enough[point]], point[1]))
+            nearer.append(_nearer(truth, best[deepest]))
+        if first:
+            self._nearer = np.concatenate(nearer)
+        q = max(first, 1)
+        for depth in self._depths:
+            self._found[nprobe, depth] = {k: _joined(judged[depth, k]) for k in _KS}
+            self._cost[nprobe, depth] = scanned / q, q / max(searched + ranked * depth / deepest, 1e-9)
         return [self.recall(nprobe, depth) for depth in self._depths]
 
-    def thorough(self, nprobe: int) -> None:
-        """Search on with ever more lists than ``nprobe``, until more of them find hardly anything that is nearer."""
-        while nprobe < self._trained.nlist:
+    def thorough(self, nprobe: int, budget: int) -> None:
+        """Search on with ever more lists than ``nprobe``, until more of them find hardly anything that is nearer.
+
+        Or until one more step would cost more than ``budget`` distances. Then more of the truth may count as wanted
+        than is: what is reported is rather too low than too high.
+        """
+        deepest = max(self._depths)
+        while nprobe < self._database.trained.nlist:
+            if 2 * self._cost[nprobe, deepest][0] * len(self._truth) > budget:
+                break
             before = nprobe
-            nprobe = min(2 * nprobe, self._trained.nlist)
+            nprobe = min(2 * nprobe, self._database.trained.nlist)
             self.at(nprobe)
-            self._hits = {point: self._judge(found) for point, found in self._found.items()}
-            if self.recall(before, max(self._depths)).recall_at_10 >= _THOROUGH:
+            if self.recall(before, deepest).recall_at_10 >= _THOROUGH:
                 break
 
     def recall(self, nprobe: int, depth: int) -> Recall:
         """What is known of a point by now."""
-        hits = self._hits[nprobe, depth]
-        (one, _), (ten, error), (hundred, _) = (ratio(*hits[k], sampled=self.sampled) for k in (1, TUNED_K, DEPTH))
+        hits = self._hits_at(nprobe, depth)
+        (one, _), (ten, error), (hundred, _) = (ratio(*hits[k], sampled=self.sampled) for k in _KS)
         return Recall(nprobe, depth, one, ten, hundred, error, *self._cost[nprobe, depth])
 
     def shares(self, point: Recall) -> Hits:
         """True neighbours found, and those that there are to find, of the 10 nearest of each query."""
-        return self._hits[point.nprobe, point.depth][TUNED_K]
+        return self._hits_at(point.nprobe, point.depth)[TUNED_K]
 
-    def _judge(self, found: tuple[Best, Best]) -> dict[int, Hits]:
-        near, far = found
-        count = self._of_all if self._truth.share == 1 else self._of_sample
-        return {1: count(near, 1), TUNED_K: count(near, TUNED_K), DEPTH: count(far, DEPTH)}
+    def _hits_at(self, nprobe: int, depth: int) -> dict[int, Hits]:
+        found = self._found[nprobe, depth]
+        return {k: one if isinstance(one, tuple) else self._of_sample(one, k) for k, one in found.items()}
 
-    def _of_all(self, found: Best, k: int) -> Hits:
-        truth = self._truth.best
-        there = truth.ids[:, :k] >= 0
-        farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
-        near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
-        possible = there.sum(axis=1)
-        hits = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible)
-        return hits.astype(np.float64), possible.astype(np.float64)
+    def _judge(self, truth: Best, found: Best, k: int) -> Hits | Masks:
+        return _of_all(truth, found, k) if self._truth.share == 1 else _which(truth.ids, found.ids[:, :k])
 
-    def _of_sample(self, found: Best, k: int) -> Hits:
-        truth, deepest = self._truth.best, self._found[max(self._found)][1]
-        pairs = zip(deepest.distances, truth.distances, strict=True)
-        nearer = np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs])
-        wanted = (nearer < k) & (truth.ids >= 0)
-        hits = [np.isin(t[w], f[:k]).sum() for t, w, f in zip(truth.ids, wanted, found.ids, strict=True)]
-        return np.array(hits, np.float64), wanted.sum(axis=1).astype(np.float64)
+    def _of_sample(self, found: Masks, k: int) -> Hits:
+        wanted = (self._nearer < k) & (self._truth.best.ids >= 0)
+        return (wanted & found).sum(axis=1).astype(np.float64), wanted.sum(axis=1).astype(np.float64)
+
+
+def _of_all(truth: Best, found: Best, k: int) -> Hits:
+    there = truth.ids[:, :k] >= 0
+    farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
+    near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
+    possible = there.sum(axis=1)
+    hits = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible)
+    return hits.astype(np.float64), possible.astype(np.float64)
+
+
+def _nearer(truth: Best, deepest: Best) -> Ids:
+    """For each of the truth how many were found nearer by the most thorough search, which so far is the last one."""
+    pairs = zip(deepest.distances, truth.distances, strict=True)
+    return np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs], np.int64)
+
+
+def _which(wanted: Ids, found: Ids) -> Masks:
+    """Which of ``wanted`` [q, t] are among ``found`` [q, f] of the same query, bool [q, t]."""
+    pairs = zip(wanted, found, strict=True)
+    return np.array([np.isin(some, there) & (some >= 0) for some, there in pairs], np.bool_)
+
+
+def _joined(blocks: list[Any]) -> Hits | Masks:
+    """What was found in blocks of queries as one."""
+    if not blocks:
+        return np.zeros(0), np.zeros(0)
+    if isinstance(blocks[0], tuple):
+        return np.concatenate([hits for hits, _ in blocks]), np.concatenate([possible for _, possible in blocks])
+    return np.concatenate(blocks)
 
 
 def _ranked(distances: npt.NDArray[np.float32], candidates: Ids, depth: int) -> Best:

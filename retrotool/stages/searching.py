@@ -19,11 +19,11 @@ import numpy.typing as npt
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Queries
 from retrotool.ann.lists import Ids, InvertedLists
-from retrotool.ann.search import SPARE, Best, Search, rerank
+from retrotool.ann.search import ROOM, SPARE, Banned, Best, Search, rerank
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.stages.database import read_part_vectors
-from retrotool.stages.index_files import index_key, read_shards, read_trained, shards
+from retrotool.stages.index_files import default_index, index_key, read_shards, read_trained, shards
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
@@ -32,8 +32,9 @@ from retrotool.store.tombstones import read_tombstones
 TUNED_K = 10
 """Neighbours that an operating point is for; more of them take more candidates."""
 _KEPT_PARTS = 512
-DEFAULT = "default_index"
-"""Key of the record that names the index to take where none is named."""
+_LEAST_ROOM = 1 << 20
+_BYTES_A_CANDIDATE, _BYTES_A_NUMBER = 100, 24
+"""What a query takes while it is searched and its candidates are ranked, for each of these and each dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def pick_index(store: Store, name: str | None = None) -> str:
     """The index to use: ``name``, the default, "main", or the only one; ``UsageError`` if there is none such."""
     have = store.state.with_prefix(index_key(""))
     if name is None:
-        name = str(store.state.records.get(DEFAULT, "main"))
+        name = default_index(store.state)
         if name not in have and len(have) == 1:
             name = next(iter(have))
     if name not in have:
@@ -134,15 +135,36 @@ class Database:
 
     def search(self, queries: Queries, k: int, point: Point | None = None) -> Best:
         """The k nearest living keys of each query."""
-        search = start_search(self.trained, self.shards(), queries, k, point or self.point, self.tombstones.contains)
+        point = point or self.point
+        depth = point.depth_for(k, self.trained)
+        banned = self.tombstones.contains
+        search = start_search(self.trained, self.shards(), queries, point.nprobe, depth, banned)
         return rerank(queries.vectors, search.candidates, self.vectors, k)
 
 
 def start_search(
-    trained: Trained, shards: Iterable[InvertedLists], queries: Queries, k: int, point: Point, banned: Any
+    trained: Trained,
+    shards: Iterable[InvertedLists],
+    queries: Queries,
+    nprobe: int,
+    depth: int,
+    banned: Banned,
+    *,
+    device: str = "cpu",
+    room: int = ROOM,
 ) -> Search:
-    """The candidates that queries find at an operating point."""
-    search = Search(trained, queries, point.nprobe, point.depth_for(k, trained), banned)
+    """The ``depth`` candidates that queries find in ``nprobe`` lists of all shards."""
+    search = Search(trained, queries, nprobe, depth, banned, device=device, room=room)
     for shard in shards:
         search.add(shard)
     return search
+
+
+def room_in(memory: int | None) -> int:
+    """Bytes for each of distances and candidates where a search may hold ``memory``."""
+    return ROOM if memory is None else max(_LEAST_ROOM, min(ROOM, memory // 6))
+
+
+def rows_in(room: int, depth: int, d: int) -> int:
+    """Queries of d dimensions that can be searched at a time, for ``depth`` candidates, in ``room`` bytes."""
+    return max(1, room // (_BYTES_A_CANDIDATE * depth + _BYTES_A_NUMBER * d))

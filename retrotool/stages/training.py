@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import product
-from retrotool.ann.choice import ITERATIONS, LEAST_FOR_PRODUCT, SAMPLES_A_LIST, Choice
+from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, Choice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _KMEANS_SHARE = 0.8
-_MEASURED = 1 << 14
+_MEASURED = 1 << 12
+_LEAST_CODE_SAMPLE = 16 * 256
 _PROBE = 2048
 _THIN = 8
 """How much slower the thin products of codes are than square ones."""
@@ -70,10 +71,10 @@ def sample_size(n: int, choice: Choice, memory: int | None) -> int:
 
 
 def _code_sample(choice: Choice, memory: int | None) -> int:
-    """Vectors to learn codes from; as float32, and several times over, they take a quarter of the memory."""
+    """Vectors to learn codes from; as float32, and three times over, they take a quarter of the memory."""
     if memory is None:
         return product.SAMPLE
-    return min(product.SAMPLE, max(LEAST_FOR_PRODUCT, memory // (64 * choice.d)))
+    return min(product.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
 
 
 def build_seconds(choice: Choice, n: int, sample: int, device: str = "cpu") -> float:
@@ -113,15 +114,17 @@ def train(
         sample, choice.nlist, iterations=ITERATIONS, seed=_SEED, report=lambda share: report(_KMEANS_SHARE * share)
     )
     generator = torch.Generator().manual_seed(_SEED)
-    some = sample[torch.randperm(len(sample), generator=generator)[: _code_sample(choice, memory)].to(device)].float()
-    distances, assigned = assign(some, centroids)
-    residuals = some - centroids[assigned]
+    chosen = torch.randperm(len(sample), generator=generator)[: _code_sample(choice, memory)].to(device)
+    residuals = sample[chosen].float()
+    del sample
+    distances, assigned = assign(residuals, centroids)
+    residuals.sub_(centroids[assigned])
     rotation = None
     if choice.rotated:
         rotation = product.train_rotation(residuals, choice.pieces, choice.rotated, seed=_SEED)
         residuals, centroids = residuals @ rotation.T, centroids @ rotation.T
     codec = _codec(choice, residuals)
-    shares = torch.bincount(assigned, minlength=choice.nlist).double() / len(some)
+    shares = torch.bincount(assigned, minlength=choice.nlist).double() / len(assigned)
     trained = Trained(
         choice.d,
         codec,
@@ -129,15 +132,16 @@ def train(
         None if rotation is None else rotation.cpu().numpy(),
         choice.nlist,
     )
-    report(1.0 - _KMEANS_SHARE)
-    return Training(
+    found = Training(
         trained,
         size,
         float(distances.mean()),
         _code_error(codec, residuals[:_MEASURED]),
         # Of a sample of s vectors alone the sum is about 1/s too high.
-        float(choice.nlist * (shares.square().sum() - 1 / len(some))),
+        float(choice.nlist * (shares.square().sum() - 1 / len(assigned))),
     )
+    report(1.0 - _KMEANS_SHARE)
+    return found
 
 
 def _whole(choice: Choice) -> Whole:

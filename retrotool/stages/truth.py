@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import OneList
-from retrotool.ann.search import SPARE, Best, Search, nothing_banned, rerank
+from retrotool.ann.search import ROOM, SPARE, Best, Search, nothing_banned, rerank
+from retrotool.memory import give_back
 from retrotool.stages.base import Report
 from retrotool.stages.database import (
     SearchableRows,
@@ -27,7 +28,7 @@ from retrotool.stages.database import (
     may_repeat,
     read_part_vectors,
 )
-from retrotool.stages.searching import TUNED_K
+from retrotool.stages.searching import TUNED_K, rows_in
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
@@ -71,8 +72,12 @@ def find_truth(
     queries: int = QUERIES,
     budget: int | None = None,
     device: str = "cpu",
+    room: int = ROOM,
 ) -> Truth:
-    """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched."""
+    """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched.
+
+    ``room``: bytes for each of distances and candidates.
+    """
     tombstones = read_tombstones(store)
     rows = SearchableRows(store, numbers, tombstones)
     n = sum(rows.counts.values())
@@ -82,7 +87,7 @@ def find_truth(
         empty = Best(np.zeros((0, DEPTH), np.float32), np.zeros((0, DEPTH), np.int64))
         return Truth(ids, Queries.plain(np.zeros((0, 1), np.float32)), np.zeros(0, object), empty, n)
     asked = _queries(store, encoder, ids, tombstones)
-    most = budget if budget is not None else BUDGET if device == "cpu" else GPU_BUDGET
+    most = budget_on(device) if budget is None else budget
     share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
@@ -93,10 +98,12 @@ def find_truth(
             chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
         if len(chosen):
             vectors = read_part_vectors(store, encoder, part)
-            best = _nearest(asked, chunk_ids(part, chosen), vectors, chosen, best, device)
+            matrix = vectors if len(chosen) == len(vectors) else vectors[chosen]
+            best = _nearest(asked, OneList(chunk_ids(part, chosen), matrix), best, device, room)
         report(1)
     if best is None:
         best = Best(np.full((len(ids), DEPTH), np.inf, np.float32), np.full((len(ids), DEPTH), -1, np.int64))
+    give_back()
     return Truth(ids, asked, _sources(store, ids), best, n, share)
 
 
@@ -134,23 +141,22 @@ def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
-def _nearest(
-    asked: Queries,
-    ids: Ids,
-    vectors: npt.NDArray[np.float16],
-    rows: npt.NDArray[np.int64],
-    before: Best | None,
-    device: str,
-) -> Best:
-    """The nearest among ``rows`` of a part's vectors, whose ids are ``ids``, and those found before."""
-    matrix = vectors if len(rows) == len(vectors) else vectors[rows]
-    everything = OneList(ids, matrix)
-    search = Search(everything.trained, asked, 1, DEPTH + SPARE, nothing_banned, precise=True, device=device)
-    search.add(everything)
-    found = rerank(asked.vectors, search.candidates, lambda some: matrix[np.searchsorted(ids, some)], DEPTH)
+def _nearest(asked: Queries, some: OneList, before: Best | None, device: str, room: int) -> Best:
+    """The nearest among some vectors, and those found before."""
+    blocks = []
+    for queries in asked.blocks(rows_in(room, DEPTH + SPARE, asked.vectors.shape[1])):
+        search = Search(some.trained, queries, 1, DEPTH + SPARE, nothing_banned, precise=True, device=device, room=room)
+        search.add(some)
+        blocks.append(rerank(queries.vectors, search.candidates, some.vectors, DEPTH))
+    distances = np.concatenate([block.distances for block in blocks])
+    ids = np.concatenate([block.ids for block in blocks])
     if before is None:
-        return found
-    distances = np.concatenate([before.distances, found.distances], 1)
-    both = np.concatenate([before.ids, found.ids], 1)
+        return Best(distances, ids)
+    distances, ids = np.concatenate([before.distances, distances], 1), np.concatenate([before.ids, ids], 1)
     order = np.argsort(distances, axis=1, kind="stable")[:, :DEPTH]
-    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(both, order, 1))
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))
+
+
+def budget_on(device: str) -> int:
+    """Distances that a truth may cost on a device."""
+    return BUDGET if device == "cpu" else GPU_BUDGET

@@ -14,7 +14,7 @@ from retrotool.ann.choice import Choice, parse_factory
 from retrotool.ann.codes import Product, Scalar, Whole, same
 from retrotool.ann.excluded import Queries
 from retrotool.ann.kmeans import kmeans
-from retrotool.ann.product import error_of, train_product, train_rotation
+from retrotool.ann.product import train_product, train_rotation
 from retrotool.ann.search import Search, nothing_banned, rerank
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError
@@ -222,6 +222,11 @@ def test_indexes_that_faiss_trained_are_understood() -> None:
         back = of_faiss(to_faiss(trained))
         assert back is not None and same_training(trained, back) and same(trained.codec, back.codec)
         assert inner.code_size == trained.codec.size
+
+
+def error_of(rows: torch.Tensor, table: torch.Tensor) -> float:
+    codec = Product(table.numpy())
+    return float((codec.decode(codec.encode(rows).numpy()) - rows).square().sum(1).mean())
 
 
 def test_product_codes_are_as_good_as_those_of_faiss() -> None:

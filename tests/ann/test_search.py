@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lists import clustered, filled, trained_as
 
-from retrotool.ann import search as searching
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.lists import InvertedLists, OneList
-from retrotool.ann.search import SPARE, Search, exact_distances, nothing_banned, rerank
+from retrotool.ann.search import ROOM, SPARE, Search, exact_distances, nothing_banned, rerank
 
 
 def random_vectors(n: int, d: int, seed: int) -> np.ndarray:
@@ -34,13 +33,11 @@ def test_excluded_intervals_and_banned_ids_are_never_found_and_nothing_else_is_l
     last = first + np.array(data.draw(st.lists(st.integers(-1, 30), min_size=q, max_size=q)), np.int64)
     banned = np.array(data.draw(st.lists(st.sampled_from(ids.tolist()), max_size=n)), np.int64)
     cut = data.draw(st.integers(0, n))
-    search = Search(trained, Queries(queries, Excluded(first, last)), 4, k + SPARE, lambda i: np.isin(i, banned))
-    with pytest.MonkeyPatch.context() as patch:  # several rounds, several blocks of queries
-        patch.setattr(searching, "ENTRIES", data.draw(st.sampled_from([1, 50, 1 << 20])))
-        patch.setattr(searching, "_COLUMNS", data.draw(st.sampled_from([1, 7, 1 << 14])))
-        for some in (slice(0, cut), slice(cut, n)):
-            index = filled(trained, vectors[some], ids[some])
-            search.add(InvertedLists(index, trained))
+    room = data.draw(st.sampled_from([1, 400, 2000, ROOM]))  # several rounds, several blocks of queries
+    asked = Queries(queries, Excluded(first, last))
+    search = Search(trained, asked, 4, k + SPARE, lambda i: np.isin(i, banned), room=room)
+    for some in (slice(0, cut), slice(cut, n)):
+        search.add(InvertedLists(filled(trained, vectors[some], ids[some]), trained))
     best = rerank(queries, search.candidates, lambda some: vectors[np.searchsorted(ids, some)], k)
     exact = ((queries[:, None] - vectors[None].astype(np.float32)) ** 2).sum(-1)
     exact[(ids >= first[:, None]) & (ids <= last[:, None])] = np.inf

@@ -17,6 +17,7 @@ from conftest import make_encoder, make_rows, write_jsonl
 import retrotool
 from retrotool import commands, engine
 from retrotool.ann import lists
+from retrotool.commands.indexing import Options
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_encoder
 from retrotool.errors import UsageError
@@ -64,7 +65,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
         refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).refused.values()]
     assert len(refused) == 2, "what nobody else did is kept"
     commands.embed(chunked, encoder=str(tiny_encoder))
-    commands.index(chunked, stage=stage)
+    commands.index(chunked, options=Options(shard_rows=40))
     assert held_parts(Store.open(chunked).state, "main") == [0, 1, 2, 3]
     assert commands.verify(chunked).ok
     reader = retrotool.open(chunked)

@@ -6,6 +6,7 @@ have left them.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -26,6 +27,7 @@ from retrotool import commands
 from retrotool.ann.choice import Wanted
 from retrotool.ann.excluded import Queries
 from retrotool.commands import indexing
+from retrotool.commands.index_result import describe
 from retrotool.commands.indexing import Options
 from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
@@ -147,7 +149,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
 
 
 def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -> None:
-    result = indexing.describe(Store.open(built), built, "main")
+    result = describe(Store.open(built), built, "main")
     by_depth: dict[int, list[Any]] = {}
     for point in result.curve:
         by_depth.setdefault(point.depth, []).append(point)
@@ -178,6 +180,41 @@ def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:
     commit = again.commit
     assert commands.index(built_copy, target_recall=0.7).commit == commit, "nothing is left to do"
     assert commands.index(built_copy, target_recall=0.7, options=Options(tune=True)).commit > commit
+
+
+def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) -> None:
+    low = commands.index(built_copy, target_recall=0.7)
+    again = commands.index(built_copy)
+    assert (again.target, again.commit) == (0.7, low.commit)
+    anew = commands.index(built_copy, options=Options(Wanted(memory=10**9), retrain=True))
+    assert (anew.target, anew.factory) == (0.7, CODED.factory)
+    other = commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    assert other.factory == "IVF8,SQ8"
+    third = commands.index(built_copy, options=Options(retrain=True))
+    assert third.factory == "IVF8,SQ8"
+    trained = Store.open(built_copy).state.file("index", "trained.g3", "main")
+    assert trained is not None and trained.about is not None
+    assert trained.about["asked"] == {"memory": 10**9, "nlist": 8, "code": "sq8"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--evaluate", "--nlist", "4"), ("--evaluate", "--shard", "0/2"), ("--evaluate", "--target-recall", "0.9"),
+        ("--drop", "--name", "main", "--memory", "1GB"), ("--drop", "--name", "main", "--evaluate"),
+        ("--evaluate", "--retrain"), ("--retrain", "--merge"), ("--retrain", "--shard", "0/2"),
+    ],
+)  # fmt: skip
+def test_options_that_would_be_ignored_are_refused(
+    built: Path, given: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = Store.open(built).state.number
+    with pytest.raises(SystemExit) as end:
+        command_line.app(["index", str(built), *given], prog_name="retrotool")
+    assert end.value.code == 2
+    told = capfd.readouterr().err
+    assert all(option in told for option in given if option in ("--evaluate", "--retrain", "--drop"))
+    assert Store.open(built).state.number == before
 
 
 def test_an_operating_point_can_be_given(built: Path) -> None:
@@ -277,6 +314,9 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
     joined = commands.index(built_copy, options=Options(merge=True))
     after = Database(Store.open(built_copy)).search(queries, 10)
     assert joined.shards == result.shards - len(further) and joined.vectors == result.vectors
+    assert joined.drift is not None and result.drift is not None
+    told, before_it = (dataclasses.replace(drift, imbalance=0) for drift in (joined.drift, result.drift))
+    assert told == before_it and told.new == 600, "parts are told apart in a joined shard, too"
     assert np.array_equal(before.ids, after.ids)
     assert commands.verify(built_copy).problems == []
     assert commands.index(built_copy, options=Options(merge=True)).commit == joined.commit

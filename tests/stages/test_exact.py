@@ -17,8 +17,8 @@ from retrotool.ann.excluded import Excluded, Intervals, Queries
 from retrotool.ann.lists import InvertedLists, OneList, fill
 from retrotool.ann.search import SPARE, Search, nothing_banned, rerank
 from retrotool.ann.trained import Trained, to_faiss
+from retrotool.commands.indexing import Options
 from retrotool.encoder import Encoder, Rows
-from retrotool.stages.index import IndexStage
 
 Build = Callable[..., Path]
 
@@ -58,9 +58,7 @@ def far(rng: np.random.Generator, n: int) -> np.ndarray:
 @pytest.mark.parametrize("nlist", [0, 8])
 def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, nlist: int) -> None:
     store = build(far)
-    commands.index(
-        store, target_recall=1, stage=IndexStage("main", "tiny", Wanted(nlist=nlist, code="float16"), shard_rows=250)
-    )
+    commands.index(store, target_recall=1, options=Options(Wanted(nlist=nlist, code="float16"), 250))
     commands.neighbours(store)
     plain = read_plain(store)
     plain.vectors[:, 0] = 0
@@ -73,7 +71,7 @@ def test_a_large_common_component_changes_no_distance_and_no_order(build: Build,
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: float) -> None:
     store = build(lambda rng, n: rng.normal(size=(n, 32)) * scale)
-    result = commands.index(store, target_recall=0.5, stage=IndexStage("main", "tiny", Wanted(nlist=8, code="float16")))
+    result = commands.index(store, target_recall=0.5, options=Options(Wanted(nlist=8, code="float16")))
     assert 1 < result.nprobe <= result.nlist
     assert result.curve[0].recall_at_10 < 0.5, "one list of eight holds few of the true nearest"
     commands.neighbours(store)

@@ -17,8 +17,8 @@ from retrotool.ann import lists
 from retrotool.ann.choice import Wanted
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
+from retrotool.commands.indexing import Options
 from retrotool.errors import CorruptError, StorageError
-from retrotool.stages.index import IndexStage
 from retrotool.stages.index_files import write_index
 from retrotool.store.paths import FileName
 
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embe
 def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    commands.index(store_copy, name="ivf", stage=IndexStage("ivf", "tiny", Wanted(nlist=8, code="float16")))
+    commands.index(store_copy, name="ivf", options=Options(Wanted(nlist=8, code="float16")))
     commands.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
     commands.embed(store_copy, encoder=str(tiny_encoder))
     for name, places in (("main", (0, -20)), ("ivf", (0, 200, -20))):

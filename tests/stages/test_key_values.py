@@ -19,9 +19,9 @@ from retrotool import commands
 from retrotool.ann import lists
 from retrotool.ann.choice import Wanted
 from retrotool.cli.info import _text
+from retrotool.commands.indexing import Options
 from retrotool.stages.base import Task
 from retrotool.stages.embed import EmbedStage
-from retrotool.stages.index import IndexStage
 from retrotool.store import parts
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -120,9 +120,9 @@ def test_neighbours_over_a_mixed_store_are_those_of_brute_force(mixed: Path) -> 
 def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: Path) -> None:
     keys = int(key_column(mixed_copy).sum())
     largest = max(int(part["chunks"]["rows"]) for part in commands.info(mixed_copy).parts)
-    stage = IndexStage("ivf", "tiny", Wanted(nlist=4, code="float16"), shard_rows=keys)
+    options = Options(Wanted(nlist=4, code="float16"), keys)
     assert keys > largest, "all keys fit one shard, and all chunks do not"
-    result = commands.index(mixed_copy, name="ivf", target_recall=1.0, stage=stage)
+    result = commands.index(mixed_copy, name="ivf", target_recall=1.0, options=options)
     assert (result.vectors, result.shards) == (keys, 1)
     assert result.nlist == 4
     assert result.queries == keys

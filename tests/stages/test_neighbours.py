@@ -13,6 +13,7 @@ from oracle import brute_force, read_plain, saved_neighbours
 import retrotool
 from retrotool import commands, engine
 from retrotool.ann.choice import Wanted
+from retrotool.commands.indexing import Options
 from retrotool.errors import UsageError
 from retrotool.stages.index import IndexStage
 from retrotool.store.runs import Run
@@ -46,9 +47,7 @@ def test_neighbours_are_those_of_brute_force_and_of_other_documents(built_store:
 
 def test_an_inverted_file_reaches_the_target_recall(built_store: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(built_store, tmp_path / "store"))
-    result = commands.index(
-        store, name="ivf", stage=IndexStage("ivf", "tiny", Wanted(nlist=8, code="float16"), shard_rows=150)
-    )
+    result = commands.index(store, name="ivf", options=Options(Wanted(nlist=8, code="float16"), 150))
     assert result.nlist == 8
     assert result.shards == 4
     commands.neighbours(store, name="ivf", index="ivf")

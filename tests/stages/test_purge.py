@@ -120,9 +120,9 @@ def canary_store(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, list[str]]:
     commands.embed(store, encoder=str(tiny_encoder))
     commands.index(store)
     from retrotool.ann.choice import Wanted
-    from retrotool.stages.index import IndexStage
+    from retrotool.commands.indexing import Options
 
-    commands.index(store, name="ivf", stage=IndexStage("ivf", "tiny", Wanted(nlist=4, code="float16"), shard_rows=100))
+    commands.index(store, name="ivf", options=Options(Wanted(nlist=4, code="float16"), 100))
     commands.neighbours(store)
     return store, names
 

@@ -13,9 +13,9 @@ from oracle import brute_force, read_plain, saved_neighbours
 import retrotool
 from retrotool import commands
 from retrotool.ann.choice import Wanted
+from retrotool.commands.indexing import Options
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.stages import database
-from retrotool.stages.index import IndexStage
 
 TEXT = make_text(999, 150)
 
@@ -26,9 +26,7 @@ def build(root: Path, model: Path, *inputs: list[dict[str, Any]], index: bool = 
         commands.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
     commands.embed(root, encoder=str(model))
     if index:
-        commands.index(
-            root, target_recall=1, stage=IndexStage("main", "tiny", Wanted(nlist=4, code="float16"), shard_rows=100)
-        )
+        commands.index(root, target_recall=1, options=Options(Wanted(nlist=4, code="float16"), 100))
     return root
 
 
