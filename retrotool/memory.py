@@ -7,12 +7,16 @@ ask for blocks of different sizes that adds up. Cost: a few milliseconds. Does n
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
 
 def give_back() -> None:
-    """Give free memory back to the system."""
+    """Give free memory back to the system, and that of GPUs to other processes."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = _trim()
     if trim is not None:
         trim(0)

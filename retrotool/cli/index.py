@@ -124,9 +124,10 @@ def command(
         options = indexing.Options(
             wanted, shard_size, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default
         )
-        planned = indexing.estimate(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
-        if planned is not None and planned.choice.nlist and not as_json:
-            output.note(_planned(planned))
+        if not as_json:
+            planned = indexing.estimate(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
+            if planned is not None and planned.choice.nlist:
+                output.note(_planned(planned))
         result = commands.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         if result.not_embedded:
@@ -193,6 +194,8 @@ def _text(result: IndexResult) -> str:
     if len(sources) > 1:
         rows = [(name, *values) for name, values in list(sources.items())[:_SOURCES]]
         lines.append(output.table(rows, ("source", "recall@10", "±", "queries")))
+        if len(sources) > _SOURCES:
+            lines.append(f"and {output.count(len(sources) - _SOURCES, 'smaller source')}, see --json")
     if result.page and len(result.curve) > 1:
         lines.append(f"As a picture: {result.page}")
     if result.due:

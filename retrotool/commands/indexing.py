@@ -182,13 +182,17 @@ def estimate(
     root: str | Path, *, name: str | None, encoder: str | None, target_recall: float | None, options: Options
 ) -> Planned | None:
     """What ``index`` would train; None if it is trained already."""
+    _check(options, target_recall)
     store = Store.open(root)
     name = default_index(store.state) if name is None else name
     if trained_entry(store.state, name) is not None and not options.retrain:
         return None
     wanted = _wanted(store, name, options, target_recall)
     choice, n = choose_for(store, pick_encoder(store, encoder or encoder_of(store, name)), wanted)
-    return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory)) if choice.nlist else 0.0)
+    if not choice.nlist:
+        return Planned(choice, n, 0.0)
+    device = find_devices(options.devices)[0]
+    return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory), device))
 
 
 def _wanted(store: Store, name: str, options: Options, target: float | None) -> Wanted:

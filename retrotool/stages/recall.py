@@ -41,7 +41,7 @@ _RERANK = 16
 _BEYOND = 2
 _THOROUGH = 0.999
 _Z = 1.96
-_SOURCES = 20
+_GROUPS = 1000
 _KS = (1, TUNED_K, DEPTH)
 _TIE = 16 * float(np.finfo(np.float32).eps)
 """Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
@@ -307,7 +307,7 @@ def _by_group(
     hits, possible = by_query
     names, counts = np.unique(groups.astype(str), return_counts=True)
     found = {}
-    for name in names[np.argsort(-counts, kind="stable")][:_SOURCES]:
+    for name in names[np.argsort(-counts, kind="stable")][:_GROUPS]:
         mine = groups == name
         recall, error = ratio(hits[mine], possible[mine], sampled=sampled)
         found[str(name)] = (recall, error, int(mine.sum()))

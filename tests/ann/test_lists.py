@@ -262,3 +262,23 @@ def test_codes_of_constant_dimensions_and_of_copies() -> None:
     product = Product(train_product(rows, 4).numpy())
     assert torch.allclose(product.decode(product.encode(rows).numpy()), rows)
     assert torch.isfinite(train_rotation(rows, 4, D)).all()
+
+
+@pytest.mark.parametrize("code", ["pq", "sq8"])
+def test_no_vector_can_be_made_of_what_a_training_keeps(code: str) -> None:
+    """Training outlasts an erase: centroid and codes, put together in any way, are no vector that was trained on."""
+    rng = np.random.default_rng(3)
+    lone = rng.normal(size=(20, 8), scale=8)
+    near = np.repeat(rng.normal(size=(5, 8)), 2000, axis=0) + rng.normal(size=(10_000, 8), scale=0.1)
+    vectors = torch.from_numpy(np.concatenate([lone, near]).astype(np.float16)).float()
+    centroids = kmeans(vectors, 40)
+    residuals = vectors - centroids[torch.cdist(vectors, centroids).argmin(1)]
+    if code == "pq":
+        one, other = train_product(residuals, 2)
+        steps = torch.cat([one[:, None].expand(-1, 256, -1), other[None].expand(256, -1, -1)], 2).reshape(-1, 8)
+    else:
+        codec = Scalar.train(residuals)
+        ends = torch.from_numpy(np.stack([codec.least, codec.least + codec.extent]))
+        steps = torch.cartesian_prod(*ends.T)
+    made = (centroids[:, None] + steps[None]).reshape(-1, 8).half().numpy().view("V16")
+    assert not np.isin(made, vectors.half().numpy().view("V16")).any()

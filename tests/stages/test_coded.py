@@ -322,6 +322,26 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
     assert commands.index(built_copy, options=Options(merge=True)).commit == joined.commit
 
 
+def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
+    """Its codes, or ids, would get a right sum."""
+    for source in ("late", "other"):
+        grow(built_copy, made, tiny_encoder, source, n=300)
+        commands.index(built_copy)
+    further = [slot for slot in shards(Store.open(built_copy).state, "main") if slot.count(".")]
+    for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):
+        store = Path(shutil.copytree(built_copy, built_copy.parent / f"broken{place}"))
+        path = store / shards(Store.open(store).state, "main")[slot].path
+        data = bytearray(path.read_bytes())
+        data[place] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(CorruptError, match=path.name) as error:
+            commands.index(store, options=Options(merge=True))
+        assert error.value.exit_code == 12 and "--mend" in error.value.advice
+        commands.index(store, options=Options(mend=True))
+        assert commands.index(store, options=Options(merge=True)).vectors == 3 * PER_SOURCE + 600
+        assert commands.verify(store).problems == []
+
+
 def break_shard(store: Path, how: str) -> Path:
     path = store / commands.info(store).indexes["main"]["shards"][1]
     data = path.read_bytes()

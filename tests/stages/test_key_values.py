@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_text
+from conftest import make_text, write_jsonl
 from key_values import LENGTH, Written, make_store
 from oracle import brute_force, read_plain, saved_neighbours
 
@@ -137,6 +137,26 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
     commands.neighbours(mixed_copy, name="ivf", index="ivf")
     assert_neighbours_are_true(mixed_copy, mixed_copy, "ivf")
     assert commands.verify(mixed_copy).problems == []
+
+
+def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_came_later(
+    mixed_copy: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    options = Options(Wanted(nlist=4, code="float16"))
+    before = commands.index(mixed_copy, name="ivf", options=options)
+    keys = np.flatnonzero(key_column(mixed_copy))
+    read = read_plain(mixed_copy)
+    purge(mixed_copy, *read.ids[keys[:10]].tolist(), erase=True)
+    rows = [{"id": f"late-{i}", "text": make_text(9000 + i, 20)} for i in range(30)]
+    commands.chunk(mixed_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))])
+    commands.embed(mixed_copy, encoder=str(tiny_encoder))
+    grown = commands.index(mixed_copy, name="ivf")
+    living = commands.info(mixed_copy).keys
+    assert grown.vectors == living and grown.drift is not None
+    assert (grown.drift.new, grown.drift.vectors) == (living - (before.vectors - 10), living)
+    anew = commands.index(mixed_copy, name="ivf", options=Options(retrain=True))
+    assert (anew.vectors, anew.factory, anew.due) == (living, before.factory, "")
+    assert anew.drift is not None and anew.drift.new == 0
 
 
 @pytest.mark.parametrize(("queries", "database"), [(plain(100, 20), records(0, 40)), (records(100, 20), plain(0, 40))])

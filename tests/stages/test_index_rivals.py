@@ -1,0 +1,94 @@
+"""Several processes at one index: whatever they meet, each chunk is in one shard, and the next command finishes it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+
+from retrotool import commands
+from retrotool.ann.choice import Wanted
+from retrotool.commands.indexing import Options
+from retrotool.stages.index_files import read_shards, read_trained
+from retrotool.store.store import Store
+
+LISTS = ("--name", "lists", "--nlist", 4, "--code", "sq8", "--shard-size", 12)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """Many small parts, embedded; "lists" is an index of the first half in several shards."""
+    root = tmp_path_factory.mktemp("rivals")
+    store = root / "store"
+    for name, first in (("one", 0), ("two", 200)):
+        rows = make_rows(60, first=first, words=60)
+        commands.chunk(
+            store, [str(write_jsonl(root / f"{name}.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=8
+        )
+        commands.embed(store, encoder=str(tiny_encoder), devices="cpu")
+        if name == "one":
+            commands.index(store, name="lists", options=Options(Wanted(nlist=4, code="sq8"), 12))
+    return store
+
+
+def at_once(store: Path, *calls: tuple[object, ...]) -> list[tuple[int, str]]:
+    """Exit status and stderr of ``retrotool`` processes that run at the same time."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "retrotool", str(call[0]), str(store), *map(str, call[1:])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for call in calls
+    ]
+    ended = [(process.communicate()[1], process.returncode) for process in started]
+    return [(code, err) for err, code in ended]
+
+
+def check(store: Path, name: str) -> None:
+    """All living keys with embeddings are in the shards of the index, each once, and the store is whole."""
+    assert commands.verify(store).problems == []
+    opened = Store.open(store)
+    trained = read_trained(opened, name)[1]
+    found = [shard.ids(number) for shard in read_shards(opened, name, trained) for number in shard.numbers]
+    ids = np.concatenate(found)
+    assert len(np.unique(ids)) == len(ids) == commands.info(store).chunks
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [("index", *LISTS, "--shard", "0/2"), ("index", *LISTS, "--shard", "1/2")],
+        [("index", "--name", "new", *LISTS[2:]), ("index", "--name", "new", *LISTS[2:])],
+        [("index", *LISTS), ("index", "--name", "lists", "--drop")],
+        [("index", "--name", "lists", "--retrain"), ("index", *LISTS)],
+        [("index", *LISTS), ("purge", "--where", "id = 'doc-3' OR id = 'doc-210'", "--reason", "test", "--erase")],
+        [("index", "--name", "lists", "--merge"), ("index", "--name", "lists", "--evaluate")],
+        [("index", "--name", "lists", "--mend"), ("index", "--name", "lists", "--tune")],
+    ],
+    ids=["shards", "new", "drop", "retrain", "erase", "evaluate", "tune"],
+)  # fmt: skip
+def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[tuple[object, ...]]) -> None:
+    store = Path(shutil.copytree(embedded, tmp_path / "store"))
+    for code, err in at_once(store, *calls):
+        assert "Traceback" not in err
+        # What was to be worked on was dropped, or trained anew.
+        assert code == 0 or (code in (2, 11) and err.startswith("error: ")), err
+    assert commands.verify(store).problems == []
+    name = "new" if "new" in calls[0] else "lists"
+    commands.index(store, name=name, options=Options(Wanted(nlist=4, code="sq8"), 12))
+    check(store, name)
+
+
+def test_several_worker_processes_make_what_one_makes(embedded: Path, tmp_path: Path) -> None:
+    one, several = (Path(shutil.copytree(embedded, tmp_path / name)) for name in ("one", "several"))
+    for store, devices in ((one, "cpu"), (several, "cpu,cpu")):
+        commands.index(store, name="new", options=Options(Wanted(nlist=4, code="sq8"), 12, devices))
+        check(store, "new")
+    assert commands.verify(one).indexes == commands.verify(several).indexes
