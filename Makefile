@@ -15,8 +15,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## Real text through all five commands, then a purge
 	$(BIN)/python examples/demo.py demo-store
 
+# A process a core, one thread each: most tests are many small steps.
 test: $(STAMP) lint  ## Lint, types, import rules and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 gpu-test: $(STAMP)  ## The tests that need a GPU; `make test` skips them
 	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/ann tests/stages/test_embed.py -k on_a_gpu

@@ -97,7 +97,7 @@ class Choice:
         """The kind of index in words."""
         codes = {"float16": "float16", "float32": "float32", "sq8": "a byte a dimension"}
         code = codes.get(self.code, f"{'rotated ' if self.rotated else ''}product codes of {self.pieces} bytes")
-        return f"{self.nlist:,} lists, {code}" if self.nlist else f"exact, {code}"
+        return f"{_lists_of(self.nlist)}, {code}" if self.nlist else f"exact, {code}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,10 @@ def count_lists(n: int) -> int:
     if n < _LEAST_A_LIST:
         return 1
     return 1 << min(round(math.log2(4 * math.sqrt(n))), math.floor(math.log2(n / _LEAST_A_LIST)))
+
+
+def _lists_of(nlist: int) -> str:
+    return f"{nlist:,} list" if nlist == 1 else f"{nlist:,} lists"
 
 
 def _lists(n: int, d: int, wanted: Wanted) -> int:
@@ -212,7 +216,10 @@ def _check(n: int, choice: Choice) -> Choice:
         raise UsageError(f"{name}: codes need lists", f"Such as IVF{count_lists(n)},{name}")
     if choice.nlist > n or choice.nlist < 0:
         raise UsageError(
-            f"{choice.nlist:,} lists need as many vectors, there are {n:,}", f"Try --nlist {count_lists(n)}"
+            f"{_lists_of(choice.nlist)}: as many vectors are needed, there are {n:,}",
+            f"Try --nlist {count_lists(n)}, without --factory."
+            if n
+            else "Nothing is left to train on: drop the index.",
         )
     if choice.pieces and (choice.pieces > choice.coded or choice.coded % choice.pieces):
         good = [m for m in range(choice.coded, 0, -1) if choice.coded % m == 0]

@@ -70,11 +70,14 @@ class Queries:
         """Queries."""
         return len(self.vectors)
 
+    def take(self, rows: Ids) -> Queries:
+        """Some of them."""
+        return Queries(self.vectors[rows], self.excluded.take(rows))
+
     def blocks(self, rows: int) -> Iterator[Queries]:
         """The same, at most ``rows`` of them at a time."""
         for start in range(0, len(self), rows):
-            some = np.arange(start, min(start + rows, len(self)))
-            yield Queries(self.vectors[some], self.excluded.take(some))
+            yield self.take(np.arange(start, min(start + rows, len(self))))
 
 
 def mask(scores: torch.Tensor, ids: Ids, excluded: Excluded) -> None:

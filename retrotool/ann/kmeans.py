@@ -34,6 +34,10 @@ _SPLIT = 1 / 1024
 _BLUR = 1 / 256
 """By how much, relatively, a centroid is moved that is one of the vectors: a unit in the last place of bfloat16."""
 _ATTEMPTS = 100
+_NO_ERROR = 1e-6
+"""Squared distance to a centroid, relative to its own length, that is the rounding of copies."""
+_AWAY = 4.0
+"""How far an empty cluster is moved, in the largest number of a centroid: nothing is nearest to it there."""
 
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,22 +162,33 @@ def _fill_empty(
     """Move the centroids of empty clusters beside those of clusters with the largest ``errors`` [k], in place.
 
     A cluster is split again once half of its error is the largest. Copies of one vector have no error: they can't be
-    split.
+    split. What is still empty then goes far away, for a second centroid at copies would be probed in place of theirs.
     """
     import torch
 
     empty = torch.nonzero(counts == 0).flatten()
     if not len(empty):
         return
-    heap = [(-e, cluster) for cluster, (e, n) in enumerate(zip(errors.tolist(), counts.tolist(), strict=True)) if n > 1]
+    least = (_NO_ERROR * counts * centroids.square().sum(1)).tolist()
+    heap = [(-e, i) for i, (e, n, low) in enumerate(zip(errors.tolist(), counts.tolist(), least, strict=True))
+            if n > 1 and e > low]  # fmt: skip
     heapq.heapify(heap)
-    donors = []
-    for _ in range(len(empty) if heap else 0):
+    donors: list[int] = []
+    while heap and len(donors) < len(empty):
         error, cluster = heap[0]
         donors.append(cluster)
-        heapq.heapreplace(heap, (error / 2, cluster))
+        if -error / 2 > least[cluster]:
+            heapq.heapreplace(heap, (error / 2, cluster))
+        else:
+            heapq.heappop(heap)
     to, donor = empty[: len(donors)], torch.tensor(donors, dtype=torch.int64, device=centroids.device)
     centroids[to] = centroids[donor] + _SPLIT * _signs(centroids[donor], generator)
+    away = empty[len(donors) :]
+    if len(away):
+        full = centroids[counts > 0]
+        radius = full.abs().max()
+        radius = torch.where(radius > 0, radius, torch.ones_like(radius))
+        centroids[away] = full.mean(0) + _AWAY * _signs(radius.expand(len(away), full.shape[1]), generator)
 
 
 def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> None:

@@ -5,15 +5,32 @@ Commands import what is heavy when they run, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from retrotool import interrupts
-from retrotool.cli import chunk, embed, index, info, neighbours, plan, purge, search, verify
+from retrotool.cli import chunk, embed, index, info, neighbours, output, plan, purge, search, verify
+
+
+class _Group(TyperGroup):
+    """Commands whose misuse, too, is told as JSON where that is asked for."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that is named."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if "--json" in sys.argv and (told := getattr(error, "format_message", None)) is not None:
+                output.tell_json(told(), "", int(getattr(error, "exit_code", 2)), True)
+            raise
+
 
 app = typer.Typer(
     name="retrotool",
+    cls=_Group,
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
     "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped "

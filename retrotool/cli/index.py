@@ -30,6 +30,7 @@ Examples:
   retrotool index store --name wide --drop"""
 
 _SOURCES = 8
+_LEAST_MEMORY = 16 << 20
 
 
 def command(
@@ -55,7 +56,8 @@ def command(
         str | None, typer.Option(metavar="F", help="All of it as a faiss string, such as OPQ64,IVF4096,PQ64.")
     ] = None,
     shard_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Vectors of a shard.  [default: a million, or what fits]")
+        int | None,
+        typer.Option(metavar="N", min=1, max=1 << 40, help="Vectors of a shard.  [default: a million, or what fits]"),
     ] = None,
     shard: Annotated[
         str | None,
@@ -114,7 +116,7 @@ def command(
                 raise UsageError("--drop takes an index away for good", "Say which, with --name.")
             output.show(indexing.drop(store, name=name), as_json, _dropped)
             return
-        size = None if memory is None else parse_size("--memory", memory)
+        size = None if memory is None else parse_size("--memory", memory, least=_LEAST_MEMORY)
         if evaluate:
             _refuse("--evaluate", **other, target_recall=target_recall, **building)
             found = indexing.evaluate(store, name=name, queries=queries, devices=devices, memory=size)
@@ -178,11 +180,13 @@ def _text(result: IndexResult) -> str:
             f"In memory: {result.bytes_per_vector:,} bytes a vector, and {trained} of training. "
             f"Read when candidates are ranked: {output.size(result.embedding_bytes)} of embeddings."
         )
-        point = f" at {result.nprobe:,} lists probed"
+        point = f" at {output.count(result.nprobe, 'list')} probed"
         point += f", {result.depth:,} candidates ranked" if result.depth else ""
     else:
         lines.append(f"In memory: {result.bytes_per_vector:,} bytes a vector ({result.why}).")
         point = ""
+    if not result.queries:
+        return "\n".join([*lines, "There are no two documents to find in one another: no recall to measure."])
     lines.append(f"True recall@10: {result.recall_at_10:.4f} ± {result.recall_error:.4f}{point}")
     if result.share < 1:
         lines.append(f"(estimated from {100 * result.share:.2g} % of the vectors)")

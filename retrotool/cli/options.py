@@ -28,19 +28,21 @@ _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
 
 
-def parse_size(option: str, text: str) -> int:
-    """Bytes from ``64MiB``, ``10 MB`` or ``4096``."""
+def parse_size(option: str, text: str, *, least: int = 1) -> int:
+    """Bytes, not below ``least``, from ``64MiB``, ``10 MB`` or ``4096``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if match is None or float(match[1]) <= 0:
-        raise UsageError(f"{option} {text}: it is a size, such as 64MiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    size = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2] or ""])
+    if not least <= size < 1 << 63:
+        at_least = f" of at least {least >> 20} MiB" if least > 1 else ""
+        raise UsageError(f"{option} {text}: it is a size{at_least}, such as 64MiB")
+    return size
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
     """(i, n) of ``i/n``."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text)
     if match is None:
         raise UsageError(f"--shard {text}: it is a job and how many there are, such as 3/16")
     return int(match[1]), int(match[2])

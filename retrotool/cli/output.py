@@ -90,7 +90,7 @@ def note(message: str) -> None:
 def stop(message: str, as_json: bool) -> NoReturn:
     """End a command that a person does not want to go on: with exit code 1, but it is no error."""
     note(message)
-    _tell_json(message, "", EXIT_FAILED, as_json)
+    tell_json(message, "", EXIT_FAILED, as_json)
     raise typer.Exit(EXIT_FAILED)
 
 
@@ -119,9 +119,10 @@ def _tell(message: str, advice: str, exit_code: int, as_json: bool) -> None:
     note(f"error: {message}")
     if advice:
         note(advice)
-    _tell_json(message, advice, exit_code, as_json)
+    tell_json(message, advice, exit_code, as_json)
 
 
-def _tell_json(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+def tell_json(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+    """Write an error as JSON on stdout, if ``as_json``."""
     if as_json:
         _write_json({"error": message, "advice": advice, "exit_code": exit_code})

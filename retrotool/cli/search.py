@@ -11,7 +11,7 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, check_utf8
-from retrotool.errors import UsageError
+from retrotool.errors import ErasedError, UsageError
 
 if TYPE_CHECKING:
     from retrotool.stages.searching import Database
@@ -21,6 +21,8 @@ Examples:
   retrotool search store "how do I open a file for reading?"
   retrotool search store "file objects" -k 3 --json
   retrotool search store "file objects" --index precise --nprobe 64 --rerank 200"""
+
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,16 @@ def command(
     index: IndexOption = None,
     nprobe: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Lists to probe.  [default: as the index was tuned]"),
+        typer.Option(metavar="N", min=1, max=1 << 40, help="Lists to probe.  [default: as the index was tuned]"),
     ] = None,
     rerank: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Candidates to rank for 10 results.  [default: as the index was tuned]"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Candidates to rank for 10 results.  [default: as the index was tuned]",
+        ),
     ] = None,
     allow_missing_shards: Annotated[
         bool,
@@ -78,10 +85,18 @@ def command(
         if not text.strip():
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
-        reader = retrotool.open(store)
-        encoder = reader.load_encoder(index, device)
-        found = reader.search(text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards)
-        missing = _missing(reader.database(index, allow_missing=allow_missing_shards))
+        for attempt in range(_ATTEMPTS):
+            reader = retrotool.open(store)
+            encoder = reader.load_encoder(index, device)
+            try:
+                found = reader.search(
+                    text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
+                )
+                missing = _missing(reader.database(index, allow_missing=allow_missing_shards))
+                break
+            except ErasedError:  # another command put other files in place of those that were just found
+                if attempt + 1 == _ATTEMPTS:
+                    raise
         results = [
             Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
             for n in found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.commands.counting import command_line, embed_command
+from retrotool.errors import CorruptError
 from retrotool.stages.chunk_plan import read_json
 from retrotool.stages.database import count_left, embedded_parts
 from retrotool.stages.drift import Drift, drift
@@ -21,6 +22,7 @@ from retrotool.stages.index_files import (
     trained_entry,
 )
 from retrotool.stages.recall import Recall
+from retrotool.store.atomic import FileEntry
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -89,7 +91,7 @@ def describe(
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store)) if encoder else 0
     todo = (embed_command(store, root, encoder), command_line("index", root, name=name)) if left else ()
     measured, page = state.file("index", RECALL, name), state.file("index", PAGE, name)
-    content = read_json(store, measured) if measured is not None else {}
+    content = _read_measured(store, measured, name) if measured is not None else {}
     about = (entry.about or {}) if (entry := trained_entry(state, name)) is not None else {}
     shown: dict[str, Any] = dict.fromkeys(_SHOWN, 0) | {
         "due": "",
@@ -111,3 +113,12 @@ def describe(
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left, next=todo, **{**shown, "vectors": now},
     )  # fmt: skip
+
+
+def _read_measured(store: Store, entry: FileEntry, name: str) -> dict[str, Any]:
+    try:
+        return dict(read_json(store, entry))
+    except CorruptError as error:
+        raise CorruptError(
+            str(error), f"Measure it anew: {command_line('index', store.root, name=name)} --mend"
+        ) from error

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from retrotool import engine, interrupts
 from retrotool.ann.choice import Choice, Wanted, parse_factory
+from retrotool.commands.counting import command_line
 from retrotool.commands.index_result import IndexResult, describe
 from retrotool.commands.measuring import measure_until_committed
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_devices
-from retrotool.errors import UsageError
+from retrotool.errors import CorruptError, UsageError
 from retrotool.stages.database import embedded_parts, pick_encoder
 from retrotool.stages.drift import trained_on
 from retrotool.stages.index import IndexStage, choose_for
@@ -30,14 +31,17 @@ from retrotool.stages.index_files import (
     generation_of,
     held_vectors,
     index_key,
+    measured_whole,
+    parts_of,
     read_trained,
     shards,
+    shards_digest,
     trained_entry,
 )
 from retrotool.stages.searching import pick_index
 from retrotool.stages.training import build_seconds, sample_size
 from retrotool.stages.truth import QUERIES
-from retrotool.store import claims
+from retrotool.store import atomic, claims, parts
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
@@ -100,14 +104,19 @@ def index(
     store = Store.open(root)
     name = default_index(store.state) if name is None else name
     check_name(name, "--name")
+    _check_there(store, name, options)
     wanted = _wanted(store, name, options, target_recall)
     chosen = pick_encoder(store, encoder or encoder_of(store, name))
     generation = generation_of(store.state, name)
-    generation += options.retrain and trained_entry(store.state, name) is not None
+    trained = trained_entry(store.state, name)
+    generation += options.retrain and trained is not None
+    shard_rows = options.shard_rows
+    if options.retrain and shard_rows is None and trained is not None:
+        shard_rows = (trained.about or {})["asked"].get("shard_rows")
     devices = find_devices(options.devices)
     stage = IndexStage(
-        name, chosen, wanted, generation, options.shard_rows, tuple(devices), options.shard, options.merge,
-        trained=not options.retrain and trained_entry(store.state, name) is not None,
+        name, chosen, wanted, generation, shard_rows, tuple(devices), options.shard, options.merge,
+        trained=not options.retrain and trained is not None,
     )  # fmt: skip
     before = 0 if options.retrain else held_vectors(store.state, name, generation)
     with writing(store) as run:
@@ -117,16 +126,22 @@ def index(
             read_trained(store, name, generation)
             stage = replace(stage, broken=tuple(entry.path for entry in broken_shards(store, name)))
         _check_training(store, stage, wanted)
+        if stage.broken:
+            _check_embeddings(store, stage)
         _execute(stage, store, run)
         _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = _elsewhere(stage, store, run)
         record = store.state.records.get(index_key(name))
-        current = sorted(shards(store.state, name, generation))
         made = {
-            "shards": current, "vectors": held_vectors(store.state, name, generation), "target": wanted.target,
-            "generation": generation,
+            "files": shards_digest(store.state, name, generation), "target": wanted.target, "generation": generation,
+            "vectors": held_vectors(store.state, name, generation),
         }  # fmt: skip
-        if not elsewhere and (record is None or options.tune or any(record[key] != made[key] for key in made)):
+        if not elsewhere and (
+            record is None
+            or options.tune
+            or any(record[key] != made[key] for key in made)
+            or (options.mend and not measured_whole(store, name))
+        ):
             measure_until_committed(
                 store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
                 memory=wanted.memory,
@@ -213,6 +228,8 @@ def _check(options: Options, target: float | None) -> None:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
         raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
+    if options.merge and options.mend:
+        raise UsageError("--merge and --mend are two things to do", "Mend first, then merge.")
     if not options.retrain:
         return
     for option in ("merge", "mend"):
@@ -225,6 +242,31 @@ def _check(options: Options, target: float | None) -> None:
         )
 
 
+def _check_there(store: Store, name: str, options: Options) -> None:
+    """``UsageError`` for what can only be done with an index that is there."""
+    asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
+    if asked and name not in store.state.names("index"):
+        have = ", ".join(store.state.names("index"))
+        raise UsageError(
+            f"--{asked[0]}: the store {store.root} has no index {name!r}; it has: {have or 'none'}",
+            f"Make it with: {command_line('index', store.root, name=name)}",
+        )
+
+
+def _check_embeddings(store: Store, stage: IndexStage) -> None:
+    """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
+    held = {part for entry in shards(store.state, stage.index).values() if entry.path in stage.broken
+            for part in parts_of(entry)}  # fmt: skip
+    for part in sorted(held & set(embedded_parts(store, stage.encoder))):
+        entry = parts.part_entry(store, "embeddings", part, stage.encoder)
+        path = store.path(entry)
+        if atomic.file_sha256(path) != entry.sha256:
+            raise CorruptError(
+                f"{path}: its SHA-256 is not what the log says, so the index can't be mended from it",
+                f"See what else is wrong: retrotool verify {store.root}",
+            )
+
+
 def _no_index(store: Store, name: str) -> UsageError:
     have = ", ".join(store.state.names("index"))
     return UsageError(f"the store {store.root} has no index {name!r}; it has: {have or 'none'}")
@@ -233,10 +275,17 @@ def _no_index(store: Store, name: str) -> UsageError:
 def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
     """``UsageError`` if another index was asked for than the one that is trained."""
     trained = trained_entry(store.state, stage.index, stage.generation)
-    asked = wanted.factory is not None or wanted.nlist is not None or wanted.code is not None
-    if trained is None or not asked:
+    if trained is None:
         return
     about = trained.about or {}
+    if stage.shard_rows is not None and stage.shard_rows != about["shard_rows"]:
+        raise UsageError(
+            f"index {stage.index!r} is trained already, with shards of {about['shard_rows']:,} vectors, not "
+            f"{stage.shard_rows:,}",
+            "Train it anew with --retrain, or give the new one a name of its own with --name.",
+        )
+    if wanted.factory is None and wanted.nlist is None and wanted.code is None:
+        return
     is_so = parse_factory(str(about["factory"]), int(about["dimension"]))
     asked_for = choose_for(store, stage.encoder, wanted)[0]
     # How many lists suit has changed since, perhaps: what was not asked for stays as it is.

@@ -27,6 +27,7 @@ from retrotool.stages.index_files import (
     read_shards,
     read_trained,
     shards,
+    shards_digest,
     trained_entry,
 )
 from retrotool.stages.recall import Measurement, Searched, measure
@@ -127,7 +128,9 @@ def _measure(
             report=bar.update, device=device, room=room,
         )  # fmt: skip
     moved = drift(store.state, name, generation)
-    record = _record(generation, trained_file, entries, found, moved, target)
+    record = _record(
+        generation, trained_file, entries, shards_digest(store.state, name, generation), found, moved, target
+    )
     content = {**record, **found.as_json()}
     files = (
         write_json(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve)),
@@ -157,6 +160,7 @@ def _record(
     generation: int,
     trained_file: FileEntry,
     entries: dict[str, FileEntry],
+    digest: str,
     found: Measurement,
     moved: Drift,
     target: float,
@@ -168,7 +172,7 @@ def _record(
     return {
         "encoder": about["encoder"], "kind": choice.describe(), "factory": about["factory"], "why": about["why"],
         "generation": generation, "nlist": choice.nlist, "nprobe": point.nprobe, "depth": point.depth, "target": target,
-        "vectors": sum(entry.rows for entry in entries.values()), "shards": sorted(entries),
+        "vectors": sum(entry.rows for entry in entries.values()), "files": digest,
         "bytes_per_vector": choice.bytes_per_vector, "trained_bytes": choice.trained_bytes,
         "recall_at_1": round(point.recall_at_1, 4), "recall_at_10": round(point.recall_at_10, 4),
         "recall_at_100": round(point.recall_at_100, 4), "recall_error": round(point.error, 4), "holds": found.holds,

@@ -25,6 +25,8 @@ from retrotool.store.tombstones import Tombstones
 def pick_encoder(store: Store, name: str | None = None) -> str:
     """The encoder to use: ``name``, or the only one the store has embeddings of; ``UsageError`` otherwise."""
     names = store.state.names("embeddings")
+    if not store.state.parts():
+        raise UsageError("the store has no chunks", f"Chunk documents: retrotool chunk {store.root} INPUT...")
     if not names:
         raise UsageError("the store has no embeddings", f"Make them with: retrotool embed {store.root}")
     if name is None and len(names) == 1:

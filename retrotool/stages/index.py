@@ -221,7 +221,7 @@ class IndexWorker:
             "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
             "trained_parts": ranges(list(rows)),
             "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory),
-            "asked": _asked(stage.wanted), **trained.about(),
+            "asked": _asked(stage), **trained.about(),
         }  # fmt: skip
         name = FileName.new(run, "index", slot, "faiss", stage.index)
         entry = write_index(store.root, to_faiss(trained.trained), name, about)
@@ -282,9 +282,13 @@ class IndexWorker:
         return Staged(task.key, "index", run, settings, old, (written,), old)
 
 
-def _asked(wanted: Wanted) -> dict[str, Any]:
+def _asked(stage: IndexStage) -> dict[str, Any]:
     """What a person asked for, which holds for the next training, too."""
-    said = {"memory": wanted.memory, "nlist": wanted.nlist, "code": wanted.code, "factory": wanted.factory}
+    wanted = stage.wanted
+    said = {
+        "memory": wanted.memory, "nlist": wanted.nlist, "code": wanted.code, "factory": wanted.factory,
+        "shard_rows": stage.shard_rows,
+    }  # fmt: skip
     return {key: value for key, value in said.items() if value is not None}
 
 

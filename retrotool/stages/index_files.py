@@ -13,6 +13,7 @@ into a further one: ``shard-0003``, ``shard-0003.1``.
 from __future__ import annotations
 
 import errno
+import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -86,6 +87,21 @@ def measured_files(state: State, name: str) -> list[str]:
     return [entry.path for entry in found if entry is not None]
 
 
+def measured_whole(store: Store, name: str) -> bool:
+    """Whether what was measured of an index is there as the log says."""
+    found = [store.state.file("index", slot, name) for slot in (RECALL, PAGE)]
+    try:
+        return all(entry is not None and atomic.file_sha256(store.path(entry)) == entry.sha256 for entry in found)
+    except CorruptError:
+        return False
+
+
+def shards_digest(state: State, name: str, generation: int | None = None) -> str:
+    """A short name of the files that are the shards of an index: as good as their contents, for names are of these."""
+    paths = sorted(entry.path for entry in shards(state, name, generation).values())
+    return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
+
+
 def parts_of(entry: FileEntry) -> list[int]:
     """Numbers of the parts that a shard holds."""
     return [int(part) for part in (entry.about or {})["parts"]]
@@ -134,7 +150,10 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
     entry = trained_entry(store.state, name, generation)
     if entry is None:
         raise CorruptError(f"index {name!r} has no training", advice)
-    path = store.path(entry)
+    try:
+        path = store.path(entry)
+    except CorruptError as error:
+        raise CorruptError(str(error), advice) from error
     if atomic.file_sha256(path) != entry.sha256:
         raise CorruptError(f"{path}: its SHA-256 is not what the log says", advice)
     return entry, lists.read_trained(path)

@@ -134,11 +134,23 @@ class Database:
         return self._shards
 
     def search(self, queries: Queries, k: int, point: Point | None = None) -> Best:
-        """The k nearest living keys of each query."""
+        """The k nearest living keys of each query.
+
+        For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
+        """
         point = point or self.point
-        depth = point.depth_for(k, self.trained)
-        banned = self.tombstones.contains
-        search = start_search(self.trained, self.shards(), queries, point.nprobe, depth, banned)
+        held = sum(map(len, self.shards()))
+        depth = min(point.depth_for(k, self.trained), max(held, 1))
+        nprobe = point.nprobe
+        best = self._search(queries, k, nprobe, depth)
+        while nprobe < self.trained.nlist and len(short := np.flatnonzero((best.ids[:, :k] < 0).any(axis=1))):
+            nprobe = min(2 * nprobe, self.trained.nlist) if k < held else self.trained.nlist
+            more = self._search(queries.take(short), k, nprobe, depth)
+            best.ids[short], best.distances[short] = more.ids, more.distances
+        return best
+
+    def _search(self, queries: Queries, k: int, nprobe: int, depth: int) -> Best:
+        search = start_search(self.trained, self.shards(), queries, nprobe, depth, self.tombstones.contains)
         return rerank(queries.vectors, search.candidates, self.vectors, k)
 
 

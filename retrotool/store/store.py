@@ -78,9 +78,12 @@ class Store:
         except FileNotFoundError:
             if not Store.open(self.root).state.has(entry.path):
                 raise ErasedError(
-                    f"{entry.path} was erased after this reader opened the store", "Reopen the store."
+                    f"{entry.path} was replaced, or erased, after this reader opened the store",
+                    "Open the store again: run the same command again.",
                 ) from None
-            raise CorruptError(f"{path} is missing", f"See what else is: retrotool verify {self.root}") from None
+            raise CorruptError(
+                f"{path} is missing", f"See what else is missing: retrotool verify {self.root}"
+            ) from None
         if size != entry.bytes:
             raise CorruptError(
                 f"{path} has {size:,} bytes, the log says {entry.bytes:,}",

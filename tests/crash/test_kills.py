@@ -145,7 +145,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
     return stores
 
 
-def lists_index(store: Path, shard_rows: int = 12, **options: Any) -> object:
+def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> object:
     wanted = Wanted(nlist=4, code="sq8")
     return commands.index(store, name="lists", options=Options(wanted, shard_rows=shard_rows, **options))
 
@@ -170,7 +170,7 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("chunk", lambda s: commands.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
         Case("embed", lambda s: commands.embed(s, encoder=str(encoder), devices="cpu"), logical, []),
         Case("index", commands.index, (*logical, "indexes"), []),
-        Case("lists", lists_index, (*logical, "indexes"), []),
+        Case("lists", lambda s: lists_index(s, shard_rows=12), (*logical, "indexes"), []),
         Case("renew --merge", lambda s: lists_index(s, merge=True), (*logical, "indexes"), []),
         # Once it has switched, the same command trains once more.
         Case("renew --retrain", lambda s: lists_index(s, retrain=True), logical, []),

@@ -194,7 +194,7 @@ def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) ->
     assert third.factory == "IVF8,SQ8"
     trained = Store.open(built_copy).state.file("index", "trained.g3", "main")
     assert trained is not None and trained.about is not None
-    assert trained.about["asked"] == {"memory": 10**9, "nlist": 8, "code": "sq8"}
+    assert trained.about["asked"] == {"memory": 10**9, "nlist": 8, "code": "sq8", "shard_rows": 4000}
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypa
         return {slot for slot in state.group("index", "main") if slot.endswith(".g1")}
 
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
-    assert len(files(Store.open(built_copy).state)) == 2 and begun is not None
+    assert len(files(Store.open(built_copy).state)) >= 2 and begun is not None
     commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
     other = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"

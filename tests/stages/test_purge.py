@@ -86,7 +86,7 @@ def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Pat
     commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
     with pytest.raises(ErasedError, match="erased") as error:
         view.chunk(victim)
-    assert "Reopen" in error.value.advice
+    assert "Open the store again" in error.value.advice
 
 
 def everything(root: Path) -> bytes:
