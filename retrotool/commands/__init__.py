@@ -10,6 +10,7 @@ from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
 from retrotool.commands.estimating import estimate
 from retrotool.commands.indexing import index
+from retrotool.commands.leakage import leakage
 from retrotool.commands.looking import info, verify
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
@@ -22,6 +23,7 @@ __all__ = [
     "estimate",
     "index",
     "info",
+    "leakage",
     "neighbours",
     "plan",
     "purge",
