@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import EncoderOption, Json, StoreArgument, parse_shard, parse_size
+from retrotool.cli.options import LEAST_MEMORY, EncoderOption, Json, StoreArgument, parse_shard, parse_size
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ Examples:
   retrotool index store --name wide --drop"""
 
 _SOURCES = 8
-_LEAST_MEMORY = 16 << 20
 
 
 def command(
@@ -116,7 +115,7 @@ def command(
                 raise UsageError("--drop takes an index away for good", "Say which, with --name.")
             output.show(indexing.drop(store, name=name), as_json, _dropped)
             return
-        size = None if memory is None else parse_size("--memory", memory, least=_LEAST_MEMORY)
+        size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
         if evaluate:
             _refuse("--evaluate", **other, target_recall=target_recall, **building)
             found = indexing.evaluate(store, name=name, queries=queries, devices=devices, memory=size)

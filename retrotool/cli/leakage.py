@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  retrotool leakage store --evaluation held-out
-  retrotool leakage store --evaluation held-out --output leakage.parquet --html leakage.html"""
+  retrotool leakage database --evaluation training
+  retrotool leakage database --evaluation training --output leakage.parquet --html leakage.html"""
 
 _SOURCES = 8
 

@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import IndexOption, Json, StoreArgument
+from retrotool.cli.options import (
+    LEAST_MEMORY,
+    EncoderOption,
+    IndexOption,
+    Json,
+    StoreArgument,
+    parse_shard,
+    parse_size,
+)
 
 if TYPE_CHECKING:
-    from retrotool.commands.building import NeighboursResult
+    from retrotool.commands.neighbour_tables import NeighboursResult
 
 EPILOG = """\b
 Examples:
   retrotool neighbours store
-  retrotool neighbours database --queries training --name wiki -k 2 --saved 20"""
+  retrotool neighbours database --queries training --name wiki -k 2 --saved 20
+  retrotool neighbours store --exact
+  retrotool neighbours store --shard 3/16"""
 
 
 def command(
@@ -29,18 +39,44 @@ def command(
     saved: Annotated[int, typer.Option(metavar="N", help="Neighbours to save, a reserve against later purges.")] = 20,
     name: Annotated[str, typer.Option(help="Name of the neighbour tables, which lie in the query store.")] = "main",
     index: IndexOption = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Search exactly, without an index. So it is for few chunks where there is no index, too."
+        ),
+    ] = False,
+    encoder: EncoderOption = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a block of queries may take, besides the tables.")
+    ] = None,
+    devices: Annotated[
+        str,
+        typer.Option(
+            "--devices",
+            "--device",
+            metavar="D,...",
+            help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
+        ),
+    ] = "auto",
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="This is job I of N on the store, from 0: begin with that share of the work."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the nearest chunks of every chunk, outside its own document.
 
     Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
     is the same if its id is. Purged chunks are never found, and are masked in tables computed before; run it again to
-    fill rows up that have fewer than K left.
+    fill rows up that have fewer than K left. When the database has grown, run it again: only what is new is searched.
     """
     with output.errors(as_json):
         from retrotool import commands
+        from retrotool.commands.neighbour_tables import SearchOptions
 
-        result = commands.neighbours(store, queries=queries, k=k, saved=saved, name=name, index=index)
+        size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
+        search = SearchOptions(exact, encoder, size, devices, parse_shard(shard))
+        result = commands.neighbours(store, queries=queries, k=k, saved=saved, name=name, index=index, search=search)
         output.show(result, as_json, _text)
         if result.not_embedded:
             output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')} that have no embeddings.")
@@ -58,5 +94,8 @@ def _text(result: NeighboursResult) -> str:
         if result.queries
         else "Every chunk has its neighbours already"
     )
-    how = f"{result.saved} saved, {result.k} used, index {result.index!r}"
-    return f"{done} ({result.name!r}: {how}, commit {result.commit})."
+    by = f"index {result.index!r}" if result.index else "exact search"
+    text = f"{done} ({result.name!r}: {result.saved} saved, {result.k} used, {by}, commit {result.commit})."
+    if result.elsewhere:
+        text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
+    return text

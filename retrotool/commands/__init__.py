@@ -4,7 +4,6 @@ Every function opens (or makes) the store, announces a run, cleans up after dead
 frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.api``.
 """
 
-from retrotool.commands.building import neighbours
 from retrotool.commands.calibrating import calibrate
 from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
@@ -12,6 +11,7 @@ from retrotool.commands.estimating import estimate
 from retrotool.commands.indexing import index
 from retrotool.commands.leakage import leakage
 from retrotool.commands.looking import info, verify
+from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
 from retrotool.commands.purging import purge

@@ -1,21 +1,21 @@
-"""``neighbours``: the nearest keys of every key, outside its own document.
+"""``neighbours``: the nearest keys of every key, outside its own document; which tasks there are.
 
-A task is a part of the query store: list-major search (``ann.search``) of all its searchable vectors through the
-database's shards, with the query's own document and all tombstones masked before the top-k. Rows of purged or erased
-queries are empty, and so are those of values of key-value records. The table lies in the query store.
+A task is a part of the query store (``stages.neighbour_worker`` does it). Rows of purged or erased queries are empty,
+and so are those of values of key-value records. The table lies in the query store.
 
-A table is done again once the database has parts that it had not, or another index is asked for. After purges only the
-rows are searched again that have fewer than k neighbours left; finding them costs reading the tables once, and nothing
-as long as nothing was purged. A name is of one database: its record is set with the first task, or before (``claim``),
-and each table says in the log which index, and which commit of the database, it is from. So what two runs wrote under
-one name is told apart, and so is a copy of the database that went its own way.
+A table is done again once another index is asked for, or the one that it is of was tuned or trained anew. Once the
+database has parts that it had not, only these are searched, and what is found is merged with what the table has. After
+purges only the rows are searched again that have fewer than k neighbours left; finding them costs reading the tables
+once, and nothing as long as nothing was purged. A name is of one database: its record is set with the first task, or
+before (``claim``), and each table says in the log which index, and which commit of the database, it is from. So what
+two runs wrote under one name is told apart, and so is a copy of the database that went its own way.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.ann.excluded import Queries
 from retrotool.errors import UsageError
-from retrotool.stages.base import Report, Task, task_key
+from retrotool.stages.base import Task, Worker, own_first, task_key
 from retrotool.stages.database import (
     count_keys,
     embedded_parts,
     has_commit,
     is_same_directory,
-    own_documents,
     purges,
-    read_part_vectors,
     searchable_rows,
 )
-from retrotool.stages.index_files import held_parts, shards
+from retrotool.stages.exact import NO_INDEX, ExactDatabase
 from retrotool.stages.searching import Database
 from retrotool.store import parts, staging, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
-from retrotool.store.paths import FileName, part_slot
-from retrotool.store.staging import Staged
+from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
@@ -51,8 +47,12 @@ from retrotool.store.tombstones import read_tombstones
 
 _QUERY_BLOCK = 1 << 14
 _HEAD_DIGITS = 16
-_SAME = ("index", "encoder")
+SAME = ("index", "encoder")
 """In what tables of one name must agree with its record."""
+WHOLE, FEW, MORE = "whole", "few", "more"
+"""What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
+
+AnyDatabase = Database | ExactDatabase
 
 _counted: dict[tuple[str, str, str, int], int] = {}
 """Rows to refill by table, purges of database and queries, and k: a plan is made several times in one run."""
@@ -61,15 +61,34 @@ _COUNTED = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class NeighboursStage:
-    """All parts of the query store without an up-to-date table ``table`` of neighbours in ``database``."""
+    """All parts of the query store without an up-to-date table ``table`` of neighbours in ``database``.
+
+    ``index`` "" (``NO_INDEX``): by exact search among the vectors of ``encoder``. ``memory``: bytes that a search may
+    take. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i of n.
+    """
 
     database: str
     index: str
     table: str
     saved: int
     k: int
+    encoder: str | None = None
+    memory: int | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    shard: tuple[int, int] | None = None
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
+
+    def of_worker(self, number: int) -> NeighboursStage:
+        """What a worker process is to open: with its own device."""
+        return replace(self, devices=(self.devices[number % len(self.devices)],))
+
+    def open_database(self) -> AnyDatabase:
+        """The database at its newest commit."""
+        store = Store.open(self.database)
+        if self.index == NO_INDEX:
+            return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory)
+        return Database(store, self.index, device=self.devices[0], memory=self.memory)
 
     def plan(self, store: Store) -> list[Task]:
         """One task a part that has embeddings, and no table or one to be done again, in whole or in some rows.
@@ -77,40 +96,45 @@ class NeighboursStage:
         ``UsageError`` if the name is of another database, or of a copy that went its own way, or if the encoders of
         queries and database differ.
         """
-        database = Database(Store.open(self.database), self.index)
+        database = self.open_database()
         check_encoders(store, database)
         record = self.record(store, database)
         known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
-        version = _version(database, self.index, record)
+        version, held = _version(database, record), database.held()
         tasks = []
         checked: set[tuple[Any, Any]] = set()
         for part in embedded_parts(store, database.encoder):
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
             old = store.state.part_file("neighbours", part, self.table)
-            settings: dict[str, Any] = {"table": self.table, "version": version}
-            weight = count_keys(store, part)
             if old is not None and _commit(old) not in checked:
                 _check_commit(old, self.table, database.store)
                 checked.add(_commit(old))
-            refill = old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version
-            if old is not None and refill:
+            settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
+            inputs = {"part": part, "path": path, "version": version, "replaces": None, "new": held, "mode": WHOLE}
+            weight = count_keys(store, part)
+            if old is not None:
+                inputs["replaces"] = old.path
+                if _is_of(old, record, known) and (old.about or {}).get("version") == version:
+                    inputs["new"] = sorted(set(held) - set(parts_in(old)))
+                    inputs["mode"] = _mode(set(parts_in(old)), set(held))
+            if old is not None and inputs["mode"] == FEW:
                 weight = _count_few(store, database, part, old, self.k)
                 if not weight:
                     continue
-                settings["refill"] = [old.path, purges(database.store), self.k]
+            if inputs["mode"] != WHOLE:
+                settings["from"] = [inputs["replaces"], inputs["mode"], purges(database.store), self.k]
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
-                inputs = {"part": part, "path": path, "version": version, "replaces": old.path if old else None}
-                tasks.append(Task(key, f"part {part}", weight, {**inputs, "refill": refill}))
-        return tasks
+                tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     @property
     def key(self) -> str:
         """Key of the record of these tables."""
         return f"neighbours:{self.table}"
 
-    def record(self, store: Store, database: Database) -> dict[str, Any]:
+    def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
         """The record ``neighbours:<table>``."""
         return {
             "database": database.store.identity.uuid, "path": str(database.store.root.absolute()),
@@ -138,12 +162,14 @@ class NeighboursStage:
         settings = {"name": self.table, "index": self.index}
         return Draft("neighbours", settings, remove=others, records={self.key: record})
 
-    def open(self, store: Store) -> NeighboursWorker:
+    def open(self, store: Store) -> Worker:
         """Open the database."""
+        from retrotool.stages.neighbour_worker import NeighboursWorker
+
         return NeighboursWorker(store, self)
 
 
-def check_encoders(store: Store, database: Database) -> None:
+def check_encoders(store: Store, database: AnyDatabase) -> None:
     """``UsageError`` unless queries and database were embedded by the same encoder."""
     key = f"encoder:{database.encoder}"
     ours, theirs = store.state.records.get(key), database.store.state.records.get(key)
@@ -159,17 +185,27 @@ def check_encoders(store: Store, database: Database) -> None:
         )
 
 
-def _version(database: Database, index: str, record: Mapping[str, Any]) -> str:
-    """Changes when the database can give other neighbours (new parts, another index), not when chunks are purged."""
-    held = held_parts(database.store.state, index)
-    fields = [record["database"], index, database.point, database.record.get("generation", 0), record["saved"], held]
+def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
+    """Changes when the same vectors can give other neighbours (another index), not when some come or are purged."""
+    fields = [record["database"], *database.settings, record["saved"]]
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
+
+
+def parts_in(entry: FileEntry) -> list[int]:
+    """Numbers of the parts of the database that a table's neighbours were sought in."""
+    spans = (entry.about or {}).get("searched", [])
+    return [part for first, last in spans for part in range(first, last + 1)]
+
+
+def _mode(before: set[int], now: set[int]) -> str:
+    """What is to be done of a table that is of the same index."""
+    return FEW if before == now else MORE if before < now else WHOLE
 
 
 def _is_of(entry: FileEntry, record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     """Whether a table is of ``record``'s index; one that doesn't say is of the record that was there, ``known``."""
     made = {**known, **(entry.about or {})}
-    return all(made[name] == record[name] for name in _SAME)
+    return all(made[name] == record[name] for name in SAME)
 
 
 def _commit(entry: FileEntry) -> tuple[Any, Any]:
@@ -193,7 +229,7 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
     part = int(FileName.parse(entry.path).slot)
     if not _is_of(entry, record, record):
         raise UsageError(
-            f"part {part} has no neighbours {table!r} of the index {record['index']!r} yet: its table is of another",
+            f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another",
             "Compute them: retrotool neighbours",
         )
     _check_commit(entry, table, database)
@@ -202,6 +238,10 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
             f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
             "Compute them again: retrotool neighbours",
         )
+
+
+def _how(index: str) -> str:
+    return f"the index {index!r}" if index != NO_INDEX else "exact search"
 
 
 def _database_in(store: Store, entry: FileEntry) -> str | None:
@@ -213,7 +253,7 @@ def _database_in(store: Store, entry: FileEntry) -> str | None:
     return str(metadata.get(b"retrotool.database", b"").decode())
 
 
-def _count_few(store: Store, database: Database, part: int, old: FileEntry, k: int) -> int:
+def _count_few(store: Store, database: AnyDatabase, part: int, old: FileEntry, k: int) -> int:
     """How many rows of a table are to be refilled; reads it only if chunks were purged since it was made."""
     purged = purges(database.store)
     if (old.about or {}).get("purges") == purged:
@@ -222,84 +262,15 @@ def _count_few(store: Store, database: Database, part: int, old: FileEntry, k: i
     if key not in _counted:
         if len(_counted) >= _COUNTED:
             _counted.clear()
-        _counted[key] = len(_few(store, database, part, tables.read_table(store, old), k))
+        _counted[key] = len(few_rows(store, database, part, tables.read_table(store, old), k))
     return _counted[key]
 
 
-def _few(store: Store, database: Database, part: int, table: NeighbourTable, k: int) -> npt.NDArray[np.int64]:
+def few_rows(store: Store, database: AnyDatabase, part: int, table: NeighbourTable, k: int) -> npt.NDArray[np.int64]:
     """Searchable rows with fewer than k living neighbours, ascending."""
     living = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
     few = np.flatnonzero(living.sum(axis=1) < k)
     return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few
-
-
-class NeighboursWorker:
-    """Finds the neighbours of parts."""
-
-    def __init__(self, store: Store, stage: NeighboursStage) -> None:
-        self._store = store
-        self._stage = stage
-        self._database = Database(Store.open(stage.database), stage.index)
-        self._commit = self._database.store.state.number
-        self._within = is_same_directory(store, self._database.store)
-
-    def _current_database(self) -> Database:
-        """The database at its newest commit: an erase may have replaced files since."""
-        if self._database.store.refresh().number != self._commit:
-            self._database = Database(self._database.store, self._stage.index)
-            self._commit = self._database.store.state.number
-        return self._database
-
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Find the neighbours of one part, or of those of its rows that have too few."""
-        store, stage = self._store, self._stage
-        store.refresh()
-        database = self._current_database()
-        part = int(task.inputs["part"])
-        vectors = read_part_vectors(store, database.encoder, part)
-        table, asking = self._begin(task, database, part, len(vectors))
-        own = own_documents(store, part, database.store, database.tombstones, within=self._within)
-        for start in range(0, len(asking), _QUERY_BLOCK):
-            rows = asking[start : start + _QUERY_BLOCK]
-            best = database.search(Queries(vectors[rows].astype(np.float32), own.take(rows)), stage.saved)
-            table.ids[rows], table.distances[rows] = best.ids, best.distances
-            report(len(rows))
-        report(task.weight - len(asking))
-        record = stage.record(store, database)
-        state = database.store.state
-        about = {
-            "version": task.inputs["version"], **{name: record[name] for name in _SAME},
-            "commit": state.number, "head": state.head[:_HEAD_DIGITS], "purges": purges(database.store),
-        }  # fmt: skip
-        name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
-        entry = tables.write_table(
-            store.root, name, table, database=record["database"], commit=state.number, path=record["path"], about=about
-        )
-        replaced = task.inputs["replaces"]
-        reads = [str(task.inputs["path"])]
-        if self._within:  # an erase replaces them: what was found before it must not come after it
-            reads += [entry.path for entry in shards(state, stage.index).values()]
-        # Where nobody has claimed the name yet, the first table does: a run with another database is refused then.
-        claim = {} if stage.key in store.state.records else {stage.key: record}
-        return Staged(
-            task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
-            tuple(reads), (entry,), (replaced,) if replaced else (), claim,
-        )  # fmt: skip
-
-    def _begin(
-        self, task: Task, database: Database, part: int, rows: int
-    ) -> tuple[NeighbourTable, npt.NDArray[np.int64]]:
-        """The table to fill, and the rows to search for."""
-        store, stage = self._store, self._stage
-        old = store.state.part_file("neighbours", part, stage.table)
-        if task.inputs["refill"] and old is not None and old.path == task.inputs["replaces"]:
-            table = tables.read_table(store, old)
-            table = NeighbourTable(np.array(table.ids), np.array(table.distances))
-            return table, _few(store, database, part, table, stage.k)
-        table = NeighbourTable(
-            np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
-        )
-        return table, searchable_rows(store, part, read_tombstones(store))
 
 
 def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:

@@ -8,7 +8,7 @@ another is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,7 +23,15 @@ from retrotool.ann.search import ROOM, SPARE, Banned, Best, Search, rerank
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.stages.database import read_part_vectors
-from retrotool.stages.index_files import default_index, index_key, read_shards, read_trained, shards
+from retrotool.stages.index_files import (
+    default_index,
+    held_parts,
+    index_key,
+    parts_of,
+    read_shards,
+    read_trained,
+    shards,
+)
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
@@ -101,8 +109,17 @@ class Database:
     Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
     """
 
-    def __init__(self, store: Store, name: str | None = None, *, allow_missing: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str | None = None,
+        *,
+        allow_missing: bool = False,
+        device: str = "cpu",
+        memory: int | None = None,
+    ) -> None:
         self.store = store
+        self._device, self.room = device, room_in(memory)
         self.name = pick_index(store, name)
         self.record: dict[str, Any] = store.state.records[index_key(self.name)]
         self.encoder = str(self.record["encoder"])
@@ -133,12 +150,33 @@ class Database:
             self._shards = list(read_shards(self.store, self.name, self.trained, told))
         return self._shards
 
-    def search(self, queries: Queries, k: int, point: Point | None = None) -> Best:
+    @property
+    def settings(self) -> list[Any]:
+        """What decides which neighbours are found, besides the vectors that there are.
+
+        Not the operating point: it changes a little with each part that comes, and each holds the target.
+        """
+        return [self.name, self.record["target"], self.record.get("generation", 0)]
+
+    def held(self) -> list[int]:
+        """Numbers of the parts that are searched, ascending."""
+        return held_parts(self.store.state, self.name)
+
+    def reads(self) -> list[str]:
+        """Paths of the files that are searched, which an erase replaces."""
+        return [entry.path for entry in shards(self.store.state, self.name).values()]
+
+    def search(
+        self, queries: Queries, k: int, point: Point | None = None, *, only: Collection[int] | None = None
+    ) -> Best:
         """The k nearest living keys of each query.
 
         For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
+        ``only``: in the shards that hold any of these parts.
         """
         point = point or self.point
+        if only is not None:
+            return self._search(queries, k, point.nprobe, point.depth_for(k, self.trained), self._holding(only))
         held = sum(map(len, self.shards()))
         depth = min(point.depth_for(k, self.trained), max(held, 1))
         nprobe = point.nprobe
@@ -149,9 +187,19 @@ class Database:
             best.ids[short], best.distances[short] = more.ids, more.distances
         return best
 
-    def _search(self, queries: Queries, k: int, nprobe: int, depth: int) -> Best:
-        search = start_search(self.trained, self.shards(), queries, nprobe, depth, self.tombstones.contains)
+    def _search(
+        self, queries: Queries, k: int, nprobe: int, depth: int, some: Iterable[InvertedLists] | None = None
+    ) -> Best:
+        search = start_search(
+            self.trained, self.shards() if some is None else some, queries, nprobe, depth, self.tombstones.contains,
+            device=self._device, room=self.room,
+        )  # fmt: skip
         return rerank(queries.vectors, search.candidates, self.vectors, k)
+
+    def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
+        entries = shards(self.store.state, self.name).values()
+        wanted = [not set(parts_of(entry)).isdisjoint(numbers) for entry in entries]
+        return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
 
 
 def start_search(

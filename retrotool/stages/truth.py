@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import OneList
-from retrotool.ann.search import ROOM, SPARE, Best, Search, nothing_banned, rerank
+from retrotool.ann.search import ROOM, Best
 from retrotool.memory import give_back
 from retrotool.stages.base import Report
 from retrotool.stages.database import (
@@ -28,7 +28,8 @@ from retrotool.stages.database import (
     may_repeat,
     read_part_vectors,
 )
-from retrotool.stages.searching import TUNED_K, rows_in
+from retrotool.stages.exact import nearest_of
+from retrotool.stages.searching import TUNED_K
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
@@ -99,7 +100,8 @@ def find_truth(
         if len(chosen):
             vectors = read_part_vectors(store, encoder, part)
             matrix = vectors if len(chosen) == len(vectors) else vectors[chosen]
-            best = _nearest(asked, OneList(chunk_ids(part, chosen), matrix), best, device, room)
+            some = OneList(chunk_ids(part, chosen), matrix)
+            best = nearest_of(asked, some, DEPTH, best, precise=True, device=device, room=room)
         report(1)
     if best is None:
         best = Best(np.full((len(ids), DEPTH), np.inf, np.float32), np.full((len(ids), DEPTH), -1, np.int64))
@@ -139,22 +141,6 @@ def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
     documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
     found = table[column].combine_chunks().take(pa.array(documents))
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
-
-
-def _nearest(asked: Queries, some: OneList, before: Best | None, device: str, room: int) -> Best:
-    """The nearest among some vectors, and those found before."""
-    blocks = []
-    for queries in asked.blocks(rows_in(room, DEPTH + SPARE, asked.vectors.shape[1])):
-        search = Search(some.trained, queries, 1, DEPTH + SPARE, nothing_banned, precise=True, device=device, room=room)
-        search.add(some)
-        blocks.append(rerank(queries.vectors, search.candidates, some.vectors, DEPTH))
-    distances = np.concatenate([block.distances for block in blocks])
-    ids = np.concatenate([block.ids for block in blocks])
-    if before is None:
-        return Best(distances, ids)
-    distances, ids = np.concatenate([before.distances, distances], 1), np.concatenate([before.ids, ids], 1)
-    order = np.argsort(distances, axis=1, kind="stable")[:, :DEPTH]
-    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))
 
 
 def budget_on(device: str) -> int:

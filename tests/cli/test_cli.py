@@ -21,12 +21,12 @@ import zstandard
 from conftest import make_rows, write_jsonl
 
 from retrotool import commands
-from retrotool.cli import app, chunk, embed, index, info, neighbours, output, plan, purge, search, verify
+from retrotool.cli import app, chunk, embed, index, info, leakage, neighbours, output, plan, purge, search, verify
 from retrotool.commands import calibrating
 
 COMMANDS = {
-    "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "purge": purge, "search": search,
-    "info": info, "verify": verify, "plan": plan,
+    "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "leakage": leakage,
+    "purge": purge, "search": search, "info": info, "verify": verify, "plan": plan,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -113,7 +113,7 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
-    commands = ("chunk", "embed", "index", "neighbours", "search", "purge", "info", "verify", "plan")
+    commands = ("chunk", "embed", "index", "neighbours", "leakage", "search", "purge", "info", "verify", "plan")
     found = [example for command in commands for example in examples(command)]
     yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
 

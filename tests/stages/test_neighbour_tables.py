@@ -113,7 +113,12 @@ def test_a_table_of_which_the_log_says_nothing_is_held_against_its_own_metadata(
     written, foreign = tables.write_table, ""
 
     def write(*arguments: object, about: dict[str, object], database: str, **options: object) -> object:
-        return written(*arguments, about={"version": about["version"]}, database=foreign or database, **options)
+        return written(
+            *arguments,
+            about={key: about[key] for key in ("version", "searched")},
+            database=foreign or database,
+            **options,
+        )
 
     monkeypatch.setattr(tables, "write_table", write)
     commands.neighbours(store_copy, name="plain")

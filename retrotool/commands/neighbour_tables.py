@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from retrotool import engine
+from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.commands.counting import command_line, count_keys_of, embed_command
 from retrotool.commands.writing import writing
+from retrotool.encoder import find_devices
 from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.base import Task
-from retrotool.stages.database import count_left, embedded_parts
-from retrotool.stages.index_files import held_parts
-from retrotool.stages.neighbours import NeighboursStage, check_encoders
-from retrotool.stages.searching import Database
+from retrotool.stages.database import count_left, count_living_keys, embedded_parts, pick_encoder
+from retrotool.stages.exact import NO_INDEX
+from retrotool.stages.index_files import index_key
+from retrotool.stages.neighbours import FEW, NeighboursStage, check_encoders
+from retrotool.stages.searching import pick_index
+from retrotool.store import claims
 from retrotool.store.paths import check_name
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -33,7 +37,8 @@ class NeighboursResult:
     """What ``neighbours`` did; ``queries`` are the keys searched for by this run, ``rows`` those the table has now.
 
     ``not_embedded`` keys of the query store have no embeddings, so no neighbours; ``not_indexed`` keys of the database
-    are not in the index, so they are nobody's; ``next`` are the commands that change that.
+    are not in the index, so they are nobody's; ``next`` are the commands that change that. ``index`` is "" for exact
+    search. ``elsewhere`` parts are left to other runs.
     """
 
     name: str
@@ -48,6 +53,18 @@ class NeighboursResult:
     not_embedded: int = 0
     not_indexed: int = 0
     next: tuple[str, ...] = ()
+    elsewhere: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to go about it; see ``retrotool neighbours --help``."""
+
+    exact: bool = False
+    encoder: str | None = None
+    memory: int | None = None
+    devices: str = "auto"
+    shard: tuple[int, int] | None = None
 
 
 def neighbours(
@@ -58,44 +75,72 @@ def neighbours(
     saved: int = SAVED,
     name: str = "main",
     index: str | None = None,
+    search: SearchOptions | None = None,
 ) -> NeighboursResult:
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself)."""
+    search = search or SearchOptions()
     if not 1 <= k <= saved:
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
     if saved > 1000:
         raise UsageError(f"--saved {saved} is more than 1000")
+    if search.shard is not None and not 0 <= search.shard[0] < search.shard[1]:
+        raise UsageError(f"--shard {search.shard[0]}/{search.shard[1]}: of n jobs this is one from 0 to n - 1")
     check_name(name, "--name")
-    database = Database(Store.open(root), index)
-    index = database.name
+    devices = tuple(find_devices(search.devices))
+    chosen = _choose_index(Store.open(root), index, search)
+    stage = NeighboursStage(
+        str(Path(root).absolute()), chosen, name, saved, k, search.encoder, search.memory, devices, search.shard
+    )
+    database = stage.open_database()
     store = Store.open(queries) if queries is not None else Store.open(root)
     check_encoders(store, database)
     with writing(store) as run:
-        stage = NeighboursStage(str(Path(root).absolute()), index, name, saved, k)
         todo = _count_queries(store, stage.plan(store))
         record = stage.record(store, database)
         store.commit(run, lambda state: stage.claim(state, record))
-        engine.execute(stage, store, run)
+        engine.execute(stage, store, run, workers=len(devices))
         _check_claim(store, stage, record)
+        store.refresh()
+        held = claims.held(store.root, run.id)
+        elsewhere = sum(task.key in held for task in stage.plan(store))
     state = store.refresh()
-    database = Database(Store.open(root), index)
+    database = stage.open_database()
     rows = count_keys_of(store, map(int, state.group("neighbours", name)))
-    held = held_parts(database.store.state, index)
     not_embedded = count_left(store, embedded_parts(store, database.encoder), read_tombstones(store))
-    not_indexed = count_left(database.store, held, database.tombstones)
+    not_indexed = count_left(database.store, database.held(), database.tombstones)
     left: list[str] = []
     if not_embedded:
         left.append(embed_command(store, queries or root, database.encoder))
     if not_indexed:
         if count_left(database.store, embedded_parts(database.store, database.encoder), database.tombstones):
             left.append(embed_command(database.store, root, database.encoder))
-        left.append(command_line("index", root, name=index))
+        if chosen != NO_INDEX:
+            left.append(command_line("index", root, name=chosen))
     if left:
-        chosen = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
-        left.append(command_line("neighbours", root, queries=queries, **chosen, name=name, index=index))
+        given = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
+        asked = {"index": chosen or None, "encoder": search.encoder}
+        again = command_line("neighbours", root, queries=queries, **given, name=name, **asked)
+        left.append(f"{again} --exact" if search.exact else again)
     return NeighboursResult(
-        name, str(root), index, database.encoder, todo, rows, k, saved, state.number, not_embedded, not_indexed,
-        tuple(dict.fromkeys(left)),
+        name, str(root), chosen, database.encoder, todo, rows, k, saved, state.number, not_embedded, not_indexed,
+        tuple(dict.fromkeys(left)), elsewhere,
     )  # fmt: skip
+
+
+def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:
+    """The index to search, or ``NO_INDEX``: where that is asked for, or there is none and exact search is quicker."""
+    if search.exact:
+        if index is not None:
+            raise UsageError("--exact searches without an index", "Give --exact or --index.")
+        return NO_INDEX
+    if index is None and not store.state.with_prefix(index_key("")) and store.state.names("embeddings"):
+        encoder = pick_encoder(store, search.encoder)
+        tombstones = read_tombstones(store)
+        if sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, encoder)) <= FLAT_LIMIT:
+            return NO_INDEX
+    if search.encoder is not None:
+        raise UsageError("--encoder says what exact search is among; an index is of one encoder", "Give --exact, too.")
+    return pick_index(store, index)
 
 
 def _check_claim(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> None:
@@ -111,5 +156,5 @@ def _check_claim(store: Store, stage: NeighboursStage, record: Mapping[str, Any]
 def _count_queries(store: Store, tasks: Iterable[Task]) -> int:
     """Living keys that tasks of ``neighbours`` search for; of a table to refill only some rows."""
     tasks = list(tasks)
-    whole = count_keys_of(store, [task.inputs["part"] for task in tasks if not task.inputs["refill"]])
-    return whole + sum(task.weight for task in tasks if task.inputs["refill"])
+    whole = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
+    return whole + sum(task.weight for task in tasks if task.inputs["mode"] == FEW)

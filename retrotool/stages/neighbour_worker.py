@@ -1,0 +1,142 @@
+"""Finding the neighbours of a part's keys.
+
+List-major search (``ann.search``) of all its searchable vectors through the database's shards, with the query's own
+document and all tombstones masked before the top-k, and a re-rank by the vectors themselves. Rows are read in blocks,
+the larger the fewer times a list is decoded.
+
+Memory: the table, 12 bytes a neighbour, twice while it is written; a block of queries with their candidates; one list.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.excluded import Queries
+from retrotool.ann.search import Best
+from retrotool.stages.base import Report, Task
+from retrotool.stages.database import (
+    is_same_directory,
+    own_documents,
+    purges,
+    read_part_vectors,
+    searchable_rows,
+)
+from retrotool.stages.drift import ranges
+from retrotool.stages.exact import merged
+from retrotool.stages.neighbours import FEW, MORE, SAME, AnyDatabase, NeighboursStage, few_rows
+from retrotool.stages.searching import rows_in
+from retrotool.store import tables
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.tombstones import read_tombstones
+
+_QUERY_BLOCK = 1 << 14
+_LIKELY_DEPTH = 100
+_HEAD_DIGITS = 16
+
+
+class NeighboursWorker:
+    """Finds the neighbours of parts."""
+
+    def __init__(self, store: Store, stage: NeighboursStage) -> None:
+        self._store = store
+        self._stage = stage
+        self._database = stage.open_database()
+        self._commit = self._database.store.state.number
+        self._within = is_same_directory(store, self._database.store)
+
+    def _current_database(self) -> AnyDatabase:
+        """The database at its newest commit: an erase may have replaced files since."""
+        if self._database.store.refresh().number != self._commit:
+            self._database = self._stage.open_database()
+            self._commit = self._database.store.state.number
+        return self._database
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Find the neighbours of one part, or what its table lacks."""
+        store, stage = self._store, self._stage
+        store.refresh()
+        database = self._current_database()
+        part = int(task.inputs["part"])
+        vectors = read_part_vectors(store, database.encoder, part)
+        table, asking, before = self._begin(task, database, part, len(vectors))
+        own = own_documents(store, part, database.store, database.tombstones, within=self._within)
+        for rows in self._blocks(asking, vectors.shape[1]):
+            queries = Queries(vectors[rows].astype(np.float32), own.take(rows))
+            best = self._search(database, queries, rows, before, task.inputs["new"])
+            table.ids[rows], table.distances[rows] = best.ids, best.distances
+            report(len(rows))
+        report(task.weight - len(asking))
+        record = stage.record(store, database)
+        state = database.store.state
+        about = {
+            "version": task.inputs["version"], **{name: record[name] for name in SAME},
+            "commit": state.number, "head": state.head[:_HEAD_DIGITS], "purges": purges(database.store),
+            "searched": ranges(database.held()),
+        }  # fmt: skip
+        name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
+        entry = tables.write_table(
+            store.root, name, table, database=record["database"], commit=state.number, path=record["path"], about=about
+        )
+        replaced = task.inputs["replaces"]
+        reads = [str(task.inputs["path"])]
+        if self._within:  # an erase replaces them: what was found before it must not come after it
+            reads += database.reads()
+        # Where nobody has claimed the name yet, the first table does: a run with another database is refused then.
+        claim = {} if stage.key in store.state.records else {stage.key: record}
+        return Staged(
+            task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
+            tuple(reads), (entry,), (replaced,) if replaced else (), claim,
+        )  # fmt: skip
+
+    def _blocks(self, rows: npt.NDArray[np.int64], d: int) -> list[npt.NDArray[np.int64]]:
+        size = _QUERY_BLOCK
+        if self._stage.memory is not None:
+            size = min(size, rows_in(self._database.room, max(self._stage.saved, _LIKELY_DEPTH), d))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _search(
+        self,
+        database: AnyDatabase,
+        queries: Queries,
+        rows: npt.NDArray[np.int64],
+        before: NeighbourTable | None,
+        new: list[int],
+    ) -> Best:
+        """The neighbours of a block of queries; of what was found ``before``, only in ``new`` parts."""
+        saved = self._stage.saved
+        if before is None:
+            return database.search(queries, saved)
+        ids, distances = before.ids[rows], before.distances[rows]
+        gone = database.tombstones.contains(ids)
+        kept = Best(np.where(gone, np.float32(np.inf), distances), np.where(gone, NO_NEIGHBOUR, ids))
+        best = merged(kept, database.search(queries, saved, only=new), saved)
+        # Beyond the last of a list that lost some there may be others, of old parts, that were not saved.
+        horizon = np.where(gone.any(axis=1), distances[:, -1], np.inf)
+        unknown = best.distances > horizon[:, None]
+        best.distances[unknown], best.ids[unknown] = np.inf, NO_NEIGHBOUR
+        few = (best.ids != NO_NEIGHBOUR).sum(axis=1) < self._stage.k
+        # A list that is not full may have been cut by an erase.
+        short = np.flatnonzero(few | (ids == NO_NEIGHBOUR).any(axis=1))
+        if len(short):
+            again = database.search(queries.take(short), saved)
+            best.ids[short], best.distances[short] = again.ids, again.distances
+        return best
+
+    def _begin(
+        self, task: Task, database: AnyDatabase, part: int, rows: int
+    ) -> tuple[NeighbourTable, npt.NDArray[np.int64], NeighbourTable | None]:
+        """The table to fill, the rows to search for, and a table whose neighbours are kept."""
+        store, stage, mode = self._store, self._stage, task.inputs["mode"]
+        old = store.state.part_file("neighbours", part, stage.table)
+        table = tables.read_table(store, old) if old is not None and old.path == task.inputs["replaces"] else None
+        if mode == FEW and table is not None:
+            table = NeighbourTable(np.array(table.ids), np.array(table.distances))
+            return table, few_rows(store, database, part, table, stage.k), None
+        fresh = NeighbourTable(
+            np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
+        )
+        return fresh, searchable_rows(store, part, read_tombstones(store)), table if mode == MORE else None
