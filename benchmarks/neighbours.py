@@ -1,0 +1,142 @@
+"""Neighbours of all chunks of a store through an inverted file: queries a second, against faiss on the same file.
+
+    python benchmarks/neighbours.py STORE [--encoder minilm] [--nlist 2048] [--nprobe 16] [--queries 50000]
+
+STORE has embeddings; nothing in it is changed. One index of whole vectors (float32), made here, is searched by
+
+* ``retrotool``: list-major, nothing excluded, 10 neighbours, exact distances afterwards;
+* ``faiss`` ``search``, query by query;
+* ``faiss.contrib.big_batch_search``, its fastest method here;
+
+with the same lists, probes, queries and threads, faiss with the OpenBLAS kernel that is fastest. Recall is the share of
+the same neighbours as faiss ``search`` finds: all find what the probed lists hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from index import best_kernel, export
+from machine import describe
+
+K = 10
+
+
+def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64], float]:
+    from retrotool.ann import lists
+    from retrotool.ann.excluded import Queries
+    from retrotool.stages.searching import start_search
+
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    shard = lists.read(folder / "ivf.faiss")
+    asked = Queries.plain(np.ascontiguousarray(vectors[:queries]))
+    found, best = [], 1e9
+    for rows in (1024, None):  # first the few, to warm up
+        start = time.perf_counter()
+        found = [
+            start_search(shard.trained, [shard], some, nprobe, K, lambda ids: np.zeros(len(ids), np.bool_)).candidates
+            for some in Queries.plain(asked.vectors[:rows]).blocks(1 << 14)
+        ]
+        best = time.perf_counter() - start
+    return np.concatenate(found), queries / best
+
+
+def theirs(folder: Path, nprobe: int, queries: int, how: str) -> tuple[npt.NDArray[np.int64], float]:
+    import faiss
+    from faiss.contrib.big_batch_search import big_batch_search
+
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    index: Any = faiss.read_index(str(folder / "ivf.faiss"))
+    index.nprobe = nprobe
+    asked = np.ascontiguousarray(vectors[:queries])
+    index.search(asked[:1024], K)
+    start = time.perf_counter()
+    if how == "search":
+        found = index.search(asked, K)[1]
+    else:
+        found = big_batch_search(index, asked, K, method=how, verbose=0, threaded=0)[1]
+    return np.asarray(found), queries / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--nlist", type=int, default=2048)
+    parser.add_argument("--nprobe", type=int, default=16)
+    parser.add_argument("--queries", type=int, default=50_000)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        folder, how = Path(arguments.child[0]), arguments.child[1]
+        run = ours if how == "ours" else theirs
+        more = () if how == "ours" else (how,)
+        found, rate = run(folder, arguments.nprobe, arguments.queries, *more)
+        np.save(folder / f"{how}.npy", found)
+        print(json.dumps(rate))
+        return
+    print(describe())
+    folder = Path(tempfile.mkdtemp())
+    try:
+        compare(arguments, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    import torch
+
+    from retrotool.ann import lists
+    from retrotool.ann.codes import Whole
+    from retrotool.ann.kmeans import assign, kmeans
+    from retrotool.ann.trained import Trained, to_faiss
+
+    vectors, _, _ = export(arguments.store, arguments.encoder, folder, 0)
+    order = np.random.default_rng(0).permutation(len(vectors))
+    vectors = np.ascontiguousarray(vectors[order])
+    np.save(folder / "vectors.npy", vectors)
+    rows = torch.from_numpy(vectors)
+    centroids = kmeans(rows, arguments.nlist, iterations=8)
+    trained = Trained(vectors.shape[1], Whole(vectors.shape[1], "float32"), centroids.numpy(), nlist=arguments.nlist)
+    index = to_faiss(trained)
+    lists.fill(index, assign(rows, centroids)[1].numpy(), np.arange(len(vectors)), vectors.view(np.uint8))
+    lists.write(index, folder / "ivf.faiss")
+    queries = min(arguments.queries, len(vectors))
+    print(f"{len(vectors):,} vectors of {vectors.shape[1]}, {arguments.nlist:,} lists, {arguments.nprobe} probed, "
+          f"{queries:,} queries for {K}")  # fmt: skip
+    kernel = best_kernel(folder / "vectors.npy")
+    print(f"faiss's kernel: {kernel.get('OPENBLAS_CORETYPE', 'its own choice')}")
+    rates = {}
+    for how in ("ours", "search", "knn_function", "pairwise_distances", "index"):
+        command = [sys.executable, __file__, str(arguments.store), "--nprobe", str(arguments.nprobe)]
+        command += ["--queries", str(queries), "--child", str(folder), how]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **kernel}, check=False)
+        if done.returncode:
+            print(f"  {how}: failed: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        rates[how] = float(done.stdout.splitlines()[-1])
+        same = np.load(folder / f"{how}.npy")
+        print(f"  {how}: {rates[how]:,.0f} queries/s")
+        np.save(folder / f"{how}.npy", np.sort(same, axis=1))
+    reference = np.load(folder / "search.npy")
+    for how in rates:
+        some = np.load(folder / f"{how}.npy")
+        same = np.mean([len(set(a) & set(b)) / K for a, b in zip(some.tolist(), reference.tolist(), strict=True)])
+        print(f"  {how}: {100 * same:.2f} % of the neighbours that search finds")
+    batch = max((rate for how, rate in rates.items() if how not in ("ours", "search")), default=float("nan"))
+    print(f"retrotool: {rates['ours'] / rates['search']:.1f} x search, {rates['ours'] / batch:.1f} x big_batch_search")
+
+
+if __name__ == "__main__":
+    main()
