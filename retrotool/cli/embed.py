@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, parse_shard
+from retrotool.cli.options import DevicesOption, Json, StoreArgument, parse_shard
 
 if TYPE_CHECKING:
     from retrotool.commands.embedding import EmbedResult
@@ -39,15 +39,7 @@ def command(
     pooling: Annotated[
         str, typer.Option(help="auto (the model's own configuration, else mean), mean or cls.")
     ] = "auto",
-    devices: Annotated[
-        str,
-        typer.Option(
-            "--devices",
-            "--device",
-            metavar="D,...",
-            help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
-        ),
-    ] = "auto",
+    devices: DevicesOption = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")
     ] = "auto",

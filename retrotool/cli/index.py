@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import LEAST_MEMORY, EncoderOption, Json, StoreArgument, parse_shard, parse_size
+from retrotool.cli.options import (
+    LEAST_MEMORY,
+    DevicesOption,
+    EncoderOption,
+    Json,
+    ShardOption,
+    StoreArgument,
+    parse_shard,
+    parse_size,
+)
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,19 +67,8 @@ def command(
         int | None,
         typer.Option(metavar="N", min=1, max=1 << 40, help="Vectors of a shard.  [default: a million, or what fits]"),
     ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="This is job I of N on the store, from 0: begin with that share of the work."),
-    ] = None,
-    devices: Annotated[
-        str,
-        typer.Option(
-            "--devices",
-            "--device",
-            metavar="D,...",
-            help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
-        ),
-    ] = "auto",
+    shard: ShardOption = None,
+    devices: DevicesOption = "auto",
     encoder: EncoderOption = None,
     queries: Annotated[int, typer.Option(metavar="N", min=1, help="Random chunks to measure the recall with.")] = 2000,
     tune: Annotated[

@@ -10,9 +10,11 @@ import typer
 from retrotool.cli import output
 from retrotool.cli.options import (
     LEAST_MEMORY,
+    DevicesOption,
     EncoderOption,
     IndexOption,
     Json,
+    ShardOption,
     StoreArgument,
     parse_shard,
     parse_size,
@@ -49,19 +51,8 @@ def command(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What a block of queries may take, besides the tables.")
     ] = None,
-    devices: Annotated[
-        str,
-        typer.Option(
-            "--devices",
-            "--device",
-            metavar="D,...",
-            help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
-        ),
-    ] = "auto",
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="This is job I of N on the store, from 0: begin with that share of the work."),
-    ] = None,
+    devices: DevicesOption = "auto",
+    shard: ShardOption = None,
     as_json: Json = False,
 ) -> None:
     """Find the nearest chunks of every chunk, outside its own document.

@@ -21,6 +21,23 @@ IndexOption = Annotated[
     str | None,
     typer.Option("--index", metavar="NAME", help="Index to search.  [default: the default index, else main]"),
 ]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        "--devices",
+        "--device",
+        metavar="D,...",
+        help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="This is job I of N on the store, from 0: begin with that share of the work.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 
 LEAST_MEMORY = 16 << 20

@@ -5,7 +5,6 @@ No scripts, and nothing is fetched. A page is XML, too. Colours follow the reade
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -35,6 +34,8 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 320, 56, 44, 16, 120
 _COLOURS = ("#3b8ac4", "#d64545", "#3aa655", "#a07cc5", "#f28e2b", "#17becf", "#a0705a")
 """Seen on white and on black."""
 
+_MARKED = ' class="marked"'
+
 Line = tuple[str, Sequence[tuple[float, float]]]
 
 
@@ -59,8 +60,7 @@ def table(
         return "".join(f"{kind.format(tag)}{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     head = f"<thead><tr>{line(header, 'th')}</tr></thead>" if header else ""
-    starts = ('<tr class="marked">' if i == marked else "<tr>" for i in itertools.count())
-    body = "".join(f"{start}{line(row, 'td')}</tr>" for start, row in zip(starts, rows, strict=False))
+    body = "".join(f"<tr{_MARKED if i == marked else ''}>{line(row, 'td')}</tr>" for i, row in enumerate(rows))
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 

@@ -177,7 +177,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     store = Store.open(root)
     with writing(store) as run:  # which takes away what was left by one that was killed when it had dropped it
         if name not in store.state.names("index"):
-            raise _no_index(store, name)
+            raise _no_index(store, name, "drop")
         gone: list[Any] = []
 
         def build(state: State) -> Draft:
@@ -246,11 +246,7 @@ def _check_there(store: Store, name: str, options: Options) -> None:
     """``UsageError`` for what can only be done with an index that is there."""
     asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
     if asked and name not in store.state.names("index"):
-        have = ", ".join(store.state.names("index"))
-        raise UsageError(
-            f"--{asked[0]}: the store {store.root} has no index {name!r}; it has: {have or 'none'}",
-            f"Make it with: {command_line('index', store.root, name=name)}",
-        )
+        raise _no_index(store, name, asked[0])
 
 
 def _check_embeddings(store: Store, stage: IndexStage) -> None:
@@ -267,9 +263,12 @@ def _check_embeddings(store: Store, stage: IndexStage) -> None:
             )
 
 
-def _no_index(store: Store, name: str) -> UsageError:
-    have = ", ".join(store.state.names("index"))
-    return UsageError(f"the store {store.root} has no index {name!r}; it has: {have or 'none'}")
+def _no_index(store: Store, name: str, asked: str) -> UsageError:
+    have = ", ".join(store.state.names("index")) or "none"
+    return UsageError(
+        f"--{asked}: the store {store.root} has no index {name!r}; it has: {have}",
+        f"Make it with: {command_line('index', store.root, name=name)}" if asked != "drop" else "",
+    )
 
 
 def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ class _Workers:
 
     def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
         self._context = multiprocessing.get_context("spawn")
+        # Starting it lets Ctrl-C through again: left to the first worker's start, that one would get it.
+        resource_tracker.ensure_running()
         self._arguments = (stage, store.root, run.id)
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)

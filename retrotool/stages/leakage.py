@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.stages.base import Report
-from retrotool.stages.database import document_intervals, embedded_parts, read_part_vectors, searchable_rows
+from retrotool.stages.database import embedded_parts, own_documents, read_part_vectors, searchable_rows
 from retrotool.stages.overlap import longest_common
 from retrotool.stages.pieces import read_pieces
 from retrotool.stages.searching import Database
@@ -55,11 +55,11 @@ def find_leaks(
         vectors = read_part_vectors(store, database.encoder, part)
         chunks = parts.read_chunks(store, part)
         sources = parts.read_documents(store, part, ["source"])["source"].to_pylist()
-        first, last = document_intervals(store, part)
+        own = own_documents(store, part, database.store, database.tombstones, within=True) if within else None
         for start in range(0, len(rows), _BLOCK):
             some = rows[start : start + _BLOCK]
-            own = Excluded(first[some], last[some]) if within else Excluded.nothing(len(some))
-            best = database.search(Queries(vectors[some].astype(np.float32), own), k)
+            excluded = Excluded.nothing(len(some)) if own is None else own.take(some)
+            best = database.search(Queries(vectors[some].astype(np.float32), excluded), k)
             common, which = _common(database, chunks.tokens[some], chunks.n_tokens[some].astype(np.int64), best.ids)
             neighbours = best.ids[np.arange(len(some)), which]
             documents = chunks.doc[some].tolist()

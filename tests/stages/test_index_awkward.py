@@ -11,7 +11,7 @@ import pytest
 from conftest import Cli, make_rows, make_text, write_jsonl
 from oracle import read_plain
 
-import retrotool
+import retrotool.api
 from retrotool import commands
 from retrotool.ann.choice import Wanted
 from retrotool.ann.excluded import Queries
