@@ -83,8 +83,13 @@ def leakage(
     ``output``: a Parquet file, one row an evaluation chunk; ``page``: the figures as HTML. Neither store is changed.
     """
     for option, file in (("--output", output), ("--html", page)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{option} {file}: there is no folder {Path(file).absolute().parent}", "Make it first.")
+        if file is None:
+            continue
+        folder = Path(file).absolute().parent
+        if not folder.is_dir():
+            raise UsageError(f"{option} {file}: there is no folder {folder}", "Make it first.")
+        if Path(file).is_dir():
+            raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
     database, store = Database(Store.open(root), index), Store.open(evaluation)
     _check_tokenizers(store, database.store)
     check_encoders(store, database)

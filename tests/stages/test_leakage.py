@@ -142,5 +142,7 @@ def test_what_cannot_be_compared_is_refused(
     assert "retrotool embed" in error.value.advice
     ended = cli("leakage", built_store, "--evaluation", built_store, "--output", tmp_path / "no" / "r.parquet")
     assert ended.returncode == 2 and "there is no folder" in ended.stderr
+    ended = cli("leakage", built_store, "--evaluation", built_store, "--html", tmp_path)
+    assert ended.returncode == 2 and "is a folder" in ended.stderr
     told = cli("leakage", built_store, "--evaluation", built_store, "--json")
     assert json.loads(told.stdout)["chunks"] == commands.info(built_store).chunks
