@@ -273,6 +273,14 @@ def few_rows(store: Store, database: AnyDatabase, part: int, table: NeighbourTab
     return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few
 
 
+def members_of(store: Store, name: str) -> list[tuple[str, float]]:
+    """(table, weight) of what is read as the neighbours ``name``: a table alone, or a mixture of several."""
+    record = store.state.records.get(f"neighbours:{name}")
+    if record is None or "mix" not in record:
+        return [(name, 1.0)]
+    return [(str(member["table"]), float(member["weight"])) for member in record["mix"]]
+
+
 def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     """The database that a table's neighbours are chunks of, opened at its newest commit, and the table's record.
 

@@ -1,0 +1,134 @@
+"""Reading neighbour tables: of rows of a part, the living neighbours, nearest first, and their tokens.
+
+A table may be a mixture: a record that names tables of several databases, each with a weight. Nothing of these is
+copied: they are merged when they are read, by squared distance over weight, so that weights can be changed at no cost.
+
+What is read goes through the tombstones of the databases as they were when the reader opened them, so a row can have
+fewer than k neighbours, and never one that was purged. Cost: the row groups that hold the rows; masks by binary search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.stages.neighbours import check_table, database_of, members_of
+from retrotool.stages.pieces import Pieces, read_pieces
+from retrotool.store import parts, tables
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import ROW_GROUP
+from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The neighbours of n chunks, nearest first, all [n, k].
+
+    ``ids`` int64 (−1: none), ``distances`` float32, squared L2 (+inf: none), ``databases`` uint8: which of the
+    reader's ``databases`` the id is of (0 where there is none).
+    """
+
+    ids: Ids
+    distances: npt.NDArray[np.float32]
+    databases: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    table: str
+    weight: float
+    store: Store
+    tombstones: Tombstones
+
+
+class NeighbourReader:
+    """The table, or mixture of tables, ``name`` of a query store, read at the newest commits of its databases.
+
+    ``UsageError`` if it is not there, or a database is not where it was: tombstones can't be applied without it.
+    """
+
+    def __init__(self, store: Store, name: str = "main") -> None:
+        self.store, self.name = store, name
+        self._members = []
+        for table, weight in members_of(store, name):
+            database = database_of(store, table)[0]
+            self._members.append(_Member(table, weight, database, read_tombstones(database)))
+        records = [store.state.records[f"neighbours:{member.table}"] for member in self._members]
+        self.k = int(records[0]["k"])
+        """Neighbours that are used, unless more are asked for."""
+        self.saved = min(int(record["saved"]) for record in records)
+        """The most that can be asked for."""
+
+    @property
+    def databases(self) -> tuple[Store, ...]:
+        """The stores that the neighbours are chunks of."""
+        return tuple(member.store for member in self._members)
+
+    def parts(self) -> list[int]:
+        """Numbers of the parts that have tables of all databases, ascending."""
+        of_each = [set(self.store.state.group("neighbours", member.table)) for member in self._members]
+        return sorted(int(slot) for slot in set.intersection(*of_each))
+
+    def read(self, part: int, k: int | None = None, row_groups: Sequence[int] | None = None) -> Found:
+        """The neighbours of all rows of a part, or of those of some row groups (8,192 rows each), at most k a row.
+
+        Rows of chunks that have none (purged, no key, or not embedded) are empty. What the query store itself has
+        purged is for the caller to leave out.
+        """
+        k = self.k if k is None else k
+        found = [self._read_member(which, part, row_groups) for which in range(len(self._members))]
+        if len(found) == 1:
+            one = found[0]
+            return Found(one.ids[:, :k], one.distances[:, :k], one.databases[:, :k])
+        ids = np.concatenate([one.ids for one in found], 1)
+        distances = np.concatenate([one.distances for one in found], 1)
+        which = np.concatenate([one.databases for one in found], 1)
+        weights = np.array([member.weight for member in self._members], np.float32)
+        order = np.argsort(distances / weights[which], axis=1, kind="stable")[:, :k]
+        return Found(*(np.take_along_axis(values, order, 1) for values in (ids, distances, which)))
+
+    def _read_member(self, which: int, part: int, row_groups: Sequence[int] | None) -> Found:
+        member = self._members[which]
+        entry = parts.part_entry(self.store, "neighbours", part, member.table)
+        self._check(entry, member)
+        table = tables.read_table(self.store, entry, None if row_groups is None else list(row_groups))
+        ids, distances = table.ids, table.distances
+        gone = (ids != NO_NEIGHBOUR) & member.tombstones.contains(ids)
+        lost = np.flatnonzero(gone.any(axis=1))
+        if len(lost):
+            ids, distances = np.array(ids), np.array(distances)
+            order = np.argsort(gone[lost], axis=1, kind="stable")  # the living first, in their order
+            ids[lost] = np.take_along_axis(np.where(gone[lost], NO_NEIGHBOUR, ids[lost]), order, 1)
+            kept = np.where(gone[lost], np.float32(np.inf), distances[lost])
+            distances[lost] = np.take_along_axis(kept, order, 1)
+        databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
+        return Found(ids, distances, databases)
+
+    def _check(self, entry: FileEntry, member: _Member) -> None:
+        check_table(self.store, entry, member.table, member.store)
+
+    def pieces(self, found: Found) -> Pieces:
+        """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2]."""
+        ids, which = found.ids.ravel(), found.databases.ravel()
+        if len(self._members) == 1:
+            return read_pieces(self._members[0].store, self._members[0].tombstones, ids)
+        own = self.store.identity
+        tokens = np.zeros((len(ids), 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
+        n_tokens = np.zeros((len(ids), 2), np.int64)
+        for number, member in enumerate(self._members):
+            rows = np.flatnonzero((which == number) & (ids != NO_NEIGHBOUR))
+            some = read_pieces(member.store, member.tombstones, ids[rows])
+            tokens[rows], n_tokens[rows] = some.tokens, some.n_tokens
+        return Pieces(tokens, n_tokens)
+
+
+def row_groups_of(rows: Ids) -> list[int]:
+    """Numbers of the row groups that hold some rows of a part, ascending."""
+    return [int(group) for group in np.unique(rows // ROW_GROUP)]
