@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,16 +42,28 @@ class Excluded:
     last: Ids
     document: Ids | None = None
     repeats: Intervals | None = None
+    ascends: bool = False
+    """Whether ``first`` and ``last`` both ascend."""
 
     @classmethod
     def nothing(cls, q: int) -> Excluded:
         """For queries that may find anything."""
         return cls(np.zeros(q, np.int64), np.full(q, -1, np.int64))
 
-    def take(self, rows: Ids) -> Excluded:
-        """The same for some of the queries, or for some of them several times."""
+    def take(self, rows: Ids, *, in_order: bool = False) -> Excluded:
+        """The same for some of the queries, or for some of them several times; ``in_order``: ``rows`` ascend."""
         document = None if self.document is None else self.document[rows]
-        return Excluded(self.first[rows], self.last[rows], document, self.repeats)
+        return Excluded(self.first[rows], self.last[rows], document, self.repeats, in_order and self.ascends)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is excluded."""
+        return self.repeats is not None or bool((self.first <= self.last).any())
+
+    def ascending(self) -> Excluded:
+        """The same, having looked whether the intervals ascend."""
+        ascends = bool((np.diff(self.first) >= 0).all() and (np.diff(self.last) >= 0).all())
+        return replace(self, ascends=ascends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +92,61 @@ class Queries:
             yield self.take(np.arange(start, min(start + rows, len(self))))
 
 
-def mask(scores: torch.Tensor, ids: Ids, excluded: Excluded) -> None:
-    """Set to +inf the scores [r, c] of ids (ascending, [c]) that each row must not find."""
+class Mask:
+    """What queries must not find among ``ids`` [n], ascending in each list, worked out for all of them at once.
+
+    Where the queries' intervals ascend, each id is searched among them, and is then known to be nobody's, or whose; as
+    a rule it is nobody's. Otherwise each query's interval is searched among the ids when they are masked.
+    """
+
+    def __init__(self, excluded: Excluded, ids: Ids) -> None:
+        self._excluded, self._ids = excluded, ids
+        self._any = excluded.any
+        if self._any and excluded.ascends:
+            self._begin = np.searchsorted(excluded.last, ids)
+            self._end = np.searchsorted(excluded.first, ids, side="right")
+            self._hit = self._begin < self._end
+
+    def apply(self, scores: torch.Tensor, rows: torch.Tensor, low: int, high: int) -> None:
+        """Set to −inf the scores [r, high − low] of ids that some queries, ``rows`` [r], ascending, must not find."""
+        if not self._any:
+            return
+        if self._excluded.ascends:
+            hit = np.flatnonzero(self._hit[low:high])
+            if not len(hit):
+                return
+            asked = rows.cpu().numpy()
+            first = np.searchsorted(asked, self._begin[low:high][hit])
+            place, row = _ranges(first, np.searchsorted(asked, self._end[low:high][hit]) - first)
+            _hide(scores, row, hit[place])
+        else:
+            ids, some = self._ids[low:high], self._excluded.take(rows.cpu().numpy())
+            first = np.searchsorted(ids, some.first)
+            row, column = _ranges(first, np.maximum(np.searchsorted(ids, some.last, side="right") - first, 0))
+            _hide(scores, row, column)
+        if self._excluded.repeats is not None:
+            self._hide_repeats(scores, self._excluded.repeats, rows.cpu().numpy(), self._ids[low:high])
+
+    def _hide_repeats(self, scores: torch.Tensor, repeats: Intervals, rows: Ids, ids: Ids) -> None:
+        assert self._excluded.document is not None, "where there are repeats, it is known whose"
+        document = self._excluded.document[rows]
+        documents = repeats.documents(ids)
+        columns = np.flatnonzero(documents >= 0)
+        some = np.flatnonzero(np.isin(document, documents[columns]))
+        row, column = np.nonzero(document[some][:, None] == documents[columns])
+        _hide(scores, some[row], columns[column])
+
+
+def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
     import torch
 
-    low = np.searchsorted(ids, excluded.first)
-    width = np.maximum(np.searchsorted(ids, excluded.last, side="right") - low, 0)
-    rows = np.repeat(np.arange(len(width)), width)
     if len(rows):
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(width) - width, width)
-        scores[torch.from_numpy(rows), torch.from_numpy(np.repeat(low, width) + within)] = torch.inf
-    if excluded.repeats is None or excluded.document is None:
-        return
-    documents = excluded.repeats.documents(ids)
-    columns = np.flatnonzero(documents >= 0)
-    rows = np.flatnonzero(np.isin(excluded.document, documents[columns]))
-    row, column = np.nonzero(excluded.document[rows][:, None] == documents[columns])
-    if len(row):
-        scores[torch.from_numpy(rows[row]), torch.from_numpy(columns[column])] = torch.inf
+        scores[torch.from_numpy(rows), torch.from_numpy(columns)] = -torch.inf
+
+
+def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:
+    """(i, j) of all j in [low[i], low[i] + length[i])."""
+    some = np.flatnonzero(length)
+    low, length = low[some], length[some]
+    within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+    return np.repeat(some, length), np.repeat(low, length) + within

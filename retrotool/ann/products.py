@@ -8,13 +8,17 @@ processor has instructions for it, or to TF32 on a GPU: for choosing the nearest
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _CACHED_ENTRIES = 1 << 20
 _GPU_ENTRIES = 1 << 28
@@ -53,6 +57,73 @@ class Table:
             rows.to(self._dtype).contiguous(), self._packed, self._bias, "none", [], ""
         )
         return found
+
+
+class Columns:
+    """Vectors, float32 or float64 [n, d], that queries are held against, some of these against some of those.
+
+    The score of q and x is q · x − |x|² / 2, the larger the nearer. Products are torch's: oneDNN makes a kernel for
+    every shape that it meets, and here nearly every one is new.
+    """
+
+    def __init__(self, vectors: torch.Tensor) -> None:
+        self._vectors, self._half_norms = vectors, vectors.square().sum(1).div_(-2)
+
+    def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
+        """Scores [r, high − low] of some ``rows`` [r] of a table of queries [q, d] and some of the vectors.
+
+        They lie in ``scratch``, until it is used again.
+        """
+        import torch
+
+        asked = torch.index_select(table, 0, rows, out=scratch.take("rows", table.dtype, len(rows), table.shape[1]))
+        out = scratch.take("scores", table.dtype, len(rows), high - low)
+        return torch.addmm(self._half_norms[low:high], asked, self._vectors[low:high].T, out=out)
+
+
+class Scratch:
+    """Memory that is used again and again: fresh memory costs more than what is done with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._kept = device, dict[str, Any]()
+
+    def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """The tensor ``name``, [rows, columns], with anything in it."""
+        import torch
+
+        size = rows * columns
+        if name not in self._kept or self._kept[name].numel() < size:
+            self._kept[name] = torch.empty(size, dtype=dtype, device=self._device)
+        found: torch.Tensor = self._kept[name][:size].view(rows, columns)
+        return found
+
+
+@contextlib.contextmanager
+def one_thread_each(n: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], list[R]]]:
+    """A ``map`` whose calls run side by side in n threads, with one thread of torch's each; as it is for n = 1.
+
+    Of many small products that is faster than to divide each among the threads.
+    """
+    import torch
+
+    if n <= 1:
+        yield lambda do, items: [do(item) for item in items]
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n, initializer=_use_one_thread) as pool:
+            yield lambda do, items: list(pool.map(do, items))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _use_one_thread() -> None:
+    import faiss
+    import torch
+
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
 
 
 @lru_cache(1)

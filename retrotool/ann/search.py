@@ -2,13 +2,17 @@
 
 Against searching query by query this turns matrix–vector into matrix–matrix products. It goes in two steps:
 
-1. ``Search`` chooses candidates by what the codes stand for. Distances of all vectors of a query's lists are laid side
-   by side and the least are kept, round by round, over any number of shards. Both sides of a product are shifted by a
-   mean first, which changes no distance: products lose digits where vectors have much in common.
+1. ``Search`` chooses candidates by what the codes stand for, or by the vectors themselves, over any number of shards.
+   The best so far of a query set the limit that others have to beat, so its nearest list comes first. Both sides of a
+   product are shifted by a mean, which changes no distance: products lose digits where vectors have much in common.
 2. ``rerank`` computes Σ(q − x)² from the vectors themselves, which the caller fetches by id.
 
 What a query must not find is masked before the best are taken. Its own document is an interval of chunk ids, and ids
-ascend in a list, so that is an interval of columns, found by binary search.
+ascend in a list, so that is an interval of columns, found by binary search (``ann.excluded``).
+
+On a CPU every core takes a share of the queries: a product of some hundred rows is too small to be divided. Blocks of
+lists are decoded once for all. Cost: 2·d operations for each vector in the lists that a query probes, at the rate of
+the matrix products; what is left of the time goes to gathering queries and to the heaps.
 
 Memory: queries twice, candidates, and ``room`` bytes for distances and the vectors of lists. What it is not enough for
 is done in more steps.
@@ -16,17 +20,21 @@ is done in more steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann.excluded import Queries, mask
+from retrotool.ann.excluded import Excluded, Mask, Queries
+from retrotool.ann.heaps import Heaps, largest
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Ids, Lists
-from retrotool.ann.products import Table
+from retrotool.ann.nearest import Nearest
+from retrotool.ann.products import Columns, Scratch, Table, one_thread_each
 from retrotool.ann.trained import Floats, Trained
 
 if TYPE_CHECKING:
@@ -34,8 +42,14 @@ if TYPE_CHECKING:
 
 ROOM = 1 << 27
 """Bytes for distances and decoded vectors: with more it gets no faster."""
-_COLUMNS = 1 << 14
-_PAIRS = 1 << 9
+_COLUMNS = 1 << 11
+_ROWS = 1 << 11
+_CACHED_ROWS = 1 << 12
+_CACHED_ENTRIES = 1 << 19
+"""Scores at a time on a CPU: a megabyte, which stays in its cache."""
+_LEAST_TILE = 1 << 10
+"""Queries that are worth a thread each."""
+_PAIRS, _MANY_PAIRS = 1 << 10, 1 << 15
 SPARE = 8
 """Candidates beyond k where codes are whole vectors: of distances that products can't tell apart, the true decide."""
 
@@ -68,8 +82,9 @@ def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
 class Search:
     """A search of some queries through the shards of one index, for ``depth`` candidates each.
 
-    ``precise``: products in float64, twice the time, for a truth that others are held against. ``device`` does the
-    products and finds the best; lists are decoded on the CPU. ``room``: bytes for distances and decoded vectors.
+    ``precise``: products in float64, for a truth that others are held against. ``device`` does the products and finds
+    the best; lists are decoded on the CPU. ``room``: bytes for scores and decoded vectors. ``vectors``: these take the
+    place of codes, so that of the lists only the ids are read.
     """
 
     def __init__(
@@ -83,169 +98,203 @@ class Search:
         precise: bool = False,
         device: str = "cpu",
         room: int = ROOM,
+        vectors: Fetch | None = None,
     ) -> None:
         import torch
 
         self.scanned = 0
         """Codes that were compared with a query, over all queries."""
-        self._trained, self._banned, self._excluded = trained, banned, queries.excluded
-        self._device = torch.device(device)
-        rotated = trained.rotate(torch.from_numpy(queries.vectors).to(self._device))
-        self._groups = _by_list(trained, rotated, nprobe)
+        self._trained, self._banned, self._depth, self._q = trained, banned, depth, len(queries)
+        self._vectors = vectors
+        self._device, on_cpu = torch.device(device), device == "cpu"
         self._dtype = torch.float64 if precise else torch.float32
-        self._rotated = rotated
-        self._shift: Any = None if trained.centroids is None else torch.from_numpy(trained.centroids).mean(0)
-        q = len(rotated)
-        # A truth is sought once, in twice the memory a distance: fewer queries at a time cost little there.
-        self._entries = room // 8 // (4 if precise else 1)
-        self._columns = max(1, min(_COLUMNS, room // 2 // (trained.codec.d * (12 if precise else 4))))
-        self._scores = torch.full((q, depth), torch.inf, dtype=self._dtype, device=self._device)
-        self._ids = np.full((q, depth), -1, np.int64)
+        asked = torch.from_numpy(queries.vectors).to(self._device)
+        rotated = trained.rotate(asked)
+        self._asked = rotated if vectors is None else asked
+        self._shift: Any = None
+        if trained.centroids is not None and vectors is None:
+            self._shift = torch.from_numpy(trained.centroids).mean(0)
+        self._threads = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
+        # Half of the room is for vectors, which for a moment are there twice, and half for scores; a CPU wants both
+        # in its cache.
+        self._most_rows = max(1, room // 2 // (trained.codec.d * (16 if precise else 8)) // self._threads)
+        entries = max(1, room // 2 // (16 if precise else 8) // self._threads)
+        self._entries = min(entries, _CACHED_ENTRIES) if on_cpu else entries
+        self._most_rows = min(self._most_rows, _CACHED_ROWS) if on_cpu else self._most_rows
+        self._columns = max(1, min(self._most_rows, self._entries, _COLUMNS if on_cpu else self._most_rows))
+        cut = _tiles(trained, rotated, queries.excluded, nprobe, self._threads)
+        with one_thread_each(self._threads) as run:
+            self._tiles = run(lambda some: _Tile(*some, queries.excluded, depth, self._dtype, self._device), cut)
 
     def add(self, shard: Lists) -> None:
         """Take in what the queries find in a shard."""
+        import torch
+
         if self._shift is None:
-            self._shift = _mean(shard)
-        self._wanted = (self._rotated - self._shift.to(self._device)).to(self._dtype)
-        # Blocks of queries, each as wide as the lists that they probe: the more that is, the fewer at a time.
-        sizes = np.array([shard.size(number) for number, _ in self._groups], np.int64)
-        width = np.zeros(len(self._rotated), np.int64)
-        for size, (_, rows) in zip(sizes, self._groups, strict=True):
-            width[rows] += size
-        self.scanned += int(width.sum())
-        widest = max(1, min(int(width.max(initial=0)), self._columns))
-        block = max(1, self._entries // widest)
-        for start in range(0, len(width), block):
-            self._add_block(shard, start, min(start + block, len(width)), widest)
+            self._shift = self._mean(shard)
+        shift = self._shift.to(self._device)
+        rows = [torch.from_numpy(tile.rows).to(self._device) for tile in self._tiles]
+        tables = [self._asked.index_select(0, some).sub_(shift).to(self._dtype) for some in rows]
+        # First the nearest list of every query: what is found there sets the limit that others have to beat.
+        for near in (True, False):
+            groups = [tile.near if near else tile.far for tile in self._tiles]
+            jobs = list(zip(self._tiles, tables, groups, strict=True))
+            all_pieces = self._pieces(shard, sorted(set().union(*groups)))
+            with one_thread_each(self._threads) as run:
+                while some_pieces := list(itertools.islice(all_pieces, self._threads)):
+                    blocks = run(functools.partial(self._decode, shard), some_pieces)
+                    self.scanned += sum(run(functools.partial(self._scan, blocks, near), jobs))
 
-    def _add_block(self, shard: Lists, start: int, stop: int, widest: int) -> None:
-        found = _Round(stop - start, widest, self._scores)
-        for number, rows in self._groups:
-            some = rows[(rows >= start) & (rows < stop)] if stop - start < len(self._rotated) else rows
+    def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
+        """Pieces of lists, not too wide, as many at a time as may be decoded at a time."""
+        pieces: list[_Piece] = []
+        rows = 0
+        for number in numbers:
             n = shard.size(number)
-            if not len(some) or not n:
-                continue
-            ids = shard.ids(number)
-            banned = self._banned(ids)
             for low in range(0, n, self._columns):
-                part = slice(low, min(low + self._columns, n))
-                if not found.has_room(some - start, part.stop - part.start):
-                    self._keep(found, start, stop)
-                scores = self._distances(shard, number, part, some)
-                if banned[part].any():
-                    scores[:, np.flatnonzero(banned[part])] = np.inf
-                mask(scores, ids[part], self._excluded.take(some))
-                found.put(some - start, scores, ids[part])
-        self._keep(found, start, stop)
+                piece = _Piece(number, low, min(low + self._columns, n))
+                if pieces and rows + len(piece) > self._most_rows:
+                    yield pieces
+                    pieces, rows = [], 0
+                pieces.append(piece)
+                rows += len(piece)
+        if pieces:
+            yield pieces
 
-    def _distances(self, shard: Lists, number: int, part: slice, rows: Ids) -> torch.Tensor:
-        """Squared distances less |q|², [rows, columns], of some vectors of a list."""
+    def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
+        """The vectors of pieces of lists, less the mean, without those that are banned."""
         import torch
 
-        columns = self._trained.codec.decode(shard.codes(number)[part])
-        if self._trained.by_residual:
-            assert self._trained.centroids is not None
-            columns.add_(torch.from_numpy(self._trained.centroids[number]) - self._shift)
+        all_ids = [shard.ids(piece.number)[piece.rows] for piece in pieces]
+        kept = [~self._banned(ids) for ids in all_ids]
+        bounds = np.cumsum([0, *(int(some.sum()) for some in kept)])
+        ids = [some[is_kept] for some, is_kept in zip(all_ids, kept, strict=True)]
+        if self._vectors is not None:
+            fetched = np.concatenate([self._vectors(some) for some in ids if len(some)] or [self._no_vectors()])
+            vectors = torch.from_numpy(fetched.astype(np.float32)).sub_(self._shift)
         else:
-            columns.sub_(self._shift)
-        columns = columns.to(self._device, self._dtype)
-        wanted = self._wanted.index_select(0, torch.from_numpy(rows).to(self._device))
-        return torch.addmm(columns.square().sum(1), wanted, columns.T, alpha=-2)
+            codes = [shard.codes(p.number)[p.rows][is_kept] for p, is_kept in zip(pieces, kept, strict=True)]
+            vectors = self._trained.codec.decode(np.concatenate(codes)).sub_(self._shift)
+            if self._trained.by_residual:
+                assert self._trained.centroids is not None
+                for piece, (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
+                    vectors[low:high].add_(torch.from_numpy(self._trained.centroids[piece.number]))
+        columns = Columns(vectors.to(self._device, self._dtype))
+        return _Block(pieces, bounds.tolist(), np.concatenate(ids), columns)
 
-    def _keep(self, found: _Round, start: int, stop: int) -> None:
-        """Keep the best of a round and of what was there."""
+    def _mean(self, shard: Lists) -> torch.Tensor:
+        """Roughly the mean of the vectors of a shard, float32 [d]; any would do that is the same for all."""
         import torch
 
-        scores, ids = found.take(self._scores.shape[1])
-        scores = torch.cat([self._scores[start:stop], scores], 1)
-        ids = np.concatenate([self._ids[start:stop], ids], 1)
-        self._scores[start:stop], order = scores.topk(self._scores.shape[1], largest=False)
-        self._ids[start:stop] = np.take_along_axis(ids, order.cpu().numpy(), 1)
+        if self._vectors is None:
+            sample = shard.codes(0)[:: max(1, len(shard) // _COLUMNS)]
+            return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
+        return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
+
+    def _no_vectors(self) -> npt.NDArray[np.float16]:
+        return np.zeros((0, self._asked.shape[1]), np.float16)
+
+    def _scan(self, blocks: list[_Block], near: bool, job: tuple[_Tile, torch.Tensor, dict[int, torch.Tensor]]) -> int:
+        """Hold the queries of a tile (a table, and those of each list) against blocks; return how many pairs it was."""
+        tile, table, groups = job
+        scanned, scratch = 0, Scratch(self._device)
+        for block in blocks:
+            mask = Mask(tile.excluded, block.ids)
+            for piece, (low, high) in zip(block.pieces, itertools.pairwise(block.bounds), strict=True):
+                rows = groups.get(piece.number)
+                if rows is None or low == high:
+                    continue
+                scanned += len(rows) * (high - low)
+                step = max(1, min(_ROWS, self._entries // (high - low)))
+                for start in range(0, len(rows), step):
+                    some = rows[start : start + step]
+                    scores = block.columns.scores(table, some, low, high, scratch)
+                    mask.apply(scores, some, low, high)
+                    tile.nearest.offer(some, scores, block.ids[low:high], first=near and piece.low == 0)
+        return scanned
 
     @property
     def candidates(self) -> Ids:
         """Ids of the candidates, int64 [q, depth], nearest by their codes first (−1: none)."""
-        return np.where(np.isfinite(self._scores.cpu().numpy()), self._ids, -1)
-
-
-class _Round:
-    """Distances of vectors of several lists, side by side for each query, until there is no more room."""
-
-    def __init__(self, q: int, width: int, like: torch.Tensor) -> None:
-        import torch
-
-        self._scores = torch.full((q, width), torch.inf, dtype=like.dtype, device=like.device)
-        self._used = np.zeros(q, np.int64)
-        self._segments: list[tuple[Ids, Ids, Ids]] = []  # queries, their first column, ids
-
-    def has_room(self, rows: Ids, n: int) -> bool:
-        """Whether ``n`` more distances fit for all of ``rows``."""
-        return int(self._used[rows].max()) + n <= self._scores.shape[1]
-
-    def put(self, rows: Ids, scores: torch.Tensor, ids: Ids) -> None:
-        """Add distances [rows, n] of ``ids`` [n]."""
-        import torch
-
-        n, width = len(ids), self._scores.shape[1]
-        first = self._used[rows]
-        if len(rows) == len(self._scores) and not first.any():
-            self._scores[:, :n] = scores
-        else:
-            place = torch.from_numpy(rows * width + first).unsqueeze(1) + torch.arange(n)
-            self._scores.view(-1)[place.view(-1).to(self._scores.device)] = scores.reshape(-1)
-        self._segments.append((rows, first, ids))
-        self._used[rows] += n
-
-    def take(self, k: int) -> tuple[torch.Tensor, Ids]:
-        """The k least distances and their ids, both [q, ≤ k], and begin anew."""
-        import torch
-
-        used = int(self._used.max(initial=0))
-        q = len(self._scores)
-        scores, columns = self._scores[:, :used].topk(min(k, used), largest=False, sorted=False)
-        ids = self._ids_at(columns.cpu().numpy())
-        ids[~np.isfinite(scores.cpu().numpy())] = -1
-        if used:
-            self._scores[:, :used] = torch.inf
-        self._used = np.zeros(q, np.int64)
-        self._segments = []
-        return scores, ids
-
-    def _ids_at(self, columns: Ids) -> Ids:
-        """Ids at columns [q, c]: which segment of the query it is, and where in it."""
-        if not self._segments or not columns.size:
-            return np.full(columns.shape, -1, np.int64)
-        ids = np.concatenate([some for _, _, some in self._segments])
-        starts = np.cumsum([0, *(len(some) for _, _, some in self._segments)])[:-1]
-        counts = [len(rows) for rows, _, _ in self._segments]
-        rows = np.concatenate([rows for rows, _, _ in self._segments])
-        first = np.concatenate([first for _, first, _ in self._segments])
-        shift = np.repeat(starts, counts) - first  # from a column of the query to a place in ids
-        order = np.lexsort((first, rows))
-        width = self._scores.shape[1] + 1
-        keys = rows[order] * width + first[order]
-        wanted = np.arange(len(columns))[:, None] * width + columns
-        at = np.searchsorted(keys, wanted.ravel(), side="right") - 1
-        place = columns.ravel() + shift[order][np.maximum(at, 0)]
-        # A query that found less than others has columns that belong to nothing.
-        found: Ids = ids[np.clip(place, 0, len(ids) - 1)].reshape(columns.shape)
+        found = np.full((self._q, self._depth), -1, np.int64)
+        for tile in self._tiles:
+            found[tile.rows] = tile.nearest.best()[1].cpu().numpy()
         return found
 
 
-def _by_list(trained: Trained, rotated: torch.Tensor, nprobe: int) -> list[tuple[int, Ids]]:
-    """(list, queries that probe it), lists ascending, and queries in each."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of a list."""
+
+    number: int
+    low: int
+    high: int
+
+    def __len__(self) -> int:
+        return self.high - self.low
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Vectors of pieces of lists: piece i has those from bounds[i] to bounds[i + 1]."""
+
+    pieces: list[_Piece]
+    bounds: list[int]
+    ids: Ids
+    columns: Columns
+
+
+class _Tile:
+    """Some of the queries, ``rows`` [t] of all, and what they have found.
+
+    ``near`` and ``far`` have, for each list, the queries of the tile whose nearest it is, or that probe it besides.
+    """
+
+    def __init__(
+        self, rows: Ids, probed: Ids, of_all: Excluded, depth: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.rows, self.excluded = rows, of_all.take(rows).ascending()
+        self.nearest: Heaps | Nearest = Nearest(depth, len(rows), dtype=dtype, device=device)
+        if device.type == "cpu" and dtype.itemsize == np.dtype(np.float32).itemsize:
+            self.nearest = Heaps(depth, len(rows))
+        self.near, self.far = _by_list(probed[:, :1], device), _by_list(probed[:, 1:], device)
+
+
+def _tiles(trained: Trained, rotated: torch.Tensor, excluded: Excluded, nprobe: int, n: int) -> list[tuple[Ids, Ids]]:
+    """(rows, lists that they probe [rows, nprobe], the nearest first) of n tiles, each with every n-th query.
+
+    So all have about the same work at every list. In a tile queries are ordered by what they exclude, or by their
+    nearest list: what is read together lies together.
+    """
     if trained.centroids is None:
-        return [(0, np.arange(len(rotated)))]
-    probed = nearest_lists(trained.centroids, rotated, nprobe)
-    order = np.argsort(probed.ravel(), kind="stable")
-    flat = probed.ravel()[order]
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    groups = np.split(order // probed.shape[1], starts[1:])
-    return list(zip(flat[starts].tolist(), groups, strict=True))
+        probed = np.zeros((len(rotated), 1), np.int64)
+    else:
+        probed = nearest_lists(trained.centroids, rotated, nprobe, n)
+    order = np.argsort(excluded.first if excluded.any else probed[:, 0], kind="stable")
+    return [(order[first::n], probed[order[first::n]]) for first in range(n)]
 
 
-def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int) -> Ids:
-    """The ``nprobe`` nearest centroids of each vector, int64 [q, nprobe], in no order."""
+def _by_list(probed: Ids, device: torch.device) -> dict[int, torch.Tensor]:
+    """For each list the rows of probed [t, p] that name it, ascending."""
+    import torch
+
+    least = np.min_scalar_type(int(probed.max(initial=0)))  # numbers of 16 bits are sorted several times as fast
+    flat = probed.ravel().astype(least)
+    order = np.argsort(flat, kind="stable")
+    starts = np.flatnonzero(np.diff(flat[order].astype(np.int64), prepend=-1))
+    rows = np.split(order // max(probed.shape[1], 1), starts[1:]) if len(order) else []
+    return {int(n): torch.from_numpy(some).to(device) for n, some in zip(flat[order[starts]], rows, strict=True)}
+
+
+def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
+    """The ``nprobe`` nearest centroids of each vector, int64 [q, nprobe], nearest first.
+
+    By rough products: which of two lists is the last to be probed is decided by a hair anyway.
+    """
     import torch
 
     table = torch.from_numpy(centroids).to(vectors.device)
@@ -253,20 +302,13 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int) -> Ids:
         return assign(vectors, table)[1].cpu().numpy().reshape(-1, 1)
     shift = table.mean(0)
     table = table - shift
-    products = Table(table, -table.square().sum(1) / 2)
-    found = [
-        products.scores(rows - shift).topk(min(nprobe, len(table)), sorted=False).indices
-        for rows in torch.split(vectors, products.rows)
-    ]
-    return torch.cat(found).cpu().numpy()
+    scored = Table(table, -table.square().sum(1) / 2, rough=True)
 
+    def nearest(rows: torch.Tensor) -> Ids:
+        return largest(scored.scores(rows - shift), min(nprobe, len(table)))
 
-def _mean(shard: Lists) -> torch.Tensor:
-    """Roughly the mean of the vectors of a shard without lists, float32 [d]."""
-    import torch
-
-    sample = shard.codes(0)[:: max(1, len(shard) // _COLUMNS)]
-    return shard.trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(shard.trained.codec.d)
+    with one_thread_each(threads) as run:
+        return np.concatenate(run(nearest, torch.split(vectors, scored.rows)))
 
 
 def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: int) -> Best:
@@ -288,13 +330,19 @@ def exact_distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fe
     found = np.flatnonzero(flat >= 0)
     found = found[np.argsort(flat[found], kind="stable")]  # what lies together is read together
     wanted = torch.from_numpy(queries)
-    # In memory that is used again and again: fresh memory of this size costs more than the arithmetic.
-    one, other = torch.empty(2, _PAIRS, queries.shape[1])
-    for start in range(0, len(found), _PAIRS):
-        pairs = found[start : start + _PAIRS]
-        n = len(pairs)
-        vectors: Any = torch.from_numpy(fetch(flat[pairs]))
-        rows = torch.from_numpy(pairs // candidates.shape[1])
-        apart = torch.index_select(wanted, 0, rows, out=one[:n]).sub_(other[:n].copy_(vectors))
-        distances[pairs] = apart.square_().sum(1).numpy()
+
+    def measure(places: Ids) -> None:
+        # In memory that is used again and again: fresh memory of this size costs more than the arithmetic.
+        one, other = torch.empty(2, min(_PAIRS, len(places)), queries.shape[1])
+        for start in range(0, len(places), _PAIRS):
+            pairs = places[start : start + _PAIRS]
+            n = len(pairs)
+            vectors: Any = torch.from_numpy(fetch(flat[pairs]))
+            rows = torch.from_numpy(pairs // candidates.shape[1])
+            apart = torch.index_select(wanted, 0, rows, out=one[:n]).sub_(other[:n].copy_(vectors))
+            distances[pairs] = apart.square_().sum(1).numpy()
+
+    threads = torch.get_num_threads() if len(found) >= _MANY_PAIRS else 1
+    with one_thread_each(threads) as run:
+        run(measure, np.array_split(found, threads))
     return distances.reshape(candidates.shape)

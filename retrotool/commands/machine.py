@@ -1,8 +1,7 @@
-"""What machine this is: its processor and GPU by name, and its memory."""
+"""What machine this is: its processor and GPU by name."""
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
@@ -24,11 +23,6 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def memory() -> int:
-    """Bytes of memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processor() -> str:

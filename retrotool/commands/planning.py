@@ -36,9 +36,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from retrotool import memory
 from retrotool.ann.choice import ITERATIONS, Choice, Wanted, choose
 from retrotool.ann.kmeans import TWO_LEVELS
-from retrotool.commands import machine
 from retrotool.commands.chunking import CHUNK_LENGTH, PART_SIZE, check_chunk_length
 from retrotool.commands.encoder_shapes import EncoderShape, find_shape
 from retrotool.commands.plan_result import Files, IndexPlan, Machines, Plan, StagePlan
@@ -102,7 +102,7 @@ def plan(
         gpus=gpus,
         hosts=max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts,
         cores=own_cores() if cores is None else cores,
-        memory=machine.memory() if memory_per_host is None else memory_per_host,
+        memory=memory.of_machine() if memory_per_host is None else memory_per_host,
     )
     request = Request(tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall)
     return reckon(request, find_rates(None if rates is None else Path(rates)))

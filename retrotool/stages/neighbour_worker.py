@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.search import Best
+from retrotool.memory import of_machine as memory_of_machine
 from retrotool.stages.base import Report, Task
 from retrotool.stages.database import (
     is_same_directory,
@@ -33,7 +34,9 @@ from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import read_tombstones
 
-_QUERY_BLOCK = 1 << 14
+_QUERY_BLOCK = 1 << 18
+_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 16, 6
+"""What part of the machine's memory, or of what was given, is for a block of queries."""
 _LIKELY_DEPTH = 100
 _HEAD_DIGITS = 16
 
@@ -93,9 +96,9 @@ class NeighboursWorker:
         )  # fmt: skip
 
     def _blocks(self, rows: npt.NDArray[np.int64], d: int) -> list[npt.NDArray[np.int64]]:
-        size = _QUERY_BLOCK
-        if self._stage.memory is not None:
-            size = min(size, rows_in(self._database.room, max(self._stage.saved, _LIKELY_DEPTH), d))
+        memory = self._stage.memory
+        share = memory_of_machine() // _SHARE_OF_MACHINE if memory is None else memory // _SHARE_OF_MEMORY
+        size = min(_QUERY_BLOCK, rows_in(share, max(self._stage.saved, _LIKELY_DEPTH), d))
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _search(

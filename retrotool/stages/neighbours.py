@@ -45,7 +45,6 @@ from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import read_tombstones
 
-_QUERY_BLOCK = 1 << 14
 _HEAD_DIGITS = 16
 SAME = ("index", "encoder")
 """In what tables of one name must agree with its record."""
