@@ -24,7 +24,8 @@ article { content-visibility: auto; contain-intrinsic-size: auto 40rem; margin: 
   border: 1px solid var(--line); border-radius: 0.5rem; scroll-margin-top: 5rem; display: grid;
   grid-template-columns: minmax(0, 5fr) minmax(0, 8fr); gap: 0.75rem 2rem; align-items: start; }
 article:target { border-color: var(--bar); }
-article h2 { margin: 0 0 0.2rem; font-size: 1rem; line-height: 1.4; } article h2 a { color: inherit; text-decoration: none; }
+article h2 { margin: 0 0 0.2rem; font-size: 1rem; line-height: 1.4; }
+article h2 a { color: inherit; text-decoration: none; }
 article h2 a:hover { text-decoration: underline; }
 .from { margin: 0; font-size: 0.83rem; line-height: 1.4; overflow-wrap: anywhere; color: var(--soft); }
 .whole { white-space: nowrap; } .from b { color: var(--ink); font-weight: 600; }
@@ -59,7 +60,7 @@ details.next .text { margin-top: 0.2rem; padding-left: 0.9rem; border-left: 2px 
 
 TOOLS = """\
 <form class="tools" id="tools" role="search" hidden="">
-<input type="search" id="words" placeholder="Words in a chunk or a neighbour  ( / )"
+<input type="search" id="words" placeholder="Words to find ( / )"
   aria-label="Words in a chunk or a neighbour" autocomplete="off"/>
 <label>chunks <select id="source"><option value="">of every source</option></select></label>
 <label>neighbours <select id="from"><option value="">of every source</option></select></label>

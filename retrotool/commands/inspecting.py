@@ -61,9 +61,7 @@ def inspect(
     if page is not None:
         check_file("--html", page)
     if [choice.chunk, choice.document, choice.random].count(None) != 2:
-        raise UsageError(
-            "which chunks is not said, or said twice", "Give one of --chunk ID, --document ID, --random N."
-        )
+        raise UsageError("give one of --chunk, --document and --random")
     if choice.random is not None and choice.random < 1:
         raise UsageError(f"--random {choice.random}: it is a number of chunks")
     for attempt in range(_ATTEMPTS):

@@ -3,8 +3,8 @@
 Of a chunk and a neighbour with its continuation the longest common run of tokens is found (``stages.overlap``), and
 the texts are cut around it. Chunks in different tokens can't be compared, nor chunks of more than 64 tokens.
 
-Cost: a block of chunks reads the row groups and documents that hold its neighbours, each once; the same for few chunks
-as for a block where neighbours lie in as many parts. Memory: a block with its texts, some 3 kB a neighbour.
+Cost: the row groups and documents that hold the neighbours of a block, each once a block; some 20,000 neighbours a
+second and core. Memory: a block with its texts, some 9 kB a neighbour, whatever the number of chunks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MARKED_FROM = 5
 """Tokens from which a common run is marked. Of chunks that have nothing to do with one another, taken from manuals, one
 pair in three has a run of 2 tokens ("in the"), 5 % of 3, 1.2 % of 4 ("on the command line"), and 0.6 % of 5."""
 _LONGEST = 64
-_BLOCK = 1 << 10
-"""Chunks, at 20 neighbours each, are 60 MB."""
+_BLOCK = 1 << 13
+"""Neighbours that are read at once."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -135,8 +135,9 @@ class Inspector:
 
     def blocks(self, ids: Ids) -> Iterator[list[InspectedChunk]]:
         """The living chunks ``ids``, ascending, of parts that the reader has, some of them at a time."""
-        for start in range(0, len(ids), _BLOCK):
-            yield self._inspect(self._read(ids[start : start + _BLOCK]))
+        size = max(_BLOCK // (self._k or self._reader.k), 1)
+        for start in range(0, len(ids), size):
+            yield self._inspect(self._read(ids[start : start + size]))
 
     def _read(self, ids: Ids) -> _Block:
         found: list[tuple[Any, ...]] = []
