@@ -60,7 +60,7 @@ def command(
 
     Of a chunk and a neighbour with its continuation the longest common run of tokens is found. From 5 tokens on it
     is marked in both, as [[this]], and in the chunk once for all neighbours; r is its length over the tokens of a
-    whole chunk. With --html the chunks are in the page alone, which has room for some thousand.
+    whole chunk. With --html the chunks go to a page instead, which has room for some thousand.
     """
     with output.errors(as_json):
         from retrotool import commands
