@@ -9,6 +9,7 @@ from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
 from retrotool.commands.estimating import estimate
 from retrotool.commands.indexing import index
+from retrotool.commands.inspecting import inspect
 from retrotool.commands.leakage import leakage
 from retrotool.commands.looking import info, verify
 from retrotool.commands.neighbour_tables import neighbours
@@ -23,6 +24,7 @@ __all__ = [
     "estimate",
     "index",
     "info",
+    "inspect",
     "leakage",
     "neighbours",
     "plan",

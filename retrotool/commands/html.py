@@ -1,11 +1,17 @@
 """Pages to look at: HTML that stands alone, with tables and pictures as SVG in it.
 
-No scripts, and nothing is fetched. A page is XML, too. Colours follow the reader's light or dark setting.
+Nothing is fetched. A page can be read without its script, if it has one; no other script runs in it, as the browser is
+told the hash of that one. A page is XML, too. Colours follow the reader's light or dark setting.
+
+Documents are hostile: what was found in one goes through ``text`` or ``attribute``.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -26,6 +32,8 @@ text { fill: var(--ink); font: 13px system-ui, sans-serif; } rect { fill: var(--
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { padding: 0.25rem 1rem 0.25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); } tr.marked { background: var(--marked); }
+.control::before { content: attr(title); padding: 0 0.2em; font-size: 0.7em; border: 1px solid var(--soft);
+  border-radius: 0.2em; color: var(--soft); }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 """
 _BARS_WIDTH, _ROW, _LABEL, _VALUE = 720, 26, 120, 90
@@ -35,19 +43,74 @@ _COLOURS = ("#3b8ac4", "#d64545", "#3aa655", "#a07cc5", "#f28e2b", "#17becf", "#
 """Seen on white and on black."""
 
 _MARKED = ' class="marked"'
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;", "\r": "&#13;"}
+_SPECIAL = re.compile("[&<>\"'\r\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 Line = tuple[str, Sequence[tuple[float, float]]]
 
 
 def page(title: str, sections: Iterable[str]) -> str:
     """A page of sections that are HTML already."""
+    return head(title) + "\n".join(sections) + foot()
+
+
+def head(title: str, *, style: str = "", script: str = "") -> str:
+    """A page up to its first section, with a style besides the common one; ``script`` is what ``foot`` is given."""
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n{_policy(script) if script else ""}'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
+        f"<title>{attribute(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
     )
+
+
+def _policy(script: str) -> str:
+    """That nothing is fetched, and no other script runs: not even one that got into the page by a mistake of ours."""
+    digest = base64.b64encode(hashlib.sha256(_framed(script).encode()).digest()).decode()
+    rules = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
+    return f'<meta http-equiv="Content-Security-Policy" content="{rules}; form-action \'none\'"/>\n'
+
+
+def foot(script: str = "") -> str:
+    """The end of a page, with the script that its ``head`` was told of."""
+    return (f"\n<script>{_framed(script)}</script>" if script else "") + "\n</body>\n</html>\n"
+
+
+def _framed(script: str) -> str:
+    """A script as both HTML and XML take it."""
+    return f"/*<![CDATA[*/{script}/*]]>*/"
+
+
+def text(value: str) -> str:
+    """Any text as HTML that shows as that text, and as nothing else.
+
+    Characters that turn the direction of others, and C1 controls, are there but not displayed; their numbers are. C0
+    controls, which neither HTML nor XML can hold, become their pictures.
+    """
+    return _SPECIAL.sub(_shown, value)
+
+
+def attribute(value: str) -> str:
+    """Any text as the value of an attribute in double quotes; C0 controls become their pictures."""
+    return _SPECIAL.sub(lambda found: _ENTITIES.get(found[0]) or _pictured(found[0]), value)
+
+
+def _shown(found: re.Match[str]) -> str:
+    character = found[0]
+    if character in _ENTITIES:
+        return _ENTITIES[character]
+    picture = _pictured(character)
+    if picture != character:
+        return picture
+    return f'<bdi class="control" title="U+{ord(character):04X}"><span hidden="">{character}</span></bdi>'
+
+
+def _pictured(character: str) -> str:
+    number = ord(character)
+    if number < 0x20:
+        return chr(0x2400 + number)
+    if number == 0x7F:
+        return "\u2421"
+    return character if number < 0xFFFE else "\ufffd"
 
 
 def table(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from retrotool import interrupts
 from retrotool.commands import html
+from retrotool.commands.files import check_file, written
 from retrotool.errors import UsageError
 from retrotool.stages.database import count_living_keys, embedded_parts, is_same_directory
 from retrotool.stages.leakage import NEIGHBOURS, Leaks, find_leaks
@@ -83,13 +83,8 @@ def leakage(
     ``output``: a Parquet file, one row an evaluation chunk; ``page``: the figures as HTML. Neither store is changed.
     """
     for option, file in (("--output", output), ("--html", page)):
-        if file is None:
-            continue
-        folder = Path(file).absolute().parent
-        if not folder.is_dir():
-            raise UsageError(f"{option} {file}: there is no folder {folder}", "Make it first.")
-        if Path(file).is_dir():
-            raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
+        if file is not None:
+            check_file(option, file)
     database, store = Database(Store.open(root), index), Store.open(evaluation)
     _check_tokenizers(store, database.store)
     check_encoders(store, database)
@@ -111,7 +106,8 @@ def leakage(
             found.append(leaks)
     result = _result(found, store, database, neighbours, output, page)
     if page is not None:
-        Path(page).write_text(_page(result), "utf-8")
+        with written(page) as scratch:
+            scratch.write_text(_page(result), "utf-8")
     return result
 
 
@@ -132,23 +128,19 @@ def _writing(output: str | Path | None, database: Database, store: Store) -> Ite
     if output is None:
         yield lambda _: None
         return
-    path = Path(output)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
-    try:
-        with pq.ParquetWriter(scratch, _SCHEMA.with_metadata(metadata), compression="zstd") as writer:
-            length = store.identity.chunk_length
+    schema = _SCHEMA.with_metadata(
+        {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
+    )
+    with written(output) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
+        length = store.identity.chunk_length
 
-            def write(some: Leaks) -> None:
-                r = (some.common / length).astype(np.float32)
-                columns = [some.ids, some.sources, some.common, r, some.neighbours, some.distances]
-                arrays = [pa.array(c, kind) for c, kind in zip(columns, _SCHEMA.types, strict=True)]
-                writer.write_table(pa.table(arrays, schema=_SCHEMA))
+        def write(some: Leaks) -> None:
+            r = (some.common / length).astype(np.float32)
+            columns = [some.ids, some.sources, some.common, r, some.neighbours, some.distances]
+            arrays = [pa.array(c, kind) for c, kind in zip(columns, _SCHEMA.types, strict=True)]
+            writer.write_table(pa.table(arrays, schema=_SCHEMA))
 
-            yield write
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+        yield write
 
 
 def _result(

@@ -67,7 +67,7 @@ class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
 
     def __init__(self, store: Store, numbers: Iterable[int], tombstones: Tombstones) -> None:
         self._store, self._tombstones = store, tombstones
-        self.counts = {part: len(searchable_rows(store, part, tombstones)) for part in numbers}
+        self.counts = {part: count_living_keys(store, part, tombstones) for part in numbers}
 
     def __getitem__(self, part: int) -> npt.NDArray[np.int64]:
         """Searchable rows of a part, ascending."""

@@ -14,6 +14,7 @@ two runs wrote under one name is told apart, and so is a copy of the database th
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -288,8 +289,12 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     record = store.state.records.get(f"neighbours:{table}")
     if record is None:
         have = ", ".join(store.state.with_prefix("neighbours:")) or "none"
+        name = [] if table == "main" else ["--name", table]
         raise UsageError(
-            f"{store.root} has no neighbours {table!r}; it has: {have}", "Make them with: retrotool neighbours"
+            f"{store.root} has no neighbours {table!r}; it has: {have}",
+            f"Make them with: {shlex.join(['retrotool', 'neighbours', str(store.root), *name])}\n"
+            "or, in another store: "
+            f"{shlex.join(['retrotool', 'neighbours', 'DATABASE', '--queries', str(store.root), *name])}",
         )
     # By its uuid alone a copy of the database would take itself for it.
     if record.get("within", record["database"] == store.identity.uuid):

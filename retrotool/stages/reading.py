@@ -71,6 +71,11 @@ class NeighbourReader:
         """The stores that the neighbours are chunks of."""
         return tuple(member.store for member in self._members)
 
+    @property
+    def tables(self) -> tuple[tuple[str, float], ...]:
+        """The table, and its weight, of the neighbours in each of the ``databases``."""
+        return tuple((member.table, member.weight) for member in self._members)
+
     def parts(self) -> list[int]:
         """Numbers of the parts that have tables of all databases, ascending."""
         of_each = [set(self.store.state.group("neighbours", member.table)) for member in self._members]
@@ -118,15 +123,20 @@ class NeighbourReader:
         """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2]."""
         ids, which = found.ids.ravel(), found.databases.ravel()
         if len(self._members) == 1:
-            return read_pieces(self._members[0].store, self._members[0].tombstones, ids)
+            return self.pieces_of(0, ids)
         own = self.store.identity
         tokens = np.zeros((len(ids), 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         n_tokens = np.zeros((len(ids), 2), np.int64)
-        for number, member in enumerate(self._members):
+        for number in range(len(self._members)):
             rows = np.flatnonzero((which == number) & (ids != NO_NEIGHBOUR))
-            some = read_pieces(member.store, member.tombstones, ids[rows])
+            some = self.pieces_of(number, ids[rows])
             tokens[rows], n_tokens[rows] = some.tokens, some.n_tokens
         return Pieces(tokens, n_tokens)
+
+    def pieces_of(self, database: int, ids: Ids) -> Pieces:
+        """[N, F] of chunk ids [n] of one of the ``databases``, in its own tokens."""
+        member = self._members[database]
+        return read_pieces(member.store, member.tombstones, ids)
 
 
 def row_groups_of(rows: Ids) -> list[int]:

@@ -21,12 +21,26 @@ import zstandard
 from conftest import make_rows, write_jsonl
 
 from retrotool import commands
-from retrotool.cli import app, chunk, embed, index, info, leakage, neighbours, output, plan, purge, search, verify
+from retrotool.cli import (
+    app,
+    chunk,
+    embed,
+    index,
+    info,
+    inspect,
+    leakage,
+    neighbours,
+    output,
+    plan,
+    purge,
+    search,
+    verify,
+)
 from retrotool.commands import calibrating
 
 COMMANDS = {
-    "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "leakage": leakage,
-    "purge": purge, "search": search, "info": info, "verify": verify, "plan": plan,
+    "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "inspect": inspect,
+    "leakage": leakage, "purge": purge, "search": search, "info": info, "verify": verify, "plan": plan,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -113,7 +127,9 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
-    commands = ("chunk", "embed", "index", "neighbours", "leakage", "search", "purge", "info", "verify", "plan")
+    commands = (
+        "chunk", "embed", "index", "neighbours", "inspect", "leakage", "search", "purge", "info", "verify", "plan",
+    )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
     yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
 
@@ -155,11 +171,23 @@ def test_every_example_works(workplace, run):
 
 PATH = {"path": str}
 FOUND = {"id": int, "distance": float, "document": str, "text": str, "continuation": (str, type(None))}
+SPLIT = {"before": str, "run": str, "after": str}
+COMMON = {
+    "tokens": int,
+    "r": float,
+    "start": int,
+    "start_in_neighbour": int,
+    "marked": bool,
+    "chunk": SPLIT,
+    "text": SPLIT,
+}
+NEAR = {**FOUND, "source": str, "index": int, "of": int, "database": str, "common": COMMON}
 FIELDS: dict[str, dict[str, Any]] = {
     "chunk": {"documents": int, "chunks": int, "tokens": int, "set_aside": int, "parts": int, "commit": int},
     "embed": {"encoder": str, "dimension": int, "chunks": int, "commit": int},
     "index": {"name": str, "vectors": int, "bytes_per_vector": int, "recall_at_10": float, "commit": int},
     "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},
+    "inspect": {"shown": int, "chunks": [{"id": int, "document": str, "text": str, "neighbours": [NEAR]}]},
     "search": {"results": [FOUND]},
     "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "left": [], "commit": int},
     "verify": {"ok": bool, "content": str, "problems": []},
@@ -206,6 +234,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         "embed": ["--encoder", tiny_encoder, "--device", "cpu"],
         "index": [],
         "neighbours": [],
+        "inspect": ["--random", 3],
         "search": ["store index table", "--device", "cpu"],
         "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
         "verify": [],

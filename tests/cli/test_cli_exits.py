@@ -23,6 +23,7 @@ READING = {
     "embed": [],
     "index": [],
     "neighbours": [],
+    "inspect": ["--random", 1],
     "purge": ["--where", "id = 'x'", "--reason", "r"],
     "search": ["text"],
     "info": [],

@@ -1,0 +1,41 @@
+"""Files outside of a store that commands write, such as pages: refused before work begins, and there whole or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrotool.errors import StorageError, UsageError
+
+
+def check_file(option: str, file: str | Path) -> None:
+    """``UsageError`` if ``file`` can't become a file: there is no folder for it, or something else of that name."""
+    path = Path(file)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{option} {file}: there is no folder {folder}", "Make it first.")
+    if path.is_dir():
+        raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
+
+
+@contextmanager
+def written(file: str | Path) -> Iterator[Path]:
+    """A path beside ``file`` to write to; it takes the place of ``file`` at the end, or is gone after an error.
+
+    ``StorageError`` if the disk is full, and the like.
+    """
+    path = Path(file)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        if error.filename is not None:  # it names what it is of, and is told as it is
+            raise
+        raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""``inspect`` in a terminal: what is printed, in which colours, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from conftest import Cli, make_text, write_jsonl
+from typer.testing import CliRunner
+
+import retrotool
+from retrotool import commands
+from retrotool.cli import app
+
+LONG = "The harbour master hangs out a black ball to say that the port is closed until the storm is over."
+HOSTILE = f"\x1b[31m {LONG} \x9b2J \u202e kcab \u2066 漢字かな交じり文がここにある。" * 2 + "x" * 130
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, byte_level_tokenizer: Path) -> Path:
+    """A store of byte-level tokens whose documents share a sentence, and try to get at the terminal."""
+    folder = tmp_path_factory.mktemp("hostile")
+    rows = [
+        {"id": f"{i}\x1b]0;owned\x07\u202e", "source": "a\x9b", "text": make_text(i, 20) + HOSTILE} for i in range(6)
+    ]
+    commands.chunk(folder / "store", [str(write_jsonl(folder / "h.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    commands.embed(folder / "store", encoder=str(tiny_encoder))
+    commands.neighbours(folder / "store")
+    return folder / "store"
+
+
+def columns(line: str) -> int:
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+    return wide + sum(unicodedata.category(c) not in ("Mn", "Me", "Cf") for c in line)
+
+
+def unwrapped(text: str) -> str:
+    return "".join(text.split())
+
+
+def test_text_shows_chunks_neighbours_and_what_they_have_in_common(built_store: Path) -> None:
+    code, out, err = run(built_store, "--document", "doc-7", "-k", 3)
+    assert (code, err) == (0, "")
+    reader = retrotool.open(built_store)
+    head, *blocks = out.split("\n\n")
+    assert unwrapped(head).startswith(unwrapped(f"{built_store}, neighbours 'main': document doc-7."))
+    assert "index 'main', recall@10 1.0000" in head
+    chunks = reader.document("doc-7")
+    assert len(blocks) == len(chunks)
+    result = {
+        chunk["id"]: chunk
+        for chunk in json.loads(run(built_store, "--document", "doc-7", "-k", 3, "--json")[1])["chunks"]
+    }
+    marked = 0
+    for place, (chunk, block) in enumerate(zip(chunks, blocks, strict=True), 1):
+        lines = block.splitlines()
+        assert lines[0].startswith(f"chunk {chunk}  document doc-7  source b  {place} of {len(chunks)}  ")
+        ranks = [line for line in lines if re.match(r"\d+\. distance", line)]
+        for rank, (near, line) in enumerate(zip(reader.neighbours(chunk, k=3), ranks, strict=True), 1):
+            assert line.startswith(
+                f"{rank}. distance {near.distance:.4f}  chunk {near.id}  document {near.chunk.document}"
+            )
+            assert unwrapped(near.chunk.text) in unwrapped(block.replace("[[", "").replace("]]", ""))
+            common = result[chunk]["neighbours"][rank - 1]["common"]
+            told = f"{common['tokens']} tokens in common, r {common['r']:.3f}: {common['start']} to "
+            assert (told in block) == common["marked"]
+            if common["marked"]:
+                marked += 1
+                assert unwrapped(f"[[{common['chunk']['run']}]]")[:12] in unwrapped(block)
+    assert marked
+    assert max(map(len, out.splitlines())) <= 100 or str(built_store) in max(out.splitlines(), key=len)
+
+
+def test_json_is_one_object_with_everything(built_store: Path) -> None:
+    code, out, err = run(built_store, "--random", 5, "--seed", 3, "--json")
+    told = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert (told["store"], told["name"], told["shown"], told["k"]) == (str(built_store), "main", 5, 2)
+    assert told["chosen"].endswith("seed 3")
+    for chunk in told["chunks"]:
+        for near in chunk["neighbours"]:
+            common = near["common"]
+            for field, text in (
+                ("chunk", chunk["text"]),
+                ("text", near["text"]),
+                ("continuation", near["continuation"]),
+            ):
+                pieces = common[field]
+                assert (pieces is None) == (text is None)
+                if pieces is not None:
+                    assert list(pieces) == ["before", "run", "after"] and "".join(pieces.values()) == text
+            assert common["r"] == common["tokens"] / 64
+    assert run(built_store, "--random", 5, "--seed", 3, "--json")[1] == out
+    assert run(built_store, "--random", 5, "--seed", 4, "--json")[1] != out
+
+
+def test_documents_can_not_get_at_the_terminal(hostile: Path) -> None:
+    code, out, _ = run(hostile, "--random", 100, "-k", 3)
+    assert code == 0
+    assert {c for c in out if unicodedata.category(c) == "Cc"} == {"\n"}
+    assert not set(out) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    assert "\\x1b[31m" in out and "\\u202e" in out and "\\x9b2J" in out and "\\x1b]0;owned\\x07" in out
+    long = [line for line in out.splitlines() if columns(line) > 100]
+    assert not [line for line in long if str(hostile) not in line]
+    assert out.count("[[") == out.count("]]") > 0
+
+
+def in_terminal(*arguments: object, **environment: str) -> str:
+    """What a command writes to a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "retrotool", "inspect", *map(str, arguments)]
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    with subprocess.Popen(command, stdout=theirs, env={**kept, "TERM": "xterm", **environment}) as process:
+        os.close(theirs)
+        found = b""
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not data:
+                break
+            found += data
+    os.close(ours)
+    assert process.returncode == 0
+    return found.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_colours_unless_it_says_no(hostile: Path) -> None:
+    plain = run(hostile, "--chunk", 0, "-k", 2)[1]
+    assert "[[" in plain
+    coloured = in_terminal(hostile, "--chunk", 0, "-k", 2)
+    assert coloured != plain and re.sub("\x1b\\[[0-9;]*m", "", coloured) == plain
+    assert re.search("\x1b\\[33m\x1b\\[1m\\[\\[", coloured)
+    assert in_terminal(hostile, "--chunk", 0, "-k", 2, NO_COLOR="1") == plain
+    assert in_terminal(hostile, "--chunk", 0, "-k", 2, TERM="dumb") == plain
+
+
+def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) -> None:
+    from key_values import Written, make_store
+
+    rows = [Written("r", make_text(0, 12), make_text(1, 40)), Written("s", make_text(2, 12), make_text(3, 40))]
+    store = make_store(tmp_path / "store", tiny_encoder, rows)
+    commands.embed(store, encoder=str(tiny_encoder))
+    commands.neighbours(store)
+    code, out, _ = run(store, "--chunk", 2)
+    assert code == 0 and "(No key: a value of a key-value record is never searched. Its key is chunk 0.)" in out
+    (tmp_path / "ids").write_text("s\n")
+    commands.purge(store, "documents", str(tmp_path / "ids"), reason="test")
+    assert "(No neighbours: none was found, or those that were saved are purged.)" in run(store, "--chunk", 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: give one of --chunk, --document and --random"),
+        (["--chunk", "1", "--random", "2"], "error: give one of --chunk, --document and --random"),
+        (["--chunk", "1", "--seed", "2"], "error: --seed is of --random"),
+        (["--chunk", "x"], "--chunk"),
+        (["--random", "0"], "--random"),
+        (["--chunk", "12345678901234567890"], "the store has no chunk 12345678901234567890"),
+        (["--document", "nobody"], "the store has no document 'nobody'"),
+        (["--chunk", "0", "--name", "other"], "has no neighbours 'other'; it has: main"),
+        (["--chunk", "0", "-k", "21"], "-k 21"),
+        (["--chunk", "0", "--html", "FOLDER/none/page.html"], "there is no folder"),
+        (["--chunk", "0", "--html", "FOLDER"], "is a folder"),
+        (["--chunk", "0", "--html", "/dev/null"], "is a device"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_so(
+    built_store: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, out, err = run(built_store, *(word.replace("FOLDER", str(tmp_path)) for word in arguments))
+    assert (code, out, message in err) == (2, "", True), err
+    assert Path("/dev/null").is_char_device() and not list(tmp_path.iterdir())
+
+
+def test_the_table_that_is_missing_is_named_with_its_command(built_store: Path) -> None:
+    code, out, err = run(built_store, "--chunk", 0, "--name", "other", "--json")
+    told = json.loads(out)
+    assert (code, told["exit_code"]) == (2, 2)
+    assert f"retrotool neighbours {built_store} --name other" in told["advice"] and told["advice"] in err
+    assert run("nowhere", "--chunk", 0)[0] == 10
+
+
+def test_with_a_page_text_has_the_figures_alone_and_json_has_all(built_store: Path, tmp_path: Path, cli: Cli) -> None:
+    page = tmp_path / "page.html"
+    code, out, err = run(built_store, "--random", 30, "--html", page)
+    assert (code, err) == (0, "") and page.is_file()
+    assert "30 chunks with 60 neighbours; " in out and f"To read and search: {page}" in out and "distance" not in out
+    told = json.loads(run(built_store, "--random", 30, "--html", page, "--json")[1])
+    assert (told["page"], len(told["chunks"])) == (str(page), 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
