@@ -54,6 +54,10 @@ class ExactDatabase:
         """Paths of the files that are searched, which an erase replaces."""
         return [parts.part_entry(self.store, "embeddings", part, self.encoder).path for part in self.held()]
 
+    def candidates_for(self, k: int) -> int:
+        """Candidates that each query takes for k neighbours."""
+        return k + SPARE
+
     def search(self, queries: Queries, k: int, *, only: Collection[int] | None = None) -> Best:
         """The k nearest living keys of each query; ``only``: in these parts."""
         best: Best | None = None

@@ -37,7 +37,6 @@ from retrotool.store.tombstones import read_tombstones
 _QUERY_BLOCK = 1 << 18
 _SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 16, 6
 """What part of the machine's memory, or of what was given, is for a block of queries."""
-_LIKELY_DEPTH = 100
 _HEAD_DIGITS = 16
 
 
@@ -98,7 +97,7 @@ class NeighboursWorker:
     def _blocks(self, rows: npt.NDArray[np.int64], d: int) -> list[npt.NDArray[np.int64]]:
         memory = self._stage.memory
         share = memory_of_machine() // _SHARE_OF_MACHINE if memory is None else memory // _SHARE_OF_MEMORY
-        size = min(_QUERY_BLOCK, rows_in(share, max(self._stage.saved, _LIKELY_DEPTH), d))
+        size = min(_QUERY_BLOCK, rows_in(share, self._database.candidates_for(self._stage.saved), d))
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _search(

@@ -45,7 +45,7 @@ _VECTOR_BYTES = 2
 _SHARED_LISTS = 4
 """Queries a list from which on it is worth to read all its vectors."""
 _LEAST_ROOM = 1 << 20
-_BYTES_A_CANDIDATE, _BYTES_A_NUMBER = 100, 24
+_BYTES_A_CANDIDATE, _BYTES_A_NUMBER = 70, 14
 """What a query takes while it is searched and its candidates are ranked, for each of these and each dimension."""
 
 
@@ -209,7 +209,15 @@ class Database:
         """
         if isinstance(self.trained.codec, Whole) or queries * nprobe < _SHARED_LISTS * self.trained.nlist:
             return False
+        return self._fits
+
+    @property
+    def _fits(self) -> bool:
         return self.vectors_in_log * self.trained.d * _VECTOR_BYTES <= memory_of_machine() // 2
+
+    def candidates_for(self, k: int) -> int:
+        """Candidates that each of many queries takes for k neighbours."""
+        return k + SPARE if self._fits else self.point.depth_for(k, self.trained)
 
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
         entries = shards(self.store.state, self.name).values()
