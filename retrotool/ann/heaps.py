@@ -43,7 +43,7 @@ class Heaps:
 
         scores, ids = self._scores.copy(), self._ids.copy()
         _over(scores, ids).reorder()
-        ids[np.isneginf(scores)] = -1
+        scores[ids < 0] = -np.inf  # faiss puts its least number there
         return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
