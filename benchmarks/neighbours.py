@@ -45,7 +45,8 @@ def ours(folder: Path, nprobe: int, queries: int, how: str) -> tuple[npt.NDArray
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     shard = lists.read(folder / "ivf.faiss")
     asked = Queries.plain(np.ascontiguousarray(vectors[:queries]))
-    found, seconds = [], 0.0
+    found: list[npt.NDArray[np.int64]] = []
+    seconds = 0.0
     spare = SPARE if how == RANKED else 0
     for rows in (1024, None):  # first the few, to warm up
         start = time.perf_counter()
