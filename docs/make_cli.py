@@ -8,8 +8,11 @@ The width is fixed, so that the page does not depend on the terminal. A test hol
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import typer
 from typer.testing import CliRunner
 
 from retrotool.cli import app
@@ -38,8 +41,15 @@ Results go to stdout, as text or with `--json` as one JSON object; errors, advic
 
 
 def command_names() -> list[str]:
-    """The commands, in the order in which ``--help`` lists them."""
-    return [str(info.name) for info in app.registered_commands]
+    """The commands, in the order in which ``--help`` lists them; a group is followed by its members."""
+    return list(_names(typer.main.get_command(app)))
+
+
+def _names(group: Any, before: str = "") -> Iterator[str]:
+    for name, command in group.commands.items():
+        yield before + name
+        if hasattr(command, "commands"):
+            yield from _names(command, f"{before}{name} ")
 
 
 def help_text(*command: str) -> str:
@@ -56,7 +66,7 @@ def help_text(*command: str) -> str:
 def page() -> str:
     """The page as it should be."""
     sections = [HEAD, f"## retrotool\n\n```text\n{help_text()}\n```\n"]
-    sections += [f"## retrotool {name}\n\n```text\n{help_text(name)}\n```\n" for name in command_names()]
+    sections += [f"## retrotool {name}\n\n```text\n{help_text(*name.split())}\n```\n" for name in command_names()]
     return "\n".join(sections)
 
 

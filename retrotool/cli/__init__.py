@@ -12,7 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from retrotool import interrupts
-from retrotool.cli import chunk, embed, index, info, inspect, leakage, neighbours, output, plan, purge, search, verify
+from retrotool.cli import (
+    chunk,
+    embed,
+    export,
+    index,
+    info,
+    inspect,
+    leakage,
+    neighbours,
+    output,
+    plan,
+    purge,
+    search,
+    verify,
+)
 
 
 class _Group(TyperGroup):
@@ -61,6 +75,7 @@ def _root(
 
 for _command in (chunk, embed, index, neighbours, inspect, leakage, purge, search, info, verify, plan):
     app.command(_command.__name__.rpartition(".")[2], epilog=_command.EPILOG)(_command.command)
+app.add_typer(export.app, name="export")
 
 
 def main() -> None:

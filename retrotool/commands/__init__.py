@@ -8,6 +8,7 @@ from retrotool.commands.calibrating import calibrate
 from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
 from retrotool.commands.estimating import estimate
+from retrotool.commands.exporting import export_neighbours
 from retrotool.commands.indexing import index
 from retrotool.commands.inspecting import inspect
 from retrotool.commands.leakage import leakage
@@ -22,6 +23,7 @@ __all__ = [
     "chunk",
     "embed",
     "estimate",
+    "export_neighbours",
     "index",
     "info",
     "inspect",

@@ -70,12 +70,21 @@ def _of_part(store: Store, tombstones: Tombstones, part: int, rows: Ids) -> tupl
     index, counts = chunks.index[place].astype(np.int64), chunks.n_tokens[place].astype(np.int64)
     counts[~there] = 0
     following = both[:, 1]
-    heads = parts.chunk_ids(part, following - index[:, 1])
-    # The continuation of a chunk of a value is nobody's once its key is purged.
-    whole = chunks.key[place[:, 1]] | ~tombstones.contains(heads)
-    follows = (following > both[:, 0]) & (index[:, 1] > 0) & (chunks.doc[place[:, 0]] == chunks.doc[place[:, 1]])
-    gone = tombstones.contains(parts.chunk_ids(part, following))
-    counts[~(follows & whole & ~gone), 1] = 0
+    same = (following > both[:, 0]) & (chunks.doc[place[:, 0]] == chunks.doc[place[:, 1]])
+    ids = parts.chunk_ids(part, following)
+    counts[~(same & may_follow(tombstones, ids, index[:, 1], chunks.key[place[:, 1]])), 1] = 0
     tokens = chunks.tokens[place]
     tokens[counts == 0] = 0
     return tokens, counts
+
+
+def may_follow(
+    tombstones: Tombstones, ids: Ids, index: npt.NDArray[Any], key: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Which chunks (ids, places in their documents, keys or not; all [n]) are the continuation of the chunk before.
+
+    Not the first of a document, none that is purged, and none of a value once its key is purged: that is nobody's.
+    """
+    heads = ids - index
+    follow: npt.NDArray[np.bool_] = (index > 0) & (key | ~tombstones.contains(heads)) & ~tombstones.contains(ids)
+    return follow

@@ -39,6 +39,15 @@ class Found:
     distances: npt.NDArray[np.float32]
     databases: npt.NDArray[np.uint8]
 
+    def take(self, rows: Ids) -> Found:
+        """Those of some of the chunks."""
+        return Found(self.ids[rows], self.distances[rows], self.databases[rows])
+
+    def is_of(self, database: int) -> npt.NDArray[np.bool_]:
+        """Which are neighbours in one of the databases, bool [n, k]."""
+        found: npt.NDArray[np.bool_] = (self.databases == database) & (self.ids != NO_NEIGHBOUR)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class _Member:

@@ -59,11 +59,15 @@ def _here() -> dict[str, str]:
 
 @dataclass(slots=True)
 class Run:
-    """A writing command at work on ``root``; a context manager that says so for as long as it lasts."""
+    """A writing command at work on ``root``; a context manager that says so for as long as it lasts.
+
+    ``links``: whether the file system has hard links. That of a store has; where else a run is at work, it need not.
+    """
 
     root: Path
     id: str = field(default_factory=lambda: secrets.token_hex(4))
     _stop: threading.Event = field(default_factory=threading.Event)
+    links: bool = True
 
     @property
     def path(self) -> Path:
@@ -73,7 +77,13 @@ class Run:
     def __enter__(self) -> Run:
         process = os.getpid()
         fields = {**_here(), "process": process, "started": _start_time(process)}
-        atomic.put_if_absent(self.path, paths.new_token(self.id), orjson.dumps(fields))
+        data = orjson.dumps(fields)
+        if self.links:
+            atomic.put_if_absent(self.path, paths.new_token(self.id), data)
+        else:
+            with atomic.temporary_file(self.path, paths.new_token(self.id)) as temporary:
+                disk.write(temporary, data)
+                disk.rename(temporary, self.path)
         threading.Thread(target=self._beat, name="retrotool-heartbeat", daemon=True).start()
         return self
 

@@ -28,6 +28,7 @@ READING = {
     "search": ["text"],
     "info": [],
     "verify": [],
+    "export neighbours": ["exported", "--format", "parquet"],
 }
 
 
@@ -47,7 +48,7 @@ def test_without_a_store_commands_end_with_10_and_make_none(command, place, tmp_
     elif place == "empty directory":
         store.mkdir()
     before = list(tmp_path.rglob("*"))
-    code, out, err = run(command, store, *READING[command])
+    code, out, err = run(*command.split(), store, *READING[command])
     assert (code, out) == (10, "")
     assert err == f"error: {store} is no store: it has no store.json\nMake one with: retrotool chunk {store} INPUT...\n"
     assert list(tmp_path.rglob("*")) == before
@@ -89,6 +90,21 @@ def test_an_error_is_also_an_object_with_json(tmp_path):
         ("neighbours STORE -k 30", "-k 30 is not between 1 and --saved 20"),
         ("neighbours STORE --saved 2000", "--saved 2000 is more than 1000"),
         ("neighbours STORE --name a/b", "a/b"),
+        ("export", "Usage: retrotool export"),
+        ("export nothing", "No such command 'nothing'"),
+        ("export neighbours STORE", "Missing argument"),
+        ("export neighbours STORE OUT", "Missing option"),
+        ("export neighbours STORE OUT --format csv", "--format csv is none of retro-pytorch, huggingface, parquet"),
+        ("export neighbours STORE OUT --format parquet --name x", "has no neighbours 'x'; it has: main"),
+        ("export neighbours STORE OUT --format parquet -k 21", "-k 21 is not between 1 and the 20 neighbours"),
+        ("export neighbours STORE OUT --format parquet -k 0", "-k 0 is not between 1 and the 20 neighbours"),
+        ("export neighbours STORE OUT --format parquet --sequence-length 64", "is for retro-pytorch"),
+        ("export neighbours STORE OUT --format retro-pytorch --sequence-length 96", "no multiple of the 64 tokens"),
+        ("export neighbours STORE OUT --format retro-pytorch --sequence-length 0", "no multiple of the 64 tokens"),
+        ("export neighbours STORE STORE --format parquet", "is not empty"),
+        ("export neighbours STORE INPUT --format parquet", "is a file"),
+        ("export neighbours STORE gone/out --format parquet", "there is no folder"),
+        ("export neighbours STORE STORE/out --format parquet", "lies in the store"),
         ("search STORE", "Missing argument"),
         ("search STORE text -k 0", "-k"),
         ("search STORE _", "TEXT is empty"),
@@ -103,8 +119,9 @@ def test_an_error_is_also_an_object_with_json(tmp_path):
         ("purge STORE --reason r --pattern .", "Above 1 % it wants --yes"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message, built_store, tiny_encoder):
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message, built_store, tiny_encoder, tmp_path):
     encoder = {"STORE": str(built_store), "_": " ", "INPUT": str(tiny_encoder / "tokenizer.json")}
+    encoder |= {"OUT": str(tmp_path / "out"), "STORE/out": str(built_store / "out")}
     before = {path: path.stat().st_mtime_ns for path in built_store.rglob("*.json")}
     code, out, err = run(*(encoder.get(word, word) for word in arguments.split()))
     assert (code, message in err, out) == (2, True, ""), err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from types import ModuleType
 
 import pytest
@@ -32,6 +33,7 @@ def test_page_does_not_depend_on_the_terminal(make_cli: ModuleType, monkeypatch:
 
 
 def test_every_command_is_there(make_cli: ModuleType) -> None:
-    assert {"chunk", "embed", "index", "neighbours", "purge", "search", "info", "verify", "plan"} <= set(
-        make_cli.command_names()
-    )
+    known = {"chunk", "embed", "index", "neighbours", "purge", "search", "info", "verify", "plan"}
+    assert known | {"export", "export neighbours"} <= set(make_cli.command_names())
+    headings = re.findall(r"^## retrotool (.+)$", make_cli.page(), re.MULTILINE)
+    assert headings == make_cli.command_names()

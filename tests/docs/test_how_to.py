@@ -61,6 +61,7 @@ def test_from_hugging_face(here: Path) -> None:
         "index-a-store.md",
         "measure-leakage.md",
         "look-at-neighbours.md",
+        "export-neighbours.md",
     ],
 )
 def test_page_that_begins_with_the_tutorials_store(here: Path, tutorial_store: Path, page: str) -> None:

@@ -79,6 +79,12 @@ def options_of(command: Any) -> dict[str, bool]:
     return found
 
 
+def with_members(command: Any) -> list[Any]:
+    """A command, and all commands that are in it if it is a group."""
+    members = getattr(command, "commands", {}).values()
+    return [command, *(one for member in members for one in with_members(member))]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=each)
 def test_commands_and_options_exist(page: Path) -> None:
     root: Any = typer.main.get_command(app)
@@ -87,9 +93,12 @@ def test_commands_and_options_exist(page: Path) -> None:
         if words[0].startswith("-") or words[0].startswith("["):
             assert words[0] in (*options_of(root), "[OPTIONS]"), line
             continue
-        assert words[0] in root.commands, f"{page}: {line}"
-        known = options_of(root.commands[words[0]])
-        for word, after in itertools.pairwise([*words[1:], ""]):
+        command = root
+        while hasattr(command, "commands") and words and not words[0].startswith("-"):
+            assert words[0] in command.commands, f"{page}: {line}"
+            command = command.commands[words.pop(0)]
+        known = options_of(command)
+        for word, after in itertools.pairwise([*words, ""]):
             if re.fullmatch(r"--?[a-z][a-z-]*", word):
                 assert word in known, f"{page}: {line}: no option {word}"
                 assert not known[word] or after, f"{page}: {line}: {word} wants a value"
@@ -98,7 +107,7 @@ def test_commands_and_options_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=each)
 def test_options_named_in_prose_exist(page: Path) -> None:
     root: Any = typer.main.get_command(app)
-    known = set(options_of(root)).union(*(options_of(command) for command in root.commands.values()))
+    known = set().union(*map(options_of, with_members(root)))
     for code in _CODE.findall(prose(page)):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
             if not code.startswith("pip "):

@@ -1,0 +1,99 @@
+"""A folder that is there with all that belongs in it, or not at all.
+
+It is written beside its place, under a hidden name that says which run it is of, and renamed when it is whole: a kill
+leaves no half of it under its name. What killed runs left is taken away by the next that wants the same place; runs
+that are alive are told as they are in a store (``store.runs``), so two at once don't disturb one another.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrotool.errors import StorageError, UsageError
+from retrotool.store import disk, runs
+from retrotool.store.runs import Run
+
+_RUN = re.compile("[0-9a-f]{8}")
+_SETTLED_SECONDS = 60.0
+"""A folder without a run is being born, or finished, for so long at most."""
+
+
+def check_place(option: str, path: str | Path) -> Path:
+    """Where a new folder can go, absolute; ``UsageError`` if something is there, or its parent is not."""
+    target = Path(path).resolve()
+    if not target.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {target.parent}", "Make it first.")
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise UsageError(f"{option} {path} is a file", "Name a folder that is not there yet.")
+    if any(target.iterdir()):
+        raise UsageError(f"{option} {path} is not empty", "Name a folder that is not there yet, or remove this one.")
+    if target.is_mount() or target == Path.cwd():
+        raise UsageError(f"{option} {path} can't be replaced", "Name a folder in it.")
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` at the end, unless there is an error."""
+    _clean(target)
+    run = secrets.token_hex(4)
+    scratch = target.with_name(f"{_prefix(target)}{run}")
+    try:
+        with Run(scratch, run, links=False):
+            yield scratch
+            for path in sorted(scratch.iterdir()):
+                if path.is_file():
+                    disk.fsync(path)
+        (scratch / "staging").rmdir()
+        disk.fsync_directory(scratch)
+        _put(scratch, target)
+        disk.fsync_directory(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{target}: no space left; nothing of it was kept", "Free some space and run the same command again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(scratch: Path, target: Path) -> None:
+    try:
+        disk.rename(scratch, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UsageError(
+                f"{target} was made by another meanwhile",
+                "Remove it, or name another folder, and run the command again.",
+            ) from error
+        raise
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.export-"
+
+
+def _clean(target: Path) -> None:
+    """Take away what dead runs left."""
+    for left in target.parent.iterdir():
+        run = left.name.removeprefix(_prefix(target))
+        if run != left.name and _RUN.fullmatch(run) and left.is_dir() and _is_dead(left, run):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_dead(left: Path, run: str) -> bool:
+    told = runs.run_path(left, run)
+    # A run that ends takes its file away first: what is gone after the look may have been alive.
+    if told.exists() and not runs.is_alive(left, run) and told.exists():
+        return True
+    return not told.exists() and time.time() - left.stat().st_mtime > _SETTLED_SECONDS

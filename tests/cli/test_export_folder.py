@@ -1,0 +1,359 @@
+"""An export is there as a whole or not at all, is refused where it would mislead, and is read by what it is for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cli, make_rows, write_jsonl
+from typer.testing import CliRunner
+
+import retrotool
+from retrotool import commands
+from retrotool.cli import app
+from retrotool.commands import exporting
+from retrotool.commands import new_folder as module
+from retrotool.commands.exporting import FORMATS
+from retrotool.commands.neighbour_tables import SearchOptions
+from retrotool.commands.new_folder import check_place, new_folder
+from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.stages import handover, retro_rows
+from retrotool.store import disk, runs, tables
+from retrotool.store.tables import NeighbourTable
+
+EXACT = SearchOptions(exact=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of an export; of the manifest what does not tell the time."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(found["export.json"])
+    return {**found, "export.json": json.dumps({**manifest, "created": ""}).encode()}
+
+
+def killed_at(call: int, work: Callable[[], object]) -> bool:
+    """Do ``work`` in a forked child that is killed at its n-th file operation; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        code, calls = 1, 0
+
+        def hear(event: str, _: tuple[object, ...]) -> None:
+            nonlocal calls
+            if event == disk.EVENT:
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hear)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0, "it failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("empty_folder_there", [False, True])
+def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_away(
+    built_store: Path, tmp_path: Path, form: str, empty_folder_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is killed before it says that it is alive is taken away a minute later.
+    monkeypatch.setattr(module, "_SETTLED_SECONDS", -1.0)
+    (tmp_path / "there").mkdir()
+    output = tmp_path / "there" / "out"
+    commands.export_neighbours(built_store, tmp_path / "whole", format=form)
+    due = contents(tmp_path / "whole")
+    call, left = 0, 0
+    if empty_folder_there:
+        output.mkdir()
+    while killed_at(call := call + 3, lambda: commands.export_neighbours(built_store, output, format=form)):
+        if output.exists() and any(output.iterdir()):
+            break  # killed behind the rename
+        left += len(list(output.parent.glob(".out.export-*")))
+        assert len(list(output.parent.glob(".out.export-*"))) <= 1, "what the kill before left is gone"
+    assert left > 5, "kills fell into the work"
+    assert contents(output) == due
+    if any(output.parent.glob(".out.export-*")):
+        shutil.rmtree(output)
+        commands.export_neighbours(built_store, output, format=form)
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None:
+    target = check_place("OUTPUT", tmp_path / "out")
+    with new_folder(target) as one:
+        (one / "file").write_text("one")
+        with pytest.raises(UsageError, match="was made by another meanwhile"), new_folder(target) as other:
+            (other / "file").write_text("other")
+            assert one.exists()
+            target.mkdir()
+            (target / "third").write_text("third")
+        assert not other.exists()
+        (target / "third").unlink()
+    assert (target / "file").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("state", ["silent", "no run", "just made", "another name"])
+def test_only_folders_of_dead_runs_are_taken_away(tmp_path: Path, state: str) -> None:
+    name = ".out.export-0123abcd" if state != "another name" else ".out.export-notes"
+    left = tmp_path / name
+    (left / "staging").mkdir(parents=True)
+    (left / "part-000000.parquet").write_text("half")
+    if state in ("silent", "another name"):
+        run = runs.run_path(left, "0123abcd")
+        run.write_text(json.dumps({"host": "another", "process": 1, "started": "1"}))
+        os.utime(run, (1, 1))
+    if state == "no run":
+        os.utime(left, (1, 1))
+    with new_folder(check_place("OUTPUT", tmp_path / "out")) as folder:
+        (folder / "file").write_text("x")
+    assert left.exists() == (state in ("just made", "another name"))
+
+
+def test_where_nothing_can_be_put_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"OUTPUT \. can't be replaced"):
+        check_place("OUTPUT", ".")
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    assert check_place("OUTPUT", "link") == tmp_path / "far"
+
+
+def test_a_file_system_without_hard_links_will_do(
+    built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(disk, "link", refuse)
+    assert commands.export_neighbours(built_store, tmp_path / "out", format="parquet").chunks
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_full_disk_is_told_and_leaves_nothing(
+    built_store: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = disk.announce
+
+    def announce(operation: str, path: Path) -> None:
+        if operation == "write" and path.name.startswith(("chunks", "data", "part")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(operation, path)
+
+    monkeypatch.setattr(disk, "announce", announce)
+    done = CliRunner().invoke(app, ["export", "neighbours", str(built_store), str(tmp_path / "out"), "--format", form])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"error: {tmp_path / 'out'}: no space left; nothing of it was kept" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_without_tables_are_refused_with_the_commands_that_make_them(
+    tmp_path: Path, tiny_encoder: Path, cli: Cli
+) -> None:
+    stores = {}
+    for name, first in (("database", 0), ("queries", 50)):
+        stores[name] = tmp_path / name
+        source = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(10, first=first))
+        commands.chunk(stores[name], [str(source)], tokenizer=str(tiny_encoder))
+        commands.embed(stores[name], encoder=str(tiny_encoder))
+    commands.neighbours(stores["database"], queries=stores["queries"], name="t", saved=7, k=3, search=EXACT)
+    more = write_jsonl(tmp_path / "more.jsonl", make_rows(4, first=90))
+    commands.chunk(stores["queries"], [str(more)])
+    missing = commands.info(stores["queries"]).parts[-1]["chunks"]["rows"]
+    with pytest.raises(
+        UsageError, match=f"{missing} chunks of .* have no neighbours 't' yet: those of parts 1"
+    ) as error:
+        commands.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
+    for line in error.value.advice.removeprefix("Compute them: ").split(", then: "):
+        done = cli(*shlex.split(line)[1:])
+        assert done.returncode == 0, done.stderr
+    result = commands.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
+    assert (result.k, result.chunks) == (3, commands.info(stores["queries"]).chunks)
+    assert commands.info(stores["queries"]).neighbours["t"]["saved"] == 7
+
+
+def test_a_part_with_nothing_to_search_for_needs_no_table(store_copy: Path, tmp_path: Path) -> None:
+    store_rows = write_jsonl(tmp_path / "more.jsonl", [{"id": "late", "text": "store chunk token"}])
+    commands.chunk(store_copy, [str(store_rows)])
+    commands.purge(store_copy, "where", "id = 'late'", reason="test")
+    before = commands.info(store_copy).chunks
+    for form in FORMATS:
+        assert commands.export_neighbours(store_copy, tmp_path / form, format=form).chunks == before
+
+
+def test_other_tokenizers_are_refused(
+    tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path, built_store: Path
+) -> None:
+    queries = tmp_path / "queries"
+    source = write_jsonl(tmp_path / "q.jsonl", make_rows(3, first=500))
+    commands.chunk(queries, [str(source)], tokenizer=str(byte_level_tokenizer))
+    commands.embed(queries, encoder=str(tiny_encoder))
+    commands.neighbours(built_store, queries=queries)
+    with pytest.raises(UsageError, match="no reader can take them for one text"):
+        commands.export_neighbours(queries, tmp_path / "out", format="parquet")
+
+
+def test_an_empty_store_is_refused(store_copy: Path, tmp_path: Path) -> None:
+    commands.purge(store_copy, "where", "id != 'x'", reason="test")
+    for form in FORMATS:
+        with pytest.raises(UsageError, match="there is nothing to export"):
+            commands.export_neighbours(store_copy, tmp_path / "out", format=form)
+
+
+def test_more_rows_than_int32_numbers_are_refused(
+    built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
+    rows = len(np.load(tmp_path / "out" / "chunk_ids.npy"))
+    shutil.rmtree(tmp_path / "out")
+    for limit, enough in ((rows + 10, True), (rows + 9, False)):
+        monkeypatch.setattr(retro_rows, "LIMIT", limit)
+        if enough:
+            commands.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
+            shutil.rmtree(tmp_path / "out")
+        else:
+            with pytest.raises(UsageError, match="more than int32 can number"):
+                commands.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", ["chunks", "neighbours"])
+def test_a_flipped_bit_ends_it(store_copy: Path, tmp_path: Path, kind: str, form: str, cli: Cli) -> None:
+    (broken,) = store_copy.glob(f"{kind}/**/000001-*.parquet")
+    data = bytearray(broken.read_bytes())
+    data[len(data) // 2] ^= 1
+    broken.write_bytes(data)
+    done = CliRunner().invoke(app, ["export", "neighbours", str(store_copy), str(tmp_path / "out"), "--format", form])
+    assert (done.exit_code, done.stdout, broken.name in done.stderr) == (12, "", True), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("chunk", [(77 << 32) + 5, (1 << 32) - 1])
+def test_a_table_that_names_no_chunk_of_its_database_ends_it(
+    built_store: Path, tmp_path: Path, form: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = tables.read_table
+
+    def lie(*arguments: object) -> NeighbourTable:
+        table = true(*arguments)
+        ids = np.array(table.ids)
+        ids[3, 1] = chunk
+        return NeighbourTable(ids, table.distances)
+
+    monkeypatch.setattr(tables, "read_table", lie)
+    with pytest.raises(CorruptError, match=f"the chunk {chunk}, which .* has not"):
+        commands.export_neighbours(built_store, tmp_path / "out", format=form)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_erase_meanwhile_ends_it(
+    store_copy: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = exporting.open_handover
+
+    def open_then_erase(*arguments: object) -> handover.Handover:
+        found = opened(*arguments)
+        commands.purge(store_copy, "where", "source = 'a'", reason="test", erase=True)
+        return found
+
+    monkeypatch.setattr(exporting, "open_handover", open_then_erase)
+    with pytest.raises(ErasedError):
+        commands.export_neighbours(store_copy, tmp_path / "out", format=form)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
+    """A purge that comes later is told by the commit."""
+    before = commands.export_neighbours(store_copy, tmp_path / "before", format="parquet")
+    commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    after = commands.export_neighbours(store_copy, tmp_path / "after", format="parquet")
+    assert after.chunks < before.chunks and after.commit > before.commit
+    assert [database.commit for database in after.databases] == [after.commit]
+
+
+def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tmp_path: Path) -> None:
+    duckdb, polars = pytest.importorskip("duckdb"), pytest.importorskip("polars")
+    datasets = pytest.importorskip("datasets")
+    result = commands.export_neighbours(built_store, tmp_path / "out", format="parquet", k=3)
+    files = str(tmp_path / "out" / "*.parquet")
+    reader = retrotool.open(built_store)
+    chunk = int(reader.chunk_ids(1)[2])
+    near = reader.neighbours(chunk, k=3)
+    tokens = near[0].chunk.tokens.tolist()
+    row = duckdb.sql(
+        f"SELECT neighbours, neighbour_tokens[1][1:neighbour_lengths[1]], len(neighbour_tokens[1]) FROM '{files}' "
+        f"WHERE chunk = {chunk}"
+    ).fetchall()
+    assert row == [([one.id for one in near], tokens, 64)]
+    frame = polars.scan_parquet(files).filter(polars.col("chunk") == chunk).collect()
+    assert frame["neighbour_tokens"].to_numpy().shape == (1, 3, 64)
+    assert frame["neighbours"].to_list() == [[one.id for one in near]]
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded) == result.chunks
+    assert np.array(loaded[5]["neighbour_tokens"]).shape == (3, 64)
+
+
+def test_the_arrow_files_are_read_without_the_library(built_store: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    result = commands.export_neighbours(built_store, tmp_path / "out", format="huggingface")
+    state = json.loads((tmp_path / "out" / "state.json").read_text())
+    rows = 0
+    for file in state["_data_files"]:
+        with pa.OSFile(str(tmp_path / "out" / file["filename"])) as source:
+            rows += pa.ipc.open_stream(source).read_all().num_rows
+    assert rows == result.chunks
+    assert state["_fingerprint"] != ""
+
+
+def test_what_is_printed_opens_it(built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for form in FORMATS:
+        arguments = ["export", "neighbours", str(built_store), form, "--format", form]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.stderr
+        first, _, code = done.stdout.partition("Open it with:\n")
+        assert first.startswith(f"{commands.info(built_store).chunks} chunks of 120 documents with ")
+        code = "\n".join(line.removeprefix("  ") for line in code.splitlines())
+        if form != "retro-pytorch":
+            pytest.importorskip({"huggingface": "datasets", "parquet": "polars"}[form])
+            exec(code, {})
+            continue
+        told = json.loads((tmp_path / form / "export.json").read_text())["details"]
+        for script in (code, (tmp_path / form / "load.py").read_text()):
+            given = called_with(script, tmp_path / form / "load.py")
+            files = {key: tmp_path / form / value for key, value in told["arguments"].items() if key.endswith("_path")}
+            assert {key: Path(value).resolve() for key, value in given.items() if key.endswith("_path")} == files
+            assert {**given, **files} == {**told["arguments"], **files}
+            assert f"RETRO(num_tokens={told['num_tokens']}," in script
+
+
+def called_with(script: str, file: Path) -> dict[str, object]:
+    """The arguments that a script gives to RETRODataset, which need not be installed."""
+    import types
+
+    given: dict[str, object] = {}
+    module = types.ModuleType("retro_pytorch")
+    module.RETRODataset = lambda **arguments: given.update(arguments)  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "retro_pytorch", module)
+        exec(script, {"__file__": str(file)})
+    return given
