@@ -113,12 +113,11 @@ class Mask:
             return
         if self._excluded.ascends:
             hit = np.flatnonzero(self._hit[low:high])
-            if not len(hit):
-                return
-            asked = rows.cpu().numpy()
-            first = np.searchsorted(asked, self._begin[low:high][hit])
-            place, row = _ranges(first, np.searchsorted(asked, self._end[low:high][hit]) - first)
-            _hide(scores, row, hit[place])
+            if len(hit):
+                asked = rows.cpu().numpy()
+                first = np.searchsorted(asked, self._begin[low:high][hit])
+                place, row = _ranges(first, np.searchsorted(asked, self._end[low:high][hit]) - first)
+                _hide(scores, row, hit[place])
         else:
             ids, some = self._ids[low:high], self._excluded.take(rows.cpu().numpy())
             first = np.searchsorted(ids, some.first)

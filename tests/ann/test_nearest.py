@@ -64,7 +64,8 @@ def test_masks_hide_just_what_is_excluded(q: int, seed: int, apart: bool, repeat
     further = Intervals(np.array([205, 230]), np.array([210, 231]), np.array([2, 0])) if repeats else None
     excluded = Excluded(first, last, of_whom, further).ascending()
     assert excluded.ascends or not apart
-    ids = np.concatenate([np.sort(rng.choice(240, 50, replace=False)) for _ in range(3)])  # three lists
+    lists = (rng.choice(240, 50, replace=False), rng.choice(240, 50, replace=False), 190 + rng.permutation(50))
+    ids = np.concatenate([np.sort(some) for some in lists])  # the last has ids of hardly any first interval
     mask = Mask(excluded, ids)
     for low in (0, 50, 100):
         asked = np.sort(rng.choice(q, int(rng.integers(1, q + 1)), replace=False))
