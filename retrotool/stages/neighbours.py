@@ -88,7 +88,7 @@ class NeighboursStage:
         store = Store.open(self.database)
         if self.index == NO_INDEX:
             return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory)
-        return Database(store, self.index, device=self.devices[0], memory=self.memory)
+        return Database(store, self.index, device=self.devices[0], memory=self.memory, thorough=True)
 
     def plan(self, store: Store) -> list[Task]:
         """One task a part that has embeddings, and no table or one to be done again, in whole or in some rows.
