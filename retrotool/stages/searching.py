@@ -111,7 +111,7 @@ class Database:
     """An indexed store, open for search. ``record`` is the index's record, see ``docs/format.md``.
 
     Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
-    ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the nearest 2.
+    ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the best 2.
     """
 
     def __init__(
