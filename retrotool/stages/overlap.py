@@ -73,8 +73,11 @@ def has_longer_run(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths,
         hits = _hits(one[some], n_one[some], other[some], n_other[some], gram)
         # Of so many tokens in a row, that many short runs less ``gram`` begin right behind another one.
         found[some] = (hits[:, 1:] & hits[:, :-1]).sum(axis=1) > run - gram if run else hits.any(axis=1)
-    rows = np.flatnonzero(found)
-    found[rows] = longest_common(one[rows], n_one[rows], other[rows], n_other[rows]).length > run
+    likely = np.flatnonzero(found)
+    for block in _blocks(len(likely)):
+        rows = likely[block]
+        runs = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), run + 1)
+        found[rows] = (runs != 0).any(axis=1)
     return found
 
 
@@ -83,7 +86,7 @@ def distinct_grams(one: Tokens, n_one: Lengths) -> Words:
     width = one.shape[1]
     found = np.zeros(len(one), np.uint64)
     for some in _blocks(len(one)):
-        grams = _grams_in(_agreement(one[some], n_one[some], one[some], n_one[some]))
+        grams = _runs_in(_agreement(one[some], n_one[some], one[some], n_one[some]), GRAM)
         # Along its own diagonal a chunk agrees with itself, along those before with what came before.
         found[some] = grams[:, width - 1] & ~np.bitwise_or.reduce(grams[:, : width - 1], axis=1)
     return found
@@ -104,7 +107,7 @@ def are_near_copies(
     likely = np.flatnonzero(found)
     for block in _blocks(len(likely)):
         rows = likely[block]
-        grams = _grams_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]))
+        grams = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), GRAM)
         found[rows] = _bits(np.bitwise_or.reduce(grams, axis=1) & distinct[rows]) >= wanted[rows]
     return found
 
@@ -138,16 +141,22 @@ def _hashes(tokens: Tokens, gram: int) -> Words:
     return found
 
 
-def _grams_in(words: Words) -> Words:
-    """Where ``GRAM`` ones follow one another in each word."""
-    for shift in (1, 2, 4):
-        words = words & (words >> np.uint64(shift))
+def _runs_in(words: Words, length: int) -> Words:
+    """Where ``length`` ones follow one another in each word."""
+    if length > _WORD:
+        return np.zeros_like(words)
+    size = 1
+    while size < length:
+        more = min(size, length - size)
+        words, size = words & (words >> np.uint64(more)), size + more
     return words
 
 
 def _bits(words: Words) -> Lengths:
     """How many ones each word [n] has."""
-    return np.unpackbits(words.astype("<u8").view(np.uint8).reshape(len(words), 8), axis=1).sum(axis=1, dtype=np.int64)
+    ones = np.unpackbits(words.astype("<u8").view(np.uint8).reshape(len(words), 8), axis=1)
+    count: Lengths = ones.sum(axis=1, dtype=np.int64)
+    return count
 
 
 def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Words:
