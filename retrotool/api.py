@@ -23,7 +23,7 @@ from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.stages.database import living, pick_encoder, read_part_vectors
-from retrotool.stages.neighbours import check_table, database_of
+from retrotool.stages.neighbours import check_table, database_of, members_of
 from retrotool.stages.searching import Database, Point
 from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry
@@ -61,13 +61,15 @@ class Chunk:
 class Neighbour:
     """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does).
 
-    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value.
+    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value. ``database`` is the
+    directory of the store that all of it comes from.
     """
 
     id: int
     distance: float
     chunk: Chunk
     continuation: Chunk | None
+    database: Path
 
 
 class Reader:
@@ -224,31 +226,59 @@ class Reader:
         return copy
 
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
-        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: the table's)."""
-        database, record = self._database(name)
+        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: the table's).
+
+        ``UsageError`` for a mixture of several databases, where an id alone names no chunk: see ``neighbour_places``.
+        """
+        if len(members_of(self._store, name)) > 1:
+            raise UsageError(
+                f"the neighbours {name!r} are of several databases, in which ids are not the same",
+                "Use neighbour_places(), which says of which each is, or neighbours().",
+            )
+        return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
+
+    def neighbour_places(
+        self, chunk_id: int, name: str = "main", k: int | None = None
+    ) -> list[tuple[Path, int, float]]:
+        """(directory of the database, id, distance) of a chunk's living neighbours, nearest first.
+
+        At most k (default: the table's). In a mixture the nearest is that of the least squared distance over weight;
+        distances are given as they are.
+        """
+        found = self._near(chunk_id, name, k)
+        return [(database.path, i, distance) for database, i, distance in found]
+
+    def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
+        """A chunk's living neighbours with their continuations, nearest first; see ``neighbour_places``."""
+        return [database.neighbour(i, distance) for database, i, distance in self._near(chunk_id, name, k)]
+
+    def _near(self, chunk_id: int, name: str, k: int | None) -> list[tuple[Reader, int, float]]:
+        members = members_of(self._store, name)
+        opened = {table: self._database(table) for table, _ in members}
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
         part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
-        table = self._neighbour_rows(name, part, row // ROW_GROUP)
-        ids, distances = table.ids[row % ROW_GROUP], table.distances[row % ROW_GROUP]
-        keep = database.is_searchable(ids)
-        found = [(int(i), float(d)) for i, d in zip(ids[keep], distances[keep], strict=True)]
-        return found[: int(record["k"]) if k is None else k]
-
-    def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
-        """A chunk's living neighbours with their continuations, nearest first."""
-        database = self._database(name)[0]
-        return [database.neighbour(i, distance) for i, distance in self.neighbour_ids(chunk_id, name, k)]
+        found: list[tuple[float, Reader, int, float]] = []
+        for table, weight in members:
+            database = opened[table][0]
+            rows = self._neighbour_rows(table, part, row // ROW_GROUP)
+            ids, distances = rows.ids[row % ROW_GROUP], rows.distances[row % ROW_GROUP]
+            keep = database.is_searchable(ids)
+            for i, distance in zip(ids[keep], distances[keep], strict=True):
+                found.append((float(distance / np.float32(weight)), database, int(i), float(distance)))
+        found.sort(key=lambda one: one[0])  # stable: of one table they stay in their order
+        most = int(opened[members[0][0]][1]["k"]) if k is None else k
+        return [(database, i, distance) for _, database, i, distance in found[:most]]
 
     def neighbour(self, chunk_id: int, distance: float) -> Neighbour:
         """A chunk of this store as the neighbour of something."""
-        return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id))
+        return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id), self.path)
 
-    def _database(self, name: str) -> tuple[Reader, Mapping[str, Any]]:
-        if name not in self._databases:
-            store, record = database_of(self._store, name)
-            self._databases[name] = (self if store is self._store else Reader(store), record)
-        return self._databases[name]
+    def _database(self, table: str) -> tuple[Reader, Mapping[str, Any]]:
+        if table not in self._databases:
+            store, record = database_of(self._store, table)
+            self._databases[table] = (self if store is self._store else Reader(store), record)
+        return self._databases[table]
 
     def _read_neighbour_rows(self, name: str, part: int, group: int) -> tables.NeighbourTable:
         return tables.read_table(self._store, self._neighbour_file(name, part), [group])

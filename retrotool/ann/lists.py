@@ -10,6 +10,7 @@ the file was closed. That costs a copy, and one more read of what has just been 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from retrotool.errors import CorruptError, StorageError
 
 _WRITE_BYTES = 1 << 20
 _TIE = 1e-3
+_KEPT_LISTS = 64
 
 Ids = npt.NDArray[np.int64]
 
@@ -74,6 +76,46 @@ class OneList:
     def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Vectors of some of the ids, float16 [n, d]."""
         return self._vectors[np.searchsorted(self._ids, ids)]
+
+
+class SomeLists:
+    """Of other lists the vectors whose ids are ``wanted``: no other one is decoded, or compared with a query.
+
+    All ids are gone through once, to count them; a list's own each time that it comes up. The last lists are kept.
+    Several threads may read at a time.
+    """
+
+    def __init__(self, lists: Lists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
+        self.trained = lists.trained
+        self._lists, self._wanted = lists, wanted
+        numbers = range(max(lists.trained.nlist, 1))
+        self.whole = np.array([lists.size(number) for number in numbers], np.int64)
+        """Vectors of each list, wanted or not, int64 [nlist], or [1] without lists."""
+        self.sizes = np.array([np.count_nonzero(wanted(lists.ids(number))) for number in numbers], np.int64)
+        """Those that are wanted."""
+        self._list = lru_cache(_KEPT_LISTS)(self._read_list)
+
+    def __len__(self) -> int:
+        """Vectors in all lists."""
+        return int(self.sizes.sum())
+
+    def size(self, number: int) -> int:
+        """Vectors in a list."""
+        return int(self.sizes[number])
+
+    def ids(self, number: int) -> Ids:
+        """Chunk ids of a list, int64 [n], ascending."""
+        return self._list(number)[0]
+
+    def codes(self, number: int) -> Codes:
+        """Codes of a list, uint8 [n, size]."""
+        return self._lists.codes(number)[self._list(number)[1]]
+
+    def _read_list(self, number: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Ids of a list that are wanted, and their rows."""
+        ids = self._lists.ids(number)
+        rows = np.flatnonzero(self._wanted(ids))
+        return ids[rows], rows
 
 
 class InvertedLists:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
@@ -50,10 +50,10 @@ def _text(info: Info) -> str:
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
         kind = index.get("kind", "unfinished")
         lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
-    lines += [
-        f"  neighbours  {name}: {n['saved']} saved for {output.count(n['rows'], 'chunk')}"
-        for name, n in info.neighbours.items()
-    ]
+    lines += [f"  neighbours  {name}: {_neighbours(about)}" for name, about in info.neighbours.items()]
+    for one in info.consumers:
+        gone = "" if one["there"] else "; it is not there now"
+        lines.append(f"  used by     {one['path']}, neighbours {one['table']}, since {one['since'][:10]}{gone}")
     if info.purged:
         lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, of purges and duplicate documents")
     lines += [
@@ -64,6 +64,18 @@ def _text(info: Info) -> str:
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run it again to go on")
     return "\n".join(lines)
+
+
+def _neighbours(about: dict[str, Any]) -> str:
+    from retrotool.commands.neighbour_options import in_words
+
+    if "mix" in about:
+        of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
+        return f"a mixture of {of} for {output.count(about['rows'], 'chunk')}"
+    words = in_words(about.get("filters", {}))
+    return f"{about['saved']} saved for {output.count(about['rows'], 'chunk')}" + (
+        f"; left out: {words}" if words else ""
+    )
 
 
 def _shape(info: Info) -> list[str]:

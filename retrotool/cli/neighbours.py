@@ -28,6 +28,8 @@ Examples:
   retrotool neighbours store
   retrotool neighbours database --queries training --name wiki -k 2 --saved 20
   retrotool neighbours store --exact
+  retrotool neighbours store --name apart --max-overlap 0.5 --exclude-near-copies --exclude-source a
+  retrotool neighbours database --queries training --name mixed --database database=1 --database training=2 --exact
   retrotool neighbours store --shard 3/16"""
 
 
@@ -41,6 +43,35 @@ def command(
     saved: Annotated[int, typer.Option(metavar="N", help="Neighbours to save, a reserve against later purges.")] = 20,
     name: Annotated[str, typer.Option(help="Name of the neighbour tables, which lie in the query store.")] = "main",
     index: IndexOption = None,
+    database: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STORE[=W]",
+            help="Further database, and its weight: distances are divided by it. Repeatable. STORE may be named, too.",
+            show_default=False,
+        ),
+    ] = None,
+    max_overlap: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Leave out neighbours with more than this share of a chunk's tokens in a row in common with it.",
+        ),
+    ] = None,
+    exclude_near_copies: Annotated[
+        bool,
+        typer.Option("--exclude-near-copies", help="Leave out what has half or more of a chunk's runs of 8 tokens."),
+    ] = False,
+    exclude_source: Annotated[
+        list[str] | None, typer.Option(metavar="S", help="Leave out documents of this source. Repeatable.")
+    ] = None,
+    only_source: Annotated[
+        list[str] | None, typer.Option(metavar="S", help="Leave out documents of any other source. Repeatable.")
+    ] = None,
+    no_filters: Annotated[
+        bool,
+        typer.Option("--no-filters", help="Forget what was to be left out before; without it that is kept."),
+    ] = False,
     exact: Annotated[
         bool,
         typer.Option(
@@ -60,14 +91,24 @@ def command(
     Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
     is the same if its id is. Purged chunks are never found, and are masked in tables computed before; run it again to
     fill rows up that have fewer than K left. When the database has grown, run it again: only what is new is searched.
+    With --database it is a mixture: a table of each database, merged when they are read. A later run without these
+    options keeps the databases, their weights, and what is left out.
     """
     with output.errors(as_json):
         from retrotool import commands
+        from retrotool.commands.neighbour_options import FilterOptions
         from retrotool.commands.neighbour_tables import SearchOptions
 
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
         search = SearchOptions(exact, encoder, size, devices, parse_shard(shard))
-        result = commands.neighbours(store, queries=queries, k=k, saved=saved, name=name, index=index, search=search)
+        filters = FilterOptions(
+            max_overlap, exclude_near_copies, tuple(exclude_source or ()), tuple(only_source or ()), no_filters
+        )
+        databases = [_weighed(text) for text in database or ()]
+        result = commands.neighbours(
+            store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
+            databases=databases,
+        )  # fmt: skip
         output.show(result, as_json, _text)
         if result.not_embedded:
             output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')} that have no embeddings.")
@@ -75,18 +116,45 @@ def command(
             output.note(
                 f"Never found: {output.count(result.not_indexed, 'chunk')} of {store} that are not in the index."
             )
+        for path in result.unaware:
+            output.note(
+                f"{path} can't be written, so it doesn't know who uses it: an erase there won't name this store."
+            )
         if result.next:
             output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 
 
+def _by(index: str) -> str:
+    return f"index {index!r}" if index else "exact search"
+
+
+def _weighed(text: str) -> tuple[str, float | None]:
+    """A database and its weight of ``STORE`` or ``STORE=WEIGHT``."""
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if equals and path else (text, None)
+    except ValueError:
+        return text, None  # a path that has a =
+
+
 def _text(result: NeighboursResult) -> str:
+    from retrotool.commands.neighbour_options import in_words
+
     done = (
         f"Neighbours of {output.count(result.queries, 'chunk')} found"
         if result.queries
         else "Every chunk has its neighbours already"
     )
-    by = f"index {result.index!r}" if result.index else "exact search"
+    by = _by(result.index) if not result.mix else f"a mixture of {len(result.mix)} databases"
     text = f"{done} ({result.name!r}: {result.saved} saved, {result.k} used, {by}, commit {result.commit})."
+    if result.mix:
+        rows = [(one.database, f"{one.weight:g}", one.table, _by(one.index), one.queries) for one in result.mix]
+        text += "\n" + output.table(rows, ("database", "weight", "table", "by", "chunks searched"))
+    if result.left_out:
+        text += f"\nNo longer in {result.name!r}, but there under their own names: {', '.join(result.left_out)}."
+    if words := in_words(result.filters):
+        kept = " (as before; --no-filters forgets it)" if result.filters_kept else ""
+        text += f"\nLeft out: {words}{kept}."
     if result.elsewhere:
         text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
     return text

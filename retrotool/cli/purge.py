@@ -13,7 +13,7 @@ from retrotool.cli.options import Json, StoreArgument
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.commands.purging import PurgeResult
+    from retrotool.commands.purging import ConsumerLeft, PurgeResult
 
 EPILOG = """\b
 Examples:
@@ -118,9 +118,9 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
             lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{copies}.")
         lines += ["First chunks: " + ", ".join(map(str, result.examples))] if result.examples else []
         return "\n".join(lines)
-    if not result.purge and not result.erased:
-        return f"Nothing to purge{before}."
     lines = []
+    if not result.purge and not result.erased:
+        lines.append(f"Nothing to purge{before}.")
     if result.purge and (result.chunks or not result.erased):
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
@@ -131,4 +131,14 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
             f"{output.count(result.files_rewritten, 'file')} rewritten. Check: retrotool verify {store}"
         )
     lines += [f"Not reached: {what}." for what in result.not_reached]
+    lines += [_consumer(one) for one in result.consumers]
     return "\n".join(lines)
+
+
+def _consumer(one: ConsumerLeft) -> str:
+    """What an erase left in another store."""
+    what = f"neighbours {one.table!r} of {one.path}"
+    if not one.there:
+        return f"Not looked at: {what}, which is not there now. Where it is, run: {one.command}"
+    names = f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
+    return names + ("\nThe texts that were written with them may hold its text." if one.materialised else "")

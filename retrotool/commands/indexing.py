@@ -189,7 +189,8 @@ def drop(root: str | Path, *, name: str) -> Dropped:
             return Draft("index", {"name": name, "drop": True}, remove=tuple(e.path for e in gone), records=records)
 
         store.commit(run, build)
-    tables = [table for table, about in store.refresh().with_prefix("neighbours:").items() if about["index"] == name]
+    records = store.refresh().with_prefix("neighbours:")
+    tables = [table for table, about in records.items() if about.get("index") == name]
     return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
 
 

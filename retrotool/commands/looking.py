@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from retrotool.ann import lists
+from retrotool.commands.neighbour_options import named
 from retrotool.commands.shape import Shape, shape_of
-from retrotool.errors import CorruptError, ErasedError
+from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.stages.chunk_plan import unfinished_plans
+from retrotool.stages.consumers import consumers
 from retrotool.stages.database import count_living_keys
 from retrotool.stages.index_files import read_trained, shards, trained_entry
+from retrotool.stages.neighbour_filters import Filters
+from retrotool.stages.neighbours import database_of
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import n_keys, read_key
 from retrotool.store.paths import FileName, generation_in, part_slot
@@ -23,6 +27,8 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.store.verify import Verification, total_bytes
 from retrotool.store.verify import verify as verify_store
 
+_LOOKED_AT = 64
+"""Parts of a database in which names of sources are looked for."""
 ATTEMPTS = 5
 """How often ``verify`` begins, when other processes remove what it checks."""
 
@@ -31,7 +37,8 @@ ATTEMPTS = 5
 class Info:
     """What is in a store. Current files are listed with paths relative to it.
 
-    ``keys`` are the chunks that are searched by and for: all but the values of key-value records.
+    ``keys`` are the chunks that are searched by and for: all but the values of key-value records. ``consumers`` are
+    the stores that are known to have neighbours in this one; ``there``: whether they still are where they were.
     """
 
     path: str
@@ -56,6 +63,7 @@ class Info:
     quarantine: list[dict[str, Any]]
     unfinished: int
     shape: Shape
+    consumers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def info(root: str | Path) -> Info:
@@ -89,13 +97,14 @@ def info(root: str | Path) -> Info:
         parts=[_part(store, part) for part in state.parts()],
         encoders=_encoders(store, tombstones),
         indexes={name: _index(store, name) for name in state.names("index")},
-        neighbours=_covered(store, tombstones, "neighbours:", "neighbours"),
+        neighbours=_neighbours(store, tombstones),
         purges=state.with_prefix("purge:"),
         tombstones=_files(store, "tombstones"),
         blocked=_files(store, "blocked"),
         quarantine=_files(store, "quarantine"),
         unfinished=len(unfinished_plans(state)),
         shape=shape_of(store, tombstones),
+        consumers=[{**asdict(one), "there": one.open() is not None} for one in consumers(state)],
     )  # fmt: skip
 
 
@@ -147,6 +156,31 @@ def _covered(store: Store, tombstones: Tombstones, prefix: str, kind: str) -> di
         rows = sum(count_living_keys(store, int(slot), tombstones) for slot in group)
         found[name] = {**record, "parts": len(group), "rows": rows}
     return found
+
+
+def _neighbours(store: Store, tombstones: Tombstones) -> dict[str, Any]:
+    """Tables, with what is left out of them in names, and mixtures of them."""
+    found = _covered(store, tombstones, "neighbours:", "neighbours")
+    for name, about in found.items():
+        if "mix" in about:
+            of = [found[member["table"]] for member in about["mix"] if member["table"] in found]
+            found[name] = {
+                **about,
+                **{count: min((one[count] for one in of), default=0) for count in ("parts", "rows")},
+            }
+        elif "filters" in about:
+            found[name] = {**about, "filters": _filters(store, name)}
+    return found
+
+
+def _filters(store: Store, table: str) -> dict[str, Any]:
+    """What a table leaves out, with the names of sources as far as its database is there and they are soon found."""
+    filters = Filters.of(store.state.records[f"neighbours:{table}"])
+    databases = []
+    if filters.sources:
+        with contextlib.suppress(RetrotoolError, OSError):
+            databases = [database_of(store, table)[0]]
+    return named(filters, store, databases, _LOOKED_AT)
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:

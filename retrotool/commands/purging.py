@@ -16,9 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from retrotool import engine
+from retrotool.commands.counting import neighbours_command
 from retrotool.commands.writing import writing
 from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
 from retrotool.stages import purge as selecting
+from retrotool.stages.consumers import holding, table_files
+from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
 from retrotool.stages.purge import Ids, Report, Selection
@@ -37,6 +40,17 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
+class ConsumerLeft:
+    """A store with neighbours in this one, which an erase does not reach: what may be left, and what to run there."""
+
+    path: str
+    table: str
+    there: bool
+    materialised: bool
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class PurgeResult:
     """What ``purge`` did, or would do.
 
@@ -45,7 +59,8 @@ class PurgeResult:
     counts the chunks whose bytes are gone; among them are those of ``copies``, documents that a ``chunk`` had set
     aside because they repeat one that is erased. ``blocked`` are the ids and texts that are kept from coming back, and
     were not before. ``left`` says, in sentences, where text may lie that an erase could not reach just now, and
-    ``not_reached`` what may be there that it never reaches.
+    ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that name what was erased,
+    by this purge or before, or could, as far as they are known.
     """
 
     purge: str
@@ -65,6 +80,7 @@ class PurgeResult:
     examples: tuple[int, ...] = field(default=())
     left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
+    consumers: tuple[ConsumerLeft, ...] = field(default=())
 
 
 def select(store: Store, kind: str, value: str, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
@@ -187,6 +203,7 @@ def _carry_out(store: Store, selection: Selection, planned: PurgeResult, reason:
     """Commit a purge, and erase."""
     purged, erased, rewritten = "", 0, 0
     left: list[str] = []
+    consumers: list[ConsumerLeft] = []
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
         # could not be gone on with after a kill.
@@ -197,11 +214,28 @@ def _carry_out(store: Store, selection: Selection, planned: PurgeResult, reason:
             victims = np.union1d(selection.chunks, selection.copies)
             erased, rewritten = _until_not_overtaken(store, lambda: _erase(store, run, victims))
             left = _clear(store, run)
+            consumers = _consumers(store, victims)
     state = store.refresh()
     return replace(
         planned, purge=purged, erased=erased, files_rewritten=rewritten, commit=state.number, left=tuple(left),
-        not_reached=(_ELSEWHERE,) if erased and state.names("index") else (),
+        not_reached=(_ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
     )  # fmt: skip
+
+
+def _consumers(store: Store, chunks: Ids) -> list[ConsumerLeft]:
+    """The other stores in which something of erased chunks is left, or may be: of these, and of all erased before."""
+    erased = Tombstones(np.union1d(chunks[read_tombstones(store).contains(chunks)], erased_chunks(store).ids))
+    if not len(erased):
+        return []
+    total = table_files(store)
+    with tqdm(total=total, unit="file", desc="other stores", disable=None, delay=2, file=sys.stderr) as bar:
+        return [
+            ConsumerLeft(
+                one.consumer.path, one.consumer.table, one.store is not None, one.consumer.materialised,
+                neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again),
+            )
+            for one in holding(store, erased, bar.update)
+        ]  # fmt: skip
 
 
 def _is_covered(store: Store, selection: Selection) -> bool:

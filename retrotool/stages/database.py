@@ -19,7 +19,7 @@ from retrotool.errors import UsageError
 from retrotool.store import log, parts, vectors
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
@@ -193,6 +193,19 @@ def has_commit(store: Store, number: int, head: str) -> bool:
         return store.state.head.startswith(head)
     commit = log.read(store.root, number) if number < store.state.number else None
     return commit is not None and commit.sha256.startswith(head)
+
+
+def erased_purges(store: Store) -> list[str]:
+    """Ids of the purges of which nothing is left."""
+    return [purge for purge, record in store.state.with_prefix("purge:").items() if record.get("erased")]
+
+
+def erased_chunks(store: Store) -> Tombstones:
+    """The chunks that were erased, copies of others that repeat them included."""
+    slots = store.state.group("tombstones")
+    own = [slot for purge in erased_purges(store) for slot in (purge, f"{purge}.copies") if slots.get(slot) is not None]
+    found = [np.zeros(0, np.int64), *(read_tombstones(store, slot).ids for slot in own)]
+    return Tombstones(np.unique(np.concatenate(found)))
 
 
 def purges(store: Store) -> str:

@@ -6,8 +6,8 @@ of all queries with all vectors. Memory: blocks of distances; vectors are mapped
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import lru_cache
+from collections.abc import Callable, Collection
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from retrotool.ann.excluded import Queries
 from retrotool.ann.lists import OneList
 from retrotool.ann.search import ROOM, SPARE, Best, Search, nothing_banned, rerank
 from retrotool.stages.database import embedded_parts, pick_encoder, read_part_vectors, searchable_rows
+from retrotool.stages.restricted import AllowedChunks
 from retrotool.stages.searching import room_in, rows_in
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -33,13 +34,30 @@ class ExactDatabase:
     name = NO_INDEX
 
     def __init__(
-        self, store: Store, encoder: str | None = None, *, device: str = "cpu", memory: int | None = None
+        self,
+        store: Store,
+        encoder: str | None = None,
+        *,
+        device: str = "cpu",
+        memory: int | None = None,
+        allows: Callable[[str], bool] | None = None,
     ) -> None:
         self.store = store
         self.encoder = pick_encoder(store, encoder)
         self.tombstones = read_tombstones(store)
         self._device, self.room = device, room_in(memory)
-        self._rows = lru_cache(_KEPT_PARTS)(lambda part: searchable_rows(store, part, self.tombstones))
+        self._allows = allows
+        self._rows = lru_cache(_KEPT_PARTS)(self._read_rows)
+
+    @cached_property
+    def _allowed(self) -> AllowedChunks:
+        assert self._allows is not None
+        return AllowedChunks(self.store, self._allows)
+
+    def _read_rows(self, part: int) -> npt.NDArray[np.int64]:
+        """Rows of a part that are searched, ascending."""
+        rows = searchable_rows(self.store, part, self.tombstones)
+        return rows if self._allows is None else rows[self._allowed.rows(part)[rows]]
 
     @property
     def settings(self) -> list[Any]:
@@ -58,8 +76,15 @@ class ExactDatabase:
         """Candidates that each query takes for k neighbours."""
         return k + SPARE
 
-    def search(self, queries: Queries, k: int, *, only: Collection[int] | None = None) -> Best:
-        """The k nearest living keys of each query; ``only``: in these parts."""
+    def search(
+        self,
+        queries: Queries,
+        k: int,
+        *,
+        only: Collection[int] | None = None,
+        wider: int = 1,  # noqa: ARG002
+    ) -> Best:
+        """The k nearest living keys of each query; ``only``: in these parts. There are no lists to search ``wider``."""
         best: Best | None = None
         for part in self.held():
             rows = self._rows(part)

@@ -2,7 +2,8 @@
 
 List-major search (``ann.search``) of all its searchable vectors through the database's shards, with the query's own
 document and all tombstones masked before the top-k, and a re-rank by the vectors themselves. Rows are read in blocks,
-the larger the fewer times a list is decoded.
+the larger the fewer times a list is decoded. What filters by tokens leave out is told of more candidates than are
+saved (``stages.neighbour_filters``).
 
 Memory: the table, 12 bytes a neighbour, twice while it is written; a block of queries with their candidates; one list.
 """
@@ -14,9 +15,9 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.search import Best
-from retrotool.memory import of_machine as memory_of_machine
 from retrotool.stages.base import Report, Task
 from retrotool.stages.database import (
+    erased_chunks,
     is_same_directory,
     own_documents,
     purges,
@@ -24,9 +25,18 @@ from retrotool.stages.database import (
     searchable_rows,
 )
 from retrotool.stages.drift import ranges
+from retrotool.stages.erase import erase_neighbours
 from retrotool.stages.exact import merged
-from retrotool.stages.neighbours import FEW, MORE, SAME, AnyDatabase, NeighboursStage, few_rows
-from retrotool.stages.searching import rows_in
+from retrotool.stages.neighbour_filters import AnyDatabase, Finder
+from retrotool.stages.neighbours import (
+    FEW,
+    MORE,
+    SAME,
+    NeighboursStage,
+    erased_of,
+    few_rows,
+    with_filters,
+)
 from retrotool.store import tables
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -34,9 +44,6 @@ from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import read_tombstones
 
-_QUERY_BLOCK = 1 << 18
-_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 16, 6
-"""What part of the machine's memory, or of what was given, is for a block of queries."""
 _HEAD_DIGITS = 16
 
 
@@ -46,14 +53,14 @@ class NeighboursWorker:
     def __init__(self, store: Store, stage: NeighboursStage) -> None:
         self._store = store
         self._stage = stage
-        self._database = stage.open_database()
+        self._database = stage.open_database(store)
         self._commit = self._database.store.state.number
         self._within = is_same_directory(store, self._database.store)
 
     def _current_database(self) -> AnyDatabase:
         """The database at its newest commit: an erase may have replaced files since."""
         if self._database.store.refresh().number != self._commit:
-            self._database = self._stage.open_database()
+            self._database = self._stage.open_database(self._store)
             self._commit = self._database.store.state.number
         return self._database
 
@@ -66,19 +73,27 @@ class NeighboursWorker:
         vectors = read_part_vectors(store, database.encoder, part)
         table, asking, before = self._begin(task, database, part, len(vectors))
         own = own_documents(store, part, database.store, database.tombstones, within=self._within)
-        for rows in self._blocks(asking, vectors.shape[1]):
-            queries = Queries(vectors[rows].astype(np.float32), own.take(rows))
-            best = self._search(database, queries, rows, before, task.inputs["new"])
+
+        def ask(rows: npt.NDArray[np.int64]) -> Queries:
+            return Queries(vectors[rows].astype(np.float32), own.take(rows))
+
+        finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
+        for rows in finder.blocks(asking):
+            best = self._search(database, finder, rows, before, task.inputs["new"])
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
         report(task.weight - len(asking))
+        if task.inputs["mode"] == FEW and not self._within:
+            table = erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
         record = stage.record(store, database)
         state = database.store.state
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
             "commit": state.number, "head": state.head[:_HEAD_DIGITS], "purges": purges(database.store),
-            "searched": ranges(database.held()),
+            "searched": ranges(database.held()), **with_filters(stage.filters),
         }  # fmt: skip
+        if erased := erased_of(store, database):
+            about["erased"] = erased
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
         entry = tables.write_table(
             store.root, name, table, database=record["database"], commit=state.number, path=record["path"], about=about
@@ -94,28 +109,21 @@ class NeighboursWorker:
             tuple(reads), (entry,), (replaced,) if replaced else (), claim,
         )  # fmt: skip
 
-    def _blocks(self, rows: npt.NDArray[np.int64], d: int) -> list[npt.NDArray[np.int64]]:
-        memory = self._stage.memory
-        share = memory_of_machine() // _SHARE_OF_MACHINE if memory is None else memory // _SHARE_OF_MEMORY
-        size = min(_QUERY_BLOCK, rows_in(share, self._database.candidates_for(self._stage.saved), d))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
     def _search(
         self,
         database: AnyDatabase,
-        queries: Queries,
+        finder: Finder,
         rows: npt.NDArray[np.int64],
         before: NeighbourTable | None,
         new: list[int],
     ) -> Best:
-        """The neighbours of a block of queries; of what was found ``before``, only in ``new`` parts."""
-        saved = self._stage.saved
+        """The neighbours of a block of rows; of what was found ``before``, only in ``new`` parts."""
         if before is None:
-            return database.search(queries, saved)
+            return finder.search(rows)
         ids, distances = before.ids[rows], before.distances[rows]
         gone = database.tombstones.contains(ids)
         kept = Best(np.where(gone, np.float32(np.inf), distances), np.where(gone, NO_NEIGHBOUR, ids))
-        best = merged(kept, database.search(queries, saved, only=new), saved)
+        best = merged(kept, finder.search(rows, only=new), self._stage.saved)
         # Beyond the last of a list that lost some there may be others, of old parts, that were not saved.
         horizon = np.where(gone.any(axis=1), distances[:, -1], np.inf)
         unknown = best.distances > horizon[:, None]
@@ -124,7 +132,7 @@ class NeighboursWorker:
         # A list that is not full may have been cut by an erase.
         short = np.flatnonzero(few | (ids == NO_NEIGHBOUR).any(axis=1))
         if len(short):
-            again = database.search(queries.take(short), saved)
+            again = finder.search(rows[short])
             best.ids[short], best.distances[short] = again.ids, again.distances
         return best
 

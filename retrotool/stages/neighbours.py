@@ -3,10 +3,12 @@
 A task is a part of the query store (``stages.neighbour_worker`` does it). Rows of purged or erased queries are empty,
 and so are those of values of key-value records. The table lies in the query store.
 
-A table is done again once another index is asked for, or the one that it is of was tuned or trained anew. Once the
+A table is done again once another index is asked for, or other filters (``stages.neighbour_filters``), or the index
+that it is of was tuned or trained anew. Once the
 database has parts that it had not, only these are searched, and what is found is merged with what the table has. After
 purges only the rows are searched again that have fewer than k neighbours left; finding them costs reading the tables
-once, and nothing as long as nothing was purged. A name is of one database: its record is set with the first task, or
+once, and nothing as long as nothing was purged. That is also when entries leave a table of another store that name a
+chunk which the database has erased since. A name is of one database: its record is set with the first task, or
 before (``claim``), and each table says in the log which index, and which commit of the database, it is from. So what
 two runs wrote under one name is told apart, and so is a copy of the database that went its own way.
 """
@@ -30,12 +32,15 @@ from retrotool.stages.base import Task, Worker, own_first, task_key
 from retrotool.stages.database import (
     count_keys,
     embedded_parts,
+    erased_chunks,
+    erased_purges,
     has_commit,
     is_same_directory,
     purges,
     searchable_rows,
 )
 from retrotool.stages.exact import NO_INDEX, ExactDatabase
+from retrotool.stages.neighbour_filters import AnyDatabase, Filters
 from retrotool.stages.searching import Database
 from retrotool.store import parts, staging, tables
 from retrotool.store.atomic import FileEntry
@@ -46,16 +51,13 @@ from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import read_tombstones
 
-_HEAD_DIGITS = 16
 SAME = ("index", "encoder")
-"""In what tables of one name must agree with its record."""
+"""In what tables of one name must agree with its record, besides the filters."""
 WHOLE, FEW, MORE = "whole", "few", "more"
 """What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
 
-AnyDatabase = Database | ExactDatabase
-
-_counted: dict[tuple[str, str, str, int], int] = {}
-"""Rows to refill by table, purges of database and queries, and k: a plan is made several times in one run."""
+_counted: dict[tuple[str, str, str, str, int], int | None] = {}
+"""Rows to refill by table, what was purged and erased, and k: a plan is made several times in one run."""
 _COUNTED = 1 << 17
 
 
@@ -64,7 +66,8 @@ class NeighboursStage:
     """All parts of the query store without an up-to-date table ``table`` of neighbours in ``database``.
 
     ``index`` "" (``NO_INDEX``): by exact search among the vectors of ``encoder``. ``memory``: bytes that a search may
-    take. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i of n.
+    take. ``filters``: what is left out. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
+    of n.
     """
 
     database: str
@@ -76,6 +79,7 @@ class NeighboursStage:
     memory: int | None = None
     devices: tuple[str, ...] = ("cpu",)
     shard: tuple[int, int] | None = None
+    filters: Filters = field(default_factory=Filters)
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -83,25 +87,27 @@ class NeighboursStage:
         """What a worker process is to open: with its own device."""
         return replace(self, devices=(self.devices[number % len(self.devices)],))
 
-    def open_database(self) -> AnyDatabase:
-        """The database at its newest commit."""
-        store = Store.open(self.database)
+    def open_database(self, queries: Store) -> AnyDatabase:
+        """The database at its newest commit, of which the sources are searched that a table of ``queries`` may have."""
+        store, allows = Store.open(self.database), self.filters.allows(queries)
         if self.index == NO_INDEX:
-            return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory)
-        return Database(store, self.index, device=self.devices[0], memory=self.memory, thorough=True)
+            return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory, allows=allows)
+        return Database(store, self.index, device=self.devices[0], memory=self.memory, thorough=True, allows=allows)
 
     def plan(self, store: Store) -> list[Task]:
         """One task a part that has embeddings, and no table or one to be done again, in whole or in some rows.
 
         ``UsageError`` if the name is of another database, or of a copy that went its own way, or if the encoders of
-        queries and database differ.
+        queries and database differ, or what filters would compare.
         """
-        database = self.open_database()
+        database = self.open_database(store)
         check_encoders(store, database)
+        self.filters.check(store, database.store)
         record = self.record(store, database)
         known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
         version, held = _version(database, record), database.held()
+        taken = _taken(store, database)
         tasks = []
         checked: set[tuple[Any, Any]] = set()
         for part in embedded_parts(store, database.encoder):
@@ -119,11 +125,12 @@ class NeighboursStage:
                     inputs["new"] = sorted(set(held) - set(parts_in(old)))
                     inputs["mode"] = _mode(set(parts_in(old)), set(held))
             if old is not None and inputs["mode"] == FEW:
-                weight = _count_few(store, database, part, old, self.k)
-                if not weight:
+                few = _count_few(store, database, part, old, self.k, taken)
+                if few is None:
                     continue
+                weight = few
             if inputs["mode"] != WHOLE:
-                settings["from"] = [inputs["replaces"], inputs["mode"], purges(database.store), self.k]
+                settings["from"] = [inputs["replaces"], inputs["mode"], *taken, self.k]
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
@@ -139,7 +146,7 @@ class NeighboursStage:
         return {
             "database": database.store.identity.uuid, "path": str(database.store.root.absolute()),
             "within": is_same_directory(store, database.store), "index": self.index, "encoder": database.encoder,
-            "saved": self.saved, "k": self.k,
+            "saved": self.saved, "k": self.k, **with_filters(self.filters),
         }  # fmt: skip
 
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
@@ -186,8 +193,10 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
 
 
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
-    """Changes when the same vectors can give other neighbours (another index), not when some come or are purged."""
+    """Changes when the same vectors can give other neighbours (index, filters), not when some come or are purged."""
     fields = [record["database"], *database.settings, record["saved"]]
+    if "filters" in record:
+        fields.append(record["filters"])
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
 
 
@@ -202,10 +211,19 @@ def _mode(before: set[int], now: set[int]) -> str:
     return FEW if before == now else MORE if before < now else WHOLE
 
 
+def with_filters(filters: Filters) -> dict[str, Any]:
+    """What the filters add to the record of a table, and to what the log says of its files: nothing without any."""
+    found = filters.as_record()
+    return {"filters": found} if found else {}
+
+
 def _is_of(entry: FileEntry, record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    """Whether a table is of ``record``'s index; one that doesn't say is of the record that was there, ``known``."""
+    """Whether a table is of ``record``'s index and filters.
+
+    One that doesn't say the index is of that of the record that was there, ``known``. No filters are not said.
+    """
     made = {**known, **(entry.about or {})}
-    return all(made[name] == record[name] for name in SAME)
+    return all(made[name] == record[name] for name in SAME) and Filters.of(entry.about) == Filters.of(record)
 
 
 def _commit(entry: FileEntry) -> tuple[Any, Any]:
@@ -229,7 +247,8 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
     part = int(FileName.parse(entry.path).slot)
     if not _is_of(entry, record, record):
         raise UsageError(
-            f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another",
+            f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another index, "
+            "or of other filters",
             "Compute them: retrotool neighbours",
         )
     _check_commit(entry, table, database)
@@ -253,16 +272,36 @@ def _database_in(store: Store, entry: FileEntry) -> str | None:
     return str(metadata.get(b"retrotool.database", b"").decode())
 
 
-def _count_few(store: Store, database: AnyDatabase, part: int, old: FileEntry, k: int) -> int:
-    """How many rows of a table are to be refilled; reads it only if chunks were purged since it was made."""
-    purged = purges(database.store)
-    if (old.about or {}).get("purges") == purged:
-        return 0
-    key = (old.path, purged, purges(store), k)
+def _taken(store: Store, database: AnyDatabase) -> tuple[str, str, str]:
+    """What stands for all that was purged of database and queries, and erased of the database."""
+    return purges(database.store), purges(store), erased_of(store, database)
+
+
+def erased_of(store: Store, database: AnyDatabase) -> str:
+    """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
+    if is_same_directory(store, database.store) or not (erased := erased_purges(database.store)):
+        return ""
+    return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
+
+
+def _count_few(
+    store: Store, database: AnyDatabase, part: int, old: FileEntry, k: int, taken: tuple[str, str, str]
+) -> int | None:
+    """How many rows of a table are to be refilled, None if there is nothing to do, not even to take out what is erased.
+
+    Reads the table only if chunks were purged or erased since it was made.
+    """
+    about = old.about or {}
+    if about.get("purges") == taken[0] and about.get("erased", "") == taken[2]:
+        return None
+    key = (old.path, *taken, k)
     if key not in _counted:
         if len(_counted) >= _COUNTED:
             _counted.clear()
-        _counted[key] = len(few_rows(store, database, part, tables.read_table(store, old), k))
+        table = tables.read_table(store, old)
+        few = len(few_rows(store, database, part, table, k))
+        holds = taken[2] != "" and bool(erased_chunks(database.store).contains(table.ids).any())
+        _counted[key] = few if few or holds else None
     return _counted[key]
 
 
@@ -295,6 +334,11 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
             f"Make them with: {shlex.join(['retrotool', 'neighbours', str(store.root), *name])}\n"
             "or, in another store: "
             f"{shlex.join(['retrotool', 'neighbours', 'DATABASE', '--queries', str(store.root), *name])}",
+        )
+    if "mix" in record:
+        raise UsageError(
+            f"the neighbours {table!r} are a mixture of {', '.join(name for name, _ in members_of(store, table))}",
+            "Name one of these.",
         )
     # By its uuid alone a copy of the database would take itself for it.
     if record.get("within", record["database"] == store.identity.uuid):

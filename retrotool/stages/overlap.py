@@ -1,16 +1,20 @@
-"""The longest run of tokens that two pieces of text have in common, for many pairs at once.
+"""What two pieces of text have in common, for many pairs at once: the longest run of tokens, and runs of eight.
 
 It is the longest common substring *s* of a chunk and a neighbour with its continuation, by whose share |s| / 64 RETRO
 tells apart what a model has learnt from what it has copied (arXiv 2112.04426, section 2.6). Exact: for every way to lay
 the shorter piece along the longer one (a diagonal), the tokens that agree are the bits of a word, and the longest run
-of ones in a word is found in 6 steps, as ``x & x >> 1`` leaves the runs one shorter.
+of ones in a word is found in 6 steps, as ``x & x >> 1`` leaves the runs one shorter. The same words tell near copies:
+where eight ones follow one another, eight tokens in a row are in both.
 
 Cost: one comparison for each token of one and of the other piece, 64 × 191 for chunks of 64 and pieces of 128; some
-100,000 pairs a second and core. Memory: ``_BLOCK`` pairs at a time, 12 kB each.
+100,000 pairs a second and core. Where the question is only whether there is enough in common, hashes of short runs
+answer it first for most pairs, seven times as fast: they can hold two runs for equal that are not, which is then looked
+at, and never the reverse. Memory: ``_BLOCK`` pairs at a time, 12 kB each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +22,21 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.integer]
 Lengths = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+GRAM = 8
+"""Tokens of the short runs by which a near copy is told."""
+COPIED = 0.5
+"""The share of a chunk's short runs, each counted once, that are in a near copy of it."""
 
 _BLOCK = 256
 _WORD = 64
 _STEPS = (32, 16, 8, 4, 2, 1)
 _NO_TOKEN, _NO_OTHER = -1, -2
 """In place of what is no token: they equal nothing, each other neither."""
+_HASH_BITS = 12
+_ODD = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB)
+"""Random odd numbers to multiply by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +57,123 @@ def longest_common(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths)
         raise ValueError(f"pieces of {one.shape[1]} tokens; a word has {_WORD} bits")
     n, width = one.shape
     found = Overlap(*(np.zeros(n, np.int64) for _ in range(3)))
-    for low in range(0, n, _BLOCK):
-        some = slice(low, low + _BLOCK)
-        left = np.where(np.arange(width) < n_one[some, None], one[some].astype(np.int32), _NO_TOKEN)
-        bits = _agreement(left, other[some].astype(np.int32), n_other[some])
+    for some in _blocks(n):
+        bits = _agreement(one[some], n_one[some], other[some], n_other[some])
         length, diagonal, start = _longest_run(bits)
         found.length[some], found.start[some] = length, start
         found.other[some] = np.where(length > 0, diagonal - (width - 1) + start, 0)
     return found
 
 
-def _agreement(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32], n_other: Lengths) -> npt.NDArray[np.uint64]:
+def has_longer_run(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths, run: int) -> npt.NDArray[np.bool_]:
+    """Which pairs, as in ``longest_common``, have more than ``run`` tokens in a row in common, bool [n]."""
+    gram = next(size for size in (8, 4, 2, 1) if size <= max(run, 1))
+    found = np.zeros(len(one), np.bool_)
+    for some in _blocks(len(one)):
+        hits = _hits(one[some], n_one[some], other[some], n_other[some], gram)
+        # Of so many tokens in a row, that many short runs less ``gram`` begin right behind another one.
+        found[some] = (hits[:, 1:] & hits[:, :-1]).sum(axis=1) > run - gram if run else hits.any(axis=1)
+    likely = np.flatnonzero(found)
+    for block in _blocks(len(likely)):
+        rows = likely[block]
+        runs = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), run + 1)
+        found[rows] = (runs != 0).any(axis=1)
+    return found
+
+
+def distinct_grams(one: Tokens, n_one: Lengths) -> Words:
+    """The different runs of ``GRAM`` tokens in each chunk [n, w ≤ 64]: a bit where one is for the first time, [n]."""
+    width = one.shape[1]
+    found = np.zeros(len(one), np.uint64)
+    for some in _blocks(len(one)):
+        grams = _runs_in(_agreement(one[some], n_one[some], one[some], n_one[some]), GRAM)
+        # Along its own diagonal a chunk agrees with itself, along those before with what came before.
+        found[some] = grams[:, width - 1] & ~np.bitwise_or.reduce(grams[:, : width - 1], axis=1)
+    return found
+
+
+def are_near_copies(
+    one: Tokens, n_one: Lengths, distinct: Words, other: Tokens, n_other: Lengths
+) -> npt.NDArray[np.bool_]:
+    """Which ``other`` [n, m] have ``COPIED`` or more of the ``distinct_grams`` of ``one`` [n, w ≤ 64], bool [n].
+
+    None has where there are no such runs, as the chunk has too few tokens.
+    """
+    wanted = np.ceil(_bits(distinct) * COPIED).astype(np.int64)
+    found = np.zeros(len(one), np.bool_)
+    for some in _blocks(len(one)):
+        hits = _hits(one[some], n_one[some], other[some], n_other[some], GRAM).sum(axis=1)
+        found[some] = (wanted[some] > 0) & (hits >= wanted[some])
+    likely = np.flatnonzero(found)
+    for block in _blocks(len(likely)):
+        rows = likely[block]
+        grams = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), GRAM)
+        found[rows] = _bits(np.bitwise_or.reduce(grams, axis=1) & distinct[rows]) >= wanted[rows]
+    return found
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for low in range(0, n, _BLOCK):
+        yield slice(low, min(low + _BLOCK, n))
+
+
+def _hits(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths, gram: int) -> npt.NDArray[np.bool_]:
+    """Where in ``other`` a run of ``gram`` tokens begins that ``one`` may have, bool [n, m − gram + 1]."""
+    row = np.arange(len(one), dtype=np.int32)[:, None] << _HASH_BITS
+    held, asked = (
+        row + (_hashes(tokens, gram) >> np.uint64(64 - _HASH_BITS)).astype(np.int32) for tokens in (one, other)
+    )
+    table = np.zeros(len(one) << _HASH_BITS, np.bool_)
+    table[held[np.arange(held.shape[1]) <= n_one[:, None] - gram]] = True
+    hits: npt.NDArray[np.bool_] = table[asked]
+    hits &= np.arange(asked.shape[1]) <= n_other[:, None] - gram
+    return hits
+
+
+def _hashes(tokens: Tokens, gram: int) -> Words:
+    """Hashes [n, m − gram + 1] of all runs of ``gram`` tokens, a power of two."""
+    found = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(_ODD[0])
+    size = 1
+    for factor in _ODD[1:]:
+        if size < gram:
+            found = found[:, :-size] * np.uint64(factor) + found[:, size:]
+            size *= 2
+    return found
+
+
+def _runs_in(words: Words, length: int) -> Words:
+    """Where ``length`` ones follow one another in each word."""
+    if length > _WORD:
+        return np.zeros_like(words)
+    size = 1
+    while size < length:
+        more = min(size, length - size)
+        words, size = words & (words >> np.uint64(more)), size + more
+    return words
+
+
+def _bits(words: Words) -> Lengths:
+    """How many ones each word [n] has."""
+    ones = np.unpackbits(words.astype("<u8").view(np.uint8).reshape(len(words), 8), axis=1)
+    count: Lengths = ones.sum(axis=1, dtype=np.int64)
+    return count
+
+
+def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Words:
     """Words [n, m + w − 1]: bit i of word d tells whether token i of the one is token d − (w − 1) + i of the other."""
     n, width = one.shape
     m = other.shape[1]
+    left = np.where(np.arange(width) < n_one[:, None], one.astype(np.int32), _NO_TOKEN)
     wide = np.full((n, m + 2 * (width - 1)), _NO_OTHER, np.int32)
-    wide[:, width - 1 : width - 1 + m] = np.where(np.arange(m) < n_other[:, None], other, _NO_OTHER)
+    wide[:, width - 1 : width - 1 + m] = np.where(np.arange(m) < n_other[:, None], other.astype(np.int32), _NO_OTHER)
     laid = np.lib.stride_tricks.sliding_window_view(wide, width, axis=1)
     same = np.zeros((n, laid.shape[1], _WORD), np.bool_)
-    np.equal(laid, one[:, None], out=same[:, :, :width])
-    return np.packbits(same, axis=2, bitorder="little").view("<u8")[:, :, 0]
+    np.equal(laid, left[:, None], out=same[:, :, :width])
+    words: Words = np.packbits(same, axis=2, bitorder="little").view("<u8")[:, :, 0]
+    return words
 
 
-def _longest_run(words: npt.NDArray[np.uint64]) -> tuple[Lengths, Lengths, Lengths]:
+def _longest_run(words: Words) -> tuple[Lengths, Lengths, Lengths]:
     """For each row of words [n, d] the longest run of ones in one of them: its length, the word, the first bit."""
     runs = {1: words}  # bit i of runs[k]: k ones begin at i
     for step in (1, 2, 4, 8, 16):

@@ -133,7 +133,7 @@ class NeighbourReader:
         ids, which = found.ids.ravel(), found.databases.ravel()
         if len(self._members) == 1:
             return self.pieces_of(0, ids)
-        own = self.store.identity
+        own = self._members[0].store.identity  # alike in all databases
         tokens = np.zeros((len(ids), 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         n_tokens = np.zeros((len(ids), 2), np.int64)
         for number in range(len(self._members)):

@@ -8,9 +8,9 @@ another is given.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Queries
-from retrotool.ann.lists import Ids, InvertedLists
+from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
 from retrotool.ann.search import ROOM, SPARE, Banned, Best, Fetch, Search, rerank
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
@@ -33,6 +33,7 @@ from retrotool.stages.index_files import (
     read_trained,
     shards,
 )
+from retrotool.stages.restricted import AllowedChunks, probes
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
@@ -112,6 +113,7 @@ class Database:
 
     Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
     ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the best 2.
+    ``allows``: only chunks of documents whose source it allows are searched, see ``stages.restricted``.
     """
 
     def __init__(
@@ -123,9 +125,12 @@ class Database:
         device: str = "cpu",
         memory: int | None = None,
         thorough: bool = False,
+        allows: Callable[[str], bool] | None = None,
     ) -> None:
         self.store = store
         self._device, self.room = device, room_in(memory)
+        self._allows = allows
+        self._some: dict[int, SomeLists] = {}
         self.name = pick_index(store, name)
         self.record: dict[str, Any] = store.state.records[index_key(self.name)]
         self.encoder = str(self.record["encoder"])
@@ -174,34 +179,52 @@ class Database:
         return [entry.path for entry in shards(self.store.state, self.name).values()]
 
     def search(
-        self, queries: Queries, k: int, point: Point | None = None, *, only: Collection[int] | None = None
+        self,
+        queries: Queries,
+        k: int,
+        point: Point | None = None,
+        *,
+        only: Collection[int] | None = None,
+        wider: int = 1,
     ) -> Best:
         """The k nearest living keys of each query.
 
         For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
-        ``only``: in the shards that hold any of these parts.
+        ``only``: in the shards that hold any of these parts. ``wider``: in so many times as many lists.
         """
         point = point or self.point
-        if only is not None:
-            return self._search(queries, k, point.nprobe, point.depth_for(k, self.trained), self._holding(only))
-        held = sum(map(len, self.shards()))
-        depth = min(point.depth_for(k, self.trained), max(held, 1))
-        nprobe = point.nprobe
-        best = self._search(queries, k, nprobe, depth)
+        shards: Sequence[InvertedLists] = self.shards() if only is None else self._holding(only)
+        nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
+        if self._allows is None:
+            return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
+        best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
+        some = [self._allowed_in(shard) for shard in shards]
+        for probed, rows in probes(self.trained, queries.vectors, nprobe, some):
+            found = self._search_further(queries.take(rows), k, probed, depth, some, all_parts=only is None)
+            best.ids[rows], best.distances[rows] = found.ids, found.distances
+        return best
+
+    def _search_further(
+        self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists], *, all_parts: bool
+    ) -> Best:
+        """Search with more and more lists, as long as there are too few neighbours in them."""
+        if not all_parts:
+            return self._search(queries, k, nprobe, depth, shards)
+        held = sum(map(len, shards))
+        depth = min(depth, max(held, 1))
+        best = self._search(queries, k, nprobe, depth, shards)
         while nprobe < self.trained.nlist and len(short := np.flatnonzero((best.ids[:, :k] < 0).any(axis=1))):
             nprobe = min(2 * nprobe, self.trained.nlist) if k < held else self.trained.nlist
-            more = self._search(queries.take(short), k, nprobe, depth)
+            more = self._search(queries.take(short), k, nprobe, depth, shards)
             best.ids[short], best.distances[short] = more.ids, more.distances
         return best
 
-    def _search(
-        self, queries: Queries, k: int, nprobe: int, depth: int, some: Iterable[InvertedLists] | None = None
-    ) -> Best:
+    def _search(self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists]) -> Best:
         by_vectors = self._by_vectors(len(queries), nprobe)
         search = start_search(
-            self.trained, self.shards() if some is None else some, queries, nprobe,
-            min(depth, k + SPARE) if by_vectors else depth, self.tombstones.contains,
-            device=self._device, room=self.room, vectors=self.vectors if by_vectors else None,
+            self.trained, shards, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth,
+            self.tombstones.contains, device=self._device, room=self.room,
+            vectors=self.vectors if by_vectors else None,
         )  # fmt: skip
         return rerank(queries.vectors, search.candidates, self.vectors, k)
 
@@ -220,7 +243,26 @@ class Database:
 
     def candidates_for(self, k: int) -> int:
         """Candidates that each of many queries takes for k neighbours."""
-        return k + SPARE if self._fits else self.point.depth_for(k, self.trained)
+        return k + SPARE if self._fits else self._depth_for(k, self.point)
+
+    def _depth_for(self, k: int, point: Point) -> int:
+        """Candidates by their codes: twice as many if what is allowed may lie far off, where codes tell less."""
+        depth = point.depth if self._allows is None else 2 * point.depth
+        return Point(point.nprobe, depth).depth_for(k, self.trained)
+
+    @cached_property
+    def _allowed(self) -> AllowedChunks:
+        assert self._allows is not None
+        return AllowedChunks(self.store, self._allows)
+
+    def _allowed_in(self, shard: InvertedLists) -> SomeLists:
+        """What of a shard is allowed and living; counted when it is first asked for."""
+        if id(shard) not in self._some:
+            self._some[id(shard)] = SomeLists(shard, self._is_wanted)
+        return self._some[id(shard)]
+
+    def _is_wanted(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        return self._allowed.contains(ids) & ~self.tombstones.contains(ids)
 
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
         entries = shards(self.store.state, self.name).values()
@@ -230,7 +272,7 @@ class Database:
 
 def start_search(
     trained: Trained,
-    shards: Iterable[InvertedLists],
+    shards: Iterable[Lists],
     queries: Queries,
     nprobe: int,
     depth: int,

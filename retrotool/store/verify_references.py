@@ -8,6 +8,7 @@ Memory: one table, or the ids of one shard, besides what ``Checked`` holds.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -49,6 +50,25 @@ def check_records(checked: Checked) -> None:
             measured = kind == "index" and state.file(kind, "recall", name) is not None
             if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
                 checked.problems.append(f"{kind} {name}: there are files, but the record {key!r} is missing")
+    _check_mixtures(checked)
+
+
+def _check_mixtures(checked: Checked) -> None:
+    """Mixtures name plain tables, each once, with weights that can be divided by."""
+    records = checked.store.state.with_prefix("neighbours:")
+    for name, record in records.items():
+        if "mix" not in record:
+            continue
+        tables = [str(member["table"]) for member in record["mix"]]
+        databases = [records[table]["database"] for table in tables if "database" in records.get(table, {})]
+        checks = {
+            "names a table that is not there": len(databases) == len(tables),
+            "names a database twice, or none": 0 < len(set(databases)) == len(databases),
+            "has a weight that is no positive number": all(
+                member["weight"] > 0 and math.isfinite(member["weight"]) for member in record["mix"]
+            ),
+        }
+        checked.problems += [f"neighbours {name}: the mixture {what}" for what, fine in checks.items() if not fine]
 
 
 def check_blocked(checked: Checked) -> None:

@@ -282,3 +282,26 @@ def test_no_vector_can_be_made_of_what_a_training_keeps(code: str) -> None:
         steps = torch.cartesian_prod(*ends.T)
     made = (centroids[:, None] + steps[None]).reshape(-1, 8).half().numpy().view("V16")
     assert not np.isin(made, vectors.half().numpy().view("V16")).any()
+
+
+@pytest.mark.parametrize("factory", KINDS)
+def test_of_some_lists_only_what_is_wanted_is_seen_and_found(factory: str, tmp_path: Path) -> None:
+    vectors, ids = clustered(2000, 5), np.arange(2000) * 3 + 7
+    trained = trained_as(factory, vectors)
+    lists.write(filled(trained, vectors, ids), tmp_path / "index.faiss")
+    whole = lists.read(tmp_path / "index.faiss")
+    some = lists.SomeLists(whole, lambda asked: asked % 2 == 0)
+    assert len(some) == (ids % 2 == 0).sum() and some.whole.sum() == 2000
+    for number in whole.numbers:
+        keep = whole.ids(number) % 2 == 0
+        assert np.array_equal(some.ids(number), whole.ids(number)[keep])
+        assert np.array_equal(some.codes(number), whole.codes(number)[keep])
+        assert (some.size(number), some.whole[number]) == (keep.sum(), len(keep))
+    asked = Queries.plain(vectors[:50].astype(np.float32))
+    found = []
+    for shard, banned in ((some, nothing_banned), (whole, lambda asked: asked % 2 == 1)):
+        search = Search(trained, asked, 12, 30, banned)
+        search.add(shard)
+        found.append(np.sort(search.candidates, axis=1))
+    assert (found[0][found[0] >= 0] % 2 == 0).all()
+    assert (found[0] == found[1]).mean() > 0.99, "as if the others were banned"

@@ -58,6 +58,7 @@ def test_from_hugging_face(here: Path) -> None:
         "purge-and-erase.md",
         "other-tools.md",
         "neighbours-across-stores.md",
+        "choose-neighbours.md",
         "index-a-store.md",
         "measure-leakage.md",
         "look-at-neighbours.md",

@@ -1,7 +1,8 @@
-"""Longest common runs of tokens against the textbook's table, and against difflib."""
+"""Longest common runs of tokens against the textbook's table and difflib; near copies against sets of runs."""
 
 from __future__ import annotations
 
+import random
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool.stages.overlap import longest_common
+from retrotool.stages import overlap
+from retrotool.stages.overlap import are_near_copies, distinct_grams, has_longer_run, longest_common
 
 
 def by_table(one: list[int], other: list[int]) -> int:
@@ -75,3 +77,51 @@ def test_padding_is_no_token() -> None:
     assert found.length.tolist() == [0, 5]
     with pytest.raises(ValueError, match="64 bits"):
         longest_common(np.zeros((1, 65), int), np.array([65]), nothing[:1], np.array([1]))
+
+
+def by_grams(one: list[int], other: list[int]) -> bool:
+    """Whether half or more of the runs of 8 tokens of the one are in the other, each counted once."""
+    ours, theirs = ({tuple(piece[i : i + 8]) for i in range(len(piece) - 7)} for piece in (one, other))
+    return bool(ours) and 2 * len(ours & theirs) >= len(ours)
+
+
+def some_copied(kinds: int, length: int, draw: random.Random) -> tuple[list[int], list[int]]:
+    """A piece of some kinds of tokens, and another with stretches of it."""
+    one = [draw.randrange(kinds) for _ in range(length)]
+    other: list[int] = []
+    while len(other) < 120:
+        start = draw.randrange(max(length, 1))
+        other += one[start : start + draw.randrange(40)] + [draw.randrange(kinds) for _ in range(draw.randrange(12))]
+        if not one:
+            break
+    return one, other[: draw.randrange(129)]
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from([1, 2, 3, 30, 30000]), st.integers(0, 64))
+@settings(max_examples=60, deadline=None)
+def test_enough_in_common_is_what_counting_one_by_one_finds(draw: random.Random, kinds: int, length: int) -> None:
+    some = [some_copied(kinds, draw.choice([length, 64, 9]), draw) for _ in range(6)]
+    one, n_one = padded([a for a, _ in some], 64)
+    other, n_other = padded([b for _, b in some], 128)
+    copies = are_near_copies(one, n_one, distinct_grams(one, n_one), other, n_other)
+    assert copies.tolist() == [by_grams(a, b) for a, b in some]
+    for run in (0, 1, 2, 3, 7, 8, 9, 15, 16, 31, 32, 63, 64):
+        longer = has_longer_run(one, n_one, other, n_other, run)
+        assert longer.tolist() == [by_table(a, b) > run for a, b in some], run
+
+
+def test_distinct_grams_are_marked_where_they_come_first() -> None:
+    rows = [[1] * 64, list(range(64)), [1, 2, 3, 4, 5, 6, 7, 8, 9] * 3, [5] * 7, []]
+    found = distinct_grams(*padded(rows, 64))
+    assert found.tolist() == [1, (1 << 57) - 1, (1 << 9) - 1, 0, 0]
+
+
+def test_hardly_any_pair_that_has_nothing_in_common_is_compared_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(1000, 30000, (2000, 64)), rng.integers(1000, 30000, (2000, 128))
+    compared = []
+    agreement = overlap._agreement
+    monkeypatch.setattr(overlap, "_agreement", lambda *pair: (compared.append(len(pair[0])), agreement(*pair))[1])
+    full = np.full(2000, 64), np.full(2000, 128)
+    assert not has_longer_run(one, full[0], other, full[1], 8).any()
+    assert sum(compared) < 200
