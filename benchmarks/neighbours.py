@@ -1,8 +1,9 @@
 """Neighbours of all chunks of a store through an inverted file: queries a second, against faiss on the same file.
 
-    python benchmarks/neighbours.py STORE [--encoder minilm] [--nlist 2048] [--nprobe 16] [--queries N]
+    python benchmarks/neighbours.py STORE [--encoder minilm] [--vectors N] [--nlist 2048] [--nprobe 16] [--queries N]
 
-STORE has embeddings; nothing in it is changed. One index of whole vectors (float32), made here, is searched by
+STORE has embeddings; nothing in it is changed. If it has fewer than ``--vectors``, real ones with noise come in
+between. One index of whole vectors (float32), made here, is searched by
 
 * ``retrotool``: list-major, nothing excluded, 10 neighbours; and with the distances computed anew from the vectors, as
   ``retrotool neighbours`` does for all candidates;
@@ -33,6 +34,8 @@ from machine import describe
 
 K = 10
 BLOCK = 1 << 18
+NOISE = 0.6
+"""Length of the noise, of vectors of length 1: as far as the nearest chunks of real text are from one another."""
 OURS, RANKED = "retrotool", "retrotool, ranked by vectors"
 
 
@@ -81,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--vectors", type=int, default=0)
     parser.add_argument("--nlist", type=int, default=2048)
     parser.add_argument("--nprobe", type=int, default=16)
     parser.add_argument("--queries", type=int, help="default: all vectors")
@@ -101,6 +105,17 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
+def filled_up(vectors: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.float32]:
+    """``n`` vectors: the given ones, and behind random ones of them something near, as long as they are."""
+    rng = np.random.default_rng(0)
+    behind = np.sort(rng.choice(len(vectors), n - len(vectors)))
+    noise = rng.normal(size=(len(behind), vectors.shape[1]), scale=NOISE / vectors.shape[1] ** 0.5)
+    length = np.linalg.norm(vectors[behind], axis=1, keepdims=True)
+    near = vectors[behind] + noise * length
+    near *= length / np.linalg.norm(near, axis=1, keepdims=True)
+    return np.insert(vectors, behind + 1, near.astype(np.float32), axis=0)
+
+
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     import torch
 
@@ -110,6 +125,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     from retrotool.ann.trained import Trained, to_faiss
 
     vectors, _, _ = export(arguments.store, arguments.encoder, folder, 0)
+    if arguments.vectors > len(vectors):
+        vectors = filled_up(vectors, arguments.vectors)
     np.save(folder / "vectors.npy", vectors)
     rows = torch.from_numpy(vectors)
     centroids = kmeans(rows, arguments.nlist, iterations=8)
