@@ -21,6 +21,7 @@ from retrotool.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from retrotool.commands.materialising import MaterialiseResult
     from retrotool.commands.neighbour_tables import NeighboursResult
 
 EPILOG = """\b
@@ -28,6 +29,7 @@ Examples:
   retrotool neighbours store
   retrotool neighbours database --queries training --name wiki -k 2 --saved 20
   retrotool neighbours store --exact
+  retrotool neighbours store --materialise
   retrotool neighbours store --shard 3/16"""
 
 
@@ -47,6 +49,12 @@ def command(
             "--exact", help="Search exactly, without an index. So it is for few chunks where there is no index, too."
         ),
     ] = False,
+    materialise: Annotated[
+        bool,
+        typer.Option(
+            "--materialise", help="Also write the tokens of the K neighbours and of what follows them, for training."
+        ),
+    ] = False,
     encoder: EncoderOption = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What a block of queries may take, besides the tables.")
@@ -60,6 +68,9 @@ def command(
     Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
     is the same if its id is. Purged chunks are never found, and are masked in tables computed before; run it again to
     fill rows up that have fewer than K left. When the database has grown, run it again: only what is new is searched.
+
+    --materialise is for a training loop that reads the tables with retrotool.RetroDataset. What it writes is made anew
+    when the tables are, and where something of it was purged.
     """
     with output.errors(as_json):
         from retrotool import commands
@@ -67,7 +78,9 @@ def command(
 
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
         search = SearchOptions(exact, encoder, size, devices, parse_shard(shard))
-        result = commands.neighbours(store, queries=queries, k=k, saved=saved, name=name, index=index, search=search)
+        result = commands.neighbours(
+            store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, materialise=materialise
+        )
         output.show(result, as_json, _text)
         if result.not_embedded:
             output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')} that have no embeddings.")
@@ -89,4 +102,13 @@ def _text(result: NeighboursResult) -> str:
     text = f"{done} ({result.name!r}: {result.saved} saved, {result.k} used, {by}, commit {result.commit})."
     if result.elsewhere:
         text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
+    if result.materialised is not None:
+        text += "\n" + _materialised(result.materialised)
     return text
+
+
+def _materialised(made: MaterialiseResult) -> str:
+    what = f"{output.count(made.k, 'neighbour')} of {output.count(made.rows, 'chunk')}"
+    done = f"{output.count(made.made, 'chunk')} by this run" if made.made else "all of it before"
+    text = f"Materialised: {what}, {output.size(made.bytes)} ({done}, commit {made.commit})."
+    return f"{text}\n{output.count(made.elsewhere, 'part')} left to runs that are at work." if made.elsewhere else text

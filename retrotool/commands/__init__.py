@@ -11,6 +11,7 @@ from retrotool.commands.estimating import estimate
 from retrotool.commands.indexing import index
 from retrotool.commands.leakage import leakage
 from retrotool.commands.looking import info, verify
+from retrotool.commands.materialising import materialise
 from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
@@ -24,6 +25,7 @@ __all__ = [
     "index",
     "info",
     "leakage",
+    "materialise",
     "neighbours",
     "plan",
     "purge",

@@ -14,6 +14,8 @@ from typing import Any
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.commands.counting import command_line, count_keys_of, embed_command
+from retrotool.commands.materialising import MaterialiseResult
+from retrotool.commands.materialising import materialise as materialise_tables
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_devices
 from retrotool.errors import ConflictError, UsageError
@@ -38,7 +40,7 @@ class NeighboursResult:
 
     ``not_embedded`` keys of the query store have no embeddings, so no neighbours; ``not_indexed`` keys of the database
     are not in the index, so they are nobody's; ``next`` are the commands that change that. ``index`` is "" for exact
-    search. ``elsewhere`` parts are left to other runs.
+    search. ``elsewhere`` parts are left to other runs. ``materialised``: what was asked for with the tables.
     """
 
     name: str
@@ -54,6 +56,7 @@ class NeighboursResult:
     not_indexed: int = 0
     next: tuple[str, ...] = ()
     elsewhere: int = 0
+    materialised: MaterialiseResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,12 @@ def neighbours(
     name: str = "main",
     index: str | None = None,
     search: SearchOptions | None = None,
+    materialise: bool = False,
 ) -> NeighboursResult:
-    """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself)."""
+    """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself).
+
+    ``materialise``: then write their tokens, too, for a training loop to read.
+    """
     search = search or SearchOptions()
     if not 1 <= k <= saved:
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
@@ -103,6 +110,7 @@ def neighbours(
         store.refresh()
         held = claims.held(store.root, run.id)
         elsewhere = sum(task.key in held for task in stage.plan(store))
+    made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
     state = store.refresh()
     database = stage.open_database()
     rows = count_keys_of(store, map(int, state.group("neighbours", name)))
@@ -123,7 +131,7 @@ def neighbours(
         left.append(f"{again} --exact" if search.exact else again)
     return NeighboursResult(
         name, str(root), chosen, database.encoder, todo, rows, k, saved, state.number, not_embedded, not_indexed,
-        tuple(dict.fromkeys(left)), elsewhere,
+        tuple(dict.fromkeys(left)), elsewhere, made,
     )  # fmt: skip
 
 

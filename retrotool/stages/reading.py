@@ -41,11 +41,14 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
+class Member:
+    """A table that is read, and the database of its neighbours; ``within``: that is the store itself."""
+
     table: str
     weight: float
     store: Store
     tombstones: Tombstones
+    within: bool
 
 
 class NeighbourReader:
@@ -59,7 +62,8 @@ class NeighbourReader:
         self._members = []
         for table, weight in members_of(store, name):
             database = database_of(store, table)[0]
-            self._members.append(_Member(table, weight, database, read_tombstones(database)))
+            tombstones = read_tombstones(database)
+            self._members.append(Member(table, weight, database, tombstones, within=database is store))
         records = [store.state.records[f"neighbours:{member.table}"] for member in self._members]
         self.k = int(records[0]["k"])
         """Neighbours that are used, unless more are asked for."""
@@ -67,9 +71,23 @@ class NeighbourReader:
         """The most that can be asked for."""
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """The tables that are read, in the order of ``Found.databases``."""
+        return tuple(self._members)
+
+    @property
     def databases(self) -> tuple[Store, ...]:
         """The stores that the neighbours are chunks of."""
         return tuple(member.store for member in self._members)
+
+    def entries(self, part: int) -> tuple[FileEntry, ...]:
+        """A part's table of each member; ``UsageError`` if its ids can't be taken for chunks of the database."""
+        found = []
+        for member in self._members:
+            entry = parts.part_entry(self.store, "neighbours", part, member.table)
+            check_table(self.store, entry, member.table, member.store)
+            found.append(entry)
+        return tuple(found)
 
     def parts(self) -> list[int]:
         """Numbers of the parts that have tables of all databases, ascending."""
@@ -97,7 +115,7 @@ class NeighbourReader:
     def _read_member(self, which: int, part: int, row_groups: Sequence[int] | None) -> Found:
         member = self._members[which]
         entry = parts.part_entry(self.store, "neighbours", part, member.table)
-        self._check(entry, member)
+        check_table(self.store, entry, member.table, member.store)
         table = tables.read_table(self.store, entry, None if row_groups is None else list(row_groups))
         ids, distances = table.ids, table.distances
         gone = (ids != NO_NEIGHBOUR) & member.tombstones.contains(ids)
@@ -110,9 +128,6 @@ class NeighbourReader:
             distances[lost] = np.take_along_axis(kept, order, 1)
         databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
         return Found(ids, distances, databases)
-
-    def _check(self, entry: FileEntry, member: _Member) -> None:
-        check_table(self.store, entry, member.table, member.store)
 
     def pieces(self, found: Found) -> Pieces:
         """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2]."""
