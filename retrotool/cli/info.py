@@ -51,7 +51,7 @@ def _text(info: Info) -> str:
         kind = index.get("kind", "unfinished")
         lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
     lines += [
-        f"  neighbours  {name}: {n['saved']} saved for {output.count(n['rows'], 'chunk')}"
+        f"  neighbours  {name}: {n['saved']} saved for {output.count(n['rows'], 'chunk')}{_materialised(info, name)}"
         for name, n in info.neighbours.items()
     ]
     if info.purged:
@@ -64,6 +64,15 @@ def _text(info: Info) -> str:
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run it again to go on")
     return "\n".join(lines)
+
+
+def _materialised(info: Info, name: str) -> str:
+    if (made := info.materialised.get(name)) is None:
+        return ""
+    stale = (
+        f" ({output.count(made['parts'] - made['current'], 'part')} stale)" if made["current"] < made["parts"] else ""
+    )
+    return f", {made['k']} materialised, {output.size(made['bytes'])}{stale}"
 
 
 def _shape(info: Info) -> list[str]:

@@ -15,6 +15,7 @@ from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages.chunk_plan import unfinished_plans
 from retrotool.stages.database import count_living_keys
 from retrotool.stages.index_files import read_trained, shards, trained_entry
+from retrotool.stages.materialised import current_file
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import n_keys, read_key
 from retrotool.store.paths import FileName, generation_in, part_slot
@@ -50,6 +51,7 @@ class Info:
     encoders: dict[str, Any]
     indexes: dict[str, Any]
     neighbours: dict[str, Any]
+    materialised: dict[str, Any]
     purges: dict[str, Any]
     tombstones: list[dict[str, Any]]
     blocked: list[dict[str, Any]]
@@ -90,6 +92,7 @@ def info(root: str | Path) -> Info:
         encoders=_encoders(store, tombstones),
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_covered(store, tombstones, "neighbours:", "neighbours"),
+        materialised={name: _materialised(store, name) for name in state.names("materialised")},
         purges=state.with_prefix("purge:"),
         tombstones=_files(store, "tombstones"),
         blocked=_files(store, "blocked"),
@@ -124,7 +127,8 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         entry = state.file(kind, slot)
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
-    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
+    materialised = {"materialised": found} if (found := files("materialised")) else {}
+    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours"), **materialised}
 
 
 def _files(store: Store, kind: str) -> list[dict[str, Any]]:
@@ -147,6 +151,16 @@ def _covered(store: Store, tombstones: Tombstones, prefix: str, kind: str) -> di
         rows = sum(count_living_keys(store, int(slot), tombstones) for slot in group)
         found[name] = {**record, "parts": len(group), "rows": rows}
     return found
+
+
+def _materialised(store: Store, name: str) -> dict[str, Any]:
+    """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
+    group = store.state.group("materialised", name)
+    entries = [entry for slot in group if (entry := group.get(slot)) is not None]
+    current = sum(current_file(store, name, int(slot)) is not None for slot in group)
+    k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
+    rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
+    return {"k": k, "rows": rows, "bytes": size, "parts": len(entries), "current": current}
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:

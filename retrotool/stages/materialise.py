@@ -70,7 +70,7 @@ class MaterialiseStage:
         for part in reader.parts():
             paths = [entry.path for entry in reader.entries(part)]
             old = store.state.part_file("materialised", part, self.table)
-            fresh = current_file(reader, part, reader.k)
+            fresh = current_file(store, self.table, part, reader.k)
             if fresh is not None and (fresh.about or {})["k"] == reader.k and _is_fresh(reader, fresh):
                 continue
             settings = {"name": self.table, "k": reader.k, "weights": [member.weight for member in reader.members]}

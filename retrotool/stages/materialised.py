@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from retrotool.errors import UsageError
 from retrotool.stages.database import purges
+from retrotool.stages.neighbours import members_of
 from retrotool.stages.reading import Found, NeighbourReader
 from retrotool.store import materialised, parts, tables
 from retrotool.store.atomic import FileEntry
@@ -41,21 +42,22 @@ def about_of(reader: NeighbourReader, part: int, k: int) -> dict[str, Any]:
         }
         for member in reader.members
     ]  # fmt: skip
-    return {"k": k, **_source(reader, part), "databases": databases}
+    return {"k": k, **_source(reader.store, reader.name, part), "databases": databases}
 
 
-def _source(reader: NeighbourReader, part: int) -> dict[str, Any]:
-    return {
-        "tables": [tables.made_as(entry) for entry in reader.entries(part)],
-        "weights": [member.weight for member in reader.members],
-    }
+def _source(store: Store, name: str, part: int) -> dict[str, Any]:
+    """The tables, and their weights, that a part's neighbours ``name`` are of now."""
+    members = members_of(store, name)
+    found = [store.state.part_file("neighbours", part, table) for table, _ in members]
+    made = [entry if entry is None else tables.made_as(entry) for entry in found]
+    return {"tables": made, "weights": [weight for _, weight in members]}
 
 
-def current_file(reader: NeighbourReader, part: int, k: int) -> FileEntry | None:
-    """The materialised file of a part's tables as they are, of k neighbours or more; None if there is none."""
-    entry = reader.store.state.part_file("materialised", part, reader.name)
+def current_file(store: Store, name: str, part: int, k: int = 1) -> FileEntry | None:
+    """The file of a part's tables as they are, of k neighbours or more; None if there is none. The log knows."""
+    entry = store.state.part_file("materialised", part, name)
     about = (entry.about if entry is not None else None) or {}
-    if any(about.get(key) != value for key, value in _source(reader, part).items()) or about.get("k", 0) < k:
+    if any(about.get(key) != value for key, value in _source(store, name, part).items()) or about.get("k", 0) < k:
         return None
     return entry
 
@@ -109,7 +111,8 @@ class MaterialisedReader:
 
     def _file(self, part: int) -> FileEntry | None:
         if part not in self._files:
-            self._files[part] = current_file(self.reader, part, self.k)
+            self.reader.entries(part)  # ids mean what they meant
+            self._files[part] = current_file(self.reader.store, self.reader.name, part, self.k)
         return self._files[part]
 
     def read(self, blocks: Sequence[Block], spare: int = 0) -> Materialised:
