@@ -20,6 +20,7 @@ import numpy.typing as npt
 from retrotool.errors import UsageError
 from retrotool.stages.database import purges
 from retrotool.stages.neighbours import members_of
+from retrotool.stages.pieces import Pieces
 from retrotool.stages.reading import Found, NeighbourReader
 from retrotool.store import materialised, parts, tables
 from retrotool.store.atomic import FileEntry
@@ -123,11 +124,11 @@ class MaterialisedReader:
         lost = np.zeros(len(out), np.bool_)
         for block, start, stop in zip(blocks, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             lost[start:stop] = self._begin(out, block, slice(start, stop))
-        rows = np.flatnonzero(lost)
-        if len(rows):
-            pieces = self.reader.pieces(Found(out.ids[rows], _no_distances(rows, k), out.databases[rows]))
-            out.n_tokens[rows] = pieces.n_tokens.reshape(len(rows), k, 2)
-            out.tokens[rows] = pieces.tokens.reshape(len(rows), k, 2, -1)
+        if lost.any():
+            wanted = Found(np.where(lost[:, None], out.ids, NO_NEIGHBOUR), _no_distances(out), out.databases)
+            places = len(out) * k
+            into = Pieces(out.tokens.reshape(places, 2, -1), out.n_tokens.reshape(places, 2))
+            self.reader.pieces(wanted, into)
         return out
 
     def _begin(self, out: Materialised, block: Block, rows: slice) -> npt.NDArray[np.bool_]:
@@ -141,6 +142,7 @@ class MaterialisedReader:
             lost = lost_rows(self.reader, stored)
             out.ids[rows], out.databases[rows] = stored.ids, stored.databases
             out.n_tokens[rows], out.tokens[rows] = stored.n_tokens, stored.tokens
+            out.n_tokens[rows][lost], out.tokens[rows][lost] = 0, 0
             short = lost_continuations(self.reader, stored)
             if short.any():
                 out.n_tokens[rows, :, 1][short] = 0
@@ -168,5 +170,5 @@ def empty(store: Store, n: int, k: int) -> Materialised:
     )  # fmt: skip
 
 
-def _no_distances(rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.float32]:
-    return np.zeros((len(rows), k), np.float32)
+def _no_distances(rows: Materialised) -> npt.NDArray[np.float32]:
+    return np.broadcast_to(np.float32(0), rows.ids.shape)

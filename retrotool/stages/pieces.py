@@ -28,15 +28,22 @@ _COPIED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """``tokens`` [n, 2, chunk_length] of chunks and what follows them, zero-padded; ``n_tokens`` int64 [n, 2], 0: none.
+    """``tokens`` [n, 2, chunk_length] of chunks and what follows them, zero-padded; ``n_tokens`` int [n, 2], 0: none.
 
-    Values stay without the token type of the store: uint16 or uint32.
+    Tokens have the type of the store: uint16 or uint32.
     """
 
     tokens: npt.NDArray[Any]
-    n_tokens: npt.NDArray[np.int64]
+    n_tokens: npt.NDArray[Any]
 
-    def joined(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    @classmethod
+    def none(cls, store: Store, n: int) -> Pieces:
+        """The pieces of n chunks, without any tokens."""
+        own = store.identity
+        tokens = np.zeros((n, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
+        return cls(tokens, np.zeros((n, 2), np.int64))
+
+    def joined(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """[N, F] without the padding between them: tokens [n, 2 · chunk_length] and how many of these count, [n]."""
         length = self.tokens.shape[2]
         out = np.concatenate([self.tokens[:, 0], np.zeros_like(self.tokens[:, 0])], 1)
@@ -45,11 +52,12 @@ class Pieces:
         return out, self.n_tokens.sum(axis=1)
 
 
-def read_pieces(store: Store, tombstones: Tombstones, ids: Ids) -> Pieces:
-    """The pieces of chunk ids [n], in any order, repeated or not; of −1, and of what is purged or not there, none."""
-    own = store.identity
-    tokens = np.zeros((len(ids), 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
-    found = Pieces(tokens, np.zeros((len(ids), 2), np.int64))
+def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | None = None) -> Pieces:
+    """The pieces of chunk ids [n], in any order, repeated or not; of −1, and of what is purged or not there, none.
+
+    ``into``: where to put those that there are; the others stay as they are.
+    """
+    found = Pieces.none(store, len(ids)) if into is None else into
     order = np.flatnonzero((ids >= 0) & ~tombstones.contains(ids))
     order = order[np.argsort(ids[order], kind="stable")]
     known = set(store.state.parts())

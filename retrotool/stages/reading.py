@@ -129,19 +129,17 @@ class NeighbourReader:
         databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
         return Found(ids, distances, databases)
 
-    def pieces(self, found: Found) -> Pieces:
-        """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2]."""
+    def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
+        """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].
+
+        ``into``: where to put those that there are; the others stay as they are.
+        """
         ids, which = found.ids.ravel(), found.databases.ravel()
-        if len(self._members) == 1:
-            return read_pieces(self._members[0].store, self._members[0].tombstones, ids)
-        own = self.store.identity
-        tokens = np.zeros((len(ids), 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
-        n_tokens = np.zeros((len(ids), 2), np.int64)
+        into = Pieces.none(self.store, len(ids)) if into is None else into
         for number, member in enumerate(self._members):
-            rows = np.flatnonzero((which == number) & (ids != NO_NEIGHBOUR))
-            some = read_pieces(member.store, member.tombstones, ids[rows])
-            tokens[rows], n_tokens[rows] = some.tokens, some.n_tokens
-        return Pieces(tokens, n_tokens)
+            own = np.where(which == number, ids, NO_NEIGHBOUR) if len(self._members) > 1 else ids
+            read_pieces(member.store, member.tombstones, own, into)
+        return into
 
 
 def row_groups_of(rows: Ids) -> list[int]:
