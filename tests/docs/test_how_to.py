@@ -54,7 +54,14 @@ def test_from_hugging_face(here: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["purge-and-erase.md", "other-tools.md", "neighbours-across-stores.md", "index-a-store.md", "measure-leakage.md"],
+    [
+        "purge-and-erase.md",
+        "other-tools.md",
+        "neighbours-across-stores.md",
+        "index-a-store.md",
+        "measure-leakage.md",
+        "train-a-model.md",
+    ],
 )
 def test_page_that_begins_with_the_tutorials_store(here: Path, tutorial_store: Path, page: str) -> None:
     shutil.copytree(tutorial_store, here, dirs_exist_ok=True)
