@@ -79,7 +79,8 @@ class Order:
         sequence = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
         if self._seed is None:
             return block, sequence
-        order = permutation(len(block), self._seed, self._epoch, window)
+        # From 1: NumPy takes a last seed of 0 for none at all, and blocks are drawn without it.
+        order = permutation(len(block), self._seed, self._epoch, window + 1)
         return block[order], sequence[order]
 
 
