@@ -1,17 +1,19 @@
 """retrotool builds retrieval databases for language models: chunk, embed, index, neighbours, purge.
 
-``retrotool.open(path)`` opens a store for reading. Everything heavy is imported when it is first used.
+``retrotool.open(path)`` opens a store for reading; ``retrotool.RetroDataset`` reads one for training with PyTorch.
+Everything heavy is imported when it is first used.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrotool.api import Reader
+    from retrotool.dataset import RetroDataset
 
-__all__ = ["open"]
+__all__ = ["RetroDataset", "open"]
 
 
 def open(path: str | Path) -> Reader:  # noqa: A001 - it is called as retrotool.open
@@ -19,3 +21,12 @@ def open(path: str | Path) -> Reader:  # noqa: A001 - it is called as retrotool.
     from retrotool.api import open_store
 
     return open_store(path)
+
+
+def __getattr__(name: str) -> Any:
+    """``RetroDataset`` is imported when it is asked for: it brings torch."""
+    if name == "RetroDataset":
+        from retrotool.dataset import RetroDataset
+
+        return RetroDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,7 +50,7 @@ def _text(info: Info) -> str:
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
         kind = index.get("kind", "unfinished")
         lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
-    lines += [f"  neighbours  {name}: {_neighbours(about)}" for name, about in info.neighbours.items()]
+    lines += [f"  neighbours  {name}: {_neighbours(info, name)}" for name in info.neighbours]
     for one in info.consumers:
         gone = "" if one["there"] else "; it is not there now"
         lines.append(f"  used by     {one['path']}, neighbours {one['table']}, since {one['since'][:10]}{gone}")
@@ -66,16 +66,25 @@ def _text(info: Info) -> str:
     return "\n".join(lines)
 
 
-def _neighbours(about: dict[str, Any]) -> str:
+def _neighbours(info: Info, name: str) -> str:
     from retrotool.commands.neighbour_options import in_words
 
+    about = info.neighbours[name]
+    rows, made = output.count(about["rows"], "chunk"), _materialised(info, name)
     if "mix" in about:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
-        return f"a mixture of {of} for {output.count(about['rows'], 'chunk')}"
+        return f"a mixture of {of} for {rows}{made}"
     words = in_words(about.get("filters", {}))
-    return f"{about['saved']} saved for {output.count(about['rows'], 'chunk')}" + (
-        f"; left out: {words}" if words else ""
+    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "")
+
+
+def _materialised(info: Info, name: str) -> str:
+    if (made := info.materialised.get(name)) is None:
+        return ""
+    stale = (
+        f" ({output.count(made['parts'] - made['current'], 'part')} stale)" if made["current"] < made["parts"] else ""
     )
+    return f", {made['k']} materialised, {output.size(made['bytes'])}{stale}"
 
 
 def _shape(info: Info) -> list[str]:

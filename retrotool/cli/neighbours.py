@@ -21,6 +21,7 @@ from retrotool.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from retrotool.commands.materialising import MaterialiseResult
     from retrotool.commands.neighbour_tables import NeighboursResult
 
 EPILOG = """\b
@@ -30,6 +31,7 @@ Examples:
   retrotool neighbours store --exact
   retrotool neighbours store --name apart --max-overlap 0.5 --exclude-near-copies --exclude-source a
   retrotool neighbours database --queries training --name mixed --database database=1 --database training=2 --exact
+  retrotool neighbours store --materialise
   retrotool neighbours store --shard 3/16"""
 
 
@@ -78,6 +80,12 @@ def command(
             "--exact", help="Search exactly, without an index. So it is for few chunks where there is no index, too."
         ),
     ] = False,
+    materialise: Annotated[
+        bool,
+        typer.Option(
+            "--materialise", help="Also write the tokens of the K neighbours and of what follows them, for training."
+        ),
+    ] = False,
     encoder: EncoderOption = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What a block of queries may take, besides the tables.")
@@ -93,6 +101,9 @@ def command(
     fill rows up that have fewer than K left. When the database has grown, run it again: only what is new is searched.
     With --database it is a mixture: a table of each database, merged when they are read. A later run without these
     options keeps the databases, their weights, and what is left out.
+
+    --materialise is for a training loop that reads the tables with retrotool.RetroDataset. What it writes is made anew
+    when the tables are, and where something of it was purged.
     """
     with output.errors(as_json):
         from retrotool import commands
@@ -107,7 +118,7 @@ def command(
         databases = [_weighed(text) for text in database or ()]
         result = commands.neighbours(
             store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
-            databases=databases,
+            databases=databases, materialise=materialise,
         )  # fmt: skip
         output.show(result, as_json, _text)
         if result.not_embedded:
@@ -157,4 +168,13 @@ def _text(result: NeighboursResult) -> str:
         text += f"\nLeft out: {words}{kept}."
     if result.elsewhere:
         text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
+    if result.materialised is not None:
+        text += "\n" + _materialised(result.materialised)
     return text
+
+
+def _materialised(made: MaterialiseResult) -> str:
+    what = f"{output.count(made.k, 'neighbour')} of {output.count(made.rows, 'chunk')}"
+    done = f"{output.count(made.made, 'chunk')} by this run" if made.made else "all of it before"
+    text = f"Materialised: {what}, {output.size(made.bytes)} ({done}, commit {made.commit})."
+    return f"{text}\n{output.count(made.elsewhere, 'part')} left to runs that are at work." if made.elsewhere else text

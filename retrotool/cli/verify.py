@@ -40,6 +40,7 @@ class Verified:
     embeddings: str
     indexes: str
     neighbours: str
+    materialised: str
     problems: list[str]
 
 
@@ -47,7 +48,7 @@ def command(store: StoreArgument, as_json: Json = False) -> None:
     """Check every checksum, row count and cross-reference of a store.
 
     The hashes are equal for stores of equal content, however they were made: content (what living chunks say), ids
-    (which chunk is which), tombstones, embeddings, indexes, neighbours.
+    (which chunk is which), tombstones, embeddings, indexes, neighbours, and these materialised.
     """
     with output.errors(as_json):
         from tqdm import tqdm
@@ -75,6 +76,8 @@ def _text(found: Verified) -> str:
         else "The store can't be opened: NOT well."
     ]
     lines += [f"  problem: {problem}" for problem in found.problems]
-    hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours")
-    lines += [f"  {name:<11} {getattr(found, name)}" for name in hashes if getattr(found, name)]
+    hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
+    shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}
+    width = max(map(len, shown), default=0) + 1
+    lines += [f"  {name:<{width}} {value}" for name, value in shown.items()]
     return "\n".join(lines)

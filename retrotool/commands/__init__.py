@@ -13,6 +13,7 @@ from retrotool.commands.indexing import index
 from retrotool.commands.inspecting import inspect
 from retrotool.commands.leakage import leakage
 from retrotool.commands.looking import info, verify
+from retrotool.commands.materialising import materialise
 from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
@@ -28,6 +29,7 @@ __all__ = [
     "info",
     "inspect",
     "leakage",
+    "materialise",
     "neighbours",
     "plan",
     "purge",

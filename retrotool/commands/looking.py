@@ -17,6 +17,7 @@ from retrotool.stages.chunk_plan import unfinished_plans
 from retrotool.stages.consumers import consumers
 from retrotool.stages.database import count_living_keys
 from retrotool.stages.index_files import read_trained, shards, trained_entry
+from retrotool.stages.materialised import current_file
 from retrotool.stages.neighbour_filters import Filters
 from retrotool.stages.neighbours import database_of
 from retrotool.store.atomic import FileEntry
@@ -57,6 +58,7 @@ class Info:
     encoders: dict[str, Any]
     indexes: dict[str, Any]
     neighbours: dict[str, Any]
+    materialised: dict[str, Any]
     purges: dict[str, Any]
     tombstones: list[dict[str, Any]]
     blocked: list[dict[str, Any]]
@@ -98,6 +100,7 @@ def info(root: str | Path) -> Info:
         encoders=_encoders(store, tombstones),
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, tombstones),
+        materialised={name: _materialised(store, name) for name in state.names("materialised")},
         purges=state.with_prefix("purge:"),
         tombstones=_files(store, "tombstones"),
         blocked=_files(store, "blocked"),
@@ -133,7 +136,8 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         entry = state.file(kind, slot)
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
-    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
+    materialised = {"materialised": found} if (found := files("materialised")) else {}
+    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours"), **materialised}
 
 
 def _files(store: Store, kind: str) -> list[dict[str, Any]]:
@@ -181,6 +185,16 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
         with contextlib.suppress(RetrotoolError, OSError):
             databases = [database_of(store, table)[0]]
     return named(filters, store, databases, _LOOKED_AT)
+
+
+def _materialised(store: Store, name: str) -> dict[str, Any]:
+    """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
+    group = store.state.group("materialised", name)
+    entries = [entry for slot in group if (entry := group.get(slot)) is not None]
+    current = sum(current_file(store, name, int(slot)) is not None for slot in group)
+    k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
+    rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
+    return {"k": k, "rows": rows, "bytes": size, "parts": len(entries), "current": current}
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:

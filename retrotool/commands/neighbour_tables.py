@@ -14,6 +14,8 @@ from typing import Any
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.commands.counting import SAVED, K, command_line, count_keys_of, embed_command
+from retrotool.commands.materialising import MaterialiseResult
+from retrotool.commands.materialising import materialise as materialise_tables
 from retrotool.commands.neighbour_options import FilterOptions, named
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_devices
@@ -64,7 +66,7 @@ class NeighboursResult:
     search. ``elsewhere`` parts are left to other runs. ``filters``: what is left out, with names of sources;
     ``filters_kept``: as was asked for before. ``mix``: of a mixture, each database; the other fields are then of the
     first one, counts of all. ``left_out``: tables that the name had and has no more. ``unaware``: databases that could
-    not be told that their chunks are used.
+    not be told that their chunks are used. ``materialised``: what was asked for with the tables.
     """
 
     name: str
@@ -85,6 +87,7 @@ class NeighboursResult:
     mix: tuple[DatabaseResult, ...] = ()
     left_out: tuple[str, ...] = ()
     unaware: tuple[str, ...] = ()
+    materialised: MaterialiseResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,12 @@ def neighbours(
     search: SearchOptions | None = None,
     filters: FilterOptions | None = None,
     databases: Given = (),
+    materialise: bool = False,
 ) -> NeighboursResult:
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself).
 
     ``databases``: further ones, each with its weight: the neighbours are then a mixture (``stages.mixtures``).
+    ``materialise``: then write their tokens, too, for a training loop to read.
     """
     search, filters = search or SearchOptions(), filters or FilterOptions()
     if not 1 <= k <= saved:
@@ -142,6 +147,7 @@ def neighbours(
         found = [_fill(store, run, stage, member) for stage, member in zip(stages, mixture.members, strict=True)]
         if mixture.mixed:
             store.commit(run, lambda state: mixtures.finish(state, mixture))
+    made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
     first = found[0]
     not_embedded = count_left(store, embedded_parts(store, first.encoder), read_tombstones(store))
     left = [embed_command(store, queries or root, first.encoder)] if not_embedded else []
@@ -157,7 +163,7 @@ def neighbours(
         k, saved, store.refresh().number, not_embedded, sum(one.not_indexed for one in found),
         tuple(dict.fromkeys(left)), sum(one.elsewhere for one in found), first.filters,
         bool(first.filters) and not asked_for, tuple(found) if mixture.mixed else (), mixture.left_out,
-        tuple(one.database for one in found if not one.aware),
+        tuple(one.database for one in found if not one.aware), made,
     )  # fmt: skip
 
 

@@ -35,7 +35,10 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 
 ATTEMPTS = 20
 """How often what another process has overtaken is begun again."""
-_ELSEWHERE = "ids of what was erased, and distances to it, where other stores have neighbours in this one"
+_ELSEWHERE = (
+    "ids of what was erased, distances to it, and its text if materialised, "
+    "where other stores have neighbours in this one"
+)
 _Result = TypeVar("_Result")
 
 

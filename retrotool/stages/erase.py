@@ -6,13 +6,14 @@ A task is one of
 - a shard of an index;
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
   exact distances to known vectors tell what a vector was;
+- a file of materialised neighbours (``stages.erase_materialised``);
 - a quarantine file that has excerpts. All of them go: a row that could not be read may be the victim's, and nothing
   but reading it tells whose it is.
 
 Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
 victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
 are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
-table against this store; writing those that hold a victim. Memory: one part, or one shard.
+table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard.
 
 Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
 stores, and anything outside the store.
@@ -33,6 +34,7 @@ import pyarrow.compute as pc
 
 from retrotool.ann import lists
 from retrotool.errors import CorruptError, ErasedError
+from retrotool.stages import erase_materialised
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.index_files import all_shards, check_sum, parts_of, write_index
 from retrotool.store import parts, staging, tables, vectors
@@ -130,6 +132,12 @@ def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[O
             if table is not None:
                 holds = functools.partial(_table_holds, store, table, victims)
                 yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, table, holds
+    for name in state.names("materialised"):
+        for slot in state.group("materialised", name):
+            file = state.file("materialised", slot, name)
+            if file is not None:
+                holds = functools.partial(_materialised_holds, store, file, victims)
+                yield f"materialised {name} {slot}", {"materialised": name, "slot": slot}, file, holds
     for slot in state.group("quarantine"):
         input_file = state.file("quarantine", slot)
         if input_file is not None:
@@ -172,6 +180,11 @@ def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
         if (ids[mine] != NO_NEIGHBOUR).any() or (within and victims.contains(ids).any()):
             return True
     return False
+
+
+def _materialised_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+    rows = victims.rows(int(FileName.parse(entry.path).slot))
+    return erase_materialised.holds(store, entry, victims, erase_materialised.databases_within(entry), rows)
 
 
 def _in_group(rows: Rows, group: int) -> Rows:
@@ -225,6 +238,9 @@ class EraseWorker:
         elif "table" in inputs:
             entry = state.file("neighbours", inputs["slot"], inputs["table"])
             rewrite = self._table
+        elif "materialised" in inputs:
+            entry = state.file("materialised", inputs["slot"], inputs["materialised"])
+            rewrite = self._materialised
         else:
             entry = state.file("quarantine", inputs["quarantine"])
             rewrite = self._excerpts
@@ -277,7 +293,12 @@ class EraseWorker:
                 yield pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
 
         written = parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP)
-        return replace(written, about=entry.about)
+        # It stays the same table: what was made of it knows it by the name that it had first.
+        return replace(written, about={**(entry.about or {}), "made": tables.made_as(entry)})
+
+    def _materialised(self, entry: FileEntry, name: FileName) -> FileEntry:
+        within, rows = erase_materialised.databases_within(entry), self._victims.rows(int(name.slot))
+        return erase_materialised.rewrite(self._store, entry, name, self._victims, within, rows)
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)

@@ -50,11 +50,14 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
+class Member:
+    """A table that is read, and the database of its neighbours; ``within``: that is the store itself."""
+
     table: str
     weight: float
     store: Store
     tombstones: Tombstones
+    within: bool
 
 
 class NeighbourReader:
@@ -68,12 +71,18 @@ class NeighbourReader:
         self._members = []
         for table, weight in members_of(store, name):
             database = database_of(store, table)[0]
-            self._members.append(_Member(table, weight, database, read_tombstones(database)))
+            tombstones = read_tombstones(database)
+            self._members.append(Member(table, weight, database, tombstones, within=database is store))
         records = [store.state.records[f"neighbours:{member.table}"] for member in self._members]
         self.k = int(records[0]["k"])
         """Neighbours that are used, unless more are asked for."""
         self.saved = min(int(record["saved"]) for record in records)
         """The most that can be asked for."""
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The tables that are read, in the order of ``Found.databases``."""
+        return tuple(self._members)
 
     @property
     def databases(self) -> tuple[Store, ...]:
@@ -84,6 +93,15 @@ class NeighbourReader:
     def tables(self) -> tuple[tuple[str, float], ...]:
         """The table, and its weight, of the neighbours in each of the ``databases``."""
         return tuple((member.table, member.weight) for member in self._members)
+
+    def entries(self, part: int) -> tuple[FileEntry, ...]:
+        """A part's table of each member; ``UsageError`` if its ids can't be taken for chunks of the database."""
+        found = []
+        for member in self._members:
+            entry = parts.part_entry(self.store, "neighbours", part, member.table)
+            check_table(self.store, entry, member.table, member.store)
+            found.append(entry)
+        return tuple(found)
 
     def parts(self) -> list[int]:
         """Numbers of the parts that have tables of all databases, ascending."""
@@ -111,7 +129,7 @@ class NeighbourReader:
     def _read_member(self, which: int, part: int, row_groups: Sequence[int] | None) -> Found:
         member = self._members[which]
         entry = parts.part_entry(self.store, "neighbours", part, member.table)
-        self._check(entry, member)
+        check_table(self.store, entry, member.table, member.store)
         table = tables.read_table(self.store, entry, None if row_groups is None else list(row_groups))
         ids, distances = table.ids, table.distances
         gone = (ids != NO_NEIGHBOUR) & member.tombstones.contains(ids)
@@ -125,22 +143,17 @@ class NeighbourReader:
         databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
         return Found(ids, distances, databases)
 
-    def _check(self, entry: FileEntry, member: _Member) -> None:
-        check_table(self.store, entry, member.table, member.store)
+    def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
+        """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].
 
-    def pieces(self, found: Found) -> Pieces:
-        """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2]."""
+        ``into``: where to put those that there are; the others stay as they are.
+        """
         ids, which = found.ids.ravel(), found.databases.ravel()
-        if len(self._members) == 1:
-            return self.pieces_of(0, ids)
-        own = self._members[0].store.identity  # alike in all databases
-        tokens = np.zeros((len(ids), 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
-        n_tokens = np.zeros((len(ids), 2), np.int64)
-        for number in range(len(self._members)):
-            rows = np.flatnonzero((which == number) & (ids != NO_NEIGHBOUR))
-            some = self.pieces_of(number, ids[rows])
-            tokens[rows], n_tokens[rows] = some.tokens, some.n_tokens
-        return Pieces(tokens, n_tokens)
+        into = Pieces.none(self._members[0].store, len(ids)) if into is None else into  # alike in all
+        for number, member in enumerate(self._members):
+            own = np.where(which == number, ids, NO_NEIGHBOUR) if len(self._members) > 1 else ids
+            read_pieces(member.store, member.tombstones, own, into)
+        return into
 
     def pieces_of(self, database: int, ids: Ids) -> Pieces:
         """[N, F] of chunk ids [n] of one of the ``databases``, in its own tokens."""

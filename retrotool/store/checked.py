@@ -45,7 +45,7 @@ class Checked:
     zeros: dict[str, Ids] = field(default_factory=dict)
     _with_values: frozenset[int] = frozenset()
     _keys: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
-    _erasing: Tombstones | None = None
+    _purged: tuple[Tombstones, Tombstones] | None = None
     _newest: Store | None = None
 
     def __post_init__(self) -> None:
@@ -97,15 +97,22 @@ class Checked:
 
     def erasing(self) -> Tombstones:
         """Chunks that an erase may be at work on, or was interrupted in: those of purges that are not erased yet."""
-        if self._erasing is None:
+        return self._by_state()[0]
+
+    def erased(self) -> Tombstones:
+        """Chunks that no file must hold any more: those of purges that are erased."""
+        return self._by_state()[1]
+
+    def _by_state(self) -> tuple[Tombstones, Tombstones]:
+        if self._purged is None:
             purges = self.store.state.with_prefix("purge:")
             by_state: dict[bool, list[Ids]] = {True: [], False: []}
             for slot in self.store.state.group("tombstones"):
                 if (purge := slot.partition(".")[0]) in purges:
                     by_state[bool(purges[purge].get("erased"))].append(read_tombstones(self.store, slot).ids)
             erased, waiting = (np.concatenate([np.zeros(0, np.int64), *by_state[done]]) for done in (True, False))
-            self._erasing = Tombstones(np.setdiff1d(waiting, erased))
-        return self._erasing
+            self._purged = Tombstones(np.setdiff1d(waiting, erased)), Tombstones(np.unique(erased))
+        return self._purged
 
     def whole(self, kind: str, part: int, name: str = "") -> FileEntry | None:
         """A file of a part, if it is there and not broken."""

@@ -20,6 +20,7 @@ DATA_KINDS = (
     "embeddings",
     "index",
     "neighbours",
+    "materialised",
     "tombstones",
     "blocked",
     "quarantine",
@@ -27,7 +28,7 @@ DATA_KINDS = (
     "inputs",
     "selectors",
 )
-NAMED_KINDS = ("embeddings", "index", "neighbours")
+NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FILE = re.compile(r"(?P<slot>[A-Za-z0-9._-]+)-(?P<token>[0-9a-f]{16})\.(?P<extension>[a-z0-9]+)")
 

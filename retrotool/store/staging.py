@@ -50,7 +50,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A finished task. ``records`` are set if they are absent, and must be equal if they are there."""
+    """A finished task. ``records`` are set if they are absent, and must be equal if they are there.
+
+    ``tombstones``: how many files of them there were when it was done, where chunks that are purged since must not come
+    into the store again; None: no matter.
+    """
 
     task: str
     kind: str
@@ -61,6 +65,7 @@ class Staged:
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
+    tombstones: int | None = None
 
     def files(self) -> list[str]:
         """Paths of all files the task wrote."""
@@ -102,6 +107,7 @@ def stage(root: Path, staged: Staged) -> bool:
         "remove": staged.remove,
         "records": staged.records,
         "unit": None if staged.unit is None else _unit_json(staged.unit),
+        "tombstones": staged.tombstones,
     }
     data = orjson.dumps(fields)
     won = atomic.put_if_absent(_staged_path(root, staged.task), paths.new_token(staged.run), data)
@@ -172,6 +178,7 @@ def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
         remove=tuple(fields["remove"]),
         records=fields["records"],
         unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
+        tombstones=fields.get("tombstones"),
     )
 
 
@@ -261,6 +268,9 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     for key, value in task.records.items():
         if known.get(key, value) != value:
             reason = f"{key} was made with other settings meanwhile"
+    # An erase needs a purge first, so whoever began before the erase began with fewer files of tombstones.
+    if task.tombstones is not None and task.tombstones != len(state.group("tombstones")):
+        reason = "chunks were purged meanwhile"
     return reason or _overlap(state, draft, task)
 
 

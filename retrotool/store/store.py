@@ -8,6 +8,8 @@ newest state, tries to append it, and builds again if another writer came first.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import random
 import re
 import time
@@ -66,6 +68,20 @@ class Store:
         """Fold the commits made since, and return the state."""
         self.state = self.state.fold(log.read_after(self.root, self.state.number, self.state.head))
         return self.state
+
+    def at(self, number: int) -> Store:
+        """The store as it was after commit ``number``; what has left it since can't be read any more.
+
+        ``CorruptError`` if there is no such commit.
+        """
+        if number == self.state.number:
+            return self
+        state = newest_checkpoint(self.root, most=number) or State(-1, self._genesis)
+        commits = log.read_after(self.root, state.number, state.head)
+        state = state.fold(itertools.islice(commits, number - state.number))
+        if state.number != number:
+            raise CorruptError(f"{log.commit_path(self.root, number)} is missing", "Bring it back from a copy.")
+        return Store(self.root, self.identity, self._genesis, state)
 
     def path(self, entry: FileEntry) -> Path:
         """The absolute path of a file of this view, checked against its size.
@@ -158,13 +174,15 @@ def _checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(root: Path) -> State | None:
-    """The state of the newest whole checkpoint that the log still goes with; None without one."""
+def newest_checkpoint(root: Path, most: float = math.inf) -> State | None:
+    """The state of the newest whole checkpoint, up to commit ``most``, that the log still goes with; None without."""
     for path in _checkpoints(root):
         with contextlib.suppress(FileNotFoundError):
             state = decode_checkpoint(path.read_bytes())
             # A checkpoint is believed only while the log still holds the commit it was made at.
-            if state is not None and (commit := log.read(root, state.number)) and commit.sha256 == state.head:
+            if state is None or state.number > most:
+                continue
+            if (commit := log.read(root, state.number)) and commit.sha256 == state.head:
                 return state
     return None
 

@@ -30,6 +30,11 @@ class NeighbourTable:
     distances: npt.NDArray[np.float32]
 
 
+def made_as(entry: FileEntry) -> str:
+    """The path that a table was first written under: an erase rewrites it, and it stays the same table."""
+    return str((entry.about or {}).get("made", entry.path))
+
+
 def write_table(
     root: Path, name: FileName, table: NeighbourTable, *, database: str, commit: int, path: str, about: dict[str, Any]
 ) -> FileEntry:

@@ -2,9 +2,10 @@
 
 Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other: here
 rows, documents and their chunks, keys, padding, tombstones, totals; in ``verify_references`` embeddings, indexes,
-neighbours, block lists and records. Reports every problem and goes on, unless another process removes files meanwhile:
-then its caller must begin again on the newest commit. Cost: reading every byte of the store once for SHA-256 and its
-Parquet files and embeddings a second time; memory: one part, or the ids of one shard.
+neighbours, block lists and records; in ``verify_materialised`` neighbours with their tokens. Reports every problem and
+goes on, unless another process removes files meanwhile: then its caller must begin again on the newest commit. Cost:
+reading every byte of the store once for SHA-256 and its Parquet files and embeddings a second time; memory: one part,
+or the ids of one shard.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, newest_checkpoint
 from retrotool.store.tombstones import read_tombstones
+from retrotool.store.verify_materialised import check_materialised
 from retrotool.store.verify_references import Lists
 
 Report = Callable[[int], object]
@@ -44,6 +46,7 @@ class Verification:
     embeddings: str = ""
     indexes: str = ""
     neighbours: str = ""
+    materialised: str = ""
     documents: int = 0
     chunks: int = 0
     tokens: int = 0
@@ -87,6 +90,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index", lambda slot: not slot.startswith("recall"))
     result.neighbours = references.check_neighbours(checked)
+    result.materialised = check_materialised(checked)
     if read_lists is not None:
         for name in store.state.names("index"):
             references.check_index(checked, name, read_lists)

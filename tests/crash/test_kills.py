@@ -116,7 +116,8 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
         ),
         ("index", lambda s: commands.embed(s, encoder=str(tiny_encoder), devices="cpu")),
         ("neighbours", commands.index),
-        ("purge", commands.neighbours),
+        ("materialise", commands.neighbours),
+        ("purge", commands.materialise),
     ]
     extra = write_jsonl(root / "extra.jsonl", make_rows(6, first=100, words=60))
 
@@ -165,7 +166,8 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     def erase(store: Path) -> object:
         return commands.purge(store, "documents", victims, reason="test", erase=True)
 
-    logical = ("content", "ids", "tombstones", "embeddings", "neighbours", "documents", "chunks", "tokens")
+    logical: tuple[str, ...] = ("content", "ids", "tombstones", "embeddings", "neighbours", "materialised")
+    logical = (*logical, "documents", "chunks", "tokens")
     return [
         Case("chunk", lambda s: commands.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
         Case("embed", lambda s: commands.embed(s, encoder=str(encoder), devices="cpu"), logical, []),
@@ -177,12 +179,15 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("renew --drop", drop_if_there, (*logical, "indexes"), []),
         Case("broken --mend", lambda s: lists_index(s, mend=True), (*logical, "indexes"), []),
         Case("neighbours", commands.neighbours, logical, []),
+        Case("neighbours --materialise", lambda s: commands.neighbours(s, materialise=True), logical, []),
+        Case("materialise", commands.materialise, logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
     ]
 
 
-CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "mend", "neighbours", "purge", "erase"]
+CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "mend", "neighbours", "both", "materialise"]
+CASES += ["purge", "erase"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)

@@ -60,7 +60,7 @@ def run(recipe: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_recipe_is_forgotten() -> None:
-    assert sorted(RECIPES) == ["DuckDB", "Polars", "faiss", "numpy", "pyarrow and numpy"]
+    assert sorted(RECIPES) == ["DuckDB", "Polars", "faiss", "materialised", "numpy", "pyarrow and numpy"]
 
 
 def test_duckdb_counts_the_chunks_of_each_length(names: dict[str, Any], reader: Reader, part: int) -> None:
@@ -121,3 +121,18 @@ def test_faiss_and_the_neighbour_table_agree(names: dict[str, Any], reader: Read
         others = [float(d) for d, i in zip(near, ids, strict=True) if int(i) not in own][:5]
         table = [d for _, d in reader.neighbour_ids(int(reader.chunk_ids(part)[row]), k=5)]
         assert np.allclose(table, others, rtol=1e-3, atol=1e-3)
+
+
+def test_materialised_neighbours_are_the_chunks_that_the_table_names(
+    names: dict[str, Any], store_copy: Path, part: int
+) -> None:
+    commands.materialise(store_copy)
+    files = next(entry for entry in commands.info(store_copy).parts if entry["part"] == part)
+    found = run("materialised", {**names, "materialised": str(store_copy / files["materialised"]["main"]["path"])})
+    reader = retrotool.open(store_copy)
+    assert found["near"].shape[1:] == (2, 2, 64)
+    for row, chunk in enumerate(reader.chunk_ids(part).tolist()):
+        for near, stored in zip(reader.neighbours(chunk), found["near"][row], strict=True):
+            assert stored[0, : near.chunk.n_tokens].tolist() == near.chunk.tokens.tolist()
+            follows = [] if near.continuation is None else near.continuation.tokens.tolist()
+            assert stored[1].tolist() == follows + [0] * (64 - len(follows))

@@ -63,6 +63,7 @@ def test_from_hugging_face(here: Path) -> None:
         "measure-leakage.md",
         "look-at-neighbours.md",
         "export-neighbours.md",
+        "train-a-model.md",
     ],
 )
 def test_page_that_begins_with_the_tutorials_store(here: Path, tutorial_store: Path, page: str) -> None:
