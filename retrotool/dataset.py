@@ -33,6 +33,7 @@ from retrotool.stages.epoch import Turns, read_epoch
 from retrotool.stages.order import Order, Share, Span
 from retrotool.stages.sequences import Layout
 from retrotool.stages.training_rows import TrainingReader
+from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 
 Item = dict[str, torch.Tensor]
@@ -133,6 +134,8 @@ class RetroDataset(IterableDataset[Item]):
         length = reader.store.identity.chunk_length
         if sequence_length < length or sequence_length % length:
             raise UsageError(f"a sequence of {sequence_length} tokens is not of whole chunks of {length} tokens")
+        if sequence_length > ROW_GROUP * length:
+            raise UsageError(f"a sequence has at most {ROW_GROUP * length:,} tokens, those of a block")
         self.k = reader.k
         """Neighbours a chunk."""
         self.databases = tuple(str(database.root) for database in reader.rows.reader.databases)

@@ -319,6 +319,7 @@ def test_arguments_that_can_not_be(stores: tuple[Path, Path], tmp_path: Path, by
     training = stores[1]
     for options, told in (
         ({"sequence_length": 100}, "whole chunks of 64"),
+        ({"sequence_length": 64 * 8193}, "at most 524,288 tokens"),
         ({"k": 21}, "between 1 and the 20"),
         ({"k": 0}, "between 1"),
         ({"batch_size": 0}, "batch_size=0"),
@@ -332,6 +333,14 @@ def test_arguments_that_can_not_be(stores: tuple[Path, Path], tmp_path: Path, by
             RetroDataset(training, **options)
     with pytest.raises(UsageError, match="less than 0"):
         RetroDataset(training).set_epoch(-1)
+
+
+def test_of_a_store_that_is_purged_altogether_nothing_is_read(copies: tuple[Path, Path]) -> None:
+    training = copies[1]
+    commands.purge(training, "where", "n_chunks >= 0", reason="test")
+    for packed in (True, False):
+        dataset = RetroDataset(training, sequence_length=256, packed=packed, rank=1, world_size=2)
+        assert (len(dataset), list(dataset), dataset.padding) == (0, [], 0.0)
 
 
 def test_a_database_of_other_tokens_is_refused(tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path) -> None:
