@@ -41,7 +41,7 @@ class ChunkSet:
 
     def _places(self, ids: Ids) -> Ids:
         """The bit of each chunk id [n]; ``CorruptError`` for one that is no row of the store."""
-        part = np.minimum(ids >> PART_SHIFT, len(self._rows) - 1)
+        part = np.clip(ids >> PART_SHIFT, 0, len(self._rows) - 1)
         row = ids & _ROW_MASK
         wrong = (ids < 0) | (row >= self._rows[part])
         if wrong.any():

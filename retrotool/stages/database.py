@@ -208,6 +208,17 @@ def erased_chunks(store: Store) -> Tombstones:
     return Tombstones(np.unique(np.concatenate(found)))
 
 
+def last_change(store: Store) -> tuple[int, str]:
+    """Number and SHA-256 of a view's newest commit that is more than a note of who uses the store.
+
+    Such notes are made by searching it. A copy that has none of them is the same database.
+    """
+    number, head = store.state.number, store.state.head
+    while (commit := log.read(store.root, number)) is not None and "consumer" in commit.settings:
+        number, head = commit.number - 1, commit.parent
+    return number, head
+
+
 def purges(store: Store) -> str:
     """Stands for the tombstones of a store's view: another one after each purge. The log knows, no file is read."""
     slots = " ".join(store.state.group("tombstones"))

@@ -19,6 +19,7 @@ from retrotool.stages.base import Report, Task
 from retrotool.stages.database import (
     erased_chunks,
     is_same_directory,
+    last_change,
     own_documents,
     purges,
     read_part_vectors,
@@ -86,17 +87,17 @@ class NeighboursWorker:
         if task.inputs["mode"] == FEW and not self._within:
             table = erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
         record = stage.record(store, database)
-        state = database.store.state
+        commit, head = last_change(database.store)
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
-            "commit": state.number, "head": state.head[:_HEAD_DIGITS], "purges": purges(database.store),
+            "commit": commit, "head": head[:_HEAD_DIGITS], "purges": purges(database.store),
             "searched": ranges(database.held()), **with_filters(stage.filters),
         }  # fmt: skip
         if erased := erased_of(store, database):
             about["erased"] = erased
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
         entry = tables.write_table(
-            store.root, name, table, database=record["database"], commit=state.number, path=record["path"], about=about
+            store.root, name, table, database=record["database"], commit=commit, path=record["path"], about=about
         )
         replaced = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]

@@ -19,6 +19,9 @@ from retrotool.ann.search import SPARE, Search, nothing_banned, rerank
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.commands.indexing import Options
 from retrotool.encoder import Encoder, Rows
+from retrotool.stages.database import embedded_parts, own_documents, read_part_vectors
+from retrotool.stages.searching import Database
+from retrotool.store.store import Store
 
 Build = Callable[..., Path]
 
@@ -74,10 +77,16 @@ def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: fl
     result = commands.index(store, target_recall=0.5, options=Options(Wanted(nlist=8, code="float16")))
     assert 1 < result.nprobe <= result.nlist
     assert result.curve[0].recall_at_10 < 0.5, "one list of eight holds few of the true nearest"
-    commands.neighbours(store)
     plain = read_plain(store)
+    opened = Store.open(store)
+    database = Database(opened)
+    found = []
+    for part in embedded_parts(opened, database.encoder):
+        vectors = read_part_vectors(opened, database.encoder, part).astype(np.float32)
+        own = own_documents(opened, part, opened, database.tombstones, within=True)
+        found += database.search(Queries(vectors, own), 10).ids.tolist()
     plain.vectors[:] = plain.vectors / scale
-    found, true = saved_neighbours(store)[0], brute_force(plain, plain, 10)[0]
+    true = brute_force(plain, plain, 10)[0]
     hits = np.mean([len(set(a[:10]) & set(b)) / 10 for a, b in zip(found, true, strict=True)])
     assert result.recall_at_10 == pytest.approx(hits, abs=0.005)
 

@@ -55,7 +55,8 @@ def test_an_inverted_file_reaches_the_target_recall(built_store: Path, tmp_path:
     truth = brute_force(plain, plain, 20)
     found = saved_neighbours(store, "ivf")
     assert recall(found[0], truth[0]) >= 0.95
-    assert abs(result.recall_at_10 - recall(found[0], truth[0])) <= 0.01
+    # More lists are probed for tables than the index was measured with.
+    assert result.recall_at_10 - 0.01 <= recall(found[0], truth[0])
     assert commands.verify(store).ok
 
 

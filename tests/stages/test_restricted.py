@@ -18,6 +18,7 @@ import retrotool
 from retrotool import commands
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
+from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.stages.neighbour_filters import Filters
 from retrotool.stages.neighbours import NeighboursStage
@@ -74,8 +75,7 @@ def test_lists_are_probed_until_they_hold_as_much(
     wanted = wanted & (np.arange(2000) >= first)
     some = [lists.SomeLists(whole, lambda ids: wanted[ids] & (ids % 2 == parity)) for parity in (0, 1)]  # noqa: B023
     queries = np.random.default_rng(6).normal(size=(40, 8)).astype(np.float32)
-    table = torch.from_numpy(whole.trained.centroids)
-    order = torch.cdist(torch.from_numpy(queries), table).argsort(dim=1).numpy()
+    order = nearest_lists(whole.trained.centroids, torch.from_numpy(queries), 12)
     seen = np.zeros(40, np.int64)
     for probed, rows in probes(whole.trained, queries, nprobe, some):
         seen[rows] += 1
