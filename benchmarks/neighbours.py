@@ -33,7 +33,7 @@ from index import best_kernel, export
 from machine import describe
 
 K = 10
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 NOISE = 0.6
 """Length of the noise, of vectors of length 1: as far as the nearest chunks of real text are from one another."""
 OURS, RANKED = "retrotool", "retrotool, ranked by vectors"
