@@ -140,5 +140,13 @@ def _consumer(one: ConsumerLeft) -> str:
     what = f"neighbours {one.table!r} of {one.path}"
     if not one.there:
         return f"Not looked at: {what}, which is not there now. Where it is, run: {one.command}"
-    names = f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
-    return names + ("\nThe texts that were written with them may hold its text." if one.materialised else "")
+    lines = []
+    if one.rewritten:
+        lines.append(f"Erased its text in {one.path}, too: {output.count(one.rewritten, 'file')} rewritten.")
+    if one.names:
+        lines.append(
+            f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
+        )
+    if one.materialised:
+        lines.append(f"Left: the texts that were written with {what} may hold its text; they can't be written.")
+    return "\n".join(lines)

@@ -144,7 +144,10 @@ def neighbours(
     _check(store, stages)
     with writing(store) as run:
         store.commit(run, lambda state: mixtures.begin(state, run, mixture))
-        found = [_fill(store, run, stage, member) for stage, member in zip(stages, mixture.members, strict=True)]
+        found = [
+            _fill(store, run, stage, member, materialise=materialise)
+            for stage, member in zip(stages, mixture.members, strict=True)
+        ]
         if mixture.mixed:
             store.commit(run, lambda state: mixtures.finish(state, mixture))
     made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
@@ -183,13 +186,13 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         )
 
 
-def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member) -> DatabaseResult:
-    """Do what there is to do for one database."""
+def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member, *, materialise: bool) -> DatabaseResult:
+    """Do what there is to do for one database; ``materialise``: its text will be written, too."""
     database = stage.open_database(store)
     todo = _count_queries(store, stage.plan(store))
     record = stage.record(store, database)
     store.commit(run, lambda state: stage.claim(state, record))
-    aware = _tell(store, stage, record)
+    aware = _tell(store, stage, record, materialise=materialise)
     engine.execute(stage, store, run, workers=len(stage.devices))
     _check_claim(store, stage, record)
     store.refresh()
@@ -210,12 +213,12 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member) -> Dat
     )  # fmt: skip
 
 
-def _tell(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> bool:
+def _tell(store: Store, stage: NeighboursStage, record: Mapping[str, Any], *, materialise: bool) -> bool:
     """Note in another store that its chunks are neighbours now; False if it can't be written."""
     if record["within"]:
         return True
     again = {name: record[name] for name in ("index", "k", "saved")}
-    return register(Store.open(stage.database), store, stage.table, again)
+    return register(Store.open(stage.database), store, stage.table, again, materialised=materialise)
 
 
 def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:

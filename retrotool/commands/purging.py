@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from retrotool import engine
 from retrotool.commands.counting import neighbours_command
+from retrotool.commands.materialising import erase_consumed
 from retrotool.commands.writing import writing
-from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
 from retrotool.stages import purge as selecting
-from retrotool.stages.consumers import holding, table_files
+from retrotool.stages.consumers import Holding, holding, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
@@ -44,13 +45,19 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class ConsumerLeft:
-    """A store with neighbours in this one, which an erase does not reach: what may be left, and what to run there."""
+    """A store with neighbours in this one: what an erase did there, what may be left, and what to run there.
+
+    ``materialised``: text may be left, as the store can't be written, or is not there. ``rewritten`` files had some.
+    ``names``: tables name what was erased.
+    """
 
     path: str
     table: str
     there: bool
     materialised: bool
     command: str
+    rewritten: int = 0
+    names: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +239,29 @@ def _consumers(store: Store, chunks: Ids) -> list[ConsumerLeft]:
         return []
     total = table_files(store)
     with tqdm(total=total, unit="file", desc="other stores", disable=None, delay=2, file=sys.stderr) as bar:
-        return [
-            ConsumerLeft(
-                one.consumer.path, one.consumer.table, one.store is not None, one.consumer.materialised,
-                neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again),
-            )
-            for one in holding(store, erased, bar.update)
-        ]  # fmt: skip
+        found = []
+        for one in holding(store, erased, bar.update):
+            rewritten = _erase_texts(one, store, erased) if one.consumer.materialised else 0
+            if one.store is None or one.names_erased or rewritten is None or rewritten:
+                again = neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again)
+                found.append(
+                    ConsumerLeft(
+                        one.consumer.path, one.consumer.table, one.store is not None, rewritten is None, again,
+                        rewritten or 0, one.names_erased,
+                    )
+                )  # fmt: skip
+        return found
+
+
+def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
+    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached."""
+    if one.store is None:
+        return None
+    try:
+        with writing(one.store) as run:
+            return erase_consumed(one.store, run, store, erased)
+    except (RetrotoolError, OSError):
+        return None  # it can't be written; what is left there is told
 
 
 def _is_covered(store: Store, selection: Selection) -> bool:
