@@ -148,5 +148,5 @@ def _consumer(one: ConsumerLeft) -> str:
             f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
         )
     if one.materialised:
-        lines.append(f"Left: the texts that were written with {what} may hold its text; they can't be written.")
+        lines.append(f"Left: the texts written with {what} may hold its text: they are of a copy, or can't be written.")
     return "\n".join(lines)

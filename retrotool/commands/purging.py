@@ -21,7 +21,7 @@ from retrotool.commands.materialising import erase_consumed
 from retrotool.commands.writing import writing
 from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
 from retrotool.stages import purge as selecting
-from retrotool.stages.consumers import Holding, holding, table_files
+from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
@@ -254,8 +254,11 @@ def _consumers(store: Store, chunks: Ids) -> list[ConsumerLeft]:
 
 
 def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
-    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached."""
-    if one.store is None:
+    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached.
+
+    Not where it uses a copy of this database: there another chunk may have the id.
+    """
+    if one.store is None or not is_of_this(one.store, one.consumer.table, store):
         return None
     try:
         with writing(one.store) as run:

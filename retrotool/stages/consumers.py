@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from retrotool.errors import RetrotoolError, StorageError
@@ -127,6 +128,16 @@ def holding(database: Store, erased: Tombstones, report: Callable[[int], object]
         found = _names(store, consumer.table, database, erased, report)
         if found is not None and (found or consumer.materialised):
             yield Holding(consumer, store, found)
+
+
+def is_of_this(store: Store, table: str, database: Store) -> bool:
+    """Whether neighbours of a store are of a database as it lies there, not of a copy of it at another place."""
+    for name, _ in members_of(store, table):
+        record = store.state.records.get(f"neighbours:{name}", {})
+        there = Path(str(record.get("path", "")))
+        if record.get("database") == database.identity.uuid and there.is_dir() and there.samefile(database.root):
+            return True
+    return False
 
 
 def _names(

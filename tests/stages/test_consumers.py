@@ -18,6 +18,8 @@ from test_neighbour_filters import nothing as nothing_dropped
 
 import retrotool
 from retrotool import commands
+from retrotool.cli.purge import _consumer as describe
+from retrotool.commands import purging
 from retrotool.commands.neighbour_tables import SearchOptions
 from retrotool.stages.consumers import consumers, register
 from retrotool.store.runs import Run
@@ -177,7 +179,9 @@ def test_who_has_no_neighbours_in_it_any_more_is_not_named(here: Path, tiny_enco
     assert [one.there for one in erase("doc-7").consumers] == [False, False]
 
 
-def test_texts_that_were_written_are_named_even_where_no_id_is_left(here: Path) -> None:
+def test_texts_that_cannot_be_reached_are_named_even_where_no_id_is_left(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used()
     database, queries = Store.open("database"), Store.open("training")
     again = {"index": "main", "k": 2, "saved": 20}
@@ -185,10 +189,17 @@ def test_texts_that_were_written_are_named_even_where_no_id_is_left(here: Path) 
     used()
     assert [one.materialised for one in noted()] == [True], "once written they are there"
     (one,) = erase("doc-7").consumers
-    assert one.materialised
+    assert one.names and not one.materialised, "its texts were reached"
     used()
-    told = run("purge", "database", "--documents", "names", "--reason", "test", "--erase", "--yes").stdout
-    assert "The texts that were written with them may hold its text." in told
+    assert erase("doc-7").consumers == ()
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(purging, "erase_consumed", refuse)
+    (one,) = erase("doc-7").consumers
+    assert one.materialised and not one.names
+    assert describe(one).startswith("Left: the texts written with neighbours 't' of ")
 
 
 def test_a_database_that_cannot_be_written_is_used_all_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
