@@ -15,7 +15,9 @@ from retrotool.errors import UsageError
 from retrotool.stages.erase_materialised import EraseConsumedStage
 from retrotool.stages.materialise import BLOCK_BYTES, MaterialiseStage
 from retrotool.store import claims
+from retrotool.store.log import Draft
 from retrotool.store.runs import Run
+from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 
@@ -51,6 +53,7 @@ def materialise(
     stage = MaterialiseStage(name, shard)
     with writing(store) as run:
         made = sum(task.weight for task in stage.plan(store))
+        store.commit(run, lambda state: _without_tables(state, name))
         engine.execute(stage, store, run, workers=workers or _workers(made))
         store.refresh()
         held = claims.held(store.root, run.id)
@@ -63,6 +66,15 @@ def materialise(
     k = int((entries[0].about or {})["k"]) if entries else 0
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
     return MaterialiseResult(name, k, rows, len(entries), size, made, state.number, elsewhere)
+
+
+def _without_tables(state: State, name: str) -> Draft | None:
+    """The commit that takes files away of parts that have no tables any more: nothing would ever replace them."""
+    group, record = state.group("materialised", name), state.records.get(f"neighbours:{name}", {})
+    tables = [set(state.group("neighbours", str(one["table"]))) for one in record.get("mix", [{"table": name}])]
+    gone = [group.get(slot) for slot in group if not all(slot in slots for slots in tables)]
+    paths = tuple(entry.path for entry in gone if entry is not None)
+    return Draft("materialise", {"name": name}, remove=paths) if paths else None
 
 
 def _workers(rows: int) -> int:

@@ -17,15 +17,18 @@ import retrotool
 from retrotool import RetroDataset, commands, engine
 from retrotool.commands import purging
 from retrotool.commands.materialising import erase_consumed
+from retrotool.commands.neighbour_tables import SearchOptions
 from retrotool.commands.writing import writing
 from retrotool.errors import CorruptError, UsageError
 from retrotool.stages import materialise
+from retrotool.stages.consumers import consumers
 from retrotool.stages.materialise import MaterialiseStage
 from retrotool.stages.materialised import MaterialisedReader
 from retrotool.stages.reading import NeighbourReader
 from retrotool.store import materialised as files
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
@@ -302,6 +305,40 @@ def test_stale_files_are_erased_too(own: Path) -> None:
     purge_ids(own, *victims, erase=True)
     haystack = everything_of(own)
     assert [trace for trace in traces if trace in haystack] == []
+
+
+def test_a_mixture_is_materialised_with_its_tables_and_its_databases_know(
+    copies: tuple[Path, Path], tiny_encoder: Path
+) -> None:
+    database, training = copies
+    books = chunk(database.with_name("books"), tiny_encoder, make_rows(20, first=400))
+    search = SearchOptions(exact=True)
+    result = commands.neighbours(
+        database, queries=training, name="both", databases=[(books, 2.0)], search=search, materialise=True
+    )
+    assert result.materialised is not None and result.materialised.parts == 2
+    check_all(training, "both")
+    stored = files.read_materialised(Store.open(training), entries(training, "both")["000000"])
+    assert set(stored.databases.flatten().tolist()) == {0, 1}
+    assert {one.table: one.materialised for one in consumers(Store.open(books).state)} == {"both.books": True}
+    assert commands.materialise(training, name="both").made == 0
+    victim = int(stored.ids[stored.databases == 1][0])
+    trace = tokens_of(books, [victim])[0]
+    assert trace in bytes_of(training, "materialised")
+    (one,) = purge_ids(books, victim, erase=True).consumers
+    assert one.table == "both.books" and one.rewritten and one.names
+    assert trace not in bytes_of(training, "materialised")
+    assert commands.verify(training).problems == []
+
+
+def test_files_of_parts_that_have_no_table_any_more_go(own: Path) -> None:
+    store = Store.open(own)
+    with writing(store) as run:
+        gone = store.state.part_file("neighbours", 1, "main")
+        assert gone is not None
+        store.commit(run, lambda _: Draft("test", remove=(gone.path,)))
+    assert commands.materialise(own).parts == 3
+    assert "000001" not in entries(own)
 
 
 def test_an_erase_reaches_a_store_that_has_this_one_as_its_database(copies: tuple[Path, Path]) -> None:
