@@ -113,9 +113,9 @@ def _check_log(checked: Checked) -> None:
     def noted(commits: Iterator[Commit]) -> Iterator[Commit]:
         for commit in commits:
             checked.recorded.update(commit.records)
-            # An index that was dropped may be begun again, and so may a table that was given another name.
+            # An index that was dropped may be begun again.
             gone = (key for key, value in commit.records.items() if value is None)
-            checked.recorded.difference_update(key for key in gone if key.startswith(("index:", "neighbours:")))
+            checked.recorded.difference_update(key for key in gone if key.startswith("index:"))
             yield commit
 
     with checked.noting("log"):
