@@ -12,8 +12,10 @@ from retrotool import engine, memory
 from retrotool.commands.writing import writing
 from retrotool.encoder.devices import cores
 from retrotool.errors import UsageError
+from retrotool.stages.consumers import register
 from retrotool.stages.erase_materialised import EraseConsumedStage
 from retrotool.stages.materialise import BLOCK_BYTES, MaterialiseStage
+from retrotool.stages.reading import NeighbourReader
 from retrotool.store import claims
 from retrotool.store.log import Draft
 from retrotool.store.runs import Run
@@ -29,7 +31,8 @@ _ROWS_A_WORKER = 1 << 17
 class MaterialiseResult:
     """What there is now of the neighbours ``name``: k of each of so many rows, in so many parts.
 
-    ``made`` are the rows that this run did; ``elsewhere`` parts are left to other runs.
+    ``made`` are the rows that this run did; ``elsewhere`` parts are left to other runs. ``unaware`` are databases that
+    could not be told that this store has their text now.
     """
 
     name: str
@@ -40,6 +43,7 @@ class MaterialiseResult:
     made: int
     commit: int
     elsewhere: int = 0
+    unaware: tuple[str, ...] = ()
 
 
 def materialise(
@@ -53,6 +57,7 @@ def materialise(
     stage = MaterialiseStage(name, shard)
     with writing(store) as run:
         made = sum(task.weight for task in stage.plan(store))
+        unaware = _tell(store, name)  # before there is anything to tell of
         store.commit(run, lambda state: _without_tables(state, name))
         engine.execute(stage, store, run, workers=workers or _workers(made))
         store.refresh()
@@ -65,7 +70,18 @@ def materialise(
         raise UsageError(f"{root} has no part with neighbours {name!r}", "Compute them: retrotool neighbours")
     k = int((entries[0].about or {})["k"]) if entries else 0
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
-    return MaterialiseResult(name, k, rows, len(entries), size, made, state.number, elsewhere)
+    return MaterialiseResult(name, k, rows, len(entries), size, made, state.number, elsewhere, unaware)
+
+
+def _tell(store: Store, name: str) -> tuple[str, ...]:
+    """Note in databases elsewhere that their text is here; paths of those that can't be written."""
+    unaware = []
+    for member in NeighbourReader(store, name).members:
+        record = store.state.records[f"neighbours:{member.table}"]
+        again = {key: record[key] for key in ("index", "k", "saved")}
+        if not (member.within or register(member.store, store, member.table, again, materialised=True)):
+            unaware.append(str(member.store.root))
+    return tuple(unaware)
 
 
 def _without_tables(state: State, name: str) -> Draft | None:

@@ -247,6 +247,24 @@ def test_a_store_without_tables_is_told_how_to_make_them(store_copy: Path, tmp_p
     assert "retrotool neighbours" in error.value.advice
 
 
+def test_a_database_is_told_of_its_text_however_that_is_written(tmp_path: Path, tiny_encoder: Path) -> None:
+    """From Python alone, without the command that finds neighbours: an erase there reaches it all the same."""
+    database = chunk(tmp_path / "database", tiny_encoder, make_rows(20))
+    training = chunk(tmp_path / "training", tiny_encoder, make_rows(10, first=50))
+    commands.neighbours(database, queries=training, search=SearchOptions(exact=True))
+    assert [one.materialised for one in consumers(Store.open(database).state)] == [False]
+    assert commands.materialise(training).unaware == ()
+    assert [one.materialised for one in consumers(Store.open(database).state)] == [True]
+    number = Store.open(database).state.number
+    commands.materialise(training)
+    assert Store.open(database).state.number == number, "nothing new to tell"
+    victim = min(held_ids(training, entries(training)["000000"]))
+    trace = tokens_of(database, [victim])[0]
+    assert trace in bytes_of(training, "materialised")
+    purge_ids(database, victim, erase=True)
+    assert trace not in bytes_of(training, "materialised")
+
+
 # Purges and erases
 
 
