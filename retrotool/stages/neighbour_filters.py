@@ -140,16 +140,16 @@ class Finder:
         self._judge = _Judge(queries, part, database, filters) if filters.by_tokens else None
 
     def blocks(self, rows: Rows) -> Iterator[Rows]:
-        """Rows in the blocks that are best asked for at a time."""
+        """Rows in the blocks in which they are to be searched."""
         if self._judge is None:
             yield from self._search_blocks(rows, self._saved)
         else:
             yield from _in_steps(rows, max(1, self._judged // self._wanted))
 
     def search(self, rows: Rows, only: Collection[int] | None = None) -> Best:
-        """The nearest that are saved of each row; ``only``: in these parts of the database."""
+        """The nearest that are saved of the rows of a block, or of some; ``only``: in these parts of the database."""
         if self._judge is None:
-            return self._candidates(rows, self._saved, only, 1)
+            return self._database.search(self._ask(rows), self._saved, only=only)
         best = _nothing(len(rows), self._saved)
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
