@@ -27,6 +27,7 @@ from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.search import Best
 from retrotool.errors import UsageError
+from retrotool.memory import give_back
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.stages.exact import ExactDatabase
 from retrotool.stages.overlap import are_near_copies, distinct_grams, has_longer_run
@@ -190,6 +191,8 @@ class Finder:
             found = self._database.search(self._ask(some), k, only=only, wider=wider)
             best.ids[start : start + len(some)], best.distances[start : start + len(some)] = found.ids, found.distances
             start += len(some)
+            if self._memory is not None:
+                give_back()
         return best
 
     def _search_blocks(self, rows: Rows, k: int) -> Iterator[Rows]:

@@ -30,6 +30,7 @@ from retrotool.store.store import Store
 
 ROW_GROUP = 8192
 HASH_BYTES = 16
+_UNIQUE = frozenset(("tokens", "distances"))
 PART_SHIFT = 32
 
 RESERVED_COLUMNS = (
@@ -141,7 +142,13 @@ def write_parquet(
 
     def write(path: Path) -> int:
         pq.write_table(
-            table, path, row_group_size=row_group, compression="zstd", write_page_checksum=True, write_page_index=True
+            table,
+            path,
+            row_group_size=row_group,
+            compression="zstd",
+            use_dictionary=_repeats(table.schema),
+            write_page_checksum=True,
+            write_page_index=True,
         )
         return int(table.num_rows)
 
@@ -164,8 +171,7 @@ def write_batches(
             path,
             schema,
             compression="zstd",
-            # Tokens never repeat as a whole: a dictionary of them is a third of the time, for nothing.
-            use_dictionary="tokens" not in schema.names,
+            use_dictionary=_repeats(schema),
             write_page_checksum=True,
             write_page_index=True,
         ) as writer:
@@ -177,6 +183,11 @@ def write_batches(
 
     entry = atomic.write_file(root, name, write, check=_check_rows)
     return replace(entry, about={"keys": keys}) if _has_values(schema) else entry
+
+
+def _repeats(schema: pa.Schema) -> bool:
+    """Whether a dictionary of values is worth its time: of tokens as a whole and of neighbours it would be as large."""
+    return _UNIQUE.isdisjoint(schema.names)
 
 
 def _has_values(schema: pa.Schema) -> bool:
