@@ -20,7 +20,7 @@ import numpy.typing as npt
 from machine import describe
 
 from retrotool.ann.excluded import Queries
-from retrotool.ann.search import Best
+from retrotool.ann.ranking import Best
 from retrotool.stages.database import own_documents, read_part_vectors, searchable_rows
 from retrotool.stages.exact import ExactDatabase
 from retrotool.stages.neighbour_filters import AnyDatabase, Filters, Finder

@@ -60,7 +60,8 @@ def embed_some(store: Path, limit: int) -> np.ndarray:
 def bench_search(vectors: np.ndarray) -> None:
     from retrotool.ann.excluded import Queries
     from retrotool.ann.lists import OneList
-    from retrotool.ann.search import SPARE, Search, nothing_banned, rerank
+    from retrotool.ann.ranking import rerank
+    from retrotool.ann.search import SPARE, Search, nothing_banned
 
     queries = vectors.astype(np.float32)
     everything = OneList(np.arange(len(vectors)), vectors)

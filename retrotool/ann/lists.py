@@ -9,7 +9,7 @@ the file was closed. That costs a copy, and one more read of what has just been 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +116,38 @@ class SomeLists:
         ids = self._lists.ids(number)
         rows = np.flatnonzero(self._wanted(ids))
         return ids[rows], rows
+
+
+class JoinedLists:
+    """Lists of several shards of one training as if they were one's: products of wide lists are worth more."""
+
+    def __init__(self, shards: Sequence[Lists]) -> None:
+        self.trained = shards[0].trained
+        self._shards = shards
+
+    def __len__(self) -> int:
+        """Vectors in all lists."""
+        return sum(map(len, self._shards))
+
+    def size(self, number: int) -> int:
+        """Vectors in a list."""
+        return sum(shard.size(number) for shard in self._shards)
+
+    def ids(self, number: int) -> Ids:
+        """Chunk ids of a list, int64 [n], ascending."""
+        ids, order = self._joined(number)
+        return ids if order is None else ids[order]
+
+    def codes(self, number: int) -> Codes:
+        """Codes of a list, uint8 [n, size]."""
+        codes = np.concatenate([shard.codes(number) for shard in self._shards])
+        order = self._joined(number)[1]
+        return codes if order is None else codes[order]
+
+    def _joined(self, number: int) -> tuple[Ids, Ids | None]:
+        """Ids as the shards have them, one after the other, and their order; None: they ascend."""
+        ids = np.concatenate([shard.ids(number) for shard in self._shards])
+        return ids, None if (ids[1:] > ids[:-1]).all() else np.argsort(ids)
 
 
 class InvertedLists:

@@ -23,6 +23,8 @@ R = TypeVar("R")
 _CACHED_ENTRIES = 1 << 20
 _GPU_ENTRIES = 1 << 28
 _LEAST_ROWS = 256
+_STEP, _WIDTH = 64, 32
+_SMALL, _LARGE = 16, 128
 _BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
@@ -69,6 +71,11 @@ class Columns:
     def __init__(self, vectors: torch.Tensor) -> None:
         self._vectors, self._half_norms = vectors, vectors.square().sum(1).div_(-2)
 
+    @staticmethod
+    def table(asked: torch.Tensor) -> torch.Tensor:
+        """Queries [q, d] as ``scores`` takes them."""
+        return asked
+
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
         """Scores [r, high − low] of some ``rows`` [r] of a table of queries [q, d] and some of the vectors.
 
@@ -79,6 +86,60 @@ class Columns:
         asked = torch.index_select(table, 0, rows, out=scratch.take("rows", table.dtype, len(rows), table.shape[1]))
         out = scratch.take("scores", table.dtype, len(rows), high - low)
         return torch.addmm(self._half_norms[low:high], asked, self._vectors[low:high].T, out=out)
+
+
+class RoughColumns:
+    """As ``Columns``, with what goes in and what comes out rounded to bfloat16.
+
+    On processors that multiply it this is several times as fast, and good for candidates that are ranked then.
+
+    |x|² goes in as two further columns, its leading digits and the rest, so its error is none to speak of. oneDNN makes
+    a kernel for every shape, so products are as large as the next of a few sizes: what is too much is of rows and
+    vectors that happen to lie behind, and is left out.
+    """
+
+    def __init__(self, vectors: torch.Tensor) -> None:
+        import torch
+
+        n, d = vectors.shape
+        self._vectors = torch.zeros(n + _STEP, _padded(d), dtype=torch.bfloat16)
+        self._vectors[:n, :d] = vectors
+        half_norms = vectors.square().sum(1).div_(-2)
+        self._vectors[:n, d] = half_norms
+        self._vectors[:n, d + 1] = half_norms - self._vectors[:n, d].float()
+
+    @staticmethod
+    def table(asked: torch.Tensor) -> torch.Tensor:
+        """Queries, float32 [q, d], as ``scores`` takes them."""
+        import torch
+
+        q, d = asked.shape
+        found = torch.zeros(q, _padded(d), dtype=torch.bfloat16)
+        found[:, :d] = asked
+        found[:, d : d + 2] = 1
+        return found
+
+    def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
+        """Scores, float32 [r, high − low], see ``Columns.scores``."""
+        import torch
+
+        r, n = len(rows), high - low
+        width = table.shape[1]
+        asked = scratch.take("rows", table.dtype, _bucket(r), width)
+        torch.index_select(table, 0, rows, out=asked[:r])
+        some = self._vectors[low : low + -(-n // _STEP) * _STEP]
+        out = scratch.take("rough", table.dtype, len(asked), len(some))
+        torch.mm(asked, some.T, out=out)
+        return scratch.take("scores", torch.float32, r, n).copy_(out[:r, :n])
+
+
+def _padded(d: int) -> int:
+    return -(-(d + 2) // _WIDTH) * _WIDTH
+
+
+def _bucket(rows: int) -> int:
+    """The next of the numbers of rows that products have: powers of two, and from 128 on its multiples."""
+    return -(-rows // _LARGE) * _LARGE if rows > _LARGE // 2 else max(_SMALL, 1 << (rows - 1).bit_length())
 
 
 class Scratch:

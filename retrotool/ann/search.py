@@ -3,16 +3,18 @@
 Against searching query by query this turns matrix–vector into matrix–matrix products. It goes in two steps:
 
 1. ``Search`` chooses candidates by what the codes stand for, or by the vectors themselves, over any number of shards.
-   The best so far of a query set the limit that others have to beat, so its nearest list comes first. Both sides of a
-   product are shifted by a mean, which changes no distance: products lose digits where vectors have much in common.
-2. ``rerank`` computes Σ(q − x)² from the vectors themselves, which the caller fetches by id.
+   Both sides of a product are shifted by a mean, which changes no distance: products lose digits where vectors have
+   much in common. Many products may be rounded ones, if the processor has them, as candidates are ranked then.
+2. ``ranking.rerank`` computes Σ(q − x)² from the vectors themselves, which the caller fetches by id.
 
 What a query must not find is masked before the best are taken. Its own document is an interval of chunk ids, and ids
 ascend in a list, so that is an interval of columns, found by binary search (``ann.excluded``).
 
-On a CPU every core takes a share of the queries: a product of some hundred rows is too small to be divided. Blocks of
-lists are decoded once for all. Cost: 2·d operations for each vector in the lists that a query probes, at the rate of
-the matrix products; what is left of the time goes to gathering queries and to the heaps.
+On a CPU every core takes a share of the queries, if the products of a list are large enough for that, and blocks of
+lists are decoded once for all; otherwise one does all, as Python lets only one thread at a time prepare its next
+product. Lists of several shards are joined, which makes wider products. Cost: 2·d operations for each vector in the
+lists that a query probes, at the rate of the matrix products; finding the lists, gathering queries and the heaps take
+as long again.
 
 Memory: queries twice, candidates, and ``room`` bytes for distances and the vectors of lists. What it is not enough for
 is done in more steps.
@@ -32,9 +34,10 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Excluded, Mask, Queries
 from retrotool.ann.heaps import Heaps, largest
 from retrotool.ann.kmeans import assign
-from retrotool.ann.lists import Ids, Lists
+from retrotool.ann.lists import Ids, JoinedLists, Lists
 from retrotool.ann.nearest import Nearest
-from retrotool.ann.products import Columns, Scratch, Table, one_thread_each
+from retrotool.ann.products import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
+from retrotool.ann.ranking import Fetch
 from retrotool.ann.trained import Floats, Trained
 
 if TYPE_CHECKING:
@@ -48,30 +51,14 @@ _CACHED_ROWS = 1 << 12
 _CACHED_ENTRIES = 1 << 19
 """Scores at a time on a CPU: a megabyte, which stays in its cache."""
 _LEAST_TILE = 1 << 10
-"""Queries that are worth a thread each."""
-_PAIRS, _MANY_PAIRS = 1 << 10, 1 << 15
+"""Queries that are worth several threads."""
+_LEAST_WORK = 1 << 25
+"""Operations of the product of a list that are worth a thread each."""
 SPARE = 8
 """Candidates beyond k where codes are whole vectors: of distances that products can't tell apart, the true decide."""
 
 Banned = Callable[[Ids], npt.NDArray[np.bool_]]
 """Tells which ids must not be found."""
-Fetch = Callable[[Ids], npt.NDArray[np.float16]]
-"""Gives the vectors, float16 [n, d], of ids [n], which ascend."""
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The k nearest of q queries, both [q, k].
-
-    ``distances`` are float32 and ascend (+inf: none); ``ids`` are int64 (−1: none).
-    """
-
-    distances: npt.NDArray[np.float32]
-    ids: Ids
-
-    def take(self, rows: slice) -> Best:
-        """The same for some of the queries."""
-        return Best(self.distances[rows], self.ids[rows])
 
 
 def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
@@ -84,7 +71,8 @@ class Search:
 
     ``precise``: products in float64, for a truth that others are held against. ``device`` does the products and finds
     the best; lists are decoded on the CPU. ``room``: bytes for scores and decoded vectors. ``vectors``: these take the
-    place of codes, so that of the lists only the ids are read.
+    place of codes, so that of the lists only the ids are read. ``rough``: products may be rounded, where that is
+    quicker.
     """
 
     def __init__(
@@ -99,6 +87,7 @@ class Search:
         device: str = "cpu",
         room: int = ROOM,
         vectors: Fetch | None = None,
+        rough: bool = False,
     ) -> None:
         import torch
 
@@ -106,44 +95,78 @@ class Search:
         """Codes that were compared with a query, over all queries."""
         self._trained, self._banned, self._depth, self._q = trained, banned, depth, len(queries)
         self._vectors = vectors
-        self._device, on_cpu = torch.device(device), device == "cpu"
+        self._device = torch.device(device)
         self._dtype = torch.float64 if precise else torch.float32
+        self._excluded, self._nprobe, self._room, self._rough = queries.excluded, nprobe, room, rough
         asked = torch.from_numpy(queries.vectors).to(self._device)
-        rotated = trained.rotate(asked)
-        self._asked = rotated if vectors is None else asked
+        self._rotated = trained.rotate(asked)
+        self._asked = self._rotated if vectors is None else asked
         self._shift: Any = None
         if trained.centroids is not None and vectors is None:
             self._shift = torch.from_numpy(trained.centroids).mean(0)
-        self._threads = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
-        # Half of the room is for vectors, which for a moment are there twice, and half for scores; a CPU wants both
-        # in its cache.
-        self._most_rows = max(1, room // 2 // (trained.codec.d * (16 if precise else 8)) // self._threads)
-        entries = max(1, room // 2 // (16 if precise else 8) // self._threads)
-        self._entries = min(entries, _CACHED_ENTRIES) if on_cpu else entries
-        self._most_rows = min(self._most_rows, _CACHED_ROWS) if on_cpu else self._most_rows
-        self._columns = max(1, min(self._most_rows, self._entries, _COLUMNS if on_cpu else self._most_rows))
-        cut = _tiles(trained, rotated, queries.excluded, nprobe, self._threads)
-        with one_thread_each(self._threads) as run:
-            self._tiles = run(lambda some: _Tile(*some, queries.excluded, depth, self._dtype, self._device), cut)
+        self._tiles: list[_Tile] = []
+        self._columns_as: type[Columns | RoughColumns] = Columns
+        self._threads = 1
 
-    def add(self, shard: Lists) -> None:
-        """Take in what the queries find in a shard."""
-        import torch
-
+    def add(self, *shards: Lists) -> None:
+        """Take in what the queries find in shards; of each list, those of all shards are searched at once."""
+        if not shards:
+            return
+        shard = shards[0] if len(shards) == 1 else JoinedLists(shards)
         if self._shift is None:
             self._shift = self._mean(shard)
-        shift = self._shift.to(self._device)
-        rows = [torch.from_numpy(tile.rows).to(self._device) for tile in self._tiles]
-        tables = [self._asked.index_select(0, some).sub_(shift).to(self._dtype) for some in rows]
-        # First the nearest list of every query: what is found there sets the limit that others have to beat.
-        for near in (True, False):
-            groups = [tile.near if near else tile.far for tile in self._tiles]
-            jobs = list(zip(self._tiles, tables, groups, strict=True))
-            all_pieces = self._pieces(shard, sorted(set().union(*groups)))
-            with one_thread_each(self._threads) as run:
-                while some_pieces := list(itertools.islice(all_pieces, self._threads)):
+        if not self._tiles:
+            self._start(len(shard))
+        with one_thread_each(self._threads) as run:
+            tables = run(self._table, self._tiles)
+            for turn in range(len(self._tiles[0].turns)):
+                jobs = [(tile, table, tile.turns[turn]) for tile, table in zip(self._tiles, tables, strict=True)]
+                pieces = self._pieces(shard, sorted(set().union(*(asking for _, _, asking in jobs))))
+                while some_pieces := list(itertools.islice(pieces, self._threads)):
                     blocks = run(functools.partial(self._decode, shard), some_pieces)
-                    self.scanned += sum(run(functools.partial(self._scan, blocks, near), jobs))
+                    self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
+
+    def _table(self, tile: _Tile) -> torch.Tensor:
+        """The queries of a tile, less the mean, as products take them."""
+        import torch
+
+        shift = self._shift.to(self._device)
+        table = None
+        for start in range(0, len(tile.rows), _ROWS):
+            rows = torch.from_numpy(tile.rows[start : start + _ROWS]).to(self._device)
+            some = self._columns_as.table(self._asked[rows].sub_(shift).to(self._dtype))
+            if table is None:
+                table = some.new_empty(len(tile.rows), some.shape[1])
+            table[start : start + len(rows)] = some
+        return self._asked if table is None else table
+
+    def _start(self, n: int) -> None:
+        """Cut the queries into tiles, for a search of about n vectors."""
+        import torch
+
+        trained, on_cpu = self._trained, self._device.type == "cpu"
+        most = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
+        lists = max(trained.nlist, 1)
+        a_list = 2 * trained.d * (self._q * min(self._nprobe, lists) / lists) * (n / lists)
+        # Between its products a thread holds Python's lock: of small ones, one thread does more than two.
+        self._threads = most if a_list >= most * _LEAST_WORK else 1
+        if self._rough and on_cpu and has_bfloat16() and a_list >= self._threads * _LEAST_WORK:
+            self._columns_as = RoughColumns
+        # Half of the room is for vectors, which for a moment are there twice, and half for scores; a CPU wants both
+        # in its cache.
+        size = 2 * self._dtype.itemsize
+        self._most_rows = max(1, self._room // 2 // (trained.codec.d * size) // self._threads)
+        self._entries = max(1, self._room // 2 // size // self._threads)
+        if on_cpu:
+            self._entries, self._most_rows = min(self._entries, _CACHED_ENTRIES), min(self._most_rows, _CACHED_ROWS)
+        self._columns = max(1, min(self._most_rows, self._entries, _COLUMNS if on_cpu else self._most_rows))
+        if trained.centroids is None:
+            probed = np.zeros((self._q, 1), np.int64)
+        else:
+            probed = nearest_lists(trained.centroids, self._rotated, self._nprobe, most)
+        cut = _tiles(probed, self._excluded, self._threads)
+        with one_thread_each(self._threads) as run:
+            self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
 
     def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
         """Pieces of lists, not too wide, as many at a time as may be decoded at a time."""
@@ -165,22 +188,22 @@ class Search:
         """The vectors of pieces of lists, less the mean, without those that are banned."""
         import torch
 
-        all_ids = [shard.ids(piece.number)[piece.rows] for piece in pieces]
-        kept = [~self._banned(ids) for ids in all_ids]
-        bounds = np.cumsum([0, *(int(some.sum()) for some in kept)])
-        ids = [some[is_kept] for some, is_kept in zip(all_ids, kept, strict=True)]
+        ids = np.concatenate([shard.ids(piece.number)[piece.rows] for piece in pieces])
+        keep = ~self._banned(ids)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        bounds = np.concatenate([[0], np.cumsum(keep)[ends - 1]])
+        ids = ids[keep]
         if self._vectors is not None:
-            fetched = np.concatenate([self._vectors(some) for some in ids if len(some)] or [self._no_vectors()])
-            vectors = torch.from_numpy(fetched.astype(np.float32)).sub_(self._shift)
+            vectors = _fetched(self._vectors, ids, self._asked.shape[1]).sub_(self._shift)
         else:
-            codes = [shard.codes(p.number)[p.rows][is_kept] for p, is_kept in zip(pieces, kept, strict=True)]
-            vectors = self._trained.codec.decode(np.concatenate(codes)).sub_(self._shift)
+            codes = np.concatenate([shard.codes(piece.number)[piece.rows] for piece in pieces])
+            vectors = self._trained.codec.decode(codes[keep]).sub_(self._shift)
             if self._trained.by_residual:
                 assert self._trained.centroids is not None
                 for piece, (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
                     vectors[low:high].add_(torch.from_numpy(self._trained.centroids[piece.number]))
-        columns = Columns(vectors.to(self._device, self._dtype))
-        return _Block(pieces, bounds.tolist(), np.concatenate(ids), columns)
+        columns = self._columns_as(vectors.to(self._device, self._dtype))
+        return _Block(pieces, bounds.tolist(), ids, columns)
 
     def _mean(self, shard: Lists) -> torch.Tensor:
         """Roughly the mean of the vectors of a shard, float32 [d]; any would do that is the same for all."""
@@ -191,17 +214,14 @@ class Search:
             return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
         return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
 
-    def _no_vectors(self) -> npt.NDArray[np.float16]:
-        return np.zeros((0, self._asked.shape[1]), np.float16)
-
-    def _scan(self, blocks: list[_Block], near: bool, job: tuple[_Tile, torch.Tensor, dict[int, torch.Tensor]]) -> int:
-        """Hold the queries of a tile (a table, and those of each list) against blocks; return how many pairs it was."""
-        tile, table, groups = job
+    def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
+        """Hold a tile's queries, a table, against blocks of lists that they ask for; return how many pairs it was."""
+        tile, table, asking = job
         scanned, scratch = 0, Scratch(self._device)
         for block in blocks:
             mask = Mask(tile.excluded, block.ids)
             for piece, (low, high) in zip(block.pieces, itertools.pairwise(block.bounds), strict=True):
-                rows = groups.get(piece.number)
+                rows = asking.rows(piece.number)
                 if rows is None or low == high:
                     continue
                 scanned += len(rows) * (high - low)
@@ -210,7 +230,7 @@ class Search:
                     some = rows[start : start + step]
                     scores = block.columns.scores(table, some, low, high, scratch)
                     mask.apply(scores, some, low, high)
-                    tile.nearest.offer(some, scores, block.ids[low:high], first=near and piece.low == 0)
+                    tile.nearest.offer(some, scores, block.ids[low:high], first=asking.are_first and piece.low == 0)
         return scanned
 
     @property
@@ -245,49 +265,74 @@ class _Block:
     pieces: list[_Piece]
     bounds: list[int]
     ids: Ids
-    columns: Columns
+    columns: Columns | RoughColumns
+
+
+def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
+    """The vectors of ids in any order, float32 [n, d]."""
+    import torch
+
+    if not len(ids):
+        return torch.empty(0, d)
+    order = np.argsort(ids)
+    # torch widens float16 by the processor's instruction for it, numpy does not
+    fetched = torch.from_numpy(fetch(ids[order])).float()
+    return torch.empty_like(fetched).index_copy_(0, torch.from_numpy(order), fetched)
 
 
 class _Tile:
     """Some of the queries, ``rows`` [t] of all, and what they have found.
 
-    ``near`` and ``far`` have, for each list, the queries of the tile whose nearest it is, or that probe it besides.
+    ``turns`` have, for each list, the queries of the tile that probe it. In torch's terms the nearest list of every
+    query comes first, as what is found there sets the limit that others have to beat; heaps do without.
     """
 
     def __init__(
         self, rows: Ids, probed: Ids, of_all: Excluded, depth: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.rows, self.excluded = rows, of_all.take(rows).ascending()
-        self.nearest: Heaps | Nearest = Nearest(depth, len(rows), dtype=dtype, device=device)
+        self.nearest: Heaps | Nearest
         if device.type == "cpu" and dtype.itemsize == np.dtype(np.float32).itemsize:
             self.nearest = Heaps(depth, len(rows))
-        self.near, self.far = _by_list(probed[:, :1], device), _by_list(probed[:, 1:], device)
+            self.turns = [_ByList(probed, device)]
+        else:
+            self.nearest = Nearest(depth, len(rows), dtype=dtype, device=device)
+            self.turns = [_ByList(probed[:, :1], device, are_first=True), _ByList(probed[:, 1:], device)]
 
 
-def _tiles(trained: Trained, rotated: torch.Tensor, excluded: Excluded, nprobe: int, n: int) -> list[tuple[Ids, Ids]]:
-    """(rows, lists that they probe [rows, nprobe], the nearest first) of n tiles, each with every n-th query.
+def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
+    """(rows, lists that they probe [rows, nprobe]) of n tiles, each with every n-th query.
 
     So all have about the same work at every list. In a tile queries are ordered by what they exclude, or by their
     nearest list: what is read together lies together.
     """
-    if trained.centroids is None:
-        probed = np.zeros((len(rotated), 1), np.int64)
-    else:
-        probed = nearest_lists(trained.centroids, rotated, nprobe, n)
     order = np.argsort(excluded.first if excluded.any else probed[:, 0], kind="stable")
     return [(order[first::n], probed[order[first::n]]) for first in range(n)]
 
 
-def _by_list(probed: Ids, device: torch.device) -> dict[int, torch.Tensor]:
+class _ByList:
     """For each list the rows of probed [t, p] that name it, ascending."""
-    import torch
 
-    least = np.min_scalar_type(int(probed.max(initial=0)))  # numbers of 16 bits are sorted several times as fast
-    flat = probed.ravel().astype(least)
-    order = np.argsort(flat, kind="stable")
-    starts = np.flatnonzero(np.diff(flat[order].astype(np.int64), prepend=-1))
-    rows = np.split(order // max(probed.shape[1], 1), starts[1:]) if len(order) else []
-    return {int(n): torch.from_numpy(some).to(device) for n, some in zip(flat[order[starts]], rows, strict=True)}
+    def __init__(self, probed: Ids, device: torch.device, *, are_first: bool = False) -> None:
+        import torch
+
+        self.are_first = are_first
+        """Whether what these rows find is the first that they find."""
+        least = np.min_scalar_type(int(probed.max(initial=0)))  # numbers of 16 bits are sorted several times as fast
+        flat = probed.ravel().astype(least)
+        order = np.argsort(flat, kind="stable")
+        starts = np.flatnonzero(np.diff(flat[order].astype(np.int64), prepend=-1)).tolist()
+        self._bounds = dict(zip(flat[order[starts]].tolist(), itertools.pairwise([*starts, len(order)]), strict=True))
+        self._rows = torch.from_numpy(order // max(probed.shape[1], 1)).to(device)
+
+    def __iter__(self) -> Iterator[int]:
+        """The lists that any row names."""
+        return iter(self._bounds)
+
+    def rows(self, number: int) -> torch.Tensor | None:
+        """The rows that name a list; None: no one does."""
+        bounds = self._bounds.get(number)
+        return None if bounds is None else self._rows[bounds[0] : bounds[1]]
 
 
 def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
@@ -309,40 +354,3 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads
 
     with one_thread_each(threads) as run:
         return np.concatenate(run(nearest, torch.split(vectors, scored.rows)))
-
-
-def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: int) -> Best:
-    """The k nearest among candidates [q, c] (−1: none) by their distances from the vectors themselves, float32."""
-    distances = exact_distances(queries, candidates, fetch)
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
-    best.distances[:, : order.shape[1]] = np.take_along_axis(distances, order, 1)
-    best.ids[:, : order.shape[1]] = np.take_along_axis(candidates, order, 1)
-    return best
-
-
-def exact_distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) -> npt.NDArray[np.float32]:
-    """Squared distances, float32 [q, c], of queries [q, d] to the vectors of candidates [q, c] (−1: +inf)."""
-    import torch
-
-    distances = np.full(candidates.size, np.inf, np.float32)
-    flat = candidates.ravel()
-    found = np.flatnonzero(flat >= 0)
-    found = found[np.argsort(flat[found], kind="stable")]  # what lies together is read together
-    wanted = torch.from_numpy(queries)
-
-    def measure(places: Ids) -> None:
-        # In memory that is used again and again: fresh memory of this size costs more than the arithmetic.
-        one, other = torch.empty(2, min(_PAIRS, len(places)), queries.shape[1])
-        for start in range(0, len(places), _PAIRS):
-            pairs = places[start : start + _PAIRS]
-            n = len(pairs)
-            vectors: Any = torch.from_numpy(fetch(flat[pairs]))
-            rows = torch.from_numpy(pairs // candidates.shape[1])
-            apart = torch.index_select(wanted, 0, rows, out=one[:n]).sub_(other[:n].copy_(vectors))
-            distances[pairs] = apart.square_().sum(1).numpy()
-
-    threads = torch.get_num_threads() if len(found) >= _MANY_PAIRS else 1
-    with one_thread_each(threads) as run:
-        run(measure, np.array_split(found, threads))
-    return distances.reshape(candidates.shape)

@@ -337,7 +337,8 @@ def _search(sizes: Sizes) -> float:
     """Floating-point operations a second of a search: lists found and gone through, candidates re-ranked."""
     from retrotool.ann.codes import Product
     from retrotool.ann.excluded import Queries
-    from retrotool.ann.search import Search, nothing_banned, rerank
+    from retrotool.ann.ranking import rerank
+    from retrotool.ann.search import Search, nothing_banned
     from retrotool.ann.trained import Trained
     from retrotool.commands.planning import RERANKED
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.lists import OneList
-from retrotool.ann.search import ROOM, SPARE, Best, Search, nothing_banned, rerank
+from retrotool.ann.ranking import Best, rerank
+from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
 from retrotool.stages.database import embedded_parts, pick_encoder, read_part_vectors, searchable_rows
 from retrotool.stages.restricted import AllowedChunks
 from retrotool.stages.searching import room_in, rows_in

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from retrotool import interrupts
 from retrotool.ann.excluded import Queries
-from retrotool.ann.search import Best
+from retrotool.ann.ranking import Best
 from retrotool.errors import UsageError
 from retrotool.memory import give_back
 from retrotool.memory import of_machine as memory_of_machine
@@ -45,8 +45,8 @@ MOST = 1 << 12
 """Candidates of a row that are judged at most; and never fewer than four times as many as are saved."""
 LONGEST = 64
 """Tokens of the longest chunks that can be compared."""
-_QUERY_BLOCK = 1 << 18
-_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 16, 6
+_QUERY_BLOCK = 1 << 20
+_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
 """What part of the machine's memory, or of what was given, is for a block of queries."""
 _PAIRS = 1 << 13
 _FEWEST_JUDGED, _MOST_JUDGED, _BYTES_A_CANDIDATE = 1 << 21, 1 << 24, 32

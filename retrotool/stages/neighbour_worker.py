@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
-from retrotool.ann.search import Best
+from retrotool.ann.ranking import Best
 from retrotool.stages.base import Report, Task
 from retrotool.stages.database import (
     erased_chunks,

@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from retrotool.ann.codes import Whole
 from retrotool.ann.lists import Ids, InvertedLists
-from retrotool.ann.search import ROOM, SPARE, Best, exact_distances
+from retrotool.ann.ranking import Best, exact_distances
+from retrotool.ann.search import ROOM, SPARE
 from retrotool.ann.trained import Trained
 from retrotool.stages.searching import TUNED_K, Point, Vectors, rows_in, start_search
 from retrotool.stages.truth import DEPTH, Truth, budget_on

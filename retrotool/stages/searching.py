@@ -19,7 +19,8 @@ import numpy.typing as npt
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Queries
 from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
-from retrotool.ann.search import ROOM, SPARE, Banned, Best, Fetch, Search, rerank
+from retrotool.ann.ranking import Best, Fetch, rerank
+from retrotool.ann.search import ROOM, SPARE, Banned, Search
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.memory import of_machine as memory_of_machine
@@ -83,7 +84,8 @@ class Vectors:
 
     def __init__(self, store: Store, encoder: str) -> None:
         self._store = store
-        self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
+        # As a plain array: numpy takes several times as long for small pieces of one that it knows to be mapped.
+        self._part = lru_cache(_KEPT_PARTS)(lambda part: np.asarray(read_part_vectors(store, encoder, part)))
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Vectors, float16 [n, d], of ascending chunk ids; ``CorruptError`` for one that is nobody's."""
@@ -283,9 +285,8 @@ def start_search(
     vectors: Fetch | None = None,
 ) -> Search:
     """The ``depth`` candidates that queries find in ``nprobe`` lists of all shards, by ``vectors`` or by codes."""
-    search = Search(trained, queries, nprobe, depth, banned, device=device, room=room, vectors=vectors)
-    for shard in shards:
-        search.add(shard)
+    search = Search(trained, queries, nprobe, depth, banned, device=device, room=room, vectors=vectors, rough=True)
+    search.add(*shards)
     return search
 
 

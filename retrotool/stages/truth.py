@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import OneList
-from retrotool.ann.search import ROOM, Best
+from retrotool.ann.ranking import Best
+from retrotool.ann.search import ROOM
 from retrotool.memory import give_back
 from retrotool.stages.base import Report
 from retrotool.stages.database import (

@@ -15,7 +15,8 @@ from retrotool.ann.codes import Product, Scalar, Whole, same
 from retrotool.ann.excluded import Queries
 from retrotool.ann.kmeans import kmeans
 from retrotool.ann.product import train_product, train_rotation
-from retrotool.ann.search import Search, nothing_banned, rerank
+from retrotool.ann.ranking import rerank
+from retrotool.ann.search import Search, nothing_banned
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError
 

@@ -10,7 +10,8 @@ from test_lists import clustered, filled, trained_as
 
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.lists import InvertedLists, OneList
-from retrotool.ann.search import ROOM, SPARE, Search, exact_distances, nothing_banned, rerank
+from retrotool.ann.ranking import exact_distances, rerank
+from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
 
 
 def random_vectors(n: int, d: int, seed: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from retrotool.ann.choice import Wanted
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Intervals, Queries
 from retrotool.ann.lists import InvertedLists, OneList, fill
-from retrotool.ann.search import SPARE, Search, nothing_banned, rerank
+from retrotool.ann.ranking import rerank
+from retrotool.ann.search import SPARE, Search, nothing_banned
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.commands.indexing import Options
 from retrotool.encoder import Encoder, Rows

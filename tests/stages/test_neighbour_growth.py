@@ -170,7 +170,7 @@ def test_jobs_and_worker_processes_share_a_store(store: Path, tmp_path: Path) ->
 
 
 def test_merging_keeps_the_nearest_once_each() -> None:
-    from retrotool.ann.search import Best
+    from retrotool.ann.ranking import Best
 
     inf = np.inf
     one = Best(np.array([[0.1, 0.5, inf]], np.float32), np.array([[7, 3, -1]]))
