@@ -74,7 +74,7 @@ def main() -> None:
         if arguments.purge:
             store = Path(shutil.copytree(store, folder / "store"))
             purge(store, arguments.purge)
-        look(store, arguments, folder)
+        look(store, arguments.name, arguments.encoder, arguments.queries, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -89,18 +89,18 @@ def purge(store: Path, n: int) -> None:
     subprocess.run(command, capture_output=True, check=True)
 
 
-def look(store: Path, arguments: argparse.Namespace, folder: Path) -> None:
-    vectors, ids, documents = export(store, arguments.encoder, folder, 0)
-    rows, neighbours, distances = table_of(store, arguments.name)
+def look(store: Path, name: str, encoder: str, queries: int, folder: Path) -> None:
+    vectors, ids, documents = export(store, encoder, folder, 0)
+    rows, neighbours, distances = table_of(store, name)
     held = np.isin(rows, ids)
     rows, neighbours, distances = rows[held], neighbours[held], distances[held]
     print(f"{len(ids):,} vectors; {len(rows):,} rows of {neighbours.shape[1]} neighbours")
     print(f"of the own document: {own(rows, neighbours, documents, ids)} in {neighbours.size:,}")
     reader = retrotool.open(store)
-    drawn = np.sort(np.random.default_rng(1).choice(len(rows), min(arguments.queries, len(rows)), replace=False))
+    drawn = np.sort(np.random.default_rng(1).choice(len(rows), min(queries, len(rows)), replace=False))
     gone = seen = 0
     for i in drawn.tolist():
-        found = reader.neighbour_ids(int(rows[i]), arguments.name, neighbours.shape[1])
+        found = reader.neighbour_ids(int(rows[i]), name, neighbours.shape[1])
         seen += len(found)
         gone += int((~member(np.array([chunk for chunk, _ in found], np.int64), ids)).sum())
     print(f"purged, as they are read: {gone} in {seen:,} of {len(drawn):,} rows")
