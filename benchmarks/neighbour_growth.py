@@ -3,7 +3,7 @@
     python benchmarks/neighbour_growth.py FIRST... --then LATER... [--encoder minilm] [--queries 2000]
 
 Text of FIRST is chunked, embedded and indexed, and all its neighbours are found. Text of LATER comes in, the index
-takes it up, and the table is brought up to date; a second table is found from scratch. Of both: the time, and the recall.
+takes it up, and the table is brought up to date; a second table is found from scratch. Of both: time and recall.
 """
 
 from __future__ import annotations
