@@ -66,7 +66,7 @@ class Tokenizer:
             raise UsageError(f"tokenizer {file.name!r} can't be loaded: it has no tokens", "Train it first.")
         self.vocabulary = max(vocabulary.values()) + 1
         self._decoder = str((fields.get("decoder") or {}).get("type"))
-        self._is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
+        self.is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
         self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None and self._gives_back(_PROBE)
         self._may_cut = not why_not_cut(fields)
         self._table: pa.Array | None = None
@@ -129,7 +129,7 @@ class Tokenizer:
 
     def encode_chunk_text(self, text: str) -> list[int]:
         """Token ids of a chunk's text, also of one that begins inside a word (shown as ``##...`` by WordPiece)."""
-        if not (self._is_wordpiece and text.startswith(_CONTINUATION)):
+        if not (self.is_wordpiece and text.startswith(_CONTINUATION)):
             return self.encode_batch([text])[0]
         # What follows the first word stays as it is: special tokens such as [UNK] are found before normalising.
         head, space, tail = text.removeprefix(_CONTINUATION).partition(" ")
