@@ -14,6 +14,7 @@ from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
     from retrotool.commands.purging import ConsumerLeft, PurgeResult
+    from retrotool.stages.selection import Match
 
 EPILOG = """\b
 Examples:
@@ -22,6 +23,8 @@ Examples:
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes"""
 
 ASK_ABOVE = 0.01
+
+_BY = "What to purge (any of these; with --and what all of them mean)"
 
 
 def command(
@@ -32,21 +35,60 @@ def command(
             metavar="TEXT", help="Why. Stays in the log for ever, so it must name no person.", show_default=False
         ),
     ],
-    ids: Annotated[Path | None, typer.Option(metavar="FILE", help="Chunk ids, one a line.", show_default=False)] = None,
+    ids: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Chunk ids, one a line.", show_default=False, rich_help_panel=_BY),
+    ] = None,
+    chunk: Annotated[
+        list[int] | None,
+        typer.Option(metavar="ID", help="A chunk id; may be repeated.", show_default=False, rich_help_panel=_BY),
+    ] = None,
     documents: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Document ids, one a line.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Document ids, one a line.", show_default=False, rich_help_panel=_BY),
+    ] = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="A document id; may be repeated.", show_default=False, rich_help_panel=_BY),
     ] = None,
     where: Annotated[
         str | None,
         typer.Option(
-            metavar="EXPR", help="Expression over document columns, such as \"source = 'x'\".", show_default=False
+            metavar="EXPR",
+            help="Expression over document columns, such as \"source = 'x'\".",
+            show_default=False,
+            rich_help_panel=_BY,
         ),
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(metavar="RE", help="RE2 pattern over the decoded text of each chunk.", show_default=False),
+        typer.Option(
+            metavar="RE",
+            help="RE2 pattern over the text of documents: the chunks that a match touches.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and change nothing.")] = False,
+    patterns: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="RE2 patterns, one a line.", show_default=False, rich_help_panel=_BY),
+    ] = None,
+    every: Annotated[bool, typer.Option("--and", help="Only what all of these mean.", rich_help_panel=_BY)] = False,
+    whole_documents: Annotated[
+        bool,
+        typer.Option("--whole-documents", help="All chunks of the documents that are touched.", rich_help_panel=_BY),
+    ] = False,
+    allow_lossy: Annotated[
+        bool,
+        typer.Option(
+            "--allow-lossy", help="Look at text also where the tokenizer loses case or spacing.", rich_help_panel=_BY
+        ),
+    ] = False,
+    who: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
     erase: Annotated[
         bool, typer.Option("--erase", help="Also rewrite the files that hold the chunks. Can't be undone.")
@@ -61,11 +103,10 @@ def command(
     with output.errors(as_json):
         from retrotool import commands
 
-        given = {"ids": ids, "documents": documents, "where": where, "pattern": pattern}
-        chosen = [(kind, str(value)) for kind, value in given.items() if value is not None]
-        if len(chosen) != 1:
-            raise UsageError("give one of --ids, --documents, --where and --pattern", "See: retrotool purge --help")
-
+        selectors = commands.Selectors(
+            ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
+            pattern=pattern, patterns=patterns, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
+        )  # fmt: skip
         declined = False
 
         def confirm(planned: PurgeResult) -> bool:
@@ -75,7 +116,7 @@ def command(
             declined = not _agrees(_warning(planned, erase))
             return not declined
 
-        result = commands.purge(store, *chosen[0], reason=reason, dry_run=dry_run, erase=erase, confirm=confirm)
+        result = commands.purge(store, selectors, reason=reason, who=who, dry_run=dry_run, erase=erase, confirm=confirm)
         if declined:
             output.stop("Nothing was purged.", as_json)
         output.show(result, as_json, lambda result: _text(store, result, erase))
@@ -113,7 +154,8 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
         repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
         copies = f", those of {result.copies:,} set-aside {repeating} them included"
     if result.dry_run:
-        lines = [f"Would purge {what}{before}. Nothing was changed."]
+        lines = [f"Would purge {what}{before}. Nothing was purged."]
+        lines += [f"  {_match(match)}" for match in result.matches if len(result.matches) > 1]
         if erase:
             lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{copies}.")
         lines += ["First chunks: " + ", ".join(map(str, result.examples))] if result.examples else []
@@ -133,6 +175,11 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
     lines += [f"Not reached: {what}." for what in result.not_reached]
     lines += [_consumer(one) for one in result.consumers]
     return "\n".join(lines)
+
+
+def _match(match: Match) -> str:
+    name = f", {match.name}" if match.name else ""
+    return f"--{match.selector}{name}: {output.count(match.chunks, 'chunk')}"
 
 
 def _consumer(one: ConsumerLeft) -> str:

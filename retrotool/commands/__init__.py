@@ -18,8 +18,10 @@ from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
 from retrotool.commands.purging import purge
+from retrotool.commands.selecting import Selectors
 
 __all__ = [
+    "Selectors",
     "calibrate",
     "chunk",
     "embed",

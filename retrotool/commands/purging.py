@@ -6,6 +6,7 @@ commit has overtaken is selected, or planned, again; ``confirm`` is asked again 
 
 from __future__ import annotations
 
+import getpass
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from retrotool import engine
 from retrotool.commands.counting import neighbours_command
 from retrotool.commands.materialising import erase_consumed
+from retrotool.commands.selecting import Selectors, check_text
 from retrotool.commands.writing import writing
 from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
 from retrotool.stages import purge as selecting
@@ -25,7 +27,8 @@ from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
-from retrotool.stages.purge import Ids, Report, Selection
+from retrotool.stages.purge import Selection
+from retrotool.stages.selection import Asked, Ids, Match, Report, choose
 from retrotool.store import staging
 from retrotool.store.clean import clean, clean_spool
 from retrotool.store.log import Draft
@@ -70,7 +73,7 @@ class PurgeResult:
     aside because they repeat one that is erased. ``blocked`` are the ids and texts that are kept from coming back, and
     were not before. ``left`` says, in sentences, where text may lie that an erase could not reach just now, and
     ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that name what was erased,
-    by this purge or before, or could, as far as they are known.
+    by this purge or before, or could, as far as they are known. ``matches`` are how many chunks each selector means.
     """
 
     purge: str
@@ -91,79 +94,59 @@ class PurgeResult:
     left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
     consumers: tuple[ConsumerLeft, ...] = field(default=())
+    matches: tuple[Match, ...] = field(default=())
 
 
-def select(store: Store, kind: str, value: str, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
-    """Select chunks by ``ids`` or ``documents`` (a file, one a line), ``where`` or ``pattern`` (an expression).
+def select(store: Store, asked: Asked, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
+    """Select what is asked for; scans must have been done.
 
-    A purge by the same selector may have been interrupted in its erase, so that its documents can't be found any more:
+    A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
     then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
     """
-    lines: list[str] = []
-    literal = value
-    if kind in ("ids", "documents"):
-        try:
-            lines = Path(value).read_text("utf-8", "surrogateescape").split("\n")
-        except OSError as error:
-            raise UsageError(f"{value} can't be read: {error.strerror}", "Give a file with one id a line.") from error
-        literal = "\n".join(lines)
-    else:
-        _check_text(f"--{kind}", value)
-    earlier = selecting.same_selector(store, kind, literal)
-    match kind:
-        case "ids":
-            chunks = selecting.select_ids(store, lines, missing_ok=bool(earlier))
-        case "documents":
-            chunks = selecting.select_documents(store, lines, missing_ok=bool(earlier), report=report)
-        case "where":
-            chunks = selecting.select_where(store, value, report)
-        case "pattern":
-            chunks = selecting.select_pattern(store, value, report)
-        case _:
-            raise UsageError(f"there is no selector {kind!r}", "Known are ids, documents, where and pattern.")
+    earlier = selecting.same_selector(store, asked)
+    chosen = choose(store, asked, missing_ok=bool(earlier), report=report)
     if not erase:
-        return selecting.weigh(store, kind, literal, chunks)
+        return selecting.weigh(store, asked, chosen)
     begun = [purge for purge, erased in earlier.items() if not erased]
-    own = [read_tombstones(store, purge).ids for purge in begun]
-    chunks = selecting.in_store(store, np.unique(np.concatenate([chunks, *own])))
-    copies, copied = selecting.find_copies(store, chunks)
+    more = np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in begun)])
+    copies, copied = selecting.find_copies(store, selecting.in_store(store, np.union1d(chosen.chunks, more)))
     known = [read_tombstones(store, purge + selecting.COPIES).ids for purge in begun]
     copies = selecting.in_store(store, np.unique(np.concatenate([copies, *known])))
-    return selecting.weigh(store, kind, literal, chunks, copies, copied)
-
-
-def _check_text(option: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
+    return selecting.weigh(store, asked, chosen, more, copies, copied)
 
 
 def purge(
     root: str | Path,
-    kind: str,
-    value: str,
+    selectors: Selectors,
     *,
     reason: str,
+    who: str | None = None,
     dry_run: bool = False,
     erase: bool = False,
     confirm: Callable[[PurgeResult], bool] = lambda _: True,
 ) -> PurgeResult:
-    """Purge what a selector (see ``select``) matches, and erase it if asked to.
+    """Purge what selectors mean, and erase it if asked to.
 
-    ``confirm`` is asked with what would be done, unless it is a dry run; False leaves everything as it is.
+    ``reason`` and ``who`` (None: the user of this process) stay in the log. ``confirm`` is asked with what would be
+    done, unless it is a dry run; False leaves everything as it is.
     """
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
-    _check_text("--reason", reason)
+    check_text("--reason", reason)
+    who = getpass.getuser() if who is None else who
+    check_text("--who", who)
     store = Store.open(root)
+    asked = selectors.asked(store)
     agreed: PurgeResult | None = None
 
     def attempt() -> PurgeResult:
         nonlocal agreed
-        total = len(store.state.parts())
+        if asked.scan is not None and asked.scan.plan(store):
+            with writing(store) as run:
+                engine.execute(asked.scan, store, run)
+        total = len(asked.given) * len(store.state.parts())
         with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
-            selection = select(store, kind, value, erase=erase, report=bar.update)
+            selection = select(store, asked, erase=erase, report=bar.update)
         planned = _planned(store, selection, dry_run)
         if dry_run:
             return planned
@@ -171,7 +154,7 @@ def purge(
             if not confirm(planned):
                 return planned
             agreed = planned
-        return _carry_out(store, selection, planned, reason, erase)
+        return _carry_out(store, selection, planned, reason, who, erase)
 
     return _until_not_overtaken(store, attempt)
 
@@ -201,6 +184,7 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
         unerased=selection.unerased, unerased_share=selection.unerased / rows if rows else 0.0,
         erased=0, copies=selection.copied, files_rewritten=0, blocked=selection.newly_blocked,
         dry_run=dry_run, commit=state.number, examples=tuple(selection.living[:10].tolist()),
+        matches=selection.chosen.matches,
     )  # fmt: skip
 
 
@@ -209,7 +193,9 @@ def _is_alike(planned: PurgeResult, agreed: PurgeResult | None) -> bool:
     return agreed is not None and planned.chunks <= agreed.chunks and planned.unerased <= agreed.unerased
 
 
-def _carry_out(store: Store, selection: Selection, planned: PurgeResult, reason: str, erase: bool) -> PurgeResult:
+def _carry_out(
+    store: Store, selection: Selection, planned: PurgeResult, reason: str, who: str, erase: bool
+) -> PurgeResult:
     """Commit a purge, and erase."""
     purged, erased, rewritten = "", 0, 0
     left: list[str] = []
@@ -219,7 +205,7 @@ def _carry_out(store: Store, selection: Selection, planned: PurgeResult, reason:
         # could not be gone on with after a kill.
         uncovered = erase and not _is_covered(store, selection)
         if planned.chunks or planned.blocked or uncovered:
-            purged = selecting.commit_purge(store, run, selection, reason)
+            purged = selecting.commit_purge(store, run, selection, reason, who)
         if erase:
             victims = np.union1d(selection.chunks, selection.copies)
             erased, rewritten = _until_not_overtaken(store, lambda: _erase(store, run, victims))
@@ -269,7 +255,7 @@ def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
 
 def _is_covered(store: Store, selection: Selection) -> bool:
     """Whether purges of the same selector name all chunks of a selection, and all copies."""
-    purges = selecting.same_selector(store, selection.kind, selection.literal)
+    purges = selecting.same_selector(store, selection.asked)
     named = [np.zeros(0, np.int64), *(selecting.tombstones_of(store, purge) for purge in purges)]
     return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())
 

@@ -1,10 +1,7 @@
-"""``purge``: selecting chunks and making them tombstones, in one commit.
+"""``purge``: weighing what was selected, and making it tombstones, in one commit.
 
-Selectors: chunk ids, document ids, an expression over document columns, or a pattern (RE2, linear time) over the
-decoded text of each chunk. Selecting scans what the selector needs: nothing but the ids, the ``keys/`` files, the
-documents, or all tokens. The commit costs what is purged, not what is stored; it also adds to the block list, so
-that what is purged does not come back with its input. A match across the border of two chunks is not found by
-``--pattern``; a tokenizer that loses case or spacing shows the pattern what is left of the text.
+What can be asked for is in ``stages.selection``. The commit costs what is purged, not what is stored; it also adds to
+the block list, so that what is purged does not come back with its input.
 
 An erase also takes what a ``chunk`` set aside because it repeats a purged document (``find_copies``): nobody could
 select it by its text any more, and it is the same text. That reads all ``keys/`` files of parts with repeats.
@@ -12,11 +9,7 @@ select it by its text any more, and it is the same text. That reads all ``keys/`
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import re
 import secrets
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.errors import ConflictError, UsageError
+from retrotool.errors import ConflictError
 from retrotool.stages.chunk_plan import write_json
-from retrotool.stages.where import Where
+from retrotool.stages.selection import Asked, Chosen, Ids, rows_of
+from retrotool.stages.selectors.scan import scan_files
 from retrotool.store import blocked, disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Hashes, read_blocked
@@ -38,16 +32,11 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
-from retrotool.tokenizers import Tokenizer, TokenizerFile
-
-Ids = npt.NDArray[np.int64]
-Report = Callable[[int], object]
-_DECODE_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a selector matched.
+    """What ``asked`` for matched, as ``chosen`` says in more detail.
 
     ``chunks`` are all ids, sorted, and ``living`` those that were not purged before; ``documents`` and ``tokens``
     count what these take from the totals. ``blocked`` are the hashes that keep what is purged from coming back, and
@@ -57,8 +46,8 @@ class Selection:
     tombstones for that; ``unerased`` counts the chunks of all that still have tokens.
     """
 
-    kind: str
-    literal: str
+    asked: Asked
+    chosen: Chosen
     chunks: Ids
     living: Ids
     documents: int
@@ -71,128 +60,11 @@ class Selection:
     unerased: int = 0
 
 
-def select_ids(store: Store, lines: Sequence[str], *, missing_ok: bool = False) -> Ids:
-    """Chunk ids given as text, one a line; ``UsageError`` names the first that is no chunk of the store.
-
-    ``missing_ok``: those of parts that a ``chunk`` took back are left out.
-    """
-    found = []
-    given = int(store.state.records.get("parts", 0)) if missing_ok else 0
-    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        # What ``int`` takes besides plain digits (1_0, ٣) is more likely a mistake than an id.
-        if re.fullmatch(r"[0-9]{1,19}", line.strip()) is None:
-            raise UsageError(f"line {number}: {line.strip()[:40]!r} is no chunk id", "Nothing was purged.")
-        chunk = int(line)
-        if chunk >> PART_SHIFT < given and chunk >> PART_SHIFT not in sizes:
-            continue
-        if not 0 <= chunk & ((1 << PART_SHIFT) - 1) < sizes.get(chunk >> PART_SHIFT, 0):
-            raise UsageError(f"line {number}: the store has no chunk {chunk}", "Nothing was purged.")
-        found.append(chunk)
-    return np.unique(np.array(found, np.int64))
-
-
-def same_selector(store: Store, kind: str, literal: str) -> dict[str, bool]:
-    """Purges made by the same selector before, and whether they are erased."""
-    wanted = store.identity.keyed_hash(literal)
+def same_selector(store: Store, asked: Asked) -> dict[str, bool]:
+    """Purges that asked for the same before, and whether they are erased."""
+    wanted = (asked.kind, store.identity.keyed_hash(asked.literal))
     records = store.state.with_prefix("purge:")
-    return {p: r["erased"] for p, r in records.items() if (r["selector"], r["hash"]) == (kind, wanted)}
-
-
-def select_documents(
-    store: Store, names: Sequence[str], *, missing_ok: bool = False, report: Report = lambda _: None
-) -> Ids:
-    """Chunk ids of documents, given by their ids; ``UsageError`` names the first that the store has not."""
-    wanted = {name.removesuffix("\r"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
-    keys = pa.array(
-        [
-            hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
-            for name in wanted
-        ],
-        pa.binary(),
-    )
-    seen = np.zeros(len(keys), np.bool_)
-    found: list[Ids] = []
-    for part in store.state.parts():
-        table = parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
-        place = pc.index_in(table["key"].cast(pa.binary()), value_set=keys)
-        hit = place.is_valid()
-        seen[place.filter(hit).to_numpy()] = True
-        found.append(_chunks_of(store, part, table["doc"].filter(hit).to_numpy()))
-        report(1)
-    if not (seen.all() or missing_ok):
-        name, number = list(wanted.items())[int(np.argmin(seen))]
-        raise UsageError(
-            f"line {number}: the store has no document {name[:100]!r} ({int((~seen).sum()):,} such in all)",
-            "Nothing was purged. Take those lines out and run it again.",
-        )
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
-
-
-def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
-    """Chunk ids of the documents for which an expression over their columns holds."""
-    where = Where(expression)
-    found: list[Ids] = []
-    names = (parts.read_parquet(store, entry, row_groups=[]).schema.names for entry in _documents_files(store))
-    where.check(list(dict.fromkeys(itertools.chain.from_iterable(names))))
-    for part in store.state.parts():
-        table = parts.read_documents(store, part)
-        for column in where.columns:
-            if column not in table.schema.names:  # kept by other parts, not by this one
-                table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
-        known = table["id"].is_valid()  # an erased document is nobody's any more
-        mask = pc.and_(where.mask(table), known)
-        found.append(_chunks_of(store, part, np.flatnonzero(mask.to_numpy())))
-        report(1)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def _documents_files(store: Store) -> list[FileEntry]:
-    return [parts.part_entry(store, "documents", part) for part in store.state.parts()]
-
-
-def select_pattern(store: Store, pattern: str, report: Report = lambda _: None) -> Ids:
-    """Chunk ids whose decoded text matches an RE2 pattern."""
-    try:
-        pc.match_substring_regex(pa.array([""]), pattern)
-    except pa.ArrowInvalid as error:
-        raise UsageError(
-            f"the pattern can't be compiled: {str(error).splitlines()[0]}", "Patterns are in RE2's syntax."
-        ) from error
-    tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
-    found: list[Ids] = []
-    for part in store.state.parts():
-        chunks = parts.read_chunks(store, part)
-        for start in range(0, len(chunks), _DECODE_ROWS):
-            rows = slice(start, start + _DECODE_ROWS)
-            text = _as_text(tokenizer.decode(chunks.tokens[rows], chunks.n_tokens[rows]))
-            hit = pc.match_substring_regex(text, pattern).to_numpy(zero_copy_only=False) & (chunks.n_tokens[rows] > 0)
-            found.append(parts.chunk_ids(part, start + np.flatnonzero(hit)))
-        report(1)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def _as_text(values: pa.LargeBinaryArray) -> pa.LargeStringArray:
-    """The same bytes as strings, unchecked: RE2 takes binary for Latin-1, and bears broken UTF-8 at a border."""
-    _, offsets, data = values.buffers()
-    return pa.LargeStringArray.from_buffers(len(values), offsets, data, offset=values.offset)
-
-
-def _chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
-    """Chunk ids of some documents of a part, ascending."""
-    if not len(docs):
-        return np.zeros(0, np.int64)
-    table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
-    return parts.chunk_ids(part, _rows(table["first_row"].to_numpy(), table["n_chunks"].to_numpy()))
-
-
-def _rows(first: npt.NDArray[Any], count: npt.NDArray[Any]) -> Ids:
-    """The rows of some documents, one document after another."""
-    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    rows: Ids = np.repeat(first.astype(np.int64), count) + within
-    return rows
+    return {p: r["erased"] for p, r in records.items() if (r["selector"], r["hash"]) == wanted}
 
 
 def in_store(store: Store, chunks: Ids) -> Ids:
@@ -230,7 +102,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
         rows = repeats.rows(part)
         repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
         first, count = first[repeating], count[repeating]
-        ids = parts.chunk_ids(part, _rows(first, count))
+        ids = parts.chunk_ids(part, rows_of(first, count))
         more = ~selected.contains(ids)
         found.append(ids[more])
         copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
@@ -249,10 +121,15 @@ def _values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
     return pa.concat_arrays(found)
 
 
-def weigh(store: Store, kind: str, literal: str, chunks: Ids, copies: Ids | None = None, copied: int = 0) -> Selection:
-    """Find out what selected chunks would take from the store; ``copies`` (None: nothing is erased): see Selection."""
+def weigh(
+    store: Store, asked: Asked, chosen: Chosen, more: Ids | None = None, copies: Ids | None = None, copied: int = 0
+) -> Selection:
+    """Find out what chosen chunks, and ``more``, would take from the store.
+
+    ``copies`` (None: nothing is erased): see ``Selection``.
+    """
     tombstones = read_tombstones(store)
-    chunks = in_store(store, chunks)
+    chunks = in_store(store, chosen.chunks if more is None else np.union1d(chosen.chunks, more))
     fresh = chunks[~tombstones.contains(chunks)]
     living: list[Ids] = []
     documents = tokens = 0
@@ -270,7 +147,7 @@ def weigh(store: Store, kind: str, literal: str, chunks: Ids, copies: Ids | None
     none = np.zeros(0, np.int64)
     unerased = 0 if copies is None else _count_unerased(store, np.union1d(chunks, copies))
     return Selection(
-        kind, literal, chunks, ids, documents, tokens, hashes, new, store.state,
+        asked, chosen, chunks, ids, documents, tokens, hashes, new, store.state,
         none if copies is None else copies, copied, unerased,
     )  # fmt: skip
 
@@ -325,12 +202,15 @@ def tombstones_of(store: Store, purge: str) -> Ids:
     return np.union1d(read_tombstones(store, purge).ids, read_tombstones(store, purge + COPIES).ids)
 
 
-def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> str:
+def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
     """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
 
     Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made. Copies are
     written down too, though they are tombstones already: once their originals are erased nothing else tells them.
+    What was scanned for it goes.
     """
+    asked = selection.asked
+    scan = asked.scan.scan(store) if asked.scan else None
     purge = "p" + secrets.token_hex(4)
     seen = list(selection.state.group("tombstones"))
     add: list[FileEntry] = []
@@ -340,10 +220,12 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str) -> s
             raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
         counts = {"chunks": len(selection.living), "documents": selection.documents, "tokens": selection.tokens}
         totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
-        selector = {"selector": selection.kind, "hash": store.identity.keyed_hash(selection.literal), "reason": reason}
+        hashed = store.identity.keyed_hash(asked.literal)
+        selector = {"selector": asked.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, "totals": totals}
-        return Draft("purge", selector, add=tuple(add), records=records)
+        gone = tuple(scan_files(state, scan)) if scan else ()
+        return Draft("purge", selector, add=tuple(add), remove=gone, records=records)
 
     try:
         _write_purge(store, run, purge, selection, add)
@@ -364,10 +246,8 @@ def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: 
         add.append(write_tombstones(root, name, selection.copies))
     if len(selection.blocked):
         add.append(blocked.write_blocked(root, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
-    literal = {
-        "kind": selection.kind,
-        "literal": selection.literal,
-    }  # last: it must not stay if another can't be written
+    # Last: it must not stay if another can't be written.
+    literal = {"kind": selection.asked.kind, "literal": selection.asked.literal}
     add.append(write_json(root, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
 
 

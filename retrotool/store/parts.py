@@ -60,6 +60,15 @@ def documents_schema(keep: Sequence[str]) -> pa.Schema:
 KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
 TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
 BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
+SCANS_SCHEMA = pa.schema(
+    [
+        ("chunks", pa.int64()),
+        ("selectors", pa.int16()),
+        ("labels", pa.int32()),
+        ("begin", pa.int64()),
+        ("end", pa.int64()),
+    ]
+)
 QUARANTINE_SCHEMA = pa.schema(
     [
         ("input", pa.string()),

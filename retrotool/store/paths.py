@@ -27,8 +27,9 @@ DATA_KINDS = (
     "plans",
     "inputs",
     "selectors",
+    "scans",
 )
-NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised")
+NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised", "scans")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FILE = re.compile(r"(?P<slot>[A-Za-z0-9._-]+)-(?P<token>[0-9a-f]{16})\.(?P<extension>[a-z0-9]+)")
 

@@ -99,7 +99,7 @@ def purge_some(store: Path, seed: int, *, erase: bool) -> None:
     ids = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
     path = store.with_suffix(".ids")
     path.write_text("".join(f"{i}\n" for i in random.Random(seed).sample(ids, len(ids) // 7)))
-    commands.purge(store, "ids", str(path), reason="test", erase=erase)
+    commands.purge(store, commands.Selectors(ids=str(path)), reason="test", erase=erase)
 
 
 @pytest.fixture(scope="module", params=["wordpiece", "bytes"])
@@ -146,7 +146,7 @@ def records(tmp_path_factory, tiny_encoder) -> Case:
         *reader.document("d33"),
     ]
     (store.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
-    commands.purge(store, "ids", str(store.parent / "ids"), reason="test")
+    commands.purge(store, commands.Selectors(ids=str(store.parent / "ids")), reason="test")
     return Case(store, "main", 2, (("main", 1.0),))
 
 
@@ -317,7 +317,7 @@ def test_what_a_purged_chunk_stood_between_does_not_follow(tmp_path: Path, tiny_
     commands.embed(store, encoder=str(tiny_encoder))
     commands.neighbours(store, search=EXACT, saved=4, k=4)
     (tmp_path / "ids").write_text("1\n6\n")
-    commands.purge(store, "ids", str(tmp_path / "ids"), reason="test")
+    commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
     commands.export_neighbours(store, tmp_path / "out", format="retro-pytorch", sequence_length=64)
     files = RetroFiles(tmp_path / "out")
     assert files.ids.tolist() == [0, -1, 2, 3, -1, 4, 5, -1, 7, -1]
@@ -369,7 +369,7 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
         store.commit(run, lambda _: Draft("neighbours", add=(entry,), records={"neighbours:main": record}))
     victims = {*rng.integers(0, rows, 500).tolist(), 8189, 16384} - {8190, 8191, 8192}
     (root.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
-    commands.purge(root, "ids", str(root.parent / "ids"), reason="test")
+    commands.purge(root, commands.Selectors(ids=str(root.parent / "ids")), reason="test")
     return Case(root, "main", 2, (("main", 1.0),))
 
 

@@ -190,7 +190,7 @@ def test_parts_without_tables_are_refused_with_the_commands_that_make_them(
 def test_a_part_with_nothing_to_search_for_needs_no_table(store_copy: Path, tmp_path: Path) -> None:
     store_rows = write_jsonl(tmp_path / "more.jsonl", [{"id": "late", "text": "store chunk token"}])
     commands.chunk(store_copy, [str(store_rows)])
-    commands.purge(store_copy, "where", "id = 'late'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="id = 'late'"), reason="test")
     before = commands.info(store_copy).chunks
     for form in FORMATS:
         assert commands.export_neighbours(store_copy, tmp_path / form, format=form).chunks == before
@@ -209,7 +209,7 @@ def test_other_tokenizers_are_refused(
 
 
 def test_an_empty_store_is_refused(store_copy: Path, tmp_path: Path) -> None:
-    commands.purge(store_copy, "where", "id != 'x'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="id != 'x'"), reason="test")
     for form in FORMATS:
         with pytest.raises(UsageError, match="there is nothing to export"):
             commands.export_neighbours(store_copy, tmp_path / "out", format=form)
@@ -271,7 +271,7 @@ def test_an_erase_meanwhile_ends_it(
 
     def open_then_erase(*arguments: object) -> handover.Handover:
         found = opened(*arguments)
-        commands.purge(store_copy, "where", "source = 'a'", reason="test", erase=True)
+        commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test", erase=True)
         return found
 
     monkeypatch.setattr(exporting, "open_handover", open_then_erase)
@@ -283,7 +283,7 @@ def test_an_erase_meanwhile_ends_it(
 def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
     """A purge that comes later is told by the commit."""
     before = commands.export_neighbours(store_copy, tmp_path / "before", format="parquet")
-    commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
     after = commands.export_neighbours(store_copy, tmp_path / "after", format="parquet")
     assert after.chunks < before.chunks and after.commit > before.commit
     assert [database.commit for database in after.databases] == [after.commit]

@@ -54,7 +54,7 @@ def test_documents_are_counted_by_length_and_source(store):
 def test_purged_documents_are_not_counted(store, tmp_path, erase):
     gone = frozenset({"doc-3", "doc-4", "doc-50"})
     (tmp_path / "ids").write_text("\n".join(gone))
-    commands.purge(store.root, "documents", str(tmp_path / "ids"), reason="test", erase=erase)
+    commands.purge(store.root, commands.Selectors(documents=tmp_path / "ids"), reason="test", erase=erase)
     assert found(store) == expected(Store.open(store.root), gone)
 
 

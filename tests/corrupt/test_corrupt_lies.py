@@ -282,7 +282,7 @@ def test_a_lie_is_found(store_copy: Path, lie: str) -> None:
 
 def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text(f"{PART << 32 | 3}\n")
-    commands.purge(store_copy, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
     assert commands.verify(store_copy).problems == []
     store = Store.open(store_copy)
 
@@ -325,7 +325,7 @@ def test_what_is_not_finished_is_no_lie(store_copy: Path) -> None:
 
 def test_purged_chunks_may_be_missing_from_an_index(store_copy: Path) -> None:
     """They are left out of what is indexed later, and stay in what is there until they are erased."""
-    commands.purge(store_copy, "where", "id = 'doc-3'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
     assert commands.verify(store_copy).problems == []
     commands.index(store_copy, name="later")
     assert commands.verify(store_copy).problems == []

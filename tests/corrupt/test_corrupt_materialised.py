@@ -86,7 +86,7 @@ def test_text_that_was_erased_and_is_still_there_is_found(store: Path, tmp_path:
     for place in (0, 1):
         victim = int(before.ids[5, place])
         (tmp_path / "ids").write_text(f"{victim}\n")
-        commands.purge(store, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+        commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
         assert commands.verify(store).problems == []
         assert any("it holds tokens of erased chunks" in problem for problem in lie(store, lambda _: before))
         commands.materialise(store)
@@ -94,7 +94,7 @@ def test_text_that_was_erased_and_is_still_there_is_found(store: Path, tmp_path:
 
 
 def test_a_purge_alone_is_no_problem(store: Path) -> None:
-    commands.purge(store, "where", "id = 'doc-3'", reason="test")
+    commands.purge(store, commands.Selectors(where="id = 'doc-3'"), reason="test")
     assert commands.verify(store).problems == []
 
 

@@ -28,7 +28,7 @@ PURGED = (5, 6, 7, 1 << 32 | 4)
 def root(store_copy: Path, tmp_path: Path) -> Path:
     """A store with a purge."""
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in PURGED))
-    commands.purge(store_copy, "ids", str(tmp_path / "ids"), reason="test")
+    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
     return store_copy
 
 
@@ -173,7 +173,7 @@ def test_a_file_of_another_size_is_an_error_that_names_it(root: Path, kind: str,
 def test_a_file_that_a_newer_commit_removed_was_erased(root: Path, tmp_path: Path) -> None:
     reader = retrotool.open(root)
     (tmp_path / "more").write_text("8\n")
-    commands.purge(root, "ids", str(tmp_path / "more"), reason="test", erase=True)
+    commands.purge(root, commands.Selectors(ids=str(tmp_path / "more")), reason="test", erase=True)
     with pytest.raises(ErasedError) as caught:
         reader.tokens([0])
     assert caught.value.advice.startswith("Open the store again")
@@ -200,8 +200,8 @@ def test_every_command_survives_a_zeroed_file(root: Path, kind: str, tmp_path: P
     actions: list[Callable[[], object]] = [
         read_all,
         lambda: commands.info(root),
-        lambda: commands.purge(root, "ids", str(tmp_path / "some"), reason="test", erase=True),
-        lambda: commands.purge(tmp_path / "copy", "pattern", "store", reason="test", dry_run=True),
+        lambda: commands.purge(root, commands.Selectors(ids=str(tmp_path / "some")), reason="test", erase=True),
+        lambda: commands.purge(tmp_path / "copy", commands.Selectors(pattern="store", allow_lossy=True), reason="test", dry_run=True),
         lambda: commands.neighbours(root, name="again"),
         lambda: commands.index(root, name="again"),
     ]

@@ -48,7 +48,7 @@ def purged_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ids.write_text("".join(f"{i}\n" for i in PURGED))
     store = shutil.copytree(built_store, folder / "store")
     with mock.patch("retrotool.store.store.CHECKPOINT_EVERY", 1):
-        commands.purge(store, "ids", str(ids), reason="test")
+        commands.purge(store, commands.Selectors(ids=str(ids)), reason="test")
     assert commands.verify(store).problems == []
     return store
 
@@ -217,7 +217,7 @@ def erase_when(monkeypatch: pytest.MonkeyPatch, store: Path, name: str, times: i
         nonlocal erased
         if erased < times:
             erased += 1
-            commands.purge(store, "where", f"id = 'doc-{10 + erased}'", reason="test", erase=True)
+            commands.purge(store, commands.Selectors(where=f"id = 'doc-{10 + erased}'"), reason="test", erase=True)
         return original(*arguments)
 
     monkeypatch.setattr(verifying, name, called)
@@ -275,4 +275,4 @@ def test_a_purge_over_broken_files_says_so(store: Path, tmp_path: Path, selector
     path = sorted(store.glob(KINDS[kind]))[0]
     fill(path)
     with pytest.raises(CorruptError, match=path.name):
-        commands.purge(store, selector, value, reason="test")
+        commands.purge(store, commands.Selectors(**{selector: value}, allow_lossy=True), reason="test")

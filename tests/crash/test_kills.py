@@ -161,10 +161,10 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     victims = str(stages["inputs"] / "victims.txt")
 
     def purge(store: Path) -> object:
-        return commands.purge(store, "documents", victims, reason="test")
+        return commands.purge(store, commands.Selectors(documents=victims), reason="test")
 
     def erase(store: Path) -> object:
-        return commands.purge(store, "documents", victims, reason="test", erase=True)
+        return commands.purge(store, commands.Selectors(documents=victims), reason="test", erase=True)
 
     logical: tuple[str, ...] = ("content", "ids", "tombstones", "embeddings", "neighbours", "materialised")
     logical = (*logical, "documents", "chunks", "tokens")

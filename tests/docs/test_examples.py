@@ -36,7 +36,7 @@ def test_read_store_leaves_out_what_is_purged(store_copy: Path, tmp_path: Path) 
     victim = reader.neighbours(first)[0].chunk.document
     takedown = tmp_path / "takedown.txt"
     takedown.write_text(f"{victim}\n{reader.chunk(first).document}\n")
-    commands.purge(store_copy, "documents", str(takedown), reason="test")
+    commands.purge(store_copy, commands.Selectors(documents=str(takedown)), reason="test")
     done = run(store_copy)
     assert done.returncode == 0, done.stderr
     assert f"document {victim}," not in done.stdout

@@ -116,7 +116,7 @@ def _check_item(reader: retrotool.api.Reader, item: Item, k: int, name: str) -> 
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    commands.purge(store, "documents", str(names), reason="test", erase=erase)
+    commands.purge(store, commands.Selectors(documents=str(names)), reason="test", erase=erase)
 
 
 def chunk(store: Path, model: Path, rows: list[dict[str, Any]], part_size: int = 100) -> Path:

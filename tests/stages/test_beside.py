@@ -126,7 +126,7 @@ def test_a_document_purged_at_both_ends_is_still_its_own_document(
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 4)
     chunks = reader.document(name)
     (tmp_path / "ids").write_text(f"{chunks[0]}\n{chunks[-1]}\n")
-    commands.purge(database, "ids", str(tmp_path / "ids"), reason="test")
+    commands.purge(database, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
     queries = tmp_path / "queries"
     rows = [row for row in make_rows(120) if row["id"] == name]
     commands.chunk(queries, [str(write_jsonl(tmp_path / "q.jsonl", rows))], tokenizer=str(tiny_encoder))
@@ -143,23 +143,25 @@ def test_patterns_see_characters_not_bytes(tmp_path: Path, byte_level_tokenizer:
     store = tmp_path / "store"
     commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
     for pattern, row in ((r"(?i)école", 0), (r"na.ve$", 1), (r"\p{Han}{2}", 2)):
-        assert commands.purge(store, "pattern", pattern, reason="test", dry_run=True).examples == (row,)
+        assert commands.purge(store, commands.Selectors(pattern=pattern), reason="test", dry_run=True).examples == (
+            row,
+        )
 
 
 def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_copy: Path, tmp_path: Path) -> None:
     """Killed when its parts are erased and its shard is not: the documents can't be found any more, the vectors can."""
     victims = retrotool.open(store_copy).document("doc-3")
     (tmp_path / "names").write_text("doc-3\n")
-    commands.purge(store_copy, "where", "id = 'doc-3'", reason="by another selector")
+    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="by another selector")
     child = os.fork()
     if child == 0:
         from retrotool.stages import erase
 
         erase.EraseWorker._shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
-        commands.purge(store_copy, "documents", str(tmp_path / "names"), reason="test", erase=True)
+        commands.purge(store_copy, commands.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    commands.purge(store_copy, "documents", str(tmp_path / "names"), reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
     store = Store.open(store_copy)
     found = [lists.read(store.path(entry)) for entry in shards(store.state, "main").values()]
     ids = np.concatenate([shard.ids(number) for shard in found for number in shard.numbers])
@@ -175,10 +177,10 @@ def test_a_task_overtaken_by_an_erase_leaves_no_file(chunked: Path, tiny_encoder
     with writing(store) as run:
         one_by_one(stage, store, run, stage.plan(store)[0])
         late = stage.open(store)(stage.plan(store)[0], run.id, nothing)
-        commands.purge(chunked, "where", "id = 'doc-3'", reason="test", erase=True)
+        commands.purge(chunked, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
         staging.stage(store.root, late)
     assert (chunked / late.add[0].path).exists()
-    commands.purge(chunked, "where", "id = 'doc-9'", reason="test")
+    commands.purge(chunked, commands.Selectors(where="id = 'doc-9'"), reason="test")
     assert not (chunked / late.add[0].path).exists()
 
 
@@ -240,6 +242,8 @@ def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path
         commit_plan(opened, run, find_inputs([str(again)]), Wanted(Fields(), 1000))
         engine.execute(ChunkStage(), opened, run)
         (tmp_path / "ids").write_text(f"{1 << 32}\n")
-        commands.purge(store, "ids", str(tmp_path / "ids"), reason="test")  # a chunk of the copy, before it is found
+        commands.purge(
+            store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test"
+        )  # a chunk of the copy, before it is found
         finish_plans(opened, run)
     assert commands.verify(store).problems == []

@@ -47,7 +47,7 @@ def chunks_of(store: Path) -> dict[str, list[int]]:
 def purge(store: Path, chunks: list[int], *, erase: bool = False) -> commands.PurgeResult:
     ids = store.parent / f"{store.name}.ids"
     ids.write_text("".join(f"{chunk}\n" for chunk in chunks))
-    return commands.purge(store, "ids", str(ids), reason="test", erase=erase)
+    return commands.purge(store, commands.Selectors(ids=str(ids)), reason="test", erase=erase)
 
 
 def blocked_ids(store: Path) -> set[str]:

@@ -253,11 +253,11 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
     victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
     (tmp_path / "ids").write_text("\n".join(victims))
-    commands.purge(built_copy, "documents", str(tmp_path / "ids"), reason="test")
+    commands.purge(built_copy, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
     purged = set(Database(Store.open(built_copy)).tombstones.ids.tolist())
     assert len(purged) == len(victims)
     assert true_recall(built_copy, "main") >= 0.94
-    commands.purge(built_copy, "documents", str(tmp_path / "ids"), reason="test", erase=True)
+    commands.purge(built_copy, commands.Selectors(documents=str(tmp_path / "ids")), reason="test", erase=True)
     assert not any(
         purged & set(shard.ids(number).tolist())
         for shard in Database(Store.open(built_copy), "main").shards()
@@ -533,7 +533,7 @@ def test_a_store_without_vectors_has_an_empty_index(tmp_path: Path, tiny_encoder
         commands.index(store)
     commands.embed(store, encoder=str(tiny_encoder))
     (tmp_path / "ids").write_text("a\n")
-    commands.purge(store, "documents", str(tmp_path / "ids"), reason="test")
+    commands.purge(store, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
     result = commands.index(store)
     assert (result.vectors, result.recall_at_10) == (0, 1.0)
     assert retrotool.open(store).search("word", encoder=retrotool.open(store).load_encoder()) == []

@@ -52,7 +52,7 @@ def used(**options: Any) -> Any:
 
 def erase(*documents: str) -> Any:
     Path("names").write_text("".join(f"{name}\n" for name in documents))
-    return commands.purge("database", "documents", "names", reason="test", erase=True)
+    return commands.purge("database", commands.Selectors(documents="names"), reason="test", erase=True)
 
 
 def noted() -> list[Any]:
@@ -127,7 +127,7 @@ def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path
     victims = [i for document in documents for i in retrotool.open("database").document(document)]
     # Purged first, and filled up; erased only then.
     Path("names").write_text("".join(f"{name}\n" for name in documents))
-    commands.purge("database", "documents", "names", reason="test")
+    commands.purge("database", commands.Selectors(documents="names"), reason="test")
     assert used(saved=2).queries > 0
     assert len(erase(*documents).consumers) == int(np.isin(saved_neighbours(Path("training"), "t")[0], victims).any())
     used(saved=2)

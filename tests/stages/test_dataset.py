@@ -105,7 +105,7 @@ def test_what_is_purged_in_the_database_is_no_neighbour_and_no_continuation(
     first = next(iter(found.values()))
     follower = next(n.continuation.id for n in found.values() if n.continuation and n.id != first.id)
     (tmp_path / "ids").write_text(f"{first.id}\n{follower}\n")
-    commands.purge(database, "ids", str(tmp_path / "ids"), reason="test", erase=erase)
+    commands.purge(database, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
     after = list(RetroDataset(training, **options))
     assert slots(before) == slots(after)
     assert not same(before, after)
@@ -163,7 +163,7 @@ def test_an_erase_in_the_middle_of_an_epoch_does_not_end_it(tmp_path: Path, tiny
     first = next(reading)
     last = int(retrotool.open(store).chunk_ids(1)[-1])
     (tmp_path / "ids").write_text(f"{last}\n{last - 100}\n")
-    commands.purge(store, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+    commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
     found = [i for item in [first, *reading] for i in item["chunk_ids"].tolist() if i >= 0]
     assert set(found) >= set(retrotool.open(store).chunk_ids(1).tolist())
     assert found == sorted(set(found))
@@ -337,7 +337,7 @@ def test_arguments_that_can_not_be(stores: tuple[Path, Path], tmp_path: Path, by
 
 def test_of_a_store_that_is_purged_altogether_nothing_is_read(copies: tuple[Path, Path]) -> None:
     training = copies[1]
-    commands.purge(training, "where", "n_chunks >= 0", reason="test")
+    commands.purge(training, commands.Selectors(where="n_chunks >= 0"), reason="test")
     for packed in (True, False):
         dataset = RetroDataset(training, sequence_length=256, packed=packed, rank=1, world_size=2)
         assert (len(dataset), list(dataset), dataset.padding) == (0, [], 0.0)

@@ -81,7 +81,7 @@ def test_what_is_erased_has_no_vector_and_is_no_work(
     victims = retrotool.open(chunked).document("doc-9") + retrotool.open(chunked).document("doc-10")
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
     before = commands.info(chunked).chunks
-    commands.purge(chunked, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+    commands.purge(chunked, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
     result = commands.embed(chunked, encoder=str(tiny_encoder))
     assert result.chunks == before - len(victims)
     reader = retrotool.open(chunked)
@@ -107,7 +107,7 @@ def test_an_erase_that_commits_while_a_part_is_embedded_wins(
         if part == victims[0] >> 32 and not erased:
             erased += 1
             assert np.load(self._store.path(entry))[victims[0] & 0xFFFFFFFF].any()
-            commands.purge(chunked, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+            commands.purge(chunked, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
         return entry
 
     monkeypatch.setattr(embed.EmbedWorker, "_write", interrupted)
@@ -129,7 +129,7 @@ def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
 
     def noted(self: embed.EmbedWorker, part: int, *arguments: object) -> object:
         if not begun:
-            commands.purge(chunked, "ids", str(tmp_path / "ids"), reason="test", erase=True)
+            commands.purge(chunked, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
         begun.append(part)
         return write(self, part, *arguments)  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from retrotool.ann import lists
 from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
-from retrotool.stages import erase
+from retrotool.stages import erase, selection
 from retrotool.stages.chunk_plan import Wanted, commit_plan
 from retrotool.store import parts, staging, tables, tombstones
 from retrotool.store.atomic import FileEntry
@@ -81,9 +81,9 @@ def test_an_erase_takes_what_was_set_aside_as_a_repeat(store: Path, tmp_path: Pa
     before = commands.info(store)
     assert before.documents == 13
     given = lines(tmp_path / "ids", chunks[0])
-    planned = commands.purge(store, "ids", given, reason="test", erase=True, dry_run=True)
+    planned = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True, dry_run=True)
     assert (planned.chunks, planned.unerased, planned.copies) == (len(chunks[0]), sum(map(len, chunks)), 2)
-    result = commands.purge(store, "ids", given, reason="test", erase=True)
+    result = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
     assert (result.chunks, result.documents, result.copies) == (len(chunks[0]), 1, 2)
     assert result.erased == sum(map(len, chunks))
     haystack = everything(store)
@@ -100,7 +100,9 @@ def test_an_erase_takes_what_was_set_aside_as_a_repeat(store: Path, tmp_path: Pa
 def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path: Path) -> None:
     texts = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (SECRET, VERSION, "")]
     kept = names_of(store) - {FIRST, SAME_TEXT}
-    commands.purge(store, "ids", lines(tmp_path / "ids", rows_of(store, 0)[0]), reason="test", erase=True)
+    commands.purge(
+        store, commands.Selectors(ids=lines(tmp_path / "ids", rows_of(store, 0)[0])), reason="test", erase=True
+    )
     blocked = read_blocked(Store.open(store))
     assert blocked.holds([FIRST, SAME_TEXT, OTHER], [texts[2]] * 3).tolist() == [True, False, False]
     assert blocked.holds([OTHER] * 2, texts[:2]).tolist() == [True, False]
@@ -109,10 +111,10 @@ def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path:
 
 def test_without_an_erase_copies_stay_as_they_are(store: Path, tmp_path: Path) -> None:
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
-    first = commands.purge(store, "ids", given, reason="test")
+    first = commands.purge(store, commands.Selectors(ids=given), reason="test")
     assert (first.copies, first.unerased) == (0, 0)
     assert {FIRST, SAME_TEXT} <= names_of(store)
-    again = commands.purge(store, "ids", given, reason="test", erase=True)
+    again = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
     assert (again.chunks, again.already_purged, again.copies) == (0, first.chunks, 2)
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
     assert all(purge["erased"] for purge in commands.info(store).purges.values())
@@ -126,7 +128,7 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
     bits = [trace for part in range(3) for trace in rows_of(store, part)[1]]
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
     if purged_before:
-        commands.purge(store, "ids", given, reason="test")
+        commands.purge(store, commands.Selectors(ids=given), reason="test")
     done: list[int] = []
     rewrite = erase.EraseWorker._part
 
@@ -138,10 +140,10 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(erase.EraseWorker, "_part", one_only)
-        commands.purge(store, "ids", given, reason="test", erase=True)
+        commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
     assert done == [0]
     assert names_of(store) >= {SAME_TEXT, FIRST}
-    commands.purge(store, "ids", given, reason="test", erase=True)
+    commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
     haystack = everything(store)
     assert [trace for trace in bits if trace in haystack] == []
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
@@ -151,7 +153,7 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
 
 def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     """A large one commits every half a minute: first parts, then shards, then tables."""
-    purge = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test").purge
+    purge = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test").purge
     opened = Store.open(store_copy)
     victims = tombstones.read_tombstones(opened)
     stage = erase.EraseStage(tuple(victims.ids.tolist()))
@@ -179,7 +181,9 @@ def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: P
     assert np.isin(before, victims).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
-    commands.purge(store_copy, "ids", lines(tmp_path / "ids", victims.tolist()), reason="test", erase=True)
+    commands.purge(
+        store_copy, commands.Selectors(ids=lines(tmp_path / "ids", victims.tolist())), reason="test", erase=True
+    )
     ids, distances = saved_neighbours(store_copy)
     gone = np.isin(rows, victims)
     assert (ids[gone] == -1).all()
@@ -204,14 +208,18 @@ def test_ids_of_another_store_are_not_taken_for_ones_own(
     commands.neighbours(store_copy, queries=queries)
     before, _ = saved_neighbours(queries)
     victim = int(before[before < 1 << 32][0])  # the id of a chunk here and there
-    result = commands.purge(queries, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    result = commands.purge(
+        queries, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True
+    )
     after, distances = saved_neighbours(queries)
     rows = np.arange(len(after)) == victim
     assert (after[~rows] == before[~rows]).all()
     assert (after[rows] == -1).all() and np.isinf(distances[rows]).all()
     assert result.not_reached == (), "without an index nothing was searched for here"
     assert commands.verify(queries).problems == []
-    (told,) = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test", erase=True).not_reached
+    (told,) = commands.purge(
+        store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True
+    ).not_reached
     assert "other stores" in told
     assert (saved_neighbours(queries)[0] == after).all()
 
@@ -224,7 +232,7 @@ def test_ids_of_the_store_that_it_was_copied_from_are_not_its_own(store_copy: Pa
     assert np.isin(before, victims).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
-    commands.purge(store_copy, "where", "id = 'doc-9'", reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(where="id = 'doc-9'"), reason="test", erase=True)
     after, _ = saved_neighbours(store_copy, "copied")
     gone = np.isin(rows, victims)
     assert (after[~gone] == before[~gone]).all()
@@ -245,9 +253,9 @@ def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Pat
 
     before = quarantine()
     assert [row["excerpt"][:12] for row in before] == ['{"id": "doc-', '{"id": "x"}']
-    commands.purge(tmp_path / "store", "where", "id = 'doc-4'", reason="test")
+    commands.purge(tmp_path / "store", commands.Selectors(where="id = 'doc-4'"), reason="test")
     assert quarantine() == before
-    commands.purge(tmp_path / "store", "where", "id = 'doc-4'", reason="test", erase=True)
+    commands.purge(tmp_path / "store", commands.Selectors(where="id = 'doc-4'"), reason="test", erase=True)
     assert quarantine() == [{**row, "excerpt": None} for row in before], "all, as nobody knows whose they are"
     assert b"broken off" not in everything(tmp_path / "store")
     assert commands.verify(tmp_path / "store").problems == []
@@ -255,15 +263,19 @@ def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Pat
 
 def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, tmp_path: Path) -> None:
     both = "id in ('doc-3', 'doc-4')"
-    first = commands.purge(store_copy, "where", both, reason="test")
+    first = commands.purge(store_copy, commands.Selectors(where=both), reason="test")
 
     def literals() -> list[bytes]:
         return [path.read_bytes() for path in (store_copy / "selectors").iterdir()]
 
-    commands.purge(store_copy, "documents", lines(tmp_path / "a", ["doc-3"]), reason="test", erase=True)
+    commands.purge(
+        store_copy, commands.Selectors(documents=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True
+    )
     assert not commands.info(store_copy).purges[first.purge]["erased"]
     assert any(b"doc-4" in literal for literal in literals())
-    commands.purge(store_copy, "documents", lines(tmp_path / "b", ["doc-4"]), reason="test", erase=True)
+    commands.purge(
+        store_copy, commands.Selectors(documents=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True
+    )
     assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
     assert literals() == []
 
@@ -286,21 +298,21 @@ def withdraw(root: Path, part: int) -> None:
 def test_an_erase_passes_over_parts_that_were_taken_back(store: Path, tmp_path: Path) -> None:
     chunks = [rows_of(store, part)[0] for part in range(3)]
     only = lines(tmp_path / "only", ["doc-9"])
-    commands.purge(store, "documents", only, reason="test")
+    commands.purge(store, commands.Selectors(documents=only), reason="test")
     both = lines(tmp_path / "both", ["doc-1", "doc-10"])
-    commands.purge(store, "documents", both, reason="test")
+    commands.purge(store, commands.Selectors(documents=both), reason="test")
     ids = lines(tmp_path / "ids", chunks[2][:2])
-    commands.purge(store, "ids", ids, reason="test")
+    commands.purge(store, commands.Selectors(ids=ids), reason="test")
     withdraw(store, 2)
     with pytest.raises(UsageError, match="the store has no chunk"):
-        commands.purge(store, "ids", lines(tmp_path / "more", chunks[2]), reason="test", erase=True)
+        commands.purge(store, commands.Selectors(ids=lines(tmp_path / "more", chunks[2])), reason="test", erase=True)
     first = retrotool.open(store)
     assert len(chunks[2]) and first.parts() == [0, 1]
-    result = commands.purge(store, "documents", both, reason="test", erase=True)
+    result = commands.purge(store, commands.Selectors(documents=both), reason="test", erase=True)
     assert {chunk >> 32 for chunk in result.examples} <= {0}
     assert result.erased == result.already_purged > 0, "doc-1's"
-    assert commands.purge(store, "documents", only, reason="test", erase=True).erased == 0
-    assert commands.purge(store, "ids", ids, reason="test", erase=True).erased == 0
+    assert commands.purge(store, commands.Selectors(documents=only), reason="test", erase=True).erased == 0
+    assert commands.purge(store, commands.Selectors(ids=ids), reason="test", erase=True).erased == 0
     assert all(purge["erased"] for purge in commands.info(store).purges.values())
     assert list((store / "selectors").iterdir()) == []
 
@@ -323,9 +335,14 @@ def test_an_erase_goes_on_beside_another(
 ) -> None:
     """The other replaces files that this one is about to read."""
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
-    commands.purge(store_copy, "documents", other, reason="test")
-    beside(monkeypatch, erase, at, lambda: commands.purge(store_copy, "documents", other, reason="test", erase=True))
-    assert commands.purge(store_copy, "documents", own, reason="test", erase=True).erased > 0
+    commands.purge(store_copy, commands.Selectors(documents=other), reason="test")
+    beside(
+        monkeypatch,
+        erase,
+        at,
+        lambda: commands.purge(store_copy, commands.Selectors(documents=other), reason="test", erase=True),
+    )
+    assert commands.purge(store_copy, commands.Selectors(documents=own), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
     assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
     assert commands.verify(store_copy).problems == []
@@ -336,12 +353,12 @@ def test_a_task_that_another_erase_overtakes_is_planned_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
-    commands.purge(store_copy, "documents", other, reason="test")
+    commands.purge(store_copy, commands.Selectors(documents=other), reason="test")
     beside(
         monkeypatch, erase.EraseWorker, at,
-        lambda: commands.purge(store_copy, "documents", other, reason="test", erase=True),
+        lambda: commands.purge(store_copy, commands.Selectors(documents=other), reason="test", erase=True),
     )  # fmt: skip
-    assert commands.purge(store_copy, "documents", own, reason="test", erase=True).erased > 0
+    assert commands.purge(store_copy, commands.Selectors(documents=own), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
     assert commands.verify(store_copy).problems == []
 
@@ -350,10 +367,10 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside(
-        monkeypatch, commands.purging.selecting, "select_where",
-        lambda: commands.purge(store_copy, "where", "id = 'doc-9'", reason="test", erase=True),
+        monkeypatch, selection, "select_where",
+        lambda: commands.purge(store_copy, commands.Selectors(where="id = 'doc-9'"), reason="test", erase=True),
     )  # fmt: skip
-    result = commands.purge(store_copy, "where", "id in ('doc-9', 'doc-11')", reason="test")
+    result = commands.purge(store_copy, commands.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")
     assert result.documents == 1
 
 
@@ -370,9 +387,9 @@ def spooled(store: Path, text: str = '{"id": "a", "text": "b"}\n') -> Path:
 
 def test_an_erase_takes_standard_input_that_a_killed_process_left(store_copy: Path) -> None:
     path = spooled(store_copy)
-    commands.purge(store_copy, "where", "id = 'doc-3'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
     assert path.exists()
-    result = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test", erase=True)
+    result = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
     assert (path.exists(), result.left) == (False, ())
 
 
@@ -381,7 +398,7 @@ def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy
     opened = Store.open(store_copy)
     with writing(opened) as run:
         commit_plan(opened, run, find_inputs([str(path)]), Wanted(Fields(), 1000))
-    select = (store_copy, "where", "id = 'doc-3'")
+    select = (store_copy, commands.Selectors(where="id = 'doc-3'"))
     (told,) = commands.purge(*select, reason="test", erase=True).left
     assert f"retrotool chunk {store_copy} --retry-quarantine" in told
     assert path.name in told and path.exists()
@@ -393,13 +410,13 @@ def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy
 def test_an_erase_leaves_what_a_living_process_may_be_about_to_chunk(store_copy: Path) -> None:
     path = spooled(store_copy)
     with Run(store_copy):
-        (told,) = commands.purge(store_copy, "where", "id = 'doc-3'", reason="test", erase=True).left
+        (told,) = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True).left
     assert path.name in told and path.exists()
 
 
 def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands.neighbours(store_copy, name="nearest", k=1, saved=1)
-    commands.purge(store_copy, "where", "id = 'doc-3'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
     store = Store.open(store_copy)
     stage = erase.EraseStage(tuple(tombstones.read_tombstones(store).ids.tolist()))
     tasks = stage.plan(store)

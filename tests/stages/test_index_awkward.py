@@ -57,7 +57,7 @@ def test_more_lists_are_probed_where_they_hold_too_little(lists: Path, tmp_path:
     assert (database.search(queries, len(plain.ids), Point(1, 10)).ids >= 0).all(), "all that there is"
     assert (database.search(queries, len(plain.ids) + 7, Point(1, 10)).ids >= 0).sum() == 5 * len(plain.ids)
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in plain.ids[3:]))
-    commands.purge(lists, "ids", str(tmp_path / "ids"), reason="test")
+    commands.purge(lists, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
     left = Database(Store.open(lists), "lists").search(queries, 10, Point(1, 10))
     assert all(sorted(row[row >= 0]) == sorted(plain.ids[:3]) for row in left.ids)
 
@@ -180,7 +180,7 @@ def test_nothing_is_said_of_recall_where_there_is_nothing_to_find(tmp_path: Path
     one = tmp_path / "one"
     commands.chunk(one, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(1)))], tokenizer=str(tiny_encoder))
     commands.embed(one, encoder=str(tiny_encoder))
-    commands.purge(one, "where", "id = 'doc-0'", reason="test", erase=True)
+    commands.purge(one, commands.Selectors(where="id = 'doc-0'"), reason="test", erase=True)
     told = cli("index", one)
     assert told.returncode == 0 and "no recall to measure" in told.stdout
 

@@ -124,7 +124,7 @@ def test_random_chunks_are_drawn_by_seed_from_all_parts(store_copy: Path, tmp_pa
     for seed in range(40):
         counts[[order[chunk] for chunk in drawn(total // 4, seed)]] += 1
     assert counts.max() <= 24 and counts.mean() == pytest.approx(10, rel=0.02)
-    commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
     left = commands.inspect(store_copy, EVERYTHING)
     assert {chunk.source for chunk in left.chunks} == {"b"} and left.shown < total
 
@@ -134,7 +134,7 @@ def test_what_is_purged_is_not_shown(store_copy: Path, tmp_path: Path, erase: bo
     before = commands.inspect(store_copy, EVERYTHING, k=6)
     victims = [i for i in read_plain(store_copy).ids.tolist() if i % 3 == 1]
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
-    commands.purge(store_copy, "ids", str(tmp_path / "ids"), reason="test", erase=erase)
+    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
     after = commands.inspect(store_copy, EVERYTHING, k=6)
     check(store_copy, after)
     assert {chunk.id for chunk in before.chunks} - {chunk.id for chunk in after.chunks} == set(victims)
@@ -152,7 +152,7 @@ def test_a_chunk_without_neighbours_has_none(tmp_path: Path, tiny_encoder: Path)
     commands.embed(store, encoder=str(tiny_encoder))
     commands.neighbours(store)
     (tmp_path / "ids").write_text("d1\n")
-    commands.purge(store, "documents", str(tmp_path / "ids"), reason="test")
+    commands.purge(store, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
     found = commands.inspect(store, Choice(chunk=0))
     assert (found.shown, found.without, found.neighbours, found.chunks[0].neighbours) == (1, 1, 0, ())
 

@@ -49,7 +49,7 @@ def test_pieces_are_the_chunks_and_continuations_of_the_api(store_copy: Path, tm
     everything = read_plain(store_copy).ids
     draw = random.Random(4)
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in draw.sample(everything.tolist(), 40)))
-    commands.purge(store_copy, "ids", str(tmp_path / "ids"), reason="test", erase=erase)
+    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
     some = [*draw.choices(everything.tolist(), k=300), -1, int(everything[-1]) + 1, 77 << 32, (1 << 62) + 5]
     check_pieces(store_copy, np.array(some))
     check_pieces(store_copy, everything)
@@ -64,7 +64,7 @@ def test_of_records_the_value_is_the_continuation_while_the_key_lives(tmp_path: 
     ids = np.arange(sum(part["chunks"]["rows"] for part in commands.info(store).parts))
     check_pieces(store, ids)
     (tmp_path / "ids").write_text("0\n")
-    commands.purge(store, "ids", str(tmp_path / "ids"), reason="test")
+    commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
     check_pieces(store, ids)
 
 
@@ -120,7 +120,7 @@ def test_a_store_against_itself_leaves_out_own_documents_and_purged_ones(store_c
     plain = read_plain(store_copy)
     of = dict(zip(plain.ids.tolist(), plain.documents, strict=True))
     assert all(of[a] != of[b] for a, b in zip(table["chunk"], table["neighbour"], strict=True) if b >= 0)
-    commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
     after = commands.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     assert after.chunks < before.chunks and set(table["source"]) == {"b"}

@@ -167,7 +167,7 @@ def held_ids(store: Path, entry: FileEntry) -> set[int]:
 
 def purge_ids(store: Path, *ids: int, erase: bool = False) -> Any:
     (store.parent / "ids").write_text("".join(f"{i}\n" for i in ids))
-    return commands.purge(store, "ids", str(store.parent / "ids"), reason="test", erase=erase)
+    return commands.purge(store, commands.Selectors(ids=str(store.parent / "ids")), reason="test", erase=erase)
 
 
 def test_a_purge_of_a_continuation_alone_makes_the_file_anew(copies: tuple[Path, Path]) -> None:
@@ -280,7 +280,7 @@ def test_an_erase_in_the_same_store_zeroes_slots_and_keeps_the_file_current(own:
     assert all(trace in bytes_of(own, "materialised") for trace in traces[:2])
     purge_ids(own, *victims)
     masked = list(RetroDataset(own, **options))
-    result = commands.purge(own, "ids", str(own.parent / "ids"), reason="test", erase=True)
+    result = commands.purge(own, commands.Selectors(ids=str(own.parent / "ids")), reason="test", erase=True)
     haystack = everything_of(own)
     assert [trace for trace in traces if trace in haystack] == []
     assert not any(held_ids(own, entry) & set(victims) for entry in entries(own).values())

@@ -263,7 +263,7 @@ def test_sources_that_are_nowhere_are_refused_with_those_that_there_are(store: P
         assert error.value.advice == "There are: a, b, c"
     with pytest.raises(UsageError, match="both to be left out and the only one"):
         commands.neighbours(store, filters=FilterOptions(exclude_sources=("a",), only_sources=("a", "b")))
-    commands.purge(store, "where", "source = 'c'", reason="test")
+    commands.purge(store, commands.Selectors(where="source = 'c'"), reason="test")
     with pytest.raises(UsageError, match="no document has the source 'c'"):
         commands.neighbours(store, filters=FilterOptions(only_sources=("c",)))
 
@@ -296,7 +296,7 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    commands.purge(store, "documents", str(names), reason="test", erase=erase)
+    commands.purge(store, commands.Selectors(documents=str(names)), reason="test", erase=erase)
 
 
 @pytest.mark.parametrize("how", ["exact", "flat", "lists"])

@@ -45,7 +45,7 @@ def grow(store: Path, encoder: Path, n: int, first: int) -> None:
 def purge(store: Path, ids: list[int], *, erase: bool = False) -> None:
     path = store.parent / "ids"
     path.write_text("".join(f"{i}\n" for i in ids))
-    commands.purge(store, "ids", str(path), reason="test", erase=erase)
+    commands.purge(store, commands.Selectors(ids=str(path)), reason="test", erase=erase)
 
 
 def assert_true(store: Path, name: str, purged: frozenset[int] = frozenset()) -> None:

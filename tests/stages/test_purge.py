@@ -19,9 +19,11 @@ from retrotool.api import Reader
 from retrotool.commands.writing import writing
 from retrotool.errors import ConflictError, ErasedError, UsageError
 from retrotool.stages import purge as selecting
+from retrotool.stages import selection
 from retrotool.stages.embed import EmbedStage
 from retrotool.store import staging
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 
 CANARY = "zqxjkv"
 
@@ -49,7 +51,9 @@ def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: P
     victims = set(before.document("doc-7") + before.document("doc-30"))
     texts = [before.chunk(chunk).text for chunk in sorted(victims)]
     assert victims <= set(returned(before)), "they were there"
-    result = commands.purge(store_copy, "documents", lines(tmp_path / "ids", ["doc-7", "doc-30"]), reason="test")
+    result = commands.purge(
+        store_copy, commands.Selectors(documents=lines(tmp_path / "ids", ["doc-7", "doc-30"])), reason="test"
+    )
     assert (result.chunks, result.documents, result.erased) == (len(victims), 2, 0)
     after = retrotool.open(store_copy)
     assert victims.isdisjoint(returned(after))
@@ -72,7 +76,7 @@ def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: P
 def test_a_reader_that_was_open_keeps_its_view_until_it_refreshes(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     victim = reader.document("doc-7")[0]
-    commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test")
+    commands.purge(store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test")
     assert reader.chunk(victim).document == "doc-7"
     reader.refresh()
     with pytest.raises(UsageError):
@@ -83,7 +87,7 @@ def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Pat
     reader = retrotool.open(store_copy)
     victim = reader.document("doc-7")[0]
     view = retrotool.open(store_copy)
-    commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     with pytest.raises(ErasedError, match="erased") as error:
         view.chunk(victim)
     assert "Open the store again" in error.value.advice
@@ -156,7 +160,7 @@ def test_after_an_erase_no_byte_is_left(canary_store: tuple[Path, list[str]], tm
     haystack = everything(store)
     assert all(trace in haystack for kind in wanted.values() for trace in kind), "the scan sees what is there"
     digests = commands.verify(store)
-    commands.purge(store, "documents", lines(tmp_path / "ids", names), reason="request 17", erase=True)
+    commands.purge(store, commands.Selectors(documents=lines(tmp_path / "ids", names)), reason="request 17", erase=True)
     haystack = everything(store)
     assert {kind: [t for t in found if t in haystack] for kind, found in wanted.items()} == {
         kind: [] for kind in wanted
@@ -174,7 +178,7 @@ def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path,
     reader = retrotool.open(store)
     victims = {chunk for name in names for chunk in reader.document(name)}
     before = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
-    commands.purge(store, "documents", lines(tmp_path / "ids", names), reason="test", erase=True)
+    commands.purge(store, commands.Selectors(documents=lines(tmp_path / "ids", names)), reason="test", erase=True)
     reader = retrotool.open(store)
     after = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
     assert after == {i: text for i, text in before.items() if i not in victims}
@@ -195,7 +199,9 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
     assert (len(part), len(shards)) == (5, 1), "documents, keys, chunks, embeddings and neighbours"
     measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
     assert len(measured) == 2, "the curve and its picture, which name sources"
-    result = commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    result = commands.purge(
+        store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True
+    )
     left = {entry.path for entry in Store.open(store_copy).state.files()}
     assert {entry.path for entry in state.files()} - left == part | shards | tables | measured
     assert result.files_rewritten == len(part | shards | tables)
@@ -216,7 +222,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
         late = stage.open(store)(task, run.id, lambda _: None)  # finished, not yet committed
         vector = np.load(store_path / late.add[0].path)[victim & 0xFFFFFFFF].tobytes()
         assert vector in everything(store_path)
-        commands.purge(store_path, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+        commands.purge(store_path, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
         assert staging.stage(store.root, late)
         folded = staging.fold(store, run)
         assert list(folded.refused) == [task.key]
@@ -232,11 +238,23 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     chunks = {int(i): reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)}
     odd = {i for i, chunk in chunks.items() if int(chunk.document.removeprefix("doc-")) % 2}
-    assert set(selecting.select_where(store, "source = 'b'").tolist()) == odd
+    assert set(selection.select_where(store, "source = 'b'").tolist()) == odd
     with_words = {i for i, chunk in chunks.items() if "store chunk" in chunk.text}
     assert with_words
-    assert set(selecting.select_pattern(store, r"\bstore\s+chunk\b").tolist()) == with_words
-    assert selecting.select_ids(store, ["5", "", "5", str(1 << 32)]).tolist() == [5, 1 << 32]
+    found = commands.purge(
+        store_copy,
+        commands.Selectors(pattern=r"\bstore chunk\b", allow_lossy=True),
+        reason="test",
+        confirm=lambda _: True,
+    )
+    inside = {int(i) for i in store.refresh() and read_tombstones(store, found.purge).ids}
+    assert with_words <= inside, "and what matches touch across a border"
+    for chunk in inside - with_words:
+        beside = [i for i in (chunk - 1, chunk + 1) if i in chunks and chunks[i].document == chunks[chunk].document]
+        text = chunks[chunk].text
+        assert text.startswith("chunk") or text.endswith("store")
+        assert beside
+    assert selection.select_ids(store, ["5", "", "5", str(1 << 32)]).tolist() == [5, 1 << 32]
 
 
 @pytest.mark.parametrize(
@@ -261,16 +279,16 @@ def test_a_wrong_selector_is_refused_and_nothing_is_done(
     before = Store.open(store_copy).state.number
     given = lines(tmp_path / "ids", [value]) if kind in ("ids", "documents") else value
     with pytest.raises(UsageError) as error:
-        commands.purge(store_copy, kind, given, reason="test")
+        commands.purge(store_copy, commands.Selectors(**{kind: given}, allow_lossy=True), reason="test")
     assert message in str(error.value)
     assert Store.open(store_copy).state.number == before
 
 
 def test_a_dry_run_changes_nothing_and_counts_right(store_copy: Path) -> None:
     before = commands.verify(store_copy)
-    planned = commands.purge(store_copy, "where", "source = 'a'", reason="test", dry_run=True)
+    planned = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test", dry_run=True)
     assert commands.verify(store_copy) == before
-    done = commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    done = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
     assert (done.chunks, done.documents, done.tokens) == (planned.chunks, planned.documents, planned.tokens)
     after = commands.verify(store_copy)
     assert after.ok
@@ -278,14 +296,14 @@ def test_a_dry_run_changes_nothing_and_counts_right(store_copy: Path) -> None:
 
 
 def test_purging_what_is_purged_does_nothing_and_says_so(store_copy: Path) -> None:
-    first = commands.purge(store_copy, "where", "source = 'a'", reason="test")
-    again = commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    first = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
+    again = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
     assert (again.purge, again.chunks, again.already_purged) == ("", 0, first.chunks)
     assert again.commit == first.commit
 
 
 def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
-    commands.purge(store_copy, "where", "source is not null", reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(where="source is not null"), reason="test", erase=True)
     shown = commands.info(store_copy)
     assert (shown.documents, shown.chunks, shown.tokens) == (0, 0, 0)
     assert retrotool.open(store_copy).search("anything") == []
@@ -294,12 +312,12 @@ def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
 
 def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
     store = Store.open(store_copy)
-    selection = commands.purging.select(store, "where", "source = 'a'")
-    commands.purge(store_copy, "where", "source = 'b'", reason="test")
+    chosen = commands.purging.select(store, commands.Selectors(where="source = 'a'").asked(store))
+    commands.purge(store_copy, commands.Selectors(where="source = 'b'"), reason="test")
     with writing(store) as run:
         before = files(store_copy)
         with pytest.raises(ConflictError, match="another purge"):
-            selecting.commit_purge(store, run, selection, "late")
+            selecting.commit_purge(store, run, chosen, "late", "somebody")
         assert files(store_copy) == before, "what it selected by does not stay on the disk"
     assert commands.verify(store_copy).ok
 
@@ -313,12 +331,18 @@ def test_a_purge_that_another_overtook_selects_again(store_copy: Path, monkeypat
 
     def overtaken(*arguments: object) -> str:
         monkeypatch.undo()
-        assert commands.purge(store_copy, "where", "id in ('doc-3', 'doc-4')", reason="first").documents == 2
+        assert (
+            commands.purge(store_copy, commands.Selectors(where="id in ('doc-3', 'doc-4')"), reason="first").documents
+            == 2
+        )
         return commit(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(selecting, "commit_purge", overtaken)
     result = commands.purge(
-        store_copy, "where", "source = 'a'", reason="test", confirm=lambda planned: bool(asked.append(planned)) or True
+        store_copy,
+        commands.Selectors(where="source = 'a'"),
+        reason="test",
+        confirm=lambda planned: bool(asked.append(planned)) or True,
     )
     assert (result.documents, [planned.documents for planned in asked]) == (59, [60]), (
         "it takes less than was agreed to"
@@ -328,14 +352,20 @@ def test_a_purge_that_another_overtook_selects_again(store_copy: Path, monkeypat
 
 def test_what_is_declined_is_not_done(store_copy: Path) -> None:
     before = Store.open(store_copy).state.number
-    result = commands.purge(store_copy, "where", "source = 'a'", reason="test", confirm=lambda _: False)
+    result = commands.purge(
+        store_copy, commands.Selectors(where="source = 'a'"), reason="test", confirm=lambda _: False
+    )
     assert (result.purge, result.documents, Store.open(store_copy).state.number) == ("", 60, before)
-    commands.purge(store_copy, "where", "source = 'a'", reason="test")
+    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
     purged = Store.open(store_copy).state.number
     asked: list[commands.PurgeResult] = []
-    commands.purge(store_copy, "where", "source = 'a'", reason="test", confirm=lambda _: pytest.fail("nothing to ask"))
     commands.purge(
-        store_copy, "where", "source = 'a'", reason="test", erase=True,
+        store_copy,
+        commands.Selectors(where="source = 'a'"),
+        reason="test",
+        confirm=lambda _: pytest.fail("nothing to ask"),
+    )
+    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test", erase=True,
         confirm=lambda planned: bool(asked.append(planned)),
     )  # fmt: skip
     assert (asked[0].chunks, asked[0].unerased) == (0, result.chunks), "an erase of what is purged is asked about too"
@@ -347,7 +377,9 @@ def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_p
     reader = retrotool.open(store_copy)
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 3)
     first, victim, last = reader.document(name)[:3]
-    result = commands.purge(store_copy, "ids", lines(tmp_path / "ids", [victim]), reason="test", erase=True)
+    result = commands.purge(
+        store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True
+    )
     assert (result.chunks, result.documents) == (1, 0)
     reader = retrotool.open(store_copy)
     assert reader.document(name)[:2] == [first, last]
@@ -356,7 +388,7 @@ def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_p
 
 
 def test_no_text_stands_in_the_log(store_copy: Path, tmp_path: Path) -> None:
-    commands.purge(store_copy, "pattern", "store chunk", reason="request 17")
+    commands.purge(store_copy, commands.Selectors(pattern="store chunk", allow_lossy=True), reason="request 17")
     log = b"".join(path.read_bytes() for path in (store_copy / "log").iterdir())
     assert b"store chunk" not in log
     shutil.rmtree(store_copy / "checkpoints", ignore_errors=True)

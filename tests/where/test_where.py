@@ -252,7 +252,9 @@ def test_a_column_that_only_some_parts_have_is_null_in_the_others(tmp_path):
     commands.chunk(tmp_path / "store", [str(second)], fields=Fields(keep=("year",)))
 
     def documents(expression: str) -> int:
-        return commands.purge(tmp_path / "store", "where", expression, reason="test", dry_run=True).documents
+        return commands.purge(
+            tmp_path / "store", commands.Selectors(where=expression), reason="test", dry_run=True
+        ).documents
 
     assert documents("year >= 2000") == 3
     assert documents("year is null") == 4

@@ -1,0 +1,205 @@
+"""Holding selectors against all text of a store: tasks like those of any stage, one a part.
+
+What is found goes into files ``scans/<scan>/``, whose name is a keyed hash of what is looked for. So a scan that was
+killed goes on, a purge after its dry run scans nothing again, and several machines share the work; a part that an erase
+has rewritten is scanned anew. The commit of the purge takes the files away. They hold chunk ids and places in text, and
+no text.
+
+In a task threads work side by side, at a block of whole documents each: matchers spend their time in numpy, Arrow and
+RE2, which let others run meanwhile. Of a chunk that a selector means several times by one name, the first is kept.
+Memory: a block a thread, and 32 bytes a hit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from retrotool import interrupts
+from retrotool.stages.base import Report, Task, own_first, task_key
+from retrotool.stages.selectors.base import Matcher, Selector
+from retrotool.stages.selectors.text import Block, Decoder, blocks_of
+from retrotool.store import parts, staging
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.staging import Staged
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+KIND = "scans"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Chunks that selectors of a scan mean, all arrays [n], in the order of the chunks.
+
+    ``selectors`` count those of the scan, ``labels`` the names of each. ``begin`` and ``end`` are bytes from where the
+    chunk's text begins (the first may be negative); both 0 where no place in the text is meant.
+    """
+
+    chunks: npt.NDArray[np.int64]
+    selectors: npt.NDArray[np.int16]
+    labels: npt.NDArray[np.int32]
+    begin: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.chunks)
+
+    @classmethod
+    def joined(cls, several: list[Found]) -> Found:
+        """All of several."""
+        none = np.zeros(0, np.int64)
+        empty = cls(none, none.astype(np.int16), none.astype(np.int32), none, none)
+        names = cls.__dataclass_fields__
+        arrays: list[npt.NDArray[Any]] = [
+            np.concatenate([getattr(some, name) for some in (empty, *several)]) for name in names
+        ]
+        return cls(*arrays)
+
+    def as_table(self) -> pa.Table:
+        """As it is stored."""
+        return pa.table([getattr(self, field.name) for field in parts.SCANS_SCHEMA], schema=parts.SCANS_SCHEMA)
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> Found:
+        """What is stored."""
+        return cls(*(table[field.name].to_numpy() for field in parts.SCANS_SCHEMA))
+
+
+@dataclass(frozen=True, slots=True)
+class ScanStage:
+    """All parts that were not scanned by ``selectors`` yet. ``shard`` (i, n): this is job i of n."""
+
+    selectors: tuple[Selector, ...]
+    shard: tuple[int, int] | None = None
+    name: str = field(default="select", init=False)
+    unit: str = field(default="chunk", init=False)
+
+    def scan(self, store: Store) -> str:
+        """The name of this scan: a hash, keyed with the store's secret, of what is looked for."""
+        asked = [[selector.kind, selector.literal()] for selector in self.selectors]
+        return store.identity.keyed_hash(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS).decode())[:16]
+
+    def plan(self, store: Store) -> list[Task]:
+        """One task a part that is not scanned, or was rewritten since."""
+        scan = self.scan(store)
+        tasks = []
+        for part in store.state.parts():
+            chunks = parts.part_entry(store, "chunks", part)
+            old = store.state.part_file(KIND, part, scan)
+            if old is not None and (old.about or {}).get("of") == chunks.path:
+                continue
+            key = task_key(self.name, {"scan": scan}, [chunks.path])
+            if not staging.is_staged(store.root, key):
+                inputs = {"part": part, "path": chunks.path, "replaces": old.path if old else None}
+                tasks.append(Task(key, f"part {part}", chunks.rows, inputs, claimed=self.shard is not None))
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def open(self, store: Store) -> ScanWorker:
+        """Get the matchers ready."""
+        return ScanWorker(store, self)
+
+
+class ScanWorker:
+    """Scans parts."""
+
+    def __init__(self, store: Store, stage: ScanStage) -> None:
+        self._store, self._scan = store, stage.scan(store)
+        self._matchers = [selector.open(store) for selector in stage.selectors]
+        self._kinds = [selector.kind for selector in stage.selectors]
+        self._decoder = Decoder(store)
+        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Scan one part."""
+        store, part = self._store, int(task.inputs["part"])
+        store.refresh()
+        found: list[Found] = []
+        for rows, some in self._side_by_side(blocks_of(store, self._decoder, part)):
+            found.append(some)
+            report(rows)
+        name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
+        entry = parts.write_parquet(
+            store.root,
+            name,
+            Found.joined(found).as_table(),
+            about={"of": task.inputs["path"], "names": [list(matcher.names) for matcher in self._matchers]},
+        )
+        replaced = task.inputs["replaces"]
+        settings = {"scan": self._scan, "selectors": self._kinds}
+        reads, remove = (str(task.inputs["path"]),), (replaced,) if replaced else ()
+        return Staged(task.key, "select", run, settings, reads, (entry,), remove)
+
+    def _side_by_side(self, blocks: Iterator[Block]) -> Iterator[tuple[int, Found]]:
+        """Rows and what was found of each block, in order; one block more than there are threads is held."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting: deque[Future[tuple[int, Found]]] = deque(
+                pool.submit(self._look, block) for block in itertools.islice(blocks, self._threads)
+            )
+            try:
+                while waiting:
+                    interrupts.check()
+                    yield waiting.popleft().result()
+                    waiting.extend(pool.submit(self._look, block) for block in itertools.islice(blocks, 1))
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _look(self, block: Block) -> tuple[int, Found]:
+        return len(block), look(self._matchers, block)
+
+
+def look(matchers: list[Matcher], block: Block) -> Found:
+    """What matchers mean in a block: of each row the first of each of their names."""
+    every = []
+    for number, matcher in enumerate(matchers):
+        hits = matcher(block)
+        if not len(hits):
+            continue
+        order = np.lexsort((hits.begin, hits.labels, hits.rows))
+        rows, labels = hits.rows[order], hits.labels[order]
+        is_first = np.ones(len(order), np.bool_)
+        is_first[1:] = (rows[1:] != rows[:-1]) | (labels[1:] != labels[:-1])
+        kept = order[is_first]
+        rows = hits.rows[kept]
+        placed = hits.begin[kept] >= 0
+        start = block.starts[rows] if placed.any() else np.zeros(len(rows), np.int64)
+        every.append(
+            Found(
+                parts.chunk_ids(block.part, rows + block.first), np.full(len(rows), number, np.int16),
+                hits.labels[kept], np.where(placed, hits.begin[kept] - start, 0),
+                np.where(placed, hits.end[kept] - start, 0),
+            )
+        )  # fmt: skip
+    found = Found.joined(every)
+    order = np.argsort(found.chunks, kind="stable")
+    return Found(*(getattr(found, name)[order] for name in Found.__dataclass_fields__))
+
+
+def read_scan(store: Store, stage: ScanStage) -> tuple[Found, list[list[str]]]:
+    """What a scan found, in the order of the chunks, and the names of each selector ([]: nothing was scanned)."""
+    found, names = [], [list[str]() for _ in stage.selectors]
+    group = store.state.group(KIND, stage.scan(store))
+    for slot in group:
+        entry = group.get(slot)
+        if entry is not None:
+            found.append(Found.of_table(parts.read_parquet(store, entry)))
+            names = (entry.about or {})["names"]
+    return Found.joined(found), names
+
+
+def scan_files(state: State, scan: str) -> list[str]:
+    """Paths of the files of a scan."""
+    group = state.group(KIND, scan)
+    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
