@@ -1,0 +1,153 @@
+"""Matches in blocks: those of Python's own ``re`` over each document, and how much RE2 is given to read for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from block_help import block_of, cut
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrotool.errors import UsageError
+from retrotool.stages.selectors import spans
+from retrotool.stages.selectors.spans import compiled, find_all, hits
+
+
+def expected(pattern: str, documents: list[list[bytes]]) -> list[tuple[int, int]]:
+    """By Python's ``re`` over each document."""
+    found, base = [], 0
+    for document in documents:
+        text = b"".join(document)
+        found += [
+            (base + m.start(), base + m.end()) for m in re.finditer(as_python(pattern).encode(), text) if m.group()
+        ]
+        base += len(text)
+    return found
+
+
+def pairs(found: tuple[Any, Any]) -> list[tuple[int, int]]:
+    begin, end = found
+    assert begin.dtype == end.dtype == np.int64
+    return list(zip(begin.tolist(), end.tolist(), strict=True))
+
+
+class Counted:
+    """A pattern that notes how many bytes each search may read: from where it begins to where the window ends."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.pattern, self.read, self.searches = pattern, 0, 0
+
+    def finditer(self, text: memoryview, position: int, end: int) -> Iterator[Any]:
+        self.searches += 1
+        self.read += end - position
+        for match in self.pattern.finditer(text, position, end):
+            yield match
+            self.searches += 1
+            self.read += end - match.end()
+
+
+PATTERNS = (
+    "ab", "^a+", "b+$", r"\bab\b", "a.*b", "(?s)a.*b", "a[^b]{0,5}b", r"\n", "(a|ab)(c|bcd)?", "é", "[é😀]+", ".",
+)  # fmt: skip
+documents = st.lists(
+    st.tuples(st.text("ab \né😀", max_size=60).map(str.encode), st.integers(1, 9)).map(lambda one: cut(*one)),
+    max_size=4,
+)
+
+
+def as_python(pattern: str) -> str:
+    """The same pattern of ``re``, whose ``$`` also matches before a last line feed."""
+    return pattern.replace("$", r"\Z")
+
+
+@given(st.sampled_from([p for p in PATTERNS if p.isascii() and p != "."]), documents)
+def test_small_documents_are_searched_like_re(pattern: str, documents: list[list[bytes]]) -> None:
+    assert pairs(find_all(compiled(pattern), block_of(documents))) == expected(pattern, documents)
+
+
+@given(st.sampled_from(PATTERNS), st.text("ab \né😀", max_size=200), st.integers(1, 9), st.data())
+def test_windows_change_nothing_for_matches_that_fit(pattern: str, text: str, size: int, data: Any) -> None:
+    """Windows of a few bytes, over matches that are shorter than they overlap."""
+    matches = list(re.finditer(as_python(pattern), text, re.ASCII))
+    long = max((len(m.group().encode()) for m in matches), default=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("NARROW", "WINDOW"):
+            patch.setattr(spans, name, data.draw(st.integers(8, 40)))
+            patch.setattr(spans, "OVERLAP" if name == "WINDOW" else "NARROW_OVERLAP", long + 4)
+        patch.setattr(spans, "CROWDED", data.draw(st.integers(1, 20)))
+        found = pairs(find_all(compiled(pattern), block_of([cut(text.encode(), size)])))
+    at = np.cumsum([0, *(len(c.encode()) for c in text)]).tolist()
+    assert found == [(at[m.start()], at[m.end()]) for m in matches if m.group()]
+
+
+@pytest.mark.parametrize("place", [0, 57_300, 56 << 10, 60_000, (64 << 10) - 3, 64 << 10, 114_000, 150_000 - 8000])
+def test_a_match_of_eight_thousand_bytes_is_found_wherever_it_lies(place: int) -> None:
+    text = bytearray("é".encode() * 75_000)
+    place -= place % 2
+    text[place : place + 8000] = b"<" + b"x" * 7998 + b">"
+    assert pairs(find_all(compiled("<[^>]*>"), block_of([[b"<"], cut(bytes(text), 250)]))) == [
+        (place + 1, place + 8001)
+    ]
+
+
+def test_many_ordinary_matches_are_all_found() -> None:
+    text = b" ".join(b"name%d@example.org" % n for n in range(20_000))
+    block = block_of([cut(text, 300)])
+    counted = Counted(compiled(r"\w+@\w+\.\w+"))
+    assert pairs(find_all(counted, block)) == expected(r"\w+@\w+\.\w+", [[text]])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "piece"),
+    [
+        ("x(.*y)?", b"x"),
+        ("x*", b"x"),
+        ("(x.*y)?", b"x"),
+        (".*?y|x", b"x"),
+        ("(x+x+)+y|x", b"x"),
+        (r"\b|(\w.*y)", b"a b"),
+    ],
+)
+def test_what_is_read_is_linear_for_hostile_patterns(pattern: str, piece: bytes) -> None:
+    read = []
+    for size in (90_000, 180_000):
+        counted = Counted(compiled(pattern))
+        find_all(counted, block_of([cut(piece * (size // len(piece)), 256)]))
+        read.append(counted.read)
+        assert counted.read < 2000 * size
+        assert counted.searches < 1.1 * size
+    assert read[1] < 2.2 * read[0]
+
+
+def test_matches_of_hostile_patterns_are_found() -> None:
+    text = b"x" * 100_000
+    assert pairs(find_all(compiled("x(.*y)?"), block_of([cut(text, 250)]))) == [(n, n + 1) for n in range(len(text))]
+
+
+def test_documents_are_apart_and_rows_of_both_chunks_are_hit() -> None:
+    block = block_of([[b"one se", b"", b"cret"], [b"se"], [b"cret secret"]])
+    begin, end = find_all(compiled("secret"), block)
+    assert pairs((begin, end)) == [(4, 10), (17, 23)]
+    found = hits(block, begin, end, 3)
+    assert found.rows.tolist() == [0, 2, 4]
+    assert found.labels.tolist() == [3] * 3
+    assert (found.begin.tolist(), found.end.tolist()) == ([4, 4, 17], [10, 10, 23])
+
+
+def test_nothing_is_found_in_nothing() -> None:
+    assert pairs(find_all(compiled("a"), block_of([]))) == []
+    assert len(hits(block_of([]), *find_all(compiled("a"), block_of([])))) == 0
+
+
+@pytest.mark.parametrize("pattern", ["(a", "a{2000}", "\ud800", "(?=x)", r"(a)\1"])
+def test_what_re2_can_not_compile_is_refused(pattern: str) -> None:
+    with pytest.raises(UsageError, match=r"the pattern can't be compiled: .+"):
+        compiled(pattern)
+
+
+def test_case_is_ignored_where_that_is_asked_for() -> None:
+    assert pairs(find_all(compiled("straße", ignore_case=True), block_of([["STRAßE".encode()]]))) == [(0, 7)]
