@@ -179,12 +179,19 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
         (["--chunk", "0", "--html", "FOLDER/none/page.html"], "there is no folder"),
         (["--chunk", "0", "--html", "FOLDER"], "is a folder"),
         (["--chunk", "0", "--html", "/dev/null"], "is a device"),
+        (["--chunk", "0", "--html", "STORE/store.json"], "lies in the store"),
+        (["--chunk", "0", "--html", "STORE/log/page.html"], "lies in the store"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_so(
     built_store: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    code, out, err = run(built_store, *(word.replace("FOLDER", str(tmp_path)) for word in arguments))
+    places = {"FOLDER": str(tmp_path), "STORE": str(built_store)}
+    before = (built_store / "store.json").read_bytes()
+    for place, path in places.items():
+        arguments = [word.replace(place, path) for word in arguments]
+    code, out, err = run(built_store, *arguments)
+    assert (built_store / "store.json").read_bytes() == before
     assert (code, out, message in err) == (2, "", True), err
     assert Path("/dev/null").is_char_device() and not list(tmp_path.iterdir())
 
