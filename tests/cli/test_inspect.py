@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -117,6 +118,23 @@ def test_documents_can_not_get_at_the_terminal(hostile: Path) -> None:
     long = [line for line in out.splitlines() if columns(line) > 100]
     assert not [line for line in long if str(hostile) not in line]
     assert out.count("[[") == out.count("]]") > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info", "STORE"],
+        ["search", "STORE", "Then a sentence", "-k", "3"],
+        ["neighbours", "STORE", "--only-source", "nobody's"],
+    ],
+)
+def test_no_other_command_lets_them_either(hostile: Path, tmp_path: Path, words: list[str]) -> None:
+    store = shutil.copytree(hostile, tmp_path / "store")
+    commands.index(store)
+    result = CliRunner().invoke(app, [word.replace("STORE", str(store)) for word in words])
+    out = result.stdout + result.stderr
+    assert {c for c in out if unicodedata.category(c) == "Cc"} == {"\n"}
+    assert "\u202e" not in out and "\\x9b" in out
 
 
 def in_terminal(*arguments: object, **environment: str) -> str:
