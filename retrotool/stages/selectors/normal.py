@@ -117,11 +117,11 @@ def _islands(text: bytes, borders: Offsets) -> tuple[Offsets, Offsets]:
     high = np.zeros(len(data) + 2, np.bool_)
     high[1:-1] = data > 127
     edges = np.flatnonzero(high[1:] != high[:-1])
-    inner = np.unique(borders)
-    inner = inner[np.searchsorted(edges, inner) % 2 == 1]
-    inner = inner[~np.isin(inner, edges)]
+    at = np.searchsorted(edges, borders)
+    inner = np.unique(borders[(at % 2 == 1) & (np.searchsorted(edges, borders, side="right") == at)])
     begin, end = np.sort(np.append(edges[::2], inner)), np.sort(np.append(edges[1::2], inner))
-    joins = (data[begin - 1] > ord(" ")) & (data[begin - 1] < 128) & (begin > 0) & ~np.isin(begin, borders)
+    starts = np.searchsorted(borders, begin) < np.searchsorted(borders, begin, side="right")
+    joins = (data[begin - 1] > ord(" ")) & (data[begin - 1] < 128) & ~starts
     return begin - joins, end
 
 

@@ -97,7 +97,7 @@ def _look(eights: Eights, begins: Offsets, ends: Offsets) -> tuple[Keys, Keys, K
 
 
 def _hash(first: Keys, last: Keys, length: Keys) -> Keys:
-    mixed = (first ^ length) * _ODD[0]
+    mixed: Keys = (first ^ length) * _ODD[0]
     mixed ^= mixed >> np.uint64(32)
     mixed += last * _ODD[1]
     mixed ^= mixed >> np.uint64(29)
