@@ -21,6 +21,7 @@ import zstandard
 from machine import describe
 
 from retrotool.stages.selectors.base import Hits
+from retrotool.stages.selectors.pii import KINDS, PersonalDataMatcher
 from retrotool.stages.selectors.spans import compiled, find_all, hits
 from retrotool.stages.selectors.terms import TermMatcher
 from retrotool.stages.selectors.text import Block, Decoder, Offsets
@@ -110,6 +111,9 @@ def main() -> None:
     print(f"{len(documents):,} documents, {sum(map(len, documents)) / 1e6:.0f} MB")
     measure("a pattern that is nowhere", by_pattern("[a-z]+@zqj"), some)
     measure(r"a pattern that is often: \b[Ee]rrors?\b", by_pattern(r"\b[Ee]rrors?\b"), some)
+    for kind in KINDS:
+        measure(f"personal data: {kind}", PersonalDataMatcher((kind,)), some)
+    measure("personal data: all", PersonalDataMatcher(KINDS), some)
     for count in (100, 10_000, 100_000):
         measure(f"{count:,} terms of rare words", TermMatcher(terms_of(documents, count, rare=True)), some)
     measure("10,000 terms of any words", TermMatcher(terms_of(documents, 10_000, rare=False)), some)

@@ -60,7 +60,7 @@ def check_email(seen: Candidate) -> tuple[int, int] | None:
     good = all(label and not label.startswith("-") and not label.endswith("-") for label in labels)
     if len(labels) < 2 or not good or not mine or mine.endswith(".") or ".." in mine:
         return None
-    if seen.behind[:1] == "(":  # a call
+    if seen.behind[:1] == "(" or mine.lower() == "git":  # a call, or whom all log in as
         return None
     return len(local) - len(mine), len(local) + 1 + len(".".join(labels))
 
@@ -106,7 +106,7 @@ def check_phone(seen: Candidate) -> tuple[int, int] | None:
         table = {len(group) for group in groups} == {4}
         if power or table or sum(len(group) == 1 for group in groups[1:]) > 1:
             return None
-        return (0, len(text)) if text[0] == "+" or not plain else None
+        return (0, len(text)) if text[0] == "+" or (not plain and len(groups[0]) <= 5) else None
     if len(set(digits)) < 4 or digits in "0123456789":
         return None
     if digits[0] != "0":

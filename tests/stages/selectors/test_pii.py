@@ -60,13 +60,13 @@ BAD = {
     "email": [
         "@functools.wraps", "user@localhost", "icon@2x.png", "a..b@example.com", "x@-bad.com",
         "self.assertEqual(a@b.c)",
-        "matrix@vector.transpose()", "john at example.com",
+        "matrix@vector.transpose()", "git@github.com:a/b.git", "john at example.com",
     ],
     "phone": [
         "2023-01-15 12:30:45", "12345678901", "+2147483647", "+18446744073709551615", "978-3-16-148410-0",
         "1.2.3.4",
         "02110-1301", "0x1234567890", "3.14159265358979", "0123 4567 89ab cdef", "@@ -1,12 +1234,15 @@",
-        "0020.0007.0043",
+        "0020.0007.0043", "00400000-00452000",
         "10 20 30 40 50", "+0100", "01 02 03 04 05", "20231231-120000", "1-2-3-4-5-6-7-8",
     ],
     "ip-address": [
