@@ -23,7 +23,7 @@ from retrotool.tokenizers.fold import WORD, kinds
 
 _SPACES = bytes(number for number in range(128) if chr(number).isspace())
 _LOWER = bytes(range(256)).lower().translate(bytes.maketrans(_SPACES, b" " * len(_SPACES)))
-_TO_SPACES = {ord(character): " " for character in (*_SPACES.decode(), *"\x85\u1680\u2028\u2029")}
+_LEFT = (*_SPACES.decode().replace(" ", ""), *"\x85\u1680\u2028\u2029")
 """White space that NFKC leaves."""
 _IS_WORD = bytes(number > 127 or chr(number).isalnum() for number in range(256))
 
@@ -31,7 +31,9 @@ _IS_WORD = bytes(number > 127 or chr(number).isalnum() for number in range(256))
 def normalised(text: str) -> str:
     """NFKC without case, and every white space a space."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return text.translate(_TO_SPACES)
+    for character in _LEFT:  # many times faster than str.translate
+        text = text.replace(character, " ")
+    return text
 
 
 def is_word(text: str) -> npt.NDArray[np.bool_]:
