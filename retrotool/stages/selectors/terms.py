@@ -10,9 +10,9 @@ Where the tokenizer loses case, accents or spacing, terms go through it as the t
 How: of the words of a term the one that is rarest in the list is its anchor. All words of the text are looked up among
 the anchors (``words``). A term of one word is found by that; of others the words around are compared.
 
-Cost: 60 to 150 MB/s a core for ASCII, 5 to 20 MB/s for text in other scripts, 1 to 3 µs for each word that is an
-anchor; nearly the same for a hundred terms and a hundred thousand. Memory: some 20 times the text of the block, and
-1 KB a term.
+Cost: 60 to 140 MB/s a core for ASCII, 7 to 10 MB/s for text in other scripts, nearly the same for a hundred terms and
+a hundred thousand; and 1 to 3 µs for each match. Memory: ten times the text of a block, up to 35 times in other
+scripts, and 0.5 KB a term.
 
 What it does not do: inflected forms, spelling mistakes, and words of a language that puts no space between them (of
 北京大学 it finds 北京 in text that is folded, where each is a word, and not in other text).

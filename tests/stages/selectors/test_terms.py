@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from retrotool import commands
 from retrotool.errors import UsageError
+from retrotool.stages.selectors import words
 from retrotool.stages.selectors.normal import Normal, normalised
 from retrotool.stages.selectors.terms import TermMatcher, Terms, read_terms
 from retrotool.stages.selectors.text import Decoder, blocks_of
@@ -53,7 +54,7 @@ def spans(terms: list[str], documents: list[list[bytes]]) -> list[bytes]:
 PIECES = [
     *"aAbB .-_'+", "\n", "\t ", "  ", "ab", "Ab", "é", "e\u0301", "É", "ß", "SS", "ﬁ", "fi", "™", "½", "İ", "i\u0307",
     "Ⅳ", "中", "ｶﾞ", "\u00a0", "\u3000", "\u2028", "\u200d", "\u0301", "\u0338", "¨", "ᄀ", "ᅡ", "Å", "\u0345", "😀", "1",
-    "ſ", "ﬆ", "\u1e9b\u0323", "ΣΑΣ", "σας", "<", "\x1c", "ﷺ",
+    "ſ", "ﬆ", "\u1e9b\u0323", "ΣΑΣ", "σας", "<", "\x1c", "ﷺ", "\0", "\0é", "\x7f",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
 terms = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
@@ -163,6 +164,20 @@ def test_a_long_list_finds_each_of_its_terms() -> None:
     first = int(block.documents[1])
     assert rows >= set(range(first, first + len(listed)))
     assert {occurs(term, document) > 0 for term in listed[:200]} == {True, False}
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_words_are_looked_up_exactly(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that look alike by length and ends, and where all hashes are the same."""
+    if same:
+        monkeypatch.setattr(words, "_hash", lambda first, last, length: np.zeros_like(first))
+    known = [b"a", b"b", b"abcdefgh", b"abcdefghi", b"12345678x12345678", b"12345678y12345678", b"aa", b"a\0"]
+    looked = [*known, b"c", b"ab", b"abcdefgx", b"12345678z12345678", b"abcdefghj", b"a\0\0", *known[::-1]]
+    text = b"|".join(looked)
+    ends = np.cumsum([len(word) + 1 for word in looked]) - 1
+    which, number = words.WordTable(known).find(text, ends - [len(word) for word in looked], ends)
+    assert which.tolist() == [n for n, word in enumerate(looked) if word in known]
+    assert [known[n] for n in number] == [word for word in looked if word in known]
 
 
 def test_nothing_is_found_in_nothing() -> None:
