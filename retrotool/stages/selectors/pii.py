@@ -17,8 +17,9 @@ Kinds, and what is found:
 In folded text the same is found without case, keys of the form ``sk-…`` from 40 characters on. Not told any more: keys
 that differ by case, and what a tokenizer has no tokens for, as WordPiece has not for more than 100 letters in a row.
 
-How: an RE2 pattern for each kind, a check in Python for each match. Cost: 90 MB/s a core for all kinds, 500 MB/s
-for one, and some 5 µs for each candidate. Memory: hardly any beside the text. What it does not do: names and postal addresses, which a form does not tell.
+How: an RE2 pattern for each kind, a check in Python for each match. Cost: 90 MB/s a core for all kinds, 500 MB/s for
+one, and some 5 µs for each candidate. Memory: hardly any beside the text. What it does not do: names and postal
+addresses, which a form does not tell, and numbers of North America that only spaces divide.
 """
 
 from __future__ import annotations
