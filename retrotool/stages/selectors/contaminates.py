@@ -30,7 +30,17 @@ import numpy.typing as npt
 from retrotool.errors import UsageError
 from retrotool.stages.selectors.base import Hits
 from retrotool.stages.selectors.grams import GramSets
-from retrotool.stages.selectors.rolling import Flags, Hashes, Ints, Tokens, distinct_rows, follows, gram_hashes, reach
+from retrotool.stages.selectors.rolling import (
+    Flags,
+    Hashes,
+    Ints,
+    Tokens,
+    distinct,
+    distinct_rows,
+    follows,
+    gram_hashes,
+    reach,
+)
 from retrotool.stages.selectors.text import Block
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -176,7 +186,7 @@ class ContaminationMatcher:
         at, gram = self._sets.identify(text.flat, at[enough], hashes[enough])
         document = np.searchsorted(text.documents, at // text.length, side="right") - 1
         entries, _ = self._sets.entries(document, gram)
-        sizes: dict[int, tuple[int, int]] = {}
+        sizes: dict[int, int] = {}
         for shared in self._sets.shared(entries, alike):
             columns = (shared.place, shared.count, self._sets.size[shared.owner])
             for place, both, theirs in zip(*(column.tolist() for column in columns), strict=True):
@@ -192,23 +202,27 @@ class ContaminationMatcher:
         at, hashes, least = (np.concatenate(column) for column in zip(*found, strict=True))
         return at, hashes, least
 
-    def _is_similar(
-        self, text: _Grams, document: int, both: int, theirs: int, sizes: dict[int, tuple[int, int]]
-    ) -> bool:
+    def _is_similar(self, text: _Grams, document: int, both: int, theirs: int, sizes: dict[int, int]) -> bool:
         """Whether a document with ``both`` grams of the ``theirs`` of a set has the similarity.
 
-        ``sizes`` remembers how many different grams documents have: at least, and, once it was counted, truly.
+        ``sizes`` remembers how many different grams documents have: the true number once it was needed, before that
+        less than none, how many have different hashes: at least so many.
         """
-        least, true = sizes.get(document, (0, 0))
-        if not least:
+
+        def similar(ours: int) -> bool:
+            return both * self._down >= self._up * (ours + theirs - both)
+
+        most = int(text.of_document[document])
+        if similar(most):  # though none of its grams came twice
+            return True
+        size = sizes.get(document, 0)
+        if not size:
             places = text.places(document)
-            # Grams that share a hash make this smaller, never larger; most documents need not be counted exactly.
-            least = len(np.unique(_hashes_at(text, places, self._sets.n)))
-        if not true and self._up * (least + theirs - both) <= both * self._down:
+            size = sizes[document] = -len(distinct(_hashes_at(text, places, self._sets.n)))
+        if size < 0 and similar(-size):
             windows = np.lib.stride_tricks.sliding_window_view(text.flat, self._sets.n)
-            true = len(distinct_rows(windows[text.places(document)])[0])
-        sizes[document] = least, true
-        return true > 0 and both * self._down >= self._up * (true + theirs - both)
+            size = sizes[document] = len(distinct_rows(windows[text.places(document)])[0])
+        return size > 0 and similar(size)
 
 
 def _hashes_at(text: _Grams, places: Ints, n: int) -> Hashes:

@@ -25,7 +25,16 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.stages.selectors.rolling import HASH_BITS, Flags, Hashes, Ints, Tokens, distinct_rows, gram_hashes
+from retrotool.stages.selectors.rolling import (
+    HASH_BITS,
+    Flags,
+    Hashes,
+    Ints,
+    Tokens,
+    distinct,
+    distinct_rows,
+    gram_hashes,
+)
 
 _TABLE_BITS = (12, 24)
 _PLACES_A_GRAM = 32
@@ -65,7 +74,7 @@ class GramSets:
         kept, which = distinct_rows(grams)
         hashes = _hashes_of(grams[kept])
         order = np.argsort(hashes, kind="stable")
-        self._hashes, self._grams = hashes[order], grams[kept[order]]
+        self._hashes, self._grams = hashes[order], _as_bytes(grams[kept[order]])
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         self._set_owners(*_distinct_sets(owner, rank[which], max(len(kept), 1)))
@@ -121,14 +130,14 @@ class GramSets:
         """
         if not len(at):
             return at, at
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, self.n)
+        windows = _as_bytes(np.lib.stride_tricks.sliding_window_view(tokens, self.n))
         place = self._first[hashes >> self._first_shift].astype(np.int64)
         gram = np.full(len(at), -1, np.int64)
         waiting = np.arange(len(at))
         while len(waiting):  # a few times: there are two places for each gram
             other = self._hashes[place[waiting]]
             equal = waiting[other == hashes[waiting]]
-            same = (windows[at[equal]] == self._grams[place[equal]]).all(axis=1)
+            same = windows[at[equal]] == self._grams[place[equal]]
             gram[equal[same]] = place[equal[same]]
             waiting = waiting[(other <= hashes[waiting]) & (gram[waiting] < 0)]
             place[waiting] += 1
@@ -198,6 +207,12 @@ class GramSets:
                 yield Shared(at[enough], whose[enough], count[enough], entry[have], number[of[have]])
 
 
+def _as_bytes(rows: Tokens) -> npt.NDArray[np.void]:
+    """Each of rows [g, n] as one thing of so many bytes, [g], which is three times as fast to take and to compare."""
+    things: npt.NDArray[np.void] = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
+    return things
+
+
 def _hashes_of(grams: Tokens) -> Hashes:
     """The hash of each of [g, n]."""
     n = grams.shape[1]
@@ -206,7 +221,7 @@ def _hashes_of(grams: Tokens) -> Hashes:
 
 def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
     """(owner, gram) [m], sorted, each once: of sets that are equal one is left, and they are numbered from 0."""
-    owner, gram = np.divmod(_unique(owner * grams + gram), grams)
+    owner, gram = np.divmod(distinct(owner * grams + gram), grams)
     bounds = np.append(np.flatnonzero(np.diff(owner, prepend=-1)), len(owner)).tolist()
     sets = {gram[low:high].tobytes(): (low, high) for low, high in itertools.pairwise(bounds)}
     kept = sorted(sets.values())
@@ -229,12 +244,6 @@ def _best(place: Ints, votes: Ints) -> Flags:
     if len(starts):
         best[np.maximum.reduceat(votes << 32 | np.arange(len(place)), starts) & 0xFFFFFFFF] = True
     return best
-
-
-def _unique(numbers: Ints) -> Ints:
-    """Each once, ascending; several times as fast as numpy's, which hashes."""
-    numbers = np.sort(numbers)
-    return numbers[np.flatnonzero(np.diff(numbers, prepend=-1))]
 
 
 def _bounded(cost: Ints) -> Iterator[slice]:

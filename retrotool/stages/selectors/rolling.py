@@ -9,6 +9,8 @@ Cost: 1 to 2 ns a token if some 64,000 are given at a time, which stay in the ca
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +20,8 @@ Tokens = npt.NDArray[np.unsignedinteger]
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint32]
 Flags = npt.NDArray[np.bool_]
+
+Number = TypeVar("Number", bound=np.integer[Any])
 
 HASH_BITS = 32
 _ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD, 0x1D8E4E27, 0xEB44ACCB], "<u4")
@@ -68,6 +72,14 @@ def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints
     last = ends[np.searchsorted(ends, np.arange(len(n_tokens)))]
     tokens: Ints = total[last] - total + n_tokens
     return tokens
+
+
+def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Each number once, ascending: by sorting, which is several times as fast as ``np.unique``, which hashes."""
+    numbers = np.sort(numbers)
+    new = np.ones(len(numbers), np.bool_)
+    np.not_equal(numbers[1:], numbers[:-1], out=new[1:])
+    return numbers[new]
 
 
 def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
