@@ -2,9 +2,9 @@
 
     python benchmarks/selecting.py STORE [--victims 1 100 10000] [--evaluation STORE]
 
-Victims are drawn from STORE, whose chunks are read in blocks as ``purge`` reads them; nothing is changed. Seconds are
-those of the processor, so others that use the machine count little. Text is counted as 250 bytes a chunk, though none
-is decoded.
+Victims are chunks of STORE, drawn at random, and in a row as those of documents are. Its chunks are read in blocks as
+``purge`` reads them; nothing is changed. Seconds are those of the processor, so others that use the machine count
+little. Text is counted as 250 bytes a chunk, though none is decoded.
 """
 
 from __future__ import annotations
@@ -42,17 +42,22 @@ def main() -> None:
     rng = np.random.default_rng(0)
     scan(store, None, "read only")
     for number in arguments.victims:
-        victims = rng.choice(ids, min(number, len(ids)), replace=False)
-        start = time.process_time()
-        matcher = NearDuplicates(tuple(victims.tolist())).open(store)
-        print(f"near duplicates of {number:,}: made ready in {time.process_time() - start:.2f} s")
-        found = scan(store, matcher, f"near duplicates of {number:,}")
-        assert np.isin(victims, found).all(), "each is a copy of itself"
+        first = int(rng.integers(max(len(ids) - number, 0) + 1))
+        drawn = {"drawn at random": rng.choice(ids, min(number, len(ids)), replace=False)}
+        if number > 1:
+            drawn["in a row"] = ids[first : first + number]
+        for how, victims in drawn.items():
+            start = time.process_time()
+            matcher = NearDuplicates(tuple(victims.tolist())).open(store)
+            name = f"near duplicates of {number:,} {how}"
+            print(f"{name}: made ready in {time.process_time() - start:.2f} s")
+            found = scan(store, matcher, name)
+            assert np.isin(victims, found).all(), "each is a copy of itself"
     if arguments.evaluation is not None:
         start = time.process_time()
-        matcher = Contaminates(str(arguments.evaluation)).open(store)
+        contaminated = Contaminates(str(arguments.evaluation)).open(store)
         print(f"evaluation text: made ready in {time.process_time() - start:.2f} s")
-        scan(store, matcher, "evaluation text")
+        scan(store, contaminated, "evaluation text")
     start = time.process_time()
     duplicates = select_duplicates(store)
     tell("duplicates, with reading", len(ids), time.process_time() - start)

@@ -22,11 +22,11 @@ from retrotool.stages.selectors.text import Block
 LENGTH = 64
 
 
-def matcher_of(victims: list[list[int]], length: int = LENGTH, share: float = 0.5) -> CopyMatcher:
+def matcher_of(victims: list[list[int]], length: int = LENGTH, share: float = 0.5, fewest: int = 1) -> CopyMatcher:
     tokens = np.zeros((len(victims), length), np.uint16)
     for row, victim in enumerate(victims):
         tokens[row, : len(victim)] = victim
-    return CopyMatcher(tokens, np.array([len(v) for v in victims]), share, ("name",))
+    return CopyMatcher(tokens, np.array([len(v) for v in victims]), share, fewest, ("name",))
 
 
 def selected(matcher: CopyMatcher, block: Block) -> list[int]:
@@ -35,7 +35,7 @@ def selected(matcher: CopyMatcher, block: Block) -> list[int]:
     return sorted(set(hits.rows.tolist()))
 
 
-def by_rule(victims: list[list[int]], block: Block, share: float) -> list[int]:
+def by_rule(victims: list[list[int]], block: Block, share: float, fewest: int = 1) -> list[int]:
     """The rule of the module, with sets."""
     chunks, length = block.chunks, block.chunks.tokens.shape[1]
     rows = [row[:n].tolist() for row, n in zip(chunks.tokens, chunks.n_tokens, strict=True)]
@@ -53,7 +53,7 @@ def by_rule(victims: list[list[int]], block: Block, share: float) -> list[int]:
                 held.append((tuple(piece[start : start + GRAM]), inside))
         for victim in victims:
             wanted = {tuple(victim[s : s + GRAM]) for s in range(len(victim) - GRAM + 1)}
-            if not wanted:
+            if len(wanted) < fewest:
                 if tokens and tokens == victim:
                     found.add(i)
                 continue
@@ -84,16 +84,22 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, lis
 
 
 @settings(deadline=None, max_examples=300)
-@given(corpora(), st.sampled_from([0.1, 0.3, 0.5, 0.8, 1.0]), st.sampled_from([1, 2, 1024]), st.booleans())
-def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: int, weak: bool) -> None:
+@given(
+    corpora(),
+    st.sampled_from([0.1, 0.3, 0.5, 0.8, 1.0]),
+    st.sampled_from([1, 2, 1024]),
+    st.booleans(),
+    st.sampled_from([1, 2, 4]),
+)
+def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: int, weak: bool, fewest: int) -> None:
     victims, documents, length, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copies, "_SLICE_ROWS", slices)
         patch.setattr(grams, "_AT_ONCE", slices)
         patch.setattr(grams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
         block = block_of(documents, length, erased)
-        matcher = matcher_of(victims, length, share)
-        assert selected(matcher, block) == by_rule(victims, block, share)
+        matcher = matcher_of(victims, length, share, fewest)
+        assert selected(matcher, block) == by_rule(victims, block, share, fewest)
 
 
 @pytest.mark.parametrize("hashes", [GRAM_HASHES, weak_hashes])
@@ -173,6 +179,16 @@ def test_short_chunks_are_held_against_whole_chunks_only() -> None:
     assert selected(matcher, block) == [0, 3, 6, 8]
 
 
+def test_what_repeats_itself_selects_all_that_do_unless_more_runs_are_asked_for() -> None:
+    dashes = [5] * 64
+    block = block_of([dashes, BEFORE[:50] + [5] * 14, BEHIND, [5] * 63], LENGTH)
+    assert selected(matcher_of([dashes]), block) == [0, 1, 6]
+    assert selected(matcher_of([dashes], fewest=2), block) == [0]
+    copied, rows = planted(11, VICTIM)
+    assert set(selected(matcher_of([dashes, VICTIM], fewest=57), copied)) == rows
+    assert set(selected(matcher_of([dashes, VICTIM], fewest=58), copied)) == set()
+
+
 def test_text_that_is_everywhere_costs_no_more_than_it_occurs() -> None:
     """2,000 victims of licence text at all offsets, tables of few tokens, in a block that is made of nothing else."""
     rng = np.random.default_rng(0)
@@ -212,7 +228,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     store = store_of(tmp_path / "s", tiny_encoder, [[t % 150 + 5 for t in d] for d in documents], part_size=70)
     assert len(store.state.parts()) > 2
     selector = NearDuplicates((0,))
-    assert selector.literal() == {"chunks": [0], "share": 0.5} and selector.kind == "near-duplicates-of"
+    assert selector.literal() == {"chunks": [0], "share": 0.5, "fewest": 1} and selector.kind == "near-duplicates-of"
     found = scanned(store, selector.open(store), rows=16)
     assert found == scanned(store, selector.open(store)) and found[0] == 0 and len(found) >= 64
     store = purge(store, found[3])
