@@ -86,17 +86,15 @@ def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
         if rows[-1] >= known.get(part, 0):
             strange = ids[places[np.searchsorted(rows, known.get(part, 0))]]
             raise UsageError(f"the store has no chunk {strange}", "Nothing was purged.")
-        groups, which = np.unique(rows // ROW_GROUP, return_inverse=True)
-        for number, group in enumerate(groups.tolist()):
-            some = places[which == number]
-            read = parts.read_chunks(store, part, [group])
-            row = rows[which == number] % ROW_GROUP
-            tokens[some], n_tokens[some] = read.tokens[row], read.n_tokens[row]
+        for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows // ROW_GROUP)) + 1):
+            read = parts.read_chunks(store, part, [int(rows[some[0]] // ROW_GROUP)])
+            row = rows[some] % ROW_GROUP
+            tokens[places[some]], n_tokens[places[some]] = read.tokens[row], read.n_tokens[row]
     return tokens, n_tokens
 
 
 class CopyMatcher:
-    """Finds the copies of chunks: ``tokens`` [v, chunk_length], of the store's type, of which ``n_tokens`` [v] count."""
+    """Finds the copies of ``tokens`` [v, chunk_length], of the store's type, of which ``n_tokens`` [v] count."""
 
     def __init__(self, tokens: Tokens, n_tokens: Ints, share: float, fewest: int, names: Sequence[str]) -> None:
         self.names = names
