@@ -93,3 +93,10 @@ def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
     which = np.empty(len(rows), np.int64)
     which[order] = np.cumsum(new) - 1
     return order[new], which
+
+
+def ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
+    """The numbers in all of [first, last), [r], one range after another, with the range of each: (range, number)."""
+    count = last - first
+    of = np.repeat(np.arange(len(count)), count)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count) + first[of]
