@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.errors import UsageError
+from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.stages.base import Task, Worker, own_first, task_key
 from retrotool.stages.database import (
     count_keys,
@@ -343,7 +343,17 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     # By its uuid alone a copy of the database would take itself for it.
     if record.get("within", record["database"] == store.identity.uuid):
         return store, record
-    database = Store.open(Path(record["path"]))
+    try:
+        database = Store.open(Path(record["path"]))
+    except StoreNotFoundError:
+        how = ["--index", record["index"]] if record["index"] else ["--exact"]
+        again = ["--queries", store.root, "--name", table, "-k", record["k"], "--saved", record["saved"], *how]
+        raise StoreNotFoundError(
+            f"the neighbours {table!r} of {store.root} are chunks of the store that was at {record['path']}, which "
+            "isn't there",
+            "Put it back; or, where it has moved, say where to: "
+            + shlex.join(["retrotool", "neighbours", "PLACE", *map(str, again)]),
+        ) from None
     if database.identity.uuid != record["database"]:
         raise UsageError(
             f"{record['path']} is not the database that the neighbours {table!r} come from",
