@@ -160,7 +160,8 @@ def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[
             "\n".join(f"Compute them: {command}" for command in _commands(store, reader)),
         )
     drawn = [parts.chunk_ids(part, some) for part, some in rows.draw(min(size, total), seed)]
-    words = f"{min(size, total):,} random chunks of {total:,}, seed {seed}" if size < total else f"all {total:,} chunks"
+    chunks = "chunk" if min(size, total) == 1 else "chunks"
+    words = f"{size:,} random {chunks} of {total:,}, seed {seed}" if size < total else f"all {total:,} {chunks}"
     return np.concatenate(drawn), words
 
 
