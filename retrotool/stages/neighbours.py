@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.stages.base import Task, Worker, own_first, task_key
+from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import (
     count_keys,
     embedded_parts,
@@ -346,13 +347,10 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     try:
         database = Store.open(Path(record["path"]))
     except StoreNotFoundError:
-        how = ["--index", record["index"]] if record["index"] else ["--exact"]
-        again = ["--queries", store.root, "--name", table, "-k", record["k"], "--saved", record["saved"], *how]
         raise StoreNotFoundError(
             f"the neighbours {table!r} of {store.root} are chunks of the store that was at {record['path']}, which "
             "isn't there",
-            "Put it back; or, where it has moved, say where to: "
-            + shlex.join(["retrotool", "neighbours", "PLACE", *map(str, again)]),
+            f"Put it back; or, where it has moved, say where to: {table_command(store, table, None)}",
         ) from None
     if database.identity.uuid != record["database"]:
         raise UsageError(

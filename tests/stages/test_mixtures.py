@@ -230,8 +230,7 @@ def test_a_mixture_whose_database_moved(here: Path) -> None:
     reader = retrotool.open("training")
     with pytest.raises(retrotool.errors.StoreNotFoundError, match=r"'m\.wiki' of .*training are chunks of") as error:
         reader.neighbours(0, "m")
-    assert "neighbours PLACE --queries" in error.value.advice and "--name m.wiki -k 2 --saved" in error.value.advice
-    told = error.value.advice.split(": ")[-1].replace("PLACE", "moved").split()
+    told = error.value.advice.split(": ")[-1].replace("DATABASE", "moved").split()
     assert run(*told[1:]).stdout.startswith("Every chunk has its neighbours already")
     check({"moved": 1.0, "books": 2.0})
     found = mix(first="moved")
