@@ -250,13 +250,13 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
         raise UsageError(
             f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another index, "
             "or of other filters",
-            "Compute them: retrotool neighbours",
+            f"Compute them: {table_command(store, table, database)}",
         )
     _check_commit(entry, table, database)
     if _commit(entry)[1] is None and _database_in(store, entry) not in (None, record["database"]):
         raise UsageError(
             f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
-            "Compute them again: retrotool neighbours",
+            f"Compute them again: {table_command(store, table, database)}",
         )
 
 

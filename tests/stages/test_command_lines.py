@@ -36,6 +36,9 @@ def test_what_is_advised_brings_a_table_up_to_date_as_it_was_made(
     with pytest.raises(UsageError, match="have no neighbours 'few'") as error:
         RetroDataset(training, name, 64)
     advice.append(error.value.advice)
+    with pytest.raises(UsageError, match="has no neighbours 'few' yet") as error:
+        retrotool.open(training).neighbours(late[0], name)
+    advice.append(error.value.advice)
     assert len(set(advice)) == 1
     words = shlex.split(advice[0].removeprefix("Compute them: "))
     told = json.loads(CliRunner().invoke(app, [*words[1:], "--json"]).stdout)
