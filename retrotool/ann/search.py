@@ -72,7 +72,7 @@ class Search:
     ``precise``: products in float64, for a truth that others are held against. ``device`` does the products and finds
     the best; lists are decoded on the CPU. ``room``: bytes for scores and decoded vectors. ``vectors``: these take the
     place of codes, so that of the lists only the ids are read. ``rough``: products may be rounded, where that is
-    quicker.
+    quicker. ``beyond``: the nearest so many lists are left out, as they were searched before.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Search:
         room: int = ROOM,
         vectors: Fetch | None = None,
         rough: bool = False,
+        beyond: int = 0,
     ) -> None:
         import torch
 
@@ -98,6 +99,7 @@ class Search:
         self._device = torch.device(device)
         self._dtype = torch.float64 if precise else torch.float32
         self._excluded, self._nprobe, self._room, self._rough = queries.excluded, nprobe, room, rough
+        self._beyond = beyond
         asked = torch.from_numpy(queries.vectors).to(self._device)
         self._rotated = trained.rotate(asked)
         self._asked = self._rotated if vectors is None else asked
@@ -163,7 +165,7 @@ class Search:
         if trained.centroids is None:
             probed = np.zeros((self._q, 1), np.int64)
         else:
-            probed = nearest_lists(trained.centroids, self._rotated, self._nprobe, most)
+            probed = nearest_lists(trained.centroids, self._rotated, self._nprobe, most)[:, self._beyond :]
         cut = _tiles(probed, self._excluded, self._threads)
         with one_thread_each(self._threads) as run:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
@@ -306,7 +308,8 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
     So all have about the same work at every list. In a tile queries are ordered by what they exclude, or by their
     nearest list: what is read together lies together.
     """
-    order = np.argsort(excluded.first if excluded.any else probed[:, 0], kind="stable")
+    by_list = probed.shape[1] and not excluded.any
+    order = np.argsort(probed[:, 0] if by_list else excluded.first, kind="stable")
     return [(order[first::n], probed[order[first::n]]) for first in range(n)]
 
 

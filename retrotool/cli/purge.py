@@ -79,6 +79,45 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="RE2 patterns, one a line.", show_default=False, rich_help_panel=_BY),
     ] = None,
+    terms: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Words and names, one a line, as whole words.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    pii: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KINDS",
+            help="Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    near_duplicates_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Copies of these chunks (ids, one a line), also shifted or changed a little.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    contaminates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="Documents like one of this evaluation store: 13-gram Jaccard of 0.8 or more.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Chunks that repeat one before them.", rich_help_panel=_BY)
+    ] = False,
     every: Annotated[bool, typer.Option("--and", help="Only what all of these mean.", rich_help_panel=_BY)] = False,
     whole_documents: Annotated[
         bool,
@@ -118,7 +157,9 @@ def command(
 
         selectors = commands.Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
-            pattern=pattern, patterns=patterns, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
+            pattern=pattern, patterns=patterns, terms=terms, pii=commands.kinds_of(pii),
+            near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
+            whole_documents=whole_documents, allow_lossy=allow_lossy,
         )  # fmt: skip
         declined = False
 

@@ -19,7 +19,7 @@ from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
 from retrotool.commands.purging import purge
-from retrotool.commands.selecting import Selectors
+from retrotool.commands.selecting import Selectors, kinds_of
 
 __all__ = [
     "Selectors",
@@ -32,6 +32,7 @@ __all__ = [
     "index",
     "info",
     "inspect",
+    "kinds_of",
     "leakage",
     "materialise",
     "neighbours",

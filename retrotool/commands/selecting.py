@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrotool.errors import UsageError
-from retrotool.stages.selection import Asked, Given
+from retrotool.stages.selection import Asked, Given, Repeats, select_ids
 from retrotool.stages.selectors.base import Selector
+from retrotool.stages.selectors.contaminates import Contaminates
+from retrotool.stages.selectors.copies import NearDuplicates
 from retrotool.stages.selectors.patterns import Patterns, read_patterns
+from retrotool.stages.selectors.pii import KINDS, PersonalData
+from retrotool.stages.selectors.terms import Terms, read_terms
 from retrotool.store.store import Store
 
 _ADVICE = "Nothing was purged. See: retrotool purge --help"
@@ -20,8 +24,10 @@ class Selectors:
 
     ``ids`` and ``documents`` are files with an id a line, ``chunk`` and ``document`` such ids themselves; ``where`` is
     an expression over document columns, ``pattern`` one of RE2 over text, ``patterns`` a file with such ones.
-    ``whole_documents`` widens to the documents of what is meant. ``allow_lossy``: patterns may be held against folded
-    text (``retrotool.stages.selectors.text``), where the tokenizer loses case or spacing.
+    ``terms`` is a file of words and names. ``pii`` are kinds of personal data (``selectors.pii.KINDS``).
+    ``near_duplicates_of`` is a file of chunk ids whose copies are meant, ``contaminates`` a store of evaluation text,
+    ``duplicates``: chunks that repeat one before them. ``whole_documents`` widens to the documents of what is meant.
+    ``allow_lossy``: text may be looked at folded (``selectors.text``), where the tokenizer loses case or spacing.
     """
 
     ids: str | Path | None = None
@@ -31,13 +37,18 @@ class Selectors:
     where: str | None = None
     pattern: str | None = None
     patterns: str | Path | None = None
+    terms: str | Path | None = None
+    pii: tuple[str, ...] = ()
+    near_duplicates_of: str | Path | None = None
+    contaminates: str | Path | None = None
+    duplicates: bool = False
     every: bool = False
     whole_documents: bool = False
     allow_lossy: bool = False
 
     def asked(self, store: Store) -> Asked:
         """Read what is in files; ``UsageError`` if nothing is asked for, or what can't be looked for in this store."""
-        given: list[Given] = []
+        given: list[Given | Repeats] = []
         if self.ids is not None or self.chunk:
             given.append(Given("ids", (*_lines("--ids", self.ids), *map(str, self.chunk))))
         if self.documents is not None or self.document:
@@ -45,7 +56,9 @@ class Selectors:
         if self.where is not None:
             check_text("--where", self.where)
             given.append(Given("where", (self.where,)))
-        scanned = self._scanned()
+        if self.duplicates:
+            given.append(Repeats())
+        scanned = self._scanned(store)
         if not given and not scanned:
             raise UsageError("nothing says what to purge", "Give --ids, --documents, --where, --pattern or another.")
         if not self.allow_lossy and not store.identity.tokenizer.lossless:
@@ -61,7 +74,7 @@ class Selectors:
             selector.open(store)  # what can't be looked for is told before anything is read
         return Asked(tuple(given), tuple(scanned), self.every, self.whole_documents)
 
-    def _scanned(self) -> list[Selector]:
+    def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
         patterns: tuple[str, ...] = ()
         if self.pattern is not None:
@@ -71,7 +84,27 @@ class Selectors:
             patterns += read_patterns(str(self.patterns))
         if patterns:
             found.append(Patterns(patterns))
+        if self.terms is not None:
+            found.append(Terms(_read("--terms", self.terms)))
+        if self.pii:
+            found.append(PersonalData(self.pii))
+        if self.near_duplicates_of is not None:
+            ids = select_ids(store, _lines("--near-duplicates-of", self.near_duplicates_of))
+            found.append(NearDuplicates(tuple(ids.tolist())))
+        if self.contaminates is not None:
+            evaluation = Store.open(self.contaminates)
+            as_of = f"{evaluation.identity.uuid} {evaluation.state.number}"
+            found.append(Contaminates(str(Path(self.contaminates).absolute()), as_of=as_of))
         return found
+
+
+def _read(option: str, path: str | Path) -> tuple[str, ...]:
+    try:
+        return read_terms(Path(path))
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path} can't be read: {error.strerror}", "Give a file with one term a line."
+        ) from error
 
 
 def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
@@ -91,3 +124,14 @@ def check_text(option: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
+
+
+def kinds_of(text: str | None) -> tuple[str, ...]:
+    """Kinds of personal data as ``--pii`` is given them, "all" or some apart by commas; ``UsageError`` for others."""
+    if text is None:
+        return ()
+    kinds = KINDS if text == "all" else tuple(dict.fromkeys(kind.strip() for kind in text.split(",")))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"--pii: there is no kind {kind!r}", f"Give all, or some of {', '.join(KINDS)}.")
+    return kinds

@@ -84,6 +84,7 @@ class ExactDatabase:
         *,
         only: Collection[int] | None = None,
         wider: int = 1,  # noqa: ARG002
+        beyond: int = 0,  # noqa: ARG002
     ) -> Best:
         """The k nearest living keys of each query; ``only``: in these parts. There are no lists to search ``wider``."""
         best: Best | None = None

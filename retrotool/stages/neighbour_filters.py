@@ -27,7 +27,6 @@ from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.errors import UsageError
-from retrotool.memory import give_back
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.stages.exact import ExactDatabase
 from retrotool.stages.overlap import are_near_copies, distinct_grams, has_longer_run
@@ -147,16 +146,19 @@ class Finder:
         else:
             yield from _in_steps(rows, max(1, self._judged // self._wanted))
 
-    def search(self, rows: Rows, only: Collection[int] | None = None) -> Best:
-        """The nearest that are saved of the rows of a block, or of some; ``only``: in these parts of the database."""
+    def search(self, rows: Rows, only: Collection[int] | None = None, beyond: int = 0) -> Best:
+        """The nearest that are saved of the rows of a block, or of some.
+
+        ``only``: in these parts of the database. ``beyond``: only in lists behind the nearest so many.
+        """
         if self._judge is None:
-            return self._database.search(self._ask(rows), self._saved, only=only)
+            return self._database.search(self._ask(rows), self._saved, only=only, beyond=beyond)
         best = _nothing(len(rows), self._saved)
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
             short = []
             for some in _in_steps(left, max(1, self._judged // wanted)):
-                found = self._candidates(rows[some], wanted, only, wider)
+                found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
                 kept = _without(found, self._judge.dropped(rows[some], found.ids), self._saved)
                 best.ids[some], best.distances[some] = kept.ids, kept.distances
@@ -182,17 +184,15 @@ class Finder:
         judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
         return judged if self._memory is None else min(judged, self._memory // 10 // _BYTES_A_CANDIDATE)
 
-    def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int) -> Best:
+    def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
         """The k nearest of each row, judged or not."""
         best = _nothing(len(rows), k)
         start = 0
         for some in self._search_blocks(rows, k):
             interrupts.check()
-            found = self._database.search(self._ask(some), k, only=only, wider=wider)
+            found = self._database.search(self._ask(some), k, only=only, wider=wider, beyond=beyond)
             best.ids[start : start + len(some)], best.distances[start : start + len(some)] = found.ids, found.distances
             start += len(some)
-            if self._memory is not None:
-                give_back()
         return best
 
     def _search_blocks(self, rows: Rows, k: int) -> Iterator[Rows]:

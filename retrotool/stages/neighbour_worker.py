@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
+from retrotool.memory import give_back
 from retrotool.stages.base import Report, Task
 from retrotool.stages.database import (
     erased_chunks,
@@ -36,6 +37,7 @@ from retrotool.stages.neighbours import (
     NeighboursStage,
     erased_of,
     few_rows,
+    probed_by,
     with_filters,
 )
 from retrotool.store import tables
@@ -57,6 +59,8 @@ class NeighboursWorker:
         self._database = stage.open_database(store)
         self._commit = self._database.store.state.number
         self._within = is_same_directory(store, self._database.store)
+        self._probed = 0
+        """Lists that were probed for the table that is brought up to date; 0: that isn't known."""
 
     def _current_database(self) -> AnyDatabase:
         """The database at its newest commit: an erase may have replaced files since."""
@@ -78,11 +82,15 @@ class NeighboursWorker:
         def ask(rows: npt.NDArray[np.int64]) -> Queries:
             return Queries(vectors[rows].astype(np.float32), own.take(rows))
 
+        replaced = store.state.part_file("neighbours", part, stage.table)
+        self._probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         for rows in finder.blocks(asking):
             best = self._search(database, finder, rows, before, task.inputs["new"])
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
+            if stage.memory is not None:
+                give_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
             table = erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
@@ -91,7 +99,7 @@ class NeighboursWorker:
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": purges(database.store),
-            "searched": ranges(database.held()), **with_filters(stage.filters),
+            "searched": ranges(database.held()), "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
         if erased := erased_of(store, database):
             about["erased"] = erased
@@ -125,6 +133,11 @@ class NeighboursWorker:
         gone = database.tombstones.contains(ids)
         kept = Best(np.where(gone, np.float32(np.inf), distances), np.where(gone, NO_NEIGHBOUR, ids))
         best = merged(kept, finder.search(rows, only=new), self._stage.saved)
+        if self._probed and self._probed < probed_by(database):
+            # The index has grown, and was tuned to probe more lists: what lies in these was not sought before.
+            old = sorted(set(database.held()) - set(new))
+            more = finder.search(rows, only=old, beyond=self._probed)
+            best = merged(best, more, self._stage.saved)
         # Beyond the last of a list that lost some there may be others, of old parts, that were not saved.
         horizon = np.where(gone.any(axis=1), distances[:, -1], np.inf)
         unknown = best.distances > horizon[:, None]

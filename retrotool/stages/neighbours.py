@@ -207,6 +207,13 @@ def parts_in(entry: FileEntry) -> list[int]:
     return [part for first, last in spans for part in range(first, last + 1)]
 
 
+def probed_by(database: AnyDatabase) -> int:
+    """Lists that a search of the database probes; 0: it has none, or may probe as many as a query needs."""
+    if isinstance(database, ExactDatabase) or database.is_restricted:
+        return 0
+    return min(database.point.nprobe, database.trained.nlist)
+
+
 def _mode(before: set[int], now: set[int]) -> str:
     """What is to be done of a table that is of the same index."""
     return FEW if before == now else MORE if before < now else WHOLE

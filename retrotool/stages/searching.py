@@ -165,6 +165,11 @@ class Database:
         return self._shards
 
     @property
+    def is_restricted(self) -> bool:
+        """Whether only chunks of some sources are searched."""
+        return self._allows is not None
+
+    @property
     def settings(self) -> list[Any]:
         """What decides which neighbours are found, besides the vectors that there are.
 
@@ -188,16 +193,20 @@ class Database:
         *,
         only: Collection[int] | None = None,
         wider: int = 1,
+        beyond: int = 0,
     ) -> Best:
         """The k nearest living keys of each query.
 
         For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
         ``only``: in the shards that hold any of these parts. ``wider``: in so many times as many lists.
+        ``beyond``: only in lists behind the nearest so many, where there are no sources to be restricted to.
         """
         point = point or self.point
         shards: Sequence[InvertedLists] = self.shards() if only is None else self._holding(only)
         nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
         if self._allows is None:
+            if beyond:
+                return self._search(queries, k, nprobe, depth, shards, beyond * wider)
             return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
         best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
         some = [self._allowed_in(shard) for shard in shards]
@@ -221,12 +230,14 @@ class Database:
             best.ids[short], best.distances[short] = more.ids, more.distances
         return best
 
-    def _search(self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists]) -> Best:
+    def _search(
+        self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
+    ) -> Best:
         by_vectors = self._by_vectors(len(queries), nprobe)
         search = start_search(
             self.trained, shards, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth,
             self.tombstones.contains, device=self._device, room=self.room,
-            vectors=self.vectors if by_vectors else None,
+            vectors=self.vectors if by_vectors else None, beyond=beyond,
         )  # fmt: skip
         return rerank(queries.vectors, search.candidates, self.vectors, k)
 
@@ -283,9 +294,12 @@ def start_search(
     device: str = "cpu",
     room: int = ROOM,
     vectors: Fetch | None = None,
+    beyond: int = 0,
 ) -> Search:
     """The ``depth`` candidates that queries find in ``nprobe`` lists of all shards, by ``vectors`` or by codes."""
-    search = Search(trained, queries, nprobe, depth, banned, device=device, room=room, vectors=vectors, rough=True)
+    search = Search(
+        trained, queries, nprobe, depth, banned, device=device, room=room, vectors=vectors, rough=True, beyond=beyond
+    )
     search.add(*shards)
     return search
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from retrotool.errors import UsageError
 from retrotool.stages.selectors.base import Selector
+from retrotool.stages.selectors.repeats import SHORTEST, select_duplicates
 from retrotool.stages.selectors.scan import Found, ScanStage, read_scan
 from retrotool.stages.where import Where
 from retrotool.store import parts
@@ -55,10 +56,26 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeats:
+    """Chunks that repeat one before them, token by token: what is meant changes with every part and every purge."""
+
+    shortest: int = SHORTEST
+    kind: str = field(default="duplicates", init=False)
+
+    def literal(self) -> dict[str, Any]:
+        """The number of tokens that they have at least."""
+        return {"shortest": self.shortest}
+
+    def select(self, store: Store, *, missing_ok: bool, report: Report) -> Ids:  # noqa: ARG002
+        """Chunk ids, ascending."""
+        return select_duplicates(store, report, shortest=self.shortest)
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """Selectors, at least one; ``every``: what all of them mean; ``whole_documents``: all chunks of the documents."""
 
-    given: tuple[Given, ...] = ()
+    given: tuple[Given | Repeats, ...] = ()
     scanned: tuple[Selector, ...] = ()
     every: bool = False
     whole_documents: bool = False
@@ -121,7 +138,9 @@ def choose(store: Store, asked: Asked, *, missing_ok: bool = False, report: Repo
         mine = found.selectors == number
         sets.append(np.unique(found.chunks[mine]))
         counts = np.bincount(found.labels[mine], minlength=len(names))
-        matches += [Match(selector.kind, name, int(n)) for name, n in zip(names, counts, strict=True) if n or not name]
+        only = names in ([""], [selector.kind])
+        counted = [("" if only else name, int(n)) for name, n in zip(names, counts, strict=True)]
+        matches += [Match(selector.kind, name, n) for name, n in counted if n or only]
     chunks = sets[0]
     for some in sets[1:]:
         chunks = np.intersect1d(chunks, some) if asked.every else np.union1d(chunks, some)

@@ -54,6 +54,23 @@ def test_excluded_intervals_and_banned_ids_are_never_found_and_nothing_else_is_l
         assert len(np.unique(kept)) == len(kept)
 
 
+@pytest.mark.parametrize("before", [0, 1, 5, 11, 12])
+def test_lists_behind_those_that_were_searched_give_the_rest(before: int) -> None:
+    vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
+    trained = trained_as("IVF12,SQfp16", vectors)
+    lists = InvertedLists(filled(trained, vectors, np.arange(3000)), trained)
+    found = []
+    for nprobe, beyond in ((before, 0), (12, before), (12, 0)):
+        search = Search(trained, queries, nprobe, 20, nothing_banned, beyond=beyond)
+        if nprobe:
+            search.add(lists)
+        found.append(rerank(queries.vectors, search.candidates, lambda ids: vectors[ids], 20))
+    joined = np.sort(np.concatenate([found[0].distances, found[1].distances], 1), 1)[:, :20]
+    assert np.array_equal(joined, found[2].distances)
+    first, rest = (some.ids for some in found[:2])
+    assert not any(set(a[a >= 0]) & set(b[b >= 0]) for a, b in zip(first, rest, strict=True)), "none is looked at twice"
+
+
 def test_shards_give_what_one_index_gives() -> None:
     vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
     for factory in ("OPQ8,IVF12,PQ8", "IVF12,SQ8"):

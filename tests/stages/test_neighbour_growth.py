@@ -15,9 +15,13 @@ from retrotool import commands
 from retrotool.ann.choice import Wanted
 from retrotool.commands.indexing import Options
 from retrotool.commands.neighbour_tables import SearchOptions
+from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.stages.exact import ExactDatabase, merged
 from retrotool.stages.searching import Database
+from retrotool.store.log import Draft
+from retrotool.store.state import State
+from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)
 
@@ -179,3 +183,31 @@ def test_merging_keeps_the_nearest_once_each() -> None:
     assert found.ids.tolist() == [[7, 4, 3]]
     nothing = merged(Best(one.distances[:, 2:], one.ids[:, 2:]), Best(one.distances[:, 2:], one.ids[:, 2:]), 2)
     assert nothing.ids.tolist() == [[-1, -1]] and np.isinf(nothing.distances).all()
+
+
+def test_an_index_that_probes_more_lists_since_gives_what_it_gives_at_once(store: Path, tiny_encoder: Path) -> None:
+    def probe(nprobe: int) -> None:
+        opened = Store.open(store)
+
+        def more(state: State) -> Draft:
+            key = "index:main"
+            return Draft("index", {}, records={key: {**state.records[key], "nprobe": nprobe}})
+
+        with writing(opened) as run:
+            opened.commit(run, more)
+
+    wanted = Options(Wanted(nlist=8, code="sq8"), 70)
+    commands.index(store, options=wanted)
+    probe(1)
+    commands.neighbours(store)
+    grow(store, tiny_encoder, 20, 80)
+    commands.index(store, options=Options(Wanted(), 70))
+    probe(4)
+    database = Database(Store.open(store), thorough=True)
+    assert database.point.nprobe == 7
+    commands.neighbours(store)
+    commands.neighbours(store, name="whole")
+    one, other = (saved_neighbours(store, name)[1] for name in ("main", "whole"))
+    assert np.array_equal(one, other)
+    probe(8)
+    assert commands.neighbours(store).queries == 0, "not for this alone"

@@ -66,10 +66,12 @@ class Contaminates:
     evaluation: str
     n: int = GRAM
     share: float = SIMILAR
+    as_of: str = ""
+    """What tells the evaluation store at this commit from itself at another: what was scanned for it holds for one."""
 
     def literal(self) -> dict[str, Any]:
-        """The path of the evaluation store, as it was given, and the numbers."""
-        return {"evaluation": self.evaluation, "n": self.n, "share": self.share}
+        """The path of the evaluation store, as it was given, its commit and the numbers."""
+        return {"evaluation": self.evaluation, "as_of": self.as_of, "n": self.n, "share": self.share}
 
     def open(self, store: Store) -> ContaminationMatcher:
         """Read the evaluation text; ``UsageError`` if it has another tokenizer, or nothing is in it."""

@@ -42,7 +42,7 @@ GRAM = 8
 """Tokens of the runs by which a copy is told."""
 COPIED = 0.5
 """The share of a chunk's different runs that a copy has."""
-FEWEST = 1
+FEWEST = 8
 """Different runs that a chunk must have for less than an equal chunk to be a copy of it."""
 
 _HELD = GRAM // 2

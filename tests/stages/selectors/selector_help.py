@@ -74,7 +74,7 @@ def purge(store: Store, *ids: int, erase: bool = False) -> Store:
     """Purge some chunks."""
     listed = store.root.parent / "purged-ids"
     listed.write_text("".join(f"{i}\n" for i in ids))
-    commands.purge(store.root, "ids", str(listed), reason="test", erase=erase)
+    commands.purge(store.root, commands.Selectors(ids=listed), reason="test", erase=erase)
     return Store.open(store.root)
 
 

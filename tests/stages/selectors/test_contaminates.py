@@ -125,7 +125,7 @@ def test_copies_and_near_copies_of_evaluation_documents_are_found(
     documents += [random_tokens(8, 400, 140) + question, [*([5] * 300)], *changed.values()]
     store = store_of(tmp_path / "store", tiny_encoder, documents)
     selector = Contaminates(str(evaluation.root))
-    assert selector.literal() == {"evaluation": str(evaluation.root), "n": 13, "share": 0.8}
+    assert selector.literal() == {"evaluation": str(evaluation.root), "as_of": "", "n": 13, "share": 0.8}
     # 428/488 of a part; 488/528; with k changed tokens (488 − 13 k) / (488 + 13 k): 0.81 with four, 0.77 with five
     # (places are in order: whole, 440, 300, 40 before, short, ..., one to five changed).
     assert documents_of(store, scanned(store, selector.open(store))) == {0, 1, 3, 4, 8, 9, 10, 11}
