@@ -5,6 +5,7 @@ frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool
 """
 
 from retrotool.commands.calibrating import calibrate
+from retrotool.commands.chain import log_entries, verify_log
 from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
 from retrotool.commands.estimating import estimate
@@ -29,10 +30,12 @@ __all__ = [
     "info",
     "inspect",
     "leakage",
+    "log_entries",
     "materialise",
     "neighbours",
     "plan",
     "purge",
     "verify",
+    "verify_log",
     "write_plan_page",
 ]
