@@ -60,6 +60,7 @@ def documents_schema(keep: Sequence[str]) -> pa.Schema:
 KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
 TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
 BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
+PROOFS_SCHEMA = pa.schema([("kind", pa.uint8()), ("tag", pa.uint32()), ("hash", pa.binary(HASH_BYTES))])
 QUARANTINE_SCHEMA = pa.schema(
     [
         ("input", pa.string()),
@@ -256,6 +257,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
+        "proofs": PROOFS_SCHEMA,
     }.get(FileName.parse(entry.path).kind, pa.schema([]))
     if FileName.parse(entry.path).kind == "chunks":
         _check_key_column(entry, schema)
