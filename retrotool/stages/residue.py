@@ -8,9 +8,9 @@ vectors, and ``.npy`` files, hold the bytes of vectors as they are.
 
 A finding is a path, a kind of needle and its number; never text. Files that go while they are read are passed over.
 
-Cost: two threads, each at a file of its own. With 10,000 needles of all kinds a core searches 90 to 100 MB/s of what is
-read or decompressed for plain needles, and 45 to 55 MB/s for hashed ones; memory of a row group or some megabytes a
-thread.
+Cost: two threads, each at a file of its own. With 10,000 needles of all kinds a core searches 70 (text) to 100 MB/s
+(random bytes) of what is read or decompressed for plain needles, and 35 to 50 MB/s for hashed ones; memory of a row
+group or some megabytes a thread. See ``benchmarks/residue.py``.
 
 Not found: vectors in product codes, or rotated; ids in an index that broke off; text in encodings other than UTF-8 and
 those above, in Parquet files inside of archives, or encrypted; less than a needle, or a piece of a chunk that none was
@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,20 +74,31 @@ class Residue:
 
     def __init__(self, root: Path, needles: Needles) -> None:
         self._root, self._needles = root, needles
+        self._lock = threading.Lock()
+        self._tokenizer = _tokenizer(root)
         found = [kind for kind in KINDS if needles.is_cell(kind)]
         self._runs = Matcher(needles, [kind for kind in RUNS if kind not in found])
         self._text, self._cells = Matcher(needles, ("text",)), Matcher(needles, found)
 
     def files(self) -> list[Path]:
-        """All files under the root, the largest first; links are followed to files, not to folders."""
-        found = [Path(folder) / name for folder, _, names in os.walk(self._root) for name in names]
+        """All files under the root, the largest first; links are followed to files, not to folders.
+
+        ``OSError`` if a folder can't be read: nothing may be said of what lies in it.
+        """
+        walk = os.walk(self._root, onerror=_refuse)
+        found = [Path(folder) / name for folder, _, names in walk for name in names]
         return sorted((path for path in found if path.is_file()), key=_size, reverse=True)
 
     def scan(self, report: Report = lambda _: None) -> list[Finding]:
-        """Look into every file."""
+        """Look into every file; ``OSError`` if one can't be read. ``report`` is called by one thread at a time."""
+
+        def counted(n: int) -> None:
+            with self._lock:
+                report(n)
+
         with ThreadPoolExecutor(_THREADS) as pool:
             found: set[Finding] = set()
-            for some in pool.map(lambda path: self._file(path, report), self.files()):
+            for some in pool.map(lambda path: self._file(path, counted), self.files()):
                 found |= some
         return sorted(found)
 
@@ -94,7 +106,7 @@ class Residue:
         name = os.fsencode(path.relative_to(self._root)).decode("utf-8", "backslashreplace")
         found: set[tuple[str, int]] = set()
         try:
-            if not self._is_tokenizer(path):
+            if path != self._tokenizer:
                 with path.open("rb") as file:
                     start = file.read(max(LONGEST_MAGIC, 4))
                 self._stream(found, _blocks(path, report))
@@ -102,13 +114,6 @@ class Residue:
         except FileNotFoundError:
             pass
         return {Finding(name, kind, number) for kind, number in found}
-
-    def _is_tokenizer(self, path: Path) -> bool:
-        try:
-            known = identity.read_identity(self._root)[0].tokenizer
-        except RetrotoolError:
-            return False
-        return path == self._root / known.file and atomic.file_sha256(path) == known.sha256
 
     def _decoded(self, found: set[tuple[str, int]], path: Path, start: bytes) -> None:
         """What the bytes of a file stand for, by what it begins with."""
@@ -193,6 +198,21 @@ class Residue:
 
     def _note(self, found: set[tuple[str, int]], hits: Iterable[tuple[int, int]]) -> None:
         found.update((KINDS[self._needles.kinds[number]], number) for _, number in hits)
+
+
+def _tokenizer(root: Path) -> Path | None:
+    """The tokenizer of a store, if it is the one that the store was made with."""
+    try:
+        known = identity.read_identity(root)[0].tokenizer
+        path = root / known.file
+        return path if atomic.file_sha256(path) == known.sha256 else None
+    except (RetrotoolError, FileNotFoundError):
+        return None
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _size(path: Path) -> int:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import shutil
 import string
@@ -397,6 +398,37 @@ def test_what_json_stands_for_is_seen(text: str, before: str) -> None:
     data = json.dumps([before, text]).encode()
     views = [data, *unescaped(data)]
     assert any(text.encode() in view for view in views)
+
+
+def test_what_python_escapes_is_seen() -> None:
+    (view, *_) = unescaped("caf\xe9\tx".encode("unicode_escape"))
+    assert view == "caf\xe9\tx".encode()
+
+
+def test_what_can_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_bytes(b"a" * 24)
+    original = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("folder"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    needles = Needles.plain([("text", b"a" * 24)])
+    assert [finding.path for finding in scan(tmp_path, needles)] == ["folder/x"]
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError):
+        scan(tmp_path, needles)
+
+
+def test_bytes_are_reported_and_nothing_but_places_is_told(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x" * 1_500_000 + b"0123456789abcdefghijklmn")
+    reported: list[int] = []
+    found = scan(tmp_path, Needles.plain([("text", b"0123456789abcdefghijklmn")]), reported.append)
+    assert sum(reported) == 3 * 1_500_024
+    assert found == [Finding(name, "text", 0) for name in "abc"]
 
 
 def test_few_needles_of_long_runs_of_zeros_are_drawn(canaried: Path) -> None:
