@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from retrotool.errors import CorruptError
 from retrotool.stages.matching import KINDS, WINDOW, Matcher, Needles, proof_key, sampled, sampled_heads
+from retrotool.stages.purge import tombstones_of
 from retrotool.stages.views import cells_of, folded
 from retrotool.store import parts, vectors
 from retrotool.store.atomic import FileEntry
@@ -229,6 +230,12 @@ def write_proofs(store: Store, name: FileName, needles: Needles) -> FileEntry:
     schema = parts.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(about)})
     arrays = [pa.array(hashed.kinds), pa.array(hashed.tags.astype(np.uint32)), parts.fixed_binary(column)]
     return parts.write_parquet(store.root, name, pa.table(arrays, schema=schema))
+
+
+def proofs_of(store: Store, purge: str) -> Needles | None:
+    """The needles of a purge as keyed hashes; None if it has no proofs."""
+    entry = store.state.file("proofs", purge)
+    return None if entry is None else read_proofs(store, entry, tombstones_of(store, purge))
 
 
 def read_proofs(store: Store, entry: FileEntry, chunks: Ids) -> Needles:

@@ -28,7 +28,7 @@ from retrotool import commands
 from retrotool.errors import CorruptError
 from retrotool.stages import needles as making
 from retrotool.stages.matching import KINDS, Matcher, Needles, head_words, sampled, siphash
-from retrotool.stages.needles import make_needles, read_proofs, write_proofs
+from retrotool.stages.needles import make_needles, proofs_of, read_proofs, write_proofs
 from retrotool.stages.residue import CHUNK, Finding, scan
 from retrotool.stages.views import cells, folded, unescaped
 from retrotool.store import parts, vectors
@@ -295,6 +295,9 @@ def test_verify_reads_proofs_and_misses_their_purge(store: Path) -> None:
             opened.commit(run, lambda _: Draft("erase", add=(entry,)))  # noqa: B023
             assert len(commands.verify(store).problems) == problems
     assert "there is no purge p0" in commands.verify(store).problems[0]
+    kept = proofs_of(opened, purge)
+    assert kept is not None and kept.chunks.tolist() == victims_of(store).tolist()
+    assert proofs_of(opened, "p1") is None
 
 
 @pytest.mark.parametrize("name", ["doc-3", "doc-10", "doc-33", "doc-50"])
