@@ -20,7 +20,7 @@ Examples:
   retrotool log store --json
 
 A line has number, time, hash, command, and the files that were added (+), replaced (±) and removed (-), with their
-rows in parentheses. The next entry names the hash. Whether the chain is whole tells: retrotool verify STORE --log"""
+rows in parentheses. The next entry names the hash. Whether all is as it was: retrotool verify STORE --log"""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
