@@ -20,6 +20,7 @@ from retrotool.cli import (
     info,
     inspect,
     leakage,
+    log,
     neighbours,
     output,
     plan,
@@ -73,7 +74,7 @@ def _root(
     pass
 
 
-for _command in (chunk, embed, index, neighbours, inspect, leakage, purge, search, info, verify, plan):
+for _command in (chunk, embed, index, neighbours, inspect, leakage, purge, search, info, log, verify, plan):
     app.command(_command.__name__.rpartition(".")[2], epilog=_command.EPILOG)(_command.command)
 app.add_typer(export.app, name="export")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -39,12 +39,39 @@ def one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
+def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str]) -> None:
+    """Print results (dataclasses) as they come: one JSON object with a list ``name`` on stdout, or a line of each.
+
+    An error on the way is raised behind them, as always; the object then has its fields, too, and nobody must add one.
+    """
+    if not as_json:
+        for result in results:
+            sys.stdout.write(_printable(text(result)) + "\n")
+        return
+    sys.stdout.write(f'{{"{name}":[')
+    separator, ending = "", {}
+    try:
+        for result in results:
+            sys.stdout.write(separator + _json(asdict(result)))
+            separator = ","
+    except RetrotoolError as error:
+        ending = {"error": str(error), "advice": error.advice, "exit_code": error.exit_code}
+        _say(str(error), error.advice)
+        raise typer.Exit(error.exit_code) from None
+    finally:
+        sys.stdout.write("]" + (f",{_json(ending)[1:]}" if ending else "}") + "\n")
+
+
 def _write_json(fields: dict[str, Any]) -> None:
+    sys.stdout.write(_json(fields) + "\n")
+
+
+def _json(fields: dict[str, Any]) -> str:
     try:
         data = orjson.dumps(fields, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:  # a path, perhaps, that is not UTF-8
         data = orjson.dumps(_all_printable(fields), default=str, option=orjson.OPT_SERIALIZE_NUMPY)
-    sys.stdout.write(data.decode() + "\n")
+    return data.decode()
 
 
 def _printable(text: str) -> str:
@@ -130,10 +157,14 @@ def errors(as_json: bool) -> Iterator[None]:
 
 
 def _tell(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+    _say(message, advice)
+    tell_json(message, advice, exit_code, as_json)
+
+
+def _say(message: str, advice: str) -> None:
     note(f"error: {message}")
     if advice:
         note(advice)
-    tell_json(message, advice, exit_code, as_json)
 
 
 def tell_json(message: str, advice: str, exit_code: int, as_json: bool) -> None:

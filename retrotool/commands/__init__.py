@@ -5,6 +5,7 @@ frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool
 """
 
 from retrotool.commands.calibrating import calibrate
+from retrotool.commands.chain import log_entries, verify_log
 from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
 from retrotool.commands.erasing import erase
@@ -34,10 +35,12 @@ __all__ = [
     "inspect",
     "kinds_of",
     "leakage",
+    "log_entries",
     "materialise",
     "neighbours",
     "plan",
     "purge",
     "verify",
+    "verify_log",
     "write_plan_page",
 ]

@@ -69,6 +69,7 @@ SCANS_SCHEMA = pa.schema(
         ("end", pa.int64()),
     ]
 )
+PROOFS_SCHEMA = pa.schema([("kind", pa.uint8()), ("tag", pa.uint32()), ("hash", pa.binary(HASH_BYTES))])
 QUARANTINE_SCHEMA = pa.schema(
     [
         ("input", pa.string()),
@@ -265,6 +266,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
+        "proofs": PROOFS_SCHEMA,
     }.get(FileName.parse(entry.path).kind, pa.schema([]))
     if FileName.parse(entry.path).kind == "chunks":
         _check_key_column(entry, schema)

@@ -23,6 +23,7 @@ DATA_KINDS = (
     "materialised",
     "tombstones",
     "blocked",
+    "proofs",
     "quarantine",
     "plans",
     "inputs",

@@ -161,22 +161,22 @@ class Store:
         folder = self.root / "checkpoints"
         name = f"{self.state.number:08d}-{paths.new_token(run.id)}.json"
         atomic.put_if_absent(folder / name, paths.new_token(run.id), encode_checkpoint(self.state))
-        for old in _checkpoints(self.root)[2:]:
+        for _, old in checkpoint_files(self.root)[2:]:
             disk.unlink(old)
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    """Checkpoint files, newest first."""
+def checkpoint_files(root: Path) -> list[tuple[int, Path]]:
+    """Checkpoint files and the commits that they say to be of, newest first."""
     folder = root / "checkpoints"
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def newest_checkpoint(root: Path, most: float = math.inf) -> State | None:
     """The state of the newest whole checkpoint, up to commit ``most``, that the log still goes with; None without."""
-    for path in _checkpoints(root):
+    for _, path in checkpoint_files(root):
         with contextlib.suppress(FileNotFoundError):
             state = decode_checkpoint(path.read_bytes())
             # A checkpoint is believed only while the log still holds the commit it was made at.

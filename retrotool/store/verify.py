@@ -11,23 +11,21 @@ or the ids of one shard.
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import atomic, log, parts
+from retrotool.store import atomic, parts
 from retrotool.store import verify_references as references
 from retrotool.store.checked import Checked, check_ids
 from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
 from retrotool.store.log import Commit
 from retrotool.store.paths import FileName
-from retrotool.store.state import State
-from retrotool.store.store import Store, newest_checkpoint
+from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
+from retrotool.store.verify_log import check_log, same
 from retrotool.store.verify_materialised import check_materialised
 from retrotool.store.verify_references import Lists
 
@@ -105,35 +103,20 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
 
 
 def _check_log(checked: Checked) -> None:
-    """Fold the whole log anew, hold the open state and the checkpoint against it, and note what was ever recorded."""
+    """Fold the whole log anew, hold the open state and the checkpoints against it, and note what was ever recorded."""
     store = checked.store
-    checkpoint = newest_checkpoint(store.root)
-    middle = -1 if checkpoint is None else min(checkpoint.number, store.state.number)
 
-    def noted(commits: Iterator[Commit]) -> Iterator[Commit]:
-        for commit in commits:
-            checked.recorded.update(commit.records)
-            # An index that was dropped may be begun again.
-            gone = (key for key, value in commit.records.items() if value is None)
-            checked.recorded.difference_update(key for key in gone if key.startswith("index:"))
-            yield commit
+    def note(commit: Commit) -> None:
+        checked.recorded.update(commit.records)
+        # An index that was dropped may be begun again.
+        gone = (key for key, value in commit.records.items() if value is None)
+        checked.recorded.difference_update(key for key in gone if key.startswith("index:"))
 
     with checked.noting("log"):
-        state = State(-1, store.genesis)
-        commits = noted(log.read_after(store.root, state.number, state.head))
-        state = state.fold(itertools.islice(commits, middle + 1))
-        if checkpoint is not None and middle == checkpoint.number and not _same(state, checkpoint):
-            checked.problems.append(f"the checkpoint of commit {middle} is not the fold of the log; remove it")
-        state = state.fold(itertools.islice(commits, store.state.number - middle))
-        if not _same(state, store.state):
+        found = check_log(store.root, store.genesis, store.state.number, note)
+        checked.problems += found.problems
+        if not found.problems and not same(found.state, store.state):
             checked.problems.append("the open state is not the fold of the log: commits are missing")
-
-
-def _same(one: State, other: State) -> bool:
-    def contents(state: State) -> tuple[Any, ...]:
-        return sorted((e.path, e.rows, e.bytes, e.sha256) for e in state.files()), dict(state.records), state.head
-
-    return contents(one) == contents(other)
 
 
 def _check_files(checked: Checked, result: Verification, report: Report) -> None:

@@ -72,17 +72,18 @@ def _check_mixtures(checked: Checked) -> None:
 
 
 def check_blocked(checked: Checked) -> None:
-    """Block lists are sorted, and belong to purges."""
-    group = checked.store.state.group("blocked")
-    for slot in group:
-        entry = group.get(slot)
-        if entry is None:
-            continue
-        if f"purge:{slot}" not in checked.store.state.records:
-            checked.problems.append(f"{entry.path}: there is no purge {slot}")
-        if entry.path not in checked.broken:
-            with checked.noting(entry.path):
-                read_hashes(checked.store, entry)
+    """Block lists are sorted, and they and proofs belong to purges."""
+    for kind in ("blocked", "proofs"):
+        group = checked.store.state.group(kind)
+        for slot in group:
+            entry = group.get(slot)
+            if entry is None:
+                continue
+            if f"purge:{slot}" not in checked.store.state.records:
+                checked.problems.append(f"{entry.path}: there is no purge {slot}")
+            if entry.path not in checked.broken:
+                with checked.noting(entry.path):
+                    read_hashes(checked.store, entry)
 
 
 def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:

@@ -30,6 +30,7 @@ from retrotool.cli import (
     info,
     inspect,
     leakage,
+    log,
     neighbours,
     output,
     plan,
@@ -41,7 +42,8 @@ from retrotool.commands import calibrating
 
 COMMANDS = {
     "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "inspect": inspect,
-    "leakage": leakage, "purge": purge, "search": search, "info": info, "verify": verify, "plan": plan,
+    "leakage": leakage, "purge": purge, "search": search, "info": info, "log": log, "verify": verify,
+    "plan": plan,
     "export neighbours": export_neighbours,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
@@ -131,7 +133,7 @@ def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
         "chunk", "embed", "index", "neighbours", "export neighbours", "inspect", "leakage", "search", "purge", "info",
-        "verify", "plan",
+        "log", "verify", "plan",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
     yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
@@ -198,6 +200,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "documents": int, "tokens": int, "neighbours": int, "alone": int, "bytes": int, "details": {}, "load": str,
     },
     "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "left": [], "commit": int},
+    "log": {
+        "commits": [{
+            "number": int, "time": str, "command": str, "added": {}, "removed": {}, "records": [str], "tool": str,
+            "parent": str, "sha256": str,
+        }],
+    },
     "verify": {"ok": bool, "content": str, "problems": []},
     "info": {
         "documents": int, "chunks": int, "tokens": int, "commit": int,
@@ -247,6 +255,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         "search": ["store index table", "--device", "cpu"],
         "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
         "verify": [],
+        "log": ["--last", 1],
         "info": [],
         "plan": ["--tokens", "1.75T", "--gpus", 64],
     }

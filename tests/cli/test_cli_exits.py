@@ -27,6 +27,7 @@ READING = {
     "purge": ["--where", "id = 'x'", "--reason", "r"],
     "search": ["text"],
     "info": [],
+    "log": [],
     "verify": [],
     "export neighbours": ["exported", "--format", "parquet"],
 }

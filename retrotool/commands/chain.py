@@ -1,0 +1,143 @@
+"""The log as a person or an auditor reads it: ``log`` tells what was done, ``verify --log`` whether it is all there.
+
+``log`` reads one entry at a time, checks that each is the child of the one before, and folds nothing: 30,000 commits
+take about 2 s, and no more memory than one. What it tells of a commit is in its entry already, so no purged text can
+be among it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retrotool.errors import CorruptError, UsageError
+from retrotool.store import identity, log
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Commit
+from retrotool.store.paths import NAMED_KINDS
+from retrotool.store.verify_log import check_log
+
+_PURGE = "purge:"
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """A commit in a few words.
+
+    ``added`` has, by kind of file (for some with a name behind it: ``embeddings/minilm``), how many ``files`` and
+    ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are the purges that it made
+    or finished erasing, with their reasons. ``sha256`` is that of the entry, by which the next one names it.
+    """
+
+    number: int
+    time: str
+    command: str
+    added: dict[str, dict[str, int]]
+    removed: dict[str, int]
+    records: tuple[str, ...]
+    purges: tuple[dict[str, str], ...]
+    tool: str
+    parent: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogVerification:
+    """What ``verify --log`` found.
+
+    ``commits`` is how many entries there are, and ``head`` the SHA-256 of the last one, to be kept elsewhere; empty if
+    that one is broken. ``kept`` is the number of the commit that has the hash which was given, or None.
+    """
+
+    ok: bool
+    commits: int
+    head: str
+    kept: int | None
+    checkpoints: int
+    problems: list[str]
+
+
+def log_entries(root: str | Path, last: int | None = None) -> Iterator[LogEntry]:
+    """The commits of a store, oldest first, or the ``last`` ones; one is held at a time.
+
+    ``StoreNotFoundError`` at once, ``CorruptError`` where an entry is missing, broken or no child of the one before.
+    """
+    if last is not None and last < 1:
+        raise UsageError(f"--last {last}: it is a number of commits, from 1")
+    path = Path(root)
+    _, genesis = identity.read_identity(path)
+    return _entries(path, genesis, last)
+
+
+def _entries(root: Path, genesis: str, last: int | None) -> Iterator[LogEntry]:
+    end = log.last_number(root)
+    first = 0 if last is None else max(0, end + 1 - last)
+    parent = genesis if first == 0 else None
+    for number in range(first, end + 1):
+        try:
+            commit = log.read(root, number, parent)
+            if commit is None:
+                raise CorruptError(f"{log.commit_path(root, number)} is missing, and there are commits after it")
+        except CorruptError as error:
+            raise CorruptError(str(error), f"See what else is wrong: retrotool verify {root} --log") from error
+        yield _told(commit)
+        parent = commit.sha256
+
+
+def _told(commit: Commit) -> LogEntry:
+    added: dict[str, dict[str, int]] = {}
+    for entry in commit.add:
+        _count(added, entry)
+    removed: dict[str, int] = {}
+    for path in commit.remove:
+        kind = _kind(path)
+        removed[kind] = removed.get(kind, 0) + 1
+    purges: tuple[dict[str, str], ...] = ()
+    if commit.kind in ("purge", "erase"):
+        found = {key.removeprefix(_PURGE): value for key, value in commit.records.items() if key.startswith(_PURGE)}
+        purges = tuple({"purge": name, "reason": _reason(value)} for name, value in found.items())
+    return LogEntry(
+        commit.number, commit.time, commit.kind, added, removed, tuple(commit.records), purges, commit.tool,
+        commit.parent, commit.sha256,
+    )  # fmt: skip
+
+
+def _count(added: dict[str, dict[str, int]], entry: FileEntry) -> None:
+    counts = added.setdefault(_kind(entry.path), {"files": 0, "rows": 0})
+    counts["files"] += 1
+    counts["rows"] += entry.rows
+
+
+def _kind(path: str) -> str:
+    """``chunks``, or with its name ``embeddings/minilm``."""
+    kind, _, rest = path.partition("/")
+    return f"{kind}/{rest.partition('/')[0]}" if kind in NAMED_KINDS else kind
+
+
+def _reason(record: Any) -> str:
+    return str(record.get("reason", "")) if isinstance(record, dict) else ""
+
+
+def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:
+    """Check the log, its chain, its fold and the checkpoints, and no other file.
+
+    ``kept``: the SHA-256 of an entry that somebody kept, 64 hexadecimal digits; it is a problem if no entry has it.
+    """
+    if kept is not None and re.fullmatch(r"[0-9a-fA-F]{64}", kept) is None:
+        raise UsageError(f"--head {kept}: it is the SHA-256 of an entry, 64 hexadecimal digits")
+    path = Path(root)
+    problems: list[str] = []
+    genesis: str | None = None
+    try:
+        _, genesis = identity.read_identity(path)
+    except CorruptError as error:
+        problems.append(str(error))
+    found = check_log(path, genesis)
+    problems += found.problems
+    place = None if kept is None else found.place(kept)
+    if kept is not None and place is None:
+        problems.append(f"no entry has the hash that was kept, {kept.lower()}: the log was written anew, or cut off")
+    return LogVerification(not problems, len(found.hashes), found.head, place, found.checkpoints, problems)

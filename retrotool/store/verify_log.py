@@ -1,0 +1,181 @@
+"""Checking the log alone: whether it is the chain that its writers made, and what the checkpoints say is its fold.
+
+Every entry is read once, from 0 on. One that is missing, torn, edited, or stands where another should is named; where
+an entry is no child of the one before it, the entries behind tell which of the two was changed. As long as nothing is
+wrong the log is folded, and each checkpoint held against the state at its commit.
+
+A chain vouches for all but its end: whoever can write the files can cut entries off, or write all of them anew with
+sums that are right, and nothing in the store tells. Only a hash that was kept elsewhere does: it must be that of some
+entry (``LogFound.place``). Nor does this look at data files; ``verify`` does.
+
+Cost: 30,000 commits that name 150,000 files take about 4 s; memory is that of two states, and 32 bytes an entry.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retrotool.errors import CorruptError
+from retrotool.store import log
+from retrotool.store.atomic import TEMPORARY
+from retrotool.store.log import Commit
+from retrotool.store.state import State, decode_checkpoint
+from retrotool.store.store import checkpoint_files
+
+_ENTRY = re.compile(r"\d{8}|[1-9]\d{8,}")
+
+
+@dataclass(slots=True)
+class LogFound:
+    """What was found: ``problems`` in the order of the log, and the fold as far as there are none.
+
+    ``hashes`` are the SHA-256 of the entries that can be read for what they are (b"" for others), by number;
+    ``checkpoints`` counts those that were compared.
+    """
+
+    state: State
+    problems: list[str] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    checkpoints: int = 0
+
+    @property
+    def head(self) -> str:
+        """SHA-256 of the last entry, 64 hexadecimal digits; empty if it is broken, or there is none."""
+        return self.hashes[-1].hex() if self.hashes else ""
+
+    def place(self, sha256: str) -> int | None:
+        """Number of the commit whose entry has this hash (64 hexadecimal digits); None if none has."""
+        wanted = bytes.fromhex(sha256)
+        return self.hashes.index(wanted) if wanted in self.hashes else None
+
+
+def check_log(
+    root: Path, genesis: str | None, last: int | None = None, note: Callable[[Commit], None] = lambda _: None
+) -> LogFound:
+    """Check the log up to commit ``last`` (None: to its end), and call ``note`` with each commit of the whole part.
+
+    ``genesis`` is the SHA-256 of ``store.json``; None if that is not known.
+    """
+    # Listed before the log is: a checkpoint is of a commit that is there.
+    checkpoints = sorted(checkpoint_files(root))
+    end = log.last_number(root) if last is None else last
+    chain = _Chain(root, genesis, end, note)
+    found = LogFound(State(-1, genesis or ""), chain.problems, chain.hashes)
+    chain.problems += _strangers(root)
+    commits = chain.commits()
+    folding = True
+    for number, path in [*checkpoints, (end, None)]:
+        if folding and number <= end:
+            try:
+                found.state = found.state.fold(itertools.islice(commits, number - found.state.number))
+            except CorruptError as error:
+                chain.problems.append(str(error))
+            folding = found.state.number == number
+        if path is not None and (last is None or number <= end):
+            folded = found.state if folding and found.state.number == number else None
+            _check_checkpoint(found, path, number, folded)
+    for _ in commits:
+        pass  # folded no more, but the links are looked at to the end
+    return found
+
+
+class _Chain:
+    """The entries one after another: what is wrong with them, their hashes, and the commits before the first fault."""
+
+    def __init__(self, root: Path, genesis: str | None, end: int, note: Callable[[Commit], None]) -> None:
+        self.problems: list[str] = []
+        self.hashes: list[bytes] = []
+        self._root, self._genesis, self._end, self._note = root, genesis, end, note
+
+    def commits(self) -> Iterator[Commit]:
+        """Commits up to the first fault; going on reads the others, too."""
+        whole, parent = True, self._genesis
+        doubtful: int | None = None  # an entry that is no child of the one before it, until it is known which is wrong
+        for number in range(self._end + 1):
+            commit = self._read(number)
+            linked = commit is not None and parent is not None and commit.parent == parent
+            if doubtful is not None:
+                self._blame(doubtful, vouched=linked)
+                doubtful = None
+            if commit is not None and parent is not None and not linked:
+                doubtful = number
+            whole = whole and linked
+            parent = None if commit is None else commit.sha256
+            self.hashes.append(bytes.fromhex(parent or ""))
+            if whole and commit is not None:
+                self._note(commit)
+                yield commit
+        if doubtful is not None:
+            self._blame(doubtful, vouched=False)
+
+    def _read(self, number: int) -> Commit | None:
+        try:
+            commit = log.read(self._root, number)
+        except CorruptError as error:
+            self.problems.append(str(error))
+            return None
+        except OSError as error:
+            self.problems.append(f"{log.commit_path(self._root, number)} can't be read: {error.strerror}")
+            return None
+        if commit is None:
+            self.problems.append(f"{log.commit_path(self._root, number)} is missing, and there are commits after it")
+        return commit
+
+    def _blame(self, number: int, *, vouched: bool) -> None:
+        """Note that an entry is no child of the one before; ``vouched``: the next is its child, so it is genuine."""
+        path = log.commit_path(self._root, number)
+        before = f"commit {number - 1}" if number else "store.json"
+        why = f"{before} was edited or replaced" if vouched else f"it or {before} was edited, replaced or reordered"
+        what = "the commit before it" if number else "store.json"
+        self.problems.append(f"{path}: is no child of {what}: {why}")
+
+
+def _strangers(root: Path) -> list[str]:
+    """What lies among the entries and is none: a copy, or one under another spelling of its number."""
+    folder = root / "log"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    strange = [name for name in names if not name.startswith(TEMPORARY) and not _is_entry(name)]
+    return [f"{folder / name} is no entry of the log" for name in strange]
+
+
+def _is_entry(name: str) -> bool:
+    return name.endswith(".json") and _ENTRY.fullmatch(name.removesuffix(".json")) is not None
+
+
+def _check_checkpoint(found: LogFound, path: Path, number: int, folded: State | None) -> None:
+    """Hold a checkpoint against the fold of the log at its commit (None: the log is broken before that)."""
+    try:
+        state = decode_checkpoint(path.read_bytes())
+    except FileNotFoundError:
+        return  # a newer one was written meanwhile
+    except OSError as error:
+        found.problems.append(f"{path} can't be read: {error.strerror}")
+        return
+    if state is None:
+        return  # readers pass over it: no damage to the store
+    found.checkpoints += 1
+    if state.number != number:
+        found.problems.append(f"{path}: says that it is of commit {state.number}; remove it")
+    elif folded is not None:
+        if not same(state, folded):
+            found.problems.append(f"{path}: the checkpoint of commit {number} is not the fold of the log; remove it")
+    elif number >= len(found.hashes) or found.hashes[number].hex() != state.head:
+        found.problems.append(f"{path}: the log has no such commit {number} as the checkpoint was made at")
+
+
+def same(one: State, other: State) -> bool:
+    """Whether two states say the same of all files and records, and were made by the same commit."""
+
+    def contents(state: State) -> tuple[Any, ...]:
+        files = {e.path: (e.rows, e.bytes, e.sha256, e.about) for e in state.files()}
+        return len(files), files, dict(state.records), state.head
+
+    try:
+        return contents(one) == contents(other)
+    except (CorruptError, LookupError, TypeError, ValueError):  # a checkpoint whose columns are not alike
+        return False

@@ -1,0 +1,456 @@
+"""The scan that shows that nothing of a purge is left: it finds leftovers, and nothing that others have by right."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import shutil
+import string
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import make_rows, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrotool import commands
+from retrotool.errors import CorruptError
+from retrotool.stages import needles as making
+from retrotool.stages.matching import KINDS, Matcher, Needles, head_words, sampled, siphash
+from retrotool.stages.needles import make_needles, proofs_of, read_proofs, write_proofs
+from retrotool.stages.residue import CHUNK, Finding, scan
+from retrotool.stages.views import cells, folded, unescaped
+from retrotool.store import parts, vectors
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
+
+SECRET = "5a" * 32
+
+
+def canary(seed: int) -> str:
+    """Words that nobody else has."""
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices(string.ascii_lowercase, k=9)) for _ in range(25))
+
+
+CANARIES = {f"canary-document-{i}": canary(i) for i in range(4)}
+COMMON = "the harbour master wrote the same sentence into every single log book of the whole long winter"
+
+
+@pytest.fixture(scope="module")
+def canaried(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A store of several parts, indexed, with neighbours and their texts; some documents hold canaries."""
+    folder = tmp_path_factory.mktemp("canaried")
+    rows = make_rows(60)
+    for at, (name, text) in enumerate(CANARIES.items()):
+        rows.insert(5 + 14 * at, {"id": name, "text": text + " " + COMMON, "source": "c", "year": 1})
+    rows += [{"id": f"living-{i}", "text": f"{COMMON} number {i}", "source": "c", "year": 1} for i in range(3)]
+    source = write_jsonl(folder / "c.jsonl", rows)
+    with source.open("a") as file:
+        file.write(json.dumps({"id": "canary-document-0", "note": CANARIES["canary-document-0"], "text": 3}) + "\n")
+    commands.chunk(folder / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=60)
+    commands.embed(folder / "store", encoder=str(tiny_encoder))
+    commands.index(folder / "store")
+    commands.neighbours(folder / "store", materialise=True)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(canaried: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(canaried, tmp_path / "store"))
+
+
+def victims_of(root: Path) -> np.ndarray:
+    """Chunks of the canaries' documents."""
+    opened = Store.open(root)
+    found = []
+    for part in opened.state.parts():
+        for row in parts.read_documents(opened, part, ["id", "first_row", "n_chunks"]).to_pylist():
+            if row["id"] in CANARIES:
+                found += [part << 32 | row["first_row"] + i for i in range(row["n_chunks"])]
+    return np.array(found, np.int64)
+
+
+def needles_of(root: Path) -> Needles:
+    return make_needles(Store.open(root), victims_of(root))
+
+
+def as_hashed(needles: Needles) -> Needles:
+    return needles.hashed(SECRET, b"salt")
+
+
+def folders(found: list[Finding]) -> dict[str, set[str]]:
+    kinds: dict[str, set[str]] = {}
+    for finding in found:
+        kinds.setdefault(finding.path.split("/")[0], set()).add(finding.kind)
+    return kinds
+
+
+EVERYWHERE = {
+    "chunks": {"tokens"},
+    "documents": {"id", "key"},
+    "keys": {"key"},
+    "embeddings": {"vector16"},
+    "index": {"vector16", CHUNK},
+    "materialised": {"tokens"},
+    "quarantine": {"id", "text"},
+    "selectors": {"id"},
+}
+
+
+@pytest.mark.parametrize("form", [lambda needles: needles, as_hashed], ids=["plain", "hashed"])
+def test_all_that_holds_canaries_is_found_before_an_erase_and_nothing_after(
+    store: Path, tmp_path: Path, form: Callable[[Needles], Needles]
+) -> None:
+    victims = victims_of(store)
+    assert len(set((victims >> 32).tolist())) > 1
+    listed = tmp_path / "takedown.txt"
+    listed.write_text("\n".join(CANARIES))
+    commands.purge(store, "documents", str(listed), reason="test")
+    needles = form(needles_of(store))
+    found = scan(store, needles)
+    assert {kind: EVERYWHERE[kind] <= kinds for kind, kinds in folders(found).items()} == dict.fromkeys(
+        EVERYWHERE, True
+    )
+    chunked = {finding.number for finding in found if finding.path.startswith("chunks/")}
+    kind = KINDS.index("tokens")
+    assert chunked == set(np.flatnonzero(needles.kinds == kind).tolist()), "each of the needles"
+    commands.purge(store, "documents", str(listed), reason="test", erase=True)
+    assert scan(store, needles) == []
+
+
+def test_needles_are_nothing_that_others_have(canaried: Path) -> None:
+    needles = needles_of(canaried)
+    texts = {needles.proofs[i] for i in np.flatnonzero(needles.kinds == KINDS.index("text"))}
+    assert texts
+    for text in texts:
+        assert text not in folded(COMMON.encode())
+        assert text in b"|".join(folded((one + COMMON).encode()) for one in CANARIES.values())
+    assert needles.lengths["tokens"] == 16
+    assert needles.lacking["text"] < len(needles.chunks)
+
+
+def test_of_a_victim_whose_text_is_elsewhere_too_nothing_is_left(tmp_path: Path, tiny_encoder: Path) -> None:
+    text = canary(100)
+    rows = [{"id": "first-copy", "text": text}, {"id": "second-copy", "text": text}, *make_rows(4)]
+    source = write_jsonl(tmp_path / "c.jsonl", rows)
+    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder), duplicates="keep")
+    commands.embed(tmp_path / "store", encoder=str(tiny_encoder))
+    opened = Store.open(tmp_path / "store")
+    row = parts.read_documents(opened, 0).to_pylist()[0]
+    needles = make_needles(opened, np.arange(row["n_chunks"]))
+    assert sorted(KINDS[kind] for kind in needles.kinds) == ["id", "key"]
+    n = row["n_chunks"]
+    assert needles.lacking == {"tokens": n, "text": n, "vector16": n, "vector32": n, "id": 0, "key": 0}
+    both = make_needles(opened, np.arange(2 * n))
+    assert both.lacking["text"] < 2 * n
+
+
+def text_of(needles: Needles) -> bytes:
+    return next(needles.proofs[i] for i in np.flatnonzero(needles.kinds == KINDS.index("text")))
+
+
+SAID = 'Zażółć gęślą jaźń; the "quoted" back\\slash\tof 7 ships, ' + canary(7)
+PLANTS: dict[str, Callable[[Path, bytes], object]] = {
+    "a temporary file": lambda folder, data: (folder / "chunks" / ".tmp-0123abcd01234567").write_bytes(data),
+    "a hidden file": lambda folder, data: (folder / ".hidden").write_bytes(b"x" * 3_000_000 + data),
+    "across blocks": lambda folder, data: (folder / "log" / "x").write_bytes(b"y" * ((1 << 20) - 20) + data),
+    "a zst": lambda folder, data: (folder / "spool" / "stdin-0.jsonl.zst").write_bytes(zstandard.compress(data)),
+    "two frames": lambda folder, data: (folder / "spool" / "a").write_bytes(
+        zstandard.compress(b"first") + zstandard.compress(data)
+    ),
+    "a gz": lambda folder, data: (folder / "spool" / "a.gz").write_bytes(gzip.compress(data)),
+    "a cut gz": lambda folder, data: (folder / "a.gz").write_bytes(
+        gzip.compress(data + random.Random(0).randbytes(99_999))[:-500]
+    ),
+    "a bz2 in an xz": lambda folder, data: (folder / "a").write_bytes(lzma.compress(bz2.compress(data))),
+    "a zip": lambda folder, data: zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED).writestr("x", data),
+    "JSON": lambda folder, data: (folder / "a.json").write_text(json.dumps({"t": [data.decode()]})),
+    "JSON in JSON": lambda folder, data: (folder / "a.json").write_text(json.dumps(json.dumps(data.decode()))),
+    "a dictionary": lambda folder, data: pq.write_table(
+        pa.table({"t": pa.array(["x", data.decode(), "x"]).dictionary_encode()}), folder / "a.parquet"
+    ),
+    "zstd and nested": lambda folder, data: pq.write_table(
+        pa.table({"t": [[{"a": data.decode()}], [], None]}), folder / "a.parquet", compression="zstd"
+    ),
+    "a Parquet that breaks off": lambda folder, data: broken_off(folder / "a.parquet", data),
+}  # fmt: skip
+
+
+def broken_off(path: Path, data: bytes) -> None:
+    pq.write_table(pa.table({"t": [data.decode() * 3] * 100}), path, compression="zstd")
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("form", [lambda needles: needles, as_hashed], ids=["plain", "hashed"])
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_leftover_is_found_in_any_odd_place(tmp_path: Path, plant: str, form: Callable[[Needles], Needles]) -> None:
+    for name in ("spool", "chunks", "log"):
+        (tmp_path / name).mkdir()
+    whole = folded(SAID.encode())
+    runs = [whole[i : i + 24] for i in range(len(whole) - 23)]
+    needles = form(Needles.plain([("text", run) for run in runs] + [("id", b"canary-1")]))
+    assert scan(tmp_path, needles) == []
+    PLANTS[plant](tmp_path, f"innocent {SAID}".encode())
+    found = scan(tmp_path, needles)
+    assert {finding.number for finding in found} == set(range(len(needles))) - {
+        i for i in range(len(needles)) if KINDS[needles.kinds[i]] == "id"
+    }
+    assert {finding.kind for finding in found} == {"text"}
+    (path,) = {finding.path for finding in found}
+    assert (tmp_path / path).is_file()
+
+
+def test_a_renamed_copy_and_the_bytes_of_vectors_are_found(store: Path) -> None:
+    needles = needles_of(store)
+    opened = Store.open(store)
+    part = int(victims_of(store)[0] >> 32)
+    entry = opened.state.part_file("embeddings", part, "tiny")
+    matrix = vectors.read_vectors(opened, entry)
+    shard = opened.state.file("index", "shard-0000", "main")
+    shutil.copy(store / shard.path, store / "renamed")
+    np.save(store / "as-float32.npy", np.asarray(matrix, np.float32))
+    shutil.copy(store / opened.state.part_file("chunks", part).path, store / "staging" / ".copy")
+    found = {(finding.path, finding.kind) for finding in scan(store, needles)}
+    expected = {
+        ("renamed", CHUNK),
+        ("renamed", "vector16"),
+        ("as-float32.npy", "vector32"),
+        ("staging/.copy", "tokens"),
+    }
+    assert expected <= found
+
+
+@pytest.mark.parametrize("form", [lambda needles: needles, as_hashed], ids=["plain", "hashed"])
+def test_ids_are_found_as_whole_values_only(tmp_path: Path, form: Callable[[Needles], Needles]) -> None:
+    needles = form(Needles.plain([("id", b"doc-3"), ("id", "Höhe 7/a".encode()), ("id", b"x" * 40)]))
+    innocent = ["doc-30", "adoc-3", "see doc-3 there", "x" * 41, "x" * 39, "Höhe 7/b", "doc-", ""]
+    pq.write_table(pa.table({"a": innocent}), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(innocent))
+    (tmp_path / "a.csv").write_text("\n".join(innocent))
+    assert scan(tmp_path, needles) == []
+    wanted = ["doc-3", "Höhe 7/a", "x" * 40]
+    pq.write_table(pa.table({"a": pa.array(wanted, pa.large_string())}), tmp_path / "b.parquet")
+    (tmp_path / "b.json").write_text(json.dumps({"where": "id in ('doc-3', 'no')", "more": wanted[1:]}))
+    (tmp_path / "c.json").write_text(json.dumps({"literal": "\n".join(wanted)}))
+    (tmp_path / "b.csv").write_text("doc-3,1\nHöhe 7/a\t2\n" + "x" * 40)
+    found = scan(tmp_path, needles)
+    assert {(finding.path, finding.number) for finding in found} == {
+        (path, number) for path in ("b.parquet", "b.json", "c.json", "b.csv") for number in range(3)
+    }
+
+
+def test_proofs_are_kept_without_text_and_found_by(store: Path) -> None:
+    opened = Store.open(store)
+    needles = needles_of(store)
+    with Run(store) as run:
+        entry = write_proofs(opened, FileName.new(run.id, "proofs", "p0", "parquet"), needles)
+        opened.commit(run, lambda _: Draft("erase", add=(entry,)))
+    data = (store / entry.path).read_bytes() + repr(pq.read_table(store / entry.path).to_pydict()).encode()
+    assert not any(piece in data for piece in needles.proofs)
+    kept = read_proofs(opened, entry, victims_of(store))
+    assert 0.6 * len(needles) < len(kept) <= len(needles), "short ones have none that can be kept"
+    assert kept.lacking.keys() == needles.lacking.keys()
+    found = scan(store, kept)
+    assert {kind for kinds in folders(found).values() for kind in kinds} >= {"tokens", "vector16", "id", "key", CHUNK}
+    assert not [finding for finding in found if finding.path == entry.path]
+    again = read_proofs(
+        opened, write_proofs(opened, FileName.new("0123abcd", "proofs", "p1", "parquet"), needles), needles.chunks
+    )
+    assert set(again.proofs).isdisjoint(kept.proofs), "the salt is another"
+    broken = pa.table(
+        {
+            "kind": pa.array([9], pa.uint8()),
+            "tag": pa.array([1], pa.uint32()),
+            "hash": pa.array([b"x" * 16], pa.binary(16)),
+        }
+    )
+    bad = parts.write_parquet(store, FileName.new("0123abcd", "proofs", "p2", "parquet"), broken)
+    with pytest.raises(CorruptError, match="no proofs"):
+        read_proofs(opened, bad, needles.chunks)
+
+
+def test_verify_reads_proofs_and_misses_their_purge(store: Path) -> None:
+    needles = needles_of(store)
+    purge = commands.purge(store, "where", "source = 'c' and id like 'canary%'", reason="test").purge
+    opened = Store.open(store)
+    with Run(store) as run:
+        for slot, problems in ((purge, 0), ("p0", 1)):
+            entry = write_proofs(
+                opened, FileName.new(run.id, "proofs", slot, "parquet"), needles.of(np.arange(9).repeat(2))
+            )
+            opened.commit(run, lambda _: Draft("erase", add=(entry,)))  # noqa: B023
+            assert len(commands.verify(store).problems) == problems
+    assert "there is no purge p0" in commands.verify(store).problems[0]
+    kept = proofs_of(opened, purge)
+    assert kept is not None and kept.chunks.tolist() == victims_of(store).tolist()
+    assert proofs_of(opened, "p1") is None
+
+
+@pytest.mark.parametrize("name", ["doc-3", "doc-10", "doc-33", "doc-50"])
+def test_what_living_text_has_in_common_with_a_victim_is_no_finding(store: Path, name: str) -> None:
+    """The documents are made of seventy words."""
+    opened = Store.open(store)
+    victims = [
+        part << 32 | row["first_row"] + i
+        for part in opened.state.parts()
+        for row in parts.read_documents(opened, part).to_pylist()
+        for i in range(row["n_chunks"] * (row["id"] == name))
+    ]
+    needles = make_needles(opened, np.array(victims))
+    found = scan(store, needles)
+    assert {finding.kind for finding in found} >= {"tokens", "text", "vector16", "id", "key", CHUNK} - {"text"}
+    parts_of = {f"{chunk >> 32:06d}" for chunk in victims}
+    assert {f.path.split("/")[1][:6] for f in found if f.path.startswith(("chunks", "documents", "keys"))} == parts_of
+    commands.purge(store, "where", f"id = '{name}'", reason="test", erase=True)
+    for form in (needles, as_hashed(needles)):
+        assert scan(store, form) == []
+    assert len(make_needles(Store.open(store), np.array(victims))) == 0, "nothing is left to make them of"
+
+
+def test_a_lossless_store_without_embeddings(tmp_path: Path, byte_level_tokenizer: Path) -> None:
+    rows = [{"id": "the-victim", "text": "Ünïcode, " + canary(3) + "\n\tand TAIL " + canary(4)}, *make_rows(5)]
+    source = write_jsonl(tmp_path / "c.jsonl", rows)
+    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(byte_level_tokenizer))
+    opened = Store.open(tmp_path / "store")
+    needles = make_needles(opened, np.arange(parts.read_documents(opened, 0)["n_chunks"][0].as_py()))
+    assert {KINDS[kind] for kind in needles.kinds} == {"tokens", "text", "id", "key"}
+    assert {finding.kind for finding in scan(tmp_path / "store", needles)} == {"tokens", "id", "key"}
+    assert set(needles.lacking.values()) == {0}
+    (tmp_path / "store" / "spool").mkdir()
+    shutil.copy(source, tmp_path / "store" / "spool" / "stdin-1.jsonl")
+    found = scan(tmp_path / "store", needles)
+    spooled = {f.number for f in found if f.path == "spool/stdin-1.jsonl" and f.kind == "text"}
+    assert spooled == set(np.flatnonzero(needles.kinds == KINDS.index("text")).tolist())
+    commands.purge(tmp_path / "store", "where", "id = 'the-victim'", reason="test", erase=True)
+    assert scan(tmp_path / "store", needles) == []
+
+
+def test_another_salt_makes_other_hashes() -> None:
+    needles = Needles.plain([("id", b"some-id")])
+    hashed, other = needles.hashed(SECRET, b"a"), needles.hashed(SECRET, b"b")
+    assert hashed.proofs != other.proofs
+    assert hashed.tags is not None and other.tags is not None and hashed.tags.tolist() != other.tags.tolist()
+
+
+def test_siphash_is_siphash() -> None:
+    assert int(siphash(np.frombuffer(bytes(range(8)), "<u8"), bytes(range(16)))[0]) == 0x93F5F5799A932462
+
+
+PIECES = st.lists(
+    st.sampled_from([b"\0" * 8, b"abcdefgh", b"abcdefgi", b"xyz", b"\xff\\u00", b"a", b"bcdefgha"]), max_size=30
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PIECES, st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(8, 20), st.binary(max_size=40))
+def test_the_matcher_finds_what_find_finds(pieces: list[bytes], starts: list[int], length: int, noise: bytes) -> None:
+    data = noise + b"".join(pieces)
+    runs = {data[s : s + length] for s in starts} | {bytes(length), b"abcdefgh" + b"z" * (length - 8)}
+    wanted = sorted(run for run in runs if len(run) == length)
+    needles = Needles.plain([("tokens", run) for run in wanted])
+    expected = {
+        (at, number) for number, run in enumerate(wanted) for at in range(len(data)) if data[at : at + length] == run
+    }
+    found = list(Matcher(needles, ["tokens"]).runs(data))
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+    hashed = needles.hashed(SECRET, b"s")
+    kept = [run for run in wanted if sampled(head_words([run]), "tokens")[0]]
+    assert len(hashed) == len(kept)
+    known = {at for at, number in expected if wanted[number] in kept}
+    assert {at for at, _ in Matcher(hashed, ["tokens"]).runs(data)} == known
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.text(st.sampled_from("ab,\"'\n \0\té"), max_size=6), max_size=12),
+    st.lists(st.text(st.sampled_from("abé"), min_size=1, max_size=3), min_size=1, max_size=4, unique=True),
+)
+def test_cells_are_what_stands_between_borders(texts: list[str], names: list[str]) -> None:
+    data = "\n".join(texts).encode()
+    needles = Needles.plain([("id", name.encode()) for name in names])
+    for form in (needles, needles.hashed(SECRET, b"s")):
+        _, starts, ends = cells(data, begins=True, ends=True)
+        found = {data[starts[place] : ends[place]] for place, _ in Matcher(form, ["id"]).cells(data, starts, ends)}
+        if b"\0" in data:
+            continue
+        split = data
+        for border in b"\"'\n\r\t,":
+            split = split.replace(bytes([border]), b"\n")
+        assert found == {name.encode() for name in names} & set(split.split(b"\n"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=50), st.text(max_size=50))
+def test_what_json_stands_for_is_seen(text: str, before: str) -> None:
+    text = text.encode("utf-8", "replace").decode()
+    data = json.dumps([before, text]).encode()
+    views = [data, *unescaped(data)]
+    assert any(text.encode() in view for view in views)
+
+
+def test_what_python_escapes_is_seen() -> None:
+    (view, *_) = unescaped("caf\xe9\tx".encode("unicode_escape"))
+    assert view == "caf\xe9\tx".encode()
+
+
+def test_what_can_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_bytes(b"a" * 24)
+    original = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("folder"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    needles = Needles.plain([("text", b"a" * 24)])
+    assert [finding.path for finding in scan(tmp_path, needles)] == ["folder/x"]
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError):
+        scan(tmp_path, needles)
+
+
+def test_bytes_are_reported_and_nothing_but_places_is_told(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x" * 1_500_000 + b"0123456789abcdefghijklmn")
+    reported: list[int] = []
+    found = scan(tmp_path, Needles.plain([("text", b"0123456789abcdefghijklmn")]), reported.append)
+    assert sum(reported) == 3 * 1_500_024
+    assert found == [Finding(name, "text", 0) for name in "abc"]
+
+
+def test_few_needles_of_long_runs_of_zeros_are_drawn(canaried: Path) -> None:
+    assert all(len(set(piece)) >= making._VARIED for piece in needles_of(canaried).proofs if len(piece) > 12)
+
+
+def test_files_that_go_meanwhile_and_links_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").write_text("x" * 100)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "PAR1").write_bytes(b"PAR1")
+    (tmp_path / "Ix").write_bytes(b"IxF2 no index")
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04 no archive")
+    original: Any = Path.open
+
+    def opened(path: Path, *arguments: object, **options: object) -> object:
+        if path.name == "gone":
+            path.unlink(missing_ok=True)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert scan(tmp_path, Needles.plain([("text", b"a" * 24)], [1, 2])) == []
