@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)  ## Real text through all five commands, then a purge
-	$(BIN)/python examples/demo.py demo-store
+	$(BIN)/python examples/demo.py demo
 
 # A process a core, one thread each: most tests are many small steps.
 test: $(STAMP) lint  ## Lint, types, import rules and every test
@@ -42,4 +42,4 @@ docs: $(STAMP)  ## Write docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
 
 clean:
-	rm -rf $(VENV) demo-store build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
