@@ -103,6 +103,8 @@ def _shape(info: Info) -> list[str]:
         if len(sources) > _SOURCES
         else "  documents by source"
     )
-    rows = [(row["source"], row["documents"], f"{row['tokens']:,} tokens") for row in sources[:_SOURCES]]
-    width = max(len(str(source)) for source, _, _ in rows)
+    rows = [
+        (output.one_line(row["source"]), row["documents"], f"{row['tokens']:,} tokens") for row in sources[:_SOURCES]
+    ]
+    width = max(len(source) for source, _, _ in rows)
     return lines + [f"    {source:<{width}} {n:>13,}  {tokens}" for source, n, tokens in rows]

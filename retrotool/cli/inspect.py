@@ -14,6 +14,7 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, check_utf8
+from retrotool.cli.output import one_line
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ Examples:
 _WIDTH = 100
 _HEAD, _BEGIN, _END = "\x01", "\x02", "\x03"
 """While lines are made: before a heading, and two each around a run, where they become [[ and ]]. Texts have none."""
-_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
-_CONTROLS |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""What would move the cursor, colour the terminal or turn the direction of text."""
 
 
 def command(
@@ -73,15 +71,15 @@ def command(
         result = commands.inspect(
             store, Choice(chunk, document, random, seed or 0), name=name, k=k, page=html, keep=as_json or html is None
         )
-        output.show(result, as_json, _text)
+        output.show(result, as_json, _text, styled=True)
 
 
 def _text(result: InspectResult) -> str:
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     several = len(result.tables) > 1
-    lines = _wrapped(_clean(f"{result.store}, neighbours {result.name!r}: {result.chosen}.").split())
+    lines = _wrapped(one_line(f"{result.store}, neighbours {result.name!r}: {result.chosen}.").split())
     for table in result.tables:
-        lines += _wrapped(_clean(_table(table, several)).split(), "  ")
+        lines += _wrapped(one_line(_table(table, several)).split(), "  ")
     if result.page:
         lines += [*_wrapped(_figures(result).split()), f"To read and search: {result.page}"]
     else:
@@ -111,7 +109,7 @@ def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[str]:
 
     fields = [f"chunk {chunk.id}", *_from(chunk), output.count(chunk.n_tokens, "token")]
     yield from (_HEAD + line for line in _wrapped(fields, "", "      ", gap="  "))
-    pieces = [(_clean(piece), bool(ranks)) for piece, ranks in segments(chunk)]
+    pieces = [(one_line(piece), bool(ranks)) for piece, ranks in segments(chunk)]
     text = "".join(_run(piece) if marked else piece for piece, marked in pieces)
     yield from _wrapped(text.replace(2 * _END + 2 * _BEGIN, "").split(), "   ")
     for rank, near in enumerate(chunk.neighbours, 1):
@@ -123,7 +121,7 @@ def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[str]:
 def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[str]:
     fields = [f"{rank}. distance {near.distance:.4f}", f"chunk {near.id}", *_from(near)]
     if several:
-        fields.append(f"database {_clean(near.database)}")
+        fields.append(f"database {one_line(near.database)}")
     yield from _wrapped(fields, "", "      ", gap="  ")
     if near.common is not None and near.common.marked:
         yield f"   {_position(near.common)}"
@@ -135,8 +133,8 @@ def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[s
 
 
 def _from(one: InspectedChunk | InspectedNeighbour) -> list[str]:
-    source = [f"source {_clean(one.source)}"] if one.source else []
-    return [f"document {_clean(one.document)}", *source, f"{one.index + 1:,} of {one.of:,}"]
+    source = [f"source {one_line(one.source)}"] if one.source else []
+    return [f"document {one_line(one.document)}", *source, f"{one.index + 1:,} of {one.of:,}"]
 
 
 def _position(common: CommonRun) -> str:
@@ -151,18 +149,13 @@ def _split(text: str, split: Split | None, common: CommonRun | None) -> str:
     from retrotool.commands.inspect_result import trimmed
 
     if split is None or common is None or not common.marked or not split.run:
-        return _clean(text)
+        return one_line(text)
     cut = trimmed(split)
-    return _clean(cut.before) + _run(_clean(cut.run)) + _clean(cut.after)
+    return one_line(cut.before) + _run(one_line(cut.run)) + one_line(cut.after)
 
 
 def _run(text: str) -> str:
     return f"{2 * _BEGIN}{text}{2 * _END}"
-
-
-def _clean(text: str) -> str:
-    """A text for one line of a terminal: white space is a space, and controls are shown as escapes."""
-    return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
 def _wrapped(words: Iterable[str], indent: str = "", after: str | None = None, gap: str = " ") -> list[str]:

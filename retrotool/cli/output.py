@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,27 @@ import typer
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
+_CONTROLS |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+"""What would move the cursor, colour the terminal or turn the direction of text: documents are hostile."""
+_INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}
 
 
-def show(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
-    """Print a result (a dataclass): one JSON object on stdout, or ``text`` of it."""
+def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool = False) -> None:
+    """Print a result (a dataclass): one JSON object on stdout, or ``text`` of it.
+
+    Controls are escaped, unless the text is ``styled``: then all that it has are of our own.
+    """
     if as_json:
         _write_json(asdict(result))
     else:
-        typer.echo(_printable(text(result)))
+        told = _printable(text(result))
+        typer.echo(told if styled else told.translate(_INSIDE))
+
+
+def one_line(text: str) -> str:
+    """A text for one line of a terminal: white space is a space, and controls are shown as escapes."""
+    return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
 def _write_json(fields: dict[str, Any]) -> None:
@@ -84,7 +98,7 @@ def size(n: float) -> str:
 
 def note(message: str) -> None:
     """Tell a person something that is no result."""
-    typer.echo(message, err=True)
+    typer.echo(message.translate(_INSIDE), err=True)
 
 
 def stop(message: str, as_json: bool) -> NoReturn:

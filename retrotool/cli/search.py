@@ -123,7 +123,8 @@ def _text(found: Results) -> str:
         return "Nothing found: the index has no living chunk."
     blocks = []
     for place, result in enumerate(found.results, 1):
-        blocks.append(f"{place}. distance {result.distance:.4f}  chunk {result.id}  document {result.document}")
+        document = output.one_line(result.document)
+        blocks.append(f"{place}. distance {result.distance:.4f}  chunk {result.id}  document {document}")
         blocks.append(_wrapped(result.text))
         if result.continuation is not None:
             blocks.append(_wrapped("… " + result.continuation, "     "))

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from retrotool.errors import StorageError, UsageError
+from retrotool.store.identity import FILE as IDENTITY
 
 
 def check_file(option: str, file: str | Path) -> None:
-    """``UsageError`` if ``file`` can't become a file: there is no folder for it, or something else of that name."""
+    """``UsageError`` if ``file`` can't become a file: there is no folder for it, or something else of that name.
+
+    Nor in a store: it might take the place of a file of it, and an erase would not reach its text.
+    """
     path = Path(file)
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -20,6 +24,9 @@ def check_file(option: str, file: str | Path) -> None:
         raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
+    for above in path.resolve().parents:
+        if (above / IDENTITY).exists():
+            raise UsageError(f"{option} {file} lies in the store {above}", "Name a file outside of it.")
 
 
 @contextmanager

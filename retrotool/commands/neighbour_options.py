@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from retrotool.errors import UsageError
@@ -64,6 +65,20 @@ class FilterOptions:
             filters = replace(filters, only_sources=tuple(map(keyed, self.only_sources)))
         # Sorted, and each once: so it is read from the record again.
         return Filters.of({"filters": filters.as_record()})
+
+
+def check_some_left(filters: Sequence[Filters], queries: Store, databases: Sequence[Store]) -> None:
+    """``UsageError`` if what is left out of each database is all there is: asked for now, or kept from before."""
+    for one, database in zip(filters, databases, strict=True):
+        allows = one.allows(queries)
+        if allows is None or any(map(allows, chain.from_iterable(source_names(database)))):
+            return
+    told = "; ".join(dict.fromkeys(in_words(named(one, queries, databases)) for one in filters))
+    where = " and ".join(str(database.root) for database in databases)
+    raise UsageError(
+        f"nothing of {where} would be left: left out are {told}",
+        "Leave less out; what was asked for before is forgotten with --no-filters.",
+    )
 
 
 def named(

@@ -16,7 +16,7 @@ from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.commands.counting import SAVED, K, command_line, count_keys_of, embed_command
 from retrotool.commands.materialising import MaterialiseResult
 from retrotool.commands.materialising import materialise as materialise_tables
-from retrotool.commands.neighbour_options import FilterOptions, named
+from retrotool.commands.neighbour_options import FilterOptions, check_some_left, named
 from retrotool.commands.writing import writing
 from retrotool.encoder import find_devices
 from retrotool.errors import ConflictError, UsageError
@@ -142,6 +142,9 @@ def neighbours(
             )
         )  # fmt: skip
     _check(store, stages)
+    asked_for = replace(filters, drop=False) != FilterOptions()
+    if asked_for:
+        check_some_left([stage.filters for stage in stages], store, opened)
     with writing(store) as run:
         store.commit(run, lambda state: mixtures.begin(state, run, mixture))
         found = [
@@ -160,7 +163,6 @@ def neighbours(
         asked = {"index": first.index or None if not mixture.mixed else index, "encoder": search.encoder}
         again = command_line("neighbours", root, queries=queries, **given, name=name, **asked)
         left.append(f"{again} --exact" if search.exact else again)
-    asked_for = replace(filters, drop=False) != FilterOptions()
     return NeighboursResult(
         name, str(root), first.index, first.encoder, sum(one.queries for one in found), min(one.rows for one in found),
         k, saved, store.refresh().number, not_embedded, sum(one.not_indexed for one in found),

@@ -6,12 +6,15 @@ from html import escape
 from pathlib import Path
 
 from retrotool.commands import figures, html
+from retrotool.commands.files import check_file, written
 from retrotool.commands.plan_result import Plan
 
 
 def write_page(plan: Plan, file: str | Path) -> None:
     """Write a plan's page, in place of what is there."""
-    Path(file).write_text(page(plan), "utf-8")
+    check_file("--html", file)
+    with written(file) as scratch:
+        scratch.write_text(page(plan), "utf-8")
 
 
 def page(plan: Plan) -> str:

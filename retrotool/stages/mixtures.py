@@ -11,7 +11,6 @@ table under its own name.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from retrotool.store.state import State
 from retrotool.store.store import Store
 
 MOST_DATABASES = 255
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
+"""Distances are float32: divided by less or more than that, different ones are all 0, or all infinite."""
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
 Given = Sequence[tuple[str | Path, float | None]]
@@ -137,8 +138,11 @@ def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None,
     found: dict[str, tuple[str, float | None, Store]] = {here.identity.uuid: (str(first), None, here)}
     seen: set[str] = set()
     for path, weight in given:
-        if weight is not None and not (weight > 0 and math.isfinite(weight)):
-            raise UsageError(f"--database {path}={weight:g}: a weight is above 0 and finite")
+        if weight is not None and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise UsageError(
+                f"--database {path}={weight:g}: a weight is above 0 and finite, "
+                f"from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            )
         store = Store.open(path)
         uuid = store.identity.uuid
         if uuid in seen or (uuid in found and not is_same_directory(here, store)):

@@ -110,13 +110,12 @@ def test_an_error_is_also_an_object_with_json(tmp_path):
         ("search STORE _", "TEXT is empty"),
         ("search STORE text --index nothing", "nothing"),
         ("purge STORE --where id='x'", "--reason"),
-        ("purge STORE --reason r", "give one of --ids, --documents, --where and --pattern"),
-        ("purge STORE --reason r --where id='x' --pattern x", "give one of --ids"),
+        ("purge STORE --reason r", "nothing says what to purge"),
         ("purge STORE --reason _ --where id='x'", "--reason is empty"),
         ("purge STORE --reason r --where id", "the expression breaks at character 3"),
-        ("purge STORE --reason r --pattern (", "the pattern can't be compiled"),
+        ("purge STORE --reason r --allow-lossy --pattern (", "the pattern can't be compiled"),
         ("purge STORE --reason r --ids gone.txt", "gone.txt can't be read: No such file or directory"),
-        ("purge STORE --reason r --pattern .", "Above 1 % it wants --yes"),
+        ("purge STORE --reason r --where id!='x'", "Above 1 % it wants --yes"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message, built_store, tiny_encoder, tmp_path):
@@ -133,7 +132,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message, buil
     [
         "chunk STORE", "embed STORE --encoder ./gone", "index STORE --name ../up", "neighbours STORE -k 30",
         "search STORE _", "search STORE text --index nothing", "purge STORE --reason r",
-        "purge STORE --reason r --pattern .",
+        "purge STORE --reason r --where id!='x'",
     ],
 )  # fmt: skip
 def test_wrong_usage_is_also_an_object_with_json(arguments, built_store):

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -119,6 +120,23 @@ def test_documents_can_not_get_at_the_terminal(hostile: Path) -> None:
     assert out.count("[[") == out.count("]]") > 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info", "STORE"],
+        ["search", "STORE", "Then a sentence", "-k", "3"],
+        ["neighbours", "STORE", "--only-source", "nobody's"],
+    ],
+)
+def test_no_other_command_lets_them_either(hostile: Path, tmp_path: Path, words: list[str]) -> None:
+    store = shutil.copytree(hostile, tmp_path / "store")
+    commands.index(store)
+    result = CliRunner().invoke(app, [word.replace("STORE", str(store)) for word in words])
+    out = result.stdout + result.stderr
+    assert {c for c in out if unicodedata.category(c) == "Cc"} == {"\n"}
+    assert "\u202e" not in out and "\\x9b" in out
+
+
 def in_terminal(*arguments: object, **environment: str) -> str:
     """What a command writes to a terminal."""
     ours, theirs = pty.openpty()
@@ -179,12 +197,19 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
         (["--chunk", "0", "--html", "FOLDER/none/page.html"], "there is no folder"),
         (["--chunk", "0", "--html", "FOLDER"], "is a folder"),
         (["--chunk", "0", "--html", "/dev/null"], "is a device"),
+        (["--chunk", "0", "--html", "STORE/store.json"], "lies in the store"),
+        (["--chunk", "0", "--html", "STORE/log/page.html"], "lies in the store"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_so(
     built_store: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    code, out, err = run(built_store, *(word.replace("FOLDER", str(tmp_path)) for word in arguments))
+    places = {"FOLDER": str(tmp_path), "STORE": str(built_store)}
+    before = (built_store / "store.json").read_bytes()
+    for place, path in places.items():
+        arguments = [word.replace(place, path) for word in arguments]
+    code, out, err = run(built_store, *arguments)
+    assert (built_store / "store.json").read_bytes() == before
     assert (code, out, message in err) == (2, "", True), err
     assert Path("/dev/null").is_char_device() and not list(tmp_path.iterdir())
 

@@ -349,6 +349,10 @@ def test_names_can_not_break_the_page(tmp_path):
     assert ElementTree.fromstring(page(plan)).findtext("body/h1") == f"A database of 1G tokens, {folder.name}"
 
 
-def test_a_page_that_can_not_be_written_is_told(tmp_path):
+def test_a_page_that_can_not_be_written_is_told(tmp_path, built_store):
     code, out, err = run("--tokens", "1G", "--html", tmp_path)
-    assert (code, out, err) == (1, "", f"error: {tmp_path}: Is a directory\n")
+    assert (code, out, err) == (2, "", f"error: --html {tmp_path} is a folder\nName a file in it.\n")
+    before = (built_store / "store.json").read_bytes()
+    code, out, err = run("--tokens", "1G", "--html", built_store / "store.json")
+    assert (code, out) == (2, "") and "lies in the store" in err
+    assert (built_store / "store.json").read_bytes() == before

@@ -201,7 +201,9 @@ def test_every_command_survives_a_zeroed_file(root: Path, kind: str, tmp_path: P
         read_all,
         lambda: commands.info(root),
         lambda: commands.purge(root, commands.Selectors(ids=str(tmp_path / "some")), reason="test", erase=True),
-        lambda: commands.purge(tmp_path / "copy", commands.Selectors(pattern="store", allow_lossy=True), reason="test", dry_run=True),
+        lambda: commands.purge(
+            tmp_path / "copy", commands.Selectors(pattern="store", allow_lossy=True), reason="test", dry_run=True
+        ),
         lambda: commands.neighbours(root, name="again"),
         lambda: commands.index(root, name="again"),
     ]

@@ -218,6 +218,12 @@ def test_a_plain_table_of_a_database_that_the_mixture_has_not_is_kept_beside_it(
     assert retrotool.open("training").neighbour_ids(0, "m") and commands.verify("training").problems == []
 
 
+def test_weights_may_be_as_far_apart_as_weights_can_be(here: Path) -> None:
+    for weights in ({"wiki": 1e30, "books": 1e-30}, {"wiki": 1e-30, "books": 1e30}):
+        mix(("wiki", weights["wiki"]), ("books", weights["books"]))
+        check(weights)
+
+
 def test_a_mixture_whose_database_moved(here: Path) -> None:
     mix(("books", 2.0))
     (here / "wiki").rename(here / "moved")
@@ -307,6 +313,8 @@ def test_databases_that_do_not_go_together_are_refused(
         ((("books", -1.0),), "a weight is above 0"),
         ((("books", float("nan")),), "a weight is above 0"),
         ((("books", float("inf")),), "a weight is above 0"),
+        ((("books", 1e-40),), "from 1e-30 to 1e\\+30"),
+        ((("books", 1e39),), "from 1e-30 to 1e\\+30"),
         ((("wiki", 2.0),), "with one database there is nothing to weigh"),
     ):
         with pytest.raises(UsageError, match=said):

@@ -263,6 +263,12 @@ def test_sources_that_are_nowhere_are_refused_with_those_that_there_are(store: P
         assert error.value.advice == "There are: a, b, c"
     with pytest.raises(UsageError, match="both to be left out and the only one"):
         commands.neighbours(store, filters=FilterOptions(exclude_sources=("a",), only_sources=("a", "b")))
+    with pytest.raises(UsageError, match=r"nothing of .* would be left: left out are the sources a, b, c"):
+        commands.neighbours(store, filters=FilterOptions(exclude_sources=("a", "b", "c")))
+    commands.neighbours(store, filters=FilterOptions(only_sources=("a",)))
+    with pytest.raises(UsageError, match="the source a; all sources but a") as error:
+        commands.neighbours(store, filters=FilterOptions(exclude_sources=("a",)))
+    assert "--no-filters" in error.value.advice
     commands.purge(store, commands.Selectors(where="source = 'c'"), reason="test")
     with pytest.raises(UsageError, match="no document has the source 'c'"):
         commands.neighbours(store, filters=FilterOptions(only_sources=("c",)))
