@@ -5,6 +5,8 @@ Commands import what is heavy when they run, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -78,7 +80,17 @@ for _command in (chunk, embed, index, neighbours, inspect, leakage, purge, searc
 app.add_typer(export.app, name="export")
 
 
+def give_bars_room() -> None:
+    """Have progress drawn on a terminal that says it has no room, as in some containers: tqdm would draw nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal, closed, or none at all
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            # Read when tqdm is imported.
+            os.environ.setdefault("TQDM_NCOLS", "80")
+            os.environ.setdefault("TQDM_NROWS", "24")
+
+
 def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
+    give_bars_room()
     app(prog_name="retrotool")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
 import struct
+import termios
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +29,7 @@ from retrotool.cli import (
     chunk,
     embed,
     export_neighbours,
+    give_bars_room,
     index,
     info,
     inspect,
@@ -326,3 +330,21 @@ def test_a_name_that_is_not_utf_8_keeps_no_result_from_being_told(capsys):
     output.show(named, False, lambda found: found.path)
     output.show(named, True, str)
     assert capsys.readouterr().out == 'caf\\udce9\n{"path":"caf\\\\udce9","paths":["x","caf\\\\udce9"]}\n'
+
+
+def test_a_terminal_that_says_it_has_no_room_gets_progress_too(monkeypatch):
+    names = ("TQDM_NCOLS", "TQDM_NROWS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    master, terminal = os.openpty()  # it says 0 rows, 0 columns
+    try:
+        with os.fdopen(terminal, "w") as stderr:
+            monkeypatch.setattr("sys.stderr", stderr)
+            give_bars_room()
+            assert [os.environ.pop(name) for name in names] == ["80", "24"]
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+            give_bars_room()
+            assert not os.environ.keys() & set(names)
+    finally:
+        os.close(master)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import INTERRUPTED, make_rows, write_jsonl
 from typer.testing import CliRunner
 
 from retrotool import commands
@@ -327,7 +327,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (EXIT_INTERRUPTED, "")
-    assert err == "interrupted: what is finished is kept; run the same command again to go on.\n"
+    assert err == INTERRUPTED
     assert commands.verify(tmp_path / "store").problems == []
     if workers == 1:
         assert commands.chunk(tmp_path / "store", [str(source)]).documents == len(rows)
