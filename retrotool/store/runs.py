@@ -104,6 +104,12 @@ def run_path(root: Path, run: str) -> Path:
     return root / "staging" / f"run-{run}.json"
 
 
+def others(root: Path, run: str) -> list[str]:
+    """Ids of the runs but ``run`` that may still be writing."""
+    found = (path.name[len("run-") : -len(".json")] for path in (root / "staging").glob("run-*.json"))
+    return [other for other in found if other != run and is_alive(root, other)]
+
+
 def beat(root: Path, run: str) -> float:
     """Let a run give a sign of life; return its time by the clock of the file system, which all machines share."""
     try:
