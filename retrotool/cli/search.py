@@ -47,10 +47,16 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a search gives; ``missing`` is what could not be searched, None: nothing."""
+    """What a search gives.
+
+    ``missing`` is what could not be searched, None: nothing; ``not_indexed`` chunks are in no shard yet, and ``next``
+    are the commands that change that.
+    """
 
     results: list[Found]
     missing: Missing | None = None
+    not_indexed: int = 0
+    next: tuple[str, ...] = ()
 
 
 def command(
@@ -81,6 +87,8 @@ def command(
     """Show the chunks nearest to a text, with their continuations."""
     with output.errors(as_json):
         import retrotool
+        from retrotool.commands.counting import commands_to_index
+        from retrotool.stages.database import count_left
 
         if not text.strip():
             raise UsageError("TEXT is empty")
@@ -92,7 +100,10 @@ def command(
                 found = reader.search(
                     text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
                 )
-                missing = _missing(reader.database(index, allow_missing=allow_missing_shards))
+                database = reader.database(index, allow_missing=allow_missing_shards)
+                missing = _missing(database)
+                left = count_left(database.store, database.held(), database.tombstones)
+                then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
                 break
             except ErasedError:  # another command put other files in place of those that were just found
                 if attempt + 1 == _ATTEMPTS:
@@ -101,9 +112,13 @@ def command(
             Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
             for n in found
         ]
-        output.show(Results(results, missing), as_json, _text)
+        output.show(Results(results, missing, left, tuple(then)), as_json, _text)
+        if left:
+            are = "is" if left == 1 else "are"
+            output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:")
+            output.note("\n".join(f"  {command}" for command in then))
         if missing is not None:
-            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", reader.database(index).name])
+            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", database.name])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"

@@ -119,7 +119,7 @@ def _tell_begun(
     store: Store, run: Run, plans: Sequence[str], files: Sequence[InputFile], options: ChunkOptions
 ) -> None:
     """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
-    if runs.others(store.root, run.id):
+    if set(runs.living(store.root)) - {run.id}:
         return  # they may be at it themselves
     still = set(unfinished_plans(store.refresh()))
     asked = {file.path for file in files}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.encoder import plain_name
-from retrotool.stages.database import count_living_keys
+from retrotool.stages.database import count_left, count_living_keys, embedded_parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import BUNDLED
@@ -42,6 +42,16 @@ def neighbours_command(root: str | Path, queries: str | Path, name: str, again: 
     line = command_line("neighbours", root, queries=queries, **given, name=name)
     # Named also where it is the usual one: that may have changed.
     return f"{line} --exact" if index is None else f"{line} {shlex.join(['--index', str(index)])}"
+
+
+def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:
+    """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
+    found = []
+    if count_left(store, embedded_parts(store, encoder), read_tombstones(store)):
+        found.append(embed_command(store, root, encoder))
+    if index is not None:
+        found.append(command_line("index", root, name=index))
+    return found
 
 
 def embed_command(store: Store, root: str | Path, encoder: str) -> str:

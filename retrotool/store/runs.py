@@ -104,10 +104,10 @@ def run_path(root: Path, run: str) -> Path:
     return root / "staging" / f"run-{run}.json"
 
 
-def others(root: Path, run: str) -> list[str]:
-    """Ids of the runs but ``run`` that may still be writing."""
-    found = (path.name[len("run-") : -len(".json")] for path in (root / "staging").glob("run-*.json"))
-    return [other for other in found if other != run and is_alive(root, other)]
+def living(root: Path) -> list[str]:
+    """Ids of the runs that may still be writing."""
+    found = [path.stem.removeprefix("run-") for path in (root / "staging").glob("run-*.json")]
+    return [run for run in found if is_alive(root, run)]
 
 
 def beat(root: Path, run: str) -> float:
