@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, check_utf8
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from retrotool.stages.searching import Database
@@ -94,7 +95,7 @@ def command(
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
         for attempt in range(_ATTEMPTS):
-            reader = retrotool.open(store)
+            reader = retrotool.open(_checked(store, text))
             encoder = reader.load_encoder(index, device)
             try:
                 found = reader.search(
@@ -123,6 +124,18 @@ def command(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
             )
+
+
+def _checked(store: Path, text: str) -> Path:
+    """STORE; an error that says so if it is not there, but TEXT is one."""
+    from retrotool.store.identity import is_store
+
+    if not is_store(store) and is_store(Path(text)):
+        raise StoreNotFoundError(
+            f"{store} is no store, but {text} is one",
+            f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
+        )
+    return store
 
 
 def _missing(database: Database) -> Missing | None:

@@ -39,7 +39,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("place", ["missing", "empty directory", "file"])
+@pytest.mark.parametrize("place", ["missing", "empty directory", "other directory", "file"])
 @pytest.mark.parametrize("command", READING)
 def test_without_a_store_commands_end_with_10_and_make_none(command, place, tmp_path):
     store = tmp_path / "store"
@@ -47,11 +47,28 @@ def test_without_a_store_commands_end_with_10_and_make_none(command, place, tmp_
         store.write_text("x")
     elif place == "empty directory":
         store.mkdir()
+    elif place == "other directory":
+        store.mkdir()
+        (store / "articles.jsonl").write_text("x")
     before = list(tmp_path.rglob("*"))
     code, out, err = run(*command.split(), store, *READING[command])
     assert (code, out) == (10, "")
-    assert err == f"error: {store} is no store: it has no store.json\nMake one with: retrotool chunk {store} INPUT...\n"
+    advice = f"Make one with: retrotool chunk {store} INPUT..."
+    if place in ("file", "other directory"):  # that command would be refused
+        advice = f"A store is a directory of its own. To make one of what is there: retrotool chunk STORE {store}"
+    assert err == f"error: {store} is no store: it has no store.json\n{advice}\n"
     assert list(tmp_path.rglob("*")) == before
+
+
+def test_a_search_whose_arguments_are_swapped_says_which_is_the_store(built_store, tmp_path):
+    code, out, err = run("search", "what is a store?", built_store)
+    assert (code, out) == (10, "")
+    assert err == (
+        f"error: what is a store? is no store, but {built_store} is one\n"
+        f"The store comes first: retrotool search {built_store} 'what is a store?'\n"
+    )
+    for text in ("x" * 10_000, "what is a store?", str(tmp_path)):
+        assert "\nMake one with: " in run("search", tmp_path / "nothing", text)[2]
 
 
 def test_an_error_is_also_an_object_with_json(tmp_path):
