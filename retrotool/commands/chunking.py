@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrotool import engine, sources
+from retrotool.commands import fields_told
 from retrotool.commands.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.commands.limits import NO_LIMIT, MaxBad
 from retrotool.commands.writing import writing
@@ -87,6 +88,7 @@ def chunk(
         spooled = spool(sys.stdin.buffer if sys.stdin else None, spool_folder(store))
         files = find_inputs(inputs, spooled)
     repeats: dict[str, DuplicateCounts] = {}
+    before = set(store.state.parts())
     with writing(store) as run:
         plans = list(unfinished_plans(store.state))
         _tell_begun(store, run, plans, files, chosen)
@@ -112,7 +114,10 @@ def chunk(
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
         clear_spool(store, spooled)
-    return result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+    result = result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+    fields_told.tell_names(result, files, chosen.note)
+    fields_told.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
+    return result
 
 
 def _tell_begun(
