@@ -49,8 +49,8 @@ app = typer.Typer(
     cls=_Group,
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
-    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped "
-    "when it is run again.",
+    "Every command but plan takes the STORE first (export: after the word for what is exported), can be killed at any "
+    "moment, and goes on where it stopped when it is run again.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -69,6 +70,54 @@ def test_a_search_whose_arguments_are_swapped_says_which_is_the_store(built_stor
     )
     for text in ("x" * 10_000, "what is a store?", str(tmp_path)):
         assert "\nMake one with: " in run("search", tmp_path / "nothing", text)[2]
+
+
+def test_what_a_search_lacks_is_named_from_the_beginning(tmp_path, tiny_encoder):
+    store = tmp_path / "store"
+    command = ("search", store, "text")
+    chunk = ("chunk", store, "--tokenizer", tiny_encoder)
+    assert run(*chunk, write_jsonl(tmp_path / "none.jsonl", []))[0] == 3
+    assert run(*command)[2] == (
+        f"error: the store {store} has no index\n"
+        f"It has no chunks yet: retrotool chunk {store} INPUT..., then retrotool embed and retrotool index {store}\n"
+    )
+    code, out, _ = run("embed", store, "--encoder", tiny_encoder)
+    assert (code, out) == (0, f"There are no chunks to embed. Add some: retrotool chunk {store} INPUT...\n")
+    run(*chunk, write_jsonl(tmp_path / "some.jsonl", make_rows(3)))
+    assert run(*command)[2].endswith(
+        f" has no index\nIt has no embeddings yet: retrotool embed {store}, then retrotool index {store}\n"
+    )
+    run("embed", store, "--encoder", tiny_encoder)
+    assert run(*command)[2].endswith(f" has no index\nMake it with: retrotool index {store}\n")
+
+
+def test_export_of_a_store_says_what_comes_before_it(built_store):
+    code, out, err = run("export", built_store, "out")
+    assert (code, out) == (2, "")
+    told = f"What is exported comes first: retrotool export neighbours {built_store} OUTPUT --format FORMAT"
+    assert told in " ".join(err.split())
+
+
+def test_a_page_that_can_t_be_written_is_named_itself(built_store, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    inspect = ("inspect", built_store, "--random", "2", "--html", page)
+    for error in (PermissionError(errno.EACCES, "Permission denied", str(tmp_path)), OSError(errno.EIO, "No luck")):
+        monkeypatch.setattr("tempfile.TemporaryFile", raising(error))
+        code, out, err = run(*inspect)
+        assert (code, out, err) == (1, "", f"error: {page} can't be written: {error.strerror}\n")
+    monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    code, out, err = run(*inspect)
+    assert (code, out) == (1, "")
+    assert err == f"error: --html {page}: you may not write into {tmp_path}\nName a file in another folder.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_an_error_is_also_an_object_with_json(tmp_path):
