@@ -1,6 +1,6 @@
 """Neighbours after a store has grown: what is searched only where it is new, against a search of everything.
 
-    python benchmarks/neighbour_growth.py FIRST... --then LATER... [--encoder minilm] [--queries 2000]
+    python benchmarks/neighbour_growth.py FIRST... --then LATER... [--nlist N] [--encoder minilm] [--queries 2000]
 
 Text of FIRST is chunked, embedded and indexed, and all its neighbours are found. Text of LATER comes in, the index
 takes it up, and the table is brought up to date; a second table is found from scratch. Of both: time and recall.
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("first", nargs="+", type=Path)
     parser.add_argument("--then", nargs="+", type=Path, required=True)
     parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--nlist", type=int, help="lists of the index; default: what index chooses")
     parser.add_argument("--queries", type=int, default=2000)
     arguments = parser.parse_args()
     print(describe())
@@ -44,7 +45,7 @@ def grow(arguments: argparse.Namespace, folder: Path) -> None:
     for files in (arguments.first, arguments.then):
         run("chunk", store, *files, "--tokenizer", arguments.encoder)
         run("embed", store, "--encoder", arguments.encoder)
-        run("index", store)
+        run("index", store, *(("--nlist", arguments.nlist) if arguments.nlist else ()))
         took = run("neighbours", store)
     scratch = run("neighbours", store, "--name", WHOLE)
     print(f"brought up to date: {took:.1f} s; from scratch: {scratch:.1f} s")

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
+from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import living, pick_encoder, read_part_vectors
 from retrotool.stages.neighbours import check_table, database_of, members_of
 from retrotool.stages.searching import Database, Point
@@ -286,7 +287,11 @@ class Reader:
     def _find_neighbour_file(self, name: str, part: int) -> FileEntry:
         entry = self._store.state.part_file("neighbours", part, name)
         if entry is None:
-            raise UsageError(f"part {part} has no neighbours {name!r} yet", "Compute them: retrotool neighbours")
+            database = self._database(name)[0]._store
+            raise UsageError(
+                f"part {part} has no neighbours {name!r} yet",
+                f"Compute them: {table_command(self._store, name, database)}",
+            )
         check_table(self._store, entry, name, self._database(name)[0]._store)
         return entry
 

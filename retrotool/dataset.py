@@ -15,7 +15,6 @@ the store. Cost: see ``docs/performance.md``.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from retrotool.errors import UsageError
 from retrotool.stages.database import has_commit
 from retrotool.stages.epoch import Turns, read_epoch
 from retrotool.stages.order import Order, Share, Span
+from retrotool.stages.ranks import is_distributed, own_rank
 from retrotool.stages.sequences import Layout
 from retrotool.stages.training_rows import TrainingReader
 from retrotool.store.parts import ROW_GROUP
@@ -40,6 +40,11 @@ Item = dict[str, torch.Tensor]
 Ids = npt.NDArray[np.int64]
 
 STATE_VERSION = 1
+_STATE = (
+    "store", "epoch", "commit", "head", "sequences", "world_size", "whole", "batch_size", "spans", "consumed", "first",
+    "worker",
+)  # fmt: skip
+"""What a state has besides its version, and what decides the order."""
 _HEAD_DIGITS = 16
 _GATHERED = 16
 """Sequences that are gathered at once where no batch size is given."""
@@ -123,8 +128,8 @@ class RetroDataset(IterableDataset[Item]):
         ):
             if value is not None and value < least:
                 raise UsageError(f"{what}={value} is less than {least}")
-        self._distributed = rank is None and _is_distributed()
-        self.rank, self.world_size = _rank() if rank is None or world_size is None else (rank, world_size)
+        self._distributed = rank is None and is_distributed()
+        self.rank, self.world_size = own_rank() if rank is None or world_size is None else (rank, world_size)
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"rank {self.rank} is not one of {self.world_size}")
         self.path, self.name, self.sequence_length = str(store), name, sequence_length
@@ -231,6 +236,8 @@ class RetroDataset(IterableDataset[Item]):
         worker = get_worker_info()
         if state.get("version") != STATE_VERSION:
             raise UsageError(f"this is no state of a RetroDataset of version {STATE_VERSION}")
+        if missing := [key for key in _STATE if key not in state]:
+            raise UsageError(f"the state is not whole: {', '.join(missing)} is missing", "Take one as it was given.")
         if state["worker"] is not None and worker is None:
             raise UsageError(
                 "this is the state of a worker process", "Load it through the loader that it was taken by."
@@ -247,9 +254,12 @@ class RetroDataset(IterableDataset[Item]):
         layout = self._lay_out(store, int(state["commit"]))
         if layout.sequences != state["sequences"]:
             raise UsageError(f"{self.path} had other sequences at commit {layout.commit} than the state says")
-        self._epoch, self._commit, self._layout = int(state["epoch"]), layout.commit, layout
         spans = tuple((int(start), int(stop)) for start, stop in state["spans"])
         consumed = int(state["consumed"])
+        inside = all(0 <= start <= stop <= layout.sequences for start, stop in spans)
+        if not inside or min(consumed, int(state["epoch"]), int(state["world_size"]) - 1, int(state["whole"])) < 0:
+            raise UsageError("the state has numbers that can't be", "Take one as it was given.")
+        self._epoch, self._commit, self._layout = int(state["epoch"]), layout.commit, layout
         if (state["world_size"], state["whole"]) == (self.world_size, self._whole()):
             first = consumed if state["worker"] is None else int(state["first"])
             self._begin = _Start(spans, first, consumed)
@@ -387,16 +397,3 @@ class _Failing(Iterator[Item]):
 
     def __next__(self) -> Item:
         raise self._error
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> tuple[int, int]:
-    """Rank and number of ranks: of ``torch.distributed``, or the environment, or one."""
-    if _is_distributed():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return 0, 1

@@ -13,14 +13,16 @@ from retrotool.cli.options import Json, StoreArgument
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.commands.purging import ConsumerLeft, PurgeResult
+    from retrotool.commands.erasing import ConsumerLeft, EraseResult
+    from retrotool.commands.purging import PurgeResult
     from retrotool.stages.selection import Match
 
 EPILOG = """\b
 Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
-  retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes"""
+  retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
+  retrotool purge store --older-than 7d --erase --yes"""
 
 ASK_ABOVE = 0.01
 
@@ -29,12 +31,16 @@ _BY = "What to purge (any of these; with --and what all of them mean)"
 
 def command(
     store: StoreArgument,
+    purges: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PURGE]...", help="With --erase: purges that were made before.", show_default=False),
+    ] = None,
     reason: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="TEXT", help="Why. Stays in the log for ever, so it must name no person.", show_default=False
         ),
-    ],
+    ] = None,
     ids: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Chunk ids, one a line.", show_default=False, rich_help_panel=_BY),
@@ -91,8 +97,15 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
     erase: Annotated[
-        bool, typer.Option("--erase", help="Also rewrite the files that hold the chunks. Can't be undone.")
+        bool,
+        typer.Option("--erase", help="Rewrite the files that hold what is purged, or PURGE... Can't be undone."),
     ] = False,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE", help="With --erase: all purges that are older, such as 7d or 12h.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Take chunks out: never returned again from the moment this ends.
@@ -109,26 +122,54 @@ def command(
         )  # fmt: skip
         declined = False
 
-        def confirm(planned: PurgeResult) -> bool:
+        def confirm(planned: PurgeResult | EraseResult) -> bool:
             nonlocal declined
-            if yes or max(planned.share, planned.unerased_share) <= ASK_ABOVE:
+            if yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= ASK_ABOVE:
                 return True
             declined = not _agrees(_warning(planned, erase))
             return not declined
 
-        result = commands.purge(store, selectors, reason=reason, who=who, dry_run=dry_run, erase=erase, confirm=confirm)
-        if declined:
-            output.stop("Nothing was purged.", as_json)
-        output.show(result, as_json, lambda result: _text(store, result, erase))
-        for sentence in result.left:
+        if purges or older_than is not None:
+            if selectors != commands.Selectors() or dry_run or not erase:
+                raise UsageError(
+                    "PURGE and --older-than name purges that were made before, which can be erased with --erase alone",
+                    "See: retrotool purge --help",
+                )
+            age = None if older_than is None else _seconds(older_than)
+            erased = commands.erase(store, purges or (), older_than=age, confirm=confirm)
+            if declined:
+                output.stop("Nothing was erased.", as_json)
+            output.show(erased, as_json, lambda result: _erased_text(store, result))
+            left = erased.left
+        else:
+            if reason is None:
+                raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
+            result = commands.purge(
+                store, selectors, reason=reason, who=who, dry_run=dry_run, erase=erase, confirm=confirm
+            )
+            if declined:
+                output.stop("Nothing was purged.", as_json)
+            output.show(result, as_json, lambda result: _text(store, result, erase))
+            left = result.left
+        for sentence in left:
             output.note(sentence)
 
 
-def _warning(planned: PurgeResult, erase: bool) -> str:
+def _seconds(age: str) -> float:
+    """An age such as 7d as seconds."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    number, unit = age[:-1], age[-1:]
+    if unit not in units or not number.isdecimal():
+        raise UsageError(f"--older-than {age!r} is no age", "Give for example 7d, 12h or 2w.")
+    return float(int(number) * units[unit])
+
+
+def _warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
     """What is about to happen."""
     does = []
-    if planned.chunks:
-        does.append(f"purges {output.count(planned.chunks, 'chunk')}, {planned.share:.1%} of the store")
+    chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
+    if chunks:
+        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.1%} of the store")
     if erase:
         share = f"{planned.unerased_share:.1%} of all it ever had"
         does.append(f"erases {output.count(planned.unerased, 'chunk')} for good, {share}")
@@ -149,15 +190,11 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
     documents = output.count(result.documents, "whole document")
     what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
     before = f"; {result.already_purged:,} more were purged before" if result.already_purged else ""
-    copies = ""
-    if result.copies:
-        repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
-        copies = f", those of {result.copies:,} set-aside {repeating} them included"
     if result.dry_run:
         lines = [f"Would purge {what}{before}. Nothing was purged."]
         lines += [f"  {_match(match)}" for match in result.matches if len(result.matches) > 1]
         if erase:
-            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{copies}.")
+            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies(result)}.")
         lines += ["First chunks: " + ", ".join(map(str, result.examples))] if result.examples else []
         return "\n".join(lines)
     lines = []
@@ -167,14 +204,32 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
         lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
+    return "\n".join(lines + _about_erased(store, result))
+
+
+def _erased_text(store: Path, result: EraseResult) -> str:
+    if not result.purges:
+        return "Nothing to erase: no purge is as old as that."
+    return "\n".join(_about_erased(store, result))
+
+
+def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
+    """What an erase did; nothing if there was none."""
+    lines = []
     if result.erased:
         lines.append(
-            f"Erased {output.count(result.erased, 'chunk')}{copies}; "
+            f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; "
             f"{output.count(result.files_rewritten, 'file')} rewritten. Check: retrotool verify {store}"
         )
     lines += [f"Not reached: {what}." for what in result.not_reached]
-    lines += [_consumer(one) for one in result.consumers]
-    return "\n".join(lines)
+    return lines + [_consumer(one) for one in result.consumers]
+
+
+def _copies(result: PurgeResult | EraseResult) -> str:
+    if not result.copies:
+        return ""
+    repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
+    return f", those of {result.copies:,} set-aside {repeating} them included"
 
 
 def _match(match: Match) -> str:

@@ -7,6 +7,7 @@ frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool
 from retrotool.commands.calibrating import calibrate
 from retrotool.commands.chunking import chunk
 from retrotool.commands.embedding import embed
+from retrotool.commands.erasing import erase
 from retrotool.commands.estimating import estimate
 from retrotool.commands.exporting import export_neighbours
 from retrotool.commands.indexing import index
@@ -25,6 +26,7 @@ __all__ = [
     "calibrate",
     "chunk",
     "embed",
+    "erase",
     "estimate",
     "export_neighbours",
     "index",

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from retrotool.encoder import plain_name
+from retrotool.stages.command_lines import SAVED as SAVED
+from retrotool.stages.command_lines import K as K
+from retrotool.stages.command_lines import command_line as command_line
+from retrotool.stages.command_lines import neighbours_command as neighbours_command
 from retrotool.stages.database import count_left, count_living_keys, embedded_parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import BUNDLED
-
-K = 2
-"""Neighbours that reading a table gives, if nothing else is asked for."""
-SAVED = 20
-"""Neighbours that are saved."""
 
 
 def count_keys_of(store: Store, numbers: Iterable[int]) -> int:
     """Living keys of some parts."""
     tombstones = read_tombstones(store)
     return sum(count_living_keys(store, part, tombstones) for part in numbers)
-
-
-def command_line(command: str, root: str | Path, **options: object) -> str:
-    """A command line, without the options that are what they are by default."""
-    given = [
-        ("-k" if option == "k" else f"--{option}", str(value))
-        for option, value in options.items()
-        if value not in ("main", None)
-    ]
-    return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
-
-
-def neighbours_command(root: str | Path, queries: str | Path, name: str, again: Mapping[str, Any]) -> str:
-    """The command that brings tables up to date which were made with ``again``: index, k and saved."""
-    given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
-    index = again["index"] or None
-    line = command_line("neighbours", root, queries=queries, **given, name=name)
-    # Named also where it is the usual one: that may have changed.
-    return f"{line} --exact" if index is None else f"{line} {shlex.join(['--index', str(index)])}"
 
 
 def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:

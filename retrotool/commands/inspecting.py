@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from retrotool import interrupts
 from retrotool.api import Reader
-from retrotool.commands.counting import command_line
 from retrotool.commands.files import check_file
 from retrotool.commands.inspect_page import writing
 from retrotool.commands.inspect_result import InspectResult, TableRead
 from retrotool.errors import ErasedError, UsageError
+from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import SearchableRows
 from retrotool.stages.index_files import index_key
 from retrotool.stages.inspecting import MARKED_FROM, InspectedChunk, Inspector
@@ -160,14 +160,12 @@ def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[
             "\n".join(f"Compute them: {command}" for command in _commands(store, reader)),
         )
     drawn = [parts.chunk_ids(part, some) for part, some in rows.draw(min(size, total), seed)]
-    words = f"{min(size, total):,} random chunks of {total:,}, seed {seed}" if size < total else f"all {total:,} chunks"
+    chunks = "chunk" if min(size, total) == 1 else "chunks"
+    words = f"{size:,} random {chunks} of {total:,}, seed {seed}" if size < total else f"all {total:,} {chunks}"
     return np.concatenate(drawn), words
 
 
 def _commands(store: Store, reader: NeighbourReader) -> Iterator[str]:
     """The commands that compute what the reader's tables lack."""
-    for (table, _), database in zip(reader.tables, reader.databases, strict=True):
-        record = store.state.records[f"neighbours:{table}"]
-        queries = None if database is store else store.root
-        line = command_line("neighbours", database.root, queries=queries, name=table, index=record["index"] or None)
-        yield line if record["index"] else f"{line} --exact"
+    for member in reader.members:
+        yield table_command(store, member.table, member.store)

@@ -8,6 +8,7 @@ that are alive are told as they are in a store (``store.runs``), so two at once 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import secrets
 import shutil
@@ -61,6 +62,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
                 f"{target}: no space left; nothing of it was kept", "Free some space and run the same command again."
+            ) from error
+        if error.filename is None and error.errno is not None:  # a write; else it names what it is of
+            raise StorageError(
+                f"{target} can't be written: {os.strerror(error.errno)}; nothing of it was kept"
             ) from error
         raise
     finally:

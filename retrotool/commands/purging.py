@@ -11,56 +11,27 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from retrotool import engine
-from retrotool.commands.counting import neighbours_command
-from retrotool.commands.materialising import erase_consumed
+from retrotool.commands.erasing import (
+    ELSEWHERE,
+    ConsumerLeft,
+    clear,
+    consumers_left,
+    erase_chunks,
+    until_not_overtaken,
+)
 from retrotool.commands.selecting import Selectors, check_text
 from retrotool.commands.writing import writing
-from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
+from retrotool.errors import UsageError
 from retrotool.stages import purge as selecting
-from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
-from retrotool.stages.database import erased_chunks
-from retrotool.stages.erase import EraseStage
-from retrotool.stages.index_files import measured_files
 from retrotool.stages.purge import Selection
-from retrotool.stages.selection import Asked, Ids, Match, Report, choose
-from retrotool.store import staging
-from retrotool.store.clean import clean, clean_spool
-from retrotool.store.log import Draft
-from retrotool.store.runs import Run
-from retrotool.store.state import State
+from retrotool.stages.selection import Asked, Match, Report, choose
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
-
-ATTEMPTS = 20
-"""How often what another process has overtaken is begun again."""
-_ELSEWHERE = (
-    "ids of what was erased, distances to it, and its text if materialised, "
-    "where other stores have neighbours in this one"
-)
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumerLeft:
-    """A store with neighbours in this one: what an erase did there, what may be left, and what to run there.
-
-    ``materialised``: text may be left, as the store can't be written, or is not there. ``rewritten`` files had some.
-    ``names``: tables name what was erased.
-    """
-
-    path: str
-    table: str
-    there: bool
-    materialised: bool
-    command: str
-    rewritten: int = 0
-    names: bool = True
+from retrotool.store.tombstones import read_tombstones
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,20 +127,7 @@ def purge(
             agreed = planned
         return _carry_out(store, selection, planned, reason, who, erase)
 
-    return _until_not_overtaken(store, attempt)
-
-
-def _until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
-    """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
-    for _ in range(ATTEMPTS):
-        seen = store.refresh().number
-        try:
-            return attempt()
-        except (ErasedError, ConflictError, CorruptError):
-            # Between being found and being read a file can be replaced, which then looks like damage.
-            if store.refresh().number == seen:
-                raise
-    return attempt()
+    return until_not_overtaken(store, attempt)
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
@@ -177,7 +135,7 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     state = store.state
     chunks = len(selection.living)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
-    rows = sum(entry.rows for part in state.parts() if (entry := state.part_file("chunks", part)) is not None)
+    rows = selecting.count_rows(store)
     return PurgeResult(
         "", chunks, selection.documents, selection.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
@@ -208,49 +166,14 @@ def _carry_out(
             purged = selecting.commit_purge(store, run, selection, reason, who)
         if erase:
             victims = np.union1d(selection.chunks, selection.copies)
-            erased, rewritten = _until_not_overtaken(store, lambda: _erase(store, run, victims))
-            left = _clear(store, run)
-            consumers = _consumers(store, victims)
+            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims))
+            left = clear(store, run)
+            consumers = consumers_left(store, victims)
     state = store.refresh()
     return replace(
         planned, purge=purged, erased=erased, files_rewritten=rewritten, commit=state.number, left=tuple(left),
-        not_reached=(_ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
+        not_reached=(ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
     )  # fmt: skip
-
-
-def _consumers(store: Store, chunks: Ids) -> list[ConsumerLeft]:
-    """The other stores in which something of erased chunks is left, or may be: of these, and of all erased before."""
-    erased = Tombstones(np.union1d(chunks[read_tombstones(store).contains(chunks)], erased_chunks(store).ids))
-    if not len(erased):
-        return []
-    total = table_files(store)
-    with tqdm(total=total, unit="file", desc="other stores", disable=None, delay=2, file=sys.stderr) as bar:
-        found = []
-        for one in holding(store, erased, bar.update):
-            rewritten = _erase_texts(one, store, erased) if one.consumer.materialised else 0
-            if one.store is None or one.names_erased or rewritten is None or rewritten:
-                again = neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again)
-                found.append(
-                    ConsumerLeft(
-                        one.consumer.path, one.consumer.table, one.store is not None, rewritten is None, again,
-                        rewritten or 0, one.names_erased,
-                    )
-                )  # fmt: skip
-        return found
-
-
-def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
-    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached.
-
-    Not where it uses a copy of this database: there another chunk may have the id.
-    """
-    if one.store is None or not is_of_this(one.store, one.consumer.table, store):
-        return None
-    try:
-        with writing(one.store) as run:
-            return erase_consumed(one.store, run, store, erased)
-    except (RetrotoolError, OSError):
-        return None  # it can't be written; what is left there is told
 
 
 def _is_covered(store: Store, selection: Selection) -> bool:
@@ -258,43 +181,3 @@ def _is_covered(store: Store, selection: Selection) -> bool:
     purges = selecting.same_selector(store, selection.asked)
     named = [np.zeros(0, np.int64), *(selecting.tombstones_of(store, purge) for purge in purges)]
     return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())
-
-
-def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
-    """Erase tombstoned chunks; return how many chunks and how many files were rewritten."""
-    chunks = selecting.in_store(store, chunks)
-    victims = Tombstones(chunks[read_tombstones(store).contains(chunks)])
-    stage = EraseStage(tuple(victims.ids.tolist()))
-    rewritten = sum(task.weight for task in stage.plan(store))
-    engine.execute(stage, store, run)
-
-    def build(state: State) -> Draft | None:
-        done = selecting.erased_purges(store, victims)
-        records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
-        gone = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
-        # What was measured of an index names the sources of documents: the victims' may be among them.
-        gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
-        return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
-
-    store.commit(run, build)
-    return len(victims), rewritten
-
-
-def _clear(store: Store, run: Run) -> list[str]:
-    """Take away what may hold what was erased, and say what must stay."""
-    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
-    staging.fold(store, run)
-    clean(store, thorough=True)
-    left = clean_spool(store, run.id)
-    told = []
-    if planned := [file.path.name for file in left if file.planned]:
-        told.append(
-            f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
-            f"hold what was erased. Finish that: retrotool chunk {store.root} --retry-quarantine; then run this again."
-        )
-    if busy := [file.path.name for file in left if not file.planned]:
-        told.append(
-            f"Standard input in {store.root}/spool ({', '.join(busy)}) may hold what was erased; it was written less "
-            "than an hour ago, and a process may be about to chunk it. Run this again when none is."
-        )
-    return told

@@ -27,8 +27,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.errors import UsageError
+from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.stages.base import Task, Worker, own_first, task_key
+from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import (
     count_keys,
     embedded_parts,
@@ -249,13 +250,13 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
         raise UsageError(
             f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another index, "
             "or of other filters",
-            "Compute them: retrotool neighbours",
+            f"Compute them: {table_command(store, table, database)}",
         )
     _check_commit(entry, table, database)
     if _commit(entry)[1] is None and _database_in(store, entry) not in (None, record["database"]):
         raise UsageError(
             f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
-            "Compute them again: retrotool neighbours",
+            f"Compute them again: {table_command(store, table, database)}",
         )
 
 
@@ -343,7 +344,14 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     # By its uuid alone a copy of the database would take itself for it.
     if record.get("within", record["database"] == store.identity.uuid):
         return store, record
-    database = Store.open(Path(record["path"]))
+    try:
+        database = Store.open(Path(record["path"]))
+    except StoreNotFoundError:
+        raise StoreNotFoundError(
+            f"the neighbours {table!r} of {store.root} are chunks of the store that was at {record['path']}, which "
+            "isn't there",
+            f"Put it back; or, where it has moved, say where to: {table_command(store, table, None)}",
+        ) from None
     if database.identity.uuid != record["database"]:
         raise UsageError(
             f"{record['path']} is not the database that the neighbours {table!r} come from",

@@ -145,14 +145,21 @@ def weigh(
     hashes = _hashes_to_block(store, chunks)
     new = len(read_blocked(store).lacks(hashes))
     none = np.zeros(0, np.int64)
-    unerased = 0 if copies is None else _count_unerased(store, np.union1d(chunks, copies))
+    unerased = 0 if copies is None else count_unerased(store, np.union1d(chunks, copies))
     return Selection(
         asked, chosen, chunks, ids, documents, tokens, hashes, new, store.state,
         none if copies is None else copies, copied, unerased,
     )  # fmt: skip
 
 
-def _count_unerased(store: Store, chunks: Ids) -> int:
+def count_rows(store: Store) -> int:
+    """All chunks that the parts of a store ever had."""
+    state = store.state
+    return sum(entry.rows for part in state.parts() if (entry := state.part_file("chunks", part)) is not None)
+
+
+def count_unerased(store: Store, chunks: Ids) -> int:
+    """How many of some chunks still have tokens."""
     count = 0
     for part in np.unique(chunks >> PART_SHIFT).tolist():
         n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"]

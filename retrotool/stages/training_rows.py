@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.stages.command_lines import table_command
 from retrotool.stages.materialised import MaterialisedReader, block_rows
 from retrotool.stages.reading import NeighbourReader
 from retrotool.stages.sequences import EMPTY, Layout
@@ -107,12 +108,7 @@ class TrainingReader:
         if not missing:
             return
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-        commands = []
-        for member in reader.members:
-            where = str(self.store.root) if member.within else f"{member.store.root} --queries {self.store.root}"
-            commands.append(
-                f"retrotool neighbours {where}" + ("" if member.table == "main" else f" --name {member.table}")
-            )
+        commands = [table_command(self.store, member.table, member.store) for member in reader.members]
         raise UsageError(
             f"{len(missing):,} of the {len(self.store.state.parts()):,} parts of {self.store.root} have no neighbours "
             f"{self._name!r}: {shown}",

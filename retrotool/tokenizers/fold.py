@@ -121,12 +121,12 @@ def folded(
         [characters < 0x80, characters < 0x800, characters >> 11 == 0x1B, characters < 0x10000], [1, 2, 1, 3], 4
     )
     place = np.cumsum(size) - size
-    kinds = _kinds()[characters]
-    solid = np.flatnonzero(kinds != SPACE)
+    kind = kinds()[characters]
+    solid = np.flatnonzero(kind != SPACE)
     document = np.searchsorted(starts[:-1][is_first], place[solid], side="right")
-    joined = (kinds[solid[:-1]] == WORD) & (kinds[solid[1:]] == WORD) & (np.diff(solid) > 1) & (np.diff(document) == 0)
+    joined = (kind[solid[:-1]] == WORD) & (kind[solid[1:]] == WORD) & (np.diff(solid) > 1) & (np.diff(document) == 0)
     spaces = place[solid[:-1][joined] + 1]
-    kept = np.repeat(kinds != SPACE, size)
+    kept = np.repeat(kind != SPACE, size)
     kept[spaces] = True
     data = np.frombuffer(text, np.uint8).copy()
     data[spaces] = ord(" ")
@@ -138,13 +138,13 @@ SPACE, WORD = 0, 1
 
 
 @functools.cache
-def _kinds() -> npt.NDArray[np.uint8]:
+def kinds() -> npt.NDArray[np.uint8]:
     """What each character is: white space, part of a word, or neither (2)."""
-    kinds = np.full(0x110000, 2, np.uint8)
-    for number in range(len(kinds)):
+    found = np.full(0x110000, 2, np.uint8)
+    for number in range(len(found)):
         character = chr(number)
         if character.isspace():
-            kinds[number] = SPACE
+            found[number] = SPACE
         elif character.isalnum() or unicodedata.category(character)[0] == "M":
-            kinds[number] = WORD
-    return kinds
+            found[number] = WORD
+    return found

@@ -92,6 +92,7 @@ def test_json_is_one_object_with_everything(built_store: Path) -> None:
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert (told["store"], told["name"], told["shown"], told["k"]) == (str(built_store), "main", 5, 2)
     assert told["chosen"].endswith("seed 3")
+    assert ": 1 random chunk of " in run(built_store, "--random", 1)[1]
     for chunk in told["chunks"]:
         for near in chunk["neighbours"]:
             common = near["common"]

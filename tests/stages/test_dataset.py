@@ -307,7 +307,7 @@ def test_parts_without_a_table_are_an_error_that_names_the_command(
     chunk(training, tiny_encoder, make_rows(5, first=200))
     with pytest.raises(UsageError, match=r"1 of the 3 parts of .* have no neighbours 'main': 2") as error:
         RetroDataset(training, sequence_length=256)
-    assert error.value.advice == f"Compute them: retrotool neighbours {database} --queries {training}"
+    assert error.value.advice == f"Compute them: retrotool neighbours {database} --queries {training} --index main"
     assert len(list(dataset)) == dataset.sequences, "an epoch that had begun before goes on"
     with pytest.raises(UsageError, match="1 of the 3 parts"):
         dataset.set_epoch(1)

@@ -193,6 +193,11 @@ def test_states_that_do_not_go_with_a_dataset_are_refused(store: Path, tmp_path:
     refused("a copy that went its own way", {"head": "0" * 16}, seed=1)
     refused("worker process", {"worker": [0, 2]}, seed=1)
     refused("other sequences", {"sequences": 1}, seed=1)
+    for wrong in ({"spans": [[-1, 2]]}, {"spans": [[0, 10**6]]}, {"spans": [[2, 1]]}, {"consumed": -1}, {"epoch": -1}):
+        refused("numbers that can't be", wrong, seed=1)
+    for key in set(state) - {"version"}:
+        with pytest.raises(UsageError, match=key):
+            dataset_of(store, seed=1).load_state_dict({other: state[other] for other in state if other != key})
     with pytest.raises(UsageError, match="sequence_length=8192"):
         RetroDataset(store, sequence_length=1024, seed=1, shuffle_blocks=2).load_state_dict(state)
     assert same(list(dataset_with(store, state, seed=1)), list(dataset_with(store, state, seed=1, k=2)), but=())
@@ -241,6 +246,9 @@ def test_ranks_are_those_of_the_environment(store: Path, monkeypatch: pytest.Mon
     dataset = dataset_of(store)
     assert (dataset.rank, dataset.world_size) == (1, 2)
     assert slots(dataset) == slots(dataset_of(store, rank=1, world_size=2))
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UsageError, match="RANK='first', which is no number"):
+        dataset_of(store)
 
 
 def _rank_of(rank: int, folder: Path, store: Path, results: Any) -> None:

@@ -250,7 +250,7 @@ def test_a_name_or_a_part_without_a_table_names_the_command(
     ):
         with pytest.raises(UsageError, match="has no neighbours 'main' yet") as error:
             commands.inspect(store_copy, choice)
-        assert error.value.advice == f"Compute them: retrotool neighbours {store_copy}"
+        assert error.value.advice == f"Compute them: retrotool neighbours {store_copy} --index main"
     assert "late" not in {chunk.document[:4] for chunk in commands.inspect(store_copy, EVERYTHING).chunks}
 
 

@@ -228,8 +228,11 @@ def test_a_mixture_whose_database_moved(here: Path) -> None:
     mix(("books", 2.0))
     (here / "wiki").rename(here / "moved")
     reader = retrotool.open("training")
-    with pytest.raises(retrotool.errors.StoreNotFoundError):
+    with pytest.raises(retrotool.errors.StoreNotFoundError, match=r"'m\.wiki' of .*training are chunks of") as error:
         reader.neighbours(0, "m")
+    told = error.value.advice.split(": ")[-1].replace("DATABASE", "moved").split()
+    assert run(*told[1:]).stdout.startswith("Every chunk has its neighbours already")
+    check({"moved": 1.0, "books": 2.0})
     found = mix(first="moved")
     assert found.queries == 0 and [Path(one.database).name for one in found.mix] == ["moved", "books"]
     check({"moved": 1.0, "books": 2.0})

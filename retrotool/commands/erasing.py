@@ -1,0 +1,253 @@
+"""``purge --erase`` of purges that were made before; and what every erase consists of.
+
+Another process may purge or erase at the same time. What was begun on a view that another commit has overtaken is
+planned again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from retrotool import engine
+from retrotool.commands.counting import neighbours_command
+from retrotool.commands.materialising import erase_consumed
+from retrotool.commands.writing import writing
+from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
+from retrotool.stages import purge as purging
+from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
+from retrotool.stages.database import erased_chunks
+from retrotool.stages.erase import EraseStage
+from retrotool.stages.index_files import measured_files
+from retrotool.stages.selection import Ids
+from retrotool.stages.selectors import scan
+from retrotool.store import log, staging
+from retrotool.store.clean import clean, clean_spool
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+
+ATTEMPTS = 20
+"""How often what another process has overtaken is begun again."""
+ELSEWHERE = (
+    "ids of what was erased, distances to it, and its text if materialised, "
+    "where other stores have neighbours in this one"
+)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerLeft:
+    """A store with neighbours in this one: what an erase did there, what may be left, and what to run there.
+
+    ``materialised``: text may be left, as the store can't be written, or is not there. ``rewritten`` files had some.
+    ``names``: tables name what was erased.
+    """
+
+    path: str
+    table: str
+    there: bool
+    materialised: bool
+    command: str
+    rewritten: int = 0
+    names: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EraseResult:
+    """What an erase of earlier ``purges`` did, or is to do.
+
+    ``unerased`` counts the chunks that it has still to take, copies included, and ``unerased_share`` is their share of
+    all chunks that the store ever had. The rest as in ``PurgeResult``.
+    """
+
+    purges: tuple[str, ...]
+    unerased: int
+    unerased_share: float
+    erased: int
+    copies: int
+    files_rewritten: int
+    commit: int
+    left: tuple[str, ...] = field(default=())
+    not_reached: tuple[str, ...] = field(default=())
+    consumers: tuple[ConsumerLeft, ...] = field(default=())
+
+
+def erase(
+    root: str | Path,
+    purges: Sequence[str] = (),
+    *,
+    older_than: float | None = None,
+    confirm: Callable[[EraseResult], bool] = lambda _: True,
+) -> EraseResult:
+    """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
+
+    ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
+    goes on. ``confirm`` is asked before anything is rewritten; False leaves everything as it is.
+    """
+    store = Store.open(root)
+    wanted = _wanted(store, purges, older_than)
+
+    def attempt() -> EraseResult:
+        chunks = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in wanted)]
+        named = purging.in_store(store, np.unique(np.concatenate(chunks)))
+        copies, copied = purging.find_copies(store, named)
+        victims = np.union1d(named, copies)
+        unerased = purging.count_unerased(store, victims)
+        planned = EraseResult(
+            tuple(wanted), unerased, unerased / max(purging.count_rows(store), 1), 0, copied, 0, store.state.number
+        )
+        if unerased and not confirm(planned):
+            return planned
+        with writing(store) as run:
+            _name_copies(store, run, wanted, copies)
+            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims))
+            left = clear(store, run)
+            consumers = consumers_left(store, victims)
+        state = store.refresh()
+        return EraseResult(
+            tuple(wanted), unerased, planned.unerased_share, erased, copied, rewritten, state.number, tuple(left),
+            (ELSEWHERE,) if erased and state.names("index") else (), tuple(consumers),
+        )  # fmt: skip
+
+    return until_not_overtaken(store, attempt)
+
+
+def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
+    """The ids of purges to erase."""
+    records = store.state.with_prefix("purge:")
+    for purge in purges:
+        if purge not in records:
+            known = f"it has: {', '.join(records)}" if records else "it has none"
+            raise UsageError(f"{store.root} has no purge {purge!r}; {known}", f"See: retrotool info {store.root}")
+    if older_than is None:
+        return list(dict.fromkeys(purges))
+    before = datetime.fromtimestamp(time.time() - older_than, UTC)
+    old = [
+        purge
+        for purge, record in records.items()
+        if not record["erased"]
+        and (commit := log.read(store.root, int(record["commit"]))) is not None
+        and datetime.fromisoformat(commit.time) < before
+    ]
+    return list(dict.fromkeys([*purges, *old]))
+
+
+def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
+    """Commit what is erased with purges though they do not name it, so that an erase can be gone on with after a kill.
+
+    Once their originals are erased nothing else tells copies.
+    """
+    named = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in purges)]
+    if not purges or np.isin(copies, np.concatenate(named)).all():
+        return
+    slot = purges[0] + purging.COPIES
+    known = read_tombstones(store, slot).ids
+    entry = write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), np.union1d(known, copies))
+
+    def build(state: State) -> Draft:
+        old = state.file("tombstones", slot)
+        return Draft("erase", {"purges": []}, add=(entry,), remove=(old.path,) if old else ())
+
+    store.commit(run, build)
+
+
+def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
+    """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
+    for _ in range(ATTEMPTS):
+        seen = store.refresh().number
+        try:
+            return attempt()
+        except (ErasedError, ConflictError, CorruptError):
+            # Between being found and being read a file can be replaced, which then looks like damage.
+            if store.refresh().number == seen:
+                raise
+    return attempt()
+
+
+def consumers_left(store: Store, chunks: Ids) -> list[ConsumerLeft]:
+    """The other stores in which something of erased chunks is left, or may be: of these, and of all erased before."""
+    erased = Tombstones(np.union1d(chunks[read_tombstones(store).contains(chunks)], erased_chunks(store).ids))
+    if not len(erased):
+        return []
+    total = table_files(store)
+    with tqdm(total=total, unit="file", desc="other stores", disable=None, delay=2, file=sys.stderr) as bar:
+        found = []
+        for one in holding(store, erased, bar.update):
+            rewritten = _erase_texts(one, store, erased) if one.consumer.materialised else 0
+            if one.store is None or one.names_erased or rewritten is None or rewritten:
+                again = neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again)
+                found.append(
+                    ConsumerLeft(
+                        one.consumer.path, one.consumer.table, one.store is not None, rewritten is None, again,
+                        rewritten or 0, one.names_erased,
+                    )
+                )  # fmt: skip
+        return found
+
+
+def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
+    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached.
+
+    Not where it uses a copy of this database: there another chunk may have the id.
+    """
+    if one.store is None or not is_of_this(one.store, one.consumer.table, store):
+        return None
+    try:
+        with writing(one.store) as run:
+            return erase_consumed(one.store, run, store, erased)
+    except (RetrotoolError, OSError):
+        return None  # it can't be written; what is left there is told
+
+
+def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
+    """Erase tombstoned chunks; return how many chunks and how many files were rewritten."""
+    chunks = purging.in_store(store, chunks)
+    victims = Tombstones(chunks[read_tombstones(store).contains(chunks)])
+    stage = EraseStage(tuple(victims.ids.tolist()))
+    rewritten = sum(task.weight for task in stage.plan(store))
+    engine.execute(stage, store, run)
+
+    def build(state: State) -> Draft | None:
+        done = purging.erased_purges(store, victims)
+        records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
+        gone = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
+        # What was measured of an index names the sources of documents: the victims' may be among them.
+        gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
+        # Places in the text of victims, and what was looked for, hashed.
+        gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
+        return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
+
+    store.commit(run, build)
+    return len(victims), rewritten
+
+
+def clear(store: Store, run: Run) -> list[str]:
+    """Take away what may hold what was erased, and say what must stay."""
+    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
+    staging.fold(store, run)
+    clean(store, thorough=True)
+    left = clean_spool(store, run.id)
+    told = []
+    if planned := [file.path.name for file in left if file.planned]:
+        told.append(
+            f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
+            f"hold what was erased. Finish that: retrotool chunk {store.root} --retry-quarantine; then run this again."
+        )
+    if busy := [file.path.name for file in left if not file.planned]:
+        told.append(
+            f"Standard input in {store.root}/spool ({', '.join(busy)}) may hold what was erased; it was written less "
+            "than an hour ago, and a process may be about to chunk it. Run this again when none is."
+        )
+    return told

@@ -1,0 +1,46 @@
+"""Command lines that come next, for results and for the advice of errors."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retrotool.store.store import Store
+
+K = 2
+"""Neighbours that reading a table gives, if nothing else is asked for."""
+SAVED = 20
+"""Neighbours that are saved."""
+
+
+def command_line(command: str, root: str | Path, **options: object) -> str:
+    """A command line, without the options that are what they are by default."""
+    given = [
+        ("-k" if option == "k" else f"--{option}", str(value))
+        for option, value in options.items()
+        if value not in ("main", None)
+    ]
+    return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
+
+
+def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
+    """The command that brings tables up to date which were made with ``again``: index, k and saved."""
+    given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
+    index = again["index"] or None
+    line = command_line("neighbours", root, queries=queries, **given, name=name)
+    # Named also where it is the usual one: that may have changed.
+    return f"{line} --exact" if index is None else f"{line} {shlex.join(['--index', str(index)])}"
+
+
+def table_command(store: Store, table: str, database: Store | None) -> str:
+    """The command that brings a table of ``store`` up to date, made as it was: otherwise all of it is searched anew.
+
+    ``database`` None: for the reader to put in its place.
+    """
+    record = store.state.records[f"neighbours:{table}"]
+    root = "DATABASE" if database is None else database.root
+    line = neighbours_command(root, None if database is store else store.root, table, record)
+    several = database is None or len(database.state.names("embeddings")) > 1
+    return f"{line} {shlex.join(['--encoder', record['encoder']])}" if several and not record["index"] else line
