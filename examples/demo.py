@@ -1,16 +1,19 @@
 """All five commands on text that every machine has: the documentation inside the installed Python.
 
-    python examples/demo.py STORE
+    python examples/demo.py FOLDER
 
-Writes the text beside the store as JSON lines, runs ``retrotool chunk``, ``embed``, ``index`` and ``neighbours`` on it,
-shows what a few questions find and what lies near their answers, then purges and erases one document and shows that it
-is gone. Takes a minute or two on two cores; the store stays, to play with.
+Makes the folder, writes the text into it as JSON lines, makes a store of it by ``retrotool chunk``, ``embed``,
+``index`` and ``neighbours``, shows what a few questions find and what lies near their answers, then purges and erases
+one document and shows that it is gone, from the answers and from the bytes of the files. Takes a few minutes on two
+cores; the store stays, to play with. Run again on the same folder, it begins anew; a folder that it did not make it
+leaves alone.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +21,10 @@ import sysconfig
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrotool.api import Reader
 
 QUESTIONS = (
     "how do I open a file and read its lines?",
@@ -26,6 +32,8 @@ QUESTIONS = (
     "what does the with statement do when an exception is raised?",
 )
 BUDGET_CHARACTERS = 1_100_000
+MARKER = ".made-by-the-demo"
+INTERRUPTED = 130
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 
 
@@ -69,17 +77,33 @@ def write_corpus(path: Path) -> None:
             file.write(json.dumps(document) + "\n")
 
 
+def run(*arguments: object) -> str:
+    """What a command prints if it is to be JSON, else it is shown; a command that fails ends the demo."""
+    as_json = "--json" in arguments
+    command = [sys.executable, "-m", "retrotool", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE if as_json else None, text=True) as process:
+        try:
+            printed, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reaches the command too, which says what it has kept
+            raise
+    if process.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
+    return printed or ""
+
+
 def retrotool(*arguments: object) -> None:
     """Run a command, showing it."""
     shown = " ".join(f'"{a}"' if " " in str(a) else str(a) for a in arguments)
     print(f"\n$ retrotool {shown}", flush=True)
-    subprocess.run([sys.executable, "-m", "retrotool", *map(str, arguments)], check=True)
+    run(*arguments)
 
 
 def answer(*arguments: object) -> Any:
     """The JSON object that a command prints."""
-    command = [sys.executable, "-m", "retrotool", *map(str, arguments), "--json"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return json.loads(run(*arguments, "--json"))
 
 
 def paragraph(text: str, indent: str) -> str:
@@ -99,13 +123,48 @@ def show_neighbours(store: Path, chunk: int) -> None:
             print(paragraph("… " + neighbour.continuation.text, "      "))
 
 
-def show_purge(store: Path, corpus: Path) -> None:
+def traces(reader: Reader, chunk: int) -> dict[str, bytes]:
+    """Bytes by which a chunk is found in a file: its tokens, which are how a store has its text, and its vector."""
+    tokens = reader.tokens([chunk])[0][: reader.chunk(chunk).n_tokens]
+    part, row = chunk >> 32, chunk & 0xFFFFFFFF
+    return {"text": tokens.tobytes(), "vector": reader.embeddings(part)[row].tobytes()}
+
+
+def contents(file: Path) -> Iterator[bytes]:
+    """The bytes of a file; of Parquet, which is compressed, also those of its decoded columns."""
+    import pyarrow.parquet as pq
+
+    yield file.read_bytes()
+    if file.suffix == ".parquet":
+        for column in pq.read_table(file).columns:
+            for piece in column.chunks:
+                yield from (buffer.to_pybytes() for buffer in piece.buffers() if buffer is not None)
+
+
+def show_bytes(store: Path, wanted: dict[str, bytes], when: str) -> int:
+    """Look for bytes in every file of a store; print and return in how many files any of them is."""
+    files = sorted(path for path in store.rglob("*") if path.is_file())
+    found = dict.fromkeys(wanted, 0)
+    for file in files:
+        inside = list(contents(file))
+        for what, needle in wanted.items():
+            found[what] += any(needle in data for data in inside)
+    told = ", ".join(f"its {what} in {n}" for what, n in found.items())
+    print(f"  {when:<15} {told} of {len(files)} files")
+    return sum(found.values())
+
+
+def show_purge(store: Path, takedown: Path) -> None:
     """Purge and erase the document that answers the first question, and look for it again."""
+    import retrotool as library
+
     before = answer("search", store, QUESTIONS[0])["results"]
-    victim = before[0]["document"]
+    victim, chunk = before[0]["document"], before[0]["id"]
     asked = next(result["id"] for result in before if result["document"] != victim)
     print(f"\nNow say that {victim} must be taken out.")
-    takedown = corpus.with_name("takedown.txt")
+    print(f"Looking for the bytes of its chunk {chunk} in every file of {store}, Parquet decoded:")
+    wanted = traces(library.open(store), chunk)
+    assert show_bytes(store, wanted, "before:")
     takedown.write_text(victim + "\n")
     retrotool("purge", store, "--documents", takedown, "--reason", "demo", "--erase", "--yes")
 
@@ -113,8 +172,6 @@ def show_purge(store: Path, corpus: Path) -> None:
     documents_before = [result["document"] for result in before]
     print(f'\n"{QUESTIONS[0]}" found, before: {", ".join(documents_before)}')
     print(f"{'after:':>{len(QUESTIONS[0]) + 17}} {', '.join(result['document'] for result in after)}")
-    import retrotool as library
-
     reader = library.open(store)
     found = sum(
         n.chunk.document == victim
@@ -124,15 +181,34 @@ def show_purge(store: Path, corpus: Path) -> None:
     )
     print(f"Neighbours, computed before the purge, that are of {victim} when read now: {found}.")
     assert found == 0 and victim not in {result["document"] for result in after}
+    print(f"The bytes of chunk {chunk} in the files of {store}, looked for as before:")
+    assert not show_bytes(store, wanted, "after the erase:")
     print("\nA chunk that stays, with its neighbours:")
     show_neighbours(store, asked)
 
 
-def main(argument: str) -> None:
-    store = Path(argument)
-    if store.exists():
-        shutil.rmtree(store)
-    corpus = store.with_name(store.name + "-corpus.jsonl")
+def make_folder(folder: Path) -> None:
+    """An empty folder to work in; nothing is removed but what an earlier demo made."""
+    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        sys.exit(f"{folder} is there, and this demo did not make it. Name a folder that is not there.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    if (folder / "store").exists():
+        shutil.rmtree(folder / "store")
+
+
+def to_paste(*arguments: str) -> str:
+    """A command line for the retrotool that belongs to this Python."""
+    program = Path(sys.executable).with_name("retrotool")
+    if not program.is_file():
+        return shlex.join([sys.executable, "-m", "retrotool", *arguments])
+    here = Path.cwd()
+    return shlex.join([str(program.relative_to(here) if program.is_relative_to(here) else program), *arguments])
+
+
+def main(folder: Path) -> None:
+    make_folder(folder)
+    store, corpus = folder / "store", folder / "corpus.jsonl"
     write_corpus(corpus)
     print(f"{corpus}: the documentation inside Python {sys.version.split()[0]}, {corpus.stat().st_size / 1e6:.1f} MB")
     retrotool("chunk", store, corpus)
@@ -144,15 +220,18 @@ def main(argument: str) -> None:
         retrotool("search", store, question, "-k", 2)
     print("\nThe nearest neighbours of the chunk that answers the last question, from outside its own document:")
     show_neighbours(store, answer("search", store, QUESTIONS[-1], "-k", 1)["results"][0]["id"])
-    show_purge(store, corpus)
+    show_purge(store, folder / "takedown.txt")
     retrotool("verify", store)
     retrotool("info", store)
-    print(
-        f'\nThe store stays in {store}. Try: retrotool search {store} "your question"  (in .venv/bin after make demo)'
-    )
+    print(f"\nThe store stays in {store}. Ask it something:\n")
+    print(to_paste("search", str(store), "how do I sort a list?"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    main(sys.argv[1])
+    try:
+        main(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        print("The demo was interrupted. Run it again: it begins anew.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -17,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests say what a machine without a GPU does; those that want one are run by: make gpu-test
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+INTERRUPTED = "interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.\n"
+
 WORDS = (
     "store chunk token vector index query neighbour document part shard commit log page file disk kernel driver "
     "memory thread process signal socket packet buffer queue stack heap tree graph node edge path root leaf key value "

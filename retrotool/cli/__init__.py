@@ -5,6 +5,8 @@ Commands import what is heavy when they run, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -48,8 +50,8 @@ app = typer.Typer(
     cls=_Group,
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
-    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped "
-    "when it is run again.",
+    "Every command but plan takes the STORE first (export: after the word for what is exported), can be killed at any "
+    "moment, and goes on where it stopped when it is run again.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -79,7 +81,17 @@ for _command in (chunk, embed, index, neighbours, inspect, leakage, purge, searc
 app.add_typer(export.app, name="export")
 
 
+def give_bars_room() -> None:
+    """Have progress drawn on a terminal that says it has no room, as in some containers: tqdm would draw nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal, closed, or none at all
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            # Read when tqdm is imported.
+            os.environ.setdefault("TQDM_NCOLS", "80")
+            os.environ.setdefault("TQDM_NROWS", "24")
+
+
 def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
+    give_bars_room()
     app(prog_name="retrotool")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,14 +81,16 @@ def command(
             shard=parse_shard(shard),
             check=check,
         )
-        output.show(result, as_json, _text)
+        output.show(result, as_json, lambda result: _text(result, str(store)))
 
 
-def _text(result: EmbedResult) -> str:
+def _text(result: EmbedResult, store: str) -> str:
     if result.chunks:
         done = f"{output.count(result.chunks, 'chunk')} embedded"
     elif result.elsewhere:
         done = "Nothing is left for this run"
+    elif not result.embedded:
+        return f"There are no chunks to embed. Add some: retrotool chunk {shlex.quote(store)} INPUT..."
     else:
         done = "Every chunk has its embedding already"
     how = f"{result.dimension} dimensions, {result.pooling} pooling"

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from retrotool.cli import export_neighbours
 
+
+class _Group(TyperGroup):
+    """Commands whose name is easily left out, as all others take the store first."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command; the error for one that is none says what comes first."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            if isinstance(told := getattr(error, "message", None), str):
+                name = shlex.quote(args[0])
+                hint = f"What is exported comes first: retrotool export neighbours {name} OUTPUT --format FORMAT"
+                error.message = f"{told} {hint}"  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Hand a store over to other tools.",
     no_args_is_help=True,
     rich_markup_mode=None,

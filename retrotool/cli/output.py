@@ -152,7 +152,7 @@ def errors(as_json: bool) -> Iterator[None]:
         _tell(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
         raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
-        note("interrupted: what is finished is kept; run the same command again to go on.")
+        note("interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, check_utf8
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from retrotool.stages.searching import Database
@@ -47,10 +48,16 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a search gives; ``missing`` is what could not be searched, None: nothing."""
+    """What a search gives.
+
+    ``missing`` is what could not be searched, None: nothing; ``not_indexed`` chunks are in no shard yet, and ``next``
+    are the commands that change that.
+    """
 
     results: list[Found]
     missing: Missing | None = None
+    not_indexed: int = 0
+    next: tuple[str, ...] = ()
 
 
 def command(
@@ -81,18 +88,23 @@ def command(
     """Show the chunks nearest to a text, with their continuations."""
     with output.errors(as_json):
         import retrotool
+        from retrotool.commands.counting import commands_to_index
+        from retrotool.stages.database import count_left
 
         if not text.strip():
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
         for attempt in range(_ATTEMPTS):
-            reader = retrotool.open(store)
+            reader = retrotool.open(_checked(store, text))
             encoder = reader.load_encoder(index, device)
             try:
                 found = reader.search(
                     text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
                 )
-                missing = _missing(reader.database(index, allow_missing=allow_missing_shards))
+                database = reader.database(index, allow_missing=allow_missing_shards)
+                missing = _missing(database)
+                left = count_left(database.store, database.held(), database.tombstones)
+                then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
                 break
             except ErasedError:  # another command put other files in place of those that were just found
                 if attempt + 1 == _ATTEMPTS:
@@ -101,13 +113,29 @@ def command(
             Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
             for n in found
         ]
-        output.show(Results(results, missing), as_json, _text)
+        output.show(Results(results, missing, left, tuple(then)), as_json, _text)
+        if left:
+            are = "is" if left == 1 else "are"
+            output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:")
+            output.note("\n".join(f"  {command}" for command in then))
         if missing is not None:
-            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", reader.database(index).name])
+            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", database.name])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
             )
+
+
+def _checked(store: Path, text: str) -> Path:
+    """STORE; an error that says so if it is not there, but TEXT is one."""
+    from retrotool.store.identity import is_store
+
+    if not is_store(store) and is_store(Path(text)):
+        raise StoreNotFoundError(
+            f"{store} is no store, but {text} is one",
+            f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
+        )
+    return store
 
 
 def _missing(database: Database) -> Missing | None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrotool import engine, sources
+from retrotool.commands import fields_told
 from retrotool.commands.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.commands.limits import NO_LIMIT, MaxBad
 from retrotool.commands.writing import writing
-from retrotool.errors import UsageError
+from retrotool.errors import ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import spool
@@ -22,7 +23,7 @@ from retrotool.stages.chunk_plan import Wanted, commit_plan, known_findings, may
 from retrotool.stages.duplicates import DuplicateCounts, finish_plans
 from retrotool.stages.retry_plan import commit_retry
 from retrotool.stages.withdraw import go_on_exactly
-from retrotool.store import disk, parts
+from retrotool.store import disk, parts, runs
 from retrotool.store.runs import Run
 from retrotool.store.staging import PLAN_COUNTS, Staged
 from retrotool.store.store import Store
@@ -87,8 +88,10 @@ def chunk(
         spooled = spool(sys.stdin.buffer if sys.stdin else None, spool_folder(store))
         files = find_inputs(inputs, spooled)
     repeats: dict[str, DuplicateCounts] = {}
+    before = set(store.state.parts())
     with writing(store) as run:
         plans = list(unfinished_plans(store.state))
+        _tell_begun(store, run, plans, files, chosen)
         known = 0
         if retry_quarantine:
             # Only when nothing is open any more it is known what the store has of an input.
@@ -111,7 +114,37 @@ def chunk(
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
         clear_spool(store, spooled)
-    return result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+    result = result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+    fields_told.tell_names(result, files, chosen.note)
+    fields_told.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
+    return result
+
+
+def _tell_begun(
+    store: Store, run: Run, plans: Sequence[str], files: Sequence[InputFile], options: ChunkOptions
+) -> None:
+    """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
+    if set(runs.living(store.root)) - {run.id}:
+        return  # they may be at it themselves
+    still = set(unfinished_plans(store.refresh()))
+    asked = {file.path for file in files}
+    begun: dict[str, str] = {}
+    for plan_id in filter(still.__contains__, plans):
+        entry = store.state.file("plans", plan_id)
+        if entry is None:
+            continue
+        try:
+            plan = read_plan(store, entry)
+        except ErasedError:
+            continue  # another process has just finished it
+        left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
+        begun.update((plan.files[piece.file].path, plan.files[piece.file].name) for unit in left for piece in unit)
+    spooled = str(spool_folder(store).absolute())
+    names = [name if path.startswith(spooled) else path for path, name in begun.items() if path not in asked]
+    if names:
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        give_up = "" if options.skip_missing else " To give an input up, move it away and add --skip-missing."
+        options.note(f"Finishing what was begun before: {names[0]}{more}.{give_up}")
 
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFile]:

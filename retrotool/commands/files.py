@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ def check_file(option: str, file: str | Path) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"{option} {file}: there is no folder {folder}", "Make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{option} {file}: you may not write into {folder}", "Name a file in another folder.")
     if path.is_dir():
         raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
     if path.exists() and not path.is_file():
@@ -41,8 +44,18 @@ def written(file: str | Path) -> Iterator[Path]:
         yield scratch
         scratch.replace(path)
     except OSError as error:
-        if error.filename is not None:  # it names what it is of, and is told as it is
-            raise
+        if error.filename is not None and not _is_ours(error.filename, scratch):
+            raise  # it names what it is of, and is told as it is
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _is_ours(name: object, scratch: Path) -> bool:
+    """Whether an error names ``scratch``, its folder, or a temporary file in it, of which a user knows nothing."""
+    if not isinstance(name, str | bytes):
+        return False
+    path, folder = Path(os.fsdecode(name)).absolute(), scratch.absolute().parent
+    return path in (scratch.absolute(), folder) or (
+        path.parent == folder and path.name.startswith(tempfile.gettempprefix())
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
-from retrotool.commands.counting import SAVED, K, command_line, count_keys_of, embed_command
+from retrotool.commands.counting import SAVED, K, command_line, commands_to_index, count_keys_of, embed_command
 from retrotool.commands.materialising import MaterialiseResult
 from retrotool.commands.materialising import materialise as materialise_tables
 from retrotool.commands.neighbour_options import FilterOptions, check_some_left, named
@@ -205,10 +205,8 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member, *, mat
     not_indexed = count_left(database.store, database.held(), database.tombstones)
     commands = []
     if not_indexed:
-        if count_left(database.store, embedded_parts(database.store, database.encoder), database.tombstones):
-            commands.append(embed_command(database.store, member.path, database.encoder))
-        if stage.index != NO_INDEX:
-            commands.append(command_line("index", member.path, name=stage.index))
+        index = None if stage.index == NO_INDEX else stage.index
+        commands = commands_to_index(database.store, member.path, database.encoder, index)
     return DatabaseResult(
         member.path, stage.table, member.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
         named(stage.filters, store, [database.store]), aware, tuple(commands),

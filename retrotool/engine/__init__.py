@@ -150,8 +150,8 @@ def _run_here(
     meter: Meter,
     folds: _Folds,
 ) -> None:
-    worker = stage.open(store)
     with Progress(stage, sum(task.weight for task in tasks), meter) as progress:
+        worker = stage.open(store)
         for task in tasks:
             interrupts.check()
             again = True

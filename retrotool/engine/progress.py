@@ -51,26 +51,59 @@ class Meter:
             self.sums[i] += value
 
 
+_DELAY_SECONDS = 2.0
+_TICK_SECONDS = 1.0
+
+
 class Progress:
-    """A bar on stderr, after two seconds and where there is a terminal."""
+    """A bar on stderr, after two seconds and where there is a terminal.
+
+    It is there, and its clock runs, also while a worker gets ready and nothing is done yet.
+    """
 
     def __init__(self, stage: Stage, total: int, meter: Meter) -> None:
         self._bar: tqdm[Any] = tqdm(
-            total=total, unit=stage.unit, unit_scale=True, desc=stage.name, disable=None, delay=2, file=sys.stderr
+            total=total,
+            unit=stage.unit,
+            unit_scale=True,
+            desc=stage.name,
+            disable=None,
+            delay=_DELAY_SECONDS,
+            file=sys.stderr,
         )
         self._stage = stage
         self._meter = meter
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._clock = threading.Thread(target=self._tick, name="retrotool-progress")
 
     def __enter__(self) -> Progress:
+        if not self._bar.disable:
+            self._clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._clock.ident is not None:
+            self._clock.join()
         self._bar.close()
+
+    def _tick(self) -> None:
+        """Draw the bar when its time has come, whether anything was told or not, and every second after that."""
+        if self._closed.wait(_DELAY_SECONDS + 0.05):
+            return
+        with self._lock:
+            self._bar.update(0)
+        while not self._closed.wait(_TICK_SECONDS):
+            with self._lock:
+                self._bar.refresh()
 
     def tell(self, told: Told) -> None:
         """Take in what a worker told."""
         with self._lock:
+            if told.measured and not self._meter.sums and not self._bar.disable:
+                # The rate is that of the work, without what a worker took to get ready.
+                self._bar.last_print_t = max(self._bar.start_t, time.time() - told.measured[-1])
             self._meter.add(told.measured)
             if told.left and not self._bar.disable:
                 self._bar.total = (self._bar.total or 0) - told.left

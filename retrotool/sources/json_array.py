@@ -49,7 +49,7 @@ class BrokenSyntax(Exception):  # noqa: N818 - a verdict about the file
 def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
     """Documents of the elements of a JSON file, counted from 1; positions are byte offsets."""
     limit = line_limit(fields)
-    if _is_lines(file, limit):
+    if is_lines(file, limit):
         yield from lines.read_jsonl(file, fields, where)
         return
     make = maker(fields, file.name)
@@ -66,7 +66,7 @@ def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | S
         yield SetAside(number + 1, reason, error.offset, excerpt(error.head), damage=True)
 
 
-def _is_lines(file: InputFile, limit: int) -> bool:
+def is_lines(file: InputFile, limit: int) -> bool:
     """Whether the first line that is not blank is an object by itself."""
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
         try:

@@ -121,7 +121,7 @@ def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
     except ImportError as error:
         raise UsageError(
-            "reading pages from WARC files needs Resiliparse", "Install it: pip install 'retrotool[warc]'"
+            "reading pages from WARC files needs Resiliparse", "Install it with: pip install resiliparse"
         ) from error
 
     def decode(body: bytes, charset: str) -> str:

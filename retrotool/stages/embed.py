@@ -90,7 +90,7 @@ class EmbedStage:
         """Tokens a second, and the share of the devices' time that is forward."""
         tokens, forward, working = measured
         rate, share = tokens / max(seconds, 1e-9), forward / max(working, 1e-9)
-        return f"{rate:,.0f} tokens/s, forward {100 * share:.0f} %"
+        return f"{rate:,.0f} tokens/s, {100 * share:.0f} % forward"
 
 
 def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:

@@ -73,10 +73,19 @@ def pick_index(store: Store, name: str | None = None) -> str:
         if name not in have and len(have) == 1:
             name = next(iter(have))
     if name not in have:
-        found = f"it has: {', '.join(have)}" if have else "it has none"
-        make = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
-        raise UsageError(f"the store {store.root} has no index {name!r}; {found}", f"Make it with: {make}")
+        found = f"has no index {name!r}; it has: {', '.join(have)}" if have else "has no index"
+        raise UsageError(f"the store {store.root} {found}", _how_to_make(store, name))
     return name
+
+
+def _how_to_make(store: Store, name: str) -> str:
+    """What leads to an index of a name, from what the store has."""
+    index = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
+    if not store.state.parts():
+        return f"It has no chunks yet: retrotool chunk {store.root} INPUT..., then retrotool embed and {index}"
+    if not store.state.names("embeddings"):
+        return f"It has no embeddings yet: retrotool embed {store.root}, then {index}"
+    return f"Make it with: {index}"
 
 
 class Vectors:

@@ -119,11 +119,11 @@ def clean_spool(store: Store, own: str) -> list[Spooled]:
     """
     whole = [file.path for file in _spooled(store) if not (file.planned or file.path.name.startswith(TEMPORARY))]
     youngest = max(map(_written, whole), default=0.0)
-    busy = any(run != own for run in _living_runs(store.root))
+    busy = any(run != own for run in runs.living(store.root))
     wait = SETTLED_SECONDS - (time.time() - youngest)
     if wait > 0 and not busy:
         time.sleep(min(wait, SETTLED_SECONDS))
-        busy = any(run != own for run in _living_runs(store.root))
+        busy = any(run != own for run in runs.living(store.root))
     left = []
     for file in _spooled(store):
         certain = not busy and not file.path.name.startswith(TEMPORARY)
@@ -153,11 +153,6 @@ def _spooled(store: Store) -> list[Spooled]:
         except (orjson.JSONDecodeError, KeyError, TypeError):
             planned.update(path.name for path in found)  # what a broken plan needs can't be known
     return [Spooled(path, path.name in planned) for path in found]
-
-
-def _living_runs(root: Path) -> list[str]:
-    found = [path.stem.removeprefix("run-") for path in (root / "staging").glob("run-*.json")]
-    return [run for run in found if runs.is_alive(root, run)]
 
 
 def _written(path: Path) -> float:

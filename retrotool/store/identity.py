@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import shlex
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -63,9 +64,7 @@ def read_identity(root: Path) -> tuple[Identity, str]:
     try:
         data = (root / FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreNotFoundError(
-            f"{root} is no store: it has no {FILE}", f"Make one with: retrotool chunk {root} INPUT..."
-        ) from None
+        raise StoreNotFoundError(f"{root} is no store: it has no {FILE}", _how_to_make(root)) from None
     try:
         fields: dict[str, Any] = orjson.loads(data)
         if _encode({name: value for name, value in fields.items() if name != "sha256"}) != data:
@@ -82,12 +81,33 @@ def read_identity(root: Path) -> tuple[Identity, str]:
     return identity, hashlib.sha256(data).hexdigest()
 
 
+def is_store(root: Path) -> bool:
+    """Whether there is a store at a path, whatever its state."""
+    try:
+        return (root / FILE).exists()
+    except OSError:  # a name that is too long, say
+        return False
+
+
+def _how_to_make(root: Path) -> str:
+    """What to do where there is no store."""
+    name = shlex.quote(str(root))
+    if root.is_file() or _is_strange(root):
+        return f"A store is a directory of its own. To make one of what is there: retrotool chunk STORE {name}"
+    return f"Make one with: retrotool chunk {name} INPUT..."
+
+
+def _is_strange(root: Path) -> bool:
+    """Whether a directory has something in it that does not belong into a store that is being made."""
+    return root.is_dir() and any(not e.name.startswith((".", "tokenizer-", "staging")) for e in root.iterdir())
+
+
 def create_identity(root: Path, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> None:
     """Make ``root`` a store, unless another process just did; the caller reads what came of it."""
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file; a store is a directory")
-    strange = root.is_dir() and any(not e.name.startswith((".", "tokenizer-", "staging")) for e in root.iterdir())
-    if strange and not (root / FILE).exists():  # looked for last: another process may be making the store just now
+    # The store is looked for last: another process may be making it just now.
+    if _is_strange(root) and not (root / FILE).exists():
         raise UsageError(f"{root} is not empty and no store", "Name a new directory, or an empty one, for the store.")
     token = paths.new_token(secrets.token_hex(4))
     target = root / tokenizer.file

@@ -104,6 +104,12 @@ def run_path(root: Path, run: str) -> Path:
     return root / "staging" / f"run-{run}.json"
 
 
+def living(root: Path) -> list[str]:
+    """Ids of the runs that may still be writing."""
+    found = [path.stem.removeprefix("run-") for path in (root / "staging").glob("run-*.json")]
+    return [run for run in found if is_alive(root, run)]
+
+
 def beat(root: Path, run: str) -> float:
     """Let a run give a sign of life; return its time by the clock of the file system, which all machines share."""
     try:

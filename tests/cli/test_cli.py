@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
 import struct
+import termios
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +29,7 @@ from retrotool.cli import (
     chunk,
     embed,
     export_neighbours,
+    give_bars_room,
     index,
     info,
     inspect,
@@ -335,3 +339,39 @@ def test_a_name_that_is_not_utf_8_keeps_no_result_from_being_told(capsys):
     output.show(named, False, lambda found: found.path)
     output.show(named, True, str)
     assert capsys.readouterr().out == 'caf\\udce9\n{"path":"caf\\\\udce9","paths":["x","caf\\\\udce9"]}\n'
+
+
+def test_search_tells_of_what_is_not_in_the_index_and_how_it_gets_there(store_copy, tmp_path, run):
+    command = ("search", store_copy, "store index table", "-k", "1", "--device", "cpu")
+    code, _, err = run(*command)
+    assert (code, err) == (0, "")
+    source = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "a document that came later"}])
+    commands.chunk(store_copy, [str(source)])
+    code, out, err = run(*command, "--json")
+    told = json.loads(out)
+    assert (code, told["not_indexed"], len(told["next"])) == (0, 1, 2)
+    lines = ["Not searched: 1 chunk that is not in the index. Next:", *(f"  {line}" for line in told["next"])]
+    assert err == "".join(f"{line}\n" for line in lines)
+    assert [shlex.split(line)[1] for line in told["next"]] == ["embed", "index"]
+    for line in told["next"]:
+        assert run(*shlex.split(line)[1:])[0] == 0
+    code, out, err = run(*command, "--json")
+    assert (code, json.loads(out)["not_indexed"], err) == (0, 0, "")
+
+
+def test_a_terminal_that_says_it_has_no_room_gets_progress_too(monkeypatch):
+    names = ("TQDM_NCOLS", "TQDM_NROWS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    master, terminal = os.openpty()  # it says 0 rows, 0 columns
+    try:
+        with os.fdopen(terminal, "w") as stderr:
+            monkeypatch.setattr("sys.stderr", stderr)
+            give_bars_room()
+            assert [os.environ.pop(name) for name in names] == ["80", "24"]
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+            give_bars_room()
+            assert not os.environ.keys() & set(names)
+    finally:
+        os.close(master)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import INTERRUPTED, make_rows, write_jsonl
 from typer.testing import CliRunner
 
 from retrotool import commands
@@ -40,7 +41,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("place", ["missing", "empty directory", "file"])
+@pytest.mark.parametrize("place", ["missing", "empty directory", "other directory", "file"])
 @pytest.mark.parametrize("command", READING)
 def test_without_a_store_commands_end_with_10_and_make_none(command, place, tmp_path):
     store = tmp_path / "store"
@@ -48,11 +49,76 @@ def test_without_a_store_commands_end_with_10_and_make_none(command, place, tmp_
         store.write_text("x")
     elif place == "empty directory":
         store.mkdir()
+    elif place == "other directory":
+        store.mkdir()
+        (store / "articles.jsonl").write_text("x")
     before = list(tmp_path.rglob("*"))
     code, out, err = run(*command.split(), store, *READING[command])
     assert (code, out) == (10, "")
-    assert err == f"error: {store} is no store: it has no store.json\nMake one with: retrotool chunk {store} INPUT...\n"
+    advice = f"Make one with: retrotool chunk {store} INPUT..."
+    if place in ("file", "other directory"):  # that command would be refused
+        advice = f"A store is a directory of its own. To make one of what is there: retrotool chunk STORE {store}"
+    assert err == f"error: {store} is no store: it has no store.json\n{advice}\n"
     assert list(tmp_path.rglob("*")) == before
+
+
+def test_a_search_whose_arguments_are_swapped_says_which_is_the_store(built_store, tmp_path):
+    code, out, err = run("search", "what is a store?", built_store)
+    assert (code, out) == (10, "")
+    assert err == (
+        f"error: what is a store? is no store, but {built_store} is one\n"
+        f"The store comes first: retrotool search {built_store} 'what is a store?'\n"
+    )
+    for text in ("x" * 10_000, "what is a store?", str(tmp_path)):
+        assert "\nMake one with: " in run("search", tmp_path / "nothing", text)[2]
+
+
+def test_what_a_search_lacks_is_named_from_the_beginning(tmp_path, tiny_encoder):
+    store = tmp_path / "store"
+    command = ("search", store, "text")
+    chunk = ("chunk", store, "--tokenizer", tiny_encoder)
+    assert run(*chunk, write_jsonl(tmp_path / "none.jsonl", []))[0] == 3
+    assert run(*command)[2] == (
+        f"error: the store {store} has no index\n"
+        f"It has no chunks yet: retrotool chunk {store} INPUT..., then retrotool embed and retrotool index {store}\n"
+    )
+    code, out, _ = run("embed", store, "--encoder", tiny_encoder)
+    assert (code, out) == (0, f"There are no chunks to embed. Add some: retrotool chunk {store} INPUT...\n")
+    run(*chunk, write_jsonl(tmp_path / "some.jsonl", make_rows(3)))
+    assert run(*command)[2].endswith(
+        f" has no index\nIt has no embeddings yet: retrotool embed {store}, then retrotool index {store}\n"
+    )
+    run("embed", store, "--encoder", tiny_encoder)
+    assert run(*command)[2].endswith(f" has no index\nMake it with: retrotool index {store}\n")
+
+
+def test_export_of_a_store_says_what_comes_before_it(built_store):
+    code, out, err = run("export", built_store, "out")
+    assert (code, out) == (2, "")
+    told = f"What is exported comes first: retrotool export neighbours {built_store} OUTPUT --format FORMAT"
+    assert told in " ".join(err.split())
+
+
+def test_a_page_that_can_t_be_written_is_named_itself(built_store, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    inspect = ("inspect", built_store, "--random", "2", "--html", page)
+    for error in (PermissionError(errno.EACCES, "Permission denied", str(tmp_path)), OSError(errno.EIO, "No luck")):
+        monkeypatch.setattr("tempfile.TemporaryFile", raising(error))
+        code, out, err = run(*inspect)
+        assert (code, out, err) == (1, "", f"error: {page} can't be written: {error.strerror}\n")
+    monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    code, out, err = run(*inspect)
+    assert (code, out) == (1, "")
+    assert err == f"error: --html {page}: you may not write into {tmp_path}\nName a file in another folder.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_an_error_is_also_an_object_with_json(tmp_path):
@@ -328,7 +394,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (EXIT_INTERRUPTED, "")
-    assert err == "interrupted: what is finished is kept; run the same command again to go on.\n"
+    assert err == INTERRUPTED
     assert commands.verify(tmp_path / "store").problems == []
     if workers == 1:
         assert commands.chunk(tmp_path / "store", [str(source)]).documents == len(rows)

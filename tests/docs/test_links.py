@@ -162,6 +162,13 @@ def test_python_blocks_import_what_exists(page: Path) -> None:
                     assert is_there(f"{node.module}.{alias.name}"), f"{page}: {node.module}.{alias.name}"
 
 
+def test_nobody_is_told_to_install_the_package_that_has_the_name_on_pypi() -> None:
+    told = re.compile(r"(?:pip3?|uv|pipx|pipenv|poetry) (?:pip )?(?:install|add) [^\n]*\bretrotool\b")
+    texts = [ROOT / "Makefile", ROOT / "pyproject.toml", *PAGES]
+    texts += [path for folder in ("retrotool", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in texts if told.search(path.read_text("utf-8"))] == []
+
+
 def test_blocks_are_of_known_languages() -> None:
     known = {"console", "python", "text", "sh", "py", "json", ""}
     assert {block.language for page in PAGES for block in blocks(page)} <= known

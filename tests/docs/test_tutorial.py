@@ -19,6 +19,12 @@ def test_tutorial_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_readme_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    run_page(ROOT / "README.md")
+
+
+def test_the_readmes_corpus_is_the_tutorials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     corpus = next(block for block in blocks(TUTORIAL) if block.language == "python")
     exec(compile(corpus.text, str(TUTORIAL), "exec"), {})
-    run_page(ROOT / "README.md")
+    assert (ROOT / "examples" / "articles.jsonl").read_text() == Path("corpus/articles.jsonl").read_text()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +18,11 @@ from conftest import make_rows, write_jsonl
 
 from retrotool import commands, engine
 from retrotool.commands.writing import writing
+from retrotool.engine.progress import Meter, Progress, Told
 from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
 from retrotool.stages.base import Report, Task, task_key
 from retrotool.stages.chunk_plan import write_json
+from retrotool.stages.embed import EmbedStage
 from retrotool.store import claims, staging
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -228,7 +232,6 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
 
 
 def test_progress_takes_back_what_came_to_nothing(store: Store, tmp_path: Path) -> None:
-    from retrotool.engine.progress import Told
     from retrotool.engine.task import Telling
 
     told: list[Told] = []
@@ -272,3 +275,30 @@ def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path,
     commands.chunk(whole, inputs, tokenizer=str(tiny_encoder))
     assert commands.verify(store).content == commands.verify(whole).content
     assert commands.verify(store).ids == commands.verify(whole).ids
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
+def test_progress_is_there_after_two_seconds_while_a_worker_gets_ready(file, monkeypatch):
+    monkeypatch.setattr("sys.stderr", file)
+    meter = Meter()
+    with Progress(EmbedStage("e", None), 200, meter) as progress:  # type: ignore[arg-type]
+        progress.tell(Told(0))
+        time.sleep(1)
+        assert file.getvalue() == ""
+        time.sleep(1.5)
+        assert file.getvalue().startswith("\rembed:   0%|") == file.isatty()
+        for _ in range(2):
+            time.sleep(0.2)
+            progress.tell(Told(20, measured=(400.0, 0.1, 0.2)))
+        told = file.getvalue().split("\r")[-1]
+    if not file.isatty():
+        assert told == ""
+        return
+    figures = re.search(r"embed:  20%.* 40.0/200 \[00:0\d<00:0(\d), ([\d.]+)chunk/s, [\d,]+ tokens/s, 50 % f", told)
+    assert figures is not None, told
+    assert 40 < float(figures[2]) < 120, "100 a second, by the time that was worked"

@@ -1,0 +1,60 @@
+"""Fields that were asked for and are not there are told of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from chunk_helpers import run_chunk, write_rows
+
+ROWS = [{"id": str(i), "text": f"text {i}", "year": 2000 + i} for i in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path, byte_level_tokenizer):
+    write_rows(tmp_path / "first.jsonl", [{"id": "first", "text": "what was there before"}])
+    run_chunk(tmp_path / "store", tmp_path / "first.jsonl", "--tokenizer", byte_level_tokenizer)
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "lines.json"])
+def test_a_wrong_text_field_names_those_that_rows_have(name, store, tmp_path):
+    path = tmp_path / name
+    if name == "rows.json":
+        path.write_text(json.dumps([{"body": "good"}, *ROWS], indent=2))
+    else:
+        write_rows(path, [{"body": "good"}, *ROWS])
+    result = run_chunk(store, path, "--text-field", "body")
+    assert (result.exit_code, "3  no field 'body'" in result.stdout) == (3, True)
+    assert result.stderr == f"{path}: the first row without 'body' has 'id', 'text', 'year'.\n"
+
+
+def test_rows_that_break_off_are_no_trouble(store, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS)[:-10])
+    result = run_chunk(store, path, "--text-field", "body", "--max-bad", "10")
+    assert (result.exit_code, result.stderr) == (3, f"{path}: the first row without 'body' has 'id', 'text', 'year'.\n")
+
+
+def test_many_fields_are_counted(store, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{f"field {i}": i for i in range(20)}])
+    told = run_chunk(store, path).stderr
+    assert told.endswith("'field 10', 'field 11' and 8 more.\n")
+
+
+def test_fields_to_keep_that_no_row_has_are_told_of(store, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"id": "undated", "text": "text of no year"}])
+    again = write_rows(tmp_path / "again.jsonl", [{"id": "dated", "text": "text of a year", "year": 1999}])
+    empty = "--keep yaer: no row has this field, so its column is empty.\n"
+    assert run_chunk(store, path, "--keep", "year", "--keep", "yaer").stderr == empty
+    assert run_chunk(store, again, "--keep", "year").stderr == ""
+
+
+def test_fields_to_keep_of_inputs_that_the_store_has_are_told_of(store, tmp_path):
+    first = tmp_path / "first.jsonl"
+    result = run_chunk(store, first, "--keep", "year")
+    assert result.stdout == "1 input skipped: in the store already.\n"
+    assert result.stderr == "--keep year: 1 input is in the store already, and stays without it.\n"
+    kept = write_rows(tmp_path / "kept.jsonl", ROWS)
+    for _ in range(2):
+        assert run_chunk(store, kept, "--keep", "year").stderr == "", "the tutorial does it twice"
