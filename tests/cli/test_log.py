@@ -39,8 +39,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def audited_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``built_store`` after a purge and an erase, and a checkpoint in the middle of its log."""
     copy = Path(shutil.copytree(built_store, tmp_path_factory.mktemp("audited") / "store"))
-    commands.purge(copy, "where", f"id = '{SECRET}'", reason="request 17\n\x1b[31m")
-    commands.purge(copy, "where", f"id = '{SECRET}'", reason="again", erase=True)
+    commands.purge(copy, commands.Selectors(where=f"id = '{SECRET}'"), reason="request 17\n\x1b[31m")
+    commands.purge(copy, commands.Selectors(where=f"id = '{SECRET}'"), reason="again", erase=True)
     write_checkpoint(copy, 3)
     return copy
 

@@ -119,7 +119,7 @@ def test_all_that_holds_canaries_is_found_before_an_erase_and_nothing_after(
     assert len(set((victims >> 32).tolist())) > 1
     listed = tmp_path / "takedown.txt"
     listed.write_text("\n".join(CANARIES))
-    commands.purge(store, "documents", str(listed), reason="test")
+    commands.purge(store, commands.Selectors(documents=str(listed)), reason="test")
     needles = form(needles_of(store))
     found = scan(store, needles)
     assert {kind: EVERYWHERE[kind] <= kinds for kind, kinds in folders(found).items()} == dict.fromkeys(
@@ -128,7 +128,7 @@ def test_all_that_holds_canaries_is_found_before_an_erase_and_nothing_after(
     chunked = {finding.number for finding in found if finding.path.startswith("chunks/")}
     kind = KINDS.index("tokens")
     assert chunked == set(np.flatnonzero(needles.kinds == kind).tolist()), "each of the needles"
-    commands.purge(store, "documents", str(listed), reason="test", erase=True)
+    commands.purge(store, commands.Selectors(documents=str(listed)), reason="test", erase=True)
     assert scan(store, needles) == []
 
 
@@ -285,7 +285,7 @@ def test_proofs_are_kept_without_text_and_found_by(store: Path) -> None:
 
 def test_verify_reads_proofs_and_misses_their_purge(store: Path) -> None:
     needles = needles_of(store)
-    purge = commands.purge(store, "where", "source = 'c' and id like 'canary%'", reason="test").purge
+    purge = commands.purge(store, commands.Selectors(where="source = 'c' and id like 'canary%'"), reason="test").purge
     opened = Store.open(store)
     with Run(store) as run:
         for slot, problems in ((purge, 0), ("p0", 1)):
@@ -315,7 +315,7 @@ def test_what_living_text_has_in_common_with_a_victim_is_no_finding(store: Path,
     assert {finding.kind for finding in found} >= {"tokens", "text", "vector16", "id", "key", CHUNK} - {"text"}
     parts_of = {f"{chunk >> 32:06d}" for chunk in victims}
     assert {f.path.split("/")[1][:6] for f in found if f.path.startswith(("chunks", "documents", "keys"))} == parts_of
-    commands.purge(store, "where", f"id = '{name}'", reason="test", erase=True)
+    commands.purge(store, commands.Selectors(where=f"id = '{name}'"), reason="test", erase=True)
     for form in (needles, as_hashed(needles)):
         assert scan(store, form) == []
     assert len(make_needles(Store.open(store), np.array(victims))) == 0, "nothing is left to make them of"
@@ -335,7 +335,7 @@ def test_a_lossless_store_without_embeddings(tmp_path: Path, byte_level_tokenize
     found = scan(tmp_path / "store", needles)
     spooled = {f.number for f in found if f.path == "spool/stdin-1.jsonl" and f.kind == "text"}
     assert spooled == set(np.flatnonzero(needles.kinds == KINDS.index("text")).tolist())
-    commands.purge(tmp_path / "store", "where", "id = 'the-victim'", reason="test", erase=True)
+    commands.purge(tmp_path / "store", commands.Selectors(where="id = 'the-victim'"), reason="test", erase=True)
     assert scan(tmp_path / "store", needles) == []
 
 
