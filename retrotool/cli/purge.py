@@ -10,12 +10,12 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.purge_review import lines_of
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
     from retrotool.commands.erasing import ConsumerLeft, EraseResult
     from retrotool.commands.purging import PurgeResult
-    from retrotool.stages.selection import Match
 
 EPILOG = """\b
 Examples:
@@ -133,6 +133,12 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
     ] = None,
+    apply: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SELECTION", help="Purge just what a --dry-run showed, and called so.", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
     erase: Annotated[
@@ -183,10 +189,12 @@ def command(
             output.show(erased, as_json, lambda result: _erased_text(store, result))
             left = erased.left
         else:
+            if apply is not None and selectors != commands.Selectors():
+                raise UsageError("--apply takes what was reviewed, and no selectors", "See: retrotool purge --help")
             if reason is None:
                 raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
             result = commands.purge(
-                store, selectors, reason=reason, who=who, dry_run=dry_run, erase=erase, confirm=confirm
+                store, selectors, reason=reason, who=who, apply=apply, dry_run=dry_run, erase=erase, confirm=confirm
             )
             if declined:
                 output.stop("Nothing was purged.", as_json)
@@ -233,11 +241,9 @@ def _text(store: Path, result: PurgeResult, erase: bool) -> str:
     before = f"; {result.already_purged:,} more were purged before" if result.already_purged else ""
     if result.dry_run:
         lines = [f"Would purge {what}{before}. Nothing was purged."]
-        lines += [f"  {_match(match)}" for match in result.matches if len(result.matches) > 1]
         if erase:
             lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies(result)}.")
-        lines += ["First chunks: " + ", ".join(map(str, result.examples))] if result.examples else []
-        return "\n".join(lines)
+        return "\n".join([*lines, *lines_of(store, result)])
     lines = []
     if not result.purge and not result.erased:
         lines.append(f"Nothing to purge{before}.")
@@ -271,11 +277,6 @@ def _copies(result: PurgeResult | EraseResult) -> str:
         return ""
     repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
     return f", those of {result.copies:,} set-aside {repeating} them included"
-
-
-def _match(match: Match) -> str:
-    name = f", {match.name}" if match.name else ""
-    return f"--{match.selector}{name}: {output.count(match.chunks, 'chunk')}"
 
 
 def _consumer(one: ConsumerLeft) -> str:

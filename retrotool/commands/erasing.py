@@ -27,6 +27,7 @@ from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
+from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
 from retrotool.stages.selectors import scan
 from retrotool.store import log, staging
@@ -225,6 +226,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
         gone = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
+        gone += selections_of(store, victims.ids) if done else []
         # Places in the text of victims, and what was looked for, hashed.
         gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
         return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None

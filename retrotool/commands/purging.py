@@ -6,6 +6,7 @@ commit has overtaken is selected, or planned, again; ``confirm`` is asked again 
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import sys
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from retrotool.commands.erasing import (
     erase_chunks,
     until_not_overtaken,
 )
+from retrotool.commands.review import Review, review
 from retrotool.commands.selecting import Selectors, check_text
 from retrotool.commands.writing import writing
-from retrotool.errors import UsageError
+from retrotool.errors import StorageError, UsageError
 from retrotool.stages import purge as selecting
 from retrotool.stages.purge import Selection
+from retrotool.stages.reviewed import read_selection, write_selection
 from retrotool.stages.selection import Asked, Match, Report, choose
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -45,6 +48,7 @@ class PurgeResult:
     were not before. ``left`` says, in sentences, where text may lie that an erase could not reach just now, and
     ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that name what was erased,
     by this purge or before, or could, as far as they are known. ``matches`` are how many chunks each selector means.
+    A dry run has a ``review``, and the name of the ``selection`` that it wrote down ("": it can't write).
     """
 
     purge: str
@@ -66,6 +70,8 @@ class PurgeResult:
     not_reached: tuple[str, ...] = field(default=())
     consumers: tuple[ConsumerLeft, ...] = field(default=())
     matches: tuple[Match, ...] = field(default=())
+    review: Review | None = None
+    selection: str = ""
 
 
 def select(store: Store, asked: Asked, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
@@ -92,12 +98,14 @@ def purge(
     *,
     reason: str,
     who: str | None = None,
+    apply: str | None = None,
     dry_run: bool = False,
     erase: bool = False,
     confirm: Callable[[PurgeResult], bool] = lambda _: True,
 ) -> PurgeResult:
     """Purge what selectors mean, and erase it if asked to.
 
+    ``apply``: in place of selectors, a selection that a dry run wrote down: just the chunks that were reviewed.
     ``reason`` and ``who`` (None: the user of this process) stay in the log. ``confirm`` is asked with what would be
     done, unless it is a dry run; False leaves everything as it is.
     """
@@ -107,7 +115,7 @@ def purge(
     who = getpass.getuser() if who is None else who
     check_text("--who", who)
     store = Store.open(root)
-    asked = selectors.asked(store)
+    asked = selectors.asked(store) if apply is None else read_selection(store, apply)
     agreed: PurgeResult | None = None
 
     def attempt() -> PurgeResult:
@@ -120,7 +128,7 @@ def purge(
             selection = select(store, asked, erase=erase, report=bar.update)
         planned = _planned(store, selection, dry_run)
         if dry_run:
-            return planned
+            return _reviewed(store, selection, planned)
         if (planned.chunks or planned.unerased) and not _is_alike(planned, agreed):
             if not confirm(planned):
                 return planned
@@ -128,6 +136,15 @@ def purge(
         return _carry_out(store, selection, planned, reason, who, erase)
 
     return until_not_overtaken(store, attempt)
+
+
+def _reviewed(store: Store, selection: Selection, planned: PurgeResult) -> PurgeResult:
+    """What a dry run tells besides; the selection is written down, if there is anything in it and it can be."""
+    name = ""
+    if len(selection.living):
+        with contextlib.suppress(StorageError), writing(store) as run:
+            name = write_selection(store, run, selection.asked, selection.living)
+    return replace(planned, review=review(store, selection), selection=name)
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:

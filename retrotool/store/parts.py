@@ -265,6 +265,8 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         "chunks": chunks_schema(own.chunk_length * own.tokenizer.token_bytes),
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
+        "selections": TOMBSTONES_SCHEMA,
+        "scans": SCANS_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
         "proofs": PROOFS_SCHEMA,
     }.get(FileName.parse(entry.path).kind, pa.schema([]))

@@ -29,6 +29,7 @@ DATA_KINDS = (
     "inputs",
     "selectors",
     "scans",
+    "selections",
 )
 NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised", "scans")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

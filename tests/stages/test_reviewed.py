@@ -1,0 +1,89 @@
+"""Looking at a selection before it is purged, and purging just what was looked at."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+
+import retrotool
+from retrotool import commands
+from retrotool.errors import UsageError
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+
+def test_a_dry_run_tells_what_it_is_and_purges_nothing(store_copy: Path) -> None:
+    before = commands.verify(store_copy)
+    selectors = commands.Selectors(pattern="store", where="source = 'a'", every=True, allow_lossy=True)
+    planned = commands.purge(store_copy, selectors, reason="r", dry_run=True)
+    reader = retrotool.open(store_copy)
+    assert planned.review is not None and planned.chunks > 10
+    chunks = read_selection(store_copy, planned.selection)
+    assert len(chunks) == planned.chunks
+    assert [(one.name, one.chunks) for one in planned.review.sources] == [("a", planned.chunks)]
+    of = [reader.chunk(chunk).document for chunk in chunks]
+    most = sorted(set(of), key=lambda name: (-of.count(name), name))[:10]
+    assert [(one.name, one.chunks) for one in planned.review.documents] == [(name, of.count(name)) for name in most]
+    assert len(planned.review.examples) == 10
+    for example in planned.review.examples:
+        assert example.chunk in chunks and example.source == "a"
+        assert example.document == reader.chunk(example.chunk).document
+        assert "store".startswith(example.text[example.begin : example.end]) or example.text[
+            example.begin : example.end
+        ] in ("store", "ore", "re", "e")
+    after = commands.verify(store_copy)
+    assert (after.content, after.ids, after.tombstones) == (before.content, before.ids, before.tombstones)
+    assert after.ok
+
+
+def read_selection(root: Path, name: str) -> list[int]:
+    from retrotool.stages import reviewed
+
+    asked = reviewed.read_selection(Store.open(root), name)
+    assert asked.reviewed is not None
+    return list(asked.reviewed.chunks)
+
+
+def test_just_what_was_reviewed_is_purged(store_copy: Path, tmp_path: Path, tiny_encoder: Path) -> None:
+    selectors = commands.Selectors(where="source = 'a'")
+    planned = commands.purge(store_copy, selectors, reason="r", dry_run=True)
+    reviewed = read_selection(store_copy, planned.selection)
+    more = write_jsonl(tmp_path / "more.jsonl", make_rows(6, first=1000))
+    commands.chunk(store_copy, [str(more)], tokenizer=str(tiny_encoder))  # of source a are some of these, too
+    commands.purge(store_copy, commands.Selectors(chunk=(reviewed[0],)), reason="another")
+    done = commands.purge(store_copy, commands.Selectors(), apply=planned.selection, reason="reviewed")
+    assert (done.chunks, done.already_purged) == (len(reviewed) - 1, 1)
+    assert read_tombstones(Store.open(store_copy), done.purge).ids.tolist() == reviewed
+    assert np.array_equal(np.sort(reviewed), reviewed)
+    with pytest.raises(UsageError, match=f"no selection '{planned.selection}'; it has: none"):
+        commands.purge(store_copy, commands.Selectors(), apply=planned.selection, reason="again")
+    # It is the same purge as by the selectors: these go on with its erase.
+    again = commands.purge(store_copy, selectors, reason="r", erase=True)
+    assert again.erased > done.chunks and commands.verify(store_copy).ok
+
+
+def test_what_can_not_be_what_was_reviewed_is_refused(store_copy: Path, tmp_path: Path) -> None:
+    selectors = commands.Selectors(where="id in ('doc-3', 'doc-5')")
+    planned = commands.purge(store_copy, selectors, reason="r", dry_run=True)
+    other = tmp_path / "other"
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(8))
+    commands.chunk(other, [str(rows)], tokenizer="minilm")
+    with pytest.raises(UsageError, match="no selection"):
+        commands.purge(other, commands.Selectors(), apply=planned.selection, reason="r")
+    kept = Path(shutil.copytree(store_copy, tmp_path / "kept"))
+    commands.purge(store_copy, commands.Selectors(document=("doc-3",)), reason="r", erase=True)
+    with pytest.raises(UsageError, match="no selection"):  # it said what was looked for: it went with the erase
+        commands.purge(store_copy, commands.Selectors(), apply=planned.selection, reason="r")
+    assert list((store_copy / "selections").glob("*")) == []
+    assert commands.purge(kept, commands.Selectors(), apply=planned.selection, reason="r").documents == 2
+
+
+def test_an_empty_selection_is_not_written_down(store_copy: Path) -> None:
+    before = Store.open(store_copy).state.number
+    planned = commands.purge(store_copy, commands.Selectors(where="source = 'nobody'"), reason="r", dry_run=True)
+    assert (planned.selection, planned.chunks) == ("", 0)
+    assert Store.open(store_copy).state.number == before
