@@ -264,6 +264,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         "chunks": chunks_schema(own.chunk_length * own.tokenizer.token_bytes),
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
+        "restored": TOMBSTONES_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
     }.get(FileName.parse(entry.path).kind, pa.schema([]))
     if FileName.parse(entry.path).kind == "chunks":
