@@ -156,10 +156,10 @@ def purge(
             agreed = planned
         return _carry_out(store, selection, planned, reason, who, erase)
 
-    return _until_not_overtaken(store, attempt)
+    return until_not_overtaken(store, attempt)
 
 
-def _until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
+def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
     """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
     for _ in range(ATTEMPTS):
         seen = store.refresh().number
@@ -208,7 +208,7 @@ def _carry_out(
             purged = selecting.commit_purge(store, run, selection, reason, who)
         if erase:
             victims = np.union1d(selection.chunks, selection.copies)
-            erased, rewritten = _until_not_overtaken(store, lambda: _erase(store, run, victims))
+            erased, rewritten = until_not_overtaken(store, lambda: _erase(store, run, victims))
             left = _clear(store, run)
             consumers = _consumers(store, victims)
     state = store.refresh()
@@ -261,11 +261,14 @@ def _is_covered(store: Store, selection: Selection) -> bool:
 
 
 def _erase(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
-    """Erase tombstoned chunks; return how many chunks and how many files were rewritten."""
+    """Erase tombstoned chunks; return how many chunks and how many files were rewritten.
+
+    ``ConflictError`` if any is none: the purge was taken back meanwhile.
+    """
     chunks = selecting.in_store(store, chunks)
-    victims = Tombstones(chunks[read_tombstones(store).contains(chunks)])
+    victims = Tombstones(chunks)
     stage = EraseStage(tuple(victims.ids.tolist()))
-    rewritten = sum(task.weight for task in stage.plan(store))
+    rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run)
 
     def build(state: State) -> Draft | None:
