@@ -47,10 +47,14 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a search gives; ``missing`` is what could not be searched, None: nothing."""
+    """What a search gives; ``missing`` is what could not be searched, None: nothing.
+
+    ``lacking`` living chunks are not in the index: they were purged when it was written, and taken back since.
+    """
 
     results: list[Found]
     missing: Missing | None = None
+    lacking: int = 0
 
 
 def command(
@@ -92,7 +96,8 @@ def command(
                 found = reader.search(
                     text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
                 )
-                missing = _missing(reader.database(index, allow_missing=allow_missing_shards))
+                database = reader.database(index, allow_missing=allow_missing_shards)
+                missing, lacking = _missing(database), database.lacking()
                 break
             except ErasedError:  # another command put other files in place of those that were just found
                 if attempt + 1 == _ATTEMPTS:
@@ -101,9 +106,14 @@ def command(
             Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
             for n in found
         ]
-        output.show(Results(results, missing), as_json, _text)
+        output.show(Results(results, missing, lacking), as_json, _text)
+        if lacking:
+            complete = shlex.join(["retrotool", "index", str(store), "--name", database.name])
+            output.note(
+                f"Not searched: {output.count(lacking, 'chunk')} taken back since the index was made. Add: {complete}"
+            )
         if missing is not None:
-            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", reader.database(index).name])
+            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", database.name])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"

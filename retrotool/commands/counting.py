@@ -35,7 +35,7 @@ def command_line(command: str, root: str | Path, **options: object) -> str:
     return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
 
 
-def neighbours_command(root: str | Path, queries: str | Path, name: str, again: Mapping[str, Any]) -> str:
+def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
     """The command that brings tables up to date which were made with ``again``: index, k and saved."""
     given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
     index = again["index"] or None
