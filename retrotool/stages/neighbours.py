@@ -110,7 +110,7 @@ class NeighboursStage:
         record = self.record(store, database)
         known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
-        version, held = _version(database, record), database.held()
+        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
         taken = _taken(store, database)
         tasks = []
         checked: set[tuple[Any, Any]] = set()
@@ -126,7 +126,7 @@ class NeighboursStage:
             if old is not None:
                 inputs["replaces"] = old.path
                 if _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                    inputs["mode"], inputs["new"] = _lacks(old, database, held)
+                    inputs["mode"], inputs["new"] = _lacks(old, database.store.state, held, incomplete)
                     settings["from"] = [old.path, inputs["mode"], *taken, self.k]
             if old is not None and inputs["mode"] == FEW:
                 few = _count_few(store, database, part, old, self.k, taken)
@@ -208,16 +208,18 @@ def parts_in(entry: FileEntry) -> list[int]:
     return [part for first, last in spans for part in range(first, last + 1)]
 
 
-def _lacks(entry: FileEntry, database: AnyDatabase, held: list[int]) -> tuple[str, list[int]]:
+def _lacks(entry: FileEntry, database: State, held: list[int], incomplete: set[int]) -> tuple[str, list[int]]:
     """What is to be searched for a table that is of the same index, and in which parts.
 
-    Parts that the index itself has not whole are left for when it has: a table does not say that it was sought there.
+    Parts that the index itself has not whole, ``incomplete``, are left for when it has: a table does not say that it
+    was sought there. Where neighbours are judged by their tokens, also by those of what follows them, one that was
+    judged while that was purged must not stay.
     """
     before, now = set(parts_in(entry)), set(held)
-    if not before <= now:
+    missed = missed_parts(database, _commit(entry)[0])
+    if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
         return WHOLE, held
-    missed = missed_parts(database.store.state, _commit(entry)[0])
-    new = sorted((now - before | missed & now) - database.incomplete())
+    new = sorted((now - before | missed & now) - incomplete)
     return (WHOLE if set(new) == now else MORE if new else FEW), new
 
 

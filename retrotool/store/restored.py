@@ -26,6 +26,9 @@ from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones
 
 PREFIX = "purge:"
 Record = Mapping[str, Any]
+_known: dict[str, Mapping[str, Record]] = {}
+"""Of some states, by their heads: they are asked for every file."""
+_KNOWN = 64
 
 
 def is_restored(record: Record) -> bool:
@@ -33,9 +36,14 @@ def is_restored(record: Record) -> bool:
     return "restored" in record
 
 
-def restored_purges(state: State) -> dict[str, Record]:
+def restored_purges(state: State) -> Mapping[str, Record]:
     """Records, by their ids, of the purges that were taken back."""
-    return {purge: record for purge, record in state.with_prefix(PREFIX).items() if is_restored(record)}
+    if state.head not in _known:
+        if len(_known) >= _KNOWN:
+            _known.clear()
+        found = {purge: record for purge, record in state.with_prefix(PREFIX).items() if is_restored(record)}
+        _known[state.head] = found
+    return _known[state.head]
 
 
 def standing_purges(state: State) -> dict[str, Record]:
@@ -73,7 +81,8 @@ def _commits(shard: FileEntry) -> dict[int, int | None]:
     """For each part that a shard holds, the commit whose tombstones were left out; None: nobody knows which."""
     about = shard.about or {}
     numbers = [int(part) for part in about.get("parts", ())]
-    return dict(zip(numbers, about.get("commits", [None] * len(numbers)), strict=True))
+    commits = about.get("commits", ())
+    return dict(zip(numbers, commits if len(commits) == len(numbers) else [None] * len(numbers), strict=True))
 
 
 def lacking_chunks(store: Store, shard: FileEntry, tombstones: Tombstones) -> npt.NDArray[np.int64]:
