@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import pyarrow.parquet as pq
 import pytest
-from conftest import Cli, make_rows, write_jsonl
+from conftest import WORDS, Cli, make_rows, write_jsonl
 from oracle import saved_neighbours
 from restore_help import assert_exact, back, exact, near, purge, verified
 
@@ -18,9 +18,11 @@ import retrotool
 from retrotool import RetroDataset, commands
 from retrotool.ann.choice import Wanted
 from retrotool.cli.purge_restore import show_restored
+from retrotool.commands import purging
 from retrotool.commands.indexing import Options
 from retrotool.commands.writing import writing
 from retrotool.stages import index as index_stage
+from retrotool.stages import purge as selecting
 from retrotool.stages import restore as restoring
 from retrotool.stages.materialise import MaterialiseStage
 from retrotool.store import staging
@@ -233,31 +235,33 @@ def test_what_is_staged_is_not_committed_over_a_purge_after_a_restore(store_copy
         for task in stage.plan(store):
             staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
         restoring.commit_restore(store, run, restoring.weigh(store, first), "test", "me")
-        purge_now = commands.purge(store_copy, commands.Selectors(document=("doc-8",)), reason="test")
-        assert purge_now.chunks
-        assert not staging.fold(store, run).committed
+        selected = purging.select(store, commands.Selectors(document=("doc-8",)).asked(store))
+        selecting.commit_purge(store, run, selected, "test", "me")
+        assert len(store.state.group("tombstones")) == 1
+        folded = staging.fold(store, run)
+        assert folded.refused and not folded.committed
 
 
 def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path, tiny_encoder: Path) -> None:
     """A neighbour whose continuation has the query word for word, and that was purged when it was judged."""
-    rows = make_rows(6, words=150)
-    query = " ".join(f"word{i}" for i in range(40))
-    rows += [{"id": "asks", "text": query}, {"id": "tells", "text": " ".join(["river"] * 64) + " " + query}]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
+    query, likewise = " ".join(WORDS[:40]), " ".join((WORDS[:40][::-1] * 2)[:64])
+    rows = [{"id": "asks", "text": query}, {"id": "tells", "text": f"{likewise} {query}"}]
     store = tmp_path / "store"
-    commands.chunk(store, [str(tmp_path / "rows.jsonl")], tokenizer=str(tiny_encoder), part_size=8)
+    for number, some in enumerate((make_rows(6, words=150), make_rows(5, first=20, words=150), rows)):
+        path = write_jsonl(tmp_path / f"{number}.jsonl", some)
+        commands.chunk(store, [str(path)], tokenizer=str(tiny_encoder))
     commands.embed(store, encoder=str(tiny_encoder))
     filters = commands.neighbour_options.FilterOptions(max_overlap=0.3)
     reader = retrotool.open(store)
     (asking, *_), (before, *following) = reader.document("asks"), reader.document("tells")
-    commands.neighbours(store, filters=filters, name="never")
+    commands.neighbours(store, filters=filters, saved=12, name="never")
     whole = near(store, "never")
     assert before not in next(row for row in whole if row[0] == asking)
     purged = commands.purge(store, commands.Selectors(chunk=tuple(following)), reason="test").purge
-    commands.neighbours(store, filters=filters)
+    commands.neighbours(store, filters=filters, saved=12)
     assert before in next(row for row in near(store) if row[0] == asking), "nothing that follows it is purged"
     back(store, purged)
-    commands.neighbours(store, filters=filters)
+    commands.neighbours(store, filters=filters, saved=12)
     assert near(store) == whole
 
 
