@@ -129,8 +129,10 @@ def command(
                 output.note(_planned(planned))
         result = commands.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
-        if result.not_embedded:
-            output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
+        left = [f"{output.count(result.not_embedded, 'chunk')} without embeddings"] if result.not_embedded else []
+        left += [f"{output.count(result.lacking, 'chunk')} taken back after a purge"] if result.lacking else []
+        if left:
+            output.note(f"Not indexed: {', '.join(left)}. Next:")
             output.note("\n".join(f"  {command}" for command in result.next))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
@@ -49,7 +49,8 @@ def _text(info: Info) -> str:
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
         kind = index.get("kind", "unfinished")
-        lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
+        lacking = f"; lacks {output.count(index['lacking'], 'chunk')} taken back" if "lacking" in index else ""
+        lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}{lacking}")
     lines += [f"  neighbours  {name}: {_neighbours(info, name)}" for name in info.neighbours]
     for one in info.consumers:
         gone = "" if one["there"] else "; it is not there now"
@@ -57,13 +58,19 @@ def _text(info: Info) -> str:
     if info.purged:
         lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, of purges and duplicate documents")
     lines += [
-        f"  {p}   {output.count(r['chunks'], 'chunk')} purged{' and erased' if r['erased'] else ''}: {r['reason']}"
-        for p, r in info.purges.items()
+        f"  {p}   {output.count(r['chunks'], 'chunk')} purged{_after(r)}: {r['reason']}" for p, r in info.purges.items()
     ]
     lines += _shape(info)
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run it again to go on")
     return "\n".join(lines)
+
+
+def _after(purge: dict[str, Any]) -> str:
+    """What became of a purge."""
+    if "restored" in purge:
+        return f" and taken back ({purge['restored_reason']})"
+    return " and erased" if purge["erased"] else ""
 
 
 def _neighbours(info: Info, name: str) -> str:
@@ -75,7 +82,8 @@ def _neighbours(info: Info, name: str) -> str:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
         return f"a mixture of {of} for {rows}{made}"
     words = in_words(about.get("filters", {}))
-    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "")
+    behind = f"; lacks chunks taken back, in {output.count(about['behind'], 'part')}" if "behind" in about else ""
+    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "") + behind
 
 
 def _materialised(info: Info, name: str) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.purge_restore import show_restored
 from retrotool.cli.purge_review import lines_of
 from retrotool.errors import UsageError
 
@@ -33,7 +34,9 @@ def command(
     store: StoreArgument,
     purges: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PURGE]...", help="With --erase: purges that were made before.", show_default=False),
+        typer.Argument(
+            metavar="[PURGE]...", help="With --erase or --restore: purges that were made before.", show_default=False
+        ),
     ] = None,
     reason: Annotated[
         str | None,
@@ -151,6 +154,7 @@ def command(
             metavar="AGE", help="With --erase: all purges that are older, such as 7d or 12h.", show_default=False
         ),
     ] = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
     as_json: Json = False,
 ) -> None:
     """Take chunks out: never returned again from the moment this ends.
@@ -176,6 +180,11 @@ def command(
             declined = not _agrees(_warning(planned, erase))
             return not declined
 
+        if restore:
+            if len(purges or ()) != 1 or selectors != commands.Selectors() or dry_run or erase or apply or older_than:
+                raise UsageError("--restore takes one purge back, and nothing else", "See: retrotool purge --help")
+            show_restored(commands.restore(store, (purges or [""])[0], reason=_given(reason), who=who), as_json)
+            return
         if purges or older_than is not None:
             if selectors != commands.Selectors() or dry_run or not erase:
                 raise UsageError(
@@ -191,10 +200,15 @@ def command(
         else:
             if apply is not None and selectors != commands.Selectors():
                 raise UsageError("--apply takes what was reviewed, and no selectors", "See: retrotool purge --help")
-            if reason is None:
-                raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
             result = commands.purge(
-                store, selectors, reason=reason, who=who, apply=apply, dry_run=dry_run, erase=erase, confirm=confirm
+                store,
+                selectors,
+                reason=_given(reason),
+                who=who,
+                apply=apply,
+                dry_run=dry_run,
+                erase=erase,
+                confirm=confirm,
             )
             if declined:
                 output.stop("Nothing was purged.", as_json)
@@ -202,6 +216,12 @@ def command(
             left = result.left
         for sentence in left:
             output.note(sentence)
+
+
+def _given(reason: str | None) -> str:
+    if reason is None:
+        raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
+    return reason
 
 
 def _seconds(age: str) -> float:

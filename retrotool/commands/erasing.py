@@ -132,13 +132,15 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
         if purge not in records:
             known = f"it has: {', '.join(records)}" if records else "it has none"
             raise UsageError(f"{store.root} has no purge {purge!r}; {known}", f"See: retrotool info {store.root}")
+        if "restored" in records[purge]:
+            raise UsageError(f"the purge {purge!r} was taken back: its chunks are not purged", "Purge them again.")
     if older_than is None:
         return list(dict.fromkeys(purges))
     before = datetime.fromtimestamp(time.time() - older_than, UTC)
     old = [
         purge
         for purge, record in records.items()
-        if not record["erased"]
+        if not (record["erased"] or "restored" in record)
         and (commit := log.read(store.root, int(record["commit"]))) is not None
         and datetime.fromisoformat(commit.time) < before
     ]
@@ -213,11 +215,14 @@ def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
 
 
 def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
-    """Erase tombstoned chunks; return how many chunks and how many files were rewritten."""
+    """Erase tombstoned chunks; return how many chunks and how many files were rewritten.
+
+    ``ConflictError`` if any is none: the purge was taken back meanwhile.
+    """
     chunks = purging.in_store(store, chunks)
-    victims = Tombstones(chunks[read_tombstones(store).contains(chunks)])
+    victims = Tombstones(chunks)
     stage = EraseStage(tuple(victims.ids.tolist()))
-    rewritten = sum(task.weight for task in stage.plan(store))
+    rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run)
 
     def build(state: State) -> Draft | None:

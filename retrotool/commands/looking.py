@@ -11,12 +11,13 @@ from typing import Any
 
 from retrotool.ann import lists
 from retrotool.commands.neighbour_options import named
+from retrotool.commands.restoring import count_behind
 from retrotool.commands.shape import Shape, shape_of
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.stages.chunk_plan import unfinished_plans
 from retrotool.stages.consumers import consumers
 from retrotool.stages.database import count_living_keys
-from retrotool.stages.index_files import read_trained, shards, trained_entry
+from retrotool.stages.index_files import count_lacking, read_trained, shards, trained_entry
 from retrotool.stages.materialised import current_file
 from retrotool.stages.neighbour_filters import Filters
 from retrotool.stages.neighbours import database_of
@@ -165,6 +166,9 @@ def _covered(store: Store, tombstones: Tombstones, prefix: str, kind: str) -> di
 def _neighbours(store: Store, tombstones: Tombstones) -> dict[str, Any]:
     """Tables, with what is left out of them in names, and mixtures of them."""
     found = _covered(store, tombstones, "neighbours:", "neighbours")
+    for name, about in list(found.items()):
+        if tabled := count_behind(store, name)[0]:
+            found[name] = {**about, "behind": tabled}
     for name, about in found.items():
         if "mix" in about:
             of = [found[member["table"]] for member in about["mix"] if member["table"] in found]
@@ -191,7 +195,7 @@ def _materialised(store: Store, name: str) -> dict[str, Any]:
     """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
     group = store.state.group("materialised", name)
     entries = [entry for slot in group if (entry := group.get(slot)) is not None]
-    current = sum(current_file(store, name, int(slot)) is not None for slot in group)
+    current = sum(current_file(store, name, int(slot)) is not None for slot in group) - count_behind(store, name)[1]
     k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
     return {"k": k, "rows": rows, "bytes": size, "parts": len(entries), "current": current}
@@ -204,9 +208,11 @@ def _index(store: Store, name: str) -> dict[str, Any]:
     entries = list(shards(store.state, name).values())
     # The record keeps what was measured; an erase has taken vectors away since.
     vectors = sum(entry.rows for entry in entries)
+    lacking = {"lacking": n} if (n := count_lacking(store, name)) else {}
     return {
         **record,
         "vectors": vectors,
+        **lacking,
         "trained": trained.path if trained else None,
         "shards": [e.path for e in entries],
     }

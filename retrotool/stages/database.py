@@ -6,7 +6,6 @@ part's documents; across stores, or where documents of one id were kept, a join 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -18,8 +17,9 @@ from retrotool.ann.excluded import Excluded, Ids, Intervals
 from retrotool.errors import UsageError
 from retrotool.store import log, parts, vectors
 from retrotool.store.parts import Chunks
+from retrotool.store.restored import restored_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones, stands_for
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
@@ -138,9 +138,12 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
 
 
 def may_repeat(store: Store) -> bool:
-    """Whether several documents of one id may be living: if they were kept, or not looked for yet. The log knows."""
+    """Whether several documents of one id may be living: if they were kept, or not looked for yet. The log knows.
+
+    Also if one was purged, let in again, and the purge then taken back.
+    """
     plans = store.state.with_prefix("plan:").values()
-    return any(
+    return any(record.get("repeats") for record in restored_purges(store.state).values()) or any(
         not plan["finished"] or (plan.get("duplicates") == "keep" and plan.get("duplicates_by_id")) for plan in plans
     )
 
@@ -220,6 +223,5 @@ def last_change(store: Store) -> tuple[int, str]:
 
 
 def purges(store: Store) -> str:
-    """Stands for the tombstones of a store's view: another one after each purge. The log knows, no file is read."""
-    slots = " ".join(store.state.group("tombstones"))
-    return hashlib.blake2b(slots.encode(), digest_size=8).hexdigest()
+    """Stands for the tombstones of a store's view: the same for the same purges. The log knows, no file is read."""
+    return stands_for(store.state)

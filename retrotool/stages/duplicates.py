@@ -39,6 +39,7 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
+from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -161,8 +162,7 @@ def _span(state: State, plan_id: str) -> Span:
 
 def _purged(store: Store) -> Tombstones:
     """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
-    purges = store.state.with_prefix("purge:")
-    ids = [read_tombstones(store, purge).ids for purge in purges]
+    ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
 
 

@@ -10,6 +10,10 @@ A task is one of
 - a quarantine file that has excerpts. All of them go: a row that could not be read may be the victim's, and nothing
   but reading it tells whose it is.
 
+Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
+was begun, and a purge of which nothing is erased can still be taken back. A task reads the tombstones of its victims,
+so it is void when these are taken back meanwhile.
+
 Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
 victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
 are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
@@ -42,6 +46,7 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
+from retrotool.store.restored import tombstones_naming
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
@@ -69,13 +74,21 @@ class EraseStage:
         return Tombstones(np.unique(np.array(self.chunks, np.int64)))
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a part, shard, table and quarantine file that holds something of a victim."""
-        tasks = look_again(store, lambda: list(self._tasks(store, self.victims())))
+        """One task a part that holds a victim; if none does, one a shard, table and quarantine file.
+
+        ``ConflictError`` if a victim is no tombstone any more.
+        """
+        tasks = look_again(store, lambda: list(_parts_alone(self._tasks(store, self.victims()))))
         return [task for task in tasks if not staging.is_staged(store.root, task.key)]
+
+    def tasks(self, store: Store) -> list[Task]:
+        """All that there is to do, also what has to wait."""
+        return look_again(store, lambda: list(self._tasks(store, self.victims())))
 
     def _tasks(self, store: Store, victims: Tombstones) -> Iterator[Task]:
         if not len(victims):
             return
+        tombstones = tombstones_naming(store, victims)
         whole = hashlib.blake2b(victims.ids.tobytes(), digest_size=16).hexdigest()
         present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk
         for part in present:
@@ -83,11 +96,11 @@ class EraseStage:
             if self._holds(entries, lambda part=part: _holds(store, part, victims.rows(part))):  # type: ignore[misc]
                 paths = [entry.path for entry in entries]
                 key = task_key("erase", {"victims": victims.rows(part).tolist()}, paths)
-                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths})
+                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": tombstones})
         for label, what, entry, holds in _others(store, victims, present):
             if self._holds([entry], holds):
                 key = task_key("erase", {**what, "victims": whole}, [entry.path])
-                yield Task(key, label, 1, {**what, "paths": [entry.path]})
+                yield Task(key, label, 1, {**what, "paths": [entry.path], "reads": tombstones})
 
     def _holds(self, entries: list[FileEntry], holds: Callable[[], bool]) -> bool:
         paths = {entry.path for entry in entries}
@@ -101,6 +114,16 @@ class EraseStage:
     def open(self, store: Store) -> EraseWorker:
         """Nothing to load."""
         return EraseWorker(store, self.victims())
+
+
+def _parts_alone(tasks: Iterator[Task]) -> Iterator[Task]:
+    """Tasks until the first that is no part's, or all if there is none of a part."""
+    of_parts = False
+    for task in tasks:
+        if of_parts and "part" not in task.inputs:
+            return
+        of_parts = "part" in task.inputs
+        yield task
 
 
 def look_again(store: Store, look: Callable[[], _Result]) -> _Result:
@@ -212,15 +235,15 @@ class EraseWorker:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
-        old = tuple(task.inputs["paths"])
-        self._check_there(old)
+        old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
+        self._check_there((*old, *tombstones))
         try:
             add = self._rewritten(task, run)
         except CorruptError:
             self._check_there(old)
             raise
         report(task.weight)
-        return Staged(task.key, "erase", run, reads=old, add=tuple(add), remove=old)
+        return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
     def _check_there(self, paths: tuple[str, ...]) -> None:
         state = self._store.refresh()

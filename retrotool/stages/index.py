@@ -2,7 +2,8 @@
 
 Only keys are indexed, trained on and counted. The first task trains (``stages.training``); then each window of parts is
 a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
-the same training; ``merge`` joins those of a window. Which index it is is chosen once, from the vectors that are there
+the same training; ``merge`` joins those of a window. A shard that was written while chunks were purged which were taken
+back since is coded anew. Which index it is is chosen once, from the vectors that are there
 (``ann.choice``), and kept with the training.
 
 The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
@@ -38,6 +39,7 @@ from retrotool.stages.database import (
 from retrotool.stages.drift import ranges
 from retrotool.stages.index_files import (
     check_sum,
+    commits_of,
     encoder_of,
     fit_of,
     free_slot,
@@ -55,6 +57,7 @@ from retrotool.stages.training import check_finite, train
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_slot
+from retrotool.store.restored import lacking_parts
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -137,7 +140,7 @@ class IndexStage:
         there = set(embedded_parts(store, self.encoder))
         tasks = []
         for slot, entry in shards(store.state, self.index, self.generation).items():
-            if entry.path in self.broken:
+            if entry.path in self.broken or lacking_parts(store.state, entry):
                 numbers = [part for part in parts_of(entry) if part in there]
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
                 key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
@@ -152,7 +155,7 @@ class IndexStage:
             found.setdefault(window, []).append((slot, entry))
         tasks = []
         for window, some in found.items():
-            if len(some) > 1:
+            if len(some) > 1 and not any(lacking_parts(store.state, entry) for _, entry in some):
                 paths = [entry.path for _, entry in some]
                 key = task_key("index", {"name": self.index, "merge": window}, paths)
                 inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
@@ -231,13 +234,14 @@ class IndexWorker:
     def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
         entry, trained = read_trained(store, stage.index, stage.generation)
-        tombstones = read_tombstones(store)
+        tombstones, commit = read_tombstones(store), store.state.number
         numbers = list(task.inputs["parts"])
         coded = _Coded(trained, self._device, sum(count_keys(store, part) for part in numbers))
         for part in numbers:
             coded.add_part(store, stage.encoder, part, tombstones, report)
         slot = task.inputs["slot"]
-        written = self._write(run, slot, *coded.all(), trained, {"parts": numbers, "fit": coded.fit})
+        about = {"parts": numbers, "commits": [commit] * len(numbers), "fit": coded.fit}
+        written = self._write(run, slot, *coded.all(), trained, about)
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
         replaced = task.inputs.get("replaces")
@@ -359,6 +363,10 @@ def _imbalance(numbers: Ids, nlist: int) -> float:
 
 
 def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
-    """What the log keeps of several shards as one: the parts, ascending, and how well the training fits each."""
+    """What the log keeps of several shards as one: the parts, ascending, and of each the commit and the fit."""
     fits = {part: fit for entry in entries for part, fit in zip(parts_of(entry), fit_of(entry), strict=True)}
-    return {"parts": sorted(fits), "fit": [fits[part] for part in sorted(fits)]}
+    commits = {part: commit for e in entries for part, commit in zip(parts_of(e), commits_of(e), strict=True)}
+    numbers = sorted(fits)
+    return {
+        "parts": numbers, "commits": [commits[part] for part in numbers], "fit": [fits[part] for part in numbers],
+    }  # fmt: skip

@@ -1,8 +1,9 @@
 """``neighbours --materialise``: the tokens of every row's neighbours in one file a part, for training loops to read.
 
 A task is a part of the query store that has tables. Its file is made anew once a table of it was, the weights of a
-mixture or k changed, or a chunk was purged that it holds; finding that out costs reading the file's ids once a run, and
-nothing as long as nothing was purged. The commit that brings a file removes the one before.
+mixture or k changed, a chunk was purged that it holds, or one taken back that it may lack; finding that out costs
+reading the file's ids once a run, and nothing as long as nothing was purged. The commit that brings a file removes the
+one before.
 
 A part is done in blocks of up to 0.5 GiB of tokens: ids are sorted over the whole database, and each row group that
 holds any of them is read once a block. So cost is writing (1 µs a row) and, for each block, 3 ms for each of these row
@@ -35,6 +36,7 @@ from retrotool.stages.materialised import (
     current_file,
     lost_continuations,
     lost_rows,
+    misses_restored,
 )
 from retrotool.stages.reading import NeighbourReader
 from retrotool.store import disk, materialised, parts, staging
@@ -44,7 +46,7 @@ from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones, stands_for
 
 BLOCK_BYTES = 1 << 29
 _Held = list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]
@@ -88,7 +90,9 @@ class MaterialiseStage:
 
 
 def _is_fresh(reader: NeighbourReader, entry: FileEntry) -> bool:
-    """Whether a current file holds nothing that is purged."""
+    """Whether a current file holds nothing that is purged, and lacks nothing that was taken back."""
+    if misses_restored(entry, reader.databases):
+        return False
     now = [purges(member.store) for member in reader.members]
     if [database["purges"] for database in (entry.about or {})["databases"]] == now:
         return True
@@ -113,7 +117,7 @@ class MaterialiseWorker:
         """Write one part's file; ``ErasedError`` if its tables were replaced, or chunks purged that it would hold."""
         store = self._store
         state = store.refresh()
-        tombstones = len(state.group("tombstones"))
+        tombstones = stands_for(state)
         reader = NeighbourReader(store, self._table)
         part = int(task.inputs["part"])
         tables = [entry.path for entry in reader.entries(part)]

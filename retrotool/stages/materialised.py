@@ -2,7 +2,8 @@
 
 A materialised file is current if it is of the tables as they are, of their weights, and of as many neighbours as are
 asked for. What was purged since it was made is seen by its ids: a row that lost a neighbour is read from the tables,
-where the next one saved takes the place, and a continuation that was purged is left out. So both ways give the same.
+where the next one saved takes the place, and a continuation that was purged is left out. A file that was made while
+chunks were purged which were taken back since is not current. So both ways give the same.
 
 Cost: current, one read a row group; rows that lost something, and all rows of files that are not current, cost their
 row group of the table, and the row groups of the database that their neighbours lie in (``stages.pieces``). Of all
@@ -26,6 +27,7 @@ from retrotool.store import materialised, parts, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.materialised import ERASED, Materialised
 from retrotool.store.parts import ROW_GROUP
+from retrotool.store.restored import missed_parts
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR
 
@@ -61,6 +63,15 @@ def current_file(store: Store, name: str, part: int, k: int = 1) -> FileEntry | 
     if any(about.get(key) != value for key, value in _source(store, name, part).items()) or about.get("k", 0) < k:
         return None
     return entry
+
+
+def misses_restored(entry: FileEntry, databases: Sequence[Store]) -> bool:
+    """Whether a file was made while chunks of its databases, in their order, were purged that were taken back since.
+
+    The tables have them, or will have: then rows of the file are not what the tables give.
+    """
+    told = (entry.about or {})["databases"]
+    return any(missed_parts(one.state, int(of["commit"])) for one, of in zip(databases, told, strict=True))
 
 
 def check_tokenizers(reader: NeighbourReader) -> None:
@@ -113,7 +124,9 @@ class MaterialisedReader:
     def _file(self, part: int) -> FileEntry | None:
         if part not in self._files:
             self.reader.entries(part)  # ids mean what they meant
-            self._files[part] = current_file(self.reader.store, self.reader.name, part, self.k)
+            entry = current_file(self.reader.store, self.reader.name, part, self.k)
+            stale = entry is not None and misses_restored(entry, self.reader.databases)
+            self._files[part] = None if stale else entry
         return self._files[part]
 
     def read(self, blocks: Sequence[Block], spare: int = 0) -> Materialised:

@@ -42,6 +42,7 @@ from retrotool.stages.neighbours import (
 )
 from retrotool.store import tables
 from retrotool.store.paths import FileName, part_slot
+from retrotool.store.restored import stands_for_restored
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
@@ -72,7 +73,7 @@ class NeighboursWorker:
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Find the neighbours of one part, or what its table lacks."""
         store, stage = self._store, self._stage
-        store.refresh()
+        restored = stands_for_restored(store.refresh())
         database = self._current_database()
         part = int(task.inputs["part"])
         vectors = read_part_vectors(store, database.encoder, part)
@@ -99,8 +100,11 @@ class NeighboursWorker:
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": purges(database.store),
-            "searched": ranges(database.held()), "probed": probed_by(database), **with_filters(stage.filters),
+            "searched": ranges(sorted(set(database.held()) - database.incomplete())),
+            "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
+        if restored:
+            about["restored"] = restored
         if erased := erased_of(store, database):
             about["erased"] = erased
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)

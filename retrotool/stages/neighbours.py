@@ -8,9 +8,12 @@ that it is of was tuned or trained anew. Once the
 database has parts that it had not, only these are searched, and what is found is merged with what the table has. After
 purges only the rows are searched again that have fewer than k neighbours left; finding them costs reading the tables
 once, and nothing as long as nothing was purged. That is also when entries leave a table of another store that name a
-chunk which the database has erased since. A name is of one database: its record is set with the first task, or
-before (``claim``), and each table says in the log which index, and which commit of the database, it is from. So what
-two runs wrote under one name is told apart, and so is a copy of the database that went its own way.
+chunk which the database has erased since. What was taken back after it was purged (``store.restored``) is searched for
+in the tables that were made meanwhile, once the index has it.
+
+A name is of one database: its record is set with the first task, or before (``claim``), and each table says in the log
+which index, and which commit of the database, it is from. So what two runs wrote under one name is told apart, and so
+is a copy of the database that went its own way.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from retrotool.store import parts, staging, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
+from retrotool.store.restored import missed_parts, stands_for_restored
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
@@ -57,7 +61,7 @@ SAME = ("index", "encoder")
 WHOLE, FEW, MORE = "whole", "few", "more"
 """What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
 
-_counted: dict[tuple[str, str, str, str, int], int | None] = {}
+_counted: dict[tuple[str, str, str, str, str, int], int | None] = {}
 """Rows to refill by table, what was purged and erased, and k: a plan is made several times in one run."""
 _COUNTED = 1 << 17
 
@@ -107,7 +111,7 @@ class NeighboursStage:
         record = self.record(store, database)
         known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
-        version, held = _version(database, record), database.held()
+        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
         taken = _taken(store, database)
         tasks = []
         checked: set[tuple[Any, Any]] = set()
@@ -123,15 +127,13 @@ class NeighboursStage:
             if old is not None:
                 inputs["replaces"] = old.path
                 if _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                    inputs["new"] = sorted(set(held) - set(parts_in(old)))
-                    inputs["mode"] = _mode(set(parts_in(old)), set(held))
+                    inputs["mode"], inputs["new"] = _lacks(old, database.store.state, held, incomplete)
+                    settings["from"] = [old.path, inputs["mode"], *taken, self.k]
             if old is not None and inputs["mode"] == FEW:
                 few = _count_few(store, database, part, old, self.k, taken)
                 if few is None:
                     continue
                 weight = few
-            if inputs["mode"] != WHOLE:
-                settings["from"] = [inputs["replaces"], inputs["mode"], *taken, self.k]
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
@@ -214,9 +216,19 @@ def probed_by(database: AnyDatabase) -> int:
     return min(database.point.nprobe, database.trained.nlist)
 
 
-def _mode(before: set[int], now: set[int]) -> str:
-    """What is to be done of a table that is of the same index."""
-    return FEW if before == now else MORE if before < now else WHOLE
+def _lacks(entry: FileEntry, database: State, held: list[int], incomplete: set[int]) -> tuple[str, list[int]]:
+    """What is to be searched for a table that is of the same index, and in which parts.
+
+    Parts that the index itself has not whole, ``incomplete``, are left for when it has: a table does not say that it
+    was sought there. Where neighbours are judged by their tokens, also by those of what follows them, one that was
+    judged while that was purged must not stay.
+    """
+    before, now = set(parts_in(entry)), set(held)
+    missed = missed_parts(database, _commit(entry)[0])
+    if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
+        return WHOLE, held
+    new = sorted((now - before | missed & now) - incomplete)
+    return (WHOLE if set(new) == now else MORE if new else FEW), new
 
 
 def with_filters(filters: Filters) -> dict[str, Any]:
@@ -280,9 +292,12 @@ def _database_in(store: Store, entry: FileEntry) -> str | None:
     return str(metadata.get(b"retrotool.database", b"").decode())
 
 
-def _taken(store: Store, database: AnyDatabase) -> tuple[str, str, str]:
-    """What stands for all that was purged of database and queries, and erased of the database."""
-    return purges(database.store), purges(store), erased_of(store, database)
+def _taken(store: Store, database: AnyDatabase) -> tuple[str, str, str, str]:
+    """What stands for all that was purged of database and queries, erased of the database, given back to the queries.
+
+    Rows of queries that were taken back are empty where they were purged when the table was made.
+    """
+    return purges(database.store), purges(store), erased_of(store, database), stands_for_restored(store.state)
 
 
 def erased_of(store: Store, database: AnyDatabase) -> str:
@@ -293,14 +308,14 @@ def erased_of(store: Store, database: AnyDatabase) -> str:
 
 
 def _count_few(
-    store: Store, database: AnyDatabase, part: int, old: FileEntry, k: int, taken: tuple[str, str, str]
+    store: Store, database: AnyDatabase, part: int, old: FileEntry, k: int, taken: tuple[str, str, str, str]
 ) -> int | None:
     """How many rows of a table are to be refilled, None if there is nothing to do, not even to take out what is erased.
 
-    Reads the table only if chunks were purged or erased since it was made.
+    Reads the table only if chunks were purged or erased since it was made, or queries taken back.
     """
     about = old.about or {}
-    if about.get("purges") == taken[0] and about.get("erased", "") == taken[2]:
+    if (about.get("purges"), about.get("erased", ""), about.get("restored", "")) == (taken[0], *taken[2:]):
         return None
     key = (old.path, *taken, k)
     if key not in _counted:

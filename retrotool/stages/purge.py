@@ -28,6 +28,7 @@ from retrotool.store.blocked import Hashes, read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
+from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -61,9 +62,9 @@ class Selection:
 
 
 def same_selector(store: Store, asked: Asked) -> dict[str, bool]:
-    """Purges that asked for the same before, and whether they are erased."""
+    """Purges that asked for the same before, and were not taken back; and whether they are erased."""
     wanted = (asked.kind, store.identity.keyed_hash(asked.literal))
-    records = store.state.with_prefix("purge:")
+    records = standing_purges(store.state)
     return {p: r["erased"] for p, r in records.items() if (r["selector"], r["hash"]) == wanted}
 
 
@@ -139,7 +140,7 @@ def weigh(
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
         rows = rows[n_tokens[rows] > 0]
         tokens += int(n_tokens[rows].sum())
-        documents += _documents_ended(doc, n_tokens, tombstones.rows(part), rows)
+        documents += documents_ended(doc, n_tokens, tombstones.rows(part), rows)
         living.append(parts.chunk_ids(part, rows))
     ids = np.concatenate(living) if living else np.zeros(0, np.int64)
     hashes = _hashes_to_block(store, chunks)
@@ -172,7 +173,7 @@ def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
 
     Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
     """
-    purges = [read_tombstones(store, purge).ids for purge in store.state.with_prefix("purge:")]
+    purges = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
     purged = Tombstones(np.unique(np.concatenate([chunks, *purges])))
     secret = store.identity.secret
     found = [np.zeros(0, blocked.HASH)]
@@ -189,7 +190,7 @@ def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     return np.unique(np.concatenate(found))
 
 
-def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
+def documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
     """How many documents of a part have their last living chunk among ``rows``."""
     alive = n_tokens > 0
     alive[before] = False
@@ -265,7 +266,7 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
 
     What other purges erased counts, and so does what left the store with its part.
     """
-    records = store.state.with_prefix("purge:")
+    records = standing_purges(store.state)
     before = [tombstones_of(store, purge) for purge, record in records.items() if record["erased"]]
     gone = Tombstones(np.unique(np.concatenate([erased.ids, *before])))
     waiting = {purge: in_store(store, tombstones_of(store, purge)) for purge, r in records.items() if not r["erased"]}

@@ -26,8 +26,10 @@ from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.stages.database import read_part_vectors
 from retrotool.stages.index_files import (
+    count_lacking,
     default_index,
     held_parts,
+    incomplete_parts,
     index_key,
     parts_of,
     read_shards,
@@ -189,6 +191,14 @@ class Database:
     def held(self) -> list[int]:
         """Numbers of the parts that are searched, ascending."""
         return held_parts(self.store.state, self.name)
+
+    def incomplete(self) -> set[int]:
+        """Numbers of the parts of which the index lacks chunks that were purged, and taken back since."""
+        return incomplete_parts(self.store.state, self.name)
+
+    def lacking(self) -> int:
+        """How many living keys these are."""
+        return count_lacking(self.store, self.name)
 
     def reads(self) -> list[str]:
         """Paths of the files that are searched, which an erase replaces."""

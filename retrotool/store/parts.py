@@ -267,6 +267,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
         "tombstones": TOMBSTONES_SCHEMA,
         "selections": TOMBSTONES_SCHEMA,
         "scans": SCANS_SCHEMA,
+        "restored": TOMBSTONES_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
         "proofs": PROOFS_SCHEMA,
     }.get(FileName.parse(entry.path).kind, pa.schema([]))

@@ -22,6 +22,7 @@ DATA_KINDS = (
     "neighbours",
     "materialised",
     "tombstones",
+    "restored",
     "blocked",
     "proofs",
     "quarantine",

@@ -26,6 +26,7 @@ from retrotool.store.paths import FileName, generation_in
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
+from retrotool.store.tombstones import stands_for
 
 COUNTS = ("documents", "chunks", "tokens", "set_aside")
 """What is counted of a unit, of a plan and of the store."""
@@ -52,8 +53,8 @@ class Unit:
 class Staged:
     """A finished task. ``records`` are set if they are absent, and must be equal if they are there.
 
-    ``tombstones``: how many files of them there were when it was done, where chunks that are purged since must not come
-    into the store again; None: no matter.
+    ``tombstones``: what stood for them when it was begun, where chunks that are purged since must not come into the
+    store again; None: no matter.
     """
 
     task: str
@@ -65,7 +66,7 @@ class Staged:
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
-    tombstones: int | None = None
+    tombstones: str | None = None
 
     def files(self) -> list[str]:
         """Paths of all files the task wrote."""
@@ -268,8 +269,8 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     for key, value in task.records.items():
         if known.get(key, value) != value:
             reason = f"{key} was made with other settings meanwhile"
-    # An erase needs a purge first, so whoever began before the erase began with fewer files of tombstones.
-    if task.tombstones is not None and task.tombstones != len(state.group("tombstones")):
+    # An erase needs a purge first, so whoever began before the erase began with other tombstones.
+    if task.tombstones is not None and task.tombstones != stands_for(state):
         reason = "chunks were purged meanwhile"
     return reason or _overlap(state, draft, task)
 

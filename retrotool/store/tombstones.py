@@ -1,10 +1,12 @@
 """Tombstones: the chunks that are purged. Every reader looks through them.
 
-A purge is one sorted file of chunk ids; the set of a view is their union, 8 bytes a chunk in memory.
+A purge is one sorted file of chunk ids; the set of a view is their union, 8 bytes a chunk in memory. When a purge is
+taken back its file leaves the state, and a copy stays in ``restored/``: a view from before still has these tombstones.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrotool.errors import CorruptError, ErasedError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
+from retrotool.store.state import State
 from retrotool.store.store import Store
+
+KEPT = "restored"
+"""The kind of the files that keep which chunks a purge had that was taken back."""
 
 
 class Tombstones:
@@ -55,6 +62,26 @@ def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Tombstones of the store's view, or of one purge."""
     group = store.state.group("tombstones")
-    entries = [entry for slot in (group if purge is None else [purge]) if (entry := group.get(slot)) is not None]
-    ids = [parts.read_parquet(store, entry)["chunk"].to_numpy() for entry in entries]
+    slots = list(group) if purge is None else [purge]
+    ids = [_read(store, slot, entry) for slot in slots if (entry := group.get(slot)) is not None]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
+
+
+def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
+    """The ids of a file; from what is kept of them if the purge was taken back since the view was opened."""
+    try:
+        ids: npt.NDArray[np.int64] = parts.read_parquet(store, entry)["chunk"].to_numpy()
+    except (ErasedError, CorruptError):
+        # Between being found and being read a file can be gone, which then looks like damage.
+        newest = Store.open(store.root)
+        kept = newest.state.file(KEPT, slot)
+        if newest.state.has(entry.path) or kept is None:
+            raise
+        ids = parts.read_parquet(newest, kept)["chunk"].to_numpy()
+    return ids
+
+
+def stands_for(state: State) -> str:
+    """Stands for the tombstones of a state: the same for the same purges. The log knows, no file is read."""
+    slots = " ".join(state.group("tombstones"))
+    return hashlib.blake2b(slots.encode(), digest_size=8).hexdigest()

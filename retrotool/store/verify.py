@@ -85,6 +85,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
                 total += _check_part(checked, part)
     check_ids(checked, checked.tombstones.ids, "tombstones")
     references.check_blocked(checked)
+    references.check_restored(checked)
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index", lambda slot: not slot.startswith("recall"))
     result.neighbours = references.check_neighbours(checked)

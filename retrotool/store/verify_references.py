@@ -21,8 +21,10 @@ from retrotool.store.checked import Checked, Ids, check_ids, is_within
 from retrotool.store.digest import lines_digest
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
+from retrotool.store.restored import lacking_chunks, restored_chunks, restored_purges
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.tombstones import KEPT, Tombstones
 
 Fits = Callable[[int, npt.NDArray[np.float16]], bool]
 """Tells whether what a list has in a row may stand for a vector [d]."""
@@ -84,6 +86,24 @@ def check_blocked(checked: Checked) -> None:
             if entry.path not in checked.broken:
                 with checked.noting(entry.path):
                     read_hashes(checked.store, entry)
+
+
+def check_restored(checked: Checked) -> None:
+    """Of a purge that was taken back nothing is left but which chunks it had."""
+    state = checked.store.state
+    restored = restored_purges(state)
+    for purge, record in restored.items():
+        left = [kind for kind in ("tombstones", "blocked", "selectors") if state.file(kind, purge) is not None]
+        checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]
+        if record.get("erased"):
+            checked.problems.append(f"purge {purge} was taken back, and is erased")
+    for slot in state.group(KEPT):
+        entry = state.file(KEPT, slot)
+        if slot.partition(".")[0] not in restored:
+            checked.problems.append(f"{KEPT}/{slot}: there is no purge {slot} that was taken back")
+        elif entry is not None and entry.path not in checked.broken:
+            with checked.noting(entry.path):
+                check_ids(checked, restored_chunks(checked.store, slot), entry.path)
 
 
 def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
@@ -150,6 +170,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
     if not check_ids(checked, ids, entry.path, withdrawn=False):
         return
     encoder = _encoder_of_index(checked.store, name, generation_in(FileName.parse(entry.path).slot))
+    again = Tombstones(lacking_chunks(checked.store, entry, checked.tombstones))  # the next ``index`` adds them
     expected = lacking = unembedded = 0
     for part in covered:
         if not (0 <= part < len(checked.rows) and checked.rows[part]):
@@ -164,6 +185,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         # An erase takes parts and shards one after another.
         unembedded += int((~checked.erasing().contains(ids[low:high][~embedded[rows]])).sum())
         embedded[checked.tombstones.rows(part)] = False
+        embedded[again.rows(part)] = False
         vectors_of = checked.store.state.part_file("embeddings", part, encoder)
         embedded[checked.zeros.get(vectors_of.path if vectors_of else "", np.zeros(0, np.int64))] = False
         embedded[rows] = False

@@ -26,6 +26,7 @@ from retrotool.ann.choice import Wanted
 from retrotool.commands import indexing
 from retrotool.commands.indexing import Options
 from retrotool.commands.looking import info, verify
+from retrotool.commands.restoring import restore
 from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.stages.duplicates import finish_plans
@@ -135,6 +136,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
             shutil.copytree(before, stores[name])
         step(stores[name])
         before = stores[name]
+    stores["restore"] = Path(shutil.copytree(stores["purge"], root / "restore"))
+    commands.purge(stores["restore"], commands.Selectors(documents=str(root / "victims.txt")), reason="test")
+    lists_index(stores["restore"])
     stores["lists"] = stores["index"]
     stores["renew"] = Path(shutil.copytree(stores["index"], root / "renew"))
     grown(stores["renew"])
@@ -154,6 +158,12 @@ def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> o
 def drop_if_there(store: Path) -> None:
     with contextlib.suppress(UsageError):
         indexing.drop(store, name="lists")
+
+
+def restore_if_purged(store: Path) -> None:
+    (purge,) = commands.info(store).purges
+    with contextlib.suppress(UsageError):
+        restore(store, purge, reason="test")
 
 
 def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
@@ -183,11 +193,12 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("materialise", commands.materialise, logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
+        Case("restore", restore_if_purged, (*logical, "indexes"), [False]),
     ]
 
 
 CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "mend", "neighbours", "both", "materialise"]
-CASES += ["purge", "erase"]
+CASES += ["purge", "erase", "restore"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
@@ -274,3 +285,4 @@ def check_after(store: Path, case: Case, expected: Verification) -> None:
     shown = info(store)
     assert shown.unfinished == 0
     assert [purge["erased"] for purge in shown.purges.values()] == case.purges
+    assert all(("restored" in purge) == (case.name == "restore") for purge in shown.purges.values())

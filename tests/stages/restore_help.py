@@ -1,0 +1,53 @@
+"""Taking purges back in tests, and what stores then give."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from oracle import saved_neighbours
+
+import retrotool
+from retrotool import commands
+from retrotool.commands.purging import PurgeResult
+from retrotool.commands.restoring import RestoreResult, restore
+
+SAME = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "documents", "chunks", "tokens")
+
+
+def purge(store: Path, *names: str, erase: bool = False) -> PurgeResult:
+    return commands.purge(store, commands.Selectors(document=names), reason="test", erase=erase)
+
+
+def back(store: Path, purged: str) -> RestoreResult:
+    return restore(store, purged, reason="it was another one")
+
+
+def verified(store: Path) -> dict[str, object]:
+    found = commands.verify(store)
+    assert found.problems == []
+    return {name: getattr(found, name) for name in SAME}
+
+
+def near(store: Path, name: str = "main") -> list[list[int]]:
+    """Ids of all living neighbours of all living chunks, nearest first."""
+    reader = retrotool.open(store)
+    ids = [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)]
+    return [[chunk, *(i for i, _ in reader.neighbour_ids(chunk, name, 20))] for chunk in ids]
+
+
+def exact(store: Path, scratch: Path, **options: object) -> tuple[np.ndarray, np.ndarray]:
+    """What exact search gives for a store as it is now, computed at once and elsewhere."""
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    shutil.copytree(store, scratch)
+    commands.neighbours(scratch, name="truth", search=commands.neighbour_tables.SearchOptions(exact=True), **options)
+    return saved_neighbours(scratch, "truth")
+
+
+def assert_exact(store: Path, scratch: Path, name: str = "main") -> None:
+    ids, distances = saved_neighbours(store, name)
+    true_ids, true_distances = exact(store, scratch)
+    np.testing.assert_allclose(distances, true_distances, rtol=1e-3, atol=1e-3)
+    assert (ids == true_ids).mean() > 0.999

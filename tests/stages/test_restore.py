@@ -1,0 +1,246 @@
+"""A purge that is taken back leaves what there was, as long as nothing of it is erased."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+from restore_help import back, near, purge, verified
+
+import retrotool
+from retrotool import commands
+from retrotool.commands.restoring import restore
+from retrotool.commands.writing import writing
+from retrotool.errors import ConflictError, UsageError
+from retrotool.stages import purge as selecting
+from retrotool.stages import restore as restoring
+from retrotool.stages.erase import EraseStage
+from retrotool.store import staging
+from retrotool.store.blocked import read_blocked
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.restored import restored_chunks
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones, write_tombstones
+
+
+def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> None:
+    before, found = verified(store_copy), near(store_copy)
+    totals = Store.open(store_copy).state.records["totals"]
+    encoder = retrotool.open(store_copy).load_encoder()
+    text = retrotool.open(store_copy).chunk(retrotool.open(store_copy).document("doc-7")[0]).text
+    hits = [n.id for n in retrotool.open(store_copy).search(text, 20, encoder=encoder)]
+    purged = purge(store_copy, "doc-7", "doc-30")
+    assert verified(store_copy) != before and near(store_copy) != found
+    result = back(store_copy, purged.purge)
+    assert (result.chunks, result.documents, result.tokens) == (purged.chunks, purged.documents, purged.tokens)
+    assert (result.still_purged, result.named_by, result.repeats, result.indexes, result.tables) == (0, (), 0, (), ())
+    assert verified(store_copy) == before
+    assert near(store_copy) == found
+    assert [n.id for n in retrotool.open(store_copy).search(text, 20, encoder=encoder)] == hits
+    state = Store.open(store_copy).state
+    assert state.records["totals"] == totals
+    record = state.records[f"purge:{purged.purge}"]
+    assert record["restored"] == state.number == result.commit
+    assert record["restored_reason"] == "it was another one" and record["restored_by"]
+    assert not len(read_blocked(Store.open(store_copy)))
+    assert [state.file(kind, purged.purge) for kind in ("tombstones", "blocked", "selectors")] == [None] * 3
+    assert commands.neighbours(store_copy).queries == 0 and verified(store_copy) == before
+    assert commands.info(store_copy).purges[purged.purge]["restored"] == result.commit
+
+
+def test_appending_the_same_crawl_gives_what_it_gave_before(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = make_rows(12, words=60)
+    one = write_jsonl(tmp_path / "one.jsonl", rows)
+    two = write_jsonl(tmp_path / "two.jsonl", [*rows, *make_rows(2, first=50, words=60)])
+    plain, store = tmp_path / "plain", tmp_path / "store"
+    for path in (plain, store):
+        commands.chunk(path, [str(one)], tokenizer=str(tiny_encoder), part_size=8)
+    purged = purge(store, "doc-3", "doc-8").purge
+    back(store, purged)
+    for path in (plain, store):
+        commands.chunk(path, [str(two)], tokenizer=str(tiny_encoder), part_size=8)
+    names = ("content", "ids", "tombstones", "documents", "chunks", "tokens")
+    assert {n: verified(store)[n] for n in names} == {n: verified(plain)[n] for n in names}
+    assert commands.info(store).documents == 14
+
+
+def test_what_another_purge_names_stays_purged(store_copy: Path) -> None:
+    chunks = retrotool.open(store_copy).document("doc-7")
+    assert len(chunks) > 2
+    one = commands.purge(store_copy, commands.Selectors(chunk=tuple(chunks[:2])), reason="test").purge
+    two = commands.purge(store_copy, commands.Selectors(chunk=tuple(chunks[1:])), reason="test").purge
+    result = back(store_copy, one)
+    assert (result.chunks, result.documents, result.still_purged, result.named_by) == (1, 1, 1, (two,))
+    reader = retrotool.open(store_copy)
+    assert reader.is_living(chunks).tolist() == [True, *[False] * (len(chunks) - 1)]
+    assert verified(store_copy)
+    result = back(store_copy, two)
+    assert (result.chunks, result.documents) == (len(chunks) - 1, 0)
+    assert retrotool.open(store_copy).is_living(chunks).all()
+    assert verified(store_copy)
+
+
+def test_what_a_chunk_set_aside_stays_so(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = make_rows(8, words=60)
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[3], "id": "again"}])
+    store = tmp_path / "store"
+    commands.chunk(store, [str(tmp_path / "rows.jsonl")], tokenizer=str(tiny_encoder))
+    before = verified(store)
+    ids = np.flatnonzero(read_tombstones(Store.open(store)).ids >= 0)
+    assert len(ids)
+    purged = purge(store, "doc-3", "again").purge
+    result = back(store, purged)
+    assert result.still_purged > 0 and result.named_by == () and result.chunks > 0
+    assert verified(store) == before
+
+
+def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> None:
+    with pytest.raises(UsageError, match="no purge 'p0'") as error:
+        back(store_copy, "p0")
+    assert "none" in error.value.advice
+    one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8", erase=True).purge
+    with pytest.raises(UsageError, match="no purge 'p0'") as error:
+        back(store_copy, "p0")
+    assert one in error.value.advice and two not in error.value.advice
+    with pytest.raises(UsageError, match="is erased"):
+        back(store_copy, two)
+    with pytest.raises(UsageError, match="--reason is empty"):
+        restore(store_copy, one, reason=" ")
+    done = back(store_copy, one)
+    with pytest.raises(UsageError, match=f"already, by commit {done.commit}"):
+        back(store_copy, one)
+    assert Store.open(store_copy).state.number == done.commit, "nothing was committed"
+
+
+def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
+    purged = purge(store_copy, "doc-7", "doc-100").purge  # of two parts
+    store = Store.open(store_copy)
+    stage = EraseStage(tuple(read_tombstones(store).ids.tolist()))
+    with writing(store) as run:
+        task = stage.plan(store)[0]
+        staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
+        staging.fold(store, run)
+    with pytest.raises(UsageError, match="was begun") as error:
+        back(store_copy, purged)
+    assert "--erase" in error.value.advice
+    purge(store_copy, "doc-7", "doc-100", erase=True)
+    assert commands.info(store_copy).purges[purged]["erased"]
+    assert verified(store_copy)
+
+
+def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> None:
+    before = verified(store_copy)
+    purged = purge(store_copy, "doc-7").purge
+    store = Store.open(store_copy)
+    stage = EraseStage(tuple(read_tombstones(store).ids.tolist()))
+    with writing(store) as run:
+        (task,) = stage.plan(store)
+        staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
+        state = restoring.commit_restore(store, run, restoring.weigh(store, purged), "test", "me")
+        assert "restored" in state.records[f"purge:{purged}"]
+        assert len(staging.fold(store, run).refused) == 1
+        with pytest.raises(ConflictError, match="taken back"):
+            stage.plan(store)
+    assert verified(store_copy) == before
+
+
+def test_an_erase_goes_on_with_a_purge_of_its_own_if_it_was_taken_back(
+    store_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = selecting.commit_purge
+    committed: list[str] = []
+
+    def overtaken(*arguments: Any) -> str:
+        committed.append(commit(*arguments))
+        if len(committed) == 1:
+            back(store_copy, committed[0])
+        return committed[-1]
+
+    monkeypatch.setattr(selecting, "commit_purge", overtaken)
+    result = purge(store_copy, "doc-7", erase=True)
+    assert len(committed) == 2 and result.purge == committed[1]
+    assert result.erased == result.chunks > 0
+    shown = commands.info(store_copy).purges
+    assert [shown[one]["erased"] for one in committed] == [False, True]
+    assert verified(store_copy)
+
+
+def test_a_restore_that_an_erase_overtakes_is_refused(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    purged = purge(store_copy, "doc-7").purge
+    weigh = restoring.weigh
+
+    def overtaken(store: Store, one: str) -> restoring.Restorable:
+        found = weigh(store, one)
+        monkeypatch.setattr(restoring, "weigh", weigh)
+        purge(store_copy, "doc-7", erase=True)
+        return found
+
+    monkeypatch.setattr(restoring, "weigh", overtaken)
+    with pytest.raises(UsageError, match="is erased"):
+        back(store_copy, purged)
+    assert verified(store_copy)
+    assert not list((store_copy / "restored").glob("*"))
+
+
+def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = retrotool.open(store_copy).document("doc-7")
+    purged = purge(store_copy, "doc-7").purge
+    weigh = restoring.weigh
+
+    def overtaken(store: Store, one: str) -> restoring.Restorable:
+        found = weigh(store, one)
+        monkeypatch.setattr(restoring, "weigh", weigh)
+        commands.purge(store_copy, commands.Selectors(chunk=(chunks[0], 0)), reason="test")
+        return found
+
+    monkeypatch.setattr(restoring, "weigh", overtaken)
+    assert back(store_copy, purged).still_purged == 1
+    assert retrotool.open(store_copy).is_living(chunks).tolist() == [False, *[True] * (len(chunks) - 1)]
+    assert verified(store_copy)
+
+
+def test_what_was_taken_back_can_be_purged_and_erased(store_copy: Path) -> None:
+    first = purge(store_copy, "doc-7")
+    back(store_copy, first.purge)
+    second = purge(store_copy, "doc-7")
+    assert second.purge not in ("", first.purge) and second.chunks == first.chunks
+    assert len(read_blocked(Store.open(store_copy)))
+    back(store_copy, second.purge)
+    third = purge(store_copy, "doc-7", erase=True)
+    assert third.erased == first.chunks
+    shown = commands.info(store_copy).purges
+    assert [shown[one.purge]["erased"] for one in (first, second, third)] == [False, False, True]
+    assert verified(store_copy)
+
+
+def test_open_readers_keep_their_view(store_copy: Path) -> None:
+    chunks = retrotool.open(store_copy).document("doc-7")
+    purged = purge(store_copy, "doc-7").purge
+    reader, view = retrotool.open(store_copy), Store.open(store_copy)
+    back(store_copy, purged)
+    assert not reader.is_living(chunks).any()
+    assert read_tombstones(view).contains(np.array(chunks)).all(), "also when it is read only now"
+    reader.refresh()
+    assert reader.is_living(chunks).all()
+    assert restored_chunks(Store.open(store_copy), purged).tolist() == chunks
+
+
+def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path) -> None:
+    purged = purge(store_copy, "doc-7").purge
+    store = Store.open(store_copy)
+    record = {**store.state.records[f"purge:{purged}"], "restored": 99, "parts": [[0, 0]], "repeats": 0}
+    with writing(store) as run:
+        store.commit(run, lambda _: Draft("restore", records={f"purge:{purged}": {**record, "erased": True}}))
+        name = FileName.new(run.id, "restored", "p0", "parquet")
+        kept = write_tombstones(store_copy, name, np.array([1 << 40]))
+        store.commit(run, lambda _: Draft("restore", add=(kept,)))
+    problems = commands.verify(store_copy).problems
+    left = [
+        f"purge {purged} was taken back, and still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")
+    ]
+    assert {*left, f"purge {purged} was taken back, and is erased"} <= set(problems)
+    assert "restored/p0: there is no purge p0 that was taken back" in problems
