@@ -19,7 +19,7 @@ from test_neighbour_filters import nothing as nothing_dropped
 import retrotool
 from retrotool import commands
 from retrotool.cli.purge import _consumer as describe
-from retrotool.commands import purging
+from retrotool.commands import erasing
 from retrotool.commands.neighbour_tables import SearchOptions
 from retrotool.stages.consumers import consumers, register
 from retrotool.store.runs import Run
@@ -196,7 +196,7 @@ def test_texts_that_cannot_be_reached_are_named_even_where_no_id_is_left(
     def refuse(*_: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(purging, "erase_consumed", refuse)
+    monkeypatch.setattr(erasing, "erase_consumed", refuse)
     (one,) = erase("doc-7").consumers
     assert one.materialised and not one.names
     assert describe(one).startswith("Left: the texts written with neighbours 't' of ")

@@ -15,7 +15,7 @@ from dataset_help import chunk, flat, make_large, same, two_stores
 
 import retrotool
 from retrotool import RetroDataset, commands, engine
-from retrotool.commands import purging
+from retrotool.commands import erasing
 from retrotool.commands.materialising import erase_consumed
 from retrotool.commands.neighbour_tables import SearchOptions
 from retrotool.commands.writing import writing
@@ -368,7 +368,7 @@ def test_an_erase_reaches_a_store_that_has_this_one_as_its_database(copies: tupl
     victims = [*ids[:3], follower]
     traces = tokens_of(database, victims)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(purging, "_erase_texts", lambda *_: None)  # as if it could not be written
+        patch.setattr(erasing, "_erase_texts", lambda *_: None)  # as if it could not be written
         purge_ids(database, *victims, erase=True)
     assert all(trace in bytes_of(training, "materialised") for trace in traces)
     masked = list(RetroDataset(training, **options))
