@@ -102,7 +102,8 @@ def info(root: str | Path) -> Info:
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, tombstones),
         materialised={name: _materialised(store, name) for name in state.names("materialised")},
-        purges=state.with_prefix("purge:"),
+        # The oldest first: their ids are random.
+        purges=dict(sorted(state.with_prefix("purge:").items(), key=lambda one: int(one[1]["commit"]))),
         tombstones=_files(store, "tombstones"),
         blocked=_files(store, "blocked"),
         quarantine=_files(store, "quarantine"),
