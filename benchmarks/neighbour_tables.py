@@ -55,7 +55,7 @@ def own(rows: npt.NDArray[np.int64], neighbours: npt.NDArray[np.int64], document
     place = np.searchsorted(ids, rows)
     living = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == rows)
     whose = number[np.minimum(np.searchsorted(ids, neighbours), len(ids) - 1)]
-    same = (whose == number[np.minimum(place, len(ids) - 1)][:, None]) & (neighbours >= 0) & living[:, None]
+    same = (whose == number[np.minimum(place, len(ids) - 1)][:, None]) & member(neighbours, ids) & living[:, None]
     return int(same.sum())
 
 
@@ -85,8 +85,10 @@ def purge(store: Path, n: int) -> None:
     names = {
         reader.chunk(int(rng.choice(reader.chunk_ids(int(rng.choice(reader.parts())))))).document for _ in range(n)
     }
-    command = [tool(), "purge", str(store), "--documents", *sorted(names), "--yes"]
-    subprocess.run(command, capture_output=True, check=True)
+    given = [word for name in sorted(names) for word in ("--document", name)]
+    subprocess.run(
+        [tool(), "purge", str(store), *given, "--reason", "benchmark", "--yes"], capture_output=True, check=True
+    )
 
 
 def look(store: Path, name: str, encoder: str, queries: int, folder: Path) -> None:
@@ -116,9 +118,9 @@ def look(store: Path, name: str, encoder: str, queries: int, folder: Path) -> No
         best = np.argpartition(apart, 10, axis=1)[:, :10]
         best = np.take_along_axis(best, np.argsort(np.take_along_axis(apart, best, 1), 1), 1)
         for j, i in enumerate(some.tolist()):
-            for k in hits:
-                hits[k] += len(np.intersect1d(ids[best[j, :k]], neighbours[i, :k]))
             there = member(neighbours[i], ids)
+            for k in hits:  # of what a reader is given
+                hits[k] += len(np.intersect1d(ids[best[j, :k]], neighbours[i][there][:k]))
             exact = ((vectors[np.searchsorted(ids, neighbours[i][there])] - vectors[place[j]]) ** 2).sum(1)
             off = max(off, float(np.abs(exact - distances[i][there]).max(initial=0)))
     for k, n in hits.items():

@@ -7,7 +7,6 @@ commit has overtaken is selected, or planned, again; ``confirm`` is asked again 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,9 +25,9 @@ from retrotool.commands.erasing import (
     until_not_overtaken,
 )
 from retrotool.commands.review import Review, review
-from retrotool.commands.selecting import Selectors, check_text
+from retrotool.commands.selecting import Selectors, signed
 from retrotool.commands.writing import writing
-from retrotool.errors import StorageError, UsageError
+from retrotool.errors import StorageError
 from retrotool.stages import purge as selecting
 from retrotool.stages.purge import Selection
 from retrotool.stages.reviewed import read_selection, write_selection
@@ -109,11 +108,7 @@ def purge(
     ``reason`` and ``who`` (None: the user of this process) stay in the log. ``confirm`` is asked with what would be
     done, unless it is a dry run; False leaves everything as it is.
     """
-    if not reason.strip():
-        raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
-    check_text("--reason", reason)
-    who = getpass.getuser() if who is None else who
-    check_text("--who", who)
+    who = signed(reason, who)
     store = Store.open(root)
     asked = selectors.asked(store) if apply is None else read_selection(store, apply)
     agreed: PurgeResult | None = None

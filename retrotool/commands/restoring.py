@@ -6,15 +6,14 @@ took. The result names each with the command that does it. An index goes first: 
 
 from __future__ import annotations
 
-import getpass
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from retrotool.commands.counting import command_line, neighbours_command
 from retrotool.commands.erasing import until_not_overtaken
-from retrotool.commands.selecting import check_text
+from retrotool.commands.selecting import signed
 from retrotool.commands.writing import writing
-from retrotool.errors import RetrotoolError, UsageError
+from retrotool.errors import RetrotoolError
 from retrotool.stages import restore as restoring
 from retrotool.stages.consumers import consumers, is_of_this
 from retrotool.stages.index_files import count_lacking
@@ -75,11 +74,7 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
 
     ``reason`` and ``who`` (None: the user of this process) stay in the log.
     """
-    if not reason.strip():
-        raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
-    check_text("--reason", reason)
-    who = getpass.getuser() if who is None else who
-    check_text("--who", who)
+    who = signed(reason, who)
     store = Store.open(root)
     with writing(store) as run:  # which takes away what one that was killed left of the files
 

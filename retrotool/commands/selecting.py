@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +118,20 @@ def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
         raise UsageError(
             f"{option} {path} can't be read: {error.strerror}", "Give a file with one id a line."
         ) from error
+
+
+def signed(reason: str, who: str | None) -> str:
+    """Who does it, for the log: ``who``, or the user of this process; ``UsageError`` if what is said can't stay there."""
+    if not reason.strip():
+        raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
+    if who is None:
+        try:
+            who = getpass.getuser()
+        except (KeyError, OSError):  # a container's user may have a number and no name
+            who = f"user {os.getuid()}"
+    check_text("--reason", reason)
+    check_text("--who", who)
+    return who
 
 
 def check_text(option: str, text: str) -> None:

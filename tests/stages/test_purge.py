@@ -394,3 +394,17 @@ def test_no_text_stands_in_the_log(store_copy: Path, tmp_path: Path) -> None:
     assert b"store chunk" not in log
     shutil.rmtree(store_copy / "checkpoints", ignore_errors=True)
     assert commands.info(store_copy).purges.popitem()[1]["reason"] == "request 17"
+
+
+def test_who_purges_stays_in_the_log_also_where_a_user_has_no_name(
+    store_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    named = commands.purge(store_copy, commands.Selectors(document=("doc-1",)), reason="r", who="the legal team").purge
+    monkeypatch.setattr("getpass.getuser", nobody)
+    nameless = commands.purge(store_copy, commands.Selectors(document=("doc-2",)), reason="r").purge
+    records = Store.open(store_copy).state.records
+    assert records[f"purge:{named}"]["who"] == "the legal team"
+    assert records[f"purge:{nameless}"]["who"].startswith("user ")
