@@ -136,7 +136,7 @@ def purge(
 def _reviewed(store: Store, selection: Selection, planned: PurgeResult) -> PurgeResult:
     """What a dry run tells besides; the selection is written down, if there is anything in it and it can be."""
     name = ""
-    if len(selection.living):
+    if len(selection.living) or selection.asked.scan:
         with contextlib.suppress(StorageError), writing(store) as run:
             name = write_selection(store, run, selection.asked, selection.living)
     return replace(planned, review=review(store, selection), selection=name)

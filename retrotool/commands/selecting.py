@@ -14,6 +14,7 @@ from retrotool.stages.selectors.contaminates import Contaminates
 from retrotool.stages.selectors.copies import NearDuplicates
 from retrotool.stages.selectors.patterns import Patterns, read_patterns
 from retrotool.stages.selectors.pii import KINDS, PersonalData
+from retrotool.stages.selectors.spans import compiled
 from retrotool.stages.selectors.terms import Terms, read_terms
 from retrotool.store.store import Store
 
@@ -72,8 +73,6 @@ class Selectors:
                         "With --allow-lossy it is held against what is left, in lower case if the tokenizer has only "
                         "that, with one space between two words and none beside anything else.",
                     )
-        for selector in scanned:
-            selector.open(store)  # what can't be looked for is told before anything is read
         return Asked(tuple(given), tuple(scanned), self.every, self.whole_documents)
 
     def _scanned(self, store: Store) -> list[Selector]:
@@ -81,6 +80,7 @@ class Selectors:
         patterns: tuple[str, ...] = ()
         if self.pattern is not None:
             check_text("--pattern", self.pattern)
+            compiled(self.pattern)  # what can't be is told before anything is read
             patterns += (self.pattern,)
         if self.patterns is not None:
             patterns += read_patterns(str(self.patterns))
@@ -121,7 +121,7 @@ def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
 
 
 def signed(reason: str, who: str | None) -> str:
-    """Who does it, for the log: ``who``, or the user of this process; ``UsageError`` if what is said can't stay there."""
+    """Who does it, for the log: ``who`` or the user of this process; ``UsageError`` for words that can't stay there."""
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
     if who is None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from retrotool.errors import UsageError
 from retrotool.stages.selection import Asked, Ids, Reviewed
+from retrotool.stages.selectors.scan import scan_files
 from retrotool.store import parts
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
@@ -35,14 +36,22 @@ class _Written:
 
 
 def write_selection(store: Store, run: Run, asked: Asked, chunks: Ids) -> str:
-    """Write down a selection, and commit it; return its id."""
+    """Write down a selection, and commit it; return its id, "" if there is nothing in it.
+
+    What was scanned for it is not needed any more, and goes with that commit.
+    """
+    scan = asked.scan.scan(store) if asked.scan else ""
+    if not len(chunks):
+        if gone := scan_files(store.state, scan):
+            store.commit(run, lambda _: Draft("select", {"selector": asked.kind}, remove=tuple(gone)))
+        return ""
     name = "s" + secrets.token_hex(4)
     about = {"kind": asked.kind, "literal": asked.literal, "store": store.identity.uuid}
     table = pa.table([pa.array(np.sort(chunks), pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
     table = table.replace_schema_metadata({_ASKED: orjson.dumps(about)})
     entry = parts.write_parquet(store.root, FileName.new(run.id, KIND, name, "parquet"), table)
     settings = {"selection": name, "selector": asked.kind, "hash": store.identity.keyed_hash(asked.literal)}
-    store.commit(run, lambda _: Draft("select", settings, add=(entry,)))
+    store.commit(run, lambda state: Draft("select", settings, add=(entry,), remove=tuple(scan_files(state, scan))))
     return name
 
 
@@ -61,7 +70,7 @@ def read_selection(store: Store, name: str) -> Asked:
     if written.store != store.identity.uuid:
         raise UsageError(f"the selection {name!r} is of another store", "Select anew with --dry-run.")
     _check_there(store, name, chunks)
-    return Asked(reviewed=Reviewed(name, written.kind, written.literal, tuple(chunks.tolist())))
+    return Asked(reviewed=Reviewed(name, written.kind, written.literal, chunks))
 
 
 def _check_there(store: Store, name: str, chunks: Ids) -> None:

@@ -78,7 +78,7 @@ class Reviewed:
     name: str
     kind: str
     literal: str
-    chunks: tuple[int, ...]
+    chunks: Ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Chosen:
 def choose(store: Store, asked: Asked, *, missing_ok: bool = False, report: Report = lambda _: None) -> Chosen:
     """The chunks that are asked for; the scan must have been done."""
     if asked.reviewed is not None:
-        chunks = np.array(asked.reviewed.chunks, np.int64)
+        chunks = asked.reviewed.chunks
         return Chosen(chunks, (Match(asked.reviewed.kind, "", len(chunks)),), Found.joined([]))
     sets: list[Ids] = []
     matches: list[Match] = []
