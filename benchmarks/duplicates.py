@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from machine import describe
 
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
@@ -71,7 +71,7 @@ def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: 
     text[again > 0.98] = 0
     table = pa.table(
         [parts.fixed_binary(hashed(key)), parts.fixed_binary(hashed(text)), pa.array(np.arange(rows), pa.int32())],
-        schema=parts.KEYS_SCHEMA,
+        schema=schemas.KEYS_SCHEMA,
     ).sort_by("key")
     names = [FileName.new(run.id, kind, part_slot(part), "parquet") for kind in ("keys", "chunks")]
     return [parts.write_parquet(store.root, names[0], table), FileEntry(names[1].path, rows, 0, "")]

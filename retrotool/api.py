@@ -26,7 +26,7 @@ from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import living, pick_encoder, read_part_vectors
 from retrotool.stages.neighbours import check_table, database_of, members_of
 from retrotool.stages.searching import Database, Point
-from retrotool.store import parts, tables
+from retrotool.store import parts, schemas, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
 from retrotool.store.store import Store
@@ -200,7 +200,7 @@ class Reader:
         Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
         the order of chunk ids, that is living. The others are read as all chunks are, by their ids (``chunk_ids``).
         """
-        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
+        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
         for part in self.parts():
             table = self._keys(part)
             places = table["doc"].filter(pc.equal(table["key"], pa.scalar(key, table["key"].type)))

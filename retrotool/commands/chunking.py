@@ -23,7 +23,7 @@ from retrotool.stages.chunk_plan import Wanted, commit_plan, known_findings, may
 from retrotool.stages.duplicates import DuplicateCounts, finish_plans
 from retrotool.stages.retry_plan import commit_retry
 from retrotool.stages.withdraw import go_on_exactly
-from retrotool.store import disk, parts, runs
+from retrotool.store import disk, runs, schemas
 from retrotool.store.runs import Run
 from retrotool.store.staging import PLAN_COUNTS, Staged
 from retrotool.store.store import Store
@@ -211,7 +211,7 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
         if value is not None and not _is_utf8(value):
             raise UsageError(f"{value!a} is not UTF-8", "Fields and separators are text.")
     for name in fields.keep:
-        if name in parts.RESERVED_COLUMNS or not name:
+        if name in schemas.RESERVED_COLUMNS or not name:
             raise UsageError(
                 f"--keep {name}: the store has a column of this name already", "Rename the field in the input."
             )

@@ -30,7 +30,7 @@ from retrotool.stages.index_files import measured_files
 from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
 from retrotool.stages.selectors import scan
-from retrotool.store import log, staging
+from retrotool.store import folding, log
 from retrotool.store.clean import clean, clean_spool
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -243,7 +243,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
 def clear(store: Store, run: Run) -> list[str]:
     """Take away what may hold what was erased, and say what must stay."""
     # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
-    staging.fold(store, run)
+    folding.fold(store, run)
     clean(store, thorough=True)
     left = clean_spool(store, run.id)
     told = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from retrotool.store import staging
+from retrotool.store import folding
 from retrotool.store.clean import clean
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -17,5 +17,5 @@ def writing(store: Store) -> Iterator[Run]:
     with Run(store.root) as run:
         clean(store)
         # What dead runs had finished is kept; what an erase has overtaken since must not stay on the disk.
-        staging.fold(store, run)
+        folding.fold(store, run)
         yield run

@@ -21,7 +21,7 @@ from retrotool.engine.progress import Meter, Progress
 from retrotool.engine.task import ATTEMPTS, Ended, Enough, Failures, Telling, perform
 from retrotool.errors import RetrotoolError, TaskError
 from retrotool.stages.base import GivesUp, Stage, Task
-from retrotool.store import claims, staging
+from retrotool.store import claims, folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
@@ -55,7 +55,7 @@ def execute(
     try:
         while True:
             interrupts.check()
-            staging.fold(store, run)
+            folding.fold(store, run)
             store.refresh()
             tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
             if any(task.claimed for task in tasks):
@@ -68,16 +68,16 @@ def execute(
             for key in failures.given_up:
                 claims.release(store.root, key, run.id)  # a worker that was killed could not
             _give_up(stage, store, run, known, failures, enough)
-            for key, reason in staging.fold(store, run).refused.items():
+            for key, reason in folding.fold(store, run).refused.items():
                 refused[key] = refused.get(key, 0) + 1
                 if refused[key] >= ATTEMPTS:
                     label = known[key].label if key in known else key
                     failures.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
     except Ended:
         _give_up(stage, store, run, known, failures, None)
-        staging.fold(store, run)
+        folding.fold(store, run)
     except KeyboardInterrupt:
-        staging.fold(store, run)
+        folding.fold(store, run)
         raise
     for key, error in failures.given_up.items():
         if isinstance(error, RetrotoolError):
@@ -136,7 +136,7 @@ class _Folds:
     def now_and_then(self) -> None:
         """Commit if it is time to."""
         if time.monotonic() - self._last > FOLD_SECONDS:
-            staging.fold(self._store, self._run)
+            folding.fold(self._store, self._run)
             self._last = time.monotonic()
 
 

@@ -9,7 +9,7 @@ may be loaded, once), and ``worker(task, run, report)`` writes new files and ret
   where tasks are ``claimed`` it may go on with the others, for runs leave each other's alone;
 * a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
 
-In each case ``staging.stage`` makes the result known and any process may ``staging.fold``. Tasks are independent:
+In each case ``staging.stage`` makes the result known and any process may ``folding.fold``. Tasks are independent:
 any order, any machine, twice if need be. Resuming is planning again.
 """
 

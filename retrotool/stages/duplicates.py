@@ -34,7 +34,7 @@ from retrotool.stages.keysort import Places, Span
 from retrotool.stages.repeats import Repeats, locate, read_repeats
 from retrotool.stages.retry import parts_of
 from retrotool.stages.retry_plan import gather_quarantine, remembered, settle
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
@@ -223,7 +223,7 @@ def _set_aside(
     if first is None:
         return []
     name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
-    aside = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, itertools.chain([first], tables))
+    aside = parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, itertools.chain([first], tables))
     name = FileName.new(run.id, "tombstones", plan_id, "parquet")
     return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
 

@@ -30,7 +30,7 @@ from retrotool.errors import CorruptError
 from retrotool.stages.matching import KINDS, WINDOW, Matcher, Needles, proof_key, sampled, sampled_heads
 from retrotool.stages.purge import tombstones_of
 from retrotool.stages.views import cells_of, folded
-from retrotool.store import parts, vectors
+from retrotool.store import parts, schemas, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
@@ -92,7 +92,7 @@ class _Drawn:
         self._store, self._victims = store, victims
         self._lengths = {
             "tokens": TOKENS * identity.tokenizer.token_bytes, "text": TEXT_BYTES, "vector16": 2 * NUMBERS,
-            "vector32": 4 * NUMBERS, "key": parts.HASH_BYTES,
+            "vector32": 4 * NUMBERS, "key": schemas.HASH_BYTES,
         }  # fmt: skip
         self._found: list[tuple[int, int, bytes]] = []
         self._had: dict[str, set[int]] = {kind: set() for kind in KINDS}
@@ -225,9 +225,9 @@ def write_proofs(store: Store, name: FileName, needles: Needles) -> FileEntry:
     salt = secrets.token_bytes(32)
     hashed = needles.hashed(store.identity.secret, salt)
     assert hashed.tags is not None
-    column = np.frombuffer(b"".join(hashed.proofs), np.uint8).reshape(-1, parts.HASH_BYTES)
+    column = np.frombuffer(b"".join(hashed.proofs), np.uint8).reshape(-1, schemas.HASH_BYTES)
     about = {"salt": salt.hex(), "lengths": hashed.lengths, "lacking": hashed.lacking}
-    schema = parts.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(about)})
+    schema = schemas.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(about)})
     arrays = [pa.array(hashed.kinds), pa.array(hashed.tags.astype(np.uint32)), parts.fixed_binary(column)]
     return parts.write_parquet(store.root, name, pa.table(arrays, schema=schema))
 

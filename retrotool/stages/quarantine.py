@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrotool.sources import SetAside
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 
@@ -92,7 +92,7 @@ class Quarantine:
 
     def write(self, root: Path, name: FileName) -> FileEntry | None:
         """Write what was gathered; None if that is nothing."""
-        return parts.write_batches(root, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
+        return parts.write_batches(root, name, schemas.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
 
     def _batches(self) -> Iterator[pa.Table]:
         inputs, reasons = pa.array(self._inputs, pa.string()), pa.array(list(self._reasons), pa.string())
@@ -109,6 +109,6 @@ class Quarantine:
                 reasons.take(pa.array(np.array(self._reason[rows]))),
                 pa.array(excerpts + [""] * (stop - start - len(excerpts)), pa.string()),
                 pa.array([rows_before for rows_before, _ in damage], pa.int64()),
-                pa.array([prefix for _, prefix in damage], pa.binary(parts.HASH_BYTES)),
+                pa.array([prefix for _, prefix in damage], pa.binary(schemas.HASH_BYTES)),
             ]
-            yield pa.table(columns, schema=parts.QUARANTINE_SCHEMA)
+            yield pa.table(columns, schema=schemas.QUARANTINE_SCHEMA)

@@ -22,7 +22,7 @@ from retrotool.sources.files import COMPRESSIBLE
 from retrotool.sources.lines import count_lines
 from retrotool.stages.chunk_plan import Plan
 from retrotool.stages.keysort import Places
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
@@ -152,4 +152,4 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         "reason": [BY_TEXT if text else BY_ID for text in by_text.tolist()],
         **dict.fromkeys(("excerpt", "rows_before", "prefix"), [None] * n),
     }
-    return parts.columns_of(columns, parts.QUARANTINE_SCHEMA)
+    return parts.columns_of(columns, schemas.QUARANTINE_SCHEMA)

@@ -26,7 +26,7 @@ from retrotool.stages.drift import ranges
 from retrotool.stages.neighbours import database_of, parts_in
 from retrotool.stages.purge import COPIES, documents_ended, in_store
 from retrotool.stages.selection import Ids
-from retrotool.store import disk, parts, paths, tables
+from retrotool.store import disk, parts, paths, schemas, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
@@ -101,7 +101,7 @@ def weigh(store: Store, purge: str) -> Restorable:
     after, of_purges = _joined(others), _joined({s: i for s, i in others.items() if s.partition(".")[0] in standing})
     living: list[Ids] = [np.zeros(0, np.int64)]
     documents = tokens = 0
-    keys = [pa.chunked_array([], parts.KEYS_SCHEMA.field("key").type)]
+    keys = [pa.chunked_array([], schemas.KEYS_SCHEMA.field("key").type)]
     for part in np.unique(np.union1d(own, copies) >> PART_SHIFT).tolist():
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from retrotool import sources
 from retrotool.sources import Document, Fields, InputFile, SetAside
 from retrotool.stages.cutting import id_hash, text_hash
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
@@ -49,7 +49,7 @@ class Prefix:
 
     def __init__(self) -> None:
         self.documents = 0
-        self._digest = hashlib.blake2b(digest_size=parts.HASH_BYTES)
+        self._digest = hashlib.blake2b(digest_size=schemas.HASH_BYTES)
 
     def add(self, hashes: list[tuple[bytes, bytes]]) -> None:
         """Add documents by their key and text hash."""

@@ -30,7 +30,7 @@ from retrotool.stages.chunk_plan import (
     read_json,
 )  # fmt: skip
 from retrotool.stages.retry import Retry
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -253,7 +253,7 @@ def settle(store: Store, run: Run, plan_id: str, plan: Plan) -> Settled:
             name = FileName.new(run.id, "quarantine", FileName.parse(entry.path).slot, "parquet")
             tables = parts.read_tables(store, entry)
             left = (table.filter(pc.invert(pc.is_in(table["input"], retried))) for table in tables)
-            add.append(parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, left))
+            add.append(parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, left))
     return Settled(tuple(add), tuple(remove), less)
 
 
@@ -274,7 +274,7 @@ def gather_quarantine(store: Store, run: Run, plan_id: str) -> Settled:
         return Settled()
     name = FileName.new(run.id, "quarantine", plan_id, "parquet")
     tables = (table for entry in entries for table in parts.read_tables(store, entry))
-    whole = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, tables)
+    whole = parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, tables)
     return Settled((whole,), tuple(entry.path for entry in entries))
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from retrotool.errors import UsageError
 from retrotool.stages.selection import Asked, Ids, Reviewed
 from retrotool.stages.selectors.scan import scan_files
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
@@ -47,7 +47,7 @@ def write_selection(store: Store, run: Run, asked: Asked, chunks: Ids) -> str:
         return ""
     name = "s" + secrets.token_hex(4)
     about = {"kind": asked.kind, "literal": asked.literal, "store": store.identity.uuid}
-    table = pa.table([pa.array(np.sort(chunks), pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
+    table = pa.table([pa.array(np.sort(chunks), pa.int64())], schema=schemas.TOMBSTONES_SCHEMA)
     table = table.replace_schema_metadata({_ASKED: orjson.dumps(about)})
     entry = parts.write_parquet(store.root, FileName.new(run.id, KIND, name, "parquet"), table)
     settings = {"selection": name, "selector": asked.kind, "hash": store.identity.keyed_hash(asked.literal)}

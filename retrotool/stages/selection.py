@@ -26,7 +26,7 @@ from retrotool.stages.selectors.base import Selector
 from retrotool.stages.selectors.repeats import SHORTEST, select_duplicates
 from retrotool.stages.selectors.scan import Found, ScanStage, read_scan
 from retrotool.stages.where import Where
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
@@ -210,7 +210,7 @@ def select_documents(
     wanted = {name.removesuffix("\r"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
     keys = pa.array(
         [
-            hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
+            hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
             for name in wanted
         ],
         pa.binary(),

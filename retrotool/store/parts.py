@@ -23,74 +23,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, disk
+from retrotool.store import atomic, disk, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
-HASH_BYTES = 16
 _UNIQUE = frozenset(("tokens", "distances"))
 PART_SHIFT = 32
-
-RESERVED_COLUMNS = (
-    "id", "key", "text_hash", "source", "first_row", "n_chunks", "n_tokens", "input", "position", "doc", "part",
-)  # fmt: skip
-"""Names that a kept column can't have."""
-
-
-def documents_schema(keep: Sequence[str]) -> pa.Schema:
-    """Schema of a documents file with the kept columns ``keep``."""
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("key", pa.binary(HASH_BYTES)),
-            ("text_hash", pa.binary(HASH_BYTES)),
-            ("source", pa.string()),
-            ("first_row", pa.int32()),
-            ("n_chunks", pa.int32()),
-            ("n_tokens", pa.int64()),
-            ("input", pa.string()),
-            ("position", pa.int64()),
-            *((name, pa.string()) for name in keep),
-        ]
-    )
-
-
-KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
-TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
-BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
-SCANS_SCHEMA = pa.schema(
-    [
-        ("chunks", pa.int64()),
-        ("selectors", pa.int16()),
-        ("labels", pa.int32()),
-        ("begin", pa.int64()),
-        ("end", pa.int64()),
-    ]
-)
-PROOFS_SCHEMA = pa.schema([("kind", pa.uint8()), ("tag", pa.uint32()), ("hash", pa.binary(HASH_BYTES))])
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        ("input", pa.string()),
-        ("line", pa.int64()),
-        ("offset", pa.int64()),
-        ("reason", pa.string()),
-        ("excerpt", pa.string()),
-        ("rows_before", pa.int64()),
-        ("prefix", pa.binary(HASH_BYTES)),
-    ]
-)
-
-
-_KEY = pa.field("key", pa.bool_(), nullable=False)
-
-
-def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
-    """Schema of a chunks file whose tokens take ``chunk_bytes`` bytes a chunk; ``key``: with the optional column."""
-    names = ("row", "doc", "index", "n_tokens")
-    columns = [*((name, pa.int32()) for name in names), ("tokens", pa.binary(chunk_bytes))]
-    return pa.schema([*columns, _KEY] if key else columns)
 
 
 def chunk_ids(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -201,7 +141,7 @@ def _repeats(schema: pa.Schema) -> bool:
 
 
 def _has_values(schema: pa.Schema) -> bool:
-    return "key" in schema.names and schema.field("key").type == _KEY.type
+    return "key" in schema.names and schema.field("key").type == schemas.KEY.type
 
 
 def _count_keys(table: pa.Table) -> int:
@@ -259,19 +199,9 @@ def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = 
 def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
     """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
     own = store.identity
-    expected = {
-        "documents": documents_schema(()),
-        "keys": KEYS_SCHEMA,
-        "chunks": chunks_schema(own.chunk_length * own.tokenizer.token_bytes),
-        "quarantine": QUARANTINE_SCHEMA,
-        "tombstones": TOMBSTONES_SCHEMA,
-        "selections": TOMBSTONES_SCHEMA,
-        "scans": SCANS_SCHEMA,
-        "restored": TOMBSTONES_SCHEMA,
-        "blocked": BLOCKED_SCHEMA,
-        "proofs": PROOFS_SCHEMA,
-    }.get(FileName.parse(entry.path).kind, pa.schema([]))
-    if FileName.parse(entry.path).kind == "chunks":
+    kind = FileName.parse(entry.path).kind
+    expected = schemas.of_kind(kind, own.chunk_length * own.tokenizer.token_bytes)
+    if kind == "chunks":
         _check_key_column(entry, schema)
     # pyarrow leaves out in silence a column that is asked for and not there.
     wanted = [*(field.name for field in expected), *(columns or ())]
@@ -286,7 +216,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
 def _check_key_column(entry: FileEntry, schema: pa.Schema) -> None:
     """The log says whether a chunks file has the column ``key``: a footer that lost it would make keys of values."""
     found = schema.field("key").type if "key" in schema.names else None
-    due = _KEY.type if "keys" in (entry.about or {}) else None
+    due = schemas.KEY.type if "keys" in (entry.about or {}) else None
     if found != due:
         raise CorruptError(
             f"{entry.path}: its column 'key' is {found or 'missing'}, the log says {due or 'that it has none'}"
@@ -343,14 +273,14 @@ def chunks_table(
     some = key is not None and not np.all(key)
     return pa.table(
         [*columns, pa.array(key, pa.bool_())] if some else columns,
-        schema=chunks_schema(binary.type.byte_width, key=some),
+        schema=schemas.chunks_schema(binary.type.byte_width, key=some),
     )
 
 
 def keys_table(documents: pa.Table) -> pa.Table:
     """The table of a keys file for a documents table: erased documents left out, sorted by key."""
     doc = pa.array(np.arange(documents.num_rows), pa.int32())
-    table = pa.table([documents["key"], documents["text_hash"], doc], schema=KEYS_SCHEMA)
+    table = pa.table([documents["key"], documents["text_hash"], doc], schema=schemas.KEYS_SCHEMA)
     return table.filter(table["key"].is_valid()).sort_by([("key", "ascending"), ("doc", "ascending")])
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.errors import CorruptError, ErasedError
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
@@ -55,7 +55,7 @@ class Tombstones:
 def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
     """Write a purge's ids, sorted."""
     return parts.write_parquet(
-        root, name, pa.table([pa.array(np.sort(ids), pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
+        root, name, pa.table([pa.array(np.sort(ids), pa.int64())], schema=schemas.TOMBSTONES_SCHEMA)
     )
 
 

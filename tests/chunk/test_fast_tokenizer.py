@@ -12,7 +12,7 @@ from conftest import make_rows
 
 from retrotool import commands
 from retrotool.stages import chunk_plan
-from retrotool.store.staging import fold
+from retrotool.store.folding import fold
 from retrotool.store.store import Store
 from retrotool.tokenizers import FastTokenizer, TokensDiffer
 

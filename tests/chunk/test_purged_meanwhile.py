@@ -15,7 +15,7 @@ from retrotool.stages import chunk_plan
 from retrotool.stages.chunk import ChunkStage
 from retrotool.stages.chunk_plan import Wanted, commit_plan
 from retrotool.stages.withdraw import RECORD, go_on_exactly
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.tokenizers import FastTokenizer, TokensDiffer
@@ -77,7 +77,7 @@ def test_a_unit_without_the_purged_is_not_read_again(tmp_path, monkeypatch):
     purge(store, tmp_path, "jane")
     opened = Store.open(store)
     with Run(opened.root) as run:
-        assert staging.fold(opened, run).refused == {}
+        assert folding.fold(opened, run).refused == {}
 
 
 def test_the_totals_are_right_after_parts_are_taken_back_that_were_purged_from(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_the_totals_are_right_after_parts_are_taken_back_that_were_purged_from(t
     stage_units(store, paths, [0, 1], monkeypatch)
     opened = Store.open(store)
     with Run(opened.root) as run:
-        staging.fold(opened, run)
+        folding.fold(opened, run)
     purge(store, tmp_path, "doc-1", "doc-12", "jane")
     opened = Store.open(store)
     assert opened.state.records["totals"]["documents"] == 10

@@ -25,7 +25,7 @@ from retrotool.stages.base import Task
 from retrotool.stages.embed import EmbedStage
 from retrotool.stages.index import IndexStage
 from retrotool.stages.index_files import encoder_of, held_parts, shards
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
@@ -34,9 +34,9 @@ def nothing(_: int) -> None:
     """Reports to nobody."""
 
 
-def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Task) -> staging.Folded:
+def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Task) -> folding.Folded:
     engine.perform(stage.open(store), store.root, task, run.id, nothing)
-    return staging.fold(store, run)
+    return folding.fold(store, run)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_vectors_of_two_encoders_do_not_mix_under_one_name(chunked: Path, tmp_pa
         first, second = stages[0].plan(store)[0], stages[1].plan(store)[1]
         for stage, task in zip(stages, (first, second), strict=True):
             engine.perform(stage.open(store), store.root, task, run.id, nothing)
-        folded = staging.fold(store, run)
+        folded = folding.fold(store, run)
         assert len(folded.committed) == 1 and len(folded.refused) == 1
     with pytest.raises(UsageError, match="another encoder under the name"):
         commands.embed(chunked, encoder=str(other if first.key in folded.committed else one))

@@ -24,7 +24,7 @@ from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
 from retrotool.stages import erase, selection
 from retrotool.stages.chunk_plan import Wanted, commit_plan
-from retrotool.store import parts, staging, tables, tombstones
+from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
@@ -160,7 +160,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     with writing(opened) as run:
         for task in stage.tasks(opened):
             engine.perform(stage.open(opened), opened.root, task, run.id, lambda _: None)
-            staging.fold(opened, run)
+            folding.fold(opened, run)
             if "part" in task.inputs:
                 assert np.isin(victims.ids, shard_ids(opened)).all()
                 assert commands.verify(store_copy).problems == []

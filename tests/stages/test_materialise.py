@@ -25,8 +25,8 @@ from retrotool.stages.consumers import consumers
 from retrotool.stages.materialise import MaterialiseStage
 from retrotool.stages.materialised import MaterialisedReader
 from retrotool.stages.reading import NeighbourReader
+from retrotool.store import folding, parts, staging
 from retrotool.store import materialised as files
-from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.runs import Run
@@ -417,14 +417,14 @@ def test_an_erase_of_the_training_text_empties_its_rows(copies: tuple[Path, Path
 
 def perform_late(
     store: Store, run: Run, part: int, between: Callable[[], object], name: str = "main"
-) -> staging.Folded:
+) -> folding.Folded:
     """Do a part's task, and let something happen before it is committed."""
     stage = MaterialiseStage(name)
     (task,) = (task for task in stage.plan(store) if task.inputs["part"] == part)
     late = stage.open(store)(task, run.id, nothing)
     between()
     staging.stage(store.root, late)
-    return staging.fold(store, run)
+    return folding.fold(store, run)
 
 
 def test_what_was_materialised_before_a_purge_of_the_same_store_is_not_committed_after_it(store_copy: Path) -> None:

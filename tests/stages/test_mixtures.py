@@ -20,7 +20,7 @@ from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.stages import mixtures
 from retrotool.stages.reading import NeighbourReader
-from retrotool.store import disk, staging
+from retrotool.store import disk, folding
 from retrotool.store.log import Draft
 from retrotool.store.store import Store
 
@@ -280,7 +280,7 @@ def test_a_run_that_was_killed_while_it_gives_files_new_names(
     with monkeypatch.context() as patch:  # two links, the commit, and taking the old names away
         for name in ("link", "unlink"):
             patch.setattr(disk, name, killed(getattr(disk, name)))
-        patch.setattr(staging, "fold", lambda *_: None)
+        patch.setattr(folding, "fold", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             mix(("books", None))
     assert calls > at and read_all("m") == before

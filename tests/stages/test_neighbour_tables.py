@@ -15,7 +15,7 @@ from retrotool import commands, engine
 from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.stages.neighbours import NeighboursStage
-from retrotool.store import staging, tables
+from retrotool.store import folding, staging, tables
 from retrotool.store.store import Store
 
 
@@ -61,7 +61,7 @@ def test_two_runs_with_one_name_and_two_databases_do_not_mix(tmp_path: Path, tin
         late_file = (queries / "staging" / f"{planned.key}.json").rename(tmp_path / f"{planned.key}.json")
         engine.execute(early, theirs, rival)  # committed meanwhile
         late_file.rename(queries / "staging" / late_file.name)
-        assert list(staging.fold(ours, run).refused) == [planned.key]
+        assert list(folding.fold(ours, run).refused) == [planned.key]
         with pytest.raises(UsageError, match="of another database"):
             late.plan(ours)
     reader = retrotool.open(queries)
@@ -97,7 +97,7 @@ def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_cop
     with writing(store) as run:  # one task of a job array, and no end: the record is that of the first run
         task = stage.plan(store)[0]
         engine.perform(stage.open(store), store.root, task, run.id, nothing)
-        staging.fold(store, run)
+        folding.fold(store, run)
     reader = retrotool.open(store_copy)
     with pytest.raises(UsageError, match="part 0 has no neighbours 'main' of the index 'main' yet"):
         reader.neighbours(int(reader.chunk_ids(0)[0]))
@@ -234,7 +234,7 @@ def test_what_was_found_before_an_erase_is_not_committed_after_it(store_copy: Pa
         assert np.isin(victims, tables.read_table(store, late.add[0]).ids).any()
         purge(store_copy, "doc-115", erase=True)
         staging.stage(store.root, late)
-        assert staging.fold(store, run).refused
+        assert folding.fold(store, run).refused
         engine.execute(stage, store, run)
     assert not np.isin(saved_neighbours(store_copy, "late")[0], victims).any()
 

@@ -21,7 +21,7 @@ from retrotool.errors import ConflictError, ErasedError, UsageError
 from retrotool.stages import purge as selecting
 from retrotool.stages import selection
 from retrotool.stages.embed import EmbedStage
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -224,7 +224,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
         assert vector in everything(store_path)
         commands.purge(store_path, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
         assert staging.stage(store.root, late)
-        folded = staging.fold(store, run)
+        folded = folding.fold(store, run)
         assert list(folded.refused) == [task.key]
     assert vector not in everything(store_path)
     commands.embed(store_path, encoder=str(tiny_encoder))

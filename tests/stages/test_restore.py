@@ -18,7 +18,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.stages import purge as selecting
 from retrotool.stages import restore as restoring
 from retrotool.stages.erase import EraseStage
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -123,7 +123,7 @@ def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
     with writing(store) as run:
         task = stage.plan(store)[0]
         staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
-        staging.fold(store, run)
+        folding.fold(store, run)
     with pytest.raises(UsageError, match="was begun") as error:
         back(store_copy, purged)
     assert "--erase" in error.value.advice
@@ -142,7 +142,7 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
         staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
         state = restoring.commit_restore(store, run, restoring.weigh(store, purged), "test", "me")
         assert "restored" in state.records[f"purge:{purged}"]
-        assert len(staging.fold(store, run).refused) == 1
+        assert len(folding.fold(store, run).refused) == 1
         with pytest.raises(ConflictError, match="taken back"):
             stage.plan(store)
     assert verified(store_copy) == before

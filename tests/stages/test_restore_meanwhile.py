@@ -25,7 +25,7 @@ from retrotool.stages import index as index_stage
 from retrotool.stages import purge as selecting
 from retrotool.stages import restore as restoring
 from retrotool.stages.materialise import MaterialiseStage
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.restored import restored_chunks
@@ -238,7 +238,7 @@ def test_what_is_staged_is_not_committed_over_a_purge_after_a_restore(store_copy
         selected = purging.select(store, commands.Selectors(document=("doc-8",)).asked(store))
         selecting.commit_purge(store, run, selected, "test", "me")
         assert len(store.state.group("tombstones")) == 1
-        folded = staging.fold(store, run)
+        folded = folding.fold(store, run)
         assert folded.refused and not folded.committed
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from store_help import commit, make_store, write
 
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS, Staged, Unit
@@ -70,7 +70,7 @@ def staged_store(root: Path) -> Store:
     store = planned_store(root)
     with Run(store.root) as run:
         staging.stage(store.root, unit(store.root, run.id, "a", 0))
-        staging.fold(store, run)
+        folding.fold(store, run)
         for name, index in list(PARTS)[1:]:
             staging.stage(store.root, unit(store.root, run.id, name, index))
         read = store.state.part_file("chunks", 0).path

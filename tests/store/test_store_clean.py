@@ -12,7 +12,7 @@ import orjson
 import pytest
 from store_help import assert_whole, commit, files_in, live_files, make_store, write
 
-from retrotool.store import atomic, staging
+from retrotool.store import atomic, folding, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.clean import Spooled, clean, clean_spool
 from retrotool.store.paths import DATA_KINDS, NAMED_KINDS, FileName
@@ -113,7 +113,7 @@ def test_staged_files_are_kept_when_their_run_is_dead(store: Store) -> None:
     assert clean(store) == 0
     assert files_in(store.root) == {entry.path, "staging/task.json"}
     with Run(store.root) as run:
-        assert staging.fold(store, run).committed == {"task"}
+        assert folding.fold(store, run).committed == {"task"}
     assert_whole(store)
 
 

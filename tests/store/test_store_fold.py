@@ -23,7 +23,7 @@ from store_help import (
 )
 
 from retrotool.errors import StorageError
-from retrotool.store import staging
+from retrotool.store import folding
 from retrotool.store.clean import clean
 from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS
@@ -54,7 +54,7 @@ def each_step(store: Store) -> Iterator[tuple[int, Store]]:
     """The disk operations that a fold of ``store`` takes, by number, and a copy of the store for each."""
     copies = (Store.open(shutil.copytree(store.root, store.root.with_name(f"copy-{n}"))) for n in itertools.count())
     with Run(store.root) as run:
-        steps = announced(lambda: staging.fold(next(copies), run))
+        steps = announced(lambda: folding.fold(next(copies), run))
     assert {"mkdir", "link", "write", "fsync", "fsync_directory", "unlink"} == set(steps)
     for number, step in enumerate(steps):
         print(f"step {number}: {step}")  # pytest shows it if a test fails
@@ -63,28 +63,28 @@ def each_step(store: Store) -> Iterator[tuple[int, Store]]:
 
 def test_a_fold_commits_everything_and_a_second_one_nothing(staged: Store) -> None:
     with Run(staged.root) as run:
-        assert len(staging.fold(staged, run).committed) == 4
-        again = staging.fold(staged, run)
+        assert len(folding.fold(staged, run).committed) == 4
+        again = folding.fold(staged, run)
         assert (again.committed, again.refused) == (frozenset(), {})
     assert_folded_once(staged)
 
 
 def test_a_fold_killed_at_any_step_is_finished_by_the_next(staged: Store) -> None:
     for step, store in each_step(staged):
-        kill_at_step(step, store.root, lambda run, root=store.root: staging.fold(Store.open(root), run))
+        kill_at_step(step, store.root, lambda run, root=store.root: folding.fold(Store.open(root), run))
         with Run(store.root) as run:
             clean(store)
-            assert staging.fold(store, run).refused == {}
+            assert folding.fold(store, run).refused == {}
         assert_folded_once(store)
 
 
 def test_a_fold_that_fails_at_any_step_is_finished_by_the_next(staged: Store) -> None:
     for step, store in each_step(staged):
         with Run(store.root) as run, at_step(step, full_disk), pytest.raises(StorageError):
-            staging.fold(store, run)
+            folding.fold(store, run)
         with Run(store.root) as run:
             clean(store)
-            assert staging.fold(store, run).refused == {}
+            assert folding.fold(store, run).refused == {}
         assert_folded_once(store)
 
 
@@ -94,9 +94,9 @@ def test_another_process_may_fold_at_any_step(staged: Store) -> None:
         with (
             Run(store.root) as run,
             Run(store.root) as rival,
-            at_step(step, lambda other=other, rival=rival: staging.fold(other, rival)),
+            at_step(step, lambda other=other, rival=rival: folding.fold(other, rival)),
         ):
-            assert staging.fold(store, run).refused == {}
+            assert folding.fold(store, run).refused == {}
         clean(store)
         assert contents(store.refresh()) == contents(other.refresh())
         assert_folded_once(store)
@@ -106,7 +106,7 @@ def test_many_processes_fold_at_once(staged: Store) -> None:
     def work() -> None:
         own = Store.open(staged.root)
         with Run(staged.root) as run:
-            assert staging.fold(own, run).refused == {}
+            assert folding.fold(own, run).refused == {}
 
     children = [fork(work) for _ in range(8)]
     assert [exit_code(child) for child in children] == [0] * 8

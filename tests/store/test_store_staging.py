@@ -18,7 +18,7 @@ from store_help import (
     live_files,
 )
 
-from retrotool.store import staging
+from retrotool.store import folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS, Staged
 from retrotool.store.store import Store
@@ -44,11 +44,11 @@ def test_parts_are_numbered_in_the_order_of_the_plans(
         for place, (name, index) in enumerate(order):
             staging.stage(store.root, unit(store.root, run.id, name, index))
             if place in folds:
-                staging.fold(store, run)
+                folding.fold(store, run)
                 arrived = set(order[: place + 1])
                 ready = list(itertools.takewhile(arrived.__contains__, PARTS))
                 assert len(store.state.parts()) == sum(PARTS[unit] for unit in ready)
-        staging.fold(store, run)
+        folding.fold(store, run)
         assert numbered(store.state, store.root) == IN_ORDER
         assert store.state.records["parts"] == 4
         assert store.state.records["totals"] == dict.fromkeys(COUNTS, 10 + 11 + 12 + 10)
@@ -62,11 +62,11 @@ def test_units_wait_for_those_before_them(store: Store) -> None:
     with Run(store.root) as run:
         for name, index in (("b", 0), ("a", 2), ("a", 1)):
             staging.stage(store.root, unit(store.root, run.id, name, index))
-            assert staging.fold(store, run).committed == frozenset()
+            assert folding.fold(store, run).committed == frozenset()
         assert store.state.parts() == []
         assert len(staging.read_staged(store.root)) == 3
         staging.stage(store.root, unit(store.root, run.id, "a", 0))
-        assert staging.fold(store, run).committed == {"task-a0", "task-a1", "task-a2", "task-b0"}
+        assert folding.fold(store, run).committed == {"task-a0", "task-a1", "task-a2", "task-b0"}
     assert numbered(store.state, store.root) == IN_ORDER
 
 
@@ -92,13 +92,13 @@ def test_a_task_staged_over_nfs_keeps_its_files_when_the_answer_is_lost(
         raise FileExistsError(17, "File exists")
 
     with Run(staged.root) as run:
-        staging.fold(staged, run)
+        folding.fold(staged, run)
         read = staged.state.part_file("chunks", 1).path
         task = embedding(staged.root, run.id, 1, (read,))
         monkeypatch.setattr(Path, "hardlink_to", lost_answer)
         staging.stage(staged.root, task)
         monkeypatch.undo()
-        assert staging.fold(staged, run).committed == {task.task}
+        assert folding.fold(staged, run).committed == {task.task}
     assert_whole(staged)
 
 
@@ -107,7 +107,7 @@ def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
     with Run(store.root) as run:
         for task in tasks:
             assert staging.stage(store.root, task)
-        folded = staging.fold(store, run)
+        folded = folding.fold(store, run)
     assert folded.committed.isdisjoint(folded.refused)
     assert folded.committed | folded.refused.keys() == {task.task for task in tasks}
     assert files_in(store.root) == live_files(store.state)
@@ -119,7 +119,7 @@ def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
 def chunked(staged: Store) -> tuple[Store, str]:
     """A store with four parts, of which only part 0 is embedded; and the path of the chunks of part 1."""
     with Run(staged.root) as run:
-        staging.fold(staged, run)
+        folding.fold(staged, run)
     return staged, staged.state.part_file("chunks", 1).path
 
 
@@ -182,6 +182,6 @@ def test_a_task_whose_files_are_gone_is_refused_and_can_be_done_again(store: Sto
         task = unit(store.root, run.id, "a", 0)
         staging.stage(store.root, task)
         (store.root / task.files()[0]).unlink()
-        assert staging.fold(store, run).refused == {task.task: "its files are gone"}
+        assert folding.fold(store, run).refused == {task.task: "its files are gone"}
         assert not staging.is_staged(store.root, task.task)
     assert Store.open(store.root).state.parts() == []

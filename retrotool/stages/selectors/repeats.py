@@ -33,7 +33,7 @@ from retrotool.errors import UsageError
 from retrotool.stages import keysort
 from retrotool.stages.selectors.base import Hits
 from retrotool.stages.selectors.text import Block
-from retrotool.store import parts
+from retrotool.store import parts, schemas
 from retrotool.store.parts import Chunks
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -117,7 +117,7 @@ def token_hashes(chunks: Chunks, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.
     begin = rows * width
     end = begin + chunks.n_tokens[rows] * chunks.tokens.itemsize
     hashed = [
-        hashlib.blake2b(data[low:high], digest_size=parts.HASH_BYTES).digest()
+        hashlib.blake2b(data[low:high], digest_size=schemas.HASH_BYTES).digest()
         for low, high in zip(begin.tolist(), end.tolist(), strict=True)
     ]
     return np.frombuffer(b"".join(hashed), ">u8").reshape(-1, 2).astype(np.uint64)

@@ -29,7 +29,7 @@ from retrotool import interrupts
 from retrotool.stages.base import Report, Task, own_first, task_key
 from retrotool.stages.selectors.base import Matcher, Selector
 from retrotool.stages.selectors.text import Block, Decoder, blocks_of
-from retrotool.store import parts, staging
+from retrotool.store import parts, schemas, staging
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
@@ -69,12 +69,12 @@ class Found:
 
     def as_table(self) -> pa.Table:
         """As it is stored."""
-        return pa.table([getattr(self, field.name) for field in parts.SCANS_SCHEMA], schema=parts.SCANS_SCHEMA)
+        return pa.table([getattr(self, field.name) for field in schemas.SCANS_SCHEMA], schema=schemas.SCANS_SCHEMA)
 
     @classmethod
     def of_table(cls, table: pa.Table) -> Found:
         """What is stored."""
-        return cls(*(table[field.name].to_numpy() for field in parts.SCANS_SCHEMA))
+        return cls(*(table[field.name].to_numpy() for field in schemas.SCANS_SCHEMA))
 
 
 @dataclass(frozen=True, slots=True)

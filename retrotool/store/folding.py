@@ -1,0 +1,244 @@
+"""The fold: committing what finished tasks have staged.
+
+Any process may call ``fold``, which commits what is there, one commit a kind, and takes the entries away. Units of
+``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend on who finished first.
+Folding twice, or by two processes at once, commits nothing twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from retrotool.store import disk, parts, paths
+from retrotool.store.atomic import FileEntry
+from retrotool.store.blocked import Blocked, read_hashes
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName, generation_in
+from retrotool.store.runs import Run
+from retrotool.store.staging import COUNTS, PLAN_COUNTS, Staged, Unit, is_whole, read_staged, staged_path
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import stands_for
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a fold did: keys of tasks committed, and of tasks refused with the reason."""
+
+    committed: frozenset[str]
+    refused: Mapping[str, str]
+
+
+def fold(store: Store, run: Run) -> Folded:
+    """Commit every staged task that goes with the newest state; drop those that do not."""
+    store.refresh()
+    staged = read_staged(store.root)
+    alike: dict[str, list[Staged]] = {}
+    for task in staged.values():
+        what = {"kind": task.kind, "settings": task.settings}
+        alike.setdefault(orjson.dumps(what, option=orjson.OPT_SORT_KEYS).decode(), []).append(task)
+    committed: set[str] = set()
+    refused: dict[str, str] = {}
+    for _, tasks in sorted(alike.items()):
+        done = _fold_units(store, run, tasks) if tasks[0].unit is not None else _fold_files(store, run, tasks)
+        committed |= done.committed
+        refused.update(done.refused)
+    for task in staged.values():
+        if task.task in committed or task.task in refused:
+            _forget(store, task)
+    return Folded(frozenset(committed), refused)
+
+
+def _forget(store: Store, task: Staged) -> None:
+    """Take a staged entry away, and those of its files that no commit names."""
+    for path in task.files():
+        if path.startswith("staging/") or not store.state.has(path):
+            disk.unlink(paths.inside(store.root, path))
+    # Last: a kill before this leaves an entry that the next fold forgets again, files after it would stay.
+    disk.unlink(staged_path(store.root, task.task))
+
+
+def _fold_files(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
+    """Commit tasks of one kind and settings, whose files have their final names."""
+    committed: set[str] = set()
+    refused: dict[str, str] = {}
+
+    def build(state: State) -> Draft | None:
+        committed.clear()
+        refused.clear()
+        draft = Draft(tasks[0].kind, tasks[0].settings)
+        for task in tasks:
+            if task.add and all(state.has(entry.path) for entry in task.add):
+                committed.add(task.task)  # a process was killed between the commit and taking the entry away
+            elif not is_whole(store.root, task):
+                refused[task.task] = "its files are gone"
+            elif (reason := _conflict(state, draft, task)) is not None:
+                refused[task.task] = reason
+            else:
+                committed.add(task.task)
+                draft = _joined(draft, task)
+        return draft if draft.add or draft.remove or draft.records else None
+
+    store.commit(run, build)
+    return Folded(frozenset(committed), refused)
+
+
+def _joined(draft: Draft, task: Staged) -> Draft:
+    return dataclasses.replace(
+        draft,
+        reads=tuple(dict.fromkeys((*draft.reads, *task.reads))),
+        add=(*draft.add, *task.add),
+        remove=(*draft.remove, *task.remove),
+        records={**draft.records, **task.records},
+    )
+
+
+def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
+    """Why ``task`` can't join ``draft`` on ``state``."""
+    joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove)
+    reason = state.conflict(joined)
+    if reason is None:
+        slots = {_slot(entry.path) for entry in draft.add}
+        reason = next((f"the place of {e.path} is taken" for e in task.add if _slot(e.path) in slots), None)
+    known = {**state.records, **draft.records}
+    for key, value in task.records.items():
+        if known.get(key, value) != value:
+            reason = f"{key} was made with other settings meanwhile"
+    # An erase needs a purge first, so whoever began before the erase began with other tombstones.
+    if task.tombstones is not None and task.tombstones != stands_for(state):
+        reason = "chunks were purged meanwhile"
+    return reason or _overlap(state, draft, task)
+
+
+def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
+    """Why a file that covers parts (an index shard) can't stand beside those that are there; None if it can."""
+    for entry in task.add:
+        covered = set((entry.about or {}).get("parts", ()))
+        if not covered:
+            continue
+        kind, name, own = _slot(entry.path)
+        group = state.group(kind, name)
+        live = [other for slot in group if (other := group.get(slot)) is not None and other.path not in task.remove]
+        for other in (*live, *(e for e in draft.add if _slot(e.path)[:2] == (kind, name))):
+            if generation_in(_slot(other.path)[2]) != generation_in(own):
+                continue
+            if not covered.isdisjoint((other.about or {}).get("parts", ())):
+                return f"{other.path} covers the same parts"
+    return None
+
+
+def _slot(path: str) -> tuple[str, str, str]:
+    name = FileName.parse(path)
+    return name.kind, name.name, name.slot
+
+
+def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
+    """Number and commit the units that are next in the order of their plans; the others wait."""
+    committed: set[str] = set()
+    refused: dict[str, str] = {}
+
+    def build(state: State) -> Draft | None:
+        committed.clear()
+        refused.clear()
+        plans = state.with_prefix("plan:")
+        waiting = _waiting(store, state, tasks, committed, refused)
+        ready: list[Staged] = []
+        progress: dict[str, Any] = {}
+        for plan in sorted(plans, key=lambda plan: plans[plan]["order"]):
+            done = int(plans[plan]["done"])
+            first = len(ready)
+            while (task := waiting.get((plan, done))) is not None:
+                ready.append(task)
+                done += 1
+            if done > plans[plan]["done"]:
+                progress[f"plan:{plan}"] = _advanced(plans[plan], ready[first:], done)
+            if done < plans[plan]["units"]:
+                break
+        if not ready:
+            return None
+        committed.update(task.task for task in ready)
+        return _numbered(state, run, ready, progress)
+
+    store.commit(run, build)
+    return Folded(frozenset(committed), refused)
+
+
+def _waiting(
+    store: Store, state: State, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
+) -> dict[tuple[str, int], Staged]:
+    """The staged units that can still be committed, by plan and index; what became of the others is noted."""
+    waiting = {}
+    plans = state.with_prefix("plan:")
+    for task in tasks:
+        if task.unit is None or task.unit.plan not in plans:
+            refused[task.task] = "its plan is gone"
+        elif task.unit.index < plans[task.unit.plan]["done"]:
+            committed.add(task.task)
+        elif not all(map(state.has, task.reads)):
+            refused[task.task] = "its plan was changed"
+        elif not is_whole(store.root, task):
+            refused[task.task] = "its files are gone"
+        elif _brings_back(store, state, task.unit):
+            refused[task.task] = "a document of it was purged meanwhile"
+        else:
+            waiting[task.unit.plan, task.unit.index] = task
+    return waiting
+
+
+def _brings_back(store: Store, state: State, unit: Unit) -> bool:
+    """Whether a unit has documents that are on the block list by now: it was read before they were purged."""
+    if unit.blocked is None:
+        return False
+    group = state.group("blocked")
+    newer = [entry for slot in group if slot not in unit.blocked and (entry := group.get(slot)) is not None]
+    if not newer:
+        return False
+    hashes = np.unique(np.concatenate([read_hashes(store, entry) for entry in newer]))
+    blocked = Blocked(store.identity.secret, hashes)
+    for documents, _, _ in unit.parts:
+        table = parts.read_parquet(store, documents, ["id", "text_hash"])
+        texts = parts.from_fixed_binary(table["text_hash"], np.dtype(np.uint8))
+        if blocked.holds(table["id"].to_pylist(), texts).any():
+            return True
+    return False
+
+
+def _units(tasks: Sequence[Staged]) -> list[Unit]:
+    return [task.unit for task in tasks if task.unit is not None]
+
+
+def _advanced(plan: Mapping[str, Any], tasks: Sequence[Staged], done: int) -> dict[str, Any]:
+    units = _units(tasks)
+    counts = {name: plan.get(name, 0) + sum(unit.counts.get(name, 0) for unit in units) for name in PLAN_COUNTS}
+    return {**plan, **counts, "parts": plan["parts"] + sum(len(unit.parts) for unit in units), "done": done}
+
+
+def _numbered(state: State, run: Run, tasks: Sequence[Staged], progress: dict[str, Any]) -> Draft:
+    """Give the parts of some units the next numbers."""
+    add: list[FileEntry] = []
+    links: list[tuple[str, str]] = []
+
+    def place(entry: FileEntry, kind: str, slot: str) -> None:
+        name = FileName.new(run.id, kind, slot, FileName.parse(entry.path).extension)
+        add.append(FileEntry(name.path, entry.rows, entry.bytes, entry.sha256, entry.about))
+        links.append((entry.path, name.path))
+
+    number = int(state.records.get("parts", 0))
+    totals = dict(state.records.get("totals", dict.fromkeys(COUNTS, 0)))
+    for unit in _units(tasks):
+        for part in unit.parts:
+            for kind, entry in zip(("documents", "keys", "chunks"), part, strict=True):
+                place(entry, kind, paths.part_slot(number))
+            number += 1
+        if unit.quarantine is not None:
+            place(unit.quarantine, "quarantine", f"{unit.plan}.{unit.index:06d}")
+        totals = {name: totals[name] + unit.counts[name] for name in COUNTS}
+    reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
+    records = {**progress, "parts": number, "totals": totals}
+    return Draft("chunk", {}, reads, tuple(add), (), records, tuple(links))
