@@ -14,12 +14,20 @@ from retrotool.commands import fields_told
 from retrotool.commands.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.commands.limits import NO_LIMIT, MaxBad
 from retrotool.commands.writing import writing
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import spool
 from retrotool.stages.chunk import ChunkStage
-from retrotool.stages.chunk_plan import Wanted, commit_plan, known_findings, may_be_fast, read_plan, unfinished_plans
+from retrotool.stages.chunk_plan import (
+    Wanted,
+    commit_plan,
+    known_findings,
+    may_be_fast,
+    open_plans,
+    read_plan,
+    unfinished_plans,
+)
 from retrotool.stages.duplicates import DuplicateCounts, finish_plans
 from retrotool.stages.retry_plan import commit_retry
 from retrotool.stages.withdraw import go_on_exactly
@@ -126,17 +134,12 @@ def _tell_begun(
     """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
     if set(runs.living(store.root)) - {run.id}:
         return  # they may be at it themselves
-    still = set(unfinished_plans(store.refresh()))
+    store.refresh()
     asked = {file.path for file in files}
     begun: dict[str, str] = {}
-    for plan_id in filter(still.__contains__, plans):
-        entry = store.state.file("plans", plan_id)
-        if entry is None:
+    for plan_id, _, plan in open_plans(store):
+        if plan_id not in plans:
             continue
-        try:
-            plan = read_plan(store, entry)
-        except ErasedError:
-            continue  # another process has just finished it
         left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
         begun.update((plan.files[piece.file].path, plan.files[piece.file].name) for unit in left for piece in unit)
     spooled = str(spool_folder(store).absolute())

@@ -20,7 +20,7 @@ from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
 from retrotool.stages import cutting
 from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.chunk_plan import EXPANSION, Piece, Plan, known_findings, read_plan, unfinished_plans
+from retrotool.stages.chunk_plan import EXPANSION, Piece, Plan, known_findings, open_plans, read_plan
 from retrotool.stages.cutting import Tokens
 from retrotool.stages.part_writer import PartWriter
 from retrotool.stages.quarantine import Quarantine
@@ -57,14 +57,7 @@ class ChunkStage:
     def plan(self, store: Store) -> list[Task]:
         """One task a unit that is neither committed nor staged, in the order of the plans."""
         tasks = []
-        for plan_id in unfinished_plans(store.state):
-            entry = store.state.file("plans", plan_id)
-            if entry is None:
-                continue
-            try:
-                plan = read_plan(store, entry)
-            except ErasedError:
-                continue  # another process has just finished it
+        for plan_id, entry, plan in open_plans(store):
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
                 key = task_key("chunk", {"unit": index}, [entry.path])
                 if not staging.is_staged(store.root, key):

@@ -8,7 +8,7 @@ recognised by their fingerprints and left out; one that was changed in its place
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +288,19 @@ def known_inputs(store: Store, state: State, *, blocked_too: bool = True) -> tup
             fingerprints.update(content["fingerprints"])
             places.update(content["places"])
     return fingerprints, places
+
+
+def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, Plan]]:
+    """Id, file and content of the plans that are not finished, in their order."""
+    for plan_id in unfinished_plans(store.state):
+        entry = store.state.file("plans", plan_id)
+        if entry is None:
+            continue
+        try:
+            plan = read_plan(store, entry)
+        except ErasedError:
+            continue  # another process has just finished it
+        yield plan_id, entry, plan
 
 
 def unfinished_plans(state: State) -> list[str]:
