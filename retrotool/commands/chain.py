@@ -21,6 +21,8 @@ from retrotool.store.paths import NAMED_KINDS
 from retrotool.store.verify_log import check_log
 
 _PURGE = "purge:"
+_ABOUT = {"purge": ("reason", "who"), "erase": ("reason", "who"), "restore": ("restored_reason", "restored_by")}
+"""Of commits that are about purges, where their records say why and who."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class LogEntry:
     """A commit in a few words.
 
     ``added`` has, by kind of file (for some with a name behind it: ``embeddings/minilm``), how many ``files`` and
-    ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are the purges that it made
-    or finished erasing, with their reasons. ``sha256`` is that of the entry, by which the next one names it.
+    ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are the purges that it made,
+    took back or finished erasing, with the reason and who; of an erase these are of the purge. ``sha256`` is that of the entry, by which the next one names it.
     """
 
     number: int
@@ -96,9 +98,13 @@ def _told(commit: Commit) -> LogEntry:
         kind = _kind(path)
         removed[kind] = removed.get(kind, 0) + 1
     purges: tuple[dict[str, str], ...] = ()
-    if commit.kind in ("purge", "erase"):
+    if commit.kind in _ABOUT:
         found = {key.removeprefix(_PURGE): value for key, value in commit.records.items() if key.startswith(_PURGE)}
-        purges = tuple({"purge": name, "reason": _reason(value)} for name, value in found.items())
+        reason, who = _ABOUT[commit.kind]
+        purges = tuple(
+            {"purge": name, "reason": _said(record, reason), "who": _said(record, who)}
+            for name, record in found.items()
+        )
     return LogEntry(
         commit.number, commit.time, commit.kind, added, removed, tuple(commit.records), purges, commit.tool,
         commit.parent, commit.sha256,
@@ -117,8 +123,8 @@ def _kind(path: str) -> str:
     return f"{kind}/{rest.partition('/')[0]}" if kind in NAMED_KINDS else kind
 
 
-def _reason(record: Any) -> str:
-    return str(record.get("reason", "")) if isinstance(record, dict) else ""
+def _said(record: Any, name: str) -> str:
+    return str(record.get(name, "")) if isinstance(record, dict) else ""
 
 
 def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:

@@ -95,7 +95,8 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
     (purge,) = (line for line in lines if "  purge " in line)
     chunks = commands.info(store).purges
     (name,) = chunks
-    assert f"+1 tombstones ({chunks[name]['chunks']})" in purge and purge.endswith(f"; {name}: request 17\\n\\x1b[31m")
+    assert f"+1 tombstones ({chunks[name]['chunks']})" in purge
+    assert purge.endswith(f"; {name} by {chunks[name]['who']}: request 17\\n\\x1b[31m")
     assert any(line.endswith(f"; erased {name}: request 17\\n\\x1b[31m") for line in lines if "  erase " in line)
     chunked = next(line for line in lines if "  chunk " in line)
     assert "+1 documents (" in chunked or "documents (120)" in chunked
@@ -103,6 +104,15 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
     assert "±1 chunks (" in rewritten and "-1 chunks" not in rewritten
     assert any("embeddings/tiny" in line for line in lines if "  embed " in line)
     assert len(lines) == len(list(commands.log_entries(store)))
+
+
+def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built_store, tmp_path / "copy"))
+    name = commands.purge(copy, commands.Selectors(document=("doc-3",)), reason="wrong", who="one").purge
+    commands.restore(copy, name, reason="it was right", who="another\n")
+    lines = run("log", copy)[1].splitlines()
+    assert lines[-2].endswith(f"; {name} by one: wrong")
+    assert lines[-1].endswith(f"; took back {name} by another\\n: it was right")
 
 
 def test_no_purged_text_is_told(store: Path) -> None:
