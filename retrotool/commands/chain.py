@@ -30,8 +30,9 @@ class LogEntry:
     """A commit in a few words.
 
     ``added`` has, by kind of file (for some with a name behind it: ``embeddings/minilm``), how many ``files`` and
-    ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are the purges that it made,
-    took back or finished erasing, with the reason and who; of an erase these are of the purge. ``sha256`` is that of the entry, by which the next one names it.
+    ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are those that it made,
+    took back or finished erasing, with the reason and who, of an erase those of the purge. ``sha256`` is that of the
+    entry, by which the next one names it.
     """
 
     number: int

@@ -33,6 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 _FENCE = re.compile(r"^```(\w*)$")
 _FILE = re.compile(r"^# ([\w-]+\.\w+)$")
 _LOOSE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{8,}|\d+\.\d+|(?<=commit )\d+)")
+_CRASHED = "Traceback (most recent call last)"
 _SHELL = re.compile(r"[|<>;&$`]")
 
 
@@ -128,6 +129,8 @@ def _run_page(page: Path) -> None:
             output, code = (f"{code}\n", 0) if step.source == "echo $?" else run_command(step.source)
         else:
             output = run_python(page, step, names)
+        # Not even what is being recorded may show one: of commands in the background no exit code tells.
+        assert _CRASHED not in output, f"{where}: {output}"
         expected, actual = lines[step.start : step.end], tidy(output)
         if not same_lines(expected, actual):
             records.append((step, actual))
