@@ -25,6 +25,7 @@ from retrotool.errors import CorruptError, StorageError
 _WRITE_BYTES = 1 << 20
 _TIE = 1e-3
 _KEPT_LISTS = 64
+_KEPT_JOINED = 8
 
 Ids = npt.NDArray[np.int64]
 
@@ -119,11 +120,16 @@ class SomeLists:
 
 
 class JoinedLists:
-    """Lists of several shards of one training as if they were one's: products of wide lists are worth more."""
+    """Lists of several shards of one training as if they were one's: products of wide lists are worth more.
+
+    The last lists are kept, as one that is wide is read piece by piece. Several threads may read at a time.
+    """
 
     def __init__(self, shards: Sequence[Lists]) -> None:
         self.trained = shards[0].trained
         self._shards = shards
+        self._joined = lru_cache(_KEPT_JOINED)(self._join)
+        self._codes = lru_cache(_KEPT_JOINED)(self._join_codes)
 
     def __len__(self) -> int:
         """Vectors in all lists."""
@@ -135,19 +141,24 @@ class JoinedLists:
 
     def ids(self, number: int) -> Ids:
         """Chunk ids of a list, int64 [n], ascending."""
-        ids, order = self._joined(number)
-        return ids if order is None else ids[order]
+        return self._joined(number)[0]
 
     def codes(self, number: int) -> Codes:
         """Codes of a list, uint8 [n, size]."""
+        return self._codes(number)
+
+    def _join(self, number: int) -> tuple[Ids, Ids | None]:
+        """Ids, ascending, and the places that they have in the shards one after the other; None: the same ones."""
+        ids = np.concatenate([shard.ids(number) for shard in self._shards])
+        if (ids[1:] > ids[:-1]).all():
+            return ids, None
+        order = np.argsort(ids)
+        return ids[order], order
+
+    def _join_codes(self, number: int) -> Codes:
         codes = np.concatenate([shard.codes(number) for shard in self._shards])
         order = self._joined(number)[1]
         return codes if order is None else codes[order]
-
-    def _joined(self, number: int) -> tuple[Ids, Ids | None]:
-        """Ids as the shards have them, one after the other, and their order; None: they ascend."""
-        ids = np.concatenate([shard.ids(number) for shard in self._shards])
-        return ids, None if (ids[1:] > ids[:-1]).all() else np.argsort(ids)
 
 
 class InvertedLists:

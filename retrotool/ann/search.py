@@ -111,10 +111,17 @@ class Search:
         self._threads = 1
 
     def add(self, *shards: Lists) -> None:
-        """Take in what the queries find in shards; of each list, those of all shards are searched at once."""
-        if not shards:
-            return
-        shard = shards[0] if len(shards) == 1 else JoinedLists(shards)
+        """Take in what the queries find in shards; of each list, those of all shards are searched at once.
+
+        What has no lists is as wide as can be already: its shards come one after the other.
+        """
+        if len(shards) > 1 and self._trained.centroids is not None:
+            self._add(JoinedLists(shards))
+        else:
+            for shard in shards:
+                self._add(shard)
+
+    def _add(self, shard: Lists) -> None:
         if self._shift is None:
             self._shift = self._mean(shard)
         if not self._tiles:

@@ -71,6 +71,22 @@ def test_lists_behind_those_that_were_searched_give_the_rest(before: int) -> Non
     assert not any(set(a[a >= 0]) & set(b[b >= 0]) for a, b in zip(first, rest, strict=True)), "none is looked at twice"
 
 
+@pytest.mark.parametrize("factory", ["SQfp16", "IVF12,SQfp16", "OPQ8,IVF12,PQ8"])
+@pytest.mark.parametrize("by_vectors", [False, True])
+def test_shards_that_are_searched_at_once_give_what_one_index_gives(
+    factory: str, by_vectors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrotool.ann.search._COLUMNS", 64)  # lists are wider than what is multiplied at a time
+    vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
+    trained = trained_as(factory, vectors)
+    fetch = (lambda ids: vectors[ids]) if by_vectors else None
+    whole, parts = (Search(trained, queries, 4, 30, nothing_banned, vectors=fetch) for _ in range(2))
+    whole.add(InvertedLists(filled(trained, vectors, np.arange(3000)), trained))
+    of = np.arange(3000) // 7 % 3  # their ids lie between one another
+    parts.add(*(InvertedLists(filled(trained, vectors[of == i], np.flatnonzero(of == i)), trained) for i in range(3)))
+    assert np.array_equal(np.sort(whole.candidates, 1), np.sort(parts.candidates, 1))
+
+
 def test_shards_give_what_one_index_gives() -> None:
     vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
     for factory in ("OPQ8,IVF12,PQ8", "IVF12,SQ8"):
