@@ -27,6 +27,7 @@ from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
+from retrotool.stages.proofs import prove, unproven
 from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
 from retrotool.stages.selectors import scan
@@ -221,6 +222,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     """
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
+    _prove(store, run, victims.ids)
     stage = EraseStage(tuple(victims.ids.tolist()))
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run)
@@ -238,6 +240,14 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
 
     store.commit(run, build)
     return len(victims), rewritten
+
+
+def _prove(store: Store, run: Run, victims: Ids) -> None:
+    """Keep what victims can be looked for by, before anything of them is gone."""
+    found = unproven(store, victims)
+    total = sum(len(Tombstones(chunks).parts()) for chunks in found.values())
+    with tqdm(total=total, unit="part", desc="prove", disable=None, delay=2, file=sys.stderr) as bar:
+        prove(store, run, found, bar.update)
 
 
 def clear(store: Store, run: Run) -> list[str]:

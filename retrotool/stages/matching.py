@@ -31,9 +31,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-KINDS = ("tokens", "text", "vector16", "vector32", "key", "id")
-"""Kinds of needles by number. Text is folded; ids and, if they are hashed, keys are cells, the others runs."""
-CELLS = frozenset(("id", "key"))
+KINDS = ("tokens", "text", "vector16", "vector32", "key", "id", "whole")
+"""Kinds of needles by number. Text is folded; ids and, if they are hashed, keys are cells, the others runs.
+
+Nothing is looked for by all tokens of a chunk, ``whole``.
+"""
+CELLS = frozenset(("id", "key", "whole"))
 WINDOW = 8
 _SAMPLE = np.uint64(5)
 _SAMPLE_BITS = {"text": 5}
@@ -80,6 +83,26 @@ class Needles:
         kinds = np.array([KINDS.index(kind) for kind, _ in needles], np.uint8)
         return cls(kinds, [data for _, data in needles], lengths, np.array(sorted(chunks), np.int64))
 
+    @classmethod
+    def joined(cls, several: Sequence[Needles], chunks: Places | None = None) -> Needles:
+        """The needles of several that are hashed alike, or not at all; ``chunks``: those of all (default: the first's).
+
+        Which victim each is of is not kept.
+        """
+        if not several:
+            return cls(np.zeros(0, np.uint8), [], {}, np.zeros(0, np.int64) if chunks is None else chunks)
+        lacking: dict[str, int] = {}
+        for needles in several:
+            for kind, n in needles.lacking.items():
+                lacking[kind] = lacking.get(kind, 0) + n
+        tags = [needles.tags for needles in several if needles.tags is not None]
+        return cls(
+            np.concatenate([needles.kinds for needles in several]),
+            [proof for needles in several for proof in needles.proofs],
+            several[0].lengths, several[0].chunks if chunks is None else chunks, None, lacking, several[0].key,
+            np.concatenate(tags) if tags else None,
+        )  # fmt: skip
+
     def of(self, some: npt.NDArray[Any]) -> Needles:
         """Some of them, given by a mask or by their numbers."""
         places = np.flatnonzero(some) if some.dtype == np.bool_ else some
@@ -96,14 +119,15 @@ class Needles:
         heads = head_words(self.proofs)
         kept = np.flatnonzero(cell | sampled_heads(self))
         tags = tag_words(heads[kept], key)
-        proofs = [_digest(key, int(self.kinds[i]), self.proofs[i]) for i in kept.tolist()]
-        # Some victims may say the same.
-        order = list({proofs[i]: i for i in sorted(range(len(kept)), key=proofs.__getitem__)}.values())
-        kinds = self.kinds[kept][order]
+        whole, of_whole = whole_key(secret, salt), KINDS.index("whole")
+        proofs = [
+            hashlib.blake2b(self.proofs[i], digest_size=_HASH_BYTES, key=whole).digest()
+            if kind == of_whole
+            else _digest(key, kind, self.proofs[i])
+            for i, kind in zip(kept.tolist(), self.kinds[kept].tolist(), strict=True)
+        ]
         lengths = {kind: n for kind, n in self.lengths.items() if kind not in CELLS}
-        return Needles(
-            kinds, [proofs[i] for i in order], lengths, self.chunks, None, self._lacking(kept), key, tags[order]
-        )
+        return Needles(self.kinds[kept], proofs, lengths, self.chunks, None, self._lacking(kept), key, tags)
 
     def _lacking(self, kept: Places) -> dict[str, int]:
         """By kind, victims without a needle when only ``kept`` are left."""
@@ -129,6 +153,11 @@ class Needles:
 def proof_key(secret: str, salt: bytes) -> bytes:
     """32 bytes of key for BLAKE2b and 16 for SipHash, of the store's secret and a purge's salt."""
     return hashlib.blake2b(b"proof:" + salt, digest_size=48, key=bytes.fromhex(secret)).digest()
+
+
+def whole_key(secret: str, salt: bytes) -> bytes:
+    """32 bytes of key for the hashes of whole chunks, which a receipt tells: nothing else is hashed with it."""
+    return hashlib.blake2b(b"receipt:" + salt, digest_size=32, key=bytes.fromhex(secret)).digest()
 
 
 def _digest(key: bytes, kind: int, data: bytes) -> bytes:

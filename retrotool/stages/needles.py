@@ -4,36 +4,33 @@ Of each victim some *needles* of a kind are drawn, spread over it: 4 times 8 tok
 times 24 bytes of its text, twice 8 numbers of its vector as float16 and as float32; of a document that goes as a whole
 its id and key. Text is *folded*:
 ASCII letters in lower case, and no other ASCII but digits, so that text is found with other spaces, line ends and
-punctuation, and as it was before a tokenizer lost these.
+punctuation, and as it was before a tokenizer lost these. All tokens of a victim are a needle, too, by which nothing is
+looked for: a receipt has its hash.
 
-What others say, too, is no needle: in one pass over all chunks that are no victims, their text and vectors, and over
-the columns of their documents, needles that they have are taken out again. So a common phrase is no finding, and a
-victim all of whose text stands elsewhere has none left; ``Needles.lacking`` counts these. Others are also the chunks
+What others say by right is no needle. Those that the rest of the victim's own part says, which is read anyway, are
+never drawn; and whoever finds needles asks what the store's living chunks and documents say now (``said_by_others``),
+and takes these out. So a common phrase is no finding, however late it came, and of a victim all of whose text stands
+elsewhere nothing is looked for. ``Needles.lacking`` counts those of which nothing was drawn. Others are also the chunks
 of purges that wait to be erased.
 
-Cost: 0.2 ms a victim, and reading and decoding the store's chunks once; memory of a part, and 0.2 kB a needle.
-Of more than a million victims some are passed over, evenly. Proofs of a purge take 20 bytes a needle.
+Cost: 0.2 ms a victim, and reading and decoding their parts once for 8,192 of them; memory of a part, and 8 kB a victim
+of these. ``said_by_others`` reads and decodes all parts that it is given. Of more than 262,144 victims some are passed
+over, evenly.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pyarrow as pa
 
-from retrotool.errors import CorruptError
-from retrotool.stages.matching import KINDS, WINDOW, Matcher, Needles, proof_key, sampled, sampled_heads
-from retrotool.stages.purge import tombstones_of
+from retrotool.stages.matching import KINDS, WINDOW, Matcher, Needles, sampled, sampled_heads
 from retrotool.stages.views import cells_of, folded
 from retrotool.store import parts, schemas, vectors
-from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
-from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -41,11 +38,13 @@ from retrotool.tokenizers import Tokenizer, TokenizerFile
 TOKENS, TEXT_BYTES, NUMBERS = 8, 24, 8
 RUNS = ("tokens", "vector16", "vector32", "key")
 """Kinds that stand in the bytes as they are; those of text in what is folded."""
-_EACH = {"tokens": 4, "text": 8, "vector16": 2, "vector32": 2, "key": 1, "id": 1}
+_EACH = {"tokens": 4, "text": 8, "vector16": 2, "vector32": 2, "key": 1, "id": 1, "whole": 1}
 _DRAWN = 16
 _VARIED = 6
 """Different bytes that a run must have: zeros and the like are everywhere."""
-_MOST_VICTIMS = 1 << 20
+_MOST_VICTIMS = 1 << 18
+_AT_ONCE = 1 << 13
+"""Victims that are drawn of before what others say is taken out."""
 _BLOCK = 1 << 14
 
 Ids = npt.NDArray[np.int64]
@@ -53,28 +52,48 @@ Report = Callable[[int], object]
 
 
 def make_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> Needles:
-    """Draw needles of victims, given by ids that are not erased yet, and take out those that others have, too.
+    """Needles of victims in one piece: see ``draw_needles``."""
+    return Needles.joined(list(draw_needles(store, chunks, report)), np.unique(chunks))
+
+
+def draw_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> Iterator[Needles]:
+    """Draw needles of victims, given by ids that are not erased yet, some thousand at a time.
 
     ``report`` is called with 1 for each part that was read. What is erased already has no needles.
     """
     victims = Tombstones(np.unique(chunks))
     drawn = _Drawn(store, victims)
     for part in victims.parts():
-        drawn.draw(part)
-    needles = drawn.needles()
-    left = np.ones(len(needles), np.bool_)
-    runs, text, cells = (Matcher(needles, kinds) for kinds in (RUNS, ("text",), ("id",)))
-    for part in store.state.parts():
-        for data in _others(store, part, victims, drawn.tokenizer):
+        if store.state.part_file("chunks", part) is not None:
+            for needles in drawn.draw(part):
+                left = np.ones(len(needles), np.bool_)
+                left[sorted(said_by_others(store, needles, [part]))] = False
+                yield drawn.some_of_each(needles, left)
+        report(1)
+
+
+def said_by_others(store: Store, needles: Needles, numbers: Sequence[int], report: Report = lambda _: None) -> set[int]:
+    """Numbers of the needles that chunks or documents of the parts ``numbers`` say which are no victims.
+
+    ``needles.chunks`` are the victims. ``report`` is called with 1 for each part.
+    """
+    victims = Tombstones(needles.chunks)
+    tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+    is_cell = [kind for kind in KINDS if needles.is_cell(kind)]
+    runs = Matcher(needles, [kind for kind in RUNS if kind not in is_cell])
+    text, cells = Matcher(needles, ("text",)), Matcher(needles, is_cell)
+    said: set[int] = set()
+    for part in numbers:
+        for data in _others(store, part, victims, tokenizer):
             for matcher, some in ((runs, data.raw), (text, data.text)):
-                for number in _numbers(matcher, some):
-                    left[number] = False
+                said.update(_numbers(matcher, some))
         for column in _columns(store, part, victims):
             for piece, starts, ends in cells_of(column):
-                left[[number for _, number in cells.cells(piece, starts, ends)]] = False
-                left[list(_numbers(runs, piece))] = False
+                said.update(number for _, number in cells.cells(piece, starts, ends))
+                said.update(_numbers(runs, piece))
+                said.update(_numbers(text, folded(piece)))
         report(1)
-    return drawn.some_of_each(needles, left)
+    return said
 
 
 def _numbers(matcher: Matcher, data: bytes) -> Iterator[int]:
@@ -88,41 +107,49 @@ class _Drawn:
 
     def __init__(self, store: Store, victims: Tombstones) -> None:
         identity = store.identity
-        self.tokenizer = Tokenizer(TokenizerFile(identity.tokenizer.name, store.tokenizer_json()))
+        self._tokenizer = Tokenizer(TokenizerFile(identity.tokenizer.name, store.tokenizer_json()))
         self._store, self._victims = store, victims
         self._lengths = {
             "tokens": TOKENS * identity.tokenizer.token_bytes, "text": TEXT_BYTES, "vector16": 2 * NUMBERS,
             "vector32": 4 * NUMBERS, "key": schemas.HASH_BYTES,
         }  # fmt: skip
+        self._step = -(-len(victims) // _MOST_VICTIMS) or 1
+        self._begin()
+
+    def _begin(self) -> None:
         self._found: list[tuple[int, int, bytes]] = []
         self._had: dict[str, set[int]] = {kind: set() for kind in KINDS}
-        self._step = -(-len(victims) // _MOST_VICTIMS) or 1
 
-    def draw(self, part: int) -> None:
-        """Draw of the victims of a part."""
+    def draw(self, part: int) -> Iterator[Needles]:
+        """Draw of the victims of a part, some thousand at a time."""
         store = self._store
-        if store.state.part_file("chunks", part) is None:
-            return
         rows = self._victims.rows(part)
         first = int(np.searchsorted(self._victims.ids, part << PART_SHIFT))
         chunks = parts.read_chunks(store, part)
+        embeddings = [
+            vectors.read_vectors(store, entry)
+            for name in store.state.names("embeddings")
+            if (entry := store.state.part_file("embeddings", part, name)) is not None
+        ]
         self._draw_ids(part, chunks.doc, chunks.n_tokens, rows, first)
         whole = rows[chunks.n_tokens[rows] > 0]
-        places = (first + np.searchsorted(rows, whole))[:: self._step]
-        rows = whole[:: self._step]
-        texts = self.tokenizer.decode(chunks.tokens[rows], chunks.n_tokens[rows])
-        for place, row, text in zip(places.tolist(), rows.tolist(), texts, strict=True):
-            self._draw("tokens", place, chunks.tokens[row, : chunks.n_tokens[row]].tobytes())
-            self._draw("text", place, folded(text.as_py()))
-        for name in store.state.names("embeddings"):
-            entry = store.state.part_file("embeddings", part, name)
-            if entry is None:
-                continue
-            matrix = vectors.read_vectors(store, entry)
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-                if matrix[row].any():
-                    self._draw("vector16", place, matrix[row].tobytes())
-                    self._draw("vector32", place, matrix[row].astype("<f4").tobytes())
+        places = first + np.searchsorted(rows, whole)
+        for place, row in zip(places.tolist(), whole.tolist(), strict=True):
+            tokens = chunks.tokens[row, : chunks.n_tokens[row]]
+            self._found.append((KINDS.index("whole"), place, tokens.tobytes()))
+        places, whole = places[:: self._step], whole[:: self._step]
+        for start in range(0, max(len(whole), 1), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            texts = self._tokenizer.decode(chunks.tokens[whole[some]], chunks.n_tokens[whole[some]])
+            for place, row, text in zip(places[some].tolist(), whole[some].tolist(), texts, strict=True):
+                self._draw("tokens", place, chunks.tokens[row, : chunks.n_tokens[row]].tobytes())
+                self._draw("text", place, folded(text.as_py()))
+                for matrix in embeddings:
+                    if matrix[row].any():
+                        self._draw("vector16", place, matrix[row].tobytes())
+                        self._draw("vector32", place, matrix[row].astype("<f4").tobytes())
+            yield self._needles()
+            self._begin()
 
     def _draw(self, kind: str, place: int, data: bytes) -> None:
         self._had[kind].add(place)
@@ -149,14 +176,13 @@ class _Drawn:
         gone = np.setdiff1d(doc[rows], doc[left])
         table = parts.read_documents(self._store, part, ["id", "key"]).take(pa.array(gone))
         for at, name, key in zip(gone.tolist(), *(table[c].to_pylist() for c in ("id", "key")), strict=True):
-            place = first + int(np.argmax(doc[rows] == at))
+            place = first + int(np.searchsorted(doc[rows], at))  # of a part they ascend
             if name is not None:
                 self._found += [(KINDS.index("id"), place, name.encode()), (KINDS.index("key"), place, key)]
                 self._had["id"].add(place)
                 self._had["key"].add(place)
 
-    def needles(self) -> Needles:
-        """All that was drawn."""
+    def _needles(self) -> Needles:
         kinds = np.array([kind for kind, _, _ in self._found], np.uint8)
         places = np.array([place for _, place, _ in self._found], np.int32)
         return Needles(kinds, [data for _, _, data in self._found], self._lengths, self._victims.ids, places)
@@ -175,7 +201,7 @@ class _Drawn:
         kept = needles.of(np.sort(rows[order[rank < most]]))
         assert kept.victims is not None
         has = {kind: len(np.unique(kept.victims[kept.kinds == number])) for number, kind in enumerate(KINDS)}
-        lacking = {kind: len(had) - has[kind] for kind, had in self._had.items()}
+        lacking = {kind: len(had) - has[kind] for kind, had in self._had.items() if kind != "whole"}
         return Needles(kept.kinds, kept.proofs, kept.lengths, kept.chunks, kept.victims, lacking)
 
 
@@ -218,38 +244,3 @@ def _columns(store: Store, part: int, victims: Tombstones) -> Iterator[pa.Array]
     table = table.filter(pa.array(mine < count))
     for column in table.columns:
         yield from column.chunks
-
-
-def write_proofs(store: Store, name: FileName, needles: Needles) -> FileEntry:
-    """Keep needles as keyed hashes, in a file of the kind ``proofs``; commit it with the purge or the erase."""
-    salt = secrets.token_bytes(32)
-    hashed = needles.hashed(store.identity.secret, salt)
-    assert hashed.tags is not None
-    column = np.frombuffer(b"".join(hashed.proofs), np.uint8).reshape(-1, schemas.HASH_BYTES)
-    about = {"salt": salt.hex(), "lengths": hashed.lengths, "lacking": hashed.lacking}
-    schema = schemas.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(about)})
-    arrays = [pa.array(hashed.kinds), pa.array(hashed.tags.astype(np.uint32)), parts.fixed_binary(column)]
-    return parts.write_parquet(store.root, name, pa.table(arrays, schema=schema))
-
-
-def proofs_of(store: Store, purge: str) -> Needles | None:
-    """The needles of a purge as keyed hashes; None if it has no proofs."""
-    entry = store.state.file("proofs", purge)
-    return None if entry is None else read_proofs(store, entry, tombstones_of(store, purge))
-
-
-def read_proofs(store: Store, entry: FileEntry, chunks: Ids) -> Needles:
-    """The needles of a purge as keyed hashes; ``chunks`` are its victims (``purge.tombstones_of``)."""
-    table = parts.read_parquet(store, entry)
-    try:
-        about = orjson.loads(table.schema.metadata[b"retrotool.proofs"])
-        key = proof_key(store.identity.secret, bytes.fromhex(about["salt"]))
-        kinds = table["kind"].to_numpy()
-        lengths = {str(kind): int(n) for kind, n in about["lengths"].items()}
-        lacking = {str(kind): int(n) for kind, n in about["lacking"].items()}
-        if (kinds >= len(KINDS)).any():
-            raise ValueError("a kind that is not known")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{entry.path}: no proofs: {error}") from error
-    tags = table["tag"].to_numpy().astype(np.uint64)
-    return Needles(kinds, table["hash"].to_pylist(), lengths, np.unique(chunks), None, lacking, key, tags)

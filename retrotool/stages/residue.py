@@ -39,9 +39,10 @@ from retrotool.ann import lists
 from retrotool.errors import RetrotoolError
 from retrotool.sources.streams import LONGEST_MAGIC, BrokenStream, compression_by_magic, unpacked
 from retrotool.stages.matching import KINDS, Matcher, Needles
-from retrotool.stages.needles import RUNS
+from retrotool.stages.needles import RUNS, said_by_others
 from retrotool.stages.views import cells, cells_of, folded, unescaped
 from retrotool.store import atomic, identity
+from retrotool.store.store import Store
 
 _BLOCK, _OVERLAP = 1 << 20, 1 << 12
 _ROWS = 4096
@@ -65,8 +66,30 @@ class Finding:
 
 
 def scan(root: str | Path, needles: Needles, report: Report = lambda _: None) -> list[Finding]:
-    """Look for needles in every file under ``root``; ``report`` is called with the raw bytes that were read."""
+    """Where needles are, in every file under ``root``; ``report`` is called with the raw bytes that were read."""
     return Residue(Path(root), needles).scan(report)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of victims: ``findings``; and how many needles were found that others say by right, ``said``."""
+
+    findings: tuple[Finding, ...]
+    said: int
+
+
+def look(store: Store, needles: Needles, report: Report = lambda _: None) -> Left:
+    """Look for what is left of the victims of ``needles`` under a store; what others say is nothing of theirs.
+
+    Only if something is found all chunks are read again, to see what they say.
+    """
+    found = scan(store.root, needles, report)
+    runs = np.unique([finding.number for finding in found if finding.kind != CHUNK]).astype(np.int64)
+    store.refresh()  # what was appended meanwhile is among the files, too
+    said = said_by_others(store, needles.of(runs), store.state.parts()) if len(runs) else set()
+    theirs = {int(runs[number]) for number in said}
+    left = [finding for finding in found if finding.kind == CHUNK or finding.number not in theirs]
+    return Left(tuple(left), len(theirs))
 
 
 class Residue:

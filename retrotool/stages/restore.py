@@ -186,7 +186,13 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
 
 def _files(purge: str) -> list[tuple[str, str]]:
     """Kind and slot of all that leaves the state with a purge."""
-    return [("tombstones", purge), ("tombstones", purge + COPIES), ("blocked", purge), ("selectors", purge)]
+    return [
+        ("tombstones", purge),
+        ("tombstones", purge + COPIES),
+        ("blocked", purge),
+        ("selectors", purge),
+        ("proofs", purge),
+    ]
 
 
 def behind(store: Store, table: str) -> list[int]:

@@ -93,7 +93,9 @@ def check_restored(checked: Checked) -> None:
     state = checked.store.state
     restored = restored_purges(state)
     for purge, record in restored.items():
-        left = [kind for kind in ("tombstones", "blocked", "selectors") if state.file(kind, purge) is not None]
+        left = [
+            kind for kind in ("tombstones", "blocked", "selectors", "proofs") if state.file(kind, purge) is not None
+        ]
         checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]
         if record.get("erased"):
             checked.problems.append(f"purge {purge} was taken back, and is erased")
