@@ -12,6 +12,7 @@ from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
 from retrotool.cli.purge_restore import show_restored
 from retrotool.cli.purge_review import lines_of
+from retrotool.cli.purge_verify import show_verified
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
-  retrotool purge store --older-than 7d --erase --yes"""
+  retrotool purge store --older-than 7d --erase --yes
+  retrotool purge store p1a2b3c4d --verify"""
 
 ASK_ABOVE = 0.01
 
@@ -35,7 +37,9 @@ def command(
     purges: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PURGE]...", help="With --erase or --restore: purges that were made before.", show_default=False
+            metavar="[PURGE]...",
+            help="With --erase, --restore or --verify: purges that were made before.",
+            show_default=False,
         ),
     ] = None,
     reason: Annotated[
@@ -155,6 +159,16 @@ def command(
         ),
     ] = None,
     restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Look for PURGE everywhere, and write a receipt: JSON, and a page to print."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="With --verify: where the receipt goes. Default: here.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Take chunks out: never returned again from the moment this ends.
@@ -180,6 +194,13 @@ def command(
             declined = not _agrees(_warning(planned, erase))
             return not declined
 
+        if out is not None and not verify:
+            raise UsageError("--out is where --verify writes", "See: retrotool purge --help")
+        if verify:
+            if len(purges or ()) != 1 or selectors != commands.Selectors() or dry_run or erase or apply or older_than:
+                raise UsageError("--verify looks for one purge, and does nothing else", "See: retrotool purge --help")
+            show_verified(store, commands.verify_purge(store, (purges or [""])[0], out=out or "."), as_json)
+            return
         if restore:
             if len(purges or ()) != 1 or selectors != commands.Selectors() or dry_run or erase or apply or older_than:
                 raise UsageError("--restore takes one purge back, and nothing else", "See: retrotool purge --help")

@@ -143,11 +143,9 @@ class Needles:
         """Whether needles of a kind must be whole values."""
         return kind == "id" or (kind == "key" and self.key is not None)
 
-    def fits(self, number: int, piece: bytes) -> bool:
-        """Whether ``piece`` is what a needle was made from."""
-        if self.key is None:
-            return self.proofs[number] == piece
-        return self.proofs[number] == _digest(self.key, int(self.kinds[number]), piece)
+    def digests(self, kind: int, pieces: Sequence[bytes]) -> list[bytes]:
+        """What a needle of ``kind`` made from each of the pieces has as its proof, or stands for it: 16 bytes each."""
+        return [_digest(self.key or b"", kind, piece) for piece in pieces]
 
 
 def proof_key(secret: str, salt: bytes) -> bytes:
@@ -234,23 +232,26 @@ class Matcher:
 
     def __init__(self, needles: Needles, kinds: Sequence[str]) -> None:
         self._needles, self._kind = needles, kinds[0] if kinds else ""
-        rows = np.flatnonzero(np.isin(needles.kinds, [KINDS.index(kind) for kind in kinds]))
-        known = needles.tags
-        tags = head_words([needles.proofs[i] for i in rows.tolist()]) if known is None else known[rows]
-        order = np.argsort(tags, kind="stable")
-        self._tags, self._rows = tags[order], rows[order]
-        self._shift = np.uint64(64 - max(16, int(64 * len(rows)).bit_length()))
-        if needles.key is None:
-            self._bitmap = np.zeros(1 << (64 - int(self._shift)), np.bool_)
-            self._bitmap[(self._tags * _SPREAD) >> self._shift] = True
+        wanted = [KINDS.index(kind) for kind in kinds]
+        rows = np.flatnonzero(np.isin(needles.kinds, wanted))
+        tags = head_words([needles.proofs[i] for i in rows.tolist()]) if needles.tags is None else needles.tags[rows]
+        self._size = len(rows)
+        of_kind = needles.kinds[rows]
+        self._of_each = {kind: _OfKind(needles, kind, rows[of_kind == kind], tags[of_kind == kind]) for kind in wanted}
+        self._of_each = {kind: some for kind, some in self._of_each.items() if len(some.rows)}
+        per_needle = 64 if needles.key is None else 16
+        bits = max(16, int(per_needle * len(rows)).bit_length())
+        self._shift = np.uint64((64 if needles.key is None else 32) - min(bits, 32))
+        self._bitmap = np.zeros(1 << min(bits, 32), np.bool_)
+        self._bitmap[self._place(tags)] = True
 
     def __len__(self) -> int:
         """Needles that are looked for."""
-        return len(self._rows)
+        return self._size
 
     def runs(self, data: bytes) -> Iterator[tuple[int, int]]:
         """Where in ``data`` a run stands, and its number; up to a few megabytes at once."""
-        if not len(self._rows) or len(data) < WINDOW:
+        if not self._size or len(data) < WINDOW:
             return
         found: list[tuple[Places, Words]] = []
         for start in range(min(WINDOW, len(data) - WINDOW + 1)):
@@ -258,22 +259,36 @@ class Matcher:
             places = np.flatnonzero(self._may_begin(words))
             found.append((start + WINDOW * places, words[places]))
         places = np.concatenate([places for places, _ in found])
-        for place, number in self._among(np.concatenate([words for _, words in found])):
-            at = int(places[place])
-            length = self._needles.lengths[KINDS[self._needles.kinds[number]]]
-            if at + length <= len(data) and self._needles.fits(number, data[at : at + length]):
-                yield at, number
+        tags = self._tags(np.concatenate([words for _, words in found]))
+        may = np.flatnonzero(self._bitmap.take(self._place(tags)))
+        places, tags = places[may], tags[may]
+        every = np.frombuffer(data, np.uint8)
+        for kind, mine in self._of_each.items():
+            length = self._needles.lengths[KINDS[kind]]
+            some = places[mine.begins(tags) & (places + length <= len(data))]
+            if len(some):
+                windows = np.lib.stride_tricks.sliding_window_view(every, length)[some]
+                # What is common comes up often, and is hashed once.
+                pieces, inverse = np.unique(windows.view(f"V{length}").reshape(-1), return_inverse=True)
+                yield from _spread(some, inverse, mine.numbers([piece.tobytes() for piece in pieces]))
 
     def _may_begin(self, words: Words) -> npt.NDArray[np.bool_]:
         if self._needles.key is not None:
             return sampled(words, self._kind)
-        spread = words * _SPREAD
+        return self._bitmap.take(self._place(words), mode="clip")
+
+    def _tags(self, words: Words) -> Words:
+        return words if self._needles.key is None else tag_words(words, self._needles.key)
+
+    def _place(self, tags: Words) -> Places:
+        """Where in the bitmap tags are; those of hashes are spread already."""
+        spread = tags * _SPREAD if self._needles.key is None else tags.copy()
         np.right_shift(spread, self._shift, out=spread)
-        return self._bitmap.take(spread.view(np.int64), mode="clip")
+        return spread.view(np.int64)
 
     def cells(self, data: bytes, starts: Places, ends: Places) -> Iterator[tuple[int, int]]:
         """Which of the cells ``data[start:end]`` are needles: place of the cell, and number of the needle."""
-        if not len(self._rows) or not len(starts):
+        if not self._size or not len(starts):
             return
         padded = np.frombuffer(data + bytes(WINDOW), np.uint8)
         # One word at every byte, without a copy.
@@ -282,15 +297,46 @@ class Matcher:
         short = np.minimum(ends - starts, WINDOW).astype(np.uint64) * np.uint64(8)
         # A shift by all 64 bits is not defined.
         words = np.where(short < 64, words & ((np.uint64(1) << np.minimum(short, np.uint64(63))) - np.uint64(1)), words)
-        for place, number in self._among(words):
-            if self._needles.fits(number, data[int(starts[place]) : int(ends[place])]):
-                yield place, number
+        tags = self._tags(words)
+        may = np.flatnonzero(self._bitmap.take(self._place(tags)))
+        for mine in self._of_each.values():
+            some = may[mine.begins(tags[may])]
+            pieces = [data[start:end] for start, end in zip(starts[some].tolist(), ends[some].tolist(), strict=True)]
+            yield from _spread(some, np.arange(len(some)), mine.numbers(pieces))
 
-    def _among(self, words: Words) -> Iterator[tuple[int, int]]:
-        """Places of the words that needles begin with, and the numbers of these."""
-        key = self._needles.key
-        tags = words if key is None else tag_words(words, key)
-        left = np.searchsorted(self._tags, tags)
-        for place in np.flatnonzero(self._tags[np.minimum(left, len(self._tags) - 1)] == tags).tolist():
-            for row in range(int(left[place]), int(np.searchsorted(self._tags, tags[place], side="right"))):
-                yield place, int(self._rows[row])
+
+class _OfKind:
+    """The needles of one kind, ``rows``, by what they begin with, and by their digests."""
+
+    def __init__(self, needles: Needles, kind: int, rows: Places, tags: Words) -> None:
+        self._needles, self._kind = needles, kind
+        self._tags = np.unique(tags)
+        proofs = [needles.proofs[i] for i in rows.tolist()]
+        digests = head_words(proofs if needles.key is not None else needles.digests(kind, proofs))
+        order = np.argsort(digests, kind="stable")
+        self._digests, self.rows = digests[order], rows[order]
+
+    def begins(self, tags: Words) -> npt.NDArray[np.bool_]:
+        """Which tags are those of a needle."""
+        place = np.minimum(np.searchsorted(self._tags, tags), len(self._tags) - 1)
+        found: npt.NDArray[np.bool_] = self._tags[place] == tags
+        return found
+
+    def numbers(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """The numbers of the needles that each piece is."""
+        digests = self._needles.digests(self._kind, pieces)
+        heads = head_words(digests)
+        low, high = (np.searchsorted(self._digests, heads, side) for side in ("left", "right"))
+        proofs = pieces if self._needles.key is None else digests
+        return [
+            [row for row in self.rows[a:b].tolist() if self._needles.proofs[row] == proof]
+            for a, b, proof in zip(low.tolist(), high.tolist(), proofs, strict=True)
+        ]
+
+
+def _spread(places: Places, inverse: Places, numbers: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """(place, number) for each of the places, whose piece is the one that ``inverse`` says."""
+    found = np.flatnonzero(np.array([bool(some) for some in numbers], np.bool_)[inverse])
+    for place, piece in zip(places[found].tolist(), inverse[found].tolist(), strict=True):
+        for number in numbers[piece]:
+            yield place, number

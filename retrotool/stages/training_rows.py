@@ -134,7 +134,7 @@ class TrainingReader:
         known = set(self.store.state.parts())  # a part can have been taken back, and has empty slots then
         wanted = wanted[[int(part) in known for part in layout.part[wanted]]]
         blocks = [(int(layout.part[i]), int(layout.group[i])) for i in wanted]
-        rows = self._rows(blocks)
+        rows = self.read_blocks(blocks)
         slots = np.full((len(block), layout.size), EMPTY, np.int64)
         start = 0
         for number, of in zip(wanted.tolist(), blocks, strict=True):
@@ -146,7 +146,8 @@ class TrainingReader:
             start += n
         return rows, slots
 
-    def _rows(self, blocks: list[tuple[int, int]]) -> TrainingRows:
+    def read_blocks(self, blocks: list[tuple[int, int]]) -> TrainingRows:
+        """All rows of some blocks, of (part, number of the row group), one after the other."""
         store, own = self.store, self.store.identity
         starts = np.cumsum([0, *(block_rows(store, block) for block in blocks)]).tolist()
         n = starts[-1] + 1

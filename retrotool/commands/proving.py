@@ -1,0 +1,271 @@
+"""``purge --verify``: looking for what is left of a purge, everywhere, and the receipt that says what was found.
+
+1. The log is read and checked from its beginning: who purged, when and why, and which files an erase has replaced.
+2. Every way to read the store is gone (``commands.views``).
+3. Once it is erased, every byte under the store is searched for what the purge took (``stages.residue``), by the keyed
+   hashes that were kept before the erase (``stages.proofs``); the files that were replaced must be gone, and those in
+   their place be what the log says, by SHA-256.
+
+The log then gets an entry with the SHA-256 of the receipt, so that nobody can change that afterwards; a store that
+can't be written has none. Cost: reading the store once, 35 to 50 MB a second and core, and its tables of neighbours
+three times. Memory: that of the proofs, about 600 bytes a chunk of the purge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+from retrotool import interrupts
+from retrotool.commands import files, receipt_page, views
+from retrotool.commands.views import View
+from retrotool.commands.writing import writing
+from retrotool.errors import StorageError, UsageError
+from retrotool.stages import residue
+from retrotool.stages.consumers import consumers
+from retrotool.stages.erased_files import ErasedFile, ErasedFiles
+from retrotool.stages.matching import CELLS, KINDS, Needles
+from retrotool.stages.proofs import proofs_of, salted_chunks
+from retrotool.stages.purge import in_store, tombstones_of
+from retrotool.store import atomic, identity, parts
+from retrotool.store.log import Draft
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.verify_log import LogFound, check_log
+
+Report = Callable[[int], object]
+
+LIMITS = (
+    "Models that were trained on the text before may still know it.",
+    "Centroids and codebooks of indexes were trained with its vectors among others; they hold none of them. "
+    "Whoever wants them without: retrotool index STORE --retrain.",
+    "Bare chunk ids stay in the tombstones; they say that something was purged, not what.",
+    "Copies of the store, backups, snapshots and versions that a bucket keeps are not reached: erase in them, too.",
+    "A disk may keep the blocks of deleted files until it writes over them; solid-state disks keep them longest.",
+    "The input that was chunked, and what was exported before, are other people's files: none was looked at.",
+    "Text is looked for in pieces that nobody else has said: what a living document says, too, is there by right.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """So many ``pieces`` of a ``kind`` (tokens, text, vector16, vector32, key, id, chunk) are left in a file."""
+
+    path: str
+    kind: str
+    pieces: int
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """The search through all bytes: files, bytes, needles by kind, and those that living documents say by right.
+
+    ``without`` counts, by kind, chunks (or documents) of which there was nothing to look for. ``left`` is what was
+    found.
+    """
+
+    files: int
+    bytes: int
+    needles: dict[str, int]
+    without: dict[str, int]
+    said_by_others: int
+    left: tuple[Trace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was purged, what was done, and what was found when it was looked for; none of the text.
+
+    ``state`` is "erased", "begun" (an erase was, and is not at its end) or "purged". ``ok``: nothing was found, and
+    there are no ``problems``. ``files`` are those that an erase replaced. ``salted_chunks`` are BLAKE2b-128 of the
+    tokens of each chunk that was erased, keyed with ``salt``. ``log_head`` is the SHA-256 of commit ``log_commit``.
+    """
+
+    store: str
+    tool: str
+    purge: str
+    state: str
+    ok: bool
+    problems: tuple[str, ...]
+    reason: str
+    who: str
+    selector: str
+    selector_hash: str
+    purged: str
+    purged_by: int
+    erased: str
+    erased_by: int
+    verified: str
+    chunks: int
+    copies: int
+    documents: int
+    tokens: int
+    log_commit: int
+    log_head: str
+    log_whole: bool
+    views: tuple[View, ...]
+    searched: Searched | None
+    files: tuple[ErasedFile, ...]
+    salt: str
+    salted_chunks: tuple[str, ...]
+    elsewhere: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedPurge:
+    """A receipt, where it was written as JSON and as a page, and the commit that has its SHA-256 (None: none could)."""
+
+    receipt: Receipt
+    json: str
+    page: str
+    sha256: str
+    commit: int | None
+
+
+def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
+    """Look for a purge, and write the receipt ``receipt-PURGE.json`` and ``.html`` into the folder ``out``.
+
+    ``UsageError`` if there is no such purge, or it was taken back.
+    """
+    store = Store.open(root)
+    _check(store, purge)
+    paths = [Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")]
+    for path in paths:
+        files.check_file("--out", path)
+    receipt = _receipt(store, purge)
+    data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
+    sha256 = hashlib.sha256(data).hexdigest()
+    commit = _note(store, receipt, sha256)
+    for path, content in zip(paths, (data, receipt_page.page(receipt, sha256, commit).encode()), strict=True):
+        with files.written(path) as scratch:
+            scratch.write_bytes(content)
+    return VerifiedPurge(receipt, str(paths[0]), str(paths[1]), sha256, commit)
+
+
+def _check(store: Store, purge: str) -> None:
+    records = store.state.with_prefix("purge:")
+    if purge not in records:
+        known = f"it has: {', '.join(list(records)[-20:])}" if records else "it has none"
+        raise UsageError(f"{store.root} has no purge {purge!r}; {known}", f"See: retrotool log {store.root}")
+    if "restored" in records[purge]:
+        raise UsageError(
+            f"the purge {purge!r} was taken back: its chunks are living", f"See: retrotool log {store.root}"
+        )
+
+
+def _receipt(store: Store, purge: str) -> Receipt:
+    record = store.state.records[f"purge:{purge}"]
+    chunks = tombstones_of(store, purge)
+    there = in_store(store, chunks)
+    with _progress("log", 1, "log") as report:
+        erased, found = _read_log(store, purge, np.unique(chunks >> parts.PART_SHIFT).tolist())
+        report(1)
+    problems = [f"the log: {problem}" for problem in found.problems]
+    with _progress("views", views.ways(store), "view") as report:
+        seen = views.look(store, chunks, report)
+    problems += [f"{view.name}: {view.found:,} purged chunks come up" for view in seen if view.found]
+    needles = proofs_of(store, purge)
+    state = "erased" if record["erased"] else "purged" if needles is None else "begun"
+    searched = None
+    if record["erased"]:
+        problems += _check_files(store, erased.files)
+        if needles is not None:
+            searched = _search(store, needles)
+            problems += [
+                f"{trace.path}: {trace.pieces:,} pieces of it ({trace.kind}) are left" for trace in searched.left
+            ]
+        elif len(there):
+            problems.append("it was erased by a version that kept no proofs: nothing is left to look for it by")
+    salt, hashes = salted_chunks(store, purge)
+    return Receipt(
+        store=store.identity.uuid, tool=f"retrotool {version('retrotool')}", purge=purge, state=state, ok=not problems,
+        problems=tuple(problems), reason=str(record["reason"]), who=str(record.get("who", "")),
+        selector=str(record["selector"]), selector_hash=str(record["hash"]), purged=erased.purged,
+        purged_by=erased.purged_by, erased=erased.erased, erased_by=erased.erased_by, verified=_now(),
+        chunks=len(chunks), copies=len(chunks) - _named(store, purge), documents=int(record["documents"]),
+        tokens=int(record["tokens"]), log_commit=len(found.hashes) - 1, log_head=found.head,
+        log_whole=not found.problems, views=tuple(seen), searched=searched, files=tuple(erased.files), salt=salt,
+        salted_chunks=tuple(hashes), elsewhere=tuple(sorted({c.path for c in consumers(store.state)})), limits=LIMITS,
+    )  # fmt: skip
+
+
+def _named(store: Store, purge: str) -> int:
+    entry = store.state.file("tombstones", purge)
+    return 0 if entry is None else entry.rows
+
+
+def _read_log(store: Store, purge: str, numbers: list[int]) -> tuple[ErasedFiles, LogFound]:
+    erased = ErasedFiles(purge, numbers)
+    _, genesis = identity.read_identity(store.root)
+    return erased, check_log(store.root, genesis, store.state.number, erased.note)
+
+
+def _check_files(store: Store, replaced: list[ErasedFile]) -> list[str]:
+    """What is wrong with files that were replaced, and with those that took their place and are still there."""
+    problems = [
+        f"{file.before}: it was replaced, and is still there"
+        for file in replaced
+        if (store.root / file.before).exists()
+    ]
+    after = {file.after: file for file in replaced if file.after and store.state.has(file.after)}
+    total = sum(file.after_bytes for file in after.values())
+    with _progress("files", total, "B") as report:
+        for path, file in after.items():
+            if atomic.file_sha256(store.root / path) != file.after_sha256:
+                problems.append(f"{path}: it is not what the log says, by SHA-256")
+            report(file.after_bytes)
+    return problems
+
+
+def _search(store: Store, needles: Needles) -> Searched:
+    sizes = [path.stat().st_size for path in store.root.rglob("*") if path.is_file()]
+    with _progress("search", sum(sizes), "B") as report:
+        left = residue.look(store, needles, report)
+    traces = Counter((finding.path, finding.kind) for finding in left.findings)
+    kinds = [KINDS[kind] for kind in needles.kinds.tolist()]
+    counted = {kind: n for kind, n in Counter(kinds).items() if kind != "whole"}
+    without = {kind: n for kind, n in needles.lacking.items() if n or kind in CELLS}
+    return Searched(
+        len(sizes), sum(sizes), counted, without, left.said,
+        tuple(Trace(path, kind, n) for (path, kind), n in sorted(traces.items())),
+    )  # fmt: skip
+
+
+def _note(store: Store, receipt: Receipt, sha256: str) -> int | None:
+    """The commit that names the receipt."""
+
+    def build(_: State) -> Draft:
+        return Draft("verify", {"purge": receipt.purge, "ok": receipt.ok, "receipt": sha256})
+
+    with contextlib.suppress(StorageError, PermissionError), writing(store) as run:
+        return store.commit(run, build).number
+    return None
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, unit: str) -> Iterator[Report]:
+    with tqdm(
+        total=total, unit=unit, unit_scale=unit == "B", desc=title, disable=None, delay=2, file=sys.stderr
+    ) as bar:
+
+        def told(n: int) -> None:
+            interrupts.check()
+            bar.update(n)
+
+        yield told
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
