@@ -28,6 +28,7 @@ Examples:
   retrotool purge store p1a2b3c4d --verify"""
 
 ASK_ABOVE = 0.01
+_PROVED = 3
 
 _BY = "What to purge (any of these; with --and what all of them mean)"
 
@@ -307,8 +308,10 @@ def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
     if result.erased:
         lines.append(
             f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; "
-            f"{output.count(result.files_rewritten, 'file')} rewritten. Check: retrotool verify {store}"
+            f"{output.count(result.files_rewritten, 'file')} rewritten."
         )
+        purges = getattr(result, "purges", (getattr(result, "purge", ""),))
+        lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in purges[:_PROVED] if purge]
     lines += [f"Not reached: {what}." for what in result.not_reached]
     return lines + [_consumer(one) for one in result.consumers]
 

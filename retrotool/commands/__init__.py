@@ -19,13 +19,14 @@ from retrotool.commands.materialising import materialise
 from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
-from retrotool.commands.proving import verify_purge
+from retrotool.commands.proving import VerifiedPurge, verify_purge
 from retrotool.commands.purging import purge
 from retrotool.commands.restoring import restore
 from retrotool.commands.selecting import Selectors, kinds_of
 
 __all__ = [
     "Selectors",
+    "VerifiedPurge",
     "calibrate",
     "chunk",
     "embed",

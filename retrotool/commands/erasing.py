@@ -35,6 +35,7 @@ from retrotool.store import folding, log
 from retrotool.store.clean import clean, clean_spool
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
+from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -230,7 +231,9 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     def build(state: State) -> Draft | None:
         done = purging.erased_purges(store, victims)
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
-        gone = [entry.path for p in done if (entry := state.file("selectors", p)) is not None]
+        # What other purges asked for, too, to take some of the victims, may name these.
+        alike = [p for p in standing_purges(state) if victims.contains(purging.tombstones_of(store, p)).any()]
+        gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
         gone += selections_of(store, victims.ids) if done else []

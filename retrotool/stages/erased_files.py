@@ -37,7 +37,6 @@ class ErasedFiles:
 
     def __init__(self, purge: str, numbers: list[int]) -> None:
         self._record = f"purge:{purge}"
-        self._purge = purge
         self._numbers = set(numbers)
         self._slots = {part_slot(part) for part in numbers}
         self._known: dict[str, FileEntry] = {}
@@ -74,9 +73,9 @@ class ErasedFiles:
         name = FileName.parse(entry.path)
         if name.kind in _OF_PARTS:
             return name.slot in self._slots
-        if name.kind == "index":
-            return not self._numbers.isdisjoint(parts_of(entry)) if "parts" in (entry.about or {}) else True
-        return name.kind != "selectors" or name.slot == self._purge
+        if name.kind == "index" and "parts" in (entry.about or {}):
+            return not self._numbers.isdisjoint(parts_of(entry))
+        return True
 
 
 def _place(path: str) -> tuple[str, str, str]:

@@ -1,0 +1,274 @@
+"""``purge --verify``: that it finds what is left, wherever it is, and that its receipt says what happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import string
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+
+from retrotool import commands
+from retrotool.cli import purge_verify
+from retrotool.commands import proving
+from retrotool.errors import CorruptError, StorageError, UsageError
+from retrotool.stages import reading
+from retrotool.stages.purge import tombstones_of
+from retrotool.store import parts, runs
+from retrotool.store.store import Store
+
+REASON = 'request <17> & "more"'
+
+
+def canary(seed: int) -> str:
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices(string.ascii_lowercase, k=9)) for _ in range(25))
+
+
+CANARIES = {f"canary-document-{i}": canary(i) for i in range(4)}
+
+
+@pytest.fixture(scope="module")
+def canaried(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("canaried")
+    rows = make_rows(60)
+    for at, (name, text) in enumerate(CANARIES.items()):
+        rows.insert(5 + 14 * at, {"id": name, "text": text, "source": "c", "year": 1})
+    source = write_jsonl(folder / "c.jsonl", rows)
+    commands.chunk(folder / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=60)
+    commands.embed(folder / "store", encoder=str(tiny_encoder))
+    commands.index(folder / "store")
+    commands.neighbours(folder / "store", materialise=True)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(canaried: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(canaried, tmp_path / "store"))
+
+
+def purged(store: Path, *, erase: bool = False) -> str:
+    selectors = commands.Selectors(document=tuple(CANARIES))
+    return commands.purge(store, selectors, reason=REASON, who="somebody", erase=erase).purge
+
+
+def checked(store: Path, purge: str, out: Path) -> commands.VerifiedPurge:
+    out.mkdir(exist_ok=True)
+    return commands.verify_purge(store, purge, out=out)
+
+
+def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = Store.open(store)
+    tokens: dict[int, bytes] = {}
+    for part in opened.state.parts():
+        chunks = parts.read_chunks(opened, part)
+        tokens |= {
+            part << 32 | row: chunks.tokens[row, : chunks.n_tokens[row]].tobytes() for row in range(len(chunks.tokens))
+        }
+    before = {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    purge = purged(store, erase=True)
+    found = checked(store, purge, tmp_path / "out")
+    receipt = found.receipt
+    assert receipt.ok, receipt.problems
+    assert (receipt.state, receipt.reason, receipt.who) == ("erased", REASON, "somebody")
+    assert {view.name for view in receipt.views} == {
+        "chunks", "documents", "embeddings tiny", "search main", "neighbours main", "dataset main", "export main",
+    }  # fmt: skip
+    assert all(view.rows and not view.found and not view.note for view in receipt.views)
+    assert receipt.searched is not None
+    assert receipt.searched.needles.keys() == {"tokens", "text", "vector16", "vector32", "key", "id"}
+    victims = tombstones_of(Store.open(store), purge).tolist()
+    salt = bytes.fromhex(receipt.salt)
+    hashes = {hashlib.blake2b(tokens[chunk], digest_size=16, key=salt).hexdigest() for chunk in victims}
+    assert set(receipt.salted_chunks) == hashes
+    assert {file.before.split("/")[0] for file in receipt.files} >= {
+        "documents", "keys", "chunks", "embeddings", "index", "neighbours", "materialised", "selectors",
+    }  # fmt: skip
+    for file in receipt.files:
+        assert not (store / file.before).exists()
+        if file.before in before:  # the selectors' came with the purge
+            assert hashlib.sha256(before[file.before]).hexdigest() == file.before_sha256
+        if file.after and (store / file.after).exists():
+            assert hashlib.sha256((store / file.after).read_bytes()).hexdigest() == file.after_sha256
+    data = Path(found.json).read_bytes()
+    assert json.loads(data) == json.loads(json.dumps(asdict(receipt)))
+    newest = next(iter(commands.log_entries(store, 1)))
+    assert found.commit == newest.number == receipt.log_commit + 1
+    assert hashlib.sha256(data).hexdigest() == found.sha256
+    assert found.sha256 in (store / f"log/{found.commit:08d}.json").read_text()
+    assert commands.verify_log(store, receipt.log_head).kept == receipt.log_commit
+    assert commands.verify(store).ok
+    page = Path(found.page).read_text()
+    ElementTree.fromstring(page.replace("<!DOCTYPE html>", ""))
+    assert "<17>" not in page
+    assert "Purged and erased." in page
+    purge_verify.show_verified(store, found, as_json=False)
+    said = page + data.decode() + capsys.readouterr().out
+    for name, text in CANARIES.items():
+        assert name not in said
+        assert not any(word in said for word in text.split())
+
+
+def test_what_is_purged_and_not_erased_is_masked_only(store: Path, tmp_path: Path) -> None:
+    purge = purged(store)
+    found = checked(store, purge, tmp_path / "out").receipt
+    assert (found.state, found.ok, found.searched, found.files) == ("purged", True, None, ())
+    assert "not erased" in (tmp_path / "out" / f"receipt-{purge}.html").read_text()
+    assert "Purged and erased" not in (tmp_path / "out" / f"receipt-{purge}.html").read_text()
+    commands.erase(store, [purge])
+    assert checked(store, purge, tmp_path / "out").receipt.state == "erased"
+
+
+def test_a_reader_that_does_not_look_through_the_tombstones_is_found(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purge = purged(store)
+    original = reading.read_tombstones
+
+    class Blind(type(original(Store.open(store)))):  # type: ignore[misc]
+        def contains(self, ids: np.ndarray) -> np.ndarray:
+            return np.zeros(ids.shape, np.bool_)
+
+    monkeypatch.setattr(reading, "read_tombstones", lambda of: Blind(original(of).ids))
+    found = checked(store, purge, tmp_path / "out").receipt
+    assert not found.ok
+    assert {view.name for view in found.views if view.found} == {"neighbours main"}
+    assert any("neighbours main" in problem for problem in found.problems)
+
+
+def test_leftovers_and_files_that_are_not_what_the_log_says_are_found(store: Path, tmp_path: Path) -> None:
+    opened = Store.open(store)
+    part = next(p for p in opened.state.parts() if "canary" in str(parts.read_documents(opened, p, ["id"])["id"]))
+    old = {kind: opened.state.part_file(kind, part) for kind in ("chunks", "documents")}
+    kept = {kind: (store / entry.path).read_bytes() for kind, entry in old.items() if entry is not None}
+    purge = purged(store, erase=True)
+    (store / "chunks" / "backup").write_bytes(kept["chunks"])
+    (store / ".notes.json").write_text(json.dumps({"subject": CANARIES["canary-document-2"]}))
+    found = checked(store, purge, tmp_path / "out")
+    assert not found.receipt.ok
+    assert found.receipt.searched is not None
+    assert {trace.path for trace in found.receipt.searched.left} == {"chunks/backup", ".notes.json"}
+    assert "NOT well" in Path(found.page).read_text()
+    (store / "chunks" / "backup").unlink()
+    (store / ".notes.json").unlink()
+    assert checked(store, purge, tmp_path / "out").receipt.ok
+    assert old["documents"] is not None
+    (store / old["documents"].path).write_bytes(kept["documents"])
+    problems = checked(store, purge, tmp_path / "out").receipt.problems
+    assert f"{old['documents'].path}: it was replaced, and is still there" in problems
+    (store / old["documents"].path).unlink(missing_ok=True)
+    new = Store.open(store).state.part_file("chunks", part)
+    assert new is not None
+    data = bytearray((store / new.path).read_bytes())
+    data[len(data) // 2] ^= 1
+    (store / new.path).write_bytes(data)
+    with pytest.raises(CorruptError, match=new.path):
+        checked(store, purge, tmp_path / "out")
+    data[len(data) // 2] ^= 1
+    (store / new.path).write_bytes(data)
+    assert checked(store, purge, tmp_path / "out").receipt.ok
+    embedded = Store.open(store).state.part_file("embeddings", part, "tiny")
+    assert embedded is not None
+    vectors = bytearray((store / embedded.path).read_bytes())
+    vectors[-1] ^= 1
+    (store / embedded.path).write_bytes(vectors)
+    problems = checked(store, purge, tmp_path / "out").receipt.problems
+    assert problems == (f"{embedded.path}: it is not what the log says, by SHA-256",)
+
+
+def test_a_log_that_was_edited_is_no_proof(store: Path, tmp_path: Path) -> None:
+    purge = purged(store, erase=True)
+    path = next(p for p in sorted(store.glob("log/*.json")) if '"kind":"purge"' in p.read_text())
+    path.write_text(path.read_text().replace("somebody", "nobody!!"))
+    with pytest.raises(CorruptError, match="checksum"):
+        checked(store, purge, tmp_path / "out")
+
+
+def test_an_erase_that_was_begun(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    purge = purged(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "retrotool.commands.erasing.engine.execute", lambda *_: (_ for _ in ()).throw(OSError("killed"))
+        )
+        with pytest.raises(OSError, match="killed"):
+            commands.erase(store, [purge])
+    assert checked(store, purge, tmp_path / "out").receipt.state == "begun"
+    (proof,) = (store / "proofs").iterdir()
+    commands.erase(store, [purge])
+    assert [proof] == list((store / "proofs").iterdir()), "they are made once"
+    assert checked(store, purge, tmp_path / "out").receipt.state == "erased"
+
+
+def test_proofs_go_when_a_purge_is_taken_back(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    purge = purged(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "retrotool.commands.erasing.engine.execute", lambda *_: (_ for _ in ()).throw(OSError("killed"))
+        )
+        with pytest.raises(OSError, match="killed"):
+            commands.erase(store, [purge])
+    commands.restore(store, purge, reason="a mistake")
+    assert Store.open(store).state.file("proofs", purge) is None
+    assert commands.verify(store).ok
+    with pytest.raises(UsageError, match="taken back"):
+        checked(store, purge, tmp_path / "out")
+
+
+def test_two_purges_of_one_chunk_both_keep_proofs(store: Path, tmp_path: Path) -> None:
+    one = commands.purge(
+        store, commands.Selectors(document=("canary-document-1", "canary-document-2")), reason="a"
+    ).purge
+    two = commands.purge(
+        store, commands.Selectors(document=("canary-document-2", "canary-document-3")), reason="b", erase=True
+    ).purge
+    assert checked(store, two, tmp_path / "out").receipt.ok
+    assert checked(store, one, tmp_path / "out").receipt.state == "begun"
+    commands.erase(store, [one])
+    found = checked(store, one, tmp_path / "out").receipt
+    assert (found.ok, found.state) == (True, "erased")
+    (store / "left.txt").write_text(CANARIES["canary-document-2"])
+    for purge in (one, two):
+        assert not checked(store, purge, tmp_path / "out").receipt.ok, "both had it"
+
+
+def test_a_store_that_can_not_be_written_has_a_receipt(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    purge = purged(store, erase=True)
+
+    def refused(*_: object) -> Any:
+        raise StorageError("read-only file system")
+
+    monkeypatch.setattr(runs.Run, "__enter__", refused)
+    found = checked(store, purge, tmp_path / "out")
+    assert found.receipt.ok
+    assert found.commit is None
+    purge_verify.show_verified(store, found, as_json=False)
+    assert "does not name the receipt" in capsys.readouterr().out
+
+
+def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
+    purge = purged(store)
+    with pytest.raises(UsageError, match="no purge 'p0'; it has: " + purge):
+        checked(store, "p0", tmp_path / "out")
+    with pytest.raises(UsageError, match="lies in the store"):
+        checked(store, purge, store / "receipts")
+    with pytest.raises(UsageError, match="no folder"):
+        commands.verify_purge(store, purge, out=tmp_path / "nowhere")
+
+
+def test_what_was_erased_without_proofs_is_not_proven(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("retrotool.commands.erasing.unproven", lambda *_: {})
+    purge = purged(store, erase=True)
+    found = checked(store, purge, tmp_path / "out").receipt
+    assert not found.ok
+    assert "kept no proofs" in found.problems[0]
+    assert found.limits == proving.LIMITS
