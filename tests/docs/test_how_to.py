@@ -56,6 +56,9 @@ def test_from_hugging_face(here: Path) -> None:
     "page",
     [
         "purge-and-erase.md",
+        "answer-a-takedown-request.md",
+        "take-out-an-evaluation-set.md",
+        "take-out-personal-data.md",
         "other-tools.md",
         "neighbours-across-stores.md",
         "choose-neighbours.md",

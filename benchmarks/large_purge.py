@@ -1,0 +1,126 @@
+"""How long a purge of a million chunks takes in a store of 100 million chunks, and in one of a billion.
+
+    python benchmarks/large_purge.py [--victims 1000000] [--sizes 100000000 1000000000] [--parts 40]
+
+The log is made up: parts of 250,000 chunks of which no file but those of the ``--parts`` parts that hold victims is
+there, as nothing else may be read. These are made whole, documents of 100 chunks.
+Both stores are purged of the same chunks, given by ids, by the command, in a fresh process; then opening is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from machine import describe
+
+from retrotool.store import log, parts, schemas
+from retrotool.store.atomic import FileEntry
+from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.log import Draft
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.store import Store
+
+ROWS, DOCUMENT = 250_000, 100
+RUN = "0123abcd"
+OPEN = """
+import time
+start = time.perf_counter()
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+assert len(read_tombstones(Store.open({root!r}))) == {victims}
+print(time.perf_counter() - start)
+"""
+
+
+def real_part(root: Path, part: int) -> list[FileEntry]:
+    """The files of a part whose chunks are random tokens."""
+    slot, rng = part_slot(part), np.random.default_rng(part)
+    row = np.arange(ROWS)
+    tokens = np.repeat(rng.integers(1, 30_000, (ROWS // 8, 64), np.uint16), 8, axis=0)
+    doc = (row // DOCUMENT).astype(np.int32)
+    chunks = parts.chunks_table(doc, (row % DOCUMENT).astype(np.int32), np.full(ROWS, 64, np.int32), tokens)
+    count = ROWS // DOCUMENT
+    names = [f"document-{part}-{i}" for i in range(count)]
+    hashes = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names]
+    documents = pa.table(
+        [
+            names, hashes, hashes, ["made up"] * count, np.arange(count, dtype=np.int32) * DOCUMENT,
+            np.full(count, DOCUMENT, np.int32), np.full(count, 64 * DOCUMENT), ["input"] * count, np.arange(count),
+        ],
+        schema=schemas.documents_schema(()),
+    )  # fmt: skip
+    found = {"documents": documents, "keys": parts.keys_table(documents), "chunks": chunks}
+    return [parts.write_parquet(root, FileName.new(RUN, kind, slot, "parquet"), table) for kind, table in found.items()]
+
+
+def made_up(part: int) -> list[FileEntry]:
+    """The files of a part that nobody will look for."""
+    rows = {"documents": ROWS // DOCUMENT, "keys": ROWS // DOCUMENT, "chunks": ROWS}
+    return [
+        FileEntry(FileName.new(RUN, kind, part_slot(part), "parquet").path, n, 1000, hashlib.sha256(b"").hexdigest())
+        for kind, n in rows.items()
+    ]
+
+
+def make(root: Path, chunks: int, real: list[int]) -> None:
+    """A store of so many chunks, one commit for 100 parts."""
+    store = Store.create(root, TokenizerIdentity.of("none", b"{}", 30522, lossless=False), b"{}", 64)
+    total = chunks // ROWS
+    for first in range(0, total, 100):
+        numbers = range(first, min(first + 100, total))
+        entries = [entry for part in numbers for entry in (real_part(root, part) if part in real else made_up(part))]
+        n = ROWS * numbers.stop
+        totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n}
+        draft = Draft("chunk", add=tuple(entries), records={"parts": numbers.stop, "totals": totals})
+        assert log.append(root, RUN, store.state.number + 1, store.state.head, draft)
+        store.refresh()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--victims", type=int, default=1_000_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000_000, 1_000_000_000])
+    parser.add_argument("--parts", type=int, default=40)
+    arguments = parser.parse_args()
+    print(describe())
+    each = arguments.victims // arguments.parts
+    for size in arguments.sizes:
+        total = size // ROWS
+        real = np.unique(np.linspace(0, total - 1, arguments.parts).astype(int)).tolist()
+        with tempfile.TemporaryDirectory() as folder:
+            root, listed = Path(folder) / "store", Path(folder) / "ids"
+            make(root, size, real)
+            documents = np.linspace(0, ROWS // DOCUMENT - 1, each // DOCUMENT).astype(np.int64)
+            rows = (documents[:, None] * DOCUMENT + np.arange(DOCUMENT)).ravel()
+            ids = np.concatenate([(part << PART_SHIFT) + rows for part in real])
+            listed.write_text("\n".join(map(str, ids.tolist())))
+            command = [sys.executable, "-m", "retrotool", "purge", str(root), "--ids", str(listed), "--yes", "--json"]
+            start = time.perf_counter()
+            done = subprocess.run([*command, "--reason", "benchmark"], capture_output=True, check=True)
+            seconds = time.perf_counter() - start
+            told = orjson.loads(done.stdout)
+            assert told["chunks"] == len(ids), told
+            opened = subprocess.run(
+                [sys.executable, "-c", OPEN.format(root=str(root), victims=len(ids))],
+                capture_output=True,
+                check=True,
+                text=True,
+            )
+        print(
+            f"{size:>13,} chunks in {total:,} parts: {told['chunks']:,} chunks ({told['documents']:,} documents) of "
+            f"{len(real)} parts purged in {seconds:.2f} s; opened with tombstones in {float(opened.stdout):.2f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
