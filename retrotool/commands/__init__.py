@@ -21,6 +21,7 @@ from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
 from retrotool.commands.purging import purge
 from retrotool.commands.restoring import restore
+from retrotool.commands.scanning import scan
 from retrotool.commands.selecting import Selectors, kinds_of
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "purge",
     "restore",
+    "scan",
     "verify",
     "verify_log",
     "write_plan_page",
