@@ -74,7 +74,7 @@ def classified(path: str | Path, label: str | None, above: float | None, device:
     if not (math.isfinite(above) and 0 < above <= 1):
         raise UsageError(f"--above {above} is no score", "Give a number above 0 and up to 1, such as 0.9.")
     identity.label(label)
-    return Classified(str(Path(path).absolute()), identity.sha256, label, above, device)
+    return Classified(str(Path(path).absolute()), identity.sha256, label, float(above), device)
 
 
 class ClassifierMatcher:

@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ann.products import one_thread
 from retrotool.ann.ranking import exact_distances
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
@@ -50,7 +51,7 @@ Vectors = npt.NDArray[np.float32]
 
 _SLICE_ROWS = 1 << 12
 _PAIRS = 1 << 14
-"""Fewer than what ``ann.ranking`` would share among threads: blocks are looked at side by side as it is."""
+"""Fewer than what ``ann.ranking`` would share among threads."""
 _PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z0-9]{1,5}")
 
 
@@ -112,7 +113,7 @@ def near(store: Store, given: str | Path, within: float | None, encoder: str | N
     if not text.strip():
         raise UsageError(f"--like: {given} has no text" if is_file else "--like: the text is empty")
     name = pick_encoder(store, encoder)
-    return Like(text, within, name, str(store.state.records[f"encoder:{name}"]["sha256"]), is_file, device)
+    return Like(text, float(within), name, str(store.state.records[f"encoder:{name}"]["sha256"]), is_file, device)
 
 
 def _read(given: str) -> tuple[str, bool]:
@@ -161,21 +162,25 @@ class LikeMatcher:
     """Finds chunks within a distance of one of ``queries``, float32 [q, d]."""
 
     def __init__(self, store: Store, encoder: str, queries: Vectors, within: float, names: tuple[str, ...]) -> None:
+        import torch
+
         self.names = names
         self._store, self._encoder = store, encoder
         self._queries, self._within = queries, np.float32(within)
         self._norms = np.square(queries).sum(1)
+        self._threads = torch.get_num_threads()
 
     def __call__(self, block: Block) -> Hits:
         """Those of the block, with the distance to the nearest query."""
         vectors = read_part_vectors(self._store, self._encoder, block.part)[block.first : block.first + len(block)]
         embedded = block.chunks.embedded
         rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-        for start in range(0, len(block), _SLICE_ROWS):
-            some = np.flatnonzero(embedded[start : start + _SLICE_ROWS])
-            found, apart = self._near(vectors[start : start + _SLICE_ROWS], some)
-            rows.append(found + start)
-            distances.append(apart)
+        with one_thread(self._threads):  # blocks are looked at side by side
+            for start in range(0, len(block), _SLICE_ROWS):
+                some = np.flatnonzero(embedded[start : start + _SLICE_ROWS])
+                found, apart = self._near(vectors[start : start + _SLICE_ROWS], some)
+                rows.append(found + start)
+                distances.append(apart)
         return Hits.of(np.concatenate(rows), figures=np.concatenate(distances))
 
     def _near(
@@ -185,15 +190,16 @@ class LikeMatcher:
         import torch
 
         # torch widens float16 by the processor's instruction for it, numpy does not
-        wide = torch.from_numpy(vectors[rows]).float().numpy()
-        norms = np.square(wide).sum(1)
-        rough = norms[:, None] - 2 * (wide @ self._queries.T) + self._norms
-        # Of d products and sums in float32, each rounded by 2^-24 of what goes in; twice that, and more.
-        slack = wide.shape[1] * 2.0**-21 * (norms[:, None] + self._norms) + 1e-12
-        likely = rough - slack <= self._within
-        # To be the nearest query of a row, and so to say how far it is, one must be as near as any may be.
-        likely &= rough - slack <= (rough + slack).min(1, keepdims=True)
-        row, query = np.nonzero(likely)
+        some = vectors if len(rows) == len(vectors) else vectors[rows]
+        wide = torch.from_numpy(np.ascontiguousarray(some)).float()
+        norms = torch.einsum("nd,nd->n", wide, wide).numpy()[:, None]
+        least = norms + self._norms  # |x|² + |q|², by which rounding is bounded
+        # Of d products and sums in float32 each is rounded by 2^-24 of what goes in; this is several times that.
+        slack = wide.shape[1] * 2.0**-21 * least + 1e-12
+        least += torch.mm(wide, torch.from_numpy(self._queries).T).mul_(-2).numpy()
+        least -= slack
+        # To say how far a row is, a query must be within, and as near as any may be.
+        row, query = np.nonzero(least <= np.minimum(self._within, (least + 2 * slack).min(1, keepdims=True)))
         nearest = np.full(len(rows), np.inf, np.float32)
         for q in np.unique(query).tolist():
             mine = row[query == q]
