@@ -141,10 +141,10 @@ def test_a_score_that_is_no_number_is_nan_and_that_of_no_other_text(copy: Path, 
     vocabulary = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
     with torch.no_grad():
         classifier._model.bert.embeddings.word_embeddings.weight[vocabulary["harbour"]] = torch.nan
-    texts = ["store chunk", "the harbour of a village", "forest river"]
+    texts = ["store chunk", "the harbour of a village", "forest river", "store " * 130 + "harbour" + " store" * 200]
     found = classifier.scores(texts, 2)
-    assert np.isnan(found).tolist() == [False, True, False]
-    assert np.allclose(found[[0, 2]], scores_of_transformers(model, texts, "toxic")[[0, 2]], atol=1e-4)
+    assert np.isnan(found).tolist() == [False, True, False, True], "of several windows, too"
+    assert np.allclose(found[[0, 2]], scores_of_transformers(model, texts[:3], "toxic")[[0, 2]], atol=1e-4)
 
 
 def test_out_of_memory_halves_a_batch_and_a_lost_device_ends_the_run(

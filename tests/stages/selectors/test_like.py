@@ -69,6 +69,8 @@ def test_all_chunks_within_the_distance_are_selected_and_no_other(store_copy: Pa
     within, expected = a_share(distances(store_copy, query(store_copy, TEXT)), share)
     assert len(expected) > 0
     assert selected(store_copy, like=TEXT, within=within) == expected
+    assert list(store_copy.glob("scans/*/*"))
+    assert commands.verify(store_copy).ok, "what was found is told as the format says"
 
 
 @pytest.mark.parametrize("small", [True, False])
