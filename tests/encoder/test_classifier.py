@@ -183,10 +183,16 @@ def test_out_of_memory_halves_a_batch_and_a_lost_device_ends_the_run(
 def test_threads_compute_what_one_does(model: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    classifier = Classifier(find_classifier(model), "cpu")
-    threads = torch.get_num_threads()
-    true = classifier.scores(TEXTS, 2)
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: classifier.scores(TEXTS, 2), range(8)):
-            assert np.array_equal(found, true)
-    assert torch.get_num_threads() == threads
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        classifier = Classifier(find_classifier(model), "cpu")
+        true = classifier.scores(TEXTS, 2)
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(lambda _: classifier.scores(TEXTS, 2), range(8)):
+                assert np.array_equal(found, true)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3, "nor has any other that begins later fewer"
+    finally:
+        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from retrotool.errors import UsageError
 from retrotool.sources import Fields
 from retrotool.stages.encoders import load_encoder
 from retrotool.stages.selection import choose
-from retrotool.stages.selectors import like
+from retrotool.stages.selectors import like, scan
 from retrotool.stages.selectors.scan import ScanStage, read_scan
 from retrotool.store.store import Store
 
@@ -80,6 +80,7 @@ def test_the_text_of_a_file_is_cut_into_chunks_and_each_is_looked_for(
     if small:  # so that there are borders of slices
         monkeypatch.setattr(like, "_SLICE_ROWS", 7)
         monkeypatch.setattr(like, "_LEAST_ROWS", 1)
+        monkeypatch.setattr(scan, "BLOCK_ROWS", 20)
         monkeypatch.setattr(like, "_PAIRS", 3)
     row = next(row for row in make_rows(120) if row["id"] == "doc-31")
     (tmp_path / "takedown.txt").write_text(row["text"])
