@@ -24,6 +24,7 @@ from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import living, pick_encoder, read_part_vectors
+from retrotool.stages.encoders import load_encoder
 from retrotool.stages.neighbours import check_table, database_of, members_of
 from retrotool.stages.searching import Database, Point
 from retrotool.store import parts, schemas, tables
@@ -332,15 +333,7 @@ class Reader:
 
     def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
         """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""
-        name = self.database(index).encoder
-        record = self._store.state.records[f"encoder:{name}"]
-        # Of one text transformers is as fast as anything, and needs no proof.
-        encoder = Encoder(
-            str(record["origin"]), device, "float32", pooling=record["pooling"], name=name, forward="transformers"
-        )
-        if encoder.identity.sha256 != record["sha256"]:
-            raise UsageError(f"the encoder at {record['origin']} is not the one the store was embedded with")
-        return encoder
+        return load_encoder(self._store, self.database(index).encoder, device)
 
 
 def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

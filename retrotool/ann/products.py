@@ -179,6 +179,25 @@ def one_thread_each(n: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]]
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def one_thread(others: int) -> Iterator[None]:
+    """In one of several threads of a caller's own: products here have one thread each.
+
+    ``others``: threads that products of other callers have, as torch told before any of these began.
+    """
+    import faiss
+    import torch
+
+    before = faiss.omp_get_max_threads()
+    _use_one_thread()
+    try:
+        yield
+    finally:
+        # The number that a thread sets is its own, and what threads that begin later start with: that is put back.
+        torch.set_num_threads(others)
+        faiss.omp_set_num_threads(before)
+
+
 def _use_one_thread() -> None:
     import faiss
     import torch

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
 from retrotool.cli.purge_restore import show_restored
-from retrotool.cli.purge_review import lines_of
+from retrotool.cli.purge_review import lines_of, show_scanned
 from retrotool.cli.purge_verify import show_verified
 from retrotool.errors import UsageError
 
@@ -24,6 +24,7 @@ Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
+  retrotool purge store --like "how to pick a lock" --within 0.9 --reason "policy 3" --dry-run
   retrotool purge store --older-than 7d --erase --yes
   retrotool purge store p1a2b3c4d --verify"""
 
@@ -126,6 +127,57 @@ def command(
     duplicates: Annotated[
         bool, typer.Option("--duplicates", help="Chunks that repeat one before them.", rich_help_panel=_BY)
     ] = False,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|FILE",
+            help="Chunks near a text, or near any chunk of a file's, by their embeddings; with --within.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DISTANCE",
+            help="With --like: squared L2, the distance that search prints.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --like: by which embeddings, if the store has several.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Chunks that a sequence classifier, a model directory, gives a label; with --label and --above.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="With --classifier: which of its labels.", show_default=False, rich_help_panel=_BY
+        ),
+    ] = None,
+    above: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCORE",
+            help="With --classifier: the label's score is this or more, up to 1.",
+            show_default=False,
+            rich_help_panel=_BY,
+        ),
+    ] = None,
     every: Annotated[bool, typer.Option("--and", help="Only what all of these mean.", rich_help_panel=_BY)] = False,
     whole_documents: Annotated[
         bool,
@@ -137,6 +189,15 @@ def command(
             "--allow-lossy", help="Look at text also where the tokenizer loses case or spacing.", rich_help_panel=_BY
         ),
     ] = False,
+    device: Device = "auto",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
+            show_default=False,
+        ),
+    ] = None,
     who: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
@@ -184,8 +245,16 @@ def command(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
             pattern=pattern, patterns=patterns, terms=terms, pii=commands.kinds_of(pii),
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
-            whole_documents=whole_documents, allow_lossy=allow_lossy,
+            whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
+            classifier=classifier, label=label, above=above, device=device,
         )  # fmt: skip
+        if shard is not None:
+            if purges or apply or older_than or restore:
+                raise UsageError(
+                    "--shard shares the scan of selectors, and nothing else", "See: retrotool purge --help"
+                )
+            show_scanned(commands.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            return
         declined = False
 
         def confirm(planned: PurgeResult | EraseResult) -> bool:

@@ -1,4 +1,4 @@
-"""What a dry run of ``retrotool purge`` shows in a terminal."""
+"""What a dry run of ``retrotool purge``, and a share of its scan, show in a terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from retrotool.cli import output
 if TYPE_CHECKING:
     from retrotool.commands.purging import PurgeResult
     from retrotool.commands.review import Count, Example, Touched
+    from retrotool.commands.scanning import ScanResult
     from retrotool.stages.selection import Match
 
 _AROUND, _SHOWN = 60, 160
+_FIGURES = {"like": "distance", "classifier": "score"}
+"""What selectors measure."""
 
 
 def lines_of(store: Path, result: PurgeResult) -> list[str]:
@@ -51,7 +54,8 @@ def _example(example: Example) -> str:
         shown = ("…" if low else "") + shown + ("…" if high < len(text) else "")
     else:
         shown = text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
-    return f"    {example.chunk} of {output.one_line(example.document)}: {output.one_line(shown)}"
+    figure = "" if example.figure is None else f", {_FIGURES.get(example.selector, 'figure')} {example.figure:.4f}"
+    return f"    {example.chunk} of {output.one_line(example.document)}{figure}: {output.one_line(shown)}"
 
 
 def _touched(touched: Touched) -> str:
@@ -60,3 +64,20 @@ def _touched(touched: Touched) -> str:
     what += [output.count(touched.tables, "table") + " of neighbours"] if touched.tables else []
     what += [output.count(touched.materialised, "file") + " of their text"] if touched.materialised else []
     return f"at most {', '.join(what)}: {output.size(touched.bytes)}"
+
+
+def show_scanned(result: ScanResult, as_json: bool) -> None:
+    """Show what a share of a scan did, and how to go on."""
+    output.show(result, as_json, _scanned)
+
+
+def _scanned(result: ScanResult) -> str:
+    lines = [f"Scanned {result.parts:,} of {output.count(result.of, 'part')}. Nothing was purged."]
+    if result.elsewhere:
+        are = "is" if result.elsewhere == 1 else "are"
+        lines.append(f"{output.count(result.elsewhere, 'part')} {are} left to runs that are at work.")
+    if result.done:
+        lines.append("All are scanned. Go on with the same command, without --shard.")
+    else:
+        lines.append("When all jobs have ended, go on with the same command, without --shard: it scans what is left.")
+    return "\n".join(lines)

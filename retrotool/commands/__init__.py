@@ -22,6 +22,7 @@ from retrotool.commands.planning import plan
 from retrotool.commands.proving import VerifiedPurge, verify_purge
 from retrotool.commands.purging import purge
 from retrotool.commands.restoring import restore
+from retrotool.commands.scanning import scan
 from retrotool.commands.selecting import Selectors, kinds_of
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "plan",
     "purge",
     "restore",
+    "scan",
     "verify",
     "verify_log",
     "verify_purge",

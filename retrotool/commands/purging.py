@@ -115,7 +115,7 @@ def purge(
 
     def attempt() -> PurgeResult:
         nonlocal agreed
-        if asked.scan is not None and asked.scan.plan(store):
+        if asked.scan is not None and not asked.scan.is_done(store):
             with writing(store) as run:
                 engine.execute(asked.scan, store, run)
         total = len(asked.given) * len(store.state.parts())

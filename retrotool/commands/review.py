@@ -5,7 +5,7 @@ Text is read for the examples only. Cost: the documents of the parts concerned, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,10 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A chunk that a selector means: its text, and from which to which character the match lies (both 0: nowhere)."""
+    """A chunk that a selector means: its text, and from which to which character the match lies (both 0: nowhere).
+
+    ``figure``: its distance to what it is like, or its score, where the selector measures one.
+    """
 
     selector: str
     chunk: int
@@ -42,6 +45,7 @@ class Example:
     text: str
     begin: int
     end: int
+    figure: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +91,17 @@ def _most(counts: dict[str, int]) -> tuple[Count, ...]:
 
 
 def _examples(store: Store, selection: Selection) -> list[Example]:
-    """Up to ten of each selector, from all over what it means."""
+    """Up to ten of each selector, from all over what it means; in the order of their figures, if they have some."""
     found = selection.chosen.found
     decoder = Decoder(store)
     examples = []
     for number, selector in enumerate(selection.asked.scanned):
         places = np.flatnonzero((found.selectors == number) & np.isin(found.chunks, selection.living))
+        places = places[np.argsort(found.figures[places], kind="stable")]
         for place in places[_spread(len(places))].tolist():
-            span = (int(found.begin[place]), int(found.end[place]))
-            examples.append(_example(store, decoder, selector.kind, int(found.chunks[place]), span))
+            span, figure = (int(found.begin[place]), int(found.end[place])), float(found.figures[place])
+            example = _example(store, decoder, selector.kind, int(found.chunks[place]), span)
+            examples.append(example if np.isnan(figure) else replace(example, figure=figure))
     if not examples:
         some = selection.living[_spread(len(selection.living))].tolist()
         examples = [_example(store, decoder, selection.asked.kind, chunk, (0, 0)) for chunk in some]

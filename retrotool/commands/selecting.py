@@ -7,11 +7,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
 from retrotool.stages.selection import Asked, Given, Repeats, select_ids
 from retrotool.stages.selectors.base import Selector
+from retrotool.stages.selectors.classified import classified
 from retrotool.stages.selectors.contaminates import Contaminates
 from retrotool.stages.selectors.copies import NearDuplicates
+from retrotool.stages.selectors.like import near
 from retrotool.stages.selectors.patterns import Patterns, read_patterns
 from retrotool.stages.selectors.pii import KINDS, PersonalData
 from retrotool.stages.selectors.spans import compiled
@@ -29,7 +32,10 @@ class Selectors:
     an expression over document columns, ``pattern`` one of RE2 over text, ``patterns`` a file with such ones.
     ``terms`` is a file of words and names. ``pii`` are kinds of personal data (``selectors.pii.KINDS``).
     ``near_duplicates_of`` is a file of chunk ids whose copies are meant, ``contaminates`` a store of evaluation text,
-    ``duplicates``: chunks that repeat one before them. ``whole_documents`` widens to the documents of what is meant.
+    ``duplicates``: chunks that repeat one before them. ``like`` is a text, or a file of text: chunks whose stored
+    vector is ``within`` of its, as squared L2 (``encoder``: by which embeddings, if the store has several).
+    ``classifier`` is a model directory: chunks to which it gives ``label`` with a score of ``above`` or more.
+    ``device`` is where these two models run. ``whole_documents`` widens to the documents of what is meant.
     ``allow_lossy``: text may be looked at folded (``selectors.text``), where the tokenizer loses case or spacing.
     """
 
@@ -45,6 +51,13 @@ class Selectors:
     near_duplicates_of: str | Path | None = None
     contaminates: str | Path | None = None
     duplicates: bool = False
+    like: str | Path | None = None
+    within: float | None = None
+    encoder: str | None = None
+    classifier: str | Path | None = None
+    label: str | None = None
+    above: float | None = None
+    device: str = "auto"
     every: bool = False
     whole_documents: bool = False
     allow_lossy: bool = False
@@ -97,6 +110,17 @@ class Selectors:
             evaluation = Store.open(self.contaminates)
             as_of = f"{evaluation.identity.uuid} {evaluation.state.number}"
             found.append(Contaminates(str(Path(self.contaminates).absolute()), as_of=as_of))
+        check_device(self.device)
+        if self.like is not None:
+            check_text("--like", str(self.like))
+            found.append(near(store, self.like, self.within, self.encoder, self.device))
+        elif self.within is not None or self.encoder is not None:
+            alone = "--within" if self.within is not None else "--encoder"
+            raise UsageError(f"{alone} goes with --like", _ADVICE)
+        if self.classifier is not None:
+            found.append(classified(self.classifier, self.label, self.above, self.device))
+        elif self.label is not None or self.above is not None:
+            raise UsageError(f"{'--label' if self.label is not None else '--above'} goes with --classifier", _ADVICE)
         return found
 
 

@@ -187,33 +187,8 @@ class PaddedForward:
     padded = True
 
     def __init__(self, spec: str, path: Path, identity: EncoderIdentity, device: str, dtype: str) -> None:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            model, info = transformers.AutoModel.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            self._model = model.to(device).eval()
-            if device == "cpu":  # what is mapped changes with the file, or is gone with it
-                for tensor in (*self._model.parameters(), *self._model.buffers()):
-                    tensor.data = tensor.data.clone()
-        except Exception as error:  # the library raises whatever its parts do
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"encoder {spec!r} can't be loaded: {type(error).__name__}: {reason}") from error
-        # What is missing would be made up at random; a pooler's output is not used.
-        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-        if missing:
-            raise UsageError(
-                f"encoder {spec!r} lacks {len(missing):,} of the weights that its config.json asks for: {missing[0]}",
-                "It is incomplete, or its config.json is that of another model.",
-            )
+        # A pooler's output is not used.
+        self._model = load_pretrained("AutoModel", f"encoder {spec!r}", path, device, dtype, unused="pooler")
         self._pooling, self._normalize = identity.pooling, identity.normalize
 
     def most_rows(self, batch_tokens: int) -> int:  # noqa: ARG002
@@ -241,3 +216,38 @@ class PaddedForward:
             weight = mask.unsqueeze(-1).float()
             pooled = (hidden * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
+
+
+def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:
+    """A model by a class of ``transformers``, from its directory's safetensors, without any code of its own.
+
+    ``UsageError`` names ``what`` can't be loaded, also for a weight that the files lack and that would be made up at
+    random, unless it is ``unused``: has this in its name.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, info = getattr(transformers, saved_by).from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model = model.to(device).eval()
+        if device == "cpu":  # what is mapped changes with the file, or is gone with it
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
+    except Exception as error:  # the library raises whatever its parts do
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{what} can't be loaded: {type(error).__name__}: {reason}") from error
+    missing = sorted(key for key in info["missing_keys"] if not unused or unused not in key)
+    if missing:
+        raise UsageError(
+            f"{what} lacks {len(missing):,} of the weights that its config.json asks for: {missing[0]}",
+            "It is incomplete, or its config.json is that of another model.",
+        )
+    return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,30 +68,8 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
     if pooling not in ("auto", *POOLINGS):
         raise UsageError(f"pooling {pooling!r} is not known", f"Known are auto, {' and '.join(POOLINGS)}.")
     path = resolve_model(spec, "encoder", PATTERNS)
-    if not (path / "config.json").is_file():
-        raise UsageError(
-            f"encoder {spec!r}: {path} has no config.json", "Name a model directory as transformers saves it."
-        )
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise UsageError(
-            f"encoder {spec!r}: {path} has no safetensors weights; pickled ones can run code and are not loaded",
-            "Convert it once, where you trust it: AutoModel.from_pretrained(...).save_pretrained(...)",
-        )
-    if not (path / "tokenizer.json").is_file():
-        raise UsageError(
-            f"encoder {spec!r}: {path} has no tokenizer.json",
-            "Make it with: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
-    config = _json(path / "config.json")
-    if "auto_map" in config:
-        raise UsageError(
-            f"encoder {spec!r} asks to run code of its own, which is never done",
-            "Use a model that transformers knows itself.",
-        )
-    digest = hashlib.sha256()
-    for file in (*(path / name for name in _IDENTITY_FILES), *weights):
-        digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file) if file.is_file() else '-'}\n".encode())
+    config = check_model(path, f"encoder {spec!r}", "AutoModel")
+    digest = hash_model(path, _IDENTITY_FILES)
     own, normalize = _pooling(path, refuse=pooling == "auto")
     sentence = path / "sentence_bert_config.json"
     prompt = _prompt(path)
@@ -98,10 +77,7 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
         digest.update(f"prompt {prompt}\n".encode())
     if pooling not in ("auto", own):
         digest.update(f"pooling {pooling}\n".encode())
-    limit = _number(path / "config.json", config, "max_position_embeddings") or 512
-    if config.get("model_type") in OFFSET_POSITIONS:
-        padding = _number(path / "config.json", config, "pad_token_id")
-        limit -= (1 if padding is None else padding) + 1
+    limit = longest_row(path, config)
     dimension = _number(path / "config.json", config, "hidden_size", "dim")
     if not dimension:
         raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "It is no encoder.")
@@ -122,6 +98,49 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
         overridden=pooling not in ("auto", own),
     )
     return path, identity
+
+
+def check_model(path: Path, what: str, saved_by: str) -> dict[str, Any]:
+    """The fields of a model directory's ``config.json``, once it has all that a model is loaded from here.
+
+    ``UsageError`` names ``what``, and what is missing or wrong: no safetensors weights (``saved_by`` is the class of
+    ``transformers`` that writes them), no tokenizer.json, code of its own.
+    """
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{what}: {path} has no config.json", "Name a model directory as transformers saves it.")
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(
+            f"{what}: {path} has no safetensors weights; pickled ones can run code and are not loaded",
+            f"Convert it once, where you trust it: {saved_by}.from_pretrained(...).save_pretrained(...)",
+        )
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(
+            f"{what}: {path} has no tokenizer.json",
+            "Make it with: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    config = _json(path / "config.json")
+    if "auto_map" in config:
+        raise UsageError(
+            f"{what} asks to run code of its own, which is never done", "Use a model that transformers knows itself."
+        )
+    return config
+
+
+def hash_model(path: Path, files: Iterable[str]) -> hashlib._Hash:
+    """A SHA-256 that has taken in some files of a model directory, there or not, and its weights."""
+    digest = hashlib.sha256()
+    for file in (*(path / name for name in files), *sorted(path.glob("*.safetensors"))):
+        digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file) if file.is_file() else '-'}\n".encode())
+    return digest
+
+
+def longest_row(path: Path, config: Mapping[str, Any]) -> int:
+    """Tokens that a model takes at most, special ones included."""
+    limit = _number(path / "config.json", config, "max_position_embeddings") or 512
+    if config.get("model_type") in OFFSET_POSITIONS:
+        padding = _number(path / "config.json", config, "pad_token_id")
+        limit -= (1 if padding is None else padding) + 1
+    return limit
 
 
 def plain_name(spec: str) -> str:
@@ -155,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
     return fields or {}
 
 
-def _number(path: Path, fields: dict[str, Any], *names: str) -> int | None:
+def _number(path: Path, fields: Mapping[str, Any], *names: str) -> int | None:
     """The first of some fields that is set; None if none is."""
     value = next((fields[name] for name in names if fields.get(name) is not None), None)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retrotool.encoder import plain_name
 from retrotool.store.store import Store
+from retrotool.tokenizers import BUNDLED
 
 K = 2
 """Neighbours that reading a table gives, if nothing else is asked for."""
@@ -44,3 +46,18 @@ def table_command(store: Store, table: str, database: Store | None) -> str:
     line = neighbours_command(root, None if database is store else store.root, table, record)
     several = database is None or len(database.state.names("embeddings")) > 1
     return f"{line} {shlex.join(['--encoder', record['encoder']])}" if several and not record["index"] else line
+
+
+def embed_command(store: Store, root: str | Path, encoder: str) -> str:
+    """The command that embeds what is new in a store with an encoder that it knows."""
+    record = store.state.records[f"encoder:{encoder}"]
+    origin, pooling = str(record["origin"]), str(record["pooling"])
+    overridden = bool(record.get("overridden"))
+    plain = f"{plain_name(origin)}-{pooling}" if overridden else plain_name(origin)
+    return command_line(
+        "embed",
+        root,
+        encoder=None if origin == BUNDLED else origin,
+        name=None if encoder == plain else encoder,
+        pooling=pooling if overridden else None,
+    )

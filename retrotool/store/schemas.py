@@ -44,6 +44,8 @@ SCANS_SCHEMA = pa.schema(
         ("end", pa.int64()),
     ]
 )
+FIGURES = pa.field("figures", pa.float32())
+"""A further column of a scans file, where something was measured."""
 PROOFS_SCHEMA = pa.schema([("kind", pa.uint8()), ("tag", pa.uint32()), ("hash", pa.binary(HASH_BYTES))])
 QUARANTINE_SCHEMA = pa.schema(
     [

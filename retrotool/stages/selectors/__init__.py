@@ -1,4 +1,4 @@
-"""Finding chunks by what they hold: patterns, terms, personal data, copies, evaluation text.
+"""Finding chunks by what they hold: patterns, terms, personal data, copies, evaluation text, nearness, labels.
 
 A selector is a small frozen dataclass, and says what is looked for; ``selector.open(store)`` gives a matcher, which
 holds what has to be made ready once. A matcher is called with blocks of whole documents (``text.Block``), in any order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,24 @@ class Hits:
 
     ``rows`` count from the first row of the block. ``labels`` say by which of the selector's names. ``begin`` and
     ``end`` are where in the bytes of ``Block.text`` the match lies, the same for all rows that it touches; −1 where a
-    chunk is meant for what it is, not for a place in its text.
+    chunk is meant for what it is, not for a place in its text. ``figures`` are how much each is meant, in the
+    selector's own unit (a distance, a score), NaN or None where nothing of the kind is measured.
     """
 
     rows: Rows
     labels: npt.NDArray[np.int32]
     begin: npt.NDArray[np.int64]
     end: npt.NDArray[np.int64]
+    figures: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """How many."""
         return len(self.rows)
+
+    @property
+    def measured(self) -> npt.NDArray[np.float32]:
+        """``figures``, NaN where there are none."""
+        return np.full(len(self), np.nan, np.float32) if self.figures is None else self.figures
 
     @classmethod
     def nothing(cls) -> Hits:
@@ -39,17 +46,17 @@ class Hits:
         return cls.of(np.zeros(0, np.int64))
 
     @classmethod
-    def of(cls, rows: Rows, label: int = 0) -> Hits:
+    def of(cls, rows: Rows, label: int = 0, figures: npt.NDArray[np.float32] | None = None) -> Hits:
         """Whole chunks."""
         nowhere = np.full(len(rows), -1, np.int64)
-        return cls(rows, np.full(len(rows), label, np.int32), nowhere, nowhere)
+        return cls(rows, np.full(len(rows), label, np.int32), nowhere, nowhere, figures)
 
     @classmethod
     def joined(cls, several: Sequence[Hits]) -> Hits:
         """All of several."""
         if not several:
             return cls.nothing()
-        arrays = ([getattr(hits, name) for hits in several] for name in ("rows", "labels", "begin", "end"))
+        arrays = ([getattr(hits, name) for hits in several] for name in ("rows", "labels", "begin", "end", "measured"))
         return cls(*(np.concatenate(some) for some in arrays))
 
 
@@ -77,3 +84,18 @@ class Selector(Protocol):
 
     def open(self, store: Store) -> Matcher:
         """Get ready; ``UsageError`` if this can't be looked for in this store."""
+
+
+@runtime_checkable
+class ReadsMore(Protocol):
+    """A selector that looks at other files of a part than its chunks."""
+
+    def reads(self, store: Store, part: int) -> list[str]:
+        """Their paths: of another file what was found in them tells nothing. ``UsageError`` if one is not there yet."""
+
+
+@runtime_checkable
+class TakesFewRows(Protocol):
+    """A matcher that is at a row for long: with small blocks progress shows, and threads have about the same to do."""
+
+    block_rows: int

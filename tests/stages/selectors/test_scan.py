@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import Cli, write_jsonl
 
 import retrotool
 from retrotool import commands, engine
 from retrotool.commands.writing import writing
-from retrotool.errors import UsageError
+from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.selection import choose
 from retrotool.stages.selectors import scan
 from retrotool.stages.selectors.patterns import Patterns
+from retrotool.store import claims
+from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 SECRET = "SECRET-0123456789-abcdefghij"
@@ -141,6 +144,74 @@ def test_several_machines_share_a_scan(store: Path, texts: dict[str, str]) -> No
     opened.refresh()
     assert stages[1].plan(opened) == []
     assert set(scan.read_scan(opened, stages[1])[0].chunks.tolist()) == touched(store, texts, SECRET)
+
+
+def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[str, str]) -> None:
+    expected = touched(store, texts, SECRET)
+    opened = Store.open(store)
+    stage = scan.ScanStage((Patterns((SECRET,)),))
+    with writing(opened) as run:  # it was killed after the last part, before that was committed
+        worker = stage.open(opened)
+        for task in stage.plan(opened):
+            assert engine.perform(worker, opened.root, task, run.id, lambda _: None) is not None
+    assert stage.plan(opened) == []
+    assert not stage.is_done(opened)
+    with pytest.raises(ConflictError, match="since the scan"):
+        scan.read_scan(opened, stage)
+    assert commands.purge(store, commands.Selectors(pattern=SECRET), reason="test").chunks == len(expected)
+
+
+def test_jobs_share_the_scan_of_a_purge_and_purge_nothing(store: Path, texts: dict[str, str]) -> None:
+    selectors = commands.Selectors(pattern=SECRET)
+    opened = Store.open(store)
+    stage = scan.ScanStage((Patterns((SECRET,)),), shard=(1, 2))
+    tasks = stage.plan(opened)
+    with Run(store) as other:  # another job, at one of the parts
+        assert claims.take(store, tasks[0].key, other.id)
+        first = commands.scan(store, selectors, (0, 2))
+        assert (first.parts, first.of, first.elsewhere, first.done) == (len(tasks) - 1, len(tasks), 1, False)
+        assert [task.key for task in stage.plan(opened.refresh() and opened)] == [tasks[0].key]
+    second = commands.scan(store, selectors, (1, 2))
+    assert (second.parts, second.elsewhere, second.done) == (1, 0, True)
+    assert commands.scan(store, selectors, (1, 2)).parts == 0
+    assert commands.info(store).purges == {}
+    paths = set(store.glob("scans/*/*"))
+    assert len(paths) == len(tasks)
+    done = commands.purge(store, selectors, reason="test", dry_run=True)
+    assert done.chunks == len(touched(store, texts, SECRET))
+    names = {path.name for path in paths}
+    added = [file for commit in _commits(store) for file in commit["add"] if file.startswith("scans/")]
+    assert {file.rpartition("/")[2] for file in added} == names, "no part was scanned again"
+
+
+def _commits(store: Path) -> list[dict[str, list[str]]]:
+    """The paths that each commit added."""
+    found = []
+    for path in sorted((store / "log").glob("*.json")):
+        text = path.read_text()
+        found.append({"add": re.findall(r"scans/[0-9a-f]+/[0-9a-f-]+\.parquet", text)})
+    return found
+
+
+def test_a_share_of_what_needs_no_scan_is_refused(store: Path) -> None:
+    with pytest.raises(UsageError, match="none is given"):
+        commands.scan(store, commands.Selectors(document=("doc-1",)), (0, 2))
+    for shard in ((2, 2), (0, 0)):
+        with pytest.raises(UsageError, match="from 0 to n - 1"):
+            commands.scan(store, commands.Selectors(pattern=SECRET), shard)
+
+
+def test_a_share_says_how_to_go_on(store: Path, cli: Cli) -> None:
+    line = ["purge", store, "--pattern", SECRET, "--reason", "r", "--yes"]
+    shown = cli(*line, "--shard", "0/2")
+    assert shown.returncode == 0, shown.stderr
+    parts = len(Store.open(store).state.parts())
+    assert f"Scanned {parts} of {parts} parts. Nothing was purged." in shown.stdout
+    assert "without --shard" in shown.stdout
+    assert json.loads(cli(*line, "--shard", "1/2", "--json").stdout)["done"] is True
+    assert cli(*line, "--shard", "2").returncode == 2
+    assert cli(*line, "--shard", "0/2", "--apply", "s1").returncode == 2
+    assert "Purged" in cli(*line).stdout
 
 
 def test_a_match_is_where_it_is_said_to_be(store: Path) -> None:

@@ -1,0 +1,231 @@
+"""A sequence classifier of Hugging Face: texts to the score of one of its labels.
+
+A classifier is a directory as ``AutoModelForSequenceClassification`` saves it, with safetensors weights and a
+``tokenizer.json``. It is checked as an encoder is: pickled weights, code of its own and missing weights are refused.
+The score is what the model was trained to give: with several labels that exclude each other the softmax of its logits;
+with one label, or labels that stand side by side (``problem_type`` is ``multi_label_classification``), the sigmoid of
+the label's own. A model that was trained to give amounts (``regression``) has no such score, and is refused.
+
+A text of more tokens than the model takes is cut into windows that do not overlap, and has the highest of their scores:
+what is in it anywhere counts, but what lies across a border may be missed.
+
+All is computed in float32, on a GPU too, so that which chunks are above a limit does not depend on the device. On a CPU
+callers in several threads compute side by side, a thread each; on a GPU one at a time, while others tokenise. Batches
+are sorted by length; out of memory, a batch is halved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool import interrupts
+from retrotool.encoder import devices
+from retrotool.encoder.identity import check_model, hash_model, longest_row
+from retrotool.encoder.rows import Rows, batches
+from retrotool.errors import AbortError, RetrotoolError, UsageError
+from retrotool.tokenizers import Tokenizer, find_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Scores = npt.NDArray[np.float32]
+
+_SAVED_BY = "AutoModelForSequenceClassification"
+_FILES = ("config.json", "tokenizer.json")
+_HEAD = "ForSequenceClassification"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierIdentity:
+    """What a classifier is: ``sha256`` covers weights, configuration and tokenizer, wherever they lie.
+
+    ``exclusive``: its labels exclude each other. ``max_tokens``: what it takes at most, special tokens included.
+    """
+
+    path: Path
+    sha256: str
+    labels: tuple[str, ...]
+    exclusive: bool
+    max_tokens: int
+
+    def label(self, name: str) -> int:
+        """The number of a label; ``UsageError`` lists what there are."""
+        if self.labels.count(name) != 1:
+            several = "has several labels" if name in self.labels else "has no label"
+            raise UsageError(
+                f"classifier {str(self.path)!r} {several} {name!r}",
+                f"It has: {', '.join(self.labels)}. Give one of them with --label.",
+            )
+        return self.labels.index(name)
+
+
+def find_classifier(path: Path) -> ClassifierIdentity:
+    """Describe the classifier in a directory, without loading it; ``UsageError`` says why it is none."""
+    what = f"classifier {str(path)!r}"
+    if not path.is_dir():
+        raise UsageError(
+            f"{what}: there is no such directory", f"Give a directory as {_SAVED_BY}.save_pretrained(...) writes it."
+        )
+    config = check_model(path, what, _SAVED_BY)
+    heads = config.get("architectures") or [_HEAD]
+    if not any(str(head).endswith(_HEAD) for head in heads):
+        raise UsageError(f"{what} is a {heads[0]}: it does not give a text a label", f"Give one made by {_SAVED_BY}.")
+    kind = config.get("problem_type")
+    if kind == "regression":
+        raise UsageError(f"{what} was trained to give amounts (regression), which are no scores of labels")
+    labels = _labels(what, config)
+    return ClassifierIdentity(
+        path=path,
+        sha256=hash_model(path, _FILES).hexdigest(),
+        labels=labels,
+        exclusive=kind != "multi_label_classification" and len(labels) > 1,
+        max_tokens=longest_row(path, config),
+    )
+
+
+def _labels(what: str, config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the labels, in the order of the logits; as ``transformers`` makes them up where there are none."""
+    named = config.get("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2)))
+    try:
+        labels = {int(number): str(name) for number, name in named.items()}
+        return tuple(labels[i] for i in range(len(named)))
+    except (AttributeError, KeyError, ValueError):
+        raise UsageError(f"{what}: its config.json does not number its labels from 0 on (id2label)") from None
+
+
+class Classifier:
+    """A loaded classifier on a device (``auto``: a GPU where there is one). Several threads may use it."""
+
+    def __init__(self, identity: ClassifierIdentity, device: str = "auto") -> None:
+        import torch
+
+        from retrotool.encoder.forwards import load_pretrained
+
+        self._what = f"classifier {str(identity.path)!r}"
+        devices.check_device(device)
+        self.identity, self.device = identity, devices.pick_device(device)
+        self.batch_tokens = devices.batch_tokens_of(self.device, None)
+        self._tokenizer = Tokenizer(find_tokenizer(str(identity.path)))
+        self._before, self._after = self._tokenizer.special_tokens()
+        self._model = load_pretrained(_SAVED_BY, self._what, identity.path, self.device, "float32")
+        config = self._model.config
+        # Files were hashed before they were read: what was read must be what was hashed.
+        if find_classifier(identity.path) != identity:
+            raise UsageError(f"{self._what} was changed while it was loaded", "Run the same command again.")
+        if tuple(config.id2label[i] for i in range(config.num_labels)) != identity.labels:
+            raise UsageError(f"{self._what}: transformers reads other labels in its config.json than are there")
+        self._vocabulary = getattr(config, "vocab_size", None)
+        # Models that look for the last token of a text know it by the padding behind it.
+        self._padding = config.pad_token_id
+        self._threads = torch.get_num_threads()
+        self._device_lock = threading.Lock()
+
+    def scores(self, texts: Sequence[str], label: int) -> Scores:
+        """The score of a label for each text, float32 [n]; NaN where the model gives no number.
+
+        ``AbortError`` if the device can't be used any more.
+        """
+        room = self.identity.max_tokens - len(self._before) - len(self._after)
+        if room < 1:
+            raise UsageError(f"{self._what} takes {self.identity.max_tokens} tokens: none is left for text")
+        ids, lengths = self._tokenizer.encode_flat(texts)
+        self._check_tokens(ids)
+        windows, first = _windows(lengths, room)
+        rows = Rows(ids.astype(np.int32), windows).framed(self._before, self._after, self.identity.max_tokens)
+        found = np.zeros(len(rows), np.float32)  # a text of no token at all has no score
+        most = len(rows) if self._padding is not None else 1
+        try:
+            with self._one_thread():
+                for which in batches(rows.lengths, self.batch_tokens, most_rows=max(most, 1), padded=True):
+                    interrupts.check()
+                    found[which] = self._score(rows.take(which), label)
+        except RuntimeError as error:
+            if not devices.is_lost(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise AbortError(
+                f"{self.device} is lost: {reason}", "Run the same command again; what is finished is kept."
+            ) from error
+        # NaN wins, as it should.
+        return np.maximum.reduceat(found, first) if len(first) else found
+
+    def _check_tokens(self, ids: npt.NDArray[np.uint32]) -> None:
+        highest = int(ids.max(initial=0))
+        if self._vocabulary is not None and highest >= self._vocabulary:
+            raise UsageError(
+                f"{self._what}: its tokenizer gives the token {highest}, its model has {self._vocabulary:,}",
+                "Take the tokenizer.json that was made with the model.",
+            )
+
+    @contextlib.contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """On a CPU, no threads within products: callers run side by side."""
+        import torch
+
+        if self.device != "cpu":
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)  # what a thread sets, those that begin later start with
+
+    def _score(self, rows: Rows, label: int) -> Scores:
+        """The scores of a batch of framed rows; out of memory, of its halves."""
+        try:
+            return self._forward(rows, label)
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise RetrotoolError(
+                    f"{self._what}: {self.device} has no memory for a row of {len(rows.ids)} tokens",
+                    "Free some of it, or use another device (--device cpu).",
+                ) from error
+        devices.release_memory(self.device)
+        self.batch_tokens = max(self.batch_tokens // 2, 1)
+        halves = np.array_split(np.arange(len(rows)), 2)
+        return np.concatenate([self._score(rows.take(half), label) for half in halves])
+
+    def _forward(self, rows: Rows, label: int) -> Scores:
+        import torch
+
+        used = np.arange(rows.lengths.max()) < rows.lengths[:, None]
+        ids = np.full(used.shape, self._padding or 0, np.int64)
+        ids[used] = rows.ids
+        with torch.inference_mode(), self._device_lock if self.device != "cpu" else contextlib.nullcontext():
+            tensors = (torch.from_numpy(array).to(self.device) for array in (ids, used.astype(np.int64)))
+            given, mask = tensors
+            logits = self._model(input_ids=given, attention_mask=mask).logits.float()
+            scores: Scores = self._scored(logits)[:, label].cpu().numpy()
+        return scores
+
+    def _scored(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [n, labels] as scores; NaN for a row that has one which is no number, or is infinite."""
+        import torch
+
+        if logits.shape[1:] != (len(self.identity.labels),):
+            raise UsageError(
+                f"{self._what} gives {tuple(logits.shape[1:])} numbers for {len(self.identity.labels)} labels"
+            )
+        scores = logits.softmax(1) if self.identity.exclusive else logits.sigmoid()
+        return torch.where(torch.isfinite(logits).all(1, keepdim=True), scores, torch.nan)
+
+
+def _windows(lengths: npt.NDArray[np.int64], room: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens of the windows that rows are cut into, ``room`` at most, [w]; and which is the first of each row, [n]."""
+    count = np.maximum(-(-lengths // room), 1)
+    first = np.cumsum(count) - count
+    place = np.arange(int(count.sum())) - np.repeat(first, count)
+    return np.minimum(np.repeat(lengths, count) - place * room, room), first

@@ -1,0 +1,167 @@
+"""``--classifier``: the chunks to which transformers gives a label with a score above a limit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from classifiers import make_classifier, scores_of_transformers
+
+import retrotool
+from retrotool import commands, engine
+from retrotool.commands.writing import writing
+from retrotool.encoder.classifier import Classifier
+from retrotool.errors import RetrotoolError, UsageError
+from retrotool.stages.selection import choose
+from retrotool.stages.selectors import classified
+from retrotool.stages.selectors.scan import read_scan
+from retrotool.store.store import Store
+
+ABOVE = 0.9
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    return make_classifier(tmp_path_factory.mktemp("classifier") / "tiny", tiny_encoder)
+
+
+@pytest.fixture(scope="module")
+def scores(built_store: Path, model: Path) -> dict[int, float]:
+    """What transformers says of every chunk's text."""
+    reader = retrotool.open(built_store)
+    chunks = np.concatenate([reader.chunk_ids(part) for part in reader.parts()]).tolist()
+    texts = [reader.chunk(chunk).text for chunk in chunks]
+    return dict(zip(chunks, scores_of_transformers(model, texts, "toxic").tolist(), strict=True))
+
+
+def asked_for(model: Path, **changed: Any) -> commands.Selectors:
+    given = {"classifier": model, "label": "toxic", "above": ABOVE, "device": "cpu", "allow_lossy": True}
+    return commands.Selectors(**(given | changed))
+
+
+def scan(root: Path, selectors: commands.Selectors) -> tuple[Store, Any]:
+    store = Store.open(root)
+    asked = selectors.asked(store)
+    assert asked.scan is not None
+    with writing(store) as run:
+        engine.execute(asked.scan, store, run)
+    return store, asked
+
+
+@pytest.mark.parametrize("rows", [32, 256])
+def test_the_chunks_of_the_label_are_selected_and_no_other(
+    store_copy: Path, model: Path, scores: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(classified._BLOCK_ROWS, "cpu", rows)
+    expected = {chunk for chunk, score in scores.items() if score >= ABOVE}
+    assert 5 < len(expected) < len(scores) / 2
+    assert min(abs(score - ABOVE) for score in scores.values()) > 1e-4, "none is on the edge"
+    store, asked = scan(store_copy, asked_for(model))
+    assert set(choose(store, asked).chunks.tolist()) == expected
+    found, _ = read_scan(store, asked.scan)
+    for chunk, figure in zip(found.chunks.tolist(), found.figures.tolist(), strict=True):
+        assert abs(figure - scores[chunk]) < 1e-4
+    done = commands.purge(store_copy, asked_for(model), reason="test")
+    assert done.chunks == len(expected)
+    assert [(match.selector, match.name) for match in done.matches] == [("classifier", "")]
+
+
+def test_purged_and_erased_chunks(store_copy: Path, model: Path, scores: dict[int, float]) -> None:
+    first, second = sorted(chunk for chunk, score in scores.items() if score >= ABOVE)[:2]
+    commands.purge(store_copy, commands.Selectors(chunk=(first,)), reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(chunk=(second,)), reason="test")
+    done = commands.purge(store_copy, asked_for(model), reason="test", dry_run=True)
+    assert done.already_purged == 1
+    assert done.chunks == sum(score >= ABOVE for score in scores.values()) - 2
+
+
+def test_a_scan_goes_on_with_the_same_model_elsewhere_and_begins_anew_with_another(
+    store_copy: Path, model: Path, tmp_path: Path
+) -> None:
+    store, asked = scan(store_copy, asked_for(model))
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    again = asked_for(moved).asked(store)
+    assert again.scan is not None
+    assert again.scan.plan(store) == []
+    assert choose(store, again).chunks.tolist() == choose(store, asked).chunks.tolist()
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    for other in (asked_for(moved), asked_for(model, above=0.5), asked_for(model, label="fine")):
+        different = other.asked(store).scan
+        assert different is not None
+        assert len(different.plan(store)) == len(store.state.parts()) > 2
+
+
+def test_a_chunk_that_the_classifier_fails_on_is_named_and_nothing_is_purged(
+    store_copy: Path, model: Path, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(classified._BLOCK_ROWS, "cpu", 16)
+    victim = sorted(scores)[len(scores) // 2]
+    assert victim & 0xFFFFFFFF > 32, "in no first block"
+    reader = retrotool.open(store_copy)
+    text = reader.chunk(victim).text
+    plain = Classifier.scores
+
+    def failing(self: Classifier, texts: list[str], label: int) -> np.ndarray:
+        return np.where([one == text for one in texts], np.float32(np.nan), plain(self, texts, label))
+
+    monkeypatch.setattr(Classifier, "scores", failing)
+    with pytest.raises(RetrotoolError, match=f"NaN or infinity for chunk {victim} ") as error:
+        commands.purge(store_copy, asked_for(model), reason="test")
+    assert reader.chunk(victim).document in str(error.value)
+    assert "Nothing was purged" in error.value.advice
+    assert commands.info(store_copy).purges == {}
+    monkeypatch.setattr(Classifier, "scores", plain)
+    store = Store.open(store_copy)
+    stage = asked_for(model).asked(store).scan
+    assert stage is not None
+    assert [task.label for task in stage.plan(store)] == [f"part {victim >> 32}"], "the other parts stay scanned"
+    done = commands.purge(store_copy, asked_for(model), reason="test")
+    assert done.chunks == sum(score >= ABOVE for score in scores.values())
+
+
+def test_numbers_that_overflow_in_the_model_are_such_a_failure(store_copy: Path, tmp_path: Path, model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], torch.inf)
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RetrotoolError, match="NaN or infinity for chunk 0 "):
+        commands.purge(store_copy, asked_for(broken), reason="test")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"label": None}, "--classifier wants --label"),
+        ({"above": None}, "--classifier wants --above"),
+        ({"label": "nice"}, "has no label 'nice'"),
+        ({"above": 1.01}, "--above 1.01 is no score"),
+        ({"above": 0.0}, "--above 0.0 is no score"),
+        ({"above": float("nan")}, "--above nan is no score"),
+        ({"classifier": None}, "--label goes with --classifier"),
+        ({"classifier": None, "label": None}, "--above goes with --classifier"),
+        ({"classifier": "nowhere"}, "no such directory"),
+        ({"allow_lossy": False}, "--classifier: the tokenizer of .* loses case or spacing"),
+    ],
+)
+def test_what_makes_no_sense_is_told(built_store: Path, model: Path, changed: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as error:
+        asked_for(model, **changed).asked(Store.open(built_store))
+    assert error.value.advice
+    if "label" in changed and changed.get("classifier", model):
+        assert "fine, toxic" in error.value.advice
+
+
+def test_examples_tell_their_scores(store_copy: Path, model: Path, cli: Any) -> None:
+    line = ["--classifier", model, "--label", "toxic", "--above", ABOVE, "--allow-lossy", "--reason", "r", "--dry-run"]
+    shown = cli("purge", store_copy, *line)
+    assert shown.returncode == 0, shown.stderr
+    assert ", score 0.9" in shown.stdout
+    assert cli("purge", store_copy, "--classifier", model, "--label", "toxic", "--reason", "r").returncode == 2

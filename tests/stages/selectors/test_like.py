@@ -1,0 +1,252 @@
+"""``--like``: all chunks within a distance of a text, as brute force finds them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
+
+import retrotool
+from retrotool import commands, engine
+from retrotool.commands.writing import writing
+from retrotool.errors import UsageError
+from retrotool.sources import Fields
+from retrotool.stages.encoders import load_encoder
+from retrotool.stages.selection import choose
+from retrotool.stages.selectors import like, scan
+from retrotool.stages.selectors.scan import ScanStage, read_scan
+from retrotool.store.store import Store
+
+TEXT = "a river in the forest, and a bridge over the valley"
+
+
+def distances(root: Path, queries: np.ndarray) -> dict[int, float]:
+    """The least squared distance of every chunk of a store to some vectors, by numpy in float64."""
+    store, found = Store.open(root), {}
+    for part in store.state.parts():
+        entry = store.state.part_file("chunks", part)
+        assert entry is not None
+        (name,) = store.state.names("embeddings")
+        embeddings = store.state.part_file("embeddings", part, name)
+        assert embeddings is not None
+        vectors = np.load(root / embeddings.path).astype(np.float64)
+        apart = np.square(vectors[:, None] - queries[None].astype(np.float64)).sum(2).min(1)
+        found |= {(part << 32) + row: float(distance) for row, distance in enumerate(apart)}
+    return found
+
+
+def query(root: Path, *texts: str) -> np.ndarray:
+    """The vectors of texts by the store's encoder, which ``search`` uses."""
+    store = Store.open(root)
+    (name,) = store.state.names("embeddings")
+    encoder = load_encoder(store, name, "cpu")
+    return np.concatenate([encoder.embed(encoder.tokenize_query(text)) for text in texts]).astype(np.float32)
+
+
+def selected(root: Path, **selectors: object) -> set[int]:
+    store = Store.open(root)
+    asked = commands.Selectors(device="cpu", **selectors).asked(store)  # type: ignore[arg-type]
+    assert asked.scan is not None
+    with writing(store) as run:
+        engine.execute(asked.scan, store, run)
+    return set(choose(store, asked).chunks.tolist())
+
+
+def a_share(apart: dict[int, float], share: float) -> tuple[float, set[int]]:
+    """A distance in the gap behind the nearest share of chunks, and these."""
+    ordered = sorted(apart, key=lambda chunk: apart[chunk])
+    n = int(share * len(ordered))
+    while apart[ordered[n]] - apart[ordered[n - 1]] < 1e-4:
+        n += 1
+    return (apart[ordered[n - 1]] + apart[ordered[n]]) / 2, set(ordered[:n])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_all_chunks_within_the_distance_are_selected_and_no_other(store_copy: Path, share: float) -> None:
+    within, expected = a_share(distances(store_copy, query(store_copy, TEXT)), share)
+    assert len(expected) > 0
+    assert selected(store_copy, like=TEXT, within=within) == expected
+    assert list(store_copy.glob("scans/*/*"))
+    assert commands.verify(store_copy).ok, "what was found is told as the format says"
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_text_of_a_file_is_cut_into_chunks_and_each_is_looked_for(
+    store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    if small:  # so that there are borders of slices
+        monkeypatch.setattr(like, "_SLICE_ROWS", 7)
+        monkeypatch.setattr(like, "_LEAST_ROWS", 1)
+        monkeypatch.setattr(scan, "BLOCK_ROWS", 20)
+        monkeypatch.setattr(like, "_PAIRS", 3)
+    row = next(row for row in make_rows(120) if row["id"] == "doc-31")
+    (tmp_path / "takedown.txt").write_text(row["text"])
+    reader = retrotool.open(store_copy)
+    own = reader.document("doc-31")
+    assert len(own) > 3
+    found = selected(store_copy, like=tmp_path / "takedown.txt", within=1e-3)
+    assert set(own) <= found, "a text finds itself at a distance of nothing"
+    pieces = np.concatenate([reader.embeddings(chunk >> 32)[[chunk & 0xFFFFFFFF]] for chunk in own])
+    within, expected = a_share(distances(store_copy, pieces), 0.5)
+    assert len(expected - set(own)) > 10
+    assert selected(store_copy, like=str(tmp_path / "takedown.txt"), within=within) == expected
+
+
+def test_a_distance_that_search_prints_takes_what_search_shows(store_copy: Path) -> None:
+    reader = retrotool.open(store_copy)
+    found = reader.search(TEXT, 12, encoder=reader.load_encoder(device="cpu"))
+    assert selected(store_copy, like=TEXT, within=found[-1].distance) == {n.id for n in found}
+    nearer = np.nextafter(np.float32(found[-1].distance), np.float32(0))
+    assert selected(store_copy, like=TEXT, within=nearer) == {n.id for n in found if n.distance < found[-1].distance}
+    store = Store.open(store_copy)
+    asked = commands.Selectors(like=TEXT, within=found[-1].distance, device="cpu").asked(store)
+    assert asked.scan is not None
+    scanned, _ = read_scan(store, asked.scan)
+    figures = dict(zip(scanned.chunks.tolist(), scanned.figures.tolist(), strict=True))
+    assert figures == {n.id: n.distance for n in found}, "to the last bit"
+
+
+def test_keys_are_selected_and_no_values(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = [{"q": make_text(i, 12), "a": make_text(100 + i, 150)} for i in range(30)]
+    store = tmp_path / "store"
+    commands.chunk(
+        store, [str(write_jsonl(tmp_path / "rows.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=40,
+        fields=Fields(key="q", value="a"),
+    )  # fmt: skip
+    commands.embed(store, encoder=str(tiny_encoder))
+    reader = retrotool.open(store)
+    chunks = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
+    keys = set(chunks[reader.is_searchable(chunks)].tolist())
+    assert selected(store, like=TEXT, within=1e6) == keys
+    assert selected(store, like=TEXT, within=1e6, whole_documents=True) == set(chunks.tolist())
+
+
+def test_what_is_erased_is_near_nothing_and_what_is_purged_can_still_be_erased(store_copy: Path) -> None:
+    chunks = set(distances(store_copy, query(store_copy, TEXT)))
+    everything = 1e6
+    first, second = sorted(chunks)[:2]
+    commands.purge(store_copy, commands.Selectors(chunk=(first,)), reason="test", erase=True)
+    commands.purge(store_copy, commands.Selectors(chunk=(second,)), reason="test")
+    assert selected(store_copy, like=TEXT, within=everything) == chunks - {first}
+    done = commands.purge(store_copy, commands.Selectors(like=TEXT, within=everything, device="cpu"), reason="test")
+    assert (done.chunks, done.already_purged) == (len(chunks) - 2, 1)
+
+
+def test_a_part_without_embeddings_is_an_error_and_scanned_when_it_has_some(
+    store_copy: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    within, before = a_share(distances(store_copy, query(store_copy, TEXT)), 0.3)
+    assert selected(store_copy, like=TEXT, within=within) == before
+    more = write_jsonl(tmp_path / "more.jsonl", make_rows(30, first=500))
+    commands.chunk(store_copy, [str(more)], part_size=100)
+    asked = commands.Selectors(like=TEXT, within=within, device="cpu")
+    with pytest.raises(UsageError, match="has no embeddings of tiny") as error:
+        commands.purge(store_copy, asked, reason="test")
+    assert f"retrotool embed {store_copy} --encoder {tiny_encoder}" in error.value.advice
+    assert commands.info(store_copy).purges == {}
+    commands.embed(store_copy, encoder=str(tiny_encoder))
+    apart = distances(store_copy, query(store_copy, TEXT))
+    expected = {chunk for chunk, distance in apart.items() if distance <= within}
+    assert len(expected) > len(before)
+    assert commands.purge(store_copy, asked, reason="test").chunks == len(expected)
+
+
+def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: Path) -> None:
+    other = make_encoder(tmp_path / "other", seed=3)
+    commands.embed(store_copy, encoder=str(other))
+    with pytest.raises(UsageError, match="embeddings of other, tiny") as error:
+        selected(store_copy, like=TEXT, within=1.0)
+    assert "--encoder" in error.value.advice
+    scans = {
+        ScanStage(commands.Selectors(like=TEXT, within=1.0, encoder=name).asked(Store.open(store_copy)).scanned).scan(
+            Store.open(store_copy)
+        )
+        for name in ("tiny", "other")
+    }
+    assert len(scans) == 2
+    shutil.rmtree(other)
+    with pytest.raises(UsageError, match="other"):
+        selected(store_copy, like=TEXT, within=1.0, encoder="other")
+
+
+@pytest.mark.parametrize(
+    ("selectors", "reason"),
+    [
+        ({"like": TEXT}, "--like wants a distance"),
+        ({"within": 1.0}, "--within goes with --like"),
+        ({"encoder": "tiny"}, "--encoder goes with --like"),
+        ({"like": TEXT, "within": -0.5}, "--within -0.5 is no distance"),
+        ({"like": TEXT, "within": float("nan")}, "--within nan is no distance"),
+        ({"like": TEXT, "within": float("inf")}, "--within inf is no distance"),
+        ({"like": " \n", "within": 1.0}, "the text is empty"),
+        ({"like": "takedown.txt", "within": 1.0}, "there is no file takedown.txt"),
+        ({"like": "lists/takedown", "within": 1.0}, "there is no file lists/takedown"),
+        ({"like": "a \udcff", "within": 1.0}, "is not UTF-8"),
+        ({"like": TEXT, "within": 1.0, "encoder": "bert"}, "no embeddings of 'bert'"),
+        ({"like": TEXT, "within": 1.0, "device": "tpu"}, "'tpu' is not known"),
+    ],
+)
+def test_what_makes_no_sense_is_told(built_store: Path, selectors: dict[str, object], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as error:
+        commands.Selectors(**selectors).asked(Store.open(built_store))  # type: ignore[arg-type]
+    assert error.value.advice or "UTF-8" in reason or "empty" in reason
+
+
+def test_files_that_hold_no_text_are_told(built_store: Path, tmp_path: Path) -> None:
+    store = Store.open(built_store)
+    for content, reason in ((b" \n", "has no text"), (b"\xff\xfe", "can't be read")):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(UsageError, match=reason):
+            commands.Selectors(like=tmp_path / "file", within=1.0).asked(store)
+
+
+def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path, tmp_path: Path) -> None:
+    words = " ".join(["harbour"] * 126)
+    assert selected(store_copy, like=words, within=0.0) == set()
+    with pytest.raises(UsageError, match="the text has 127 tokens, and the encoder tiny takes 126") as error:
+        selected(store_copy, like=f"{words} x", within=0.0)
+    assert "file" in error.value.advice
+    (tmp_path / "file").write_text(f"{words} x")
+    selected(store_copy, like=tmp_path / "file", within=0.0)
+
+
+def test_a_store_without_embeddings_is_told_what_to_do(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> None:
+    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
+    with pytest.raises(UsageError, match="has no embeddings") as error:
+        commands.Selectors(like=TEXT, within=1.0).asked(Store.open(tmp_path / "store"))
+    assert f"retrotool embed {tmp_path / 'store'}" in error.value.advice
+
+
+def test_the_text_stands_in_no_file_but_the_selectors_and_goes_with_the_erase(store_copy: Path) -> None:
+    within, expected = a_share(distances(store_copy, query(store_copy, TEXT)), 0.05)
+    asked = commands.Selectors(like=TEXT, within=within, device="cpu")
+    shown = commands.purge(store_copy, asked, reason="test", dry_run=True)
+    assert shown.review is not None
+    figures = [example.figure for example in shown.review.examples]
+    assert figures == sorted(figures)
+    assert all(figure is not None and 0 < figure <= within for figure in figures)
+    commands.purge(store_copy, asked, reason="test")
+
+    def holding() -> set[str]:
+        files = (path for path in store_copy.rglob("*") if path.is_file())
+        return {path.parent.name for path in files if TEXT.encode() in path.read_bytes()}
+
+    assert holding() == {"selectors", "selections"}
+    done = commands.purge(store_copy, asked, reason="test", erase=True)
+    assert done.erased == len(expected)
+    assert holding() == set()
+    assert commands.verify(store_copy).ok
+
+
+def test_examples_tell_their_distances(store_copy: Path, cli: Cli) -> None:
+    asked = commands.Selectors(like=TEXT, within=60, device="cpu")
+    told = commands.purge(store_copy, asked, reason="r", dry_run=True).review
+    assert told is not None
+    assert len(told.examples) == 10
+    shown = cli("purge", store_copy, "--like", TEXT, "--within", 60, "--reason", "r", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    for example in told.examples:
+        assert f"{example.chunk} of {example.document}, distance {example.figure:.4f}: " in shown.stdout
