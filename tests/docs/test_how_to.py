@@ -59,6 +59,7 @@ def test_from_hugging_face(here: Path) -> None:
         "answer-a-takedown-request.md",
         "take-out-an-evaluation-set.md",
         "take-out-personal-data.md",
+        "take-out-toxic-text.md",
         "other-tools.md",
         "neighbours-across-stores.md",
         "choose-neighbours.md",
