@@ -10,6 +10,7 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.purge_repair import run_repair
 from retrotool.cli.purge_restore import show_restored
 from retrotool.cli.purge_review import lines_of
 from retrotool.errors import UsageError
@@ -23,6 +24,7 @@ Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
+  retrotool purge store --repair
   retrotool purge store --older-than 7d --erase --yes"""
 
 ASK_ABOVE = 0.01
@@ -155,6 +157,14 @@ def command(
         ),
     ] = None,
     restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Search again for rows of neighbours that purges have left with fewer than K."),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --repair: only these neighbours. Default: all.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Take chunks out: never returned again from the moment this ends.
@@ -171,6 +181,14 @@ def command(
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy,
         )  # fmt: skip
+        other = selectors != commands.Selectors() or erase or restore or bool(apply or older_than)
+        if repair:
+            if other or purges or reason:
+                raise UsageError("--repair goes with --name, --dry-run and --json alone", "See: retrotool purge --help")
+            run_repair(store, name, dry_run, as_json)
+            return
+        if name is not None:
+            raise UsageError("--name names neighbours to repair", "Give it with --repair.")
         declined = False
 
         def confirm(planned: PurgeResult | EraseResult) -> bool:

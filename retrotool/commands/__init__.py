@@ -20,6 +20,7 @@ from retrotool.commands.neighbour_tables import neighbours
 from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
 from retrotool.commands.purging import purge
+from retrotool.commands.repairing import repair
 from retrotool.commands.restoring import restore
 from retrotool.commands.selecting import Selectors, kinds_of
 
@@ -41,6 +42,7 @@ __all__ = [
     "neighbours",
     "plan",
     "purge",
+    "repair",
     "restore",
     "verify",
     "verify_log",
