@@ -10,6 +10,7 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.purge_affected import run_affected
 from retrotool.cli.purge_repair import run_repair
 from retrotool.cli.purge_restore import show_restored
 from retrotool.cli.purge_review import lines_of
@@ -24,6 +25,7 @@ Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
+  retrotool purge store --affected main --out affected.jsonl
   retrotool purge store --repair
   retrotool purge store --older-than 7d --erase --yes"""
 
@@ -37,7 +39,9 @@ def command(
     purges: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PURGE]...", help="With --erase or --restore: purges that were made before.", show_default=False
+            metavar="[PURGE]...",
+            help="With --erase, --restore or --affected: purges that were made before.",
+            show_default=False,
         ),
     ] = None,
     reason: Annotated[
@@ -165,6 +169,18 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="With --repair: only these neighbours. Default: all.", show_default=False),
     ] = None,
+    affected: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --affected: write them all, as JSON lines.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Take chunks out: never returned again from the moment this ends.
@@ -181,14 +197,20 @@ def command(
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy,
         )  # fmt: skip
-        other = selectors != commands.Selectors() or erase or restore or bool(apply or older_than)
+        other = selectors != commands.Selectors() or erase or restore or bool(apply or older_than or reason)
         if repair:
-            if other or purges or reason:
-                raise UsageError("--repair goes with --name, --dry-run and --json alone", "See: retrotool purge --help")
+            if other or purges or affected is not None or out is not None:
+                raise UsageError("--repair goes with --name, --dry-run and --json", "See: retrotool purge --help")
             run_repair(store, name, dry_run, as_json)
             return
-        if name is not None:
-            raise UsageError("--name names neighbours to repair", "Give it with --repair.")
+        if affected is not None:
+            if other or name is not None or dry_run:
+                raise UsageError("--affected goes with PURGE..., --out and --json", "See: retrotool purge --help")
+            run_affected(store, affected, purges or (), out, as_json)
+            return
+        if name is not None or out is not None:
+            given, of = ("--name", "--repair") if name is not None else ("--out", "--affected")
+            raise UsageError(f"{given} goes with {of}", "See: retrotool purge --help")
         declined = False
 
         def confirm(planned: PurgeResult | EraseResult) -> bool:

@@ -4,6 +4,7 @@ Every function opens (or makes) the store, announces a run, cleans up after dead
 frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.api``.
 """
 
+from retrotool.commands.affecting import affected
 from retrotool.commands.calibrating import calibrate
 from retrotool.commands.chain import log_entries, verify_log
 from retrotool.commands.chunking import chunk
@@ -26,6 +27,7 @@ from retrotool.commands.selecting import Selectors, kinds_of
 
 __all__ = [
     "Selectors",
+    "affected",
     "calibrate",
     "chunk",
     "embed",
