@@ -197,7 +197,7 @@ def command(
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy,
         )  # fmt: skip
-        other = selectors != commands.Selectors() or erase or restore or bool(apply or older_than or reason)
+        other = selectors != commands.Selectors() or erase or restore or bool(apply or older_than or reason or who)
         if repair:
             if other or purges or affected is not None or out is not None:
                 raise UsageError("--repair goes with --name, --dry-run and --json", "See: retrotool purge --help")
