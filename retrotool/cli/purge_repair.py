@@ -40,13 +40,11 @@ def _table(one: TableRepaired, dry_run: bool) -> list[str]:
     if not one.parts_read:
         lines = [f"{what}: nothing to repair, nothing was purged since."]
     else:
-        lines = [
-            f"{what}: {one.touched:,} had purged ones among those saved.",
-            f"  filled up from what is saved  {one.filled:,}",
-            f"  {'to search again' if dry_run else 'searched again'}               {one.searched:,}",
-        ]
+        rows = [("filled up from what is saved", one.filled)]
+        rows.append(("to search again" if dry_run else "searched again", one.searched))
         if not dry_run:
-            lines.append(f"  short, as there are no more   {one.short:,}")
+            rows.append(("still short: there are no more", one.short))
+        lines = [f"{what}: {one.touched:,} had purged ones among those saved.", output.table(rows)]
     if one.behind:
         lines.append(
             f"  {output.count(one.behind, 'part')} left as they are, as they lack more than what was purged. "
