@@ -144,7 +144,7 @@ def affected(
 
 def _check_told(reader: AffectedReader, purges: Sequence[str]) -> None:
     """``UsageError`` if each purge that was named is erased, and with it what its tables had."""
-    if purges and all(one.within and one.erased == one.chunks for one in reader.asked):
+    if purges and all(one.within and 0 < one.chunks == one.erased for one in reader.asked):
         raise UsageError(
             f"nothing is left of {', '.join(purges)}: an erase takes out of tables, too, what they had of it",
             "Whom a purge affected can be told until it is erased.",
