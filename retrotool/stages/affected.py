@@ -30,13 +30,12 @@ from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.restored import PREFIX, is_restored, restored_chunks, restored_purges, standing_purges
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Ids = npt.NDArray[np.int64]
 NEVER = int(np.iinfo(np.int64).max)
 """A commit, or a place among neighbours, that there is not."""
-_FROM_THE_BEGINNING, _NO_ENTRY = -1, -2
+_FROM_THE_BEGINNING = -1
 _NAMED = 20
 
 
@@ -91,7 +90,6 @@ class Victims:
         rows = np.flatnonzero(self._either.contains(ids).any(axis=1))
         ids = ids[rows]
         masked, seen = self._of(self._masked, ids), self._of(self._seen, ids)
-        masked[ids == NO_NEIGHBOUR] = _NO_ENTRY
         neighbour = _places(masked, seen, Tombstones(self.chunks).contains(ids))
         # What follows a neighbour could be read as long as both could.
         seen = np.minimum(seen, self._of(self._seen, ids + 1))

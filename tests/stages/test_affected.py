@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
 from oracle import Plain, read_plain, saved_neighbours
@@ -18,6 +19,7 @@ from retrotool import commands
 from retrotool.commands.affecting import AffectedResult
 from retrotool.commands.neighbour_tables import SearchOptions
 from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.store import parts
 
 EXACT = SearchOptions(exact=True)
 K, SAVED = 2, 8
@@ -114,6 +116,13 @@ def assert_counts(result: AffectedResult, ranks: Ranks) -> None:
     assert [one.chunk for one in result.examples] == sorted(ranks)[:10]
 
 
+def in_groups_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written from now on has row groups of so many rows, and is looked through in these."""
+    monkeypatch.setattr(parts.write_parquet, "__kwdefaults__", {"row_group": rows, "about": None})
+    for reader in ("affected", "gaps"):
+        monkeypatch.setattr(f"retrotool.stages.{reader}.ROW_GROUP", rows)
+
+
 def some(store: Path, n: int, seed: int) -> list[int]:
     """Chunks at random, wherever they are in their documents."""
     return sorted(np.random.default_rng(seed).choice(read_plain(store).ids, n, replace=False).tolist())
@@ -138,6 +147,22 @@ def test_each_affected_chunk_is_told_with_its_places(store: Path, tmp_path: Path
         one = json.loads(line)
         assert one["document"] == documents[one["chunk"]]
         assert one["source"] == "ab"[int(one["document"].removeprefix("doc-")) % 2]
+
+
+def test_tables_of_several_row_groups_are_read_whole(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_groups_of(16, monkeypatch)
+    commands.neighbours(store, name="small", k=K, saved=SAVED, search=EXACT)
+    files = [store / part["neighbours"]["small"]["path"] for part in commands.info(store).parts]
+    assert all(pq.read_metadata(file).num_row_groups >= 4 for file in files[:-1])
+    raw = saved_neighbours(store, "small")[0]
+    time = Timeline(store)
+    victims = some(store, 12, 0)
+    time.purge(victims)
+    ranks = time.ranks(raw, read_plain(store, purged=frozenset(victims)))
+    assert_counts(commands.affected(store, "small", out=tmp_path / "out.jsonl"), ranks)
+    assert told(tmp_path / "out.jsonl") == ranks
 
 
 def test_what_is_purged_later_had_moved_up_by_then(store: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 from oracle import Plain, brute_force, read_plain, saved_neighbours
+from test_affected import in_groups_of
 from test_index_rivals import at_once
 from test_neighbour_filters import run
 
@@ -150,6 +151,17 @@ def test_repaired_is_as_computed_anew_and_only_short_rows_are_searched(
         assert np.array_equal(after[0][~short], before[0][~short]), "what a restore would want is there still"
     assert_as_anew(store, victims, name)
     assert commands.verify(store).problems == []
+
+
+def test_tables_of_several_row_groups_are_looked_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_groups_of(16, monkeypatch)
+    commands.neighbours(store, name="small", k=K, saved=SAVED)
+    before = saved_neighbours(store, "small")[0]
+    victims = some(store, 0.4)
+    purge(store, victims)
+    done = repair(store, name="small")
+    due = counted(before, read_plain(store, purged=frozenset(victims)), victims)
+    assert {count: getattr(done, count) for count in due} == due
 
 
 def test_what_is_repaired_is_not_read_again(store: Path) -> None:
