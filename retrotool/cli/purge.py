@@ -1,22 +1,24 @@
-"""``retrotool purge``."""
+"""``retrotool purge``: one of the things that it can do, told from the options."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrotool.cli import output
+from retrotool.cli import output, purge_text
+from retrotool.cli import purge_options as by
 from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
+from retrotool.cli.purge_affected import run_affected
+from retrotool.cli.purge_repair import run_repair
 from retrotool.cli.purge_restore import show_restored
-from retrotool.cli.purge_review import lines_of, show_scanned
+from retrotool.cli.purge_review import show_scanned
 from retrotool.cli.purge_verify import show_verified
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.commands.erasing import ConsumerLeft, EraseResult
+    from retrotool.commands.erasing import EraseResult
     from retrotool.commands.purging import PurgeResult
 
 EPILOG = """\b
@@ -25,13 +27,22 @@ Examples:
   retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
   retrotool purge store --like "how to pick a lock" --within 0.9 --reason "policy 3" --dry-run
+  retrotool purge store --affected main --out affected.jsonl
+  retrotool purge store --repair
   retrotool purge store --older-than 7d --erase --yes
   retrotool purge store p1a2b3c4d --verify"""
 
 ASK_ABOVE = 0.01
-_PROVED = 3
-
-_BY = "What to purge (any of these; with --and what all of them mean)"
+_HELP = "See: retrotool purge --help"
+_ALONE = {
+    "--verify": ("PURGE", "--out"),
+    "--restore": ("PURGE", "--reason", "--who"),
+    "--repair": ("--name", "--dry-run"),
+    "--affected": ("PURGE", "--out"),
+    "--shard": ("selectors", "--reason", "--who", "--dry-run"),
+}
+"""What each of the things that go with no other may be given besides."""
+_EARLIER = "PURGE and --older-than name purges that were made before, which can be erased with --erase alone"
 
 
 def command(
@@ -40,7 +51,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[PURGE]...",
-            help="With --erase, --restore or --verify: purges that were made before.",
+            help="With --erase, --restore, --verify or --affected: purges that were made before.",
             show_default=False,
         ),
     ] = None,
@@ -50,145 +61,27 @@ def command(
             metavar="TEXT", help="Why. Stays in the log for ever, so it must name no person.", show_default=False
         ),
     ] = None,
-    ids: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Chunk ids, one a line.", show_default=False, rich_help_panel=_BY),
-    ] = None,
-    chunk: Annotated[
-        list[int] | None,
-        typer.Option(metavar="ID", help="A chunk id; may be repeated.", show_default=False, rich_help_panel=_BY),
-    ] = None,
-    documents: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Document ids, one a line.", show_default=False, rich_help_panel=_BY),
-    ] = None,
-    document: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID", help="A document id; may be repeated.", show_default=False, rich_help_panel=_BY),
-    ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EXPR",
-            help="Expression over document columns, such as \"source = 'x'\".",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RE",
-            help="RE2 pattern over the text of documents: the chunks that a match touches.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    patterns: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="RE2 patterns, one a line.", show_default=False, rich_help_panel=_BY),
-    ] = None,
-    terms: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Words and names, one a line, as whole words.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    pii: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KINDS",
-            help="Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    near_duplicates_of: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Copies of these chunks (ids, one a line), also shifted or changed a little.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    contaminates: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="STORE",
-            help="Documents like one of this evaluation store: 13-gram Jaccard of 0.8 or more.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    duplicates: Annotated[
-        bool, typer.Option("--duplicates", help="Chunks that repeat one before them.", rich_help_panel=_BY)
-    ] = False,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT|FILE",
-            help="Chunks near a text, or near any chunk of a file's, by their embeddings; with --within.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    within: Annotated[
-        float | None,
-        typer.Option(
-            metavar="DISTANCE",
-            help="With --like: squared L2, the distance that search prints.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="With --like: by which embeddings, if the store has several.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    classifier: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Chunks that a sequence classifier, a model directory, gives a label; with --label and --above.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="With --classifier: which of its labels.", show_default=False, rich_help_panel=_BY
-        ),
-    ] = None,
-    above: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCORE",
-            help="With --classifier: the label's score is this or more, up to 1.",
-            show_default=False,
-            rich_help_panel=_BY,
-        ),
-    ] = None,
-    every: Annotated[bool, typer.Option("--and", help="Only what all of these mean.", rich_help_panel=_BY)] = False,
-    whole_documents: Annotated[
-        bool,
-        typer.Option("--whole-documents", help="All chunks of the documents that are touched.", rich_help_panel=_BY),
-    ] = False,
-    allow_lossy: Annotated[
-        bool,
-        typer.Option(
-            "--allow-lossy", help="Look at text also where the tokenizer loses case or spacing.", rich_help_panel=_BY
-        ),
-    ] = False,
+    ids: by.Ids = None,
+    chunk: by.Chunk = None,
+    documents: by.Documents = None,
+    document: by.Document = None,
+    where: by.Where = None,
+    pattern: by.Pattern = None,
+    patterns: by.Patterns = None,
+    terms: by.Terms = None,
+    pii: by.Pii = None,
+    near_duplicates_of: by.NearDuplicatesOf = None,
+    contaminates: by.Contaminates = None,
+    duplicates: by.Duplicates = False,
+    like: by.Like = None,
+    within: by.Within = None,
+    encoder: by.Encoder = None,
+    classifier: by.Classifier = None,
+    label: by.Label = None,
+    above: by.Above = None,
+    every: by.Every = False,
+    whole_documents: by.WholeDocuments = False,
+    allow_lossy: by.AllowLossy = False,
     device: Device = "auto",
     shard: Annotated[
         str | None,
@@ -220,7 +113,27 @@ def command(
             metavar="AGE", help="With --erase: all purges that are older, such as 7d or 12h.", show_default=False
         ),
     ] = None,
+    retrain_index: Annotated[
+        bool,
+        typer.Option("--retrain-index", help="With --erase: then train all indexes anew, without what was erased."),
+    ] = False,
     restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Search again for rows of neighbours that purges have left with fewer than K."),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --repair: only these neighbours. Default: all.", show_default=False),
+    ] = None,
+    affected: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
+            show_default=False,
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Look for PURGE everywhere, and write a receipt: JSON, and a page to print."),
@@ -228,7 +141,10 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="With --verify: where the receipt goes. Default: here.", show_default=False
+            metavar="PATH",
+            help="With --verify: the folder of the receipt. Default: this one. With --affected: a file for all of "
+            "them, as JSON lines.",
+            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
@@ -236,7 +152,7 @@ def command(
     """Take chunks out: never returned again from the moment this ends.
 
     Purged chunks are left out of search, neighbours (also those computed before) and continuations. With --erase
-    their text, tokens and vectors are rewritten away; bare chunk ids remain.
+    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify what is left is looked for.
     """
     with output.errors(as_json):
         from retrotool import commands
@@ -248,65 +164,86 @@ def command(
             whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
             classifier=classifier, label=label, above=above, device=device,
         )  # fmt: skip
-        if shard is not None:
-            if purges or apply or older_than or restore:
-                raise UsageError(
-                    "--shard shares the scan of selectors, and nothing else", "See: retrotool purge --help"
-                )
-            show_scanned(commands.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
-            return
-        declined = False
-
-        def confirm(planned: PurgeResult | EraseResult) -> bool:
-            nonlocal declined
-            if yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= ASK_ABOVE:
-                return True
-            declined = not _agrees(_warning(planned, erase))
-            return not declined
-
-        if out is not None and not verify:
-            raise UsageError("--out is where --verify writes", "See: retrotool purge --help")
+        given = {
+            "--verify": verify, "--restore": restore, "--repair": repair, "--affected": affected is not None,
+            "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
+            "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase, "--name": name is not None,
+            "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
+            "selectors": selectors != commands.Selectors(), "PURGE": bool(purges),
+        }  # fmt: skip
+        _check(given)
+        named = list(purges or [])
+        if (verify or restore) and len(named) != 1:
+            raise UsageError(f"{'--verify' if verify else '--restore'} takes one PURGE", _HELP)
         if verify:
-            if len(purges or ()) != 1 or selectors != commands.Selectors() or dry_run or erase or apply or older_than:
-                raise UsageError("--verify looks for one purge, and does nothing else", "See: retrotool purge --help")
-            show_verified(store, commands.verify_purge(store, (purges or [""])[0], out=out or "."), as_json)
-            return
-        if restore:
-            if len(purges or ()) != 1 or selectors != commands.Selectors() or dry_run or erase or apply or older_than:
-                raise UsageError("--restore takes one purge back, and nothing else", "See: retrotool purge --help")
-            show_restored(commands.restore(store, (purges or [""])[0], reason=_given(reason), who=who), as_json)
-            return
-        if purges or older_than is not None:
-            if selectors != commands.Selectors() or dry_run or not erase:
-                raise UsageError(
-                    "PURGE and --older-than name purges that were made before, which can be erased with --erase alone",
-                    "See: retrotool purge --help",
-                )
-            age = None if older_than is None else _seconds(older_than)
-            erased = commands.erase(store, purges or (), older_than=age, confirm=confirm)
-            if declined:
-                output.stop("Nothing was erased.", as_json)
-            output.show(erased, as_json, lambda result: _erased_text(store, result))
-            left = erased.left
+            show_verified(store, commands.verify_purge(store, named[0], out=out or "."), as_json)
+        elif restore:
+            show_restored(commands.restore(store, named[0], reason=_given(reason), who=who), as_json)
+        elif repair:
+            run_repair(store, name, dry_run, as_json)
+        elif affected is not None:
+            run_affected(store, affected, named, out, as_json)
+        elif shard is not None:
+            show_scanned(commands.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:
-            if apply is not None and selectors != commands.Selectors():
-                raise UsageError("--apply takes what was reviewed, and no selectors", "See: retrotool purge --help")
-            result = commands.purge(
-                store,
-                selectors,
-                reason=_given(reason),
-                who=who,
-                apply=apply,
-                dry_run=dry_run,
-                erase=erase,
-                confirm=confirm,
-            )
-            if declined:
-                output.stop("Nothing was purged.", as_json)
-            output.show(result, as_json, lambda result: _text(store, result, erase))
-            left = result.left
-        for sentence in left:
-            output.note(sentence)
+            confirm = _Confirm(yes, erase)
+            if named or older_than is not None:
+                age = None if older_than is None else _seconds(older_than)
+                erased = commands.erase(store, named, older_than=age, confirm=confirm)
+                left, done = erased.left, bool(erased.purges)
+                confirm.stop("Nothing was erased.", as_json)
+                output.show(erased, as_json, lambda result: purge_text.erased(store, result))
+            else:
+                result = commands.purge(
+                    store, selectors, reason=_given(reason), who=who, apply=apply, dry_run=dry_run, erase=erase,
+                    confirm=confirm,
+                )  # fmt: skip
+                left, done = result.left, not dry_run
+                confirm.stop("Nothing was purged.", as_json)
+                output.show(result, as_json, lambda result: purge_text.purged(store, result, erase))
+            for sentence in left:
+                output.note(sentence)
+            if retrain_index and done:
+                for sentence in commands.retrain_indexes(store):
+                    output.note(sentence)
+
+
+def _check(given: dict[str, bool]) -> None:
+    """``UsageError`` for options that do not go together."""
+    for option, others in _ALONE.items():
+        if given[option]:
+            wrong = [name for name, is_given in given.items() if is_given and name not in (option, *others)]
+            if wrong:
+                with_what = f"goes with {', '.join(others)} and --json"
+                raise UsageError(f"{option} {with_what}, not with {', '.join(wrong)}", _HELP)
+            return
+    if given["--apply"] and given["selectors"]:
+        raise UsageError("--apply takes what was reviewed, and no selectors", _HELP)
+    if given["--older-than"] or given["PURGE"]:
+        wrong = [name for name in ("selectors", "--apply", "--dry-run") if given[name]]
+        if wrong or not given["--erase"]:
+            raise UsageError(_EARLIER, _HELP)
+    for option, of in (("--name", "--repair"), ("--out", "--verify or --affected"), ("--retrain-index", "--erase")):
+        if given[option] and not (option == "--retrain-index" and given["--erase"]):
+            raise UsageError(f"{option} goes with {of}", _HELP)
+
+
+class _Confirm:
+    """Asks before much is purged or erased, and remembers a no."""
+
+    def __init__(self, yes: bool, erase: bool) -> None:
+        self._yes, self._erase, self._declined = yes, erase, False
+
+    def __call__(self, planned: PurgeResult | EraseResult) -> bool:
+        if self._yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= ASK_ABOVE:
+            return True
+        self._declined = not purge_text.agrees(purge_text.warning(planned, self._erase))
+        return not self._declined
+
+    def stop(self, said: str, as_json: bool) -> None:
+        """End the command if the answer was no."""
+        if self._declined:
+            output.stop(said, as_json)
 
 
 def _given(reason: str | None) -> str:
@@ -322,88 +259,3 @@ def _seconds(age: str) -> float:
     if unit not in units or not number.isdecimal():
         raise UsageError(f"--older-than {age!r} is no age", "Give for example 7d, 12h or 2w.")
     return float(int(number) * units[unit])
-
-
-def _warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
-    """What is about to happen."""
-    does = []
-    chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
-    if chunks:
-        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.1%} of the store")
-    if erase:
-        share = f"{planned.unerased_share:.1%} of all it ever had"
-        does.append(f"erases {output.count(planned.unerased, 'chunk')} for good, {share}")
-    return f"This {', and '.join(does)}."
-
-
-def _agrees(warning: str) -> bool:
-    """Ask a person; ``UsageError`` if none is there."""
-    if not sys.stdin.isatty():
-        raise UsageError(warning.removesuffix("."), "Above 1 % it wants --yes. See what it is with --dry-run.")
-    sys.stderr.write(f"{warning} Go on? [y/N]: ")
-    sys.stderr.flush()
-    # Not typer's own: it can't tell Ctrl-C, which ends a command with another exit code, from an answer.
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _text(store: Path, result: PurgeResult, erase: bool) -> str:
-    documents = output.count(result.documents, "whole document")
-    what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
-    before = f"; {result.already_purged:,} more were purged before" if result.already_purged else ""
-    if result.dry_run:
-        lines = [f"Would purge {what}{before}. Nothing was purged."]
-        if erase:
-            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies(result)}.")
-        return "\n".join([*lines, *lines_of(store, result)])
-    lines = []
-    if not result.purge and not result.erased:
-        lines.append(f"Nothing to purge{before}.")
-    if result.purge and (result.chunks or not result.erased):
-        lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
-    if result.blocked and not result.chunks:
-        lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
-    return "\n".join(lines + _about_erased(store, result))
-
-
-def _erased_text(store: Path, result: EraseResult) -> str:
-    if not result.purges:
-        return "Nothing to erase: no purge is as old as that."
-    return "\n".join(_about_erased(store, result))
-
-
-def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
-    """What an erase did; nothing if there was none."""
-    lines = []
-    if result.erased:
-        lines.append(
-            f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; "
-            f"{output.count(result.files_rewritten, 'file')} rewritten."
-        )
-        purges = getattr(result, "purges", (getattr(result, "purge", ""),))
-        lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in purges[:_PROVED] if purge]
-    lines += [f"Not reached: {what}." for what in result.not_reached]
-    return lines + [_consumer(one) for one in result.consumers]
-
-
-def _copies(result: PurgeResult | EraseResult) -> str:
-    if not result.copies:
-        return ""
-    repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
-    return f", those of {result.copies:,} set-aside {repeating} them included"
-
-
-def _consumer(one: ConsumerLeft) -> str:
-    """What an erase left in another store."""
-    what = f"neighbours {one.table!r} of {one.path}"
-    if not one.there:
-        return f"Not looked at: {what}, which is not there now. Where it is, run: {one.command}"
-    lines = []
-    if one.rewritten:
-        lines.append(f"Erased its text in {one.path}, too: {output.count(one.rewritten, 'file')} rewritten.")
-    if one.names:
-        lines.append(
-            f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
-        )
-    if one.materialised:
-        lines.append(f"Left: the texts written with {what} may hold its text: they are of a copy, or can't be written.")
-    return "\n".join(lines)

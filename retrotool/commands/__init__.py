@@ -4,6 +4,7 @@ Every function opens (or makes) the store, announces a run, cleans up after dead
 frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.api``.
 """
 
+from retrotool.commands.affecting import affected
 from retrotool.commands.calibrating import calibrate
 from retrotool.commands.chain import log_entries, verify_log
 from retrotool.commands.chunking import chunk
@@ -21,13 +22,16 @@ from retrotool.commands.plan_page import write_page as write_plan_page
 from retrotool.commands.planning import plan
 from retrotool.commands.proving import VerifiedPurge, verify_purge
 from retrotool.commands.purging import purge
+from retrotool.commands.repairing import repair
 from retrotool.commands.restoring import restore
+from retrotool.commands.retraining import retrain_indexes
 from retrotool.commands.scanning import scan
 from retrotool.commands.selecting import Selectors, kinds_of
 
 __all__ = [
     "Selectors",
     "VerifiedPurge",
+    "affected",
     "calibrate",
     "chunk",
     "embed",
@@ -44,7 +48,9 @@ __all__ = [
     "neighbours",
     "plan",
     "purge",
+    "repair",
     "restore",
+    "retrain_indexes",
     "scan",
     "verify",
     "verify_log",

@@ -100,7 +100,7 @@ def lacking_indexes(store: Store, root: str | Path) -> list[IndexLacks]:
 def lacking_tables(store: Store, root: str | Path) -> list[TablesLack]:
     """Neighbours, in a store and in others that are known to use it, that lack chunks which were taken back."""
     names = dict.fromkeys([*store.state.names("neighbours"), *store.state.names("materialised")])
-    own = (_lacking(store, str(root), name, _command(store, root, name)) for name in names)
+    own = (_lacking(store, str(root), name, tables_command(store, root, name)) for name in names)
     found = [one for one in own if one is not None]
     for consumer in consumers(store.state):
         again = neighbours_command(root, consumer.path, consumer.table, consumer.again)
@@ -144,7 +144,7 @@ def count_behind(store: Store, name: str) -> tuple[int | None, int]:
     return len(tables), stale
 
 
-def _command(store: Store, root: str | Path, name: str) -> str:
+def tables_command(store: Store, root: str | Path, name: str) -> str:
     """The command that brings the neighbours ``name`` of a store up to date; of a mixture all of its tables."""
     name = next(iter(mixtures_with(store.state, name)), name)
     first = members_of(store, name)[0][0]

@@ -29,14 +29,14 @@ from retrotool.stages.database import (
 from retrotool.stages.drift import ranges
 from retrotool.stages.erase import erase_neighbours
 from retrotool.stages.exact import merged
+from retrotool.stages.gaps import erased_of, few_rows
 from retrotool.stages.neighbour_filters import AnyDatabase, Finder
 from retrotool.stages.neighbours import (
     FEW,
     MORE,
     SAME,
+    WHOLE,
     NeighboursStage,
-    erased_of,
-    few_rows,
     probed_by,
     with_filters,
 )
@@ -103,6 +103,8 @@ class NeighboursWorker:
             "searched": ranges(sorted(set(database.held()) - database.incomplete())),
             "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
+        if task.inputs["mode"] != WHOLE:
+            about["k"] = stage.k  # a row that had so many left was not searched again
         if restored:
             about["restored"] = restored
         if erased := erased_of(store, database):
@@ -163,7 +165,7 @@ class NeighboursWorker:
         table = tables.read_table(store, old) if old is not None and old.path == task.inputs["replaces"] else None
         if mode == FEW and table is not None:
             table = NeighbourTable(np.array(table.ids), np.array(table.distances))
-            return table, few_rows(store, database, part, table, stage.k), None
+            return table, few_rows(store, database, part, table.ids, stage.k), None
         fresh = NeighbourTable(
             np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
         )

@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,34 +34,39 @@ from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import (
     count_keys,
     embedded_parts,
-    erased_chunks,
-    erased_purges,
     has_commit,
     is_same_directory,
-    purges,
-    searchable_rows,
 )
 from retrotool.stages.exact import NO_INDEX, ExactDatabase
+from retrotool.stages.gaps import GapFinder
 from retrotool.stages.neighbour_filters import AnyDatabase, Filters
 from retrotool.stages.searching import Database
-from retrotool.store import parts, staging, tables
+from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.restored import missed_parts, stands_for_restored
+from retrotool.store.restored import missed_parts
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
-from retrotool.store.tombstones import read_tombstones
 
 SAME = ("index", "encoder")
 """In what tables of one name must agree with its record, besides the filters."""
 WHOLE, FEW, MORE = "whole", "few", "more"
 """What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
 
-_counted: dict[tuple[str, str, str, str, str, int], int | None] = {}
-"""Rows to refill by table, what was purged and erased, and k: a plan is made several times in one run."""
-_COUNTED = 1 << 17
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What may be searched for a part's ``table`` (None: it has none): the mode, and in which parts of the database.
+
+    ``goes_on``: the table is of the same index and filters. Of ``FEW``, ``gaps`` tells whether there is anything.
+    """
+
+    part: int
+    table: FileEntry | None
+    mode: str
+    new: list[int]
+    goes_on: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,36 +111,43 @@ class NeighboursStage:
         database = self.open_database(store)
         check_encoders(store, database)
         self.filters.check(store, database.store)
-        record = self.record(store, database)
-        known = store.state.records.get(self.key, record)
-        self._check_database(store.state, record)
-        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
-        taken = _taken(store, database)
+        version, gaps = _version(database, self.record(store, database)), GapFinder(store, database, self.k)
         tasks = []
-        checked: set[tuple[Any, Any]] = set()
-        for part in embedded_parts(store, database.encoder):
+        for todo in self.todo(store, database):
+            part, old = todo.part, todo.table
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
-            old = store.state.part_file("neighbours", part, self.table)
-            if old is not None and _commit(old) not in checked:
-                _check_commit(old, self.table, database.store)
-                checked.add(_commit(old))
-            settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
-            inputs = {"part": part, "path": path, "version": version, "replaces": None, "new": held, "mode": WHOLE}
+            settings: dict[str, Any] = {"table": self.table, "version": version, "held": database.held()}
+            inputs = {"part": part, "path": path, "version": version, "new": todo.new, "mode": todo.mode}
+            inputs["replaces"] = old.path if old is not None else None
             weight = count_keys(store, part)
-            if old is not None:
-                inputs["replaces"] = old.path
-                if _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                    inputs["mode"], inputs["new"] = _lacks(old, database.store.state, held, incomplete)
-                    settings["from"] = [old.path, inputs["mode"], *taken, self.k]
-            if old is not None and inputs["mode"] == FEW:
-                few = _count_few(store, database, part, old, self.k, taken)
-                if few is None:
+            if old is not None and todo.goes_on:
+                settings["from"] = [old.path, todo.mode, *gaps.taken, self.k]
+            if old is not None and todo.mode == FEW:
+                found = gaps.find(part, old)
+                if not (found.few or found.holds_erased):
                     continue
-                weight = few
+                weight = found.few
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def todo(self, store: Store, database: AnyDatabase) -> Iterator[Todo]:
+        """What may be searched for each part that has embeddings; no table is read. Errors as of ``plan``."""
+        record = self.record(store, database)
+        known = store.state.records.get(self.key, record)
+        self._check_database(store.state, record)
+        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
+        checked: set[tuple[Any, Any]] = set()
+        for part in embedded_parts(store, database.encoder):
+            old = store.state.part_file("neighbours", part, self.table)
+            if old is not None and _commit(old) not in checked:
+                _check_commit(old, self.table, database.store)
+                checked.add(_commit(old))
+            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
+                yield Todo(part, old, *_lacks(old, database.store.state, held, incomplete), goes_on=True)
+            else:
+                yield Todo(part, old, WHOLE, held, goes_on=False)
 
     @property
     def key(self) -> str:
@@ -262,7 +272,7 @@ def _check_commit(entry: FileEntry, table: str, database: Store) -> None:
 
 
 def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> None:
-    """``UsageError`` if the ids in a table can't be taken for chunks of ``database`` as the table's record says."""
+    """``UsageError`` if a table is not what its record says, or its ids can't be taken for chunks of ``database``."""
     record = store.state.records[f"neighbours:{table}"]
     part = int(FileName.parse(entry.path).slot)
     if not _is_of(entry, record, record):
@@ -271,6 +281,13 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
             "or of other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
+    check_ids(store, entry, table, database)
+
+
+def check_ids(store: Store, entry: FileEntry, table: str, database: Store) -> None:
+    """``UsageError`` if the ids in a table, of whichever index it is, can't be taken for chunks of ``database``."""
+    record = store.state.records[f"neighbours:{table}"]
+    part = int(FileName.parse(entry.path).slot)
     _check_commit(entry, table, database)
     if _commit(entry)[1] is None and _database_in(store, entry) not in (None, record["database"]):
         raise UsageError(
@@ -290,49 +307,6 @@ def _database_in(store: Store, entry: FileEntry) -> str | None:
     except pa.ArrowException:
         return None  # reading it will say so
     return str(metadata.get(b"retrotool.database", b"").decode())
-
-
-def _taken(store: Store, database: AnyDatabase) -> tuple[str, str, str, str]:
-    """What stands for all that was purged of database and queries, erased of the database, given back to the queries.
-
-    Rows of queries that were taken back are empty where they were purged when the table was made.
-    """
-    return purges(database.store), purges(store), erased_of(store, database), stands_for_restored(store.state)
-
-
-def erased_of(store: Store, database: AnyDatabase) -> str:
-    """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
-    if is_same_directory(store, database.store) or not (erased := erased_purges(database.store)):
-        return ""
-    return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
-
-
-def _count_few(
-    store: Store, database: AnyDatabase, part: int, old: FileEntry, k: int, taken: tuple[str, str, str, str]
-) -> int | None:
-    """How many rows of a table are to be refilled, None if there is nothing to do, not even to take out what is erased.
-
-    Reads the table only if chunks were purged or erased since it was made, or queries taken back.
-    """
-    about = old.about or {}
-    if (about.get("purges"), about.get("erased", ""), about.get("restored", "")) == (taken[0], *taken[2:]):
-        return None
-    key = (old.path, *taken, k)
-    if key not in _counted:
-        if len(_counted) >= _COUNTED:
-            _counted.clear()
-        table = tables.read_table(store, old)
-        few = len(few_rows(store, database, part, table, k))
-        holds = taken[2] != "" and bool(erased_chunks(database.store).contains(table.ids).any())
-        _counted[key] = few if few or holds else None
-    return _counted[key]
-
-
-def few_rows(store: Store, database: AnyDatabase, part: int, table: NeighbourTable, k: int) -> npt.NDArray[np.int64]:
-    """Searchable rows with fewer than k living neighbours, ascending."""
-    living = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
-    few = np.flatnonzero(living.sum(axis=1) < k)
-    return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few
 
 
 def members_of(store: Store, name: str) -> list[tuple[str, float]]:

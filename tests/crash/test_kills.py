@@ -139,6 +139,13 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
     stores["restore"] = Path(shutil.copytree(stores["purge"], root / "restore"))
     commands.purge(stores["restore"], commands.Selectors(documents=str(root / "victims.txt")), reason="test")
     lists_index(stores["restore"])
+    stores["earlier"] = stores["restore"]
+    stores["repair"] = Path(shutil.copytree(stores["neighbours"], root / "repair"))
+    commands.neighbours(stores["repair"], saved=3)
+    (root / "half.txt").write_text("".join(f"{row['id']}\n" for row in rows[::2]))
+    commands.purge(stores["repair"], commands.Selectors(documents=str(root / "half.txt")), reason="test")
+    (short,) = commands.repair(stores["repair"], dry_run=True).tables
+    assert short.searched > 10
     stores["lists"] = stores["index"]
     stores["renew"] = Path(shutil.copytree(stores["index"], root / "renew"))
     grown(stores["renew"])
@@ -164,6 +171,10 @@ def restore_if_purged(store: Path) -> None:
     (purge,) = commands.info(store).purges
     with contextlib.suppress(UsageError):
         restore(store, purge, reason="test")
+
+
+def erase_earlier(store: Path) -> None:
+    commands.erase(store, list(commands.info(store).purges))
 
 
 def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
@@ -193,12 +204,14 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("materialise", commands.materialise, logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
+        Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),
         Case("restore", restore_if_purged, (*logical, "indexes"), [False]),
+        Case("repair", lambda s: commands.repair(s, devices="cpu"), logical, [False]),
     ]
 
 
 CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "mend", "neighbours", "both", "materialise"]
-CASES += ["purge", "erase", "restore"]
+CASES += ["purge", "erase", "erase earlier", "restore", "repair"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
@@ -209,7 +222,7 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     before = stages[case.name.split()[0]]
     expected, calls = uninterrupted(case, before, tmp_path / "whole")
     blocked = read_blocked(Store.open(tmp_path / "whole")).hashes.tolist()
-    assert bool(blocked) == case.name.startswith("purge")
+    assert bool(blocked) == (case.purges != [] and case.name != "restore")
     assert calls > 10
     draw = random.Random(SEED + number)
     fired = 0

@@ -246,7 +246,8 @@ def test_nothing_is_read_to_find_that_nothing_is_to_be_done(store_copy: Path, mo
     def refuse(*_: object) -> None:
         raise UsageError("reads a table")
 
-    monkeypatch.setattr(tables, "read_table", refuse)
+    for read in ("read_table", "read_ids"):
+        monkeypatch.setattr(tables, read, refuse)
     assert commands.neighbours(store_copy, name="later").queries == 0
     with pytest.raises(UsageError, match="reads a table"):
         commands.neighbours(store_copy)

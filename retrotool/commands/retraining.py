@@ -1,0 +1,41 @@
+"""``purge --erase --retrain-index``: training indexes anew, for whoever wants centroids and codebooks without a victim.
+
+Centroids, codebooks and rotations are means over thousands of vectors; an erase leaves them as they are. Cost: that of
+building the indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from retrotool.commands.indexing import Options, index
+from retrotool.stages.command_lines import table_command
+from retrotool.stages.database import is_same_directory
+from retrotool.stages.index_files import index_key
+from retrotool.stages.neighbours import database_of
+from retrotool.store.store import Store
+
+_PLAIN = ("Flat", "SQfp16")
+"""Factories of indexes that learn nothing from vectors."""
+
+
+def retrain_indexes(root: str | Path) -> Iterator[str]:
+    """Train every index anew that has learned anything; what was done, and what to run then, as sentences."""
+    store = Store.open(root)
+    trained = [
+        name
+        for name in store.state.names("index")
+        if str(store.state.records.get(index_key(name), {}).get("factory")) not in _PLAIN
+    ]
+    for name in trained:
+        result = index(root, name=name, options=Options(retrain=True))
+        yield f"Index {name!r} was trained anew, with {result.vectors:,} vectors."
+    store.refresh()
+    for key, record in store.state.with_prefix("neighbours:").items():
+        table = key.partition(":")[2]
+        if record.get("index") in trained:
+            database = database_of(store, table)[0]
+            if is_same_directory(store, database):
+                again = table_command(store, table, database)
+                yield f"Neighbours {table!r} are of the old training. Compute them anew: {again}"
