@@ -144,8 +144,9 @@ class Needles:
         return kind == "id" or (kind == "key" and self.key is not None)
 
     def digests(self, kind: int, pieces: Sequence[bytes]) -> list[bytes]:
-        """What a needle of ``kind`` made from each of the pieces has as its proof, or stands for it: 16 bytes each."""
-        return [_digest(self.key or b"", kind, piece) for piece in pieces]
+        """What hashed needles of ``kind``, made from each of the pieces, have as their proof: 16 bytes each."""
+        assert self.key is not None
+        return [_digest(self.key, kind, piece) for piece in pieces]
 
 
 def proof_key(secret: str, salt: bytes) -> bytes:
@@ -311,10 +312,15 @@ class _OfKind:
     def __init__(self, needles: Needles, kind: int, rows: Places, tags: Words) -> None:
         self._needles, self._kind = needles, kind
         self._tags = np.unique(tags)
-        proofs = [needles.proofs[i] for i in rows.tolist()]
-        digests = head_words(proofs if needles.key is not None else needles.digests(kind, proofs))
+        digests = self._hashes([needles.proofs[i] for i in rows.tolist()])
         order = np.argsort(digests, kind="stable")
         self._digests, self.rows = digests[order], rows[order]
+
+    def _hashes(self, proofs: Sequence[bytes]) -> Words:
+        """64 bits of each; of plain needles, of which many may begin alike, by Python's own hash."""
+        if self._needles.key is not None:
+            return head_words(proofs)
+        return np.fromiter(map(hash, proofs), np.int64, len(proofs)).view(np.uint64)
 
     def begins(self, tags: Words) -> npt.NDArray[np.bool_]:
         """Which tags are those of a needle."""
@@ -324,10 +330,9 @@ class _OfKind:
 
     def numbers(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """The numbers of the needles that each piece is."""
-        digests = self._needles.digests(self._kind, pieces)
-        heads = head_words(digests)
+        proofs = pieces if self._needles.key is None else self._needles.digests(self._kind, pieces)
+        heads = self._hashes(proofs)
         low, high = (np.searchsorted(self._digests, heads, side) for side in ("left", "right"))
-        proofs = pieces if self._needles.key is None else digests
         return [
             [row for row in self.rows[a:b].tolist() if self._needles.proofs[row] == proof]
             for a, b, proof in zip(low.tolist(), high.tolist(), proofs, strict=True)

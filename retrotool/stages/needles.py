@@ -40,6 +40,9 @@ RUNS = ("tokens", "vector16", "vector32", "key")
 """Kinds that stand in the bytes as they are; those of text in what is folded."""
 _EACH = {"tokens": 4, "text": 8, "vector16": 2, "vector32": 2, "key": 1, "id": 1, "whole": 1}
 _DRAWN = 16
+_ORDER = [int(f"{i:04b}"[::-1], 2) for i in range(_DRAWN)]
+_DRAWN_BYTES = 1 << 20
+"""What is looked at together when runs are drawn: it takes 20 times as much."""
 _VARIED = 6
 """Different bytes that a run must have: zeros and the like are everywhere."""
 _MOST_VICTIMS = 1 << 18
@@ -67,18 +70,25 @@ def draw_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> 
         if store.state.part_file("chunks", part) is not None:
             for needles in drawn.draw(part):
                 left = np.ones(len(needles), np.bool_)
-                left[sorted(said_by_others(store, needles, [part]))] = False
+                left[sorted(said_by_others(store, needles, [part], tokenizer=drawn.tokenizer))] = False
                 yield drawn.some_of_each(needles, left)
         report(1)
 
 
-def said_by_others(store: Store, needles: Needles, numbers: Sequence[int], report: Report = lambda _: None) -> set[int]:
+def said_by_others(
+    store: Store,
+    needles: Needles,
+    numbers: Sequence[int],
+    report: Report = lambda _: None,
+    tokenizer: Tokenizer | None = None,
+) -> set[int]:
     """Numbers of the needles that chunks or documents of the parts ``numbers`` say which are no victims.
 
-    ``needles.chunks`` are the victims. ``report`` is called with 1 for each part.
+    ``needles.chunks`` are the victims. ``report`` is called with 1 for each part. ``tokenizer``: the store's, if it is
+    loaded already.
     """
     victims = Tombstones(needles.chunks)
-    tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+    tokenizer = tokenizer or _tokenizer(store)
     is_cell = [kind for kind in KINDS if needles.is_cell(kind)]
     runs = Matcher(needles, [kind for kind in RUNS if kind not in is_cell])
     text, cells = Matcher(needles, ("text",)), Matcher(needles, is_cell)
@@ -102,12 +112,16 @@ def _numbers(matcher: Matcher, data: bytes) -> Iterator[int]:
         yield from (number for _, number in matcher.runs(data[start : start + step + overlap]))
 
 
+def _tokenizer(store: Store) -> Tokenizer:
+    return Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+
+
 class _Drawn:
     """Needles as they are drawn, part by part."""
 
     def __init__(self, store: Store, victims: Tombstones) -> None:
         identity = store.identity
-        self._tokenizer = Tokenizer(TokenizerFile(identity.tokenizer.name, store.tokenizer_json()))
+        self.tokenizer = _tokenizer(store)
         self._store, self._victims = store, victims
         self._lengths = {
             "tokens": TOKENS * identity.tokenizer.token_bytes, "text": TEXT_BYTES, "vector16": 2 * NUMBERS,
@@ -117,8 +131,15 @@ class _Drawn:
         self._begin()
 
     def _begin(self) -> None:
-        self._found: list[tuple[int, int, bytes]] = []
+        self._kinds: list[npt.NDArray[np.uint8]] = []
+        self._places: list[Ids] = []
+        self._pieces: list[bytes] = []
         self._had: dict[str, set[int]] = {kind: set() for kind in KINDS}
+
+    def _add(self, kind: str, places: Ids, pieces: Sequence[bytes]) -> None:
+        self._kinds.append(np.full(len(pieces), KINDS.index(kind), np.uint8))
+        self._places.append(places)
+        self._pieces += pieces
 
     def draw(self, part: int) -> Iterator[Needles]:
         """Draw of the victims of a part, some thousand at a time."""
@@ -134,40 +155,32 @@ class _Drawn:
         self._draw_ids(part, chunks.doc, chunks.n_tokens, rows, first)
         whole = rows[chunks.n_tokens[rows] > 0]
         places = first + np.searchsorted(rows, whole)
-        for place, row in zip(places.tolist(), whole.tolist(), strict=True):
-            tokens = chunks.tokens[row, : chunks.n_tokens[row]]
-            self._found.append((KINDS.index("whole"), place, tokens.tobytes()))
-        places, whole = places[:: self._step], whole[:: self._step]
+        tokens = [chunks.tokens[row, : chunks.n_tokens[row]].tobytes() for row in whole.tolist()]
+        self._add("whole", places, tokens)
+        places, whole, tokens = places[:: self._step], whole[:: self._step], tokens[:: self._step]
         for start in range(0, max(len(whole), 1), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
-            texts = self._tokenizer.decode(chunks.tokens[whole[some]], chunks.n_tokens[whole[some]])
-            for place, row, text in zip(places[some].tolist(), whole[some].tolist(), texts, strict=True):
-                self._draw("tokens", place, chunks.tokens[row, : chunks.n_tokens[row]].tobytes())
-                self._draw("text", place, folded(text.as_py()))
-                for matrix in embeddings:
-                    if matrix[row].any():
-                        self._draw("vector16", place, matrix[row].tobytes())
-                        self._draw("vector32", place, matrix[row].astype("<f4").tobytes())
+            texts = self.tokenizer.decode(chunks.tokens[whole[some]], chunks.n_tokens[whole[some]])
+            self._draw("tokens", places[some], tokens[some])
+            self._draw("text", places[some], [folded(text) for text in texts.to_pylist()])
+            for matrix in embeddings:
+                mine = matrix[whole[some]]
+                full = np.flatnonzero(mine.any(axis=1))
+                self._draw("vector16", places[some][full], [row.tobytes() for row in mine[full]])
+                self._draw("vector32", places[some][full], [row.tobytes() for row in mine[full].astype("<f4")])
             yield self._needles()
             self._begin()
 
-    def _draw(self, kind: str, place: int, data: bytes) -> None:
-        self._had[kind].add(place)
-        length = self._lengths[kind]
-        starts = len(data) - length + 1
-        if starts < 1:
-            return
-        every = np.frombuffer(data, np.uint8)
-        words = np.lib.stride_tricks.sliding_window_view(every, WINDOW)[:starts].copy().view("<u8").reshape(-1)
-        chosen = np.flatnonzero(sampled(words.astype(np.uint64), kind))
-        if not len(chosen):
-            chosen = np.arange(starts)
-        places = np.unique(np.linspace(0, len(chosen) - 1, _DRAWN).astype(np.int64))
-        # In an order of which every beginning is spread over the whole.
-        spread = chosen[places[sorted(range(len(places)), key=lambda i: f"{i:04b}"[::-1])]]
-        runs = (data[at : at + length] for at in spread.tolist())
-        number = KINDS.index(kind)
-        self._found += [(number, place, run) for run in runs if len(set(run)) >= _VARIED]
+    def _draw(self, kind: str, places: Ids, several: Sequence[bytes]) -> None:
+        """Draw runs of what victims say, each a piece of ``several``."""
+        self._had[kind].update(places.tolist())
+        step = max(1, _DRAWN_BYTES // max(map(len, several), default=1))
+        for start in range(0, len(several), step):
+            some = slice(start, start + step)
+            data = b"".join(several[some])
+            of, at = _spread(data, np.array([len(one) for one in several[some]]), self._lengths[kind], kind)
+            runs = [data[i : i + self._lengths[kind]] for i in at.tolist()]
+            self._add(kind, places[some][of], runs)
 
     def _draw_ids(self, part: int, doc: Any, n_tokens: Any, rows: Ids, first: int) -> None:
         """Ids and keys of the documents of which nothing will be left."""
@@ -175,17 +188,17 @@ class _Drawn:
         left[rows] = False
         gone = np.setdiff1d(doc[rows], doc[left])
         table = parts.read_documents(self._store, part, ["id", "key"]).take(pa.array(gone))
-        for at, name, key in zip(gone.tolist(), *(table[c].to_pylist() for c in ("id", "key")), strict=True):
-            place = first + int(np.searchsorted(doc[rows], at))  # of a part they ascend
-            if name is not None:
-                self._found += [(KINDS.index("id"), place, name.encode()), (KINDS.index("key"), place, key)]
-                self._had["id"].add(place)
-                self._had["key"].add(place)
+        known = table["id"].is_valid().to_numpy()
+        places = first + np.searchsorted(doc[rows], gone[known])  # of a part they ascend
+        names, keys = (table[column].filter(pa.array(known)).to_pylist() for column in ("id", "key"))
+        for kind, pieces in (("id", [name.encode() for name in names]), ("key", keys)):
+            self._add(kind, places, pieces)
+            self._had[kind].update(places.tolist())
 
     def _needles(self) -> Needles:
-        kinds = np.array([kind for kind, _, _ in self._found], np.uint8)
-        places = np.array([place for _, place, _ in self._found], np.int32)
-        return Needles(kinds, [data for _, _, data in self._found], self._lengths, self._victims.ids, places)
+        kinds = np.concatenate([np.zeros(0, np.uint8), *self._kinds])
+        places = np.concatenate([np.zeros(0, np.int64), *self._places]).astype(np.int32)
+        return Needles(kinds, self._pieces, self._lengths, self._victims.ids, places)
 
     def some_of_each(self, needles: Needles, left: npt.NDArray[np.bool_]) -> Needles:
         """The first of each kind and victim that are ``left``, and how many victims have none."""
@@ -203,6 +216,37 @@ class _Drawn:
         has = {kind: len(np.unique(kept.victims[kept.kinds == number])) for number, kind in enumerate(KINDS)}
         lacking = {kind: len(had) - has[kind] for kind, had in self._had.items() if kind != "whole"}
         return Needles(kept.kinds, kept.proofs, kept.lengths, kept.chunks, kept.victims, lacking)
+
+
+def _spread(data: bytes, sizes: Ids, length: int, kind: str) -> tuple[Ids, Ids]:
+    """Up to 16 runs of each of the pieces that ``data`` is made of: which piece each is of, and where it begins.
+
+    Of those that a hash may be kept of, if a piece has any; in an order of which every beginning is spread over it;
+    none that is hardly more than zeros.
+    """
+    none = np.zeros(0, np.int64)
+    if len(data) < max(length, WINDOW):
+        return none, none
+    every = np.frombuffer(data, np.uint8)
+    words = np.lib.stride_tricks.sliding_window_view(every, WINDOW).copy().view("<u8").reshape(-1).astype(np.uint64)
+    ends = np.cumsum(sizes)
+    begins = ends - sizes
+    good = np.flatnonzero(sampled(words, kind))
+    owner = np.searchsorted(ends, good, side="right")
+    fit = good + length <= ends[owner]
+    good, owner = good[fit], owner[fit]
+    sampled_in = np.bincount(owner, minlength=len(sizes))
+    firsts = np.cumsum(sampled_in) - sampled_in
+    count = np.where(sampled_in > 0, sampled_in, np.maximum(sizes - length + 1, 0))
+    picked = np.arange(_DRAWN)[None] * np.maximum(count - 1, 0)[:, None] // (_DRAWN - 1)
+    kept = np.concatenate([count[:, None] > 0, np.diff(picked) > 0], axis=1)
+    of_sampled = good[np.minimum(firsts[:, None] + picked, len(good) - 1)] if len(good) else picked
+    at = np.where(sampled_in[:, None] > 0, of_sampled, begins[:, None] + picked)
+    of = np.repeat(np.arange(len(sizes))[:, None], _DRAWN, axis=1)
+    of, at = of[:, _ORDER][kept[:, _ORDER]], at[:, _ORDER][kept[:, _ORDER]]
+    runs = np.sort(np.lib.stride_tricks.sliding_window_view(every, length)[at], axis=1)
+    varied = (np.diff(runs, axis=1) != 0).sum(1) + 1 >= _VARIED
+    return of[varied], at[varied]
 
 
 class _Data:
