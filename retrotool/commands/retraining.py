@@ -32,8 +32,7 @@ def retrain_indexes(root: str | Path) -> Iterator[str]:
         result = index(root, name=name, options=Options(retrain=True))
         yield f"Index {name!r} was trained anew, with {result.vectors:,} vectors."
     store.refresh()
-    for key, record in store.state.with_prefix("neighbours:").items():
-        table = key.partition(":")[2]
+    for table, record in store.state.with_prefix("neighbours:").items():
         if record.get("index") in trained:
             database = database_of(store, table)[0]
             if is_same_directory(store, database):

@@ -72,7 +72,7 @@ def _ways(store: Store, victims: Tombstones) -> Iterator[tuple[str, Callable[[],
         yield f"embeddings {name}", lambda name=name: _embeddings(reader, store, name, victims)  # type: ignore[misc]
     for name in store.state.names("index"):
         yield f"search {name}", _safely(f"search {name}", lambda name=name: _search(reader, store, name, victims))  # type: ignore[misc]
-    for name in sorted(key.removeprefix(_TABLES) for key in store.state.with_prefix(_TABLES)):
+    for name in sorted(store.state.with_prefix(_TABLES)):
         for what, way in (("neighbours", _neighbours), ("dataset", _dataset), ("export", _export)):
             title = f"{what} {name}"
             yield title, _safely(title, lambda way=way, name=name: way(store, name, victims))  # type: ignore[misc]

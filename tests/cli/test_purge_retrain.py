@@ -1,0 +1,58 @@
+"""``purge --erase --retrain-index``: what indexes have learned of victims goes, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrotool import commands
+from retrotool.ann.choice import Wanted
+from retrotool.cli import app
+from retrotool.commands.indexing import Options
+from retrotool.stages.index_files import generation_of, read_trained
+from retrotool.store.store import Store
+
+
+def centroids(root: Path) -> np.ndarray:
+    store = Store.open(root)
+    found = read_trained(store, "lists", generation_of(store.state, "lists"))[1].centroids
+    assert found is not None
+    return np.asarray(found)
+
+
+def purge(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        app(["purge", *map(str, arguments)], prog_name="retrotool")
+    return int(end.value.code or 0)
+
+
+def test_indexes_that_learn_are_trained_anew_after_an_erase(
+    store_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.index(store_copy, name="lists", options=Options(Wanted(factory="IVF4,SQ8")))
+    commands.neighbours(store_copy, name="by-lists", index="lists")
+    before, plain = centroids(store_copy), Store.open(store_copy).state.group("index", "main")
+    assert purge(store_copy, "--document", "doc-1", "--reason", "r", "--erase", "--yes") == 0
+    assert np.array_equal(before, centroids(store_copy)), "they stay as they are"
+    trained = {slot for slot in plain if "trained" in slot}
+    select = ("--document", "doc-2", "--document", "doc-3", "--reason", "r", "--erase", "--yes", "--retrain-index")
+    capsys.readouterr()
+    code = purge(store_copy, *select)
+    assert code == 0, capsys.readouterr()
+    told = capsys.readouterr().err
+    assert "Index 'lists' was trained anew" in told
+    assert "'main'" not in told.partition("Neighbours")[0], "it has learned nothing"
+    assert f"Compute them anew: retrotool neighbours {store_copy}" in told
+    after = centroids(store_copy)
+    assert not np.array_equal(before, after)
+    assert trained == {slot for slot in Store.open(store_copy).state.group("index", "main") if "trained" in slot}
+    assert commands.verify(store_copy).ok
+    name = next(iter(commands.info(store_copy).purges))
+    assert commands.verify_purge(store_copy, name, out=store_copy.parent).receipt.ok
+
+
+def test_it_goes_with_an_erase_alone(store_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert purge(store_copy, "--document", "doc-1", "--reason", "r", "--retrain-index") == 2
+    assert "--retrain-index goes with --erase" in capsys.readouterr().err
