@@ -70,14 +70,14 @@ def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
     """What an erase did; nothing if there was none."""
     lines = []
     if result.erased:
-        lines.append(
-            f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; "
-            f"{output.count(result.files_rewritten, 'file')} rewritten."
-        )
+        done = f"{output.count(result.files_rewritten, 'file')} rewritten"
+        if not result.files_rewritten:
+            done = "they were erased before"
+        lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; {done}.")
         purges = getattr(result, "purges", (getattr(result, "purge", ""),))
         lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in purges[:_PROVED] if purge]
     lines += [f"Not reached: {what}." for what in result.not_reached]
-    return lines + [_consumer(one) for one in result.consumers]
+    return lines + [consumer_left(one) for one in result.consumers]
 
 
 def _copies(result: PurgeResult | EraseResult) -> str:
@@ -87,7 +87,7 @@ def _copies(result: PurgeResult | EraseResult) -> str:
     return f", those of {result.copies:,} set-aside {repeating} them included"
 
 
-def _consumer(one: ConsumerLeft) -> str:
+def consumer_left(one: ConsumerLeft) -> str:
     """What an erase left in another store."""
     what = f"neighbours {one.table!r} of {one.path}"
     if not one.there:

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
 
     from retrotool.commands.proving import Receipt, VerifiedPurge
 
-_STATES = {
-    "erased": "purged and erased",
-    "begun": "purged; an erase was begun, and is not at its end",
-    "purged": "purged, not erased: its bytes are still in the files",
-}
-
 
 def show_verified(store: Path, result: VerifiedPurge, as_json: bool) -> None:
     """Print what was found of a purge; ``typer.Exit`` if anything was."""
@@ -29,20 +23,24 @@ def show_verified(store: Path, result: VerifiedPurge, as_json: bool) -> None:
 
 
 def _text(store: Path, result: VerifiedPurge) -> str:
+    from retrotool.commands.receipt_page import STATES, verdict
+
     receipt = result.receipt
-    lines = [f"Purge {receipt.purge} of {output.count(receipt.chunks, 'chunk')}: {_STATES[receipt.state]}."]
+    lines = [f"Purge {receipt.purge} of {output.count(receipt.chunks, 'chunk')}: {STATES[receipt.state].lower()}."]
     rows = [(view.name, view.rows, view.found) for view in receipt.views]
     lines.append(output.table(rows, ("seen by", "rows", "found")))
     lines += [f"  {view.name}: {view.note}" for view in receipt.views if view.note]
     lines += _searched(receipt)
     if receipt.ok:
-        lines.append("Nothing of it was found." if receipt.state == "erased" else "No command returns any of it.")
+        lines.append(verdict(receipt))
     else:
         lines.append("NOT well:")
-        lines += [f"  problem: {problem}" for problem in receipt.problems]
-    if receipt.state != "erased" or (receipt.searched and receipt.searched.left):
-        lines.append(f"To erase what is left of it: retrotool purge {store} {receipt.purge} --erase")
+        lines += [f"  problem: {output.one_line(problem)}" for problem in receipt.problems]
+    if receipt.state != "erased":
+        lines.append(f"To erase it: retrotool purge {store} {receipt.purge} --erase")
     lines.append(f"Receipt: {result.json} and {result.page}")
+    if result.salt:
+        lines.append(f"For whoever is to check the hashes on it: {result.salt}")
     if result.commit is None:
         lines.append("The store can't be written to, so its log does not name the receipt.")
     return "\n".join(lines)
@@ -57,5 +55,5 @@ def _searched(receipt: Receipt) -> list[str]:
         f"  searched {output.count(searched.files, 'file')}, {output.size(searched.bytes)}, for {total:,} pieces of it"
     ]
     if searched.said_by_others:
-        lines.append(f"  {searched.said_by_others:,} of them are also said by documents that stay, which may")
+        lines.append(f"  {searched.said_by_others:,} of them are other documents', which stay: they say them, too")
     return lines

@@ -120,7 +120,7 @@ def table(
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = ['<{} class="number">' if i in numbers else "<{}>" for i in range(len(cells))]
-        return "".join(f"{kind.format(tag)}{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        return "".join(f"{kind.format(tag)}{text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     head = f"<thead><tr>{line(header, 'th')}</tr></thead>" if header else ""
     body = "".join(f"<tr{_MARKED if i == marked else ''}>{line(row, 'td')}</tr>" for i, row in enumerate(rows))

@@ -7,8 +7,11 @@
    their place be what the log says, by SHA-256.
 
 The log then gets an entry with the SHA-256 of the receipt, so that nobody can change that afterwards; a store that
-can't be written has none. Cost: reading the store once, 35 to 50 MB a second and core, and its tables of neighbours
-three times. Memory: that of the proofs, about 600 bytes a chunk of the purge.
+can't be written has none. Hashes of the chunks are on the receipt, and the salt that they were made with in a file of
+its own: who has both can test a guess.
+
+Cost: reading the store once, 50 to 60 MB a second and core of what is decompressed, and its chunks once more if a
+piece that is found may be other documents'; its tables of neighbours three times. Memory: 3 kB a chunk of the purge.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 from tqdm import tqdm
 
@@ -35,9 +39,10 @@ from retrotool.errors import StorageError, UsageError
 from retrotool.stages import residue
 from retrotool.stages.consumers import consumers
 from retrotool.stages.erased_files import ErasedFile, ErasedFiles
-from retrotool.stages.matching import CELLS, KINDS, Needles
+from retrotool.stages.matching import KINDS, Needles
+from retrotool.stages.needles import passed_over
 from retrotool.stages.proofs import proofs_of, salted_chunks
-from retrotool.stages.purge import in_store, tombstones_of
+from retrotool.stages.purge import count_unerased, in_store, tombstones_of
 from retrotool.store import atomic, identity, parts
 from retrotool.store.log import Draft
 from retrotool.store.state import State
@@ -54,7 +59,9 @@ LIMITS = (
     "Copies of the store, backups, snapshots and versions that a bucket keeps are not reached: erase in them, too.",
     "A disk may keep the blocks of deleted files until it writes over them; solid-state disks keep them longest.",
     "The input that was chunked, and what was exported before, are other people's files: none was looked at.",
-    "Text is looked for in pieces that nobody else has said: what a living document says, too, is there by right.",
+    "Text is looked for in pieces that nobody else has said: what a living document says, too, is there by right. "
+    "A chunk of a few words may have no such piece.",
+    "Who has the file with the salt can test with the hashes whether a text that they guess was among what was erased.",
 )
 
 
@@ -71,14 +78,15 @@ class Trace:
 class Searched:
     """The search through all bytes: files, bytes, needles by kind, and those that living documents say by right.
 
-    ``without`` counts, by kind, chunks (or documents) of which there was nothing to look for. ``left`` is what was
-    found.
+    ``without`` counts, by kind, chunks (or documents) of which there was nothing to look for: too short, or said by
+    others, too. ``passed_over`` chunks were not drawn from, as there are too many. ``left`` is what was found.
     """
 
     files: int
     bytes: int
     needles: dict[str, int]
     without: dict[str, int]
+    passed_over: int
     said_by_others: int
     left: tuple[Trace, ...]
 
@@ -87,9 +95,11 @@ class Searched:
 class Receipt:
     """What was purged, what was done, and what was found when it was looked for; none of the text.
 
-    ``state`` is "erased", "begun" (an erase was, and is not at its end) or "purged". ``ok``: nothing was found, and
-    there are no ``problems``. ``files`` are those that an erase replaced. ``salted_chunks`` are BLAKE2b-128 of the
-    tokens of each chunk that was erased, keyed with ``salt``. ``log_head`` is the SHA-256 of commit ``log_commit``.
+    ``state`` is "erased", "partly erased" (an erase is not at its end, or another purge had some) or "purged".
+    ``ok``: nothing was found, and there are no ``problems``. ``unread`` ways could not be gone, as what they are of
+    is elsewhere. ``chunks`` are all that it names, ``living`` of them were not purged before. ``files`` are those that
+    an erase replaced. ``salted_chunks`` are BLAKE2b-128 of the tokens of each chunk that was erased, keyed with a salt
+    that is not here. ``log_head`` is the SHA-256 of commit ``log_commit``.
     """
 
     store: str
@@ -108,6 +118,7 @@ class Receipt:
     erased_by: int
     verified: str
     chunks: int
+    living: int
     copies: int
     documents: int
     tokens: int
@@ -115,9 +126,9 @@ class Receipt:
     log_head: str
     log_whole: bool
     views: tuple[View, ...]
+    unread: tuple[str, ...]
     searched: Searched | None
     files: tuple[ErasedFile, ...]
-    salt: str
     salted_chunks: tuple[str, ...]
     elsewhere: tuple[str, ...]
     limits: tuple[str, ...]
@@ -125,11 +136,15 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedPurge:
-    """A receipt, where it was written as JSON and as a page, and the commit that has its SHA-256 (None: none could)."""
+    """A receipt, where it was written as JSON and as a page, and the commit that has its SHA-256 (None: none could).
+
+    ``salt``: the file with the key of the hashes ("": there are none).
+    """
 
     receipt: Receipt
     json: str
     page: str
+    salt: str
     sha256: str
     commit: int | None
 
@@ -141,17 +156,26 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     """
     store = Store.open(root)
     _check(store, purge)
-    paths = [Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")]
-    for path in paths:
+    paths = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html", "salt")}
+    for path in paths.values():
         files.check_file("--out", path)
-    receipt = _receipt(store, purge)
+    salt, hashes = salted_chunks(store, purge)
+    receipt = _receipt(store, purge, hashes)
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
-    commit = _note(store, receipt, sha256)
-    for path, content in zip(paths, (data, receipt_page.page(receipt, sha256, commit).encode()), strict=True):
-        with files.written(path) as scratch:
-            scratch.write_bytes(content)
-    return VerifiedPurge(receipt, str(paths[0]), str(paths[1]), sha256, commit)
+    if hashes:
+        _write(paths["salt"], f"{salt}\n".encode())
+    _write(paths["json"], data)
+    commit = _note(store, receipt, sha256)  # now that it is there
+    _write(paths["html"], receipt_page.page(receipt, sha256, commit).encode())
+    return VerifiedPurge(
+        receipt, str(paths["json"]), str(paths["html"]), str(paths["salt"]) if hashes else "", sha256, commit
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    with files.written(path) as scratch:
+        scratch.write_bytes(data)
 
 
 def _check(store: Store, purge: str) -> None:
@@ -165,7 +189,7 @@ def _check(store: Store, purge: str) -> None:
         )
 
 
-def _receipt(store: Store, purge: str) -> Receipt:
+def _receipt(store: Store, purge: str, hashes: list[str]) -> Receipt:
     record = store.state.records[f"purge:{purge}"]
     chunks = tombstones_of(store, purge)
     there = in_store(store, chunks)
@@ -176,29 +200,54 @@ def _receipt(store: Store, purge: str) -> Receipt:
     with _progress("views", views.ways(store), "view") as report:
         seen = views.look(store, chunks, report)
     problems += [f"{view.name}: {view.found:,} purged chunks come up" for view in seen if view.found]
-    needles = proofs_of(store, purge)
-    state = "erased" if record["erased"] else "purged" if needles is None else "begun"
+    problems += [f"{view.name}: {view.note}" for view in seen if view.broken]
     searched = None
     if record["erased"]:
         problems += _check_files(store, erased.files)
+        needles = proofs_of(store, purge)
         if needles is not None:
-            searched = _search(store, needles)
-            problems += [
-                f"{trace.path}: {trace.pieces:,} pieces of it ({trace.kind}) are left" for trace in searched.left
-            ]
+            searched, what_is_left = _search(store, needles)
+            problems += what_is_left
         elif len(there):
             problems.append("it was erased by a version that kept no proofs: nothing is left to look for it by")
-    salt, hashes = salted_chunks(store, purge)
     return Receipt(
-        store=store.identity.uuid, tool=f"retrotool {version('retrotool')}", purge=purge, state=state, ok=not problems,
-        problems=tuple(problems), reason=str(record["reason"]), who=str(record.get("who", "")),
-        selector=str(record["selector"]), selector_hash=str(record["hash"]), purged=erased.purged,
-        purged_by=erased.purged_by, erased=erased.erased, erased_by=erased.erased_by, verified=_now(),
-        chunks=len(chunks), copies=len(chunks) - _named(store, purge), documents=int(record["documents"]),
-        tokens=int(record["tokens"]), log_commit=len(found.hashes) - 1, log_head=found.head,
-        log_whole=not found.problems, views=tuple(seen), searched=searched, files=tuple(erased.files), salt=salt,
-        salted_chunks=tuple(hashes), elsewhere=tuple(sorted({c.path for c in consumers(store.state)})), limits=LIMITS,
-    )  # fmt: skip
+        store=store.identity.uuid,
+        tool=f"retrotool {version('retrotool')}",
+        purge=purge,
+        state=_state(store, there, erased=bool(record["erased"])),
+        ok=not problems,
+        problems=tuple(problems),
+        reason=str(record["reason"]),
+        who=str(record.get("who", "")),
+        selector=str(record["selector"]),
+        selector_hash=str(record["hash"]),
+        purged=erased.purged,
+        purged_by=erased.purged_by,
+        erased=erased.erased,
+        erased_by=erased.erased_by,
+        verified=_now(),
+        chunks=len(chunks),
+        living=int(record["chunks"]),
+        copies=len(chunks) - _named(store, purge),
+        documents=int(record["documents"]),
+        tokens=int(record["tokens"]),
+        log_commit=len(found.hashes) - 1,
+        log_head=found.head,
+        log_whole=not found.problems,
+        views=tuple(seen),
+        unread=tuple(view.name for view in seen if view.note and not view.broken),
+        searched=searched,
+        files=tuple(erased.files),
+        salted_chunks=tuple(hashes),
+        elsewhere=tuple(sorted({consumer.path for consumer in consumers(store.state)})),
+        limits=LIMITS,
+    )
+
+
+def _state(store: Store, chunks: npt.NDArray[np.int64], *, erased: bool) -> str:
+    if erased:
+        return "erased"
+    return "purged" if count_unerased(store, chunks) == len(chunks) else "partly erased"
 
 
 def _named(store: Store, purge: str) -> int:
@@ -229,18 +278,38 @@ def _check_files(store: Store, replaced: list[ErasedFile]) -> list[str]:
     return problems
 
 
-def _search(store: Store, needles: Needles) -> Searched:
-    sizes = [path.stat().st_size for path in store.root.rglob("*") if path.is_file()]
-    with _progress("search", sum(sizes), "B") as report:
-        left = residue.look(store, needles, report)
+def _search(store: Store, needles: Needles) -> tuple[Searched, list[str]]:
+    """What the search through all bytes found, and that in words."""
+    paths = residue.Residue(store.root, needles).files()
+    total = sum(path.stat().st_size for path in paths if path.exists())
+    with _progress("search", total, "B") as report, _progress("ask others", len(store.state.parts()), "part") as part:
+        left = residue.look(store, needles, report, part)
     traces = Counter((finding.path, finding.kind) for finding in left.findings)
+    waiting = {finding.path for finding in left.findings if finding.number in left.waiting and finding.kind != "chunk"}
+    named = {entry.path for entry in store.state.files()}
+    words = []
+    for (path, kind), n in sorted(traces.items()):
+        pieces = "1 piece" if n == 1 else f"{n:,} pieces"
+        words.append(f"{path}: {pieces} of it ({kind}) left; {_what_to_do(path, path in named, path in waiting)}")
     kinds = [KINDS[kind] for kind in needles.kinds.tolist()]
     counted = {kind: n for kind, n in Counter(kinds).items() if kind != "whole"}
-    without = {kind: n for kind, n in needles.lacking.items() if n or kind in CELLS}
-    return Searched(
-        len(sizes), sum(sizes), counted, without, left.said,
+    without = {kind: n for kind, n in needles.lacking.items() if n}
+    searched = Searched(
+        len(paths), total, counted, without, passed_over(len(needles.chunks)), left.said,
         tuple(Trace(path, kind, n) for (path, kind), n in sorted(traces.items())),
     )  # fmt: skip
+    return searched, words
+
+
+def _what_to_do(path: str, named: bool, waiting: bool) -> str:
+    """How to get rid of what is left in a file, which a commit has ``named``, or others that wait for an erase say."""
+    if path.split("/")[0] in ("log", "checkpoints"):
+        return "it was given as a reason or a name, which stays"
+    if waiting:
+        return "others that are purged, or set aside, say it, too: erase these"
+    if named:
+        return "erase the purge once more"
+    return "no commit names that file: remove it"
 
 
 def _note(store: Store, receipt: Receipt, sha256: str) -> int | None:

@@ -20,9 +20,9 @@ code { font-size: 0.85em; overflow-wrap: anywhere; }
   body { margin: 0; max-width: none; font-size: 10pt; } h2 { break-after: avoid; } tr { break-inside: avoid; }
 }
 """
-_STATES = {
+STATES = {
     "erased": "Purged and erased",
-    "begun": "Purged; an erase was begun and is not at its end",
+    "partly erased": "Purged, and erased in part: an erase is not at its end, or another purge took some",
     "purged": "Purged, not erased: never returned, but its bytes are still in the files",
 }
 _KINDS = {
@@ -41,6 +41,8 @@ def page(receipt: Receipt, sha256: str, commit: int | None) -> str:
 def _sections(receipt: Receipt, sha256: str, commit: int | None) -> Iterator[str]:
     yield _verdict(receipt)
     yield html.table((), _facts(receipt))
+    if receipt.unread:
+        yield f"<p>Not looked at, as what they are of is not there: {html.text(', '.join(receipt.unread))}.</p>"
     yield "<h2>What was looked at</h2>"
     yield html.table(
         ("by", "rows", "purged chunks found", ""),
@@ -61,8 +63,8 @@ def _sections(receipt: Receipt, sha256: str, commit: int | None) -> Iterator[str
     if receipt.salted_chunks:
         yield "<h2>Hashes of what was erased</h2>"
         yield (
-            "<p>BLAKE2b-128 of the tokens of each chunk, keyed with "
-            f"<code>{html.text(receipt.salt)}</code>. Whoever has the text can see that it was among it.</p>"
+            "<p>BLAKE2b-128 of the tokens of each chunk, keyed with a salt that is in a file of its own. Whoever has "
+            "that, and a text, can see whether it was among it.</p>"
         )
         yield html.table((), [(one,) for one in receipt.salted_chunks[:_SHOWN_HASHES]])
         yield _more(len(receipt.salted_chunks), _SHOWN_HASHES, "hashes")
@@ -82,13 +84,31 @@ def _sections(receipt: Receipt, sha256: str, commit: int | None) -> Iterator[str
 
 
 def _verdict(receipt: Receipt) -> str:
-    said = _STATES[receipt.state]
+    said = STATES[receipt.state]
     kind = "" if receipt.state == "erased" else " masked"
     if receipt.ok:
-        found = "Nothing of it was found." if receipt.state == "erased" else "No command returns it."
-        return f'<p class="verdict{kind}"><b>{said}.</b> {found}</p>'
+        return f'<p class="verdict{kind}"><b>{said}.</b> {html.text(verdict(receipt))}</p>'
     listed = "".join(f"<li>{html.text(problem)}</li>" for problem in receipt.problems)
     return f'<div class="verdict bad"><b>{said}. NOT well:</b><ul>{listed}</ul></div>'
+
+
+def verdict(receipt: Receipt) -> str:
+    """What was found if all is well, and what could not be looked at or for."""
+    said = ["Nothing of it was found." if receipt.state == "erased" else "No command returns any of it."]
+    if receipt.unread:
+        said.append(f"{len(receipt.unread):,} ways to read it could not be gone.")
+    searched = receipt.searched
+    if searched is not None:
+        few = ((searched.without.get("tokens", 0), "tokens"), (searched.without.get("text", 0), "text"))
+        told = [f"the {what} of {n:,}" for n, what in few if n]
+        if told:
+            said.append(
+                f"Of its {receipt.chunks:,} chunks nothing could be looked for by {' and by '.join(told)}: too short, "
+                "or said by others, too."
+            )
+        if searched.passed_over:
+            said.append(f"{searched.passed_over:,} chunks were passed over, evenly, as there are so many.")
+    return " ".join(said)
 
 
 def _facts(receipt: Receipt) -> list[tuple[str, str]]:
@@ -99,7 +119,11 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
         ("why", receipt.reason),
         ("who", receipt.who),
         ("selected by", f"{receipt.selector}; keyed hash {receipt.selector_hash}"),
-        ("what", f"{receipt.chunks:,} chunks, {receipt.documents:,} whole documents, {receipt.tokens:,} tokens"),
+        ("what", f"{receipt.chunks:,} chunks"),
+        (
+            "of them not purged before",
+            f"{receipt.living:,} chunks, {receipt.documents:,} whole documents, {receipt.tokens:,} tokens",
+        ),
         ("copies among them", f"{receipt.copies:,}"),
         ("purged", f"{receipt.purged}, commit {receipt.purged_by}"),
         ("erased", erased),

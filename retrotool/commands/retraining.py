@@ -6,10 +6,12 @@ building the indexes.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from retrotool.commands.indexing import Options, index
+from retrotool.errors import UsageError
 from retrotool.stages.command_lines import table_command
 from retrotool.stages.database import is_same_directory
 from retrotool.stages.index_files import index_key
@@ -29,8 +31,13 @@ def retrain_indexes(root: str | Path) -> Iterator[str]:
         if str(store.state.records.get(index_key(name), {}).get("factory")) not in _PLAIN
     ]
     for name in trained:
-        result = index(root, name=name, options=Options(retrain=True))
-        yield f"Index {name!r} was trained anew, with {result.vectors:,} vectors."
+        try:
+            result = index(root, name=name, options=Options(retrain=True))
+        except UsageError as error:  # too few vectors are left for as many lists, perhaps
+            again = shlex.join(["retrotool", "index", str(root), "--name", name, "--retrain"])
+            yield f"Index {name!r} is as it was: {error}. {error.advice} With: {again}"
+        else:
+            yield f"Index {name!r} was trained anew, with {result.vectors:,} vectors."
     store.refresh()
     for table, record in store.state.with_prefix("neighbours:").items():
         if record.get("index") in trained:

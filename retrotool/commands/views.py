@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.api import Reader
-from retrotool.errors import RetrotoolError, UsageError
+from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
 from retrotool.stages.database import embedded_parts, find_documents, read_part_vectors
 from retrotool.stages.handover import open_handover, read_blocks
 from retrotool.stages.reading import NeighbourReader
@@ -41,19 +42,20 @@ Report = Callable[[int], object]
 class View:
     """A way to read a store: how many ``rows`` were looked at, and how many times a purged chunk was among them.
 
-    ``note``: why it could not be gone; nobody else can go it, then.
+    ``note``: why it could not be gone; ``broken``: as a file of the store is not what it should be.
     """
 
     name: str
     rows: int
     found: int
     note: str = ""
+    broken: bool = False
 
 
 def look(store: Store, chunks: Ids, report: Report = lambda _: None) -> list[View]:
     """Go every way; ``chunks`` are ids, ascending. ``report`` is called with 1 after each of ``ways``."""
     found = []
-    for _, way in _ways(store, Tombstones(chunks)):
+    for way in _ways(store, Tombstones(chunks)):
         found.append(way())
         report(1)
     return found
@@ -64,35 +66,38 @@ def ways(store: Store) -> int:
     return sum(1 for _ in _ways(store, Tombstones(np.zeros(0, np.int64))))
 
 
-def _ways(store: Store, victims: Tombstones) -> Iterator[tuple[str, Callable[[], View]]]:
+def _ways(store: Store, victims: Tombstones) -> Iterator[Callable[[], View]]:
     reader = Reader(store)
-    yield "chunks", lambda: _chunks(reader, victims)
-    yield "documents", lambda: _documents(store, victims)
-    for name in store.state.names("embeddings"):
-        yield f"embeddings {name}", lambda name=name: _embeddings(reader, store, name, victims)  # type: ignore[misc]
-    for name in store.state.names("index"):
-        yield f"search {name}", _safely(f"search {name}", lambda name=name: _search(reader, store, name, victims))  # type: ignore[misc]
+    ways: list[tuple[str, Callable[[], tuple[int, int]]]] = [
+        ("chunks", partial(_chunks, reader, victims)),
+        ("documents", partial(_documents, store, victims)),
+    ]
+    ways += [
+        (f"embeddings {name}", partial(_embeddings, reader, store, name, victims))
+        for name in store.state.names("embeddings")
+    ]
+    ways += [(f"search {name}", partial(_search, reader, store, name, victims)) for name in store.state.names("index")]
     for name in sorted(store.state.with_prefix(_TABLES)):
         for what, way in (("neighbours", _neighbours), ("dataset", _dataset), ("export", _export)):
-            title = f"{what} {name}"
-            yield title, _safely(title, lambda way=way, name=name: way(store, name, victims))  # type: ignore[misc]
+            ways.append((f"{what} {name}", partial(way, store, name, victims)))
+    return (_safely(title, way) for title, way in ways)
 
 
 def _safely(title: str, way: Callable[[], tuple[int, int]]) -> Callable[[], View]:
-    """A way that may not be there, as a database of a table is gone."""
+    """A way that may not be there: as a database of a table is gone, or a file."""
 
     def gone() -> View:
         try:
             return View(title, *way())
-        except UsageError as error:
+        except (UsageError, StoreNotFoundError) as error:
             return View(title, 0, 0, str(error))
-        except RetrotoolError as error:
-            return View(title, 0, 0, f"can't be read: {error}")
+        except (RetrotoolError, FileNotFoundError) as error:
+            return View(title, 0, 0, f"can't be read: {error}", broken=True)
 
     return gone
 
 
-def _chunks(reader: Reader, victims: Tombstones) -> View:
+def _chunks(reader: Reader, victims: Tombstones) -> tuple[int, int]:
     """By their ids, in the lists of their parts, and as what follows the chunk before."""
     present = set(reader.parts())
     ids = victims.ids[np.isin(victims.ids >> PART_SHIFT, list(present))]
@@ -103,10 +108,10 @@ def _chunks(reader: Reader, victims: Tombstones) -> View:
     for chunk in _some(ids).tolist():
         following = reader.continuation(chunk - 1) if chunk & ((1 << PART_SHIFT) - 1) else None
         rows, found = rows + 1, found + (following is not None and following.id == chunk)
-    return View("chunks", rows, found)
+    return rows, found
 
 
-def _documents(store: Store, victims: Tombstones) -> View:
+def _documents(store: Store, victims: Tombstones) -> tuple[int, int]:
     """By the ids of the documents that have none but purged chunks, as long as these ids are there."""
     rows = found = 0
     tombstones = read_tombstones(store)
@@ -118,15 +123,15 @@ def _documents(store: Store, victims: Tombstones) -> View:
         gone = find_documents(store, table["key"].take(whole), tombstones)
         low, high = np.searchsorted(victims.ids, gone.first), np.searchsorted(victims.ids, gone.last, side="right")
         rows, found = rows + len(whole), found + int((high > low).sum())
-    return View("documents", rows, found)
+    return rows, found
 
 
-def _embeddings(reader: Reader, store: Store, name: str, victims: Tombstones) -> View:
+def _embeddings(reader: Reader, store: Store, name: str, victims: Tombstones) -> tuple[int, int]:
     rows = found = 0
     for part in set(victims.parts()).intersection(embedded_parts(store, name)):
         mine = victims.rows(part)
         rows, found = rows + len(mine), found + int(reader.embeddings(part, name)[mine].any(axis=1).sum())
-    return View(f"embeddings {name}", rows, found)
+    return rows, found
 
 
 def _search(reader: Reader, store: Store, name: str, victims: Tombstones) -> tuple[int, int]:
@@ -141,9 +146,21 @@ def _search(reader: Reader, store: Store, name: str, victims: Tombstones) -> tup
             if len(full):
                 queries.append(matrix[full[np.argmin(np.abs(full - row))]])
     if not queries:
+        queries = _any_living(reader, store, database.encoder)
+    if not queries:
         return 0, 0
     best = database.search(Queries.plain(np.stack(queries).astype(np.float32)), _NEAREST)
     return len(queries), int(victims.contains(best.ids).sum())
+
+
+def _any_living(reader: Reader, store: Store, encoder: str) -> list[npt.NDArray[np.float16]]:
+    """Some vectors of a part that has any."""
+    for part in embedded_parts(store, encoder):
+        matrix = reader.embeddings(part, encoder)
+        full = np.flatnonzero(matrix.any(axis=1))[:_BESIDE]
+        if len(full):
+            return list(matrix[full])
+    return []
 
 
 def _neighbours(store: Store, name: str, victims: Tombstones) -> tuple[int, int]:

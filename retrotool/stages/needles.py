@@ -10,8 +10,8 @@ looked for: a receipt has its hash.
 What others say by right is no needle. Those that the rest of the victim's own part says, which is read anyway, are
 never drawn; and whoever finds needles asks what the store's living chunks and documents say now (``said_by_others``),
 and takes these out. So a common phrase is no finding, however late it came, and of a victim all of whose text stands
-elsewhere nothing is looked for. ``Needles.lacking`` counts those of which nothing was drawn. Others are also the chunks
-of purges that wait to be erased.
+elsewhere nothing is looked for. ``Needles.lacking`` counts those of which nothing was drawn. What is purged, and waits
+to be erased, says nothing by right.
 
 Cost: 0.2 ms a victim, and reading and decoding their parts once for 8,192 of them; memory of a part, and 8 kB a victim
 of these. ``said_by_others`` reads and decodes all parts that it is given. Of more than 262,144 victims some are passed
@@ -32,7 +32,7 @@ from retrotool.stages.views import cells_of, folded
 from retrotool.store import parts, schemas, vectors
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, TokenizerFile
 
 TOKENS, TEXT_BYTES, NUMBERS = 8, 24, 8
@@ -65,14 +65,25 @@ def draw_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> 
     ``report`` is called with 1 for each part that was read. What is erased already has no needles.
     """
     victims = Tombstones(np.unique(chunks))
-    drawn = _Drawn(store, victims)
+    drawn, hidden = _Drawn(store, victims), hidden_by(store, victims.ids)
     for part in victims.parts():
         if store.state.part_file("chunks", part) is not None:
             for needles in drawn.draw(part):
                 left = np.ones(len(needles), np.bool_)
-                left[sorted(said_by_others(store, needles, [part], tokenizer=drawn.tokenizer))] = False
+                left[sorted(said_by_others(store, needles, [part], hidden=hidden, tokenizer=drawn.tokenizer))] = False
                 yield drawn.some_of_each(needles, left)
         report(1)
+
+
+def passed_over(victims: int) -> int:
+    """Of so many victims, how many nothing is drawn from."""
+    step = -(-victims // _MOST_VICTIMS) or 1
+    return victims - -(-victims // step)
+
+
+def hidden_by(store: Store, victims: Ids) -> Tombstones:
+    """What says nothing by right: victims, and all that is purged or set aside."""
+    return Tombstones(np.union1d(read_tombstones(store).ids, victims))
 
 
 def said_by_others(
@@ -80,24 +91,24 @@ def said_by_others(
     needles: Needles,
     numbers: Sequence[int],
     report: Report = lambda _: None,
+    *,
+    hidden: Tombstones,
     tokenizer: Tokenizer | None = None,
 ) -> set[int]:
-    """Numbers of the needles that chunks or documents of the parts ``numbers`` say which are no victims.
+    """Numbers of the needles that chunks or documents of the parts ``numbers`` say which are not ``hidden``.
 
-    ``needles.chunks`` are the victims. ``report`` is called with 1 for each part. ``tokenizer``: the store's, if it is
-    loaded already.
+    ``report`` is called with 1 for each part. ``tokenizer``: the store's, if it is loaded already.
     """
-    victims = Tombstones(needles.chunks)
     tokenizer = tokenizer or _tokenizer(store)
     is_cell = [kind for kind in KINDS if needles.is_cell(kind)]
     runs = Matcher(needles, [kind for kind in RUNS if kind not in is_cell])
     text, cells = Matcher(needles, ("text",)), Matcher(needles, is_cell)
     said: set[int] = set()
     for part in numbers:
-        for data in _others(store, part, victims, tokenizer):
+        for data in _others(store, part, hidden, tokenizer):
             for matcher, some in ((runs, data.raw), (text, data.text)):
                 said.update(_numbers(matcher, some))
-        for column in _columns(store, part, victims):
+        for column in _columns(store, part, hidden):
             for piece, starts, ends in cells_of(column):
                 said.update(number for _, number in cells.cells(piece, starts, ends))
                 said.update(_numbers(runs, piece))
@@ -250,17 +261,17 @@ def _spread(data: bytes, sizes: Ids, length: int, kind: str) -> tuple[Ids, Ids]:
 
 
 class _Data:
-    """Bytes of chunks that are no victims: as they are (tokens, vectors), and their folded text."""
+    """Bytes of chunks that are not hidden: as they are (tokens, vectors), and their folded text."""
 
     def __init__(self, raw: bytes, text: bytes = b"") -> None:
         self.raw, self.text = raw, text
 
 
-def _others(store: Store, part: int, victims: Tombstones, tokenizer: Tokenizer) -> Iterator[_Data]:
-    """What the chunks of a part say that are no victims, in their order, as a scan would meet it."""
+def _others(store: Store, part: int, hidden: Tombstones, tokenizer: Tokenizer) -> Iterator[_Data]:
+    """What the chunks of a part say that are not hidden, in their order, as a scan would meet it."""
     chunks = parts.read_chunks(store, part)
     other = chunks.n_tokens > 0
-    other[victims.rows(part)] = False
+    other[hidden.rows(part)] = False
     matrices = [
         vectors.read_vectors(store, entry)
         for name in store.state.names("embeddings")
@@ -278,12 +289,12 @@ def _others(store: Store, part: int, victims: Tombstones, tokenizer: Tokenizer) 
             yield _Data(matrix[some].astype("<f4").tobytes())
 
 
-def _columns(store: Store, part: int, victims: Tombstones) -> Iterator[pa.Array]:
-    """The columns of the documents that keep theirs: those of which some chunk is no victim."""
+def _columns(store: Store, part: int, hidden: Tombstones) -> Iterator[pa.Array]:
+    """The columns of the documents of which some chunk is not hidden."""
     table = parts.read_documents(store, part)
     count = table["n_chunks"].to_numpy()
     first = table["first_row"].to_numpy()
-    rows = victims.rows(part)
+    rows = hidden.rows(part)
     mine = np.searchsorted(rows, first + count) - np.searchsorted(rows, first)
     table = table.filter(pa.array(mine < count))
     for column in table.columns:

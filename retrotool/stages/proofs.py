@@ -2,7 +2,8 @@
 
 They are made and committed before the first byte is erased (``prove``), for every purge that has one of the chunks
 which are to go: nobody can make them later. An erase that is gone on with finds them there. They go when a purge is
-taken back. Cost: that of ``needles.draw_needles``; 20 bytes a needle, about 300 a victim, in the file and in memory.
+taken back. Cost: that of ``needles.draw_needles``; 20 bytes a needle, about 300 a victim, in the file, and ten times
+that in memory when they are looked for.
 """
 
 from __future__ import annotations

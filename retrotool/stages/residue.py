@@ -3,35 +3,41 @@
 Every file's bytes are read as they are, also of hidden and temporary files, of what no commit names, of spool and
 staging. What they stand for is read, too: all columns of Parquet files, dictionaries decoded; of Parquet files that
 broke off (no footer) the compressed pages that can be found; what .zst, .gz, .bz2, .xz and .zip files hold, whatever
-they are called, also in one another; what JSON's escapes stand for; ids in the lists of faiss files. Codes of whole
-vectors, and ``.npy`` files, hold the bytes of vectors as they are.
+they are called, also in one another (of a .zip in anything but a .zip only the bytes); what JSON's escapes stand for;
+ids in the lists of faiss files. Codes of whole vectors, and ``.npy`` files, hold the bytes of vectors as they are.
 
 A finding is a path, a kind of needle and its number; never text. Files that go while they are read are passed over.
 
-Cost: two threads, each at a file of its own. With 10,000 needles of all kinds a core searches 70 (text) to 100 MB/s
-(random bytes) of what is read or decompressed for plain needles, and 35 to 50 MB/s for hashed ones; memory of a row
-group or some megabytes a thread. See ``benchmarks/residue.py``.
+Cost: two threads, each at a file of its own. See ``benchmarks/residue.py`` for rates; memory of a row group or some
+megabytes a thread.
 
-Not found: vectors in product codes, or rotated; ids in an index that broke off; text in encodings other than UTF-8 and
-those above, in Parquet files inside of archives, or encrypted; less than a needle, or a piece of a chunk that none was
-drawn from; letters beyond ASCII in the other case than the tokenizer gives; text across more than 4 kB of
-punctuation. One file is never looked at: the tokenizer, if it has the SHA-256 that the store is bound to. It is older
-than all text.
+Not found: vectors in product codes, or rotated, or of other numbers than float16 and float32; tokens as other numbers
+than the store's; ids in an index that broke off; text in encodings other than UTF-8 and those above (base64, %20,
+&nbsp;), in Parquet files inside of archives, in archives that broke off or are of other kinds, or encrypted; less than
+a needle, or a piece of a chunk that none was drawn from; letters beyond ASCII in the other case than the tokenizer
+gives; text across more than 4 kB of punctuation. Ids are not looked for in JSON of the store's own but in what people
+wrote there, nor, if they are numbers, between commas. One file is never looked at: the tokenizer, if it has the SHA-256
+that the store is bound to. It is older than all text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import lzma
 import mmap
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,10 +45,11 @@ from retrotool.ann import lists
 from retrotool.errors import RetrotoolError
 from retrotool.sources.streams import LONGEST_MAGIC, BrokenStream, compression_by_magic, unpacked
 from retrotool.stages.matching import KINDS, Matcher, Needles
-from retrotool.stages.needles import RUNS, said_by_others
-from retrotool.stages.views import cells, cells_of, folded, unescaped
+from retrotool.stages.needles import RUNS, hidden_by, said_by_others
+from retrotool.stages.views import Places, cells, cells_of, folded, unescaped
 from retrotool.store import atomic, identity
 from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones
 
 _BLOCK, _OVERLAP = 1 << 20, 1 << 12
 _ROWS = 4096
@@ -50,6 +57,11 @@ _NESTED = 4
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _THREADS = 2
 _FAISS = (b"Ix", b"Iw")
+_RECORDS = ("log", "checkpoints", "plans", "inputs")
+_FREE = ("reason", "who", "restored_reason", "restored_by")
+_BROKEN = (
+    BrokenStream, EOFError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 CHUNK = "chunk"
 """Kind of a finding that is a victim's id in a list of an index; its number is the place in ``Needles.chunks``."""
 
@@ -72,24 +84,38 @@ def scan(root: str | Path, needles: Needles, report: Report = lambda _: None) ->
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What is left of victims: ``findings``; and how many needles were found that others say by right, ``said``."""
+    """What is left of victims: ``findings``.
+
+    ``said`` counts needles that were found and that living documents say by right. ``waiting`` are those of the
+    findings that chunks say which are purged, or set aside, and not erased.
+    """
 
     findings: tuple[Finding, ...]
     said: int
+    waiting: frozenset[int] = frozenset()
 
 
-def look(store: Store, needles: Needles, report: Report = lambda _: None) -> Left:
-    """Look for what is left of the victims of ``needles`` under a store; what others say is nothing of theirs.
+def look(store: Store, needles: Needles, report: Report = lambda _: None, part: Report = lambda _: None) -> Left:
+    """Look for what is left of the victims of ``needles`` under a store; what living documents say is not theirs.
 
-    Only if something is found all chunks are read again, to see what they say.
+    Only if something is found all chunks are read again, to see what they say: ``part`` is called with 1 for each part.
     """
     found = scan(store.root, needles, report)
-    runs = np.unique([finding.number for finding in found if finding.kind != CHUNK]).astype(np.int64)
     store.refresh()  # what was appended meanwhile is among the files, too
-    said = said_by_others(store, needles.of(runs), store.state.parts()) if len(runs) else set()
-    theirs = {int(runs[number]) for number in said}
+    numbers = np.unique([finding.number for finding in found if finding.kind != CHUNK]).astype(np.int64)
+    theirs = _said(store, needles, numbers, hidden_by(store, needles.chunks), part)
     left = [finding for finding in found if finding.kind == CHUNK or finding.number not in theirs]
-    return Left(tuple(left), len(theirs))
+    rest = np.setdiff1d(numbers, np.array(sorted(theirs), np.int64))
+    waiting = _said(store, needles, rest, Tombstones(np.unique(needles.chunks)), part)
+    return Left(tuple(left), len(theirs), frozenset(waiting))
+
+
+def _said(store: Store, needles: Needles, numbers: Places, hidden: Tombstones, report: Report) -> set[int]:
+    """Those of some needles that chunks say which are not hidden."""
+    if not len(numbers):
+        return set()
+    said = said_by_others(store, needles.of(numbers), store.state.parts(), report, hidden=hidden)
+    return {int(numbers[number]) for number in said}
 
 
 class Residue:
@@ -104,12 +130,20 @@ class Residue:
         self._text, self._cells = Matcher(needles, ("text",)), Matcher(needles, found)
 
     def files(self) -> list[Path]:
-        """All files under the root, the largest first; links are followed to files, not to folders.
+        """All files under the root, the largest first; links are followed, each folder is walked once.
 
         ``OSError`` if a folder can't be read: nothing may be said of what lies in it.
         """
-        walk = os.walk(self._root, onerror=_refuse)
-        found = [Path(folder) / name for folder, _, names in walk for name in names]
+        found: list[Path] = []
+        seen: set[tuple[int, int]] = set()
+        for folder, inner, names in os.walk(self._root, onerror=_refuse, followlinks=True):
+            with contextlib.suppress(FileNotFoundError):
+                about = Path(folder).stat()
+                if (about.st_dev, about.st_ino) in seen:
+                    inner.clear()
+                    continue
+                seen.add((about.st_dev, about.st_ino))
+            found += [Path(folder) / name for name in names]
         return sorted((path for path in found if path.is_file()), key=_size, reverse=True)
 
     def scan(self, report: Report = lambda _: None) -> list[Finding]:
@@ -132,11 +166,20 @@ class Residue:
             if path != self._tokenizer:
                 with path.open("rb") as file:
                     start = file.read(max(LONGEST_MAGIC, 4))
-                self._stream(found, _blocks(path, report))
-                self._decoded(found, path, start)
+                record = self._is_record(path)
+                self._stream(found, _blocks(path, report), cells_too=not record)
+                if record:
+                    self._note(found, self._cells.cells(*_free_texts(path.read_bytes())))
+                else:
+                    self._decoded(found, path, start)
         except FileNotFoundError:
             pass
         return {Finding(name, kind, number) for kind, number in found}
+
+    def _is_record(self, path: Path) -> bool:
+        """Whether it is JSON of the store's own, with names of kinds, fields and parts: an id can be any of these."""
+        first = path.relative_to(self._root).parts[0]
+        return first == identity.FILE or (first in _RECORDS and path.suffix == ".json")
 
     def _decoded(self, found: set[tuple[str, int]], path: Path, start: bytes) -> None:
         """What the bytes of a file stand for, by what it begins with."""
@@ -148,7 +191,7 @@ class Residue:
             except (pa.ArrowException, OSError, ValueError):
                 self._pages(found, path)
         elif start[:4] == b"PK\x03\x04":
-            self._zip(found, path)
+            self._zip(found, path, _NESTED)
         elif start[:2] in _FAISS and len(self._needles.chunks):
             self._shard(found, path)
 
@@ -163,14 +206,27 @@ class Residue:
         else:
             self._stream(found, content)
 
-    def _zip(self, found: set[tuple[str, int]], path: Path) -> None:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    with archive.open(member) as file:
-                        self._stream(found, _whole(iter(lambda file=file: file.read(_BLOCK), b"")))  # type: ignore[misc]
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError):
-            return  # its raw bytes were looked at
+    def _zip(self, found: set[tuple[str, int]], file: Path | IO[bytes], depth: int) -> None:
+        """Search all members that can be read, and archives among them; raw bytes were looked at."""
+        with contextlib.suppress(*_BROKEN), zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                with contextlib.suppress(*_BROKEN):
+                    self._member(found, archive, member, depth)
+
+    def _member(
+        self, found: set[tuple[str, int]], archive: zipfile.ZipFile, member: zipfile.ZipInfo, depth: int
+    ) -> None:
+        with archive.open(member) as file:
+            start = file.read(max(LONGEST_MAGIC, 4))
+            content = _whole(itertools.chain([start], iter(lambda: file.read(_BLOCK), b"")))
+            compression = compression_by_magic(start) if depth else ""
+            if compression:
+                self._unpacked(found, content, compression, depth - 1)
+            else:
+                self._stream(found, content)
+        if depth and start[:4] == b"PK\x03\x04":
+            with archive.open(member) as file:
+                self._zip(found, file, depth - 1)
 
     def _parquet(self, found: set[tuple[str, int]], path: Path) -> None:
         with pq.ParquetFile(path) as file:
@@ -198,7 +254,7 @@ class Residue:
         except RetrotoolError:
             return  # no index; its raw bytes were looked at
 
-    def _stream(self, found: set[tuple[str, int]], blocks: Iterable[bytes]) -> None:
+    def _stream(self, found: set[tuple[str, int]], blocks: Iterable[bytes], *, cells_too: bool = True) -> None:
         """Search bytes as they are, folded, and unescaped; where they are text, also for cells."""
         before = b""
         pending: bytes | None = None
@@ -206,21 +262,41 @@ class Residue:
         for block in itertools.chain(blocks, [None]):
             if pending is not None:
                 data = before + pending
-                self._search(found, data, first, block is None)
+                self._search(found, data, first, block is None, cells_too=cells_too)
                 before, first = data[-_OVERLAP:], False
             pending = block
 
-    def _search(self, found: set[tuple[str, int]], data: bytes, first: bool, last: bool) -> None:
+    def _search(self, found: set[tuple[str, int]], data: bytes, first: bool, last: bool, *, cells_too: bool) -> None:
         self._note(found, self._runs.runs(data))
         for number, view in enumerate(itertools.chain([data], unescaped(data))):
             if len(self._text):
                 self._note(found, self._text.runs(folded(view)))
-            if len(self._cells):
+            if cells_too and len(self._cells):
                 whole = not number
                 self._note(found, self._cells.cells(*cells(view, begins=first and whole, ends=last and whole)))
 
     def _note(self, found: set[tuple[str, int]], hits: Iterable[tuple[int, int]]) -> None:
         found.update((KINDS[self._needles.kinds[number]], number) for _, number in hits)
+
+
+def _free_texts(data: bytes) -> tuple[bytes, Places, Places]:
+    """What people wrote into JSON of the store's own, as cells; a checkpoint has a line before it."""
+    texts: list[bytes] = []
+
+    def gather(value: object) -> None:
+        if isinstance(value, dict):
+            texts.extend(
+                text.encode() for key, text in value.items() if key in _FREE and isinstance(text, str) and text
+            )
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            gather(inner)
+
+    for piece in (data, data.partition(b"\n")[2]):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            gather(orjson.loads(piece))
+    sizes = np.array([len(text) for text in texts], np.int64)
+    ends = np.cumsum(sizes)
+    return b"".join(texts), ends - sizes, ends
 
 
 def _tokenizer(root: Path) -> Path | None:
@@ -261,5 +337,5 @@ def _whole(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Blocks up to where they break off."""
     try:
         yield from blocks
-    except (BrokenStream, EOFError, OSError, zipfile.BadZipFile):
+    except _BROKEN:
         return

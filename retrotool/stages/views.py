@@ -32,6 +32,10 @@ _DEPTH = 2
 _IS_BORDER = np.zeros(256, np.bool_)
 _IS_BORDER[list(b"\"'\n\r\t,\0")] = True
 
+_IS_LOOSE, _IS_DIGIT = np.zeros(256, np.bool_), np.zeros(256, np.bool_)
+_IS_LOOSE[list(b",\t")] = True
+_IS_DIGIT[list(b"0123456789")] = True
+
 Places = npt.NDArray[np.int64]
 Cells = tuple[bytes, Places, Places]
 
@@ -70,15 +74,29 @@ def _meant(match: re.Match[bytes]) -> bytes:
 
 
 def cells(data: bytes, *, begins: bool, ends: bool) -> Cells:
-    """The cells of a text; those at its ends only if these are the ends of all. None in what is not text."""
+    """The cells of a text; those at its ends only if these are the ends of all. None in what is not text.
+
+    Numbers between commas, and keys of JSON objects, are none: an id that is ``5`` or ``text`` would be everywhere.
+    """
     none = np.zeros(0, np.int64)
     if data.count(0) * 1000 > len(data):
         return data, none, none
     borders = np.flatnonzero(_IS_BORDER[np.frombuffer(data, np.uint8)])
     borders = np.concatenate([[-1] * begins, borders, [len(data)] * ends]).astype(np.int64)
     starts, stops = borders[:-1] + 1, borders[1:]
-    fit = (stops > starts) & (stops - starts <= LONGEST_CELL)
+    fit = (stops > starts) & (stops - starts <= LONGEST_CELL) & ~_meant_otherwise(data, starts, stops)
     return data, starts[fit], stops[fit]
+
+
+def _meant_otherwise(data: bytes, starts: Places, stops: Places) -> npt.NDArray[np.bool_]:
+    """Which cells are keys of a JSON object, or numbers between commas or tabs."""
+    padded = np.frombuffer(data + b"\0\0", np.uint8)  # what is beside the ends is no border
+    behind, before = padded[stops], padded[starts - 1]
+    key = (behind == ord('"')) & (padded[stops + 1] == ord(":"))
+    digits = np.concatenate([[0], np.cumsum(_IS_DIGIT[padded[:-2]])])
+    number = digits[stops] - digits[starts] == stops - starts
+    otherwise: npt.NDArray[np.bool_] = key | (number & (_IS_LOOSE[behind] | _IS_LOOSE[before]))
+    return otherwise
 
 
 def cells_of(array: pa.Array) -> Iterator[Cells]:

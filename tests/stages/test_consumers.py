@@ -18,7 +18,7 @@ from test_neighbour_filters import nothing as nothing_dropped
 
 import retrotool
 from retrotool import commands
-from retrotool.cli.purge import _consumer as describe
+from retrotool.cli.purge_text import consumer_left as describe
 from retrotool.commands import erasing
 from retrotool.commands.neighbour_tables import SearchOptions
 from retrotool.stages.consumers import consumers, register

@@ -272,7 +272,7 @@ def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, 
         store_copy, commands.Selectors(documents=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True
     )
     assert not commands.info(store_copy).purges[first.purge]["erased"]
-    assert any(b"doc-4" in literal for literal in literals())
+    assert literals() == [], "it names what was erased"
     commands.purge(
         store_copy, commands.Selectors(documents=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True
     )

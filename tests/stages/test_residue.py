@@ -28,7 +28,7 @@ from retrotool import commands
 from retrotool.errors import CorruptError
 from retrotool.stages import needles as making
 from retrotool.stages.matching import KINDS, Matcher, Needles, head_words, sampled, siphash
-from retrotool.stages.needles import draw_needles, make_needles, said_by_others
+from retrotool.stages.needles import draw_needles, hidden_by, make_needles, said_by_others
 from retrotool.stages.proofs import proofs_of, read_proofs, write_proofs
 from retrotool.stages.residue import CHUNK, Finding, look, scan
 from retrotool.stages.views import cells, folded, unescaped
@@ -140,12 +140,13 @@ def test_all_that_holds_canaries_is_found_before_an_erase_and_nothing_after(
 def test_needles_are_nothing_that_others_have(canaried: Path) -> None:
     opened = Store.open(canaried)
     needles = needles_of(canaried)
-    said = said_by_others(opened, needles, opened.state.parts())
+    hidden = hidden_by(opened, victims_of(canaried))
+    said = said_by_others(opened, needles, opened.state.parts(), hidden=hidden)
     assert said, "of chunks in another part than the victims"
     own = np.unique(victims_of(canaried) >> 32).tolist()
     for part in own:
         few = Needles.joined(list(draw_needles(opened, victims_of(canaried)[victims_of(canaried) >> 32 == part])))
-        assert not said_by_others(opened, few, [part]), "their own part was asked already"
+        assert not said_by_others(opened, few, [part], hidden=hidden), "their own part was asked already"
     texts = {needles.proofs[i] for i in np.flatnonzero(needles.kinds == KINDS.index("text")) if i not in said}
     assert texts
     for text in texts:
@@ -488,3 +489,24 @@ def test_files_that_go_meanwhile_and_links_are_no_error(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Path, "open", opened)
     assert scan(tmp_path, Needles.plain([("text", b"a" * 24)], [1, 2])) == []
+
+
+def test_archives_in_archives_and_broken_ones(tmp_path: Path) -> None:
+    """Of a member that can't be read the others are searched all the same."""
+    text = b"0123456789abcdefghijklmn"
+    needles = Needles.plain([("text", text)])
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", b"x" * 50 + text)
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "inner.zip", "inner.zip")
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.gz", gzip.compress(b"y" * 70 + text))
+    with zipfile.ZipFile(tmp_path / "broken.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bad.txt", bytes(range(256)) * 40)
+        archive.writestr("good.txt", b"z" * 70 + text)
+    data = bytearray((tmp_path / "broken.zip").read_bytes())
+    data[40:60] = b"\xff" * 20
+    (tmp_path / "broken.zip").write_bytes(data)
+    assert {finding.path for finding in scan(tmp_path, needles)} == {
+        "inner.zip", "outer.zip", "packed.zip", "broken.zip",
+    }  # fmt: skip
