@@ -1,10 +1,14 @@
 """How fast a store is searched for copies of chunks, for evaluation text and for duplicates, on one core.
 
-    python benchmarks/selecting.py STORE [--victims 1 100 10000] [--evaluation STORE]
+    python benchmarks/selecting.py STORE [--victims 1 100 10000] [--evaluation STORE] [--planted 5000]
 
 Victims are chunks of STORE, drawn at random, and in a row as those of documents are. Its chunks are read in blocks as
 ``purge`` reads them; nothing is changed. Seconds are those of the processor, so others that use the machine count
 little. Text is counted as 250 bytes a chunk, though none is decoded.
+
+``--planted``: so many full chunks of real text are copied between two others of real text, verbatim, begun 1 to 63
+tokens into a chunk, and with one token in 64 changed; how many of these places, and of the chunks that have 16 or more
+tokens of them, are selected.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from retrotool.stages.selectors.base import Matcher
 from retrotool.stages.selectors.contaminates import Contaminates
 from retrotool.stages.selectors.copies import NearDuplicates
 from retrotool.stages.selectors.repeats import select_duplicates
-from retrotool.stages.selectors.text import Decoder, blocks_of
+from retrotool.stages.selectors.text import Block, Decoder, blocks_of
 from retrotool.store import parts
+from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 
 CHUNK_BYTES = 250
@@ -33,6 +38,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--victims", type=int, nargs="*", default=[1, 100, 10_000])
     parser.add_argument("--evaluation", type=Path)
+    parser.add_argument("--planted", type=int, default=5000)
     arguments = parser.parse_args()
     print(describe())
     store = Store.open(arguments.store)
@@ -58,11 +64,47 @@ def main() -> None:
         contaminated = Contaminates(str(arguments.evaluation)).open(store)
         print(f"evaluation text: made ready in {time.process_time() - start:.2f} s")
         scan(store, contaminated, "evaluation text")
+    planted(store, arguments.planted)
     start = time.process_time()
     duplicates = select_duplicates(store)
     tell("duplicates, with reading", len(ids), time.process_time() - start)
     print(f"  {len(duplicates):,} chunks selected")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB")
+
+
+def planted(store: Store, number: int) -> None:
+    """Plant copies of chunks, and print how many are found."""
+    rng = np.random.default_rng(1)
+    part = max(store.state.parts(), key=lambda one: parts.part_entry(store, "chunks", one).rows)
+    chunks = parts.read_chunks(store, part)
+    length = chunks.tokens.shape[1]
+    drawn = rng.choice(np.flatnonzero(chunks.n_tokens == length), 3 * number, replace=False).reshape(3, -1)
+    before, victims, behind = (chunks.tokens[rows] for rows in drawn)
+    matcher = NearDuplicates(tuple(parts.chunk_ids(part, drawn[1]).tolist())).open(store)
+    for name, most, changed in (
+        ("verbatim", 1, False),
+        ("shifted", length, False),
+        ("shifted, one changed", length, True),
+    ):
+        shift = rng.integers(0 if most == 1 else 1, most, number)
+        copies = victims.copy()
+        if changed:
+            copies[np.arange(number), rng.integers(0, length, number)] ^= 1
+        # Three chunks a document: the end of one that is real, the copy, and as much of another as is missing.
+        table = np.zeros((number, 3 * length), chunks.tokens.dtype)
+        for row, by in enumerate(shift.tolist()):
+            table[row, :by], table[row, by : by + length] = before[row, :by], copies[row]
+            table[row, by + length : by + 2 * length] = behind[row]
+        full = np.full(3 * number, length, np.int32)
+        full[2::3] = shift
+        doc, index = np.divmod(np.arange(3 * number, dtype=np.int32), np.int32(3))
+        some = Chunks(0, doc, index, full, table.reshape(-1, length), np.ones(3 * number, np.bool_))
+        block = Block(some, 0, np.arange(0, 3 * number + 1, 3), Decoder(store))
+        found = np.zeros(3 * number, np.bool_)
+        found[matcher(block).rows] = True
+        held = np.stack([length - shift, shift, np.zeros_like(shift)], axis=1).ravel()
+        places = found.reshape(-1, 3)[:, :2].any(axis=1).mean()
+        print(f"planted, {name}: {places:.2%} of {number:,} places, {found[held >= 16].mean():.2%} of their chunks")
 
 
 def scan(store: Store, matcher: Matcher | None, name: str) -> np.ndarray:
