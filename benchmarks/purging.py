@@ -1,6 +1,6 @@
 """A purge of one chunk, of 100 documents and of a tenth of a store: what it costs, and whether anybody still finds it.
 
-    python benchmarks/purging.py STORE [--encoder minilm] [--where EXPRESSION] [--queries 2000]
+    python benchmarks/purging.py STORE [--encoder minilm] [--name main] [--where EXPRESSION] [--queries 2000]
 
 STORE has embeddings, an index and neighbours in itself; it is not changed (each purge is made in a copy of links, as
 no file of a store is ever changed). Each purge is by another selector: ``--chunk``, ``--documents``, and ``--where``,
@@ -9,7 +9,7 @@ which should mean about a tenth of the store. Then
 * every victim is a query of a search, and the victims among the 10 nearest are counted;
 * all tables, a training loop and an export are read, and the victims in them counted (``retrotool.commands.views``);
 * neighbours of random living chunks, as they are read, are held against brute force over the living vectors alone:
-  before the purge, after it, and after ``--repair``;
+  before the purge, after it, after ``--repair``, and as they are found from scratch in the store that was purged;
 * it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
 
 Times are those of the commands as whole processes.
@@ -79,12 +79,12 @@ def truth(ids: Ids, vectors: npt.NDArray[Any], documents: Ids, rows: Ids, k: int
     return np.concatenate(found)
 
 
-def recall(root: Path, encoder: str, chunks: Ids) -> str:
-    """recall@2 and @10 of ``chunks`` in the table ``main`` as it is read, against brute force over what is living."""
+def recall(root: Path, encoder: str, chunks: Ids, name: str) -> str:
+    """recall@2 and @10 of ``chunks`` in the table ``name`` as it is read, against brute force over what is living."""
     ids, vectors, documents = embedded(root, encoder)
     rows = np.searchsorted(ids, chunks)
     reader = retrotool.open(root)
-    near = [[i for i, _ in reader.neighbour_ids(chunk, "main", 20)] for chunk in ids[rows].tolist()]
+    near = [[i for i, _ in reader.neighbour_ids(chunk, name, 20)] for chunk in ids[rows].tolist()]
     told = []
     for k in (2, 10):
         true = truth(ids, vectors, documents, rows, k)
@@ -103,7 +103,7 @@ def searched(root: Path, vectors: npt.NDArray[Any], victims: Tombstones) -> int:
     return found
 
 
-def measure(source: Path, folder: Path, selector: list[str], encoder: str, drawn: Ids) -> None:
+def measure(source: Path, folder: Path, selector: list[str], encoder: str, name: str, drawn: Ids) -> None:
     """One purge, from the selection to the receipt."""
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     ids, vectors, _ = embedded(root, encoder)
@@ -123,15 +123,17 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, drawn
     for view in views.look(store, victims.ids):
         print(f"  {view.name:<20}{view.found} in {view.rows:,} rows{'; ' + view.note if view.note else ''}")
     drawn = drawn[~victims.contains(drawn)]
-    print(f"  before the purge    {recall(source, encoder, drawn)}, of {len(drawn):,} living chunks")
-    print(f"  as they are read    {recall(root, encoder, drawn)}")
-    repaired, seconds = run("purge", root, "--repair", "--name", "main")
+    print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} living chunks")
+    print(f"  as they are read    {recall(root, encoder, drawn, name)}")
+    repaired, seconds = run("purge", root, "--repair", "--name", name)
     (table,) = repaired["tables"]
     print(
         f"  repair              {seconds:7.1f} s: {table['touched']:,} rows touched, {table['filled']:,} filled, "
         f"{table['searched']:,} searched again, {table['short']:,} still short"
     )
-    print(f"  after it            {recall(root, encoder, drawn)}")
+    print(f"  after it            {recall(root, encoder, drawn, name)}")
+    _, seconds = run("neighbours", root, "--name", "from-scratch", "--saved", 20)
+    print(f"  from scratch        {seconds:7.1f} s: {recall(root, encoder, drawn, 'from-scratch')}")
     store = Store.open(root)
     touched = sum(len(part_files(store, part)) for part in victims.parts())
     holding = sum(task.weight for task in EraseStage(tuple(victims.ids.tolist())).tasks(store))
@@ -155,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--name", default="main")
     parser.add_argument("--where", default="source in ('git-doc', 'manpages-dev')")
     parser.add_argument("--queries", type=int, default=2000)
     arguments = parser.parse_args()
@@ -172,7 +175,7 @@ def main() -> None:
         listed.write_text("\n".join(sorted(names)))
         chunk = str(int(rng.choice(ids)))
         for selector in (["--chunk", chunk], ["--documents", str(listed)], ["--where", arguments.where]):
-            measure(arguments.store, Path(folder), selector, arguments.encoder, drawn)
+            measure(arguments.store, Path(folder), selector, arguments.encoder, arguments.name, drawn)
 
 
 if __name__ == "__main__":

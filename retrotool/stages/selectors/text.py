@@ -9,7 +9,7 @@ leaves of it, with a single space between two words, and none beside what is nei
 ``John.Doe+x@Example.com`` is ``john.doe+x@example.com`` for a tokenizer that loses case, and ``Hello , world`` is
 ``hello,world``. Patterns are held against that.
 
-Cost: decoding, 70 to 150 MB/s a core. Memory: tokens and text of a block, some 20 MB, or of its one document.
+Cost: decoding, 70 to 150 MB/s a core. Memory: tokens and text of a block, some 10 MB, or of its one document.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from retrotool.tokenizers.fold import Folder
 
 Offsets = npt.NDArray[np.int64]
 
-BLOCK_ROWS = 1 << 15
+BLOCK_ROWS = 1 << 14
 """Chunks that a block has at least, if its part has as many."""
 
 
