@@ -237,7 +237,7 @@ def _receipt(store: Store, purge: str, hashes: list[str]) -> Receipt:
         views=tuple(seen),
         unread=tuple(view.name for view in seen if view.note and not view.broken),
         searched=searched,
-        files=tuple(erased.files),
+        files=tuple(sorted(erased.files, key=lambda file: (file.commit, file.before))),
         salted_chunks=tuple(hashes),
         elsewhere=tuple(sorted({consumer.path for consumer in consumers(store.state)})),
         limits=LIMITS,

@@ -92,19 +92,23 @@ def _verdict(receipt: Receipt) -> str:
     return f'<div class="verdict bad"><b>{said}. NOT well:</b><ul>{listed}</ul></div>'
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
 def verdict(receipt: Receipt) -> str:
     """What was found if all is well, and what could not be looked at or for."""
     said = ["Nothing of it was found." if receipt.state == "erased" else "No command returns any of it."]
     if receipt.unread:
-        said.append(f"{len(receipt.unread):,} ways to read it could not be gone.")
+        said.append(f"{_count(len(receipt.unread), 'way')} to read it could not be gone.")
     searched = receipt.searched
     if searched is not None:
         few = ((searched.without.get("tokens", 0), "tokens"), (searched.without.get("text", 0), "text"))
         told = [f"the {what} of {n:,}" for n, what in few if n]
         if told:
             said.append(
-                f"Of its {receipt.chunks:,} chunks nothing could be looked for by {' and by '.join(told)}: too short, "
-                "or said by others, too."
+                f"Of its {_count(receipt.chunks, 'chunk')} nothing could be looked for by {' and by '.join(told)}: too "
+                "short, or said by others, too."
             )
         if searched.passed_over:
             said.append(f"{searched.passed_over:,} chunks were passed over, evenly, as there are so many.")
@@ -119,10 +123,17 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
         ("why", receipt.reason),
         ("who", receipt.who),
         ("selected by", f"{receipt.selector}; keyed hash {receipt.selector_hash}"),
-        ("what", f"{receipt.chunks:,} chunks"),
+        ("what", _count(receipt.chunks, "chunk")),
         (
             "of them not purged before",
-            f"{receipt.living:,} chunks, {receipt.documents:,} whole documents, {receipt.tokens:,} tokens",
+            ", ".join(
+                _count(n, what)
+                for n, what in (
+                    (receipt.living, "chunk"),
+                    (receipt.documents, "whole document"),
+                    (receipt.tokens, "token"),
+                )
+            ),
         ),
         ("copies among them", f"{receipt.copies:,}"),
         ("purged", f"{receipt.purged}, commit {receipt.purged_by}"),

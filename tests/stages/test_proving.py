@@ -373,5 +373,5 @@ def test_a_chunk_that_is_too_short_to_be_looked_for_is_told(
     found = checked(store, purge, tmp_path / "out")
     purge_verify.show_verified(store, found, as_json=False)
     told = capsys.readouterr().out
-    assert "Of its 1 chunks nothing could be looked for by the tokens of 1 and by the text of 1" in told
+    assert "Of its 1 chunk nothing could be looked for by the tokens of 1 and by the text of 1" in told
     assert "nothing could be looked for" in Path(found.page).read_text()
