@@ -182,9 +182,22 @@ class _Workers:
 
 @contextlib.contextmanager
 def _interrupts_put_off() -> Iterator[None]:
-    """Processes started meanwhile have Ctrl-C blocked from their first instruction on: it is the parent's to handle."""
+    """Processes started meanwhile have Ctrl-C blocked from their first instruction on: it is the parent's to handle.
+
+    Blocking it in this thread is not enough: another one gets it then, and Python raises it in the main thread, perhaps
+    between the start of a process and what it is told, of which it dies with a traceback.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    deferred = callable(handler) and threading.current_thread() is threading.main_thread()
+    asked = threading.Event()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if deferred:
+        signal.signal(signal.SIGINT, lambda *_: asked.set())
     try:
         yield
     finally:
+        if deferred:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if asked.is_set():
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,33 @@
+"""Worker processes: that starting them is not torn in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from retrotool.engine import processes
+
+
+def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> None:
+    """A signal that the main thread blocks goes to another, and Python would raise it in the main thread at once."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()  # with Ctrl-C unblocked
+    whole = False
+    try:
+        with pytest.raises(KeyboardInterrupt), processes._interrupts_put_off():
+            os.kill(os.getpid(), signal.SIGINT)
+            end = time.monotonic() + 0.5  # the other thread takes its time to get it
+            while time.monotonic() < end:
+                pass
+            whole = True
+    finally:
+        done.set()
+        other.join()
+    assert whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
