@@ -186,7 +186,7 @@ def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]
 def default_shard_rows(choice: Choice, memory: int | None) -> int:
     """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
     rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
-    return rows if memory is None else max(1, min(rows, memory // (6 * choice.bytes_per_vector)))
+    return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
 
 
 class IndexWorker:
