@@ -14,6 +14,7 @@ from retrotool.engine import processes
 
 def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> None:
     """A signal that the main thread blocks goes to another, and Python would raise it in the main thread at once."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored
     done = threading.Event()
     other = threading.Thread(target=done.wait)
     other.start()  # with Ctrl-C unblocked
@@ -25,9 +26,10 @@ def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> N
             while time.monotonic() < end:
                 pass
             whole = True
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         done.set()
         other.join()
+        signal.signal(signal.SIGINT, before)
     assert whole
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
