@@ -61,9 +61,11 @@ def _example(example: Example) -> str:
 def _touched(touched: Touched) -> str:
     what = [output.count(touched.parts, "part")]
     what += [output.count(touched.shards, "index shard")] if touched.shards else []
-    what += [output.count(touched.tables, "table") + " of neighbours"] if touched.tables else []
+    rows = output.count(touched.rows, "row")
+    what += [f"{output.count(touched.tables, 'table')} of neighbours ({rows})"] if touched.tables else []
     what += [output.count(touched.materialised, "file") + " of their text"] if touched.materialised else []
-    return f"at most {', '.join(what)}: {output.size(touched.bytes)}"
+    time = f"about {touched.seconds:,.0f} s" if touched.seconds >= 1 else "less than a second"
+    return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
 
 
 def show_scanned(result: ScanResult, as_json: bool) -> None:

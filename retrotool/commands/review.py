@@ -21,6 +21,9 @@ from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.store import Store
 
 EXAMPLES, LARGEST = 10, 10
+_REWRITTEN, _PROVEN = 20e6, 0.25e-3
+"""Bytes of files that an erase reads and rewrites a second, and seconds a chunk to keep what it is looked for by:
+``benchmarks/purging.py``, on a core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What an erase would rewrite: so many parts, shards, tables of neighbours and their text; and bytes of files."""
+    """What an erase would rewrite: so many parts, shards, tables of neighbours and their text; and bytes of files.
+
+    ``rows`` are those of the tables, and ``seconds`` how long all of it may take, by the rates of one core.
+    """
 
     parts: int
     shards: int
     tables: int
     materialised: int
     bytes: int
+    rows: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +156,9 @@ def _touched(store: Store, selection: Selection) -> Touched:
         groups = [state.group(kind, name) for name in state.names(kind)]
         others[kind] = [entry for group in groups for slot in group if (entry := group.get(slot)) is not None]
     everything = [*files, *shards, *others["neighbours"], *others["materialised"]]
+    size = sum(entry.bytes for entry in everything)
     return Touched(
-        len(wanted), len(shards), len(others["neighbours"]), len(others["materialised"]),
-        sum(entry.bytes for entry in everything),
+        len(wanted), len(shards), len(others["neighbours"]), len(others["materialised"]), size,
+        sum(entry.rows for entry in others["neighbours"]),
+        size / _REWRITTEN + len(selection.living) * _PROVEN if len(selection.living) else 0.0,
     )  # fmt: skip

@@ -87,3 +87,21 @@ def test_an_empty_selection_is_not_written_down(store_copy: Path) -> None:
     planned = commands.purge(store_copy, commands.Selectors(where="source = 'nobody'"), reason="r", dry_run=True)
     assert (planned.selection, planned.chunks) == ("", 0)
     assert Store.open(store_copy).state.number == before
+
+
+def test_a_dry_run_tells_what_an_erase_has_to_rewrite(built_store: Path, store_copy: Path) -> None:
+    planned = commands.purge(store_copy, commands.Selectors(document=("doc-3",)), reason="r", dry_run=True)
+    assert planned.review is not None
+    touched = planned.review.touched
+    done = commands.purge(store_copy, commands.Selectors(document=("doc-3",)), reason="r", erase=True)
+    group = Store.open(built_store).state.group("neighbours", "main")
+    tables = [entry for slot in group if (entry := group.get(slot)) is not None]
+    assert touched.rows == sum(entry.rows for entry in tables)
+    assert touched.tables == len(tables)
+    # A part has documents, keys, chunks and embeddings.
+    assert done.files_rewritten <= 4 * touched.parts + touched.shards + touched.tables + touched.materialised
+    assert touched.bytes >= sum(entry.bytes for entry in tables)
+    assert 0 < touched.seconds < 60
+    nothing = commands.purge(store_copy, commands.Selectors(document=("doc-3",)), reason="r", dry_run=True)
+    assert nothing.review is not None
+    assert nothing.review.touched.seconds == 0
