@@ -65,6 +65,18 @@ def checked(store: Path, purge: str, out: Path) -> commands.VerifiedPurge:
     return commands.verify_purge(store, purge, out=out)
 
 
+def erase_until_killed(store: Path, purge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An erase that ends when its proofs are committed and nothing is rewritten yet."""
+
+    def killed(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("retrotool.commands.erasing.engine.execute", killed)
+        with pytest.raises(OSError, match="killed"):
+            commands.erase(store, [purge])
+
+
 def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = Store.open(store)
     tokens: dict[int, bytes] = {}
@@ -195,12 +207,7 @@ def test_a_log_that_was_edited_is_no_proof(store: Path, tmp_path: Path) -> None:
 
 def test_an_erase_that_was_begun(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purge = purged(store)
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "retrotool.commands.erasing.engine.execute", lambda *_: (_ for _ in ()).throw(OSError("killed"))
-        )
-        with pytest.raises(OSError, match="killed"):
-            commands.erase(store, [purge])
+    erase_until_killed(store, purge, monkeypatch)
     assert checked(store, purge, tmp_path / "out").receipt.state == "purged"
     (proof,) = (store / "proofs").iterdir()
     commands.erase(store, [purge])
@@ -210,12 +217,7 @@ def test_an_erase_that_was_begun(store: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_proofs_go_when_a_purge_is_taken_back(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purge = purged(store)
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "retrotool.commands.erasing.engine.execute", lambda *_: (_ for _ in ()).throw(OSError("killed"))
-        )
-        with pytest.raises(OSError, match="killed"):
-            commands.erase(store, [purge])
+    erase_until_killed(store, purge, monkeypatch)
     commands.restore(store, purge, reason="a mistake")
     assert Store.open(store).state.file("proofs", purge) is None
     assert commands.verify(store).ok
