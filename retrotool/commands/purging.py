@@ -77,13 +77,14 @@ def select(store: Store, asked: Asked, *, erase: bool = False, report: Report = 
     """Select what is asked for; scans must have been done.
 
     A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
-    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
+    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too; but not
+    with a selection that was reviewed, which is what was looked at and nothing else.
     """
     earlier = selecting.same_selector(store, asked)
     chosen = choose(store, asked, missing_ok=bool(earlier), report=report)
     if not erase:
         return selecting.weigh(store, asked, chosen)
-    begun = [purge for purge, erased in earlier.items() if not erased]
+    begun = [purge for purge, erased in earlier.items() if not erased and asked.reviewed is None]
     more = np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in begun)])
     copies, copied = selecting.find_copies(store, selecting.in_store(store, np.union1d(chosen.chunks, more)))
     known = [read_tombstones(store, purge + selecting.COPIES).ids for purge in begun]

@@ -66,6 +66,20 @@ def test_just_what_was_reviewed_is_purged(store_copy: Path, tmp_path: Path, tiny
     assert again.erased > done.chunks and commands.verify(store_copy).ok
 
 
+def test_an_erase_of_what_was_reviewed_leaves_an_earlier_purge_waiting(
+    store_copy: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    selectors = commands.Selectors(where="source = 'a'")
+    waiting = commands.purge(store_copy, selectors, reason="until it is settled")
+    more = write_jsonl(tmp_path / "more.jsonl", make_rows(6, first=1000))
+    commands.chunk(store_copy, [str(more)], tokenizer=str(tiny_encoder))
+    planned = commands.purge(store_copy, selectors, reason="r", dry_run=True)
+    done = commands.purge(store_copy, commands.Selectors(), apply=planned.selection, reason="r", erase=True)
+    assert done.erased == planned.chunks > 0
+    assert commands.restore(store_copy, waiting.purge, reason="settled").chunks == waiting.chunks
+    assert commands.verify(store_copy).ok
+
+
 def test_what_can_not_be_what_was_reviewed_is_refused(store_copy: Path, tmp_path: Path) -> None:
     selectors = commands.Selectors(where="id in ('doc-3', 'doc-5')")
     planned = commands.purge(store_copy, selectors, reason="r", dry_run=True)
