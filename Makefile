@@ -18,7 +18,7 @@ demo: $(STAMP)  ## Real text through all five commands, then a purge
 
 # A process a core, one thread each: most tests are many small steps.
 test: $(STAMP) lint  ## Lint, types, import rules and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 gpu-test: $(STAMP)  ## The tests that need a GPU; `make test` skips them
 	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/ann tests/stages/test_embed.py -k on_a_gpu
@@ -33,7 +33,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 20
+kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 10
 	RETROTOOL_KILLS=$(or $(KILLS),1000) $(BIN)/python -m pytest tests/crash --timeout 0
 
 corpus-test: $(STAMP)  ## Every document of CORPUS=folder of .jsonl.zst files, and 100 kills; `make test` takes Python's own texts

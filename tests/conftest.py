@@ -27,6 +27,12 @@ WORDS = (
 ).split()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: whichever process gets one last makes all others wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def make_text(seed: int, words: int) -> str:
     """Deterministic text: ``words`` words that say something different for every seed."""
     import numpy as np

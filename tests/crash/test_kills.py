@@ -36,7 +36,9 @@ from retrotool.store.paths import DATA_KINDS
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
 
-KILLS = int(os.environ.get("RETROTOOL_KILLS", "20"))
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("RETROTOOL_KILLS", "10"))
 SEED = 2026
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from pages import ROOT, blocks, run_page
 
+pytestmark = pytest.mark.slow
+
 HOW_TO = ROOT / "docs" / "how-to"
 
 

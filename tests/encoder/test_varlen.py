@@ -16,6 +16,8 @@ from families import make_family, rows_of_all_lengths, with_pooling
 from retrotool.encoder import Encoder, cosines
 from retrotool.encoder.forwards import PackedForward
 
+pytestmark = pytest.mark.slow
+
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """[tokens, heads, d] each; rows begin at ``starts``, the last of which is the end."""

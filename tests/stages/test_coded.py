@@ -37,6 +37,8 @@ from retrotool.stages.searching import Database, Point
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ("books", "forum", "manual")
 PER_SOURCE = 4200
 CODED = Wanted(factory="OPQ16,IVF64,PQ16")

@@ -20,6 +20,8 @@ from conftest import make_encoder, write_jsonl
 from retrotool import commands
 from retrotool.encoder import Encoder, Rows
 
+pytestmark = pytest.mark.slow
+
 D = 256
 ASKED = 56_000_000
 LARGE, SMALL = 160_000, 2000
