@@ -27,11 +27,11 @@ from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
-from retrotool.stages.proofs import prove, unproven
+from retrotool.stages.proofs import proof_files, prove, unproven, write_proofs
 from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
 from retrotool.stages.selectors import scan
-from retrotool.store import folding, log
+from retrotool.store import disk, folding, log, paths
 from retrotool.store.clean import clean, clean_spool
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -150,22 +150,41 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
 
 
 def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
-    """Commit what is erased with purges though they do not name it, so that an erase can be gone on with after a kill.
+    """Commit, of each purge, the ``copies`` that are erased with it though it does not name them, with proofs of them.
 
-    Once their originals are erased nothing else tells copies.
+    Once their originals are erased nothing else tells copies: so an erase can be gone on with after a kill. Cost: if
+    there are any, that of ``find_copies`` for each purge.
     """
-    named = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in purges)]
-    if not purges or np.isin(copies, np.concatenate(named)).all():
-        return
-    slot = purges[0] + purging.COPIES
-    known = read_tombstones(store, slot).ids
-    entry = write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), np.union1d(known, copies))
+    for purge in purges:
+        named = purging.tombstones_of(store, purge)
+        if not len(np.setdiff1d(copies, named)):
+            continue
+        own = copies if len(purges) == 1 else purging.find_copies(store, purging.in_store(store, named))[0]
+        if len(new := np.setdiff1d(own, named)):
+            _name(store, run, purge, new)
+
+
+def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
+    """Commit that ``new`` copies are erased with a purge; what was drawn from the others does not tell these."""
+    slot = purge + purging.COPIES
+    before = store.state
+    ids = np.union1d(read_tombstones(store, slot).ids, new)
+    add = [write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)]
+    if proof_files(before, purge) and (proofs := write_proofs(store, run, purge, new)) is not None:
+        add.append(proofs)
 
     def build(state: State) -> Draft:
         old = state.file("tombstones", slot)
-        return Draft("erase", {"purges": []}, add=(entry,), remove=(old.path,) if old else ())
+        if old != before.file("tombstones", slot) or proof_files(state, purge) != proof_files(before, purge):
+            raise ConflictError(f"purge {purge} is erased by another process, too", "Run the same command again.")
+        return Draft("erase", {"purges": []}, add=tuple(add), remove=(old.path,) if old else ())
 
-    store.commit(run, build)
+    try:
+        store.commit(run, build)
+    except ConflictError:
+        for entry in add:
+            disk.unlink(paths.inside(store.root, entry.path))
+        raise
 
 
 def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
@@ -232,7 +251,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
         done = purging.erased_purges(store, victims)
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
         # What other purges asked for, too, to take some of the victims, may name these.
-        alike = [p for p in standing_purges(state) if victims.contains(purging.tombstones_of(store, p)).any()]
+        alike = [p for p in standing_purges(state) if purging.has_any(store, p, victims)]
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
@@ -248,7 +267,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
 def _prove(store: Store, run: Run, victims: Ids) -> None:
     """Keep what victims can be looked for by, before anything of them is gone."""
     found = unproven(store, victims)
-    total = sum(len(Tombstones(chunks).parts()) for chunks in found.values())
+    total = sum(len(Tombstones(unknown.chunks).parts()) for unknown in found.values())
     with tqdm(total=total, unit="part", desc="prove", disable=None, delay=2, file=sys.stderr) as bar:
         prove(store, run, found, bar.update)
 

@@ -43,7 +43,7 @@ from retrotool.stages.matching import KINDS, Needles
 from retrotool.stages.needles import passed_over
 from retrotool.stages.proofs import proofs_of, salted_chunks
 from retrotool.stages.purge import count_unerased, in_store, tombstones_of
-from retrotool.store import atomic, identity, parts
+from retrotool.store import atomic, identity, parts, paths
 from retrotool.store.log import Draft
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -156,20 +156,20 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     """
     store = Store.open(root)
     _check(store, purge)
-    paths = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html", "salt")}
-    for path in paths.values():
+    targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html", "salt")}
+    for path in targets.values():
         files.check_file("--out", path)
     salt, hashes = salted_chunks(store, purge)
     receipt = _receipt(store, purge, hashes)
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
     if hashes:
-        _write(paths["salt"], f"{salt}\n".encode())
-    _write(paths["json"], data)
+        _write(targets["salt"], f"{salt}\n".encode())
+    _write(targets["json"], data)
     commit = _note(store, receipt, sha256)  # now that it is there
-    _write(paths["html"], receipt_page.page(receipt, sha256, commit).encode())
+    _write(targets["html"], receipt_page.page(receipt, sha256, commit).encode())
     return VerifiedPurge(
-        receipt, str(paths["json"]), str(paths["html"]), str(paths["salt"]) if hashes else "", sha256, commit
+        receipt, str(targets["json"]), str(targets["html"]), str(targets["salt"]) if hashes else "", sha256, commit
     )
 
 
@@ -196,7 +196,7 @@ def _receipt(store: Store, purge: str, hashes: list[str]) -> Receipt:
     with _progress("log", 1, "log") as report:
         erased, found = _read_log(store, purge, np.unique(chunks >> parts.PART_SHIFT).tolist())
         report(1)
-    problems = [f"the log: {problem}" for problem in found.problems]
+    problems = [f"the log: {problem}" for problem in found.problems] + _check_evidence(store, erased)
     with _progress("views", views.ways(store), "view") as report:
         seen = views.look(store, chunks, report)
     problems += [f"{view.name}: {view.found:,} purged chunks come up" for view in seen if view.found]
@@ -259,6 +259,15 @@ def _read_log(store: Store, purge: str, numbers: list[int]) -> tuple[ErasedFiles
     erased = ErasedFiles(purge, numbers)
     _, genesis = identity.read_identity(store.root)
     return erased, check_log(store.root, genesis, store.state.number, erased.note)
+
+
+def _check_evidence(store: Store, erased: ErasedFiles) -> list[str]:
+    """What is wrong with the files that tell who the victims are and what they are looked for by."""
+    return [
+        f"{path}: it is not what the log says, by SHA-256: what is looked for is not what was erased"
+        for path, entry in erased.evidence.items()
+        if not store.state.has(path) or atomic.file_sha256(paths.inside(store.root, path)) != entry.sha256
+    ]
 
 
 def _check_files(store: Store, replaced: list[ErasedFile]) -> list[str]:

@@ -16,6 +16,7 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Commit
 from retrotool.store.paths import FileName, part_slot
 
+_EVIDENCE = ("tombstones", "proofs")
 _OF_PARTS = ("documents", "keys", "chunks", "embeddings")
 
 
@@ -36,11 +37,13 @@ class ErasedFiles:
     """Collects the files that were replaced to erase ``purge``, whose chunks are of ``numbers``."""
 
     def __init__(self, purge: str, numbers: list[int]) -> None:
-        self._record = f"purge:{purge}"
+        self._purge, self._record = purge, f"purge:{purge}"
         self._numbers = set(numbers)
         self._slots = {part_slot(part) for part in numbers}
         self._known: dict[str, FileEntry] = {}
         self.files: list[ErasedFile] = []
+        self.evidence: dict[str, FileEntry] = {}
+        """The files that say who the victims are, and what they are looked for by."""
         self.purged, self.erased = "", ""
         """When it was purged, and when the last of it was erased, UTC; empty: not yet."""
         self.purged_by, self.erased_by = -1, -1
@@ -56,8 +59,13 @@ class ErasedFiles:
             if record is not None and record.get("erased"):
                 self.erased, self.erased_by = commit.time, commit.number
         self._known.update((entry.path, entry) for entry in commit.add)
+        for entry in commit.add:
+            name = FileName.parse(entry.path)
+            if name.kind in _EVIDENCE and name.slot.partition(".")[0] == self._purge:
+                self.evidence[entry.path] = entry
         for path in commit.remove:
             self._known.pop(path, None)
+            self.evidence.pop(path, None)
 
     def _replaced(self, commit: Commit) -> Iterator[ErasedFile]:
         new = {_place(entry.path): entry for entry in commit.add}

@@ -20,7 +20,7 @@ over, evenly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,16 +59,20 @@ def make_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> 
     return Needles.joined(list(draw_needles(store, chunks, report)), np.unique(chunks))
 
 
-def draw_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> Iterator[Needles]:
+def draw_needles(
+    store: Store, chunks: Ids, report: Report = lambda _: None, vectors_of: Mapping[int, list[str]] | None = None
+) -> Iterator[Needles]:
     """Draw needles of victims, given by ids that are not erased yet, some thousand at a time.
 
-    ``report`` is called with 1 for each part that was read. What is erased already has no needles.
+    ``report`` is called with 1 for each part that was read. What is erased already has no needles. ``vectors_of``: draw
+    nothing but these vectors, given as names of encoders by part.
     """
     victims = Tombstones(np.unique(chunks))
     drawn, hidden = _Drawn(store, victims), hidden_by(store, victims.ids)
     for part in victims.parts():
-        if store.state.part_file("chunks", part) is not None:
-            for needles in drawn.draw(part):
+        only = None if vectors_of is None else vectors_of.get(part, [])
+        if store.state.part_file("chunks", part) is not None and only != []:
+            for needles in drawn.draw(part, only):
                 left = np.ones(len(needles), np.bool_)
                 left[sorted(said_by_others(store, needles, [part], hidden=hidden, tokenizer=drawn.tokenizer))] = False
                 yield drawn.some_of_each(needles, left)
@@ -152,28 +156,30 @@ class _Drawn:
         self._places.append(places)
         self._pieces += pieces
 
-    def draw(self, part: int) -> Iterator[Needles]:
-        """Draw of the victims of a part, some thousand at a time."""
+    def draw(self, part: int, only: list[str] | None = None) -> Iterator[Needles]:
+        """Draw of the victims of a part, some thousand at a time; ``only`` of their vectors by these encoders."""
         store = self._store
         rows = self._victims.rows(part)
         first = int(np.searchsorted(self._victims.ids, part << PART_SHIFT))
         chunks = parts.read_chunks(store, part)
         embeddings = [
             vectors.read_vectors(store, entry)
-            for name in store.state.names("embeddings")
+            for name in (store.state.names("embeddings") if only is None else only)
             if (entry := store.state.part_file("embeddings", part, name)) is not None
         ]
-        self._draw_ids(part, chunks.doc, chunks.n_tokens, rows, first)
         whole = rows[chunks.n_tokens[rows] > 0]
         places = first + np.searchsorted(rows, whole)
         tokens = [chunks.tokens[row, : chunks.n_tokens[row]].tobytes() for row in whole.tolist()]
-        self._add("whole", places, tokens)
+        if only is None:
+            self._draw_ids(part, chunks.doc, chunks.n_tokens, rows, first)
+            self._add("whole", places, tokens)
         places, whole, tokens = places[:: self._step], whole[:: self._step], tokens[:: self._step]
         for start in range(0, max(len(whole), 1), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
-            texts = self.tokenizer.decode(chunks.tokens[whole[some]], chunks.n_tokens[whole[some]])
-            self._draw("tokens", places[some], tokens[some])
-            self._draw("text", places[some], [folded(text) for text in texts.to_pylist()])
+            if only is None:
+                texts = self.tokenizer.decode(chunks.tokens[whole[some]], chunks.n_tokens[whole[some]])
+                self._draw("tokens", places[some], tokens[some])
+                self._draw("text", places[some], [folded(text) for text in texts.to_pylist()])
             for matrix in embeddings:
                 mine = matrix[whole[some]]
                 full = np.flatnonzero(mine.any(axis=1))

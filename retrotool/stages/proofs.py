@@ -1,15 +1,17 @@
 """The proofs of purges: what their victims are looked for by when they are gone, as keyed hashes in the store.
 
 They are made and committed before the first byte is erased (``prove``), for every purge that has one of the chunks
-which are to go: nobody can make them later. An erase that is gone on with finds them there. They go when a purge is
-taken back. Cost: that of ``needles.draw_needles``; 20 bytes a needle, about 300 a victim, in the file, and ten times
-that in memory when they are looked for.
+which are to go: nobody can make them later. An erase that is gone on with finds them there. What comes to a purge after
+that, a copy that is erased with it or vectors of another encoder, is drawn from before it is erased, and kept in a
+file more with the same salt. They go when a purge is taken back. Cost: that of ``needles.draw_needles``; 20 bytes a
+needle, about 300 a victim, in the file, and ten times that in memory when they are looked for.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,14 @@ import orjson
 import pyarrow as pa
 
 from retrotool.errors import ConflictError, CorruptError
+from retrotool.stages.drift import ranges
 from retrotool.stages.matching import KINDS, Needles, proof_key, whole_key
 from retrotool.stages.needles import draw_needles
-from retrotool.stages.purge import tombstones_of
+from retrotool.stages.purge import has_any, tombstones_of
 from retrotool.store import blocked, disk, parts, paths, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
+from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
 from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
@@ -36,47 +40,107 @@ Ids = npt.NDArray[np.int64]
 Report = Callable[[int], object]
 
 
-def unproven(store: Store, victims: Ids) -> dict[str, Ids]:
-    """The purges that have any of ``victims``, are not erased, and have no proofs yet; with all their chunks."""
-    found = {}
-    wanted = Tombstones(victims)
-    for purge, record in standing_purges(store.state).items():
-        if record["erased"] or store.state.file(KIND, purge) is not None:
-            continue
-        chunks = tombstones_of(store, purge)
-        if wanted.contains(chunks).any():
-            found[purge] = chunks
+@dataclass(frozen=True, slots=True)
+class Unproven:
+    """What a purge has to be drawn from: its ``chunks``; of these only vectors if ``vectors_of`` is not None.
+
+    Then these are the names of encoders, by part.
+    """
+
+    chunks: Ids
+    vectors_of: dict[int, list[str]] | None = None
+
+
+def proof_files(state: State, purge: str) -> list[FileEntry]:
+    """The files of a purge's proofs: the first made before anything of it was erased, others for what came later."""
+    found = []
+    slot = purge
+    while (entry := state.file(KIND, slot)) is not None:
+        found.append(entry)
+        slot = f"{purge}.{len(found)}"
     return found
 
 
-def prove(store: Store, run: Run, found: dict[str, Ids], report: Report = lambda _: None) -> None:
+def unproven(store: Store, victims: Ids) -> dict[str, Unproven]:
+    """The purges that have any of ``victims`` and lack proofs of what is not erased yet, with what to draw from."""
+    found = {}
+    wanted = Tombstones(victims)
+    for purge, record in standing_purges(store.state).items():
+        files = proof_files(store.state, purge)
+        if (record["erased"] and not files) or not has_any(store, purge, wanted):
+            continue
+        chunks = tombstones_of(store, purge)
+        if not files:
+            found[purge] = Unproven(chunks)
+        elif lacking := _lacking(store, files, np.unique(chunks >> PART_SHIFT).tolist()):
+            found[purge] = Unproven(chunks, lacking)
+    return found
+
+
+def _lacking(store: Store, files: list[FileEntry], numbers: list[int]) -> dict[int, list[str]]:
+    """Encoders, by part, whose vectors no proof was made of."""
+    known: dict[str, set[int]] = {}
+    for entry in files:
+        for name, some in (entry.about or {}).get("encoders", {}).items():
+            known.setdefault(name, set()).update(part for first, last in some for part in range(first, last + 1))
+    lacking: dict[int, list[str]] = {}
+    for name, there in _encoders(store, numbers).items():
+        for part in set(there) - known.get(name, set()):
+            lacking.setdefault(part, []).append(name)
+    return lacking
+
+
+def _encoders(store: Store, numbers: list[int]) -> dict[str, list[int]]:
+    """Which of some parts each encoder has embedded."""
+    state = store.state
+    return {
+        name: [part for part in numbers if state.part_file("embeddings", part, name) is not None]
+        for name in state.names("embeddings")
+    }
+
+
+def prove(store: Store, run: Run, found: dict[str, Unproven], report: Report = lambda _: None) -> None:
     """Make and commit the proofs of ``unproven`` purges; ``ConflictError`` if one was taken back meanwhile.
 
     ``report`` is called with 1 for each part of each purge.
     """
-    for purge, chunks in found.items():
-        name = FileName.new(run.id, KIND, purge, "parquet")
-        entry = write_proofs(store, name, draw_needles(store, chunks, report))
+    for purge, unknown in found.items():
+        entry = write_proofs(store, run, purge, unknown.chunks, report, unknown.vectors_of)
+        if entry is None:
+            continue
 
-        def build(state: State, purge: str = purge, entry: FileEntry = entry) -> Draft | None:
+        def build(state: State, purge: str = purge, entry: FileEntry = entry) -> Draft:
             if purge not in standing_purges(state):
                 raise ConflictError(f"purge {purge} was taken back meanwhile", "Run the same command again.")
-            if state.file(KIND, purge) is not None:
-                return None  # another erase was first: what it read was whole
+            if state.file(KIND, FileName.parse(entry.path).slot) is not None:
+                raise ConflictError(f"purge {purge} is erased by another process, too", "Run the same command again.")
             return Draft("prove", {"purge": purge}, add=(entry,))
 
         try:
-            if not store.commit(run, build).has(entry.path):
-                disk.unlink(paths.inside(store.root, entry.path))
+            store.commit(run, build)
         except ConflictError:
             disk.unlink(paths.inside(store.root, entry.path))
             raise
 
 
-def write_proofs(store: Store, name: FileName, several: Iterable[Needles]) -> FileEntry:
-    """Keep needles as keyed hashes, in a file of the kind ``proofs``; commit it before what they are of is erased."""
-    salt = secrets.token_bytes(32)
+def write_proofs(
+    store: Store,
+    run: Run,
+    purge: str,
+    chunks: Ids,
+    report: Report = lambda _: None,
+    vectors_of: dict[int, list[str]] | None = None,
+) -> FileEntry | None:
+    """Keep needles of a purge's chunks as keyed hashes, in one more file of its proofs; commit it before the erase.
+
+    ``vectors_of``: see ``Unproven``. None if there are proofs, and nothing is left to be drawn from.
+    """
+    files = proof_files(store.state, purge)
+    salt = _salt(store, files[0]) if files else secrets.token_bytes(32)
+    several = draw_needles(store, chunks, report, vectors_of)
     hashed = Needles.joined([needles.hashed(store.identity.secret, salt) for needles in several])
+    if files and not len(hashed):
+        return None
     tags = np.zeros(0, np.uint32) if hashed.tags is None else hashed.tags.astype(np.uint32)
     column = np.frombuffer(b"".join(hashed.proofs), np.uint8).reshape(-1, schemas.HASH_BYTES)
     # In the order of their hashes, none tells its chunk; and some victims may say the same.
@@ -84,13 +148,25 @@ def write_proofs(store: Store, name: FileName, several: Iterable[Needles]) -> Fi
     about = {"salt": salt.hex(), "lengths": hashed.lengths, "lacking": hashed.lacking}
     schema = schemas.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(about)})
     arrays = [pa.array(hashed.kinds[order]), pa.array(tags[order]), parts.fixed_binary(column[order])]
-    return parts.write_parquet(store.root, name, pa.table(arrays, schema=schema))
+    # Of a part all of the purge was drawn from, or its vectors do not count as proven.
+    others = np.setdiff1d(tombstones_of(store, purge), chunks)
+    drawn = _encoders(store, np.setdiff1d(chunks >> PART_SHIFT, others >> PART_SHIFT).tolist())
+    name = FileName.new(run.id, KIND, f"{purge}.{len(files)}" if files else purge, "parquet")
+    return parts.write_parquet(
+        store.root, name, pa.table(arrays, schema=schema),
+        about={"encoders": {encoder: ranges(some) for encoder, some in drawn.items()}},
+    )  # fmt: skip
 
 
 def proofs_of(store: Store, purge: str) -> Needles | None:
     """The needles of a purge as keyed hashes; None if it has no proofs."""
-    entry = store.state.file(KIND, purge)
-    return None if entry is None else read_proofs(store, entry, tombstones_of(store, purge))
+    files = proof_files(store.state, purge)
+    chunks = tombstones_of(store, purge)
+    if not files:
+        return None
+    needles = Needles.joined([read_proofs(store, entry, chunks) for entry in files])
+    hashes = np.frombuffer(b"".join(needles.proofs), blocked.HASH)
+    return needles.of(np.sort(np.unique(hashes, return_index=True)[1]))  # what several files have counts once
 
 
 def salted_chunks(store: Store, purge: str) -> tuple[str, list[str]]:
@@ -98,13 +174,20 @@ def salted_chunks(store: Store, purge: str) -> tuple[str, list[str]]:
 
     A hash is BLAKE2b-128, keyed with the salt, of a chunk's tokens: little-endian, of the store's token width.
     """
-    entry = store.state.file(KIND, purge)
-    if entry is None:
+    files = proof_files(store.state, purge)
+    if not files:
         return "", []
-    table = parts.read_parquet(store, entry)
-    of = table["kind"].to_numpy() == KINDS.index("whole")
-    salt = whole_key(store.identity.secret, bytes.fromhex(_about(entry, table)["salt"]))
-    return salt.hex(), [value.hex() for value in table["hash"].filter(pa.array(of)).to_pylist()]
+    hashes: set[bytes] = set()
+    for entry in files:
+        table = parts.read_parquet(store, entry)
+        of = table["kind"].to_numpy() == KINDS.index("whole")
+        hashes.update(table["hash"].filter(pa.array(of)).to_pylist())
+    salt = whole_key(store.identity.secret, _salt(store, files[0]))
+    return salt.hex(), [value.hex() for value in sorted(hashes)]
+
+
+def _salt(store: Store, entry: FileEntry) -> bytes:
+    return bytes.fromhex(_about(entry, parts.read_parquet(store, entry, row_groups=[]))["salt"])
 
 
 def _about(entry: FileEntry, table: pa.Table) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+from retrotool.store.tombstones import Tombstones, may_name, read_tombstones, write_tombstones
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +210,13 @@ def tombstones_of(store: Store, purge: str) -> Ids:
     return np.union1d(read_tombstones(store, purge).ids, read_tombstones(store, purge + COPIES).ids)
 
 
+def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
+    """Whether a purge, or the copies that are erased with it, has any of ``chunks``; reads what may only."""
+    if not may_name(store, (purge, purge + COPIES), chunks):
+        return False
+    return bool(chunks.contains(tombstones_of(store, purge)).any())
+
+
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
     """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
 
@@ -267,7 +274,12 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     What other purges erased counts, and so does what left the store with its part.
     """
     records = standing_purges(store.state)
-    before = [tombstones_of(store, purge) for purge, record in records.items() if record["erased"]]
-    gone = Tombstones(np.unique(np.concatenate([erased.ids, *before])))
     waiting = {purge: in_store(store, tombstones_of(store, purge)) for purge, r in records.items() if not r["erased"]}
+    left = Tombstones(np.setdiff1d(np.concatenate([np.zeros(0, np.int64), *waiting.values()]), erased.ids))
+    before = [
+        tombstones_of(store, purge)
+        for purge, record in records.items()
+        if record["erased"] and may_name(store, (purge, purge + COPIES), left)
+    ]
+    gone = Tombstones(np.unique(np.concatenate([erased.ids, *before])))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]

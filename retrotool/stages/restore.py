@@ -24,6 +24,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.stages.database import find_documents, is_same_directory, searchable_rows
 from retrotool.stages.drift import ranges
 from retrotool.stages.neighbours import database_of, parts_in
+from retrotool.stages.proofs import proof_files
 from retrotool.stages.purge import COPIES, documents_ended, in_store
 from retrotool.stages.selection import Ids
 from retrotool.store import disk, parts, paths, schemas, tables
@@ -158,7 +159,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
     def build(state: State) -> Draft:
         if list(state.group("tombstones")) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or taken back, meanwhile", "Run the same command again.")
-        gone = [state.file(kind, slot) for kind, slot in _files(purge)]
+        gone = [state.file(kind, slot) for kind, slot in _files(purge)] + list(proof_files(state, purge))
         counts = {"chunks": len(found.living), "documents": found.documents, "tokens": found.tokens}
         totals = {name: n + counts.get(name, 0) for name, n in state.records["totals"].items()}
         own = np.unique(found.chunks >> PART_SHIFT).tolist()
@@ -185,13 +186,12 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
 
 
 def _files(purge: str) -> list[tuple[str, str]]:
-    """Kind and slot of all that leaves the state with a purge."""
+    """Kind and slot of all that leaves the state with a purge, but for its proofs."""
     return [
         ("tombstones", purge),
         ("tombstones", purge + COPIES),
         ("blocked", purge),
         ("selectors", purge),
-        ("proofs", purge),
     ]
 
 

@@ -22,7 +22,7 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones
+from retrotool.store.tombstones import KEPT, Tombstones, may_name, read_tombstones
 
 PREFIX = "purge:"
 Record = Mapping[str, Any]
@@ -126,6 +126,7 @@ def tombstones_naming(store: Store, victims: Tombstones) -> list[str]:
     purges, slots = standing_purges(store.state), store.state.group("tombstones")
     if not read_tombstones(store).contains(victims.ids).all():
         raise ConflictError("chunks that were to be erased were taken back meanwhile", "Run the same command again.")
-    entries = {slot: slots.get(slot) for slot in slots if slot.partition(".")[0] in purges}
+    near = [slot for slot in slots if slot.partition(".")[0] in purges and may_name(store, [slot], victims)]
+    entries = {slot: slots.get(slot) for slot in near}
     naming = [slot for slot in entries if read_tombstones(store, slot).contains(victims.ids).any()]
     return [entry.path for slot in naming if (entry := entries[slot]) is not None]

@@ -7,6 +7,8 @@ taken back its file leaves the state, and a copy stays in ``restored/``: a view 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
+_SPANS = 16
+_SMALL, _MOST_SMALL = 256, 1 << 15
+_small: dict[tuple[str, str, str], npt.NDArray[np.int64]] = {}
+"""Ids of files with few, up to 64 MiB of them."""
 KEPT = "restored"
 """The kind of the files that keep which chunks a purge had that was taken back."""
 
@@ -53,10 +59,36 @@ class Tombstones:
 
 
 def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
-    """Write a purge's ids, sorted."""
-    return parts.write_parquet(
-        root, name, pa.table([pa.array(np.sort(ids), pa.int64())], schema=schemas.TOMBSTONES_SCHEMA)
-    )
+    """Write a purge's ids, sorted; the log says between which they lie, so that a look there spares most files."""
+    ids = np.sort(ids)
+    table = pa.table([pa.array(ids, pa.int64())], schema=schemas.TOMBSTONES_SCHEMA)
+    return parts.write_parquet(root, name, table, about={"within": _spans(ids)})
+
+
+def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
+    """Up to 16 [first, last] that have all of some ascending ids: without the widest gaps between them."""
+    if not len(ids):
+        return []
+    gaps = np.diff(ids)
+    widest = np.sort(np.argsort(gaps, kind="stable")[-(_SPANS - 1) :])
+    widest = widest[gaps[widest] > 1]
+    firsts, lasts = np.concatenate([[0], widest + 1]), np.concatenate([widest, [len(ids) - 1]])
+    found: list[list[int]] = np.stack([ids[firsts], ids[lasts]], axis=1).tolist()
+    return found
+
+
+def may_name(store: Store, slots: Iterable[str], wanted: Tombstones) -> bool:
+    """Whether any of some files of tombstones may name any of ``wanted``; no file is read for it."""
+    entries = [store.state.file("tombstones", slot) for slot in slots]
+    return any(entry is not None and _may_name(entry, wanted) for entry in entries)
+
+
+def _may_name(entry: FileEntry, wanted: Tombstones) -> bool:
+    spans = (entry.about or {}).get("within")
+    if spans is None:
+        return True  # of a version that did not say
+    first, last = np.array(spans, np.int64).reshape(-1, 2).T
+    return bool((np.searchsorted(wanted.ids, last, side="right") > np.searchsorted(wanted.ids, first)).any())
 
 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
@@ -68,7 +100,22 @@ def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
 
 
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
-    """The ids of a file; from what is kept of them if the purge was taken back since the view was opened."""
+    """The ids of a file; from what is kept of them if the purge was taken back since the view was opened.
+
+    Small ones are read once a process: a path always names the same bytes, and an erase asks for all many times.
+    """
+    key = (os.fspath(store.root), entry.path, entry.sha256)
+    if (known := _small.get(key)) is not None:
+        return known
+    ids = _read_file(store, slot, entry)
+    if len(ids) <= _SMALL:
+        if len(_small) >= _MOST_SMALL:
+            _small.clear()
+        _small[key] = ids
+    return ids
+
+
+def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
     try:
         ids: npt.NDArray[np.int64] = parts.read_parquet(store, entry)["chunk"].to_numpy()
     except (ErasedError, CorruptError):

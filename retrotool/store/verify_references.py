@@ -81,7 +81,7 @@ def check_blocked(checked: Checked) -> None:
             entry = group.get(slot)
             if entry is None:
                 continue
-            if f"purge:{slot}" not in checked.store.state.records:
+            if f"purge:{slot.partition('.')[0]}" not in checked.store.state.records:
                 checked.problems.append(f"{entry.path}: there is no purge {slot}")
             if entry.path not in checked.broken:
                 with checked.noting(entry.path):
@@ -94,7 +94,9 @@ def check_restored(checked: Checked) -> None:
     restored = restored_purges(state)
     for purge, record in restored.items():
         left = [
-            kind for kind in ("tombstones", "blocked", "selectors", "proofs") if state.file(kind, purge) is not None
+            kind
+            for kind in ("tombstones", "blocked", "selectors", "proofs")
+            if any(slot.partition(".")[0] == purge for slot in state.group(kind))
         ]
         checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]
         if record.get("erased"):
