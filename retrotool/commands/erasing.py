@@ -27,7 +27,7 @@ from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
-from retrotool.stages.proofs import proof_files, prove, unproven, write_proofs
+from retrotool.stages.proofs import draw_proofs, proof_files, prove, unproven
 from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
 from retrotool.stages.selectors import scan
@@ -170,7 +170,7 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
     before = store.state
     ids = np.union1d(read_tombstones(store, slot).ids, new)
     add = [write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)]
-    if proof_files(before, purge) and (proofs := write_proofs(store, run, purge, new)) is not None:
+    if proof_files(before, purge) and (proofs := draw_proofs(store, run, purge, new)) is not None:
         add.append(proofs)
 
     def build(state: State) -> Draft:
@@ -243,7 +243,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
     _prove(store, run, victims.ids)
-    stage = EraseStage(tuple(victims.ids.tolist()))
+    stage = EraseStage(victims)
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run)
 

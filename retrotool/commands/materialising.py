@@ -103,7 +103,7 @@ def erase_consumed(consumer: Store, run: Run, database: Store, victims: Tombston
 
     ``run`` is one of ``consumer``. What is in the text of the consumer itself is not looked at.
     """
-    stage = EraseConsumedStage(tuple(victims.ids.tolist()), str(database.root))
+    stage = EraseConsumedStage(victims, str(database.root))
     rewritten = sum(task.weight for task in stage.plan(consumer))
     engine.execute(stage, consumer, run)
     return rewritten

@@ -17,7 +17,7 @@ so it is void when these are taken back meanwhile.
 Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
 victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
 are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
-table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard.
+table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard, and some 40 bytes a victim.
 
 Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
 stores, and anything outside the store.
@@ -26,7 +26,6 @@ stores, and anything outside the store.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -58,44 +57,40 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class EraseStage:
-    """The files that still hold any of ``chunks`` (tombstoned ids, as a tuple so that the stage stays plain data).
+    """The files that still hold any of ``victims``, which are tombstones.
 
     ``clean`` remembers paths that were found to hold none. A path always names the same bytes, so planning again reads
     only what is new.
     """
 
-    chunks: tuple[int, ...]
+    victims: Tombstones
     clean: set[str] = field(default_factory=set, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
-
-    def victims(self) -> Tombstones:
-        """The chunks to erase, as a set."""
-        return Tombstones(np.unique(np.array(self.chunks, np.int64)))
 
     def plan(self, store: Store) -> list[Task]:
         """One task a part that holds a victim; if none does, one a shard, table and quarantine file.
 
         ``ConflictError`` if a victim is no tombstone any more.
         """
-        tasks = look_again(store, lambda: list(_parts_alone(self._tasks(store, self.victims()))))
+        tasks = look_again(store, lambda: list(_parts_alone(self._tasks(store, self.victims))))
         return [task for task in tasks if not staging.is_staged(store.root, task.key)]
 
     def tasks(self, store: Store) -> list[Task]:
         """All that there is to do, also what has to wait."""
-        return look_again(store, lambda: list(self._tasks(store, self.victims())))
+        return look_again(store, lambda: list(self._tasks(store, self.victims)))
 
     def _tasks(self, store: Store, victims: Tombstones) -> Iterator[Task]:
         if not len(victims):
             return
         tombstones = tombstones_naming(store, victims)
-        whole = hashlib.blake2b(victims.ids.tobytes(), digest_size=16).hexdigest()
+        whole = erase_materialised.digest(victims.ids)
         present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk
         for part in present:
             entries = part_files(store, part)
             if self._holds(entries, lambda part=part: _holds(store, part, victims.rows(part))):  # type: ignore[misc]
                 paths = [entry.path for entry in entries]
-                key = task_key("erase", {"victims": victims.rows(part).tolist()}, paths)
+                key = task_key("erase", {"victims": erase_materialised.digest(victims.rows(part))}, paths)
                 yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": tombstones})
         for label, what, entry, holds in _others(store, victims, present):
             if self._holds([entry], holds):
@@ -113,7 +108,7 @@ class EraseStage:
 
     def open(self, store: Store) -> EraseWorker:
         """Nothing to load."""
-        return EraseWorker(store, self.victims())
+        return EraseWorker(store, self.victims)
 
 
 def _parts_alone(tasks: Iterator[Task]) -> Iterator[Task]:

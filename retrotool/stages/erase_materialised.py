@@ -11,6 +11,7 @@ ids. Cost: reading the ids of every file, and writing those that hold a victim. 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,22 +108,23 @@ def _of_group(rows: Rows, group: int) -> Rows:
     return rows[low:high] - group * ROW_GROUP
 
 
+def digest(ids: Rows) -> str:
+    """Stands for ids in the name of a task."""
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class EraseConsumedStage:
-    """Materialised files, in another store, that still hold any of ``chunks`` of the store ``database`` (a path)."""
+    """Materialised files, in another store, that still hold any of ``victims`` of the store ``database`` (a path)."""
 
-    chunks: tuple[int, ...]
+    victims: Tombstones
     database: str
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
 
-    def victims(self) -> Tombstones:
-        """The chunks to erase, as a set."""
-        return Tombstones(np.unique(np.array(self.chunks, np.int64)))
-
     def plan(self, store: Store) -> list[Task]:
         """One task a file that holds something of a victim; ``store`` is the other store, the consumer."""
-        database, victims = Store.open(self.database), self.victims()
+        database, victims = Store.open(self.database), self.victims
         nothing = np.zeros(0, np.int64)
         tasks = []
         for name in store.state.names("materialised"):
@@ -130,7 +132,7 @@ class EraseConsumedStage:
                 entry = store.state.file("materialised", slot, name)
                 if entry is None or not holds(store, entry, victims, databases_at(entry, database), nothing):
                     continue
-                settings = {"victims": victims.ids.tolist(), "database": database.identity.uuid}
+                settings = {"victims": digest(victims.ids), "database": database.identity.uuid}
                 key = task_key("erase", settings, [entry.path])
                 if not staging.is_staged(store.root, key):
                     tasks.append(Task(key, f"materialised {name} {slot}", 1, {"path": entry.path}))
@@ -138,7 +140,7 @@ class EraseConsumedStage:
 
     def open(self, store: Store) -> EraseConsumedWorker:
         """Open the database."""
-        return EraseConsumedWorker(store, Store.open(self.database), self.victims())
+        return EraseConsumedWorker(store, Store.open(self.database), self.victims)
 
 
 class EraseConsumedWorker:

@@ -10,7 +10,8 @@ needle, about 300 a victim, in the file, and ten times that in memory when they 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ def prove(store: Store, run: Run, found: dict[str, Unproven], report: Report = l
     ``report`` is called with 1 for each part of each purge.
     """
     for purge, unknown in found.items():
-        entry = write_proofs(store, run, purge, unknown.chunks, report, unknown.vectors_of)
+        entry = draw_proofs(store, run, purge, unknown.chunks, report, unknown.vectors_of)
         if entry is None:
             continue
 
@@ -123,7 +124,7 @@ def prove(store: Store, run: Run, found: dict[str, Unproven], report: Report = l
             raise
 
 
-def write_proofs(
+def draw_proofs(
     store: Store,
     run: Run,
     purge: str,
@@ -131,31 +132,57 @@ def write_proofs(
     report: Report = lambda _: None,
     vectors_of: dict[int, list[str]] | None = None,
 ) -> FileEntry | None:
-    """Keep needles of a purge's chunks as keyed hashes, in one more file of its proofs; commit it before the erase.
+    """Make one more file of a purge's proofs, of ``chunks``; commit it before these are erased.
 
     ``vectors_of``: see ``Unproven``. None if there are proofs, and nothing is left to be drawn from.
     """
     files = proof_files(store.state, purge)
-    salt = _salt(store, files[0]) if files else secrets.token_bytes(32)
-    several = draw_needles(store, chunks, report, vectors_of)
-    hashed = Needles.joined([needles.hashed(store.identity.secret, salt) for needles in several])
-    if files and not len(hashed):
-        return None
-    tags = np.zeros(0, np.uint32) if hashed.tags is None else hashed.tags.astype(np.uint32)
-    column = np.frombuffer(b"".join(hashed.proofs), np.uint8).reshape(-1, schemas.HASH_BYTES)
-    # In the order of their hashes, none tells its chunk; and some victims may say the same.
-    order = np.unique(column.view(blocked.HASH).reshape(-1), return_index=True)[1]
-    about = {"salt": salt.hex(), "lengths": hashed.lengths, "lacking": hashed.lacking}
-    schema = schemas.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(about)})
-    arrays = [pa.array(hashed.kinds[order]), pa.array(tags[order]), parts.fixed_binary(column[order])]
     # Of a part all of the purge was drawn from, or its vectors do not count as proven.
     others = np.setdiff1d(tombstones_of(store, purge), chunks)
     drawn = _encoders(store, np.setdiff1d(chunks >> PART_SHIFT, others >> PART_SHIFT).tolist())
+    about = {"encoders": {encoder: ranges(some) for encoder, some in drawn.items()}}
     name = FileName.new(run.id, KIND, f"{purge}.{len(files)}" if files else purge, "parquet")
-    return parts.write_parquet(
-        store.root, name, pa.table(arrays, schema=schema),
-        about={"encoders": {encoder: ranges(some) for encoder, some in drawn.items()}},
-    )  # fmt: skip
+    several = draw_needles(store, chunks, report, vectors_of)
+    return write_proofs(store, name, several, salt=_salt(store, files[0]) if files else None, about=about)
+
+
+def write_proofs(
+    store: Store,
+    name: FileName,
+    several: Iterable[Needles],
+    *,
+    salt: bytes | None = None,
+    about: dict[str, Any] | None = None,
+) -> FileEntry | None:
+    """Keep needles as keyed hashes, in a file of the kind ``proofs``.
+
+    ``salt``: of the files before it; then None is returned, and nothing written, if there are no needles.
+    """
+    key = salt or secrets.token_bytes(32)
+    lengths: dict[str, int] = {}
+    lacking: Counter[str] = Counter()
+    kinds, tags, column = [np.zeros(0, np.uint8)], [np.zeros(0, np.uint32)], [np.zeros(0, blocked.HASH)]
+    for needles in several:
+        hashed = needles.hashed(store.identity.secret, key)
+        assert hashed.tags is not None, "they are of hashed needles"
+        lengths = hashed.lengths
+        lacking.update(hashed.lacking)
+        # As arrays at once: a purge may have a hundred million chunks.
+        kinds.append(hashed.kinds)
+        tags.append(hashed.tags.astype(np.uint32))
+        column.append(np.frombuffer(b"".join(hashed.proofs), blocked.HASH))
+    # In the order of their hashes, none tells its chunk; and some victims may say the same.
+    hashes, order = np.unique(np.concatenate(column), return_index=True)
+    if salt is not None and not len(hashes):
+        return None
+    metadata = {"salt": key.hex(), "lengths": lengths, "lacking": dict(lacking)}
+    schema = schemas.PROOFS_SCHEMA.with_metadata({"retrotool.proofs": orjson.dumps(metadata)})
+    arrays = [
+        pa.array(np.concatenate(kinds)[order]),
+        pa.array(np.concatenate(tags)[order]),
+        parts.fixed_binary(hashes.view(np.uint8).reshape(-1, schemas.HASH_BYTES)),
+    ]
+    return parts.write_parquet(store.root, name, pa.table(arrays, schema=schema), about=about)
 
 
 def proofs_of(store: Store, purge: str) -> Needles | None:

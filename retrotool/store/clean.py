@@ -40,7 +40,7 @@ def clean(store: Store, *, thorough: bool = False) -> int:
     alive = {run: runs.is_alive(store.root, run) for run in set(owners.values()) if run is not None}
     staged = {path for task in staging.read_staged(store.root).values() for path in task.files()}
     state = store.refresh()
-    removed = 0
+    dead: list[Path] = []
     suspects: list[Path] = []
     for path, relative in candidates:
         owner = owners[relative]
@@ -49,14 +49,13 @@ def clean(store: Store, *, thorough: bool = False) -> int:
         if alive[owner]:
             suspects.append(path)
             continue
-        disk.unlink(path)
-        removed += 1
-    removed += sum(1 for file in _spooled(store) if not file.planned and _remove_stale(file.path))
+        dead.append(path)
+    disk.unlink_all(dead)
+    removed = len(dead) + sum(1 for file in _spooled(store) if not file.planned and _remove_stale(file.path))
     if not thorough:
         return removed
     once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
-    for gone in once:
-        disk.unlink(paths.inside(store.root, gone))
+    disk.unlink_all(paths.inside(store.root, gone) for gone in once)
     return removed + len(once)
 
 
@@ -164,7 +163,7 @@ def _written(path: Path) -> float:
 
 
 def _remove(path: Path) -> bool:
-    disk.unlink(path)
+    disk.unlink_all([path])
     return True
 
 

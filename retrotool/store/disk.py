@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,6 +95,18 @@ def unlink(path: Path) -> None:
     with told(path):
         announce("unlink", path)
         path.unlink(missing_ok=True)
+
+
+def unlink_all(paths: Iterable[Path]) -> None:
+    """Remove names, durably: after a power cut none of them is there again."""
+    folders: dict[Path, None] = {}
+    for path in paths:
+        unlink(path)
+        folders[path.parent] = None
+    for folder in folders:
+        if folder.is_dir():
+            with told(folder):
+                fsync_directory(folder)
 
 
 def make_directory(path: Path) -> None:

@@ -49,19 +49,18 @@ def fold(store: Store, run: Run) -> Folded:
         done = _fold_units(store, run, tasks) if tasks[0].unit is not None else _fold_files(store, run, tasks)
         committed |= done.committed
         refused.update(done.refused)
-    for task in staged.values():
-        if task.task in committed or task.task in refused:
-            _forget(store, task)
+    _forget(store, [task for task in staged.values() if task.task in committed or task.task in refused])
     return Folded(frozenset(committed), refused)
 
 
-def _forget(store: Store, task: Staged) -> None:
-    """Take a staged entry away, and those of its files that no commit names."""
-    for path in task.files():
-        if path.startswith("staging/") or not store.state.has(path):
-            disk.unlink(paths.inside(store.root, path))
+def _forget(store: Store, tasks: Sequence[Staged]) -> None:
+    """Take staged entries away, and those of their files that no commit names."""
+    files = [path for task in tasks for path in task.files()]
+    gone = [path for path in files if path.startswith("staging/") or not store.state.has(path)]
+    disk.unlink_all(paths.inside(store.root, path) for path in gone)
     # Last: a kill before this leaves an entry that the next fold forgets again, files after it would stay.
-    disk.unlink(staged_path(store.root, task.task))
+    for task in tasks:
+        disk.unlink(staged_path(store.root, task.task))
 
 
 def _fold_files(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:

@@ -132,8 +132,7 @@ class Store:
                 return state
             state.check(draft)
             if self._append(run, state, draft):
-                for path in draft.remove:
-                    disk.unlink(paths.inside(self.root, path))
+                disk.unlink_all(paths.inside(self.root, path) for path in draft.remove)
                 if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
                     self._write_checkpoint(run)
                 return self.refresh()

@@ -156,7 +156,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     purge = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test").purge
     opened = Store.open(store_copy)
     victims = tombstones.read_tombstones(opened)
-    stage = erase.EraseStage(tuple(victims.ids.tolist()))
+    stage = erase.EraseStage(victims)
     with writing(opened) as run:
         for task in stage.tasks(opened):
             engine.perform(stage.open(opened), opened.root, task, run.id, lambda _: None)
@@ -418,7 +418,7 @@ def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: py
     commands.neighbours(store_copy, name="nearest", k=1, saved=1)
     commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
     store = Store.open(store_copy)
-    stage = erase.EraseStage(tuple(tombstones.read_tombstones(store).ids.tolist()))
+    stage = erase.EraseStage(tombstones.read_tombstones(store))
     tasks = stage.tasks(store)
     assert len(tasks) > 1
     assert ["part" in task.inputs for task in stage.plan(store)] == [True], "the others wait"

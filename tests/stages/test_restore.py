@@ -119,7 +119,7 @@ def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> 
 def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7", "doc-100").purge  # of two parts
     store = Store.open(store_copy)
-    stage = EraseStage(tuple(read_tombstones(store).ids.tolist()))
+    stage = EraseStage(read_tombstones(store))
     with writing(store) as run:
         task = stage.plan(store)[0]
         staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
@@ -136,7 +136,7 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
     before = verified(store_copy)
     purged = purge(store_copy, "doc-7").purge
     store = Store.open(store_copy)
-    stage = EraseStage(tuple(read_tombstones(store).ids.tolist()))
+    stage = EraseStage(read_tombstones(store))
     with writing(store) as run:
         (task,) = stage.plan(store)
         staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))

@@ -35,7 +35,7 @@ DATA = b"all of it"
 COMMIT = [
     "mkdir", "fsync_directory", "link", "fsync_directory",  # the files that get their final names
     "write", "fsync", "link", "unlink", "fsync_directory",  # the entry of the log
-    "unlink",  # the file that was removed
+    "unlink", "fsync_directory",  # the file that was removed: it must not come back
     "write", "fsync", "link", "unlink", "fsync_directory", "unlink",  # a checkpoint, and an old one's end
 ]  # fmt: skip
 
