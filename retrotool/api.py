@@ -196,7 +196,7 @@ class Reader:
         return self._tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
-        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, or was purged.
+        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, was purged or set aside.
 
         Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
         the order of chunk ids, that is living. The others are read as all chunks are, by their ids (``chunk_ids``).
@@ -210,7 +210,7 @@ class Reader:
                 alive = ids[self.is_living(ids)]
                 if len(alive):
                     return [int(i) for i in alive]
-        raise UsageError(f"the store has no document {name!r}, or it was purged")
+        raise UsageError(f"the store has no document {name!r}, or it was purged, or set aside as a repeat")
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
         """Ids of a part's living chunks, ascending; ``is_searchable`` tells the keys among them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,7 +14,7 @@ from retrotool.cli.options import Json, StoreArgument, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
-    from retrotool.commands.chunk_result import ChunkResult
+    from retrotool.commands.chunk_result import ChunkResult, PurgedAgain
     from retrotool.commands.estimating import Estimate
 
 EPILOG = """\b
@@ -195,12 +197,12 @@ def command(
             store, given, tokenizer=tokenizer, chunk_length=chunk_length, retry_quarantine=retry_quarantine,
             options=options,
         )  # fmt: skip
-        output.show(result, as_json, _text)
+        output.show(result, as_json, lambda result: _text(store, result))
         if result.set_aside or result.stopped:
             raise typer.Exit(EXIT_SET_ASIDE)
 
 
-def _text(result: ChunkResult) -> str:
+def _text(store: Path, result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
         lines.append(f"{output.count(result.known_inputs, 'input')} skipped: in the store already.")
@@ -221,6 +223,7 @@ def _text(result: ChunkResult) -> str:
         lines.append(f"{what} left out, as the same text is in the store already ({where}).")
     if result.blocked:
         lines.append(f"{output.count(result.blocked, 'document')} left out: purged before (--allow-purged adds them).")
+    lines += [_purged_again(store, again) for again in result.purged_again]
     if result.keys_cut:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
     if result.set_aside:
@@ -242,6 +245,14 @@ def _text(result: ChunkResult) -> str:
     if result.damaged and not result.stopped:
         lines.append("What a broken file lost is added when it is mended: --retry-quarantine.")
     return "\n".join(lines)
+
+
+def _purged_again(store: Path, again: PurgedAgain) -> str:
+    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.after}"
+    if again.erased:
+        erase = shlex.join(["retrotool", "purge", str(store), again.purge, "--erase"])
+        return f"{what}, which is erased: purged as {again.purge}. Erase them, too: {erase}"
+    return f"{what}: purged as {again.purge}. An erase of {again.after} takes them, too."
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ def purged(store: Path, result: PurgeResult, erase: bool) -> str:
         lines = [f"Would purge {what}{before}. Nothing was purged."]
         if erase:
             lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies(result)}.")
-        return "\n".join([*lines, *lines_of(store, result)])
+        return "\n".join([*lines, *lines_of(store, result), *_same_text(store, result)])
     lines = []
     if not result.purge and not result.erased:
         lines.append(f"Nothing to purge{before}.")
@@ -56,7 +57,19 @@ def purged(store: Path, result: PurgeResult, erase: bool) -> str:
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
         lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
-    return "\n".join(lines + _about_erased(store, result))
+    return "\n".join(lines + _about_erased(store, result) + _same_text(store, result))
+
+
+def _same_text(store: Path, result: PurgeResult) -> list[str]:
+    """Which documents stay with a text that was selected, and what to run."""
+    same = result.same_text
+    if not same.documents:
+        return []
+    names = ", ".join(map(output.one_line, same.first))
+    living = f"as {names}" if same.documents == len(same.first) else f"in {same.documents:,} documents: {names}, …"
+    given = [word for name in same.first for word in ("--document", name)]
+    command = output.one_line(shlex.join(["retrotool", "purge", str(store), *given]))
+    return [f"The same text is living {living}. To take it there: {command} --reason ..."]
 
 
 def erased(store: Path, result: EraseResult) -> str:

@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.stages.duplicates import DuplicateCounts
+from retrotool.stages.purge_again import AFTER, PLAN
 from retrotool.stages.quarantine import without_numbers
 from retrotool.stages.repeats import BY_TEXT
 from retrotool.store import parts, staging
+from retrotool.store.restored import standing_purges
 from retrotool.store.staging import PLAN_COUNTS, Unit
+from retrotool.store.state import State
 from retrotool.store.store import Store
 
 
@@ -29,13 +32,26 @@ class SetAsideReason:
 
 
 @dataclass(frozen=True, slots=True)
+class PurgedAgain:
+    """A purge of so many documents of these inputs, which an earlier one, ``after``, keeps from coming back.
+
+    ``erased``: that one is, and this one is not.
+    """
+
+    purge: str
+    after: str
+    documents: int
+    erased: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkResult:
     """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
 
     ``stopped`` says why not all was done, ``exceeded`` that more was set aside than was allowed though all was done; ""
-    if not. ``duplicates`` are documents left out for their text; ``blocked`` those that were purged once. Of
-    ``compared`` documents the fast tokenizer's tokens were held against those of ``tokenizers``; ``exact`` ones only
-    ``tokenizers`` did.
+    if not. ``duplicates`` are documents left out for their text; ``blocked`` those that were purged once, and
+    ``purged_again`` tells of these the ones that were in the store before that. Of ``compared`` documents the fast
+    tokenizer's tokens were held against those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
     """
 
     documents: int
@@ -55,6 +71,7 @@ class ChunkResult:
     exceeded: str = ""
     reasons: tuple[SetAsideReason, ...] = ()
     duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
+    purged_again: tuple[PurgedAgain, ...] = ()
 
 
 def waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
@@ -104,7 +121,20 @@ def result_of(
         exceeded=exceeded,
         reasons=_reasons(store, plans, units),
         duplicates_by_source=dict(repeating),
+        purged_again=_purged_again(state, plans),
     )
+
+
+def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]:
+    records = standing_purges(state)
+    return tuple(
+        PurgedAgain(
+            purge, record[AFTER], record["documents"],
+            erased=not record["erased"] and bool(records.get(record[AFTER], {}).get("erased")),
+        )
+        for purge, record in records.items()
+        if record.get(PLAN) in plans
+    )  # fmt: skip
 
 
 def _reasons(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> tuple[SetAsideReason, ...]:

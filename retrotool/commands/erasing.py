@@ -28,6 +28,7 @@ from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
 from retrotool.stages.proofs import draw_proofs, proof_files, prove, unproven
+from retrotool.stages.purge_again import with_those_after
 from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
 from retrotool.stages.selectors import scan
@@ -97,10 +98,11 @@ def erase(
     """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
 
     ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
-    goes on. ``confirm`` is asked before anything is rewritten; False leaves everything as it is.
+    goes on. What a ``chunk`` purged after them, as it had more of the same, goes with them. ``confirm`` is asked before
+    anything is rewritten; False leaves everything as it is.
     """
     store = Store.open(root)
-    wanted = _wanted(store, purges, older_than)
+    wanted = with_those_after(store.state, _wanted(store, purges, older_than))
 
     def attempt() -> EraseResult:
         chunks = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in wanted)]

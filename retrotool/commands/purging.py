@@ -31,6 +31,7 @@ from retrotool.errors import StorageError
 from retrotool.stages import purge as selecting
 from retrotool.stages.purge import Selection
 from retrotool.stages.reviewed import read_selection, write_selection
+from retrotool.stages.same_text import NO_TEXT, SameText, find_same_text
 from retrotool.stages.selection import Asked, Match, Report, choose
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -46,8 +47,10 @@ class PurgeResult:
     aside because they repeat one that is erased. ``blocked`` are the ids and texts that are kept from coming back, and
     were not before. ``left`` says, in sentences, where text may lie that an erase could not reach just now, and
     ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that name what was erased,
-    by this purge or before, or could, as far as they are known. ``matches`` are how many chunks each selector means.
-    A dry run has a ``review``, and the name of the ``selection`` that it wrote down ("": it can't write).
+    by this purge or before, or could, as far as they are known. ``same_text``: documents that stay, and have the text
+    of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are how many chunks each
+    selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote down ("": it can't
+    write).
     """
 
     purge: str
@@ -69,6 +72,7 @@ class PurgeResult:
     not_reached: tuple[str, ...] = field(default=())
     consumers: tuple[ConsumerLeft, ...] = field(default=())
     matches: tuple[Match, ...] = field(default=())
+    same_text: SameText = NO_TEXT
     review: Review | None = None
     selection: str = ""
 
@@ -155,7 +159,7 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
         unerased=selection.unerased, unerased_share=selection.unerased / rows if rows else 0.0,
         erased=0, copies=selection.copied, files_rewritten=0, blocked=selection.newly_blocked,
         dry_run=dry_run, commit=state.number, examples=tuple(selection.living[:10].tolist()),
-        matches=selection.chosen.matches,
+        matches=selection.chosen.matches, same_text=find_same_text(store, selection.chunks),
     )  # fmt: skip
 
 

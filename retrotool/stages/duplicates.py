@@ -8,6 +8,8 @@ order in which units were finished nor the number of workers. The rule, of which
 2. By text, among the documents that do not repeat an id and are whole (no chunk purged or erased). Of those with one
    text the one with the lowest chunk id is the first; the others repeat it.
 
+What was purged while the plan was open is purged in the plan, too, before that: see ``purge_again``.
+
 Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
 fewer plans gives the same documents. What repeats is found in memory as ``keysort`` says; then the parts that hold a
 repeat are read one by one. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
@@ -31,6 +33,7 @@ from retrotool.stages import keysort
 from retrotool.stages.chunk import GIVEN_UP
 from retrotool.stages.chunk_plan import Plan, read_plan, unfinished_plans, write_json
 from retrotool.stages.keysort import Places, Span
+from retrotool.stages.purge_again import purge_again
 from retrotool.stages.repeats import Repeats, locate, read_repeats
 from retrotool.stages.retry import parts_of
 from retrotool.stages.retry_plan import gather_quarantine, remembered, settle
@@ -89,7 +92,8 @@ def finish_plans(
 
     ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
     ``fail`` raises ``DuplicatesError`` if there are any, and leaves the plan as it is: the next call finishes it. Of a
-    plan that another process finishes meanwhile only its record has the counts.
+    plan that another process finishes meanwhile only its record has the counts. Whatever is done with repeats, what was
+    purged meanwhile does not stay in the plan under another name.
     """
     finished: dict[str, DuplicateCounts] = {}
     for plan_id in unfinished_plans(store.refresh()):
@@ -107,10 +111,11 @@ def _finish(
     store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
 ) -> DuplicateCounts | None:
     while True:
-        seen = store.refresh()
-        if not seen.has(entry.path):
-            return None  # another process finished it
         try:
+            purge_again(store, run, plan_id)
+            seen = store.state
+            if not seen.has(entry.path):
+                return None  # another process finished it
             draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)
         except ErasedError:
             continue  # the plan was finished, or something erased, meanwhile: look again

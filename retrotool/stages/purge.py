@@ -74,21 +74,26 @@ def in_store(store: Store, chunks: Ids) -> Ids:
     return there
 
 
+def set_aside(store: Store) -> Ids:
+    """The chunks that plans made tombstones: of documents that repeat, and of parts that were taken back; ascending."""
+    plans = set(store.state.with_prefix("plan:"))
+    found = [
+        read_tombstones(store, slot).ids
+        for slot in store.state.group("tombstones")
+        if slot.partition(".")[0] in plans  # the others are of purges
+    ]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
 def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
 
     Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
     """
-    plans = set(store.state.with_prefix("plan:"))
-    aside = [
-        read_tombstones(store, slot).ids
-        for slot in store.state.group("tombstones")
-        if slot.partition(".")[0] in plans  # the others are of purges
-    ]
-    if not aside or not len(chunks):
+    repeats = Tombstones(in_store(store, set_aside(store)))
+    if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
-    repeats = Tombstones(in_store(store, np.unique(np.concatenate(aside))))
-    wanted = {name: _values_of(store, chunks, name) for name in ("key", "text_hash")}
+    wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
     selected = Tombstones(chunks)
     found = [np.zeros(0, np.int64)]
     copied = 0
@@ -110,7 +115,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     return np.unique(np.concatenate(found)), copied
 
 
-def _values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
+def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
     """A column of the documents that have any of ``chunks``, without nulls."""
     found = [pa.array([], pa.binary())]
     for part in np.unique(chunks >> PART_SHIFT).tolist():

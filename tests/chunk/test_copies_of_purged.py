@@ -1,0 +1,128 @@
+"""What was purged while a plan was open does not live on in that plan under another name, and can be erased there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chunk_helpers import run_chunk, run_cli, verified, write_rows
+from conftest import make_rows
+
+import retrotool
+from retrotool import commands
+from retrotool.store import parts
+from retrotool.store.blocked import read_blocked
+from retrotool.store.store import Store
+
+TEXT = "Jane Doe lives in a house by the lake, and has told nobody who lives there with her, nor for how long she will."
+X, Y = {"id": "x", "text": TEXT}, {"id": "y", "text": TEXT}
+OTHERS = make_rows(4, words=30)
+
+
+def names(store: Path) -> list[str]:
+    """Ids of the documents that are living."""
+    reader = retrotool.open(store)
+    chunks = [reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)]
+    return list(dict.fromkeys(chunk.document for chunk in chunks))
+
+
+def left_open(folder: Path, *rows: dict[str, str]) -> tuple[Path, Path]:
+    """A store with an open plan, of which all units are committed, and its input."""
+    store, path = folder / "store", write_rows(folder / "rows.jsonl", rows)
+    result = run_chunk(store, path, "--duplicates", "fail", "--part-size", 3)
+    assert "repeat earlier ones" in result.stderr
+    return store, path
+
+
+def purge(store: Path, *arguments: object) -> str:
+    result = run_cli("purge", store, *arguments, "--reason", "request 17", "--yes", "--json")
+    assert result.exit_code == 0, result.output
+    return str(json.loads(result.stdout)["purge"])
+
+
+def text_on_disk(store: Path) -> bool:
+    opened = Store.open(store)
+    return any("y" in parts.read_documents(opened, part, ["id"])["id"].to_pylist() for part in opened.state.parts())
+
+
+@pytest.mark.parametrize(("duplicates", "erase"), [("skip", ["--erase"]), ("keep", []), ("fail", ["--erase"])])
+def test_a_copy_of_what_was_purged_is_purged_before_its_plan_is_finished(duplicates, erase, tmp_path):
+    store, path = left_open(tmp_path, X, *OTHERS, Y, {"id": "z", "text": "Nobody's but z's."})
+    first = purge(store, "--document", "x", *erase)
+    assert "y" in names(store), "until then it is living"
+    result = run_chunk(store, path, "--duplicates", duplicates)
+    assert result.exit_code == 0, result.output
+    assert names(store) == [*(row["id"] for row in OTHERS), "z"]
+    found = commands.info(store)
+    assert (found.documents, found.unfinished, found.set_aside) == (5, 0, 0)
+    assert verified(store).documents == 5
+    (again,) = set(found.purges) - {first}
+    assert (found.purges[again]["reason"], found.purges[again]["documents"]) == ("request 17", 1)
+    assert "1 document left out: purged before" in result.stdout
+    assert f"read before purge {first}" in result.stdout
+    assert f"purged as {again}" in result.stdout
+    assert (f"retrotool purge {store} {again} --erase" in result.stdout) == bool(erase)
+    # The copy goes with the purge that it is of, whether that is erased already or not.
+    assert text_on_disk(store)
+    assert run_cli("purge", store, first, "--erase", "--yes").exit_code == 0
+    assert not text_on_disk(store)
+    assert all(record["erased"] for record in commands.info(store).purges.values())
+    for name in (first, again):
+        assert commands.verify_purge(store, name, out=tmp_path).receipt.ok
+    assert verified(store).documents == 5
+
+
+def test_the_same_purge_with_an_erase_takes_the_copy_after_its_original_was_erased(tmp_path):
+    store, path = left_open(tmp_path, X, *OTHERS, Y)
+    purge(store, "--document", "x", "--erase")
+    run_chunk(store, path)
+    purge(store, "--document", "x", "--erase")
+    assert not text_on_disk(store)
+    assert verified(store).documents == 4
+
+
+def test_a_document_that_was_purged_in_part_stays_and_its_copy_goes(tmp_path):
+    long = " ".join([TEXT] * 6)
+    rows = [{"id": "x", "text": long}, *OTHERS, {"id": "y", "text": long}]
+    store, path = left_open(tmp_path, *rows)
+    chunks = retrotool.open(store).document("x")
+    assert len(chunks) > 1
+    purge(store, "--chunk", chunks[0])
+    assert run_chunk(store, path, "--duplicates", "keep").exit_code == 0
+    assert retrotool.open(store).document("x") == chunks[1:]
+    assert "y" not in names(store)
+    assert verified(store).documents == 5
+
+
+def test_by_id_and_for_each_purge_and_taken_back(tmp_path):
+    version = {"id": "x", "text": "Another version of what x says."}
+    alike = [{"id": name, "text": "Said by two."} for name in ("a", "b")]
+    store, path = left_open(tmp_path, X, *OTHERS, version, *alike)
+    of_x = purge(store, "--chunk", 0)
+    of_a = purge(store, "--document", "a")
+    assert run_chunk(store, path, "--duplicates", "keep").exit_code == 0
+    assert names(store) == [row["id"] for row in OTHERS]
+    records = Store.open(store).state.with_prefix("purge:")
+    made = {record["after"]: purge for purge, record in records.items() if "after" in record}
+    assert made.keys() == {of_x, of_a}
+    assert len(read_blocked(Store.open(store))) == 2 + 2 + 1 + 1, "and what they say, under their names"
+    for name in made.values():
+        assert run_cli("purge", store, name, "--restore", "--reason", "kept after all").exit_code == 0
+    assert names(store) == [*(row["id"] for row in OTHERS), "x", "b"]
+    assert verified(store).documents == 6
+
+
+def test_a_plan_that_lets_purged_documents_in_keeps_them_and_one_begun_after_has_none(tmp_path, monkeypatch):
+    store, path = tmp_path / "store", write_rows(tmp_path / "rows.jsonl", [X, *OTHERS, Y])
+    assert run_chunk(store, path, "--duplicates", "fail", "--allow-purged").exit_code == 1
+    purge(store, "--document", "x")
+    assert run_chunk(store, path).exit_code == 0
+    assert "y" in names(store)
+    # A later plan's units had the block list from their beginning: no document is looked up again.
+    monkeypatch.setattr("retrotool.stages.purge_again._find", None)
+    later = write_rows(tmp_path / "later.jsonl", [{"id": "late", "text": "Nothing to see."}, {"id": "w", "text": TEXT}])
+    result = run_chunk(store, later)
+    assert result.exit_code == 0, result.output
+    assert "w" not in names(store)
+    assert verified(store).documents == 6
