@@ -27,7 +27,7 @@ from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
 from retrotool.stages.erase import EraseStage
 from retrotool.stages.index_files import measured_files
-from retrotool.stages.proofs import draw_proofs, proof_files, prove, unproven
+from retrotool.stages.prove import ProveStage
 from retrotool.stages.purge_again import with_those_after
 from retrotool.stages.reviewed import selections_of
 from retrotool.stages.selection import Ids
@@ -152,7 +152,7 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
 
 
 def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
-    """Commit, of each purge, the ``copies`` that are erased with it though it does not name them, with proofs of them.
+    """Commit, of each purge, the ``copies`` that are erased with it though it does not name them.
 
     Once their originals are erased nothing else tells copies: so an erase can be gone on with after a kill. Cost: if
     there are any, that of ``find_copies`` for each purge.
@@ -163,29 +163,24 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
             continue
         own = copies if len(purges) == 1 else purging.find_copies(store, purging.in_store(store, named))[0]
         if len(new := np.setdiff1d(own, named)):
-            _name(store, run, purge, new)
+            _name(store, run, purge + purging.COPIES, new)
 
 
-def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    """Commit that ``new`` copies are erased with a purge; what was drawn from the others does not tell these."""
-    slot = purge + purging.COPIES
-    before = store.state
+def _name(store: Store, run: Run, slot: str, new: Ids) -> None:
+    """Add to the chunks that are erased with a purge."""
+    before = store.state.file("tombstones", slot)
     ids = np.union1d(read_tombstones(store, slot).ids, new)
-    add = [write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)]
-    if proof_files(before, purge) and (proofs := draw_proofs(store, run, purge, new)) is not None:
-        add.append(proofs)
+    entry = write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)
 
     def build(state: State) -> Draft:
-        old = state.file("tombstones", slot)
-        if old != before.file("tombstones", slot) or proof_files(state, purge) != proof_files(before, purge):
-            raise ConflictError(f"purge {purge} is erased by another process, too", "Run the same command again.")
-        return Draft("erase", {"purges": []}, add=tuple(add), remove=(old.path,) if old else ())
+        if state.file("tombstones", slot) != before:
+            raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
+        return Draft("erase", {"purges": []}, add=(entry,), remove=(before.path,) if before else ())
 
     try:
         store.commit(run, build)
     except ConflictError:
-        for entry in add:
-            disk.unlink(paths.inside(store.root, entry.path))
+        disk.unlink(paths.inside(store.root, entry.path))
         raise
 
 
@@ -244,7 +239,8 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     """
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
-    _prove(store, run, victims.ids)
+    # What victims can be looked for by is kept before anything of them is gone.
+    engine.execute(ProveStage(victims), store, run)
     stage = EraseStage(victims)
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run)
@@ -264,14 +260,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
 
     store.commit(run, build)
     return len(victims), rewritten
-
-
-def _prove(store: Store, run: Run, victims: Ids) -> None:
-    """Keep what victims can be looked for by, before anything of them is gone."""
-    found = unproven(store, victims)
-    total = sum(len(Tombstones(unknown.chunks).parts()) for unknown in found.values())
-    with tqdm(total=total, unit="part", desc="prove", disable=None, delay=2, file=sys.stderr) as bar:
-        prove(store, run, found, bar.update)
 
 
 def clear(store: Store, run: Run) -> list[str]:

@@ -8,7 +8,7 @@ all of a value: of a table, or between quotes and line ends of a text.
 * *Hashed* needles tell nothing of what they are made from. Runs are kept only where the 8 bytes they begin with satisfy
   a public condition, which one window in 16 (of text in 32) does (``sampled``); so only these windows of the data need
   a look, and it can be a pseudo-random function: SipHash-2-4, whose 32 lowest bits are kept, and then BLAKE2b-128 of
-  the whole run. Both have keys made of the store's secret and of a salt of the purge. 100 to 200 MB/s and core.
+  the whole run. Both have keys made of the store's secret and the purge's id. 100 to 200 MB/s and core.
 
 Why nothing unkeyed is kept, not even 16 bits a needle: these would be too many to search by (10,000 needles are 14 % of
 65,536 values, a candidate every seven bytes), and too many to give away. Whoever guesses a text, from a list of names
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ class Needles:
     Plain, ``proofs`` are the bytes; with ``key`` (48 bytes) they are 16 bytes of hash, and ``tags`` uint64 [n] go with
     them. ``lengths`` are those of runs, by kind. ``chunks`` are the ids of the victims, sorted; ``victims`` int32 [n]
     the place of each needle's own among them (of ids and keys that of the document's first), if that is known.
-    ``lacking`` counts, by kind, victims that have no needle; for ids and keys documents.
+    ``lacking`` counts, by kind, victims that have no needle; for ids and keys documents. ``tried`` has, by kind, the
+    victims that needles were sought of.
     """
 
     kinds: npt.NDArray[np.uint8]
@@ -68,6 +69,7 @@ class Needles:
     lacking: dict[str, int] = field(default_factory=dict)
     key: bytes | None = None
     tags: Words | None = None
+    tried: dict[str, Places] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Needles of all kinds."""
@@ -109,8 +111,19 @@ class Needles:
         return Needles(
             self.kinds[places], [self.proofs[i] for i in places.tolist()], self.lengths, self.chunks,
             None if self.victims is None else self.victims[places], self.lacking, self.key,
-            None if self.tags is None else self.tags[places],
+            None if self.tags is None else self.tags[places], self.tried,
         )  # fmt: skip
+
+    def of_victims(self, mine: npt.NDArray[np.bool_]) -> Needles:
+        """Those of some victims, given by a mask of all, and of how many of these there are none."""
+        assert self.victims is not None, "they tell their victims"
+        kept = self.of(mine[self.victims])
+        assert kept.victims is not None
+        lacking = {}
+        for kind, victims in self.tried.items():
+            has = np.unique(kept.victims[kept.kinds == KINDS.index(kind)])
+            lacking[kind] = int(mine[victims].sum()) - len(has)
+        return replace(kept, lacking=lacking)
 
     def hashed(self, secret: str, salt: bytes) -> Needles:
         """The same as keyed hashes, without the runs that can't be found by them; no needle tells its victim."""

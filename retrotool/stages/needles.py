@@ -13,14 +13,14 @@ and takes these out. So a common phrase is no finding, however late it came, and
 elsewhere nothing is looked for. ``Needles.lacking`` counts those of which nothing was drawn. What is purged, and waits
 to be erased, says nothing by right.
 
-Cost: 0.2 ms a victim, and reading and decoding their parts once for 8,192 of them; memory of a part, and 8 kB a victim
-of these. ``said_by_others`` reads and decodes all parts that it is given. Of more than 262,144 victims some are passed
-over, evenly.
+Cost: 0.2 ms a victim, and reading and decoding their parts once for 8,192 of them, of however many purges; memory of a
+part, and 8 kB a victim of these. ``said_by_others`` reads and decodes all parts that it is given. Of more than 262,144
+victims some are passed over, evenly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ import pyarrow as pa
 from retrotool.stages.matching import KINDS, WINDOW, Matcher, Needles, sampled, sampled_heads
 from retrotool.stages.views import cells_of, folded
 from retrotool.store import parts, schemas, vectors
-from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -55,34 +54,53 @@ Report = Callable[[int], object]
 
 
 def make_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> Needles:
-    """Needles of victims in one piece: see ``draw_needles``."""
-    return Needles.joined(list(draw_needles(store, chunks, report)), np.unique(chunks))
-
-
-def draw_needles(
-    store: Store, chunks: Ids, report: Report = lambda _: None, vectors_of: Mapping[int, list[str]] | None = None
-) -> Iterator[Needles]:
-    """Draw needles of victims, given by ids that are not erased yet, some thousand at a time.
-
-    ``report`` is called with 1 for each part that was read. What is erased already has no needles. ``vectors_of``: draw
-    nothing but these vectors, given as names of encoders by part.
-    """
+    """Needles of victims, given by ids that are not erased yet; ``report`` is called with 1 for each part."""
     victims = Tombstones(np.unique(chunks))
-    drawn, hidden = _Drawn(store, victims), hidden_by(store, victims.ids)
+    draw = Draw(store, hidden_by(store, victims.ids))
+    several: list[Needles] = []
     for part in victims.parts():
-        only = None if vectors_of is None else vectors_of.get(part, [])
-        if store.state.part_file("chunks", part) is not None and only != []:
-            for needles in drawn.draw(part, only):
-                left = np.ones(len(needles), np.bool_)
-                left[sorted(said_by_others(store, needles, [part], hidden=hidden, tokenizer=drawn.tokenizer))] = False
-                yield drawn.some_of_each(needles, left)
+        if store.state.part_file("chunks", part) is not None:
+            several += [needles for (needles,) in draw.of_part(part, [victims.rows(part)])]
         report(1)
+    return Needles.joined(several, victims.ids)
+
+
+class Draw:
+    """Draws needles of victims, part by part. ``hidden``: what says nothing by right."""
+
+    def __init__(self, store: Store, hidden: Tombstones) -> None:
+        self._store, self._hidden = store, hidden
+        self._tokenizer = _tokenizer(store)
+
+    def of_part(
+        self,
+        part: int,
+        groups: Sequence[Ids],
+        among: Ids | None = None,
+        encoders: Sequence[str] | None = None,
+    ) -> Iterator[list[Needles]]:
+        """Needles of the victims of a part, some thousand victims at a time: those of each of ``groups`` of rows.
+
+        Groups may overlap. What is erased already has no needles. ``among``: rows to draw from, of the others there is
+        only what tells a chunk as a whole. ``encoders``: draw of nothing but these vectors.
+        """
+        drawn = _Drawn(self._store, part, groups, self._tokenizer)
+        for needles in drawn.draw(among, encoders):
+            left = np.ones(len(needles), np.bool_)
+            said = said_by_others(self._store, needles, [part], hidden=self._hidden, tokenizer=self._tokenizer)
+            left[sorted(said)] = False
+            some = drawn.some_of_each(needles, left)
+            yield [some.of_victims(mask) for mask in drawn.masks]
+
+
+def sampled_victims(chunks: Ids) -> Ids:
+    """The victims that are drawn from, of as many as there are: all, or some, evenly."""
+    return chunks[:: -(-len(chunks) // _MOST_VICTIMS) or 1]
 
 
 def passed_over(victims: int) -> int:
     """Of so many victims, how many nothing is drawn from."""
-    step = -(-victims // _MOST_VICTIMS) or 1
-    return victims - -(-victims // step)
+    return victims - len(sampled_victims(np.arange(victims)))
 
 
 def hidden_by(store: Store, victims: Ids) -> Tombstones:
@@ -132,65 +150,71 @@ def _tokenizer(store: Store) -> Tokenizer:
 
 
 class _Drawn:
-    """Needles as they are drawn, part by part."""
+    """Needles as they are drawn of the victims of a part.
 
-    def __init__(self, store: Store, victims: Tombstones) -> None:
+    A victim's number is its place among the rows of all groups; behind these come the documents of each group, for
+    whether one goes as a whole depends on the group.
+    """
+
+    def __init__(self, store: Store, part: int, groups: Sequence[Ids], tokenizer: Tokenizer) -> None:
         identity = store.identity
-        self.tokenizer = _tokenizer(store)
-        self._store, self._victims = store, victims
+        self._store, self._part, self._tokenizer = store, part, tokenizer
+        self._rows = np.unique(np.concatenate([np.zeros(0, np.int64), *groups]))
+        self._groups = groups
         self._lengths = {
             "tokens": TOKENS * identity.tokenizer.token_bytes, "text": TEXT_BYTES, "vector16": 2 * NUMBERS,
             "vector32": 4 * NUMBERS, "key": schemas.HASH_BYTES,
         }  # fmt: skip
-        self._step = -(-len(victims) // _MOST_VICTIMS) or 1
+        self.masks = [np.isin(self._rows, group) for group in groups]
+        """Which victims are of each group."""
         self._begin()
 
     def _begin(self) -> None:
         self._kinds: list[npt.NDArray[np.uint8]] = []
         self._places: list[Ids] = []
         self._pieces: list[bytes] = []
-        self._had: dict[str, set[int]] = {kind: set() for kind in KINDS}
+        self._tried: dict[str, list[Ids]] = {kind: [] for kind in KINDS if kind != "whole"}
 
     def _add(self, kind: str, places: Ids, pieces: Sequence[bytes]) -> None:
         self._kinds.append(np.full(len(pieces), KINDS.index(kind), np.uint8))
         self._places.append(places)
         self._pieces += pieces
 
-    def draw(self, part: int, only: list[str] | None = None) -> Iterator[Needles]:
-        """Draw of the victims of a part, some thousand at a time; ``only`` of their vectors by these encoders."""
-        store = self._store
-        rows = self._victims.rows(part)
-        first = int(np.searchsorted(self._victims.ids, part << PART_SHIFT))
+    def draw(self, among: Ids | None, encoders: Sequence[str] | None) -> Iterator[Needles]:
+        """Draw, some thousand victims at a time; the arguments are those of ``Draw.of_part``."""
+        store, part = self._store, self._part
         chunks = parts.read_chunks(store, part)
         embeddings = [
             vectors.read_vectors(store, entry)
-            for name in (store.state.names("embeddings") if only is None else only)
+            for name in (store.state.names("embeddings") if encoders is None else encoders)
             if (entry := store.state.part_file("embeddings", part, name)) is not None
         ]
-        whole = rows[chunks.n_tokens[rows] > 0]
-        places = first + np.searchsorted(rows, whole)
-        tokens = [chunks.tokens[row, : chunks.n_tokens[row]].tobytes() for row in whole.tolist()]
-        if only is None:
-            self._draw_ids(part, chunks.doc, chunks.n_tokens, rows, first)
-            self._add("whole", places, tokens)
-        places, whole, tokens = places[:: self._step], whole[:: self._step], tokens[:: self._step]
-        for start in range(0, max(len(whole), 1), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
-            if only is None:
-                texts = self.tokenizer.decode(chunks.tokens[whole[some]], chunks.n_tokens[whole[some]])
-                self._draw("tokens", places[some], tokens[some])
-                self._draw("text", places[some], [folded(text) for text in texts.to_pylist()])
+        places = np.flatnonzero(chunks.n_tokens[self._rows] > 0)
+        if encoders is None:
+            whole = self._rows[places]
+            self._add("whole", places, [chunks.tokens[r, : chunks.n_tokens[r]].tobytes() for r in whole.tolist()])
+            self._draw_ids(chunks.doc, chunks.n_tokens)
+        if among is not None:
+            places = places[np.isin(self._rows[places], among)]
+        for start in range(0, max(len(places), 1), _AT_ONCE):
+            some = places[start : start + _AT_ONCE]
+            rows = self._rows[some]
+            if encoders is None:
+                texts = self._tokenizer.decode(chunks.tokens[rows], chunks.n_tokens[rows])
+                tokens = [chunks.tokens[row, : chunks.n_tokens[row]].tobytes() for row in rows.tolist()]
+                self._draw("tokens", some, tokens)
+                self._draw("text", some, [folded(text) for text in texts.to_pylist()])
             for matrix in embeddings:
-                mine = matrix[whole[some]]
+                mine = matrix[rows]
                 full = np.flatnonzero(mine.any(axis=1))
-                self._draw("vector16", places[some][full], [row.tobytes() for row in mine[full]])
-                self._draw("vector32", places[some][full], [row.tobytes() for row in mine[full].astype("<f4")])
+                self._draw("vector16", some[full], [row.tobytes() for row in mine[full]])
+                self._draw("vector32", some[full], [row.tobytes() for row in mine[full].astype("<f4")])
             yield self._needles()
             self._begin()
 
     def _draw(self, kind: str, places: Ids, several: Sequence[bytes]) -> None:
         """Draw runs of what victims say, each a piece of ``several``."""
-        self._had[kind].update(places.tolist())
+        self._tried[kind].append(places)
         step = max(1, _DRAWN_BYTES // max(map(len, several), default=1))
         for start in range(0, len(several), step):
             some = slice(start, start + step)
@@ -199,26 +223,36 @@ class _Drawn:
             runs = [data[i : i + self._lengths[kind]] for i in at.tolist()]
             self._add(kind, places[some][of], runs)
 
-    def _draw_ids(self, part: int, doc: Any, n_tokens: Any, rows: Ids, first: int) -> None:
-        """Ids and keys of the documents of which nothing will be left."""
-        left = n_tokens > 0
-        left[rows] = False
-        gone = np.setdiff1d(doc[rows], doc[left])
-        table = parts.read_documents(self._store, part, ["id", "key"]).take(pa.array(gone))
+    def _draw_ids(self, doc: Any, n_tokens: Any) -> None:
+        """Ids and keys of the documents of which a group leaves nothing."""
+        several = []
+        for group in self._groups:
+            left = n_tokens > 0
+            left[group] = False
+            several.append(np.setdiff1d(doc[group], doc[left]))
+        gone = np.concatenate([np.zeros(0, np.int64), *several])
+        table = parts.read_documents(self._store, self._part, ["id", "key"]).take(pa.array(gone))
         known = table["id"].is_valid().to_numpy()
-        places = first + np.searchsorted(doc[rows], gone[known])  # of a part they ascend
+        places = len(self._rows) + np.flatnonzero(known)
         names, keys = (table[column].filter(pa.array(known)).to_pylist() for column in ("id", "key"))
         for kind, pieces in (("id", [name.encode() for name in names]), ("key", keys)):
             self._add(kind, places, pieces)
-            self._had[kind].update(places.tolist())
+            self._tried[kind].append(places)
+        owner = np.repeat(np.arange(len(several)), [len(one) for one in several])
+        self.masks = [
+            np.concatenate([mask[: len(self._rows)], owner == number]) for number, mask in enumerate(self.masks)
+        ]
 
     def _needles(self) -> Needles:
         kinds = np.concatenate([np.zeros(0, np.uint8), *self._kinds])
         places = np.concatenate([np.zeros(0, np.int64), *self._places]).astype(np.int32)
-        return Needles(kinds, self._pieces, self._lengths, self._victims.ids, places)
+        none = np.zeros(0, np.int64)
+        tried = {kind: np.unique(np.concatenate([none, *some])) for kind, some in self._tried.items()}
+        chunks = parts.chunk_ids(self._part, self._rows)
+        return Needles(kinds, self._pieces, self._lengths, chunks, places, tried=tried)
 
     def some_of_each(self, needles: Needles, left: npt.NDArray[np.bool_]) -> Needles:
-        """The first of each kind and victim that are ``left``, and how many victims have none."""
+        """The first of each kind and victim that are ``left``."""
         assert needles.victims is not None
         rows = np.flatnonzero(left)
         # Those that hashes can be kept of come first.
@@ -228,11 +262,7 @@ class _Drawn:
         begins = np.flatnonzero(np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])[: len(rows)])
         rank = np.arange(len(rows)) - np.repeat(begins, np.diff([*begins.tolist(), len(rows)]))
         most = np.array([_EACH[kind] for kind in KINDS])[needles.kinds[rows[order]]]
-        kept = needles.of(np.sort(rows[order[rank < most]]))
-        assert kept.victims is not None
-        has = {kind: len(np.unique(kept.victims[kept.kinds == number])) for number, kind in enumerate(KINDS)}
-        lacking = {kind: len(had) - has[kind] for kind, had in self._had.items() if kind != "whole"}
-        return Needles(kept.kinds, kept.proofs, kept.lengths, kept.chunks, kept.victims, lacking)
+        return needles.of(np.sort(rows[order[rank < most]]))
 
 
 def _spread(data: bytes, sizes: Ids, length: int, kind: str) -> tuple[Ids, Ids]:

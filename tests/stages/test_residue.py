@@ -12,6 +12,7 @@ import shutil
 import string
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from retrotool import commands
 from retrotool.errors import CorruptError
 from retrotool.stages import needles as making
 from retrotool.stages.matching import KINDS, Matcher, Needles, head_words, sampled, siphash
-from retrotool.stages.needles import draw_needles, hidden_by, make_needles, said_by_others
-from retrotool.stages.proofs import proofs_of, read_proofs, write_proofs
+from retrotool.stages.needles import hidden_by, make_needles, said_by_others
+from retrotool.stages.proofs import hashed, joined_hashes, proofs_of, read_proofs, write_proofs
 from retrotool.stages.residue import CHUNK, Finding, look, scan
 from retrotool.stages.views import cells, folded, unescaped
 from retrotool.store import parts, vectors
+from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -145,7 +147,7 @@ def test_needles_are_nothing_that_others_have(canaried: Path) -> None:
     assert said, "of chunks in another part than the victims"
     own = np.unique(victims_of(canaried) >> 32).tolist()
     for part in own:
-        few = Needles.joined(list(draw_needles(opened, victims_of(canaried)[victims_of(canaried) >> 32 == part])))
+        few = make_needles(opened, victims_of(canaried)[victims_of(canaried) >> 32 == part])
         assert not said_by_others(opened, few, [part], hidden=hidden), "their own part was asked already"
     texts = {needles.proofs[i] for i in np.flatnonzero(needles.kinds == KINDS.index("text")) if i not in said}
     assert texts
@@ -288,24 +290,27 @@ def test_ids_are_found_as_whole_values_only(tmp_path: Path, form: Callable[[Need
     }
 
 
+def proofs_file(store: Store, run: str, slot: str, needles: Needles) -> FileEntry:
+    kept = joined_hashes([hashed(store, slot.partition(".")[0], needles)])
+    return write_proofs(store, run, slot, kept, np.arange(3))
+
+
 def test_proofs_are_kept_without_text_and_found_by(store: Path) -> None:
     opened = Store.open(store)
     needles = needles_of(store)
     with Run(store) as run:
-        entry = write_proofs(opened, FileName.new(run.id, "proofs", "p0", "parquet"), [needles])
+        entry = proofs_file(opened, run.id, "p0.000000", needles)
         opened.commit(run, lambda _: Draft("erase", add=(entry,)))
     data = (store / entry.path).read_bytes() + repr(pq.read_table(store / entry.path).to_pydict()).encode()
     assert not any(piece in data for piece in needles.proofs)
-    kept = read_proofs(opened, entry, victims_of(store))
+    kept = replace(read_proofs(opened, entry).needles, chunks=needles.chunks)
     assert 0.5 * len(needles) < len(kept) <= len(needles), "short ones have none that can be kept"
     assert kept.lacking.keys() == needles.lacking.keys()
     found = scan(store, kept)
     assert {kind for kinds in folders(found).values() for kind in kinds} >= {"tokens", "vector16", "id", "key", CHUNK}
     assert not [finding for finding in found if finding.path == entry.path]
-    again = read_proofs(
-        opened, write_proofs(opened, FileName.new("0123abcd", "proofs", "p1", "parquet"), [needles]), needles.chunks
-    )
-    assert set(again.proofs).isdisjoint(kept.proofs), "the salt is another"
+    again = read_proofs(opened, proofs_file(opened, "0123abcd", "p1.000000", needles)).needles
+    assert set(again.proofs).isdisjoint(kept.proofs), "each purge has keys of its own"
     broken = pa.table(
         {
             "kind": pa.array([9], pa.uint8()),
@@ -315,7 +320,7 @@ def test_proofs_are_kept_without_text_and_found_by(store: Path) -> None:
     )
     bad = parts.write_parquet(store, FileName.new("0123abcd", "proofs", "p2", "parquet"), broken)
     with pytest.raises(CorruptError, match="no proofs"):
-        read_proofs(opened, bad, needles.chunks)
+        read_proofs(opened, bad)
 
 
 def test_verify_reads_proofs_and_misses_their_purge(store: Path) -> None:
@@ -323,10 +328,8 @@ def test_verify_reads_proofs_and_misses_their_purge(store: Path) -> None:
     purge = commands.purge(store, commands.Selectors(where="source = 'c' and id like 'canary%'"), reason="test").purge
     opened = Store.open(store)
     with Run(store) as run:
-        for slot, problems in ((purge, 0), ("p0", 1)):
-            entry = write_proofs(
-                opened, FileName.new(run.id, "proofs", slot, "parquet"), [needles.of(np.arange(9).repeat(2))]
-            )
+        for slot, problems in ((f"{purge}.000000", 0), ("p0.000000", 1)):
+            entry = proofs_file(opened, run.id, slot, needles.of(np.arange(9).repeat(2)))
             opened.commit(run, lambda _: Draft("erase", add=(entry,)))  # noqa: B023
             assert len(commands.verify(store).problems) == problems
     assert "there is no purge p0" in commands.verify(store).problems[0]
