@@ -87,8 +87,7 @@ def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
         if not result.files_rewritten:
             done = "they were erased before"
         lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; {done}.")
-        purges = getattr(result, "purges", (getattr(result, "purge", ""),))
-        lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in purges[:_PROVED] if purge]
+        lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in result.purges[:_PROVED]]
     lines += [f"Not reached: {what}." for what in result.not_reached]
     return lines + [consumer_left(one) for one in result.consumers]
 

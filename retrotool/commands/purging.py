@@ -41,16 +41,17 @@ from retrotool.store.tombstones import read_tombstones
 class PurgeResult:
     """What ``purge`` did, or would do.
 
-    ``purge`` is empty if there was nothing to do. ``unerased`` counts the selected chunks, copies included, that an
-    erase has still to take, and ``unerased_share`` is their share of all chunks that the store ever had. ``erased``
-    counts the chunks whose bytes are gone; among them are those of ``copies``, documents that a ``chunk`` had set
-    aside because they repeat one that is erased. ``blocked`` are the ids and texts that are kept from coming back, and
-    were not before. ``left`` says, in sentences, where text may lie that an erase could not reach just now, and
-    ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that name what was erased,
-    by this purge or before, or could, as far as they are known. ``same_text``: documents that stay, and have the text
-    of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are how many chunks each
-    selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote down ("": it can't
-    write).
+    ``purge`` is empty if there was nothing to do; ``purges`` are those that an erase was of: this, or, if it did no
+    more than go on with them, those by the same selectors before, the newest first. ``unerased`` counts the selected
+    chunks, copies included, that an erase has still to take, and ``unerased_share`` is their share of all chunks that
+    the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
+    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` are the ids and texts that are
+    kept from coming back, and were not before. ``left`` says, in sentences, where text may lie that an erase could not
+    reach just now, and ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that
+    name what was erased, by this purge or before, or could, as far as they are known. ``same_text``: documents that
+    stay, and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are
+    how many chunks each selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote
+    down ("": it can't write).
     """
 
     purge: str
@@ -73,6 +74,7 @@ class PurgeResult:
     consumers: tuple[ConsumerLeft, ...] = field(default=())
     matches: tuple[Match, ...] = field(default=())
     same_text: SameText = NO_TEXT
+    purges: tuple[str, ...] = field(default=())
     review: Review | None = None
     selection: str = ""
 
@@ -187,8 +189,12 @@ def _carry_out(
             left = clear(store, run)
             consumers = consumers_left(store, victims)
     state = store.refresh()
+    records = state.with_prefix("purge:")
+    before = sorted(selecting.same_selector(store, selection.asked), key=lambda purge: -int(records[purge]["commit"]))
+    of = (purged,) if purged else tuple(before)
     return replace(
-        planned, purge=purged, erased=erased, files_rewritten=rewritten, commit=state.number, left=tuple(left),
+        planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
+        commit=state.number, left=tuple(left),
         not_reached=(ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
     )  # fmt: skip
 

@@ -118,6 +118,8 @@ def test_without_an_erase_copies_stay_as_they_are(store: Path, tmp_path: Path) -
     assert (again.chunks, again.already_purged, again.copies) == (0, first.chunks, 2)
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
     assert all(purge["erased"] for purge in commands.info(store).purges.values())
+    once_more = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    assert (once_more.purge, once_more.purges) == ("", (again.purge, first.purge)), "these are to be proven"
 
 
 @pytest.mark.parametrize("purged_before", [False, True])
