@@ -12,6 +12,8 @@ which should mean about a tenth of the store. Then
   before the purge, after it, after ``--repair``, and as they are found from scratch in the store that was purged;
 * it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
 
+At last each of the 100 documents is purged on its own, and all these purges are erased together.
+
 Times are those of the commands as whole processes.
 """
 
@@ -153,6 +155,20 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     shutil.rmtree(root)
 
 
+def one_by_one(source: Path, folder: Path, documents: list[str]) -> None:
+    """A purge for each document, and one erase of all."""
+    root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
+    each = [run("purge", root, "--document", name, "--reason", "benchmark", "--yes")[1] for name in documents]
+    erased, seconds = run("purge", root, "--erase", "--older-than", "0s", "--yes")
+    print(
+        f"\n{len(documents)} documents, each purged on its own: {np.median(each):.1f} s each\n"
+        f"  erase of all        {seconds:7.1f} s: {erased['erased']:,} chunks, {erased['files_rewritten']:,} files"
+    )
+    verified, seconds = run("purge", root, erased["purges"][0], "--verify", "--out", folder)
+    print(f"  verify of one       {seconds:7.1f} s: {'nothing is left' if verified['receipt']['ok'] else 'NOT well'}")
+    shutil.rmtree(root)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
@@ -176,6 +192,7 @@ def main() -> None:
         chunk = str(int(rng.choice(ids)))
         for selector in (["--chunk", chunk], ["--documents", str(listed)], ["--where", arguments.where]):
             measure(arguments.store, Path(folder), selector, arguments.encoder, arguments.name, drawn)
+        one_by_one(arguments.store, Path(folder), sorted(names))
 
 
 if __name__ == "__main__":
