@@ -12,7 +12,7 @@ from retrotool.cli.options import Json, StoreArgument, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
-    from retrotool.commands.chunk_result import ChunkResult
+    from retrotool.commands.chunk_result import ChunkResult, SetAsideReason
     from retrotool.commands.estimating import Estimate
 
 EPILOG = """\b
@@ -226,7 +226,7 @@ def _text(result: ChunkResult) -> str:
     if result.set_aside:
         lines.append(f"{output.count(result.set_aside, 'row')} set aside:")
         rows = [
-            (r.rows, r.reason, f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
+            (r.rows, _reason(r), f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
             for r in result.reasons[:10]
         ]
         lines.append(output.table(rows))
@@ -242,6 +242,11 @@ def _text(result: ChunkResult) -> str:
     if result.damaged and not result.stopped:
         lines.append("What a broken file lost is added when it is mended: --retry-quarantine.")
     return "\n".join(lines)
+
+
+def _reason(one: SetAsideReason) -> str:
+    """A reason; where a column is missing with the names that there are, in place of what the rows say."""
+    return f"{one.reason}: {one.excerpt}" if one.reason.startswith("no column") and one.excerpt else one.reason
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -7,8 +7,8 @@ A task is one of
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
   exact distances to known vectors tell what a vector was;
 - a file of materialised neighbours (``stages.erase_materialised``);
-- a quarantine file that has excerpts. All of them go: a row that could not be read may be the victim's, and nothing
-  but reading it tells whose it is.
+- a quarantine file that has excerpts, or hashes of what came before damage. All of them go: a row that could not be
+  read may be the victim's, and nothing but reading it tells whose it is.
 
 Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
 was begun, and a purge of which nothing is erased can still be taken back. A task reads the tombstones of its victims,
@@ -53,6 +53,8 @@ from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
+_OF_INPUT = ("excerpt", "prefix")
+"""Columns of quarantine that an erase nulls: what rows say, and a hash by which a guess at them can be tested."""
 _Result = TypeVar("_Result")
 
 
@@ -222,8 +224,8 @@ def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
 
 
 def _has_excerpts(store: Store, entry: FileEntry) -> bool:
-    excerpts = parts.read_parquet(store, entry, ["excerpt"])["excerpt"]
-    return bool(pc.any(pc.greater(pc.binary_length(excerpts), 0)).as_py())
+    table = parts.read_parquet(store, entry, list(_OF_INPUT))
+    return any(bool(pc.any(pc.greater(pc.binary_length(table[name]), 0)).as_py()) for name in _OF_INPUT)
 
 
 class EraseWorker:
@@ -325,9 +327,11 @@ class EraseWorker:
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)
-        place = table.schema.get_field_index("excerpt")
-        nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
-        return parts.write_parquet(self._store.root, name, table.set_column(place, table.schema.field(place), nothing))
+        for column in _OF_INPUT:
+            place = table.schema.get_field_index(column)
+            nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
+            table = table.set_column(place, table.schema.field(place), nothing)
+        return parts.write_parquet(self._store.root, name, table)
 
 
 def erase_documents(documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32]) -> pa.Table:
