@@ -62,6 +62,9 @@ LIMITS = (
     "The input that was chunked, and what was exported before, are other people's files: none was looked at.",
     "Text is looked for in pieces that nobody else has said: what a living document says, too, is there by right. "
     "A chunk of a few words may have no such piece.",
+    "Of text a piece of fewer than about 150 characters in a row may pass unnoticed; of 60 every second does. The "
+    "whole text of a chunk does not, nor its tokens, a vector as it is stored, or an id that stands by itself, unless "
+    "it is counted here among those without a piece to look for.",
     "Who has the file with the salt can test with the hashes whether a text that they guess was among what was erased.",
 )
 
