@@ -75,14 +75,17 @@ class DuplicatesError(RetrotoolError):
 
 
 class InputError(RetrotoolError):
-    """An input file can't be read from ``position`` on; what came before it is good."""
+    """An input file can't be read from ``position`` on; what came before it is good.
 
-    def __init__(self, message: str, position: int = 0) -> None:
+    The message is kept, so it must have nothing of the file's content; that stands in ``excerpt``.
+    """
+
+    def __init__(self, message: str, position: int = 0, excerpt: str = "") -> None:
         super().__init__(message)
-        self.position = position
+        self.position, self.excerpt = position, excerpt
 
-    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int]]:  # type: ignore[override]
-        return type(self), (str(self), self.position)
+    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int, str]]:  # type: ignore[override]
+        return type(self), (str(self), self.position, self.excerpt)
 
 
 class NotFiniteError(RetrotoolError):

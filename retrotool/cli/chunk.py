@@ -14,7 +14,7 @@ from retrotool.cli.options import Json, StoreArgument, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
-    from retrotool.commands.chunk_result import ChunkResult, PurgedAgain
+    from retrotool.commands.chunk_result import ChunkResult, PurgedAgain, SetAsideReason
     from retrotool.commands.estimating import Estimate
 
 EPILOG = """\b
@@ -229,7 +229,7 @@ def _text(store: Path, result: ChunkResult) -> str:
     if result.set_aside:
         lines.append(f"{output.count(result.set_aside, 'row')} set aside:")
         rows = [
-            (r.rows, r.reason, f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
+            (r.rows, _reason(r), f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
             for r in result.reasons[:10]
         ]
         lines.append(output.table(rows))
@@ -253,6 +253,11 @@ def _purged_again(store: Path, again: PurgedAgain) -> str:
         erase = shlex.join(["retrotool", "purge", str(store), again.purge, "--erase"])
         return f"{what}, which is erased: purged as {again.purge}. Erase them, too: {erase}"
     return f"{what}: purged as {again.purge}. An erase of {again.after} takes them, too."
+
+
+def _reason(one: SetAsideReason) -> str:
+    """A reason; where a column is missing with the names that there are, in place of what the rows say."""
+    return f"{one.reason}: {one.excerpt}" if one.reason.startswith("no column") and one.excerpt else one.reason
 
 
 def estimate_text(estimate: Estimate) -> str:

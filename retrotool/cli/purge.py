@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +35,8 @@ Examples:
   retrotool purge store p1a2b3c4d --verify"""
 
 ASK_ABOVE = 0.01
+_LONGEST_AGE = 12
+"""Digits."""
 _HELP = "See: retrotool purge --help"
 _ALONE = {
     "--verify": ("PURGE", "--out"),
@@ -255,7 +259,10 @@ def _given(reason: str | None) -> str:
 def _seconds(age: str) -> float:
     """An age such as 7d as seconds."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    number, unit = age[:-1], age[-1:]
-    if unit not in units or not number.isdecimal():
-        raise UsageError(f"--older-than {age!r} is no age", "Give for example 7d, 12h or 2w.")
-    return float(int(number) * units[unit])
+    if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
+        raise UsageError(f"--older-than {age!a} is no age", "Give for example 7d, 12h or 2w.")
+    digits = age[:-1].lstrip("0")
+    seconds = int(digits[:_LONGEST_AGE] or "0") * units[age[-1]]
+    if len(digits) > _LONGEST_AGE or seconds > time.time():
+        raise UsageError(f"--older-than {age[:40]}: no purge is older than 1970", "Give for example 7d, 12h or 2w.")
+    return float(seconds)

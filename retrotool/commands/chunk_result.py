@@ -23,12 +23,13 @@ from retrotool.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class SetAsideReason:
-    """A reason why rows were set aside, how many, and where the first is."""
+    """A reason why rows were set aside, how many, where the first is, and its excerpt, if one was kept."""
 
     reason: str
     rows: int
     input: str
     line: int
+    excerpt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +143,13 @@ def _reasons(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> tuple
     found: dict[str, SetAsideReason] = {}
     for table in _quarantines(store, plans, units):
         grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
-        for row in grouped.aggregate([("input", "first"), ("line", "first"), ("reason", "count")]).to_pylist():
-            reason, n = row["reason"], row["reason_count"]
+        firsts = [(column, "first") for column in ("input", "line", "excerpt")]
+        for row in grouped.aggregate([*firsts, ("reason", "count")]).to_pylist():
+            reason, n, first = row["reason"], row["reason_count"], row["excerpt_first"] or ""
             kind = without_numbers(reason)
             old = found.get(kind)
             if old is None:
-                found[kind] = SetAsideReason(reason, n, row["input_first"], row["line_first"])
+                found[kind] = SetAsideReason(reason, n, row["input_first"], row["line_first"], first)
             else:
                 found[kind] = replace(old, rows=old.rows + n, reason=reason if reason == old.reason else kind)
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows))
@@ -159,4 +161,4 @@ def _quarantines(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> I
     entries: list[Any] = [group.get(slot) for slot in slots] + [unit.quarantine for unit in units]
     for entry in entries:
         if entry is not None:
-            yield from parts.read_tables(store, entry, ["input", "line", "reason"])
+            yield from parts.read_tables(store, entry, ["input", "line", "reason", "excerpt"])

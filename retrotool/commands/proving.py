@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -61,6 +62,9 @@ LIMITS = (
     "The input that was chunked, and what was exported before, are other people's files: none was looked at.",
     "Text is looked for in pieces that nobody else has said: what a living document says, too, is there by right. "
     "A chunk of a few words may have no such piece.",
+    "Of text a piece of fewer than about 150 characters in a row may pass unnoticed; of 60 every second does. The "
+    "whole text of a chunk does not, nor its tokens, a vector as it is stored, or an id that stands by itself, unless "
+    "it is counted here among those without a piece to look for.",
     "Who has the file with the salt can test with the hashes whether a text that they guess was among what was erased.",
 )
 
@@ -164,7 +168,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
     if hashes:
-        _write(targets["salt"], f"{salt}\n".encode())
+        _write(targets["salt"], f"{salt}\n".encode(), mode=0o600)  # for nobody else: with it guesses can be tested
     _write(targets["json"], data)
     commit = _note(store, receipt, sha256)  # now that it is there
     _write(targets["html"], receipt_page.page(receipt, sha256, commit).encode())
@@ -173,9 +177,12 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     )
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file that has ``mode`` from its first byte on, as far as the user's mask lets it."""
     with files.written(path) as scratch:
-        scratch.write_bytes(data)
+        scratch.unlink(missing_ok=True)
+        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
 
 
 def _check(store: Store, purge: str) -> None:

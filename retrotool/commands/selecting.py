@@ -14,6 +14,7 @@ from retrotool.stages.selectors.base import Selector
 from retrotool.stages.selectors.classified import classified
 from retrotool.stages.selectors.contaminates import Contaminates
 from retrotool.stages.selectors.copies import NearDuplicates
+from retrotool.stages.selectors.files import read_lines
 from retrotool.stages.selectors.like import near
 from retrotool.stages.selectors.patterns import Patterns, read_patterns
 from retrotool.stages.selectors.pii import KINDS, PersonalData
@@ -64,13 +65,13 @@ class Selectors:
 
     def asked(self, store: Store) -> Asked:
         """Read what is in files; ``UsageError`` if nothing is asked for, or what can't be looked for in this store."""
+        self._check_texts()
         given: list[Given | Repeats] = []
         if self.ids is not None or self.chunk:
             given.append(Given("ids", (*_lines("--ids", self.ids), *map(str, self.chunk))))
         if self.documents is not None or self.document:
             given.append(Given("documents", (*_lines("--documents", self.documents), *self.document)))
         if self.where is not None:
-            check_text("--where", self.where)
             given.append(Given("where", (self.where,)))
         if self.duplicates:
             given.append(Repeats())
@@ -88,11 +89,18 @@ class Selectors:
                     )
         return Asked(tuple(given), tuple(scanned), self.every, self.whole_documents)
 
+    def _check_texts(self) -> None:
+        """``UsageError`` for what stands for text, or is written down, and has no UTF-8."""
+        for name in ("where", "pattern", "like", "contaminates", "encoder", "label"):
+            if (value := getattr(self, name)) is not None:
+                check_text(f"--{name}", str(value))
+        for document in self.document:
+            check_text("--document", document)
+
     def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
         patterns: tuple[str, ...] = ()
         if self.pattern is not None:
-            check_text("--pattern", self.pattern)
             compiled(self.pattern)  # what can't be is told before anything is read
             patterns += (self.pattern,)
         if self.patterns is not None:
@@ -100,7 +108,7 @@ class Selectors:
         if patterns:
             found.append(Patterns(patterns))
         if self.terms is not None:
-            found.append(Terms(_read("--terms", self.terms)))
+            found.append(Terms(read_terms(Path(self.terms))))
         if self.pii:
             found.append(PersonalData(self.pii))
         if self.near_duplicates_of is not None:
@@ -112,7 +120,6 @@ class Selectors:
             found.append(Contaminates(str(Path(self.contaminates).absolute()), as_of=as_of))
         check_device(self.device)
         if self.like is not None:
-            check_text("--like", str(self.like))
             found.append(near(store, self.like, self.within, self.encoder, self.device))
         elif self.within is not None or self.encoder is not None:
             alone = "--within" if self.within is not None else "--encoder"
@@ -124,24 +131,8 @@ class Selectors:
         return found
 
 
-def _read(option: str, path: str | Path) -> tuple[str, ...]:
-    try:
-        return read_terms(Path(path))
-    except OSError as error:
-        raise UsageError(
-            f"{option} {path} can't be read: {error.strerror}", "Give a file with one term a line."
-        ) from error
-
-
 def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        return tuple(Path(path).read_text("utf-8", "surrogateescape").split("\n"))
-    except OSError as error:
-        raise UsageError(
-            f"{option} {path} can't be read: {error.strerror}", "Give a file with one id a line."
-        ) from error
+    return () if path is None else read_lines(option, path, "id")
 
 
 def signed(reason: str, who: str | None) -> str:

@@ -10,7 +10,7 @@ from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.finding import Survey, find_inputs, survey
 from retrotool.sources.names import names_without
 from retrotool.sources.read import check, check_fields, cut, read
-from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, SetAside, excerpt
+from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, SetAside, excerpt, told
 
 __all__ = [
     "MAX_DOCUMENT_BYTES",
@@ -29,4 +29,5 @@ __all__ = [
     "names_without",
     "read",
     "survey",
+    "told",
 ]

@@ -25,7 +25,7 @@ from retrotool.sources import columns, rows
 from retrotool.sources.arrow_messages import MARK, Message, messages
 from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.parquet import runs
-from retrotool.sources.records import Document, Fields, SetAside
+from retrotool.sources.records import Document, Fields, SetAside, told
 
 _FILE = b"ARROW1"
 _FEATHER_1 = b"FEA1"
@@ -48,12 +48,12 @@ def read_arrow(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
                 if getattr(error, "errno", None) is not None:
                     raise
                 after = where.first + line - 1
-                reason = str(error).splitlines()[0]
+                reason = told(error)
                 raise InputError(f"broken off after row {after:,}: {reason}", line) from error
             if batch is None:
                 return
             if lacking := rows.missing(batch.schema, fields):
-                yield from (SetAside(line + i, lacking) for i in range(batch.num_rows))
+                yield from (lacking._replace(line=line + i) for i in range(batch.num_rows))
             else:
                 yield from rows.rows_of(batch, fields, file.name, line, where.first + line)
             line += batch.num_rows
@@ -96,7 +96,7 @@ def _batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iterator[pa
         except pa.ArrowException as error:
             # Cut off before its footer: behind the mark at its beginning it is a stream.
             source.seek(_STREAM_START)
-            yield from _stream(source, fields, where, f"no footer: {str(error).splitlines()[0]}")
+            yield from _stream(source, fields, where, f"no footer: {told(error)}")
             return
         table = pa.ipc.open_file(source, options=_options(table.schema, fields))
         for i in range(where.start, table.num_record_batches if where.end is None else where.end):

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrotool.sources.records import told
+
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
@@ -178,7 +180,7 @@ def _value(one: pa.Array) -> Any:
     except UnicodeDecodeError as error:
         return Unreadable(f"invalid UTF-8 at byte {error.start:,} of a value")
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        return Unreadable(f"a value can't be read: {str(error).splitlines()[0]}")
+        return Unreadable(f"a value can't be read: {told(error)}")
 
 
 def token_rows(array: pa.Array) -> list[Any]:

@@ -25,11 +25,10 @@ from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.lines import BOM, HEAD_BYTES
-from retrotool.sources.records import Document, Fields, SetAside, document_of, excerpt
+from retrotool.sources.records import Document, Fields, SetAside, column_names, document_of, excerpt, no_column
 from retrotool.sources.streams import BrokenStream
 
 _DELIMITERS = {"csv": b",", "tsv": b"\t"}
-_MOST_COLUMNS_NAMED = 12
 
 
 class Record(NamedTuple):
@@ -75,13 +74,13 @@ def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[D
         elif len(found) != len(names):
             yield SetAside(line, f"{len(found):,} fields, the header has {len(names):,}", offset, excerpt(head))
         elif problem:
-            yield SetAside(line, problem, offset, excerpt(head))
+            yield SetAside(line, problem, offset, column_names(names))
         else:
             row = {name: found[place] if name in required else found[place] or None for name, place in used}
             result = document_of(row, fields, file.name, line, offset, offset)
             yield result._replace(excerpt=excerpt(head)) if isinstance(result, SetAside) else result
     if problem and head is None:  # a file of something else may look like a header alone
-        yield SetAside(header.line, problem, header.offset, excerpt(header.head))
+        yield SetAside(header.line, problem, header.offset, column_names(names))
 
 
 def _missing(names: Sequence[str], fields: Fields) -> str:
@@ -89,8 +88,7 @@ def _missing(names: Sequence[str], fields: Fields) -> str:
     text = (fields.key, fields.value) if fields.key is not None else (fields.tokens or fields.text,)
     for name in text:
         if name not in names:
-            more = ", ..." if len(names) > _MOST_COLUMNS_NAMED else ""
-            return f"no column {name!r}; there are: {', '.join(names[:_MOST_COLUMNS_NAMED])}{more}"
+            return no_column(name, len(names))
     counts = Counter(names)
     twice = next((name for name in (*text, fields.id, "source", *fields.keep) if counts[str(name)] > 1), None)
     return f"column {twice!r} is there {counts[str(twice)]} times" if twice is not None else ""

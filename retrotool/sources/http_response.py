@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from retrotool.sources.records import BadRow, excerpt
+from retrotool.sources.records import BadRow
 from retrotool.sources.streams import Decompressor, Inflater
 
 if sys.version_info >= (3, 14):
@@ -100,7 +100,7 @@ def _decoded(body: bytes, coding: str, limit: int) -> bytes:
         return _unpacked(body, _zstd, _ZSTD, limit) if body.startswith(_ZSTD) else _as_it_is(body, "is no zstd")
     if coding == "deflate":
         return _inflated(body, limit)
-    raise BadRow(f"its content is compressed with {_NAMES.get(coding, repr(excerpt(coding)))}, which is not read")
+    raise BadRow(f"its content is compressed with {_NAMES.get(coding, 'an unknown coding')}, which is not read")
 
 
 def _zstd() -> zstd.ZstdDecompressor:

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from retrotool.errors import InputError
 from retrotool.sources.files import InputFile, Slice
-from retrotool.sources.records import Document, Fields, SetAside
+from retrotool.sources.records import Document, Fields, SetAside, excerpt
 from retrotool.sources.token_ranges import OnDisk, Ranges, break_at, cut_documents, documents, documents_before, lost
 
 WINDOW_DOCUMENTS = 1 << 16
@@ -80,7 +80,7 @@ def open_index(path: Path) -> Index:
         return _memory_mapped(path, head, size)
     if head.startswith(_TORCHNET):
         return _torchnet(path, head, size)
-    raise InputError(f"{path.name} is no index of Megatron's: it begins with {head[:9]!r}")
+    raise InputError(f"{path.name} is no index of Megatron's: it begins otherwise", excerpt=excerpt(head[:9]))
 
 
 def _memory_mapped(path: Path, head: bytes, size: int) -> Index:

@@ -23,7 +23,7 @@ from retrotool.errors import InputError
 from retrotool.sources import columns, rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.footer import ColumnSizes, column_sizes
-from retrotool.sources.records import Document, Fields, SetAside
+from retrotool.sources.records import Document, Fields, SetAside, told
 
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
@@ -40,7 +40,7 @@ def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docu
         total = sum(counts)
         if lacking := rows.missing(table.schema_arrow, fields):
             _check_counts(table)  # or a damaged one would set aside rows without end
-            yield from (SetAside(line, lacking) for line in range(1, total + 1))
+            yield from (lacking._replace(line=line) for line in range(1, total + 1))
             return
         line = 1
         sizes = _sizes(file, table, fields)
@@ -135,5 +135,5 @@ def _batches(
                 raise
             broken = error
     after, lost = line - 1 + done, max(0, total - (line - 1 + done))
-    reason = str(broken).splitlines()[0]
+    reason = told(broken)
     raise InputError(f"broken off after row {after:,}, {lost:,} rows are lost: {reason}", after + 1) from broken

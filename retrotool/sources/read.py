@@ -16,7 +16,7 @@ import pyarrow as pa
 from retrotool.errors import InputError, RetrotoolError, UsageError
 from retrotool.sources import arrow, csv_rows, json_array, lines, parquet, text, tokens, warc
 from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, SetAside
+from retrotool.sources.records import Document, Fields, SetAside, told
 
 Rows = Iterator[Document | SetAside]
 
@@ -53,7 +53,7 @@ def read(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
         else:
             yield from FORMATS[file.base].read(file, fields, where)
     except InputError as error:
-        yield SetAside(error.position, str(error), damage=True)
+        yield SetAside(error.position, str(error), excerpt=error.excerpt, damage=True)
     except Exception as error:
         if not _is_damage(error):
             raise
@@ -109,7 +109,7 @@ def _is_damage(error: Exception) -> bool:
 
 def _told(error: Exception) -> str:
     """What an exception says, in a line; Arrow's are sentences, of others the name is half of it."""
-    first = (str(error).splitlines() or [""])[0]
+    first = told(error)
     if isinstance(error, OSError | pa.ArrowException):
         return first or type(error).__name__
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ MAX_DOCUMENT_BYTES = 64 << 20
 TOKEN_BYTES = 4
 """What a token id counts against ``Fields.max_document``."""
 EXCERPT_CHARACTERS = 120
+_MOST_COLUMNS_NAMED = 12
+_QUOTED = re.compile(r"""(?<!\w)[bu]?(?:(['"`]).*\1|['"`].*)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class SetAside(NamedTuple):
 
     ``line`` is its line or row from 1, relative to the range read (0: the whole file); ``offset`` the byte offset of
     its line in the (decompressed) input, -1 where rows have none. ``damage``: the file is broken here, and what
-    followed is lost until it is mended.
+    followed is lost until it is mended. What the input says stands in ``excerpt`` alone, as an erase leaves reasons.
     """
 
     line: int
@@ -100,6 +103,23 @@ def excerpt(data: bytes | str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def told(error: BaseException) -> str:
+    """What a library's exception says, in a line, without what it quotes: that may be of the input."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"invalid UTF-8 at byte {error.start:,}"
+    return _QUOTED.sub("…", (str(error).splitlines() or [""])[0])
+
+
+def no_column(name: str | None, there: int) -> str:
+    """The reason where a column is not ``there`` among so many."""
+    return f"no column {name!r} among {there:,}"
+
+
+def column_names(names: Sequence[str]) -> str:
+    """The first columns of a table, as an excerpt: of a table without a header they are a row's values."""
+    return excerpt(", ".join(names[:_MOST_COLUMNS_NAMED]) + (", ..." if len(names) > _MOST_COLUMNS_NAMED else ""))
 
 
 def content_id(text: str) -> str:
@@ -181,7 +201,7 @@ def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, po
     try:
         kept = tuple(as_text(find(row, name)) for name in fields.keep) if fields.keep else ()
     except (TypeError, ValueError) as error:
-        raise BadRow(f"a kept field can't be written: {error}") from error
+        raise BadRow(f"a kept field can't be written: {told(error)}") from error
     return Document(identifier, text, own if isinstance(own, str) else source, position, line, kept, value, tokens)
 
 

@@ -26,8 +26,11 @@ from retrotool.sources.records import (
     Fields,
     SetAside,
     as_text,
+    column_names,
     content_id,
     document_of,
+    no_column,
+    told,
     too_many_tokens,
 )
 
@@ -52,12 +55,11 @@ def wanted(fields: Fields) -> list[str]:
     return list(dict.fromkeys([*needed(fields), fields.id, "source", *fields.keep]))
 
 
-def missing(schema: pa.Schema, fields: Fields) -> str | None:
-    """Why no row of a table can be a document, or None."""
+def missing(schema: pa.Schema, fields: Fields) -> SetAside | None:
+    """Why no row of a table can be a document, for a row without a number, or None."""
     for name in needed(fields):
         if columns.steps(schema, name) is None:
-            have = ", ".join(schema.names[:12])
-            return f"no column {name!r}; there are: {have}"
+            return SetAside(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
 
 
@@ -152,7 +154,7 @@ def _kept(value: Any) -> Any:
     try:
         return as_text(value)
     except (TypeError, ValueError) as error:
-        return Unreadable(f"a kept field can't be written: {error}")
+        return Unreadable(f"a kept field can't be written: {told(error)}")
 
 
 def _limited(array: pa.Array, name: str, fields: Fields) -> tuple[pa.Array, dict[int, str]]:

@@ -86,7 +86,7 @@ def document(
         return SetAside(line, too_long)
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
         place = int(np.argmax(tokens < 0))
-        return SetAside(line, f"a negative token id, {int(tokens[place])}, at token {place:,}")
+        return SetAside(line, f"a negative token id at token {place:,}")
     kept = (None,) * len(fields.keep)
     return Document(tokens_id(tokens), "", source, position, line, kept, None, tokens)
 

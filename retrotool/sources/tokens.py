@@ -28,7 +28,7 @@ import numpy.typing as npt
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.files import OFFSETS, WHOLE, InputFile, Slice
 from retrotool.sources.megatron import cut_megatron, open_index, read_megatron
-from retrotool.sources.records import Document, Fields, SetAside
+from retrotool.sources.records import Document, Fields, SetAside, excerpt, told
 from retrotool.sources.token_ranges import (
     BLOCK_BYTES,
     OnDisk,
@@ -128,12 +128,14 @@ def _layout(file: InputFile) -> Layout:
         head = stream.read(_NUMPY_HEAD_BYTES)
         if not head.startswith(_NUMPY):
             if _DESCRIPTION in head:
-                raise InputError(f"the numpy header of {path.name} is damaged: it begins with {head[:6]!r}")
+                raise InputError(
+                    f"the numpy header of {path.name} is damaged: it begins otherwise", excerpt=excerpt(head[:6])
+                )
             suffix = _SUFFIX_DTYPES.get(path.suffix.lower())
             return Layout(np.dtype(suffix) if suffix else None, 0, by="suffix")
     shape, dtype, begin = _numpy_header(path)
     if len(shape) != 1 or dtype.kind not in "iu":
-        raise InputError(f"an array of {dtype} of shape {list(shape)}, not token ids in one dimension")
+        raise InputError(f"an array of {dtype.name} of shape {list(shape)}, not token ids in one dimension")
     return Layout(dtype, begin, shape[0], by="header")
 
 
@@ -151,8 +153,8 @@ def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         except Exception as error:  # a header is parsed as Python, and damaged ones fail in as many ways
             if isinstance(error, OSError):
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the numpy header of {path.name} is damaged: {first}") from error
+            problem = told(error) or type(error).__name__
+            raise InputError(f"the numpy header of {path.name} is damaged: {problem}") from error
     raise InputError(f"{path.name} is of numpy's format version {version[0]}.{version[1]}, which is not known")
 
 
@@ -213,7 +215,7 @@ def _open_offsets(file: InputFile) -> OnDisk:
     path = _offsets(file)
     shape, dtype, begin = _numpy_header(path)
     if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 1:
-        raise InputError(f"{path.name} is no list of places: {dtype} of shape {list(shape)}")
+        raise InputError(f"{path.name} is no list of places: {dtype.name} of shape {list(shape)}")
     size = path.stat().st_size
     if size != begin + shape[0] * dtype.itemsize:
         raise InputError(f"{path.name} is damaged: {shape[0]:,} places do not make its {size:,} bytes")

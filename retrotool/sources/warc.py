@@ -26,10 +26,16 @@ from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.http_response import headers_of, response_of
-from retrotool.sources.records import BadRow, Document, Fields, SetAside, document_of, excerpt
+from retrotool.sources.records import BadRow, Document, Fields, SetAside, document_of, excerpt, told
 from retrotool.sources.streams import BrokenStream
 
 _HTML = ("text/html", "application/xhtml+xml")
+_MEDIA = (
+    "application/javascript", "application/json", "application/octet-stream", "application/pdf", "application/xml",
+    "application/zip", "image/gif", "image/jpeg", "image/png", "image/svg+xml", "image/webp", "text/css",
+    "text/javascript", "text/xml",
+)  # fmt: skip
+"""Types that reasons name; what else a header says is the input's."""
 _ROWS = ("response", "resource", "conversion", "continuation")
 _LONGEST_LINE = 1 << 20
 _LONGEST_NUMBER = 18
@@ -62,7 +68,8 @@ def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | S
                 yield row._replace(excerpt=name) if isinstance(row, SetAside) else row
         except (BrokenStream, _BrokenRecord) as error:
             place = f"broken off after record {number:,}, at byte {reader.record:,}"
-            raise InputError(f"{place}: {error}", number + 1) from error
+            head = error.head if isinstance(error, _BrokenRecord) else ""
+            raise InputError(f"{place}: {error}", number + 1, head) from error
 
 
 def _row(
@@ -105,7 +112,8 @@ def _text(content_type: str, body: bytes) -> str:
     media, _, parameters = content_type.partition(";")
     media = media.strip().lower()
     if media not in _HTML and media != "text/plain":
-        raise BadRow(f"{excerpt(media) or 'content of no type'} is neither HTML nor plain text")
+        what = media if media in _MEDIA else f"content of {'another' if media else 'no'} type"
+        raise BadRow(f"{what} is neither HTML nor plain text")
     decode, extract = _extraction()
     charset = parameters.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
     text = decode(body, charset)
@@ -133,13 +141,17 @@ def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
         try:
             return str(extract_plain_text(text, preserve_formatting=True, main_content=True))
         except ValueError as error:
-            raise BadRow(f"not to be parsed as HTML: {error}") from error
+            raise BadRow(f"not to be parsed as HTML: {told(error)}") from error
 
     return decode, extract
 
 
 class _BrokenRecord(Exception):  # noqa: N818 - a verdict about the file
-    """Here no record is, or it is cut off."""
+    """Here no record is, or it is cut off; ``head`` is what stands there instead of what should."""
+
+    def __init__(self, message: str, head: str = "") -> None:
+        super().__init__(message)
+        self.head = head
 
 
 def _next_headers(reader: _Reader) -> Headers | None:
@@ -155,7 +167,7 @@ def _next_headers(reader: _Reader) -> Headers | None:
             raise _BrokenRecord("the file ends just after a record, before its end is marked")
         return None
     if not first.startswith(b"WARC/"):
-        raise _BrokenRecord(f"not a WARC record but {excerpt(first[:40])!r}")
+        raise _BrokenRecord(f"not a WARC record but a line of {len(first):,} bytes", excerpt(first[:40]))
     lines: list[str] = []
     while (line := reader.line()) not in (b"\r\n", b"\n"):
         if not line:
@@ -167,7 +179,8 @@ def _next_headers(reader: _Reader) -> Headers | None:
 def _size(headers: Headers) -> int:
     length = headers.get("content-length", "")
     if not (length.isascii() and length.isdigit() and len(length.lstrip("0")) <= _LONGEST_NUMBER):
-        raise _BrokenRecord(f"a record's Content-Length is {excerpt(length)!r}")
+        problem = f"is no size but {len(length):,} characters" if length else "is missing"
+        raise _BrokenRecord(f"a record's Content-Length {problem}", excerpt(length))
     return int(length.lstrip("0") or "0")
 
 

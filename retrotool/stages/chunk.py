@@ -78,7 +78,7 @@ class ChunkStage:
             raise ErasedError(f"plan {plan_id} was finished or changed by another process")
         plan = read_plan(store, entry)
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
-        detail = (str(error).splitlines() or [""])[0][:_EXCERPT]
+        detail = sources.told(error)[:_EXCERPT]
         bad = Quarantine()
         for piece in plan.units[index]:
             bad.open(plan.files[piece.file].path)

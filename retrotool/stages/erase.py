@@ -7,8 +7,8 @@ A task is one of
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
   exact distances to known vectors tell what a vector was;
 - a file of materialised neighbours (``stages.erase_materialised``);
-- a quarantine file that has excerpts. All of them go: a row that could not be read may be the victim's, and nothing
-  but reading it tells whose it is.
+- a quarantine file that has excerpts, or hashes of what came before damage. All of them go: a row that could not be
+  read may be the victim's, and nothing but reading it tells whose it is.
 
 Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
 was begun, and a purge of which nothing is erased can still be taken back. A task reads the tombstones of its victims,
@@ -40,10 +40,12 @@ from retrotool.ann import lists
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages import erase_materialised
 from retrotool.stages.base import Report, Task, task_key
+from retrotool.stages.cutting import id_hash
 from retrotool.stages.index_files import all_shards, check_sum, parts_of, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
+from retrotool.store.identity import Identity
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import tombstones_naming
@@ -53,6 +55,8 @@ from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
+_OF_INPUT = ("excerpt", "prefix")
+"""Columns of quarantine that an erase nulls: what rows say, and a hash by which a guess at them can be tested."""
 _Result = TypeVar("_Result")
 
 
@@ -218,8 +222,8 @@ def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
 
 
 def _has_excerpts(store: Store, entry: FileEntry) -> bool:
-    excerpts = parts.read_parquet(store, entry, ["excerpt"])["excerpt"]
-    return bool(pc.any(pc.greater(pc.binary_length(excerpts), 0)).as_py())
+    table = parts.read_parquet(store, entry, list(_OF_INPUT))
+    return any(bool(pc.any(pc.greater(pc.binary_length(table[name]), 0)).as_py()) for name in _OF_INPUT)
 
 
 class EraseWorker:
@@ -272,7 +276,7 @@ class EraseWorker:
         chunks = parts.read_chunks(store, part)
         n_tokens, tokens = chunks.n_tokens.copy(), chunks.tokens.copy()
         n_tokens[rows], tokens[rows] = 0, 0
-        documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens)
+        documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens, store.identity)
         found = {
             "documents": documents,
             "keys": parts.keys_table(documents),
@@ -321,16 +325,24 @@ class EraseWorker:
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)
-        place = table.schema.get_field_index("excerpt")
-        nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
-        return parts.write_parquet(self._store.root, name, table.set_column(place, table.schema.field(place), nothing))
+        for column in _OF_INPUT:
+            place = table.schema.get_field_index(column)
+            nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
+            table = table.set_column(place, table.schema.field(place), nothing)
+        return parts.write_parquet(self._store.root, name, table)
 
 
-def erase_documents(documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32]) -> pa.Table:
-    """Documents after an erase: counts of what is left, and nulls for those of which nothing is."""
+def erase_documents(
+    documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], identity: Identity
+) -> pa.Table:
+    """Documents after an erase: counts of what is left, and nulls for those of which nothing is.
+
+    Those of which a part is left lose the hash of their text; where that was their id too, they are named anew.
+    """
     left = np.bincount(doc, weights=n_tokens, minlength=documents.num_rows).astype(np.int64)
     whole = documents["n_tokens"].to_numpy() == left
     gone = pa.array(left == 0)
+    documents = _named_anew(documents, ~whole & (left > 0) & parts.named_by_text(documents), identity)
     columns = []
     for schema_field in documents.schema:
         column = documents[schema_field.name]
@@ -343,6 +355,20 @@ def erase_documents(documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: n
             column = pc.if_else(gone, pa.scalar(None, column.type), column)
         columns.append(column)
     return pa.table(columns, schema=documents.schema)
+
+
+def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Identity) -> pa.Table:
+    """Documents with ids for ``which`` of them that only the store can make of those before, always the same."""
+    if not which.any():
+        return documents
+    old = documents["id"].filter(pa.array(which)).to_pylist()
+    ids = [identity.keyed_hash(f"erased:{name}") for name in old]
+    for column, values in (("id", ids), ("key", [id_hash(name) for name in ids])):
+        place = documents.schema.get_field_index(column)
+        field_ = documents.schema.field(place)
+        new = pc.replace_with_mask(documents[column].combine_chunks(), pa.array(which), pa.array(values, field_.type))
+        documents = documents.set_column(place, field_, new)
+    return documents
 
 
 def erase_neighbours(

@@ -2,7 +2,7 @@
 
 Of each victim some *needles* of a kind are drawn, spread over it: 4 times 8 tokens in a row as the store has them, 8
 times 24 bytes of its text, twice 8 numbers of its vector as float16 and as float32; of a document that goes as a whole
-its id and key. Text is *folded*:
+its id and key, also of one that goes in part and has the hash of all its text for an id. Text is *folded*:
 ASCII letters in lower case, and no other ASCII but digits, so that text is found with other spaces, line ends and
 punctuation, and as it was before a tokenizer lost these. All tokens of a victim are a needle, too, by which nothing is
 looked for: a receipt has its hash.
@@ -224,14 +224,16 @@ class _Drawn:
             self._add(kind, places[some][of], runs)
 
     def _draw_ids(self, doc: Any, n_tokens: Any) -> None:
-        """Ids and keys of the documents of which a group leaves nothing."""
+        """Ids and keys of the documents of which a group leaves nothing, or that will be named anew."""
+        table = parts.read_documents(self._store, self._part, ["id", "key", "text_hash"])
         several = []
         for group in self._groups:
             left = n_tokens > 0
             left[group] = False
-            several.append(np.setdiff1d(doc[group], doc[left]))
+            mine = np.unique(doc[group])
+            several.append(mine[~np.isin(mine, doc[left]) | parts.named_by_text(table.take(pa.array(mine)))])
         gone = np.concatenate([np.zeros(0, np.int64), *several])
-        table = parts.read_documents(self._store, self._part, ["id", "key"]).take(pa.array(gone))
+        table = table.take(pa.array(gone))
         known = table["id"].is_valid().to_numpy()
         places = len(self._rows) + np.flatnonzero(known)
         names, keys = (table[column].filter(pa.array(known)).to_pylist() for column in ("id", "key"))
@@ -326,12 +328,18 @@ def _others(store: Store, part: int, hidden: Tombstones, tokenizer: Tokenizer) -
 
 
 def _columns(store: Store, part: int, hidden: Tombstones) -> Iterator[pa.Array]:
-    """The columns of the documents of which some chunk is not hidden."""
+    """The columns of the documents of which some chunk is not hidden.
+
+    Without ids and keys that an erase of what is hidden of them replaces: these are not said by right.
+    """
     table = parts.read_documents(store, part)
     count = table["n_chunks"].to_numpy()
     first = table["first_row"].to_numpy()
     rows = hidden.rows(part)
     mine = np.searchsorted(rows, first + count) - np.searchsorted(rows, first)
-    table = table.filter(pa.array(mine < count))
-    for column in table.columns:
+    mine, table = mine[mine < count], table.filter(pa.array(mine < count))
+    kept = mine == 0
+    kept[~kept] = ~parts.named_by_text(table.filter(pa.array(~kept)))
+    for name in table.schema.names:
+        column = table[name].filter(pa.array(kept)) if name in ("id", "key") else table[name]
         yield from column.chunks

@@ -16,8 +16,8 @@ than the store's; ids in an index that broke off; text in encodings other than U
 &nbsp;), in Parquet files inside of archives, in archives that broke off or are of other kinds, or encrypted; less than
 a needle, or a piece of a chunk that none was drawn from; letters beyond ASCII in the other case than the tokenizer
 gives; text across more than 4 kB of punctuation. Ids are not looked for in JSON of the store's own but in what people
-wrote there, nor, if they are numbers, between commas. One file is never looked at: the tokenizer, if it has the SHA-256
-that the store is bound to. It is older than all text.
+wrote there, nor in bytes that are no text, nor, if they are numbers, between commas. One file is never looked at: the
+tokenizer, if it has the SHA-256 that the store is bound to. It is older than all text.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ _NESTED = 4
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _THREADS = 2
 _FAISS = (b"Ix", b"Iw")
+_BZIP2 = (b"1AY&SY", b"\x17rE8P\x90")
+"""How the first block of bzip2 begins, behind the mark and a digit; and the end of one that has none."""
+_START = max(LONGEST_MAGIC, 16)
+"""Bytes that tell what a file is."""
 _RECORDS = ("log", "checkpoints", "plans", "inputs")
 _FREE = ("reason", "who", "restored_reason", "restored_by")
 _BROKEN = (
@@ -165,9 +169,9 @@ class Residue:
         try:
             if path != self._tokenizer:
                 with path.open("rb") as file:
-                    start = file.read(max(LONGEST_MAGIC, 4))
+                    start = file.read(_START)
                 record = self._is_record(path)
-                self._stream(found, _blocks(path, report), cells_too=not record)
+                self._stream(found, _blocks(path, report), cells_too=not (record or _is_packed(start)))
                 if record:
                     self._note(found, self._cells.cells(*_free_texts(path.read_bytes())))
                 else:
@@ -183,7 +187,7 @@ class Residue:
 
     def _decoded(self, found: set[tuple[str, int]], path: Path, start: bytes) -> None:
         """What the bytes of a file stand for, by what it begins with."""
-        if compression := compression_by_magic(start):
+        if compression := _compression(start):
             self._unpacked(found, _blocks(path), compression, _NESTED)
         elif start[:4] == b"PAR1":
             try:
@@ -199,12 +203,12 @@ class Residue:
         """Search what is compressed, and what is compressed in that."""
         content = _whole(unpacked(raw, compression))
         start = next(content, b"")
-        inner = compression_by_magic(start) if depth else ""
+        inner = _compression(start) if depth else ""
         content = itertools.chain([start], content)
         if inner:
             self._unpacked(found, content, inner, depth - 1)
         else:
-            self._stream(found, content)
+            self._stream(found, content, cells_too=not _is_packed(start))
 
     def _zip(self, found: set[tuple[str, int]], file: Path | IO[bytes], depth: int) -> None:
         """Search all members that can be read, and archives among them; raw bytes were looked at."""
@@ -217,13 +221,13 @@ class Residue:
         self, found: set[tuple[str, int]], archive: zipfile.ZipFile, member: zipfile.ZipInfo, depth: int
     ) -> None:
         with archive.open(member) as file:
-            start = file.read(max(LONGEST_MAGIC, 4))
+            start = file.read(_START)
             content = _whole(itertools.chain([start], iter(lambda: file.read(_BLOCK), b"")))
-            compression = compression_by_magic(start) if depth else ""
+            compression = _compression(start) if depth else ""
             if compression:
                 self._unpacked(found, content, compression, depth - 1)
             else:
-                self._stream(found, content)
+                self._stream(found, content, cells_too=not _is_packed(start))
         if depth and start[:4] == b"PK\x03\x04":
             with archive.open(member) as file:
                 self._zip(found, file, depth - 1)
@@ -277,6 +281,22 @@ class Residue:
 
     def _note(self, found: set[tuple[str, int]], hits: Iterable[tuple[int, int]]) -> None:
         found.update((KINDS[self._needles.kinds[number]], number) for _, number in hits)
+
+
+def _is_packed(start: bytes) -> bool:
+    """Whether bytes begin like those of a format that is decoded, or has no texts: cells in them are there by chance.
+
+    So that no text begins like that, more is asked for than letters where a format's mark is letters.
+    """
+    if start[:2] in _FAISS:
+        return 0 in start[4:_START]  # the dimension, and how many there are
+    return start.startswith((b"PAR1\x15", b"PK\x03\x04", b"\x93NUMPY")) or bool(_compression(start))
+
+
+def _compression(start: bytes) -> str:
+    """What bytes are compressed by, or "": text may begin like bzip2's mark."""
+    compression = compression_by_magic(start)
+    return "" if compression == "bz2" and start[4:10] not in _BZIP2 else compression
 
 
 def _free_texts(data: bytes) -> tuple[bytes, Places, Places]:

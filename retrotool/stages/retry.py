@@ -86,14 +86,16 @@ class Known:
 def known_documents(store: Store, name: str, plans: Sequence[str]) -> Known:
     """The documents of the input ``name`` that the store has of some plans, purged ones included.
 
-    Only of those plans: another input may have the same name.
+    Only of those plans: another input may have the same name. Those that are erased in part have no hash to tell by
+    whether a text is theirs: they are left to the block list, and to the search for what repeats.
     """
     keys, texts = [], []
     live = set(store.state.parts())
     for part in (part for plan in plans for part in parts_of(store.state, plan) if part in live):
         entry = parts.part_entry(store, "documents", part)
         table = parts.read_parquet(store, entry, ["key", "text_hash", "input"])
-        table = table.filter(pc.and_(pc.equal(table["input"], name), pc.is_valid(table["key"])))
+        known = pc.and_(pc.is_valid(table["key"]), pc.is_valid(table["text_hash"]))
+        table = table.filter(pc.and_(pc.equal(table["input"], name), known))
         if table.num_rows:
             big = np.dtype(">u8")
             keys.append(parts.from_fixed_binary(table["key"], big).astype(np.uint64))

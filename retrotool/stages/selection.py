@@ -207,14 +207,9 @@ def select_documents(
     store: Store, names: Sequence[str], *, missing_ok: bool = False, report: Report = lambda _: None
 ) -> Ids:
     """Chunk ids of documents, given by their ids; ``UsageError`` names the first that the store has not."""
-    wanted = {name.removesuffix("\r"): number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
-    keys = pa.array(
-        [
-            hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
-            for name in wanted
-        ],
-        pa.binary(),
-    )
+    wanted = {name: number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
+    hashes = [hashlib.blake2b(name.encode(), digest_size=schemas.HASH_BYTES).digest() for name in wanted]
+    keys = pa.array(hashes, pa.binary())
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
     for part in store.state.parts():

@@ -27,6 +27,8 @@ _ESCAPED = re.compile(rb"\\(?:u[0-9a-fA-F]{4}(?:\\u[0-9a-fA-F]{4})*|x[0-9a-f]{2}
 _MEANT = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"f": b"\f"}
 _NEAR = 128
 """Bytes on both sides of an escape: more than a run with it takes, even if it is nothing but escapes."""
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"
+"""Bytes that text has not; of a hundred that are numbers or compressed about ten are among them."""
 _JOINT = b"\xff"  # neither dropped from text nor the border of a cell
 _DEPTH = 2
 _IS_BORDER = np.zeros(256, np.bool_)
@@ -79,7 +81,7 @@ def cells(data: bytes, *, begins: bool, ends: bool) -> Cells:
     Numbers between commas, and keys of JSON objects, are none: an id that is ``5`` or ``text`` would be everywhere.
     """
     none = np.zeros(0, np.int64)
-    if data.count(0) * 1000 > len(data):
+    if data.count(0) * 1000 > len(data) or (len(data) - len(data.translate(None, _CONTROL))) * 100 > len(data):
         return data, none, none
     borders = np.flatnonzero(_IS_BORDER[np.frombuffer(data, np.uint8)])
     borders = np.concatenate([[-1] * begins, borders, [len(data)] * ends]).astype(np.int64)

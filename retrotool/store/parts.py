@@ -284,6 +284,17 @@ def keys_table(documents: pa.Table) -> pa.Table:
     return table.filter(table["key"].is_valid()).sort_by([("key", "ascending"), ("doc", "ascending")])
 
 
+def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which documents have the hash of their text for an id, as those have that came without, bool [n]."""
+    named = np.zeros(documents.num_rows, np.bool_)
+    may = np.flatnonzero(
+        pc.equal(pc.binary_length(documents["id"]), 2 * schemas.HASH_BYTES).fill_null(False).to_numpy()
+    )
+    ids, hashes = (documents[name].take(pa.array(may)).to_pylist() for name in ("id", "text_hash"))
+    named[may] = [hashed is not None and name == hashed.hex() for name, hashed in zip(ids, hashes, strict=True)]
+    return named
+
+
 def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
     """The live file of a part; ``CorruptError`` if it has none."""
     entry = store.state.part_file(kind, part, name)

@@ -120,7 +120,7 @@ CASES = [
     Case("plain.jsonl.gz", as_line(GOOD[0]), [(1, "broken off after line 0")]),
     Case("plain.jsonl.zst", as_line(GOOD[0]), [(1, "broken off after line 0")]),
     Case("no.parquet", b"no parquet at all", [(0, "can't be read: Parquet magic bytes not found")]),
-    Case("other.parquet", [{"body": "x"}, {"body": "y"}], [(n, "no column 'text'; there are: body") for n in (1, 2)]),
+    Case("other.parquet", [{"body": "x"}, {"body": "y"}], [(n, "no column 'text' among 1") for n in (1, 2)]),
     Case("numbers.parquet", [{"text": 1}, {"text": None}], [(1, "'text' is not a string"), (2, "'text' is null")]),
     Case(
         "utf8.parquet",

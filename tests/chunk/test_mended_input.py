@@ -6,10 +6,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from chunk_helpers import documents, pack, quarantine, run_chunk, verified, write_rows
 from conftest import make_rows
 
+import retrotool
 from retrotool import commands
 from retrotool.commands.limits import MaxBad
 from retrotool.errors import UsageError
@@ -23,13 +25,13 @@ def content_of(folder: Path, rows: list[dict[str, object]]) -> str:
     return verified(folder / "expected").content
 
 
-def packed(name: str) -> bytes:
+def packed(name: str, lines: bytes = LINES) -> bytes:
     """The rows in several members or frames, of which each is one block."""
-    return b"".join(pack(LINES[start : start + 4096], name) for start in range(0, len(LINES), 4096))
+    return b"".join(pack(lines[start : start + 4096], name) for start in range(0, len(lines), 4096))
 
 
-def truncated(path: Path) -> Path:
-    data = packed(path.name)
+def truncated(path: Path, lines: bytes = LINES) -> Path:
+    data = packed(path.name, lines)
     path.write_bytes(data[: len(data) * 2 // 3])
     return path
 
@@ -65,6 +67,29 @@ def test_what_was_chunked_before_the_break_is_not_tokenised_again(tmp_path):
     result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
     assert result["documents"] == 300 - good
     assert ids(store)[:good] == [row["id"] for row in ROWS[:good]]
+
+
+def test_a_broken_file_is_gone_on_with_though_an_erase_took_the_hash_of_its_beginning(tmp_path):
+    lines = json.dumps({"id": "long", "text": " ".join(str(row["text"]) for row in ROWS[:9])}).encode() + b"\n" + LINES
+    store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.gz", lines)
+    run_chunk(store, path)
+    good = len(ids(store))
+
+    def prefixes() -> list[bytes | None]:
+        (file,) = commands.info(store).quarantine
+        return pq.read_table(store / file["path"])["prefix"].to_pylist()
+
+    assert prefixes() != [None]
+    first, *others = retrotool.open(store).document("long")
+    assert others
+    selectors = commands.Selectors(chunk=(str(first),), where="id = 'doc-5'")
+    commands.purge(store, selectors, reason="test", erase=True)
+    assert prefixes() == [None], "with it a guess of the documents could be tested"
+    path.write_bytes(gzip.compress(lines))
+    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
+    assert (result["documents"], result["blocked"]) == (301 - good, 2)
+    assert quarantine(store) == []
+    assert verified(store).problems == []
 
 
 def test_a_mended_file_whose_beginning_is_another_gives_what_is_new_in_it(tmp_path):

@@ -181,6 +181,8 @@ def test_an_error_is_also_an_object_with_json(tmp_path):
         ("purge STORE --reason _ --where id='x'", "--reason is empty"),
         ("purge STORE --reason r --where id", "the expression breaks at character 3"),
         ("purge STORE --reason r --allow-lossy --pattern (", "the pattern can't be compiled"),
+        ("purge STORE --erase --older-than 99999999999d", "--older-than 99999999999d: no purge is older than 1970"),
+        ("purge STORE --erase --older-than 7", "--older-than '7' is no age"),
         ("purge STORE --reason r --ids gone.txt", "gone.txt can't be read: No such file or directory"),
         ("purge STORE --reason r --where id!='x'", "Above 1 % it wants --yes"),
     ],

@@ -266,7 +266,7 @@ def test_only_the_columns_that_are_asked_for_are_taken_out(tmp_path):
     path.write_bytes(data.replace(b"?" * 50, b"\xff" * 50))
     assert texts_of(read(input_of(path), Fields())) == ["t"]
     (row,) = read(input_of(path), Fields(text="body"))
-    assert row == SetAside(1, "no column 'body'; there are: image, text")
+    assert row == SetAside(1, "no column 'body' among 2", excerpt="image, text")
 
 
 LISTS = [

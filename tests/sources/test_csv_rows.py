@@ -87,10 +87,10 @@ def test_a_bad_row_is_set_aside_alone(tmp_path, bad, end):
 
 def test_every_row_is_set_aside_if_the_column_is_missing(tmp_path):
     rows = rows_of(tmp_path / "a.csv", b"body,id\none,1\ntwo,2\n")
-    assert [row.reason for row in rows] == ["no column 'text'; there are: body, id"] * 2
+    assert [(row.reason, row.excerpt) for row in rows] == [("no column 'text' among 2", "body, id")] * 2
     assert [row.line for row in rows] == [2, 3]
     (row,) = rows_of(tmp_path / "b.csv", b"question,id\nq,1\n", key="question", value="answer")
-    assert row.reason == "no column 'answer'; there are: question, id"
+    assert (row.reason, row.excerpt) == ("no column 'answer' among 2", "question, id")
     (row,) = rows_of(tmp_path / "c.csv", b"text,id,text\nx,1,y\n")
     assert row.reason == "column 'text' is there 2 times"
 

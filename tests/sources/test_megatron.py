@@ -119,7 +119,7 @@ def test_what_is_no_text_is_set_aside(tmp_path):
 def test_negative_ids_are_set_aside(tmp_path):
     write_megatron(tmp_path / "c", [[[1, -2]], [[3]]], "<i4")
     found = list(read(input_of(tmp_path / "c"), Fields()))
-    assert found[0] == SetAside(1, "a negative token id, -2, at token 1")
+    assert found[0] == SetAside(1, "a negative token id at token 1")
     assert ids_of(found) == [[], [3]]
 
 
@@ -245,6 +245,6 @@ def test_other_indexes_are_refused(tmp_path):
         "alone.idx": "alone.bin is missing: an index has no tokens",
         "fairseq.bin": "fairseq.idx was written by fairseq, with ids one higher than the tokenizer's and no documents",
         "floats.bin": "floats.idx holds no token ids: its type code is 7",
-        "git.bin": "git.idx is no index of Megatron's: it begins with b'\\xfftOc\\x00\\x00\\x00\\x00\\x00'",
+        "git.bin": "git.idx is no index of Megatron's: it begins otherwise",
         "version.bin": "version.idx has version 2, of which nothing is known",
     }

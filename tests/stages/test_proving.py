@@ -98,6 +98,7 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, capsys: pytes
     assert receipt.searched is not None
     assert receipt.searched.needles.keys() == {"tokens", "text", "vector16", "vector32", "key", "id"}
     victims = tombstones_of(Store.open(store), purge).tolist()
+    assert Path(found.salt).stat().st_mode & 0o077 == 0, "it is for nobody else"
     salt = bytes.fromhex(Path(found.salt).read_text().strip())
     hashes = {hashlib.blake2b(tokens[chunk], digest_size=16, key=salt).hexdigest() for chunk in victims}
     assert set(receipt.salted_chunks) == hashes

@@ -295,6 +295,30 @@ def proofs_file(store: Store, run: str, slot: str, needles: Needles) -> FileEntr
     return write_proofs(store, run, slot, kept, np.arange(3))
 
 
+PACKED = {
+    "gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\0", "bzip2": b"BZh91AY&SY",
+    "zip": b"PK\x03\x04", "parquet": b"PAR1\x15", "numpy": b"\x93NUMPY", "faiss": b"IwFl\x80\1\0\0\7\0\0\0\0\0\0\0",
+    "numbers": b"\1\2\3" * 99,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_short_id_is_not_found_by_chance_in_what_is_no_text(tmp_path: Path, kind: str) -> None:
+    needles = Needles.plain([("id", b"D")])
+    data = PACKED[kind] + b"\xe9\xa5,D\n\xb7'D'" * 2000
+    (tmp_path / "file").write_bytes(data)
+    zipfile.ZipFile(tmp_path / "file.zip", "w", zipfile.ZIP_DEFLATED).writestr("file", data)
+    (tmp_path / "file.zst").write_bytes(zstandard.compress(data))
+    assert scan(tmp_path, needles) == []
+
+
+@pytest.mark.parametrize("start", [b"BZhere", b"PAR1", b"PKunzip", b"IxMap", b"Iwan went to the town,D", b"\x1b[1m"])
+def test_a_short_id_is_found_in_text_whatever_that_begins_like(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "file").write_bytes(start + b"\nD\nand more\n")
+    (tmp_path / "file.gz").write_bytes(gzip.compress(start + b"\nD\nand more\n"))
+    assert {finding.path for finding in scan(tmp_path, Needles.plain([("id", b"D")]))} == {"file", "file.gz"}
+
+
 def test_proofs_are_kept_without_text_and_found_by(store: Path) -> None:
     opened = Store.open(store)
     needles = needles_of(store)

@@ -43,6 +43,7 @@ from retrotool.stages.database import pick_encoder, read_part_vectors
 from retrotool.stages.embed import EncoderRows
 from retrotool.stages.encoders import load_encoder
 from retrotool.stages.selectors.base import Hits
+from retrotool.stages.selectors.files import read_text
 from retrotool.stages.selectors.text import Block
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -124,10 +125,7 @@ def _read(given: str) -> tuple[str, bool]:
     except (OSError, ValueError):  # too long for a name: it is a text
         is_file = False
     if is_file:
-        try:
-            return Path(given).read_text("utf-8"), True
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--like: {given} can't be read: {error}", "Give a file of text in UTF-8.") from error
+        return read_text("--like", given), True
     if _PATH.fullmatch(given.strip()):  # a name with a slip must not be taken for the text that is meant
         raise UsageError(f"--like: there is no file {given}", "If it is the text itself, put it into a file.")
     return given, False

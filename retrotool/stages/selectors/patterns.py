@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from retrotool.errors import UsageError
 from retrotool.stages.selectors.base import Hits
+from retrotool.stages.selectors.files import read_lines
 from retrotool.stages.selectors.spans import compiled, find_all, hits
 from retrotool.stages.selectors.text import Block
 from retrotool.store.store import Store
@@ -53,13 +53,8 @@ class PatternMatcher:
 
 def read_patterns(path: str) -> tuple[str, ...]:
     """The patterns of a file, one a line; ``UsageError`` names the line of one that can't be compiled."""
-    try:
-        lines = Path(path).read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} can't be read: {error}", "Give a file with one pattern a line.") from error
     found = []
-    for number, line in enumerate(lines, 1):
-        pattern = line.removesuffix("\r")
+    for number, pattern in enumerate(read_lines("--patterns", path, "pattern"), 1):
         if not pattern.strip():
             continue
         try:
@@ -67,6 +62,4 @@ def read_patterns(path: str) -> tuple[str, ...]:
         except UsageError as error:
             raise UsageError(f"{path}, line {number}: {error}", error.advice) from error
         found.append(pattern)
-    if not found:
-        raise UsageError(f"{path} has no pattern", "Give a file with one pattern a line.")
     return tuple(found)

@@ -31,6 +31,7 @@ import numpy as np
 
 from retrotool.errors import UsageError
 from retrotool.stages.selectors.base import Hits, Matcher
+from retrotool.stages.selectors.files import read_lines
 from retrotool.stages.selectors.normal import Normal, is_word, normalised
 from retrotool.stages.selectors.spans import hits
 from retrotool.stages.selectors.text import Block, Offsets
@@ -44,21 +45,21 @@ _BATCH = 1000
 
 def read_terms(path: Path) -> tuple[str, ...]:
     """The terms of a file in UTF-8, one a line; lines that are blank or begin with ``#`` are none."""
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8: {error.reason} at byte {error.start:,}", "Save it as UTF-8.") from error
     terms = []
-    for number, line in enumerate(lines, 1):
-        term = line.strip()
-        if not term or term.startswith("#"):
+    for number, line in enumerate(read_lines("--terms", path, "term", says=_is_term), 1):
+        if not _is_term(line):
             continue
+        term = line.strip()
         if not any(map(str.isalnum, term)):
             raise UsageError(
                 f"{path}, line {number}: a term has a letter or a digit", "Take the line out, or begin it with #."
             )
         terms.append(term)
     return tuple(terms)
+
+
+def _is_term(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
 @dataclass(frozen=True)

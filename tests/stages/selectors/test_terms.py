@@ -199,7 +199,7 @@ def test_a_file_of_terms_is_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"terms\.txt, line 2: a term has a letter or a digit"):
         read_terms(path)
     path.write_bytes(b"M\xfcller\n")
-    with pytest.raises(UsageError, match="no UTF-8"):
+    with pytest.raises(UsageError, match="line 1 is not UTF-8"):
         read_terms(path)
 
 
