@@ -69,7 +69,7 @@ def test_whole_documents_are_blocked_by_id_and_touched_ones_by_text(
     everything = [chunk for chunks in of.values() for chunk in chunks]
     purged: set[int] = set()
     for _ in range(data.draw(st.integers(1, 3))):
-        some = data.draw(st.lists(st.sampled_from(everything), max_size=8))
+        some = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=8))
         whole = data.draw(st.lists(st.sampled_from(sorted(of)), max_size=2))
         victims = {*some, *(chunk for name in whole for chunk in of[name])}
         purge(store, sorted(victims), erase=data.draw(st.booleans()))
