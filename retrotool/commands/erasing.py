@@ -140,7 +140,7 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
             raise UsageError(f"the purge {purge!r} was taken back: its chunks are not purged", "Purge them again.")
     if older_than is None:
         return list(dict.fromkeys(purges))
-    before = datetime.fromtimestamp(time.time() - older_than, UTC)
+    before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC)
     old = [
         purge
         for purge, record in records.items()

@@ -62,7 +62,7 @@ def test_the_same_stream_gives_the_same_file_and_another_another(tmp_path):
     assert one == same != other
 
 
-@pytest.mark.parametrize("data", [b"", PACK["gz"](b"")])
+@pytest.mark.parametrize("data", [b"", PACK["gz"](b"")], ids=["empty", "packed"])
 def test_an_empty_stream_is_refused(tmp_path, data):
     with pytest.raises(UsageError, match="standard input is empty"):
         spool(io.BytesIO(data), tmp_path)
