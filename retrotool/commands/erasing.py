@@ -17,15 +17,16 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from retrotool import engine
+from retrotool import engine, memory
 from retrotool.commands.counting import neighbours_command
 from retrotool.commands.materialising import erase_consumed
 from retrotool.commands.writing import writing
+from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
 from retrotool.stages import purge as purging
 from retrotool.stages.consumers import Holding, holding, is_of_this, table_files
 from retrotool.stages.database import erased_chunks
-from retrotool.stages.erase import EraseStage
+from retrotool.stages.erase import EraseStage, part_files
 from retrotool.stages.index_files import measured_files
 from retrotool.stages.prove import ProveStage
 from retrotool.stages.purge_again import with_those_after
@@ -48,6 +49,10 @@ ELSEWHERE = (
     "ids of what was erased, distances to it, and its text if materialised, "
     "where other stores have neighbours in this one"
 )
+_ROWS_A_WORKER = 1 << 17
+"""Rows of parts that take some times what it takes to start a process."""
+_WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
+"""Memory of a process: this, and so many times the tokens and vectors of a part."""
 _Result = TypeVar("_Result")
 
 
@@ -239,11 +244,12 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
     """
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
+    workers = _workers(store, victims)
     # What victims can be looked for by is kept before anything of them is gone.
-    engine.execute(ProveStage(victims), store, run)
+    engine.execute(ProveStage(victims), store, run, workers=workers)
     stage = EraseStage(victims)
     rewritten = sum(task.weight for task in stage.tasks(store))
-    engine.execute(stage, store, run)
+    engine.execute(stage, store, run, workers=workers)
 
     def build(state: State) -> Draft | None:
         done = purging.erased_purges(store, victims)
@@ -260,6 +266,19 @@ def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
 
     store.commit(run, build)
     return len(victims), rewritten
+
+
+def _workers(store: Store, victims: Tombstones) -> int:
+    """Processes for an erase: as many as there are cores, half the memory allows, and starting pays for."""
+    several = [part_files(store, part) for part in victims.parts() if store.state.part_file("chunks", part)]
+    rows = [max(entry.rows for entry in files if FileName.parse(entry.path).kind == "chunks") for files in several]
+    if sum(rows) < 2 * _ROWS_A_WORKER:
+        return 1
+    vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]
+    tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
+    most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
+    room = memory.of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
+    return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
 
 
 def clear(store: Store, run: Run) -> list[str]:

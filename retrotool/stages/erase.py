@@ -17,8 +17,8 @@ so it is void when these are taken back meanwhile.
 Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
 victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
 are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
-table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard, and
-some 40 bytes a victim.
+table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard, a
+process, and some 40 bytes a victim.
 
 Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
 stores, and anything outside the store.

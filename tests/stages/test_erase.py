@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from test_purge import everything, lines
 import retrotool
 from retrotool import commands, engine
 from retrotool.ann import lists
+from retrotool.commands import erasing
 from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
@@ -95,6 +97,29 @@ def test_an_erase_takes_what_was_set_aside_as_a_repeat(store: Path, tmp_path: Pa
     )
     assert after.purges[result.purge]["erased"]
     assert commands.verify(store).problems == []
+
+
+def test_processes_share_the_parts_of_a_large_erase(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    execute = erasing.engine.execute
+
+    def counted(*arguments: Any, workers: int) -> None:
+        asked.append(workers)
+        execute(*arguments, workers=workers)
+
+    monkeypatch.setattr(erasing, "_ROWS_A_WORKER", 2)
+    monkeypatch.setattr(erasing, "cores", lambda: 2)
+    monkeypatch.setattr(erasing.engine, "execute", counted)
+    chunks, bits = zip(*(rows_of(store, part) for part in range(3)), strict=True)
+    given = lines(tmp_path / "ids", chunks[0])
+    done = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    assert asked == [2, 2]
+    haystack = everything(store)
+    assert not any(trace in haystack for traces in bits for trace in traces)
+    assert commands.verify(store).ok
+    assert commands.verify_purge(store, done.purge, out=tmp_path).receipt.ok
 
 
 def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path: Path) -> None:
