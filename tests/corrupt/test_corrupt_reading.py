@@ -85,6 +85,12 @@ def neighbours(store: Store, entry: FileEntry, row_groups: list[int] | None = No
     return exactly(found.ids, found.distances)
 
 
+def read_tombstones_afresh(store: Store) -> object:
+    """As a new process reads them: one that has read a file does not read it again."""
+    tombstones._small.clear()
+    return exactly(tombstones.read_tombstones(store).ids)
+
+
 READERS: dict[str, Callable[[Store, FileEntry], Any]] = {
     "chunks": lambda store, _: chunks(store),
     "chunks by row group": lambda store, _: chunks(store, [0]),
@@ -92,7 +98,7 @@ READERS: dict[str, Callable[[Store, FileEntry], Any]] = {
     "keys": lambda store, entry: parts.read_parquet(store, entry, ["key", "doc"]),
     "neighbours": neighbours,
     "neighbours by row group": lambda store, entry: neighbours(store, entry, [0]),
-    "tombstones": lambda store, _: exactly(tombstones.read_tombstones(store).ids),
+    "tombstones": lambda store, _: read_tombstones_afresh(store),
 }
 
 
