@@ -33,7 +33,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 10
+kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 7
 	RETROTOOL_KILLS=$(or $(KILLS),1000) $(BIN)/python -m pytest tests/crash --timeout 0
 
 corpus-test: $(STAMP)  ## Every document of CORPUS=folder of .jsonl.zst files, and 100 kills; `make test` takes Python's own texts

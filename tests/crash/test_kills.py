@@ -38,7 +38,7 @@ from retrotool.store.verify import Verification
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("RETROTOOL_KILLS", "10"))
+KILLS = int(os.environ.get("RETROTOOL_KILLS", "7"))
 SEED = 2026
 
 

@@ -94,9 +94,9 @@ def test_each_purge_names_its_own_copies(store: Path, monkeypatch: pytest.Monkey
     """Killed after what held the originals, nothing but its own purge tells that a copy is still there."""
     one, two = purge(store, "one"), purge(store, "two")
 
-    def first_part(stage: EraseStage | ProveStage, opened: Store, run: Run) -> None:
+    def first_part(stage: EraseStage | ProveStage, opened: Store, run: Run, workers: int) -> None:
         if isinstance(stage, ProveStage):
-            return execute(stage, opened, run)
+            return execute(stage, opened, run, workers=workers)
         task = next(task for task in stage.plan(opened) if task.inputs.get("part") == 0)
         staging.stage(opened.root, stage.open(opened)(task, run.id, lambda _: None))
         folding.fold(opened, run)
