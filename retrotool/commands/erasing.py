@@ -49,7 +49,7 @@ ELSEWHERE = (
     "ids of what was erased, distances to it, and its text if materialised, "
     "where other stores have neighbours in this one"
 )
-_ROWS_A_WORKER = 1 << 17
+_ROWS_A_WORKER = 1 << 16
 """Rows of parts that take some times what it takes to start a process."""
 _WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
 """Memory of a process: this, and so many times the tokens and vectors of a part."""
