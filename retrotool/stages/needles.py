@@ -13,13 +13,14 @@ and takes these out. So a common phrase is no finding, however late it came, and
 elsewhere nothing is looked for. ``Needles.lacking`` counts those of which nothing was drawn. What is purged, and waits
 to be erased, says nothing by right.
 
-Cost: 0.2 ms a victim, and reading and decoding their parts once for 8,192 of them, of however many purges; memory of a
+Cost: 0.2 ms a victim, and reading and decoding their parts once for 16,384 of them, of however many purges; memory of a
 part, and 8 kB a victim of these. ``said_by_others`` reads and decodes all parts that it is given. Of more than 262,144
 victims some are passed over, evenly.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ _DRAWN_BYTES = 1 << 20
 _VARIED = 6
 """Different bytes that a run must have: zeros and the like are everywhere."""
 _MOST_VICTIMS = 1 << 18
-_AT_ONCE = 1 << 13
+_AT_ONCE = 1 << 14
 """Victims that are drawn of before what others say is taken out."""
 _BLOCK = 1 << 14
 
@@ -84,10 +85,12 @@ class Draw:
         Groups may overlap. What is erased already has no needles. ``among``: rows to draw from, of the others there is
         only what tells a chunk as a whole. ``encoders``: draw of nothing but these vectors.
         """
-        drawn = _Drawn(self._store, part, groups, self._tokenizer)
+        drawn = _Drawn(self._store, part, groups, self._tokenizer, self._hidden)
         for needles in drawn.draw(among, encoders):
             left = np.ones(len(needles), np.bool_)
-            said = said_by_others(self._store, needles, [part], hidden=self._hidden, tokenizer=self._tokenizer)
+            said = said_by_others(
+                self._store, needles, [part], hidden=self._hidden, tokenizer=self._tokenizer, embedded=False
+            )
             left[sorted(said)] = False
             some = drawn.some_of_each(needles, left)
             yield [some.of_victims(mask) for mask in drawn.masks]
@@ -116,10 +119,12 @@ def said_by_others(
     *,
     hidden: Tombstones,
     tokenizer: Tokenizer | None = None,
+    embedded: bool = True,
 ) -> set[int]:
     """Numbers of the needles that chunks or documents of the parts ``numbers`` say which are not ``hidden``.
 
-    ``report`` is called with 1 for each part. ``tokenizer``: the store's, if it is loaded already.
+    ``report`` is called with 1 for each part. ``tokenizer``: the store's, if it is loaded already. ``embedded``: also
+    look into the vectors of others, which are most of what there is.
     """
     tokenizer = tokenizer or _tokenizer(store)
     is_cell = [kind for kind in KINDS if needles.is_cell(kind)]
@@ -127,7 +132,7 @@ def said_by_others(
     text, cells = Matcher(needles, ("text",)), Matcher(needles, is_cell)
     said: set[int] = set()
     for part in numbers:
-        for data in _others(store, part, hidden, tokenizer):
+        for data in _others(store, part, hidden, tokenizer, embedded=embedded):
             for matcher, some in ((runs, data.raw), (text, data.text)):
                 said.update(_numbers(matcher, some))
         for column in _columns(store, part, hidden):
@@ -156,9 +161,11 @@ class _Drawn:
     whether one goes as a whole depends on the group.
     """
 
-    def __init__(self, store: Store, part: int, groups: Sequence[Ids], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, store: Store, part: int, groups: Sequence[Ids], tokenizer: Tokenizer, hidden: Tombstones
+    ) -> None:
         identity = store.identity
-        self._store, self._part, self._tokenizer = store, part, tokenizer
+        self._store, self._part, self._tokenizer, self._hidden = store, part, tokenizer, hidden
         self._rows = np.unique(np.concatenate([np.zeros(0, np.int64), *groups]))
         self._groups = groups
         self._lengths = {
@@ -189,6 +196,10 @@ class _Drawn:
             for name in (store.state.names("embeddings") if encoders is None else encoders)
             if (entry := store.state.part_file("embeddings", part, name)) is not None
         ]
+        living = chunks.n_tokens > 0
+        living[self._hidden.rows(part)] = False
+        # Two vectors have a run in common if they are the same, and hardly else.
+        repeated = [_digests(matrix, np.flatnonzero(living)) for matrix in embeddings]
         places = np.flatnonzero(chunks.n_tokens[self._rows] > 0)
         if encoders is None:
             whole = self._rows[places]
@@ -204,11 +215,13 @@ class _Drawn:
                 tokens = [chunks.tokens[row, : chunks.n_tokens[row]].tobytes() for row in rows.tolist()]
                 self._draw("tokens", some, tokens)
                 self._draw("text", some, [folded(text) for text in texts.to_pylist()])
-            for matrix in embeddings:
+            for matrix, others in zip(embeddings, repeated, strict=True):
                 mine = matrix[rows]
                 full = np.flatnonzero(mine.any(axis=1))
-                self._draw("vector16", some[full], [row.tobytes() for row in mine[full]])
-                self._draw("vector32", some[full], [row.tobytes() for row in mine[full].astype("<f4")])
+                alone = np.array([i for i in full.tolist() if _digest(mine[i]) not in others], np.int64)
+                for kind, kind_of in (("vector16", mine.dtype), ("vector32", np.dtype("<f4"))):
+                    self._tried[kind].append(some[full])
+                    self._draw(kind, some[alone], [row.tobytes() for row in mine[alone].astype(kind_of)])
             yield self._needles()
             self._begin()
 
@@ -267,6 +280,15 @@ class _Drawn:
         return needles.of(np.sort(rows[order[rank < most]]))
 
 
+def _digest(vector: npt.NDArray[Any]) -> bytes:
+    return hashlib.blake2b(vector.tobytes(), digest_size=16).digest()
+
+
+def _digests(matrix: npt.NDArray[Any], rows: Ids) -> set[bytes]:
+    """Hashes of some vectors of a part: 1 µs and some 80 bytes each."""
+    return {_digest(matrix[row]) for row in rows.tolist()}
+
+
 def _spread(data: bytes, sizes: Ids, length: int, kind: str) -> tuple[Ids, Ids]:
     """Up to 16 runs of each of the pieces that ``data`` is made of: which piece each is of, and where it begins.
 
@@ -305,7 +327,7 @@ class _Data:
         self.raw, self.text = raw, text
 
 
-def _others(store: Store, part: int, hidden: Tombstones, tokenizer: Tokenizer) -> Iterator[_Data]:
+def _others(store: Store, part: int, hidden: Tombstones, tokenizer: Tokenizer, *, embedded: bool) -> Iterator[_Data]:
     """What the chunks of a part say that are not hidden, in their order, as a scan would meet it."""
     chunks = parts.read_chunks(store, part)
     other = chunks.n_tokens > 0
@@ -313,7 +335,7 @@ def _others(store: Store, part: int, hidden: Tombstones, tokenizer: Tokenizer) -
     matrices = [
         vectors.read_vectors(store, entry)
         for name in store.state.names("embeddings")
-        if (entry := store.state.part_file("embeddings", part, name)) is not None
+        if embedded and (entry := store.state.part_file("embeddings", part, name)) is not None
     ]
     rows = np.flatnonzero(other)
     for start in range(0, len(rows), _BLOCK):
