@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import orjson
 
+from retrotool.errors import ErasedError
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
@@ -102,6 +103,14 @@ class Shows(Protocol):
 
     def shown(self, measured: Sequence[float], seconds: float) -> str:
         """A few words to stand beside the progress, of the sums so far and the seconds since the first was begun."""
+
+
+def check_there(store: Store, paths: Sequence[str]) -> None:
+    """``ErasedError`` if the store's newest state lacks any of the files that a task reads: they were replaced."""
+    state = store.refresh()
+    for path in paths:
+        if not state.has(path):
+            raise ErasedError(f"{path} was replaced meanwhile")
 
 
 def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ import pyarrow.compute as pc
 from retrotool.ann import lists
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.stages import erase_materialised
-from retrotool.stages.base import Report, Task, task_key
+from retrotool.stages.base import Report, Task, check_there, task_key
 from retrotool.stages.cutting import id_hash
 from retrotool.stages.index_files import all_shards, check_sum, parts_of, write_index
 from retrotool.store import parts, staging, tables, vectors
@@ -236,20 +236,14 @@ class EraseWorker:
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
         old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
-        self._check_there((*old, *tombstones))
+        check_there(self._store, (*old, *tombstones))
         try:
             add = self._rewritten(task, run)
         except CorruptError:
-            self._check_there(old)
+            check_there(self._store, old)
             raise
         report(task.weight)
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
-
-    def _check_there(self, paths: tuple[str, ...]) -> None:
-        state = self._store.refresh()
-        gone = [path for path in paths if not state.has(path)]
-        if gone:
-            raise ErasedError(f"{gone[0]} was replaced meanwhile")
 
     def _rewritten(self, task: Task, run: str) -> list[FileEntry]:
         inputs, state = task.inputs, self._store.state

@@ -8,10 +8,10 @@ punctuation, and as it was before a tokenizer lost these. All tokens of a victim
 looked for: a receipt has its hash.
 
 What others say by right is no needle. Those that the rest of the victim's own part says, which is read anyway, are
-never drawn; and whoever finds needles asks what the store's living chunks and documents say now (``said_by_others``),
-and takes these out. So a common phrase is no finding, however late it came, and of a victim all of whose text stands
-elsewhere nothing is looked for. ``Needles.lacking`` counts those of which nothing was drawn. What is purged, and waits
-to be erased, says nothing by right.
+never drawn, nor is a vector that another chunk has, too; and whoever finds needles asks what the store's living chunks
+and documents say now (``said_by_others``), and takes these out. So a common phrase is no finding, however late it came,
+and of a victim all of whose text stands elsewhere nothing is looked for. ``Needles.lacking`` counts those of which
+nothing was drawn. What is purged, and waits to be erased, says nothing by right.
 
 Cost: 0.2 ms a victim, and reading and decoding their parts once for 16,384 of them, of however many purges; memory of a
 part, and 8 kB a victim of these. ``said_by_others`` reads and decodes all parts that it is given. Of more than 262,144
@@ -69,9 +69,9 @@ def make_needles(store: Store, chunks: Ids, report: Report = lambda _: None) -> 
 class Draw:
     """Draws needles of victims, part by part. ``hidden``: what says nothing by right."""
 
-    def __init__(self, store: Store, hidden: Tombstones) -> None:
+    def __init__(self, store: Store, hidden: Tombstones, tokenizer: Tokenizer | None = None) -> None:
         self._store, self._hidden = store, hidden
-        self._tokenizer = _tokenizer(store)
+        self._tokenizer = tokenizer or tokenizer_of(store)
 
     def of_part(
         self,
@@ -126,7 +126,7 @@ def said_by_others(
     ``report`` is called with 1 for each part. ``tokenizer``: the store's, if it is loaded already. ``embedded``: also
     look into the vectors of others, which are most of what there is.
     """
-    tokenizer = tokenizer or _tokenizer(store)
+    tokenizer = tokenizer or tokenizer_of(store)
     is_cell = [kind for kind in KINDS if needles.is_cell(kind)]
     runs = Matcher(needles, [kind for kind in RUNS if kind not in is_cell])
     text, cells = Matcher(needles, ("text",)), Matcher(needles, is_cell)
@@ -150,7 +150,8 @@ def _numbers(matcher: Matcher, data: bytes) -> Iterator[int]:
         yield from (number for _, number in matcher.runs(data[start : start + step + overlap]))
 
 
-def _tokenizer(store: Store) -> Tokenizer:
+def tokenizer_of(store: Store) -> Tokenizer:
+    """The tokenizer that a store's text is decoded by."""
     return Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
 
 

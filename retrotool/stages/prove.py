@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from retrotool.errors import CorruptError, ErasedError
-from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.needles import Draw, Ids, sampled_victims
+from retrotool.errors import CorruptError
+from retrotool.stages.base import Report, Task, check_there, task_key
+from retrotool.stages.needles import Draw, Ids, sampled_victims, tokenizer_of
 from retrotool.stages.proofs import (
     KIND,
     Hashes,
@@ -103,27 +103,22 @@ class ProveWorker:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._tokenizer = tokenizer_of(store)
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Make the proofs of a part; ``ErasedError`` if what they are made of was replaced meanwhile."""
         reads = tuple(task.inputs["reads"])
-        self._check_there(reads)
+        check_there(self._store, reads)
         part, purges = int(task.inputs["part"]), list(task.inputs["purges"])
         before = [self._store.state.file(KIND, slot_of(purge, part)) for purge in purges]
         try:
             add = self._proven(part, purges, before, run)
         except CorruptError:
-            self._check_there(reads)
+            check_there(self._store, reads)
             raise
         report(1)
         remove = tuple(entry.path for entry in before if entry is not None)
         return Staged(task.key, "prove", run, reads=reads, add=tuple(add), remove=remove)
-
-    def _check_there(self, paths: tuple[str, ...]) -> None:
-        state = self._store.refresh()
-        gone = [path for path in paths if not state.has(path)]
-        if gone:
-            raise ErasedError(f"{gone[0]} was replaced meanwhile")
 
     def _proven(self, part: int, purges: list[str], before: list[FileEntry | None], run: str) -> list[FileEntry]:
         store = self._store
@@ -133,7 +128,7 @@ class ProveWorker:
         kept = [joined_hashes([] if one is None else [one.needles]) for one in known]
         fresh = [mine if one is None else np.setdiff1d(mine, one.rows) for mine, one in zip(rows, known, strict=True)]
         among = np.concatenate([Tombstones(sampled_victims(ids)).rows(part) for ids in chunks])
-        draw = Draw(store, read_tombstones(store))
+        draw = Draw(store, read_tombstones(store), self._tokenizer)
         self._add(kept, purges, draw, part, fresh, among)
         encoders = _encoders(store.state, part)
         for name in encoders:
