@@ -61,14 +61,14 @@ class Folder:
         if self._table is None:
             return self._by_pieces(tokens, n_tokens, is_first)
         used = np.arange(tokens.shape[1]) < n_tokens[:, None]
-        ids = tokens[used].astype(np.int64)
+        ids = tokens[used]  # as narrow as they are: what is new memory to the process costs more than the sums
         ends = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])
-        space = self._begins[ids]
-        space[1:] &= self._ends[ids[:-1]]
+        space = np.take(self._begins, ids)
+        space[1:] &= np.take(self._ends, ids[:-1])
         firsts = ends[:-1][is_first & (n_tokens > 0)]
         space[:1] = False
         space[firsts] = False
-        pieces = self._table.take(pa.array(ids + len(self._ends) * space))
+        pieces = self._table.take(pa.array(ids + space * np.uint32(len(self._ends))))
         offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
         return offsets[ends] - offsets[0], pieces.buffers()[2].slice(int(offsets[0]))
 
@@ -82,7 +82,7 @@ class Folder:
             starts = np.frombuffer(offsets, np.int64, count=len(decoded) + 1, offset=8 * decoded.offset)
         else:
             used = np.arange(tokens.shape[1]) < n_tokens[:, None]
-            pieces = self._pieces.take(pa.array(tokens[used].astype(np.int64)))
+            pieces = self._pieces.take(pa.array(tokens[used]))
             data = pieces.buffers()[2]
             offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
             starts = offsets[np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])]
