@@ -29,8 +29,8 @@ import pyarrow as pa
 import zstandard
 from machine import describe
 
+from retrotool.chunk.chunker import cut_chunks
 from retrotool.sources import streams
-from retrotool.stages.cutting import cut_chunks
 from retrotool.store import parts
 
 BATCH = 2 << 20

@@ -184,10 +184,10 @@ def write_tables(store: Path, k: int) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from retrotool import commands
+    from retrotool import api
 
     store = arguments.store
-    commands.chunk(store, arguments.inputs, tokenizer=arguments.tokenizer, part_size=arguments.part_size)
+    api.chunk(store, arguments.inputs, tokenizer=arguments.tokenizer, part_size=arguments.part_size)
     write_tables(store, arguments.k)
     chunks = chunks_in(store)
     print(f"{chunks:,} chunks in {len(files_of(store, 'chunks/'))} parts, {arguments.k} of {SAVED} random neighbours")
@@ -196,7 +196,7 @@ def compare(arguments: argparse.Namespace) -> None:
         label = f"through a DataLoader, {workers} workers" if workers else "by itself"
         show(f"from the tables, {label}", measure(arguments, "dataset", workers))
     start = time.perf_counter()
-    made = commands.materialise(store, workers=1)
+    made = api.materialise(store, workers=1)
     seconds = time.perf_counter() - start
     print(f"materialised by one process: {seconds:.1f} s, {made.rows / seconds:,.0f} chunks/s, "
           f"{made.bytes / made.rows:.0f} bytes a chunk")  # fmt: skip

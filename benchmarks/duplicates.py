@@ -32,8 +32,8 @@ from retrotool.store.store import Store
 FIND = """
 import resource, sys, time
 from pathlib import Path
-from retrotool.stages.duplicates import find_duplicates
-from retrotool.stages.keysort import Span
+from retrotool.chunk.deduplicate import find_duplicates
+from retrotool.chunk.external_sort import Span
 from retrotool.store import disk
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones

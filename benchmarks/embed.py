@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from machine import describe
 
-from retrotool import commands
+from retrotool import api
+from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder, Rows, compare
 from retrotool.encoder.devices import BATCH_TOKENS, DTYPES, cores, pick_device
 from retrotool.encoder.runners import Handle, Ready
-from retrotool.stages.embed import EncoderRows
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
 from retrotool.tokenizers import bundled_model
@@ -140,7 +140,7 @@ class Paced:
         self._inner.close()
 
 
-def bench_pipeline(store: Path, model: str, device: str, rate: float | None = None) -> commands.embedding.EmbedResult:
+def bench_pipeline(store: Path, model: str, device: str, rate: float | None = None) -> api.embedding.EmbedResult:
     """``embed`` from Parquet to a committed file, on a copy; with a ``rate`` on a paced device, in a GPU's batches."""
     copy = Path(shutil.copytree(store, store.parent / "copy"))
     verify = Encoder.verify
@@ -154,7 +154,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
         Encoder.verify = paced  # type: ignore[method-assign, assignment]
     try:
         batch_tokens = None if rate is None else BATCH_TOKENS["cuda"]
-        return commands.embed(copy, encoder=model, devices=device, batch_tokens=batch_tokens, check=rate is None)
+        return api.embed(copy, encoder=model, devices=device, batch_tokens=batch_tokens, check=rate is None)
     finally:
         Encoder.verify = verify  # type: ignore[method-assign]
         shutil.rmtree(copy)
@@ -288,7 +288,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(arguments.model, Path(folder))
         store = Path(folder) / "store"
-        commands.chunk(store, arguments.inputs, tokenizer=arguments.tokenizer)
+        api.chunk(store, arguments.inputs, tokenizer=arguments.tokenizer)
         opened = Store.open(store)
         encoder = Encoder(model, "cpu")
         chunks = read_chunks(opened, 0)

@@ -117,7 +117,7 @@ def bench_build(store: Path, encoder: str, folder: Path) -> Path:
 def bench_recall(copy: Path, vectors: Floats, ids: npt.NDArray[np.int64], documents: list[Any]) -> None:
     """Ours by a brute force of its own: with the own document left out, and with only the query itself."""
     from retrotool.ann.excluded import Excluded, Queries
-    from retrotool.stages.searching import Database
+    from retrotool.index.searching import Database
     from retrotool.store.store import Store
 
     database = Database(Store.open(copy), "bench")

@@ -21,11 +21,11 @@ from machine import describe
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
-from retrotool.stages.database import own_documents, read_part_vectors, searchable_rows
-from retrotool.stages.exact import ExactDatabase
-from retrotool.stages.neighbour_filters import AnyDatabase, Filters, Finder
-from retrotool.stages.restricted import source_names
-from retrotool.stages.searching import Database
+from retrotool.index.exact import ExactDatabase
+from retrotool.index.search_scope import own_documents, read_part_vectors, searchable_rows
+from retrotool.index.searching import Database
+from retrotool.index.source_filter import source_names
+from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters, Finder
 from retrotool.store.store import Store
 
 Rows = npt.NDArray[np.int64]

@@ -45,7 +45,7 @@ def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64]
     from retrotool.ann.excluded import Queries
     from retrotool.ann.ranking import rerank
     from retrotool.ann.search import SPARE, nothing_banned
-    from retrotool.stages.searching import start_search
+    from retrotool.index.searching import start_search
 
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     shard = lists.read(folder / "ivf.faiss")

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from retrotool.stages.overlap import longest_common
-from retrotool.stages.pieces import read_pieces
+from retrotool.neighbours.retrieved import read_pieces
+from retrotool.neighbours.token_overlap import longest_common
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

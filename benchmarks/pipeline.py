@@ -21,10 +21,10 @@ import numpy as np
 from machine import describe
 
 import retrotool
-from retrotool import commands
+from retrotool import api
+from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder
 from retrotool.sources import Document, Fields, find_inputs, read
-from retrotool.stages.embed import EncoderRows
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
 
@@ -39,7 +39,7 @@ def bench_chunk(inputs: list[str], store: Path) -> None:
     texts = [document.text for document in documents]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     start = time.perf_counter()
-    result = commands.chunk(store, inputs, workers=os.cpu_count() or 1)
+    result = api.chunk(store, inputs, workers=os.cpu_count() or 1)
     ours = megabytes / (time.perf_counter() - start)
     tokenizer = retrotool.open(store).tokenizer.backend
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def main() -> None:
         bench_chunk(arguments.inputs, store)
         bench_search(embed_some(store, arguments.embed_chunks))
         start = time.perf_counter()
-        found = commands.verify(store)
+        found = api.verify(store)
         report("verify", found.bytes / 1e6 / (time.perf_counter() - start), "MB/s")
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"largest worker process: {children:.2f} GiB")

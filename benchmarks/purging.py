@@ -7,7 +7,7 @@ no file of a store is ever changed). Each purge is by another selector: ``--chun
 which should mean about a tenth of the store. Then
 
 * every victim is a query of a search, and the victims among the 10 nearest are counted;
-* all tables, a training loop and an export are read, and the victims in them counted (``retrotool.commands.views``);
+* all tables, a training loop and an export are read, and the victims in them counted (``retrotool.purge.read_paths``);
 * neighbours of random living chunks, as they are read, are held against brute force over the living vectors alone:
   before the purge, after it, after ``--repair``, and as they are found from scratch in the store that was purged;
 * it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
@@ -36,8 +36,8 @@ from machine import describe
 
 import retrotool
 from retrotool.ann.excluded import Queries
-from retrotool.commands import views
-from retrotool.stages.erase import EraseStage, part_files
+from retrotool.purge import read_paths
+from retrotool.purge.erase import EraseStage, part_files
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -122,7 +122,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     print(f"  purge               {seconds:7.1f} s")
     print(f"  in searches by each {searched(root, vectors[mine], victims)} of {10 * int(mine.sum()):,} results")
-    for view in views.look(store, victims.ids):
+    for view in read_paths.look(store, victims.ids):
         print(f"  {view.name:<20}{view.found} in {view.rows:,} rows{'; ' + view.note if view.note else ''}")
     drawn = drawn[~victims.contains(drawn)]
     print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} living chunks")

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from retrotool import commands
-from retrotool.stages.matching import KINDS, Matcher, Needles, sampled_heads
-from retrotool.stages.needles import TEXT_BYTES, make_needles
-from retrotool.stages.residue import scan
-from retrotool.stages.views import folded
+from retrotool import api
+from retrotool.purge.decode import folded
+from retrotool.purge.matching import KINDS, Matcher, Needles, sampled_heads
+from retrotool.purge.needles import TEXT_BYTES, make_needles
+from retrotool.purge.residue import scan
 from retrotool.store.store import Store
 
 LENGTHS = {"tokens": 16, "text": 24, "vector16": 16, "vector32": 32}
@@ -75,8 +75,8 @@ def leftovers(documents: list[tuple[str, str]]) -> None:
         source, root = Path(folder) / "documents.jsonl", Path(folder) / "store"
         lines = [json.dumps({"id": name, "text": text}) for name, text in documents]
         source.write_text("\n".join([*lines, json.dumps({"id": "left", "text": "Somebody who stays."})]))
-        commands.chunk(root, [str(source)])
-        commands.embed(root)
+        api.chunk(root, [str(source)])
+        api.embed(root)
         store = Store.open(root)
         rows = sum(entry.rows for part in store.state.parts() if (entry := store.state.part_file("chunks", part)))
         kept = make_needles(store, np.arange(rows - 1)).hashed("00" * 32, b"salt")

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from retrotool.stages.selectors.base import Matcher
-from retrotool.stages.selectors.contaminates import Contaminates
-from retrotool.stages.selectors.copies import NearDuplicates
-from retrotool.stages.selectors.repeats import select_duplicates
-from retrotool.stages.selectors.text import Block, Decoder, blocks_of
+from retrotool.purge.selectors.contaminates import Contaminates
+from retrotool.purge.selectors.copies import NearDuplicates
+from retrotool.purge.selectors.document_text import Block, Decoder, blocks_of
+from retrotool.purge.selectors.repeated_documents import select_duplicates
+from retrotool.purge.selectors.selector import Matcher
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store

@@ -26,14 +26,14 @@ import zstandard
 from machine import describe
 
 from retrotool import engine
-from retrotool.commands.selecting import Selectors
-from retrotool.commands.writing import writing
-from retrotool.stages.selectors.base import Hits
-from retrotool.stages.selectors.pii import KINDS, PersonalDataMatcher
-from retrotool.stages.selectors.spans import compiled, find_all, hits
-from retrotool.stages.selectors.terms import TermMatcher
-from retrotool.stages.selectors.text import Block, Decoder, Offsets, blocks_of
+from retrotool.purge.selecting import Selectors
+from retrotool.purge.selectors.document_text import Block, Decoder, Offsets, blocks_of
+from retrotool.purge.selectors.pii import KINDS, PersonalDataMatcher
+from retrotool.purge.selectors.selector import Hits
+from retrotool.purge.selectors.spans import compiled, find_all, hits
+from retrotool.purge.selectors.terms import TermMatcher
 from retrotool.store.parts import Chunks
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 CHUNK, ROWS = 280, 1 << 15

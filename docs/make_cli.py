@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from retrotool.cli import app
+from retrotool.app import app
 
 WIDTH = 100
 PAGE = Path(__file__).with_name("cli.md")

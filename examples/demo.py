@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrotool.api import Reader
+    from retrotool.reader import Reader
 
 QUESTIONS = (
     "how do I open a file and read its lines?",

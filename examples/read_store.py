@@ -12,8 +12,8 @@ import sys
 import textwrap
 
 import retrotool
-from retrotool.api import Chunk, Reader
 from retrotool.errors import RetrotoolError
+from retrotool.reader import Chunk, Reader
 
 
 def paragraph(label: str, chunk: Chunk | None) -> str:

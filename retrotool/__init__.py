@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrotool.api import Reader
-    from retrotool.dataset import RetroDataset
+    from retrotool.reader import Reader
+    from retrotool.train.dataset import RetroDataset
 
 __all__ = ["RetroDataset", "open"]
 
 
 def open(path: str | Path) -> Reader:  # noqa: A001 - it is called as retrotool.open
-    """Open a store for reading, see ``retrotool.api.Reader``."""
-    from retrotool.api import open_store
+    """Open a store for reading, see ``retrotool.reader.Reader``."""
+    from retrotool.reader import open_store
 
     return open_store(path)
 
@@ -26,7 +26,7 @@ def open(path: str | Path) -> Reader:  # noqa: A001 - it is called as retrotool.
 def __getattr__(name: str) -> Any:
     """``RetroDataset`` is imported when it is asked for: it brings torch."""
     if name == "RetroDataset":
-        from retrotool.dataset import RetroDataset
+        from retrotool.train.dataset import RetroDataset
 
         return RetroDataset
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

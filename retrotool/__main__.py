@@ -1,5 +1,5 @@
 """``python -m retrotool``."""
 
-from retrotool.cli import main
+from retrotool.app import main
 
 main()

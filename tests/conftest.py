@@ -132,13 +132,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built_store(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_encoder: Path) -> Path:
     """A finished store of several parts: chunked, embedded, indexed, with neighbours. Not to be changed: copy it."""
-    from retrotool import commands
+    from retrotool import api
 
     store = tmp_path_factory.mktemp("built") / "store"
-    commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store)
-    commands.neighbours(store)
+    api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store)
+    api.neighbours(store)
     return store
 
 

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from retrotool import interrupts
 from retrotool.engine.processes import run_in_processes
 from retrotool.engine.progress import Meter, Progress
+from retrotool.engine.stage import GivesUp, Stage, Task
 from retrotool.engine.task import ATTEMPTS, Ended, Enough, Failures, Telling, perform
 from retrotool.errors import RetrotoolError, TaskError
-from retrotool.stages.base import GivesUp, Stage, Task
 from retrotool.store import claims, folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store

@@ -25,8 +25,8 @@ from typing import Any
 
 from retrotool import interrupts
 from retrotool.engine.progress import Progress, Told
+from retrotool.engine.stage import PerWorker, Stage, Task, Worker
 from retrotool.engine.task import Ended, Enough, Failures, OpenError, Telling, perform
-from retrotool.stages.base import PerWorker, Stage, Task, Worker
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from retrotool.stages.base import Measured, Shows, Stage
+from retrotool.engine.stage import Measured, Shows, Stage
 
 
 @dataclass(frozen=True, slots=True)

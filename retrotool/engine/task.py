@@ -9,8 +9,8 @@ from pathlib import Path
 
 from retrotool import interrupts
 from retrotool.engine.progress import Told
+from retrotool.engine.stage import Metered, Report, Task, Worker
 from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError
-from retrotool.stages.base import Metered, Report, Task, Worker
 from retrotool.store import claims, staging
 from retrotool.store.staging import Staged
 

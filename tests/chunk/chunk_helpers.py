@@ -14,8 +14,8 @@ import zstandard
 from click.testing import Result
 from typer.testing import CliRunner
 
-from retrotool import commands
-from retrotool.cli import app
+from retrotool import api
+from retrotool.app import app
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
@@ -63,7 +63,7 @@ def run_chunk(store: Path, *arguments: object) -> Result:
 
 def verified(store: Path) -> Verification:
     """The verification of a store, which must be fine and hold no left-overs of runs."""
-    found = commands.verify(store)
+    found = api.verify(store)
     assert found.problems == []
     assert list((store / "staging").iterdir()) == []
     return found

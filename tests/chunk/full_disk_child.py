@@ -12,7 +12,7 @@ from typing import Any
 
 from chunk_helpers import run_chunk
 
-from retrotool import commands
+from retrotool import api
 
 _fail_at: int | None = None
 _events: list[str] = []
@@ -30,7 +30,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _attempt(store: Path, source: Path, part_size: int) -> dict[str, Any]:
     result = run_chunk(store, source, "--part-size", part_size)
-    found = commands.verify(store)
+    found = api.verify(store)
     told = {"exit_code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
     return {**told, "problems": found.problems, "content": found.content}
 

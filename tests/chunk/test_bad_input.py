@@ -25,7 +25,7 @@ from chunk_helpers import (
     write_rows,
 )
 
-from retrotool import commands
+from retrotool import api
 from retrotool.sources import streams
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -146,7 +146,7 @@ def test_bad_rows_are_set_aside_and_the_rest_is_kept(case, store, tmp_path, cont
         assert f"first: {path}" + (f", line {line}" if line else "") in result.stdout
     if isinstance(case.data, list):
         assert len(case.data) == len(case.good) + len(case.aside)
-    there = commands.info(store)
+    there = api.info(store)
     assert (there.documents, there.set_aside) == (len(BEFORE) + len(case.good), len(case.aside))
     assert verified(store).content == content([*BEFORE, *case.good])
 

@@ -7,19 +7,20 @@ import pyarrow.parquet as pq
 from conftest import write_jsonl
 
 import retrotool
-from retrotool import commands
+from retrotool import api
+from retrotool.chunk import part_writer, quarantine
+from retrotool.chunk import stage as chunk_stage
 from retrotool.sources import Document, Fields, SetAside
-from retrotool.stages import chunk, part_writer, quarantine
 from retrotool.store.paths import FileName
 
 
 def test_a_part_closes_when_what_is_kept_of_its_documents_grows_large(tmp_path, monkeypatch):
     """Whatever the number of chunks: kept columns are held in memory until then."""
     monkeypatch.setattr(part_writer, "COLUMN_BYTES", 200_000)
-    monkeypatch.setattr(chunk, "_BATCH_CHARACTERS", 50_000)
+    monkeypatch.setattr(chunk_stage, "_BATCH_CHARACTERS", 50_000)
     rows = [{"id": str(i), "text": f"text {i}", "pad": "x" * 10_000} for i in range(100)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    result = commands.chunk(tmp_path / "store", [str(path)], fields=Fields(keep=("pad",)))
+    result = api.chunk(tmp_path / "store", [str(path)], fields=Fields(keep=("pad",)))
     assert (result.documents, result.parts) == (100, 5)
     reader = retrotool.open(tmp_path / "store")
     assert [reader.chunk(reader.document(str(i))[0]).text for i in (0, 42, 99)] == ["text 0", "text 42", "text 99"]
@@ -28,9 +29,9 @@ def test_a_part_closes_when_what_is_kept_of_its_documents_grows_large(tmp_path, 
 def test_batches_count_all_that_is_held_of_a_document():
     def batches(**held):
         rows = (Document(str(i), "text", "s", i, i, **held) for i in range(30))
-        return [len(batch) for batch in chunk._batches(rows)]
+        return [len(batch) for batch in chunk_stage._batches(rows)]
 
-    large = "x" * (chunk._BATCH_CHARACTERS // 10)
+    large = "x" * (chunk_stage._BATCH_CHARACTERS // 10)
     assert batches() == [30]
     assert batches(kept=(large, None)) == batches(value=large) == [10, 10, 10]
     assert batches(tokens=np.zeros(len(large), np.uint16)) == [10, 10, 10]
@@ -52,7 +53,7 @@ def test_reasons_that_differ_in_numbers_only_are_held_once_they_are_many(monkeyp
 def test_reasons_that_differ_in_numbers_only_are_summed_up_as_one(tmp_path):
     lines = ['{"id": 1, "text": "good"}', *('{"id": %s' % ("1" * n) for n in range(1, 16)), "[]"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    result = commands.chunk(tmp_path / "store", [str(tmp_path / "rows.jsonl")])
+    result = api.chunk(tmp_path / "store", [str(tmp_path / "rows.jsonl")])
     assert [(reason.rows, reason.reason) for reason in result.reasons] == [
         (15, "not JSON: unexpected end of data (column …)"),
         (1, "not a JSON object but an array"),

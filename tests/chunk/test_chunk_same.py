@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
-from retrotool import commands
+from retrotool import api
+from retrotool.chunk import chunk_plan
+from retrotool.chunk import stage as chunk_stage
 from retrotool.sources import Fields, find_inputs
-from retrotool.stages import chunk as chunk_stage
-from retrotool.stages import chunk_plan
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
@@ -36,7 +36,7 @@ def chunked(tmp_path, byte_level_tokenizer):
     def run(*inputs: Path, **options) -> Verification:
         store = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
         options = {"tokenizer": str(byte_level_tokenizer), "part_size": 30, **options}
-        found = commands.chunk(store, [str(path) for path in inputs], **options)
+        found = api.chunk(store, [str(path) for path in inputs], **options)
         assert found.documents + found.set_aside == len(ROWS)
         return verified(store)
 
@@ -98,7 +98,7 @@ AWKWARD = st.text(st.characters(codec="utf-8"), min_size=1) | st.text("a \t\r\n\
 def test_chunks_give_texts_back_byte_for_byte(texts, length, byte_level_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("awkward")
     path = write_rows(folder / "rows.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
-    made = commands.chunk(folder / "s", [str(path)], tokenizer=str(byte_level_tokenizer), chunk_length=length)
+    made = api.chunk(folder / "s", [str(path)], tokenizer=str(byte_level_tokenizer), chunk_length=length)
     assert made.documents == len(texts)
     store = Store.open(folder / "s")
     chunks = parts.read_chunks(store, 0)
@@ -111,7 +111,7 @@ def test_chunks_give_texts_back_byte_for_byte(texts, length, byte_level_tokenize
 @pytest.mark.parametrize("name", ["minilm", "byte_level_tokenizer"])
 def test_tokens_are_those_of_the_library_for_the_whole_document(name, tmp_path, plain, request):
     spec = name if name == "minilm" else str(request.getfixturevalue(name))
-    commands.chunk(tmp_path / "store", [str(plain)], tokenizer=spec)
+    api.chunk(tmp_path / "store", [str(plain)], tokenizer=spec)
     library = Library.from_str(find_tokenizer(spec).content.decode())
     library.no_truncation()
     library.no_padding()
@@ -121,7 +121,7 @@ def test_tokens_are_those_of_the_library_for_the_whole_document(name, tmp_path, 
 
 @pytest.mark.parametrize("part_size", [5, 30, 10_000])
 def test_a_part_closes_at_the_first_document_end_after_its_size(part_size, tmp_path, plain, byte_level_tokenizer):
-    commands.chunk(tmp_path / "s", [str(plain)], tokenizer=str(byte_level_tokenizer), part_size=part_size)
+    api.chunk(tmp_path / "s", [str(plain)], tokenizer=str(byte_level_tokenizer), part_size=part_size)
     store = Store.open(tmp_path / "s")
     for part in store.state.parts():
         counts = parts.read_documents(store, part)["n_chunks"].to_pylist()
@@ -151,7 +151,7 @@ def test_new_inputs_are_added_and_nothing_else_changes(tmp_path, plain):
 
 def test_kept_fields_and_places_are_columns_of_documents(tmp_path, plain, monkeypatch):
     monkeypatch.chdir(plain.parent)
-    commands.chunk(tmp_path / "store", [plain.name], fields=Fields(keep=("year", "missing")))
+    api.chunk(tmp_path / "store", [plain.name], fields=Fields(keep=("year", "missing")))
     data = plain.read_bytes()
     for row in documents(tmp_path / "store"):
         line = json.loads(data[row["position"] :].partition(b"\n")[0])

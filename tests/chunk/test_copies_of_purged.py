@@ -10,7 +10,7 @@ from chunk_helpers import run_chunk, run_cli, verified, write_rows
 from conftest import make_rows
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.store import parts
 from retrotool.store.blocked import read_blocked
 from retrotool.store.store import Store
@@ -54,7 +54,7 @@ def test_a_copy_of_what_was_purged_is_purged_before_its_plan_is_finished(duplica
     result = run_chunk(store, path, "--duplicates", duplicates)
     assert result.exit_code == 0, result.output
     assert names(store) == [*(row["id"] for row in OTHERS), "z"]
-    found = commands.info(store)
+    found = api.info(store)
     assert (found.documents, found.unfinished, found.set_aside) == (5, 0, 0)
     assert verified(store).documents == 5
     (again,) = set(found.purges) - {first}
@@ -67,9 +67,9 @@ def test_a_copy_of_what_was_purged_is_purged_before_its_plan_is_finished(duplica
     assert text_on_disk(store)
     assert run_cli("purge", store, first, "--erase", "--yes").exit_code == 0
     assert not text_on_disk(store)
-    assert all(record["erased"] for record in commands.info(store).purges.values())
+    assert all(record["erased"] for record in api.info(store).purges.values())
     for name in (first, again):
-        assert commands.verify_purge(store, name, out=tmp_path).receipt.ok
+        assert api.verify_purge(store, name, out=tmp_path).receipt.ok
     assert verified(store).documents == 5
 
 
@@ -120,7 +120,7 @@ def test_a_plan_that_lets_purged_documents_in_keeps_them_and_one_begun_after_has
     assert run_chunk(store, path).exit_code == 0
     assert "y" in names(store)
     # A later plan's units had the block list from their beginning: no document is looked up again.
-    monkeypatch.setattr("retrotool.stages.purge_again._find", None)
+    monkeypatch.setattr("retrotool.chunk.reapply_purges._find", None)
     later = write_rows(tmp_path / "later.jsonl", [{"id": "late", "text": "Nothing to see."}, {"id": "w", "text": TEXT}])
     result = run_chunk(store, later)
     assert result.exit_code == 0, result.output

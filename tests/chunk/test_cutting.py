@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retrotool.chunk.chunker import cut_chunks, text_hash, tokenise
 from retrotool.sources import Document, SetAside
-from retrotool.stages.cutting import cut_chunks, text_hash, tokenise
 
 token_lists = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=40), max_size=12)
 lengths_of_chunks = st.integers(1, 9)

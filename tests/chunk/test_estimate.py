@@ -13,7 +13,7 @@ import pytest
 from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
 
-from retrotool import commands
+from retrotool import api
 
 ROWS = make_rows(2000, words=80)
 BAD = [b"{"] * 100
@@ -28,7 +28,7 @@ def test_a_dry_run_tells_what_will_come_and_changes_nothing(tmp_path, byte_level
     came = json.loads(run_chunk(tmp_path / "store", *arguments).stdout)
     for count in ("documents", "tokens", "chunks", "parts"):
         assert said[count] == pytest.approx(came[count], rel=0.1), count
-    sizes = commands.info(tmp_path / "store").bytes
+    sizes = api.info(tmp_path / "store").bytes
     assert said["bytes"] == pytest.approx(sizes["chunks"] + sizes["documents"] + sizes["keys"], rel=0.4)
 
 
@@ -79,9 +79,9 @@ def test_an_interrupted_run_keeps_its_standard_input(tmp_path, byte_level_tokeni
         patch.setattr(sys, "stdin", Stdin())
         patch.setattr(engine, "execute", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            commands.chunk(tmp_path / "store", ["-"], tokenizer=str(byte_level_tokenizer))
+            api.chunk(tmp_path / "store", ["-"], tokenizer=str(byte_level_tokenizer))
     other = write_rows(tmp_path / "other.jsonl", ROWS[50:60])
-    assert commands.chunk(tmp_path / "store", [str(other)]).documents == 60
+    assert api.chunk(tmp_path / "store", [str(other)]).documents == 60
 
 
 def test_empty_standard_input_is_an_error(tmp_path: Path, byte_level_tokenizer: Path):

@@ -8,8 +8,8 @@ import pytest
 from chunk_helpers import documents, quarantine, run_chunk, verified, write_rows
 from conftest import make_rows
 
-from retrotool import commands, sources
-from retrotool.stages import chunk_plan
+from retrotool import api, sources
+from retrotool.chunk import chunk_plan
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_an_input_that_kills_its_worker_each_time_is_set_aside(inputs, tmp_path,
     (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     store = tmp_path / "store"
-    result = commands.chunk(store, list(map(str, inputs)), workers=2)
+    result = api.chunk(store, list(map(str, inputs)), workers=2)
     assert result.damaged == 1
     ((path, _, reason),) = quarantine(store)
     assert path == str(inputs[1])
@@ -104,4 +104,4 @@ def test_text_and_pairs_may_be_mixed_in_one_run(order, tmp_path):
     assert result.exit_code == 0, result.output
     found = verified(store)
     assert found.documents == 5
-    assert commands.info(store).keys == 5
+    assert api.info(store).keys == 5

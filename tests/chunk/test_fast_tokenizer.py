@@ -10,8 +10,8 @@ import pytest
 from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
 
-from retrotool import commands
-from retrotool.stages import chunk_plan
+from retrotool import api
+from retrotool.chunk import chunk_plan
 from retrotool.store.folding import fold
 from retrotool.store.store import Store
 from retrotool.tokenizers import FastTokenizer, TokensDiffer
@@ -101,7 +101,7 @@ def test_parts_that_were_committed_are_taken_back_and_their_ids_not_given_again(
     assert plan["withdrawn"] > 0
     assert min(opened.state.parts()) == plan["withdrawn"]
     assert verified(store).content == exact.content
-    found = commands.info(store)
+    found = api.info(store)
     assert (found.documents, found.set_aside) == (len(ROWS), 0)
 
 
@@ -117,7 +117,7 @@ def test_later_inputs_of_such_a_store_are_left_to_tokenizers(tmp_path, source, b
 def test_what_another_process_staged_with_the_fast_tokenizer_is_refused(
     tmp_path, source, exact, byte_level_tokenizer, monkeypatch
 ):
-    from retrotool.stages.chunk import ChunkStage
+    from retrotool.chunk.stage import ChunkStage
     from retrotool.store.runs import Run
 
     store = tmp_path / "store"

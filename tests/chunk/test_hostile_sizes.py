@@ -16,7 +16,7 @@ import zstandard
 from chunk_helpers import quarantine, verified
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 
 GIGABYTE = 1 << 30
 MOST_MEMORY_KB = 600 << 10
@@ -25,7 +25,7 @@ import atexit, sys
 from pathlib import Path
 status = Path(sys.argv.pop(1))
 atexit.register(lambda: status.write_bytes(Path("/proc/self/status").read_bytes()))
-from retrotool.cli import main
+from retrotool.app import main
 main()
 """
 """The command line, which leaves behind what the system knows of its memory."""
@@ -118,12 +118,12 @@ def test_what_is_made_to_hurt_does_not(name, tmp_path):
     assert int(peak) < MOST_MEMORY_KB
     assert reason in result["reasons"][0]["reason"]
     assert len(quarantine(store)) == bad
-    assert (verified(store).documents, commands.info(store).set_aside) == (good, bad)
+    assert (verified(store).documents, api.info(store).set_aside) == (good, bad)
 
 
 def test_zeros_inside_a_text_are_part_of_it(tmp_path, byte_level_tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "z", "text": "a\\u0000b \\u0000"}\n')
-    commands.chunk(tmp_path / "store", [str(path)], tokenizer=str(byte_level_tokenizer))
+    api.chunk(tmp_path / "store", [str(path)], tokenizer=str(byte_level_tokenizer))
 
     assert retrotool.open(tmp_path / "store").chunk(0).text == "a\0b \0"

@@ -11,11 +11,11 @@ import zstandard
 from chunk_helpers import quarantine, run_chunk, verified, write_rows
 from conftest import make_rows
 
-from retrotool import commands
+from retrotool import api
+from retrotool.chunk import chunk_plan
+from retrotool.chunk.chunk_plan import Wanted, commit_plan
+from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
-from retrotool.stages import chunk_plan
-from retrotool.stages.chunk import ChunkStage
-from retrotool.stages.chunk_plan import Wanted, commit_plan
 from retrotool.store import staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -35,7 +35,7 @@ def frames() -> list[bytes]:
 
 
 def check(store: Path, tmp_path: Path) -> None:
-    found = commands.info(store)
+    found = api.info(store)
     assert (found.documents, found.set_aside, found.unfinished) == (400, 0, 0)
     assert quarantine(store) == []
     assert verified(store).content == content_of(tmp_path, ROWS)
@@ -109,7 +109,7 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
         assert len(tasks) > 5
         staging.stage(opened.root, ChunkStage().open(opened)(tasks[-1], run.id, int))
     for _ in range(2):
-        found = commands.chunk(store, list(map(str, names)))
+        found = api.chunk(store, list(map(str, names)))
         assert found.stopped
         assert (found.damaged, found.set_aside) == (1, 1)
         assert [reason.input for reason in found.reasons] == [str(names[-1])]
@@ -131,7 +131,7 @@ def test_rows_of_another_input_of_the_same_name_are_not_taken_for_known(tmp_path
     result = run_chunk(store, "--retry-quarantine")
     assert [(line, reason) for _, line, reason in quarantine(store)] == [(2, "duplicate document id")]
     assert result.exit_code == 3
-    assert commands.info(store).documents == 4
+    assert api.info(store).documents == 4
 
 
 def test_a_larger_limit_takes_up_what_was_too_long(tmp_path):
@@ -139,9 +139,9 @@ def test_a_larger_limit_takes_up_what_was_too_long(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"id": "short", "text": "a"}, {"id": "long", "text": "word " * 2000}])
     assert run_chunk(store, path, "--max-document", "6KB").exit_code == 3
     assert run_chunk(store, "--retry-quarantine", "--max-document", "6KB").exit_code == 0
-    assert commands.info(store).documents == 1
+    assert api.info(store).documents == 1
     result = run_chunk(store, "--retry-quarantine", "--max-document", "1MiB")
-    assert (result.exit_code, commands.info(store).documents, quarantine(store)) == (0, 2, [])
+    assert (result.exit_code, api.info(store).documents, quarantine(store)) == (0, 2, [])
 
 
 def test_retrying_with_nothing_mended_says_so(tmp_path):
@@ -164,6 +164,6 @@ def test_a_wrong_setting_does_not_shut_an_input_out(first, second, name, data, t
     (tmp_path / name).write_bytes(data)
     marked = ["--end-of-document", "102"] if name.endswith(".bin") else []
     run_chunk(store, tmp_path / name, *first, *marked)
-    before = commands.info(store).documents
+    before = api.info(store).documents
     result = run_chunk(store, tmp_path / name, *second, *marked)
-    assert commands.info(store).documents > before, result.output
+    assert api.info(store).documents > before, result.output

@@ -12,8 +12,8 @@ from chunk_helpers import documents, pack, quarantine, run_chunk, verified, writ
 from conftest import make_rows
 
 import retrotool
-from retrotool import commands
-from retrotool.commands.limits import MaxBad
+from retrotool import api
+from retrotool.chunk.max_bad import MaxBad
 from retrotool.errors import UsageError
 
 ROWS = make_rows(300, words=30)
@@ -54,7 +54,7 @@ def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_gone_on_with_w
     assert result.exit_code == 0, result.stdout
     assert quarantine(store) == []
     assert sorted(ids(store)) == sorted([row["id"] for row in ROWS] + [f"doc-{i}" for i in range(500, 505)])
-    found = commands.info(store)
+    found = api.info(store)
     assert (found.documents, found.set_aside, found.unfinished) == (305, 0, 0)
     assert verified(store).content == content_of(tmp_path, [*ROWS, *make_rows(5, first=500)])
 
@@ -76,14 +76,14 @@ def test_a_broken_file_is_gone_on_with_though_an_erase_took_the_hash_of_its_begi
     good = len(ids(store))
 
     def prefixes() -> list[bytes | None]:
-        (file,) = commands.info(store).quarantine
+        (file,) = api.info(store).quarantine
         return pq.read_table(store / file["path"])["prefix"].to_pylist()
 
     assert prefixes() != [None]
     first, *others = retrotool.open(store).document("long")
     assert others
-    selectors = commands.Selectors(chunk=(str(first),), where="id = 'doc-5'")
-    commands.purge(store, selectors, reason="test", erase=True)
+    selectors = api.Selectors(chunk=(str(first),), where="id = 'doc-5'")
+    api.purge(store, selectors, reason="test", erase=True)
     assert prefixes() == [None], "with it a guess of the documents could be tested"
     path.write_bytes(gzip.compress(lines))
     result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
@@ -113,7 +113,7 @@ def test_rows_that_were_mended_are_taken_up_and_the_others_not_again(tmp_path):
     assert result.exit_code == 3
     assert json.loads(result.stdout)["documents"] == 1
     assert [(line, reason[:8]) for _, line, reason in quarantine(store)] == [(4, "not JSON")]
-    assert commands.info(store).set_aside == 1
+    assert api.info(store).set_aside == 1
     write_rows(path, ROWS[:5])
     assert run_chunk(store, "--retry-quarantine").exit_code == 0
     assert quarantine(store) == []
@@ -139,7 +139,7 @@ def test_a_broken_file_can_be_allowed(tmp_path):
     result = json.loads(run_chunk(store, path, later, "--max-bad", 1, "--json").stdout)
     assert (result["stopped"], result["damaged"], result["set_aside"]) == ("", 1, 1)
     assert "doc-504" in ids(store)
-    assert commands.info(store).unfinished == 0
+    assert api.info(store).unfinished == 0
 
 
 def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
@@ -150,9 +150,9 @@ def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
     for _ in range(2):
         result = json.loads(run_chunk(store, path, later, "--json").stdout)
         assert "broken off" in result["stopped"]
-        assert commands.info(store).unfinished == 1
+        assert api.info(store).unfinished == 1
     assert run_chunk(store, path, later, "--max-bad", "1").exit_code == 3
-    assert commands.info(store).unfinished == 0
+    assert api.info(store).unfinished == 0
     assert "big-179" in ids(store)
 
 
@@ -165,7 +165,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     assert result.exit_code == 3
     assert "3 rows were set aside, more than --max-bad 2" in result.stdout
     assert run_chunk(store, path, later, "--max-bad", 3).exit_code == 3
-    assert commands.info(store).unfinished == 0
+    assert api.info(store).unfinished == 0
 
 
 @pytest.mark.parametrize(

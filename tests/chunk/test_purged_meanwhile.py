@@ -9,12 +9,12 @@ from chunk_helpers import run_chunk, run_cli, verified, write_rows
 from conftest import make_rows
 
 import retrotool
-from retrotool import commands
+from retrotool import api
+from retrotool.chunk import chunk_plan
+from retrotool.chunk.chunk_plan import Wanted, commit_plan
+from retrotool.chunk.stage import ChunkStage
+from retrotool.chunk.withdraw import RECORD, go_on_exactly
 from retrotool.sources import Fields, find_inputs
-from retrotool.stages import chunk_plan
-from retrotool.stages.chunk import ChunkStage
-from retrotool.stages.chunk_plan import Wanted, commit_plan
-from retrotool.stages.withdraw import RECORD, go_on_exactly
 from retrotool.store import folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -122,10 +122,10 @@ def test_allowed_again_a_purged_document_is_chunked_under_its_own_id(tmp_path):
     purge(store, tmp_path, "doc-2")
     again = write_rows(tmp_path / "again.jsonl", [rows[2]])
     assert "purged before" in run_chunk(store, again).stdout
-    assert commands.info(store).documents == 3
+    assert api.info(store).documents == 3
     # The same file once more, which was left out in whole.
     result = run_chunk(store, again, "--allow-purged")
     assert result.exit_code == 0, result.output
-    assert commands.info(store).documents == 4
+    assert api.info(store).documents == 4
     assert retrotool.open(store).document("doc-2")
     assert verified(store).documents == 4

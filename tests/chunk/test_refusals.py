@@ -13,7 +13,7 @@ import pytest
 from chunk_helpers import documents, quarantine, run_chunk, verified, write_rows
 from tokenizers import Tokenizer, models
 
-from retrotool.commands import chunking
+from retrotool.chunk import run as chunk_run
 
 ROWS = [{"id": f"row-{i}", "text": f"Text of row {i}.", "body": f"Body {i}."} for i in range(4)]
 NEW = [{"id": "new", "text": "Something new."}]
@@ -126,14 +126,14 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     change, reason = CHANGES[how]
     store, path = folder / "store", folder / "new.jsonl"
     before, data = verified(store).content, path.read_bytes()
-    commit_plan = chunking.commit_plan
+    commit_plan = chunk_run.commit_plan
 
     def plan_then_change(*arguments):
         made = commit_plan(*arguments)
         change(path)
         return made
 
-    monkeypatch.setattr(chunking, "commit_plan", plan_then_change)
+    monkeypatch.setattr(chunk_run, "commit_plan", plan_then_change)
     result = run_chunk(store, path)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"error: {path}: {reason}\n")
@@ -166,7 +166,7 @@ def test_duplicates_in_a_file_that_changes_before_its_plan_is_finished_are_still
     def finish_later(*_, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chunking, "finish_plans", finish_later)
+    monkeypatch.setattr(chunk_run, "finish_plans", finish_later)
     assert run_chunk(folder / "store", path).exit_code == 130
     monkeypatch.undo()
     if change == "gone":

@@ -12,7 +12,7 @@ from chunk_helpers import verified, write_rows
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -161,7 +161,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     library.save(str(tmp_path / "words.json"))
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "one two two three"}])
-    commands.chunk(tmp_path / "store", [str(path)], tokenizer=str(tmp_path / "words.json"), chunk_length=3)
+    api.chunk(tmp_path / "store", [str(path)], tokenizer=str(tmp_path / "words.json"), chunk_length=3)
     store = Store.open(tmp_path / "store")
     assert (store.identity.tokenizer.vocabulary, store.identity.tokenizer.token_bytes) == (70_001, 4)
     assert parts.read_chunks(store, 0).tokens.tolist() == [[1, 70_000, 70_000], [0, 0, 0]]

@@ -10,10 +10,10 @@ import pytest
 from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
 
-from retrotool import commands, engine
+from retrotool import api, engine
+from retrotool.chunk.chunk_plan import write_json
+from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import ErasedError
-from retrotool.stages.chunk import ChunkStage
-from retrotool.stages.chunk_plan import write_json
 from retrotool.store import disk, runs
 from retrotool.store.clean import clean
 from retrotool.store.log import Draft
@@ -49,11 +49,11 @@ def test_work_that_another_process_finishes_meanwhile_is_no_failure(tmp_path, so
     def plan_then_be_overtaken(self, store):
         tasks = plan(self, store)
         monkeypatch.undo()
-        commands.chunk(tmp_path / "store", [str(other)])
+        api.chunk(tmp_path / "store", [str(other)])
         return tasks
 
     monkeypatch.setattr(ChunkStage, "plan", plan_then_be_overtaken)
-    assert commands.chunk(tmp_path / "store", [str(source)]).documents == 20
+    assert api.chunk(tmp_path / "store", [str(source)]).documents == 20
     assert verified(tmp_path / "store").documents == 25
 
 
@@ -65,7 +65,7 @@ def test_a_task_whose_input_is_removed_is_planned_again(tmp_path, source, monkey
         raise ErasedError("removed by another process")
 
     monkeypatch.setattr(engine, "perform", find_it_erased)
-    assert commands.chunk(tmp_path / "store", [str(source)]).documents == 20
+    assert api.chunk(tmp_path / "store", [str(source)]).documents == 20
 
 
 def test_a_store_that_another_process_makes_first_is_opened(tmp_path, source):

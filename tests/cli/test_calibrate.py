@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from retrotool import commands
-from retrotool.cli import app
-from retrotool.commands import calibrating, rates
-from retrotool.commands.calibrating import Sizes
+from retrotool import api
+from retrotool.app import app
 from retrotool.errors import UsageError
+from retrotool.plan import calibrating, rates
+from retrotool.plan.calibrating import Sizes
 
 TINY = Sizes(
     seconds=0.01, text_bytes=1, layers=1, d=64, vectors=1 << 10, lists=16, queries=64, nprobe=4, file_bytes=1 << 16
@@ -52,7 +52,7 @@ def test_what_is_calibrated_is_used(tiny, cache):
     assert missing["embed_gpu_flop_per_s"] == "torch sees no GPU"
     kept = json.loads(cache.read_text())
     assert kept == {"machine": told["machine"], "date": told["date"], **measured}
-    plan = commands.plan(10**12, cores=8)
+    plan = api.plan(10**12, cores=8)
     assert plan.rates_file == str(cache)
     assert {rate.source for rate in plan.rates} == {f"calibrated on {told['machine']}, {told['date']}"}
     assert {rate.key: rate.value for rate in plan.rates}.items() <= measured.items()
@@ -89,7 +89,7 @@ def test_without_the_bundled_encoder_the_rest_is_measured(tiny, cache, monkeypat
         raise UsageError("the bundled encoder and tokenizer (minilm) are not installed")
 
     monkeypatch.setattr("retrotool.tokenizers.find.bundled_model", missing)
-    found = commands.calibrate()
+    found = api.calibrate()
     told = {one.key: one.why for one in found.not_measured}
     assert told["embed_core_narrow_flop_per_s"] == told["chunk_core_bytes_per_s"]
     assert "not installed" in told["chunk_core_bytes_per_s"]
@@ -98,6 +98,6 @@ def test_without_the_bundled_encoder_the_rest_is_measured(tiny, cache, monkeypat
 
 def test_a_disk_that_is_nearly_full_is_not_measured(tiny, cache, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5))
-    told = {one.key: one.why for one in commands.calibrate().not_measured}
+    told = {one.key: one.why for one in api.calibrate().not_measured}
     assert "GB free" in told["disk_write_bytes_per_s"]
     assert "disk_read_bytes_per_s" in told

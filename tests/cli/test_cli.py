@@ -23,32 +23,28 @@ import pytest
 import zstandard
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands
-from retrotool.cli import (
-    app,
-    chunk,
-    embed,
-    export_neighbours,
-    give_bars_room,
-    index,
-    info,
-    inspect,
-    leakage,
-    log,
-    neighbours,
-    output,
-    plan,
-    purge,
-    search,
-    verify,
-)
-from retrotool.commands import calibrating
+from retrotool import api
+from retrotool.app import app, give_bars_room
+from retrotool.chunk import command as chunk_command
+from retrotool.cli import output
+from retrotool.embed import command as embed_command
+from retrotool.export import export_neighbours_command
+from retrotool.index import command as index_command
+from retrotool.index import search_command
+from retrotool.info import command as info_command
+from retrotool.info import log_command, verify_command
+from retrotool.inspect import command as inspect_command
+from retrotool.leakage import command as leakage_command
+from retrotool.neighbours import command as neighbours_command
+from retrotool.plan import calibrating
+from retrotool.plan import command as plan_command
+from retrotool.purge import command as purge_command
 
 COMMANDS = {
-    "chunk": chunk, "embed": embed, "index": index, "neighbours": neighbours, "inspect": inspect,
-    "leakage": leakage, "purge": purge, "search": search, "info": info, "log": log, "verify": verify,
-    "plan": plan,
-    "export neighbours": export_neighbours,
+    "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command, "inspect": inspect_command,
+    "leakage": leakage_command, "purge": purge_command, "search": search_command, "info": info_command, "log": log_command, "verify": verify_command,
+    "plan": plan_command,
+    "export neighbours": export_neighbours_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -110,9 +106,9 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(tiny_encoder, tmp_path / "models" / "bert-base-uncased")
     for name, first in (("database", 0), ("training", 30)):
         source = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(30, first=first))
-        commands.chunk(tmp_path / name, [str(source)], tokenizer=str(tiny_encoder))
-        commands.embed(tmp_path / name, encoder=str(tiny_encoder))
-    commands.index(tmp_path / "database")
+        api.chunk(tmp_path / name, [str(source)], tokenizer=str(tiny_encoder))
+        api.embed(tmp_path / name, encoder=str(tiny_encoder))
+    api.index(tmp_path / "database")
     monkeypatch.chdir(tmp_path)
     # Rates are kept in here, and measured in no time.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -163,7 +159,7 @@ def test_every_example_works(workplace, run):
     for example in ordered_examples():
         words = shlex.split(example)[1:]
         if "p1a2b3c4d" in words:  # a purge that there is
-            words[words.index("p1a2b3c4d")] = next(iter(commands.info("store").purges))
+            words[words.index("p1a2b3c4d")] = next(iter(api.info("store").purges))
         arguments = [str(path) for word in words for path in (sorted(Path().glob(word)) if "*" in word else [word])]
         code, out, err = run(*arguments)
         if "cuda" in example and not torch.cuda.is_available():
@@ -176,7 +172,7 @@ def test_every_example_works(workplace, run):
             assert out, example
         shown[example] = out
     assert len(shown) == sum(len(examples(command)) for command in COMMANDS)
-    found = commands.info("store")
+    found = api.info("store")
     assert (found.documents, len(found.purges)) == (11, 2)  # of the corpus all but doc-3, of the papers none
     assert "Would purge" in shown[examples("purge")[0]]
     assert "Erased" in shown[examples("purge")[1]]
@@ -311,7 +307,7 @@ def test_json_numbers_agree_with_one_another(results):
 
 def test_text_says_the_same_in_words(store_copy, run, tiny_encoder):
     told = {command: run(command, store_copy)[1] for command in ("info", "verify", "index", "neighbours")}
-    facts = commands.info(store_copy)
+    facts = api.info(store_copy)
     assert f"{facts.documents} documents, {facts.chunks} chunks of 64 tokens" in told["info"]
     assert "all is well." in told["verify"]
     assert "True recall@10: 1.0000" in told["index"]
@@ -352,7 +348,7 @@ def test_search_tells_of_what_is_not_in_the_index_and_how_it_gets_there(store_co
     code, _, err = run(*command)
     assert (code, err) == (0, "")
     source = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "a document that came later"}])
-    commands.chunk(store_copy, [str(source)])
+    api.chunk(store_copy, [str(source)])
     code, out, err = run(*command, "--json")
     told = json.loads(out)
     assert (code, told["not_indexed"], len(told["next"])) == (0, 1, 2)

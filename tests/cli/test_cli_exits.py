@@ -16,8 +16,8 @@ import pytest
 from conftest import INTERRUPTED, make_rows, write_jsonl
 from typer.testing import CliRunner
 
-from retrotool import commands
-from retrotool.cli import app
+from retrotool import api
+from retrotool.app import app
 from retrotool.errors import EXIT_INTERRUPTED
 
 READING = {
@@ -267,7 +267,7 @@ def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(commands, "info", fail)
+    monkeypatch.setattr(api, "info", fail)
     with pytest.raises(ZeroDivisionError):
         run("info", tmp_path)
 
@@ -276,7 +276,7 @@ def test_what_the_system_says_of_a_file_is_told(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "store" / "chunks"))
 
-    monkeypatch.setattr(commands, "info", fail)
+    monkeypatch.setattr(api, "info", fail)
     code, out, err = run("info", tmp_path, "--json")
     assert (code, err) == (1, f"error: {tmp_path}/store/chunks: Permission denied\n")
     assert json.loads(out) == {"error": err[7:-1], "advice": "", "exit_code": 1}
@@ -286,7 +286,7 @@ def test_what_the_system_says_of_no_file_is_a_bug(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no file is named")
 
-    monkeypatch.setattr(commands, "info", fail)
+    monkeypatch.setattr(api, "info", fail)
     with pytest.raises(OSError, match="no file"):
         run("info", tmp_path)
 
@@ -333,26 +333,26 @@ PURGE = ("--where", "source = 'a'", "--reason", "r")
     ],
 )
 def test_a_large_purge_asks(line, code, told, store_copy, asked):
-    before = commands.info(store_copy)
+    before = api.info(store_copy)
     found, out, err = asked(line, "purge", store_copy, *PURGE)
     assert found == code
     question, _, rest = err.partition(" Go on? [y/N]: ")
     assert re.fullmatch(r"This purges [\d,]+ chunks, \d\d\.\d% of the store\.", question)
     assert rest.startswith(told) and bool(rest) == bool(told)
     assert ("Purged" in out) == (code == 0)
-    assert (commands.info(store_copy).commit > before.commit) == (code == 0)
+    assert (api.info(store_copy).commit > before.commit) == (code == 0)
 
 
 def test_an_erase_of_much_asks_too(store_copy, asked):
-    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="r")
-    before = commands.info(store_copy).commit
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="r")
+    before = api.info(store_copy).commit
     assert asked("n\n", "purge", store_copy, *PURGE)[::2] == (0, ""), "it is purged already: there is nothing to ask"
     code, out, err = asked("n\n", "purge", store_copy, *PURGE, "--erase", "--json")
     assert (code, json.loads(out)["error"]) == (1, "Nothing was purged.")
     assert re.match(r"This erases \d+ chunks for good, \d\d\.\d% of all it ever had\. Go on\?", err)
     code, out, err = run("purge", store_copy, *PURGE, "--erase")
     assert (code, out, "it wants --yes" in err) == (2, "", True), "nobody is there to be asked"
-    assert commands.info(store_copy).commit == before
+    assert api.info(store_copy).commit == before
     code, out, _ = asked("y\n", "purge", store_copy, *PURGE, "--erase")
     assert (code, out.partition(" ")[0]) == (0, "Erased")
     assert asked("n\n", "purge", store_copy, *PURGE, "--erase")[::2] == (0, ""), "an erase goes on unasked"
@@ -397,8 +397,8 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (EXIT_INTERRUPTED, "")
     assert err == INTERRUPTED
-    assert commands.verify(tmp_path / "store").problems == []
+    assert api.verify(tmp_path / "store").problems == []
     if workers == 1:
-        assert commands.chunk(tmp_path / "store", [str(source)]).documents == len(rows)
-        assert commands.verify(tmp_path / "store").documents == len(rows)
+        assert api.chunk(tmp_path / "store", [str(source)]).documents == len(rows)
+        assert api.verify(tmp_path / "store").documents == len(rows)
         assert list((tmp_path / "store" / "staging").iterdir()) == []

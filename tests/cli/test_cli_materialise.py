@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from retrotool import commands
-from retrotool.cli import app
+from retrotool import api
+from retrotool.app import app
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -26,7 +26,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_it_is_told_what_was_materialised(store_copy: Path, run: Run) -> None:
-    chunks = commands.info(store_copy).chunks
+    chunks = api.info(store_copy).chunks
     assert "materialised" not in run("info", store_copy)[1] + run("verify", store_copy)[1]
     assert "Materialised" not in run("neighbours", store_copy)[1]
     code, out, err = run("neighbours", store_copy, "--materialise")
@@ -34,7 +34,7 @@ def test_it_is_told_what_was_materialised(store_copy: Path, run: Run) -> None:
     first, second = out.splitlines()
     assert first.startswith("Every chunk has its neighbours already")
     assert second.startswith(f"Materialised: 2 neighbours of {chunks} chunks, ")
-    assert f"({chunks} chunks by this run, commit {commands.info(store_copy).commit})" in second
+    assert f"({chunks} chunks by this run, commit {api.info(store_copy).commit})" in second
     assert "(all of it before, commit" in run("neighbours", store_copy, "--materialise")[1]
     shown = run("info", store_copy)[1]
     assert f"  neighbours  main: 20 saved for {chunks} chunks, 2 materialised, " in shown and "stale" not in shown
@@ -43,7 +43,7 @@ def test_it_is_told_what_was_materialised(store_copy: Path, run: Run) -> None:
 
 def test_json_has_it_all(store_copy: Path, run: Run) -> None:
     made = json.loads(run("neighbours", store_copy, "--materialise", "--json")[1])["materialised"]
-    chunks = commands.info(store_copy).chunks
+    chunks = api.info(store_copy).chunks
     assert (made["name"], made["k"], made["rows"], made["made"], made["parts"]) == ("main", 2, chunks, chunks, 4)
     assert json.loads(run("neighbours", store_copy, "--json")[1])["materialised"] is None
     info = json.loads(run("info", store_copy, "--json")[1])
@@ -57,8 +57,8 @@ def test_json_has_it_all(store_copy: Path, run: Run) -> None:
 
 
 def test_stale_files_are_told(store_copy: Path, run: Run) -> None:
-    commands.materialise(store_copy)
-    commands.index(store_copy, name="other")
-    commands.neighbours(store_copy, index="other")
+    api.materialise(store_copy)
+    api.index(store_copy, name="other")
+    api.neighbours(store_copy, index="other")
     assert "(4 parts stale)" in run("info", store_copy)[1]
-    assert commands.info(store_copy).materialised["main"]["current"] == 0
+    assert api.info(store_copy).materialised["main"]["current"] == 0

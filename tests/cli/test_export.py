@@ -19,16 +19,16 @@ from key_values import Written, make_store
 from retro_files import RetroFiles
 
 import retrotool
-from retrotool import commands
-from retrotool.api import Chunk, Reader
-from retrotool.commands.exporting import FORMATS, ExportResult
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.commands.writing import writing
-from retrotool.stages import handover, handover_tables
-from retrotool.stages.handover_retro import Tokens, tokens_of
+from retrotool import api
+from retrotool.export import handover, handover_tables
+from retrotool.export.handover_retro import Tokens, tokens_of
+from retrotool.export.run import FORMATS, ExportResult
+from retrotool.neighbours.run import SearchOptions
+from retrotool.reader import Chunk, Reader
 from retrotool.store import parts, tables
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tables import NeighbourTable
 
@@ -88,8 +88,8 @@ def open_once(store: Path) -> Reader:
 
 def chunk_and_embed(store: Path, rows: list[dict[str, Any]], tokenizer: Path, encoder: Path, part_size: int) -> Path:
     source = write_jsonl(store.with_suffix(".jsonl"), rows)
-    commands.chunk(store, [str(source)], tokenizer=str(tokenizer), part_size=part_size)
-    commands.embed(store, encoder=str(encoder))
+    api.chunk(store, [str(source)], tokenizer=str(tokenizer), part_size=part_size)
+    api.embed(store, encoder=str(encoder))
     return store
 
 
@@ -99,7 +99,7 @@ def purge_some(store: Path, seed: int, *, erase: bool) -> None:
     ids = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
     path = store.with_suffix(".ids")
     path.write_text("".join(f"{i}\n" for i in random.Random(seed).sample(ids, len(ids) // 7)))
-    commands.purge(store, commands.Selectors(ids=str(path)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase)
 
 
 @pytest.fixture(scope="module", params=["wordpiece", "bytes"])
@@ -109,8 +109,8 @@ def stores(request, tmp_path_factory, tiny_encoder, byte_level_tokenizer) -> dic
     tokenizer = tiny_encoder if request.param == "wordpiece" else byte_level_tokenizer
     database = chunk_and_embed(root / "database", make_rows(40), tokenizer, tiny_encoder, 70)
     queries = chunk_and_embed(root / "queries", make_rows(24, first=300), tokenizer, tiny_encoder, 50)
-    commands.neighbours(queries, name="own", saved=5, search=EXACT)
-    commands.neighbours(database, queries=queries, name="other", saved=6, k=3, search=EXACT)
+    api.neighbours(queries, name="own", saved=5, search=EXACT)
+    api.neighbours(database, queries=queries, name="other", saved=6, k=3, search=EXACT)
     for seed, store in enumerate((database, queries)):
         purge_some(store, seed, erase=True)
         purge_some(store, seed + 10, erase=False)
@@ -136,8 +136,8 @@ def records(tmp_path_factory, tiny_encoder) -> Case:
     documents = [Written(f"d{n}", text(n)) for n in (1, 15, 16, 17, 31, 32, 33, 48, 64, 80, 112, 128)]
     pairs = [Written(f"r{n}", text(3 + n), text(7 * n)) for n in range(1, 9)]
     store = make_store(tmp_path_factory.mktemp("records") / "store", tiny_encoder, documents[:5] + pairs, documents[5:])
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.neighbours(store, search=EXACT, saved=4)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.neighbours(store, search=EXACT, saved=4)
     reader = retrotool.open(store)
     victims = [
         reader.document("r8")[0],
@@ -146,7 +146,7 @@ def records(tmp_path_factory, tiny_encoder) -> Case:
         *reader.document("d33"),
     ]
     (store.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
-    commands.purge(store, commands.Selectors(ids=str(store.parent / "ids")), reason="test")
+    api.purge(store, api.Selectors(ids=str(store.parent / "ids")), reason="test")
     return Case(store, "main", 2, (("main", 1.0),))
 
 
@@ -183,7 +183,7 @@ def check_counts(case: Case, result: ExportResult, output: Path) -> None:
     assert {file["name"]: file["bytes"] for file in told["files"]} == {
         path.name: path.stat().st_size for path in output.iterdir() if path.name != "export.json"
     }
-    assert (told["store"], told["commit"]) == (commands.info(case.store).uuid, commands.info(case.store).commit)
+    assert (told["store"], told["commit"]) == (api.info(case.store).uuid, api.info(case.store).commit)
     for database, (table, weight) in zip(told["databases"], case.tables, strict=True):
         other = Store.open(Store.open(case.store).state.records[f"neighbours:{table}"]["path"])
         assert database == {
@@ -204,7 +204,7 @@ def small_blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parquet_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks: None) -> None:
-    result = commands.export_neighbours(case.store, tmp_path / "out", format="parquet", name=case.name, k=case.k)
+    result = api.export_neighbours(case.store, tmp_path / "out", format="parquet", name=case.name, k=case.k)
     files = sorted((tmp_path / "out").glob("*.parquet"))
     rows = [row for file in files for row in pq.read_table(file, page_checksum_verification=True).to_pylist()]
     chunks = case.chunks()
@@ -219,7 +219,7 @@ def test_parquet_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks
 
 def test_a_saved_dataset_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks: None) -> None:
     datasets = pytest.importorskip("datasets")
-    result = commands.export_neighbours(case.store, tmp_path / "out", format="huggingface", name=case.name, k=case.k)
+    result = api.export_neighbours(case.store, tmp_path / "out", format="huggingface", name=case.name, k=case.k)
     dataset = datasets.load_from_disk(str(tmp_path / "out"))
     chunks = case.chunks()
     assert dataset["chunk"][:] == list(chunks)
@@ -275,7 +275,7 @@ def check_retrieved(case: Case, files: RetroFiles, row: int) -> None:
 def test_retro_pytorch_gets_what_the_api_says(
     case: Case, tmp_path: Path, small_blocks: None, chunks_of_a_sequence: int
 ) -> None:
-    result = commands.export_neighbours(
+    result = api.export_neighbours(
         case.store, tmp_path / "out", format="retro-pytorch", name=case.name, k=case.k,
         sequence_length=chunks_of_a_sequence * case.length,
     )  # fmt: skip
@@ -314,11 +314,11 @@ def test_what_a_purged_chunk_stood_between_does_not_follow(tmp_path: Path, tiny_
     words = [[f"{a} {b}" for b in WORDS[:32]] for a in ("store", "chunk")]
     documents = [Written(str(i), " ".join(some)) for i, some in enumerate(words)]
     store = make_store(tmp_path / "store", tiny_encoder, documents)
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.neighbours(store, search=EXACT, saved=4, k=4)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.neighbours(store, search=EXACT, saved=4, k=4)
     (tmp_path / "ids").write_text("1\n6\n")
-    commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
-    commands.export_neighbours(store, tmp_path / "out", format="retro-pytorch", sequence_length=64)
+    api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.export_neighbours(store, tmp_path / "out", format="retro-pytorch", sequence_length=64)
     files = RetroFiles(tmp_path / "out")
     assert files.ids.tolist() == [0, -1, 2, 3, -1, 4, 5, -1, 7, -1]
     assert [files.ids[start] for start in files.starts] == [0, 2, 4, 7]
@@ -340,8 +340,8 @@ def test_tokens_are_written_alike_for_all_stores_of_a_tokenizer(stores: dict[str
 def test_text_that_spells_special_tokens_is_exported_whole(tmp_path: Path, tiny_encoder: Path) -> None:
     rows = [{"id": str(i), "text": f"store {word} chunk [SEP] token " * 40} for i, word in enumerate(WORDS[:4])]
     store = chunk_and_embed(tmp_path / "store", rows, tiny_encoder, tiny_encoder, 100)
-    commands.neighbours(store, search=EXACT)
-    commands.export_neighbours(store, tmp_path / "out", format="retro-pytorch", sequence_length=128)
+    api.neighbours(store, search=EXACT)
+    api.export_neighbours(store, tmp_path / "out", format="retro-pytorch", sequence_length=128)
     case, files = Case(store, "main", 2, (("main", 1.0),)), RetroFiles(tmp_path / "out")
     check_sequences(case, files, tmp_path / "out")
     assert sum(3 in chunk.tokens for chunk in case.chunks().values()) > 4
@@ -369,7 +369,7 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
         store.commit(run, lambda _: Draft("neighbours", add=(entry,), records={"neighbours:main": record}))
     victims = {*rng.integers(0, rows, 500).tolist(), 8189, 16384} - {8190, 8191, 8192}
     (root.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
-    commands.purge(root, commands.Selectors(ids=str(root.parent / "ids")), reason="test")
+    api.purge(root, api.Selectors(ids=str(root.parent / "ids")), reason="test")
     return Case(root, "main", 2, (("main", 1.0),))
 
 
@@ -377,10 +377,10 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
 def test_parts_of_several_row_groups_are_cut_anywhere(
     long_parts: Case, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = commands.export_neighbours(long_parts.store, tmp_path / "at once", format=form)
+    at_once = api.export_neighbours(long_parts.store, tmp_path / "at once", format=form)
     monkeypatch.setattr(handover, "GROUPS", 1)
     monkeypatch.setattr(handover, "HELD_BYTES", 1)
-    by_groups = commands.export_neighbours(long_parts.store, tmp_path / "by groups", format=form)
+    by_groups = api.export_neighbours(long_parts.store, tmp_path / "by groups", format=form)
     assert at_once.details == by_groups.details and at_once.chunks == by_groups.chunks > 16_700
     border = [i for edge in (8192, 16384) for i in range(edge - 3, edge + 3) if i in long_parts.chunks()]
     assert len(border) == 10

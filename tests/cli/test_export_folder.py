@@ -19,15 +19,15 @@ from conftest import Cli, make_rows, write_jsonl
 from typer.testing import CliRunner
 
 import retrotool
-from retrotool import commands
-from retrotool.cli import app
-from retrotool.commands import exporting
-from retrotool.commands import new_folder as module
-from retrotool.commands.exporting import FORMATS
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.commands.new_folder import check_place, new_folder
+from retrotool import api
+from retrotool.app import app
 from retrotool.errors import CorruptError, ErasedError, UsageError
-from retrotool.stages import handover, retro_rows
+from retrotool.export import handover, retro_rows
+from retrotool.export import new_folder as module
+from retrotool.export import run as export_run
+from retrotool.export.new_folder import check_place, new_folder
+from retrotool.export.run import FORMATS
+from retrotool.neighbours.run import SearchOptions
 from retrotool.store import disk, runs, tables
 from retrotool.store.tables import NeighbourTable
 
@@ -76,12 +76,12 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_aw
     monkeypatch.setattr(module, "_SETTLED_SECONDS", -1.0)
     (tmp_path / "there").mkdir()
     output = tmp_path / "there" / "out"
-    commands.export_neighbours(built_store, tmp_path / "whole", format=form)
+    api.export_neighbours(built_store, tmp_path / "whole", format=form)
     due = contents(tmp_path / "whole")
     call, left = 0, 0
     if empty_folder_there:
         output.mkdir()
-    while killed_at(call := call + 3, lambda: commands.export_neighbours(built_store, output, format=form)):
+    while killed_at(call := call + 3, lambda: api.export_neighbours(built_store, output, format=form)):
         if output.exists() and any(output.iterdir()):
             break  # killed behind the rename
         left += len(list(output.parent.glob(".out.export-*")))
@@ -90,7 +90,7 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_aw
     assert contents(output) == due
     if any(output.parent.glob(".out.export-*")):
         shutil.rmtree(output)
-        commands.export_neighbours(built_store, output, format=form)
+        api.export_neighbours(built_store, output, format=form)
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
@@ -141,7 +141,7 @@ def test_a_file_system_without_hard_links_will_do(
         raise OSError(errno.EPERM, "no hard links")
 
     monkeypatch.setattr(disk, "link", refuse)
-    assert commands.export_neighbours(built_store, tmp_path / "out", format="parquet").chunks
+    assert api.export_neighbours(built_store, tmp_path / "out", format="parquet").chunks
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -176,31 +176,31 @@ def test_parts_without_tables_are_refused_with_the_commands_that_make_them(
     for name, first in (("database", 0), ("queries", 50)):
         stores[name] = tmp_path / name
         source = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(10, first=first))
-        commands.chunk(stores[name], [str(source)], tokenizer=str(tiny_encoder))
-        commands.embed(stores[name], encoder=str(tiny_encoder))
-    commands.neighbours(stores["database"], queries=stores["queries"], name="t", saved=7, k=3, search=EXACT)
+        api.chunk(stores[name], [str(source)], tokenizer=str(tiny_encoder))
+        api.embed(stores[name], encoder=str(tiny_encoder))
+    api.neighbours(stores["database"], queries=stores["queries"], name="t", saved=7, k=3, search=EXACT)
     more = write_jsonl(tmp_path / "more.jsonl", make_rows(4, first=90))
-    commands.chunk(stores["queries"], [str(more)])
-    missing = commands.info(stores["queries"]).parts[-1]["chunks"]["rows"]
+    api.chunk(stores["queries"], [str(more)])
+    missing = api.info(stores["queries"]).parts[-1]["chunks"]["rows"]
     with pytest.raises(
         UsageError, match=f"{missing} chunks of .* have no neighbours 't' yet: those of parts 1"
     ) as error:
-        commands.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
+        api.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
     for line in error.value.advice.removeprefix("Compute them: ").split(", then: "):
         done = cli(*shlex.split(line)[1:])
         assert done.returncode == 0, done.stderr
-    result = commands.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
-    assert (result.k, result.chunks) == (3, commands.info(stores["queries"]).chunks)
-    assert commands.info(stores["queries"]).neighbours["t"]["saved"] == 7
+    result = api.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
+    assert (result.k, result.chunks) == (3, api.info(stores["queries"]).chunks)
+    assert api.info(stores["queries"]).neighbours["t"]["saved"] == 7
 
 
 def test_a_part_with_nothing_to_search_for_needs_no_table(store_copy: Path, tmp_path: Path) -> None:
     store_rows = write_jsonl(tmp_path / "more.jsonl", [{"id": "late", "text": "store chunk token"}])
-    commands.chunk(store_copy, [str(store_rows)])
-    commands.purge(store_copy, commands.Selectors(where="id = 'late'"), reason="test")
-    before = commands.info(store_copy).chunks
+    api.chunk(store_copy, [str(store_rows)])
+    api.purge(store_copy, api.Selectors(where="id = 'late'"), reason="test")
+    before = api.info(store_copy).chunks
     for form in FORMATS:
-        assert commands.export_neighbours(store_copy, tmp_path / form, format=form).chunks == before
+        assert api.export_neighbours(store_copy, tmp_path / form, format=form).chunks == before
 
 
 def test_other_tokenizers_are_refused(
@@ -208,34 +208,34 @@ def test_other_tokenizers_are_refused(
 ) -> None:
     queries = tmp_path / "queries"
     source = write_jsonl(tmp_path / "q.jsonl", make_rows(3, first=500))
-    commands.chunk(queries, [str(source)], tokenizer=str(byte_level_tokenizer))
-    commands.embed(queries, encoder=str(tiny_encoder))
-    commands.neighbours(built_store, queries=queries)
+    api.chunk(queries, [str(source)], tokenizer=str(byte_level_tokenizer))
+    api.embed(queries, encoder=str(tiny_encoder))
+    api.neighbours(built_store, queries=queries)
     with pytest.raises(UsageError, match="no reader can take them for one text"):
-        commands.export_neighbours(queries, tmp_path / "out", format="parquet")
+        api.export_neighbours(queries, tmp_path / "out", format="parquet")
 
 
 def test_an_empty_store_is_refused(store_copy: Path, tmp_path: Path) -> None:
-    commands.purge(store_copy, commands.Selectors(where="id != 'x'"), reason="test")
+    api.purge(store_copy, api.Selectors(where="id != 'x'"), reason="test")
     for form in FORMATS:
         with pytest.raises(UsageError, match="there is nothing to export"):
-            commands.export_neighbours(store_copy, tmp_path / "out", format=form)
+            api.export_neighbours(store_copy, tmp_path / "out", format=form)
 
 
 def test_more_rows_than_int32_numbers_are_refused(
     built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
+    api.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
     rows = len(np.load(tmp_path / "out" / "chunk_ids.npy"))
     shutil.rmtree(tmp_path / "out")
     for limit, enough in ((rows + 10, True), (rows + 9, False)):
         monkeypatch.setattr(retro_rows, "LIMIT", limit)
         if enough:
-            commands.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
+            api.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
             shutil.rmtree(tmp_path / "out")
         else:
             with pytest.raises(UsageError, match="more than int32 can number"):
-                commands.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
+                api.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,7 +266,7 @@ def test_a_table_that_names_no_chunk_of_its_database_ends_it(
 
     monkeypatch.setattr(tables, "read_table", lie)
     with pytest.raises(CorruptError, match=f"the chunk {chunk}, which .* has not"):
-        commands.export_neighbours(built_store, tmp_path / "out", format=form)
+        api.export_neighbours(built_store, tmp_path / "out", format=form)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,24 +274,24 @@ def test_a_table_that_names_no_chunk_of_its_database_ends_it(
 def test_an_erase_meanwhile_ends_it(
     store_copy: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = exporting.open_handover
+    opened = export_run.open_handover
 
     def open_then_erase(*arguments: object) -> handover.Handover:
         found = opened(*arguments)
-        commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test", erase=True)
+        api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test", erase=True)
         return found
 
-    monkeypatch.setattr(exporting, "open_handover", open_then_erase)
+    monkeypatch.setattr(export_run, "open_handover", open_then_erase)
     with pytest.raises(ErasedError):
-        commands.export_neighbours(store_copy, tmp_path / "out", format=form)
+        api.export_neighbours(store_copy, tmp_path / "out", format=form)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
     """A purge that comes later is told by the commit."""
-    before = commands.export_neighbours(store_copy, tmp_path / "before", format="parquet")
-    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
-    after = commands.export_neighbours(store_copy, tmp_path / "after", format="parquet")
+    before = api.export_neighbours(store_copy, tmp_path / "before", format="parquet")
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
+    after = api.export_neighbours(store_copy, tmp_path / "after", format="parquet")
     assert after.chunks < before.chunks and after.commit > before.commit
     assert [database.commit for database in after.databases] == [after.commit]
 
@@ -299,7 +299,7 @@ def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
 def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tmp_path: Path) -> None:
     duckdb, polars = pytest.importorskip("duckdb"), pytest.importorskip("polars")
     datasets = pytest.importorskip("datasets")
-    result = commands.export_neighbours(built_store, tmp_path / "out", format="parquet", k=3)
+    result = api.export_neighbours(built_store, tmp_path / "out", format="parquet", k=3)
     files = str(tmp_path / "out" / "*.parquet")
     reader = retrotool.open(built_store)
     chunk = int(reader.chunk_ids(1)[2])
@@ -321,7 +321,7 @@ def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tm
 def test_the_arrow_files_are_read_without_the_library(built_store: Path, tmp_path: Path) -> None:
     import pyarrow as pa
 
-    result = commands.export_neighbours(built_store, tmp_path / "out", format="huggingface")
+    result = api.export_neighbours(built_store, tmp_path / "out", format="huggingface")
     state = json.loads((tmp_path / "out" / "state.json").read_text())
     rows = 0
     for file in state["_data_files"]:
@@ -338,7 +338,7 @@ def test_what_is_printed_opens_it(built_store: Path, tmp_path: Path, monkeypatch
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.stderr
         first, _, code = done.stdout.partition("Open it with:\n")
-        assert first.startswith(f"{commands.info(built_store).chunks} chunks of 120 documents with ")
+        assert first.startswith(f"{api.info(built_store).chunks} chunks of 120 documents with ")
         code = "\n".join(line.removeprefix("  ") for line in code.splitlines())
         if form != "retro-pytorch":
             pytest.importorskip({"huggingface": "datasets", "parquet": "polars"}[form])

@@ -17,8 +17,8 @@ from conftest import Cli, make_text, write_jsonl
 from typer.testing import CliRunner
 
 import retrotool
-from retrotool import commands
-from retrotool.cli import app
+from retrotool import api
+from retrotool.app import app
 
 LONG = "The harbour master hangs out a black ball to say that the port is closed until the storm is over."
 HOSTILE = f"\x1b[31m {LONG} \x9b2J \u202e kcab \u2066 漢字かな交じり文がここにある。" * 2 + "x" * 130
@@ -38,9 +38,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, byte_l
     rows = [
         {"id": f"{i}\x1b]0;owned\x07\u202e", "source": "a\x9b", "text": make_text(i, 20) + HOSTILE} for i in range(6)
     ]
-    commands.chunk(folder / "store", [str(write_jsonl(folder / "h.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
-    commands.embed(folder / "store", encoder=str(tiny_encoder))
-    commands.neighbours(folder / "store")
+    api.chunk(folder / "store", [str(write_jsonl(folder / "h.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    api.embed(folder / "store", encoder=str(tiny_encoder))
+    api.neighbours(folder / "store")
     return folder / "store"
 
 
@@ -131,7 +131,7 @@ def test_documents_can_not_get_at_the_terminal(hostile: Path) -> None:
 )
 def test_no_other_command_lets_them_either(hostile: Path, tmp_path: Path, words: list[str]) -> None:
     store = shutil.copytree(hostile, tmp_path / "store")
-    commands.index(store)
+    api.index(store)
     result = CliRunner().invoke(app, [word.replace("STORE", str(store)) for word in words])
     out = result.stdout + result.stderr
     assert {c for c in out if unicodedata.category(c) == "Cc"} == {"\n"}
@@ -174,12 +174,12 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
 
     rows = [Written("r", make_text(0, 12), make_text(1, 40)), Written("s", make_text(2, 12), make_text(3, 40))]
     store = make_store(tmp_path / "store", tiny_encoder, rows)
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.neighbours(store)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.neighbours(store)
     code, out, _ = run(store, "--chunk", 2)
     assert code == 0 and "(No key: a value of a key-value record is never searched. Its key is chunk 0.)" in out
     (tmp_path / "ids").write_text("s\n")
-    commands.purge(store, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
     assert "(No neighbours: none was found, or those that were saved are purged.)" in run(store, "--chunk", 0)[1]
 
 

@@ -19,11 +19,11 @@ from conftest import Cli, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool import commands
-from retrotool.commands import html
-from retrotool.commands.inspect_result import InspectResult
-from retrotool.commands.inspecting import Choice
+from retrotool import api
+from retrotool.cli import html
 from retrotool.errors import StorageError
+from retrotool.inspect.inspect_result import InspectResult
+from retrotool.inspect.run import Choice
 
 HOSTILE = [
     "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">",
@@ -107,14 +107,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, byte_l
         for i in range(12)
         for shared in ["".join(HOSTILE)]
     ]
-    commands.chunk(folder / "store", [str(write_jsonl(folder / "h.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
-    commands.embed(folder / "store", encoder=str(tiny_encoder))
-    commands.neighbours(folder / "store")
+    api.chunk(folder / "store", [str(write_jsonl(folder / "h.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    api.embed(folder / "store", encoder=str(tiny_encoder))
+    api.neighbours(folder / "store")
     return folder / "store"
 
 
 def make(store: Path, page: Path, n: int = 10**6, k: int = 3) -> tuple[str, InspectResult]:
-    result = commands.inspect(store, Choice(random=n), k=k, page=page)
+    result = api.inspect(store, Choice(random=n), k=k, page=page)
     return page.read_bytes().decode(), result
 
 
@@ -215,9 +215,9 @@ def test_an_error_meanwhile_leaves_nothing(built_store: Path, tmp_path: Path, mo
     def fail(*_: object) -> None:
         raise StorageError("broken")
 
-    monkeypatch.setattr("retrotool.commands.inspect_page.PageWriter.finish", fail)
+    monkeypatch.setattr("retrotool.inspect.inspect_page.PageWriter.finish", fail)
     with pytest.raises(StorageError, match="broken"):
-        commands.inspect(built_store, Choice(chunk=0), page=tmp_path / "page.html")
+        api.inspect(built_store, Choice(chunk=0), page=tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 
 

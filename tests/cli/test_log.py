@@ -14,8 +14,8 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from retrotool import commands
-from retrotool.cli import app
+from retrotool import api
+from retrotool.app import app
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import log
 from retrotool.store.identity import TokenizerIdentity
@@ -39,8 +39,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def audited_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``built_store`` after a purge and an erase, and a checkpoint in the middle of its log."""
     copy = Path(shutil.copytree(built_store, tmp_path_factory.mktemp("audited") / "store"))
-    commands.purge(copy, commands.Selectors(where=f"id = '{SECRET}'"), reason="request 17\n\x1b[31m")
-    commands.purge(copy, commands.Selectors(where=f"id = '{SECRET}'"), reason="again", erase=True)
+    api.purge(copy, api.Selectors(where=f"id = '{SECRET}'"), reason="request 17\n\x1b[31m")
+    api.purge(copy, api.Selectors(where=f"id = '{SECRET}'"), reason="again", erase=True)
     write_checkpoint(copy, 3)
     return copy
 
@@ -77,15 +77,15 @@ def forge_all(root: Path, number: int, **fields: object) -> None:
 
 
 def test_every_commit_is_told_with_the_hash_that_the_next_names(store: Path) -> None:
-    entries = list(commands.log_entries(store))
+    entries = list(api.log_entries(store))
     assert [entry.number for entry in entries] == list(range(Store.open(store).state.number + 1))
     assert [entry.parent for entry in entries[1:]] == [entry.sha256 for entry in entries[:-1]]
     files = [hashlib.sha256(log.commit_path(store, n).read_bytes()).hexdigest() for n in range(len(entries))]
     assert [entry.sha256 for entry in entries] == files
     told = json.loads(run("log", store, "--json")[1])
     assert [entry["sha256"] for entry in told["commits"]] == files
-    assert [entry.number for entry in commands.log_entries(store, 2)] == [len(entries) - 2, len(entries) - 1]
-    assert len(list(commands.log_entries(store, 10**6))) == len(entries)
+    assert [entry.number for entry in api.log_entries(store, 2)] == [len(entries) - 2, len(entries) - 1]
+    assert len(list(api.log_entries(store, 10**6))) == len(entries)
 
 
 def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
@@ -93,7 +93,7 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
     assert (code, err) == (0, "")
     lines = out.splitlines()
     (purge,) = (line for line in lines if "  purge " in line)
-    chunks = commands.info(store).purges
+    chunks = api.info(store).purges
     (name,) = chunks
     assert f"+1 tombstones ({chunks[name]['chunks']})" in purge
     assert purge.endswith(f"; {name} by {chunks[name]['who']}: request 17\\n\\x1b[31m")
@@ -103,13 +103,13 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
     rewritten = next(line for line in lines if "  erase " in line)
     assert "±1 chunks (" in rewritten and "-1 chunks" not in rewritten
     assert any("embeddings/tiny" in line for line in lines if "  embed " in line)
-    assert len(lines) == len(list(commands.log_entries(store)))
+    assert len(lines) == len(list(api.log_entries(store)))
 
 
 def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(built_store, tmp_path / "copy"))
-    name = commands.purge(copy, commands.Selectors(document=("doc-3",)), reason="wrong", who="one").purge
-    commands.restore(copy, name, reason="it was right", who="another\n")
+    name = api.purge(copy, api.Selectors(document=("doc-3",)), reason="wrong", who="one").purge
+    api.restore(copy, name, reason="it was right", who="another\n")
     lines = run("log", copy)[1].splitlines()
     assert lines[-2].endswith(f"; {name} by one: wrong")
     assert lines[-1].endswith(f"; took back {name} by another\\n: it was right")
@@ -130,11 +130,11 @@ def test_a_broken_log_is_told_as_far_as_it_goes(store: Path) -> None:
     assert (code, len(told["commits"]), told["exit_code"], again) == (12, 3, 12, err)
     assert set(told) == {"commits", "error", "advice", "exit_code"}
     with pytest.raises(UsageError, match="--last 0"):
-        commands.log_entries(store, 0)
+        api.log_entries(store, 0)
 
 
 def test_a_log_that_nobody_touched_is_whole(store: Path) -> None:
-    found = commands.verify_log(store)
+    found = api.verify_log(store)
     assert (found.ok, found.problems, found.checkpoints) == (True, [], 1)
     last = Store.open(store).state
     assert (found.commits, found.head) == (last.number + 1, last.head)
@@ -146,15 +146,15 @@ def test_a_log_that_nobody_touched_is_whole(store: Path) -> None:
 @pytest.mark.parametrize("number", range(5))
 def test_each_entry_that_was_edited_is_named(store: Path, number: int) -> None:
     forge(store, number, time="2001-01-01T00:00:00.000Z")
-    problems = commands.verify_log(store).problems
+    problems = api.verify_log(store).problems
     assert f"commit {number} was edited" in problems[-1]
     assert len(problems) == 1 or (number == 3 and "the checkpoint of commit 3" in problems[0])
-    assert not commands.verify(store).ok
+    assert not api.verify(store).ok
 
 
 def test_a_parent_that_was_edited_is_named(store: Path) -> None:
     forge(store, 3, parent="0" * 64)
-    first, second, _ = commands.verify_log(store).problems
+    first, second, _ = api.verify_log(store).problems
     assert "00000003.json: is no child" in first and "it or commit 2" in first
     assert "commit 3 was edited" in second
 
@@ -165,7 +165,7 @@ def test_an_entry_that_was_edited_carelessly_torn_or_taken_away_is_named(store: 
     torn = log.commit_path(store, 4)
     torn.write_bytes(torn.read_bytes()[:-20])
     log.commit_path(store, 6).unlink()
-    found = commands.verify_log(store)
+    found = api.verify_log(store)
     assert [path.name for path in map(Path, [p.split(":")[0].split(" ")[0] for p in found.problems[:3]])] == [
         "00000002.json", "00000004.json", "00000006.json",
     ]  # fmt: skip
@@ -179,17 +179,17 @@ def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> N
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
-    problems = commands.verify_log(store).problems
+    problems = api.verify_log(store).problems
     assert "00000002.json: says that it is commit 3" in problems[0]
     assert "00000003.json: says that it is commit 2" in problems[1]
     other.write_bytes(one.read_bytes())
     one.write_bytes(data)
-    assert commands.verify_log(store).ok
+    assert api.verify_log(store).ok
     last = log.last_number(store)
     shutil.copy(one, log.commit_path(store, last + 1))
     shutil.copy(one, store / "log" / "2.json")
     shutil.copy(one, store / "log" / "00000002.json.bak")
-    first, second, third = commands.verify_log(store).problems
+    first, second, third = api.verify_log(store).problems
     assert "00000002.json.bak is no entry" in first and "2.json is no entry" in second
     assert f"{last + 1:08d}.json: says that it is commit 2" in third
 
@@ -198,50 +198,50 @@ def test_an_invalid_commit_and_another_identity_are_named(store: Path) -> None:
     state = Store.open(store).state
     gone = "chunks/000000-0123abcd01234567.parquet"
     assert log.append(store, "0123abcd", state.number + 1, state.head, Draft("erase", remove=(gone,)))
-    assert [f"commit {state.number + 1} is invalid" in p for p in commands.verify_log(store).problems] == [True]
+    assert [f"commit {state.number + 1} is invalid" in p for p in api.verify_log(store).problems] == [True]
     (store / "store.json").write_text("{}")
-    assert "store.json can't be read" in commands.verify_log(store).problems[0]
+    assert "store.json can't be read" in api.verify_log(store).problems[0]
 
 
 def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_anew(store: Path) -> None:
-    early = [entry.sha256 for entry in commands.log_entries(store)]
+    early = [entry.sha256 for entry in api.log_entries(store)]
     kept = early[-1]
-    assert commands.verify_log(store, kept.upper()).kept == len(early) - 1
-    assert commands.verify_log(store, early[2]).kept == 2
+    assert api.verify_log(store, kept.upper()).kept == len(early) - 1
+    assert api.verify_log(store, early[2]).kept == 2
     code, out, _ = run("verify", store, "--log", "--head", early[2])
     assert code == 0 and "kept  is commit 2" in out
     for path in (store / "checkpoints").iterdir():
         path.unlink()
     forge_all(store, 2, tool="another")
-    assert commands.verify_log(store).ok, "nothing in the store tells"
-    assert commands.verify_log(store, early[1]).kept == 1, "up to there it is the same"
+    assert api.verify_log(store).ok, "nothing in the store tells"
+    assert api.verify_log(store, early[1]).kept == 1, "up to there it is the same"
     code, out, _ = run("verify", store, "--log", "--head", kept)
     assert code == 12 and "written anew, or cut off" in out
 
 
 def test_a_log_that_was_cut_off_is_found_by_a_kept_hash_or_a_checkpoint(store: Path) -> None:
-    kept = commands.verify_log(store).head
+    kept = api.verify_log(store).head
     log.commit_path(store, log.last_number(store)).unlink()
-    assert commands.verify_log(store).ok
-    assert "cut off" in commands.verify_log(store, kept).problems[0]
+    assert api.verify_log(store).ok
+    assert "cut off" in api.verify_log(store, kept).problems[0]
     for number in range(3, log.last_number(store) + 1):
         log.commit_path(store, number).unlink()
-    assert "no such commit 3" in commands.verify_log(store).problems[0]
+    assert "no such commit 3" in api.verify_log(store).problems[0]
 
 
 def test_checkpoints_must_be_the_fold(store: Path) -> None:
     forged = write_checkpoint(store, 4, totals={})
-    (problem,) = commands.verify_log(store).problems
+    (problem,) = api.verify_log(store).problems
     assert forged.name in problem and "not the fold" in problem
     moved = forged.rename(forged.with_name(forged.name.replace("00000004", "00000002")))
-    assert [f"{moved}: says that it is of commit 4" in p for p in commands.verify_log(store).problems] == [True]
+    assert [f"{moved}: says that it is of commit 4" in p for p in api.verify_log(store).problems] == [True]
     moved.write_text("torn")
-    assert commands.verify_log(store).ok, "readers pass over it"
+    assert api.verify_log(store).ok, "readers pass over it"
 
 
 def test_a_log_rewritten_from_before_a_checkpoint_is_found(store: Path) -> None:
     forge_all(store, 1, tool="another")
-    assert any("checkpoint of commit 3" in p for p in commands.verify_log(store).problems)
+    assert any("checkpoint of commit 3" in p for p in api.verify_log(store).problems)
 
 
 @pytest.mark.parametrize("head", ["", "abc", "g" * 64, "0" * 63])
@@ -256,14 +256,14 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     with Run(opened.root) as run:
         for number in range(2 * CHECKPOINT_EVERY):
             opened.commit(run, lambda _: Draft("embed", records={"x": "y" * 1000 + str(number)}))  # noqa: B023
-    next(commands.log_entries(opened.root))
+    next(api.log_entries(opened.root))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in commands.log_entries(opened.root)) == 2 * CHECKPOINT_EVERY
+        assert sum(1 for _ in api.log_entries(opened.root)) == 2 * CHECKPOINT_EVERY
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 100_000, "of 512 kB"
     with pytest.raises(CorruptError):
         log.commit_path(opened.root, 1).write_bytes(b"")
-        list(commands.log_entries(opened.root))
+        list(api.log_entries(opened.root))

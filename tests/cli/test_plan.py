@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import FLAT_LIMIT
-from retrotool.cli import app
+from retrotool.app import app
 from retrotool.cli.options import parse_count, parse_size
-from retrotool.commands import figures, rates
-from retrotool.commands.encoder_shapes import KNOWN, find_shape
-from retrotool.commands.plan_page import page
-from retrotool.commands.plan_result import Plan
+from retrotool.plan import figures, rates
+from retrotool.plan.encoder_shapes import KNOWN, find_shape
+from retrotool.plan.plan_page import page
+from retrotool.plan.plan_result import Plan
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def made(tokens: int, **settings: object) -> Plan:
-    return commands.plan(tokens, **{"cores": 8, "memory_per_host": 10**11, **settings})  # type: ignore[arg-type]
+    return api.plan(tokens, **{"cores": 8, "memory_per_host": 10**11, **settings})  # type: ignore[arg-type]
 
 
 TOKENS = st.integers(1, 10**13)
@@ -167,7 +167,7 @@ def test_a_model_directory_says_its_own_sizes(tiny_encoder, tmp_path):
 
 def test_sizes_are_those_of_a_store(built_store, tiny_encoder):
     """Small files are mostly their own headers; what has none is as large as reckoned."""
-    info = commands.info(built_store)
+    info = api.info(built_store)
     plan = made(info.tokens, encoder=str(tiny_encoder), tokens_per_document=-(-info.tokens // info.documents))
     assert plan.chunks == pytest.approx(info.chunks, rel=0.1)
     files = list((built_store / "embeddings").rglob("*.npy"))
@@ -255,8 +255,8 @@ def test_every_rate_that_is_used_is_told_and_no_other():
             changed = rates.Rates(
                 {**{r.key: r for r in rates.BUILT_IN}, rate.key: dataclasses.replace(rate, value=1.0)}
             )
-            request = commands.planning.Request(10**12, find_shape("minilm"), made(10**12, gpus=gpus).machines)
-            differs = commands.planning.reckon(request, changed).stages != made(10**12, gpus=gpus).stages
+            request = api.planning.Request(10**12, find_shape("minilm"), made(10**12, gpus=gpus).machines)
+            differs = api.planning.reckon(request, changed).stages != made(10**12, gpus=gpus).stages
             assert differs == (rate.key in told)
 
 
@@ -302,7 +302,7 @@ def test_the_largest_plan_is_json_too(tmp_path):
 
 def test_text_says_the_same():
     out = run(*(word for pair in MOST.items() for word in pair))[1]
-    plan = commands.plan(10**12, gpus=8, cores=4, memory_per_host=10**12)
+    plan = api.plan(10**12, gpus=8, cores=4, memory_per_host=10**12)
     for one in plan.files:
         assert re.search(rf"^  {one.kind} +{figures.size(one.bytes)}  ", out, re.MULTILINE)
     for stage in plan.stages:
@@ -332,7 +332,7 @@ def test_the_page_stands_alone(tmp_path):
     code, out, err = run(*(word for pair in MOST.items() for word in pair), "--html", file)
     assert (code, err) == (0, "")
     assert out.endswith(f"\nPage: {file}\n")
-    check_page(file.read_text("utf-8"), commands.plan(10**12, gpus=8, cores=4, memory_per_host=10**12))
+    check_page(file.read_text("utf-8"), api.plan(10**12, gpus=8, cores=4, memory_per_host=10**12))
 
 
 @given(TOKENS, MACHINES, SETTINGS)

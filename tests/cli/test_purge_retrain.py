@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.cli import app
-from retrotool.commands.indexing import Options
-from retrotool.stages.index_files import generation_of, read_trained
+from retrotool.app import app
+from retrotool.index.index_files import generation_of, read_trained
+from retrotool.index.run import Options
 from retrotool.store.store import Store
 
 
@@ -31,8 +31,8 @@ def purge(*arguments: object) -> int:
 def test_indexes_that_learn_are_trained_anew_after_an_erase(
     store_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands.index(store_copy, name="lists", options=Options(Wanted(factory="IVF4,SQ8")))
-    commands.neighbours(store_copy, name="by-lists", index="lists")
+    api.index(store_copy, name="lists", options=Options(Wanted(factory="IVF4,SQ8")))
+    api.neighbours(store_copy, name="by-lists", index="lists")
     before, plain = centroids(store_copy), Store.open(store_copy).state.group("index", "main")
     assert purge(store_copy, "--document", "doc-1", "--reason", "r", "--erase", "--yes") == 0
     assert np.array_equal(before, centroids(store_copy)), "they stay as they are"
@@ -48,9 +48,9 @@ def test_indexes_that_learn_are_trained_anew_after_an_erase(
     after = centroids(store_copy)
     assert not np.array_equal(before, after)
     assert trained == {slot for slot in Store.open(store_copy).state.group("index", "main") if "trained" in slot}
-    assert commands.verify(store_copy).ok
-    name = next(iter(commands.info(store_copy).purges))
-    assert commands.verify_purge(store_copy, name, out=store_copy.parent).receipt.ok
+    assert api.verify(store_copy).ok
+    name = next(iter(api.info(store_copy).purges))
+    assert api.verify_purge(store_copy, name, out=store_copy.parent).receipt.ok
 
 
 def test_it_goes_with_an_erase_alone(store_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands
-from retrotool.commands.shape import shape_of
+from retrotool import api
+from retrotool.info.corpus_statistics import shape_of
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -18,7 +18,7 @@ from retrotool.store.tombstones import read_tombstones
 @pytest.fixture
 def store(tmp_path: Path, byte_level_tokenizer: Path) -> Store:
     rows = make_rows(60)
-    commands.chunk(
+    api.chunk(
         tmp_path / "store",
         [str(write_jsonl(tmp_path / "a.jsonl", rows))],
         tokenizer=str(byte_level_tokenizer),
@@ -40,7 +40,7 @@ def expected(store: Store, without: frozenset[str] = frozenset()) -> tuple[dict[
 
 
 def found(store: Store) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    shape = commands.info(store.root).shape
+    shape = api.info(store.root).shape
     assert shape.share == 1
     lengths = {row["tokens"]: row["documents"] for row in shape.lengths}
     return lengths, {row["source"]: (row["documents"], row["tokens"]) for row in shape.sources}
@@ -54,7 +54,7 @@ def test_documents_are_counted_by_length_and_source(store):
 def test_purged_documents_are_not_counted(store, tmp_path, erase):
     gone = frozenset({"doc-3", "doc-4", "doc-50"})
     (tmp_path / "ids").write_text("\n".join(gone))
-    commands.purge(store.root, commands.Selectors(documents=tmp_path / "ids"), reason="test", erase=erase)
+    api.purge(store.root, api.Selectors(documents=tmp_path / "ids"), reason="test", erase=erase)
     assert found(store) == expected(Store.open(store.root), gone)
 
 

@@ -31,7 +31,7 @@ import zstandard
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from retrotool import commands
+from retrotool import api
 from retrotool.sources import streams
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -105,7 +105,7 @@ def whole(corpus: list[Path], bpe: str, tmp_path_factory: pytest.TempPathFactory
 
 
 def chunk(store: Path, inputs: list[Path], tokenizer: str, workers: int) -> None:
-    commands.chunk(store, list(map(str, inputs)), tokenizer=tokenizer, workers=workers, part_size=20_000)
+    api.chunk(store, list(map(str, inputs)), tokenizer=tokenizer, workers=workers, part_size=20_000)
 
 
 def documents_of(store: Path) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
@@ -128,7 +128,7 @@ def tombstones(store: Store, slot: str) -> list[int]:
 
 
 def same(one: Path, other: Path, *, ids: bool = True) -> None:
-    found, expected = commands.verify(one), commands.verify(other)
+    found, expected = api.verify(one), api.verify(other)
     assert found.problems == expected.problems == []
     assert (found.content, found.documents, found.tokens) == (expected.content, expected.documents, expected.tokens)
     if ids:
@@ -206,7 +206,7 @@ def test_the_order_of_the_inputs_changes_no_document(corpus, bpe, whole, tmp_pat
     chunk(tmp_path / "store", corpus[::-1], bpe, 2)
     texts = [{document["text_hash"] for document, _, _ in documents_of(store)} for store in (tmp_path / "store", whole)]
     assert texts[0] == texts[1]
-    found, expected = commands.verify(tmp_path / "store"), commands.verify(whole)
+    found, expected = api.verify(tmp_path / "store"), api.verify(whole)
     assert (found.documents, found.chunks, found.tokens) == (expected.documents, expected.chunks, expected.tokens)
     assert found.ids != expected.ids
 

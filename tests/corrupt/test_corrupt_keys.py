@@ -12,7 +12,7 @@ import pytest
 from key_values import Written, make_store
 from test_corrupt_lies import PART, Liar, put
 
-from retrotool import commands
+from retrotool import api
 from retrotool.store import parts
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -25,10 +25,10 @@ def told(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     store = make_store(
         tmp_path_factory.mktemp("told") / "store", tiny_encoder, [Written("plain", "one chunk")], content
     )
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store)
-    commands.neighbours(store)
-    assert commands.verify(store).problems == []
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store)
+    api.neighbours(store)
+    assert api.verify(store).problems == []
     return store
 
 
@@ -90,5 +90,5 @@ def test_a_lie_about_keys_is_found(told: Path, tmp_path: Path, lie: str) -> None
     store = Store.open(copy)
     with Run(copy) as run:
         tell(Liar(store, run))
-    problems = commands.verify(copy).problems
+    problems = api.verify(copy).problems
     assert any(expected in problem for problem in problems), problems

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
@@ -276,14 +276,14 @@ def test_a_lie_is_found(store_copy: Path, lie: str) -> None:
     store = Store.open(store_copy)
     with Run(store_copy) as run:
         tell(Liar(store, run))
-    problems = commands.verify(store_copy).problems
+    problems = api.verify(store_copy).problems
     assert any(expected in problem for problem in problems), problems
 
 
 def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text(f"{PART << 32 | 3}\n")
-    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
-    assert commands.verify(store_copy).problems == []
+    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    assert api.verify(store_copy).problems == []
     store = Store.open(store_copy)
 
     def revive(matrix: np.ndarray) -> np.ndarray:
@@ -293,7 +293,7 @@ def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path
     with Run(store_copy) as run:
         Liar(store, run).embeddings(revive)
     assert any(
-        "a chunk that is erased or no key has a vector" in problem for problem in commands.verify(store_copy).problems
+        "a chunk that is erased or no key has a vector" in problem for problem in api.verify(store_copy).problems
     )
 
 
@@ -305,7 +305,7 @@ def test_every_part_is_looked_at(store_copy: Path) -> None:
         for part in store.state.parts():
             old = liar.old("embeddings", "tiny", part_slot(part))
             liar.commit(vectors.write_vectors(store_copy, liar.name(old), np.zeros((1, 32), np.float16)), old)
-    problems = "\n".join(commands.verify(store_copy).problems)
+    problems = "\n".join(api.verify(store_copy).problems)
     assert all(f"{part_slot(part)}-" in problems for part in store.state.parts())
 
 
@@ -320,15 +320,15 @@ def test_what_is_not_finished_is_no_lie(store_copy: Path) -> None:
             (store_copy / path).parent.mkdir()
             (store_copy / path).hardlink_to(store_copy / old.path)
             liar.commit(dataclasses.replace(old, path=path))
-    assert commands.verify(store_copy).problems == []
+    assert api.verify(store_copy).problems == []
 
 
 def test_purged_chunks_may_be_missing_from_an_index(store_copy: Path) -> None:
     """They are left out of what is indexed later, and stay in what is there until they are erased."""
-    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
-    assert commands.verify(store_copy).problems == []
-    commands.index(store_copy, name="later")
-    assert commands.verify(store_copy).problems == []
+    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test")
+    assert api.verify(store_copy).problems == []
+    api.index(store_copy, name="later")
+    assert api.verify(store_copy).problems == []
 
 
 def test_vectors_of_zeros_may_be_right_where_texts_are_tokenised_again(store_copy: Path) -> None:
@@ -338,6 +338,6 @@ def test_vectors_of_zeros_may_be_right_where_texts_are_tokenised_again(store_cop
         liar = Liar(store, run)
         liar.commit(**{"encoder:tiny": {**store.state.records["encoder:tiny"], "tokenizer": "another"}})
         liar.embeddings(with_value(0, 3))
-        assert not any("zeros" in problem for problem in commands.verify(store_copy).problems)
+        assert not any("zeros" in problem for problem in api.verify(store_copy).problems)
         liar.embeddings(with_value(0))
-    assert any("has a vector of zeros" in problem for problem in commands.verify(store_copy).problems), "not of all"
+    assert any("has a vector of zeros" in problem for problem in api.verify(store_copy).problems), "not of all"

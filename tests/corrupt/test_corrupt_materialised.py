@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_corrupt_lies import PART, Liar
 
-from retrotool import commands
+from retrotool import api
 from retrotool.store import parts
 from retrotool.store.materialised import Materialised, read_materialised, write_materialised
 from retrotool.store.runs import Run
@@ -21,8 +21,8 @@ Change = Callable[[Materialised], Any]
 
 @pytest.fixture
 def store(store_copy: Path) -> Path:
-    commands.neighbours(store_copy, materialise=True)
-    assert commands.verify(store_copy).problems == []
+    api.neighbours(store_copy, materialise=True)
+    assert api.verify(store_copy).problems == []
     return store_copy
 
 
@@ -37,7 +37,7 @@ def lie(store: Path, change: Change, **about: Any) -> list[str]:
         groups = [change(copy) or copy]
         told = {**old.about, **about}
         liar.commit(write_materialised(store, liar.name(old), 2, 128, groups, about=told), old)
-    return commands.verify(store).problems
+    return api.verify(store).problems
 
 
 def put(array: str, place: Any, value: Any) -> Change:
@@ -86,22 +86,22 @@ def test_text_that_was_erased_and_is_still_there_is_found(store: Path, tmp_path:
     for place in (0, 1):
         victim = int(before.ids[5, place])
         (tmp_path / "ids").write_text(f"{victim}\n")
-        commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
-        assert commands.verify(store).problems == []
+        api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+        assert api.verify(store).problems == []
         assert any("it holds tokens of erased chunks" in problem for problem in lie(store, lambda _: before))
-        commands.materialise(store)
-        assert commands.verify(store).problems == []
+        api.materialise(store)
+        assert api.verify(store).problems == []
 
 
 def test_a_purge_alone_is_no_problem(store: Path) -> None:
-    commands.purge(store, commands.Selectors(where="id = 'doc-3'"), reason="test")
-    assert commands.verify(store).problems == []
+    api.purge(store, api.Selectors(where="id = 'doc-3'"), reason="test")
+    assert api.verify(store).problems == []
 
 
 def test_files_of_tables_that_are_gone_are_no_problem(store: Path) -> None:
-    commands.index(store, name="other")
-    commands.neighbours(store, index="other")
-    assert commands.verify(store).problems == []
+    api.index(store, name="other")
+    api.neighbours(store, index="other")
+    assert api.verify(store).problems == []
 
 
 def test_chunks_that_are_no_keys_have_none(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -109,10 +109,10 @@ def test_chunks_that_are_no_keys_have_none(tmp_path: Path, tiny_encoder: Path) -
 
     rows = [Written(f"q{i}", f"store chunk {i}", f"token vector {'neighbour ' * 9}") for i in range(9)]
     store = make_store(tmp_path / "store", tiny_encoder, rows, [Written("d", "river mountain")])
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store)
-    commands.neighbours(store, materialise=True)
-    assert commands.verify(store).problems == []
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store)
+    api.neighbours(store, materialise=True)
+    assert api.verify(store).problems == []
     opened = Store.open(store)
     value = int(np.flatnonzero(~parts.read_key(opened, 0))[0])
     with Run(store) as run:
@@ -124,14 +124,14 @@ def test_chunks_that_are_no_keys_have_none(tmp_path: Path, tiny_encoder: Path) -
             array[value] = array[value - 1]
         width = opened.identity.chunk_length * opened.identity.tokenizer.token_bytes
         liar.commit(write_materialised(store, liar.name(old), 2, width, [copy], about=old.about), old)
-    assert any("a chunk that is no key has neighbours" in problem for problem in commands.verify(store).problems)
+    assert any("a chunk that is no key has neighbours" in problem for problem in api.verify(store).problems)
 
 
 def test_the_digest_is_of_what_is_materialised(store: Path) -> None:
-    before = commands.verify(store)
+    before = api.verify(store)
     assert len(before.materialised) == 64
     lie(store, lambda stored: stored)
-    assert commands.verify(store).materialised == before.materialised, "not of the file's name"
+    assert api.verify(store).materialised == before.materialised, "not of the file's name"
     lie(store, put("tokens", (0, 0, 0, 0), 1))
-    after = commands.verify(store)
+    after = api.verify(store)
     assert after.materialised != before.materialised and after.neighbours == before.neighbours

@@ -12,8 +12,8 @@ from unittest import mock
 
 import pytest
 
-from retrotool import commands
-from retrotool.cli import app
+from retrotool import api
+from retrotool.app import app
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StoreNotFoundError
 from retrotool.store import verify as verifying
 
@@ -48,8 +48,8 @@ def purged_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ids.write_text("".join(f"{i}\n" for i in PURGED))
     store = shutil.copytree(built_store, folder / "store")
     with mock.patch("retrotool.store.store.CHECKPOINT_EVERY", 1):
-        commands.purge(store, commands.Selectors(ids=str(ids)), reason="test")
-    assert commands.verify(store).problems == []
+        api.purge(store, api.Selectors(ids=str(ids)), reason="test")
+    assert api.verify(store).problems == []
     return store
 
 
@@ -75,7 +75,7 @@ def flip(path: Path, draw: random.Random) -> None:
 def problems(store: Path) -> list[str]:
     """What ``verify`` reports, or the error with which the store refuses to open."""
     try:
-        return commands.verify(store).problems
+        return api.verify(store).problems
     except CorruptError as error:
         return [str(error)]
 
@@ -137,7 +137,7 @@ def test_a_file_that_is_gone_is_found(store: Path, kind: str) -> None:
 def test_without_its_identity_it_is_no_store(store: Path) -> None:
     (store / "store.json").unlink()
     with pytest.raises(StoreNotFoundError):
-        commands.verify(store)
+        api.verify(store)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, pattern in KINDS.items() if "*" in pattern and kind != "tokenizer"])
@@ -179,11 +179,11 @@ def test_no_flipped_bit_makes_verify_stumble(store: Path, kind: str) -> None:
     for _ in range(6):
         flip(path, draw)
         try:
-            assert commands.verify(store).problems
+            assert api.verify(store).problems
         except RetrotoolError as error:
             assert error.exit_code in (10, 12), error
         path.write_bytes(good)
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 @pytest.mark.parametrize("bit", range(8))
@@ -204,7 +204,7 @@ def test_damage_to_a_checkpoint_is_none_to_the_store(purged_store: Path, tmp_pat
     assert checkpoints
     for path in checkpoints:
         flip(path, random.Random(0))
-    found, before = commands.verify(copy), commands.verify(purged_store)
+    found, before = api.verify(copy), api.verify(purged_store)
     assert found == before
     assert found.ok
 
@@ -217,7 +217,7 @@ def erase_when(monkeypatch: pytest.MonkeyPatch, store: Path, name: str, times: i
         nonlocal erased
         if erased < times:
             erased += 1
-            commands.purge(store, commands.Selectors(where=f"id = 'doc-{10 + erased}'"), reason="test", erase=True)
+            api.purge(store, api.Selectors(where=f"id = 'doc-{10 + erased}'"), reason="test", erase=True)
         return original(*arguments)
 
     monkeypatch.setattr(verifying, name, called)
@@ -227,9 +227,9 @@ def erase_when(monkeypatch: pytest.MonkeyPatch, store: Path, name: str, times: i
 def test_an_erase_beside_it_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     reported: list[int] = []
     erase_when(monkeypatch, store, name, 2)
-    found = commands.verify(store, reported.append)
+    found = api.verify(store, reported.append)
     monkeypatch.undo()
-    assert found == commands.verify(store)
+    assert found == api.verify(store)
     assert found.ok
     assert sum(reported) == found.bytes, "progress begins again too"
 
@@ -239,7 +239,7 @@ def test_where_files_are_erased_all_the_time_nothing_is_said_of_the_store(
 ) -> None:
     erase_when(monkeypatch, store, "_check_files", 100)
     with pytest.raises(ErasedError, match=r"replaced|erased"):
-        commands.verify(store)
+        api.verify(store)
     with pytest.raises(SystemExit) as end:
         app(["verify", str(store), "--json"])
     assert end.value.code == 12
@@ -258,7 +258,7 @@ def test_an_erase_beside_it_hides_no_damage(store: Path, monkeypatch: pytest.Mon
 def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli: Callable) -> None:
     path = sorted(store.glob(KINDS[kind]))[1 if kind == "log" else 0]
     path.write_text("{}")
-    found = commands.verify(store)
+    found = api.verify(store)
     assert (found.ok, found.content, len(found.problems)) == (False, "", 1)
     done = cli("verify", store, "--json")
     told = json.loads(done.stdout)
@@ -275,4 +275,4 @@ def test_a_purge_over_broken_files_says_so(store: Path, tmp_path: Path, selector
     path = sorted(store.glob(KINDS[kind]))[0]
     fill(path)
     with pytest.raises(CorruptError, match=path.name):
-        commands.purge(store, commands.Selectors(**{selector: value}, allow_lossy=True), reason="test")
+        api.purge(store, api.Selectors(**{selector: value}, allow_lossy=True), reason="test")

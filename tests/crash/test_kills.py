@@ -21,18 +21,18 @@ from typing import Any
 import pytest
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.commands import indexing
-from retrotool.commands.indexing import Options
-from retrotool.commands.looking import info, verify
-from retrotool.commands.restoring import restore
-from retrotool.commands.writing import writing
+from retrotool.chunk.deduplicate import finish_plans
 from retrotool.errors import UsageError
-from retrotool.stages.duplicates import finish_plans
+from retrotool.index import run as index_run
+from retrotool.index.run import Options
+from retrotool.info.run import info, verify
+from retrotool.purge.undo_run import restore
 from retrotool.store import disk
 from retrotool.store.blocked import read_blocked
 from retrotool.store.paths import DATA_KINDS
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
 
@@ -113,22 +113,22 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
     steps: list[tuple[str, Callable[[Path], object]]] = [
         (
             "embed",
-            lambda s: commands.chunk(
+            lambda s: api.chunk(
                 s, [str(root / "one.jsonl"), str(root / "two.jsonl")], tokenizer=str(tiny_encoder), part_size=8
             ),
         ),
-        ("index", lambda s: commands.embed(s, encoder=str(tiny_encoder), devices="cpu")),
-        ("neighbours", commands.index),
-        ("materialise", commands.neighbours),
-        ("purge", commands.materialise),
+        ("index", lambda s: api.embed(s, encoder=str(tiny_encoder), devices="cpu")),
+        ("neighbours", api.index),
+        ("materialise", api.neighbours),
+        ("purge", api.materialise),
     ]
     extra = write_jsonl(root / "extra.jsonl", make_rows(6, first=100, words=60))
 
     def grown(store: Path) -> None:
         """Lists in one shard, and in another one what came later."""
         lists_index(store, shard_rows=10_000)
-        commands.chunk(store, [str(extra)], part_size=8)
-        commands.embed(store, encoder=str(tiny_encoder), devices="cpu")
+        api.chunk(store, [str(extra)], part_size=8)
+        api.embed(store, encoder=str(tiny_encoder), devices="cpu")
         lists_index(store)
 
     before = stores["chunk"]
@@ -139,20 +139,20 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
         step(stores[name])
         before = stores[name]
     stores["restore"] = Path(shutil.copytree(stores["purge"], root / "restore"))
-    commands.purge(stores["restore"], commands.Selectors(documents=str(root / "victims.txt")), reason="test")
+    api.purge(stores["restore"], api.Selectors(documents=str(root / "victims.txt")), reason="test")
     lists_index(stores["restore"])
     stores["earlier"] = stores["restore"]
     stores["repair"] = Path(shutil.copytree(stores["neighbours"], root / "repair"))
-    commands.neighbours(stores["repair"], saved=3)
+    api.neighbours(stores["repair"], saved=3)
     (root / "half.txt").write_text("".join(f"{row['id']}\n" for row in rows[::2]))
-    commands.purge(stores["repair"], commands.Selectors(documents=str(root / "half.txt")), reason="test")
-    (short,) = commands.repair(stores["repair"], dry_run=True).tables
+    api.purge(stores["repair"], api.Selectors(documents=str(root / "half.txt")), reason="test")
+    (short,) = api.repair(stores["repair"], dry_run=True).tables
     assert short.searched > 10
     stores["lists"] = stores["index"]
     stores["renew"] = Path(shutil.copytree(stores["index"], root / "renew"))
     grown(stores["renew"])
     stores["broken"] = Path(shutil.copytree(stores["renew"], root / "broken"))
-    shard = stores["broken"] / commands.info(stores["broken"]).indexes["lists"]["shards"][0]
+    shard = stores["broken"] / api.info(stores["broken"]).indexes["lists"]["shards"][0]
     data = bytearray(shard.read_bytes())
     data[-20] ^= 1
     shard.write_bytes(data)
@@ -161,22 +161,22 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
 
 def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> object:
     wanted = Wanted(nlist=4, code="sq8")
-    return commands.index(store, name="lists", options=Options(wanted, shard_rows=shard_rows, **options))
+    return api.index(store, name="lists", options=Options(wanted, shard_rows=shard_rows, **options))
 
 
 def drop_if_there(store: Path) -> None:
     with contextlib.suppress(UsageError):
-        indexing.drop(store, name="lists")
+        index_run.drop(store, name="lists")
 
 
 def restore_if_purged(store: Path) -> None:
-    (purge,) = commands.info(store).purges
+    (purge,) = api.info(store).purges
     with contextlib.suppress(UsageError):
         restore(store, purge, reason="test")
 
 
 def erase_earlier(store: Path) -> None:
-    commands.erase(store, list(commands.info(store).purges))
+    api.erase(store, list(api.info(store).purges))
 
 
 def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
@@ -184,31 +184,31 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     victims = str(stages["inputs"] / "victims.txt")
 
     def purge(store: Path) -> object:
-        return commands.purge(store, commands.Selectors(documents=victims), reason="test")
+        return api.purge(store, api.Selectors(documents=victims), reason="test")
 
     def erase(store: Path) -> object:
-        return commands.purge(store, commands.Selectors(documents=victims), reason="test", erase=True)
+        return api.purge(store, api.Selectors(documents=victims), reason="test", erase=True)
 
     logical: tuple[str, ...] = ("content", "ids", "tombstones", "embeddings", "neighbours", "materialised")
     logical = (*logical, "documents", "chunks", "tokens")
     return [
-        Case("chunk", lambda s: commands.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
-        Case("embed", lambda s: commands.embed(s, encoder=str(encoder), devices="cpu"), logical, []),
-        Case("index", commands.index, (*logical, "indexes"), []),
+        Case("chunk", lambda s: api.chunk(s, inputs, tokenizer=str(encoder), part_size=8), logical, []),
+        Case("embed", lambda s: api.embed(s, encoder=str(encoder), devices="cpu"), logical, []),
+        Case("index", api.index, (*logical, "indexes"), []),
         Case("lists", lambda s: lists_index(s, shard_rows=12), (*logical, "indexes"), []),
         Case("renew --merge", lambda s: lists_index(s, merge=True), (*logical, "indexes"), []),
         # Once it has switched, the same command trains once more.
         Case("renew --retrain", lambda s: lists_index(s, retrain=True), logical, []),
         Case("renew --drop", drop_if_there, (*logical, "indexes"), []),
         Case("broken --mend", lambda s: lists_index(s, mend=True), (*logical, "indexes"), []),
-        Case("neighbours", commands.neighbours, logical, []),
-        Case("neighbours --materialise", lambda s: commands.neighbours(s, materialise=True), logical, []),
-        Case("materialise", commands.materialise, logical, []),
+        Case("neighbours", api.neighbours, logical, []),
+        Case("neighbours --materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
+        Case("materialise", api.materialise, logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
         Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),
         Case("restore", restore_if_purged, (*logical, "indexes"), [False]),
-        Case("repair", lambda s: commands.repair(s, devices="cpu"), logical, [False]),
+        Case("repair", lambda s: api.repair(s, devices="cpu"), logical, [False]),
     ]
 
 
@@ -253,8 +253,8 @@ def test_finishing_a_plan_that_was_killed_leaves_no_scratch_file(tiny_encoder: P
             finish_plans(opened, run, range_rows=4)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands.chunking, "finish_plans", lambda *_, **__: {})
-        commands.chunk(tmp_path / "before", inputs, tokenizer=str(tiny_encoder), part_size=8)
+        patch.setattr(api.chunking, "finish_plans", lambda *_, **__: {})
+        api.chunk(tmp_path / "before", inputs, tokenizer=str(tiny_encoder), part_size=8)
     case = Case("finish", finish, ("content", "ids", "tombstones", "documents", "chunks", "tokens"), [])
     expected, calls = uninterrupted(case, tmp_path / "before", tmp_path / "whole")
     assert expected.documents == 20
@@ -303,7 +303,7 @@ def check_after(store: Path, case: Case, expected: Verification) -> None:
     assert all(("restored" in purge) == (case.name == "restore") for purge in shown.purges.values())
     for name, purge in shown.purges.items():
         if purge["erased"]:  # what it is looked for by was kept before the kill, whenever that came
-            receipt = commands.verify_purge(store, name, out=store.parent).receipt
+            receipt = api.verify_purge(store, name, out=store.parent).receipt
             assert receipt.ok, receipt.problems
             assert receipt.searched is not None
             assert receipt.searched.needles["tokens"] > 0

@@ -170,7 +170,7 @@ def run_command(source: str) -> tuple[str, int]:
 def run_retrotool(arguments: list[str]) -> tuple[str, int]:
     from typer.testing import CliRunner
 
-    from retrotool.cli import app
+    from retrotool.app import app
 
     expanded = [path for argument in arguments for path in _expand(argument)]
     result = CliRunner().invoke(app, expanded, prog_name="retrotool")

@@ -13,7 +13,7 @@ import pytest
 from pages import ROOT
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 
 SCRIPT = ROOT / "examples" / "read_store.py"
 DEMO = ROOT / "examples" / "demo.py"
@@ -41,7 +41,7 @@ def test_read_store_leaves_out_what_is_purged(store_copy: Path, tmp_path: Path) 
     victim = reader.neighbours(first)[0].chunk.document
     takedown = tmp_path / "takedown.txt"
     takedown.write_text(f"{victim}\n{reader.chunk(first).document}\n")
-    commands.purge(store_copy, commands.Selectors(documents=str(takedown)), reason="test")
+    api.purge(store_copy, api.Selectors(documents=str(takedown)), reason="test")
     done = run(store_copy)
     assert done.returncode == 0, done.stderr
     assert f"document {victim}," not in done.stdout

@@ -12,8 +12,8 @@ import pytest
 from pages import ROOT, blocks
 
 import retrotool
-from retrotool import commands
-from retrotool.api import Reader
+from retrotool import api
+from retrotool.reader import Reader
 from retrotool.store.parts import token_dtype
 
 RECIPES = {
@@ -38,7 +38,7 @@ def part(reader: Reader) -> int:
 @pytest.fixture(scope="module")
 def names(built_store: Path, reader: Reader, part: int) -> dict[str, Any]:
     """What the recipes take as given, for one part."""
-    info = commands.info(built_store)
+    info = api.info(built_store)
     files = next(entry for entry in info.parts if entry["part"] == part)
     (encoder,) = files["embeddings"]
     (shard,) = info.indexes["main"]["shards"]
@@ -126,8 +126,8 @@ def test_faiss_and_the_neighbour_table_agree(names: dict[str, Any], reader: Read
 def test_materialised_neighbours_are_the_chunks_that_the_table_names(
     names: dict[str, Any], store_copy: Path, part: int
 ) -> None:
-    commands.materialise(store_copy)
-    files = next(entry for entry in commands.info(store_copy).parts if entry["part"] == part)
+    api.materialise(store_copy)
+    files = next(entry for entry in api.info(store_copy).parts if entry["part"] == part)
     found = run("materialised", {**names, "materialised": str(store_copy / files["materialised"]["main"]["path"])})
     reader = retrotool.open(store_copy)
     assert found["near"].shape[1:] == (2, 2, 64)

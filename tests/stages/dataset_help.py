@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from conftest import make_rows, write_jsonl
 
-import retrotool.api
-from retrotool import commands
+import retrotool.reader
+from retrotool import api
 from retrotool.store import parts, schemas, tables
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
@@ -68,7 +68,7 @@ def laid_out(store: Path, size: int, *, packed: bool) -> list[list[int]]:
     return found
 
 
-def expected(reader: retrotool.api.Reader, ids: list[int], k: int, name: str) -> dict[str, list[Any]]:
+def expected(reader: retrotool.reader.Reader, ids: list[int], k: int, name: str) -> dict[str, list[Any]]:
     """What a sequence of these chunks (−1: empty slot) must be, as lists; without documents and cursor."""
     length = reader.chunk_length
     found: dict[str, list[Any]] = {key: [] for key in ("tokens", "loss_mask", "neighbours", "neighbour_mask", "ids")}
@@ -98,7 +98,7 @@ def check_items(store: Path, items: Iterable[Item], k: int = 2, name: str = "mai
         _check_item(reader, item, k, name)
 
 
-def _check_item(reader: retrotool.api.Reader, item: Item, k: int, name: str) -> None:
+def _check_item(reader: retrotool.reader.Reader, item: Item, k: int, name: str) -> None:
     ids = item["chunk_ids"].tolist()
     right = expected(reader, ids, k, name)
     assert item["tokens"].tolist() == right["tokens"]
@@ -116,22 +116,22 @@ def _check_item(reader: retrotool.api.Reader, item: Item, k: int, name: str) -> 
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    commands.purge(store, commands.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
 
 
 def chunk(store: Path, model: Path, rows: list[dict[str, Any]], part_size: int = 100) -> Path:
     source = write_jsonl(store.parent / f"{store.name}-{rows[0]['id']}.jsonl", rows)
-    commands.chunk(store, [str(source)], tokenizer=str(model), part_size=part_size)
-    commands.embed(store, encoder=str(model))
+    api.chunk(store, [str(source)], tokenizer=str(model), part_size=part_size)
+    api.embed(store, encoder=str(model))
     return store
 
 
 def two_stores(folder: Path, model: Path) -> tuple[Path, Path]:
     """A database, and a training store with neighbours ``main`` in it."""
     database = chunk(folder / "database", model, make_rows(60))
-    commands.index(database)
+    api.index(database)
     training = chunk(folder / "training", model, make_rows(40, first=50))
-    commands.neighbours(database, queries=training, materialise=True)
+    api.neighbours(database, queries=training, materialise=True)
     return database, training
 
 

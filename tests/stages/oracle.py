@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from retrotool.commands.looking import info
+from retrotool.info.run import info
 
 
 @dataclass(frozen=True)

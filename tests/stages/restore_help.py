@@ -9,15 +9,15 @@ import numpy as np
 from oracle import saved_neighbours
 
 import retrotool
-from retrotool import commands
-from retrotool.commands.purging import PurgeResult
-from retrotool.commands.restoring import RestoreResult, restore
+from retrotool import api
+from retrotool.purge.run import PurgeResult
+from retrotool.purge.undo_run import RestoreResult, restore
 
 SAME = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "documents", "chunks", "tokens")
 
 
 def purge(store: Path, *names: str, erase: bool = False) -> PurgeResult:
-    return commands.purge(store, commands.Selectors(document=names), reason="test", erase=erase)
+    return api.purge(store, api.Selectors(document=names), reason="test", erase=erase)
 
 
 def back(store: Path, purged: str) -> RestoreResult:
@@ -25,7 +25,7 @@ def back(store: Path, purged: str) -> RestoreResult:
 
 
 def verified(store: Path) -> dict[str, object]:
-    found = commands.verify(store)
+    found = api.verify(store)
     assert found.problems == []
     return {name: getattr(found, name) for name in SAME}
 
@@ -42,7 +42,7 @@ def exact(store: Path, scratch: Path, **options: object) -> tuple[np.ndarray, np
     if scratch.exists():
         shutil.rmtree(scratch)
     shutil.copytree(store, scratch)
-    commands.neighbours(scratch, name="truth", search=commands.neighbour_tables.SearchOptions(exact=True), **options)
+    api.neighbours(scratch, name="truth", search=api.neighbour_tables.SearchOptions(exact=True), **options)
     return saved_neighbours(scratch, "truth")
 
 

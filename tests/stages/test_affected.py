@@ -15,10 +15,10 @@ from oracle import Plain, read_plain, saved_neighbours
 from test_key_values import build, key_column, records
 from test_neighbour_filters import run
 
-from retrotool import commands
-from retrotool.commands.affecting import AffectedResult
-from retrotool.commands.neighbour_tables import SearchOptions
+from retrotool import api
 from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.neighbours.run import SearchOptions
+from retrotool.purge.affected_run import AffectedResult
 from retrotool.store import parts
 
 EXACT = SearchOptions(exact=True)
@@ -31,9 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     """A database and a store of queries, both with neighbours in the database; not to be changed."""
     folder = tmp_path_factory.mktemp("affected")
     grow(folder / "store", tiny_encoder, 70, 0)
-    commands.neighbours(folder / "store", k=K, saved=SAVED, search=EXACT)
+    api.neighbours(folder / "store", k=K, saved=SAVED, search=EXACT)
     grow(folder / "training", tiny_encoder, 20, 800)
-    commands.neighbours(folder / "store", queries=folder / "training", k=K, saved=SAVED, search=EXACT)
+    api.neighbours(folder / "store", queries=folder / "training", k=K, saved=SAVED, search=EXACT)
     return folder
 
 
@@ -44,8 +44,8 @@ def store(made: Path, tmp_path: Path) -> Path:
 
 def grow(store: Path, encoder: Path, n: int, first: int) -> None:
     inputs = [str(write_jsonl(store.parent / f"{store.name}-{first}.jsonl", make_rows(n, first=first, words=120)))]
-    commands.chunk(store, inputs, tokenizer=str(encoder), part_size=60)
-    commands.embed(store, encoder=str(encoder), devices="cpu")
+    api.chunk(store, inputs, tokenizer=str(encoder), part_size=60)
+    api.embed(store, encoder=str(encoder), devices="cpu")
 
 
 @dataclass
@@ -63,13 +63,13 @@ class Timeline:
         self._before()
         path = self.store.parent / "ids"
         path.write_text("".join(f"{i}\n" for i in chunks))
-        name = commands.purge(self.store, commands.Selectors(ids=str(path)), reason="test", erase=erase).purge
+        name = api.purge(self.store, api.Selectors(ids=str(path)), reason="test", erase=erase).purge
         self.purged[name] = set(chunks)
         return name
 
     def restore(self, purge: str) -> None:
         self._before()
-        commands.restore(self.store, purge, reason="test")
+        api.restore(self.store, purge, reason="test")
         del self.purged[purge]
 
     def ranks(self, raw: np.ndarray, queries: Plain, purges: list[str] | None = None) -> Ranks:
@@ -135,7 +135,7 @@ def test_each_affected_chunk_is_told_with_its_places(store: Path, tmp_path: Path
     time.purge(victims)
     queries = read_plain(store, purged=frozenset(victims))
     ranks = time.ranks(raw, queries)
-    result = commands.affected(store, out=tmp_path / "out.jsonl")
+    result = api.affected(store, out=tmp_path / "out.jsonl")
     assert told(tmp_path / "out.jsonl") == ranks
     assert_counts(result, ranks)
     assert 10 < result.in_k < result.in_saved < result.rows and result.following_in_k > 5
@@ -153,15 +153,15 @@ def test_tables_of_several_row_groups_are_read_whole(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_groups_of(16, monkeypatch)
-    commands.neighbours(store, name="small", k=K, saved=SAVED, search=EXACT)
-    files = [store / part["neighbours"]["small"]["path"] for part in commands.info(store).parts]
+    api.neighbours(store, name="small", k=K, saved=SAVED, search=EXACT)
+    files = [store / part["neighbours"]["small"]["path"] for part in api.info(store).parts]
     assert all(pq.read_metadata(file).num_row_groups >= 4 for file in files[:-1])
     raw = saved_neighbours(store, "small")[0]
     time = Timeline(store)
     victims = some(store, 12, 0)
     time.purge(victims)
     ranks = time.ranks(raw, read_plain(store, purged=frozenset(victims)))
-    assert_counts(commands.affected(store, "small", out=tmp_path / "out.jsonl"), ranks)
+    assert_counts(api.affected(store, "small", out=tmp_path / "out.jsonl"), ranks)
     assert told(tmp_path / "out.jsonl") == ranks
 
 
@@ -173,7 +173,7 @@ def test_what_is_purged_later_had_moved_up_by_then(store: Path, tmp_path: Path) 
     for number, asked in enumerate([[], purges[3:], purges[1:3], purges[:1]]):
         out = tmp_path / f"{number}.jsonl"
         ranks = time.ranks(raw, queries, asked)
-        assert_counts(commands.affected(store, "main", asked, out=out), ranks)
+        assert_counts(api.affected(store, "main", asked, out=out), ranks)
         assert told(out) == ranks
     # Without what was read at the time, fewer would be told.
     last = time.purged[purges[3]]
@@ -190,7 +190,7 @@ def test_what_was_purged_for_a_while_had_made_room(store: Path, tmp_path: Path) 
     time.restore(first)
     queries = read_plain(store, purged=frozenset(time.purged[second]))
     ranks = time.ranks(raw, queries, [second])
-    result = commands.affected(store, out=tmp_path / "out.jsonl")
+    result = api.affected(store, out=tmp_path / "out.jsonl")
     found = told(tmp_path / "out.jsonl")
     assert {chunk: near for chunk, (near, _) in found.items()} == {chunk: near for chunk, (near, _) in ranks.items()}
     pairs = [(found[chunk][1], behind) for chunk, (_, behind) in ranks.items()]
@@ -200,7 +200,7 @@ def test_what_was_purged_for_a_while_had_made_room(store: Path, tmp_path: Path) 
     assert ranks != Timeline(store, time.purged, [set()]).ranks(raw, queries, [second])
     assert [one.purge for one in result.purges] == [second]
     with pytest.raises(UsageError, match="was taken back: its chunks are not purged"):
-        commands.affected(store, "main", [first])
+        api.affected(store, "main", [first])
 
 
 def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path,
     names = np.unique(plain.documents.astype(str))[::3]
     victims = plain.ids[np.isin(plain.documents.astype(str), names)].tolist()
     Timeline(store).purge(victims)
-    result = commands.affected(store, out=tmp_path / "out.jsonl")
+    result = api.affected(store, out=tmp_path / "out.jsonl")
     hit = np.isin(raw, victims).any(axis=1)
     gone = np.isin(plain.ids, victims)
     assert result.purged == (hit & gone).sum() > 10
@@ -222,33 +222,33 @@ def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path,
 
 def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_path: Path) -> None:
     training = Path(shutil.copytree(made / "training", tmp_path / "training"))
-    commands.neighbours(store, queries=training, name="t", k=K, saved=SAVED, search=EXACT)
+    api.neighbours(store, queries=training, name="t", k=K, saved=SAVED, search=EXACT)
     raw, queries = saved_neighbours(training, "t")[0], read_plain(training)
     time = Timeline(store)
     purged = time.purge(some(store, 30, 0))
     ranks = time.ranks(raw, queries)
-    result = commands.affected(training, "t", out=tmp_path / "out.jsonl")
+    result = api.affected(training, "t", out=tmp_path / "out.jsonl")
     assert told(tmp_path / "out.jsonl") == ranks and len(ranks) > 10
     assert_counts(result, ranks)
     assert result.purges[0].database == str(store) and not result.purges[0].within
-    commands.erase(store, [purged])
-    after = commands.affected(training, "t", [purged])
+    api.erase(store, [purged])
+    after = api.affected(training, "t", [purged])
     assert (after.in_k, after.in_saved) == (result.in_k, result.in_saved), "an erase there does not reach these tables"
     assert "can't be told" not in run("purge", training, "--affected", "t").stdout
-    commands.repair(training, name="t", devices="cpu")
-    after = commands.affected(training, "t")
+    api.repair(training, name="t", devices="cpu")
+    after = api.affected(training, "t")
     assert after.in_saved == 0 and after.purges[0].since == after.purges[0].parts == 1
     assert f"Purge {purged}: 1 of 1 part were searched, or repaired, after it" in (
         run("purge", training, "--affected", "t").stdout
     )
     store.rename(tmp_path / "away")
     with pytest.raises(StoreNotFoundError, match="isn't there"):
-        commands.affected(training, "t")
+        api.affected(training, "t")
 
 
 def test_of_a_mixture_each_table_is_read(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     grow(tmp_path / "books", tiny_encoder, 30, 400)
-    commands.neighbours(
+    api.neighbours(
         store, name="mix", databases=[(tmp_path / "books", 0.5)], k=K, saved=SAVED, search=EXACT
     )  # fmt: skip
     ours, theirs = Timeline(store), Timeline(tmp_path / "books")
@@ -260,21 +260,21 @@ def test_of_a_mixture_each_table_is_read(store: Path, tmp_path: Path, tiny_encod
     for chunk in {*both[0], *both[1]}:
         pairs = zip(*(one.get(chunk, (None, None)) for one in both), strict=True)
         best[chunk] = tuple(min((rank for rank in pair if rank is not None), default=None) for pair in pairs)
-    commands.affected(store, "mix", out=tmp_path / "both.jsonl")
+    api.affected(store, "mix", out=tmp_path / "both.jsonl")
     assert told(tmp_path / "both.jsonl") == best
-    commands.affected(store, "mix", [purges[1]], out=tmp_path / "books.jsonl")
+    api.affected(store, "mix", [purges[1]], out=tmp_path / "books.jsonl")
     assert told(tmp_path / "books.jsonl") == both[1]
 
 
 def test_a_value_that_is_purged_was_read_behind_its_key(tmp_path: Path, tiny_encoder: Path) -> None:
     store = build(tmp_path / "store", tiny_encoder, records(0, 40))
-    commands.neighbours(store, k=K, saved=SAVED)
+    api.neighbours(store, k=K, saved=SAVED)
     raw, plain, keys = saved_neighbours(store)[0], read_plain(store), key_column(store)
     values = plain.ids[~keys & np.roll(keys, 1)][::3].tolist()
     time = Timeline(store)
     time.purge(values)
     ranks = time.ranks(raw, plain)
-    result = commands.affected(store, out=tmp_path / "out.jsonl")
+    result = api.affected(store, out=tmp_path / "out.jsonl")
     assert told(tmp_path / "out.jsonl") == ranks and len(ranks) > 20
     assert result.in_saved == 0 and result.following_in_saved == len(ranks)
 
@@ -284,24 +284,24 @@ def test_what_is_erased_or_repaired_can_be_told_no_more(store: Path) -> None:
     plain = read_plain(store)
     names = plain.documents.astype(str)
     first = time.purge(plain.ids[np.isin(names, np.unique(names)[::2])].tolist())
-    before = commands.affected(store)
+    before = api.affected(store)
     assert before.in_saved > 50
-    commands.repair(store, devices="cpu")
-    after = commands.affected(store)
+    api.repair(store, devices="cpu")
+    after = api.affected(store)
     assert 0 < after.in_saved < before.in_saved and after.purges[0].since > 0
     assert "were searched, or repaired, after it; what rows that were searched named before can't be told." in (
         run("purge", store, "--affected", "main").stdout
     )
     left = plain.ids[~np.isin(plain.ids, sorted(time.purged[first]))]
     second = time.purge(left[::9].tolist())
-    both = commands.affected(store)
-    commands.erase(store, [first])
-    of_second = commands.affected(store, "main", [second])
+    both = api.affected(store)
+    api.erase(store, [first])
+    of_second = api.affected(store, "main", [second])
     assert of_second.purges[0].erased == 0 and 0 < of_second.in_saved < both.in_saved
     with pytest.raises(UsageError, match=f"nothing is left of {first}") as error:
-        commands.affected(store, "main", [first])
+        api.affected(store, "main", [first])
     assert error.value.advice == "Whom a purge affected can be told until it is erased."
-    result = commands.affected(store)
+    result = api.affected(store)
     assert {one.purge: one.erased for one in result.purges} == {first: len(time.purged[first]), second: 0}
     assert result.in_saved == of_second.in_saved
     assert f"Purge {first} is erased, from these tables, too: whom that affected can't be told any more." in (
@@ -313,10 +313,10 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     ended = run("purge", store, "--affected", "main")
     assert ended.stdout == "No purge stands: there is nothing to look for.\n" and ended.stderr == ""
     with pytest.raises(UsageError, match="there is no purge 'p0' of ") as error:
-        commands.affected(store, "main", ["p0"])
+        api.affected(store, "main", ["p0"])
     assert error.value.advice == f"There are: none. What they are: retrotool info {store}"
     purged = Timeline(store).purge(some(store, 12, 0))
-    result = commands.affected(store)
+    result = api.affected(store)
     out = tmp_path / "out.jsonl"
     ended = run("purge", store, "--affected", "main", purged, "--out", out)
     assert ended.exit_code == 0 and ended.stderr.startswith("Reads ")

@@ -15,18 +15,18 @@ import pytest
 from conftest import make_encoder, make_rows, write_jsonl
 
 import retrotool
-from retrotool import commands, engine
+from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.commands.indexing import Options
-from retrotool.commands.writing import writing
+from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
+from retrotool.engine.stage import Task
 from retrotool.errors import UsageError
-from retrotool.stages.base import Task
-from retrotool.stages.embed import EmbedStage
-from retrotool.stages.index import IndexStage
-from retrotool.stages.index_files import encoder_of, held_parts, shards
+from retrotool.index.index_files import encoder_of, held_parts, shards
+from retrotool.index.run import Options
+from retrotool.index.stage import IndexStage
 from retrotool.store import folding, staging
 from retrotool.store.runs import Run
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 
@@ -42,7 +42,7 @@ def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Tas
 @pytest.fixture
 def chunked(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
     """A store of four parts, chunked only."""
-    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
     return tmp_path / "store"
 
 
@@ -64,10 +64,10 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
             one_by_one(stage, one, run, task)
         refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).refused.values()]
     assert len(refused) == 2, "what nobody else did is kept"
-    commands.embed(chunked, encoder=str(tiny_encoder))
-    commands.index(chunked, options=Options(shard_rows=40))
+    api.embed(chunked, encoder=str(tiny_encoder))
+    api.index(chunked, options=Options(shard_rows=40))
     assert held_parts(Store.open(chunked).state, "main") == [0, 1, 2, 3]
-    assert commands.verify(chunked).ok
+    assert api.verify(chunked).ok
     reader = retrotool.open(chunked)
     found = reader.search(reader.chunk(2 << 32).text, 10)
     assert len({neighbour.id for neighbour in found}) == 10
@@ -84,38 +84,38 @@ def test_vectors_of_two_encoders_do_not_mix_under_one_name(chunked: Path, tmp_pa
         folded = folding.fold(store, run)
         assert len(folded.committed) == 1 and len(folded.refused) == 1
     with pytest.raises(UsageError, match="another encoder under the name"):
-        commands.embed(chunked, encoder=str(other if first.key in folded.committed else one))
+        api.embed(chunked, encoder=str(other if first.key in folded.committed else one))
 
 
 def test_an_index_is_gone_on_with_by_the_encoder_it_was_trained_for(
     chunked: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     other = make_encoder(tmp_path / "models" / "other", 5)
-    commands.embed(chunked, encoder=str(tiny_encoder))
-    commands.embed(chunked, encoder=str(other))
+    api.embed(chunked, encoder=str(tiny_encoder))
+    api.embed(chunked, encoder=str(other))
     store = Store.open(chunked)
     with writing(store) as run:
         engine.execute(IndexStage("main", "tiny"), store, run)  # killed before its record was committed
     assert encoder_of(store, "main") == "tiny"
     with pytest.raises(UsageError, match="is of the encoder 'tiny', not 'other'"):
-        commands.index(chunked, encoder="other")
-    assert commands.index(chunked).encoder == "tiny"
-    assert commands.index(chunked, name="second", encoder="other").encoder == "other"
+        api.index(chunked, encoder="other")
+    assert api.index(chunked).encoder == "tiny"
+    assert api.index(chunked, name="second", encoder="other").encoder == "other"
 
 
 def test_a_neighbour_table_is_of_one_database(built_store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     queries, another = tmp_path / "queries", Path(shutil.copytree(built_store, tmp_path / "another"))
     for store, first in ((queries, 300), (tmp_path / "foreign", 400)):
-        commands.chunk(
+        api.chunk(
             store, [str(write_jsonl(tmp_path / "c.jsonl", make_rows(6, first=first)))], tokenizer=str(tiny_encoder)
         )
-        commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(tmp_path / "foreign")
-    commands.neighbours(built_store, queries=queries)
+        api.embed(store, encoder=str(tiny_encoder))
+    api.index(tmp_path / "foreign")
+    api.neighbours(built_store, queries=queries)
     with pytest.raises(UsageError, match="of another database"):
-        commands.neighbours(tmp_path / "foreign", queries=queries)
-    assert commands.neighbours(tmp_path / "foreign", queries=queries, name="foreign").queries > 0
-    assert commands.neighbours(another, queries=queries).queries == 0, "a copy is the same database"
+        api.neighbours(tmp_path / "foreign", queries=queries)
+    assert api.neighbours(tmp_path / "foreign", queries=queries, name="foreign").queries > 0
+    assert api.neighbours(another, queries=queries).queries == 0, "a copy is the same database"
 
 
 def test_a_document_purged_at_both_ends_is_still_its_own_document(
@@ -126,12 +126,12 @@ def test_a_document_purged_at_both_ends_is_still_its_own_document(
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 4)
     chunks = reader.document(name)
     (tmp_path / "ids").write_text(f"{chunks[0]}\n{chunks[-1]}\n")
-    commands.purge(database, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(database, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
     queries = tmp_path / "queries"
     rows = [row for row in make_rows(120) if row["id"] == name]
-    commands.chunk(queries, [str(write_jsonl(tmp_path / "q.jsonl", rows))], tokenizer=str(tiny_encoder))
-    commands.embed(queries, encoder=str(tiny_encoder))
-    commands.neighbours(database, queries=queries)
+    api.chunk(queries, [str(write_jsonl(tmp_path / "q.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.embed(queries, encoder=str(tiny_encoder))
+    api.neighbours(database, queries=queries)
     reader = retrotool.open(queries)
     found = [n.chunk.document for chunk in reader.document(name) for n in reader.neighbours(chunk, k=20)]
     assert found and name not in found
@@ -141,46 +141,44 @@ def test_patterns_see_characters_not_bytes(tmp_path: Path, byte_level_tokenizer:
     texts = ["une ÉCOLE ouverte", "so naïve", "漢字 here", "plain"]
     rows = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
     for pattern, row in ((r"(?i)école", 0), (r"na.ve$", 1), (r"\p{Han}{2}", 2)):
-        assert commands.purge(store, commands.Selectors(pattern=pattern), reason="test", dry_run=True).examples == (
-            row,
-        )
+        assert api.purge(store, api.Selectors(pattern=pattern), reason="test", dry_run=True).examples == (row,)
 
 
 def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_copy: Path, tmp_path: Path) -> None:
     """Killed when its parts are erased and its shard is not: the documents can't be found any more, the vectors can."""
     victims = retrotool.open(store_copy).document("doc-3")
     (tmp_path / "names").write_text("doc-3\n")
-    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="by another selector")
+    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="by another selector")
     child = os.fork()
     if child == 0:
-        from retrotool.stages import erase
+        from retrotool.purge import erase
 
         erase.EraseWorker._shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
-        commands.purge(store_copy, commands.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
+        api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    commands.purge(store_copy, commands.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
     store = Store.open(store_copy)
     found = [lists.read(store.path(entry)) for entry in shards(store.state, "main").values()]
     ids = np.concatenate([shard.ids(number) for shard in found for number in shard.numbers])
     assert not np.isin(victims, ids).any()
-    assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
-    assert commands.verify(store_copy).ok
+    assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
+    assert api.verify(store_copy).ok
 
 
 def test_a_task_overtaken_by_an_erase_leaves_no_file(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     """A shard read before the erase is staged after it, and its process dies: the next command takes it away."""
-    commands.embed(chunked, encoder=str(tiny_encoder))
+    api.embed(chunked, encoder=str(tiny_encoder))
     stage, store = IndexStage("main", "tiny"), Store.open(chunked)
     with writing(store) as run:
         one_by_one(stage, store, run, stage.plan(store)[0])
         late = stage.open(store)(stage.plan(store)[0], run.id, nothing)
-        commands.purge(chunked, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
+        api.purge(chunked, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
         staging.stage(store.root, late)
     assert (chunked / late.add[0].path).exists()
-    commands.purge(chunked, commands.Selectors(where="id = 'doc-9'"), reason="test")
+    api.purge(chunked, api.Selectors(where="id = 'doc-9'"), reason="test")
     assert not (chunked / late.add[0].path).exists()
 
 
@@ -209,9 +207,9 @@ def test_workers_end_with_their_parent_and_the_store_goes_on(tmp_path: Path, tin
     while members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not members(process.pid), "its workers are gone too"
-    commands.chunk(store, inputs)
-    assert commands.info(store).documents == 8000
-    assert commands.verify(store).ok
+    api.chunk(store, inputs)
+    assert api.info(store).documents == 8000
+    assert api.verify(store).ok
 
 
 def members(session: int) -> list[int]:
@@ -230,20 +228,20 @@ def members(session: int) -> list[int]:
 def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path: Path, tiny_encoder: Path) -> None:
     store, rows = tmp_path / "store", make_rows(30)
     long = max(rows, key=lambda row: len(row["text"]))
-    commands.chunk(store, [str(write_jsonl(tmp_path / "a.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "a.jsonl", rows))], tokenizer=str(tiny_encoder))
     again = write_jsonl(tmp_path / "b.jsonl", [{**long, "year": 1}])
     opened = Store.open(store)
     with writing(opened) as run:
+        from retrotool.chunk.chunk_plan import Wanted, commit_plan
+        from retrotool.chunk.deduplicate import finish_plans
+        from retrotool.chunk.stage import ChunkStage
         from retrotool.sources import Fields, find_inputs
-        from retrotool.stages.chunk import ChunkStage
-        from retrotool.stages.chunk_plan import Wanted, commit_plan
-        from retrotool.stages.duplicates import finish_plans
 
         commit_plan(opened, run, find_inputs([str(again)]), Wanted(Fields(), 1000))
         engine.execute(ChunkStage(), opened, run)
         (tmp_path / "ids").write_text(f"{1 << 32}\n")
-        commands.purge(
-            store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test"
+        api.purge(
+            store, api.Selectors(ids=str(tmp_path / "ids")), reason="test"
         )  # a chunk of the copy, before it is found
         finish_plans(opened, run)
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []

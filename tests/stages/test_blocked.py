@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrotool
-from retrotool import commands
-from retrotool.commands.looking import info, verify
+from retrotool import api
+from retrotool.info.run import info, verify
 from retrotool.store.blocked import HASH, Blocked, id_hashes, keyed_texts, read_blocked
 from retrotool.store.store import Store
 
@@ -35,7 +35,7 @@ def chunked(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer: Path
     folder = tmp_path_factory.mktemp("blocked")
     rows = write_jsonl(folder / "rows.jsonl", ROWS)
     options = {"tokenizer": str(byte_level_tokenizer), "chunk_length": 16, "part_size": 20}
-    commands.chunk(folder / "store", [str(rows)], **options)
+    api.chunk(folder / "store", [str(rows)], **options)
     return folder / "store"
 
 
@@ -44,10 +44,10 @@ def chunks_of(store: Path) -> dict[str, list[int]]:
     return {row["id"]: reader.document(row["id"]) for row in ROWS}
 
 
-def purge(store: Path, chunks: list[int], *, erase: bool = False) -> commands.PurgeResult:
+def purge(store: Path, chunks: list[int], *, erase: bool = False) -> api.PurgeResult:
     ids = store.parent / f"{store.name}.ids"
     ids.write_text("".join(f"{chunk}\n" for chunk in chunks))
-    return commands.purge(store, commands.Selectors(ids=str(ids)), reason="test", erase=erase)
+    return api.purge(store, api.Selectors(ids=str(ids)), reason="test", erase=erase)
 
 
 def blocked_ids(store: Path) -> set[str]:
@@ -111,7 +111,7 @@ def test_the_list_of_another_store_does_not_match(chunked: Path, tmp_path: Path)
 
 def test_documents_that_repeat_are_not_blocked(byte_level_tokenizer: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, *ROWS[:3], {**ROWS[4], "id": "other"}])
-    made = commands.chunk(tmp_path / "store", [str(rows)], tokenizer=str(byte_level_tokenizer))
+    made = api.chunk(tmp_path / "store", [str(rows)], tokenizer=str(byte_level_tokenizer))
     assert (made.documents, made.set_aside) == (12, 3)
     assert not read_blocked(Store.open(tmp_path / "store"))
     purge(tmp_path / "store", chunks_of(tmp_path / "store")["doc-1"])
@@ -122,7 +122,7 @@ def test_an_older_store_is_made_good_by_the_same_purge(chunked: Path, tmp_path: 
     store = Path(shutil.copytree(chunked, tmp_path / "store"))
     victims = chunks_of(store)["doc-3"]
     with monkeypatch.context() as patch:
-        patch.setattr("retrotool.stages.purge._hashes_to_block", lambda *_: np.zeros(0, HASH))
+        patch.setattr("retrotool.purge.commit._hashes_to_block", lambda *_: np.zeros(0, HASH))
         purge(store, victims)
     assert not (store / "blocked").exists()
     assert blocked_ids(store) == blocked_texts(store) == set()

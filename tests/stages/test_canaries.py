@@ -17,9 +17,9 @@ from conftest import make_rows, write_jsonl
 from tokenizers import Tokenizer
 
 import retrotool
-from retrotool import commands
-from retrotool.stages.matching import Needles
-from retrotool.stages.residue import CHUNK, Finding, scan
+from retrotool import api
+from retrotool.purge.matching import Needles
+from retrotool.purge.residue import CHUNK, Finding, scan
 
 CANARIES, BROKEN = 1000, 10
 
@@ -63,11 +63,11 @@ def test_a_thousand_canaries(lossless: bool, tmp_path: Path, tiny_encoder: Path,
     source, texts = corpus(tmp_path)
     store = tmp_path / "store"
     tokenizer = byte_level_tokenizer if lossless else tiny_encoder / "tokenizer.json"
-    commands.chunk(store, [str(source)], tokenizer=str(tokenizer if lossless else tiny_encoder), part_size=2000)
+    api.chunk(store, [str(source)], tokenizer=str(tokenizer if lossless else tiny_encoder), part_size=2000)
     if not lossless:  # the encoder reads its own tokens
-        commands.embed(store, encoder=str(tiny_encoder))
-        commands.index(store)
-        commands.neighbours(store, materialise=True)
+        api.embed(store, encoder=str(tiny_encoder))
+        api.index(store)
+        api.neighbours(store, materialise=True)
     reader = retrotool.open(store)
     assert len(reader.parts()) > 1
     chunks = [chunk for number in range(CANARIES) for chunk in reader.document(f"c-{number}")]
@@ -76,9 +76,7 @@ def test_a_thousand_canaries(lossless: bool, tmp_path: Path, tiny_encoder: Path,
     vectors = [] if lossless else [embeddings[chunk >> 32][chunk & 0xFFFFFFFF] for chunk in chunks]
     needles = needles_of(texts, tokenizer, vectors, chunks)
     # Selected by what they say, whatever they are called.
-    purge = commands.purge(
-        store, commands.Selectors(pattern="canary ?[a-z]{12}", allow_lossy=not lossless), reason="canaries"
-    )
+    purge = api.purge(store, api.Selectors(pattern="canary ?[a-z]{12}", allow_lossy=not lossless), reason="canaries")
     assert (purge.chunks, purge.documents) == (CANARIES, CANARIES)
     before = by_place(scan(store, needles))
     expected = {("chunks", "tokens"): CANARIES, ("quarantine", "text"): BROKEN}
@@ -86,10 +84,10 @@ def test_a_thousand_canaries(lossless: bool, tmp_path: Path, tiny_encoder: Path,
         expected |= {("embeddings", "vector16"): CANARIES, ("index", "vector16"): CANARIES, ("index", CHUNK): CANARIES}
         assert before[("materialised", "tokens")] > CANARIES // 4
     assert {place: before[place] for place in expected} == expected
-    commands.erase(store, [purge.purge])
+    api.erase(store, [purge.purge])
     assert scan(store, needles) == []
-    assert commands.verify(store).ok
-    receipt = commands.verify_purge(store, purge.purge, out=tmp_path).receipt
+    assert api.verify(store).ok
+    receipt = api.verify_purge(store, purge.purge, out=tmp_path).receipt
     assert receipt.ok, receipt.problems
     assert receipt.searched is not None
     assert receipt.searched.without.get("id", 0) == 0

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import CorruptError
-from retrotool.stages import chunk_sets
-from retrotool.stages.chunk_sets import ChunkSet
+from retrotool.export import chunk_sets
+from retrotool.export.chunk_sets import ChunkSet
 from retrotool.store import parts
 
 

@@ -22,18 +22,18 @@ from conftest import write_jsonl
 from oracle import read_plain
 
 import retrotool
-from retrotool import cli as command_line
-from retrotool import commands
+from retrotool import api
+from retrotool import app as command_line
 from retrotool.ann.choice import Wanted
 from retrotool.ann.excluded import Queries
-from retrotool.commands import indexing
-from retrotool.commands.index_result import describe
-from retrotool.commands.indexing import Options
 from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
-from retrotool.stages import truth
-from retrotool.stages.index_files import shards
-from retrotool.stages.searching import Database, Point
+from retrotool.index import ground_truth
+from retrotool.index import run as index_run
+from retrotool.index.index_files import shards
+from retrotool.index.index_result import describe
+from retrotool.index.run import Options
+from retrotool.index.searching import Database, Point
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[s
     with pytest.MonkeyPatch.context() as patch:
         for name, files in (("sorted", [inputs[s] for s in SOURCES]), ("shuffled", [shuffled])):
             stores[name] = root / name
-            commands.chunk(stores[name], [str(file) for file in files], tokenizer=str(tiny_encoder), part_size=1500)
+            api.chunk(stores[name], [str(file) for file in files], tokenizer=str(tiny_encoder), part_size=1500)
             embed_by_id(patch, stores[name], tiny_encoder)
     return {**stores, **{f"{source} input": path for source, path in inputs.items()}}
 
@@ -79,7 +79,7 @@ def embed_by_id(patch: pytest.MonkeyPatch, store: Path, encoder: Path) -> None:
     opened = Store.open(store)
     have = set(opened.state.group("embeddings", "tiny"))
     names = []
-    for part in commands.info(store).parts:
+    for part in api.info(store).parts:
         if f"{part['part']:06d}" not in have:
             import pyarrow.parquet as pq
 
@@ -96,7 +96,7 @@ def embed_by_id(patch: pytest.MonkeyPatch, store: Path, encoder: Path) -> None:
 
     patch.setattr(Encoder, "vectors", vectors)
     patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
-    commands.embed(store, encoder=str(encoder))
+    api.embed(store, encoder=str(encoder))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def copy(made: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def built(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Path(shutil.copytree(made["sorted"], tmp_path_factory.mktemp("built") / "store"))
-    commands.index(store, options=Options(CODED, shard_rows=4000))
+    api.index(store, options=Options(CODED, shard_rows=4000))
     return store
 
 
@@ -138,12 +138,12 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
     results = {}
     for order in ("sorted", "shuffled"):
         store = Path(shutil.copytree(made[order], tmp_path / order))
-        results[order] = commands.index(store, options=Options(CODED))
+        results[order] = api.index(store, options=Options(CODED))
         assert results[order].holds and results[order].recall_at_10 >= 0.95
         assert results[order].bytes_per_vector == 24
         assert abs(true_recall(store) - results[order].recall_at_10) <= 0.015
         assert results[order].recall_at_1 >= results[order].recall_at_10 >= 0.95
-        assert commands.verify(store).problems == []
+        assert api.verify(store).problems == []
     assert abs(results["sorted"].recall_at_10 - results["shuffled"].recall_at_10) <= 0.02
     groups = results["sorted"].groups
     assert set(groups["source"]) == set(SOURCES) and set(groups["part"]) == {"trained on"}
@@ -170,29 +170,27 @@ def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -
 
 
 def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:
-    before = commands.info(built_copy).indexes["main"]
-    low = commands.index(built_copy, target_recall=0.7)
-    assert (
-        low.shards == len(before["shards"]) and commands.info(built_copy).indexes["main"]["shards"] == before["shards"]
-    )
+    before = api.info(built_copy).indexes["main"]
+    low = api.index(built_copy, target_recall=0.7)
+    assert low.shards == len(before["shards"]) and api.info(built_copy).indexes["main"]["shards"] == before["shards"]
     assert (low.nprobe, low.depth) < (before["nprobe"], before["depth"])
-    again = indexing.evaluate(built_copy, queries=2000)
+    again = index_run.evaluate(built_copy, queries=2000)
     assert (again.nprobe, again.depth, again.queries, again.target) == (low.nprobe, low.depth, 2000, 0.7)
     assert abs(again.recall_at_10 - low.recall_at_10) <= again.recall_error + low.recall_error
     commit = again.commit
-    assert commands.index(built_copy, target_recall=0.7).commit == commit, "nothing is left to do"
-    assert commands.index(built_copy, target_recall=0.7, options=Options(tune=True)).commit > commit
+    assert api.index(built_copy, target_recall=0.7).commit == commit, "nothing is left to do"
+    assert api.index(built_copy, target_recall=0.7, options=Options(tune=True)).commit > commit
 
 
 def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) -> None:
-    low = commands.index(built_copy, target_recall=0.7)
-    again = commands.index(built_copy)
+    low = api.index(built_copy, target_recall=0.7)
+    again = api.index(built_copy)
     assert (again.target, again.commit) == (0.7, low.commit)
-    anew = commands.index(built_copy, options=Options(Wanted(memory=10**9), retrain=True))
+    anew = api.index(built_copy, options=Options(Wanted(memory=10**9), retrain=True))
     assert (anew.target, anew.factory) == (0.7, CODED.factory)
-    other = commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    other = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
     assert other.factory == "IVF8,SQ8"
-    third = commands.index(built_copy, options=Options(retrain=True))
+    third = api.index(built_copy, options=Options(retrain=True))
     assert third.factory == "IVF8,SQ8"
     trained = Store.open(built_copy).state.file("index", "trained.g3", "main")
     assert trained is not None and trained.about is not None
@@ -233,7 +231,7 @@ def test_an_operating_point_can_be_given(built: Path) -> None:
 def grow(store: Path, made: dict[str, Path], encoder: Path, source: str = "late", n: int = 2500) -> None:
     """More documents, of clusters that the training did not see."""
     rows = [{"id": f"{source}-{i}", "text": f"word{i} of {source}", "source": source} for i in range(n)]
-    commands.chunk(store, [str(write_jsonl(store.parent / f"{source}.jsonl", rows))], part_size=1500)
+    api.chunk(store, [str(write_jsonl(store.parent / f"{source}.jsonl", rows))], part_size=1500)
     with pytest.MonkeyPatch.context() as patch:
         embed_by_id(patch, store, encoder)
 
@@ -242,32 +240,32 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     built_copy: Path, made: dict[str, Path], tiny_encoder: Path, tmp_path: Path
 ) -> None:
     grow(built_copy, made, tiny_encoder)
-    before = set(commands.info(built_copy).indexes["main"]["shards"])
-    result = commands.index(built_copy, options=Options())
+    before = set(api.info(built_copy).indexes["main"]["shards"])
+    result = api.index(built_copy, options=Options())
     assert result.added == 2500 and result.vectors == 3 * PER_SOURCE + 2500
-    assert before < set(commands.info(built_copy).indexes["main"]["shards"]), "old shards are left alone"
+    assert before < set(api.info(built_copy).indexes["main"]["shards"]), "old shards are left alone"
     assert result.drift is not None and result.drift.new == 2500
     assert result.drift.error > 1.15 and "times as far from their centroids" in result.drift.due
     assert "recall@10 of what was added since the training" in result.due, "which says more"
     assert set(result.groups["part"]) == {"trained on", "added since"}
-    fresh = commands.index(built_copy, name="fresh", options=Options(CODED))
+    fresh = api.index(built_copy, name="fresh", options=Options(CODED))
     assert fresh.due == ""
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
     victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
     (tmp_path / "ids").write_text("\n".join(victims))
-    commands.purge(built_copy, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(built_copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
     purged = set(Database(Store.open(built_copy)).tombstones.ids.tolist())
     assert len(purged) == len(victims)
     assert true_recall(built_copy, "main") >= 0.94
-    commands.purge(built_copy, commands.Selectors(documents=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(built_copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test", erase=True)
     assert not any(
         purged & set(shard.ids(number).tolist())
         for shard in Database(Store.open(built_copy), "main").shards()
         for number in range(64)
     )
-    assert commands.verify(built_copy).problems == []
-    assert commands.index(built_copy, name="main").vectors == 3 * PER_SOURCE + 2500 - len(victims)
-    refreshed = commands.index(built_copy, name="anew", options=Options(CODED))
+    assert api.verify(built_copy).problems == []
+    assert api.index(built_copy, name="main").vectors == 3 * PER_SOURCE + 2500 - len(victims)
+    refreshed = api.index(built_copy, name="anew", options=Options(CODED))
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "anew")) <= 0.02
     assert refreshed.vectors == 3 * PER_SOURCE + 2500 - len(victims)
 
@@ -276,7 +274,7 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
     built_copy: Path, made: dict[str, Path], tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grow(built_copy, made, tiny_encoder)
-    old = commands.info(built_copy).indexes["main"]
+    old = api.info(built_copy).indexes["main"]
 
     class Stop(Exception):
         pass
@@ -285,50 +283,50 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):  # all is built, and not switched yet
-        patch.setattr(indexing, "measure_until_committed", stop)
-        commands.index(built_copy, options=Options(CODED, retrain=True))
-    between = commands.info(built_copy).indexes["main"]
+        patch.setattr(index_run, "measure_until_committed", stop)
+        api.index(built_copy, options=Options(CODED, retrain=True))
+    between = api.info(built_copy).indexes["main"]
     assert (between["trained"], between["shards"]) == (old["trained"], old["shards"])
-    assert commands.verify(built_copy).problems == []
+    assert api.verify(built_copy).problems == []
     true_recall(built_copy)
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
-    result = commands.index(built_copy, options=Options(CODED, retrain=True))
+    result = api.index(built_copy, options=Options(CODED, retrain=True))
     assert Store.open(built_copy).state.file("index", "trained.g1", "main") == begun, "it goes on where it stopped"
     assert result.vectors == 3 * PER_SOURCE + 2500 and result.due == ""
-    now = commands.info(built_copy).indexes["main"]
+    now = api.info(built_copy).indexes["main"]
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
     assert not any((built_copy / path).exists() for path in (*old["shards"], old["trained"]))
-    assert commands.verify(built_copy).problems == []
-    third = commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
-    assert third.factory == "IVF8,SQ8" and commands.info(built_copy).indexes["main"]["generation"] == 2
-    assert commands.verify(built_copy).problems == []
+    assert api.verify(built_copy).problems == []
+    third = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    assert third.factory == "IVF8,SQ8" and api.info(built_copy).indexes["main"]["generation"] == 2
+    assert api.verify(built_copy).problems == []
 
 
 def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     for source in ("late", "other"):
         grow(built_copy, made, tiny_encoder, source, n=300)
-        result = commands.index(built_copy)
+        result = api.index(built_copy)
     state = Store.open(built_copy).state
     further = [slot for slot in shards(state, "main") if re.fullmatch(r"shard-\d{4}\.\d", slot)]
     assert further
     queries = Queries.plain(read_plain(built_copy).vectors[::50])
     before = Database(Store.open(built_copy)).search(queries, 10)
-    joined = commands.index(built_copy, options=Options(merge=True))
+    joined = api.index(built_copy, options=Options(merge=True))
     after = Database(Store.open(built_copy)).search(queries, 10)
     assert joined.shards == result.shards - len(further) and joined.vectors == result.vectors
     assert joined.drift is not None and result.drift is not None
     told, before_it = (dataclasses.replace(drift, imbalance=0) for drift in (joined.drift, result.drift))
     assert told == before_it and told.new == 600, "parts are told apart in a joined shard, too"
     assert np.array_equal(before.ids, after.ids)
-    assert commands.verify(built_copy).problems == []
-    assert commands.index(built_copy, options=Options(merge=True)).commit == joined.commit
+    assert api.verify(built_copy).problems == []
+    assert api.index(built_copy, options=Options(merge=True)).commit == joined.commit
 
 
 def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     """Its codes, or ids, would get a right sum."""
     for source in ("late", "other"):
         grow(built_copy, made, tiny_encoder, source, n=300)
-        commands.index(built_copy)
+        api.index(built_copy)
     further = [slot for slot in shards(Store.open(built_copy).state, "main") if slot.count(".")]
     for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):
         store = Path(shutil.copytree(built_copy, built_copy.parent / f"broken{place}"))
@@ -337,15 +335,15 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         data[place] ^= 4
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=path.name) as error:
-            commands.index(store, options=Options(merge=True))
+            api.index(store, options=Options(merge=True))
         assert error.value.exit_code == 12 and "--mend" in error.value.advice
-        commands.index(store, options=Options(mend=True))
-        assert commands.index(store, options=Options(merge=True)).vectors == 3 * PER_SOURCE + 600
-        assert commands.verify(store).problems == []
+        api.index(store, options=Options(mend=True))
+        assert api.index(store, options=Options(merge=True)).vectors == 3 * PER_SOURCE + 600
+        assert api.verify(store).problems == []
 
 
 def break_shard(store: Path, how: str) -> Path:
-    path = store / commands.info(store).indexes["main"]["shards"][1]
+    path = store / api.info(store).indexes["main"]["shards"][1]
     data = path.read_bytes()
     if how == "gone":
         path.unlink()
@@ -358,7 +356,7 @@ def break_shard(store: Path, how: str) -> Path:
 def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     built_copy: Path, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = commands.info(built_copy).indexes["main"]
+    before = api.info(built_copy).indexes["main"]
     path = break_shard(built_copy, how)
     queries = Queries.plain(read_plain(built_copy).vectors[:20])
     with pytest.raises(CorruptError, match=path.name) as error:
@@ -378,9 +376,9 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
     assert told["missing"]["shards"] == [path.relative_to(built_copy).as_posix()]
     assert told["missing"]["share"] == pytest.approx(share)
-    result = commands.index(built_copy, options=Options(mend=True))
+    result = api.index(built_copy, options=Options(mend=True))
     assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
-    assert commands.verify(built_copy).problems == []
+    assert api.verify(built_copy).problems == []
 
 
 def test_a_shard_that_names_a_chunk_that_is_not_there_is_corrupt(built_copy: Path) -> None:
@@ -397,7 +395,7 @@ def test_a_shard_that_names_a_chunk_that_is_not_there_is_corrupt(built_copy: Pat
 
 
 def commands_shard(store: Path, number: int) -> Path:
-    return store / str(commands.info(store).indexes["main"]["shards"][number])
+    return store / str(api.info(store).indexes["main"]["shards"][number])
 
 
 def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
@@ -412,46 +410,46 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
         codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), n * ivf.code_size).copy()[::-1].copy()
         if n:
             ivf.invlists.update_entries(number, 0, n, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
-    from retrotool.commands.writing import writing
-    from retrotool.stages.index_files import write_index
+    from retrotool.index.index_files import write_index
     from retrotool.store.log import Draft
     from retrotool.store.paths import FileName
+    from retrotool.store.session import writing
 
     with writing(store) as run:
         name = FileName.new(run.id, "index", "shard-0000", "faiss", "main")
         written = write_index(store.root, index, name, entry.about)
         store.commit(run, lambda _: Draft("index", add=(written,), remove=(entry.path,)))
-    assert any("holds other vectors than the embeddings" in problem for problem in commands.verify(built_copy).problems)
+    assert any("holds other vectors than the embeddings" in problem for problem in api.verify(built_copy).problems)
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
-    commands.index(built_copy, name="exact", options=Options(Wanted(nlist=0), default=True))
+    api.index(built_copy, name="exact", options=Options(Wanted(nlist=0), default=True))
     assert Database(Store.open(built_copy)).name == "exact"
     assert Database(Store.open(built_copy), "main").name == "main"
     with pytest.raises(UsageError, match="no index 'nought'"):
         Database(Store.open(built_copy), "nought")
-    dropped = indexing.drop(built_copy, name="exact")
+    dropped = index_run.drop(built_copy, name="exact")
     assert dropped.files == 4 and not list((built_copy / "index" / "exact").iterdir())
     assert Database(Store.open(built_copy)).name == "main"
     with pytest.raises(UsageError, match="no index 'exact'"):
-        indexing.drop(built_copy, name="exact")
-    assert commands.verify(built_copy).problems == []
-    again = commands.index(built_copy, name="exact", options=Options(Wanted(nlist=0)))
-    assert again.recall_at_10 == 1.0 and commands.verify(built_copy).problems == []
+        index_run.drop(built_copy, name="exact")
+    assert api.verify(built_copy).problems == []
+    again = api.index(built_copy, name="exact", options=Options(Wanted(nlist=0)))
+    assert again.recall_at_10 == 1.0 and api.verify(built_copy).problems == []
 
 
 def test_an_index_that_is_there_is_not_another_one_in_silence(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="trained already, as OPQ16,IVF64,PQ16") as error:
-        commands.index(built_copy, options=Options(Wanted(nlist=32)))
+        api.index(built_copy, options=Options(Wanted(nlist=32)))
     assert "--retrain" in error.value.advice
     with pytest.raises(UsageError, match="two things"):
-        commands.index(built_copy, options=Options(merge=True, retrain=True))
+        api.index(built_copy, options=Options(merge=True, retrain=True))
 
 
 def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dict[str, Path]) -> None:
     rows = [{"id": f"new-{i}", "text": f"new{i}"} for i in range(30)]
-    commands.chunk(copy, [str(write_jsonl(copy.parent / "new.jsonl", rows))])
-    result = commands.index(copy, options=Options(CODED))
+    api.chunk(copy, [str(write_jsonl(copy.parent / "new.jsonl", rows))])
+    result = api.index(copy, options=Options(CODED))
     assert (result.vectors, result.not_embedded) == (3 * PER_SOURCE, 30)
     assert "embed" in result.next[0]
 
@@ -459,23 +457,25 @@ def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dic
 @pytest.mark.parametrize("where", ["in the sample", "later"])
 def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "later":  # as if the training had not drawn it
-        monkeypatch.setattr("retrotool.stages.training.check_finite", lambda *_: None)
-    part = commands.info(copy).parts[2]
+        monkeypatch.setattr("retrotool.index.training.check_finite", lambda *_: None)
+    part = api.info(copy).parts[2]
     path = copy / part["embeddings"]["tiny"]["path"]
     vectors = np.load(path)
     vectors[7, 3] = np.nan
     np.save(path, vectors)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
-        commands.index(copy, options=Options(Wanted(factory="IVF64,SQ8")))
+        api.index(copy, options=Options(Wanted(factory="IVF64,SQ8")))
     assert "main" not in Store.open(copy).state.with_prefix("index:")
 
 
 def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
     built_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = commands.index(built_copy, target_recall=0.8)
-    monkeypatch.setattr(truth.find_truth, "__kwdefaults__", {**truth.find_truth.__kwdefaults__, "budget": 5_000_000})
-    sampled = indexing.evaluate(built_copy, queries=1000)
+    whole = api.index(built_copy, target_recall=0.8)
+    monkeypatch.setattr(
+        ground_truth.find_truth, "__kwdefaults__", {**ground_truth.find_truth.__kwdefaults__, "budget": 5_000_000}
+    )
+    sampled = index_run.evaluate(built_copy, queries=1000)
     assert 0.3 < sampled.share < 0.5 and whole.share == 1
     assert (sampled.nprobe, sampled.depth) == (whole.nprobe, whole.depth)
     assert sampled.recall_error > whole.recall_error
@@ -486,11 +486,11 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
 def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrotool.ann.choice.FLAT_LIMIT", 5000)
     monkeypatch.setattr("retrotool.ann.choice.DEFAULT_CODE", 16)
-    result = commands.index(copy, options=Options(Wanted(memory=memory)))
+    result = api.index(copy, options=Options(Wanted(memory=memory)))
     size = result.vectors * result.bytes_per_vector + result.trained_bytes
     assert size <= memory or result.factory.endswith("PQ8")
     assert ("read from disk" in result.why) == (size > memory)
-    assert commands.verify(copy).problems == []
+    assert api.verify(copy).problems == []
 
 
 @pytest.mark.parametrize("n", [1, 10, 300])
@@ -498,7 +498,7 @@ def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.Mo
 def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int, kind: str) -> None:
     rows = [{"id": f"d-{i}", "text": f"word{i}"} for i in range(n)]
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
     vectors = {"copies": np.ones((n, 32)), "zeros": np.zeros((n, 32)), "apart": made_up(0, n)}[kind]
 
     def given(_: Encoder, blocks: Iterable[Rows], report: Callable[[int], object] = print) -> Iterator[np.ndarray]:
@@ -510,47 +510,47 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "vectors", given)
         patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
-        commands.embed(store, encoder=str(tiny_encoder))
+        api.embed(store, encoder=str(tiny_encoder))
     for name, wanted in (
         ("main", Wanted()),
         ("lists", Wanted(nlist=min(n, 4))),
         ("half", Wanted(nlist=1, code="float16")),
     ):
-        result = commands.index(store, name=name, options=Options(wanted))
+        result = api.index(store, name=name, options=Options(wanted))
         assert result.vectors == n
         found = Database(Store.open(store), name).search(Queries.plain(vectors[:5].astype(np.float32)), 3)
         assert (found.ids[:, 0] >= 0).all() and (found.distances[:, 0] <= 1e-3).all()
     if kind != "zeros":  # which are what an erase leaves
-        assert commands.verify(store).problems == []
+        assert api.verify(store).problems == []
     if n > 1:
         with pytest.raises(UsageError, match="product codes need 9,984 vectors"):
-            commands.index(store, name="coded", options=Options(Wanted(nlist=1, code="pq8")))
+            api.index(store, name="coded", options=Options(Wanted(nlist=1, code="pq8")))
 
 
 def test_a_store_without_vectors_has_an_empty_index(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
     rows = [{"id": "a", "text": "word"}]
-    commands.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no embeddings"):
-        commands.index(store)
-    commands.embed(store, encoder=str(tiny_encoder))
+        api.index(store)
+    api.embed(store, encoder=str(tiny_encoder))
     (tmp_path / "ids").write_text("a\n")
-    commands.purge(store, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
-    result = commands.index(store)
+    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    result = api.index(store)
     assert (result.vectors, result.recall_at_10) == (0, 1.0)
     assert retrotool.open(store).search("word", encoder=retrotool.open(store).load_encoder()) == []
 
 
 def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "measure_until_committed", lambda *_, **__: None)
-    commands.index(built_copy, options=Options(CODED, retrain=True))
+    monkeypatch.setattr(index_run, "measure_until_committed", lambda *_, **__: None)
+    api.index(built_copy, options=Options(CODED, retrain=True))
 
     def files(state: State) -> set[str]:
         return {slot for slot in state.group("index", "main") if slot.endswith(".g1")}
 
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert len(files(Store.open(built_copy).state)) >= 2 and begun is not None
-    commands.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
     other = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"
-    assert commands.verify(built_copy).problems == []
+    assert api.verify(built_copy).problems == []

@@ -12,11 +12,11 @@ from dataset_help import chunk
 from typer.testing import CliRunner
 
 import retrotool
-from retrotool import RetroDataset, commands
-from retrotool.cli import app
-from retrotool.commands.inspecting import Choice
-from retrotool.commands.neighbour_tables import SearchOptions
+from retrotool import RetroDataset, api
+from retrotool.app import app
 from retrotool.errors import UsageError
+from retrotool.inspect.run import Choice
+from retrotool.neighbours.run import SearchOptions
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -25,13 +25,13 @@ def test_what_is_advised_brings_a_table_up_to_date_as_it_was_made(
 ) -> None:
     training, name = chunk(tmp_path / "training", tiny_encoder, make_rows(9, first=150)), "few"
     how = SearchOptions(exact=exact)
-    commands.neighbours(built_store, queries=training, name=name, k=3, saved=7, search=how)
+    api.neighbours(built_store, queries=training, name=name, k=3, saved=7, search=how)
     before = len(retrotool.open(training).chunk_ids(0))
     chunk(training, tiny_encoder, make_rows(5, first=200))
     late = retrotool.open(training).chunk_ids(1).tolist()
     advice = []
     with pytest.raises(UsageError, match="has no neighbours 'few' yet") as error:
-        commands.inspect(training, Choice(chunk=late[0]), name=name)
+        api.inspect(training, Choice(chunk=late[0]), name=name)
     advice.append(error.value.advice)
     with pytest.raises(UsageError, match="have no neighbours 'few'") as error:
         RetroDataset(training, name, 64)

@@ -17,11 +17,11 @@ from test_neighbour_filters import grow, oracle, run
 from test_neighbour_filters import nothing as nothing_dropped
 
 import retrotool
-from retrotool import commands
-from retrotool.cli.purge_text import consumer_left as describe
-from retrotool.commands import erasing
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.stages.consumers import consumers, register
+from retrotool import api
+from retrotool.neighbours.dependents import consumers, register
+from retrotool.neighbours.run import SearchOptions
+from retrotool.purge import erase_run
+from retrotool.purge.purge_text import consumer_left as describe
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     """A database with an index and a store of queries; not to be changed."""
     folder = tmp_path_factory.mktemp("consumers")
     grow(folder / "database", tiny_encoder, make_rows(30, words=60))
-    commands.index(folder / "database")
+    api.index(folder / "database")
     grow(folder / "training", tiny_encoder, make_rows(12, first=100, words=60))
     return folder
 
@@ -47,12 +47,12 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def used(**options: Any) -> Any:
-    return commands.neighbours("database", **{"queries": "training", "name": "t", **options})
+    return api.neighbours("database", **{"queries": "training", "name": "t", **options})
 
 
 def erase(*documents: str) -> Any:
     Path("names").write_text("".join(f"{name}\n" for name in documents))
-    return commands.purge("database", commands.Selectors(documents="names"), reason="test", erase=True)
+    return api.purge("database", api.Selectors(documents="names"), reason="test", erase=True)
 
 
 def noted() -> list[Any]:
@@ -64,17 +64,17 @@ def test_a_database_is_told_once_who_uses_it(here: Path) -> None:
     (one,) = noted()
     assert (one.path, one.table, one.materialised) == (str(here / "training"), "t", False)
     assert one.uuid == Store.open("training").identity.uuid and one.again == {"index": "main", "k": 2, "saved": 20}
-    told = commands.info("database").consumers
+    told = api.info("database").consumers
     assert told == [{**told[0], "path": str(here / "training"), "table": "t", "there": True}]
     assert f"used by     {here}/training, neighbours t, since {one.since[:10]}\n" in run("info", "database").stdout
     number = Store.open("database").state.number
     used()
     assert Store.open("database").state.number == number, "nothing new to tell"
-    commands.neighbours("database")
+    api.neighbours("database")
     assert [one.table for one in noted()] == ["t"], "a store does not tell itself"
     used(k=3, saved=6)
     assert noted()[0].again == {"index": "main", "k": 3, "saved": 6} and noted()[0].since == one.since
-    assert commands.verify("database").problems == []
+    assert api.verify("database").problems == []
 
 
 def test_a_mixture_tells_each_of_its_databases(here: Path, tiny_encoder: Path) -> None:
@@ -116,7 +116,7 @@ def test_an_erase_names_who_holds_ids_and_the_command_takes_them_out(here: Path)
         assert (ids[~kept.any(axis=1)] >= 0).sum() == (before[~kept.any(axis=1)] >= 0).sum()
     assert erase("doc-7").consumers == (), "and then nothing is left to name"
     assert used(saved=8).queries == 0
-    assert commands.verify("training").problems == []
+    assert api.verify("training").problems == []
 
 
 def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path) -> None:
@@ -127,7 +127,7 @@ def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path
     victims = [i for document in documents for i in retrotool.open("database").document(document)]
     # Purged first, and filled up; erased only then.
     Path("names").write_text("".join(f"{name}\n" for name in documents))
-    commands.purge("database", commands.Selectors(documents="names"), reason="test")
+    api.purge("database", api.Selectors(documents="names"), reason="test")
     assert used(saved=2).queries > 0
     assert len(erase(*documents).consumers) == int(np.isin(saved_neighbours(Path("training"), "t")[0], victims).any())
     used(saved=2)
@@ -196,7 +196,7 @@ def test_texts_that_cannot_be_reached_are_named_even_where_no_id_is_left(
     def refuse(*_: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(erasing, "erase_consumed", refuse)
+    monkeypatch.setattr(erase_run, "erase_consumed", refuse)
     (one,) = erase("doc-7").consumers
     assert one.materialised and not one.names
     assert describe(one).startswith("Left: the texts written with neighbours 't' of ")

@@ -17,11 +17,11 @@ from key_values import LENGTH, Written, make_store
 from torch.utils.data import DataLoader
 
 import retrotool
-from retrotool import RetroDataset, commands
-from retrotool.commands.writing import writing
+from retrotool import RetroDataset, api
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import materialised as files
 from retrotool.store.log import Draft
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 
@@ -35,7 +35,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tupl
 def copies(stores: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The same, to be changed."""
     database, training = (Path(shutil.copytree(store, tmp_path / store.name)) for store in stores)
-    commands.neighbours(database, queries=training)  # tells the training store where the database is now
+    api.neighbours(database, queries=training)  # tells the training store where the database is now
     return database, training
 
 
@@ -49,7 +49,7 @@ def test_sequences_hold_what_a_reader_gives_chunk_by_chunk(
     items = list(dataset)
     assert [list(ids) for ids in slots(items)] == laid_out(training, 4, packed=packed)
     assert dataset.sequences == len(dataset) == len(items) > 20
-    assert len(commands.info(training).parts) > 1
+    assert len(api.info(training).parts) > 1
     check_items(training, items, k or 2)
     for item in items:
         assert item["neighbours"].shape == (4, k or 2, 128)
@@ -105,7 +105,7 @@ def test_what_is_purged_in_the_database_is_no_neighbour_and_no_continuation(
     first = next(iter(found.values()))
     follower = next(n.continuation.id for n in found.values() if n.continuation and n.id != first.id)
     (tmp_path / "ids").write_text(f"{first.id}\n{follower}\n")
-    commands.purge(database, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
+    api.purge(database, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
     after = list(RetroDataset(training, **options))
     assert slots(before) == slots(after)
     assert not same(before, after)
@@ -163,7 +163,7 @@ def test_an_erase_in_the_middle_of_an_epoch_does_not_end_it(tmp_path: Path, tiny
     first = next(reading)
     last = int(retrotool.open(store).chunk_ids(1)[-1])
     (tmp_path / "ids").write_text(f"{last}\n{last - 100}\n")
-    commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
     found = [i for item in [first, *reading] for i in item["chunk_ids"].tolist() if i >= 0]
     assert set(found) >= set(retrotool.open(store).chunk_ids(1).tolist())
     assert found == sorted(set(found))
@@ -216,12 +216,12 @@ def test_values_of_records_are_continuations_and_have_no_neighbours(tmp_path: Pa
     ]
     plain = [Written(f"d{i}", f"river mountain {'bridge tower ' * (7 * i)}") for i in range(6)]
     store = make_store(tmp_path / "store", tiny_encoder, rows, plain)
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store)
-    commands.neighbours(store)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store)
+    api.neighbours(store)
     purge(store, "q4")
     for materialise in (False, True):
-        commands.neighbours(store, materialise=materialise)
+        api.neighbours(store, materialise=materialise)
         dataset = RetroDataset(store, sequence_length=2 * LENGTH, packed=False, shuffle=False)
         assert dataset.materialised_parts() == ((2, 2) if materialise else (0, 2))
         items = list(dataset)
@@ -240,26 +240,26 @@ def test_values_of_records_are_continuations_and_have_no_neighbours(tmp_path: Pa
 
 def test_a_mixture_of_tables_is_read_and_materialised_like_a_table(copies: tuple[Path, Path]) -> None:
     database, training = copies
-    commands.index(training)
-    commands.neighbours(training, name="own")
+    api.index(training)
+    api.neighbours(training, name="own")
     opened = Store.open(training)
     mix = [{"table": "main", "weight": 1.0}, {"table": "own", "weight": 2.0}]
     with writing(opened) as run:
         opened.commit(run, lambda _: Draft("test", records={"neighbours:both": {"mix": mix}}))
     plain = list(RetroDataset(training, "both", 256, batch_size=4))
     assert {number for batch in plain for number in batch["neighbour_databases"].flatten().tolist()} == {0, 1}
-    made = commands.materialise(training, name="both")
+    made = api.materialise(training, name="both")
     assert (made.parts, made.k) == (2, 2)
     dataset = RetroDataset(training, "both", 256, batch_size=4)
     assert dataset.materialised_parts() == (2, 2)
     assert same(plain, list(dataset), but=())
-    assert commands.materialise(training, name="both").made == 0
+    assert api.materialise(training, name="both").made == 0
     mix = [{"table": "main", "weight": 1.0}, {"table": "own", "weight": 0.1}]
     with writing(opened) as run:
         opened.commit(run, lambda _: Draft("test", records={"neighbours:both": {"mix": mix}}))
     other = list(RetroDataset(training, "both", 256, batch_size=4))
     assert not same(plain, other), "files of other weights are not read"
-    commands.materialise(training, name="both")
+    api.materialise(training, name="both")
     assert same(other, list(RetroDataset(training, "both", 256, batch_size=4)), but=())
     purge(database, "doc-3", "doc-9")
     purge(training, "doc-55", erase=True)
@@ -311,7 +311,7 @@ def test_parts_without_a_table_are_an_error_that_names_the_command(
     assert len(list(dataset)) == dataset.sequences, "an epoch that had begun before goes on"
     with pytest.raises(UsageError, match="1 of the 3 parts"):
         dataset.set_epoch(1)
-    commands.neighbours(database, queries=training)
+    api.neighbours(database, queries=training)
     assert len(RetroDataset(training, sequence_length=256)) > len(dataset)
 
 
@@ -337,7 +337,7 @@ def test_arguments_that_can_not_be(stores: tuple[Path, Path], tmp_path: Path, by
 
 def test_of_a_store_that_is_purged_altogether_nothing_is_read(copies: tuple[Path, Path]) -> None:
     training = copies[1]
-    commands.purge(training, commands.Selectors(where="n_chunks >= 0"), reason="test")
+    api.purge(training, api.Selectors(where="n_chunks >= 0"), reason="test")
     for packed in (True, False):
         dataset = RetroDataset(training, sequence_length=256, packed=packed, rank=1, world_size=2)
         assert (len(dataset), list(dataset), dataset.padding) == (0, [], 0.0)
@@ -346,15 +346,15 @@ def test_of_a_store_that_is_purged_altogether_nothing_is_read(copies: tuple[Path
 def test_a_database_of_other_tokens_is_refused(tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path) -> None:
     database = tmp_path / "database"
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(10))
-    commands.chunk(database, [str(source)], tokenizer=str(byte_level_tokenizer))
-    commands.embed(database, encoder=str(tiny_encoder))
-    commands.index(database)
+    api.chunk(database, [str(source)], tokenizer=str(byte_level_tokenizer))
+    api.embed(database, encoder=str(tiny_encoder))
+    api.index(database)
     training = chunk(tmp_path / "training", tiny_encoder, make_rows(10, first=100))
-    commands.neighbours(database, queries=training)
+    api.neighbours(database, queries=training)
     with pytest.raises(UsageError, match="one model can't read both"):
         RetroDataset(training)
     with pytest.raises(UsageError, match="one model can't read both"):
-        commands.materialise(training)
+        api.materialise(training)
 
 
 def test_a_broken_file_is_an_error_that_names_it(copies: tuple[Path, Path]) -> None:
@@ -370,8 +370,8 @@ def test_a_broken_file_is_an_error_that_names_it(copies: tuple[Path, Path]) -> N
 def test_a_file_that_is_stale_is_not_read(copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     database, training = copies
     chunk(database, encoder_of(database), make_rows(30, first=300))
-    commands.index(database)
-    commands.neighbours(database, queries=training)
+    api.index(database)
+    api.neighbours(database, queries=training)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("it is stale")

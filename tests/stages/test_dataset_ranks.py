@@ -16,7 +16,7 @@ from conftest import make_rows
 from dataset_help import Options, chunk, dataset_of, flat, make_large, purge, same, slots
 from torch.utils.data import DataLoader
 
-from retrotool import RetroDataset, commands
+from retrotool import RetroDataset, api
 from retrotool.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of few cores
@@ -231,7 +231,7 @@ def test_positions_are_those_of_the_commit_that_the_epoch_began_on(
     state = dataset.state_dict(first)
     victims = whole[20]
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims if i >= 0))
-    commands.purge(mine, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(mine, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
     new = dataset_of(mine, batch_size=2)
     assert new.sequences == dataset.sequences - 1
     new.load_state_dict(state)
@@ -290,8 +290,8 @@ def test_a_rank_agrees_on_a_commit_that_is_older_than_the_newest(
 ) -> None:
     """What the other rank sees already is taken in with the next epoch."""
     mine = chunk(tmp_path / "store", tiny_encoder, make_rows(20))
-    commands.index(mine)
-    commands.neighbours(mine)
+    api.index(mine)
+    api.neighbours(mine)
     old = RetroDataset(mine, sequence_length=128)
     purge(mine, "doc-3")
     commit = old.state_dict()["commit"]

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrotool
-from retrotool import commands, engine
-from retrotool.commands.looking import info, verify
-from retrotool.commands.writing import writing
+from retrotool import api, engine
+from retrotool.chunk.chunk_plan import Wanted, commit_plan
+from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
+from retrotool.chunk.repeats import BY_ID, BY_TEXT, Repeats
+from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
+from retrotool.info.run import info, verify
 from retrotool.sources import Fields, find_inputs
-from retrotool.stages.chunk import ChunkStage
-from retrotool.stages.chunk_plan import Wanted, commit_plan
-from retrotool.stages.duplicates import DuplicateCounts, finish_plans
-from retrotool.stages.repeats import BY_ID, BY_TEXT, Repeats
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
@@ -134,7 +134,7 @@ def test_a_document_purged_in_part_holds_its_id_and_not_its_text(byte_level_toke
     reader = retrotool.open(store.root)
     victims = [*reader.document("whole"), *reader.document("partly")[1:]]
     (tmp_path / "ids").write_text("".join(f"{chunk}\n" for chunk in victims))
-    commands.purge(store.root, commands.Selectors(ids=tmp_path / "ids"), reason="test")
+    api.purge(store.root, api.Selectors(ids=tmp_path / "ids"), reason="test")
     again = [("whole", "x"), ("partly", "y"), ("a", "purged as a whole"), ("b", "purged but for its first chunk")]
     (counts,) = add(store, tmp_path / "b.jsonl", again)
     # Let in again, what is purged as a whole has its id free; its text was free before.
@@ -158,7 +158,7 @@ def test_kept_duplicates_are_counted_and_stay(byte_level_tokenizer: Path, tmp_pa
     reader = retrotool.open(store.root)
     assert reader.document("a") == [0], "of documents with one id the first is found"
     (tmp_path / "ids").write_text("a\n")
-    assert commands.purge(store.root, commands.Selectors(documents=tmp_path / "ids"), reason="test").documents == 2
+    assert api.purge(store.root, api.Selectors(documents=tmp_path / "ids"), reason="test").documents == 2
     (counts,) = add(store, tmp_path / "b.jsonl", [("e", "two"), ("a", "new")])
     assert (counts.by_id, counts.by_text) == (0, 1)
     assert living(store) == [("b", "two"), ("c", "two"), ("d", "four"), ("a", "new")], "what was kept stays kept"
@@ -187,8 +187,8 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
 
 
 def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("retrotool.stages.repeats._LOCATED_ROWS", 3)
-    monkeypatch.setattr("retrotool.stages.repeats._TABLE_ROWS", 4)
+    monkeypatch.setattr("retrotool.chunk.repeats._LOCATED_ROWS", 3)
+    monkeypatch.setattr("retrotool.chunk.repeats._TABLE_ROWS", 4)
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     draw = np.random.default_rng(0)
     folder = tmp_path / "inputs"
@@ -215,7 +215,7 @@ def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_
 
 
 def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retrotool.stages.duplicates._COUNTED_SOURCES", 10)
+    monkeypatch.setattr("retrotool.chunk.deduplicate._COUNTED_SOURCES", 10)
     counts = DuplicateCounts()
     for small in range(100):
         sources = ["large", "large", "middle", f"small-{small}"]

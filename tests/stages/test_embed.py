@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_rows, make_text, write_jsonl
 
-from retrotool import commands
+from retrotool import api
 from retrotool.encoder import Encoder, find_encoder
 from retrotool.errors import RetrotoolError, UsageError
 
@@ -81,8 +81,8 @@ def test_a_chunk_in_which_the_encoder_sees_nothing_has_a_vector(
 ) -> None:
     store = tmp_path / "store"
     rows = [{"id": "layout", "text": "a table" + "\n\t " * 100}, *make_rows(3)]
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    api.embed(store, encoder=str(tiny_encoder))
     import retrotool
 
     reader = retrotool.open(store)
@@ -98,8 +98,8 @@ def test_a_store_of_another_tokenizer_is_embedded_through_its_text(
 ) -> None:
     store = tmp_path / "store"
     rows = make_rows(6)
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    api.embed(store, encoder=str(tiny_encoder))
     import retrotool
 
     reader, encoder = retrotool.open(store), Encoder(str(tiny_encoder), device="cpu")
@@ -190,11 +190,11 @@ def test_what_no_encoder_can_be_put_on_is_refused_also_where_nothing_is_left_to_
     built_store: Path, tiny_encoder: Path, device: str
 ) -> None:
     with pytest.raises(UsageError, match="not known"):
-        commands.embed(built_store, encoder=str(tiny_encoder), devices=device)
+        api.embed(built_store, encoder=str(tiny_encoder), devices=device)
     with pytest.raises(UsageError, match="not known"):
         Encoder(str(tiny_encoder), device=device)
     with pytest.raises(UsageError, match="float99"):
-        commands.embed(built_store, encoder=str(tiny_encoder), dtype="float99")
+        api.embed(built_store, encoder=str(tiny_encoder), dtype="float99")
 
 
 def test_a_device_that_is_not_there_is_named(tiny_encoder: Path) -> None:
@@ -220,9 +220,9 @@ def test_on_a_gpu_the_vectors_are_those_of_the_cpu(tiny_encoder: Path) -> None:
 
 def test_a_moved_encoder_is_the_same_and_another_of_its_name_is_not(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "a.jsonl", make_rows(3)))], tokenizer=str(tiny_encoder))
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.chunk(store, [str(write_jsonl(tmp_path / "b.jsonl", make_rows(3, first=50)))])
+    api.chunk(store, [str(write_jsonl(tmp_path / "a.jsonl", make_rows(3)))], tokenizer=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "b.jsonl", make_rows(3, first=50)))])
     moved = Path(shutil.copytree(tiny_encoder, tmp_path / "elsewhere" / "tiny"))
-    assert commands.embed(store, encoder=str(moved)).embedded == commands.info(store).chunks
-    assert commands.verify(store).ok
+    assert api.embed(store, encoder=str(moved)).embedded == api.info(store).chunks
+    assert api.verify(store).ok

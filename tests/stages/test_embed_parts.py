@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrotool
-from retrotool import commands
+from retrotool import api
+from retrotool.embed import stage as embed_stage
+from retrotool.embed import stored_fidelity
 from retrotool.encoder import Encoder, Rows, cosines, find_encoder
 from retrotool.errors import CorruptError, NotFiniteError, RetrotoolError, UsageError
-from retrotool.stages import embed, fidelity
 from retrotool.store import log
 from retrotool.store.parts import ROW_GROUP, read_chunks
 from retrotool.store.store import Store
@@ -26,14 +27,14 @@ from retrotool.tokenizers import TokensDiffer
 @pytest.fixture
 def chunked(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
     """A store of several parts without embeddings, whose tokenizer is the encoder's."""
-    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
     return tmp_path / "store"
 
 
 @pytest.fixture
 def by_text(tmp_path: Path, corpus: Path, byte_level_tokenizer: Path) -> Path:
     """As ``chunked``, with another tokenizer."""
-    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(byte_level_tokenizer), part_size=100)
+    api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(byte_level_tokenizer), part_size=100)
     return tmp_path / "store"
 
 
@@ -45,7 +46,7 @@ def sums(store: Path) -> dict[str, str]:
 @given(st.integers(0, 200_000), st.integers(1, 70_000))
 @settings(deadline=None)
 def test_blocks_are_all_rows_in_order_and_lie_well_in_row_groups(rows: int, most: int) -> None:
-    found = list(embed.blocks_of(rows, most))
+    found = list(embed_stage.blocks_of(rows, most))
     assert [stop for _, stop in found[:-1]] == [start for start, _ in found[1:]]
     assert (found[0][0], found[-1][1]) == (0, rows) if rows else not found
     assert all(0 < stop - start <= most for start, stop in found)
@@ -59,14 +60,14 @@ def test_blocks_of_any_size_give_each_chunk_its_own_vector(
     straight: bool, tiny_encoder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = request.getfixturevalue("chunked" if straight else "by_text")
-    monkeypatch.setattr(embed, "_BLOCK_ROWS", (24, 24))
-    result = commands.embed(store, encoder=str(tiny_encoder), batch_tokens=300)
-    assert result.chunks == result.embedded == commands.info(store).chunks
+    monkeypatch.setattr(embed_stage, "_BLOCK_ROWS", (24, 24))
+    result = api.embed(store, encoder=str(tiny_encoder), batch_tokens=300)
+    assert result.chunks == result.embedded == api.info(store).chunks
     assert result.parts == len(retrotool.open(store).parts()) > 2
     assert result.tokens > 40 * result.chunks, "real tokens and two special ones"
     encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
     opened = Store.open(store)
-    rows = embed.EncoderRows(opened, encoder)
+    rows = embed_stage.EncoderRows(opened, encoder)
     assert rows.straight == straight
     for part in opened.state.parts():
         chunks = read_chunks(opened, part)
@@ -77,12 +78,12 @@ def test_blocks_of_any_size_give_each_chunk_its_own_vector(
 def test_what_is_erased_has_no_vector_and_is_no_work(
     chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "_BLOCK_ROWS", (16, 16))
+    monkeypatch.setattr(embed_stage, "_BLOCK_ROWS", (16, 16))
     victims = retrotool.open(chunked).document("doc-9") + retrotool.open(chunked).document("doc-10")
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
-    before = commands.info(chunked).chunks
-    commands.purge(chunked, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
-    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    before = api.info(chunked).chunks
+    api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    result = api.embed(chunked, encoder=str(tiny_encoder))
     assert result.chunks == before - len(victims)
     reader = retrotool.open(chunked)
     rows = np.array(victims) & 0xFFFFFFFF
@@ -90,7 +91,7 @@ def test_what_is_erased_has_no_vector_and_is_no_work(
     matrix = reader.embeddings(part)
     assert not matrix[rows].any()
     assert matrix[np.setdiff1d(np.arange(len(matrix)), rows)].any(axis=1).all()
-    assert commands.verify(chunked).ok
+    assert api.verify(chunked).ok
 
 
 def test_an_erase_that_commits_while_a_part_is_embedded_wins(
@@ -98,25 +99,25 @@ def test_an_erase_that_commits_while_a_part_is_embedded_wins(
 ) -> None:
     victims = retrotool.open(chunked).document("doc-9")
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
-    write = embed.EmbedWorker._write
+    write = embed_stage.EmbedWorker._write
     erased = 0
 
-    def interrupted(self: embed.EmbedWorker, part: int, *arguments: object) -> object:
+    def interrupted(self: embed_stage.EmbedWorker, part: int, *arguments: object) -> object:
         nonlocal erased
         entry = write(self, part, *arguments)  # type: ignore[arg-type]
         if part == victims[0] >> 32 and not erased:
             erased += 1
             assert np.load(self._store.path(entry))[victims[0] & 0xFFFFFFFF].any()
-            commands.purge(chunked, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+            api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
         return entry
 
-    monkeypatch.setattr(embed.EmbedWorker, "_write", interrupted)
-    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    monkeypatch.setattr(embed_stage.EmbedWorker, "_write", interrupted)
+    result = api.embed(chunked, encoder=str(tiny_encoder))
     assert erased == 1
     matrix = retrotool.open(chunked).embeddings(victims[0] >> 32)
     assert not matrix[np.array(victims) & 0xFFFFFFFF].any()
-    assert result.embedded == commands.info(chunked).chunks
-    assert commands.verify(chunked).ok
+    assert result.embedded == api.info(chunked).chunks
+    assert api.verify(chunked).ok
 
 
 def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
@@ -124,20 +125,20 @@ def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
 ) -> None:
     victims = retrotool.open(chunked).document("doc-110")
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
-    write = embed.EmbedWorker._write
+    write = embed_stage.EmbedWorker._write
     begun: list[int] = []
 
-    def noted(self: embed.EmbedWorker, part: int, *arguments: object) -> object:
+    def noted(self: embed_stage.EmbedWorker, part: int, *arguments: object) -> object:
         if not begun:
-            commands.purge(chunked, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+            api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
         begun.append(part)
         return write(self, part, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(embed.EmbedWorker, "_write", noted)
-    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    monkeypatch.setattr(embed_stage.EmbedWorker, "_write", noted)
+    result = api.embed(chunked, encoder=str(tiny_encoder))
     assert victims[0] >> 32 > 0, "a later part than the first"
     assert sorted(begun) == Store.open(chunked).state.parts(), "each once"
-    assert result.chunks == result.embedded == commands.info(chunked).chunks
+    assert result.chunks == result.embedded == api.info(chunked).chunks
     assert result.parts == len(begun)
 
 
@@ -168,7 +169,7 @@ def test_a_vector_that_is_no_number_names_the_chunk_and_its_document(
     with pytest.raises(
         NotFiniteError, match=r"gives NaN or infinity for chunk \d+ \(row \d+ of part \d+, document 'doc-"
     ):
-        commands.embed(chunked, encoder=str(path))
+        api.embed(chunked, encoder=str(path))
 
 
 def test_chunks_that_begin_and_end_inside_a_character(
@@ -176,11 +177,11 @@ def test_chunks_that_begin_and_end_inside_a_character(
 ) -> None:
     store = tmp_path / "store"
     rows = [{"id": "emoji", "text": "🦖語" * 200}, {"id": "plain", "text": make_text(1, 50)}]
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(byte_level_tokenizer))
     reader = retrotool.open(store)
     texts = [reader.chunk(int(i)).text for i in reader.chunk_ids(0)]
     assert sum("�" in text for text in texts) > 5
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
     encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
     true = encoder.embed(encoder.tokenizer.encode_batch(texts))
     assert cosines(retrotool.open(store).embeddings(0), true).min() > 0.9999
@@ -189,8 +190,8 @@ def test_chunks_that_begin_and_end_inside_a_character(
 def test_chunks_longer_than_the_model_are_cut(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
     source = write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": make_text(i, 600)} for i in range(4)])
-    commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), chunk_length=512)
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(source)], tokenizer=str(tiny_encoder), chunk_length=512)
+    api.embed(store, encoder=str(tiny_encoder))
     reader = retrotool.open(store)
     encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
     rows = [reader.chunk(int(i)).tokens[:126].tolist() for i in reader.chunk_ids(0)]
@@ -206,8 +207,8 @@ def test_tokens_that_differ_are_thrown_away_with_their_part(
 
     expected = by_text.parent / "expected"
     shutil.copytree(by_text, expected)
-    commands.embed(expected, encoder=str(tiny_encoder))
-    monkeypatch.setattr(embed, "_BLOCK_ROWS", (24, 24))
+    api.embed(expected, encoder=str(tiny_encoder))
+    monkeypatch.setattr(embed_stage, "_BLOCK_ROWS", (24, 24))
     commands_before = Encoder.tokenize
     calls = 0
 
@@ -221,17 +222,17 @@ def test_tokens_that_differ_are_thrown_away_with_their_part(
     monkeypatch.setattr(Encoder, "tokenize", differs)
     said = io.StringIO()
     with redirect_stderr(said):
-        result = commands.embed(by_text, encoder=str(tiny_encoder))
+        result = api.embed(by_text, encoder=str(tiny_encoder))
     assert calls > 4
     assert "going on with tokenizers" in said.getvalue()
-    assert result.chunks == commands.info(by_text).chunks
+    assert result.chunks == api.info(by_text).chunks
     for part in Store.open(by_text).state.parts():
         pair = [retrotool.open(store).embeddings(part) for store in (by_text, expected)]
         assert cosines(*pair).min() > 0.9999
 
 
 def test_how_vectors_were_made_stands_in_the_commit(chunked: Path, tiny_encoder: Path) -> None:
-    result = commands.embed(chunked, encoder=str(tiny_encoder), dtype="bfloat16", devices="cpu")
+    result = api.embed(chunked, encoder=str(tiny_encoder), dtype="bfloat16", devices="cpu")
     commit = log.read(chunked, result.commit)
     settings = commit.settings
     assert {key: settings[key] for key in ("encoder", "device", "dtype", "forward", "why")} == {
@@ -247,13 +248,13 @@ def test_several_encoders_lie_side_by_side_and_info_tells_what_each_covers(
     chunked: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     other = make_encoder(tmp_path / "models" / "other", 3)
-    commands.embed(chunked, encoder=str(tiny_encoder))
+    api.embed(chunked, encoder=str(tiny_encoder))
     before = sums(chunked)
-    result = commands.embed(chunked, encoder=str(tiny_encoder), pooling="cls")
+    result = api.embed(chunked, encoder=str(tiny_encoder), pooling="cls")
     assert (result.encoder, result.pooling) == ("tiny-cls", "cls")
-    commands.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
-    assert commands.embed(chunked, encoder=str(other), name="mine").encoder == "mine"
-    found = commands.info(chunked)
+    api.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
+    assert api.embed(chunked, encoder=str(other), name="mine").encoder == "mine"
+    found = api.info(chunked)
     assert {name: (e["parts"], e["rows"]) for name, e in found.encoders.items()} == {
         "tiny": (len(before), result.embedded),
         "tiny-cls": (len(before), result.embedded),
@@ -262,18 +263,18 @@ def test_several_encoders_lie_side_by_side_and_info_tells_what_each_covers(
     assert sums(chunked) == before
     reader = retrotool.open(chunked)
     assert not np.allclose(reader.embeddings(0, "tiny"), reader.embeddings(0, "tiny-cls"), atol=0.01)
-    commands.index(chunked, name="cls", encoder="tiny-cls")
-    left = commands.index(chunked, name="cls")
+    api.index(chunked, name="cls", encoder="tiny-cls")
+    left = api.index(chunked, name="cls")
     assert shlex.split(left.next[0])[3:] == ["--encoder", str(tiny_encoder), "--pooling", "cls"]
     assert retrotool.open(chunked).search("a token of the store", index="cls")
-    commands.embed(chunked, encoder=str(other), name="other", pooling="cls")
-    commands.index(chunked, name="named", encoder="other")
+    api.embed(chunked, encoder=str(other), name="other", pooling="cls")
+    api.index(chunked, name="named", encoder="other")
     more = make_rows(1, first=900)
-    commands.chunk(chunked, [str(write_jsonl(tmp_path / "last.jsonl", more))])
-    command = shlex.split(commands.index(chunked, name="named").next[0])
+    api.chunk(chunked, [str(write_jsonl(tmp_path / "last.jsonl", more))])
+    command = shlex.split(api.index(chunked, name="named").next[0])
     assert command[3:] == ["--encoder", str(other), "--name", "other", "--pooling", "cls"]
     with pytest.raises(UsageError, match="another encoder under the name 'mine'") as error:
-        commands.embed(chunked, encoder=str(tiny_encoder), name="mine")
+        api.embed(chunked, encoder=str(tiny_encoder), name="mine")
     assert "--name" in error.value.advice
 
 
@@ -281,32 +282,32 @@ def test_an_encoder_that_was_moved_is_known_by_its_weights_and_found_where_it_is
     chunked: Path, tiny_encoder: Path, tmp_path: Path, cli: Cli
 ) -> None:
     first = Path(shutil.copytree(tiny_encoder, tmp_path / "models" / "first"))
-    commands.embed(chunked, encoder=str(first))
-    commands.index(chunked)
+    api.embed(chunked, encoder=str(first))
+    api.index(chunked)
     moved = first.rename(tmp_path / "models" / "second")
     assert cli("search", chunked, "a token").returncode == 2, "it is no more where it was"
-    result = commands.embed(chunked, encoder=str(moved))
+    result = api.embed(chunked, encoder=str(moved))
     assert (result.encoder, result.chunks) == ("first", 0), "nothing is embedded again"
     assert cli("search", chunked, "a token").returncode == 0
-    assert commands.info(chunked).encoders["first"]["origin"] == str(moved)
+    assert api.info(chunked).encoders["first"]["origin"] == str(moved)
     number = Store.open(chunked).state.number
     shutil.copytree(moved, tmp_path / "models" / "third")
-    commands.embed(chunked, encoder=str(tmp_path / "models" / "third"))
+    api.embed(chunked, encoder=str(tmp_path / "models" / "third"))
     assert Store.open(chunked).state.number == number, "it is still where it was"
-    assert commands.embed(chunked, encoder=str(moved), name="again").chunks > 0, "a name that is asked for is another"
+    assert api.embed(chunked, encoder=str(moved), name="again").chunks > 0, "a name that is asked for is another"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_check_tells_how_true_the_stored_vectors_are(
     dtype: str, chunked: Path, tiny_encoder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = commands.embed(chunked, encoder=str(tiny_encoder), dtype=dtype, check=True)
+    result = api.embed(chunked, encoder=str(tiny_encoder), dtype=dtype, check=True)
     assert result.check is not None
     assert result.check["sample"] == result.embedded
     assert log.read(chunked, result.commit).records == {"fidelity:tiny": result.check}
     store = Store.open(chunked)
     encoder = Encoder(str(tiny_encoder), "cpu", "float32", forward="transformers")
-    sample = fidelity.draw(store, encoder)
+    sample = stored_fidelity.draw(store, encoder)
     assert len(set(sample.ids.tolist())) == len(sample.ids) == result.embedded
     true = encoder.embed(sample.rows)
     assert result.check["cosine_min"] == pytest.approx(cosines(sample.vectors, true).min(), abs=1e-6)
@@ -321,25 +322,25 @@ def test_check_tells_how_true_the_stored_vectors_are(
 
 
 def test_a_sample_is_drawn_from_all_parts_and_no_larger_than_asked(chunked: Path, tiny_encoder: Path) -> None:
-    commands.embed(chunked, encoder=str(tiny_encoder))
+    api.embed(chunked, encoder=str(tiny_encoder))
     encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
     store = Store.open(chunked)
-    sample = fidelity.draw(store, encoder, 50)
+    sample = stored_fidelity.draw(store, encoder, 50)
     assert len(sample.ids) == 50
     assert set((sample.ids >> 32).tolist()) == set(store.state.parts())
-    assert not np.array_equal(sample.ids, fidelity.draw(store, encoder, 50, seed=1).ids)
+    assert not np.array_equal(sample.ids, stored_fidelity.draw(store, encoder, 50, seed=1).ids)
 
 
 def test_check_finds_vectors_of_another_model(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     liar = make_encoder(tmp_path / "models" / "liar", 9)
-    commands.embed(chunked, encoder=str(tiny_encoder))
+    api.embed(chunked, encoder=str(tiny_encoder))
     with pytest.MonkeyPatch.context() as patch:
         _, identity = find_encoder(str(tiny_encoder))
-        patch.setattr(embed, "Encoder", lambda spec, *a, **k: _posing(liar, identity, *a, **k))
-        commands.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
-        commands.embed(chunked, encoder=str(tiny_encoder))
+        patch.setattr(embed_stage, "Encoder", lambda spec, *a, **k: _posing(liar, identity, *a, **k))
+        api.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
+        api.embed(chunked, encoder=str(tiny_encoder))
     with pytest.raises(RetrotoolError, match=r"stored vector of chunk \d+ is not what encoder tiny gives") as error:
-        commands.embed(chunked, encoder=str(tiny_encoder), check=True)
+        api.embed(chunked, encoder=str(tiny_encoder), check=True)
     assert "--name tiny-2" in error.value.advice
 
 
@@ -366,7 +367,7 @@ def test_what_makes_no_sense_is_refused(
     chunked: Path, tiny_encoder: Path, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        commands.embed(chunked, encoder=str(tiny_encoder), **options)  # type: ignore[arg-type]
+        api.embed(chunked, encoder=str(tiny_encoder), **options)  # type: ignore[arg-type]
     assert not sums(chunked)
 
 
@@ -378,12 +379,12 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path, tiny_enco
 
     store = tmp_path / "store"
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(700))
-    result = commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=40)
+    result = api.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=40)
     assert result.parts >= 40
     code = (
         "import sys, json, resource\n"
         "from retrotool import commands, engine\n"
-        "from retrotool.stages.embed import EmbedWorker\n"
+        "from retrotool.embed.stage import EmbedWorker\n"
         "peaks, call = [], EmbedWorker.__call__\n"
         "def called(self, *a):\n"
         "    staged = call(self, *a)\n"

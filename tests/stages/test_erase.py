@@ -18,20 +18,19 @@ from oracle import saved_neighbours
 from test_purge import everything, lines
 
 import retrotool
-from retrotool import commands, engine
+from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.commands import erasing
-from retrotool.commands.writing import writing
+from retrotool.chunk.chunk_plan import Wanted, commit_plan
 from retrotool.errors import UsageError
+from retrotool.purge import erase, erase_run, selection
 from retrotool.sources import Fields, find_inputs
-from retrotool.stages import erase, selection
-from retrotool.stages.chunk_plan import Wanted, commit_plan
 from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.runs import Run
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 SECRET, VERSION = make_text(990, 150), make_text(991, 150)
@@ -49,10 +48,10 @@ def repeating(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> P
         rows_of = [*others, {"id": name, "text": text, "source": "victims"}]
         inputs.append(str(write_jsonl(folder / f"{number}.jsonl", rows_of)))
     for path in inputs:
-        commands.chunk(folder / "store", [path], tokenizer=str(tiny_encoder))
-    commands.embed(folder / "store", encoder=str(tiny_encoder))
-    commands.index(folder / "store")
-    commands.neighbours(folder / "store")
+        api.chunk(folder / "store", [path], tokenizer=str(tiny_encoder))
+    api.embed(folder / "store", encoder=str(tiny_encoder))
+    api.index(folder / "store")
+    api.neighbours(folder / "store")
     return folder / "store"
 
 
@@ -80,54 +79,52 @@ def names_of(store: Path) -> set[str | None]:
 def test_an_erase_takes_what_was_set_aside_as_a_repeat(store: Path, tmp_path: Path) -> None:
     chunks, bits = zip(*(rows_of(store, part) for part in range(3)), strict=True)
     assert all(trace in everything(store) for traces in bits for trace in traces), "they are on the disk"
-    before = commands.info(store)
+    before = api.info(store)
     assert before.documents == 13
     given = lines(tmp_path / "ids", chunks[0])
-    planned = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True, dry_run=True)
+    planned = api.purge(store, api.Selectors(ids=given), reason="test", erase=True, dry_run=True)
     assert (planned.chunks, planned.unerased, planned.copies) == (len(chunks[0]), sum(map(len, chunks)), 2)
-    result = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    result = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
     assert (result.chunks, result.documents, result.copies) == (len(chunks[0]), 1, 2)
     assert result.erased == sum(map(len, chunks))
     haystack = everything(store)
     assert [trace for traces in bits for trace in traces if trace in haystack] == []
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
-    after = commands.info(store)
+    after = api.info(store)
     assert (after.documents, after.chunks) == (12, before.chunks - result.chunks), (
         "copies had been taken from the totals"
     )
     assert after.purges[result.purge]["erased"]
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 def test_processes_share_the_parts_of_a_large_erase(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    execute = erasing.engine.execute
+    execute = erase_run.engine.execute
 
     def counted(*arguments: Any, workers: int) -> None:
         asked.append(workers)
         execute(*arguments, workers=workers)
 
-    monkeypatch.setattr(erasing, "_ROWS_A_WORKER", 2)
-    monkeypatch.setattr(erasing, "cores", lambda: 2)
-    monkeypatch.setattr(erasing.engine, "execute", counted)
+    monkeypatch.setattr(erase_run, "_ROWS_A_WORKER", 2)
+    monkeypatch.setattr(erase_run, "cores", lambda: 2)
+    monkeypatch.setattr(erase_run.engine, "execute", counted)
     chunks, bits = zip(*(rows_of(store, part) for part in range(3)), strict=True)
     given = lines(tmp_path / "ids", chunks[0])
-    done = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    done = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
     assert asked == [2, 2]
     haystack = everything(store)
     assert not any(trace in haystack for traces in bits for trace in traces)
-    assert commands.verify(store).ok
-    assert commands.verify_purge(store, done.purge, out=tmp_path).receipt.ok
+    assert api.verify(store).ok
+    assert api.verify_purge(store, done.purge, out=tmp_path).receipt.ok
 
 
 def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path: Path) -> None:
     texts = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (SECRET, VERSION, "")]
     kept = names_of(store) - {FIRST, SAME_TEXT}
-    commands.purge(
-        store, commands.Selectors(ids=lines(tmp_path / "ids", rows_of(store, 0)[0])), reason="test", erase=True
-    )
+    api.purge(store, api.Selectors(ids=lines(tmp_path / "ids", rows_of(store, 0)[0])), reason="test", erase=True)
     blocked = read_blocked(Store.open(store))
     assert blocked.holds([FIRST, SAME_TEXT, OTHER], [texts[2]] * 3).tolist() == [True, False, False]
     assert blocked.holds([OTHER] * 2, texts[:2]).tolist() == [True, False]
@@ -136,14 +133,14 @@ def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path:
 
 def test_without_an_erase_copies_stay_as_they_are(store: Path, tmp_path: Path) -> None:
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
-    first = commands.purge(store, commands.Selectors(ids=given), reason="test")
+    first = api.purge(store, api.Selectors(ids=given), reason="test")
     assert (first.copies, first.unerased) == (0, 0)
     assert {FIRST, SAME_TEXT} <= names_of(store)
-    again = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    again = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
     assert (again.chunks, again.already_purged, again.copies) == (0, first.chunks, 2)
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
-    assert all(purge["erased"] for purge in commands.info(store).purges.values())
-    once_more = commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    assert all(purge["erased"] for purge in api.info(store).purges.values())
+    once_more = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
     assert (once_more.purge, once_more.purges) == ("", (again.purge, first.purge)), "these are to be proven"
 
 
@@ -155,7 +152,7 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
     bits = [trace for part in range(3) for trace in rows_of(store, part)[1]]
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
     if purged_before:
-        commands.purge(store, commands.Selectors(ids=given), reason="test")
+        api.purge(store, api.Selectors(ids=given), reason="test")
     done: list[int] = []
     rewrite = erase.EraseWorker._part
 
@@ -167,20 +164,20 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(erase.EraseWorker, "_part", one_only)
-        commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+        api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
     assert done == [0]
     assert names_of(store) >= {SAME_TEXT, FIRST}
-    commands.purge(store, commands.Selectors(ids=given), reason="test", erase=True)
+    api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
     haystack = everything(store)
     assert [trace for trace in bits if trace in haystack] == []
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
-    assert all(purge["erased"] for purge in commands.info(store).purges.values())
-    assert commands.verify(store).problems == []
+    assert all(purge["erased"] for purge in api.info(store).purges.values())
+    assert api.verify(store).problems == []
 
 
 def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     """A large one commits every half a minute: first parts, then shards, then tables."""
-    purge = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test").purge
+    purge = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test").purge
     opened = Store.open(store_copy)
     victims = tombstones.read_tombstones(opened)
     stage = erase.EraseStage(victims)
@@ -190,12 +187,12 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
             folding.fold(opened, run)
             if "part" in task.inputs:
                 assert np.isin(victims.ids, shard_ids(opened)).all()
-                assert commands.verify(store_copy).problems == []
+                assert api.verify(store_copy).problems == []
                 record = opened.state.records[f"purge:{purge}"]
                 opened.commit(run, lambda _: Draft("erase", records={f"purge:{purge}": {**record, "erased": True}}))  # noqa: B023
-                assert any("chunks that are erased" in problem for problem in commands.verify(store_copy).problems)
+                assert any("chunks that are erased" in problem for problem in api.verify(store_copy).problems)
     assert not np.isin(victims.ids, shard_ids(opened)).any()
-    assert commands.verify(store_copy).problems == []
+    assert api.verify(store_copy).problems == []
 
 
 def shard_ids(store: Store) -> np.ndarray:
@@ -208,9 +205,7 @@ def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: P
     assert np.isin(before, victims).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
-    commands.purge(
-        store_copy, commands.Selectors(ids=lines(tmp_path / "ids", victims.tolist())), reason="test", erase=True
-    )
+    api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", victims.tolist())), reason="test", erase=True)
     ids, distances = saved_neighbours(store_copy)
     gone = np.isin(rows, victims)
     assert (ids[gone] == -1).all()
@@ -221,8 +216,8 @@ def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: P
         assert ids[row].tolist() == [*before[row][stay].tolist(), *[-1] * (20 - left)]
         assert distances[row][:left].tolist() == distances_before[row][stay].tolist()
         assert np.isinf(distances[row][left:]).all()
-    assert commands.verify(store_copy).problems == []
-    assert commands.neighbours(store_copy).queries == 0, "they count as the tables of what was searched"
+    assert api.verify(store_copy).problems == []
+    assert api.neighbours(store_copy).queries == 0, "they count as the tables of what was searched"
 
 
 def test_ids_of_another_store_are_not_taken_for_ones_own(
@@ -230,80 +225,72 @@ def test_ids_of_another_store_are_not_taken_for_ones_own(
 ) -> None:
     queries = tmp_path / "queries"
     source = write_jsonl(tmp_path / "q.jsonl", make_rows(30, first=500))
-    commands.chunk(queries, [str(source)], tokenizer=str(tiny_encoder))
-    commands.embed(queries, encoder=str(tiny_encoder))
-    commands.neighbours(store_copy, queries=queries)
+    api.chunk(queries, [str(source)], tokenizer=str(tiny_encoder))
+    api.embed(queries, encoder=str(tiny_encoder))
+    api.neighbours(store_copy, queries=queries)
     before, _ = saved_neighbours(queries)
     victim = int(before[before < 1 << 32][0])  # the id of a chunk here and there
-    result = commands.purge(
-        queries, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True
-    )
+    result = api.purge(queries, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     after, distances = saved_neighbours(queries)
     rows = np.arange(len(after)) == victim
     assert (after[~rows] == before[~rows]).all()
     assert (after[rows] == -1).all() and np.isinf(distances[rows]).all()
     assert result.not_reached == (), "without an index nothing was searched for here"
-    assert commands.verify(queries).problems == []
-    (told,) = commands.purge(
-        store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True
-    ).not_reached
+    assert api.verify(queries).problems == []
+    (told,) = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True).not_reached
     assert "other stores" in told
     assert (saved_neighbours(queries)[0] == after).all()
 
 
 def test_ids_of_the_store_that_it_was_copied_from_are_not_its_own(store_copy: Path, built_store: Path) -> None:
     """A copy has the same uuid, and goes its own way from then on."""
-    commands.neighbours(built_store, queries=store_copy, name="copied")
+    api.neighbours(built_store, queries=store_copy, name="copied")
     victims = retrotool.open(store_copy).document("doc-9")
     before, _ = saved_neighbours(store_copy, "copied")
     assert np.isin(before, victims).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
-    commands.purge(store_copy, commands.Selectors(where="id = 'doc-9'"), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(where="id = 'doc-9'"), reason="test", erase=True)
     after, _ = saved_neighbours(store_copy, "copied")
     gone = np.isin(rows, victims)
     assert (after[~gone] == before[~gone]).all()
     assert (after[gone] == -1).all()
     assert not np.isin(saved_neighbours(store_copy)[0], victims).any()
-    assert commands.verify(store_copy).problems == []
+    assert api.verify(store_copy).problems == []
 
 
 def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(5))
     with source.open("a") as file:
         file.write('{"id": "doc-3", "text": "broken off\n{"id": "x"}\n')
-    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder))
+    api.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder))
 
     def quarantine() -> list[dict[str, object]]:
-        (file,) = commands.info(tmp_path / "store").quarantine
+        (file,) = api.info(tmp_path / "store").quarantine
         return pq.read_table(tmp_path / "store" / file["path"]).to_pylist()
 
     before = quarantine()
     assert [row["excerpt"][:12] for row in before] == ['{"id": "doc-', '{"id": "x"}']
-    commands.purge(tmp_path / "store", commands.Selectors(where="id = 'doc-4'"), reason="test")
+    api.purge(tmp_path / "store", api.Selectors(where="id = 'doc-4'"), reason="test")
     assert quarantine() == before
-    commands.purge(tmp_path / "store", commands.Selectors(where="id = 'doc-4'"), reason="test", erase=True)
+    api.purge(tmp_path / "store", api.Selectors(where="id = 'doc-4'"), reason="test", erase=True)
     assert quarantine() == [{**row, "excerpt": None} for row in before], "all, as nobody knows whose they are"
     assert b"broken off" not in everything(tmp_path / "store")
-    assert commands.verify(tmp_path / "store").problems == []
+    assert api.verify(tmp_path / "store").problems == []
 
 
 def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, tmp_path: Path) -> None:
     both = "id in ('doc-3', 'doc-4')"
-    first = commands.purge(store_copy, commands.Selectors(where=both), reason="test")
+    first = api.purge(store_copy, api.Selectors(where=both), reason="test")
 
     def literals() -> list[bytes]:
         return [path.read_bytes() for path in (store_copy / "selectors").iterdir()]
 
-    commands.purge(
-        store_copy, commands.Selectors(documents=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True
-    )
-    assert not commands.info(store_copy).purges[first.purge]["erased"]
+    api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True)
+    assert not api.info(store_copy).purges[first.purge]["erased"]
     assert literals() == [], "it names what was erased"
-    commands.purge(
-        store_copy, commands.Selectors(documents=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True
-    )
-    assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
+    api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True)
+    assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
     assert literals() == []
 
 
@@ -325,22 +312,22 @@ def withdraw(root: Path, part: int) -> None:
 def test_an_erase_passes_over_parts_that_were_taken_back(store: Path, tmp_path: Path) -> None:
     chunks = [rows_of(store, part)[0] for part in range(3)]
     only = lines(tmp_path / "only", ["doc-9"])
-    commands.purge(store, commands.Selectors(documents=only), reason="test")
+    api.purge(store, api.Selectors(documents=only), reason="test")
     both = lines(tmp_path / "both", ["doc-1", "doc-10"])
-    commands.purge(store, commands.Selectors(documents=both), reason="test")
+    api.purge(store, api.Selectors(documents=both), reason="test")
     ids = lines(tmp_path / "ids", chunks[2][:2])
-    commands.purge(store, commands.Selectors(ids=ids), reason="test")
+    api.purge(store, api.Selectors(ids=ids), reason="test")
     withdraw(store, 2)
     with pytest.raises(UsageError, match="the store has no chunk"):
-        commands.purge(store, commands.Selectors(ids=lines(tmp_path / "more", chunks[2])), reason="test", erase=True)
+        api.purge(store, api.Selectors(ids=lines(tmp_path / "more", chunks[2])), reason="test", erase=True)
     first = retrotool.open(store)
     assert len(chunks[2]) and first.parts() == [0, 1]
-    result = commands.purge(store, commands.Selectors(documents=both), reason="test", erase=True)
+    result = api.purge(store, api.Selectors(documents=both), reason="test", erase=True)
     assert {chunk >> 32 for chunk in result.examples} <= {0}
     assert result.erased == result.already_purged > 0, "doc-1's"
-    assert commands.purge(store, commands.Selectors(documents=only), reason="test", erase=True).erased == 0
-    assert commands.purge(store, commands.Selectors(ids=ids), reason="test", erase=True).erased == 0
-    assert all(purge["erased"] for purge in commands.info(store).purges.values())
+    assert api.purge(store, api.Selectors(documents=only), reason="test", erase=True).erased == 0
+    assert api.purge(store, api.Selectors(ids=ids), reason="test", erase=True).erased == 0
+    assert all(purge["erased"] for purge in api.info(store).purges.values())
     assert list((store / "selectors").iterdir()) == []
 
 
@@ -362,17 +349,17 @@ def test_an_erase_goes_on_beside_another(
 ) -> None:
     """The other replaces files that this one is about to read."""
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
-    commands.purge(store_copy, commands.Selectors(documents=other), reason="test")
+    api.purge(store_copy, api.Selectors(documents=other), reason="test")
     beside(
         monkeypatch,
         erase,
         at,
-        lambda: commands.purge(store_copy, commands.Selectors(documents=other), reason="test", erase=True),
+        lambda: api.purge(store_copy, api.Selectors(documents=other), reason="test", erase=True),
     )
-    assert commands.purge(store_copy, commands.Selectors(documents=own), reason="test", erase=True).erased > 0
+    assert api.purge(store_copy, api.Selectors(documents=own), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
-    assert all(purge["erased"] for purge in commands.info(store_copy).purges.values())
-    assert commands.verify(store_copy).problems == []
+    assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
+    assert api.verify(store_copy).problems == []
 
 
 @pytest.mark.parametrize("at", ["_part", "_shard", "_table"])
@@ -380,14 +367,14 @@ def test_a_task_that_another_erase_overtakes_is_planned_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
-    commands.purge(store_copy, commands.Selectors(documents=other), reason="test")
+    api.purge(store_copy, api.Selectors(documents=other), reason="test")
     beside(
         monkeypatch, erase.EraseWorker, at,
-        lambda: commands.purge(store_copy, commands.Selectors(documents=other), reason="test", erase=True),
+        lambda: api.purge(store_copy, api.Selectors(documents=other), reason="test", erase=True),
     )  # fmt: skip
-    assert commands.purge(store_copy, commands.Selectors(documents=own), reason="test", erase=True).erased > 0
+    assert api.purge(store_copy, api.Selectors(documents=own), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
-    assert commands.verify(store_copy).problems == []
+    assert api.verify(store_copy).problems == []
 
 
 def test_a_selection_that_an_erase_overtakes_is_made_again(
@@ -395,9 +382,9 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
 ) -> None:
     beside(
         monkeypatch, selection, "select_where",
-        lambda: commands.purge(store_copy, commands.Selectors(where="id = 'doc-9'"), reason="test", erase=True),
+        lambda: api.purge(store_copy, api.Selectors(where="id = 'doc-9'"), reason="test", erase=True),
     )  # fmt: skip
-    result = commands.purge(store_copy, commands.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")
+    result = api.purge(store_copy, api.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")
     assert result.documents == 1
 
 
@@ -414,9 +401,9 @@ def spooled(store: Path, text: str = '{"id": "a", "text": "b"}\n') -> Path:
 
 def test_an_erase_takes_standard_input_that_a_killed_process_left(store_copy: Path) -> None:
     path = spooled(store_copy)
-    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
+    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test")
     assert path.exists()
-    result = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
+    result = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
     assert (path.exists(), result.left) == (False, ())
 
 
@@ -425,25 +412,25 @@ def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy
     opened = Store.open(store_copy)
     with writing(opened) as run:
         commit_plan(opened, run, find_inputs([str(path)]), Wanted(Fields(), 1000))
-    select = (store_copy, commands.Selectors(where="id = 'doc-3'"))
-    (told,) = commands.purge(*select, reason="test", erase=True).left
+    select = (store_copy, api.Selectors(where="id = 'doc-3'"))
+    (told,) = api.purge(*select, reason="test", erase=True).left
     assert f"retrotool chunk {store_copy} --retry-quarantine" in told
     assert path.name in told and path.exists()
-    commands.chunk(store_copy, [], retry_quarantine=True)
-    assert commands.purge(*select, reason="test", erase=True).left == ()
+    api.chunk(store_copy, [], retry_quarantine=True)
+    assert api.purge(*select, reason="test", erase=True).left == ()
     assert not path.exists()
 
 
 def test_an_erase_leaves_what_a_living_process_may_be_about_to_chunk(store_copy: Path) -> None:
     path = spooled(store_copy)
     with Run(store_copy):
-        (told,) = commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test", erase=True).left
+        (told,) = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True).left
     assert path.name in told and path.exists()
 
 
 def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands.neighbours(store_copy, name="nearest", k=1, saved=1)
-    commands.purge(store_copy, commands.Selectors(where="id = 'doc-3'"), reason="test")
+    api.neighbours(store_copy, name="nearest", k=1, saved=1)
+    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test")
     store = Store.open(store_copy)
     stage = erase.EraseStage(tombstones.read_tombstones(store))
     tasks = stage.tasks(store)

@@ -10,7 +10,7 @@ from conftest import make_rows, make_text, write_jsonl
 from test_purge import everything
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
 
 TEXT = make_text(77, 200)
@@ -18,13 +18,13 @@ HASH = hashlib.blake2b(TEXT.encode(), digest_size=16).digest()
 
 
 def purged(store: Path, chunk: int) -> str:
-    return commands.purge(store, commands.Selectors(chunk=(str(chunk),)), reason="test", erase=True).purge
+    return api.purge(store, api.Selectors(chunk=(str(chunk),)), reason="test", erase=True).purge
 
 
 def test_a_document_named_by_its_text_is_named_anew(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
     source = str(write_jsonl(tmp_path / "c.jsonl", [*make_rows(5), {"text": TEXT}, {"text": make_text(78, 200)}]))
-    commands.chunk(store, [source], tokenizer=str(tiny_encoder))
+    api.chunk(store, [source], tokenizer=str(tiny_encoder))
     first, second, *rest = retrotool.open(store).document(HASH.hex())
     assert rest
     other = retrotool.open(store).chunk(rest[-1] + 1).document
@@ -39,14 +39,14 @@ def test_a_document_named_by_its_text_is_named_anew(tmp_path: Path, tiny_encoder
         assert trace not in left
     with pytest.raises(UsageError, match="no document"):
         retrotool.open(store).document(HASH.hex())
-    assert commands.chunk(store, [source, str(write_jsonl(tmp_path / "d.jsonl", [{"text": TEXT}]))]).blocked == 1
+    assert api.chunk(store, [source, str(write_jsonl(tmp_path / "d.jsonl", [{"text": TEXT}]))]).blocked == 1
     purged(store, second)
     assert retrotool.open(store).document(name) == rest, "its name stays"
-    assert commands.verify(store).problems == []
-    found = commands.verify_purge(store, purge, out=tmp_path).receipt
+    assert api.verify(store).problems == []
+    found = api.verify_purge(store, purge, out=tmp_path).receipt
     assert found.ok, found.problems
     assert found.searched is not None
     assert (found.searched.needles["id"], found.searched.needles["key"]) == (1, 1)
     (store / "note.txt").write_text(f"was {HASH.hex()}\n{HASH.hex()}\n")
-    (trace,) = commands.verify_purge(store, purge, out=tmp_path).receipt.searched.left
+    (trace,) = api.verify_purge(store, purge, out=tmp_path).receipt.searched.left
     assert (trace.path, trace.kind) == ("note.txt", "id")

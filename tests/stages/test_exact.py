@@ -10,7 +10,7 @@ import pytest
 from conftest import make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Intervals, Queries
@@ -18,10 +18,10 @@ from retrotool.ann.lists import InvertedLists, OneList, fill
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import SPARE, Search, nothing_banned
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.commands.indexing import Options
 from retrotool.encoder import Encoder, Rows
-from retrotool.stages.database import embedded_parts, own_documents, read_part_vectors
-from retrotool.stages.searching import Database
+from retrotool.index.run import Options
+from retrotool.index.search_scope import embedded_parts, own_documents, read_part_vectors
+from retrotool.index.searching import Database
 from retrotool.store.store import Store
 
 Build = Callable[..., Path]
@@ -45,8 +45,8 @@ def build(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
         store = tmp_path / "store"
         source = write_jsonl(tmp_path / "c.jsonl", make_rows(120))
-        commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=200)
-        commands.embed(store, encoder=str(tiny_encoder))
+        api.chunk(store, [str(source)], tokenizer=str(tiny_encoder), part_size=200)
+        api.embed(store, encoder=str(tiny_encoder))
         return store
 
     return made
@@ -62,8 +62,8 @@ def far(rng: np.random.Generator, n: int) -> np.ndarray:
 @pytest.mark.parametrize("nlist", [0, 8])
 def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, nlist: int) -> None:
     store = build(far)
-    commands.index(store, target_recall=1, options=Options(Wanted(nlist=nlist, code="float16"), 250))
-    commands.neighbours(store)
+    api.index(store, target_recall=1, options=Options(Wanted(nlist=nlist, code="float16"), 250))
+    api.neighbours(store)
     plain = read_plain(store)
     plain.vectors[:, 0] = 0
     ids, distances = saved_neighbours(store)
@@ -75,7 +75,7 @@ def test_a_large_common_component_changes_no_distance_and_no_order(build: Build,
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: float) -> None:
     store = build(lambda rng, n: rng.normal(size=(n, 32)) * scale)
-    result = commands.index(store, target_recall=0.5, options=Options(Wanted(nlist=8, code="float16")))
+    result = api.index(store, target_recall=0.5, options=Options(Wanted(nlist=8, code="float16")))
     assert 1 < result.nprobe <= result.nlist
     assert result.curve[0].recall_at_10 < 0.5, "one list of eight holds few of the true nearest"
     plain = read_plain(store)

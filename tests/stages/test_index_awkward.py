@@ -11,14 +11,14 @@ import pytest
 from conftest import Cli, make_rows, make_text, write_jsonl
 from oracle import read_plain
 
-import retrotool.api
-from retrotool import commands
+import retrotool.reader
+from retrotool import api
 from retrotool.ann.choice import Wanted
 from retrotool.ann.excluded import Queries
-from retrotool.commands import indexing
-from retrotool.commands.indexing import Options
 from retrotool.errors import CorruptError, UsageError
-from retrotool.stages.searching import Database, Point
+from retrotool.index import run as index_run
+from retrotool.index.run import Options
+from retrotool.index.searching import Database, Point
 from retrotool.store.store import Store
 
 LISTS = Options(Wanted(nlist=16, code="sq8"), 150)
@@ -27,7 +27,7 @@ LISTS = Options(Wanted(nlist=16, code="sq8"), 150)
 @pytest.fixture
 def lists(store_copy: Path) -> Path:
     """Another index "lists" in several shards."""
-    commands.index(store_copy, name="lists", options=LISTS)
+    api.index(store_copy, name="lists", options=LISTS)
     return store_copy
 
 
@@ -36,9 +36,9 @@ def test_copies_are_found_though_they_are_fewer_than_lists(tmp_path: Path, tiny_
     rows = [{"id": f"{i}", "text": make_text(i % different, 30)} for i in range(90)]
     store = tmp_path / "store"
     inputs = [str(write_jsonl(tmp_path / "copies.jsonl", rows))]
-    commands.chunk(store, inputs, tokenizer=str(tiny_encoder), duplicates="keep")
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store, options=Options(Wanted(nlist=8, code="sq8")))
+    api.chunk(store, inputs, tokenizer=str(tiny_encoder), duplicates="keep")
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store, options=Options(Wanted(nlist=8, code="sq8")))
     reader = retrotool.open(store)
     for i in range(different):
         found = reader.search(make_text(i, 30), k=5)
@@ -57,7 +57,7 @@ def test_more_lists_are_probed_where_they_hold_too_little(lists: Path, tmp_path:
     assert (database.search(queries, len(plain.ids), Point(1, 10)).ids >= 0).all(), "all that there is"
     assert (database.search(queries, len(plain.ids) + 7, Point(1, 10)).ids >= 0).sum() == 5 * len(plain.ids)
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in plain.ids[3:]))
-    commands.purge(lists, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(lists, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
     left = Database(Store.open(lists), "lists").search(queries, 10, Point(1, 10))
     assert all(sorted(row[row >= 0]) == sorted(plain.ids[:3]) for row in left.ids)
 
@@ -66,13 +66,13 @@ def test_more_lists_are_probed_where_they_hold_too_little(lists: Path, tmp_path:
 def test_what_needs_an_index_makes_none(lists: Path, what: str) -> None:
     before = Store.open(lists).state.number
     with pytest.raises(UsageError, match=f"--{what}.*no index 'typo'; it has: lists, main") as error:
-        commands.index(lists, name="typo", options=Options(**{what: True}))  # type: ignore[arg-type]
+        api.index(lists, name="typo", options=Options(**{what: True}))  # type: ignore[arg-type]
     assert "--name typo" in error.value.advice
     assert Store.open(lists).state.number == before
 
 
 def test_a_shard_is_not_mended_from_embeddings_that_are_broken(lists: Path) -> None:
-    info = commands.info(lists)
+    info = api.info(lists)
     shard = lists / info.indexes["lists"]["shards"][0]
     embeddings = lists / Store.open(lists).state.part_file("embeddings", 0, "tiny").path  # type: ignore[union-attr]
     whole = embeddings.read_bytes()
@@ -81,14 +81,14 @@ def test_a_shard_is_not_mended_from_embeddings_that_are_broken(lists: Path) -> N
         data[place] ^= 0x80
         path.write_bytes(data)
     with pytest.raises(CorruptError, match=embeddings.name) as error:
-        commands.index(lists, name="lists", options=Options(mend=True))
+        api.index(lists, name="lists", options=Options(mend=True))
     assert error.value.exit_code == 12
     embeddings.write_bytes(whole)
     before = info.indexes["lists"]
-    mended = commands.index(lists, name="lists", options=Options(mend=True))
+    mended = api.index(lists, name="lists", options=Options(mend=True))
     assert mended.commit >= info.commit + 2, "shards, and what was measured of them"
     assert mended.vectors == before["vectors"]
-    assert commands.verify(lists).problems == []
+    assert api.verify(lists).problems == []
 
 
 @pytest.mark.parametrize("slot", ["recall", "recall-curve"])
@@ -101,27 +101,27 @@ def test_what_was_measured_is_mended_by_measuring(lists: Path, slot: str, how: s
         path.write_bytes(b"x" + path.read_bytes()[1:])
     if slot == "recall":
         with pytest.raises(CorruptError, match="recall") as error:
-            commands.index(lists, name="lists")
+            api.index(lists, name="lists")
         assert "--mend" in error.value.advice
-    commands.index(lists, name="lists", options=Options(mend=True))
-    assert commands.verify(lists).problems == []
+    api.index(lists, name="lists", options=Options(mend=True))
+    assert api.verify(lists).problems == []
 
 
 def test_a_training_that_is_gone_is_made_anew(lists: Path) -> None:
-    (lists / commands.info(lists).indexes["lists"]["trained"]).unlink()
+    (lists / api.info(lists).indexes["lists"]["trained"]).unlink()
     with pytest.raises(CorruptError, match="missing") as error:
-        commands.index(lists, name="lists", options=Options(tune=True))
+        api.index(lists, name="lists", options=Options(tune=True))
     assert "--retrain" in error.value.advice
-    commands.index(lists, name="lists", options=Options(retrain=True))
-    assert commands.verify(lists).problems == []
+    api.index(lists, name="lists", options=Options(retrain=True))
+    assert api.verify(lists).problems == []
 
 
 def test_the_size_of_shards_is_kept_and_not_changed_in_silence(lists: Path) -> None:
     with pytest.raises(UsageError, match="with shards of 150 vectors, not 80"):
-        commands.index(lists, name="lists", options=Options(shard_rows=80))
-    before = commands.info(lists).indexes["lists"]
-    commands.index(lists, name="lists", options=Options(retrain=True))
-    assert len(commands.info(lists).indexes["lists"]["shards"]) == len(before["shards"]) > 1
+        api.index(lists, name="lists", options=Options(shard_rows=80))
+    before = api.info(lists).indexes["lists"]
+    api.index(lists, name="lists", options=Options(retrain=True))
+    assert len(api.info(lists).indexes["lists"]["shards"]) == len(before["shards"]) > 1
 
 
 @pytest.mark.parametrize(
@@ -154,19 +154,19 @@ def test_deep_searches_take_no_more_than_there_is(lists: Path) -> None:
 
 def test_a_search_that_meets_new_files_starts_again(lists: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process switches to a new training between opening the store and reading its shards."""
-    from retrotool import cli as command_line
+    from retrotool import app as command_line
 
     loads = []
-    load = retrotool.api.Reader.load_encoder
+    load = retrotool.reader.Reader.load_encoder
 
     def slow(*arguments: object, **options: object) -> object:
         loaded = load(*arguments, **options)  # type: ignore[arg-type]
         if not loads:
-            commands.index(lists, name="lists", options=Options(retrain=True))
+            api.index(lists, name="lists", options=Options(retrain=True))
         loads.append(1)
         return loaded
 
-    monkeypatch.setattr(retrotool.api.Reader, "load_encoder", slow)
+    monkeypatch.setattr(retrotool.reader.Reader, "load_encoder", slow)
     with pytest.raises(SystemExit) as end:
         command_line.app(["search", str(lists), "word", "--index", "lists"], prog_name="retrotool")
     assert (end.value.code, len(loads)) == (0, 2)
@@ -174,18 +174,18 @@ def test_a_search_that_meets_new_files_starts_again(lists: Path, monkeypatch: py
 
 def test_nothing_is_said_of_recall_where_there_is_nothing_to_find(tmp_path: Path, tiny_encoder: Path, cli: Cli) -> None:
     empty = tmp_path / "empty"
-    commands.chunk(empty, [str(write_jsonl(tmp_path / "none.jsonl", []))], tokenizer=str(tiny_encoder))
+    api.chunk(empty, [str(write_jsonl(tmp_path / "none.jsonl", []))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no chunks"):
-        commands.index(empty)
+        api.index(empty)
     one = tmp_path / "one"
-    commands.chunk(one, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(1)))], tokenizer=str(tiny_encoder))
-    commands.embed(one, encoder=str(tiny_encoder))
-    commands.purge(one, commands.Selectors(where="id = 'doc-0'"), reason="test", erase=True)
+    api.chunk(one, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(1)))], tokenizer=str(tiny_encoder))
+    api.embed(one, encoder=str(tiny_encoder))
+    api.purge(one, api.Selectors(where="id = 'doc-0'"), reason="test", erase=True)
     told = cli("index", one)
     assert told.returncode == 0 and "no recall to measure" in told.stdout
 
 
 def test_a_copy_of_a_store_is_evaluated_where_it_lies(lists: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(lists, tmp_path / "a place, with spaces"))
-    found = indexing.evaluate(moved, name="lists", memory=20_000_000)
+    found = index_run.evaluate(moved, name="lists", memory=20_000_000)
     assert found.queries == int(np.prod(read_plain(moved).ids.shape))

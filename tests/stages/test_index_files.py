@@ -12,14 +12,14 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.choice import Wanted
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.commands.indexing import Options
 from retrotool.errors import CorruptError, StorageError
-from retrotool.stages.index_files import write_index
+from retrotool.index.index_files import write_index
+from retrotool.index.run import Options
 from retrotool.store.paths import FileName
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 16)).astype(np.float16)
@@ -36,8 +36,8 @@ def make_index(nlist: int, shift: int = 0, first: int = 0) -> object:
 
 @pytest.fixture
 def embedded(built_store: Path, tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
-    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
-    commands.embed(tmp_path / "store", encoder=str(tiny_encoder))
+    api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
+    api.embed(tmp_path / "store", encoder=str(tiny_encoder))
     return tmp_path / "store"
 
 
@@ -77,28 +77,28 @@ def test_a_file_that_is_not_what_was_meant_does_not_pass(tmp_path: Path, nlist: 
 
 def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embedded: Path) -> None:
     probe = Path(shutil.copytree(embedded, embedded.with_name("probe")))
-    commands.index(probe)
-    size = (probe / commands.info(probe).indexes["main"]["shards"][0]).stat().st_size
+    api.index(probe)
+    size = (probe / api.info(probe).indexes["main"]["shards"][0]).stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 50, limits[1]))
     try:
         with pytest.raises(StorageError):
-            commands.index(embedded)
+            api.index(embedded)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert commands.info(embedded).indexes["main"]["shards"] == []
-    assert commands.index(embedded).recall_at_10 == 1.0
-    assert commands.verify(embedded).problems == []
+    assert api.info(embedded).indexes["main"]["shards"] == []
+    assert api.index(embedded).recall_at_10 == 1.0
+    assert api.verify(embedded).problems == []
 
 
 def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    commands.index(store_copy, name="ivf", options=Options(Wanted(nlist=8, code="float16")))
-    commands.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
-    commands.embed(store_copy, encoder=str(tiny_encoder))
+    api.index(store_copy, name="ivf", options=Options(Wanted(nlist=8, code="float16")))
+    api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
+    api.embed(store_copy, encoder=str(tiny_encoder))
     for name, places in (("main", (0, -20)), ("ivf", (0, 200, -20))):
-        path = store_copy / commands.info(store_copy).indexes[name]["trained"]
+        path = store_copy / api.info(store_copy).indexes[name]["trained"]
         whole = path.read_bytes()
         for place in places:
             data = bytearray(whole)
@@ -106,22 +106,22 @@ def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
             path.write_bytes(data)
             for target in (0.95, 0.5):  # a new shard; after it, only the recall
                 with pytest.raises(CorruptError, match=path.name) as error:
-                    commands.index(store_copy, name=name, target_recall=target)
+                    api.index(store_copy, name=name, target_recall=target)
                 assert error.value.exit_code == 12
         path.write_bytes(whole)
-        commands.index(store_copy, name=name)
+        api.index(store_copy, name=name)
         path.write_bytes(whole[:-1])
         with pytest.raises(CorruptError, match=path.name):
-            commands.index(store_copy, name=name, target_recall=0.5)
+            api.index(store_copy, name=name, target_recall=0.5)
         path.write_bytes(whole)
 
 
 def test_a_shard_that_was_damaged_is_named(store_copy: Path) -> None:
-    path = store_copy / commands.info(store_copy).indexes["main"]["shards"][0]
+    path = store_copy / api.info(store_copy).indexes["main"]["shards"][0]
     whole = path.read_bytes()
     for data in (b"x" + whole[1:], whole[:-1]):
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=path.name):
             retrotool.open(store_copy).search("city", encoder=retrotool.open(store_copy).load_encoder())
         with pytest.raises(CorruptError, match=path.name):
-            commands.neighbours(store_copy, name="new")
+            api.neighbours(store_copy, name="new")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.commands.indexing import Options
-from retrotool.stages.index_files import read_shards, read_trained
+from retrotool.index.index_files import read_shards, read_trained
+from retrotool.index.run import Options
 from retrotool.store.store import Store
 
 LISTS = ("--name", "lists", "--nlist", 4, "--code", "sq8", "--shard-size", 12)
@@ -27,12 +27,10 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pa
     store = root / "store"
     for name, first in (("one", 0), ("two", 200)):
         rows = make_rows(60, first=first, words=60)
-        commands.chunk(
-            store, [str(write_jsonl(root / f"{name}.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=8
-        )
-        commands.embed(store, encoder=str(tiny_encoder), devices="cpu")
+        api.chunk(store, [str(write_jsonl(root / f"{name}.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=8)
+        api.embed(store, encoder=str(tiny_encoder), devices="cpu")
         if name == "one":
-            commands.index(store, name="lists", options=Options(Wanted(nlist=4, code="sq8"), 12))
+            api.index(store, name="lists", options=Options(Wanted(nlist=4, code="sq8"), 12))
     return store
 
 
@@ -53,12 +51,12 @@ def at_once(store: Path, *calls: tuple[object, ...]) -> list[tuple[int, str]]:
 
 def check(store: Path, name: str) -> None:
     """All living keys with embeddings are in the shards of the index, each once, and the store is whole."""
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
     opened = Store.open(store)
     trained = read_trained(opened, name)[1]
     found = [shard.ids(number) for shard in read_shards(opened, name, trained) for number in shard.numbers]
     ids = np.concatenate(found)
-    assert len(np.unique(ids)) == len(ids) == commands.info(store).chunks
+    assert len(np.unique(ids)) == len(ids) == api.info(store).chunks
 
 
 @pytest.mark.parametrize(
@@ -80,15 +78,15 @@ def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[
         assert "Traceback" not in err
         # What was to be worked on was dropped, or trained anew.
         assert code == 0 or (code in (2, 11) and err.startswith("error: ")), err
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
     name = "new" if "new" in calls[0] else "lists"
-    commands.index(store, name=name, options=Options(Wanted(nlist=4, code="sq8"), 12))
+    api.index(store, name=name, options=Options(Wanted(nlist=4, code="sq8"), 12))
     check(store, name)
 
 
 def test_several_worker_processes_make_what_one_makes(embedded: Path, tmp_path: Path) -> None:
     one, several = (Path(shutil.copytree(embedded, tmp_path / name)) for name in ("one", "several"))
     for store, devices in ((one, "cpu"), (several, "cpu,cpu")):
-        commands.index(store, name="new", options=Options(Wanted(nlist=4, code="sq8"), 12, devices))
+        api.index(store, name="new", options=Options(Wanted(nlist=4, code="sq8"), 12, devices))
         check(store, "new")
-    assert commands.verify(one).indexes == commands.verify(several).indexes
+    assert api.verify(one).indexes == api.verify(several).indexes

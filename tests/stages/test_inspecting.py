@@ -11,26 +11,26 @@ from oracle import read_plain
 from test_overlap import by_table
 
 import retrotool
-from retrotool import commands
-from retrotool.commands import inspecting
-from retrotool.commands.inspect_result import InspectResult, segments
-from retrotool.commands.inspecting import Choice
-from retrotool.commands.writing import writing
+from retrotool import api
 from retrotool.errors import ErasedError, UsageError
-from retrotool.stages.inspecting import MARKED_FROM
+from retrotool.inspect import run as inspect_run
+from retrotool.inspect.inspect_result import InspectResult, segments
+from retrotool.inspect.inspected_rows import MARKED_FROM
+from retrotool.inspect.run import Choice
 from retrotool.store.log import Draft
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.tokenizers.split import Split
 
 EVERYTHING = Choice(random=10**9)
 
 
-def tokens_of(reader: retrotool.api.Reader, chunk: int) -> tuple[list[int], list[int]]:
+def tokens_of(reader: retrotool.reader.Reader, chunk: int) -> tuple[list[int], list[int]]:
     following = reader.continuation(chunk)
     return reader.chunk(chunk).tokens.tolist(), following.tokens.tolist() if following else []
 
 
-def split_by_hand(reader: retrotool.api.Reader, tokens: list[int], start: int, stop: int) -> Split:
+def split_by_hand(reader: retrotool.reader.Reader, tokens: list[int], start: int, stop: int) -> Split:
     """Of tokens of whole words: what is decoded up to the run, up to its end, and in all."""
     start, stop = max(start, 0), min(stop, len(tokens))
     texts = [reader.text(np.array(tokens[:n], np.uint16)) for n in (start, stop, len(tokens))]
@@ -72,7 +72,7 @@ def check(store: Path, found: InspectResult, databases: dict[str, Path] | None =
 
 
 def test_all_is_as_the_api_and_the_textbook_have_it(built_store: Path) -> None:
-    found = commands.inspect(built_store, EVERYTHING, k=4)
+    found = api.inspect(built_store, EVERYTHING, k=4)
     check(built_store, found)
     reader, plain = retrotool.open(built_store), read_plain(built_store)
     assert [chunk.id for chunk in found.chunks] == plain.ids[plain.living].tolist()
@@ -91,7 +91,7 @@ def test_all_is_as_the_api_and_the_textbook_have_it(built_store: Path) -> None:
 
 def test_marks_in_a_chunk_are_the_runs_of_its_neighbours(built_store: Path) -> None:
     several = 0
-    for chunk in commands.inspect(built_store, EVERYTHING, k=5).chunks:
+    for chunk in api.inspect(built_store, EVERYTHING, k=5).chunks:
         for rank, near in enumerate(chunk.neighbours, 1):
             told = "".join(piece for piece, ranks in segments(chunk) if rank in ranks)
             assert near.common is not None
@@ -101,18 +101,18 @@ def test_marks_in_a_chunk_are_the_runs_of_its_neighbours(built_store: Path) -> N
 
 
 def test_blocks_do_not_show(built_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = commands.inspect(built_store, EVERYTHING, k=3)
-    monkeypatch.setattr("retrotool.stages.inspecting._BLOCK", 21)
-    assert commands.inspect(built_store, EVERYTHING, k=3) == whole
-    without = commands.inspect(built_store, EVERYTHING, k=3, keep=False)
+    whole = api.inspect(built_store, EVERYTHING, k=3)
+    monkeypatch.setattr("retrotool.inspect.inspected_rows._BLOCK", 21)
+    assert api.inspect(built_store, EVERYTHING, k=3) == whole
+    without = api.inspect(built_store, EVERYTHING, k=3, keep=False)
     assert without.chunks == () and without.histogram == whole.histogram and without.shown == whole.shown
 
 
 def test_random_chunks_are_drawn_by_seed_from_all_parts(store_copy: Path, tmp_path: Path) -> None:
     def drawn(n: int, seed: int) -> list[int]:
-        return [chunk.id for chunk in commands.inspect(store_copy, Choice(random=n, seed=seed)).chunks]
+        return [chunk.id for chunk in api.inspect(store_copy, Choice(random=n, seed=seed)).chunks]
 
-    parts = {part["part"]: part["chunks"]["rows"] for part in commands.info(store_copy).parts}
+    parts = {part["part"]: part["chunks"]["rows"] for part in api.info(store_copy).parts}
     total = sum(parts.values())
     some = drawn(60, 1)
     assert some == drawn(60, 1) == sorted(set(some)) != drawn(60, 2)
@@ -124,36 +124,36 @@ def test_random_chunks_are_drawn_by_seed_from_all_parts(store_copy: Path, tmp_pa
     for seed in range(40):
         counts[[order[chunk] for chunk in drawn(total // 4, seed)]] += 1
     assert counts.max() <= 24 and counts.mean() == pytest.approx(10, rel=0.02)
-    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
-    left = commands.inspect(store_copy, EVERYTHING)
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
+    left = api.inspect(store_copy, EVERYTHING)
     assert {chunk.source for chunk in left.chunks} == {"b"} and left.shown < total
 
 
 @pytest.mark.parametrize("erase", [False, True])
 def test_what_is_purged_is_not_shown(store_copy: Path, tmp_path: Path, erase: bool) -> None:
-    before = commands.inspect(store_copy, EVERYTHING, k=6)
+    before = api.inspect(store_copy, EVERYTHING, k=6)
     victims = [i for i in read_plain(store_copy).ids.tolist() if i % 3 == 1]
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
-    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
-    after = commands.inspect(store_copy, EVERYTHING, k=6)
+    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
+    after = api.inspect(store_copy, EVERYTHING, k=6)
     check(store_copy, after)
     assert {chunk.id for chunk in before.chunks} - {chunk.id for chunk in after.chunks} == set(victims)
     shown = [near for chunk in after.chunks for near in chunk.neighbours]
     assert not set(victims) & {near.id for near in shown}
     assert all(near.continuation is None for near in shown if near.id + 1 in victims)
     with pytest.raises(UsageError, match=f"chunk {victims[0]} was purged"):
-        commands.inspect(store_copy, Choice(chunk=victims[0]))
+        api.inspect(store_copy, Choice(chunk=victims[0]))
 
 
 def test_a_chunk_without_neighbours_has_none(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
     rows = [{"id": f"d{i}", "text": make_text(i, 30)} for i in range(2)]
-    commands.chunk(store, [str(write_jsonl(tmp_path / "d.jsonl", rows))], tokenizer=str(tiny_encoder))
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.neighbours(store)
+    api.chunk(store, [str(write_jsonl(tmp_path / "d.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
+    api.neighbours(store)
     (tmp_path / "ids").write_text("d1\n")
-    commands.purge(store, commands.Selectors(documents=str(tmp_path / "ids")), reason="test")
-    found = commands.inspect(store, Choice(chunk=0))
+    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    found = api.inspect(store, Choice(chunk=0))
     assert (found.shown, found.without, found.neighbours, found.chunks[0].neighbours) == (1, 1, 0, ())
 
 
@@ -162,16 +162,16 @@ def test_of_a_record_the_key_is_shown_and_a_value_says_that_it_is_none(tmp_path:
 
     rows = [Written(f"r{i}", make_text(i, 12), make_text(100 + i, 90)) for i in range(12)]
     store = make_store(tmp_path / "store", tiny_encoder, rows)
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.neighbours(store)
-    found = commands.inspect(store, Choice(document="r3"))
+    api.embed(store, encoder=str(tiny_encoder))
+    api.neighbours(store)
+    found = api.inspect(store, Choice(document="r3"))
     (key,) = found.chunks
     assert (key.document, key.index, key.key, len(key.neighbours)) == ("r3", 0, True, 2)
     check(store, found)
-    (value,) = commands.inspect(store, Choice(chunk=key.id + 1)).chunks
+    (value,) = api.inspect(store, Choice(chunk=key.id + 1)).chunks
     assert (value.document, value.index, value.key, value.neighbours) == ("r3", 1, False, ())
     assert value.text == retrotool.open(store).chunk(key.id + 1).text
-    assert all(chunk.key for chunk in commands.inspect(store, EVERYTHING).chunks)
+    assert all(chunk.key for chunk in api.inspect(store, EVERYTHING).chunks)
 
 
 @pytest.fixture
@@ -182,10 +182,10 @@ def mixed(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, dict[str, Path]]:
     for store, first in ((queries, 300), (stores["near"], 0), (stores["far"], 40)):
         rows = [{**row, "id": f"{store.name}-{row['id']}"} for row in make_rows(30, first=first)]
         source = write_jsonl(tmp_path / f"{store.name}.jsonl", rows)
-        commands.chunk(store, [str(source)], tokenizer=str(tiny_encoder))
-        commands.embed(store, encoder=str(tiny_encoder))
+        api.chunk(store, [str(source)], tokenizer=str(tiny_encoder))
+        api.embed(store, encoder=str(tiny_encoder))
     for name, database in stores.items():
-        commands.neighbours(database, queries=queries, name=name)
+        api.neighbours(database, queries=queries, name=name)
     mix(queries, {"near": 1.0, "far": 2.0})
     return queries, stores
 
@@ -199,7 +199,7 @@ def mix(queries: Path, weights: dict[str, float]) -> None:
 
 def test_in_a_mixture_every_neighbour_names_its_database(mixed: tuple[Path, dict[str, Path]]) -> None:
     queries, stores = mixed
-    found = commands.inspect(queries, EVERYTHING, name="both", k=6)
+    found = api.inspect(queries, EVERYTHING, name="both", k=6)
     check(queries, found, {str(path): path for path in stores.values()})
     assert [(table.name, table.weight, table.database) for table in found.tables] == [
         ("near", 1.0, str(stores["near"])), ("far", 2.0, str(stores["far"])),
@@ -221,10 +221,10 @@ def test_tokens_of_another_tokenizer_are_not_compared(
     queries = tmp_path / "queries"
     rows = [{"id": f"q{i}", "text": make_text(i, 80)} for i in range(4)]
     source = str(write_jsonl(tmp_path / "q.jsonl", rows))
-    commands.chunk(queries, [source], tokenizer=str(byte_level_tokenizer))
-    commands.embed(queries, encoder=str(tiny_encoder))
-    commands.neighbours(built_store, queries=queries)
-    found = commands.inspect(queries, EVERYTHING)
+    api.chunk(queries, [source], tokenizer=str(byte_level_tokenizer))
+    api.embed(queries, encoder=str(tiny_encoder))
+    api.neighbours(built_store, queries=queries)
+    found = api.inspect(queries, EVERYTHING)
     database = retrotool.open(built_store)
     assert [table.comparable for table in found.tables] == [False]
     for chunk in found.chunks:
@@ -239,19 +239,19 @@ def test_a_name_or_a_part_without_a_table_names_the_command(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     with pytest.raises(UsageError, match="has no neighbours 'other'; it has: main") as error:
-        commands.inspect(store_copy, Choice(chunk=0), name="other")
+        api.inspect(store_copy, Choice(chunk=0), name="other")
     assert f"retrotool neighbours {store_copy} --name other\n" in error.value.advice
     rows = [{**row, "id": f"late-{row['id']}"} for row in make_rows(5, first=200)]
-    commands.chunk(store_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))], tokenizer=str(tiny_encoder))
-    commands.embed(store_copy, encoder=str(tiny_encoder))
+    api.chunk(store_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.embed(store_copy, encoder=str(tiny_encoder))
     for choice in (
         Choice(document="late-doc-201"),
         Choice(chunk=retrotool.open(store_copy).document("late-doc-201")[0]),
     ):
         with pytest.raises(UsageError, match="has no neighbours 'main' yet") as error:
-            commands.inspect(store_copy, choice)
+            api.inspect(store_copy, choice)
         assert error.value.advice == f"Compute them: retrotool neighbours {store_copy} --index main"
-    assert "late" not in {chunk.document[:4] for chunk in commands.inspect(store_copy, EVERYTHING).chunks}
+    assert "late" not in {chunk.document[:4] for chunk in api.inspect(store_copy, EVERYTHING).chunks}
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,11 @@ def test_a_name_or_a_part_without_a_table_names_the_command(
 )
 def test_what_is_not_there_is_said(built_store: Path, choice: Choice, k: int | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        commands.inspect(built_store, choice, k=k)
+        api.inspect(built_store, choice, k=k)
 
 
 def test_when_files_are_erased_meanwhile_it_begins_anew(built_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, left = inspecting._inspect, [2]
+    begin, left = inspect_run._inspect, [2]
 
     def erased(*arguments: object) -> InspectResult:
         if left[0]:
@@ -282,8 +282,8 @@ def test_when_files_are_erased_meanwhile_it_begins_anew(built_store: Path, monke
             raise ErasedError("gone")
         return begin(*arguments)
 
-    monkeypatch.setattr(inspecting, "_inspect", erased)
-    assert commands.inspect(built_store, Choice(chunk=0)).shown == 1
+    monkeypatch.setattr(inspect_run, "_inspect", erased)
+    assert api.inspect(built_store, Choice(chunk=0)).shown == 1
     left[0] = 3
     with pytest.raises(ErasedError):
-        commands.inspect(built_store, Choice(chunk=0))
+        api.inspect(built_store, Choice(chunk=0))

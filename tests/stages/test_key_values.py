@@ -15,13 +15,13 @@ from key_values import LENGTH, Written, make_store
 from oracle import brute_force, read_plain, saved_neighbours
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.choice import Wanted
-from retrotool.cli.info import _text
-from retrotool.commands.indexing import Options
-from retrotool.stages.base import Task
-from retrotool.stages.embed import EmbedStage
+from retrotool.embed.stage import EmbedStage
+from retrotool.engine.stage import Task
+from retrotool.index.run import Options
+from retrotool.info.command import _text
 from retrotool.store import parts
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -41,8 +41,8 @@ def records(first: int, n: int) -> list[Written]:
 
 def build(root: Path, model: Path, *contents: list[Written]) -> Path:
     store = make_store(root, model, *contents)
-    commands.embed(store, encoder=str(model))
-    commands.index(store)
+    api.embed(store, encoder=str(model))
+    api.index(store)
     return store
 
 
@@ -51,7 +51,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     """Parts of plain documents, of records, and of both. Not to be changed: copy it."""
     contents = [plain(0, 30), records(0, 30), [*plain(30, 10), *records(30, 15), *plain(40, 5)]]
     store = build(tmp_path_factory.mktemp("mixed") / "store", tiny_encoder, *contents)
-    commands.neighbours(store)
+    api.neighbours(store)
     return store
 
 
@@ -62,7 +62,7 @@ def mixed_copy(mixed: Path, tmp_path: Path) -> Path:
 
 def key_column(store: Path) -> np.ndarray:
     """What the files say, read without retrotool; a file without the column holds keys only."""
-    tables = [pq.read_table(store / part["chunks"]["path"]) for part in commands.info(store).parts]
+    tables = [pq.read_table(store / part["chunks"]["path"]) for part in api.info(store).parts]
     return np.concatenate(
         [t["key"].to_numpy() if "key" in t.column_names else np.ones(t.num_rows, np.bool_) for t in tables]
     )
@@ -71,7 +71,7 @@ def key_column(store: Path) -> np.ndarray:
 def purge(store: Path, *chunks: int, erase: bool = False) -> None:
     path = store.parent / "ids"
     path.write_text("".join(f"{chunk}\n" for chunk in chunks))
-    commands.purge(store, commands.Selectors(ids=str(path)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase)
 
 
 def assert_neighbours_are_true(store: Path, database: Path, name: str = "main") -> None:
@@ -92,8 +92,8 @@ def assert_neighbours_are_true(store: Path, database: Path, name: str = "main") 
 
 
 def test_the_store_is_mixed_and_whole(mixed: Path) -> None:
-    assert commands.verify(mixed).problems == []
-    names = [pq.read_schema(mixed / part["chunks"]["path"]).names for part in commands.info(mixed).parts]
+    assert api.verify(mixed).problems == []
+    names = [pq.read_schema(mixed / part["chunks"]["path"]).names for part in api.info(mixed).parts]
     assert ["key" in columns for columns in names] == [False, True, True]
     assert 100 < key_column(mixed).sum() < len(key_column(mixed)) - 50
 
@@ -104,7 +104,7 @@ def test_keys_have_vectors_and_values_have_zeros(mixed: Path) -> None:
 
 def test_the_index_holds_the_keys_and_nothing_else(mixed: Path) -> None:
     store = read_plain(mixed)
-    shards = commands.info(mixed).indexes["main"]["shards"]
+    shards = api.info(mixed).indexes["main"]["shards"]
     found = np.concatenate([lists.read(mixed / path).ids(0) for path in shards])
     assert np.array_equal(np.sort(found), store.ids[key_column(mixed)])
 
@@ -119,14 +119,14 @@ def test_neighbours_over_a_mixed_store_are_those_of_brute_force(mixed: Path) -> 
 
 def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: Path) -> None:
     keys = int(key_column(mixed_copy).sum())
-    largest = max(int(part["chunks"]["rows"]) for part in commands.info(mixed_copy).parts)
+    largest = max(int(part["chunks"]["rows"]) for part in api.info(mixed_copy).parts)
     options = Options(Wanted(nlist=4, code="float16"), keys)
     assert keys > largest, "all keys fit one shard, and all chunks do not"
-    result = commands.index(mixed_copy, name="ivf", target_recall=1.0, options=options)
+    result = api.index(mixed_copy, name="ivf", target_recall=1.0, options=options)
     assert (result.vectors, result.shards) == (keys, 1)
     assert result.nlist == 4
     assert result.queries == keys
-    path = mixed_copy / commands.info(mixed_copy).indexes["ivf"]["trained"]
+    path = mixed_copy / api.info(mixed_copy).indexes["ivf"]["trained"]
     # Centroids of keys are no nearer to zero, where all values lie, than keys are.
     vectors = read_plain(mixed_copy).vectors[key_column(mixed_copy)]
     centroids = lists.read_trained(path).centroids
@@ -134,27 +134,27 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
     mean = vectors.mean(axis=0)
     assert (((centroids - mean) ** 2).sum(1) <= ((vectors - mean) ** 2).sum(1).max()).all()
     assert (centroids @ mean >= (vectors @ mean).min() - 1e-3).all()
-    commands.neighbours(mixed_copy, name="ivf", index="ivf")
+    api.neighbours(mixed_copy, name="ivf", index="ivf")
     assert_neighbours_are_true(mixed_copy, mixed_copy, "ivf")
-    assert commands.verify(mixed_copy).problems == []
+    assert api.verify(mixed_copy).problems == []
 
 
 def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_came_later(
     mixed_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     options = Options(Wanted(nlist=4, code="float16"))
-    before = commands.index(mixed_copy, name="ivf", options=options)
+    before = api.index(mixed_copy, name="ivf", options=options)
     keys = np.flatnonzero(key_column(mixed_copy))
     read = read_plain(mixed_copy)
     purge(mixed_copy, *read.ids[keys[:10]].tolist(), erase=True)
     rows = [{"id": f"late-{i}", "text": make_text(9000 + i, 20)} for i in range(30)]
-    commands.chunk(mixed_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))])
-    commands.embed(mixed_copy, encoder=str(tiny_encoder))
-    grown = commands.index(mixed_copy, name="ivf")
-    living = commands.info(mixed_copy).keys
+    api.chunk(mixed_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))])
+    api.embed(mixed_copy, encoder=str(tiny_encoder))
+    grown = api.index(mixed_copy, name="ivf")
+    living = api.info(mixed_copy).keys
     assert grown.vectors == living and grown.drift is not None
     assert (grown.drift.new, grown.drift.vectors) == (living - (before.vectors - 10), living)
-    anew = commands.index(mixed_copy, name="ivf", options=Options(retrain=True))
+    anew = api.index(mixed_copy, name="ivf", options=Options(retrain=True))
     assert (anew.vectors, anew.factory, anew.due) == (living, before.factory, "")
     assert anew.drift is not None and anew.drift.new == 0
 
@@ -167,8 +167,8 @@ def test_across_stores_of_one_kind_each(
     shared = [Written(database[0].id, queries[0].text, queries[0].value)]
     ours = make_store(tmp_path / "ours", tiny_encoder, [*queries, *shared])
     theirs = build(tmp_path / "theirs", tiny_encoder, database)
-    commands.embed(ours, encoder=str(tiny_encoder))
-    result = commands.neighbours(theirs, queries=ours, k=2)
+    api.embed(ours, encoder=str(tiny_encoder))
+    result = api.neighbours(theirs, queries=ours, k=2)
     assert result.queries == result.rows == key_column(ours).sum()
     assert_neighbours_are_true(ours, theirs)
     reader, other = retrotool.open(ours), retrotool.open(theirs)
@@ -220,7 +220,7 @@ def test_of_a_purged_key_the_values_are_nobodys_continuation(mixed_copy: Path, e
     assert all(key != found for chunk in reader.chunk_ids(0) for found, _ in reader.neighbour_ids(int(chunk), k=20))
     text = retrotool.open(mixed_copy).search(record.text, 1000)
     assert {key, *values}.isdisjoint({n.id for n in text} | {n.continuation.id for n in text if n.continuation})
-    assert commands.verify(mixed_copy).problems == []
+    assert api.verify(mixed_copy).problems == []
 
 
 @pytest.mark.parametrize("erase", [False, True])
@@ -235,7 +235,7 @@ def test_of_a_purged_value_the_key_stays_without_continuation(mixed_copy: Path, 
     assert reader.neighbour_ids(key) == before
     following = reader.continuation(values[1])
     assert following is not None and following.id == values[2]
-    assert commands.verify(mixed_copy).problems == []
+    assert api.verify(mixed_copy).problems == []
 
 
 def test_an_erase_keeps_which_chunks_are_keys(mixed_copy: Path) -> None:
@@ -243,22 +243,22 @@ def test_an_erase_keeps_which_chunks_are_keys(mixed_copy: Path) -> None:
     reader = retrotool.open(mixed_copy)
     purge(mixed_copy, *reader.document("record-3"), reader.document("record-35")[1], erase=True)
     assert np.array_equal(key_column(mixed_copy), before)
-    verified = commands.verify(mixed_copy)
+    verified = api.verify(mixed_copy)
     assert verified.problems == []
-    commands.neighbours(mixed_copy, name="after")
+    api.neighbours(mixed_copy, name="after")
     assert_neighbours_are_true(mixed_copy, mixed_copy, "after")
 
 
 def test_counts_are_of_keys_where_vectors_are_counted(mixed: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     store = make_store(tmp_path / "store", tiny_encoder, plain(0, 4), records(0, 12))
     keys = int(key_column(store).sum())
-    result = commands.embed(store, encoder=str(tiny_encoder))
+    result = api.embed(store, encoder=str(tiny_encoder))
     assert (result.chunks, result.embedded) == (keys, keys)
-    made = commands.index(store)
+    made = api.index(store)
     assert (made.vectors, made.recall_at_10) == (keys, 1.0)
-    found = commands.neighbours(store)
+    found = api.neighbours(store)
     assert (found.queries, found.rows) == (keys, keys)
-    info = commands.info(store)
+    info = api.info(store)
     assert (info.encoders["tiny"]["rows"], info.neighbours["main"]["rows"]) == (keys, keys)
 
 
@@ -292,14 +292,14 @@ def test_progress_of_embedding_ends_at_the_weight_also_where_chunks_are_erased(
 def test_info_counts_living_keys_where_they_are_fewer_than_the_chunks(
     mixed_copy: Path, built_store: Path, cli: Callable[..., object]
 ) -> None:
-    assert commands.info(built_store).keys == commands.info(built_store).chunks
-    assert "keys)" not in _text(commands.info(built_store))
+    assert api.info(built_store).keys == api.info(built_store).chunks
+    assert "keys)" not in _text(api.info(built_store))
     reader = retrotool.open(mixed_copy)
     for erase in (False, True):
         purge(mixed_copy, *reader.document("record-5")[: 1 + erase], reader.document("plain-7")[0], erase=erase)
         reader.refresh()
         living = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
-        info = commands.info(mixed_copy)
+        info = api.info(mixed_copy)
         assert (info.chunks, info.keys) == (len(living), int(reader.is_searchable(living).sum()))
         assert f"({info.keys:,} of them keys)" in _text(info)
     shown = json.loads(cli("info", mixed_copy, "--json").stdout)  # type: ignore[attr-defined]

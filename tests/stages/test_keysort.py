@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrotool.chunk import external_sort
+from retrotool.chunk.external_sort import RECORD, Bitmap, Sorter, split
 from retrotool.errors import StorageError
-from retrotool.stages import keysort
-from retrotool.stages.keysort import RECORD, Bitmap, Sorter, split
 from retrotool.store.atomic import TEMPORARY
 
 RUN = "0123abcd"
@@ -85,13 +85,13 @@ def fill(root: Path, act: Callable[[Sorter], object]) -> None:
 
 def test_no_range_is_read_that_is_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    whole = keysort.split
+    whole = external_sort.split
 
     def watched(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sizes.append(len(records))
         return whole(records)
 
-    monkeypatch.setattr(keysort, "split", watched)
+    monkeypatch.setattr(external_sort, "split", watched)
     fill(tmp_path, lambda sorter: list(sorter.repeats()))
     assert max(sizes) <= 1000
     assert sum(sizes) == 20_000, "every record is sorted once before and once after it was written"

@@ -14,9 +14,9 @@ from oracle import read_plain
 from test_overlap import by_table
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.stages.pieces import read_pieces
+from retrotool.neighbours.retrieved import read_pieces
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -49,7 +49,7 @@ def test_pieces_are_the_chunks_and_continuations_of_the_api(store_copy: Path, tm
     everything = read_plain(store_copy).ids
     draw = random.Random(4)
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in draw.sample(everything.tolist(), 40)))
-    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
+    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
     some = [*draw.choices(everything.tolist(), k=300), -1, int(everything[-1]) + 1, 77 << 32, (1 << 62) + 5]
     check_pieces(store_copy, np.array(some))
     check_pieces(store_copy, everything)
@@ -61,10 +61,10 @@ def test_of_records_the_value_is_the_continuation_while_the_key_lives(tmp_path: 
 
     rows = [Written(f"r{i}", make_text(i, 20), make_text(100 + i, 90)) for i in range(12)]
     store = make_store(tmp_path / "store", tiny_encoder, rows)
-    ids = np.arange(sum(part["chunks"]["rows"] for part in commands.info(store).parts))
+    ids = np.arange(sum(part["chunks"]["rows"] for part in api.info(store).parts))
     check_pieces(store, ids)
     (tmp_path / "ids").write_text("0\n")
-    commands.purge(store, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
     check_pieces(store, ids)
 
 
@@ -78,15 +78,13 @@ def evaluation(tmp_path: Path, tiny_encoder: Path) -> Path:
         rows.append({"id": f"like {row['id']}", "text": " ".join(words), "source": "like"})
     rows += [{"id": f"new-{i}", "text": make_text(7000 + i, 100), "source": "new"} for i in range(8)]
     store = tmp_path / "evaluation"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "evaluation.jsonl", rows))], tokenizer=str(tiny_encoder))
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "evaluation.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
     return store
 
 
 def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, tmp_path: Path) -> None:
-    found = commands.leakage(
-        built_store, evaluation=evaluation, output=tmp_path / "r.parquet", page=tmp_path / "page.html"
-    )
+    found = api.leakage(built_store, evaluation=evaluation, output=tmp_path / "r.parquet", page=tmp_path / "page.html")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     reader, plain, database = retrotool.open(evaluation), read_plain(evaluation), read_plain(built_store)
     distances = ((plain.vectors[:, None] - database.vectors[None]) ** 2).sum(-1)
@@ -115,13 +113,13 @@ def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, t
 
 
 def test_a_store_against_itself_leaves_out_own_documents_and_purged_ones(store_copy: Path, tmp_path: Path) -> None:
-    before = commands.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
+    before = api.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     plain = read_plain(store_copy)
     of = dict(zip(plain.ids.tolist(), plain.documents, strict=True))
     assert all(of[a] != of[b] for a, b in zip(table["chunk"], table["neighbour"], strict=True) if b >= 0)
-    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
-    after = commands.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
+    after = api.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     assert after.chunks < before.chunks and set(table["source"]) == {"b"}
     living = set(table["chunk"])
@@ -132,17 +130,17 @@ def test_what_cannot_be_compared_is_refused(
     built_store: Path, tmp_path: Path, byte_level_tokenizer: Path, tiny_encoder: Path, cli: Cli
 ) -> None:
     other = tmp_path / "other"
-    commands.chunk(other, [str(write_jsonl(tmp_path / "o.jsonl", make_rows(3)))], tokenizer=str(byte_level_tokenizer))
+    api.chunk(other, [str(write_jsonl(tmp_path / "o.jsonl", make_rows(3)))], tokenizer=str(byte_level_tokenizer))
     with pytest.raises(UsageError, match="different tokenizers"):
-        commands.leakage(built_store, evaluation=other)
+        api.leakage(built_store, evaluation=other)
     plain = tmp_path / "plain"
-    commands.chunk(plain, [str(write_jsonl(tmp_path / "p.jsonl", make_rows(3)))], tokenizer=str(tiny_encoder))
+    api.chunk(plain, [str(write_jsonl(tmp_path / "p.jsonl", make_rows(3)))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no embeddings") as error:
-        commands.leakage(built_store, evaluation=plain)
+        api.leakage(built_store, evaluation=plain)
     assert "retrotool embed" in error.value.advice
     ended = cli("leakage", built_store, "--evaluation", built_store, "--output", tmp_path / "no" / "r.parquet")
     assert ended.returncode == 2 and "there is no folder" in ended.stderr
     ended = cli("leakage", built_store, "--evaluation", built_store, "--html", tmp_path)
     assert ended.returncode == 2 and "is a folder" in ended.stderr
     told = cli("leakage", built_store, "--evaluation", built_store, "--json")
-    assert json.loads(told.stdout)["chunks"] == commands.info(built_store).chunks
+    assert json.loads(told.stdout)["chunks"] == api.info(built_store).chunks

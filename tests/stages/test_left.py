@@ -10,17 +10,17 @@ import pytest
 from conftest import Cli, make_rows, write_jsonl
 
 import retrotool
-from retrotool import cli as command_line
-from retrotool import commands
-from retrotool.commands import measuring
+from retrotool import api
+from retrotool import app as command_line
 from retrotool.errors import CorruptError, UsageError
+from retrotool.index import measuring
 from retrotool.store.store import Store
 
 
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    commands.purge(store, commands.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, object], str]:
@@ -37,7 +37,7 @@ def test_parts_that_are_not_embedded_or_not_indexed_are_told_with_the_next_comma
     store_copy: Path, tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = store_copy
-    commands.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=100_000)))])
+    api.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=100_000)))])
     purge(store, "doc-100003")
     new = sum(len(ids) for ids in map(retrotool.open(store).chunk_ids, retrotool.open(store).parts()[4:]))
     result, told = run(capsys, "index", store)
@@ -70,10 +70,10 @@ def test_the_next_command_of_two_stores_can_be_run_as_it_stands(
     queries = tmp_path / "my queries"
     for n in (5, 7):
         source = write_jsonl(tmp_path / f"{n}.jsonl", make_rows(n, first=100 * n))
-        commands.chunk(queries, [str(source)], tokenizer=str(tiny_encoder))
+        api.chunk(queries, [str(source)], tokenizer=str(tiny_encoder))
         if n == 5:
-            commands.embed(queries, encoder=str(tiny_encoder))
-    result = commands.neighbours(built_store, queries=queries, name="built", k=3, saved=7)
+            api.embed(queries, encoder=str(tiny_encoder))
+    result = api.neighbours(built_store, queries=queries, name="built", k=3, saved=7)
     assert result.not_embedded == len(retrotool.open(queries).chunk_ids(1))
     assert [shlex.split(command)[1:] for command in result.next] == [
         ["embed", str(queries), "--encoder", str(tiny_encoder)],
@@ -84,25 +84,25 @@ def test_the_next_command_of_two_stores_can_be_run_as_it_stands(
 @pytest.mark.parametrize("erase", [False, True])
 def test_purged_chunks_are_not_counted(tmp_path: Path, corpus: Path, tiny_encoder: Path, erase: bool) -> None:
     store = tmp_path / "store"
-    commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
     purge(store, "doc-3", "doc-50", erase=erase)
-    living = commands.info(store).chunks
-    embedded = commands.embed(store, encoder=str(tiny_encoder))
+    living = api.info(store).chunks
+    embedded = api.embed(store, encoder=str(tiny_encoder))
     assert (embedded.chunks, embedded.embedded) == (living, living)
-    assert commands.index(store).vectors == living
-    found = commands.neighbours(store)
+    assert api.index(store).vectors == living
+    found = api.neighbours(store)
     assert (found.queries, found.rows) == (living, living)
     purge(store, "doc-7", erase=erase)
-    assert commands.embed(store, encoder=str(tiny_encoder)).embedded == commands.info(store).chunks < living
-    assert commands.neighbours(store, name="again").queries == commands.info(store).chunks
+    assert api.embed(store, encoder=str(tiny_encoder)).embedded == api.info(store).chunks < living
+    assert api.neighbours(store, name="again").queries == api.info(store).chunks
 
 
 def test_an_erase_while_the_recall_is_measured_is_no_error(
     tmp_path: Path, corpus: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
-    commands.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    api.embed(store, encoder=str(tiny_encoder))
     measure, beside = measuring.find_truth, ["doc-9", "doc-70"]
 
     def erasing(*arguments: object, **options: object) -> object:
@@ -111,18 +111,18 @@ def test_an_erase_while_the_recall_is_measured_is_no_error(
         return measure(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(measuring, "find_truth", erasing)
-    result = commands.index(store)
+    result = api.index(store)
     assert not beside
-    assert (result.vectors, result.recall_at_10) == (commands.info(store).chunks, 1.0)
+    assert (result.vectors, result.recall_at_10) == (api.info(store).chunks, 1.0)
     assert Store.open(store).state.records["index:main"]["vectors"] == result.vectors
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 def test_an_index_that_is_broken_is_an_error_and_not_measured_for_ever(store_copy: Path) -> None:
-    path = store_copy / commands.info(store_copy).indexes["main"]["shards"][0]
+    path = store_copy / api.info(store_copy).indexes["main"]["shards"][0]
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(CorruptError, match=path.name):
-        commands.index(store_copy, target_recall=0.5)
+        api.index(store_copy, target_recall=0.5)
 
 
 def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
@@ -138,7 +138,7 @@ def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
 
 
 def test_the_notes_are_on_stderr_and_the_exit_code_is_0(store_copy: Path, tmp_path: Path, cli: Cli) -> None:
-    commands.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=100_000)))])
+    api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=100_000)))])
     for command in ("index", "neighbours"):
         result = cli(command, store_copy)
         assert result.returncode == 0

@@ -14,22 +14,22 @@ from conftest import make_rows
 from dataset_help import chunk, flat, make_large, same, two_stores
 
 import retrotool
-from retrotool import RetroDataset, commands, engine
-from retrotool.commands import erasing
-from retrotool.commands.materialising import erase_consumed
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.commands.writing import writing
+from retrotool import RetroDataset, api, engine
 from retrotool.errors import CorruptError, UsageError
-from retrotool.stages import materialise
-from retrotool.stages.consumers import consumers
-from retrotool.stages.materialise import MaterialiseStage
-from retrotool.stages.materialised import MaterialisedReader
-from retrotool.stages.reading import NeighbourReader
+from retrotool.neighbours import materialise
+from retrotool.neighbours.dependents import consumers
+from retrotool.neighbours.materialise import MaterialiseStage
+from retrotool.neighbours.materialised import MaterialisedReader
+from retrotool.neighbours.materialising import erase_consumed
+from retrotool.neighbours.run import SearchOptions
+from retrotool.neighbours.table_reader import NeighbourReader
+from retrotool.purge import erase_run
 from retrotool.store import folding, parts, staging
 from retrotool.store import materialised as files
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.runs import Run
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 
@@ -44,14 +44,14 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tupl
 def copies(stores: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The same, to be changed."""
     database, training = (Path(shutil.copytree(store, tmp_path / store.name)) for store in stores)
-    commands.neighbours(database, queries=training)
+    api.neighbours(database, queries=training)
     return database, training
 
 
 @pytest.fixture
 def own(store_copy: Path) -> Path:
     """A store whose neighbours are its own chunks, materialised."""
-    commands.neighbours(store_copy, materialise=True)
+    api.neighbours(store_copy, materialise=True)
     return store_copy
 
 
@@ -82,7 +82,7 @@ def tokens_of(store: Path, ids: list[int]) -> list[bytes]:
 def test_rows_are_the_nearest_with_their_tokens_as_other_tools_read_them(stores: tuple[Path, Path]) -> None:
     database, training = stores
     reader = retrotool.open(training)
-    for part in commands.info(training).parts:
+    for part in api.info(training).parts:
         table = pq.read_table(training / part["materialised"]["main"]["path"])
         assert table.num_rows == part["chunks"]["rows"]
         tokens = np.frombuffer(b"".join(table["tokens"].to_pylist()), "<u2").reshape(-1, 2, 2, 64)
@@ -108,34 +108,34 @@ def test_a_second_run_does_nothing_and_reads_nothing(
 
     monkeypatch.setattr(files, "read_materialised", refuse)
     before = Store.open(training).state.number
-    made = commands.materialise(training)
+    made = api.materialise(training)
     assert (made.made, made.k, made.parts, made.commit) == (0, 2, 2, before)
-    assert made.rows == sum(part["chunks"]["rows"] for part in commands.info(training).parts)
+    assert made.rows == sum(part["chunks"]["rows"] for part in api.info(training).parts)
 
 
 def test_a_file_is_made_anew_once_its_table_is(copies: tuple[Path, Path], tiny_encoder: Path) -> None:
     database, training = copies
     before = entries(training)
     chunk(database, tiny_encoder, make_rows(30, first=300))
-    commands.index(database)
-    commands.neighbours(database, queries=training)
+    api.index(database)
+    api.neighbours(database, queries=training)
     assert entries(training) == before, "stale, and there"
-    made = commands.materialise(training)
+    made = api.materialise(training)
     after = entries(training)
     assert made.made == made.rows and after.keys() == before.keys()
     assert not any((training / entry.path).exists() for entry in before.values())
     for slot, entry in after.items():
         assert entry.about["tables"] == [Store.open(training).state.file("neighbours", slot, "main").path]
-    commands.neighbours(database, queries=training, k=3, materialise=True)
+    api.neighbours(database, queries=training, k=3, materialise=True)
     assert {entry.about["k"] for entry in entries(training).values()} == {3}
-    assert commands.verify(training).problems == []
+    assert api.verify(training).problems == []
 
 
 def test_a_part_that_came_later_is_added(copies: tuple[Path, Path], tiny_encoder: Path) -> None:
     database, training = copies
     before = entries(training)
     chunk(training, tiny_encoder, make_rows(5, first=300))
-    result = commands.neighbours(database, queries=training, materialise=True)
+    result = api.neighbours(database, queries=training, materialise=True)
     after = entries(training)
     assert {slot: after[slot] for slot in before} == before and len(after) == 3
     assert result.materialised.made == after["000002"].rows
@@ -150,15 +150,15 @@ def test_only_parts_that_hold_what_was_purged_are_made_anew(copies: tuple[Path, 
     )
     before = entries(training)
     purge_ids(database, unused)
-    assert commands.materialise(training).made == 0
+    assert api.materialise(training).made == 0
     assert entries(training) == before, "it changed nothing that matters"
     victim = next(i for i in ids["000000"] if not {i, i - 1} & ids["000001"])
     purge_ids(database, victim)
-    made = commands.materialise(training)
+    made = api.materialise(training)
     assert made.made == before["000000"].rows
     assert entries(training)["000001"] == before["000001"]
     assert victim not in held_ids(training, entries(training)["000000"])
-    assert commands.materialise(training).made == 0
+    assert api.materialise(training).made == 0
 
 
 def held_ids(store: Path, entry: FileEntry) -> set[int]:
@@ -167,7 +167,7 @@ def held_ids(store: Path, entry: FileEntry) -> set[int]:
 
 def purge_ids(store: Path, *ids: int, erase: bool = False) -> Any:
     (store.parent / "ids").write_text("".join(f"{i}\n" for i in ids))
-    return commands.purge(store, commands.Selectors(ids=str(store.parent / "ids")), reason="test", erase=erase)
+    return api.purge(store, api.Selectors(ids=str(store.parent / "ids")), reason="test", erase=erase)
 
 
 def test_a_purge_of_a_continuation_alone_makes_the_file_anew(copies: tuple[Path, Path]) -> None:
@@ -180,9 +180,9 @@ def test_a_purge_of_a_continuation_alone_makes_the_file_anew(copies: tuple[Path,
     trace = tokens_of(database, [victim])[0]
     assert trace in bytes_of(training, "materialised")
     purge_ids(database, victim)
-    assert commands.materialise(training).made > 0
+    assert api.materialise(training).made > 0
     assert trace not in bytes_of(training, "materialised")
-    assert commands.materialise(training).made == 0
+    assert api.materialise(training).made == 0
 
 
 def test_what_an_earlier_file_has_is_copied_and_not_read_again(
@@ -199,7 +199,7 @@ def test_what_an_earlier_file_has_is_copied_and_not_read_again(
         return pieces(reader, found, into)
 
     monkeypatch.setattr(NeighbourReader, "pieces", counted)
-    commands.materialise(training)
+    api.materialise(training)
     monkeypatch.undo()
     assert 0 < sum(asked) < entries(training)["000000"].rows
     check_all(training)
@@ -222,28 +222,28 @@ def test_blocks_of_several_row_groups_and_of_one_give_the_same(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_large(tmp_path / "store", tiny_encoder, [20_000, 9000])
-    commands.materialise(store)
+    api.materialise(store)
     check_all(store)
     groups = [pq.read_metadata(store / entry.path).row_group(0).num_rows for entry in entries(store).values()]
     assert groups == [8192, 8192]
     sums = {slot: entry.sha256 for slot, entry in entries(store).items()}
     other = make_large(tmp_path / "other", tiny_encoder, [20_000, 9000])
     monkeypatch.setattr(materialise, "BLOCK_BYTES", 1)
-    commands.materialise(other)
+    api.materialise(other)
     assert {slot: entry.sha256 for slot, entry in entries(other).items()} == sums
-    commands.materialise(store, workers=2)
+    api.materialise(store, workers=2)
 
 
 def test_several_processes_share_the_parts(tmp_path: Path, tiny_encoder: Path) -> None:
     store = make_large(tmp_path / "store", tiny_encoder, [900, 800, 700, 600])
-    made = commands.materialise(store, workers=2)
+    made = api.materialise(store, workers=2)
     assert (made.parts, made.made) == (4, 3000)
     check_all(store)
 
 
 def test_a_store_without_tables_is_told_how_to_make_them(store_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no neighbours 'none'") as error:
-        commands.materialise(store_copy, name="none")
+        api.materialise(store_copy, name="none")
     assert "retrotool neighbours" in error.value.advice
 
 
@@ -251,12 +251,12 @@ def test_a_database_is_told_of_its_text_however_that_is_written(tmp_path: Path, 
     """From Python alone, without the command that finds neighbours: an erase there reaches it all the same."""
     database = chunk(tmp_path / "database", tiny_encoder, make_rows(20))
     training = chunk(tmp_path / "training", tiny_encoder, make_rows(10, first=50))
-    commands.neighbours(database, queries=training, search=SearchOptions(exact=True))
+    api.neighbours(database, queries=training, search=SearchOptions(exact=True))
     assert [one.materialised for one in consumers(Store.open(database).state)] == [False]
-    assert commands.materialise(training).unaware == ()
+    assert api.materialise(training).unaware == ()
     assert [one.materialised for one in consumers(Store.open(database).state)] == [True]
     number = Store.open(database).state.number
-    commands.materialise(training)
+    api.materialise(training)
     assert Store.open(database).state.number == number, "nothing new to tell"
     victim = min(held_ids(training, entries(training)["000000"]))
     trace = tokens_of(database, [victim])[0]
@@ -280,7 +280,7 @@ def test_an_erase_in_the_same_store_zeroes_slots_and_keeps_the_file_current(own:
     assert all(trace in bytes_of(own, "materialised") for trace in traces[:2])
     purge_ids(own, *victims)
     masked = list(RetroDataset(own, **options))
-    result = commands.purge(own, commands.Selectors(ids=str(own.parent / "ids")), reason="test", erase=True)
+    result = api.purge(own, api.Selectors(ids=str(own.parent / "ids")), reason="test", erase=True)
     haystack = everything_of(own)
     assert [trace for trace in traces if trace in haystack] == []
     assert not any(held_ids(own, entry) & set(victims) for entry in entries(own).values())
@@ -289,14 +289,14 @@ def test_an_erase_in_the_same_store_zeroes_slots_and_keeps_the_file_current(own:
     dataset = RetroDataset(own, **options)
     assert dataset.materialised_parts() == (4, 4), "the tables were rewritten, too, and are the same tables"
     assert same(masked, list(dataset), but=())
-    assert commands.verify(own).problems == []
-    for part in commands.info(own).parts:
+    assert api.verify(own).problems == []
+    for part in api.info(own).parts:
         rows = [i & 0xFFFFFFFF for i in victims if i >> 32 == part["part"]]
         table = pq.read_table(own / part["materialised"]["main"]["path"])
         for row in rows:
             assert table["ids"][row].as_py() == [-1, -1]
             assert not any(table["tokens"][row].as_py())
-    made = commands.materialise(own)
+    made = api.materialise(own)
     assert made.made > 0
     assert same(masked, list(RetroDataset(own, **options)), but=())
     check_all(own)
@@ -311,12 +311,12 @@ def test_an_erase_of_a_continuation_leaves_the_neighbour(own: Path) -> None:
     purge_ids(own, victim, erase=True)
     assert trace not in everything_of(own)
     assert n in set().union(*(held_ids(own, entry) for entry in entries(own).values())) <= others | {-1, -2}
-    assert commands.verify(own).problems == []
+    assert api.verify(own).problems == []
 
 
 def test_stale_files_are_erased_too(own: Path) -> None:
-    commands.index(own, name="other")
-    commands.neighbours(own, index="other")
+    api.index(own, name="other")
+    api.neighbours(own, index="other")
     assert RetroDataset(own, sequence_length=256).materialised_parts() == (0, 4)
     victims = retrotool.open(own).document("doc-9")
     traces = tokens_of(own, victims)
@@ -331,7 +331,7 @@ def test_a_mixture_is_materialised_with_its_tables_and_its_databases_know(
     database, training = copies
     books = chunk(database.with_name("books"), tiny_encoder, make_rows(20, first=400))
     search = SearchOptions(exact=True)
-    result = commands.neighbours(
+    result = api.neighbours(
         database, queries=training, name="both", databases=[(books, 2.0)], search=search, materialise=True
     )
     assert result.materialised is not None and result.materialised.parts == 2
@@ -339,14 +339,14 @@ def test_a_mixture_is_materialised_with_its_tables_and_its_databases_know(
     stored = files.read_materialised(Store.open(training), entries(training, "both")["000000"])
     assert set(stored.databases.flatten().tolist()) == {0, 1}
     assert {one.table: one.materialised for one in consumers(Store.open(books).state)} == {"both.books": True}
-    assert commands.materialise(training, name="both").made == 0
+    assert api.materialise(training, name="both").made == 0
     victim = int(stored.ids[stored.databases == 1][0])
     trace = tokens_of(books, [victim])[0]
     assert trace in bytes_of(training, "materialised")
     (one,) = purge_ids(books, victim, erase=True).consumers
     assert one.table == "both.books" and one.rewritten and one.names
     assert trace not in bytes_of(training, "materialised")
-    assert commands.verify(training).problems == []
+    assert api.verify(training).problems == []
 
 
 def test_files_of_parts_that_have_no_table_any_more_go(own: Path) -> None:
@@ -355,7 +355,7 @@ def test_files_of_parts_that_have_no_table_any_more_go(own: Path) -> None:
         gone = store.state.part_file("neighbours", 1, "main")
         assert gone is not None
         store.commit(run, lambda _: Draft("test", remove=(gone.path,)))
-    assert commands.materialise(own).parts == 3
+    assert api.materialise(own).parts == 3
     assert "000001" not in entries(own)
 
 
@@ -368,7 +368,7 @@ def test_an_erase_reaches_a_store_that_has_this_one_as_its_database(copies: tupl
     victims = [*ids[:3], follower]
     traces = tokens_of(database, victims)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(erasing, "_erase_texts", lambda *_: None)  # as if it could not be written
+        patch.setattr(erase_run, "_erase_texts", lambda *_: None)  # as if it could not be written
         purge_ids(database, *victims, erase=True)
     assert all(trace in bytes_of(training, "materialised") for trace in traces)
     masked = list(RetroDataset(training, **options))
@@ -380,7 +380,7 @@ def test_an_erase_reaches_a_store_that_has_this_one_as_its_database(copies: tupl
     haystack = bytes_of(training, "materialised")
     assert [trace for trace in traces if trace in haystack] == []
     assert same(masked, list(RetroDataset(training, **options)), but=())
-    assert commands.verify(training).problems == []
+    assert api.verify(training).problems == []
     assert not list((training / "staging").glob("*.json"))
 
 
@@ -412,7 +412,7 @@ def test_an_erase_of_the_training_text_empties_its_rows(copies: tuple[Path, Path
         assert (stored.ids[rows] == -1).all() and not stored.tokens[rows].any() and not stored.n_tokens[rows].any()
         others = np.delete(np.arange(len(stored)), rows)
         assert (stored.ids[others] >= 0).all()
-    assert commands.verify(training).problems == []
+    assert api.verify(training).problems == []
 
 
 def perform_late(
@@ -429,7 +429,7 @@ def perform_late(
 
 def test_what_was_materialised_before_a_purge_of_the_same_store_is_not_committed_after_it(store_copy: Path) -> None:
     """Also of a continuation alone: no table of the part names it, so none is rewritten by the erase."""
-    commands.neighbours(store_copy, name="few", saved=2)
+    api.neighbours(store_copy, name="few", saved=2)
     reader = retrotool.open(store_copy)
     named = {
         n.id for part in reader.parts() for i in reader.chunk_ids(part).tolist() for n in reader.neighbours(i, "few")
@@ -453,7 +453,7 @@ def test_a_purge_in_another_store_while_a_file_is_written_is_seen(
     database, training = copies
     victim = max(held_ids(training, entries(training)["000000"]))
     trace = tokens_of(database, [victim])[0]
-    commands.neighbours(database, queries=training, k=3)
+    api.neighbours(database, queries=training, k=3)
     write, done = files.write_materialised, []
 
     def write_slowly(*arguments: Any, **options: Any) -> FileEntry:
@@ -464,17 +464,17 @@ def test_a_purge_in_another_store_while_a_file_is_written_is_seen(
         return entry
 
     monkeypatch.setattr(files, "write_materialised", write_slowly)
-    commands.materialise(training)
+    api.materialise(training)
     assert done and not (training / done[0]).exists()
     assert trace not in bytes_of(training, "materialised")
     check_all(training)
 
 
 def test_a_table_that_is_computed_again_meanwhile_is_materialised_again(store_copy: Path) -> None:
-    commands.index(store_copy, name="other")
+    api.index(store_copy, name="other")
     store = Store.open(store_copy)
     with writing(store) as run:
-        folded = perform_late(store, run, 1, lambda: commands.neighbours(store_copy, index="other"))
+        folded = perform_late(store, run, 1, lambda: api.neighbours(store_copy, index="other"))
         assert list(folded.refused) and not folded.committed
         engine.execute(MaterialiseStage("main"), store, run)
     check_all(store_copy)
@@ -502,7 +502,7 @@ def test_a_plain_row_is_read_through_the_tables(stores: tuple[Path, Path]) -> No
 
 def test_an_erase_goes_to_the_stores_that_the_database_knows(copies: tuple[Path, Path]) -> None:
     database, training = copies
-    commands.neighbours(database, queries=training, materialise=True)
+    api.neighbours(database, queries=training, materialise=True)
     victims = [i for i in sorted(held_ids(training, entries(training)["000000"])) if i >= 0][:3]
     traces = tokens_of(database, victims)
     assert all(trace in bytes_of(training, "materialised") for trace in traces)
@@ -512,7 +512,7 @@ def test_an_erase_goes_to_the_stores_that_the_database_knows(copies: tuple[Path,
     copied = [one for one in result.consumers if Path(one.path) != training]
     assert all(one.rewritten == 0 and one.materialised for one in copied), "of another copy, which is left alone"
     assert not any(trace in bytes_of(training, "materialised") for trace in traces)
-    commands.neighbours(database, queries=training, materialise=True)
+    api.neighbours(database, queries=training, materialise=True)
     again = purge_ids(database, *victims, erase=True)
     assert [one for one in again.consumers if Path(one.path) == training] == [], "nothing is left there"
-    assert commands.verify(training).problems == []
+    assert api.verify(training).problems == []

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import make_encoder, write_jsonl
 
-from retrotool import commands
+from retrotool import api
 from retrotool.encoder import Encoder, Rows
 
 pytestmark = pytest.mark.slow
@@ -47,11 +47,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for n in (LARGE, SMALL):
         made[n] = root / f"store-{n}"
         file = write_jsonl(root / f"{n}.jsonl", [{"id": f"{i}", "text": f"word{i}"} for i in range(n)])
-        commands.chunk(made[n], [str(file)], tokenizer=str(encoder), part_size=50_000)
+        api.chunk(made[n], [str(file)], tokenizer=str(encoder), part_size=50_000)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Encoder, "vectors", vectors)
             patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
-            commands.embed(made[n], encoder=str(encoder))
+            api.embed(made[n], encoder=str(encoder))
     return made
 
 

@@ -13,15 +13,15 @@ from oracle import read_plain
 from test_neighbour_filters import grow, is_copy, run, spied
 
 import retrotool
-from retrotool import commands, engine
-from retrotool.commands.neighbour_options import FilterOptions
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.commands.writing import writing
+from retrotool import api, engine
 from retrotool.errors import UsageError
-from retrotool.stages import mixtures
-from retrotool.stages.reading import NeighbourReader
+from retrotool.neighbours import mixtures
+from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.run import SearchOptions
+from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.store import disk, folding
 from retrotool.store.log import Draft
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)
@@ -50,7 +50,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def mix(*databases: tuple[str, float | None], first: str = "wiki", name: str = "m", **options: Any) -> Any:
-    return commands.neighbours(first, queries="training", name=name, databases=databases, search=EXACT, **options)
+    return api.neighbours(first, queries="training", name=name, databases=databases, search=EXACT, **options)
 
 
 def expected(weights: dict[str, float], *, copies: bool = True) -> list[list[tuple[str, int, float]]]:
@@ -123,7 +123,7 @@ def test_of_several_databases_the_nearest_by_distance_over_weight(monkeypatch: p
         "mix": [{"table": f"m.{name}", "weight": w} for name, w in (("wiki", 1.0), ("books", 0.5), ("training", 2.0))]
     }
     check({"wiki": 1.0, "books": 0.5, "training": 2.0})
-    assert all(commands.verify(name).problems == [] for name in NAMES)
+    assert all(api.verify(name).problems == [] for name in NAMES)
     asked = searched(monkeypatch)
     files = sorted(Path("training/neighbours").rglob("*.parquet"))
     told = run(
@@ -163,9 +163,9 @@ def test_filters_hold_in_every_database_and_for_one_that_comes_later() -> None:
 def test_purges_and_growth_in_the_databases(tiny_encoder: Path) -> None:
     mix(("books", 2.0), ("training", 1.0), saved=6)
     Path("names").write_text("wiki-doc-3\nsame-1\n")
-    commands.purge("wiki", commands.Selectors(documents="names"), reason="test", erase=True)
+    api.purge("wiki", api.Selectors(documents="names"), reason="test", erase=True)
     Path("names").write_text("training-doc-83\n")
-    commands.purge("training", commands.Selectors(documents="names"), reason="test")
+    api.purge("training", api.Selectors(documents="names"), reason="test")
     check({"wiki": 1.0, "books": 2.0, "training": 1.0}, k=2)
     rows = [{**row, "id": f"late-{row['id']}"} for row in make_rows(8, first=500, words=60)]
     grow(Path("books"), tiny_encoder, rows)
@@ -175,7 +175,7 @@ def test_purges_and_growth_in_the_databases(tiny_encoder: Path) -> None:
     grow(Path("training"), tiny_encoder, [{**row, "id": f"x-{row['id']}"} for row in rows[:3]])
     mix(saved=6)
     check({"wiki": 1.0, "books": 2.0, "training": 1.0}, k=2)
-    assert all(commands.verify(name).problems == [] for name in NAMES)
+    assert all(api.verify(name).problems == [] for name in NAMES)
 
 
 @pytest.mark.usefixtures("here")
@@ -194,14 +194,14 @@ def test_a_plain_table_becomes_the_first_of_a_mixture_and_plain_again(monkeypatc
     assert (found.mix, found.left_out, found.queries, asked) == ((), ("m.books",), 0, [])
     assert record()["database"] == Store.open("wiki").identity.uuid and record("m.wiki") is None
     assert retrotool.open("training").neighbour_ids(chunk, "m", 20) == before
-    assert commands.verify("training").problems == []
+    assert api.verify("training").problems == []
     found = mix(("books", None))
     assert found.queries == 0 and asked == [], "what it left out is there still"
     check({"wiki": 1.0, "books": 1.0})
     told = run("neighbours", "books", "--queries", "training", "--name", "m", "--exact", "--database", "training")
     assert "No longer in 'm', but there under their own names: m.wiki." in told.stdout
     check({"books": 1.0, "training": 1.0})
-    assert commands.verify("training").problems == []
+    assert api.verify("training").problems == []
 
 
 @pytest.mark.usefixtures("here")
@@ -215,7 +215,7 @@ def test_a_plain_table_of_a_database_that_the_mixture_has_not_is_kept_beside_it(
         mix()
     assert "--database" in error.value.advice
     assert mix(("wiki", None)).left_out == ("m.books", "m.training")
-    assert retrotool.open("training").neighbour_ids(0, "m") and commands.verify("training").problems == []
+    assert retrotool.open("training").neighbour_ids(0, "m") and api.verify("training").problems == []
 
 
 def test_weights_may_be_as_far_apart_as_weights_can_be(here: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_run_that_was_killed_leaves_the_mixture_that_there_was(here: Path, mon
     check({"wiki": 1.0})
     mix(("books", None))
     check({"wiki": 1.0, "books": 1.0})
-    assert commands.verify("training").problems == []
+    assert api.verify("training").problems == []
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -287,7 +287,7 @@ def test_a_run_that_was_killed_while_it_gives_files_new_names(
     assert mix(("books", None)).queries > 0
     assert read_all("m.wiki") == before
     assert len(list(Path("training/neighbours").rglob("*.parquet"))) == 2 * len(retrotool.open("training").parts())
-    assert commands.verify("training").problems == []
+    assert api.verify("training").problems == []
 
 
 def read_all(name: str) -> list[Any]:
@@ -300,8 +300,8 @@ def test_databases_that_do_not_go_together_are_refused(
 ) -> None:
     def made_of(name: str, **options: Any) -> None:
         source = str(write_jsonl(here / f"{name}.jsonl", make_rows(3)))
-        commands.chunk(name, [source], **{"tokenizer": str(tiny_encoder), **options})
-        commands.embed(name, encoder=str(tiny_encoder))
+        api.chunk(name, [source], **{"tokenizer": str(tiny_encoder), **options})
+        api.embed(name, encoder=str(tiny_encoder))
 
     made_of("bytes", tokenizer=str(byte_level_tokenizer))
     made_of("short", chunk_length=32)
@@ -327,12 +327,12 @@ def test_databases_that_do_not_go_together_are_refused(
     assert record() is None and not Path("training/neighbours").exists(), "nothing was changed"
     other = make_encoder(here / "models" / "other", 3)
     for name in ("books", "training"):
-        commands.embed(name, encoder=str(other))
-    commands.index("books", encoder="other")
-    commands.index("wiki")
+        api.embed(name, encoder=str(other))
+    api.index("books", encoder="other")
+    api.index("wiki")
     with pytest.raises(UsageError, match="searched by different encoders, other and tiny"):
-        commands.neighbours("wiki", queries="training", databases=[("books", None)])
-    commands.neighbours(
+        api.neighbours("wiki", queries="training", databases=[("books", None)])
+    api.neighbours(
         "wiki", queries="training", name="a", databases=[("training", None)],
         search=SearchOptions(exact=True, encoder="tiny"),
     )  # fmt: skip
@@ -368,12 +368,12 @@ def test_verify_notes_a_mixture_that_is_not_one(here: Path) -> None:
     ):
         with writing(store) as run_:
             store.commit(run_, lambda _: Draft("neighbours", records={"neighbours:m": {"mix": broken}}))  # noqa: B023
-        (problem,) = commands.verify("training").problems
+        (problem,) = api.verify("training").problems
         assert problem == f"neighbours m: the mixture {problem.partition('mixture ')[2]}" and said in problem
 
 
 def test_an_index_can_be_dropped_where_there_are_mixtures(here: Path) -> None:
     mix(("books", None))
-    commands.index("training")
+    api.index("training")
     told = run("index", "training", "--drop", "--name", "main")
     assert told.exit_code == 0 and "stay as they are" not in told.stdout

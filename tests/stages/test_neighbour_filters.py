@@ -18,16 +18,16 @@ from test_overlap import by_grams
 from typer.testing import CliRunner
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.cli import app
-from retrotool.commands.indexing import Options
-from retrotool.commands.neighbour_options import FilterOptions
-from retrotool.commands.neighbour_tables import SearchOptions
+from retrotool.app import app
 from retrotool.errors import UsageError
-from retrotool.stages import neighbour_filters
-from retrotool.stages.exact import ExactDatabase
-from retrotool.stages.searching import Database
+from retrotool.index.exact import ExactDatabase
+from retrotool.index.run import Options
+from retrotool.index.searching import Database
+from retrotool.neighbours import neighbour_filters
+from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.run import SearchOptions
 
 EXACT = SearchOptions(exact=True)
 Dropped = Callable[[list[int], list[int], list[int]], bool]
@@ -49,8 +49,8 @@ def with_copies(n: int, *, first: int = 0) -> list[dict[str, Any]]:
 
 def grow(store: Path, encoder: Path, rows: list[dict[str, Any]]) -> Path:
     source = write_jsonl(store.parent / f"{store.name}-{len(list(store.parent.iterdir()))}.jsonl", rows)
-    commands.chunk(store, [str(source)], tokenizer=str(encoder), part_size=90)
-    commands.embed(store, encoder=str(encoder))
+    api.chunk(store, [str(source)], tokenizer=str(encoder), part_size=90)
+    api.embed(store, encoder=str(encoder))
     return store
 
 
@@ -85,7 +85,7 @@ def sources_of(store: Path) -> dict[int, str]:
     reader = retrotool.open(store)
     of = {}
     for part in reader.parts():
-        documents = retrotool.api.parts.read_documents(reader._store, part).to_pylist()
+        documents = retrotool.reader.parts.read_documents(reader._store, part).to_pylist()
         source = {row["id"]: row["source"] for row in documents}
         of |= {int(i): source[reader.chunk(int(i)).document] for i in reader.chunk_ids(part)}
     return of
@@ -149,14 +149,14 @@ def test_what_is_kept_is_what_brute_force_keeps(store: Path, how: str, asked: in
     filters, dropped = FILTERS[asked]
     if how != "exact":
         wanted = Wanted(nlist=6, code="float16") if how == "lists" else Wanted()
-        commands.index(store, target_recall=1, options=Options(wanted, 100))
-    found = commands.neighbours(store, saved=6, filters=filters)
+        api.index(store, target_recall=1, options=Options(wanted, 100))
+    found = api.neighbours(store, saved=6, filters=filters)
     assert found.filters == filters_in(filters)
     truth = oracle(store, store, 6, dropped)
     unfiltered = oracle(store, store, 6, nothing)
     assert (truth[1] != unfiltered[1]).any(axis=1).mean() > 0.2, "there is something to leave out"
     assert_same(saved_neighbours(store), truth)
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 def filters_in(asked: FilterOptions) -> dict[str, Any]:
@@ -168,12 +168,12 @@ def test_across_stores_and_in_little_memory(store: Path, tmp_path: Path, tiny_en
     rows = [{**row, "id": f"q {row['id']}"} for row in with_copies(20, first=30)]
     queries = grow(tmp_path / "queries", tiny_encoder, rows)
     filters = FilterOptions(0.3, True)
-    found = commands.neighbours(store, queries=queries, saved=4, filters=filters, name="x")
-    assert found.queries == commands.info(queries).keys
+    found = api.neighbours(store, queries=queries, saved=4, filters=filters, name="x")
+    assert found.queries == api.info(queries).keys
     truth = oracle(queries, store, 4, lambda query, n, f: is_copy(query, n, f) or overlaps(0.3)(query, n, f))
     assert_same(saved_neighbours(queries, "x"), truth)
     little = SearchOptions(exact=True, memory=1 << 14)
-    commands.neighbours(store, queries=queries, saved=4, filters=filters, name="little", search=little)
+    api.neighbours(store, queries=queries, saved=4, filters=filters, name="little", search=little)
     assert np.array_equal(saved_neighbours(queries, "x")[1], saved_neighbours(queries, "little")[1])
 
 
@@ -203,7 +203,7 @@ def test_of_a_chunk_with_many_copies_more_and_more_are_searched(
     many_copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = spied(monkeypatch)
-    commands.neighbours(many_copies, saved=4, filters=FilterOptions(near_copies=True))
+    api.neighbours(many_copies, saved=4, filters=FilterOptions(near_copies=True))
     assert_same(saved_neighbours(many_copies), oracle(many_copies, many_copies, 4, is_copy))
     assert len({k for _, k in asked}) > 3
     n = [sum(queries for queries, k in asked if k == wanted) for wanted in sorted({k for _, k in asked})]
@@ -212,7 +212,7 @@ def test_of_a_chunk_with_many_copies_more_and_more_are_searched(
 
 def test_up_to_a_bound(many_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbour_filters, "MOST", 16)
-    commands.neighbours(many_copies, saved=4, filters=FilterOptions(near_copies=True))
+    api.neighbours(many_copies, saved=4, filters=FilterOptions(near_copies=True))
     ids = saved_neighbours(many_copies)[0]
     reader = retrotool.open(many_copies)
     first = reader.document("copy-3")[0]
@@ -226,32 +226,32 @@ def test_what_cannot_be_compared_is_refused(
     other, long = tmp_path / "other", tmp_path / "long"
     for path, tokenizer, length in ((other, byte_level_tokenizer, 64), (long, tiny_encoder, 100)):
         source = str(write_jsonl(tmp_path / f"{path.name}.jsonl", make_rows(3)))
-        commands.chunk(path, [source], tokenizer=str(tokenizer), chunk_length=length)
-        commands.embed(path, encoder=str(tiny_encoder))
+        api.chunk(path, [source], tokenizer=str(tokenizer), chunk_length=length)
+        api.embed(path, encoder=str(tiny_encoder))
     with pytest.raises(UsageError, match="have different tokenizers"):
-        commands.neighbours(store, queries=other, filters=FilterOptions(near_copies=True), name="x")
+        api.neighbours(store, queries=other, filters=FilterOptions(near_copies=True), name="x")
     with pytest.raises(UsageError, match="chunks of 100 tokens; 64 can be compared"):
-        commands.neighbours(long, filters=FilterOptions(max_overlap=0.5))
-    assert commands.neighbours(store, queries=other, filters=FilterOptions(exclude_sources=("a",)), name="x").rows
+        api.neighbours(long, filters=FilterOptions(max_overlap=0.5))
+    assert api.neighbours(store, queries=other, filters=FilterOptions(exclude_sources=("a",)), name="x").rows
     for share in (0.0, -1.0, 1.1, float("nan")):
         with pytest.raises(UsageError, match="is not above 0 and at most 1"):
-            commands.neighbours(store, filters=FilterOptions(max_overlap=share))
+            api.neighbours(store, filters=FilterOptions(max_overlap=share))
 
 
 @pytest.mark.parametrize("how", ["exact", "flat", "lists"])
 def test_only_chunks_of_allowed_sources_are_found(store: Path, how: str) -> None:
     if how != "exact":
         wanted = Wanted(nlist=6, code="float16") if how == "lists" else Wanted()
-        commands.index(store, target_recall=1, options=Options(wanted, 100))
+        api.index(store, target_recall=1, options=Options(wanted, 100))
     for name, filters, allowed in (
         ("without", FilterOptions(exclude_sources=("a",)), "bc"),
         ("only", FilterOptions(only_sources=("c",)), "c"),
         ("both", FilterOptions(only_sources=("a", "b"), exclude_sources=("c",)), "ab"),
     ):
-        found = commands.neighbours(store, name=name, saved=8, filters=filters)
+        found = api.neighbours(store, name=name, saved=8, filters=filters)
         assert found.queries == found.rows
         assert_same(saved_neighbours(store, name), oracle(store, store, 8, nothing, frozenset(allowed)))
-    commands.neighbours(store, name="all", saved=5, filters=FilterOptions(0.2, True, ("b",)))
+    api.neighbours(store, name="all", saved=5, filters=FilterOptions(0.2, True, ("b",)))
     truth = oracle(store, store, 5, lambda q, n, f: is_copy(q, n, f) or overlaps(0.2)(q, n, f), frozenset("ac"))
     assert_same(saved_neighbours(store, "all"), truth)
 
@@ -259,19 +259,19 @@ def test_only_chunks_of_allowed_sources_are_found(store: Path, how: str) -> None
 def test_sources_that_are_nowhere_are_refused_with_those_that_there_are(store: Path) -> None:
     for filters in (FilterOptions(exclude_sources=("a", "d")), FilterOptions(only_sources=("d",))):
         with pytest.raises(UsageError, match="no document has the source 'd'") as error:
-            commands.neighbours(store, filters=filters)
+            api.neighbours(store, filters=filters)
         assert error.value.advice == "There are: a, b, c"
     with pytest.raises(UsageError, match="both to be left out and the only one"):
-        commands.neighbours(store, filters=FilterOptions(exclude_sources=("a",), only_sources=("a", "b")))
+        api.neighbours(store, filters=FilterOptions(exclude_sources=("a",), only_sources=("a", "b")))
     with pytest.raises(UsageError, match=r"nothing of .* would be left: left out are the sources a, b, c"):
-        commands.neighbours(store, filters=FilterOptions(exclude_sources=("a", "b", "c")))
-    commands.neighbours(store, filters=FilterOptions(only_sources=("a",)))
+        api.neighbours(store, filters=FilterOptions(exclude_sources=("a", "b", "c")))
+    api.neighbours(store, filters=FilterOptions(only_sources=("a",)))
     with pytest.raises(UsageError, match="the source a; all sources but a") as error:
-        commands.neighbours(store, filters=FilterOptions(exclude_sources=("a",)))
+        api.neighbours(store, filters=FilterOptions(exclude_sources=("a",)))
     assert "--no-filters" in error.value.advice
-    commands.purge(store, commands.Selectors(where="source = 'c'"), reason="test")
+    api.purge(store, api.Selectors(where="source = 'c'"), reason="test")
     with pytest.raises(UsageError, match="no document has the source 'c'"):
-        commands.neighbours(store, filters=FilterOptions(only_sources=("c",)))
+        api.neighbours(store, filters=FilterOptions(only_sources=("c",)))
 
 
 def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
@@ -280,7 +280,7 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
     """The source that is left in is one document in twenty, and in few lists."""
     rows = [{**row, "source": "rare" if i % 20 == 0 else "common"} for i, row in enumerate(make_rows(400, words=40))]
     store = grow(tmp_path / "store", tiny_encoder, rows)
-    commands.index(store, options=Options(Wanted(nlist=32, code="float16")))
+    api.index(store, options=Options(Wanted(nlist=32, code="float16")))
     opened = Database(retrotool.open(store)._store)
     probed: list[tuple[int, int]] = []
     search = Database._search
@@ -290,7 +290,7 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
         return search(self, queries, k, nprobe, *arguments)
 
     monkeypatch.setattr(Database, "_search", spy)
-    commands.neighbours(store, saved=10, filters=FilterOptions(only_sources=("rare",)))
+    api.neighbours(store, saved=10, filters=FilterOptions(only_sources=("rare",)))
     truth = oracle(store, store, 10, nothing, frozenset(["rare"]))
     found = saved_neighbours(store)
     rows_of = zip(found[0].tolist(), truth[0].tolist(), strict=True)
@@ -302,7 +302,7 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    commands.purge(store, commands.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
 
 
 @pytest.mark.parametrize("how", ["exact", "flat", "lists"])
@@ -312,23 +312,23 @@ def test_growth_and_refills_give_what_a_run_from_scratch_gives(
 ) -> None:
     def build() -> None:
         if how != "exact":
-            commands.index(store, target_recall=1, options=Options(wanted, 100))
+            api.index(store, target_recall=1, options=Options(wanted, 100))
 
     wanted = Wanted(nlist=6, code="float16") if how == "lists" else Wanted()
     build()
     wanted = Wanted()
     filters = FilterOptions(0.3, True, ("b",))
-    commands.neighbours(store, saved=5, name="grown", filters=filters)
+    api.neighbours(store, saved=5, name="grown", filters=filters)
     if erase is not None:
         purge(store, "doc-6", "doc-10", "copy of doc-12", "doc-31", "doc-33", "copy of doc-40", erase=erase)
-        commands.neighbours(store, saved=5, name="grown")
+        api.neighbours(store, saved=5, name="grown")
     grow(store, tiny_encoder, with_copies(20, first=200))
     build()
     asked = spied(monkeypatch)
-    grown = commands.neighbours(store, saved=5, name="grown")
+    grown = api.neighbours(store, saved=5, name="grown")
     assert grown.filters_kept and grown.filters == {"max_overlap": 0.3, "near_copies": True, "exclude_sources": ["b"]}
     assert min(n for n, _ in asked) < grown.rows
-    commands.neighbours(store, saved=5, name="at-once", filters=filters)
+    api.neighbours(store, saved=5, name="at-once", filters=filters)
     ids, distances = saved_neighbours(store, "grown")
     other_ids, other = saved_neighbours(store, "at-once")
     truth = oracle(store, store, 5, lambda q, n, f: is_copy(q, n, f) or overlaps(0.3)(q, n, f), frozenset("ac"))
@@ -338,8 +338,8 @@ def test_growth_and_refills_give_what_a_run_from_scratch_gives(
     assert erase is not None or np.array_equal(there, other_ids >= 0)
     other_ids[~there], other[~there] = -1, np.inf
     assert_same((ids, distances), (other_ids, other))
-    assert commands.verify(store).problems == []
-    assert commands.neighbours(store, saved=5, name="grown").queries == 0
+    assert api.verify(store).problems == []
+    assert api.neighbours(store, saved=5, name="grown").queries == 0
 
 
 def run(*arguments: object) -> Result:
@@ -353,14 +353,14 @@ def test_a_plain_run_keeps_what_was_asked_for_until_it_is_dropped(store: Path) -
     told = run("neighbours", store, "--saved", 5).stdout
     assert told.startswith("Every chunk has its neighbours already")
     assert "the source a (as before; --no-filters forgets it)." in told
-    found = commands.neighbours(store, saved=5, filters=FilterOptions(near_copies=True))
+    found = api.neighbours(store, saved=5, filters=FilterOptions(near_copies=True))
     assert found.queries == found.rows and not found.filters_kept
     assert found.filters == {"max_overlap": 0.4, "near_copies": True, "exclude_sources": ["a"]}
     assert "left out: more than 0.4 of a chunk in common; near copies; the source a" in run("info", store).stdout
-    found = commands.neighbours(store, saved=5, filters=FilterOptions(0.4, exclude_sources=("a",), drop=True))
+    found = api.neighbours(store, saved=5, filters=FilterOptions(0.4, exclude_sources=("a",), drop=True))
     assert found.queries == found.rows and found.filters == {"max_overlap": 0.4, "exclude_sources": ["a"]}
     assert np.array_equal(saved_neighbours(store)[1], first[1])
-    found = commands.neighbours(store, saved=5, filters=FilterOptions(drop=True))
+    found = api.neighbours(store, saved=5, filters=FilterOptions(drop=True))
     assert found.queries == found.rows and found.filters == {}
     assert_same(saved_neighbours(store), oracle(store, store, 5, nothing))
     assert "filters" not in retrotool.open(store)._store.state.records["neighbours:main"]
@@ -371,16 +371,16 @@ def test_a_plain_run_keeps_what_was_asked_for_until_it_is_dropped(store: Path) -
 def test_names_of_sources_stay_out_of_the_log(tmp_path: Path, tiny_encoder: Path) -> None:
     rows = [{**row, "source": f"blog of jane {i % 2}"} for i, row in enumerate(make_rows(20, words=40))]
     store = grow(tmp_path / "store", tiny_encoder, rows)
-    commands.neighbours(store, filters=FilterOptions(exclude_sources=("blog of jane 1",)))
-    assert commands.info(store).neighbours["main"]["filters"] == {"exclude_sources": ["blog of jane 1"]}
+    api.neighbours(store, filters=FilterOptions(exclude_sources=("blog of jane 1",)))
+    assert api.info(store).neighbours["main"]["filters"] == {"exclude_sources": ["blog of jane 1"]}
     purge(store, *(row["id"] for row in rows[1::2]), erase=True)
     assert not any(b"jane" in path.read_bytes() for path in (store / "log").iterdir())
-    assert commands.info(store).neighbours["main"]["filters"] == {"exclude_sources": [], "unknown_sources": 1}
-    assert commands.neighbours(store).filters_kept, "what it named is gone, which is no reason to forget it"
+    assert api.info(store).neighbours["main"]["filters"] == {"exclude_sources": [], "unknown_sources": 1}
+    assert api.neighbours(store).filters_kept, "what it named is gone, which is no reason to forget it"
 
 
 def test_a_table_with_other_filters_is_not_read_under_the_name(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands.neighbours(store)
+    api.neighbours(store)
     opened = retrotool.open(store)
     chunk = int(opened.chunk_ids(0)[0])
 
@@ -390,10 +390,10 @@ def test_a_table_with_other_filters_is_not_read_under_the_name(store: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(ExactDatabase, "search", killed)
         with pytest.raises(KeyboardInterrupt):
-            commands.neighbours(store, filters=FilterOptions(near_copies=True))
+            api.neighbours(store, filters=FilterOptions(near_copies=True))
     opened.refresh()
     with pytest.raises(UsageError, match="has no neighbours 'main' yet"):
         opened.neighbours(chunk)
-    assert commands.neighbours(store).filters == {"near_copies": True}, "what was begun goes on"
+    assert api.neighbours(store).filters == {"near_copies": True}, "what was begun goes on"
     opened.refresh()
     assert opened.neighbours(chunk)

@@ -11,15 +11,15 @@ from conftest import make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 from test_index_rivals import at_once
 
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.commands.indexing import Options
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.commands.writing import writing
 from retrotool.errors import UsageError
-from retrotool.stages.exact import ExactDatabase, merged
-from retrotool.stages.searching import Database
+from retrotool.index.exact import ExactDatabase, merged
+from retrotool.index.run import Options
+from retrotool.index.searching import Database
+from retrotool.neighbours.run import SearchOptions
 from retrotool.store.log import Draft
+from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
@@ -42,14 +42,14 @@ def store(young: Path, tmp_path: Path) -> Path:
 def grow(store: Path, encoder: Path, n: int, first: int) -> None:
     rows = make_rows(n, first=first, words=80)
     inputs = [str(write_jsonl(store.parent / f"{first}.jsonl", rows))]
-    commands.chunk(store, inputs, tokenizer=str(encoder), part_size=60)
-    commands.embed(store, encoder=str(encoder))
+    api.chunk(store, inputs, tokenizer=str(encoder), part_size=60)
+    api.embed(store, encoder=str(encoder))
 
 
 def purge(store: Path, ids: list[int], *, erase: bool = False) -> None:
     path = store.parent / "ids"
     path.write_text("".join(f"{i}\n" for i in ids))
-    commands.purge(store, commands.Selectors(ids=str(path)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase)
 
 
 def assert_true(store: Path, name: str, purged: frozenset[int] = frozenset()) -> None:
@@ -66,27 +66,27 @@ def assert_true(store: Path, name: str, purged: frozenset[int] = frozenset()) ->
 
 
 def test_few_chunks_need_no_index(store: Path) -> None:
-    found = commands.neighbours(store)
+    found = api.neighbours(store)
     assert found.index == "" and found.not_indexed == 0
     assert_true(store, "main")
-    assert commands.neighbours(store).queries == 0, "nothing is left to do"
-    assert commands.neighbours(store, search=EXACT).commit == found.commit
-    assert commands.verify(store).problems == []
+    assert api.neighbours(store).queries == 0, "nothing is left to do"
+    assert api.neighbours(store, search=EXACT).commit == found.commit
+    assert api.verify(store).problems == []
     with pytest.raises(UsageError, match="--exact searches without an index"):
-        commands.neighbours(store, index="main", search=EXACT)
+        api.neighbours(store, index="main", search=EXACT)
 
 
 def test_an_index_that_is_there_is_used_and_takes_the_place_of_exact_search(store: Path) -> None:
-    commands.neighbours(store)
-    commands.index(store)
-    found = commands.neighbours(store)
+    api.neighbours(store)
+    api.index(store)
+    found = api.neighbours(store)
     assert found.index == "main" and found.queries == found.rows
     assert_true(store, "main")
-    again = commands.neighbours(store, name="other", search=EXACT)
+    again = api.neighbours(store, name="other", search=EXACT)
     assert again.index == ""
     assert np.array_equal(saved_neighbours(store, "main")[0], saved_neighbours(store, "other")[0])
     with pytest.raises(UsageError, match="an index is of one encoder"):
-        commands.neighbours(store, search=SearchOptions(encoder="tiny"))
+        api.neighbours(store, search=SearchOptions(encoder="tiny"))
 
 
 @pytest.mark.parametrize("how", ["exact", "flat", "lists"])
@@ -99,12 +99,12 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
     def build() -> None:
         if index is not None:
             wanted = Wanted(nlist=8, code="sq8") if how == "lists" else Wanted()
-            commands.index(store, name=index, target_recall=1.0, options=Options(wanted if fresh else Wanted(), 70))
+            api.index(store, name=index, target_recall=1.0, options=Options(wanted if fresh else Wanted(), 70))
 
     fresh = True
     options = EXACT if index is None else None
     build()
-    first = commands.neighbours(store, name="grown", index=index, search=options)
+    first = api.neighbours(store, name="grown", index=index, search=options)
     before = read_plain(store).ids
     victims = [] if purged == "nothing" else before[::9].tolist()
     if victims:
@@ -112,7 +112,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
     grow(store, tiny_encoder, 20, 500)
     fresh = False
     if index is not None:
-        commands.index(store, name=index, options=Options())
+        api.index(store, name=index, options=Options())
     asked: list[object] = []
     for kind in (Database, ExactDatabase):
         search = kind.search
@@ -122,13 +122,13 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
             return _search(self, *arguments, **options)
 
         monkeypatch.setattr(kind, "search", spy)
-    grown = commands.neighbours(store, name="grown", index=index, search=options)
+    grown = api.neighbours(store, name="grown", index=index, search=options)
     new = [only for _, only in asked if only is not None]
     assert len(new) >= 2 and all(only == new[0] and min(only) > int(before[-1] >> 32) for only in new)
     whole = sum(n for n, only in asked if only is None)
     assert whole < grown.rows, "old rows are not searched again in old parts, but where they were left with too few"
     assert grown.rows > first.rows - len(victims)
-    at_once_ = commands.neighbours(store, name="at-once", index=index, search=options)
+    at_once_ = api.neighbours(store, name="at-once", index=index, search=options)
     assert at_once_.queries == at_once_.rows
     ids, distances = saved_neighbours(store, "grown")
     other_ids, other = saved_neighbours(store, "at-once")
@@ -143,14 +143,14 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
         assert np.array_equal(ids >= 0, other_ids >= 0), "all that are saved; after a purge, as far as it is known"
         if how != "lists":
             assert_true(store, "grown")
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 def test_little_memory_gives_the_same(store: Path) -> None:
-    commands.index(store, name="lists", target_recall=1.0, options=Options(Wanted(nlist=8, code="sq8"), 70))
-    commands.neighbours(store, name="much", index="lists")
-    commands.neighbours(store, name="little", index="lists", search=SearchOptions(memory=1 << 20))
-    commands.neighbours(store, name="exact", search=SearchOptions(exact=True, memory=1 << 20))
+    api.index(store, name="lists", target_recall=1.0, options=Options(Wanted(nlist=8, code="sq8"), 70))
+    api.neighbours(store, name="much", index="lists")
+    api.neighbours(store, name="little", index="lists", search=SearchOptions(memory=1 << 20))
+    api.neighbours(store, name="exact", search=SearchOptions(exact=True, memory=1 << 20))
     for name in ("little", "exact"):
         ids, distances = saved_neighbours(store, name)
         true_ids, true = saved_neighbours(store, "much")
@@ -160,17 +160,17 @@ def test_little_memory_gives_the_same(store: Path) -> None:
 
 def test_jobs_and_worker_processes_share_a_store(store: Path, tmp_path: Path) -> None:
     one = Path(shutil.copytree(store, tmp_path / "one"))
-    commands.neighbours(one)
+    api.neighbours(one)
     jobs = [("neighbours", "--shard", f"{i}/2", "--device", "cpu") for i in range(2)]
     for code, err in at_once(store, *jobs):
         assert code == 0 and "Traceback" not in err
-    assert commands.neighbours(store).queries == 0
+    assert api.neighbours(store).queries == 0
     assert np.array_equal(saved_neighbours(store)[0], saved_neighbours(one)[0])
-    commands.neighbours(store, name="two", search=SearchOptions(devices="cpu,cpu"))
+    api.neighbours(store, name="two", search=SearchOptions(devices="cpu,cpu"))
     assert np.array_equal(saved_neighbours(store, "two")[0], saved_neighbours(one)[0])
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
     with pytest.raises(UsageError, match="--shard 2/2"):
-        commands.neighbours(store, search=SearchOptions(shard=(2, 2)))
+        api.neighbours(store, search=SearchOptions(shard=(2, 2)))
 
 
 def test_merging_keeps_the_nearest_once_each() -> None:
@@ -197,17 +197,17 @@ def test_an_index_that_probes_more_lists_since_gives_what_it_gives_at_once(store
             opened.commit(run, more)
 
     wanted = Options(Wanted(nlist=8, code="sq8"), 70)
-    commands.index(store, options=wanted)
+    api.index(store, options=wanted)
     probe(1)
-    commands.neighbours(store)
+    api.neighbours(store)
     grow(store, tiny_encoder, 20, 80)
-    commands.index(store, options=Options(Wanted(), 70))
+    api.index(store, options=Options(Wanted(), 70))
     probe(4)
     database = Database(Store.open(store), thorough=True)
     assert database.point.nprobe == 7
-    commands.neighbours(store)
-    commands.neighbours(store, name="whole")
+    api.neighbours(store)
+    api.neighbours(store, name="whole")
     one, other = (saved_neighbours(store, name)[1] for name in ("main", "whole"))
     assert np.array_equal(one, other)
     probe(8)
-    assert commands.neighbours(store).queries == 0, "not for this alone"
+    assert api.neighbours(store).queries == 0, "not for this alone"

@@ -11,18 +11,18 @@ from conftest import make_encoder, make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 
 import retrotool
-from retrotool import commands, engine
-from retrotool.commands.writing import writing
+from retrotool import api, engine
 from retrotool.errors import UsageError
-from retrotool.stages.neighbours import NeighboursStage
+from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store import folding, staging, tables
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 
 def chunk(store: Path, model: Path, rows: list[dict[str, object]]) -> Path:
     source = write_jsonl(store.parent / f"{store.name}-{rows[0]['id']}.jsonl", rows)
-    commands.chunk(store, [str(source)], tokenizer=str(model), part_size=100)
-    commands.embed(store, encoder=str(model))
+    api.chunk(store, [str(source)], tokenizer=str(model), part_size=100)
+    api.embed(store, encoder=str(model))
     return store
 
 
@@ -32,7 +32,7 @@ def renamed(prefix: str, n: int, first: int) -> list[dict[str, object]]:
 
 def build(store: Path, model: Path, rows: list[dict[str, object]]) -> Path:
     chunk(store, model, rows)
-    commands.index(store)
+    api.index(store)
     return store
 
 
@@ -43,7 +43,7 @@ def stage_of(database: Path, index: str = "main") -> NeighboursStage:
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    commands.purge(store, commands.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
 
 
 def nothing(_: int) -> None:
@@ -67,19 +67,19 @@ def test_two_runs_with_one_name_and_two_databases_do_not_mix(tmp_path: Path, tin
     reader = retrotool.open(queries)
     found = [n.chunk.document for i in reader.chunk_ids(0) for n in reader.neighbours(int(i))]
     assert found and all(document.startswith("other-") for document in found)
-    assert commands.verify(queries).problems == []
+    assert api.verify(queries).problems == []
 
 
 def test_tables_of_another_index_do_not_stay_under_the_name(tmp_path: Path, tiny_encoder: Path) -> None:
     """The other index's encoder lacks a part: it has no table then, rather than one of distances that don't compare."""
     second = make_encoder(tmp_path / "models" / "second", 7)
     store = build(tmp_path / "store", tiny_encoder, make_rows(20))
-    commands.embed(store, encoder=str(second))
-    commands.index(store, name="second", encoder="second")
+    api.embed(store, encoder=str(second))
+    api.index(store, name="second", encoder="second")
     chunk(store, tiny_encoder, make_rows(20, first=100))
-    commands.index(store, encoder="tiny")
-    commands.neighbours(store)
-    result = commands.neighbours(store, index="second")
+    api.index(store, encoder="tiny")
+    api.neighbours(store)
+    result = api.neighbours(store, index="second")
     assert result.not_embedded == result.not_indexed == len(retrotool.open(store).chunk_ids(1)) > 0
     reader = retrotool.open(store)
     place = int(reader.chunk_ids(0)[3])
@@ -91,7 +91,7 @@ def test_tables_of_another_index_do_not_stay_under_the_name(tmp_path: Path, tiny
 
 
 def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_copy: Path) -> None:
-    commands.index(store_copy, name="other")
+    api.index(store_copy, name="other")
     store = Store.open(store_copy)
     stage = stage_of(store_copy, "other")
     with writing(store) as run:  # one task of a job array, and no end: the record is that of the first run
@@ -102,7 +102,7 @@ def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_cop
     with pytest.raises(UsageError, match="part 0 has no neighbours 'main' of the index 'main' yet"):
         reader.neighbours(int(reader.chunk_ids(0)[0]))
     assert reader.neighbours(int(reader.chunk_ids(1)[0])), "of the first run"
-    assert commands.neighbours(store_copy, index="other").queries < commands.info(store_copy).keys
+    assert api.neighbours(store_copy, index="other").queries < api.info(store_copy).keys
     reader.refresh()
     assert reader.neighbours(int(reader.chunk_ids(0)[0])) and reader.neighbours(int(reader.chunk_ids(1)[0]))
 
@@ -121,11 +121,11 @@ def test_a_table_of_which_the_log_says_nothing_is_held_against_its_own_metadata(
         )
 
     monkeypatch.setattr(tables, "write_table", write)
-    commands.neighbours(store_copy, name="plain")
+    api.neighbours(store_copy, name="plain")
     reader = retrotool.open(store_copy)
     assert reader.neighbours(int(reader.chunk_ids(0)[0]), "plain")
     foreign = "another"
-    commands.neighbours(store_copy, name="lying")
+    api.neighbours(store_copy, name="lying")
     reader.refresh()
     with pytest.raises(UsageError, match="another database"):
         reader.neighbours(int(reader.chunk_ids(0)[0]), "lying")
@@ -135,7 +135,7 @@ def test_a_table_of_which_the_log_says_nothing_is_held_against_its_own_metadata(
 def copied(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, Path]:
     """A store, and its copy."""
     original = build(tmp_path / "original", tiny_encoder, make_rows(20))
-    commands.neighbours(original)
+    api.neighbours(original)
     return original, Path(shutil.copytree(original, tmp_path / "copy"))
 
 
@@ -156,16 +156,16 @@ def test_a_copy_of_the_database_does_not_take_itself_for_it(
     if grown:
         build(copy, tiny_encoder, renamed("b", 30, 200))
     for _ in range(2):
-        commands.neighbours(original, queries=copy, name="t")
+        api.neighbours(original, queries=copy, name="t")
     reader = retrotool.open(copy)
     found = documents_near(reader, "t")
     assert {"a-doc-107", "doc-7"} <= found and not any(name.startswith("b-") for name in found)
     purge(original, "a-doc-107", "doc-7")
     reader.refresh()
     assert documents_near(reader, "t") == found - {"a-doc-107", "doc-7"}
-    commands.neighbours(copy)
+    api.neighbours(copy)
     assert not any(name.startswith("a-") for name in documents_near(retrotool.open(copy))), "it is its own database too"
-    assert commands.verify(copy).problems == []
+    assert api.verify(copy).problems == []
 
 
 def test_a_copy_that_lies_where_the_database_was_is_refused(copied: tuple[Path, Path], tiny_encoder: Path) -> None:
@@ -173,20 +173,20 @@ def test_a_copy_that_lies_where_the_database_was_is_refused(copied: tuple[Path, 
     queries = chunk(original.with_name("queries"), tiny_encoder, make_rows(4, first=300))
     for store in (original, copy):
         build(store, tiny_encoder, renamed(store.name, 5, 100))
-    commands.neighbours(original, queries=queries)
+    api.neighbours(original, queries=queries)
     original.rename(original.with_name("away"))
     copy.rename(original)
     reader = retrotool.open(queries)
     with pytest.raises(UsageError, match="a copy that went its own way"):
         reader.neighbours(int(reader.chunk_ids(0)[0]))
     with pytest.raises(UsageError, match="a copy that went its own way"):
-        commands.neighbours(original, queries=queries)
+        api.neighbours(original, queries=queries)
 
 
 @pytest.mark.parametrize("erase", [False, True])
 def test_rows_with_too_few_neighbours_left_are_filled_up(tmp_path: Path, tiny_encoder: Path, erase: bool) -> None:
     store = build(tmp_path / "store", tiny_encoder, make_rows(40))
-    commands.neighbours(store, saved=2)
+    api.neighbours(store, saved=2)
     reader = retrotool.open(store)
     chunks = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
     victims = {n.chunk.document for n in reader.neighbours(chunks[0])}
@@ -195,15 +195,15 @@ def test_rows_with_too_few_neighbours_left_are_filled_up(tmp_path: Path, tiny_en
     living = [i for i in chunks if reader.is_living([i])[0]]
     short = [i for i in living if len(reader.neighbours(i)) < 2]
     assert 0 < len(short) < len(living)
-    result = commands.neighbours(store, saved=2)
+    result = api.neighbours(store, saved=2)
     assert result.queries == len(short), "and no other row"
     reader.refresh()
     true = brute_force(plain := read_plain(store, purged=frozenset(chunks) - frozenset(living)), plain, 2)[1]
     for row, i in enumerate(plain.ids):
         if plain.living[row]:
             assert [d for _, d in reader.neighbour_ids(int(i))] == pytest.approx(true[row].tolist(), abs=1e-4)
-    assert commands.neighbours(store, saved=2).queries == 0
-    assert commands.verify(store).problems == []
+    assert api.neighbours(store, saved=2).queries == 0
+    assert api.verify(store).problems == []
 
 
 def test_across_stores_rows_are_filled_up_after_a_purge_in_the_database(
@@ -211,12 +211,12 @@ def test_across_stores_rows_are_filled_up_after_a_purge_in_the_database(
 ) -> None:
     database, _ = copied
     queries = chunk(database.with_name("queries"), tiny_encoder, make_rows(10, first=300))
-    commands.neighbours(database, queries=queries, saved=3, k=3)
+    api.neighbours(database, queries=queries, saved=3, k=3)
     reader = retrotool.open(queries)
     first = int(reader.chunk_ids(0)[0])
     purge(database, reader.neighbours(first)[1].chunk.document)
-    assert commands.neighbours(database, queries=queries, saved=3, k=1).queries == 0, "one is enough, and there is one"
-    assert commands.neighbours(database, queries=queries, saved=3, k=3).queries > 0
+    assert api.neighbours(database, queries=queries, saved=3, k=1).queries == 0, "one is enough, and there is one"
+    assert api.neighbours(database, queries=queries, saved=3, k=3).queries > 0
     reader.refresh()
     assert len(reader.neighbours(first)) == 3
     true = brute_force(read_plain(queries), read_plain(database), 3)[1]
@@ -241,13 +241,13 @@ def test_what_was_found_before_an_erase_is_not_committed_after_it(store_copy: Pa
 
 def test_nothing_is_read_to_find_that_nothing_is_to_be_done(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purge(store_copy, "doc-5")
-    commands.neighbours(store_copy, name="later")
+    api.neighbours(store_copy, name="later")
 
     def refuse(*_: object) -> None:
         raise UsageError("reads a table")
 
     for read in ("read_table", "read_ids"):
         monkeypatch.setattr(tables, read, refuse)
-    assert commands.neighbours(store_copy, name="later").queries == 0
+    assert api.neighbours(store_copy, name="later").queries == 0
     with pytest.raises(UsageError, match="reads a table"):
-        commands.neighbours(store_copy)
+        api.neighbours(store_copy)

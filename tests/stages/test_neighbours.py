@@ -11,11 +11,11 @@ from conftest import make_encoder, make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 
 import retrotool
-from retrotool import commands, engine
+from retrotool import api, engine
 from retrotool.ann.choice import Wanted
-from retrotool.commands.indexing import Options
 from retrotool.errors import UsageError
-from retrotool.stages.index import IndexStage
+from retrotool.index.run import Options
+from retrotool.index.stage import IndexStage
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
@@ -47,17 +47,17 @@ def test_neighbours_are_those_of_brute_force_and_of_other_documents(built_store:
 
 def test_an_inverted_file_reaches_the_target_recall(built_store: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(built_store, tmp_path / "store"))
-    result = commands.index(store, name="ivf", options=Options(Wanted(nlist=8, code="float16"), 150))
+    result = api.index(store, name="ivf", options=Options(Wanted(nlist=8, code="float16"), 150))
     assert result.nlist == 8
     assert result.shards == 4
-    commands.neighbours(store, name="ivf", index="ivf")
+    api.neighbours(store, name="ivf", index="ivf")
     plain = read_plain(store)
     truth = brute_force(plain, plain, 20)
     found = saved_neighbours(store, "ivf")
     assert recall(found[0], truth[0]) >= 0.95
     # More lists are probed for tables than the index was measured with.
     assert result.recall_at_10 - 0.01 <= recall(found[0], truth[0])
-    assert commands.verify(store).ok
+    assert api.verify(store).ok
 
 
 def test_across_stores_a_document_is_the_same_when_its_id_is(
@@ -65,10 +65,10 @@ def test_across_stores_a_document_is_the_same_when_its_id_is(
 ) -> None:
     rows = [*make_rows(10, first=115), *({**row, "id": "new-" + row["id"]} for row in make_rows(5))]
     queries = tmp_path / "queries"
-    commands.chunk(queries, [str(write_jsonl(tmp_path / "q.jsonl", rows))], tokenizer=str(tiny_encoder))
-    commands.embed(queries, encoder=str(tiny_encoder))
-    result = commands.neighbours(built_store, queries=queries, name="from-built", k=3)
-    assert result.queries == commands.info(queries).chunks
+    api.chunk(queries, [str(write_jsonl(tmp_path / "q.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.embed(queries, encoder=str(tiny_encoder))
+    result = api.neighbours(built_store, queries=queries, name="from-built", k=3)
+    assert result.queries == api.info(queries).chunks
     ours, theirs = read_plain(queries), read_plain(built_store)
     assert_same_neighbours(saved_neighbours(queries, "from-built"), brute_force(ours, theirs, 20))
     # The same text under another id is a neighbour at distance 0; under the same id it is none.
@@ -84,15 +84,15 @@ def test_after_appending_only_what_is_missing_is_computed_and_all_is_as_from_scr
     built_store: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     store = Path(shutil.copytree(built_store, tmp_path / "store"))
-    commands.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
-    embedded = commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
+    embedded = api.embed(store, encoder=str(tiny_encoder))
     assert embedded.chunks < embedded.embedded
-    assert commands.index(store).shards == 2
-    commands.neighbours(store)
+    assert api.index(store).shards == 2
+    api.neighbours(store)
     plain = read_plain(store)
     assert_same_neighbours(saved_neighbours(store), brute_force(plain, plain, 20))
-    assert commands.neighbours(store).queries == 0, "nothing is left to do"
-    assert commands.verify(store).ok
+    assert api.neighbours(store).queries == 0, "nothing is left to do"
+    assert api.verify(store).ok
 
 
 def test_a_chunks_text_finds_itself_first(built_store: Path) -> None:
@@ -115,40 +115,38 @@ def test_continuations_are_the_next_chunk_of_the_same_document(built_store: Path
 
 def test_one_document_alone_has_no_neighbours_and_that_is_no_error(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
-    commands.chunk(
-        store, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(1, first=5)))], tokenizer=str(tiny_encoder)
-    )
-    commands.embed(store, encoder=str(tiny_encoder))
-    assert commands.index(store).recall_at_10 == 1.0
-    commands.neighbours(store)
+    api.chunk(store, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(1, first=5)))], tokenizer=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
+    assert api.index(store).recall_at_10 == 1.0
+    api.neighbours(store)
     ids, distances = saved_neighbours(store)
     assert (ids == -1).all() and np.isinf(distances).all()
 
 
 def test_what_is_missing_is_named_with_the_next_command(built_store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(2)))], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(2)))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="has no index") as error:
-        commands.neighbours(store)
+        api.neighbours(store)
     assert "retrotool index" in error.value.advice
     with pytest.raises(UsageError, match="no embeddings") as error:
-        commands.index(store)
+        api.index(store)
     assert "retrotool embed" in error.value.advice
     with pytest.raises(UsageError, match="has no embeddings of 'tiny'"):
-        commands.neighbours(built_store, queries=store)
+        api.neighbours(built_store, queries=store)
     other = make_encoder(tmp_path / "other" / "tiny", seed=1)
-    commands.embed(store, encoder=str(other))
+    api.embed(store, encoder=str(other))
     with pytest.raises(UsageError, match="different encoders"):
-        commands.neighbours(built_store, queries=store)
+        api.neighbours(built_store, queries=store)
     with pytest.raises(UsageError, match="another encoder under the name"):
-        commands.embed(store, encoder=str(tiny_encoder))
+        api.embed(store, encoder=str(tiny_encoder))
 
 
 def test_faiss_reads_a_shard_and_agrees_with_brute_force(built_store: Path) -> None:
     import faiss
 
     plain = read_plain(built_store)
-    (shard,) = commands.info(built_store).indexes["main"]["shards"]
+    (shard,) = api.info(built_store).indexes["main"]["shards"]
     index = faiss.read_index(str(built_store / shard))
     distances, ids = index.search(plain.vectors, 1)
     assert np.allclose(distances[:, 0], 0, atol=1e-3)
@@ -160,4 +158,4 @@ def test_an_interrupted_index_is_measured_when_it_is_run_again(store_copy: Path)
     with Run(store.root) as run:
         engine.execute(IndexStage("late", "tiny"), store, run)
     assert "index:late" not in store.refresh().records
-    assert commands.index(store_copy, name="late").recall_at_10 == 1.0
+    assert api.index(store_copy, name="late").recall_at_10 == 1.0

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool.stages import overlap
-from retrotool.stages.overlap import are_near_copies, distinct_grams, has_longer_run, longest_common
+from retrotool.neighbours import token_overlap
+from retrotool.neighbours.token_overlap import are_near_copies, distinct_grams, has_longer_run, longest_common
 
 
 def by_table(one: list[int], other: list[int]) -> int:
@@ -120,8 +120,8 @@ def test_hardly_any_pair_that_has_nothing_in_common_is_compared_token_by_token(m
     rng = np.random.default_rng(0)
     one, other = rng.integers(1000, 30000, (2000, 64)), rng.integers(1000, 30000, (2000, 128))
     compared = []
-    agreement = overlap._agreement
-    monkeypatch.setattr(overlap, "_agreement", lambda *pair: (compared.append(len(pair[0])), agreement(*pair))[1])
+    agreement = token_overlap._agreement
+    monkeypatch.setattr(token_overlap, "_agreement", lambda *pair: (compared.append(len(pair[0])), agreement(*pair))[1])
     full = np.full(2000, 64), np.full(2000, 128)
     assert not has_longer_run(one, full[0], other, full[1], 8).any()
     assert sum(compared) < 200

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import make_encoder, make_rows, make_text, write_jsonl
 
-from retrotool import commands
-from retrotool.commands.proving import Receipt
+from retrotool import api
 from retrotool.engine import execute
 from retrotool.errors import TaskError
-from retrotool.stages.erase import EraseStage
-from retrotool.stages.needles import Draw
-from retrotool.stages.prove import ProveStage
-from retrotool.stages.purge import COPIES, tombstones_of
+from retrotool.purge.commit import COPIES, tombstones_of
+from retrotool.purge.erase import EraseStage
+from retrotool.purge.needles import Draw
+from retrotool.purge.prove import ProveStage
+from retrotool.purge.proving import Receipt
 from retrotool.store import folding, parts, staging, vectors
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -35,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     then = [*make_rows(6, first=10), {"id": "two", "text": VERSION}]
     for number, rows in enumerate((first, then)):
         path = write_jsonl(folder / f"{number}.jsonl", [{"source": "s", "year": 1, **row} for row in rows])
-        commands.chunk(folder / "store", [str(path)], tokenizer=str(tiny_encoder))
-    commands.embed(folder / "store", encoder=str(tiny_encoder))
+        api.chunk(folder / "store", [str(path)], tokenizer=str(tiny_encoder))
+    api.embed(folder / "store", encoder=str(tiny_encoder))
     return folder / "store"
 
 
@@ -50,18 +50,18 @@ def purge(store: Path, *documents: str) -> str:
     opened = Store.open(store)
     places = [place for place in parts.read_documents(opened, 0).to_pylist() if place["id"] in documents]
     chunks = [place["first_row"] + n for place in places for n in range(place["n_chunks"])]
-    return commands.purge(store, commands.Selectors(chunk=tuple(chunks)), reason="test").purge
+    return api.purge(store, api.Selectors(chunk=tuple(chunks)), reason="test").purge
 
 
 def receipt(store: Path, purge: str) -> Receipt:
     (store.parent / "out").mkdir(exist_ok=True)
-    return commands.verify_purge(store, purge, out=store.parent / "out").receipt
+    return api.verify_purge(store, purge, out=store.parent / "out").receipt
 
 
 def test_copies_that_are_erased_later_are_proven(store: Path) -> None:
     one, both = purge(store, "one"), purge(store, "one", "two")
-    commands.erase(store, [one])  # keeps proofs of the other purge, too, which names no copy yet
-    commands.erase(store, [both])
+    api.erase(store, [one])  # keeps proofs of the other purge, too, which names no copy yet
+    api.erase(store, [both])
     opened = Store.open(store)
     copies = read_tombstones(opened, both + COPIES).ids
     assert len(copies)
@@ -71,20 +71,20 @@ def test_copies_that_are_erased_later_are_proven(store: Path) -> None:
     (store / "left.txt").write_text(VERSION)
     assert not receipt(store, both).ok
     assert receipt(store, one).ok
-    assert commands.verify(store).ok
+    assert api.verify(store).ok
 
 
 def test_vectors_of_an_encoder_that_came_later_are_proven(store: Path, tmp_path: Path) -> None:
     one, both = purge(store, "one"), purge(store, "one", "two")
-    commands.erase(store, [one])
-    commands.embed(store, encoder=str(make_encoder(tmp_path / "late", seed=5)))
+    api.erase(store, [one])
+    api.embed(store, encoder=str(make_encoder(tmp_path / "late", seed=5)))
     opened = Store.open(store)
     victim = int(read_tombstones(opened, both).ids.max())
     entry = opened.state.part_file("embeddings", victim >> parts.PART_SHIFT, "late")
     assert entry is not None
     vector = vectors.read_vectors(opened, entry)[victim & 0xFFFFFFFF].tobytes()
     assert np.frombuffer(vector, np.float16).any()
-    commands.erase(store, [both])
+    api.erase(store, [both])
     assert receipt(store, both).ok
     (store / "left.bin").write_bytes(vector)
     assert {trace.kind for trace in receipt(store, both).searched.left} == {"vector16"}  # type: ignore[union-attr]
@@ -103,11 +103,11 @@ def test_each_purge_names_its_own_copies(store: Path, monkeypatch: pytest.Monkey
         raise OSError("killed")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
-        patched.setattr("retrotool.commands.erasing.engine.execute", first_part)
-        commands.erase(store, [one, two])
+        patched.setattr("retrotool.purge.erase_run.engine.execute", first_part)
+        api.erase(store, [one, two])
     opened = Store.open(store)
     assert len(read_tombstones(opened, two + COPIES)) and not len(read_tombstones(opened, one + COPIES))
-    commands.erase(store, [two])
+    api.erase(store, [two])
     opened = Store.open(store)
     copies = read_tombstones(opened, two + COPIES).ids
     n_tokens = parts.read_chunks(opened, 1).n_tokens
@@ -120,7 +120,7 @@ def test_each_purge_names_its_own_copies(store: Path, monkeypatch: pytest.Monkey
 def test_evidence_that_is_not_what_the_log_says_is_no_proof(store: Path, kind: str) -> None:
     """Another file of the same size, whole in itself, such as one of another purge."""
     one = purge(store, "one")
-    commands.erase(store, [one])
+    api.erase(store, [one])
     assert receipt(store, one).ok
     (path,) = (store / kind).glob(f"{one}[-.]*")
     data = bytearray(path.read_bytes())
@@ -136,7 +136,7 @@ def test_a_part_is_read_once_for_all_purges_and_not_again_after_a_kill(
 ) -> None:
     ids = {row["id"] for row in parts.read_documents(Store.open(store), 0, ["id"]).to_pylist()}
     purges = [purge(store, name) for name in sorted(ids)]
-    everything = commands.purge(store, commands.Selectors(where="n_tokens > 0"), reason="test").purge
+    everything = api.purge(store, api.Selectors(where="n_tokens > 0"), reason="test").purge
     drawn: list[int] = []
     of_part = Draw.of_part
 
@@ -148,15 +148,15 @@ def test_a_part_is_read_once_for_all_purges_and_not_again_after_a_kill(
 
     with monkeypatch.context() as patched, pytest.raises(TaskError, match="part 1 failed 3 times: OSError: killed"):
         patched.setattr(Draw, "of_part", one_part)
-        commands.erase(store, [*purges, everything])
-    assert not any(record["erased"] for record in commands.info(store).purges.values())
+        api.erase(store, [*purges, everything])
+    assert not any(record["erased"] for record in api.info(store).purges.values())
 
     def counted(draw: Draw, part: int, *arguments: Any) -> Any:
         drawn.append(part)
         return of_part(draw, part, *arguments)
 
     monkeypatch.setattr(Draw, "of_part", counted)
-    commands.erase(store, [*purges, everything])
+    api.erase(store, [*purges, everything])
     assert sorted(drawn) == [0, 1], "each part once"
     every = receipt(store, everything)
     assert every.ok and len(every.salted_chunks) == every.chunks

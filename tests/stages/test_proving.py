@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands
-from retrotool.cli import purge_verify
-from retrotool.commands import proving
+from retrotool import api
 from retrotool.errors import CorruptError, StorageError, UsageError
-from retrotool.stages import reading
-from retrotool.stages.purge import tombstones_of
+from retrotool.neighbours import table_reader
+from retrotool.purge import proving, verify_text
+from retrotool.purge.commit import tombstones_of
 from retrotool.store import parts, runs
 from retrotool.store.store import Store
 
@@ -43,10 +42,10 @@ def canaried(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pa
     for at, (name, text) in enumerate(CANARIES.items()):
         rows.insert(5 + 14 * at, {"id": name, "text": text, "source": "c", "year": 1})
     source = write_jsonl(folder / "c.jsonl", rows)
-    commands.chunk(folder / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=60)
-    commands.embed(folder / "store", encoder=str(tiny_encoder))
-    commands.index(folder / "store")
-    commands.neighbours(folder / "store", materialise=True)
+    api.chunk(folder / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=60)
+    api.embed(folder / "store", encoder=str(tiny_encoder))
+    api.index(folder / "store")
+    api.neighbours(folder / "store", materialise=True)
     return folder / "store"
 
 
@@ -56,13 +55,13 @@ def store(canaried: Path, tmp_path: Path) -> Path:
 
 
 def purged(store: Path, *, erase: bool = False) -> str:
-    selectors = commands.Selectors(document=tuple(CANARIES))
-    return commands.purge(store, selectors, reason=REASON, who="somebody", erase=erase).purge
+    selectors = api.Selectors(document=tuple(CANARIES))
+    return api.purge(store, selectors, reason=REASON, who="somebody", erase=erase).purge
 
 
-def checked(store: Path, purge: str, out: Path) -> commands.VerifiedPurge:
+def checked(store: Path, purge: str, out: Path) -> api.VerifiedPurge:
     out.mkdir(exist_ok=True)
-    return commands.verify_purge(store, purge, out=out)
+    return api.verify_purge(store, purge, out=out)
 
 
 def erase_until_killed(store: Path, purge: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +71,9 @@ def erase_until_killed(store: Path, purge: str, monkeypatch: pytest.MonkeyPatch)
         raise OSError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("retrotool.commands.erasing.EraseStage.plan", killed)
+        patched.setattr("retrotool.purge.erase_run.EraseStage.plan", killed)
         with pytest.raises(OSError, match="killed"):
-            commands.erase(store, [purge])
+            api.erase(store, [purge])
 
 
 def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,17 +112,17 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, capsys: pytes
             assert hashlib.sha256((store / file.after).read_bytes()).hexdigest() == file.after_sha256
     data = Path(found.json).read_bytes()
     assert json.loads(data) == json.loads(json.dumps(asdict(receipt)))
-    newest = next(iter(commands.log_entries(store, 1)))
+    newest = next(iter(api.log_entries(store, 1)))
     assert found.commit == newest.number == receipt.log_commit + 1
     assert hashlib.sha256(data).hexdigest() == found.sha256
     assert found.sha256 in (store / f"log/{found.commit:08d}.json").read_text()
-    assert commands.verify_log(store, receipt.log_head).kept == receipt.log_commit
-    assert commands.verify(store).ok
+    assert api.verify_log(store, receipt.log_head).kept == receipt.log_commit
+    assert api.verify(store).ok
     page = Path(found.page).read_text()
     ElementTree.fromstring(page.replace("<!DOCTYPE html>", ""))
     assert "<17>" not in page
     assert "Purged and erased." in page
-    purge_verify.show_verified(store, found, as_json=False)
+    verify_text.show_verified(store, found, as_json=False)
     said = page + data.decode() + capsys.readouterr().out
     for name, text in CANARIES.items():
         assert name not in said
@@ -136,7 +135,7 @@ def test_what_is_purged_and_not_erased_is_masked_only(store: Path, tmp_path: Pat
     assert (found.state, found.ok, found.searched, found.files) == ("purged", True, None, ())
     assert "not erased" in (tmp_path / "out" / f"receipt-{purge}.html").read_text()
     assert "Purged and erased" not in (tmp_path / "out" / f"receipt-{purge}.html").read_text()
-    commands.erase(store, [purge])
+    api.erase(store, [purge])
     assert checked(store, purge, tmp_path / "out").receipt.state == "erased"
 
 
@@ -144,13 +143,13 @@ def test_a_reader_that_does_not_look_through_the_tombstones_is_found(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     purge = purged(store)
-    original = reading.read_tombstones
+    original = table_reader.read_tombstones
 
     class Blind(type(original(Store.open(store)))):  # type: ignore[misc]
         def contains(self, ids: np.ndarray) -> np.ndarray:
             return np.zeros(ids.shape, np.bool_)
 
-    monkeypatch.setattr(reading, "read_tombstones", lambda of: Blind(original(of).ids))
+    monkeypatch.setattr(table_reader, "read_tombstones", lambda of: Blind(original(of).ids))
     found = checked(store, purge, tmp_path / "out").receipt
     assert not found.ok
     assert {view.name for view in found.views if view.found} == {"neighbours main"}
@@ -212,7 +211,7 @@ def test_an_erase_that_was_begun(store: Path, tmp_path: Path, monkeypatch: pytes
     assert checked(store, purge, tmp_path / "out").receipt.state == "purged"
     proofs = sorted((store / "proofs").iterdir())
     assert proofs
-    commands.erase(store, [purge])
+    api.erase(store, [purge])
     assert proofs == sorted((store / "proofs").iterdir()), "they are made once"
     assert checked(store, purge, tmp_path / "out").receipt.state == "erased"
 
@@ -220,23 +219,21 @@ def test_an_erase_that_was_begun(store: Path, tmp_path: Path, monkeypatch: pytes
 def test_proofs_go_when_a_purge_is_taken_back(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purge = purged(store)
     erase_until_killed(store, purge, monkeypatch)
-    commands.restore(store, purge, reason="a mistake")
+    api.restore(store, purge, reason="a mistake")
     assert not list(Store.open(store).state.group("proofs"))
-    assert commands.verify(store).ok
+    assert api.verify(store).ok
     with pytest.raises(UsageError, match="taken back"):
         checked(store, purge, tmp_path / "out")
 
 
 def test_two_purges_of_one_chunk_both_keep_proofs(store: Path, tmp_path: Path) -> None:
-    one = commands.purge(
-        store, commands.Selectors(document=("canary-document-1", "canary-document-2")), reason="a"
-    ).purge
-    two = commands.purge(
-        store, commands.Selectors(document=("canary-document-2", "canary-document-3")), reason="b", erase=True
+    one = api.purge(store, api.Selectors(document=("canary-document-1", "canary-document-2")), reason="a").purge
+    two = api.purge(
+        store, api.Selectors(document=("canary-document-2", "canary-document-3")), reason="b", erase=True
     ).purge
     assert checked(store, two, tmp_path / "out").receipt.ok
     assert checked(store, one, tmp_path / "out").receipt.state == "partly erased"
-    commands.erase(store, [one])
+    api.erase(store, [one])
     found = checked(store, one, tmp_path / "out").receipt
     assert (found.ok, found.state) == (True, "erased")
     (store / "left.txt").write_text(CANARIES["canary-document-2"])
@@ -256,7 +253,7 @@ def test_a_store_that_can_not_be_written_has_a_receipt(
     found = checked(store, purge, tmp_path / "out")
     assert found.receipt.ok
     assert found.commit is None
-    purge_verify.show_verified(store, found, as_json=False)
+    verify_text.show_verified(store, found, as_json=False)
     assert "does not name the receipt" in capsys.readouterr().out
 
 
@@ -267,11 +264,11 @@ def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="lies in the store"):
         checked(store, purge, store / "receipts")
     with pytest.raises(UsageError, match="no folder"):
-        commands.verify_purge(store, purge, out=tmp_path / "nowhere")
+        api.verify_purge(store, purge, out=tmp_path / "nowhere")
 
 
 def test_what_was_erased_without_proofs_is_not_proven(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("retrotool.commands.erasing.ProveStage.plan", lambda *_: [])
+    monkeypatch.setattr("retrotool.purge.erase_run.ProveStage.plan", lambda *_: [])
     purge = purged(store, erase=True)
     found = checked(store, purge, tmp_path / "out").receipt
     assert not found.ok
@@ -296,13 +293,13 @@ def test_what_waits_to_be_erased_says_nothing_by_right(tiny_encoder: Path, tmp_p
     text = canary(77)
     rows = [{"id": "one", "text": text}, {"id": "two", "text": text + " and more"}, *make_rows(4)]
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder))
-    commands.purge(store, commands.Selectors(document=("two",)), reason="later")
-    purge = commands.purge(store, commands.Selectors(document=("one",)), reason="now", erase=True).purge
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder))
+    api.purge(store, api.Selectors(document=("two",)), reason="later")
+    purge = api.purge(store, api.Selectors(document=("one",)), reason="now", erase=True).purge
     found = checked(store, purge, tmp_path / "out").receipt
     assert not found.ok
     assert all("purged, or set aside, say it, too" in problem for problem in found.problems)
-    commands.purge(store, commands.Selectors(document=("two",)), reason="later", erase=True)
+    api.purge(store, api.Selectors(document=("two",)), reason="later", erase=True)
     assert checked(store, purge, tmp_path / "out").receipt.ok
 
 
@@ -317,12 +314,10 @@ def test_a_way_that_can_not_be_gone_is_told(store: Path, tmp_path: Path) -> None
 
 def test_a_way_whose_database_is_elsewhere_is_told(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     other = tmp_path / "other"
-    commands.chunk(
-        other, [str(write_jsonl(tmp_path / "o.jsonl", make_rows(20, first=200)))], tokenizer=str(tiny_encoder)
-    )
-    commands.embed(other, encoder=str(tiny_encoder))
-    commands.index(other)
-    commands.neighbours(other, queries=store, name="far")
+    api.chunk(other, [str(write_jsonl(tmp_path / "o.jsonl", make_rows(20, first=200)))], tokenizer=str(tiny_encoder))
+    api.embed(other, encoder=str(tiny_encoder))
+    api.index(other)
+    api.neighbours(other, queries=store, name="far")
     other.rename(tmp_path / "gone")
     purge = purged(store)
     found = checked(store, purge, tmp_path / "out")
@@ -337,12 +332,12 @@ def test_an_id_that_is_a_word_of_the_stores_own_is_no_false_alarm(
 ) -> None:
     rows = [{"id": name, "text": canary(5)}, *make_rows(60, first=100)]
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=20)
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store)
-    commands.neighbours(store)
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=20)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store)
+    api.neighbours(store)
     assert len(Store.open(store).state.parts()) > 6
-    purge = commands.purge(store, commands.Selectors(document=(name,)), reason="r", who="root", erase=True).purge
+    purge = api.purge(store, api.Selectors(document=(name,)), reason="r", who="root", erase=True).purge
     found = checked(store, purge, tmp_path / "out").receipt
     assert found.problems == (() if name != "root" else found.problems)
     if name == "root":
@@ -350,8 +345,8 @@ def test_an_id_that_is_a_word_of_the_stores_own_is_no_false_alarm(
 
 
 def test_a_reason_that_names_the_document_stays_and_is_told(store: Path, tmp_path: Path) -> None:
-    purge = commands.purge(
-        store, commands.Selectors(document=("canary-document-1",)), reason="canary-document-1", erase=True
+    purge = api.purge(
+        store, api.Selectors(document=("canary-document-1",)), reason="canary-document-1", erase=True
     ).purge
     problems = checked(store, purge, tmp_path / "out").receipt.problems
     assert problems
@@ -359,8 +354,8 @@ def test_a_reason_that_names_the_document_stays_and_is_told(store: Path, tmp_pat
 
 
 def test_controls_in_a_reason_are_shown_on_the_page_and_not_obeyed(store: Path, tmp_path: Path) -> None:
-    purge = commands.purge(
-        store, commands.Selectors(document=("canary-document-1",)), reason="a\x1b[31mb\u202ec", who="x\x07", erase=True
+    purge = api.purge(
+        store, api.Selectors(document=("canary-document-1",)), reason="a\x1b[31mb\u202ec", who="x\x07", erase=True
     ).purge
     page = Path(checked(store, purge, tmp_path / "out").page).read_text()
     ElementTree.fromstring(page.replace("<!DOCTYPE html>", ""))
@@ -372,10 +367,10 @@ def test_a_chunk_that_is_too_short_to_be_looked_for_is_told(
 ) -> None:
     rows = [{"id": "short", "text": "zq xv jk"}, *make_rows(4)]
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder))
-    purge = commands.purge(store, commands.Selectors(document=("short",)), reason="r", erase=True).purge
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder))
+    purge = api.purge(store, api.Selectors(document=("short",)), reason="r", erase=True).purge
     found = checked(store, purge, tmp_path / "out")
-    purge_verify.show_verified(store, found, as_json=False)
+    verify_text.show_verified(store, found, as_json=False)
     told = capsys.readouterr().out
     assert "Of its 1 chunk nothing could be looked for by the tokens of 1 and by the text of 1" in told
     assert "nothing could be looked for" in Path(found.page).read_text()

@@ -14,14 +14,14 @@ from conftest import make_rows, write_jsonl
 from oracle import read_plain
 
 import retrotool
-from retrotool import commands
-from retrotool.api import Reader
-from retrotool.commands.writing import writing
+from retrotool import api
+from retrotool.embed.stage import EmbedStage
 from retrotool.errors import ConflictError, ErasedError, UsageError
-from retrotool.stages import purge as selecting
-from retrotool.stages import selection
-from retrotool.stages.embed import EmbedStage
+from retrotool.purge import commit as selecting
+from retrotool.purge import selection
+from retrotool.reader import Reader
 from retrotool.store import folding, staging
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -51,9 +51,7 @@ def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: P
     victims = set(before.document("doc-7") + before.document("doc-30"))
     texts = [before.chunk(chunk).text for chunk in sorted(victims)]
     assert victims <= set(returned(before)), "they were there"
-    result = commands.purge(
-        store_copy, commands.Selectors(documents=lines(tmp_path / "ids", ["doc-7", "doc-30"])), reason="test"
-    )
+    result = api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "ids", ["doc-7", "doc-30"])), reason="test")
     assert (result.chunks, result.documents, result.erased) == (len(victims), 2, 0)
     after = retrotool.open(store_copy)
     assert victims.isdisjoint(returned(after))
@@ -68,15 +66,15 @@ def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: P
     with pytest.raises(UsageError, match="purged"):
         after.document("doc-7")
     assert not after.tokens(sorted(victims)).any()
-    shown = commands.info(store_copy)
+    shown = api.info(store_copy)
     assert (shown.documents, shown.chunks) == (118, 366 - len(victims))
-    assert commands.verify(store_copy).ok
+    assert api.verify(store_copy).ok
 
 
 def test_a_reader_that_was_open_keeps_its_view_until_it_refreshes(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     victim = reader.document("doc-7")[0]
-    commands.purge(store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test")
+    api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test")
     assert reader.chunk(victim).document == "doc-7"
     reader.refresh()
     with pytest.raises(UsageError):
@@ -87,7 +85,7 @@ def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Pat
     reader = retrotool.open(store_copy)
     victim = reader.document("doc-7")[0]
     view = retrotool.open(store_copy)
-    commands.purge(store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     with pytest.raises(ErasedError, match="erased") as error:
         view.chunk(victim)
     assert "Open the store again" in error.value.advice
@@ -117,17 +115,17 @@ def canary_store(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, list[str]]:
         rows.insert(i, {"id": f"{CANARY}-{i}", "text": text, "source": "secret source", "note": f"{CANARY} kept"})
         names.append(f"{CANARY}-{i}")
     store = tmp_path / "store"
-    commands.chunk(
+    api.chunk(
         store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=60,
         fields=retrotool_fields("note"),
     )  # fmt: skip
-    commands.embed(store, encoder=str(tiny_encoder))
-    commands.index(store)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store)
     from retrotool.ann.choice import Wanted
-    from retrotool.commands.indexing import Options
+    from retrotool.index.run import Options
 
-    commands.index(store, name="ivf", options=Options(Wanted(nlist=4, code="float16"), 100))
-    commands.neighbours(store)
+    api.index(store, name="ivf", options=Options(Wanted(nlist=4, code="float16"), 100))
+    api.neighbours(store)
     return store, names
 
 
@@ -159,17 +157,17 @@ def test_after_an_erase_no_byte_is_left(canary_store: tuple[Path, list[str]], tm
     wanted = traces(store, names)
     haystack = everything(store)
     assert all(trace in haystack for kind in wanted.values() for trace in kind), "the scan sees what is there"
-    digests = commands.verify(store)
-    commands.purge(store, commands.Selectors(documents=lines(tmp_path / "ids", names)), reason="request 17", erase=True)
+    digests = api.verify(store)
+    api.purge(store, api.Selectors(documents=lines(tmp_path / "ids", names)), reason="request 17", erase=True)
     haystack = everything(store)
     assert {kind: [t for t in found if t in haystack] for kind, found in wanted.items()} == {
         kind: [] for kind in wanted
     }
     assert CANARY.encode() not in haystack
-    after = commands.verify(store)
+    after = api.verify(store)
     assert after.ok, after.problems
     assert after.content != digests.content
-    assert commands.info(store).purges.popitem()[1]["erased"]
+    assert api.info(store).purges.popitem()[1]["erased"]
     assert [path for path in store.rglob("*") if "selectors" in path.parts and path.is_file()] == []
 
 
@@ -178,7 +176,7 @@ def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path,
     reader = retrotool.open(store)
     victims = {chunk for name in names for chunk in reader.document(name)}
     before = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
-    commands.purge(store, commands.Selectors(documents=lines(tmp_path / "ids", names)), reason="test", erase=True)
+    api.purge(store, api.Selectors(documents=lines(tmp_path / "ids", names)), reason="test", erase=True)
     reader = retrotool.open(store)
     after = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
     assert after == {i: text for i, text in before.items() if i not in victims}
@@ -199,9 +197,7 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
     assert (len(part), len(shards)) == (5, 1), "documents, keys, chunks, embeddings and neighbours"
     measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
     assert len(measured) == 2, "the curve and its picture, which name sources"
-    result = commands.purge(
-        store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True
-    )
+    result = api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     left = {entry.path for entry in Store.open(store_copy).state.files()}
     assert {entry.path for entry in state.files()} - left == part | shards | tables | measured
     assert result.files_rewritten == len(part | shards | tables)
@@ -213,7 +209,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
     from retrotool.encoder import find_encoder
 
     store_path = tmp_path / "store"
-    commands.chunk(store_path, [str(corpus)], tokenizer=str(tiny_encoder))
+    api.chunk(store_path, [str(corpus)], tokenizer=str(tiny_encoder))
     store = Store.open(store_path)
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], ("cpu",))
     victim = retrotool.open(store_path).document("doc-9")[0]
@@ -222,15 +218,15 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
         late = stage.open(store)(task, run.id, lambda _: None)  # finished, not yet committed
         vector = np.load(store_path / late.add[0].path)[victim & 0xFFFFFFFF].tobytes()
         assert vector in everything(store_path)
-        commands.purge(store_path, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+        api.purge(store_path, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
         assert staging.stage(store.root, late)
         folded = folding.fold(store, run)
         assert list(folded.refused) == [task.key]
     assert vector not in everything(store_path)
-    commands.embed(store_path, encoder=str(tiny_encoder))
+    api.embed(store_path, encoder=str(tiny_encoder))
     assert vector not in everything(store_path)
     assert not retrotool.open(store_path).embeddings(0)[victim & 0xFFFFFFFF].any()
-    assert commands.verify(store_path).ok
+    assert api.verify(store_path).ok
 
 
 def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
@@ -241,9 +237,9 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
     assert set(selection.select_where(store, "source = 'b'").tolist()) == odd
     with_words = {i for i, chunk in chunks.items() if "store chunk" in chunk.text}
     assert with_words
-    found = commands.purge(
+    found = api.purge(
         store_copy,
-        commands.Selectors(pattern=r"\bstore chunk\b", allow_lossy=True),
+        api.Selectors(pattern=r"\bstore chunk\b", allow_lossy=True),
         reason="test",
         confirm=lambda _: True,
     )
@@ -279,48 +275,48 @@ def test_a_wrong_selector_is_refused_and_nothing_is_done(
     before = Store.open(store_copy).state.number
     given = lines(tmp_path / "ids", [value]) if kind in ("ids", "documents") else value
     with pytest.raises(UsageError) as error:
-        commands.purge(store_copy, commands.Selectors(**{kind: given}, allow_lossy=True), reason="test")
+        api.purge(store_copy, api.Selectors(**{kind: given}, allow_lossy=True), reason="test")
     assert message in str(error.value)
     assert Store.open(store_copy).state.number == before
 
 
 def test_a_dry_run_purges_nothing_and_counts_right(store_copy: Path) -> None:
-    before = commands.verify(store_copy)
-    planned = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test", dry_run=True)
-    looked = commands.verify(store_copy)
+    before = api.verify(store_copy)
+    planned = api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test", dry_run=True)
+    looked = api.verify(store_copy)
     assert (looked.content, looked.tombstones, looked.chunks) == (before.content, before.tombstones, before.chunks)
-    done = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
+    done = api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
     assert (done.chunks, done.documents, done.tokens) == (planned.chunks, planned.documents, planned.tokens)
-    after = commands.verify(store_copy)
+    after = api.verify(store_copy)
     assert after.ok
     assert (after.chunks, after.tokens) == (before.chunks - done.chunks, before.tokens - done.tokens)
 
 
 def test_purging_what_is_purged_does_nothing_and_says_so(store_copy: Path) -> None:
-    first = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
-    again = commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
+    first = api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
+    again = api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
     assert (again.purge, again.chunks, again.already_purged) == ("", 0, first.chunks)
     assert again.commit == first.commit
 
 
 def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
-    commands.purge(store_copy, commands.Selectors(where="source is not null"), reason="test", erase=True)
-    shown = commands.info(store_copy)
+    api.purge(store_copy, api.Selectors(where="source is not null"), reason="test", erase=True)
+    shown = api.info(store_copy)
     assert (shown.documents, shown.chunks, shown.tokens) == (0, 0, 0)
     assert retrotool.open(store_copy).search("anything") == []
-    assert commands.verify(store_copy).ok
+    assert api.verify(store_copy).ok
 
 
 def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
     store = Store.open(store_copy)
-    chosen = commands.purging.select(store, commands.Selectors(where="source = 'a'").asked(store))
-    commands.purge(store_copy, commands.Selectors(where="source = 'b'"), reason="test")
+    chosen = api.purging.select(store, api.Selectors(where="source = 'a'").asked(store))
+    api.purge(store_copy, api.Selectors(where="source = 'b'"), reason="test")
     with writing(store) as run:
         before = files(store_copy)
         with pytest.raises(ConflictError, match="another purge"):
             selecting.commit_purge(store, run, chosen, "late", "somebody")
         assert files(store_copy) == before, "what it selected by does not stay on the disk"
-    assert commands.verify(store_copy).ok
+    assert api.verify(store_copy).ok
 
 
 def files(root: Path) -> set[Path]:
@@ -332,41 +328,36 @@ def test_a_purge_that_another_overtook_selects_again(store_copy: Path, monkeypat
 
     def overtaken(*arguments: object) -> str:
         monkeypatch.undo()
-        assert (
-            commands.purge(store_copy, commands.Selectors(where="id in ('doc-3', 'doc-4')"), reason="first").documents
-            == 2
-        )
+        assert api.purge(store_copy, api.Selectors(where="id in ('doc-3', 'doc-4')"), reason="first").documents == 2
         return commit(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(selecting, "commit_purge", overtaken)
-    result = commands.purge(
+    result = api.purge(
         store_copy,
-        commands.Selectors(where="source = 'a'"),
+        api.Selectors(where="source = 'a'"),
         reason="test",
         confirm=lambda planned: bool(asked.append(planned)) or True,
     )
     assert (result.documents, [planned.documents for planned in asked]) == (59, [60]), (
         "it takes less than was agreed to"
     )
-    assert commands.verify(store_copy).ok
+    assert api.verify(store_copy).ok
 
 
 def test_what_is_declined_is_not_done(store_copy: Path) -> None:
     before = Store.open(store_copy).state.number
-    result = commands.purge(
-        store_copy, commands.Selectors(where="source = 'a'"), reason="test", confirm=lambda _: False
-    )
+    result = api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test", confirm=lambda _: False)
     assert (result.purge, result.documents, Store.open(store_copy).state.number) == ("", 60, before)
-    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test")
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
     purged = Store.open(store_copy).state.number
-    asked: list[commands.PurgeResult] = []
-    commands.purge(
+    asked: list[api.PurgeResult] = []
+    api.purge(
         store_copy,
-        commands.Selectors(where="source = 'a'"),
+        api.Selectors(where="source = 'a'"),
         reason="test",
         confirm=lambda _: pytest.fail("nothing to ask"),
     )
-    commands.purge(store_copy, commands.Selectors(where="source = 'a'"), reason="test", erase=True,
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test", erase=True,
         confirm=lambda planned: bool(asked.append(planned)),
     )  # fmt: skip
     assert (asked[0].chunks, asked[0].unerased) == (0, result.chunks), "an erase of what is purged is asked about too"
@@ -378,22 +369,20 @@ def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_p
     reader = retrotool.open(store_copy)
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 3)
     first, victim, last = reader.document(name)[:3]
-    result = commands.purge(
-        store_copy, commands.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True
-    )
+    result = api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     assert (result.chunks, result.documents) == (1, 0)
     reader = retrotool.open(store_copy)
     assert reader.document(name)[:2] == [first, last]
     assert reader.continuation(first) is None
-    assert commands.verify(store_copy).ok
+    assert api.verify(store_copy).ok
 
 
 def test_no_text_stands_in_the_log(store_copy: Path, tmp_path: Path) -> None:
-    commands.purge(store_copy, commands.Selectors(pattern="store chunk", allow_lossy=True), reason="request 17")
+    api.purge(store_copy, api.Selectors(pattern="store chunk", allow_lossy=True), reason="request 17")
     log = b"".join(path.read_bytes() for path in (store_copy / "log").iterdir())
     assert b"store chunk" not in log
     shutil.rmtree(store_copy / "checkpoints", ignore_errors=True)
-    assert commands.info(store_copy).purges.popitem()[1]["reason"] == "request 17"
+    assert api.info(store_copy).purges.popitem()[1]["reason"] == "request 17"
 
 
 def test_who_purges_stays_in_the_log_also_where_a_user_has_no_name(
@@ -402,9 +391,9 @@ def test_who_purges_stays_in_the_log_also_where_a_user_has_no_name(
     def nobody() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 
-    named = commands.purge(store_copy, commands.Selectors(document=("doc-1",)), reason="r", who="the legal team").purge
+    named = api.purge(store_copy, api.Selectors(document=("doc-1",)), reason="r", who="the legal team").purge
     monkeypatch.setattr("getpass.getuser", nobody)
-    nameless = commands.purge(store_copy, commands.Selectors(document=("doc-2",)), reason="r").purge
+    nameless = api.purge(store_copy, api.Selectors(document=("doc-2",)), reason="r").purge
     records = Store.open(store_copy).state.records
     assert records[f"purge:{named}"]["who"] == "the legal team"
     assert records[f"purge:{nameless}"]["who"].startswith("user ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrotool.stages.recall import ratio
+from retrotool.index.recall import ratio
 
 
 @pytest.mark.parametrize("queries", [20, 100, 2000])

@@ -18,17 +18,17 @@ from test_index_rivals import at_once
 from test_neighbour_filters import run
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.commands import indexing
-from retrotool.commands.indexing import Options
-from retrotool.commands.neighbour_options import FilterOptions
-from retrotool.commands.neighbour_tables import SearchOptions
-from retrotool.commands.repairing import TableRepaired
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.stages.exact import ExactDatabase
-from retrotool.stages.neighbours import NeighboursStage
-from retrotool.stages.searching import Database
+from retrotool.index import run as index_run
+from retrotool.index.exact import ExactDatabase
+from retrotool.index.run import Options
+from retrotool.index.searching import Database
+from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.repair_run import TableRepaired
+from retrotool.neighbours.run import SearchOptions
+from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)
@@ -40,8 +40,8 @@ def young(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     """Embedded, with an exact index, and few neighbours saved. Not to be changed: copy it."""
     store = tmp_path_factory.mktemp("repair") / "store"
     grow(store, tiny_encoder, 70, 0)
-    commands.index(store)
-    commands.neighbours(store, k=K, saved=SAVED)
+    api.index(store)
+    api.neighbours(store, k=K, saved=SAVED)
     return store
 
 
@@ -53,18 +53,18 @@ def store(young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def grow(store: Path, encoder: Path, n: int, first: int) -> None:
     inputs = [str(write_jsonl(store.parent / f"{store.name}-{first}.jsonl", make_rows(n, first=first, words=80)))]
-    commands.chunk(store, inputs, tokenizer=str(encoder), part_size=60)
-    commands.embed(store, encoder=str(encoder), devices="cpu")
+    api.chunk(store, inputs, tokenizer=str(encoder), part_size=60)
+    api.embed(store, encoder=str(encoder), devices="cpu")
 
 
 def purge(store: Path, ids: list[int], *, erase: bool = False) -> str:
     path = store.parent / "ids"
     path.write_text("".join(f"{i}\n" for i in ids))
-    return commands.purge(store, commands.Selectors(ids=str(path)), reason="test", erase=erase).purge
+    return api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase).purge
 
 
 def repair(store: Path, **options: Any) -> TableRepaired:
-    (done,) = commands.repair(store, devices="cpu", **options).tables
+    (done,) = api.repair(store, devices="cpu", **options).tables
     return done
 
 
@@ -126,12 +126,12 @@ def test_repaired_is_as_computed_anew_and_only_short_rows_are_searched(
     store: Path, how: str, erased: str, asked: list[np.ndarray]
 ) -> None:
     name = {"index": "main", "exact": "exact"}[how]
-    commands.neighbours(store, name="exact", k=K, saved=SAVED, search=EXACT)
+    api.neighbours(store, name="exact", k=K, saved=SAVED, search=EXACT)
     before, vectors = saved_neighbours(store, name), read_plain(store).vectors
     victims = some(store, 0.4)
     purged = purge(store, victims, erase=erased == "erased")
     if erased == "erased later":
-        commands.erase(store, [purged])
+        api.erase(store, [purged])
     plain = read_plain(store, purged=frozenset(victims))
     due = counted(before[0], plain, victims)
     assert due["searched"] > 10 and due["filled"] > 10
@@ -150,12 +150,12 @@ def test_repaired_is_as_computed_anew_and_only_short_rows_are_searched(
     if erased == "purged":
         assert np.array_equal(after[0][~short], before[0][~short]), "what a restore would want is there still"
     assert_as_anew(store, victims, name)
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 def test_tables_of_several_row_groups_are_looked_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_groups_of(16, monkeypatch)
-    commands.neighbours(store, name="small", k=K, saved=SAVED)
+    api.neighbours(store, name="small", k=K, saved=SAVED)
     before = saved_neighbours(store, "small")[0]
     victims = some(store, 0.4)
     purge(store, victims)
@@ -168,24 +168,24 @@ def test_what_is_repaired_is_not_read_again(store: Path) -> None:
     victims = some(store, 0.4)
     purge(store, victims)
     cost: list[Any] = []
-    first = commands.repair(store, devices="cpu", begin=cost.append)
-    files = [store / part["neighbours"]["main"]["path"] for part in commands.info(store).parts]
+    first = api.repair(store, devices="cpu", begin=cost.append)
+    files = [store / part["neighbours"]["main"]["path"] for part in api.info(store).parts]
     sizes = [file.stat().st_size for file in files]
     assert cost[0].files == 3 and first.bytes == cost[0].bytes > 0
-    again = commands.repair(store, devices="cpu", begin=cost.append)
+    again = api.repair(store, devices="cpu", begin=cost.append)
     assert (cost[1].files, again.bytes, again.commit) == (0, 0, first.commit)
     assert (again.tables[0].touched, again.tables[0].searched, again.tables[0].parts_read) == (0, 0, 0)
     purge(store, some(store, 0.1, seed=1))
-    third = commands.repair(store, devices="cpu", begin=cost.append)
+    third = api.repair(store, devices="cpu", begin=cost.append)
     assert third.bytes == sum(sizes), "all that was there before it"
 
 
 def test_a_dry_run_counts_and_changes_nothing(store: Path) -> None:
     victims = some(store, 0.4)
     purge(store, victims)
-    before = commands.verify(store)
+    before = api.verify(store)
     would = repair(store, dry_run=True)
-    assert commands.verify(store) == before
+    assert api.verify(store) == before
     done = repair(store)
     assert (would.touched, would.filled, would.searched) == (done.touched, done.filled, done.searched)
 
@@ -227,7 +227,7 @@ def test_a_repair_that_is_interrupted_goes_on_and_repeats_no_part(
         patch.setattr(Database, "search", interrupted)
         with pytest.raises(KeyboardInterrupt):
             repair(store)
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
     done = repair(store)
     assert done.parts_read == 1
     assert sum(map(len, asked)) == due
@@ -239,7 +239,7 @@ def test_parts_that_are_behind_are_left_to_neighbours(store: Path, tiny_encoder:
     purge(store, some(store, 0.3))
     done = repair(store)
     assert (done.parts, done.behind) == (3, 1), "new parts have no table; the index has not grown"
-    commands.index(store)
+    api.index(store)
     purge(store, some(store, 0.3, seed=1))
     done = repair(store)
     assert (done.behind, done.parts_read, done.searched) == (4, 0, 0)
@@ -253,12 +253,12 @@ def test_parts_that_are_behind_are_left_to_neighbours(store: Path, tiny_encoder:
 
 
 def test_a_table_is_refused_when_its_index_or_database_is_gone_and_others_are_repaired(store: Path) -> None:
-    commands.index(store, name="other")
-    commands.neighbours(store, name="t", index="other", k=K, saved=SAVED)
+    api.index(store, name="other")
+    api.neighbours(store, name="t", index="other", k=K, saved=SAVED)
     purge(store, some(store, 0.4))
-    indexing.drop(store, name="other")
+    index_run.drop(store, name="other")
     with pytest.raises(UsageError, match=r"'t' were found in the index 'other' of .*, which is gone") as error:
-        commands.repair(store, name="t")
+        api.repair(store, name="t")
     assert error.value.advice.endswith(f"retrotool neighbours {store} -k 3 --saved 5 --name t --index NAME")
     ended = run("purge", store, "--repair", "--json")
     told = json.loads(ended.stdout)
@@ -266,7 +266,7 @@ def test_a_table_is_refused_when_its_index_or_database_is_gone_and_others_are_re
     assert [one["table"] for one in told["refused"]] == ["t"] and told["refused"][0]["exit_code"] == 2
     assert [(one["table"], one["short"]) for one in told["tables"]] == [("main", 0)] and told["tables"][0]["searched"]
     with pytest.raises(UsageError, match="has no neighbours 'x'; it has: main, t"):
-        commands.repair(store, name="x")
+        api.repair(store, name="x")
     ended = run("purge", store, "--repair")
     assert "Not repaired: the neighbours 't' were found in the index 'other'" in ended.stdout
     assert "nothing to repair, nothing was purged since." in ended.stdout
@@ -275,37 +275,37 @@ def test_a_table_is_refused_when_its_index_or_database_is_gone_and_others_are_re
 def test_without_tables_there_is_nothing_to_repair(young: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     grow(tmp_path / "bare", tiny_encoder, 3, 0)
     with pytest.raises(UsageError, match="has no neighbours") as error:
-        commands.repair(tmp_path / "bare")
+        api.repair(tmp_path / "bare")
     assert error.value.advice == f"Make them with: retrotool neighbours {tmp_path / 'bare'}"
 
 
 def test_tables_elsewhere_are_named_and_repaired_there(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     training = tmp_path / "training"
     grow(training, tiny_encoder, 12, 900)
-    commands.neighbours(store, queries=training, name="t", k=K, saved=SAVED)
-    commands.neighbours(store, queries=training, name="u", k=K, saved=SAVED, search=EXACT)
-    assert commands.repair(store, devices="cpu").consumers == ()
+    api.neighbours(store, queries=training, name="t", k=K, saved=SAVED)
+    api.neighbours(store, queries=training, name="u", k=K, saved=SAVED, search=EXACT)
+    assert api.repair(store, devices="cpu").consumers == ()
     before = saved_neighbours(training, "t")[0]
     victims = some(store, 0.4)
     purged = purge(store, victims)
-    left = commands.repair(store, devices="cpu").consumers
+    left = api.repair(store, devices="cpu").consumers
     assert sorted((one.path, one.table, one.there) for one in left) == [
         (str(training), "t", True), (str(training), "u", True)
     ]  # fmt: skip
     assert np.array_equal(saved_neighbours(training, "t")[0], before)
-    commands.erase(store, [purged])
+    api.erase(store, [purged])
     due = counted(before, read_plain(training), victims)
     done = repair(training, name="t")
     assert {count: getattr(done, count) for count in due} == due
     assert done.database == str(store)
     assert not np.isin(saved_neighbours(training, "t")[0], victims).any(), "what was erased there is out, too"
-    (other,) = commands.repair(store, devices="cpu").consumers
+    (other,) = api.repair(store, devices="cpu").consumers
     assert other.command == f"retrotool purge {training} --repair --name u"
     assert f"Not touched: neighbours 'u' of {training}, another store. Repair them: {other.command}\n" in (
         run("purge", store, "--repair").stdout
     )
     assert run(*shlex.split(other.command)[1:]).exit_code == 0
-    assert commands.repair(store, devices="cpu").consumers == ()
+    assert api.repair(store, devices="cpu").consumers == ()
     plain = read_plain(training)
     for name in ("t", "u"):
         true_ids, true = brute_force(plain, read_plain(store), K)
@@ -314,10 +314,10 @@ def test_tables_elsewhere_are_named_and_repaired_there(store: Path, tmp_path: Pa
         assert (ids[:, :K] == true_ids).mean() > 0.99
     store.rename(tmp_path / "away")
     with pytest.raises(StoreNotFoundError, match="isn't there"):
-        commands.repair(training)
+        api.repair(training)
     training.rename(tmp_path / "away-too")
     purge(tmp_path / "away", some(tmp_path / "away", 0.1, seed=3))
-    assert {one.there for one in commands.repair(tmp_path / "away", devices="cpu").consumers} == {False}
+    assert {one.there for one in api.repair(tmp_path / "away", devices="cpu").consumers} == {False}
     assert f"Not looked at: neighbours 'u' of {training}, which is not there now." in (
         run("purge", tmp_path / "away", "--repair").stdout
     )
@@ -325,18 +325,18 @@ def test_tables_elsewhere_are_named_and_repaired_there(store: Path, tmp_path: Pa
 
 def test_all_tables_of_a_mixture_are_repaired(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     grow(tmp_path / "books", tiny_encoder, 40, 700)
-    commands.neighbours(store, name="mix", databases=[(tmp_path / "books", None)], k=K, saved=SAVED, search=EXACT)
+    api.neighbours(store, name="mix", databases=[(tmp_path / "books", None)], k=K, saved=SAVED, search=EXACT)
     purge(store, some(store, 0.4))
     purge(tmp_path / "books", some(tmp_path / "books", 0.4))
-    done = commands.repair(store, name="mix", devices="cpu").tables
+    done = api.repair(store, name="mix", devices="cpu").tables
     assert sorted(one.table for one in done) == ["mix.books", "mix.store"]
     assert all(one.searched and not one.short for one in done)
-    all_of_it = commands.repair(store, devices="cpu").tables
+    all_of_it = api.repair(store, devices="cpu").tables
     assert sorted(one.table for one in all_of_it) == ["main", "mix.books", "mix.store"]
 
 
 def test_a_table_keeps_its_filters(store: Path) -> None:
-    commands.neighbours(store, name="apart", k=K, saved=SAVED, filters=FilterOptions(exclude_sources=("a",)))
+    api.neighbours(store, name="apart", k=K, saved=SAVED, filters=FilterOptions(exclude_sources=("a",)))
     victims = some(store, 0.4)
     purge(store, victims)
     record = Store.open(store).state.records["neighbours:apart"]
@@ -353,12 +353,12 @@ def test_a_table_keeps_its_filters(store: Path) -> None:
 
 def test_more_neighbours_may_be_used_after_a_repair(store: Path) -> None:
     """A row that had enough left for a smaller k was not searched: with a larger one it has not."""
-    commands.neighbours(store, k=1, saved=SAVED)
+    api.neighbours(store, k=1, saved=SAVED)
     victims = some(store, 0.6)
     purge(store, victims)
     assert repair(store).searched > 0
     before = saved_neighbours(store)[0]
-    commands.neighbours(store, k=K, saved=SAVED)
+    api.neighbours(store, k=K, saved=SAVED)
     assert_as_anew(store, victims)
     plain = read_plain(store, purged=frozenset(victims))
     assert counted(before, plain, victims)["searched"] > 0
@@ -366,7 +366,7 @@ def test_more_neighbours_may_be_used_after_a_repair(store: Path) -> None:
 
 
 def test_what_was_materialised_is_named_when_tables_have_changed(store: Path) -> None:
-    commands.materialise(store)
+    api.materialise(store)
     purge(store, some(store, 0.4))
     done = repair(store)
     assert done.stale == 3
@@ -382,7 +382,7 @@ def test_a_repair_of_rows_that_came_back(store: Path) -> None:
     victims = some(store, 0.2)
     purged = purge(store, victims)
     repair(store)
-    commands.restore(store, purged, reason="test")
+    api.restore(store, purged, reason="test")
     done = repair(store)
     assert 0 < done.behind < 3, "where rows were searched meanwhile, these chunks are to be sought: they are back"
     assert run(*shlex.split(done.command)[1:]).exit_code == 0
@@ -396,17 +396,17 @@ def test_two_repairs_at_once_share_the_parts(store: Path) -> None:
         assert code == 0 and "Traceback" not in err
     assert repair(store).searched == 0
     assert_as_anew(store, victims)
-    assert commands.verify(store).problems == []
+    assert api.verify(store).problems == []
 
 
 def test_an_index_of_lists_finds_as_many_as_anew(store: Path) -> None:
-    commands.index(store, name="lists", target_recall=1.0, options=Options(Wanted(nlist=8, code="sq8"), 70))
-    commands.neighbours(store, name="lists", index="lists", k=K, saved=SAVED)
+    api.index(store, name="lists", target_recall=1.0, options=Options(Wanted(nlist=8, code="sq8"), 70))
+    api.neighbours(store, name="lists", index="lists", k=K, saved=SAVED)
     victims = some(store, 0.4)
     purge(store, victims)
     done = repair(store, name="lists")
     assert done.searched > 10 and done.short == 0
-    commands.neighbours(store, name="anew", index="lists", k=K, saved=SAVED)
+    api.neighbours(store, name="anew", index="lists", k=K, saved=SAVED)
     reader = retrotool.open(store)
     chunks = [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)]
     pairs = [(reader.neighbour_ids(chunk, "lists"), reader.neighbour_ids(chunk, "anew")) for chunk in chunks]
@@ -441,5 +441,5 @@ def test_a_stage_of_a_table_is_what_neighbours_made_it_with(store: Path, monkeyp
     other = Path(shutil.copytree(store, store.parent / "other"))
     repair(store)
     by_repair, planned[:] = planned[0], []
-    commands.neighbours(other, k=K, saved=SAVED)
+    api.neighbours(other, k=K, saved=SAVED)
     assert by_repair == planned[0] and len(by_repair) == 3

@@ -25,14 +25,14 @@ from conftest import make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import CorruptError
-from retrotool.stages import needles as making
-from retrotool.stages.matching import KINDS, Matcher, Needles, head_words, sampled, siphash
-from retrotool.stages.needles import hidden_by, make_needles, said_by_others
-from retrotool.stages.proofs import hashed, joined_hashes, proofs_of, read_proofs, write_proofs
-from retrotool.stages.residue import CHUNK, Finding, look, scan
-from retrotool.stages.views import cells, folded, unescaped
+from retrotool.purge import needles as making
+from retrotool.purge.decode import cells, folded, unescaped
+from retrotool.purge.matching import KINDS, Matcher, Needles, head_words, sampled, siphash
+from retrotool.purge.needles import hidden_by, make_needles, said_by_others
+from retrotool.purge.proofs import hashed, joined_hashes, proofs_of, read_proofs, write_proofs
+from retrotool.purge.residue import CHUNK, Finding, look, scan
 from retrotool.store import parts, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -64,10 +64,10 @@ def canaried(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pa
     source = write_jsonl(folder / "c.jsonl", rows)
     with source.open("a") as file:
         file.write(json.dumps({"id": "canary-document-0", "note": CANARIES["canary-document-0"], "text": 3}) + "\n")
-    commands.chunk(folder / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=60)
-    commands.embed(folder / "store", encoder=str(tiny_encoder))
-    commands.index(folder / "store")
-    commands.neighbours(folder / "store", materialise=True)
+    api.chunk(folder / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=60)
+    api.embed(folder / "store", encoder=str(tiny_encoder))
+    api.index(folder / "store")
+    api.neighbours(folder / "store", materialise=True)
     return folder / "store"
 
 
@@ -126,7 +126,7 @@ def test_all_that_holds_canaries_is_found_before_an_erase_and_nothing_after(
     assert len(set((victims >> 32).tolist())) > 1
     listed = tmp_path / "takedown.txt"
     listed.write_text("\n".join(CANARIES))
-    commands.purge(store, commands.Selectors(documents=str(listed)), reason="test")
+    api.purge(store, api.Selectors(documents=str(listed)), reason="test")
     needles = form(needles_of(store))
     found = scan(store, needles)
     assert {kind: EVERYWHERE[kind] <= kinds for kind, kinds in folders(found).items()} == dict.fromkeys(
@@ -135,7 +135,7 @@ def test_all_that_holds_canaries_is_found_before_an_erase_and_nothing_after(
     chunked = {finding.number for finding in found if finding.path.startswith("chunks/")}
     kind = KINDS.index("tokens")
     assert chunked == set(np.flatnonzero(needles.kinds == kind).tolist()), "each of the needles"
-    commands.purge(store, commands.Selectors(documents=str(listed)), reason="test", erase=True)
+    api.purge(store, api.Selectors(documents=str(listed)), reason="test", erase=True)
     assert left_of(store, needles) == ()
 
 
@@ -169,9 +169,9 @@ def test_what_is_said_again_later_is_no_finding_and_what_is_left_is_one(store: P
         for name in parts.read_documents(opened, part, ["id"])["id"].to_pylist()
         if name in CANARIES and name != said_again
     }
-    commands.purge(store, commands.Selectors(document=tuple(CANARIES)), reason="test", erase=True)
+    api.purge(store, api.Selectors(document=tuple(CANARIES)), reason="test", erase=True)
     again = [{"id": "quotes", "text": CANARIES[said_again] + " quoted", "source": "c", "year": 2}]
-    commands.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", again))])
+    api.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", again))])
     found = look(Store.open(store), needles)
     assert found.findings == ()
     assert found.said > 0
@@ -184,8 +184,8 @@ def test_of_a_victim_whose_text_is_elsewhere_too_nothing_is_left(tmp_path: Path,
     text = canary(100)
     rows = [{"id": "first-copy", "text": text}, {"id": "second-copy", "text": text}, *make_rows(4)]
     source = write_jsonl(tmp_path / "c.jsonl", rows)
-    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder), duplicates="keep")
-    commands.embed(tmp_path / "store", encoder=str(tiny_encoder))
+    api.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder), duplicates="keep")
+    api.embed(tmp_path / "store", encoder=str(tiny_encoder))
     opened = Store.open(tmp_path / "store")
     row = parts.read_documents(opened, 0).to_pylist()[0]
     needles = make_needles(opened, np.arange(row["n_chunks"]))
@@ -349,14 +349,14 @@ def test_proofs_are_kept_without_text_and_found_by(store: Path) -> None:
 
 def test_verify_reads_proofs_and_misses_their_purge(store: Path) -> None:
     needles = needles_of(store)
-    purge = commands.purge(store, commands.Selectors(where="source = 'c' and id like 'canary%'"), reason="test").purge
+    purge = api.purge(store, api.Selectors(where="source = 'c' and id like 'canary%'"), reason="test").purge
     opened = Store.open(store)
     with Run(store) as run:
         for slot, problems in ((f"{purge}.000000", 0), ("p0.000000", 1)):
             entry = proofs_file(opened, run.id, slot, needles.of(np.arange(9).repeat(2)))
             opened.commit(run, lambda _: Draft("erase", add=(entry,)))  # noqa: B023
-            assert len(commands.verify(store).problems) == problems
-    assert "there is no purge p0" in commands.verify(store).problems[0]
+            assert len(api.verify(store).problems) == problems
+    assert "there is no purge p0" in api.verify(store).problems[0]
     kept = proofs_of(opened, purge)
     assert kept is not None and kept.chunks.tolist() == victims_of(store).tolist()
     assert proofs_of(opened, "p1") is None
@@ -377,7 +377,7 @@ def test_what_living_text_has_in_common_with_a_victim_is_no_finding(store: Path,
     assert {finding.kind for finding in found} >= {"tokens", "text", "vector16", "id", "key", CHUNK} - {"text"}
     parts_of = {f"{chunk >> 32:06d}" for chunk in victims}
     assert {f.path.split("/")[1][:6] for f in found if f.path.startswith(("chunks", "documents", "keys"))} == parts_of
-    commands.purge(store, commands.Selectors(where=f"id = '{name}'"), reason="test", erase=True)
+    api.purge(store, api.Selectors(where=f"id = '{name}'"), reason="test", erase=True)
     for form in (needles, as_hashed(needles)):
         assert left_of(store, form) == ()
     assert len(make_needles(Store.open(store), np.array(victims))) == 0, "nothing is left to make them of"
@@ -386,7 +386,7 @@ def test_what_living_text_has_in_common_with_a_victim_is_no_finding(store: Path,
 def test_a_lossless_store_without_embeddings(tmp_path: Path, byte_level_tokenizer: Path) -> None:
     rows = [{"id": "the-victim", "text": "Ünïcode, " + canary(3) + "\n\tand TAIL " + canary(4)}, *make_rows(5)]
     source = write_jsonl(tmp_path / "c.jsonl", rows)
-    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(byte_level_tokenizer))
+    api.chunk(tmp_path / "store", [str(source)], tokenizer=str(byte_level_tokenizer))
     opened = Store.open(tmp_path / "store")
     needles = make_needles(opened, np.arange(parts.read_documents(opened, 0)["n_chunks"][0].as_py()))
     assert {KINDS[kind] for kind in needles.kinds} == {"tokens", "text", "id", "key", "whole"}
@@ -397,7 +397,7 @@ def test_a_lossless_store_without_embeddings(tmp_path: Path, byte_level_tokenize
     found = scan(tmp_path / "store", needles)
     spooled = {f.number for f in found if f.path == "spool/stdin-1.jsonl" and f.kind == "text"}
     assert spooled == set(np.flatnonzero(needles.kinds == KINDS.index("text")).tolist())
-    commands.purge(tmp_path / "store", commands.Selectors(where="id = 'the-victim'"), reason="test", erase=True)
+    api.purge(tmp_path / "store", api.Selectors(where="id = 'the-victim'"), reason="test", erase=True)
     assert left_of(tmp_path / "store", needles) == ()
 
 

@@ -11,18 +11,18 @@ from conftest import make_rows, write_jsonl
 from restore_help import back, near, purge, verified
 
 import retrotool
-from retrotool import commands
-from retrotool.commands.restoring import restore
-from retrotool.commands.writing import writing
+from retrotool import api
 from retrotool.errors import ConflictError, UsageError
-from retrotool.stages import purge as selecting
-from retrotool.stages import restore as restoring
-from retrotool.stages.erase import EraseStage
+from retrotool.purge import commit as selecting
+from retrotool.purge import undo as restoring
+from retrotool.purge.erase import EraseStage
+from retrotool.purge.undo_run import restore
 from retrotool.store import folding, staging
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.restored import restored_chunks
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones, write_tombstones
 
@@ -48,8 +48,8 @@ def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> N
     assert record["restored_reason"] == "it was another one" and record["restored_by"]
     assert not len(read_blocked(Store.open(store_copy)))
     assert [state.file(kind, purged.purge) for kind in ("tombstones", "blocked", "selectors")] == [None] * 3
-    assert commands.neighbours(store_copy).queries == 0 and verified(store_copy) == before
-    assert commands.info(store_copy).purges[purged.purge]["restored"] == result.commit
+    assert api.neighbours(store_copy).queries == 0 and verified(store_copy) == before
+    assert api.info(store_copy).purges[purged.purge]["restored"] == result.commit
 
 
 def test_appending_the_same_crawl_gives_what_it_gave_before(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -58,21 +58,21 @@ def test_appending_the_same_crawl_gives_what_it_gave_before(tmp_path: Path, tiny
     two = write_jsonl(tmp_path / "two.jsonl", [*rows, *make_rows(2, first=50, words=60)])
     plain, store = tmp_path / "plain", tmp_path / "store"
     for path in (plain, store):
-        commands.chunk(path, [str(one)], tokenizer=str(tiny_encoder), part_size=8)
+        api.chunk(path, [str(one)], tokenizer=str(tiny_encoder), part_size=8)
     purged = purge(store, "doc-3", "doc-8").purge
     back(store, purged)
     for path in (plain, store):
-        commands.chunk(path, [str(two)], tokenizer=str(tiny_encoder), part_size=8)
+        api.chunk(path, [str(two)], tokenizer=str(tiny_encoder), part_size=8)
     names = ("content", "ids", "tombstones", "documents", "chunks", "tokens")
     assert {n: verified(store)[n] for n in names} == {n: verified(plain)[n] for n in names}
-    assert commands.info(store).documents == 14
+    assert api.info(store).documents == 14
 
 
 def test_what_another_purge_names_stays_purged(store_copy: Path) -> None:
     chunks = retrotool.open(store_copy).document("doc-7")
     assert len(chunks) > 2
-    one = commands.purge(store_copy, commands.Selectors(chunk=tuple(chunks[:2])), reason="test").purge
-    two = commands.purge(store_copy, commands.Selectors(chunk=tuple(chunks[1:])), reason="test").purge
+    one = api.purge(store_copy, api.Selectors(chunk=tuple(chunks[:2])), reason="test").purge
+    two = api.purge(store_copy, api.Selectors(chunk=tuple(chunks[1:])), reason="test").purge
     result = back(store_copy, one)
     assert (result.chunks, result.documents, result.still_purged, result.named_by) == (1, 1, 1, (two,))
     reader = retrotool.open(store_copy)
@@ -88,7 +88,7 @@ def test_what_a_chunk_set_aside_stays_so(tmp_path: Path, tiny_encoder: Path) -> 
     rows = make_rows(8, words=60)
     write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[3], "id": "again"}])
     store = tmp_path / "store"
-    commands.chunk(store, [str(tmp_path / "rows.jsonl")], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(tmp_path / "rows.jsonl")], tokenizer=str(tiny_encoder))
     before = verified(store)
     ids = np.flatnonzero(read_tombstones(Store.open(store)).ids >= 0)
     assert len(ids)
@@ -128,7 +128,7 @@ def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
         back(store_copy, purged)
     assert "--erase" in error.value.advice
     purge(store_copy, "doc-7", "doc-100", erase=True)
-    assert commands.info(store_copy).purges[purged]["erased"]
+    assert api.info(store_copy).purges[purged]["erased"]
     assert verified(store_copy)
 
 
@@ -164,7 +164,7 @@ def test_an_erase_goes_on_with_a_purge_of_its_own_if_it_was_taken_back(
     result = purge(store_copy, "doc-7", erase=True)
     assert len(committed) == 2 and result.purge == committed[1]
     assert result.erased == result.chunks > 0
-    shown = commands.info(store_copy).purges
+    shown = api.info(store_copy).purges
     assert [shown[one]["erased"] for one in committed] == [False, True]
     assert verified(store_copy)
 
@@ -194,7 +194,7 @@ def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path, monkeyp
     def overtaken(store: Store, one: str) -> restoring.Restorable:
         found = weigh(store, one)
         monkeypatch.setattr(restoring, "weigh", weigh)
-        commands.purge(store_copy, commands.Selectors(chunk=(chunks[0], 0)), reason="test")
+        api.purge(store_copy, api.Selectors(chunk=(chunks[0], 0)), reason="test")
         return found
 
     monkeypatch.setattr(restoring, "weigh", overtaken)
@@ -212,7 +212,7 @@ def test_what_was_taken_back_can_be_purged_and_erased(store_copy: Path) -> None:
     back(store_copy, second.purge)
     third = purge(store_copy, "doc-7", erase=True)
     assert third.erased == first.chunks
-    shown = commands.info(store_copy).purges
+    shown = api.info(store_copy).purges
     assert [shown[one.purge]["erased"] for one in (first, second, third)] == [False, False, True]
     assert verified(store_copy)
 
@@ -238,7 +238,7 @@ def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path)
         name = FileName.new(run.id, "restored", "p0", "parquet")
         kept = write_tombstones(store_copy, name, np.array([1 << 40]))
         store.commit(run, lambda _: Draft("restore", add=(kept,)))
-    problems = commands.verify(store_copy).problems
+    problems = api.verify(store_copy).problems
     left = [
         f"purge {purged} was taken back, and still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")
     ]

@@ -15,28 +15,28 @@ from oracle import saved_neighbours
 from restore_help import assert_exact, back, exact, near, purge, verified
 
 import retrotool
-from retrotool import RetroDataset, commands
+from retrotool import RetroDataset, api
 from retrotool.ann.choice import Wanted
-from retrotool.cli.purge_restore import show_restored
-from retrotool.commands import purging
-from retrotool.commands.indexing import Options
-from retrotool.commands.writing import writing
-from retrotool.stages import index as index_stage
-from retrotool.stages import purge as selecting
-from retrotool.stages import restore as restoring
-from retrotool.stages.materialise import MaterialiseStage
+from retrotool.index import stage as index_stage
+from retrotool.index.run import Options
+from retrotool.neighbours.materialise import MaterialiseStage
+from retrotool.purge import commit as selecting
+from retrotool.purge import run as purge_run
+from retrotool.purge import undo as restoring
+from retrotool.purge.undo_text import show_restored
 from retrotool.store import folding, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.restored import restored_chunks
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 
 def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Path) -> None:
-    commands.neighbours(store_copy, materialise=True)
+    api.neighbours(store_copy, materialise=True)
 
     def exported(name: str) -> list[dict[str, object]]:
-        commands.export_neighbours(store_copy, tmp_path / name, format="parquet")
+        api.export_neighbours(store_copy, tmp_path / name, format="parquet")
         return [row for path in sorted((tmp_path / name).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
     def trained() -> list[list[int]]:
@@ -48,45 +48,45 @@ def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Pa
     assert exported("between") != rows and trained() != items
     back(store_copy, purged)
     assert exported("after") == rows and trained() == items
-    assert commands.materialise(store_copy).made == 0, "what is materialised is as it was"
+    assert api.materialise(store_copy).made == 0, "what is materialised is as it was"
 
 
 def test_what_was_materialised_meanwhile_is_not_fresh(store_copy: Path) -> None:
-    commands.neighbours(store_copy, materialise=True)
+    api.neighbours(store_copy, materialise=True)
     dataset = RetroDataset(store_copy, sequence_length=256, shuffle=False)
     before = [item["neighbours"].tolist() for item in dataset]
     purged = purge(store_copy, "doc-7").purge
-    assert commands.materialise(store_copy).made > 0
+    assert api.materialise(store_copy).made > 0
     result = back(store_copy, purged)
     (told,) = result.tables
     assert told.parts == 0 and told.materialised > 0 and told.command.endswith("--materialise")
-    shown = commands.info(store_copy).materialised["main"]
+    shown = api.info(store_copy).materialised["main"]
     assert shown["current"] == shown["parts"] - told.materialised
     again = RetroDataset(store_copy, sequence_length=256, shuffle=False)
     assert [item["neighbours"].tolist() for item in again] == before, "what is not fresh is not used"
-    assert commands.materialise(store_copy).made > 0
-    shown = commands.info(store_copy).materialised["main"]
+    assert api.materialise(store_copy).made > 0
+    shown = api.info(store_copy).materialised["main"]
     assert shown["current"] == shown["parts"]
-    assert commands.materialise(store_copy).made == 0
+    assert api.materialise(store_copy).made == 0
     assert verified(store_copy)
 
 
 def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Path) -> None:
     found, before = near(store_copy), verified(store_copy)
     purged = purge(store_copy, "doc-7", "doc-30").purge
-    commands.neighbours(store_copy, name="other")
-    commands.neighbours(store_copy, k=19, saved=20)  # refills
+    api.neighbours(store_copy, name="other")
+    api.neighbours(store_copy, k=19, saved=20)  # refills
     result = back(store_copy, purged)
     assert sorted(one.table for one in result.tables) == ["main", "other"]
     assert all(one.parts == 4 for one in result.tables if one.table == "other")
-    assert commands.info(store_copy).neighbours["other"]["behind"] == 4
+    assert api.info(store_copy).neighbours["other"]["behind"] == 4
     for one in result.tables:
         words = one.command.split()[3:]
         options = dict(zip(words[::2], words[1::2], strict=True))
-        done = commands.neighbours(store_copy, name=options.get("--name", "main"), index=options["--index"])
+        done = api.neighbours(store_copy, name=options.get("--name", "main"), index=options["--index"])
         assert done.queries > 0
-        assert "behind" not in commands.info(store_copy).neighbours[one.table]
-    commands.neighbours(store_copy)
+        assert "behind" not in api.info(store_copy).neighbours[one.table]
+    api.neighbours(store_copy)
     assert near(store_copy) == found == near(store_copy, "other")
     assert {**verified(store_copy), "neighbours": ""} == {**before, "neighbours": ""}
     assert_exact(store_copy, tmp_path / "scratch")
@@ -96,31 +96,31 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
 def test_an_index_made_meanwhile_is_completed(store_copy: Path, tmp_path: Path) -> None:
     wanted = Options(Wanted(nlist=4, code="sq8"), shard_rows=150)
     purged = purge(store_copy, "doc-7", "doc-100")
-    commands.index(store_copy, name="lists", options=wanted)
-    commands.neighbours(store_copy, name="lists", index="lists")
-    shards = commands.info(store_copy).indexes["lists"]["shards"]
+    api.index(store_copy, name="lists", options=wanted)
+    api.neighbours(store_copy, name="lists", index="lists")
+    shards = api.info(store_copy).indexes["lists"]["shards"]
     assert len(shards) > 2
     result = back(store_copy, purged.purge)
     (lacks,) = result.indexes
     assert (lacks.name, lacks.chunks) == ("lists", purged.chunks)
     assert lacks.command == f"retrotool index {store_copy} --name lists"
-    assert commands.info(store_copy).indexes["lists"]["lacking"] == purged.chunks
-    assert "lacking" not in commands.info(store_copy).indexes["main"]
+    assert api.info(store_copy).indexes["lists"]["lacking"] == purged.chunks
+    assert "lacking" not in api.info(store_copy).indexes["main"]
     assert verified(store_copy), "it is known what it lacks"
     reader = retrotool.open(store_copy)
     assert reader.database("lists").lacking() == purged.chunks
     # Searched before the index is complete, tables are not taken for complete afterwards.
-    early = commands.neighbours(store_copy, name="lists", index="lists")
+    early = api.neighbours(store_copy, name="lists", index="lists")
     assert early.not_indexed == purged.chunks and any("index" in command for command in early.next)
-    assert commands.info(store_copy).neighbours["lists"]["behind"]
-    merged = commands.index(store_copy, name="lists", options=Options(merge=True))
+    assert api.info(store_copy).neighbours["lists"]["behind"]
+    merged = api.index(store_copy, name="lists", options=Options(merge=True))
     assert merged.added == purged.chunks
-    assert 0 < len(set(shards) - set(commands.info(store_copy).indexes["lists"]["shards"])) < len(shards)
-    assert "lacking" not in commands.info(store_copy).indexes["lists"]
-    done = commands.neighbours(store_copy, name="lists", index="lists")
+    assert 0 < len(set(shards) - set(api.info(store_copy).indexes["lists"]["shards"])) < len(shards)
+    assert "lacking" not in api.info(store_copy).indexes["lists"]
+    done = api.neighbours(store_copy, name="lists", index="lists")
     assert done.queries > 0 and done.not_indexed == 0
-    assert "behind" not in commands.info(store_copy).neighbours["lists"]
-    assert commands.neighbours(store_copy, name="lists", index="lists").queries == 0
+    assert "behind" not in api.info(store_copy).neighbours["lists"]
+    assert api.neighbours(store_copy, name="lists", index="lists").queries == 0
     assert verified(store_copy)
     point = Store.open(store_copy).state.records["index:lists"]
     assert point["vectors"] == 366
@@ -141,11 +141,11 @@ def test_an_index_of_which_nobody_knows_the_commit_is_made_anew(
 
     monkeypatch.setattr(index_stage, "write_index", forgetting)
     purged = purge(store_copy, "doc-7")
-    commands.index(store_copy, name="old", options=Options(Wanted(nlist=4, code="sq8")))
+    api.index(store_copy, name="old", options=Options(Wanted(nlist=4, code="sq8")))
     monkeypatch.setattr(index_stage, "write_index", written)
     assert back(store_copy, purged.purge).indexes[0].chunks == purged.chunks
-    assert commands.index(store_copy, name="old").vectors == 366
-    assert "lacking" not in commands.info(store_copy).indexes["old"]
+    assert api.index(store_copy, name="old").vectors == 366
+    assert "lacking" not in api.info(store_copy).indexes["old"]
     assert verified(store_copy)
 
 
@@ -154,12 +154,12 @@ def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_pa
     one = write_jsonl(tmp_path / "one.jsonl", rows)
     two = write_jsonl(tmp_path / "two.jsonl", [{**rows[3], "text": rows[3]["text"] + " and more"}])
     store = tmp_path / "store"
-    commands.chunk(store, [str(one)], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(one)], tokenizer=str(tiny_encoder))
     purged = purge(store, "doc-3").purge
-    commands.chunk(store, [str(two)], allow_purged=True)
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.chunk(store, [str(two)], allow_purged=True)
+    api.embed(store, encoder=str(tiny_encoder))
     assert back(store, purged).repeats == 1
-    commands.neighbours(store)
+    api.neighbours(store)
     reader = retrotool.open(store)
     versions = [
         int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.chunk(int(i)).document == "doc-3"
@@ -173,14 +173,14 @@ def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_pa
 def test_another_purge_is_erased_in_between(store_copy: Path) -> None:
     one = purge(store_copy, "doc-7")
     other = purge(store_copy, "doc-8", erase=True)
-    commands.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
+    api.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
     assert back(store_copy, one.purge).chunks == one.chunks
     assert purge(store_copy, "doc-9", erase=True).erased
-    shown = commands.info(store_copy)
+    shown = api.info(store_copy)
     assert not shown.purges[one.purge]["erased"] and shown.purges[other.purge]["erased"]
     assert shown.indexes["lists"]["lacking"] == one.chunks, "an erase does not make it whole"
-    commands.index(store_copy, name="lists")
-    assert "lacking" not in commands.info(store_copy).indexes["lists"]
+    api.index(store_copy, name="lists")
+    assert "lacking" not in api.info(store_copy).indexes["lists"]
     assert verified(store_copy)
 
 
@@ -200,30 +200,30 @@ def test_an_epoch_begun_meanwhile_goes_on_as_it_was(store_copy: Path) -> None:
 
 def test_neighbours_in_another_store_are_told_and_found_again(store_copy: Path, tmp_path: Path) -> None:
     queries = Path(shutil.copytree(store_copy, tmp_path / "queries"))
-    commands.neighbours(store_copy, queries=queries, name="theirs")
+    api.neighbours(store_copy, queries=queries, name="theirs")
     whole = near(queries, "theirs")
     theirs, ours = purge(store_copy, "doc-7").purge, purge(queries, "doc-9").purge
-    commands.neighbours(store_copy, queries=queries, name="theirs", saved=19, k=2)
-    commands.neighbours(store_copy, queries=queries, name="theirs")
+    api.neighbours(store_copy, queries=queries, name="theirs", saved=19, k=2)
+    api.neighbours(store_copy, queries=queries, name="theirs")
     result = back(queries, ours)
     (told,) = [one for one in result.tables if one.table == "theirs"]
     assert told.parts == 1, "their rows are empty"
     assert f"--queries {queries}" in told.command
     (told,) = back(store_copy, theirs).tables
     assert (told.path, told.table, told.parts) == (str(queries), "theirs", 4)
-    commands.neighbours(store_copy, queries=queries, name="theirs")
+    api.neighbours(store_copy, queries=queries, name="theirs")
     assert near(queries, "theirs") == whole
-    assert commands.neighbours(store_copy, queries=queries, name="theirs").queries == 0
-    assert "behind" not in commands.info(queries).neighbours["theirs"]
+    assert api.neighbours(store_copy, queries=queries, name="theirs").queries == 0
+    assert "behind" not in api.info(queries).neighbours["theirs"]
 
 
 def test_rows_of_queries_alone_are_filled_again(store_copy: Path, tmp_path: Path) -> None:
     queries = Path(shutil.copytree(store_copy, tmp_path / "queries"))
     ours = purge(queries, "doc-9")
-    commands.neighbours(store_copy, queries=queries, name="theirs")
+    api.neighbours(store_copy, queries=queries, name="theirs")
     back(queries, ours.purge)
-    assert commands.neighbours(store_copy, queries=queries, name="theirs").queries == ours.chunks
-    commands.neighbours(store_copy, queries=queries, name="anew")
+    assert api.neighbours(store_copy, queries=queries, name="theirs").queries == ours.chunks
+    api.neighbours(store_copy, queries=queries, name="anew")
     assert near(queries, "theirs") == near(queries, "anew")
 
 
@@ -235,7 +235,7 @@ def test_what_is_staged_is_not_committed_over_a_purge_after_a_restore(store_copy
         for task in stage.plan(store):
             staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
         restoring.commit_restore(store, run, restoring.weigh(store, first), "test", "me")
-        selected = purging.select(store, commands.Selectors(document=("doc-8",)).asked(store))
+        selected = purge_run.select(store, api.Selectors(document=("doc-8",)).asked(store))
         selecting.commit_purge(store, run, selected, "test", "me")
         assert len(store.state.group("tombstones")) == 1
         folded = folding.fold(store, run)
@@ -249,28 +249,28 @@ def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path
     store = tmp_path / "store"
     for number, some in enumerate((make_rows(6, words=150), make_rows(5, first=20, words=150), rows)):
         path = write_jsonl(tmp_path / f"{number}.jsonl", some)
-        commands.chunk(store, [str(path)], tokenizer=str(tiny_encoder))
-    commands.embed(store, encoder=str(tiny_encoder))
-    filters = commands.neighbour_options.FilterOptions(max_overlap=0.3)
+        api.chunk(store, [str(path)], tokenizer=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
+    filters = api.neighbour_options.FilterOptions(max_overlap=0.3)
     reader = retrotool.open(store)
     (asking, *_), (before, *following) = reader.document("asks"), reader.document("tells")
-    commands.neighbours(store, filters=filters, saved=12, name="never")
+    api.neighbours(store, filters=filters, saved=12, name="never")
     whole = near(store, "never")
     assert before not in next(row for row in whole if row[0] == asking)
-    purged = commands.purge(store, commands.Selectors(chunk=tuple(following)), reason="test").purge
-    commands.neighbours(store, filters=filters, saved=12)
+    purged = api.purge(store, api.Selectors(chunk=tuple(following)), reason="test").purge
+    api.neighbours(store, filters=filters, saved=12)
     assert before in next(row for row in near(store) if row[0] == asking), "nothing that follows it is purged"
     back(store, purged)
-    commands.neighbours(store, filters=filters, saved=12)
+    api.neighbours(store, filters=filters, saved=12)
     assert near(store) == whole
 
 
 def test_what_it_did_is_shown(store_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chunks = retrotool.open(store_copy).document("doc-7")
-    two = commands.purge(store_copy, commands.Selectors(chunk=(chunks[0],)), reason="test").purge
-    one = commands.purge(store_copy, commands.Selectors(chunk=tuple(chunks)), reason="test").purge
-    commands.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
-    commands.neighbours(store_copy, name="other")
+    two = api.purge(store_copy, api.Selectors(chunk=(chunks[0],)), reason="test").purge
+    one = api.purge(store_copy, api.Selectors(chunk=tuple(chunks)), reason="test").purge
+    api.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
+    api.neighbours(store_copy, name="other")
     result = back(store_copy, one)
     show_restored(result, as_json=False)
     text = capsys.readouterr().out
@@ -285,8 +285,8 @@ def test_what_it_did_is_shown(store_copy: Path, capsys: pytest.CaptureFixture[st
 
 def test_info_and_search_say_what_is_lacking(store_copy: Path, cli: Cli) -> None:
     purged = purge(store_copy, "doc-7")
-    commands.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
-    commands.neighbours(store_copy, name="other")
+    api.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
+    api.neighbours(store_copy, name="other")
     back(store_copy, purged.purge)
     told = cli("info", store_copy).stdout
     assert f"lacks {purged.chunks} chunks taken back" in told and "lacks chunks taken back, in 4 parts" in told

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import retrotool
-from retrotool import commands
-from retrotool.commands.restoring import restore
+from retrotool import api
 from retrotool.errors import UsageError
+from retrotool.purge.undo_run import restore
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -29,7 +29,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) ->
     """More than twelve chunks, in some parts. Not to be changed."""
     root = tmp_path_factory.mktemp("small")
     write_jsonl(root / "rows.jsonl", make_rows(7, words=120))
-    commands.chunk(root / "store", [str(root / "rows.jsonl")], tokenizer=str(tiny_encoder), part_size=7)
+    api.chunk(root / "store", [str(root / "rows.jsonl")], tokenizer=str(tiny_encoder), part_size=7)
     return root / "store"
 
 
@@ -63,8 +63,8 @@ class Purging(RuleBasedStateMachine):
     @rule(places=CHUNKS, erase=st.booleans())
     def purge(self, places: set[int], erase: bool) -> None:
         chunks = {self.chunks[place] for place in places}
-        selectors = commands.Selectors(chunk=tuple(sorted(chunks)))
-        result = commands.purge(self.store, selectors, reason="test", erase=erase)
+        selectors = api.Selectors(chunk=tuple(sorted(chunks)))
+        result = api.purge(self.store, selectors, reason="test", erase=erase)
         assert result.chunks == len(chunks - self.purged)
         if result.purge:
             self.named[result.purge] = chunks
@@ -103,7 +103,7 @@ class Purging(RuleBasedStateMachine):
 
     @invariant()
     def is_whole(self) -> None:
-        assert commands.verify(self.store).problems == []
+        assert api.verify(self.store).problems == []
 
 
 def test_purges_erases_and_restores_in_any_order(small_store: Path) -> None:

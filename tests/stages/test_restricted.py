@@ -15,14 +15,14 @@ from hypothesis.extra.numpy import arrays
 from oracle import read_plain
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.stages.neighbour_filters import Filters
-from retrotool.stages.neighbours import NeighboursStage
-from retrotool.stages.restricted import AllowedChunks, find_sources, probes, source_names
+from retrotool.index.source_filter import AllowedChunks, find_sources, probes, source_names
+from retrotool.neighbours.neighbour_filters import Filters
+from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store.store import Store
 
 
@@ -31,9 +31,7 @@ from retrotool.store.store import Store
 def test_chunks_are_allowed_by_the_source_of_their_document(store_copy: Path, allowed: str, erased: bool) -> None:
     if erased:
         (store_copy.parent / "names").write_text("doc-3\ndoc-6\ndoc-7\n")
-        commands.purge(
-            store_copy, commands.Selectors(documents=str(store_copy.parent / "names")), reason="test", erase=True
-        )
+        api.purge(store_copy, api.Selectors(documents=str(store_copy.parent / "names")), reason="test", erase=True)
     found = AllowedChunks(Store.open(store_copy), lambda name: name in allowed)
     plain = read_plain(store_copy)
     source = {row["id"]: row["source"] for row in make_rows(120)}  # None: erased
@@ -47,9 +45,9 @@ def test_chunks_are_allowed_by_the_source_of_their_document(store_copy: Path, al
 def test_sources_are_those_of_living_documents(tmp_path: Path, tiny_encoder: Path) -> None:
     rows = [{**row, "source": f"s{i // 3}"} for i, row in enumerate(make_rows(12, words=40))]
     store = tmp_path / "store"
-    commands.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=10)
+    api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=10)
     (tmp_path / "names").write_text("".join(f"doc-{i}\n" for i in (0, 1, 2, 3)))
-    commands.purge(store, commands.Selectors(documents=str(tmp_path / "names")), reason="test")
+    api.purge(store, api.Selectors(documents=str(tmp_path / "names")), reason="test")
     opened = Store.open(store)
     assert set().union(*source_names(opened)) == {"s1", "s2", "s3"}
     keyed = opened.identity.keyed_hash

@@ -11,11 +11,11 @@ from conftest import make_rows, make_text, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.ann.choice import Wanted
-from retrotool.commands.indexing import Options
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.stages import database
+from retrotool.index import search_scope
+from retrotool.index.run import Options
 
 TEXT = make_text(999, 150)
 
@@ -23,10 +23,10 @@ TEXT = make_text(999, 150)
 def build(root: Path, model: Path, *inputs: list[dict[str, Any]], index: bool = True) -> Path:
     for number, rows in enumerate(inputs):
         source = write_jsonl(root.parent / f"{root.name}-{number}.jsonl", rows)
-        commands.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
-    commands.embed(root, encoder=str(model))
+        api.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
+    api.embed(root, encoder=str(model))
     if index:
-        commands.index(root, target_recall=1, options=Options(Wanted(nlist=4, code="float16"), 100))
+        api.index(root, target_recall=1, options=Options(Wanted(nlist=4, code="float16"), 100))
     return root
 
 
@@ -52,9 +52,9 @@ def assert_true(queries: Path, theirs: Path, name: str) -> None:
 
 
 def test_within_a_store_and_its_recall(kept: Path) -> None:
-    commands.neighbours(kept)
+    api.neighbours(kept)
     assert_true(kept, kept, "main")
-    assert commands.index(kept, target_recall=1).recall_at_10 == 1.0
+    assert api.index(kept, target_recall=1).recall_at_10 == 1.0
     reader = retrotool.open(kept)
     chunks = [
         int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.chunk(int(i)).document == "same"
@@ -66,7 +66,7 @@ def test_within_a_store_and_its_recall(kept: Path) -> None:
 def test_across_stores(kept: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     rows = [*copies("five", "six"), *make_rows(4, first=2), {"id": "new", "text": TEXT}]
     queries = build(tmp_path / "queries", tiny_encoder, rows, index=False)
-    commands.neighbours(kept, queries=queries, name="kept")
+    api.neighbours(kept, queries=queries, name="kept")
     assert_true(queries, kept, "kept")
 
 
@@ -77,7 +77,7 @@ def test_of_a_document_the_first_copy_that_is_living_is_read(kept: Path, tmp_pat
         chunks = reader.document("same")
         texts.append("".join(reader.chunk(i).text for i in chunks)[-5:])
         (tmp_path / "ids").write_text("".join(f"{i}\n" for i in chunks))
-        commands.purge(kept, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
+        api.purge(kept, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
         reader.refresh()
     assert [text.split()[-1] for text in texts] == ["one", "two", "three", "four"]
     with pytest.raises(UsageError, match="no document"):
@@ -88,7 +88,7 @@ def test_without_repeats_no_keys_are_read(store_copy: Path, kept: Path, monkeypa
     def refuse(*_: object) -> None:
         raise RetrotoolError("reads all keys")
 
-    monkeypatch.setattr(database, "find_documents", refuse)
-    assert commands.neighbours(store_copy, name="new").queries > 0
+    monkeypatch.setattr(search_scope, "find_documents", refuse)
+    assert api.neighbours(store_copy, name="new").queries > 0
     with pytest.raises(RetrotoolError, match="reads all keys"):
-        commands.neighbours(kept)
+        api.neighbours(kept)

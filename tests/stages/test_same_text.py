@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import make_rows, write_jsonl
 
-from retrotool import commands
-from retrotool.cli import purge_text
+from retrotool import api
 from retrotool.errors import RetrotoolError
-from retrotool.stages import same_text
+from retrotool.purge import purge_text, same_text
 
 TEXT = "said by several, and by none of them first"
 
@@ -23,12 +22,12 @@ def store(tmp_path: Path, byte_level_tokenizer: Path) -> Path:
     for number, (duplicates, rows) in enumerate(plans):
         path = write_jsonl(tmp_path / f"{number}.jsonl", rows)
         options = {"tokenizer": str(byte_level_tokenizer), "chunk_length": 4, "part_size": 20}
-        commands.chunk(tmp_path / "store", [str(path)], duplicates=duplicates, **options)
+        api.chunk(tmp_path / "store", [str(path)], duplicates=duplicates, **options)
     return tmp_path / "store"
 
 
-def purge(store: Path, *names: str, **options: bool) -> commands.PurgeResult:
-    return commands.purge(store, commands.Selectors(document=names), reason="test", **options)
+def purge(store: Path, *names: str, **options: bool) -> api.PurgeResult:
+    return api.purge(store, api.Selectors(document=names), reason="test", **options)
 
 
 @pytest.mark.parametrize("erase", [False, True])

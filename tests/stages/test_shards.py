@@ -15,8 +15,8 @@ from conftest import INTERRUPTED, Cli, make_rows, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool import commands
-from retrotool.stages.base import Task, own_first
+from retrotool import api
+from retrotool.engine.stage import Task, own_first
 from retrotool.store import claims, log
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -25,7 +25,7 @@ from retrotool.store.store import Store
 @pytest.fixture
 def chunked(tmp_path: Path, tiny_encoder: Path) -> Path:
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(200))
-    commands.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=40)
+    api.chunk(tmp_path / "store", [str(source)], tokenizer=str(tiny_encoder), part_size=40)
     return tmp_path / "store"
 
 
@@ -60,13 +60,13 @@ def test_a_job_begins_with_its_own_share_and_then_has_all_the_others(
 def start(store: Path, encoder: Path, *options: str, before: str = "") -> subprocess.Popen[str]:
     """An ``embed`` in a process of its own; ``before`` is Python that it runs first."""
     command = ["retrotool", "embed", str(store), "--encoder", str(encoder), "--json", *options]
-    code = f"{before}\nimport sys\nfrom retrotool.cli import main\nsys.argv = {command!r}\nmain()"
+    code = f"{before}\nimport sys\nfrom retrotool.app import main\nsys.argv = {command!r}\nmain()"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 SLOW = """
 import time
-from retrotool.stages.embed import EmbedWorker
+from retrotool.embed.stage import EmbedWorker
 write = EmbedWorker._write
 def slow(self, part, *arguments):
     time.sleep(0.2)
@@ -91,28 +91,28 @@ def test_two_jobs_at_once_do_every_part_once(chunked: Path, tiny_encoder: Path, 
     assert len(embeds(chunked)) == len(set(embeds(chunked))) == n
     assert [result["parts"] for result in results] != [0, n]
     assert sum(result["parts"] for result in results) == n
-    assert sum(result["chunks"] for result in results) == commands.info(chunked).chunks
+    assert sum(result["chunks"] for result in results) == api.info(chunked).chunks
     assert not list((chunked / "staging" / "claims").iterdir())
-    assert commands.verify(chunked).ok
+    assert api.verify(chunked).ok
 
 
 def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
+    from retrotool.embed.stage import EmbedStage
     from retrotool.encoder import find_encoder
-    from retrotool.stages.embed import EmbedStage
 
     store = Store.open(chunked)
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1])
     task = stage.plan(store)[2]
     with Run(store.root) as other:
         assert claims.take(store.root, task.key, other.id)
-        result = commands.embed(chunked, encoder=str(tiny_encoder))
+        result = api.embed(chunked, encoder=str(tiny_encoder))
         assert result.elsewhere == 1
         assert result.parts == len(store.state.parts()) - 1
         again = cli("embed", chunked, "--encoder", tiny_encoder)
         assert again.returncode == 0
         assert "Nothing is left for this run" in again.stdout
         assert "1 part is left to runs that are at work" in again.stdout
-    last = commands.embed(chunked, encoder=str(tiny_encoder))
+    last = api.embed(chunked, encoder=str(tiny_encoder))
     assert (last.parts, last.elsewhere) == (1, 0)
 
 
@@ -126,7 +126,7 @@ def test_a_killed_job_s_parts_are_done_by_the_next(chunked: Path, tiny_encoder: 
     job.send_signal(signal.SIGKILL)
     job.communicate()
     begun = len(marks.read_text().split())
-    result = commands.embed(chunked, encoder=str(tiny_encoder))
+    result = api.embed(chunked, encoder=str(tiny_encoder))
     n = len(Store.open(chunked).state.parts())
     assert n - begun <= result.parts <= n - begun + 1, "at most the part at hand is done again"
     assert result.elsewhere == 0
@@ -138,8 +138,8 @@ def test_several_devices_give_the_same_files_as_one(chunked: Path, tiny_encoder:
     import shutil
 
     one = Path(shutil.copytree(chunked, tmp_path / "one"))
-    commands.embed(one, encoder=str(tiny_encoder), devices="cpu")
-    result = commands.embed(chunked, encoder=str(tiny_encoder), devices="cpu,cpu")
+    api.embed(one, encoder=str(tiny_encoder), devices="cpu")
+    result = api.embed(chunked, encoder=str(tiny_encoder), devices="cpu,cpu")
     assert sums(chunked) == sums(one)
     assert result.devices == 2
     assert result.parts == len(sums(one))
@@ -151,7 +151,7 @@ def test_several_devices_give_the_same_files_as_one(chunked: Path, tiny_encoder:
 DYING = """
 import os, signal
 from pathlib import Path
-from retrotool.stages.embed import EmbedWorker
+from retrotool.embed.stage import EmbedWorker
 write = EmbedWorker._write
 def dying(self, part, *arguments):
     if part == 2:
@@ -194,13 +194,13 @@ def test_ctrl_c_keeps_what_is_finished_and_the_rest_is_done_by_the_next(
     assert job.returncode == 130, errors
     assert "Traceback" not in errors
     assert len(sums(chunked)) >= 2
-    assert commands.embed(chunked, encoder=str(tiny_encoder)).embedded == commands.info(chunked).chunks
-    assert commands.verify(chunked).ok
+    assert api.embed(chunked, encoder=str(tiny_encoder)).embedded == api.info(chunked).chunks
+    assert api.verify(chunked).ok
 
 
 SWALLOWED = """
 import os, signal
-from retrotool.stages.embed import EmbedWorker
+from retrotool.embed.stage import EmbedWorker
 get_ready = EmbedWorker._get_ready
 class Finaliser:
     def __del__(self):
@@ -227,4 +227,4 @@ def test_ctrl_c_that_a_library_swallows_is_kept_in_mind(chunked: Path, tiny_enco
     assert job.returncode == 130, errors
     assert errors == INTERRUPTED
     assert len(sums(chunked)) <= 1, "it ends at the next step"
-    assert commands.embed(chunked, encoder=str(tiny_encoder)).embedded == commands.info(chunked).chunks
+    assert api.embed(chunked, encoder=str(tiny_encoder)).embedded == api.info(chunked).chunks

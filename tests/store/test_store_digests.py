@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool import commands
+from retrotool import api
 from retrotool.store.digest import PartDigest, hexadecimal, part_digest
 from retrotool.store.parts import Chunks
 from retrotool.store.paths import FileName
@@ -137,8 +137,8 @@ def read_documents(store: Store, part: int, dead: set[int]) -> list[Document]:
 def test_verify_gives_the_digests_of_the_format(store_copy: Path, tmp_path: Path) -> None:
     purged = {3, 4, 5, 1 << 32, 2 << 32 | 7}
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in sorted(purged)))
-    commands.purge(store_copy, commands.Selectors(ids=str(tmp_path / "ids")), reason="test")
-    store, found = Store.open(store_copy), commands.verify(store_copy)
+    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    store, found = Store.open(store_copy), api.verify(store_copy)
     assert found.problems == []
 
     parts = {part: read_documents(store, part, purged) for part in store.state.parts()}

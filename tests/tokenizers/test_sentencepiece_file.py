@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
 import retrotool
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
 from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, find_tokenizer, sentencepiece_file
 
@@ -102,8 +102,8 @@ def test_a_corpus_is_chunked_with_a_model_file(tmp_path: Path):
     model = str(tmp_path / "m.model")
     Path(model).write_bytes(trained(**MODELS["llama"]))
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"id": "a", "text": "Some text.\n\n  Indented, café 😀"}])
-    assert commands.chunk(tmp_path / "store", [str(rows)], tokenizer=model).documents == 1
-    assert commands.chunk(tmp_path / "store", [str(rows)], tokenizer=model).known_inputs == 1
+    assert api.chunk(tmp_path / "store", [str(rows)], tokenizer=model).documents == 1
+    assert api.chunk(tmp_path / "store", [str(rows)], tokenizer=model).known_inputs == 1
     assert "café 😀" in retrotool.open(tmp_path / "store").chunk(0).text
 
 

@@ -14,10 +14,10 @@ from conftest import make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
+from retrotool.purge.selectors.where import Where
 from retrotool.sources import Fields
-from retrotool.stages.where import Where
 
 SCHEMA = pa.schema([("a", pa.string()), ("b-c.d", pa.string()), ("odd name", pa.string()), ("n", pa.int64())])
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -248,13 +248,11 @@ def test_nesting_and_length_have_room():
 def test_a_column_that_only_some_parts_have_is_null_in_the_others(tmp_path):
     first = write_jsonl(tmp_path / "first.jsonl", make_rows(4))
     second = write_jsonl(tmp_path / "second.jsonl", make_rows(3, first=4))
-    commands.chunk(tmp_path / "store", [str(first)])
-    commands.chunk(tmp_path / "store", [str(second)], fields=Fields(keep=("year",)))
+    api.chunk(tmp_path / "store", [str(first)])
+    api.chunk(tmp_path / "store", [str(second)], fields=Fields(keep=("year",)))
 
     def documents(expression: str) -> int:
-        return commands.purge(
-            tmp_path / "store", commands.Selectors(where=expression), reason="test", dry_run=True
-        ).documents
+        return api.purge(tmp_path / "store", api.Selectors(where=expression), reason="test", dry_run=True).documents
 
     assert documents("year >= 2000") == 3
     assert documents("year is null") == 4

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrotool.stages.selectors.text import Block, Decoder
+from retrotool.purge.selectors.document_text import Block, Decoder
 from retrotool.store.parts import Chunks
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from retrotool import commands
+from retrotool import api
+from retrotool.purge.selectors import ngrams
+from retrotool.purge.selectors.document_text import Block, Decoder, blocks_of
+from retrotool.purge.selectors.selector import Matcher
 from retrotool.sources import Fields
-from retrotool.stages.selectors import grams
-from retrotool.stages.selectors.base import Matcher
-from retrotool.stages.selectors.text import Block, Decoder, blocks_of
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 
-GRAM_HASHES = grams.gram_hashes
+GRAM_HASHES = ngrams.gram_hashes
 
 
 def weak_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def store_of(
         lines = [json.dumps({"tokens": list(map(int, tokens)), "id": str(i)}) for i, tokens in enumerate(documents)]
         source = root.parent / f"{root.name}-{zlib.crc32(repr(lines).encode()):x}.jsonl"
         source.write_text("".join(f"{line}\n" for line in lines))
-        commands.chunk(
+        api.chunk(
             root, [str(source)], tokenizer=str(tokenizer), chunk_length=chunk_length, part_size=part_size,
             duplicates="keep", fields=Fields(tokens="tokens", id="id"),
         )  # fmt: skip
@@ -74,7 +74,7 @@ def purge(store: Store, *ids: int, erase: bool = False) -> Store:
     """Purge some chunks."""
     listed = store.root.parent / "purged-ids"
     listed.write_text("".join(f"{i}\n" for i in ids))
-    commands.purge(store.root, commands.Selectors(ids=listed), reason="test", erase=erase)
+    api.purge(store.root, api.Selectors(ids=listed), reason="test", erase=erase)
     return Store.open(store.root)
 
 

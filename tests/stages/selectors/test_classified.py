@@ -13,13 +13,13 @@ import torch
 from classifiers import make_classifier, scores_of_transformers
 
 import retrotool
-from retrotool import commands, engine
-from retrotool.commands.writing import writing
+from retrotool import api, engine
 from retrotool.encoder.classifier import Classifier
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.stages.selection import choose
-from retrotool.stages.selectors import classified
-from retrotool.stages.selectors.scan import read_scan
+from retrotool.purge.selection import choose
+from retrotool.purge.selectors import classified
+from retrotool.purge.selectors.scan import read_scan
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 ABOVE = 0.9
@@ -39,12 +39,12 @@ def scores(built_store: Path, model: Path) -> dict[int, float]:
     return dict(zip(chunks, scores_of_transformers(model, texts, "toxic").tolist(), strict=True))
 
 
-def asked_for(model: Path, **changed: Any) -> commands.Selectors:
+def asked_for(model: Path, **changed: Any) -> api.Selectors:
     given = {"classifier": model, "label": "toxic", "above": ABOVE, "device": "cpu", "allow_lossy": True}
-    return commands.Selectors(**(given | changed))
+    return api.Selectors(**(given | changed))
 
 
-def scan(root: Path, selectors: commands.Selectors) -> tuple[Store, Any]:
+def scan(root: Path, selectors: api.Selectors) -> tuple[Store, Any]:
     store = Store.open(root)
     asked = selectors.asked(store)
     assert asked.scan is not None
@@ -66,16 +66,16 @@ def test_the_chunks_of_the_label_are_selected_and_no_other(
     found, _ = read_scan(store, asked.scan)
     for chunk, figure in zip(found.chunks.tolist(), found.figures.tolist(), strict=True):
         assert abs(figure - scores[chunk]) < 1e-4
-    done = commands.purge(store_copy, asked_for(model), reason="test")
+    done = api.purge(store_copy, asked_for(model), reason="test")
     assert done.chunks == len(expected)
     assert [(match.selector, match.name) for match in done.matches] == [("classifier", "")]
 
 
 def test_purged_and_erased_chunks(store_copy: Path, model: Path, scores: dict[int, float]) -> None:
     first, second = sorted(chunk for chunk, score in scores.items() if score >= ABOVE)[:2]
-    commands.purge(store_copy, commands.Selectors(chunk=(first,)), reason="test", erase=True)
-    commands.purge(store_copy, commands.Selectors(chunk=(second,)), reason="test")
-    done = commands.purge(store_copy, asked_for(model), reason="test", dry_run=True)
+    api.purge(store_copy, api.Selectors(chunk=(first,)), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=(second,)), reason="test")
+    done = api.purge(store_copy, asked_for(model), reason="test", dry_run=True)
     assert done.already_purged == 1
     assert done.chunks == sum(score >= ABOVE for score in scores.values()) - 2
 
@@ -112,16 +112,16 @@ def test_a_chunk_that_the_classifier_fails_on_is_named_and_nothing_is_purged(
 
     monkeypatch.setattr(Classifier, "scores", failing)
     with pytest.raises(RetrotoolError, match=f"NaN or infinity for chunk {victim} ") as error:
-        commands.purge(store_copy, asked_for(model), reason="test")
+        api.purge(store_copy, asked_for(model), reason="test")
     assert reader.chunk(victim).document in str(error.value)
     assert "Nothing was purged" in error.value.advice
-    assert commands.info(store_copy).purges == {}
+    assert api.info(store_copy).purges == {}
     monkeypatch.setattr(Classifier, "scores", plain)
     store = Store.open(store_copy)
     stage = asked_for(model).asked(store).scan
     assert stage is not None
     assert [task.label for task in stage.plan(store)] == [f"part {victim >> 32}"], "the other parts stay scanned"
-    done = commands.purge(store_copy, asked_for(model), reason="test")
+    done = api.purge(store_copy, asked_for(model), reason="test")
     assert done.chunks == sum(score >= ABOVE for score in scores.values())
 
 
@@ -133,7 +133,7 @@ def test_numbers_that_overflow_in_the_model_are_such_a_failure(store_copy: Path,
     weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], torch.inf)
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(RetrotoolError, match="NaN or infinity for chunk 0 "):
-        commands.purge(store_copy, asked_for(broken), reason="test")
+        api.purge(store_copy, asked_for(broken), reason="test")
 
 
 @pytest.mark.parametrize(

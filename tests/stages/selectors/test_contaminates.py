@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.stages.selectors import contaminates, grams
-from retrotool.stages.selectors.contaminates import Contaminates, ContaminationMatcher
-from retrotool.stages.selectors.grams import GramSets
+from retrotool.purge.selectors import contaminates, ngrams
+from retrotool.purge.selectors.contaminates import Contaminates, ContaminationMatcher
+from retrotool.purge.selectors.ngrams import GramSets
 from retrotool.store import parts
 from retrotool.store.store import Store
 
@@ -86,10 +86,10 @@ def test_it_selects_what_the_rule_selects(
 ) -> None:
     evaluation, documents, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
-        for module in (grams, contaminates):
+        for module in (ngrams, contaminates):
             patch.setattr(module, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
         patch.setattr(contaminates, "_SLICE_TOKENS", slices)
-        patch.setattr(grams, "_AT_ONCE", slices)
+        patch.setattr(ngrams, "_AT_ONCE", slices)
         hits = matcher_of(evaluation, n, share)(block_of(documents, length, erased))
     assert hits.rows.tolist() == by_rule(evaluation, documents, length, set(erased), n, share)
 

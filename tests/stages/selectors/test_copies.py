@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
 from retrotool.errors import UsageError
-from retrotool.stages.selectors import copies, grams
-from retrotool.stages.selectors.copies import GRAM, CopyMatcher, NearDuplicates
-from retrotool.stages.selectors.text import Block
+from retrotool.purge.selectors import copies, ngrams
+from retrotool.purge.selectors.copies import GRAM, CopyMatcher, NearDuplicates
+from retrotool.purge.selectors.document_text import Block
 
 LENGTH = 64
 
@@ -95,8 +95,8 @@ def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: i
     victims, documents, length, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copies, "_SLICE_ROWS", slices)
-        patch.setattr(grams, "_AT_ONCE", slices)
-        patch.setattr(grams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
+        patch.setattr(ngrams, "_AT_ONCE", slices)
+        patch.setattr(ngrams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
         block = block_of(documents, length, erased)
         matcher = matcher_of(victims, length, share, fewest)
         assert selected(matcher, block) == by_rule(victims, block, share, fewest)
@@ -104,7 +104,7 @@ def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: i
 
 @pytest.mark.parametrize("hashes", [GRAM_HASHES, weak_hashes])
 def test_chunks_of_64_of_text_like_tokens_too(hashes: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grams, "gram_hashes", hashes)
+    monkeypatch.setattr(ngrams, "gram_hashes", hashes)
     rng = np.random.default_rng(1)
     documents = [(rng.zipf(1.5, rng.integers(1, 700)) % 50).tolist() for _ in range(40)]
     documents += [d[rng.integers(0, 30) :] for d in documents[:20]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
 from retrotool.store.store import Store
 
@@ -23,7 +23,7 @@ FILES = {
 
 def asked(store: Path, name: str, file: Path) -> Any:
     more = {"within": 0.5} if name == "like" else {}
-    return commands.Selectors(**{name: file}, **more, allow_lossy=True).asked(Store.open(store))
+    return api.Selectors(**{name: file}, **more, allow_lossy=True).asked(Store.open(store))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -54,4 +54,4 @@ def test_a_file_in_another_encoding_is_told_with_the_line(name: str, built_store
 def test_arguments_that_are_no_text_are_refused(name: str, built_store: Path) -> None:
     given: Any = ("M\udcfcller",) if name == "document" else "M\udcfcller"
     with pytest.raises(UsageError, match=f"--{name} .*is not UTF-8"):
-        commands.Selectors(**{name: given}, allow_lossy=True).asked(Store.open(built_store))
+        api.Selectors(**{name: given}, allow_lossy=True).asked(Store.open(built_store))

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool.stages.selectors import grams
-from retrotool.stages.selectors.grams import GramSets
-from retrotool.stages.selectors.rolling import distinct, distinct_rows, follows, gram_hashes, reach
+from retrotool.purge.selectors import ngrams
+from retrotool.purge.selectors.ngrams import GramSets
+from retrotool.purge.selectors.rolling_hash import distinct, distinct_rows, follows, gram_hashes, reach
 from retrotool.store.parts import Chunks
 
 Sets = list[frozenset[int]]
@@ -63,7 +63,7 @@ some_sets = st.lists(st.frozensets(st.integers(0, 15), min_size=1, max_size=8), 
 @given(some_sets, some_sets, st.sampled_from([0.1, 0.5, 0.8, 1.0]), st.sampled_from([1, 5, 1 << 18]))
 def test_places_that_have_enough_of_a_set_are_found(sets: Sets, places: Sets, share: float, at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grams, "_AT_ONCE", at_once)
+        patch.setattr(ngrams, "_AT_ONCE", at_once)
         found = sets_of(sets, share)
         assert len(found) == len(set(sets)), "sets that are equal are one"
         due = by_sets(sets, places, share)

@@ -10,14 +10,14 @@ import pytest
 from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
 
 import retrotool
-from retrotool import commands, engine
-from retrotool.commands.writing import writing
+from retrotool import api, engine
+from retrotool.embed.store_encoder import load_encoder
 from retrotool.errors import UsageError
+from retrotool.purge.selection import choose
+from retrotool.purge.selectors import like, scan
+from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.sources import Fields
-from retrotool.stages.encoders import load_encoder
-from retrotool.stages.selection import choose
-from retrotool.stages.selectors import like, scan
-from retrotool.stages.selectors.scan import ScanStage, read_scan
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 TEXT = "a river in the forest, and a bridge over the valley"
@@ -48,7 +48,7 @@ def query(root: Path, *texts: str) -> np.ndarray:
 
 def selected(root: Path, **selectors: object) -> set[int]:
     store = Store.open(root)
-    asked = commands.Selectors(device="cpu", **selectors).asked(store)  # type: ignore[arg-type]
+    asked = api.Selectors(device="cpu", **selectors).asked(store)  # type: ignore[arg-type]
     assert asked.scan is not None
     with writing(store) as run:
         engine.execute(asked.scan, store, run)
@@ -70,7 +70,7 @@ def test_all_chunks_within_the_distance_are_selected_and_no_other(store_copy: Pa
     assert len(expected) > 0
     assert selected(store_copy, like=TEXT, within=within) == expected
     assert list(store_copy.glob("scans/*/*"))
-    assert commands.verify(store_copy).ok, "what was found is told as the format says"
+    assert api.verify(store_copy).ok, "what was found is told as the format says"
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -102,7 +102,7 @@ def test_a_distance_that_search_prints_takes_what_search_shows(store_copy: Path)
     nearer = np.nextafter(np.float32(found[-1].distance), np.float32(0))
     assert selected(store_copy, like=TEXT, within=nearer) == {n.id for n in found if n.distance < found[-1].distance}
     store = Store.open(store_copy)
-    asked = commands.Selectors(like=TEXT, within=found[-1].distance, device="cpu").asked(store)
+    asked = api.Selectors(like=TEXT, within=found[-1].distance, device="cpu").asked(store)
     assert asked.scan is not None
     scanned, _ = read_scan(store, asked.scan)
     figures = dict(zip(scanned.chunks.tolist(), scanned.figures.tolist(), strict=True))
@@ -112,11 +112,11 @@ def test_a_distance_that_search_prints_takes_what_search_shows(store_copy: Path)
 def test_keys_are_selected_and_no_values(tmp_path: Path, tiny_encoder: Path) -> None:
     rows = [{"q": make_text(i, 12), "a": make_text(100 + i, 150)} for i in range(30)]
     store = tmp_path / "store"
-    commands.chunk(
+    api.chunk(
         store, [str(write_jsonl(tmp_path / "rows.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=40,
         fields=Fields(key="q", value="a"),
     )  # fmt: skip
-    commands.embed(store, encoder=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
     reader = retrotool.open(store)
     chunks = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
     keys = set(chunks[reader.is_searchable(chunks)].tolist())
@@ -128,10 +128,10 @@ def test_what_is_erased_is_near_nothing_and_what_is_purged_can_still_be_erased(s
     chunks = set(distances(store_copy, query(store_copy, TEXT)))
     everything = 1e6
     first, second = sorted(chunks)[:2]
-    commands.purge(store_copy, commands.Selectors(chunk=(first,)), reason="test", erase=True)
-    commands.purge(store_copy, commands.Selectors(chunk=(second,)), reason="test")
+    api.purge(store_copy, api.Selectors(chunk=(first,)), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=(second,)), reason="test")
     assert selected(store_copy, like=TEXT, within=everything) == chunks - {first}
-    done = commands.purge(store_copy, commands.Selectors(like=TEXT, within=everything, device="cpu"), reason="test")
+    done = api.purge(store_copy, api.Selectors(like=TEXT, within=everything, device="cpu"), reason="test")
     assert (done.chunks, done.already_purged) == (len(chunks) - 2, 1)
 
 
@@ -141,27 +141,27 @@ def test_a_part_without_embeddings_is_an_error_and_scanned_when_it_has_some(
     within, before = a_share(distances(store_copy, query(store_copy, TEXT)), 0.3)
     assert selected(store_copy, like=TEXT, within=within) == before
     more = write_jsonl(tmp_path / "more.jsonl", make_rows(30, first=500))
-    commands.chunk(store_copy, [str(more)], part_size=100)
-    asked = commands.Selectors(like=TEXT, within=within, device="cpu")
+    api.chunk(store_copy, [str(more)], part_size=100)
+    asked = api.Selectors(like=TEXT, within=within, device="cpu")
     with pytest.raises(UsageError, match="has no embeddings of tiny") as error:
-        commands.purge(store_copy, asked, reason="test")
+        api.purge(store_copy, asked, reason="test")
     assert f"retrotool embed {store_copy} --encoder {tiny_encoder}" in error.value.advice
-    assert commands.info(store_copy).purges == {}
-    commands.embed(store_copy, encoder=str(tiny_encoder))
+    assert api.info(store_copy).purges == {}
+    api.embed(store_copy, encoder=str(tiny_encoder))
     apart = distances(store_copy, query(store_copy, TEXT))
     expected = {chunk for chunk, distance in apart.items() if distance <= within}
     assert len(expected) > len(before)
-    assert commands.purge(store_copy, asked, reason="test").chunks == len(expected)
+    assert api.purge(store_copy, asked, reason="test").chunks == len(expected)
 
 
 def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: Path) -> None:
     other = make_encoder(tmp_path / "other", seed=3)
-    commands.embed(store_copy, encoder=str(other))
+    api.embed(store_copy, encoder=str(other))
     with pytest.raises(UsageError, match="embeddings of other, tiny") as error:
         selected(store_copy, like=TEXT, within=1.0)
     assert "--encoder" in error.value.advice
     scans = {
-        ScanStage(commands.Selectors(like=TEXT, within=1.0, encoder=name).asked(Store.open(store_copy)).scanned).scan(
+        ScanStage(api.Selectors(like=TEXT, within=1.0, encoder=name).asked(Store.open(store_copy)).scanned).scan(
             Store.open(store_copy)
         )
         for name in ("tiny", "other")
@@ -191,7 +191,7 @@ def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: P
 )
 def test_what_makes_no_sense_is_told(built_store: Path, selectors: dict[str, object], reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as error:
-        commands.Selectors(**selectors).asked(Store.open(built_store))  # type: ignore[arg-type]
+        api.Selectors(**selectors).asked(Store.open(built_store))  # type: ignore[arg-type]
     assert error.value.advice or "UTF-8" in reason or "empty" in reason
 
 
@@ -200,7 +200,7 @@ def test_files_that_hold_no_text_are_told(built_store: Path, tmp_path: Path) -> 
     for content, reason in ((b" \n", "has no text"), (b"\xff\xfe", "can't be read")):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(UsageError, match=reason):
-            commands.Selectors(like=tmp_path / "file", within=1.0).asked(store)
+            api.Selectors(like=tmp_path / "file", within=1.0).asked(store)
 
 
 def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path, tmp_path: Path) -> None:
@@ -214,36 +214,36 @@ def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path,
 
 
 def test_a_store_without_embeddings_is_told_what_to_do(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> None:
-    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
+    api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="has no embeddings") as error:
-        commands.Selectors(like=TEXT, within=1.0).asked(Store.open(tmp_path / "store"))
+        api.Selectors(like=TEXT, within=1.0).asked(Store.open(tmp_path / "store"))
     assert f"retrotool embed {tmp_path / 'store'}" in error.value.advice
 
 
 def test_the_text_stands_in_no_file_but_the_selectors_and_goes_with_the_erase(store_copy: Path) -> None:
     within, expected = a_share(distances(store_copy, query(store_copy, TEXT)), 0.05)
-    asked = commands.Selectors(like=TEXT, within=within, device="cpu")
-    shown = commands.purge(store_copy, asked, reason="test", dry_run=True)
+    asked = api.Selectors(like=TEXT, within=within, device="cpu")
+    shown = api.purge(store_copy, asked, reason="test", dry_run=True)
     assert shown.review is not None
     figures = [example.figure for example in shown.review.examples]
     assert figures == sorted(figures)
     assert all(figure is not None and 0 < figure <= within for figure in figures)
-    commands.purge(store_copy, asked, reason="test")
+    api.purge(store_copy, asked, reason="test")
 
     def holding() -> set[str]:
         files = (path for path in store_copy.rglob("*") if path.is_file())
         return {path.parent.name for path in files if TEXT.encode() in path.read_bytes()}
 
     assert holding() == {"selectors", "selections"}
-    done = commands.purge(store_copy, asked, reason="test", erase=True)
+    done = api.purge(store_copy, asked, reason="test", erase=True)
     assert done.erased == len(expected)
     assert holding() == set()
-    assert commands.verify(store_copy).ok
+    assert api.verify(store_copy).ok
 
 
 def test_examples_tell_their_distances(store_copy: Path, cli: Cli) -> None:
-    asked = commands.Selectors(like=TEXT, within=60, device="cpu")
-    told = commands.purge(store_copy, asked, reason="r", dry_run=True).review
+    asked = api.Selectors(like=TEXT, within=60, device="cpu")
+    told = api.purge(store_copy, asked, reason="r", dry_run=True).review
     assert told is not None
     assert len(told.examples) == 10
     shown = cli("purge", store_copy, "--like", TEXT, "--within", 60, "--reason", "r", "--dry-run")

@@ -11,11 +11,11 @@ from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.stages.selectors import spans
-from retrotool.stages.selectors.pii import KINDS, PersonalData, PersonalDataMatcher
-from retrotool.stages.selectors.text import Decoder, blocks_of
+from retrotool.purge.selectors import spans
+from retrotool.purge.selectors.document_text import Decoder, blocks_of
+from retrotool.purge.selectors.pii import KINDS, PersonalData, PersonalDataMatcher
 from retrotool.store.store import Store
 
 
@@ -224,7 +224,7 @@ DOCUMENTS = {
 def test_personal_data_in_stores(name: str, tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": i, "text": text} for i, text in DOCUMENTS.items()])
     tokenizer = {"whole": byte_level_tokenizer, "folded": tiny_encoder}[name]
-    commands.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tokenizer))
+    api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tokenizer))
     store = Store.open(tmp_path / "store")
     matcher, decoder = PersonalData().open(store), Decoder(store)
     assert decoder.lossless == (name == "whole")

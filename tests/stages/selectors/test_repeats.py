@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selector_help import purge, random_tokens, scanned, store_of
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.stages.selectors import repeats
-from retrotool.stages.selectors.repeats import Duplicates, select_duplicates, token_hashes
+from retrotool.purge.selectors import repeated_documents
+from retrotool.purge.selectors.repeated_documents import Duplicates, select_duplicates, token_hashes
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.runs import Run
@@ -66,9 +66,9 @@ def test_all_but_the_first_are_found_with_any_memory(store: Store, rows: int) ->
 
 def test_a_run_has_its_scratch_files_in_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    written = repeats.keysort._Scratch.write
+    written = repeated_documents.keysort._Scratch.write
     monkeypatch.setattr(
-        repeats.keysort._Scratch, "write", lambda path, records: seen.append(path) or written(path, records)
+        repeated_documents.keysort._Scratch, "write", lambda path, records: seen.append(path) or written(path, records)
     )
     with Run(store.root) as run:
         assert select_duplicates(store, run=run, rows=40).tolist() == by_hand(store)
@@ -94,7 +94,7 @@ def test_what_is_purged_or_erased_is_neither_first_nor_repeats(store: Store) -> 
     assert after == by_hand(store) and 50 < len(after) < len(found)
     store = purge(store, *after)
     assert select_duplicates(store).tolist() == []
-    assert commands.verify(store.root).ok
+    assert api.verify(store.root).ok
 
 
 def test_a_store_where_nothing_repeats(tmp_path: Path, tiny_encoder: Path) -> None:

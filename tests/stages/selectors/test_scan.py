@@ -11,14 +11,14 @@ import pytest
 from conftest import Cli, write_jsonl
 
 import retrotool
-from retrotool import commands, engine
-from retrotool.commands.writing import writing
+from retrotool import api, engine
 from retrotool.errors import ConflictError, UsageError
-from retrotool.stages.selection import choose
-from retrotool.stages.selectors import scan
-from retrotool.stages.selectors.patterns import Patterns
+from retrotool.purge.selection import choose
+from retrotool.purge.selectors import scan
+from retrotool.purge.selectors.patterns import Patterns
 from retrotool.store import claims
 from retrotool.store.runs import Run
+from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 SECRET = "SECRET-0123456789-abcdefghij"
@@ -40,7 +40,7 @@ def texts() -> dict[str, str]:
 @pytest.fixture
 def store(tmp_path: Path, texts: dict[str, str], byte_level_tokenizer: Path) -> Path:
     rows = [{"id": name, "text": text, "source": name[-1]} for name, text in texts.items()]
-    commands.chunk(
+    api.chunk(
         tmp_path / "store", [str(write_jsonl(tmp_path / "rows.jsonl", rows))], tokenizer=str(byte_level_tokenizer),
         part_size=150,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def touched(root: Path, texts: dict[str, str], pattern: str) -> set[int]:
 
 def selected(root: Path, **selectors: object) -> set[int]:
     store = Store.open(root)
-    asked = commands.Selectors(**selectors).asked(store)
+    asked = api.Selectors(**selectors).asked(store)
     if asked.scan is not None:
         with writing(store) as run:
             engine.execute(asked.scan, store, run)
@@ -99,11 +99,11 @@ def test_matches_are_counted_by_selector_and_nothing_is_told_of_what_was_looked_
     store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "patterns").write_text(f"{SECRET}\nnowhere\n")
-    done = commands.purge(store, commands.Selectors(patterns=tmp_path / "patterns", document=("doc-4",)), reason="r")
+    done = api.purge(store, api.Selectors(patterns=tmp_path / "patterns", document=("doc-4",)), reason="r")
     told = {(match.selector, match.name): match.chunks for match in done.matches}
     assert set(told) == {("documents", ""), ("pattern", "pattern 1")}
     assert all(SECRET.encode() not in path.read_bytes() for path in (store / "log").iterdir())
-    assert commands.verify(store).ok
+    assert api.verify(store).ok
 
 
 def test_a_part_is_scanned_once_until_it_is_rewritten(store: Path, texts: dict[str, str]) -> None:
@@ -123,17 +123,17 @@ def test_a_part_is_scanned_once_until_it_is_rewritten(store: Path, texts: dict[s
     assert stage.plan(opened) == []
     found = touched(store, texts, SECRET)
     victim = retrotool.open(store).document("doc-1")[0]
-    commands.purge(store, commands.Selectors(chunk=(victim,)), reason="test")
+    api.purge(store, api.Selectors(chunk=(victim,)), reason="test")
     opened.refresh()
     assert stage.plan(opened) == [], "a purge rewrites nothing"
-    done = commands.purge(store, commands.Selectors(pattern=SECRET), reason="test", erase=True)
+    done = api.purge(store, api.Selectors(pattern=SECRET), reason="test", erase=True)
     assert done.erased == len(found)
     opened.refresh()
     assert opened.state.names(scan.KIND) == []
     assert not list(store.glob("scans/*/*"))
     assert SECRET.encode() not in b"".join(path.read_bytes() for path in store.rglob("*") if path.is_file())
     assert selected(store, pattern=SECRET) == set()
-    assert commands.verify(store).ok
+    assert api.verify(store).ok
 
 
 def test_several_machines_share_a_scan(store: Path, texts: dict[str, str]) -> None:
@@ -158,26 +158,26 @@ def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[s
     assert not stage.is_done(opened)
     with pytest.raises(ConflictError, match="since the scan"):
         scan.read_scan(opened, stage)
-    assert commands.purge(store, commands.Selectors(pattern=SECRET), reason="test").chunks == len(expected)
+    assert api.purge(store, api.Selectors(pattern=SECRET), reason="test").chunks == len(expected)
 
 
 def test_jobs_share_the_scan_of_a_purge_and_purge_nothing(store: Path, texts: dict[str, str]) -> None:
-    selectors = commands.Selectors(pattern=SECRET)
+    selectors = api.Selectors(pattern=SECRET)
     opened = Store.open(store)
     stage = scan.ScanStage((Patterns((SECRET,)),), shard=(1, 2))
     tasks = stage.plan(opened)
     with Run(store) as other:  # another job, at one of the parts
         assert claims.take(store, tasks[0].key, other.id)
-        first = commands.scan(store, selectors, (0, 2))
+        first = api.scan(store, selectors, (0, 2))
         assert (first.parts, first.of, first.elsewhere, first.done) == (len(tasks) - 1, len(tasks), 1, False)
         assert [task.key for task in stage.plan(opened.refresh() and opened)] == [tasks[0].key]
-    second = commands.scan(store, selectors, (1, 2))
+    second = api.scan(store, selectors, (1, 2))
     assert (second.parts, second.elsewhere, second.done) == (1, 0, True)
-    assert commands.scan(store, selectors, (1, 2)).parts == 0
-    assert commands.info(store).purges == {}
+    assert api.scan(store, selectors, (1, 2)).parts == 0
+    assert api.info(store).purges == {}
     paths = set(store.glob("scans/*/*"))
     assert len(paths) == len(tasks)
-    done = commands.purge(store, selectors, reason="test", dry_run=True)
+    done = api.purge(store, selectors, reason="test", dry_run=True)
     assert done.chunks == len(touched(store, texts, SECRET))
     names = {path.name for path in paths}
     added = [file for commit in _commits(store) for file in commit["add"] if file.startswith("scans/")]
@@ -195,10 +195,10 @@ def _commits(store: Path) -> list[dict[str, list[str]]]:
 
 def test_a_share_of_what_needs_no_scan_is_refused(store: Path) -> None:
     with pytest.raises(UsageError, match="none is given"):
-        commands.scan(store, commands.Selectors(document=("doc-1",)), (0, 2))
+        api.scan(store, api.Selectors(document=("doc-1",)), (0, 2))
     for shard in ((2, 2), (0, 0)):
         with pytest.raises(UsageError, match="from 0 to n - 1"):
-            commands.scan(store, commands.Selectors(pattern=SECRET), shard)
+            api.scan(store, api.Selectors(pattern=SECRET), shard)
 
 
 def test_a_share_says_how_to_go_on(store: Path, cli: Cli) -> None:
@@ -229,7 +229,7 @@ def test_a_match_is_where_it_is_said_to_be(store: Path) -> None:
 
 def test_where_text_was_lost_it_is_said(store_copy: Path) -> None:
     with pytest.raises(UsageError, match="loses case or spacing") as error:
-        commands.purge(store_copy, commands.Selectors(pattern="x"), reason="test")
+        api.purge(store_copy, api.Selectors(pattern="x"), reason="test")
     assert "--allow-lossy" in error.value.advice
     with pytest.raises(UsageError, match="nothing says what to purge"):
-        commands.purge(store_copy, commands.Selectors(), reason="test")
+        api.purge(store_copy, api.Selectors(), reason="test")

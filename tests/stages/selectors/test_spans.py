@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
-from retrotool.stages.selectors import spans
-from retrotool.stages.selectors.spans import compiled, find_all, hits
+from retrotool.purge.selectors import spans
+from retrotool.purge.selectors.spans import compiled, find_all, hits
 
 
 def expected(pattern: str, documents: list[list[bytes]]) -> list[tuple[int, int]]:

@@ -14,12 +14,12 @@ from conftest import write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrotool import commands
+from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.stages.selectors import words
-from retrotool.stages.selectors.normal import Normal, normalised
-from retrotool.stages.selectors.terms import TermMatcher, Terms, read_terms
-from retrotool.stages.selectors.text import Decoder, blocks_of
+from retrotool.purge.selectors import words
+from retrotool.purge.selectors.document_text import Decoder, blocks_of
+from retrotool.purge.selectors.normalize import Normal, normalised
+from retrotool.purge.selectors.terms import TermMatcher, Terms, read_terms
 from retrotool.store.store import Store
 
 
@@ -223,7 +223,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, byte_le
     corpus = write_jsonl(folder / "corpus.jsonl", [{"id": f"d{n}", "text": t} for n, t in enumerate(DOCUMENTS)])
     tokenizers = {"folded": tiny_encoder, "whole": byte_level_tokenizer}
     for name, tokenizer in tokenizers.items():
-        commands.chunk(folder / name, [str(corpus)], tokenizer=str(tokenizer))
+        api.chunk(folder / name, [str(corpus)], tokenizer=str(tokenizer))
     return {name: folder / name for name in tokenizers}
 
 

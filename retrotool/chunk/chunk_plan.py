@@ -1,0 +1,309 @@
+"""Planning ``chunk``: which inputs are new, and the ordered list of units they are cut into.
+
+Units are cut from the inputs alone (a file, a run of small files, a slice of a large one), never from the number of
+workers; so chunk ids are decided when the plan is committed. Inputs that the store has, or has planned, are
+recognised by their fingerprints and left out; one that was changed in its place is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from retrotool import sources
+from retrotool.chunk.retry import Retry
+from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.sources import Fields, InputFile, Slice
+from retrotool.store import atomic
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.staging import PLAN_COUNTS
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.tokenizers import Findings
+
+BYTES_PER_TOKEN = 4
+EXPANSION = {"gz": 3.0, "zst": 4.0, "bz2": 4.0, "xz": 4.0, "parquet": 3.0}
+"""About how many bytes of text a byte of a compressed input holds."""
+PLAN_FIELDS = {"files", "fields", "part_size"}
+"""What a plan file says of how its inputs are read; an inputs file too, of those that may be retried."""
+GUARD = "guard"
+"""Record with what was found out about the fast tokenizer, so that it is found out once a store."""
+SMALL_PLAN = 12 << 20
+"""Bytes of text below which starting the fast tokenizer costs more than it saves."""
+_SPREAD = 16
+_LEAST_UNIT_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A file, by its number in the plan, or a slice of one; ``weight``: bytes of input."""
+
+    file: int
+    weight: int
+    where: Slice = sources.WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The content of a plan file.
+
+    ``fingerprints`` and ``places`` are keyed hashes of the files' content and path. ``fast``: whether the fast
+    tokenizer may be used. ``retries``, by file number: inputs of which the store has a part already.
+    """
+
+    files: tuple[InputFile, ...]
+    fingerprints: tuple[str, ...]
+    places: tuple[str, ...]
+    fields: Fields
+    part_size: int
+    units: tuple[tuple[Piece, ...], ...]
+    fast: bool = True
+    allow_purged: bool = False
+    retries: Mapping[int, Retry] = field(default_factory=dict)
+
+    def weight(self, unit: int) -> int:
+        """Bytes of input that a unit reads."""
+        return sum(piece.weight for piece in self.units[unit])
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How inputs are to be chunked."""
+
+    fields: Fields
+    part_size: int
+    allow_purged: bool = False
+    add_changed: bool = False
+    findings: Findings | None = None
+
+
+def cut_units(files: Sequence[InputFile], fields: Fields, part_size: int, chunk_length: int) -> list[tuple[Piece, ...]]:
+    """Cut files into units of about a part, or a 16th of everything if that is less (but not below 8 MiB)."""
+    whole = sum(map(text_bytes, files))
+    target = max(_LEAST_UNIT_BYTES, min(part_size * chunk_length * BYTES_PER_TOKEN, whole // _SPREAD))
+    units: list[tuple[Piece, ...]] = []
+    small: list[Piece] = []
+    gathered = 0
+
+    def close() -> None:
+        nonlocal gathered
+        if small:
+            units.append(tuple(small))
+        small.clear()
+        gathered = 0
+
+    for number, file in enumerate(files):
+        size = text_bytes(file)
+        if gathered + size > target:
+            close()
+        if size <= target:
+            small.append(Piece(number, file.size))
+            gathered += size
+        else:
+            slices = sources.cut(file, fields, target)
+            units += [(Piece(number, file.size // len(slices), where),) for where in slices]
+    close()
+    return units
+
+
+def text_bytes(file: InputFile) -> int:
+    """About how many bytes of text a file holds."""
+    return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
+
+
+def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Wanted) -> tuple[str | None, int]:
+    """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
+    hashes = hashes_of(store, files, wanted.fields)
+    known = 0
+    plan_id = secrets.token_hex(4)
+
+    def build(state: State) -> Draft | None:
+        nonlocal known
+        fingerprints, places = known_inputs(store, state, blocked_too=not wanted.allow_purged)
+        new: dict[str, tuple[InputFile, str]] = {}
+        changed = []
+        for file, (fingerprint, place) in zip(files, hashes, strict=True):
+            if fingerprint in fingerprints or fingerprint in new:
+                continue
+            if place in places:
+                changed.append(file)
+            new[fingerprint] = (file, place)
+        _refuse_changed(store, changed, wanted)
+        known = len(files) - len(new)
+        if not new:
+            return None
+        chosen = [file for file, _ in new.values()]
+        chosen_places = tuple(place for _, place in new.values())
+        units = cut_units(chosen, wanted.fields, wanted.part_size, store.identity.chunk_length)
+        plan = Plan(
+            tuple(chosen), tuple(new), chosen_places, wanted.fields, wanted.part_size, tuple(units),
+            fast=may_be_fast(state, chosen), allow_purged=wanted.allow_purged,
+        )  # fmt: skip
+        draft = draft_of(store, run, state, plan_id, plan)
+        if wanted.findings is not None:
+            draft = replace(draft, records={**draft.records, GUARD: asdict(wanted.findings)})
+        return draft
+
+    while True:
+        try:
+            state = store.commit(run, build)
+            break
+        except ErasedError:
+            continue  # a plan was finished while its fingerprints were read
+    return (plan_id if f"plan:{plan_id}" in state.records else None), known
+
+
+def draft_of(store: Store, run: Run, state: State, plan_id: str, plan: Plan) -> Draft:
+    """The commit of a new plan."""
+    entry = write_plan(store, run, plan_id, plan)
+    record = {
+        **dict.fromkeys(PLAN_COUNTS, 0),
+        "parts": 0,
+        "units": len(plan.units),
+        "done": 0,
+        "finished": False,
+        "order": state.number + 1,
+    }
+    settings = {
+        **{name: value for name, value in asdict(plan.fields).items() if value is not None},
+        "part_size": plan.part_size,
+        "files": len(plan.files),
+    }
+    return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record})
+
+
+def known_findings(state: State) -> Findings | None:
+    """What was found out about the fast tokenizer before."""
+    record = state.records.get(GUARD)
+    return None if record is None else Findings.from_json(record)
+
+
+def may_be_fast(state: State, files: Sequence[InputFile]) -> bool:
+    """Whether the fast tokenizer pays, and has never been found to differ in this store."""
+    return "tokenizers" not in state.records and sum(map(text_bytes, files)) > SMALL_PLAN
+
+
+def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[tuple[str, str]]:
+    """Keyed hashes of each file's content and of its path.
+
+    Read otherwise, a file is another input: a wrong --text-field must not shut it out.
+    """
+    found = []
+    try:
+        for file in files:
+            reading = repr(fields.reading(file.base))
+            fingerprint = store.identity.keyed_hash(f"{file.fingerprint(fields)} {reading}")
+            found.append((fingerprint, store.identity.keyed_hash(f"path {file.path} {reading}")))
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
+    return found
+
+
+def _refuse_changed(store: Store, changed: Sequence[InputFile], wanted: Wanted) -> None:
+    if not changed or wanted.add_changed:
+        return
+    more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
+    raise UsageError(
+        f"{changed[0].path}{more} was chunked before, with other content",
+        f"If it was mended after it had been set aside: retrotool chunk {store.root} --retry-quarantine. If documents "
+        "were added to it: the same command with --changed add; those that the store has are left out as duplicates. "
+        "To replace it, purge what came from it first. Nothing was changed.",
+    )
+
+
+def write_plan(store: Store, run: Run, plan_id: str, plan: Plan) -> FileEntry:
+    """Write a plan file."""
+    fields = {**asdict(plan), "retries": {str(number): asdict(retry) for number, retry in plan.retries.items()}}
+    return write_json(store.root, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
+
+
+def write_json(root: Path, name: FileName, content: Mapping[str, Any], rows: int) -> FileEntry:
+    """Write a small JSON file through the store's door."""
+
+    def write(path: Path) -> int:
+        path.write_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+        return rows
+
+    return atomic.write_file(root, name, write)
+
+
+def read_json(store: Store, entry: FileEntry) -> dict[str, Any]:
+    """Read a small JSON file of the store's view, checked against its sum."""
+    path = store.path(entry)
+    if atomic.file_sha256(path) != entry.sha256:
+        raise CorruptError(f"{path} is not what the log says", f"See what else is wrong: retrotool verify {store.root}")
+    content: dict[str, Any] = orjson.loads(path.read_bytes())
+    return content
+
+
+def read_plan(store: Store, entry: FileEntry) -> Plan:
+    """Inverse of writing a plan."""
+    content = read_json(store, entry)
+    return Plan(
+        files=tuple(InputFile(**file) for file in content["files"]),
+        fingerprints=tuple(content["fingerprints"]),
+        places=tuple(content["places"]),
+        fields=read_fields(content["fields"]),
+        part_size=int(content["part_size"]),
+        units=tuple(
+            tuple(Piece(p["file"], p["weight"], Slice(**p["where"])) for p in unit) for unit in content["units"]
+        ),
+        fast=bool(content["fast"]),
+        allow_purged=bool(content["allow_purged"]),
+        retries={
+            int(number): Retry(**{**retry, "plans": tuple(retry["plans"])})
+            for number, retry in content["retries"].items()
+        },
+    )
+
+
+def read_fields(content: Mapping[str, Any]) -> Fields:
+    """Inverse of ``asdict``."""
+    return Fields(**{**content, "keep": tuple(content["keep"])})
+
+
+def known_inputs(store: Store, state: State, *, blocked_too: bool = True) -> tuple[set[str], set[str]]:
+    """Keyed hashes of the content, and of the path, of all inputs that were planned.
+
+    Without ``blocked_too``: not those of plans that left documents out because they had been purged.
+    """
+    fingerprints: set[str] = set()
+    places: set[str] = set()
+    for kind in ("inputs", "plans"):
+        group = state.group(kind)
+        for slot in group:
+            if not blocked_too and state.records[f"plan:{slot}"].get("blocked"):
+                continue
+            entry = group.get(slot)
+            assert entry is not None
+            content = read_json(store, entry)
+            fingerprints.update(content["fingerprints"])
+            places.update(content["places"])
+    return fingerprints, places
+
+
+def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, Plan]]:
+    """Id, file and content of the plans that are not finished, in their order."""
+    for plan_id in unfinished_plans(store.state):
+        entry = store.state.file("plans", plan_id)
+        if entry is None:
+            continue
+        try:
+            plan = read_plan(store, entry)
+        except ErasedError:
+            continue  # another process has just finished it
+        yield plan_id, entry, plan
+
+
+def unfinished_plans(state: State) -> list[str]:
+    """Ids of the plans that are not finished, in their order."""
+    plans = state.with_prefix("plan:")
+    return sorted((plan for plan in plans if not plans[plan]["finished"]), key=lambda plan: int(plans[plan]["order"]))

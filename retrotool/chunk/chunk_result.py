@@ -1,0 +1,164 @@
+"""What a ``chunk`` came to: counts of its plans, and why rows were set aside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrotool.chunk.deduplicate import DuplicateCounts
+from retrotool.chunk.quarantine import without_numbers
+from retrotool.chunk.reapply_purges import AFTER, PLAN
+from retrotool.chunk.repeats import BY_TEXT
+from retrotool.store import parts, staging
+from retrotool.store.restored import standing_purges
+from retrotool.store.staging import PLAN_COUNTS, Unit
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class SetAsideReason:
+    """A reason why rows were set aside, how many, where the first is, and its excerpt, if one was kept."""
+
+    reason: str
+    rows: int
+    input: str
+    line: int
+    excerpt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PurgedAgain:
+    """A purge of so many documents of these inputs, which an earlier one, ``after``, keeps from coming back.
+
+    ``erased``: that one is, and this one is not.
+    """
+
+    purge: str
+    after: str
+    documents: int
+    erased: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
+
+    ``stopped`` says why not all was done, ``exceeded`` that more was set aside than was allowed though all was done; ""
+    if not. ``duplicates`` are documents left out for their text; ``blocked`` those that were purged once, and
+    ``purged_again`` tells of these the ones that were in the store before that. Of ``compared`` documents the fast
+    tokenizer's tokens were held against those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
+    """
+
+    documents: int
+    chunks: int
+    tokens: int
+    set_aside: int
+    blocked: int
+    damaged: int
+    keys_cut: int
+    compared: int
+    exact: int
+    duplicates: int
+    parts: int
+    known_inputs: int
+    commit: int
+    stopped: str = ""
+    exceeded: str = ""
+    reasons: tuple[SetAsideReason, ...] = ()
+    duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
+    purged_again: tuple[PurgedAgain, ...] = ()
+
+
+def waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
+    """Units of some plans that are done, and wait for those before them to be committed."""
+    done = {plan: int(store.state.records[f"plan:{plan}"]["done"]) for plan in plans}
+    units = [task.unit for task in staging.read_staged(store.root).values() if task.unit is not None]
+    return [unit for unit in units if unit.plan in done and unit.index >= done[unit.plan]]
+
+
+def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
+    """What the units of some plans came to, committed or waiting, less what is forgiven as it is read again."""
+    records = [store.state.records[f"plan:{plan}"] for plan in plans]
+    units = waiting_units(store, plans)
+    return {
+        name: sum(int(record.get(name, 0)) - int(record.get("forgiven", {}).get(name, 0)) for record in records)
+        + sum(unit.counts.get(name, 0) for unit in units)
+        for name in PLAN_COUNTS
+    }
+
+
+def result_of(
+    store: Store,
+    plans: Sequence[str],
+    known: int,
+    stopped: str,
+    exceeded: str,
+    repeats: Mapping[str, DuplicateCounts],
+) -> ChunkResult:
+    """The result of a run that worked on some plans."""
+    state = store.refresh()
+    records = [state.records[f"plan:{plan}"] for plan in plans]
+    units = waiting_units(store, plans)
+    counts = {
+        name: sum(int(record.get(name, 0)) for record in records) + sum(unit.counts.get(name, 0) for unit in units)
+        for name in PLAN_COUNTS
+    }
+    repeating = Counter[str]()
+    for counts_of_plan in repeats.values():
+        repeating.update({source: by_text for source, (_, by_text) in counts_of_plan.largest() if by_text})
+    return ChunkResult(
+        **counts,
+        parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
+        duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
+        known_inputs=known,
+        commit=state.number,
+        stopped=stopped,
+        exceeded=exceeded,
+        reasons=_reasons(store, plans, units),
+        duplicates_by_source=dict(repeating),
+        purged_again=_purged_again(state, plans),
+    )
+
+
+def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]:
+    records = standing_purges(state)
+    return tuple(
+        PurgedAgain(
+            purge, record[AFTER], record["documents"],
+            erased=not record["erased"] and bool(records.get(record[AFTER], {}).get("erased")),
+        )
+        for purge, record in records.items()
+        if record.get(PLAN) in plans
+    )  # fmt: skip
+
+
+def _reasons(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> tuple[SetAsideReason, ...]:
+    """Reasons why rows of some plans were set aside, the most frequent first; alike but for numbers, they are one."""
+    found: dict[str, SetAsideReason] = {}
+    for table in _quarantines(store, plans, units):
+        grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
+        firsts = [(column, "first") for column in ("input", "line", "excerpt")]
+        for row in grouped.aggregate([*firsts, ("reason", "count")]).to_pylist():
+            reason, n, first = row["reason"], row["reason_count"], row["excerpt_first"] or ""
+            kind = without_numbers(reason)
+            old = found.get(kind)
+            if old is None:
+                found[kind] = SetAsideReason(reason, n, row["input_first"], row["line_first"], first)
+            else:
+                found[kind] = replace(old, rows=old.rows + n, reason=reason if reason == old.reason else kind)
+    return tuple(sorted(found.values(), key=lambda reason: -reason.rows))
+
+
+def _quarantines(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> Iterator[pa.Table]:
+    group = store.state.group("quarantine")
+    slots = [slot for slot in group if slot.partition(".")[0] in plans]
+    entries: list[Any] = [group.get(slot) for slot in slots] + [unit.quarantine for unit in units]
+    for entry in entries:
+        if entry is not None:
+            yield from parts.read_tables(store, entry, ["input", "line", "reason", "excerpt"])

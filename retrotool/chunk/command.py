@@ -1,0 +1,287 @@
+"""``retrotool chunk``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import Json, StoreArgument, parse_size, unescape
+from retrotool.errors import EXIT_SET_ASIDE
+
+if TYPE_CHECKING:
+    from retrotool.chunk.chunk_result import ChunkResult, PurgedAgain, SetAsideReason
+    from retrotool.chunk.estimate import Estimate
+
+EPILOG = """\b
+Examples:
+  retrotool chunk store corpus/*.jsonl.zst
+  retrotool chunk store papers.parquet --text-field body --id-field doi --keep year
+  retrotool chunk store corpus/ --dry-run
+  retrotool chunk answers pairs.jsonl --key-field question --value-field answer
+  retrotool chunk wiki-store wiki.idx --end-of-document 102
+  retrotool chunk store --retry-quarantine
+
+Exit codes: 0 done, 3 done with input set aside or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
+
+_INPUT, _READING, _WORK = "What is let in", "How rows are read", "How the work is done"
+
+
+def command(
+    store: StoreArgument,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT]...",
+            help="Files, folders or patterns; - is standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="tokenizer.json, model directory, .model, .tiktoken, or hub name. Default: the store's, or minilm's.",
+        ),
+    ] = None,
+    chunk_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens a chunk. Default: the store's; of a new store, 64.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read a sample, show what will come, and change nothing.")
+    ] = False,
+    retry_quarantine: Annotated[
+        bool, typer.Option("--retry-quarantine", help="Take up inputs again that were mended after being set aside.")
+    ] = False,
+    text_field: Annotated[
+        str, typer.Option(metavar="F", help="Field that holds the text; a.b is b inside a.", rich_help_panel=_READING)
+    ] = "text",
+    id_field: Annotated[
+        str,
+        typer.Option(
+            metavar="F",
+            help="Field that holds the document's id; without one, a hash of the text.",
+            rich_help_panel=_READING,
+        ),
+    ] = "id",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="F", help="Field to keep as a column of documents; may be repeated.", rich_help_panel=_READING
+        ),
+    ] = None,
+    key_field: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="Key of key-value records: what is embedded.", rich_help_panel=_READING),
+    ] = None,
+    value_field: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="Value of key-value records: the continuation.", rich_help_panel=_READING),
+    ] = None,
+    tokens_field: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="Field of token ids, taken over as they are.", rich_help_panel=_READING),
+    ] = None,
+    token_dtype: Annotated[
+        Literal["uint16", "uint32"] | None,
+        typer.Option(
+            metavar="uint16|uint32",
+            help="Type of the ids in plain token files.",
+            rich_help_panel=_READING,
+        ),
+    ] = None,
+    end_of_document: Annotated[
+        int | None,
+        typer.Option(metavar="ID", help="Token id that ends a document in token files.", rich_help_panel=_READING),
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S", help="What stands between documents in .txt files, such as '\\n\\n'.", rich_help_panel=_READING
+        ),
+    ] = None,
+    max_document: Annotated[
+        str, typer.Option(metavar="SIZE", help="Longer texts are set aside.", rich_help_panel=_READING)
+    ] = "64MiB",
+    duplicates: Annotated[
+        Literal["skip", "keep", "fail"],
+        typer.Option(
+            metavar="skip|keep|fail",
+            help="Documents with the id or the text of one before: leave out, keep, or refuse.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = "skip",
+    changed: Annotated[
+        Literal["refuse", "add"],
+        typer.Option(
+            metavar="refuse|add",
+            help="Inputs that have other content than when they were chunked: refuse, or read again.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = "refuse",
+    allow_purged: Annotated[
+        bool, typer.Option("--allow-purged", help="Also chunk documents that were purged.", rich_help_panel=_INPUT)
+    ] = False,
+    max_bad: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|P%",
+            help="Stop when more rows are set aside. Default: any number of rows, no broken file.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    skip_missing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-missing",
+            help="Give up inputs of an interrupted run that are gone or changed.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = False,
+    part_size: Annotated[
+        int, typer.Option(metavar="N", help="Chunks after which a part is closed.", rich_help_panel=_WORK)
+    ] = 1 << 20,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Worker processes. Default: one a core.", rich_help_panel=_WORK),
+    ] = None,
+    check: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of documents whose tokens are compared with those of tokenizers.",
+            rich_help_panel=_WORK,
+        ),
+    ] = 0.001,
+    as_json: Json = False,
+) -> None:
+    """Cut a corpus into chunks of 64 tokens, in Parquet.
+
+    Makes the store if there is none, else adds to it; inputs that the store has already are skipped. What can't be
+    read is set aside with file, line and reason. The result is the same whatever the number of workers, kills and
+    resumes.
+    """
+    with output.errors(as_json):
+        from retrotool import api
+        from retrotool.chunk.max_bad import MaxBad
+        from retrotool.chunk.run import ChunkOptions
+        from retrotool.sources import Fields
+
+        fields = Fields(
+            text=text_field,
+            id=id_field,
+            keep=tuple(keep or ()),
+            key=key_field,
+            value=value_field,
+            tokens=tokens_field,
+            separator=None if separator is None else unescape(separator),
+            token_dtype=token_dtype,
+            end_of_document=end_of_document,
+            max_document=parse_size("--max-document", max_document),
+        )
+        options = ChunkOptions(
+            fields=fields, part_size=part_size, workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
+            duplicates=duplicates, add_changed=changed == "add", allow_purged=allow_purged,
+            max_bad=MaxBad.parse(max_bad), check=check, note=output.note,
+        )  # fmt: skip
+        given = list(inputs or ())
+        if dry_run:
+            estimate = api.estimate(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
+            output.show(estimate, as_json, estimate_text)
+            return
+        result = api.chunk(
+            store, given, tokenizer=tokenizer, chunk_length=chunk_length, retry_quarantine=retry_quarantine,
+            options=options,
+        )  # fmt: skip
+        output.show(result, as_json, lambda result: _text(store, result))
+        if result.set_aside or result.stopped:
+            raise typer.Exit(EXIT_SET_ASIDE)
+
+
+def _text(store: Path, result: ChunkResult) -> str:
+    lines = []
+    if result.known_inputs:
+        lines.append(f"{output.count(result.known_inputs, 'input')} skipped: in the store already.")
+    if result.parts or not result.known_inputs:
+        lines.append(
+            f"{output.count(result.documents, 'document')}, {output.count(result.chunks, 'chunk')}, "
+            f"{output.count(result.tokens, 'token')} in {output.count(result.parts, 'part')} (commit {result.commit})."
+        )
+    if result.compared:
+        exact = f"; {result.exact:,} by tokenizers alone" if result.exact else ""
+        lines.append(
+            f"Tokenised by tokie, of {output.count(result.compared, 'document')} held against tokenizers{exact}."
+        )
+    if result.duplicates:
+        largest = sorted(result.duplicates_by_source.items(), key=lambda item: -item[1])[:3]
+        where = ", ".join(f"{source} {n:,}" for source, n in largest)
+        what = output.count(result.duplicates, "document")
+        lines.append(f"{what} left out, as the same text is in the store already ({where}).")
+    if result.blocked:
+        lines.append(f"{output.count(result.blocked, 'document')} left out: purged before (--allow-purged adds them).")
+    lines += [_purged_again(store, again) for again in result.purged_again]
+    if result.keys_cut:
+        lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
+    if result.set_aside:
+        lines.append(f"{output.count(result.set_aside, 'row')} set aside:")
+        rows = [
+            (r.rows, _reason(r), f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
+            for r in result.reasons[:10]
+        ]
+        lines.append(output.table(rows))
+        if len(result.reasons) > 10:
+            lines.append(f"  and {len(result.reasons) - 10:,} other reasons, in the store's quarantine/ files.")
+    if result.stopped:
+        lines.append(
+            f"Stopped: {result.stopped}. What was read is kept. Mend the input and add --retry-quarantine to the "
+            "command, or go on without it: --max-bad 1000, say."
+        )
+    elif result.exceeded:
+        lines.append(f"More than was allowed: {result.exceeded}. All was read, and what is good is kept.")
+    if result.damaged and not result.stopped:
+        lines.append("What a broken file lost is added when it is mended: --retry-quarantine.")
+    return "\n".join(lines)
+
+
+def _purged_again(store: Path, again: PurgedAgain) -> str:
+    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.after}"
+    if again.erased:
+        erase = shlex.join(["retrotool", "purge", str(store), again.purge, "--erase"])
+        return f"{what}, which is erased: purged as {again.purge}. Erase them, too: {erase}"
+    return f"{what}: purged as {again.purge}. An erase of {again.after} takes them, too."
+
+
+def _reason(one: SetAsideReason) -> str:
+    """A reason; where a column is missing with the names that there are, in place of what the rows say."""
+    return f"{one.reason}: {one.excerpt}" if one.reason.startswith("no column") and one.excerpt else one.reason
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """An estimate for people."""
+    known = f"; {estimate.known_inputs:,} more are in the store already" if estimate.known_inputs else ""
+    workers = output.count(estimate.workers, "worker")
+    rows = [
+        ("inputs", f"{estimate.inputs:,}, {output.size(estimate.input_bytes)}{known}"),
+        ("documents", f"about {estimate.documents:,}"),
+        ("tokens", f"about {estimate.tokens:,}"),
+        ("chunks", f"about {estimate.chunks:,}, in {output.count(estimate.parts, 'part')}"),
+        ("set aside", f"about {output.count(estimate.set_aside, 'row')}"),
+        ("on disk", f"about {output.size(estimate.bytes)}"),
+        (
+            "time",
+            f"about {_duration(estimate.seconds)} with {workers}: {estimate.megabytes_per_second:.0f} MB/s of text",
+        ),
+    ]
+    sampled = f"{output.count(estimate.sampled_documents, 'document')}, {output.size(estimate.sampled_bytes)} of text"
+    return f"{output.table(rows)}\nFrom a sample of {sampled}. Nothing was changed."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

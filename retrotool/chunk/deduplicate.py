@@ -1,0 +1,297 @@
+"""Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
+
+Which documents repeat is found after chunking, over all parts at once (``keysort``), so it depends on neither the
+order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
+
+1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since
+   (unless the plan allows what was purged), or set aside as a repeat itself; the others repeat it.
+2. By text, among the documents that do not repeat an id and are whole (no chunk purged or erased). Of those with one
+   text the one with the lowest chunk id is the first; the others repeat it.
+
+What was purged while the plan was open is purged in the plan, too, before that: see ``purge_again``.
+
+Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
+fewer plans gives the same documents. What repeats is found in memory as ``keysort`` says; then the parts that hold a
+repeat are read one by one. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from retrotool.chunk import external_sort
+from retrotool.chunk.chunk_plan import Plan, read_plan, unfinished_plans, write_json
+from retrotool.chunk.external_sort import Places, Span
+from retrotool.chunk.reapply_purges import purge_again
+from retrotool.chunk.repeats import Repeats, locate, read_repeats
+from retrotool.chunk.retry import parts_of
+from retrotool.chunk.retry_plan import gather_quarantine, remembered, settle
+from retrotool.chunk.stage import GIVEN_UP
+from retrotool.errors import ConflictError, DuplicatesError, ErasedError
+from retrotool.store import parts, schemas
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.paths import FileName
+from retrotool.store.restored import standing_purges
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+
+Handling = Literal["skip", "keep", "fail"]
+LARGEST_SOURCES = 1000
+_COUNTED_SOURCES = 100_000
+_EXAMPLES = 3
+
+
+@dataclass(slots=True)
+class DuplicateCounts:
+    """Living documents of a plan that repeat an earlier one, by id or (only) by text, and what they hold.
+
+    ``sources`` has, for each source, the documents by id and by text. Above 100,000 sources the smallest are dropped.
+    """
+
+    by_id: int = 0
+    by_text: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, repeats: Repeats) -> None:
+        """Count the repeats of one part."""
+        texts = int(repeats.by_text.sum())
+        self.by_id += len(repeats.by_text) - texts
+        self.by_text += texts
+        self.chunks += len(repeats.chunks)
+        self.tokens += repeats.tokens
+        for (source, text), n in Counter(zip(repeats.sources, repeats.by_text.tolist(), strict=True)).items():
+            ids, before = self.sources.get(source, (0, 0))
+            self.sources[source] = (ids, before + n) if text else (ids + n, before)
+        if len(self.sources) > _COUNTED_SOURCES:
+            self.sources = dict(self.largest(_COUNTED_SOURCES // 2))
+
+    def largest(self, n: int = LARGEST_SOURCES) -> list[tuple[str, tuple[int, int]]]:
+        """The sources with most repeats, most first."""
+        return sorted(self.sources.items(), key=lambda item: (-sum(item[1]), item[0]))[:n]
+
+
+def finish_plans(
+    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = external_sort.ROWS
+) -> dict[str, DuplicateCounts]:
+    """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
+
+    ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
+    ``fail`` raises ``DuplicatesError`` if there are any, and leaves the plan as it is: the next call finishes it. Of a
+    plan that another process finishes meanwhile only its record has the counts. Whatever is done with repeats, what was
+    purged meanwhile does not stay in the plan under another name.
+    """
+    finished: dict[str, DuplicateCounts] = {}
+    for plan_id in unfinished_plans(store.refresh()):
+        record = store.state.records[f"plan:{plan_id}"]
+        entry = store.state.file("plans", plan_id)
+        if record["done"] < record["units"] or entry is None:
+            break
+        counts = _finish(store, run, plan_id, entry, duplicates, range_rows)
+        if counts is not None:
+            finished[plan_id] = counts
+    return finished
+
+
+def _finish(
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
+) -> DuplicateCounts | None:
+    while True:
+        try:
+            purge_again(store, run, plan_id)
+            seen = store.state
+            if not seen.has(entry.path):
+                return None  # another process finished it
+            draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)
+        except ErasedError:
+            continue  # the plan was finished, or something erased, meanwhile: look again
+        try:
+            store.commit(run, functools.partial(_unless_changed, seen, draft))
+        except ConflictError:
+            continue  # documents or tombstones were committed meanwhile: search again; clean-up takes the files away
+        return counts
+
+
+def _finishing(
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
+) -> tuple[Draft, DuplicateCounts]:
+    """The commit that finishes a plan on the store's state, its files written, and what it counts."""
+    plan = read_plan(store, entry)
+    tombstones = read_tombstones(store)
+    span = _span(store.state, plan_id)
+    free = _purged(store) if plan.allow_purged else None
+    places, by_text = find_duplicates(store, run.id, span, tombstones, range_rows, free=free)
+    found = read_repeats(store, tombstones, places, by_text)
+    counts = DuplicateCounts()
+    add: list[FileEntry] = []
+    if duplicates == "skip":
+        add = _set_aside(store, run, plan_id, plan, found, counts)
+    else:
+        examples = []
+        for repeats in found:
+            if counts.by_id + counts.by_text < _EXAMPLES:
+                examples.append(repeats.head(_EXAMPLES))
+            counts.add(repeats)
+        if examples and duplicates == "fail":
+            raise _refusal(store, plan, examples, counts)
+    known = _known(store, plan_id, plan)
+    name = FileName.new(run.id, "inputs", plan_id, "json")
+    add.append(write_json(store.root, name, known, len(known["fingerprints"])))
+    gathered = gather_quarantine(store, run, plan_id)
+    settled = settle(store, run, plan_id, plan)
+    records = settled.applied(_counted(store, plan_id, counts, duplicates), store.state)
+    remove = (entry.path, *gathered.remove, *settled.remove)
+    add += [*gathered.add, *settled.add]
+    return Draft("finish", {"duplicates": duplicates}, add=tuple(add), remove=remove, records=records), counts
+
+
+def _span(state: State, plan_id: str) -> Span:
+    """The parts of a plan, and those before."""
+    own = parts_of(state, plan_id)
+    return Span(own.start, own.stop)
+
+
+def _purged(store: Store) -> Tombstones:
+    """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
+    ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
+    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
+
+
+def find_duplicates(
+    store: Store,
+    run: str,
+    span: Span,
+    tombstones: Tombstones,
+    range_rows: int = external_sort.ROWS,
+    *,
+    free: Tombstones | None = None,
+) -> tuple[Places, npt.NDArray[np.bool_]]:
+    """Documents of the new parts of ``span`` that repeat one before them, ascending; and which do so by text only.
+
+    The id of a document of which every chunk is in ``free`` can be given again.
+    """
+
+    def gone(part: int) -> npt.NDArray[np.int64]:
+        purged = free.rows(part) if free is not None else np.zeros(0, np.int64)
+        if not len(purged):
+            return purged
+        table = parts.read_documents(store, part, ["first_row", "n_chunks"])
+        first, n_chunks = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
+        n_purged = np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first)
+        return np.flatnonzero(n_purged == n_chunks)
+
+    by_id = external_sort.find_repeats(store, run, "key", span, gone, range_rows)
+
+    def leave_out(part: int) -> npt.NDArray[np.int64]:
+        low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
+        docs = by_id[low:high] - (part << PART_SHIFT)
+        purged = tombstones.rows(part)
+        if not len(purged):
+            return docs
+        first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
+        return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
+
+    texts = external_sort.find_repeats(store, run, "text_hash", span, leave_out, range_rows)
+    places = np.concatenate([by_id, texts])
+    order = np.argsort(places)
+    return places[order], order >= len(by_id)
+
+
+def _set_aside(
+    store: Store, run: Run, plan_id: str, plan: Plan, found: Iterator[Repeats], counts: DuplicateCounts
+) -> list[FileEntry]:
+    """Write tombstones and quarantine of what was found, part by part, and count it."""
+    chunks: list[npt.NDArray[np.int64]] = []
+
+    def counted() -> Iterator[Repeats]:
+        for repeats in found:
+            counts.add(repeats)
+            chunks.append(repeats.chunks)
+            yield repeats
+
+    tables = locate(plan, counted())
+    first = next(tables, None)
+    if first is None:
+        return []
+    name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
+    aside = parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, itertools.chain([first], tables))
+    name = FileName.new(run.id, "tombstones", plan_id, "parquet")
+    return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
+
+
+def _refusal(store: Store, plan: Plan, examples: list[Repeats], counts: DuplicateCounts) -> DuplicatesError:
+    rows = [row for table in locate(plan, iter(examples)) for row in table.to_pylist()][:_EXAMPLES]
+    places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
+    return DuplicatesError(
+        f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
+        f"{counts.by_text:,} by text only; the first: {places}",
+        f"All are in {store.root}, which waits to be told what to do with them. Run the same command again with "
+        "--duplicates skip (the first of each stays) or --duplicates keep (all stay).",
+    )
+
+
+def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
+    """What stays of a plan's inputs, but for those that were given up: these may be added later."""
+    given_up: set[str] = set()
+    group = store.state.group("quarantine")
+    for slot in group:
+        quarantine = group.get(slot)
+        if quarantine is not None and slot.partition(".")[0] == plan_id:
+            for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
+                given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
+    kept = [i for i, file in enumerate(plan.files) if file.path not in given_up]
+    return {
+        "fingerprints": [plan.fingerprints[i] for i in kept],
+        "places": [plan.places[i] for i in kept],
+        **remembered(store, plan_id, plan),
+    }
+
+
+def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
+    """``draft``, if the documents and tombstones it was made from are still all there are."""
+    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("keys", "tombstones"))
+    if not same or newest.records["totals"] != seen.records["totals"]:
+        raise ConflictError("the store grew while duplicates were searched")
+    return draft
+
+
+def _paths(state: State, kind: str) -> list[str]:
+    group = state.group(kind)
+    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
+
+
+def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Handling) -> Mapping[str, Any]:
+    """Records of the plan and the totals, less the duplicates if they are tombstoned."""
+    plan, totals = store.state.records[f"plan:{plan_id}"], store.state.records["totals"]
+    gone = duplicates == "skip"
+    change = {
+        "documents": -(counts.by_id + counts.by_text) * gone,
+        "chunks": -counts.chunks * gone,
+        "tokens": -counts.tokens * gone,
+        "set_aside": counts.by_id * gone,
+    }
+    found = {
+        "duplicates": duplicates,
+        "duplicates_by_id": counts.by_id,
+        "duplicates_by_text": counts.by_text,
+        # Records stand in the log, which can't be edited: no name of a source does.
+        "duplicates_by_source": {store.identity.keyed_hash(name): n for name, n in counts.largest()},
+    }
+    return {
+        f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
+        "totals": {name: totals[name] + n for name, n in change.items()},
+    }

@@ -1,0 +1,221 @@
+"""``chunk --dry-run``: what will come of inputs, from a sample of them.
+
+Up to ``_FILES`` inputs spread over all are read from their beginnings (and large ones that can be cut also from
+slices further in), tokenised and cut as in earnest, and the counts scaled by the share of each input that was read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrotool import sources
+from retrotool.chunk import chunker
+from retrotool.chunk.chunk_plan import cut_units, hashes_of, known_inputs, text_bytes
+from retrotool.chunk.run import (
+    CHUNK_LENGTH,
+    ChunkOptions,
+    check_chunk_length,
+    check_identity,
+    check_options,
+    find_readable,
+)  # fmt: skip
+from retrotool.errors import UsageError
+from retrotool.sources import Document, InputFile, SetAside, Slice, streams
+from retrotool.store import parts
+from retrotool.store.store import Store
+from retrotool.tokenizers import BUNDLED, FastTokenizer, Tokenizer, TokenizerFile, find_tokenizer
+
+_FILES = 24
+_CHARACTERS = 2 << 20
+_SECONDS = 10.0
+_MEASURED = 2 << 20
+_DOCUMENT_BYTES = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What chunking would give, about; ``bytes`` on disk, ``seconds`` at the rate measured."""
+
+    inputs: int
+    known_inputs: int
+    input_bytes: int
+    documents: int
+    tokens: int
+    chunks: int
+    parts: int
+    set_aside: int
+    bytes: int
+    seconds: float
+    megabytes_per_second: float
+    workers: int
+    sampled_documents: int
+    sampled_bytes: int
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What was found in inputs of a format; ``read`` of their bytes were looked at."""
+
+    documents: int = 0
+    set_aside: int = 0
+    text: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    disk: int = 0
+    read: float = 0.0
+    cpu: float = 0.0
+
+
+def estimate(
+    root: str | Path,
+    inputs: Sequence[str],
+    *,
+    tokenizer: str | None = None,
+    chunk_length: int | None = None,
+    options: ChunkOptions | None = None,
+) -> Estimate:
+    """Sample inputs, and say what chunking them into the store at ``root`` would give. Changes nothing."""
+    options = check_options(options or ChunkOptions())
+    check_chunk_length(chunk_length)
+    if not inputs:
+        raise UsageError("no input was given", "Name files or folders.")
+    files = find_readable(inputs, options)
+    known = 0
+    if (Path(root) / "store.json").exists():
+        store = Store.open(root)
+        check_identity(store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length)
+        fingerprints, _ = known_inputs(store, store.state)
+        hashes = hashes_of(store, files, options.fields)
+        new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]
+        known, files = len(files) - len(new), new
+        chunk_length = store.identity.chunk_length
+        loaded = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+    else:
+        loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
+    sampler = _Sampler(loaded, chunk_length or CHUNK_LENGTH, options)
+    samples = sampler.sample(files)
+    return _scaled(files, samples, known, options, chunk_length or CHUNK_LENGTH)
+
+
+def _scaled(
+    files: Sequence[InputFile], samples: dict[str, _Sample], known: int, options: ChunkOptions, chunk_length: int
+) -> Estimate:
+    sizes: dict[str, int] = {}
+    for file in files:
+        sizes[file.format] = sizes.get(file.format, 0) + file.size
+    whole = _Sample()
+    for kind, sample in samples.items():
+        factor = max(1.0, sizes[kind] / sample.read) if sample.read else 0.0
+        for name in ("documents", "set_aside", "text", "tokens", "chunks", "disk"):
+            setattr(whole, name, getattr(whole, name) + round(getattr(sample, name) * factor))
+        whole.cpu += sample.cpu * factor
+    units = cut_units(files, options.fields, options.part_size, chunk_length)
+    # Every unit closes a part of its own.
+    n_parts = max(len(units), -(-whole.chunks // options.part_size)) if whole.chunks else 0
+    seconds = whole.cpu / max(1, min(options.workers, len(units)))
+    return Estimate(
+        inputs=len(files), known_inputs=known, input_bytes=sum(sizes.values()), documents=whole.documents,
+        tokens=whole.tokens, chunks=whole.chunks, parts=n_parts, set_aside=whole.set_aside, bytes=whole.disk,
+        seconds=seconds, megabytes_per_second=whole.text / seconds / 1e6 if seconds else 0.0,
+        workers=options.workers, sampled_documents=sum(sample.documents for sample in samples.values()),
+        sampled_bytes=sum(sample.text for sample in samples.values()),
+    )  # fmt: skip
+
+
+class _Sampler:
+    """Reads, tokenises and cuts some of some inputs."""
+
+    def __init__(self, tokenizer: Tokenizer, chunk_length: int, options: ChunkOptions) -> None:
+        self._encoder = FastTokenizer(tokenizer, check=options.check, first=0)
+        self._vocabulary, self._chunk_length = tokenizer.vocabulary, chunk_length
+        self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
+        self._options = options
+
+    def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
+        """Samples by format, of inputs spread over all of them."""
+        chosen: list[InputFile] = []
+        for kind in sorted({file.format for file in files}):
+            alike = [file for file in files if file.format == kind]
+            step = max(1, len(alike) // _FILES)
+            chosen += alike[step // 2 :: step][:_FILES]
+        samples: dict[str, _Sample] = {}
+        end = time.monotonic() + _SECONDS
+        for file in chosen:
+            sample = samples.setdefault(file.format, _Sample())
+            slices = sources.cut(file, self._options.fields, max(1 << 20, text_bytes(file) // 3))
+            share = file.size / len(slices)
+            for where in slices:
+                self._add(sample, file, where, share, _CHARACTERS // (len(slices) * min(len(chosen), 8)))
+            if time.monotonic() > end:
+                break
+        return samples
+
+    def _add(self, sample: _Sample, file: InputFile, where: Slice, share: float, characters: int) -> None:
+        """Add documents of a slice, ``share`` bytes of the file, up to a number of characters."""
+        started = time.process_time()
+        batch: list[Document] = []
+        text = bad = 0
+        rows = sources.read(file, self._options.fields, where)
+        complete = False
+        for row in rows:
+            if isinstance(row, SetAside):
+                bad += 1
+            else:
+                batch.append(row)
+                text += len(row.text) + len(row.value or "") + (0 if row.tokens is None else 4 * len(row.tokens))
+            if text >= characters:
+                break
+        else:
+            complete = True
+        sample.read += share if complete else min(share, text / _expansion(file))
+        sample.set_aside += bad
+        sample.cpu += time.process_time() - started
+        if batch:
+            # Meeting characters for the first time is no part of the rate.
+            chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, id)
+            started = time.process_time()
+            self._count(sample, batch)
+            sample.cpu += time.process_time() - started
+
+    def _count(self, sample: _Sample, batch: list[Document]) -> None:
+        """Tokenise, cut and write a batch, to memory."""
+        aside: list[SetAside] = []
+        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, aside.append)
+        sample.set_aside += len(aside)
+        if not found.documents:
+            return
+        cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
+        sample.documents += len(found.documents)
+        sample.chunks += len(cut.doc)
+        sample.tokens += len(found.ids)
+        sample.text += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in found.documents)
+        sample.disk += _written(parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key))
+        # The documents and keys files, whose columns are mostly hashes and ids.
+        sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
+
+
+def _written(table: pa.Table) -> int:
+    """How many bytes a table takes as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=parts.ROW_GROUP, compression="zstd")
+    return int(sink.getvalue().size)
+
+
+def _expansion(file: InputFile) -> float:
+    """Bytes of text in a byte of a file, measured on the beginning of a compressed one."""
+    if not file.compression:
+        return text_bytes(file) / max(1, file.size)
+    end = min(file.size, _MEASURED)
+    decompressed = 0
+    try:
+        for block in streams.blocks(Path(file.path), file.compression, 0, end):
+            decompressed += len(block)
+    except streams.BrokenStream:
+        pass  # it was cut here, not broken
+    return max(1.0, decompressed / end)

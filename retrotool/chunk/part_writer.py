@@ -1,0 +1,215 @@
+"""Writing the parts of a unit: chunks go to disk while the next batch is tokenised.
+
+The chunks file of the part being filled is written by a thread, some row groups at a time; the documents' columns
+are held as Arrow arrays (about 150 bytes a document, and what ``--keep`` keeps) until the part is closed, which it is
+when they come to ``COLUMN_BYTES``. Memory: those, and a few row groups. Plain documents and key-value records do not
+share a part, as their chunks files have other columns.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrotool.chunk.chunker import Cut, Tokens, cut_chunks
+from retrotool.sources import Document
+from retrotool.store import parts, schemas
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName
+from retrotool.store.store import Store
+
+_FLUSH_ROWS = 8 * parts.ROW_GROUP
+_QUEUE = 2
+COLUMN_BYTES = 128 << 20
+"""Bytes of documents' columns at which a part is closed before it has its chunks."""
+
+
+class _Abandoned(Exception):  # noqa: N818 - no error: the file is not wanted any more
+    pass
+
+
+class _ChunksFile:
+    """A chunks file that is written by a thread; begun with its first row groups."""
+
+    def __init__(self, store: Store, name: FileName, threads: ThreadPoolExecutor) -> None:
+        self._store, self._name, self._threads = store, name, threads
+        self._tables: queue.Queue[pa.Table | _Abandoned | None] = queue.Queue(_QUEUE)
+        self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
+        self._flushed = 0
+        self._written: Future[FileEntry] | None = None
+        self.rows = 0
+
+    def add(self, *columns: npt.NDArray[Any]) -> None:
+        """Add chunks: doc, index, n_tokens, tokens and, for key-value records, key."""
+        self._waiting.append(columns)
+        self.rows += len(columns[0])
+        if self.rows - self._flushed >= _FLUSH_ROWS:
+            self._flush((self.rows - self._flushed) // parts.ROW_GROUP * parts.ROW_GROUP)
+
+    def _flush(self, rows: int) -> None:
+        columns = [np.concatenate(column) for column in zip(*self._waiting, strict=True)]
+        # Copied, as a view of the rest would keep all of it.
+        self._waiting = [tuple(column[rows:].copy() for column in columns)]
+        self._put(parts.chunks_table(*(column[:rows] for column in columns), first=self._flushed))
+        self._flushed += rows
+
+    def _put(self, item: pa.Table | _Abandoned | None) -> None:
+        if self._written is None:
+            assert isinstance(item, pa.Table)
+            self._written = self._threads.submit(self._write, item.schema)
+        while True:
+            try:
+                self._tables.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                if self._written.done():
+                    self._written.result()  # raises what stopped the thread, such as a full disk
+
+    def _write(self, schema: pa.Schema) -> FileEntry:
+        return parts.write_batches(self._store.root, self._name, schema, self._given(), row_group=parts.ROW_GROUP)
+
+    def _given(self) -> Iterator[pa.Table]:
+        while (item := self._tables.get()) is not None:
+            if isinstance(item, _Abandoned):
+                raise item
+            yield item
+
+    def close(self) -> Future[FileEntry]:
+        """End the file; its entry comes when it is on disk."""
+        if self.rows > self._flushed:
+            self._flush(self.rows - self._flushed)
+        self._put(None)
+        assert self._written is not None
+        return self._written
+
+    def abandon(self) -> None:
+        """Stop writing; nothing stays."""
+        if self._written is None:
+            return
+        while not self._written.done():
+            try:
+                self._tables.put(_Abandoned(), timeout=0.05)
+            except queue.Full:
+                continue
+            self._written.exception()
+
+
+class PartWriter:
+    """Gathers the documents of a unit, and closes a part at the first document end after ``part_size`` chunks."""
+
+    def __init__(self, store: Store, run: str, task: str, keep: Sequence[str], part_size: int) -> None:
+        self._store, self._run, self._task, self._part_size = store, run, task, part_size
+        self._keep = tuple(keep)
+        self._schema = schemas.documents_schema(keep)
+        self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
+        # One thread: a part's chunks are whole before the next part's are begun, so at most one file is open.
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="retrotool-write")
+        self._closed: list[tuple[FileEntry, FileEntry, Future[FileEntry]]] = []
+        self._columns: list[pa.RecordBatch] = []
+        self._column_bytes = 0
+        self._documents = 0
+        self._pieces = 1
+        self._chunks = self._new_file()
+        self.counts = {"documents": 0, "chunks": 0, "tokens": 0}
+
+    def __enter__(self) -> PartWriter:
+        """Nothing to do."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the thread; after an error, without what is not finished."""
+        if kind is not None:
+            self._chunks.abandon()
+        self._threads.shutdown()
+
+    def add(self, name: str, batch: Tokens, hashes: Sequence[tuple[bytes, bytes]]) -> None:
+        """Add documents of the input ``name``; ``hashes`` are the key and the text hash of each."""
+        if batch.pieces != self._pieces and self._chunks.rows:
+            self._close_part()
+        self._pieces = batch.pieces
+        cut = cut_chunks(batch.ids, batch.lengths, self._store.identity.chunk_length, self._dtype, batch.pieces)
+        ends = np.cumsum(cut.n_chunks)
+        n_tokens = batch.lengths.reshape(-1, batch.pieces).sum(axis=1)
+        start = 0
+        while start < len(batch.documents):
+            before = int(ends[start - 1]) if start else 0
+            # The part ends with the first document that reaches part_size.
+            room = before + self._part_size - self._chunks.rows
+            stop = min(int(np.searchsorted(ends, room)) + 1, len(batch.documents))
+            rows = slice(before, int(ends[stop - 1]))
+            some = slice(start, stop)
+            first_row = self._chunks.rows + ends[some] - cut.n_chunks[some] - before
+            self._add_documents(
+                name, batch.documents[some], hashes[some], first_row, cut.n_chunks[some], n_tokens[some]
+            )
+            self._add_chunks(cut, rows, start)
+            self._documents += stop - start
+            self.counts["documents"] += stop - start
+            self.counts["chunks"] += rows.stop - rows.start
+            self.counts["tokens"] += int(n_tokens[some].sum())
+            if self._chunks.rows >= self._part_size or self._column_bytes >= COLUMN_BYTES:
+                self._close_part()
+            start = stop
+
+    def _add_chunks(self, cut: Cut, rows: slice, first_doc: int) -> None:
+        doc = cut.doc[rows] - first_doc + self._documents
+        columns = [doc, cut.index[rows], cut.n_tokens[rows], cut.tokens[rows]]
+        self._chunks.add(*columns, *([] if cut.key is None else [cut.key[rows]]))
+
+    def _add_documents(
+        self,
+        name: str,
+        documents: Sequence[Document],
+        hashes: Sequence[tuple[bytes, bytes]],
+        first_row: npt.NDArray[np.int64],
+        n_chunks: npt.NDArray[np.int64],
+        n_tokens: npt.NDArray[np.int64],
+    ) -> None:
+        kept = zip(*(document.kept for document in documents), strict=True) if self._keep else ()
+        values = [
+            [document.id for document in documents],
+            [key for key, _ in hashes],
+            [text for _, text in hashes],
+            [document.source for document in documents],
+            first_row,
+            n_chunks,
+            n_tokens,
+            [name] * len(documents),
+            [document.position for document in documents],
+            *kept,
+        ]
+        arrays = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=True)]
+        self._columns.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._column_bytes += self._columns[-1].nbytes
+
+    def _new_file(self) -> _ChunksFile:
+        return _ChunksFile(self._store, self._name("chunks", len(self._closed)), self._threads)
+
+    def _name(self, kind: str, part: int) -> FileName:
+        return FileName.new(self._run, "staging", f"{self._task}.{part:04d}.{kind}", "parquet")
+
+    def _close_part(self) -> None:
+        number = len(self._closed)
+        chunks = self._chunks.close()
+        documents = pa.Table.from_batches(self._columns, self._schema).combine_chunks()
+        self._columns, self._documents, self._column_bytes = [], 0, 0
+        root = self._store.root
+        entry = parts.write_parquet(root, self._name("documents", number), documents)
+        keys = parts.write_parquet(root, self._name("keys", number), parts.keys_table(documents))
+        self._closed.append((entry, keys, chunks))
+        self._chunks = self._new_file()
+
+    def close(self) -> tuple[tuple[FileEntry, ...], ...]:
+        """Close the last part, if there is anything in it, and give the files of all: documents, keys, chunks."""
+        if self._chunks.rows:
+            self._close_part()
+        return tuple((documents, keys, chunks.result()) for documents, keys, chunks in self._closed)

@@ -1,0 +1,323 @@
+"""``chunk``: plan, work the units, finish; and begin again with the slow tokenizer if the fast one is found wrong."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from retrotool import engine, sources
+from retrotool.chunk import field_warnings
+from retrotool.chunk.chunk_plan import (
+    Wanted,
+    commit_plan,
+    known_findings,
+    may_be_fast,
+    open_plans,
+    read_plan,
+    unfinished_plans,
+)
+from retrotool.chunk.chunk_result import ChunkResult, counts_of, result_of
+from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
+from retrotool.chunk.max_bad import NO_LIMIT, MaxBad
+from retrotool.chunk.retry_plan import commit_retry
+from retrotool.chunk.stage import ChunkStage
+from retrotool.chunk.withdraw import go_on_exactly
+from retrotool.errors import UsageError
+from retrotool.sources import Fields, InputFile, find_inputs
+from retrotool.sources.files import STANDARD_INPUT
+from retrotool.sources.spool import spool
+from retrotool.store import disk, runs, schemas
+from retrotool.store.runs import Run
+from retrotool.store.session import writing
+from retrotool.store.staging import PLAN_COUNTS, Staged
+from retrotool.store.store import Store
+from retrotool.tokenizers import (
+    BUNDLED,
+    FastTokenizer,
+    Findings,
+    Tokenizer,
+    TokenizerFile,
+    TokensDiffer,
+    find_tokenizer,
+    library_versions,
+)  # fmt: skip
+
+CHUNK_LENGTH = 64
+PART_SIZE = 1 << 20
+Duplicates = Literal["skip", "keep", "fail"]
+_SPOOL_SECONDS = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOptions:
+    """How ``chunk`` goes about it; see the command's help."""
+
+    fields: Fields = field(default_factory=Fields)
+    part_size: int = PART_SIZE
+    workers: int = 1
+    skip_missing: bool = False
+    duplicates: Duplicates = "skip"
+    add_changed: bool = False
+    allow_purged: bool = False
+    max_bad: MaxBad = field(default_factory=MaxBad)
+    check: float = 0.001
+    note: Callable[[str], object] = str
+
+
+def chunk(
+    root: str | Path,
+    inputs: Sequence[str],
+    *,
+    tokenizer: str | None = None,
+    chunk_length: int | None = None,
+    retry_quarantine: bool = False,
+    options: ChunkOptions | None = None,
+    **changes: Any,
+) -> ChunkResult:
+    """Chunk inputs into a store, making it if there is none.
+
+    ``changes`` are fields of ``ChunkOptions``. With more than one worker, a script must call this below
+    ``if __name__ == "__main__":``, as processes are spawned.
+    """
+    chosen = check_options(replace(options or ChunkOptions(), **changes))
+    if not inputs and not retry_quarantine:
+        raise UsageError(
+            "no input was given", "Name files or folders, or retry what was set aside: --retry-quarantine."
+        )
+    # Before anything is made: what can't be read must leave nothing behind.
+    files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
+    store, loaded = open_or_create(Path(root), tokenizer, chunk_length)
+    spooled = None
+    if STANDARD_INPUT in inputs:
+        spooled = spool(sys.stdin.buffer if sys.stdin else None, spool_folder(store))
+        files = find_inputs(inputs, spooled)
+    repeats: dict[str, DuplicateCounts] = {}
+    before = set(store.state.parts())
+    with writing(store) as run:
+        plans = list(unfinished_plans(store.state))
+        _tell_begun(store, run, plans, files, chosen)
+        known = 0
+        if retry_quarantine:
+            # Only when nothing is open any more it is known what the store has of an input.
+            _work(store, run, plans, replace(chosen, max_bad=NO_LIMIT), skip_changed=True)
+            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
+            retried = commit_retry(
+                store, run, max_document=chosen.fields.max_document, allow_purged=chosen.allow_purged
+            )
+            if not retried and not plans:  # an open plan may be the retry that was interrupted
+                chosen.note("No input that rows were set aside of has changed since: nothing was taken up again.")
+            plans += retried
+        if files:
+            findings = _findings(store, files, loaded, chosen)
+            wanted = Wanted(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
+            plan, known = commit_plan(store, run, files, wanted)
+            plans += [plan] if plan else []
+        open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
+        stopped = _work(store, run, open_plans, chosen)
+        exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
+        if not stopped:
+            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
+        clear_spool(store, spooled)
+    result = result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+    field_warnings.tell_names(result, files, chosen.note)
+    field_warnings.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
+    return result
+
+
+def _tell_begun(
+    store: Store, run: Run, plans: Sequence[str], files: Sequence[InputFile], options: ChunkOptions
+) -> None:
+    """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
+    if set(runs.living(store.root)) - {run.id}:
+        return  # they may be at it themselves
+    store.refresh()
+    asked = {file.path for file in files}
+    begun: dict[str, str] = {}
+    for plan_id, _, plan in open_plans(store):
+        if plan_id not in plans:
+            continue
+        left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
+        begun.update((plan.files[piece.file].path, plan.files[piece.file].name) for unit in left for piece in unit)
+    spooled = str(spool_folder(store).absolute())
+    names = [name if path.startswith(spooled) else path for path, name in begun.items() if path not in asked]
+    if names:
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        give_up = "" if options.skip_missing else " To give an input up, move it away and add --skip-missing."
+        options.note(f"Finishing what was begun before: {names[0]}{more}.{give_up}")
+
+
+def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFile]:
+    """The files behind the inputs; ``UsageError`` if one can't be read, or not in this way."""
+    sources.check_fields(options.fields)
+    try:
+        found = sources.survey(inputs)
+        files = list(found.files)
+        for file in files:
+            sources.check(file, options.fields)
+            with Path(file.path).open("rb"):
+                pass
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was read or changed.") from error
+    if found.left_out:
+        what = "file is" if len(found.left_out) == 1 else "files are"
+        options.note(f"{len(found.left_out):,} {what} of no known format, and left out: {found.left_out[0]}, for one.")
+    return files
+
+
+def spool_folder(store: Store) -> Path:
+    """Where standard input lies until it is chunked."""
+    return store.root / "spool"
+
+
+def clear_spool(store: Store, own: Path | None) -> None:
+    """Remove what was standard input and is chunked: the caller's, and what dead runs left."""
+    folder = spool_folder(store)
+    if not folder.is_dir():
+        return
+    state = store.refresh()
+    plans = [entry for plan in unfinished_plans(state) if (entry := state.file("plans", plan)) is not None]
+    waiting = {file.path for entry in plans for file in read_plan(store, entry).files}
+    for path in folder.iterdir():
+        # Another process may be about to plan what it has just written.
+        stale = time.time() - path.stat().st_mtime > _SPOOL_SECONDS
+        if str(path.absolute()) not in waiting and (path == own or stale):
+            disk.unlink(path)
+
+
+def _findings(
+    store: Store, files: Sequence[InputFile], loaded: Tokenizer | None, options: ChunkOptions
+) -> Findings | None:
+    """What is to be known of the fast tokenizer, if that would be used and is not known yet; says if it is not used."""
+    if not may_be_fast(store.state, files):
+        return None
+    known = known_findings(store.state)
+    new = None
+    if known is None or known.versions != library_versions():
+        exact = loaded or Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        fast = FastTokenizer(exact)
+        new, why = fast.findings, fast.why
+    else:
+        why = known.why
+    if why:
+        options.note(f"Tokenising by tokenizers alone, which is many times slower: {why}.")
+    return new
+
+
+def check_options(options: ChunkOptions) -> ChunkOptions:
+    """The options, tidied; ``UsageError`` for one that can't be meant."""
+    fields = replace(options.fields, keep=tuple(dict.fromkeys(options.fields.keep)))
+    for value in (fields.text, fields.id, fields.key, fields.value, fields.tokens, fields.separator, *fields.keep):
+        if value is not None and not _is_utf8(value):
+            raise UsageError(f"{value!a} is not UTF-8", "Fields and separators are text.")
+    for name in fields.keep:
+        if name in schemas.RESERVED_COLUMNS or not name:
+            raise UsageError(
+                f"--keep {name}: the store has a column of this name already", "Rename the field in the input."
+            )
+    if options.part_size < 1 or options.part_size >= 1 << 31:
+        raise UsageError(f"--part-size {options.part_size} is not between 1 and 2^31 - 1")
+    if fields.end_of_document is not None and not 0 <= fields.end_of_document < 1 << 32:
+        raise UsageError(f"--end-of-document {fields.end_of_document} is no token id: these are below 2^32")
+    if not 0 < fields.max_document < 1 << 40:
+        raise UsageError(f"--max-document {fields.max_document:,} is not between 1 byte and 1 TiB")
+    if (fields.key is None) != (fields.value is None):
+        raise UsageError("--key-field and --value-field go together", "Give both, or neither.")
+    if not 0 <= options.check <= 1:
+        raise UsageError(f"--check {options.check} is not a share between 0 and 1")
+    return replace(options, fields=fields)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _work(store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, *, skip_changed: bool = False) -> str:
+    """Work all units; why it stopped before, or ""."""
+    stage = ChunkStage(options.skip_missing, skip_changed, options.check)
+    while True:
+        watch = _Watch(store, plans, options.max_bad)
+        if (reason := watch.reason()) and unfinished_units(store):
+            return reason
+        try:
+            engine.execute(stage, store, run, workers=options.workers, enough=watch)
+        except TokensDiffer as error:
+            options.note(f"{error}. Going on with tokenizers; what was not compared is done again.")
+            go_on_exactly(store, run, error.summary)
+            continue
+        return watch.reason() if unfinished_units(store) else ""
+
+
+def unfinished_units(store: Store) -> bool:
+    """Whether a plan has units that are not done."""
+    state = store.refresh()
+    records = [state.records[f"plan:{plan}"] for plan in unfinished_plans(state)]
+    return any(record["done"] < record["units"] for record in records)
+
+
+class _Watch:
+    """Counts what is set aside, and says when it is too much."""
+
+    def __init__(self, store: Store, plans: Sequence[str], limit: MaxBad) -> None:
+        store.refresh()
+        self._counts = counts_of(store, plans)
+        self._limit = limit
+
+    def reason(self) -> str:
+        """Why the run must stop; "" if it may go on."""
+        return self._limit.exceeded(self._counts)
+
+    def __call__(self, staged: Staged) -> bool:
+        if staged.unit is not None:
+            for name in PLAN_COUNTS:
+                self._counts[name] += staged.unit.counts.get(name, 0)
+        return bool(self.reason())
+
+
+def check_chunk_length(chunk_length: int | None) -> None:
+    """``UsageError`` for a length that no store has."""
+    if chunk_length is not None and not 1 <= chunk_length <= 4096:
+        raise UsageError(f"--chunk-length {chunk_length} is not between 1 and 4096")
+
+
+def open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None) -> tuple[Store, Tokenizer | None]:
+    """The store at ``root``, made if there is none, and its tokenizer if that was loaded.
+
+    ``UsageError`` if the store goes by another tokenizer or chunk length.
+    """
+    check_chunk_length(chunk_length)
+    if not _is_utf8(str(root)):
+        raise UsageError(f"{str(root)!a}: a store's path must be UTF-8", "Give the store another name.")
+    loaded: Tokenizer | None
+    if not (root / "store.json").exists():
+        loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
+        store = Store.create(root, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
+    else:
+        store = Store.open(root)
+        loaded = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
+    check_identity(store, tokenizer, loaded, chunk_length)
+    return store, loaded
+
+
+def check_identity(store: Store, name: str | None, tokenizer: Tokenizer | None, chunk_length: int | None) -> None:
+    """``UsageError`` if the store goes by another tokenizer or chunk length than what was asked for."""
+    own = store.identity
+    wanted = own.tokenizer.sha256 if tokenizer is None else tokenizer.identity.sha256
+    if wanted != own.tokenizer.sha256:
+        raise UsageError(
+            f"{store.root} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…); "
+            f"{name!r} is another ({wanted[:12]}…)",
+            "Leave --tokenizer out to go on with the store's own, or make a new store.",
+        )
+    if chunk_length not in (None, own.chunk_length):
+        raise UsageError(
+            f"{store.root} has chunks of {own.chunk_length} tokens, not {chunk_length}",
+            "Leave --chunk-length out, or make a new store.",
+        )

@@ -1,0 +1,268 @@
+"""``chunk``: documents to chunks of ``chunk_length`` tokens, in Parquet.
+
+A task is a unit of a committed plan: it reads its pieces, tokenises in batches, cuts every document into chunks (the
+last one zero-padded) and closes a part at the first document end after ``part_size`` chunks. Reading and
+decompressing go ahead in one thread, Parquet is written in another. Rows that can't be read go to quarantine, and
+documents on the block list are left out. Documents that repeat are found when the plan is finished, see
+``duplicates``. Memory: a few batches, the documents' columns of a part, and the longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from retrotool import sources
+from retrotool.chunk import chunker
+from retrotool.chunk.chunk_plan import EXPANSION, Piece, Plan, known_findings, open_plans, read_plan
+from retrotool.chunk.chunker import Tokens
+from retrotool.chunk.part_writer import PartWriter
+from retrotool.chunk.quarantine import Quarantine
+from retrotool.chunk.retry import Prefix, Row, rows_again
+from retrotool.engine.stage import Report, Task, task_key
+from retrotool.errors import ErasedError, InputError, TaskError
+from retrotool.sources import Document, SetAside
+from retrotool.sources.lines import lines_before
+from retrotool.store import staging
+from retrotool.store.blocked import Blocked, read_blocked
+from retrotool.store.paths import FileName
+from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
+from retrotool.store.store import Store
+from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile
+
+_BATCH_CHARACTERS = 2 << 20
+_BATCH_DOCUMENTS = 8192
+_EXCERPT = 200
+GIVEN_UP = "given up"
+"""How the reason begins for an input that is not in the store and may be added later."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStage:
+    """The units of all unfinished plans.
+
+    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``skip_changed``: only those
+    that changed, as they are taken up again as they are now. Else that is an error. ``check``: the share of documents
+    whose tokens are compared with those of ``tokenizers``.
+    """
+
+    skip_missing: bool = False
+    skip_changed: bool = False
+    check: float = 0.001
+    name: str = "chunk"
+    unit: str = "B"
+
+    def plan(self, store: Store) -> list[Task]:
+        """One task a unit that is neither committed nor staged, in the order of the plans."""
+        tasks = []
+        for plan_id, entry, plan in open_plans(store):
+            for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
+                key = task_key("chunk", {"unit": index}, [entry.path])
+                if not staging.is_staged(store.root, key):
+                    first = plan.files[plan.units[index][0].file].path
+                    inputs = {"plan": plan_id, "unit": index, "path": entry.path}
+                    tasks.append(Task(key, f"unit {index} ({first})", plan.weight(index), inputs))
+        return tasks
+
+    def open(self, store: Store) -> ChunkWorker:
+        """Load the store's tokenizer."""
+        return ChunkWorker(store, self)
+
+    def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
+        """An empty unit, whose inputs are set aside: what can't be read must not keep what comes after it waiting."""
+        plan_id, index, path = str(task.inputs["plan"]), int(task.inputs["unit"]), str(task.inputs["path"])
+        entry = store.refresh().file("plans", plan_id)
+        if entry is None or entry.path != path:
+            raise ErasedError(f"plan {plan_id} was finished or changed by another process")
+        plan = read_plan(store, entry)
+        what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
+        detail = sources.told(error)[:_EXCERPT]
+        bad = Quarantine()
+        for piece in plan.units[index]:
+            bad.open(plan.files[piece.file].path)
+            bad.append(SetAside(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
+        quarantine = bad.write(store.root, FileName.new(run, "staging", f"{task.key}.quarantine", "parquet"))
+        counts = {**dict.fromkeys(PLAN_COUNTS, 0), "set_aside": len(bad), "damaged": bad.damaged}
+        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, (), quarantine, counts))
+
+
+class ChunkWorker:
+    """Chunks units; keeps the last plan it read, and the tokenizer."""
+
+    def __init__(self, store: Store, stage: ChunkStage) -> None:
+        self._store, self._stage = store, stage
+        self._exact = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        self._fast: tuple[bool, FastTokenizer] | None = None
+        self._plan: tuple[str, Plan] | None = None
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Read, tokenise and write one unit."""
+        path, index, plan_id = str(task.inputs["path"]), int(task.inputs["unit"]), str(task.inputs["plan"])
+        plan = self._read_plan(plan_id, path)
+        with PartWriter(self._store, run, task.key, plan.fields.keep, plan.part_size) as writer:
+            blocked = self._block_list(plan)
+            unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
+            for piece in plan.units[index]:
+                unit.chunk(piece, self._stage)
+            files = writer.close()
+            unit.count_tokenised()
+        name = FileName.new(run, "staging", f"{task.key}.quarantine", "parquet")
+        entry = unit.bad.write(self._store.root, name)
+        slots = None if blocked is None else blocked.slots
+        counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
+        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts, slots))
+
+    def _read_plan(self, plan_id: str, path: str) -> Plan:
+        if self._plan is None or self._plan[0] != path:
+            entry = self._store.state.file("plans", plan_id)
+            if entry is None or entry.path != path:
+                entry = self._store.refresh().file("plans", plan_id)
+            if entry is None or entry.path != path:
+                raise ErasedError(f"plan {plan_id} was finished or changed by another process")
+            self._plan = (path, read_plan(self._store, entry))
+        return self._plan[1]
+
+    def _encoder(self, plan: Plan) -> FastTokenizer:
+        if self._fast is None or self._fast[0] != plan.fast:
+            known = known_findings(self._store.state)
+            fast = FastTokenizer(self._exact, check=self._stage.check, use_tokie=plan.fast, findings=known)
+            self._fast = (plan.fast, fast)
+        return self._fast[1]
+
+    def _block_list(self, plan: Plan) -> Blocked | None:
+        if plan.allow_purged:
+            return None
+        # Anew for every unit: what was purged while the one before was read must not come back.
+        self._store.refresh()
+        return read_blocked(self._store)
+
+
+class _Unit:
+    """The work on one unit: rows of its pieces to the writer, to quarantine, or nowhere if they are blocked."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        encoder: FastTokenizer,
+        blocked: Blocked | None,
+        writer: PartWriter,
+        report: Report,
+    ) -> None:
+        self._store, self._plan, self._encoder, self._blocked = store, plan, encoder, blocked
+        self._writer, self._report = writer, report
+        self.bad = Quarantine()
+        self.counts = {"blocked": 0, "keys_cut": 0, "compared": -encoder.compared, "exact": -encoder.judged}
+
+    def chunk(self, piece: Piece, stage: ChunkStage) -> None:
+        """Read a piece to its end."""
+        file = self._plan.files[piece.file]
+        weight = piece.weight
+        self.bad.open(file.path)
+        # Only what was read whole, for the first time, has a beginning that a mended file can go on behind.
+        whole = piece.where == sources.WHOLE and piece.file not in self._plan.retries
+        prefix = Prefix()
+        done = characters = 0
+        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, stage)):
+            if isinstance(batch, SetAside):
+                self.bad.append(batch, prefix.documents, prefix.digest() if whole else None)
+                continue
+            self._add(file.name, batch, prefix)
+            characters += sum(len(document.text) for document in batch)
+            # How far it has come in a compressed file can only be guessed.
+            ahead = min(weight, int(characters / EXPANSION.get(file.compression or file.base, 1.0)))
+            self._report(max(0, ahead - done))
+            done = max(done, ahead)
+        self._report(weight - done)
+        if piece.where.first and self.bad.needs_lines():
+            try:
+                self.bad.shift_lines(lines_before(file, piece.where, self._plan.fields))
+            except InputError:
+                self.bad.forget_lines()  # damaged before this slice: the offsets still tell the places
+
+    def _add(self, name: str, batch: list[Document], prefix: Prefix) -> None:
+        hashes = [(chunker.id_hash(document.id), chunker.text_hash(document)) for document in batch]
+        prefix.add(hashes)
+        if self._blocked is not None:
+            held = self._blocked.holds([d.id for d in batch], [text for _, text in hashes])
+            self.counts["blocked"] += int(held.sum())
+            hashes = [pair for pair, left_out in zip(hashes, held, strict=True) if not left_out]
+            batch = [document for document, left_out in zip(batch, held, strict=True) if not left_out]
+            if not batch:
+                return
+        own = self._store.identity
+        found = chunker.tokenise(batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
+        if found.documents:
+            self._write(name, found, hashes)
+
+    def count_tokenised(self) -> None:
+        """Count the documents whose tokens were compared, and those that only the slow tokenizer did."""
+        encoder = self._encoder
+        self.counts["compared"] += encoder.compared
+        self.counts["exact"] += encoder.judged
+        if encoder.engine == "tokenizers":
+            self.counts["exact"] = self._writer.counts["documents"]
+
+    def _write(self, name: str, found: Tokens, hashes: list[tuple[bytes, bytes]]) -> None:
+        if found.kept is not None:
+            hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
+        self.counts["keys_cut"] += found.keys_cut
+        self._writer.add(name, found, hashes)
+
+
+def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
+    """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
+    file = plan.files[piece.file]
+    given_up = stage.skip_missing
+    try:
+        size = Path(file.path).stat().st_size
+        problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
+        given_up |= stage.skip_changed
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem and given_up:
+        bad.append(SetAside(0, f"{GIVEN_UP}: {problem}"))
+        return
+    if problem:
+        raise TaskError(
+            f"{file.path}: {problem}",
+            "Bring it back as it was and run the same command again, or give it up with --skip-missing.",
+        )
+    retry = plan.retries.get(piece.file)
+    rows = (
+        sources.read(file, plan.fields, piece.where) if retry is None else rows_again(store, file, plan.fields, retry)
+    )
+    for row in rows:
+        if isinstance(row, SetAside) and not row.damage:
+            bad.append(row)
+        else:
+            yield row
+
+
+def _characters(document: Document) -> int:
+    """What a document holds, about, in characters or tokens: all of it counts in memory."""
+    size = len(document.text) + len(document.id) + len(document.value or "")
+    size += sum(len(kept) for kept in document.kept if kept is not None)
+    return size if document.tokens is None else size + len(document.tokens)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | SetAside]:
+    """Documents in batches of about two million characters; damage on its own, after what came before it."""
+    batch: list[Document] = []
+    size = 0
+    for row in rows:
+        if isinstance(row, SetAside):
+            if batch:
+                yield batch
+                batch, size = [], 0
+            yield row
+            continue
+        batch.append(row)
+        size += _characters(row)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,211 @@
+"""``embed``: every part that has no embeddings of an encoder; and how true the stored vectors are."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from retrotool import engine, interrupts
+from retrotool.embed.stage import EmbedStage
+from retrotool.embed.stored_fidelity import draw, measure
+from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
+from retrotool.encoder.devices import batch_tokens_of
+from retrotool.engine import Meter
+from retrotool.errors import ErasedError, RetrotoolError, UsageError
+from retrotool.index.counting import command_line, count_keys_of
+from retrotool.index.search_scope import embedded_parts
+from retrotool.store import claims
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.session import writing
+from retrotool.store.staging import Staged
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.tokenizers import BUNDLED
+
+_NOT_ITS_OWN = 0.99
+"""A stored vector whose cosine with the true one is below this was made by another model, or is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    """What ``embed`` did; ``chunks`` are the keys embedded by this run, ``embedded`` those the store has now.
+
+    ``tokens`` are the encoder's, real ones and special ones, of this run. ``forward`` is the way its devices took,
+    "packed" or "transformers" with the reason in ``why``, and ``cosine`` the least with ``transformers`` in float32
+    that was seen when the encoder was loaded. ``busy`` is the share of its devices' time that was forward.
+    ``elsewhere`` are parts that other living runs are at. ``check`` is the record of ``--check``.
+    """
+
+    encoder: str
+    dimension: int
+    pooling: str
+    chunks: int
+    embedded: int
+    commit: int
+    parts: int = 0
+    elsewhere: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    busy: float = 0.0
+    device: str = ""
+    devices: int = 0
+    dtype: str = ""
+    forward: str = ""
+    why: str = ""
+    cosine: float | None = None
+    check: dict[str, Any] | None = None
+
+
+class _Done:
+    """The parts that a run embedded, by the path of their vectors, and how."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, int] = {}
+        self.how: list[dict[str, Any]] = []
+
+    def __call__(self, staged: Staged) -> bool:
+        for entry in staged.add:
+            self.parts[entry.path] = int(FileName.parse(entry.path).slot)
+            self.how.append({**staged.settings, **(entry.about or {})})
+        return False
+
+
+def embed(
+    root: str | Path,
+    *,
+    encoder: str = BUNDLED,
+    name: str | None = None,
+    pooling: str = "auto",
+    devices: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int | None = None,
+    shard: tuple[int, int] | None = None,
+    check: bool = False,
+) -> EmbedResult:
+    """Embed every part that has no embeddings of ``encoder``, on one or several devices.
+
+    ``shard`` (i, n): this is job i of n on this store, from 0. With more than one device, a script must call this below
+    ``if __name__ == "__main__":``, as processes are spawned.
+    """
+    store = Store.open(root)
+    batch_tokens_of("cpu", batch_tokens)
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"--shard {shard[0]}/{shard[1]}: of n jobs this is one from 0 to n - 1")
+    found = find_devices(devices, dtype)
+    identity = find_encoder(encoder, pooling=pooling, name=name)[1]
+    if name is None:
+        identity = _as_known(store, identity)
+    stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
+    done, meter = _Done(), Meter()
+    with writing(store) as run:
+        _tell_where(store, run, identity)
+        engine.execute(stage, store, run, workers=len(found), enough=done, meter=meter)
+        store.refresh()
+        held = claims.held(store.root, run.id)
+        elsewhere = sum(task.key in held for task in stage.plan(store))
+        checked = _check(store, run, encoder, identity, found[0]) if check else None
+    state = store.refresh()
+    tokens, forward, working = meter.sums or (0.0, 0.0, 0.0)
+    made = [part for path, part in done.parts.items() if state.has(path)]
+    return EmbedResult(
+        encoder=identity.name,
+        dimension=identity.dimension,
+        pooling=identity.pooling,
+        chunks=count_keys_of(store, made),
+        embedded=count_keys_of(store, embedded_parts(store, identity.name)),
+        commit=state.number,
+        parts=len(made),
+        elsewhere=elsewhere,
+        tokens=int(tokens),
+        seconds=round(meter.seconds, 3),
+        busy=round(forward / working, 4) if working else 0.0,
+        devices=min(len(found), len(made)),
+        check=checked,
+        **_how(done.how),
+    )
+
+
+def _as_known(store: Store, identity: EncoderIdentity) -> EncoderIdentity:
+    """The encoder by the name that the store knows it by, wherever it lies now."""
+    known = store.state.with_prefix("encoder:")
+    names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
+    return identity if not names or identity.name in names else replace(identity, name=names[0])
+
+
+def _tell_where(store: Store, run: Run, identity: EncoderIdentity) -> None:
+    """Record where an encoder lies now, if it is no more where it was: ``search`` will look for it there."""
+    key = f"encoder:{identity.name}"
+
+    def build(state: State) -> Draft | None:
+        record = state.records.get(key)
+        if record is None or record["sha256"] != identity.sha256 or record["origin"] == identity.origin:
+            return None
+        if not Path(record["origin"]).is_absolute() or Path(record["origin"]).exists():
+            return None
+        return Draft("embed", {"encoder": identity.name}, records={key: {**record, "origin": identity.origin}})
+
+    store.commit(run, build)
+
+
+def _how(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How all vectors of a run were made; of workers that differ the one that is farthest from the true vectors."""
+    if not made:
+        return {}
+    farthest = min(made, key=lambda one: one["cosine"])
+    return {key: farthest[key] for key in ("device", "dtype", "forward", "why", "cosine")}
+
+
+def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any] | None:
+    """Measure how true the stored vectors are, and commit it; None if there are none.
+
+    ``RetrotoolError`` if one is of another model.
+    """
+    reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
+    sample = None
+    while sample is None:
+        store.refresh()
+        with contextlib.suppress(ErasedError):  # by another process, while it was read
+            sample = draw(store, reference)
+    if not len(sample.ids):
+        return None
+    with tqdm(total=len(sample.ids), unit="chunk", desc="check", disable=None, delay=2, file=sys.stderr) as bar:
+
+        def report(rows: int) -> None:
+            interrupts.check()
+            bar.update(rows)
+
+        fidelity = measure(sample, reference, report)
+    reference.close()
+    worst = int(sample.ids[fidelity.worst])
+    record = {
+        "sample": fidelity.sample,
+        "cosine_min": round(fidelity.cosine_min, 6),
+        "cosine_mean": round(fidelity.cosine_mean, 6),
+        "recall_at_10": round(fidelity.recall_at_10, 4),
+        "worst_chunk": worst,
+        "against": f"transformers, float32, on {reference.device_name}",
+    }
+    settings = {"encoder": identity.name, "check": True}
+    store.commit(run, lambda _: Draft("embed", settings, records={f"fidelity:{identity.name}": record}))
+    if fidelity.cosine_min < _NOT_ITS_OWN:
+        raise RetrotoolError(
+            f"the stored vector of chunk {worst} is not what encoder {identity.name} gives: "
+            f"its cosine with that is {fidelity.cosine_min:.4f}",
+            "If the files are whole (retrotool verify), embed anew under another name: "
+            + command_line(
+                "embed",
+                store.root,
+                encoder=None if spec == BUNDLED else spec,
+                name=f"{identity.name}-2",
+                pooling=identity.pooling if identity.overridden else None,
+            ),
+        )
+    return record

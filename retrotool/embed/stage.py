@@ -1,0 +1,284 @@
+"""``embed``: every key to a vector of the encoder, one float16 ``.npy`` a part.
+
+A task is a part. If the store's tokenizer is the encoder's, tokens go straight in; otherwise they are decoded to
+text and tokenised again. Erased chunks and values of key-value records get zeros, and cost nothing but their bytes;
+tombstoned chunks are embedded, as long as they are not erased, and so are chunks that the encoder's tokenizer sees no
+token in. The task reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part is done
+again.
+
+A part goes through block by block: one is read and tokenised, one is computed, one is written, made durable and hashed,
+all at the same time. So memory does not grow with the part, and when the last vectors are there the file nearly is.
+A block is of as many rows as a batch is of tokens, about 64 batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.encoder import Encoder, EncoderIdentity, Rows
+from retrotool.engine.stage import Measured, Report, Task, own_first, task_key
+from retrotool.errors import ErasedError, NotFiniteError, UsageError
+from retrotool.store import parts, staging, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import ROW_GROUP, Chunks
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.tokenizers import Tokenizer, TokenizerFile, TokensDiffer
+
+_BLOCK_ROWS = (256, 1 << 16)
+"""Rows of a block, at least and at most."""
+_END_BLOCK = 8
+"""The first block of a part, and the last, are so many times smaller."""
+_VERIFIED = 64
+"""Chunks that an encoder is verified on when it begins."""
+_MANY = 100_000
+"""For so many chunks a GPU would wait for the slow tokenizer longer than it takes to get the fast one ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedStage:
+    """All parts without embeddings of one encoder; ``spec`` is the path or name to load it by.
+
+    ``devices`` are those of the worker processes, the first that of a single one. ``shard`` (i, n): the parts of job i
+    of n come first.
+    """
+
+    spec: str
+    identity: EncoderIdentity
+    devices: tuple[str, ...] = ("auto",)
+    dtype: str = "auto"
+    batch_tokens: int | None = None
+    shard: tuple[int, int] | None = None
+    name: str = field(default="embed", init=False)
+    unit: str = field(default="chunk", init=False)
+
+    def plan(self, store: Store) -> list[Task]:
+        """One task a part; ``UsageError`` if the name is taken by another encoder."""
+        record = store.state.records.get(f"encoder:{self.identity.name}")
+        if record is not None:
+            check_identity(record, self.identity)
+        tasks = []
+        done = store.state.group("embeddings", self.identity.name)
+        staged = staging.staged_keys(store.root)
+        for part in store.state.parts():
+            if done.get(part_slot(part)) is not None:
+                continue
+            entry = parts.part_entry(store, "chunks", part)
+            key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
+            if key not in staged:
+                inputs = {"part": part, "path": entry.path}
+                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def of_worker(self, number: int) -> EmbedStage:
+        """The stage on the device of worker ``number``."""
+        return replace(self, devices=(self.devices[number % len(self.devices)],))
+
+    def open(self, store: Store) -> EmbedWorker:
+        """Load the encoder."""
+        return EmbedWorker(store, self)
+
+    def shown(self, measured: Sequence[float], seconds: float) -> str:
+        """Tokens a second, and the share of the devices' time that is forward."""
+        tokens, forward, working = measured
+        rate, share = tokens / max(seconds, 1e-9), forward / max(working, 1e-9)
+        return f"{rate:,.0f} tokens/s, {100 * share:.0f} % forward"
+
+
+def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
+    """``UsageError`` if the store's encoder of a name is not the one that is to be used under it."""
+    if record["sha256"] != identity.sha256:
+        raise UsageError(
+            f"the store has embeddings of another encoder under the name {identity.name!r}",
+            "Give the new one a name of its own with --name.",
+        )
+
+
+def blocks_of(rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the blocks of a part: of ``most`` rows, fewer at both ends, of whole row groups if large.
+
+    Nothing is computed until the first block is there, and nothing while the last one is written.
+    """
+    least = max(1, most // _END_BLOCK)
+    start, size = 0, least
+    while start < rows:
+        size = max(least, min(size, most, (rows - start) // 2))
+        stop = start + size
+        if size >= ROW_GROUP:
+            stop -= stop % ROW_GROUP
+        elif stop // ROW_GROUP > start // ROW_GROUP:
+            stop = (start // ROW_GROUP + 1) * ROW_GROUP
+        yield start, min(stop, rows)
+        start, size = stop, 2 * size
+
+
+class EmbedWorker:
+    """Embeds parts with a loaded encoder, which it verifies on the first chunks that it gets."""
+
+    def __init__(self, store: Store, stage: EmbedStage) -> None:
+        self._store = store
+        identity = stage.identity
+        self.encoder = Encoder(
+            stage.spec,
+            stage.devices[0],
+            stage.dtype,
+            pooling=identity.pooling,
+            name=identity.name,
+            batch_tokens=stage.batch_tokens,
+        )
+        if self.encoder.identity.sha256 != identity.sha256:
+            raise UsageError(f"encoder {stage.spec!r} was changed just now", "Run the same command again.")
+        self.texts = EncoderRows(store, self.encoder)
+        self._verified = False
+        self._measured = (0.0, 0.0, time.perf_counter())
+        self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Embed one part; None if it has its embeddings by now."""
+        state = self._store.refresh()
+        part, identity = int(task.inputs["part"]), self.encoder.identity
+        if state.part_file("embeddings", part, identity.name) is not None:
+            return None
+        if parts.part_entry(self._store, "chunks", part).path != task.inputs["path"]:
+            raise ErasedError(f"chunks of part {part} were erased since this was planned")
+        if not self._verified:
+            self._get_ready(part)
+        name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
+        told = 0
+
+        def tell(rows: int) -> None:
+            nonlocal told
+            told += rows
+            report(rows)
+
+        try:
+            entry = self._write(part, name, tell)
+        except TokensDiffer as error:
+            # What this part has of the fast tokenizer is thrown away; --check tells of the parts before.
+            self.encoder.say(f"{error.summary}; going on with tokenizers, which is slower")
+            self.encoder.be_exact()
+            tell(-told)
+            entry = self._write(part, name, tell)
+        except NotFiniteError as error:
+            row = int(np.flatnonzero(parts.read_embedded(self._store, part))[error.row])
+            raise self._not_finite(part, row) from error
+        report(task.weight - told)  # what is erased has no vector
+        key = f"encoder:{identity.name}"
+        self._store.refresh()
+        # The same model from another place is the same encoder: the record that was first stays.
+        record = self._store.state.records.get(key) or identity.as_json()
+        check_identity(record, identity)
+        # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
+        entry = replace(entry, about={"cosine": self.encoder.cosine})
+        reads = (str(task.inputs["path"]),)
+        return Staged(task.key, "embed", run, self.settings(), reads, (entry,), records={key: record})
+
+    def settings(self) -> dict[str, Any]:
+        """How vectors are made, as a commit keeps it."""
+        encoder = self.encoder
+        return {
+            "encoder": encoder.identity.name,
+            "device": encoder.device_name,
+            "dtype": encoder.dtype,
+            "forward": encoder.forward,
+            "why": encoder.why,
+        }
+
+    def measured(self) -> Measured:
+        """Tokens, seconds of forward and seconds since this was last asked for."""
+        work = self.encoder.work
+        now = (float(work.tokens), work.seconds / work.lanes, time.perf_counter())
+        before, self._measured = self._measured, now
+        tokens, forward, seconds = (a - b for a, b in zip(now, before, strict=True))
+        return tokens, forward, seconds
+
+    def _get_ready(self, part: int) -> None:
+        """Hold the encoder's forward against transformers, on chunks of the part; then get the fast tokenizer ready."""
+        chunks = parts.read_chunks(self._store, part, [0])
+        rows = np.flatnonzero(chunks.embedded)
+        some = np.random.default_rng(0).permutation(rows)[:_VERIFIED]
+        try:
+            self.encoder.verify(self.texts.rows(chunks.tokens[some], chunks.n_tokens[some]))
+        except NotFiniteError as error:
+            if not len(some):
+                raise
+            raise self._not_finite(part, int(some[error.row % len(some)])) from error
+        self._verified = True
+        if self._many:
+            self.texts.hasten()
+        self._measured = (0.0, 0.0, time.perf_counter())
+
+    def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
+        """Embed a part and write its file."""
+        entry = parts.part_entry(self._store, "chunks", part)
+        dimension = self.encoder.identity.dimension
+        with_vector: deque[npt.NDArray[np.bool_]] = deque()
+
+        def blocks() -> Iterator[Rows]:
+            for chunks in self._read(part, entry.rows):
+                embedded = chunks.embedded
+                with_vector.append(embedded)
+                yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
+
+        def filled(coming: Iterator[npt.NDArray[np.float16]]) -> Iterator[npt.NDArray[np.float16]]:
+            for found in coming:
+                embedded = with_vector.popleft()
+                if len(found) < len(embedded):
+                    block = np.zeros((len(embedded), dimension), np.float16)
+                    block[embedded] = found
+                    yield block
+                else:
+                    yield found
+
+        with self.encoder.stream(blocks(), report) as coming:
+            return vectors.write_vector_blocks(self._store.root, name, entry.rows, dimension, filled(coming))
+
+    def _read(self, part: int, rows: int) -> Iterator[Chunks]:
+        """A part's chunks, block by block; at most two row groups more than a block are held."""
+        least, most = _BLOCK_ROWS
+        held, first = None, 0
+        for start, stop in blocks_of(rows, min(max(self.encoder.batch_tokens, least), most)):
+            if held is None or stop > first + len(held):
+                groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
+                held, first = parts.read_chunks(self._store, part, groups), groups[0] * ROW_GROUP
+            yield held.between(start - first, stop - first)
+
+    def _not_finite(self, part: int, row: int) -> NotFiniteError:
+        """What says which chunk it is."""
+        chunks = parts.read_chunks(self._store, part, [row // ROW_GROUP])
+        document = parts.read_documents(self._store, part, ["id"])["id"][int(chunks.doc[row % ROW_GROUP])].as_py()
+        chunk = int(parts.chunk_ids(part, np.array([row]))[0])
+        return NotFiniteError(
+            f"encoder {self.encoder.identity.name} gives NaN or infinity for chunk {chunk} "
+            f"(row {row} of part {part}, document {document!r})",
+            row,
+        )
+
+
+class EncoderRows:
+    """A store's chunks as the encoder's own token ids."""
+
+    def __init__(self, store: Store, encoder: Encoder) -> None:
+        own, identity = store.identity.tokenizer, encoder.identity
+        self._encoder = encoder
+        self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
+        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+
+    def hasten(self) -> None:
+        """Get ready for very many chunks."""
+        if not self.straight:
+            self._encoder.hasten()
+
+    def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
+        """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""
+        if self.straight:
+            return Rows.of_matrix(tokens, n_tokens)
+        return self._encoder.tokenize(self._tokenizer.decode_text(tokens, n_tokens))

@@ -1,0 +1,1 @@
+"""Neighbours as files for other tools."""

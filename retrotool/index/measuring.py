@@ -1,0 +1,213 @@
+"""Measuring an index and committing what was found: its operating point, its recall, the curve and its picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from retrotool import interrupts
+from retrotool.ann.choice import parse_factory
+from retrotool.chunk.chunk_plan import write_json
+from retrotool.errors import CorruptError, ErasedError
+from retrotool.index.ground_truth import QUERIES, find_truth
+from retrotool.index.index_files import (
+    PAGE,
+    RECALL,
+    generation_of,
+    held_parts,
+    index_key,
+    read_shards,
+    read_trained,
+    shards,
+    shards_digest,
+    trained_entry,
+)
+from retrotool.index.recall import Measurement, Searched, measure
+from retrotool.index.recall_page import page
+from retrotool.index.searching import Point, Vectors, room_in
+from retrotool.index.stage import superseded
+from retrotool.index.staleness import Drift, drift, trained_on
+from retrotool.memory import give_back
+from retrotool.store import atomic
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+
+def measure_until_committed(
+    store: Store,
+    run: Run,
+    name: str,
+    generation: int,
+    target: float,
+    *,
+    queries: int = QUERIES,
+    keep: bool = False,
+    device: str = "cpu",
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """Measure a generation of an index and commit its record, which makes that the current one.
+
+    Again if another process has changed the shards, or erased what was read, meanwhile. ``keep``: at the operating
+    point that the record has, which stays. ``memory``: bytes, if not those that it was trained in.
+    """
+    while True:
+        if trained_entry(store.state, name, generation) is None:
+            raise superseded(name)
+        reads = _reads(store.state, name, generation)
+        try:
+            return _measure(store, run, name, generation, target, queries, keep, device, memory)
+        except (_ChangedError, ErasedError):
+            store.refresh()
+        except CorruptError:
+            # A file that is unlinked between being looked up and being read looks broken.
+            state = store.refresh()
+            if all(state.has(path) for path in reads):
+                raise
+
+
+_ENOUGH = 50
+"""Queries from new parts below which their recall says nothing."""
+
+
+class _ChangedError(Exception):
+    """Another process has changed what was measured."""
+
+
+def _reads(state: State, name: str, generation: int) -> list[str]:
+    """Paths of what measuring reads."""
+    trained = trained_entry(state, name, generation)
+    encoder = str((trained.about or {})["encoder"]) if trained else ""
+    vectors = (state.part_file("embeddings", part, encoder) for part in held_parts(state, name, generation))
+    entries = [trained, *shards(state, name, generation).values(), *vectors]
+    return [entry.path for entry in entries if entry is not None]
+
+
+def _measure(
+    store: Store,
+    run: Run,
+    name: str,
+    generation: int,
+    target: float,
+    queries: int,
+    keep: bool,
+    device: str,
+    memory: int | None,
+) -> dict[str, Any]:
+    trained_file, trained = read_trained(store, name, generation)
+    entries = shards(store.state, name, generation)
+    about = trained_file.about or {}
+    encoder = str(about["encoder"])
+    room = room_in(about["asked"].get("memory") if memory is None else memory)
+    opened = list(read_shards(store, name, trained, generation=generation))
+    numbers = held_parts(store.state, name, generation)
+    record = store.state.records.get(index_key(name), {})
+    at = Point(int(record["nprobe"]), int(record["depth"])) if keep and record else None
+    with tqdm(total=len(numbers), unit="part", desc="exact search", disable=None, delay=2, file=sys.stderr) as bar:
+
+        def told(n: int) -> None:
+            interrupts.check()
+            bar.update(n)
+
+        truth = find_truth(store, encoder, numbers, told, queries=queries, device=device, room=room)
+    give_back()
+    with tqdm(unit="point", desc="recall", disable=None, delay=2, file=sys.stderr) as bar:
+        found = measure(
+            truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
+            groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
+            report=bar.update, device=device, room=room,
+        )  # fmt: skip
+    moved = drift(store.state, name, generation)
+    record = _record(
+        generation, trained_file, entries, shards_digest(store.state, name, generation), found, moved, target
+    )
+    content = {**record, **found.as_json()}
+    files = (
+        write_json(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve)),
+        _write_page(store.root, FileName.new(run.id, "index", PAGE, "html", name), page(name, record, found)),
+    )
+
+    def build(state: State) -> Draft:
+        gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
+        if gone or shards(state, name, generation) != entries:
+            raise _ChangedError
+        settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
+        return Draft(
+            "index", settings, add=files, remove=_replaced(state, name, generation), records={index_key(name): record}
+        )
+
+    store.commit(run, build)
+    return record
+
+
+def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.object_]:
+    """For each chunk whether its part is one that the index was trained on."""
+    parts = ids >> PART_SHIFT
+    return np.where(np.isin(parts, np.array(sorted(seen), np.int64)), "trained on", "added since").astype(object)
+
+
+def _record(
+    generation: int,
+    trained_file: FileEntry,
+    entries: dict[str, FileEntry],
+    digest: str,
+    found: Measurement,
+    moved: Drift,
+    target: float,
+) -> dict[str, Any]:
+    """The record ``index:<name>``, see ``docs/format.md``."""
+    about = trained_file.about or {}
+    point = found.point
+    choice = parse_factory(str(about["factory"]), int(about["dimension"]))
+    return {
+        "encoder": about["encoder"], "kind": choice.describe(), "factory": about["factory"], "why": about["why"],
+        "generation": generation, "nlist": choice.nlist, "nprobe": point.nprobe, "depth": point.depth, "target": target,
+        "vectors": sum(entry.rows for entry in entries.values()), "files": digest,
+        "bytes_per_vector": choice.bytes_per_vector, "trained_bytes": choice.trained_bytes,
+        "recall_at_1": round(point.recall_at_1, 4), "recall_at_10": round(point.recall_at_10, 4),
+        "recall_at_100": round(point.recall_at_100, 4), "recall_error": round(point.error, 4), "holds": found.holds,
+        "queries": found.queries, "share": round(found.share, 4), "rate": round(point.rate, 1),
+        "imbalance": round(moved.imbalance, 3), "due": _due(moved, found, target),
+    }  # fmt: skip
+
+
+def _due(moved: Drift, found: Measurement, target: float) -> str:
+    """Why to train anew; "" if there is no reason."""
+    new = found.groups.get("part", {}).get("added since")
+    if new is not None and new[2] >= _ENOUGH and new[0] + new[1] < min(target, found.point.recall_at_10):
+        return f"recall@10 of what was added since the training is {new[0]:.4f} ± {new[1]:.4f}"
+    return moved.due
+
+
+def _replaced(state: State, name: str, generation: int) -> tuple[str, ...]:
+    """Paths of what a measurement takes the place of: the one before, and what is of other generations."""
+    group = state.group("index", name)
+    kept = {f.path for f in shards(state, name, generation).values()}
+    trained = trained_entry(state, name, generation)
+    kept |= {trained.path} if trained else set()
+    current = generation_of(state, name)
+    found = []
+    for slot in group:
+        entry = group.get(slot)
+        measured = slot in (RECALL, PAGE)
+        if entry is not None and entry.path not in kept and (measured or generation != current):
+            found.append(entry.path)
+    return tuple(found)
+
+
+def _write_page(root: Path, name: FileName, text: str) -> FileEntry:
+    def write(path: Path) -> int:
+        path.write_text(text, "utf-8")
+        return 1
+
+    return atomic.write_file(root, name, write)

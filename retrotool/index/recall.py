@@ -1,0 +1,315 @@
+"""The true recall of an index, as a curve over operating points, and the cheapest point that holds a target.
+
+Recall@k is the mean share of a query's true k nearest (``stages.truth``) that the index finds; of several at the same
+distance any will do. Points are all of a grid of ``nprobe``, for codes with a grid of re-rank depths. One search a
+``nprobe`` serves all depths: its candidates are ordered by their codes, and a depth takes the first of them.
+
+Where the truth is of a sample, of a query's true neighbours those in the sample are looked for. Which of these are
+among the k nearest of all is told by how many the most thorough search has found nearer: recall is then of
+queries × k × share neighbours.
+
+A point costs what its query goes through: codes, and ``_RERANK`` times the candidates that are ranked by their vectors.
+So the choice depends on data alone, not on how busy the machine is. The rates are measured, and are of batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.codes import Whole
+from retrotool.ann.lists import Ids, InvertedLists
+from retrotool.ann.ranking import Best, exact_distances
+from retrotool.ann.search import ROOM, SPARE
+from retrotool.ann.trained import Trained
+from retrotool.index.ground_truth import DEPTH, Truth, budget_on
+from retrotool.index.searching import TUNED_K, Point, Vectors, rows_in, start_search
+
+Floats = npt.NDArray[np.float64]
+Hits = tuple[Floats, Floats]
+"""True neighbours found, and those that there are to find, of each query."""
+Masks = npt.NDArray[np.bool_]
+"""Which of a sample's truth was found, for each query."""
+DEPTHS = (20, 30, 50, 100, 200, 400)
+_RERANK = 16
+"""What ranking a candidate by its vector costs, in codes that are gone through."""
+_BEYOND = 2
+_THOROUGH = 0.999
+_Z = 1.96
+_GROUPS = 1000
+_KS = (1, TUNED_K, DEPTH)
+_TIE = 16 * float(np.finfo(np.float32).eps)
+"""Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
+relatively, for vectors may be short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Recall at an operating point, with the half-width of the 95 % interval of that @10.
+
+    ``scanned`` codes a query are gone through; ``rate`` is in queries a second.
+    """
+
+    nprobe: int
+    depth: int
+    recall_at_1: float
+    recall_at_10: float
+    recall_at_100: float
+    error: float
+    scanned: float
+    rate: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """What a query costs, in codes that are gone through."""
+        return self.scanned + _RERANK * self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured: the ``curve``, the ``point`` that was chosen of it, and its recall@10 by ``groups``.
+
+    These are kind → name → (recall, error, queries), of what queries were told apart by: "source", say.
+    """
+
+    curve: tuple[Recall, ...]
+    point: Recall
+    holds: bool
+    queries: int
+    vectors: int
+    share: float
+    groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file that the store keeps."""
+        return asdict(self)
+
+
+def probes(nlist: int) -> list[int]:
+    """The ``nprobe`` of a curve: powers of two and what is halfway, up to all lists."""
+    grid = sorted({n for i in range(31) for n in (1 << i, 3 << i)})
+    return [n for n in grid if n < nlist] + [max(nlist, 1)]
+
+
+def measure(
+    truth: Truth,
+    database: Searched,
+    target: float,
+    *,
+    at: Point | None = None,
+    groups: Mapping[str, npt.NDArray[np.object_]] | None = None,
+    report: Callable[[int], object] = lambda _: None,
+    device: str = "cpu",
+    room: int = ROOM,
+) -> Measurement:
+    """The curve, up to where it is well above ``target``; ``at``: only this point is measured, not chosen.
+
+    ``room``: bytes for each of distances and candidates. ``report`` is told of each ``nprobe``.
+    """
+    whole = isinstance(database.trained.codec, Whole)
+    grid, depths = probes(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
+    if at is not None:
+        grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
+        depths = tuple(sorted({*depths, at.depth}))
+    search = _Curve(truth, database, depths, device, room)
+    curve: list[Recall] = []
+    reached = 0
+    for nprobe in grid:
+        curve += search.at(nprobe)
+        report(1)
+        # A little beyond the target: more lists with fewer candidates may be cheaper, and it shows what could be had.
+        reached += curve[-1].recall_at_10 - curve[-1].error >= target
+        if at is None and reached > (0 if whole else _BEYOND):
+            break
+    if truth.share < 1:
+        search.thorough(curve[-1].nprobe, budget_on(device))
+        curve = [search.recall(p.nprobe, p.depth) for p in curve]
+    if at is not None:
+        chosen = next(p for p in curve if p.nprobe == at.nprobe and (whole or p.depth == at.depth))
+    else:
+        good = [p for p in curve if p.recall_at_10 - p.error >= target]
+        chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
+    by_query = search.shares(chosen)
+    return Measurement(
+        tuple(curve),
+        chosen,
+        chosen.recall_at_10 - chosen.error >= target or not len(truth),
+        len(truth),
+        truth.vectors,
+        truth.share,
+        {kind: _by_group(by_query, labels, search.sampled) for kind, labels in (groups or {}).items()},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What is searched: shards of a training, the vectors that candidates are ranked by, and which ids are banned."""
+
+    trained: Trained
+    shards: Sequence[InvertedLists]
+    vectors: Vectors
+    banned: Callable[[Ids], npt.NDArray[np.bool_]]
+
+
+class _Curve:
+    """Searches at one ``nprobe`` after another, and what they found of the truth.
+
+    Where the truth is of a sample, it is kept which of it was found: how much there was to find is known when the most
+    thorough search is.
+    """
+
+    def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...], device: str, room: int) -> None:
+        self._truth, self._database, self._depths = truth, database, depths
+        self._device, self._room = device, room
+        # An exact index misses nothing, whatever is asked; and all vectors as queries are no sample.
+        self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
+        self._found: dict[tuple[int, int], dict[int, Hits | Masks]] = {}
+        self._nearer = np.zeros(truth.best.ids.shape, np.int64)
+        self._cost: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def at(self, nprobe: int) -> list[Recall]:
+        """All depths at ``nprobe``, the deepest last."""
+        scanned, searched, ranked, deepest = 0, 0.0, 0.0, max(self._depths)
+        judged: dict[tuple[int, int], list[Any]] = {(depth, k): [] for depth in self._depths for k in _KS}
+        nearer = [self._nearer[:0]]
+        first = 0
+        for queries in self._truth.queries.blocks(rows_in(self._room, deepest, self._database.trained.d)):
+            start = time.perf_counter()
+            search = start_search(
+                self._database.trained, self._database.shards, queries, nprobe, deepest, self._database.banned,
+                device=self._device, room=self._room,
+            )  # fmt: skip
+            candidates = search.candidates
+            scanned += search.scanned
+            searched += time.perf_counter() - start
+            start = time.perf_counter()
+            distances = exact_distances(queries.vectors, candidates, self._database.vectors)
+            ranked += time.perf_counter() - start
+            truth = self._truth.best.take(slice(first, first + len(queries)))
+            first += len(queries)
+            # A search for 100 ranks ten times as many candidates, see ``Point.depth_for``; here up to the deepest.
+            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
+            best = {depth: _ranked(distances, candidates, depth) for depth in {*enough.values()}}
+            for point, blocks in judged.items():
+                blocks.append(self._judge(truth, best[enough[point]], point[1]))
+            nearer.append(_nearer(truth, best[deepest]))
+        if first:
+            self._nearer = np.concatenate(nearer)
+        q = max(first, 1)
+        for depth in self._depths:
+            self._found[nprobe, depth] = {k: _joined(judged[depth, k]) for k in _KS}
+            self._cost[nprobe, depth] = scanned / q, q / max(searched + ranked * depth / deepest, 1e-9)
+        return [self.recall(nprobe, depth) for depth in self._depths]
+
+    def thorough(self, nprobe: int, budget: int) -> None:
+        """Search on with ever more lists than ``nprobe``, until more of them find hardly anything that is nearer.
+
+        Or until one more step would cost more than ``budget`` distances. Then more of the truth may count as wanted
+        than is: what is reported is rather too low than too high.
+        """
+        deepest = max(self._depths)
+        while nprobe < self._database.trained.nlist:
+            if 2 * self._cost[nprobe, deepest][0] * len(self._truth) > budget:
+                break
+            before = nprobe
+            nprobe = min(2 * nprobe, self._database.trained.nlist)
+            self.at(nprobe)
+            if self.recall(before, deepest).recall_at_10 >= _THOROUGH:
+                break
+
+    def recall(self, nprobe: int, depth: int) -> Recall:
+        """What is known of a point by now."""
+        hits = self._hits_at(nprobe, depth)
+        (one, _), (ten, error), (hundred, _) = (ratio(*hits[k], sampled=self.sampled) for k in _KS)
+        return Recall(nprobe, depth, one, ten, hundred, error, *self._cost[nprobe, depth])
+
+    def shares(self, point: Recall) -> Hits:
+        """True neighbours found, and those that there are to find, of the 10 nearest of each query."""
+        return self._hits_at(point.nprobe, point.depth)[TUNED_K]
+
+    def _hits_at(self, nprobe: int, depth: int) -> dict[int, Hits]:
+        found = self._found[nprobe, depth]
+        return {k: one if isinstance(one, tuple) else self._of_sample(one, k) for k, one in found.items()}
+
+    def _judge(self, truth: Best, found: Best, k: int) -> Hits | Masks:
+        return _of_all(truth, found, k) if self._truth.share == 1 else _which(truth.ids, found.ids[:, :k])
+
+    def _of_sample(self, found: Masks, k: int) -> Hits:
+        wanted = (self._nearer < k) & (self._truth.best.ids >= 0)
+        return (wanted & found).sum(axis=1).astype(np.float64), wanted.sum(axis=1).astype(np.float64)
+
+
+def _of_all(truth: Best, found: Best, k: int) -> Hits:
+    there = truth.ids[:, :k] >= 0
+    farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
+    near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
+    possible = there.sum(axis=1)
+    hits = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible)
+    return hits.astype(np.float64), possible.astype(np.float64)
+
+
+def _nearer(truth: Best, deepest: Best) -> Ids:
+    """For each of the truth how many were found nearer by the most thorough search, which so far is the last one."""
+    pairs = zip(deepest.distances, truth.distances, strict=True)
+    return np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs], np.int64)
+
+
+def _which(wanted: Ids, found: Ids) -> Masks:
+    """Which of ``wanted`` [q, t] are among ``found`` [q, f] of the same query, bool [q, t]."""
+    pairs = zip(wanted, found, strict=True)
+    return np.array([np.isin(some, there) & (some >= 0) for some, there in pairs], np.bool_)
+
+
+def _joined(blocks: list[Any]) -> Hits | Masks:
+    """What was found in blocks of queries as one."""
+    if not blocks:
+        return np.zeros(0), np.zeros(0)
+    if isinstance(blocks[0], tuple):
+        return np.concatenate([hits for hits, _ in blocks]), np.concatenate([possible for _, possible in blocks])
+    return np.concatenate(blocks)
+
+
+def _ranked(distances: npt.NDArray[np.float32], candidates: Ids, depth: int) -> Best:
+    """The nearest of the first ``depth`` candidates."""
+    order = np.argsort(distances[:, :depth], axis=1, kind="stable")[:, :DEPTH]
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1))
+
+
+def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:
+    """Recall, the mean of the queries' shares weighted by what there is to find; and half its 95 % interval.
+
+    Not ``sampled``: the queries are all there are, so there is no error.
+    """
+    total = possible.sum()
+    if not total:
+        return 1.0, 1.0 if sampled else 0.0  # nothing to find, and nothing missed
+    recall = float(hits.sum() / total)
+    if not sampled:
+        return recall, 0.0
+    spread = hits - recall * possible
+    count = int((possible > 0).sum())
+    error = _Z * math.sqrt((spread**2).sum() * count / max(count - 1, 1)) / total
+    # Where all queries found all, or there are few, the spread hides what is not known: Wilson's interval has it.
+    return recall, float(max(error, _Z**2 / 2 / (count + _Z**2)))
+
+
+def _by_group(
+    by_query: Hits,
+    groups: npt.NDArray[np.object_],
+    sampled: bool,
+) -> dict[str, tuple[float, float, int]]:
+    """Recall, its error and the number of queries of the groups with most queries."""
+    hits, possible = by_query
+    names, counts = np.unique(groups.astype(str), return_counts=True)
+    found = {}
+    for name in names[np.argsort(-counts, kind="stable")][:_GROUPS]:
+        mine = groups == name
+        recall, error = ratio(hits[mine], possible[mine], sampled=sampled)
+        found[str(name)] = (recall, error, int(mine.sum()))
+    return found

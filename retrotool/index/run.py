@@ -1,0 +1,343 @@
+"""``index``: build what is new, measure it, and what else is done with indexes: train anew, merge, drop."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from retrotool import engine, interrupts
+from retrotool.ann.choice import Choice, Wanted, parse_factory
+from retrotool.encoder import find_devices
+from retrotool.errors import CorruptError, UsageError
+from retrotool.index.counting import command_line
+from retrotool.index.ground_truth import QUERIES
+from retrotool.index.index_files import (
+    DEFAULT,
+    broken_shards,
+    default_index,
+    encoder_of,
+    generation_of,
+    held_vectors,
+    index_key,
+    measured_whole,
+    parts_of,
+    read_trained,
+    shards,
+    shards_digest,
+    trained_entry,
+)
+from retrotool.index.index_result import IndexResult, describe
+from retrotool.index.measuring import measure_until_committed
+from retrotool.index.search_scope import embedded_parts, pick_encoder
+from retrotool.index.searching import pick_index
+from retrotool.index.stage import IndexStage, choose_for
+from retrotool.index.staleness import trained_on
+from retrotool.index.training import build_seconds, sample_size
+from retrotool.store import atomic, claims, parts
+from retrotool.store.log import Draft
+from retrotool.store.paths import check_name
+from retrotool.store.runs import Run
+from retrotool.store.session import writing
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What ``index --drop`` took away; ``tables`` are neighbours that were found with it, and stay as they are."""
+
+    name: str
+    files: int
+    bytes: int
+    commit: int
+    tables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The index that ``vectors`` would be put in, and about how long that takes here."""
+
+    choice: Choice
+    vectors: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to go about it; see ``retrotool index --help``."""
+
+    wanted: Wanted = field(default_factory=Wanted)
+    shard_rows: int | None = None
+    devices: str = "auto"
+    shard: tuple[int, int] | None = None
+    queries: int = QUERIES
+    tune: bool = False
+    retrain: bool = False
+    merge: bool = False
+    mend: bool = False
+    default: bool = False
+
+
+def index(
+    root: str | Path,
+    *,
+    name: str | None = None,
+    encoder: str | None = None,
+    target_recall: float | None = None,
+    options: Options | None = None,
+) -> IndexResult:
+    """Index every part that has embeddings and is in no shard, and measure the recall.
+
+    ``target_recall`` None: what the index has, 0.95 for a new one.
+    """
+    options = options or Options()
+    _check(options, target_recall)
+    store = Store.open(root)
+    name = default_index(store.state) if name is None else name
+    check_name(name, "--name")
+    _check_there(store, name, options)
+    wanted = _wanted(store, name, options, target_recall)
+    chosen = pick_encoder(store, encoder or encoder_of(store, name))
+    generation = generation_of(store.state, name)
+    trained = trained_entry(store.state, name)
+    generation += options.retrain and trained is not None
+    shard_rows = options.shard_rows
+    if options.retrain and shard_rows is None and trained is not None:
+        shard_rows = (trained.about or {})["asked"].get("shard_rows")
+    devices = find_devices(options.devices)
+    stage = IndexStage(
+        name, chosen, wanted, generation, shard_rows, tuple(devices), options.shard, options.merge,
+        trained=not options.retrain and trained is not None,
+    )  # fmt: skip
+    before = 0 if options.retrain else held_vectors(store.state, name, generation)
+    with writing(store) as run:
+        if options.retrain:
+            _forget_other(store, run, stage)
+        if options.mend:
+            read_trained(store, name, generation)
+            stage = replace(stage, broken=tuple(entry.path for entry in broken_shards(store, name)))
+        _check_training(store, stage, wanted)
+        if stage.broken:
+            _check_embeddings(store, stage)
+        _execute(stage, store, run)
+        _check_training(store, stage, wanted)  # another run may have trained it
+        elsewhere = _elsewhere(stage, store, run)
+        record = store.state.records.get(index_key(name))
+        made = {
+            "files": shards_digest(store.state, name, generation), "target": wanted.target, "generation": generation,
+            "vectors": held_vectors(store.state, name, generation),
+        }  # fmt: skip
+        if not elsewhere and (
+            record is None
+            or options.tune
+            or any(record[key] != made[key] for key in made)
+            or (options.mend and not measured_whole(store, name))
+        ):
+            measure_until_committed(
+                store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
+                memory=wanted.memory,
+            )  # fmt: skip
+        if options.default and store.refresh().records.get(DEFAULT) != name and index_key(name) in store.state.records:
+            store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
+    return describe(store, root, name, before=before, elsewhere=elsewhere)
+
+
+def evaluate(
+    root: str | Path,
+    *,
+    name: str | None = None,
+    queries: int = QUERIES,
+    devices: str = "auto",
+    memory: int | None = None,
+) -> IndexResult:
+    """Measure the recall of an index at its operating point, which stays; nothing is built."""
+    store = Store.open(root)
+    name = pick_index(store, name)
+    record = store.state.records[index_key(name)]
+    with writing(store) as run:
+        generation, target = generation_of(store.state, name), float(record["target"])
+        device = find_devices(devices)[0]
+        measure_until_committed(
+            store, run, name, generation, target, queries=queries, keep=True, device=device, memory=memory
+        )
+    return describe(store, root, name)
+
+
+def drop(root: str | Path, *, name: str) -> Dropped:
+    """Take an index away, finished or not, with all its files."""
+    store = Store.open(root)
+    with writing(store) as run:  # which takes away what was left by one that was killed when it had dropped it
+        if name not in store.state.names("index"):
+            raise _no_index(store, name, "drop")
+        gone: list[Any] = []
+
+        def build(state: State) -> Draft:
+            group = state.group("index", name)
+            gone[:] = [entry for slot in group if (entry := group.get(slot)) is not None]
+            records: dict[str, Any] = {key: None for key in (index_key(name),) if key in state.records}
+            if state.records.get(DEFAULT) == name:
+                records[DEFAULT] = None
+            return Draft("index", {"name": name, "drop": True}, remove=tuple(e.path for e in gone), records=records)
+
+        store.commit(run, build)
+    records = store.refresh().with_prefix("neighbours:")
+    tables = [table for table, about in records.items() if about.get("index") == name]
+    return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
+
+
+def estimate(
+    root: str | Path, *, name: str | None, encoder: str | None, target_recall: float | None, options: Options
+) -> Planned | None:
+    """What ``index`` would train; None if it is trained already."""
+    _check(options, target_recall)
+    store = Store.open(root)
+    name = default_index(store.state) if name is None else name
+    if trained_entry(store.state, name) is not None and not options.retrain:
+        return None
+    wanted = _wanted(store, name, options, target_recall)
+    choice, n = choose_for(store, pick_encoder(store, encoder or encoder_of(store, name)), wanted)
+    if not choice.nlist:
+        return Planned(choice, n, 0.0)
+    device = find_devices(options.devices)[0]
+    return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory), device))
+
+
+def _wanted(store: Store, name: str, options: Options, target: float | None) -> Wanted:
+    """What is wanted of an index: what is said, else what was said of the one that it has."""
+    wanted = options.wanted
+    if target is None:
+        target = float(store.state.records.get(index_key(name), {}).get("target", wanted.target))
+    trained = trained_entry(store.state, name)
+    before = (trained.about or {})["asked"] if trained is not None and options.retrain else {}
+    if wanted.factory is None and wanted.nlist is None and wanted.code is None:
+        wanted = replace(wanted, factory=before.get("factory"), nlist=before.get("nlist"), code=before.get("code"))
+    return replace(wanted, target=target, memory=before.get("memory") if wanted.memory is None else wanted.memory)
+
+
+def _check(options: Options, target: float | None) -> None:
+    """``UsageError`` for values that can't be, or not together."""
+    if target is not None and not 0 < target <= 1:
+        raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
+    if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
+        raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
+    if options.merge and options.mend:
+        raise UsageError("--merge and --mend are two things to do", "Mend first, then merge.")
+    if not options.retrain:
+        return
+    for option in ("merge", "mend"):
+        if getattr(options, option):
+            raise UsageError(f"--{option} and --retrain are two things to do", "Give one of them.")
+    if options.shard is not None:
+        raise UsageError(
+            "--retrain is for one run: each job would train anew",
+            "On several GPUs of a machine: --devices. On several machines: a new --name, with --shard.",
+        )
+
+
+def _check_there(store: Store, name: str, options: Options) -> None:
+    """``UsageError`` for what can only be done with an index that is there."""
+    asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
+    if asked and name not in store.state.names("index"):
+        raise _no_index(store, name, asked[0])
+
+
+def _check_embeddings(store: Store, stage: IndexStage) -> None:
+    """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
+    held = {part for entry in shards(store.state, stage.index).values() if entry.path in stage.broken
+            for part in parts_of(entry)}  # fmt: skip
+    for part in sorted(held & set(embedded_parts(store, stage.encoder))):
+        entry = parts.part_entry(store, "embeddings", part, stage.encoder)
+        path = store.path(entry)
+        if atomic.file_sha256(path) != entry.sha256:
+            raise CorruptError(
+                f"{path}: its SHA-256 is not what the log says, so the index can't be mended from it",
+                f"See what else is wrong: retrotool verify {store.root}",
+            )
+
+
+def _no_index(store: Store, name: str, asked: str) -> UsageError:
+    have = ", ".join(store.state.names("index")) or "none"
+    return UsageError(
+        f"--{asked}: the store {store.root} has no index {name!r}; it has: {have}",
+        f"Make it with: {command_line('index', store.root, name=name)}" if asked != "drop" else "",
+    )
+
+
+def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
+    """``UsageError`` if another index was asked for than the one that is trained."""
+    trained = trained_entry(store.state, stage.index, stage.generation)
+    if trained is None:
+        return
+    about = trained.about or {}
+    if stage.shard_rows is not None and stage.shard_rows != about["shard_rows"]:
+        raise UsageError(
+            f"index {stage.index!r} is trained already, with shards of {about['shard_rows']:,} vectors, not "
+            f"{stage.shard_rows:,}",
+            "Train it anew with --retrain, or give the new one a name of its own with --name.",
+        )
+    if wanted.factory is None and wanted.nlist is None and wanted.code is None:
+        return
+    is_so = parse_factory(str(about["factory"]), int(about["dimension"]))
+    asked_for = choose_for(store, stage.encoder, wanted)[0]
+    # How many lists suit has changed since, perhaps: what was not asked for stays as it is.
+    if wanted.factory is None and wanted.nlist is None:
+        asked_for = replace(asked_for, nlist=is_so.nlist)
+    if wanted.factory is None and wanted.code is None:
+        asked_for = replace(asked_for, code=is_so.code, rotated=is_so.rotated)
+    if asked_for.factory != is_so.factory:
+        raise UsageError(
+            f"index {stage.index!r} is trained already, as {is_so.factory}, not {asked_for.factory}",
+            "Train it anew with --retrain, or give the new one a name of its own with --name.",
+        )
+
+
+def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
+    """Take away what an interrupted ``--retrain`` began with other settings, or before the store grew."""
+    begun = trained_entry(store.state, stage.index, stage.generation)
+    if begun is None:
+        return
+    same = (begun.about or {})["factory"] == choose_for(store, stage.encoder, stage.wanted)[0].factory
+    if same and trained_on(begun) == set(embedded_parts(store, stage.encoder)):
+        return
+
+    def build(state: State) -> Draft:
+        files = list(shards(state, stage.index, stage.generation).values())
+        entry = trained_entry(state, stage.index, stage.generation)
+        gone = tuple(one.path for one in [*files, *([entry] if entry else [])])
+        return Draft("index", {"name": stage.index, "retrain": "begun anew"}, remove=gone)
+
+    store.commit(run, build)
+
+
+def _execute(stage: IndexStage, store: Store, run: Run) -> None:
+    """Do what there is to do; while another run trains the index, wait for it."""
+    engine.execute(stage, store, run, workers=len(stage.devices))
+    with _waiting(stage) as bar:
+        while trained_entry(store.refresh(), stage.index, stage.generation) is None:
+            interrupts.check()
+            time.sleep(_POLL_SECONDS)
+            bar.update(1)
+            engine.execute(stage, store, run, workers=len(stage.devices))
+
+
+@contextlib.contextmanager
+def _waiting(stage: IndexStage) -> Iterator[tqdm[Any]]:
+    text = f"waiting for another run that trains {stage.index!r}"
+    with tqdm(unit="s", desc=text, disable=None, delay=2, file=sys.stderr) as bar:
+        yield bar
+
+
+def _elsewhere(stage: IndexStage, store: Store, run: Run) -> int:
+    """Shards that other living runs are at."""
+    store.refresh()
+    held = claims.held(store.root, run.id)
+    return sum(task.key in held for task in stage.plan(store))

@@ -1,0 +1,169 @@
+"""``retrotool search``."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, check_utf8
+from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from retrotool.index.searching import Database
+
+EPILOG = """\b
+Examples:
+  retrotool search store "how do I open a file for reading?"
+  retrotool search store "file objects" -k 3 --json
+  retrotool search store "file objects" --index precise --nprobe 64 --rerank 200"""
+
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One result."""
+
+    id: int
+    distance: float
+    document: str
+    text: str
+    continuation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Broken shards, and the share of the index's vectors that they hold."""
+
+    shards: list[str]
+    vectors: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a search gives.
+
+    ``missing`` is what could not be searched, None: nothing. ``not_indexed`` chunks are in no shard yet; ``next`` are
+    the commands that change that. ``lacking`` were purged when their shard was written, and taken back since.
+    """
+
+    results: list[Found]
+    missing: Missing | None = None
+    not_indexed: int = 0
+    lacking: int = 0
+    next: tuple[str, ...] = ()
+
+
+def command(
+    store: StoreArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to search for.", show_default=False)],
+    k: Annotated[int, typer.Option("-k", metavar="K", min=1, max=1000, help="How many chunks.")] = 5,
+    index: IndexOption = None,
+    nprobe: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1 << 40, help="Lists to probe.  [default: as the index was tuned]"),
+    ] = None,
+    rerank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Candidates to rank for 10 results.  [default: as the index was tuned]",
+        ),
+    ] = None,
+    allow_missing_shards: Annotated[
+        bool,
+        typer.Option("--allow-missing-shards", help="Search what is left if shards of the index are broken or gone."),
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show the chunks nearest to a text, with their continuations."""
+    with output.errors(as_json):
+        import retrotool
+        from retrotool.index.counting import commands_to_index
+        from retrotool.index.search_scope import count_left
+
+        if not text.strip():
+            raise UsageError("TEXT is empty")
+        check_utf8("TEXT", text)
+        for attempt in range(_ATTEMPTS):
+            reader = retrotool.open(_checked(store, text))
+            encoder = reader.load_encoder(index, device)
+            try:
+                found = reader.search(
+                    text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
+                )
+                database = reader.database(index, allow_missing=allow_missing_shards)
+                missing, lacking = _missing(database), database.lacking()
+                left = count_left(database.store, database.held(), database.tombstones)
+                then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
+                break
+            except ErasedError:  # another command put other files in place of those that were just found
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+        results = [
+            Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
+            for n in found
+        ]
+        output.show(Results(results, missing, left, lacking, tuple(then)), as_json, _text)
+        if left:
+            are = "is" if left == 1 else "are"
+            output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:")
+            output.note("\n".join(f"  {command}" for command in then))
+        if lacking:
+            complete = shlex.join(["retrotool", "index", str(store), "--name", database.name])
+            output.note(
+                f"Not searched: {output.count(lacking, 'chunk')} taken back since the index was made. Add: {complete}"
+            )
+        if missing is not None:
+            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", database.name])
+            output.note(
+                f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
+                f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
+            )
+
+
+def _checked(store: Path, text: str) -> Path:
+    """STORE; an error that says so if it is not there, but TEXT is one."""
+    from retrotool.store.identity import is_store
+
+    if not is_store(store) and is_store(Path(text)):
+        raise StoreNotFoundError(
+            f"{store} is no store, but {text} is one",
+            f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
+        )
+    return store
+
+
+def _missing(database: Database) -> Missing | None:
+    broken = [entry for entry, _ in database.missing]
+    if not broken:
+        return None
+    lost = sum(entry.rows for entry in broken)
+    return Missing([entry.path for entry in broken], lost, lost / max(database.vectors_in_log, 1))
+
+
+def _text(found: Results) -> str:
+    if not found.results:
+        return "Nothing found: the index has no living chunk."
+    blocks = []
+    for place, result in enumerate(found.results, 1):
+        document = output.one_line(result.document)
+        blocks.append(f"{place}. distance {result.distance:.4f}  chunk {result.id}  document {document}")
+        blocks.append(_wrapped(result.text))
+        if result.continuation is not None:
+            blocks.append(_wrapped("… " + result.continuation, "     "))
+    return "\n".join(blocks)
+
+
+def _wrapped(text: str, indent: str = "   ") -> str:
+    return textwrap.fill(" ".join(text.split()), 100, initial_indent=indent, subsequent_indent=indent)

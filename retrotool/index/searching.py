@@ -1,0 +1,333 @@
+"""Searching an index of a store: candidates from its shards by their codes, ranked by the embeddings themselves.
+
+Shards and embeddings are memory-mapped: what is in memory is what the system keeps of them. Only exact indexes are read
+whole by faiss. Of a shard the lists that are probed are read, of the embeddings the candidates' vectors. The operating
+point, ``nprobe`` lists and ``depth`` candidates for each 10 neighbours, is the one that the index's record has, unless
+another is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.codes import Whole
+from retrotool.ann.excluded import Queries
+from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
+from retrotool.ann.ranking import Best, Fetch, rerank
+from retrotool.ann.search import ROOM, SPARE, Banned, Search
+from retrotool.ann.trained import Trained
+from retrotool.errors import CorruptError, RetrotoolError, UsageError
+from retrotool.index.index_files import (
+    count_lacking,
+    default_index,
+    held_parts,
+    incomplete_parts,
+    index_key,
+    parts_of,
+    read_shards,
+    read_trained,
+    shards,
+)
+from retrotool.index.search_scope import read_part_vectors
+from retrotool.index.source_filter import AllowedChunks, probes
+from retrotool.memory import of_machine as memory_of_machine
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+TUNED_K = 10
+"""Neighbours that an operating point is for; more of them take more candidates."""
+_KEPT_PARTS = 512
+_VECTOR_BYTES = 2
+_SHARED_LISTS = 4
+"""Queries a list from which on it is worth to read all its vectors."""
+_LEAST_ROOM = 1 << 20
+_BYTES_A_CANDIDATE, _BYTES_A_NUMBER = 70, 14
+"""What a query takes while it is searched and its candidates are ranked, for each of these and each dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An operating point: lists that a query probes, and candidates that are ranked by their own vectors."""
+
+    nprobe: int
+    depth: int
+
+    def depth_for(self, k: int, trained: Trained) -> int:
+        """Candidates for k neighbours; whole vectors need hardly more than k."""
+        if isinstance(trained.codec, Whole):
+            return k + SPARE
+        return max(self.depth, -(-self.depth * k // TUNED_K), k + SPARE)
+
+
+def pick_index(store: Store, name: str | None = None) -> str:
+    """The index to use: ``name``, the default, "main", or the only one; ``UsageError`` if there is none such."""
+    have = store.state.with_prefix(index_key(""))
+    if name is None:
+        name = default_index(store.state)
+        if name not in have and len(have) == 1:
+            name = next(iter(have))
+    if name not in have:
+        found = f"has no index {name!r}; it has: {', '.join(have)}" if have else "has no index"
+        raise UsageError(f"the store {store.root} {found}", _how_to_make(store, name))
+    return name
+
+
+def _how_to_make(store: Store, name: str) -> str:
+    """What leads to an index of a name, from what the store has."""
+    index = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
+    if not store.state.parts():
+        return f"It has no chunks yet: retrotool chunk {store.root} INPUT..., then retrotool embed and {index}"
+    if not store.state.names("embeddings"):
+        return f"It has no embeddings yet: retrotool embed {store.root}, then {index}"
+    return f"Make it with: {index}"
+
+
+class Vectors:
+    """The embeddings of a store by chunk id."""
+
+    def __init__(self, store: Store, encoder: str) -> None:
+        self._store = store
+        # As a plain array: numpy takes several times as long for small pieces of one that it knows to be mapped.
+        self._part = lru_cache(_KEPT_PARTS)(lambda part: np.asarray(read_part_vectors(store, encoder, part)))
+
+    def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
+        """Vectors, float16 [n, d], of ascending chunk ids; ``CorruptError`` for one that is nobody's."""
+        found = []
+        numbers = ids >> PART_SHIFT
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            part = int(numbers[start])
+            if part < 0 or self._store.state.part_file("chunks", part) is None:
+                raise self._nobody(int(ids[start]))
+            vectors = self._part(part)
+            rows = ids[start:stop] - (part << PART_SHIFT)
+            if rows[-1] >= len(vectors):
+                raise self._nobody(int(ids[stop - 1]))
+            found.append(vectors[rows])
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _nobody(self, chunk: int) -> CorruptError:
+        return CorruptError(
+            f"an index of {self._store.root} names the chunk {chunk}, which is not there",
+            f"See what else is wrong: retrotool verify {self._store.root}",
+        )
+
+
+class Database:
+    """An indexed store, open for search. ``record`` is the index's record, see ``docs/format.md``.
+
+    Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
+    ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the best 2.
+    ``allows``: only chunks of documents whose source it allows are searched, see ``stages.restricted``.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str | None = None,
+        *,
+        allow_missing: bool = False,
+        device: str = "cpu",
+        memory: int | None = None,
+        thorough: bool = False,
+        allows: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.store = store
+        self._device, self.room = device, room_in(memory)
+        self._allows = allows
+        self._some: dict[int, SomeLists] = {}
+        self.name = pick_index(store, name)
+        self.record: dict[str, Any] = store.state.records[index_key(self.name)]
+        self.encoder = str(self.record["encoder"])
+        nprobe = int(self.record["nprobe"])
+        self.point = Point(nprobe * 7 // 4 if thorough else nprobe, int(self.record["depth"]))
+        self.tombstones = read_tombstones(store)
+        self.vectors = Vectors(store, self.encoder)
+        self.missing: list[tuple[FileEntry, RetrotoolError]] = []
+        self._allow_missing = allow_missing
+        self._trained: Trained | None = None
+        self._shards: list[InvertedLists] | None = None
+
+    @property
+    def vectors_in_log(self) -> int:
+        """How many vectors the index holds, those of broken shards too."""
+        return sum(entry.rows for entry in shards(self.store.state, self.name).values())
+
+    @property
+    def trained(self) -> Trained:
+        """What the index is trained to."""
+        if self._trained is None:
+            self._trained = read_trained(self.store, self.name)[1]
+        return self._trained
+
+    def shards(self) -> list[InvertedLists]:
+        """The index's shards, mapped once; ``CorruptError`` names one that is broken."""
+        if self._shards is None:
+            told = (lambda entry, error: self.missing.append((entry, error))) if self._allow_missing else None
+            self._shards = list(read_shards(self.store, self.name, self.trained, told))
+        return self._shards
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether only chunks of some sources are searched."""
+        return self._allows is not None
+
+    @property
+    def settings(self) -> list[Any]:
+        """What decides which neighbours are found, besides the vectors that there are.
+
+        Not the operating point: it changes a little with each part that comes, and each holds the target.
+        """
+        return [self.name, self.record["target"], self.record.get("generation", 0)]
+
+    def held(self) -> list[int]:
+        """Numbers of the parts that are searched, ascending."""
+        return held_parts(self.store.state, self.name)
+
+    def incomplete(self) -> set[int]:
+        """Numbers of the parts of which the index lacks chunks that were purged, and taken back since."""
+        return incomplete_parts(self.store.state, self.name)
+
+    def lacking(self) -> int:
+        """How many living keys these are."""
+        return count_lacking(self.store, self.name)
+
+    def reads(self) -> list[str]:
+        """Paths of the files that are searched, which an erase replaces."""
+        return [entry.path for entry in shards(self.store.state, self.name).values()]
+
+    def search(
+        self,
+        queries: Queries,
+        k: int,
+        point: Point | None = None,
+        *,
+        only: Collection[int] | None = None,
+        wider: int = 1,
+        beyond: int = 0,
+    ) -> Best:
+        """The k nearest living keys of each query.
+
+        For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
+        ``only``: in the shards that hold any of these parts. ``wider``: in so many times as many lists.
+        ``beyond``: only in lists behind the nearest so many, where there are no sources to be restricted to.
+        """
+        point = point or self.point
+        shards: Sequence[InvertedLists] = self.shards() if only is None else self._holding(only)
+        nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
+        if self._allows is None:
+            if beyond:
+                return self._search(queries, k, nprobe, depth, shards, beyond * wider)
+            return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
+        best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
+        some = [self._allowed_in(shard) for shard in shards]
+        for probed, rows in probes(self.trained, queries.vectors, nprobe, some):
+            found = self._search_further(queries.take(rows), k, probed, depth, some, all_parts=only is None)
+            best.ids[rows], best.distances[rows] = found.ids, found.distances
+        return best
+
+    def _search_further(
+        self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists], *, all_parts: bool
+    ) -> Best:
+        """Search with more and more lists, as long as there are too few neighbours in them."""
+        if not all_parts:
+            return self._search(queries, k, nprobe, depth, shards)
+        held = sum(map(len, shards))
+        depth = min(depth, max(held, 1))
+        best = self._search(queries, k, nprobe, depth, shards)
+        while nprobe < self.trained.nlist and len(short := np.flatnonzero((best.ids[:, :k] < 0).any(axis=1))):
+            nprobe = min(2 * nprobe, self.trained.nlist) if k < held else self.trained.nlist
+            more = self._search(queries.take(short), k, nprobe, depth, shards)
+            best.ids[short], best.distances[short] = more.ids, more.distances
+        return best
+
+    def _search(
+        self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
+    ) -> Best:
+        by_vectors = self._by_vectors(len(queries), nprobe)
+        search = start_search(
+            self.trained, shards, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth,
+            self.tombstones.contains, device=self._device, room=self.room,
+            vectors=self.vectors if by_vectors else None, beyond=beyond,
+        )  # fmt: skip
+        return rerank(queries.vectors, search.candidates, self.vectors, k)
+
+    def _by_vectors(self, queries: int, nprobe: int) -> bool:
+        """Whether to hold queries against the vectors of lists themselves, which finds no less than their codes do.
+
+        For many queries that is quicker than ranking many candidates each, as long as the vectors stay in memory.
+        """
+        if isinstance(self.trained.codec, Whole) or queries * nprobe < _SHARED_LISTS * self.trained.nlist:
+            return False
+        return self._fits
+
+    @property
+    def _fits(self) -> bool:
+        return self.vectors_in_log * self.trained.d * _VECTOR_BYTES <= memory_of_machine() // 2
+
+    def candidates_for(self, k: int) -> int:
+        """Candidates that each of many queries takes for k neighbours."""
+        return k + SPARE if self._fits else self._depth_for(k, self.point)
+
+    def _depth_for(self, k: int, point: Point) -> int:
+        """Candidates by their codes: twice as many if what is allowed may lie far off, where codes tell less."""
+        depth = point.depth if self._allows is None else 2 * point.depth
+        return Point(point.nprobe, depth).depth_for(k, self.trained)
+
+    @cached_property
+    def _allowed(self) -> AllowedChunks:
+        assert self._allows is not None
+        return AllowedChunks(self.store, self._allows)
+
+    def _allowed_in(self, shard: InvertedLists) -> SomeLists:
+        """What of a shard is allowed and living; counted when it is first asked for."""
+        if id(shard) not in self._some:
+            self._some[id(shard)] = SomeLists(shard, self._is_wanted)
+        return self._some[id(shard)]
+
+    def _is_wanted(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        return self._allowed.contains(ids) & ~self.tombstones.contains(ids)
+
+    def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
+        entries = shards(self.store.state, self.name).values()
+        wanted = [not set(parts_of(entry)).isdisjoint(numbers) for entry in entries]
+        return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
+
+
+def start_search(
+    trained: Trained,
+    shards: Iterable[Lists],
+    queries: Queries,
+    nprobe: int,
+    depth: int,
+    banned: Banned,
+    *,
+    device: str = "cpu",
+    room: int = ROOM,
+    vectors: Fetch | None = None,
+    beyond: int = 0,
+) -> Search:
+    """The ``depth`` candidates that queries find in ``nprobe`` lists of all shards, by ``vectors`` or by codes."""
+    search = Search(
+        trained, queries, nprobe, depth, banned, device=device, room=room, vectors=vectors, rough=True, beyond=beyond
+    )
+    search.add(*shards)
+    return search
+
+
+def room_in(memory: int | None) -> int:
+    """Bytes for each of distances and candidates where a search may hold ``memory``."""
+    return ROOM if memory is None else max(_LEAST_ROOM, min(ROOM, memory // 6))
+
+
+def rows_in(room: int, depth: int, d: int) -> int:
+    """Queries of d dimensions that can be searched at a time, for ``depth`` candidates, in ``room`` bytes."""
+    return max(1, room // (_BYTES_A_CANDIDATE * depth + _BYTES_A_NUMBER * d))

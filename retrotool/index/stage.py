@@ -1,0 +1,372 @@
+"""``index``: codes of a store's vectors in faiss files, by a training of its own.
+
+Only keys are indexed, trained on and counted. The first task trains (``stages.training``); then each window of parts is
+a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
+the same training; ``merge`` joins those of a window. A shard that was written while chunks were purged which were taken
+back since is coded anew. Which index it is is chosen once, from the vectors that are there
+(``ann.choice``), and kept with the training.
+
+The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
+
+Memory: the sample while training; the codes of one shard, twice, and 32 bytes a vector while it is written. Vectors are
+read in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann import lists
+from retrotool.ann.choice import Choice, Wanted, choose
+from retrotool.ann.lists import Ids
+from retrotool.ann.trained import Trained, to_faiss
+from retrotool.engine.stage import Report, Task, own_first, task_key
+from retrotool.errors import ConflictError, UsageError
+from retrotool.index.index_files import (
+    check_sum,
+    commits_of,
+    encoder_of,
+    fit_of,
+    free_slot,
+    held_parts,
+    index_key,
+    parts_of,
+    read_shard,
+    read_trained,
+    shards,
+    trained_entry,
+    windows,
+    write_index,
+)
+from retrotool.index.search_scope import (
+    SearchableRows,
+    count_keys,
+    count_living_keys,
+    embedded_parts,
+    read_part_vectors,
+    searchable_rows,
+)
+from retrotool.index.staleness import ranges
+from retrotool.index.training import check_finite, train
+from retrotool.memory import give_back
+from retrotool.store import parts, staging
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName, generation_slot
+from retrotool.store.restored import lacking_parts
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+SHARD_ROWS = 1 << 20
+_LISTS_IN_A_SHARD = 16
+"""Vectors a list that a shard has at least by default: with fewer, looking at a list costs more than going through."""
+QUANTIZER_SHARE = 0.05
+_BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStage:
+    """All parts of an encoder's embeddings that a generation of the index ``index`` does not hold.
+
+    ``wanted`` and ``shard_rows`` count when it is trained. ``devices`` are those of the worker processes. ``shard``
+    (i, n): this is job i of n. ``merge``: join the shards of each window instead. ``broken``: paths of shards to be
+    coded anew first. ``trained``: the training was there when the command began, so it is not for this run to make.
+    """
+
+    index: str
+    encoder: str
+    wanted: Wanted = field(default_factory=Wanted)
+    generation: int = 0
+    shard_rows: int | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    shard: tuple[int, int] | None = None
+    merge: bool = False
+    broken: tuple[str, ...] = ()
+    trained: bool = False
+    name: str = field(default="index", init=False)
+    unit: str = field(default="chunk", init=False)
+
+    def of_worker(self, number: int) -> IndexStage:
+        """What a worker process is to open: with its own device."""
+        return replace(self, devices=(self.devices[number % len(self.devices)],))
+
+    def plan(self, store: Store) -> list[Task]:
+        """First the training, if there is none; then one task a new shard, or a merge."""
+        made_with = encoder_of(store, self.index)
+        if made_with not in (None, self.encoder):
+            raise UsageError(
+                f"index {self.index!r} is of the encoder {made_with!r}, not {self.encoder!r}",
+                "Give the new index a name of its own with --name.",
+            )
+        trained = trained_entry(store.state, self.index, self.generation)
+        if trained is None:
+            if self.trained or (self.generation and index_key(self.index) not in store.state.records):
+                raise superseded(self.index)
+            tasks = [self._training(store)]
+        else:
+            tasks = self._mends(store, trained)
+            tasks += self._merges(store) if self.merge else self._new_shards(store, trained)
+        tasks = [task for task in tasks if not staging.is_staged(store.root, task.key)]
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def _training(self, store: Store) -> Task:
+        n = sum(count_keys(store, part) for part in embedded_parts(store, self.encoder))
+        settings = {"name": self.index, "train": self.encoder, "generation": self.generation}
+        return Task(task_key("index", settings, []), "training", n, {"train": True}, claimed=True)
+
+    def _new_shards(self, store: Store, trained: FileEntry) -> list[Task]:
+        about = trained.about or {}
+        held = set(held_parts(store.state, self.index, self.generation))
+        there = set(embedded_parts(store, self.encoder))
+        taken = shards(store.state, self.index, self.generation)
+        tasks = []
+        for window, numbers in windows(store, int(about["shard_rows"])):
+            new = [part for part in numbers if part in there and part not in held]
+            if new:
+                paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
+                rows = sum(count_keys(store, part) for part in new)
+                slot = free_slot(taken, window, self.generation)
+                key = task_key("index", {"name": self.index, "slot": slot}, [trained.path, *paths])
+                inputs = {"slot": slot, "parts": new, "paths": paths}
+                tasks.append(Task(key, slot, rows, inputs, claimed=True))
+        return tasks
+
+    def _mends(self, store: Store, trained: FileEntry) -> list[Task]:
+        there = set(embedded_parts(store, self.encoder))
+        tasks = []
+        for slot, entry in shards(store.state, self.index, self.generation).items():
+            if entry.path in self.broken or lacking_parts(store.state, entry):
+                numbers = [part for part in parts_of(entry) if part in there]
+                paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
+                key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
+                inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
+                tasks.append(Task(key, f"mend {slot}", entry.rows, inputs, claimed=True))
+        return tasks
+
+    def _merges(self, store: Store) -> list[Task]:
+        found: dict[str, list[tuple[str, FileEntry]]] = {}
+        for slot, entry in shards(store.state, self.index, self.generation).items():
+            window = slot.removesuffix(f".g{self.generation}").split(".")[0]
+            found.setdefault(window, []).append((slot, entry))
+        tasks = []
+        for window, some in found.items():
+            if len(some) > 1 and not any(lacking_parts(store.state, entry) for _, entry in some):
+                paths = [entry.path for _, entry in some]
+                key = task_key("index", {"name": self.index, "merge": window}, paths)
+                inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
+                tasks.append(Task(key, f"merge {window}", sum(entry.rows for _, entry in some), inputs, claimed=True))
+        return tasks
+
+    def open(self, store: Store) -> IndexWorker:
+        """Nothing to load."""
+        return IndexWorker(store, self)
+
+
+def superseded(name: str) -> ConflictError:
+    """What a run meets whose index another run has trained anew, or dropped."""
+    return ConflictError(
+        f"index {name!r} was trained anew, or dropped, by another run meanwhile", "Run the same command again."
+    )
+
+
+def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]:
+    """The index that suits what is embedded, and of how many vectors that is."""
+    numbers = embedded_parts(store, encoder)
+    tombstones = read_tombstones(store)
+    n = sum(count_living_keys(store, part, tombstones) for part in numbers)
+    d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
+    return choose(n, d, wanted), n
+
+
+def default_shard_rows(choice: Choice, memory: int | None) -> int:
+    """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
+    rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
+    return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
+
+
+class IndexWorker:
+    """Trains, writes shards and merges them."""
+
+    def __init__(self, store: Store, stage: IndexStage) -> None:
+        self._store = store
+        self._stage = stage
+        self._device = stage.devices[0]
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Do one task."""
+        self._store.refresh()
+        try:
+            if task.inputs.get("train"):
+                return self._train(task, run, report)
+            if "merge" in task.inputs:
+                return self._merge(task, run, report)
+            return self._write_shard(task, run, report)
+        finally:
+            give_back()
+
+    def _train(self, task: Task, run: str, report: Report) -> Staged:
+        stage, store = self._stage, self._store
+        choice, n = choose_for(store, stage.encoder, stage.wanted)
+        tombstones = read_tombstones(store)
+        rows = SearchableRows(store, embedded_parts(store, stage.encoder), tombstones)
+        told = _Shares(task.weight, report)
+        trained = train(
+            store, stage.encoder, rows, choice, memory=stage.wanted.memory, device=self._device, report=told
+        )
+        told.finish()
+        slot = generation_slot("trained", stage.generation)
+        about = {
+            "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
+            "trained_parts": ranges(list(rows)),
+            "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory),
+            "asked": _asked(stage), **trained.about(),
+        }  # fmt: skip
+        name = FileName.new(run, "index", slot, "faiss", stage.index)
+        entry = write_index(store.root, to_faiss(trained.trained), name, about)
+        settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
+        return Staged(task.key, "index", run, settings, add=(entry,))
+
+    def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
+        stage, store = self._stage, self._store
+        entry, trained = read_trained(store, stage.index, stage.generation)
+        tombstones, commit = read_tombstones(store), store.state.number
+        numbers = list(task.inputs["parts"])
+        coded = _Coded(trained, self._device, sum(count_keys(store, part) for part in numbers))
+        for part in numbers:
+            coded.add_part(store, stage.encoder, part, tombstones, report)
+        slot = task.inputs["slot"]
+        about = {"parts": numbers, "commits": [commit] * len(numbers), "fit": coded.fit}
+        written = self._write(run, slot, *coded.all(), trained, about)
+        reads = (entry.path, *task.inputs["paths"])
+        settings = {"name": stage.index, "encoder": stage.encoder}
+        replaced = task.inputs.get("replaces")
+        return Staged(task.key, "index", run, settings, reads, (written,), (replaced,) if replaced else ())
+
+    def _write(
+        self,
+        run: str,
+        slot: str,
+        numbers: Ids,
+        ids: Ids,
+        codes: npt.NDArray[Any],
+        trained: Trained,
+        about: dict[str, Any],
+    ) -> FileEntry:
+        quantizer = 0 if trained.centroids is None else trained.centroids.nbytes
+        index = to_faiss(trained, quantizer=quantizer <= QUANTIZER_SHARE * (codes.nbytes + ids.nbytes))
+        lists.fill(index, numbers, ids, codes)
+        if trained.nlist:
+            about = {**about, "imbalance": _imbalance(numbers, trained.nlist)}
+        return write_index(self._store.root, index, FileName.new(run, "index", slot, "faiss", self._stage.index), about)
+
+    def _merge(self, task: Task, run: str, report: Report) -> Staged:
+        stage, store = self._stage, self._store
+        current = shards(store.state, stage.index, stage.generation)
+        entries = [current[slot] for slot in task.inputs["slots"] if slot in current]
+        _, trained = read_trained(store, stage.index, stage.generation)
+        for entry in entries:
+            check_sum(store, stage.index, entry)
+        found = [read_shard(store, entry, trained) for entry in entries]
+        numbers = [np.full(shard.size(i), i, np.int64) for shard in found for i in shard.numbers]
+        ids = np.concatenate([shard.ids(i) for shard in found for i in shard.numbers])
+        codes = np.concatenate([shard.codes(i) for shard in found for i in shard.numbers])
+        order = np.argsort(ids, kind="stable")
+        about = _merged_about(entries)
+        written = self._write(
+            run, task.inputs["merge"], np.concatenate(numbers)[order], ids[order], codes[order], trained, about
+        )
+        report(task.weight)
+        old = tuple(entry.path for entry in entries)
+        settings = {"name": stage.index, "encoder": stage.encoder, "merge": True}
+        return Staged(task.key, "index", run, settings, old, (written,), old)
+
+
+def _asked(stage: IndexStage) -> dict[str, Any]:
+    """What a person asked for, which holds for the next training, too."""
+    wanted = stage.wanted
+    said = {
+        "memory": wanted.memory, "nlist": wanted.nlist, "code": wanted.code, "factory": wanted.factory,
+        "shard_rows": stage.shard_rows,
+    }  # fmt: skip
+    return {key: value for key, value in said.items() if value is not None}
+
+
+class _Shares:
+    """Turns shares of the work into whole chunks that sum up to ``total``."""
+
+    def __init__(self, total: int, report: Report) -> None:
+        self._total, self._report = total, report
+        self._done, self._told = 0.0, 0
+
+    def __call__(self, share: float) -> None:
+        self._done += share
+        now = min(self._total, int(self._done * self._total))
+        self._report(now - self._told)
+        self._told = now
+
+    def finish(self) -> None:
+        """Tell what is left."""
+        self._report(self._total - self._told)
+        self._told = self._total
+
+
+class _Coded:
+    """Lists, ids and codes of up to ``most`` vectors of some parts, and how well the training fits each part."""
+
+    def __init__(self, trained: Trained, device: str, most: int) -> None:
+        self._trained, self._device, self._n = trained, device, 0
+        self._numbers, self._ids = np.empty(most, np.int64), np.empty(most, np.int64)
+        self._codes = np.empty((most, trained.codec.size), np.uint8)
+        self.fit: list[list[float]] = []
+        """Vectors of each part, and their mean squared distances to their centroids and, of residuals, to their codes.
+        """
+
+    def add_part(self, store: Store, encoder: str, part: int, tombstones: Tombstones, report: Report) -> None:
+        """Code the searchable vectors of a part."""
+        import torch
+
+        searchable = searchable_rows(store, part, tombstones)
+        vectors = read_part_vectors(store, encoder, part)
+        block = _BLOCK_ROWS[self._device.split(":")[0]]
+        errors = np.zeros(2)
+        for start in range(0, len(searchable), block):
+            rows = searchable[start : start + block]
+            some = vectors[rows]
+            check_finite(store, some, part, rows)
+            numbers, codes, *off = self._trained.encode(torch.from_numpy(some).to(self._device).float())
+            place = slice(self._n, self._n + len(rows))
+            self._numbers[place] = numbers.cpu().numpy()
+            self._ids[place] = parts.chunk_ids(part, rows)
+            self._codes[place] = codes.cpu().numpy()
+            self._n += len(rows)
+            errors += off
+            report(len(rows))
+        self.fit.append([len(searchable), *(errors / max(len(searchable), 1)).tolist()])
+        report(count_keys(store, part) - len(searchable))
+
+    def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
+        """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
+        return self._numbers[: self._n], self._ids[: self._n], self._codes[: self._n]
+
+
+def _imbalance(numbers: Ids, nlist: int) -> float:
+    """How uneven lists are, n·Σ(share of list)², less what chance alone makes of it; 1: all are as long."""
+    if not len(numbers):
+        return 1.0
+    shares = np.bincount(numbers, minlength=nlist) / len(numbers)
+    return round(float(nlist * ((shares**2).sum() - 1 / len(numbers))), 3)
+
+
+def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
+    """What the log keeps of several shards as one: the parts, ascending, and of each the commit and the fit."""
+    fits = {part: fit for entry in entries for part, fit in zip(parts_of(entry), fit_of(entry), strict=True)}
+    commits = {part: commit for e in entries for part, commit in zip(parts_of(e), commits_of(e), strict=True)}
+    numbers = sorted(fits)
+    return {
+        "parts": numbers, "commits": [commits[part] for part in numbers], "fit": [fits[part] for part in numbers],
+    }  # fmt: skip

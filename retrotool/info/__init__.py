@@ -1,0 +1,1 @@
+"""What is in a store, its log, and whether it is whole."""

@@ -1,0 +1,118 @@
+"""``retrotool info``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from retrotool.cli import output
+from retrotool.cli.options import Json, StoreArgument
+
+if TYPE_CHECKING:
+    from retrotool.info.run import Info
+
+EPILOG = """\b
+Examples:
+  retrotool info store
+  retrotool info store --json"""
+
+
+_BAR, _SOURCES = 40, 8
+
+
+def command(store: StoreArgument, as_json: Json = False) -> None:
+    """Tell what is in a store; with --json also list its current files."""
+    with output.errors(as_json):
+        from retrotool import api
+
+        output.show(api.info(store), as_json, _text)
+
+
+def _text(info: Info) -> str:
+    lossy = "" if info.tokenizer["lossless"] else " (loses case or spacing)"
+    keys = f" ({info.keys:,} of them keys)" if info.keys < info.chunks else ""
+    lines = [
+        f"{info.path}: {output.count(info.documents, 'document')}, "
+        f"{output.count(info.chunks, 'chunk')} of {info.chunk_length} tokens{keys}, {info.tokens:,} tokens",
+        f"  tokenizer   {info.tokenizer['name']}, {info.tokenizer['vocabulary']:,} tokens{lossy}",
+        f"  parts       {len(info.parts):,}, at commit {info.commit}",
+        f"  on disk     {output.size(sum(info.bytes.values()))}: "
+        + ", ".join(
+            f"{kind} {output.size(size)}" for kind, size in sorted(info.bytes.items(), key=lambda item: -item[1])[:5]
+        ),
+    ]
+    if info.set_aside:
+        lines.append(f"  set aside   {output.count(info.set_aside, 'row')} of input, listed in quarantine/")
+    for name, e in info.encoders.items():
+        covered = f"{e['rows']:,} of {output.count(info.keys, 'chunk')}, {e['parts']:,} of {len(info.parts):,} parts"
+        checked = f"; recall@10 {e['check']['recall_at_10']:.4f} against float32" if "check" in e else ""
+        lines.append(f"  embeddings  {name}: {e['dimension']} dimensions, {covered}{checked}")
+    for name, index in info.indexes.items():
+        recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
+        kind = index.get("kind", "unfinished")
+        lacking = f"; lacks {output.count(index['lacking'], 'chunk')} taken back" if "lacking" in index else ""
+        lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}{lacking}")
+    lines += [f"  neighbours  {name}: {_neighbours(info, name)}" for name in info.neighbours]
+    for one in info.consumers:
+        gone = "" if one["there"] else "; it is not there now"
+        lines.append(f"  used by     {one['path']}, neighbours {one['table']}, since {one['since'][:10]}{gone}")
+    if info.purged:
+        lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, of purges and duplicate documents")
+    lines += [
+        f"  {p}   {output.count(r['chunks'], 'chunk')} purged{_after(r)}: {r['reason']}" for p, r in info.purges.items()
+    ]
+    lines += _shape(info)
+    if info.unfinished:
+        lines.append("  unfinished  an interrupted chunk: run it again to go on")
+    return "\n".join(lines)
+
+
+def _after(purge: dict[str, Any]) -> str:
+    """What became of a purge."""
+    if "restored" in purge:
+        return f" and taken back ({purge['restored_reason']})"
+    return " and erased" if purge["erased"] else ""
+
+
+def _neighbours(info: Info, name: str) -> str:
+    from retrotool.neighbours.neighbour_options import in_words
+
+    about = info.neighbours[name]
+    rows, made = output.count(about["rows"], "chunk"), _materialised(info, name)
+    if "mix" in about:
+        of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
+        return f"a mixture of {of} for {rows}{made}"
+    words = in_words(about.get("filters", {}))
+    behind = f"; lacks chunks taken back, in {output.count(about['behind'], 'part')}" if "behind" in about else ""
+    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "") + behind
+
+
+def _materialised(info: Info, name: str) -> str:
+    if (made := info.materialised.get(name)) is None:
+        return ""
+    stale = (
+        f" ({output.count(made['parts'] - made['current'], 'part')} stale)" if made["current"] < made["parts"] else ""
+    )
+    return f", {made['k']} materialised, {output.size(made['bytes'])}{stale}"
+
+
+def _shape(info: Info) -> list[str]:
+    """How long documents are, and where they come from."""
+    lengths, sources = info.shape.lengths, info.shape.sources
+    if not lengths:
+        return []
+    about = "" if info.shape.share == 1 else f" (estimated from {100 * info.shape.share:.1f} % of them)"
+    most = max(row["documents"] for row in lengths)
+    lines = [f"  documents by length in tokens{about}"]
+    for row in lengths:
+        bar = "#" * max(1, round(_BAR * row["documents"] / most))
+        lines.append(f"    {row['tokens']:>11,} and more {row['documents']:>13,}  {bar}")
+    lines.append(
+        f"  documents by source, the largest of {len(sources):,}"
+        if len(sources) > _SOURCES
+        else "  documents by source"
+    )
+    rows = [
+        (output.one_line(row["source"]), row["documents"], f"{row['tokens']:,} tokens") for row in sources[:_SOURCES]
+    ]
+    width = max(len(source) for source, _, _ in rows)
+    return lines + [f"    {source:<{width}} {n:>13,}  {tokens}" for source, n, tokens in rows]

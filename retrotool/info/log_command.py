@@ -1,0 +1,61 @@
+"""``retrotool log``."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import Json, StoreArgument
+
+if TYPE_CHECKING:
+    from retrotool.info.log_entries import LogEntry
+
+EPILOG = """\b
+Examples:
+  retrotool log store
+  retrotool log store --last 3
+  retrotool log store --json
+
+A line has number, time, hash, command, and the files that were added (+), replaced (±) and removed (-), with their
+rows in parentheses. The next entry names the hash. Whether all is as it was: retrotool verify STORE --log"""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def command(
+    store: StoreArgument,
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="N", help="Only the N newest commits.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what was done to a store, commit by commit, the newest last."""
+    with output.errors(as_json):
+        from retrotool.info import log_entries
+
+        output.show_each("commits", log_entries.log_entries(store, last), as_json, _text)
+
+
+def _text(entry: LogEntry) -> str:
+    replaced = {kind for kind, counts in entry.added.items() if entry.removed.get(kind) == counts["files"]}
+    done = [
+        f"{'±' if kind in replaced else '+'}{counts['files']:,} {kind} ({counts['rows']:,})"
+        for kind, counts in entry.added.items()
+    ]
+    done += [f"-{n:,} {kind}" for kind, n in entry.removed.items() if kind not in replaced]
+    if not done:
+        done = [f"set {key}" for key in entry.records]
+    words = ", ".join(done)
+    for purge in entry.purges:
+        verb = {"erase": "erased ", "restore": "took back "}.get(entry.command, "")
+        by = f" by {purge['who']}" if purge["who"] and entry.command != "erase" else ""
+        words += f"; {verb}{purge['purge']}{_CONTROL.sub(_escaped, by)}: {_CONTROL.sub(_escaped, purge['reason'])}"
+    return f"{entry.number:>6}  {entry.time[:19]}  {entry.sha256}  {entry.command:<11} {words}".rstrip()
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """A reason is a person's text: it must neither break the line nor command the terminal."""
+    return match[0].encode("unicode_escape").decode()

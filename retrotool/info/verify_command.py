@@ -1,0 +1,127 @@
+"""``retrotool verify``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import Json, StoreArgument
+from retrotool.errors import CorruptError, UsageError
+
+if TYPE_CHECKING:
+    from retrotool.info.log_entries import LogVerification
+    from retrotool.store.verify import Verification
+
+EPILOG = """\b
+Examples:
+  retrotool verify store
+  retrotool verify store --json
+  retrotool verify store --log
+
+Exit codes: 0 all is well, 12 something is not, or so much was erased meanwhile that it can't be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What is shown of a verification."""
+
+    ok: bool
+    commit: int
+    files: int
+    bytes: int
+    documents: int
+    chunks: int
+    tokens: int
+    content: str
+    ids: str
+    tombstones: str
+    embeddings: str
+    indexes: str
+    neighbours: str
+    materialised: str
+    problems: list[str]
+
+
+def command(
+    store: StoreArgument,
+    log: Annotated[bool, typer.Option("--log", help="Check only the log, its chain, fold and checkpoints.")] = False,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head",
+            metavar="SHA256",
+            help="With --log: the hash of a last entry, kept from an earlier check. The log must still have it.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every checksum, row count and cross-reference of a store.
+
+    The hashes are equal for stores of equal content, however they were made: content (what living chunks say), ids
+    (which chunk is which), tombstones, embeddings, indexes, neighbours, and these materialised.
+
+    With --log it tells the hash of the last entry. Keep it elsewhere: who can write the store can write the whole log
+    anew, and only a hash that was kept, given as --head, finds that.
+    """
+    with output.errors(as_json):
+        if head is not None and not log:
+            raise UsageError("--head is a hash of the log", "Give it with --log.")
+        if log:
+            _check_log(store, head, as_json)
+            return
+        from tqdm import tqdm
+
+        from retrotool.info import run as info_run
+
+        total = info_run.bytes_to_verify(store)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, delay=2, file=sys.stderr) as bar:
+            found = info_run.verify(store, bar.update)
+        output.show(_shown(found), as_json, _text)
+        if not found.ok:
+            raise typer.Exit(CorruptError.exit_code)
+
+
+def _check_log(store: Path, head: str | None, as_json: bool) -> None:
+    from retrotool.info import log_entries
+
+    found = log_entries.verify_log(store, head)
+    output.show(found, as_json, _log_text)
+    if not found.ok:
+        raise typer.Exit(CorruptError.exit_code)
+
+
+def _log_text(found: LogVerification) -> str:
+    well = "the chain is whole." if found.ok else "NOT well."
+    lines = [f"{output.count(found.commits, 'commit')}, {output.count(found.checkpoints, 'checkpoint')}: {well}"]
+    lines += [f"  problem: {problem}" for problem in found.problems]
+    if found.kept is not None:
+        lines.append(f"  kept  is commit {found.kept}: up to there it is the log that was checked then")
+    if found.head:
+        lines.append(f"  head  {found.head}")
+    return "\n".join(lines)
+
+
+def _shown(found: Verification) -> Verified:
+    fields = {name: getattr(found, name) for name in Verified.__slots__}
+    return Verified(**fields)
+
+
+def _text(found: Verified) -> str:
+    lines = [
+        f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}: "
+        + ("all is well." if found.ok else "NOT well.")
+        if found.commit >= 0 or found.ok
+        else "The store can't be opened: NOT well."
+    ]
+    lines += [f"  problem: {problem}" for problem in found.problems]
+    hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
+    shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}
+    width = max(map(len, shown), default=0) + 1
+    lines += [f"  {name:<{width}} {value}" for name, value in shown.items()]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Chunks beside their neighbours, to be looked at."""

@@ -1,0 +1,1 @@
+"""How much of an evaluation store a database holds."""

@@ -1,0 +1,1 @@
+"""The nearest chunks of every chunk, as tables."""

@@ -1,0 +1,180 @@
+"""``retrotool neighbours``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import (
+    LEAST_MEMORY,
+    DevicesOption,
+    EncoderOption,
+    IndexOption,
+    Json,
+    ShardOption,
+    StoreArgument,
+    parse_shard,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from retrotool.neighbours.materialising import MaterialiseResult
+    from retrotool.neighbours.run import NeighboursResult
+
+EPILOG = """\b
+Examples:
+  retrotool neighbours store
+  retrotool neighbours database --queries training --name wiki -k 2 --saved 20
+  retrotool neighbours store --exact
+  retrotool neighbours store --name apart --max-overlap 0.5 --exclude-near-copies --exclude-source a
+  retrotool neighbours database --queries training --name mixed --database database=1 --database training=2 --exact
+  retrotool neighbours store --materialise
+  retrotool neighbours store --shard 3/16"""
+
+
+def command(
+    store: StoreArgument,
+    queries: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE2", help="Store of the query chunks. Default: STORE itself.", show_default=False),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours that reading gives by default.")] = 2,
+    saved: Annotated[int, typer.Option(metavar="N", help="Neighbours to save, a reserve against later purges.")] = 20,
+    name: Annotated[str, typer.Option(help="Name of the neighbour tables, which lie in the query store.")] = "main",
+    index: IndexOption = None,
+    database: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STORE[=W]",
+            help="Further database, and its weight: distances are divided by it. Repeatable. STORE may be named, too.",
+            show_default=False,
+        ),
+    ] = None,
+    max_overlap: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Leave out neighbours with more than this share of a chunk's tokens in a row in common with it.",
+        ),
+    ] = None,
+    exclude_near_copies: Annotated[
+        bool,
+        typer.Option("--exclude-near-copies", help="Leave out what has half or more of a chunk's runs of 8 tokens."),
+    ] = False,
+    exclude_source: Annotated[
+        list[str] | None, typer.Option(metavar="S", help="Leave out documents of this source. Repeatable.")
+    ] = None,
+    only_source: Annotated[
+        list[str] | None, typer.Option(metavar="S", help="Leave out documents of any other source. Repeatable.")
+    ] = None,
+    no_filters: Annotated[
+        bool,
+        typer.Option("--no-filters", help="Forget what was to be left out before; without it that is kept."),
+    ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Search exactly, without an index. So it is for few chunks where there is no index, too."
+        ),
+    ] = False,
+    materialise: Annotated[
+        bool,
+        typer.Option(
+            "--materialise", help="Also write the tokens of the K neighbours and of what follows them, for training."
+        ),
+    ] = False,
+    encoder: EncoderOption = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a block of queries may take, besides the tables.")
+    ] = None,
+    devices: DevicesOption = "auto",
+    shard: ShardOption = None,
+    as_json: Json = False,
+) -> None:
+    """Find the nearest chunks of every chunk, outside its own document.
+
+    Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
+    is the same if its id is. Purged chunks are never found, and are masked in tables computed before; run it again to
+    fill rows up that have fewer than K left. When the database has grown, run it again: only what is new is searched.
+    With --database it is a mixture: a table of each database, merged when they are read. A later run without these
+    options keeps the databases, their weights, and what is left out.
+
+    --materialise is for a training loop that reads the tables with retrotool.RetroDataset. What it writes is made anew
+    when the tables are, and where something of it was purged.
+    """
+    with output.errors(as_json):
+        from retrotool import api
+        from retrotool.neighbours.neighbour_options import FilterOptions
+        from retrotool.neighbours.run import SearchOptions
+
+        size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
+        search = SearchOptions(exact, encoder, size, devices, parse_shard(shard))
+        filters = FilterOptions(
+            max_overlap, exclude_near_copies, tuple(exclude_source or ()), tuple(only_source or ()), no_filters
+        )
+        databases = [_weighed(text) for text in database or ()]
+        result = api.neighbours(
+            store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
+            databases=databases, materialise=materialise,
+        )  # fmt: skip
+        output.show(result, as_json, _text)
+        if result.not_embedded:
+            output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')} that have no embeddings.")
+        if result.not_indexed:
+            output.note(
+                f"Never found: {output.count(result.not_indexed, 'chunk')} of {store} that are not in the index."
+            )
+        for path in result.unaware:
+            output.note(
+                f"{path} can't be written, so it doesn't know who uses it: an erase there won't name this store."
+            )
+        if result.next:
+            output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
+
+
+def _by(index: str) -> str:
+    return f"index {index!r}" if index else "exact search"
+
+
+def _weighed(text: str) -> tuple[str, float | None]:
+    """A database and its weight of ``STORE`` or ``STORE=WEIGHT``."""
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if equals and path else (text, None)
+    except ValueError:
+        return text, None  # a path that has a =
+
+
+def _text(result: NeighboursResult) -> str:
+    from retrotool.neighbours.neighbour_options import in_words
+
+    done = (
+        f"Neighbours of {output.count(result.queries, 'chunk')} found"
+        if result.queries
+        else "Every chunk has its neighbours already"
+    )
+    by = _by(result.index) if not result.mix else f"a mixture of {len(result.mix)} databases"
+    text = f"{done} ({result.name!r}: {result.saved} saved, {result.k} used, {by}, commit {result.commit})."
+    if result.mix:
+        rows = [(one.database, f"{one.weight:g}", one.table, _by(one.index), one.queries) for one in result.mix]
+        text += "\n" + output.table(rows, ("database", "weight", "table", "by", "chunks searched"))
+    if result.left_out:
+        text += f"\nNo longer in {result.name!r}, but there under their own names: {', '.join(result.left_out)}."
+    if words := in_words(result.filters):
+        kept = " (as before; --no-filters forgets it)" if result.filters_kept else ""
+        text += f"\nLeft out: {words}{kept}."
+    if result.elsewhere:
+        text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
+    if result.materialised is not None:
+        text += "\n" + _materialised(result.materialised)
+    return text
+
+
+def _materialised(made: MaterialiseResult) -> str:
+    what = f"{output.count(made.k, 'neighbour')} of {output.count(made.rows, 'chunk')}"
+    done = f"{output.count(made.made, 'chunk')} by this run" if made.made else "all of it before"
+    text = f"Materialised: {what}, {output.size(made.bytes)} ({done}, commit {made.commit})."
+    return f"{text}\n{output.count(made.elsewhere, 'part')} left to runs that are at work." if made.elsewhere else text

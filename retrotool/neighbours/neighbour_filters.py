@@ -1,0 +1,268 @@
+"""What ``neighbours`` leaves out, besides the own document and what is purged: by common tokens, and by source.
+
+By tokens, a neighbour is judged as a model is given it, [N, F], against the query chunk: a run of common tokens that is
+too long, measured as ``leakage`` measures r (arXiv 2112.04426, section 2.6), or a near copy. That can only be told of
+candidates, so more are searched than are saved. A row that is left with too few, though there were more to find, is
+searched again for twice as many, from twice as many lists, up to ``MOST`` candidates: of a chunk with thousands of
+copies fewer neighbours are saved.
+
+By source, chunks are left out before the search (``stages.restricted``).
+
+Candidates are judged many rows at a time, in the order of their ids, so that the database's tokens are read once for
+millions of them. Cost: some 100,000 candidates a second and core, and the tokens of the database once for each 2 to 16
+million candidates. Memory: 30 bytes for each of these, or a tenth of ``--memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool import interrupts
+from retrotool.ann.excluded import Queries
+from retrotool.ann.ranking import Best
+from retrotool.errors import UsageError
+from retrotool.index.exact import ExactDatabase
+from retrotool.index.searching import Database, rows_in
+from retrotool.memory import of_machine as memory_of_machine
+from retrotool.neighbours.retrieved import read_pieces
+from retrotool.neighbours.token_overlap import are_near_copies, distinct_grams, has_longer_run
+from retrotool.store import parts
+from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tombstones import read_tombstones
+
+Rows = npt.NDArray[np.int64]
+AnyDatabase = Database | ExactDatabase
+
+MOST = 1 << 12
+"""Candidates of a row that are judged at most; and never fewer than four times as many as are saved."""
+LONGEST = 64
+"""Tokens of the longest chunks that can be compared."""
+_QUERY_BLOCK = 1 << 20
+_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
+"""What part of the machine's memory, or of what was given, is for a block of queries."""
+_PAIRS = 1 << 13
+_FEWEST_JUDGED, _MOST_JUDGED, _BYTES_A_CANDIDATE = 1 << 21, 1 << 24, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What is left out of a table.
+
+    ``max_overlap``: neighbours with more tokens in a row in common with the query chunk than this share of a chunk.
+    ``near_copies``: those that have half or more of its runs of 8 tokens. Sources are hashes, keyed with the query
+    store's secret, as names of sources do not belong into the log. Without ``only_sources`` all are allowed but those
+    of ``exclude_sources``.
+    """
+
+    max_overlap: float | None = None
+    near_copies: bool = False
+    exclude_sources: tuple[str, ...] = ()
+    only_sources: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any] | None) -> Filters:
+        """The filters that the record of a table has, or what a table's file says; None, or without any: none."""
+        found = (record or {}).get("filters", {})
+        sources = {name: tuple(found.get(name, ())) for name in ("exclude_sources", "only_sources")}
+        return cls(found.get("max_overlap"), bool(found.get("near_copies")), **sources)
+
+    def as_record(self) -> dict[str, Any]:
+        """Those that there are, in a form that is the same for the same filters."""
+        record: dict[str, Any] = {}
+        if self.max_overlap is not None:
+            record["max_overlap"] = self.max_overlap
+        if self.near_copies:
+            record["near_copies"] = True
+        for name, sources in (("exclude_sources", self.exclude_sources), ("only_sources", self.only_sources)):
+            if sources:
+                record[name] = sorted(set(sources))
+        return record
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether neighbours are judged by their tokens."""
+        return self.max_overlap is not None or self.near_copies
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """All sources that are named, keyed."""
+        return frozenset((*self.exclude_sources, *self.only_sources))
+
+    def allows(self, queries: Store) -> Callable[[str], bool] | None:
+        """Tells which sources are allowed, for a table of ``queries``; None: all are."""
+        if not self.sources:
+            return None
+        keyed, exclude, only = queries.identity.keyed_hash, set(self.exclude_sources), set(self.only_sources)
+        return lambda name: (found := keyed(name)) not in exclude and (not only or found in only)
+
+    def check(self, queries: Store, database: Store) -> None:
+        """``UsageError`` if what the filters compare can't be."""
+        if not self.by_tokens:
+            return
+        ours, theirs = queries.identity.tokenizer, database.identity.tokenizer
+        if ours.sha256 != theirs.sha256:
+            raise UsageError(
+                f"{queries.root} and {database.root} have different tokenizers, {ours.name} and {theirs.name}: their "
+                "tokens can't be compared",
+                "Leave --max-overlap and --exclude-near-copies out (--no-filters), or chunk one of them again.",
+            )
+        if queries.identity.chunk_length > LONGEST:
+            raise UsageError(
+                f"{queries.root} has chunks of {queries.identity.chunk_length} tokens; {LONGEST} can be compared",
+                "Leave --max-overlap and --exclude-near-copies out (--no-filters).",
+            )
+
+
+class Finder:
+    """Finds the neighbours of rows of one part: with filters by tokens, those that are kept.
+
+    ``ask`` gives the queries of some rows. ``memory``: bytes that a search may take, None: as is quickest.
+    """
+
+    def __init__(
+        self,
+        queries: Store,
+        part: int,
+        database: AnyDatabase,
+        saved: int,
+        filters: Filters,
+        ask: Callable[[Rows], Queries],
+        memory: int | None = None,
+    ) -> None:
+        self._saved, self._database, self._ask, self._memory = saved, database, ask, memory
+        self._judge = _Judge(queries, part, database, filters) if filters.by_tokens else None
+
+    def blocks(self, rows: Rows) -> Iterator[Rows]:
+        """Rows in the blocks in which they are to be searched."""
+        if self._judge is None:
+            yield from self._search_blocks(rows, self._saved)
+        else:
+            yield from _in_steps(rows, max(1, self._judged // self._wanted))
+
+    def search(self, rows: Rows, only: Collection[int] | None = None, beyond: int = 0) -> Best:
+        """The nearest that are saved of the rows of a block, or of some.
+
+        ``only``: in these parts of the database. ``beyond``: only in lists behind the nearest so many.
+        """
+        if self._judge is None:
+            return self._database.search(self._ask(rows), self._saved, only=only, beyond=beyond)
+        best = _nothing(len(rows), self._saved)
+        left, wanted, wider = np.arange(len(rows)), self._wanted, 1
+        while len(left):
+            short = []
+            for some in _in_steps(left, max(1, self._judged // wanted)):
+                found = self._candidates(rows[some], wanted, only, wider, beyond)
+                whole = found.ids[:, -1] != NO_NEIGHBOUR
+                kept = _without(found, self._judge.dropped(rows[some], found.ids), self._saved)
+                best.ids[some], best.distances[some] = kept.ids, kept.distances
+                short.append(some[whole & (kept.ids[:, -1] == NO_NEIGHBOUR)])
+            if wanted >= self._most:
+                break
+            left, wanted, wider = np.concatenate(short), min(2 * wanted, self._most), 2 * wider
+        return best
+
+    @property
+    def _wanted(self) -> int:
+        return self._saved + -(-self._saved // 2)
+
+    @property
+    def _most(self) -> int:
+        return max(MOST, 4 * self._saved)
+
+    @property
+    def _judged(self) -> int:
+        """Candidates that are judged at a time: more of a large database, whose tokens are read each time."""
+        state = self._database.store.state
+        rows = sum(entry.rows for part in self._database.held() if (entry := state.part_file("chunks", part)))
+        judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
+        return judged if self._memory is None else min(judged, self._memory // 10 // _BYTES_A_CANDIDATE)
+
+    def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
+        """The k nearest of each row, judged or not."""
+        best = _nothing(len(rows), k)
+        start = 0
+        for some in self._search_blocks(rows, k):
+            interrupts.check()
+            found = self._database.search(self._ask(some), k, only=only, wider=wider, beyond=beyond)
+            best.ids[start : start + len(some)], best.distances[start : start + len(some)] = found.ids, found.distances
+            start += len(some)
+        return best
+
+    def _search_blocks(self, rows: Rows, k: int) -> Iterator[Rows]:
+        share = memory_of_machine() // _SHARE_OF_MACHINE if self._memory is None else self._memory // _SHARE_OF_MEMORY
+        d = self._ask(rows[:1]).vectors.shape[1]
+        yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self._database.candidates_for(k), d)))
+
+
+def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _nothing(n: int, k: int) -> Best:
+    return Best(np.full((n, k), np.inf, np.float32), np.full((n, k), NO_NEIGHBOUR, np.int64))
+
+
+def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
+    """The k nearest of what was found [n, ≥ k], without what is ``dropped``."""
+    order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
+    ids = np.where(dropped, NO_NEIGHBOUR, found.ids)
+    distances = np.where(dropped, np.float32(np.inf), found.distances)
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))
+
+
+class _Judge:
+    """Judges candidates of rows of one part by the tokens that they have in common."""
+
+    def __init__(self, queries: Store, part: int, database: AnyDatabase, filters: Filters) -> None:
+        self._queries, self._part, self._database, self._filters = queries, part, database, filters
+        self._tombstones = read_tombstones(queries)
+
+    def dropped(self, rows: Rows, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which candidates [n, c] of rows [n] are left out; of −1 none is."""
+        import torch
+
+        own = read_pieces(self._queries, self._tombstones, parts.chunk_ids(self._part, rows))
+        tokens, n_tokens = own.tokens[:, 0], own.n_tokens[:, 0]
+        distinct = distinct_grams(tokens, n_tokens) if self._filters.near_copies else np.zeros(len(rows), np.uint64)
+        flat = ids.ravel()
+        dropped = np.zeros(len(flat), np.bool_)
+        order = np.flatnonzero(flat != NO_NEIGHBOUR)
+        order = order[np.argsort(flat[order], kind="stable")]
+
+        def judge(pairs: Rows) -> None:
+            interrupts.check()
+            of = pairs // ids.shape[1]
+            dropped[pairs] = self._are_dropped(tokens[of], n_tokens[of], distinct[of], flat[pairs])
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(judge, _in_steps(order, _PAIRS)))
+        return dropped.reshape(ids.shape)
+
+    def _are_dropped(
+        self, tokens: npt.NDArray[Any], n_tokens: Rows, distinct: npt.NDArray[np.uint64], ids: Rows
+    ) -> npt.NDArray[np.bool_]:
+        """Which candidates, one a query, are left out, bool [n]."""
+        pieces = read_pieces(self._database.store, self._database.tombstones, ids)
+        others, n_others = pieces.joined()
+        dropped = np.zeros(len(ids), np.bool_)
+        if self._filters.max_overlap is not None:
+            length = self._queries.identity.chunk_length
+            run = max(n for n in range(length + 1) if n / length <= self._filters.max_overlap)
+            dropped |= has_longer_run(tokens, n_tokens, others, n_others, run)
+        if self._filters.near_copies:
+            rest = np.flatnonzero(~dropped)
+            of = (tokens[rest], n_tokens[rest], distinct[rest])
+            dropped[rest] = are_near_copies(*of, others[rest], n_others[rest])
+            # Too short to have a run of 8 tokens: a copy is what is the same.
+            short = np.flatnonzero((distinct == 0) & (n_tokens == pieces.n_tokens[:, 0]))
+            width = min(tokens.shape[1], pieces.tokens.shape[2])
+            dropped[short] |= (tokens[short, :width] == pieces.tokens[short, 0, :width]).all(axis=1)
+        return dropped

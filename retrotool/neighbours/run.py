@@ -1,0 +1,256 @@
+"""``neighbours``: of one database, or a mixture of several.
+
+Results count living keys: those that are neither purged nor erased. What it can't do yet, because the command before it
+was not run since a store grew, is counted too, with the commands to run next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from retrotool import engine
+from retrotool.ann.choice import FLAT_LIMIT
+from retrotool.encoder import find_devices
+from retrotool.engine.stage import Task
+from retrotool.errors import ConflictError, UsageError
+from retrotool.index.counting import SAVED, K, command_line, commands_to_index, count_keys_of, embed_command
+from retrotool.index.exact import NO_INDEX
+from retrotool.index.index_files import index_key
+from retrotool.index.search_scope import count_left, count_living_keys, embedded_parts, pick_encoder
+from retrotool.index.searching import pick_index
+from retrotool.neighbours import mixtures
+from retrotool.neighbours.dependents import register
+from retrotool.neighbours.materialising import MaterialiseResult
+from retrotool.neighbours.materialising import materialise as materialise_tables
+from retrotool.neighbours.mixtures import Given, Member
+from retrotool.neighbours.neighbour_options import FilterOptions, check_some_left, named
+from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
+from retrotool.store import claims
+from retrotool.store.paths import check_name
+from retrotool.store.runs import Run
+from retrotool.store.session import writing
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseResult:
+    """What was done for one database: its table, and its weight in a mixture. See ``NeighboursResult``.
+
+    ``aware``: the database knows that it is used.
+    """
+
+    database: str
+    table: str
+    weight: float
+    index: str
+    encoder: str
+    queries: int
+    rows: int
+    not_indexed: int
+    elsewhere: int
+    filters: dict[str, Any]
+    aware: bool = True
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NeighboursResult:
+    """What ``neighbours`` did; ``queries`` are the keys searched for by this run, ``rows`` those the table has now.
+
+    ``not_embedded`` keys of the query store have no embeddings, so no neighbours; ``not_indexed`` keys of the database
+    are not in the index, so they are nobody's; ``next`` are the commands that change that. ``index`` is "" for exact
+    search. ``elsewhere`` parts are left to other runs. ``filters``: what is left out, with names of sources;
+    ``filters_kept``: as was asked for before. ``mix``: of a mixture, each database; the other fields are then of the
+    first one, counts of all. ``left_out``: tables that the name had and has no more. ``unaware``: databases that could
+    not be told that their chunks are used. ``materialised``: what was asked for with the tables.
+    """
+
+    name: str
+    database: str
+    index: str
+    encoder: str
+    queries: int
+    rows: int
+    k: int
+    saved: int
+    commit: int
+    not_embedded: int = 0
+    not_indexed: int = 0
+    next: tuple[str, ...] = ()
+    elsewhere: int = 0
+    filters: dict[str, Any] = field(default_factory=dict)
+    filters_kept: bool = False
+    mix: tuple[DatabaseResult, ...] = ()
+    left_out: tuple[str, ...] = ()
+    unaware: tuple[str, ...] = ()
+    materialised: MaterialiseResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to go about it; see ``retrotool neighbours --help``."""
+
+    exact: bool = False
+    encoder: str | None = None
+    memory: int | None = None
+    devices: str = "auto"
+    shard: tuple[int, int] | None = None
+
+
+def neighbours(
+    root: str | Path,
+    *,
+    queries: str | Path | None = None,
+    k: int = K,
+    saved: int = SAVED,
+    name: str = "main",
+    index: str | None = None,
+    search: SearchOptions | None = None,
+    filters: FilterOptions | None = None,
+    databases: Given = (),
+    materialise: bool = False,
+) -> NeighboursResult:
+    """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself).
+
+    ``databases``: further ones, each with its weight: the neighbours are then a mixture (``stages.mixtures``).
+    ``materialise``: then write their tokens, too, for a training loop to read.
+    """
+    search, filters = search or SearchOptions(), filters or FilterOptions()
+    if not 1 <= k <= saved:
+        raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
+    if saved > 1000:
+        raise UsageError(f"--saved {saved} is more than 1000")
+    if search.shard is not None and not 0 <= search.shard[0] < search.shard[1]:
+        raise UsageError(f"--shard {search.shard[0]}/{search.shard[1]}: of n jobs this is one from 0 to n - 1")
+    check_name(name, "--name")
+    devices = tuple(find_devices(search.devices))
+    store = Store.open(queries if queries is not None else root)
+    mixture = mixtures.choose(store, name, root, databases)
+    opened = [Store.open(member.path) for member in mixture.members]
+    filters.check(opened)
+    stages = []
+    for member, database in zip(mixture.members, opened, strict=True):
+        applied = filters.applied(mixtures.known_record(store.state, mixture, member), store)
+        stages.append(
+            NeighboursStage(
+                str(database.root.absolute()), _choose_index(database, index, search), member.table, saved, k,
+                search.encoder, search.memory, devices, search.shard, applied,
+            )
+        )  # fmt: skip
+    _check(store, stages)
+    asked_for = replace(filters, drop=False) != FilterOptions()
+    if asked_for:
+        check_some_left([stage.filters for stage in stages], store, opened)
+    with writing(store) as run:
+        store.commit(run, lambda state: mixtures.begin(state, run, mixture))
+        found = [
+            _fill(store, run, stage, member, materialise=materialise)
+            for stage, member in zip(stages, mixture.members, strict=True)
+        ]
+        if mixture.mixed:
+            store.commit(run, lambda state: mixtures.finish(state, mixture))
+    made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
+    first = found[0]
+    not_embedded = count_left(store, embedded_parts(store, first.encoder), read_tombstones(store))
+    left = [embed_command(store, queries or root, first.encoder)] if not_embedded else []
+    left += [command for one in found for command in one.commands]
+    if left:
+        given = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
+        asked = {"index": first.index or None if not mixture.mixed else index, "encoder": search.encoder}
+        again = command_line("neighbours", root, queries=queries, **given, name=name, **asked)
+        left.append(f"{again} --exact" if search.exact else again)
+    return NeighboursResult(
+        name, str(root), first.index, first.encoder, sum(one.queries for one in found), min(one.rows for one in found),
+        k, saved, store.refresh().number, not_embedded, sum(one.not_indexed for one in found),
+        tuple(dict.fromkeys(left)), sum(one.elsewhere for one in found), first.filters,
+        bool(first.filters) and not asked_for, tuple(found) if mixture.mixed else (), mixture.left_out,
+        tuple(one.database for one in found if not one.aware), made,
+    )  # fmt: skip
+
+
+def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
+    """``UsageError`` if queries and databases don't go together, before anything is changed."""
+    encoders = set()
+    for stage in stages:
+        database = stage.open_database(store)
+        check_encoders(store, database)
+        stage.filters.check(store, database.store)
+        encoders.add(database.encoder)
+    if len(encoders) > 1:
+        raise UsageError(
+            f"the databases would be searched by different encoders, {' and '.join(sorted(encoders))}: distances of "
+            "different encoders can't be compared",
+            "Give an index of one encoder with --index, or names of their own with --name.",
+        )
+
+
+def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member, *, materialise: bool) -> DatabaseResult:
+    """Do what there is to do for one database; ``materialise``: its text will be written, too."""
+    database = stage.open_database(store)
+    todo = _count_queries(store, stage.plan(store))
+    record = stage.record(store, database)
+    store.commit(run, lambda state: stage.claim(state, record))
+    aware = _tell(store, stage, record, materialise=materialise)
+    engine.execute(stage, store, run, workers=len(stage.devices))
+    _check_claim(store, stage, record)
+    store.refresh()
+    held = claims.held(store.root, run.id)
+    elsewhere = sum(task.key in held for task in stage.plan(store))
+    database = stage.open_database(store)
+    rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
+    lacking = database.lacking()
+    not_indexed = count_left(database.store, database.held(), database.tombstones) + lacking
+    commands = []
+    if not_indexed:
+        index = None if stage.index == NO_INDEX else stage.index
+        commands = commands_to_index(database.store, member.path, database.encoder, index)
+    return DatabaseResult(
+        member.path, stage.table, member.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
+        named(stage.filters, store, [database.store]), aware, tuple(commands),
+    )  # fmt: skip
+
+
+def _tell(store: Store, stage: NeighboursStage, record: Mapping[str, Any], *, materialise: bool) -> bool:
+    """Note in another store that its chunks are neighbours now; False if it can't be written."""
+    if record["within"]:
+        return True
+    again = {name: record[name] for name in ("index", "k", "saved")}
+    return register(Store.open(stage.database), store, stage.table, again, materialised=materialise)
+
+
+def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:
+    """The index to search, or ``NO_INDEX``: where that is asked for, or there is none and exact search is quicker."""
+    if search.exact:
+        if index is not None:
+            raise UsageError("--exact searches without an index", "Give --exact or --index.")
+        return NO_INDEX
+    if index is None and not store.state.with_prefix(index_key("")) and store.state.names("embeddings"):
+        encoder = pick_encoder(store, search.encoder)
+        tombstones = read_tombstones(store)
+        if sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, encoder)) <= FLAT_LIMIT:
+            return NO_INDEX
+    if search.encoder is not None:
+        raise UsageError("--encoder says what exact search is among; an index is of one encoder", "Give --exact, too.")
+    return pick_index(store, index)
+
+
+def _check_claim(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> None:
+    """``ConflictError`` if another run took the name for other tables meanwhile."""
+    known = store.refresh().records.get(stage.key)
+    names = ("database", "index", "encoder", "filters")
+    if known is None or any(known.get(name) != record.get(name) for name in names):
+        raise ConflictError(
+            f"another run made the neighbours {stage.table!r} with another index, or other filters, meanwhile",
+            "Give one of them a name of its own with --name.",
+        )
+
+
+def _count_queries(store: Store, tasks: Iterable[Task]) -> int:
+    """Living keys that tasks of ``neighbours`` search for; of a table to refill only some rows."""
+    tasks = list(tasks)
+    whole = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
+    return whole + sum(task.weight for task in tasks if task.inputs["mode"] == FEW)

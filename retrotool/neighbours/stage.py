@@ -1,0 +1,356 @@
+"""``neighbours``: the nearest keys of every key, outside its own document; which tasks there are.
+
+A task is a part of the query store (``stages.neighbour_worker`` does it). Rows of purged or erased queries are empty,
+and so are those of values of key-value records. The table lies in the query store.
+
+A table is done again once another index is asked for, or other filters (``stages.neighbour_filters``), or the index
+that it is of was tuned or trained anew. Once the
+database has parts that it had not, only these are searched, and what is found is merged with what the table has. After
+purges only the rows are searched again that have fewer than k neighbours left; finding them costs reading the tables
+once, and nothing as long as nothing was purged. That is also when entries leave a table of another store that name a
+chunk which the database has erased since. What was taken back after it was purged (``store.restored``) is searched for
+in the tables that were made meanwhile, once the index has it.
+
+A name is of one database: its record is set with the first task, or before (``claim``), and each table says in the log
+which index, and which commit of the database, it is from. So what two runs wrote under one name is told apart, and so
+is a copy of the database that went its own way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrotool.cli.command_lines import table_command
+from retrotool.engine.stage import Task, Worker, own_first, task_key
+from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.index.exact import NO_INDEX, ExactDatabase
+from retrotool.index.search_scope import (
+    count_keys,
+    embedded_parts,
+    has_commit,
+    is_same_directory,
+)
+from retrotool.index.searching import Database
+from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters
+from retrotool.neighbours.underfilled import GapFinder
+from retrotool.store import parts, staging
+from retrotool.store.atomic import FileEntry
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.restored import missed_parts
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+SAME = ("index", "encoder")
+"""In what tables of one name must agree with its record, besides the filters."""
+WHOLE, FEW, MORE = "whole", "few", "more"
+"""What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What may be searched for a part's ``table`` (None: it has none): the mode, and in which parts of the database.
+
+    ``goes_on``: the table is of the same index and filters. Of ``FEW``, ``gaps`` tells whether there is anything.
+    """
+
+    part: int
+    table: FileEntry | None
+    mode: str
+    new: list[int]
+    goes_on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NeighboursStage:
+    """All parts of the query store without an up-to-date table ``table`` of neighbours in ``database``.
+
+    ``index`` "" (``NO_INDEX``): by exact search among the vectors of ``encoder``. ``memory``: bytes that a search may
+    take. ``filters``: what is left out. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
+    of n.
+    """
+
+    database: str
+    index: str
+    table: str
+    saved: int
+    k: int
+    encoder: str | None = None
+    memory: int | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    shard: tuple[int, int] | None = None
+    filters: Filters = field(default_factory=Filters)
+    name: str = field(default="neighbours", init=False)
+    unit: str = field(default="chunk", init=False)
+
+    def of_worker(self, number: int) -> NeighboursStage:
+        """What a worker process is to open: with its own device."""
+        return replace(self, devices=(self.devices[number % len(self.devices)],))
+
+    def open_database(self, queries: Store) -> AnyDatabase:
+        """The database at its newest commit, of which the sources are searched that a table of ``queries`` may have."""
+        store, allows = Store.open(self.database), self.filters.allows(queries)
+        if self.index == NO_INDEX:
+            return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory, allows=allows)
+        return Database(store, self.index, device=self.devices[0], memory=self.memory, thorough=True, allows=allows)
+
+    def plan(self, store: Store) -> list[Task]:
+        """One task a part that has embeddings, and no table or one to be done again, in whole or in some rows.
+
+        ``UsageError`` if the name is of another database, or of a copy that went its own way, or if the encoders of
+        queries and database differ, or what filters would compare.
+        """
+        database = self.open_database(store)
+        check_encoders(store, database)
+        self.filters.check(store, database.store)
+        version, gaps = _version(database, self.record(store, database)), GapFinder(store, database, self.k)
+        tasks = []
+        for todo in self.todo(store, database):
+            part, old = todo.part, todo.table
+            path = parts.part_entry(store, "embeddings", part, database.encoder).path
+            settings: dict[str, Any] = {"table": self.table, "version": version, "held": database.held()}
+            inputs = {"part": part, "path": path, "version": version, "new": todo.new, "mode": todo.mode}
+            inputs["replaces"] = old.path if old is not None else None
+            weight = count_keys(store, part)
+            if old is not None and todo.goes_on:
+                settings["from"] = [old.path, todo.mode, *gaps.taken, self.k]
+            if old is not None and todo.mode == FEW:
+                found = gaps.find(part, old)
+                if not (found.few or found.holds_erased):
+                    continue
+                weight = found.few
+            key = task_key("neighbours", settings, [path])
+            if not staging.is_staged(store.root, key):
+                tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def todo(self, store: Store, database: AnyDatabase) -> Iterator[Todo]:
+        """What may be searched for each part that has embeddings; no table is read. Errors as of ``plan``."""
+        record = self.record(store, database)
+        known = store.state.records.get(self.key, record)
+        self._check_database(store.state, record)
+        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
+        checked: set[tuple[Any, Any]] = set()
+        for part in embedded_parts(store, database.encoder):
+            old = store.state.part_file("neighbours", part, self.table)
+            if old is not None and _commit(old) not in checked:
+                _check_commit(old, self.table, database.store)
+                checked.add(_commit(old))
+            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
+                yield Todo(part, old, *_lacks(old, database.store.state, held, incomplete), goes_on=True)
+            else:
+                yield Todo(part, old, WHOLE, held, goes_on=False)
+
+    @property
+    def key(self) -> str:
+        """Key of the record of these tables."""
+        return f"neighbours:{self.table}"
+
+    def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
+        """The record ``neighbours:<table>``."""
+        return {
+            "database": database.store.identity.uuid, "path": str(database.store.root.absolute()),
+            "within": is_same_directory(store, database.store), "index": self.index, "encoder": database.encoder,
+            "saved": self.saved, "k": self.k, **with_filters(self.filters),
+        }  # fmt: skip
+
+    def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
+        known = state.records.get(self.key, record)
+        if known["database"] != record["database"]:
+            raise UsageError(
+                f"the neighbours {self.table!r} are chunks of another database, {known['path']}",
+                "Give these a name of their own with --name.",
+            )
+
+    def claim(self, state: State, record: dict[str, Any]) -> Draft | None:
+        """The commit that makes the name one of ``record``, and removes the tables that are of another index."""
+        self._check_database(state, record)
+        known = state.records.get(self.key, record)
+        group = state.group("neighbours", self.table)
+        entries = [entry for slot in group if (entry := group.get(slot)) is not None]
+        others = tuple(entry.path for entry in entries if not _is_of(entry, record, known))
+        if state.records.get(self.key) == record and not others:
+            return None
+        settings = {"name": self.table, "index": self.index}
+        return Draft("neighbours", settings, remove=others, records={self.key: record})
+
+    def open(self, store: Store) -> Worker:
+        """Open the database."""
+        from retrotool.neighbours.worker import NeighboursWorker
+
+        return NeighboursWorker(store, self)
+
+
+def check_encoders(store: Store, database: AnyDatabase) -> None:
+    """``UsageError`` unless queries and database were embedded by the same encoder."""
+    key = f"encoder:{database.encoder}"
+    ours, theirs = store.state.records.get(key), database.store.state.records.get(key)
+    if ours is None:
+        raise UsageError(
+            f"{store.root} has no embeddings of {database.encoder!r}, which the index was made with",
+            f"Make them with: retrotool embed {store.root} --encoder {database.encoder}",
+        )
+    if theirs is None or ours["sha256"] != theirs["sha256"]:
+        raise UsageError(
+            f"{store.root} and {database.store.root} were embedded by different encoders, both {database.encoder!r}",
+            "Embed one of them again with the encoder of the other.",
+        )
+
+
+def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
+    """Changes when the same vectors can give other neighbours (index, filters), not when some come or are purged."""
+    fields = [record["database"], *database.settings, record["saved"]]
+    if "filters" in record:
+        fields.append(record["filters"])
+    return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
+
+
+def parts_in(entry: FileEntry) -> list[int]:
+    """Numbers of the parts of the database that a table's neighbours were sought in."""
+    spans = (entry.about or {}).get("searched", [])
+    return [part for first, last in spans for part in range(first, last + 1)]
+
+
+def probed_by(database: AnyDatabase) -> int:
+    """Lists that a search of the database probes; 0: it has none, or may probe as many as a query needs."""
+    if isinstance(database, ExactDatabase) or database.is_restricted:
+        return 0
+    return min(database.point.nprobe, database.trained.nlist)
+
+
+def _lacks(entry: FileEntry, database: State, held: list[int], incomplete: set[int]) -> tuple[str, list[int]]:
+    """What is to be searched for a table that is of the same index, and in which parts.
+
+    Parts that the index itself has not whole, ``incomplete``, are left for when it has: a table does not say that it
+    was sought there. Where neighbours are judged by their tokens, also by those of what follows them, one that was
+    judged while that was purged must not stay.
+    """
+    before, now = set(parts_in(entry)), set(held)
+    missed = missed_parts(database, _commit(entry)[0])
+    if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
+        return WHOLE, held
+    new = sorted((now - before | missed & now) - incomplete)
+    return (WHOLE if set(new) == now else MORE if new else FEW), new
+
+
+def with_filters(filters: Filters) -> dict[str, Any]:
+    """What the filters add to the record of a table, and to what the log says of its files: nothing without any."""
+    found = filters.as_record()
+    return {"filters": found} if found else {}
+
+
+def _is_of(entry: FileEntry, record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether a table is of ``record``'s index and filters.
+
+    One that doesn't say the index is of that of the record that was there, ``known``. No filters are not said.
+    """
+    made = {**known, **(entry.about or {})}
+    return all(made[name] == record[name] for name in SAME) and Filters.of(entry.about) == Filters.of(record)
+
+
+def _commit(entry: FileEntry) -> tuple[Any, Any]:
+    about = entry.about or {}
+    return about.get("commit"), about.get("head")
+
+
+def _check_commit(entry: FileEntry, table: str, database: Store) -> None:
+    """``UsageError`` if the database has not the commit that a table is from."""
+    number, head = _commit(entry)
+    if head is not None and not has_commit(database, int(number), str(head)):
+        raise UsageError(
+            f"the neighbours {table!r} are not of {database.root} as it is now, but of a copy that went its own way",
+            "Put that one back, or compute them anew with a --name of their own.",
+        )
+
+
+def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> None:
+    """``UsageError`` if a table is not what its record says, or its ids can't be taken for chunks of ``database``."""
+    record = store.state.records[f"neighbours:{table}"]
+    part = int(FileName.parse(entry.path).slot)
+    if not _is_of(entry, record, record):
+        raise UsageError(
+            f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another index, "
+            "or of other filters",
+            f"Compute them: {table_command(store, table, database)}",
+        )
+    check_ids(store, entry, table, database)
+
+
+def check_ids(store: Store, entry: FileEntry, table: str, database: Store) -> None:
+    """``UsageError`` if the ids in a table, of whichever index it is, can't be taken for chunks of ``database``."""
+    record = store.state.records[f"neighbours:{table}"]
+    part = int(FileName.parse(entry.path).slot)
+    _check_commit(entry, table, database)
+    if _commit(entry)[1] is None and _database_in(store, entry) not in (None, record["database"]):
+        raise UsageError(
+            f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
+            f"Compute them again: {table_command(store, table, database)}",
+        )
+
+
+def _how(index: str) -> str:
+    return f"the index {index!r}" if index != NO_INDEX else "exact search"
+
+
+def _database_in(store: Store, entry: FileEntry) -> str | None:
+    """The uuid that a table's own metadata has, for one of which the log says nothing; None if the file is broken."""
+    try:
+        metadata = pq.read_schema(store.path(entry)).metadata or {}
+    except pa.ArrowException:
+        return None  # reading it will say so
+    return str(metadata.get(b"retrotool.database", b"").decode())
+
+
+def members_of(store: Store, name: str) -> list[tuple[str, float]]:
+    """(table, weight) of what is read as the neighbours ``name``: a table alone, or a mixture of several."""
+    record = store.state.records.get(f"neighbours:{name}")
+    if record is None or "mix" not in record:
+        return [(name, 1.0)]
+    return [(str(member["table"]), float(member["weight"])) for member in record["mix"]]
+
+
+def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
+    """The database that a table's neighbours are chunks of, opened at its newest commit, and the table's record.
+
+    ``UsageError`` if the table or the database is not there, or another store lies where the database was.
+    """
+    record = store.state.records.get(f"neighbours:{table}")
+    if record is None:
+        have = ", ".join(store.state.with_prefix("neighbours:")) or "none"
+        name = [] if table == "main" else ["--name", table]
+        raise UsageError(
+            f"{store.root} has no neighbours {table!r}; it has: {have}",
+            f"Make them with: {shlex.join(['retrotool', 'neighbours', str(store.root), *name])}\n"
+            "or, in another store: "
+            f"{shlex.join(['retrotool', 'neighbours', 'DATABASE', '--queries', str(store.root), *name])}",
+        )
+    if "mix" in record:
+        raise UsageError(
+            f"the neighbours {table!r} are a mixture of {', '.join(name for name, _ in members_of(store, table))}",
+            "Name one of these.",
+        )
+    # By its uuid alone a copy of the database would take itself for it.
+    if record.get("within", record["database"] == store.identity.uuid):
+        return store, record
+    try:
+        database = Store.open(Path(record["path"]))
+    except StoreNotFoundError:
+        raise StoreNotFoundError(
+            f"the neighbours {table!r} of {store.root} are chunks of the store that was at {record['path']}, which "
+            "isn't there",
+            f"Put it back; or, where it has moved, say where to: {table_command(store, table, None)}",
+        ) from None
+    if database.identity.uuid != record["database"]:
+        raise UsageError(
+            f"{record['path']} is not the database that the neighbours {table!r} come from",
+            "Put it back, or compute the neighbours again: tombstones can't be applied without it.",
+        )
+    return database, record

@@ -1,0 +1,149 @@
+"""Gaps in tables of neighbours: rows that purges have left with fewer than k, and how many they are.
+
+What is saved beyond the k that are used fills a row by itself, as readers leave out what is purged. So a row is short
+only when fewer than k of all that it has saved are left. The log says of which purges a table knows already: one that
+knows of all is not read. Of others the ids are read once, a row group at a time; a count is kept in memory as long as
+this process lives, since a plan is made several times.
+
+Cost: reading the ids of tables, and a binary search for each of them among the tombstones. Memory: a row group, and the
+tombstones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool import interrupts
+from retrotool.index.search_scope import (
+    erased_chunks,
+    erased_purges,
+    is_same_directory,
+    purges,
+    searchable_rows,
+)
+from retrotool.neighbours.neighbour_filters import AnyDatabase
+from retrotool.store import tables
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import ROW_GROUP
+from retrotool.store.restored import stands_for_restored
+from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+Ids = npt.NDArray[np.int64]
+Taken = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """What purges have done to a table, counted in rows that are searched for: living keys.
+
+    ``touched`` rows have a purged chunk among those saved. Of these, ``filled`` lost some of their first k, and have k
+    or more left. ``few`` rows have fewer than k left, touched or not. ``holds_erased``: a row, living or not, names a
+    chunk that another store has erased.
+    """
+
+    touched: int = 0
+    filled: int = 0
+    few: int = 0
+    holds_erased: bool = False
+
+    def __add__(self, other: Gaps) -> Gaps:
+        """Both together."""
+        return Gaps(
+            self.touched + other.touched,
+            self.filled + other.filled,
+            self.few + other.few,
+            self.holds_erased or other.holds_erased,
+        )
+
+
+NO_GAPS = Gaps()
+_found: dict[tuple[str, str, str, str, str, int], Gaps] = {}
+"""By table, what was purged and erased, and k."""
+_FOUND = 1 << 17
+
+
+class GapFinder:
+    """Finds gaps in tables of a store whose neighbours are chunks of ``database``, of which k are used."""
+
+    def __init__(self, store: Store, database: AnyDatabase, k: int) -> None:
+        self._store, self._database, self._k = store, database, k
+        self.taken: Taken = (
+            purges(database.store),
+            purges(store),
+            erased_of(store, database),
+            # Rows of queries that were taken back are empty where they were purged when the table was made.
+            stands_for_restored(store.state),
+        )
+        """Stands for all that was purged of database and queries, erased of the database, given back to the queries."""
+
+    def knows_all(self, entry: FileEntry) -> bool:
+        """Whether a table was made, or filled up to k at least, after all purges: then no gap of it can be filled.
+
+        Rows of queries that were purged since only went away.
+        """
+        about = entry.about or {}
+        known = about.get("purges"), about.get("erased", ""), about.get("restored", "")
+        return known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k
+
+    def _key(self, entry: FileEntry) -> tuple[str, str, str, str, str, int]:
+        return (entry.path, *self.taken, self._k)
+
+    def find(self, part: int, entry: FileEntry) -> Gaps:
+        """The gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
+        if self.knows_all(entry):
+            return NO_GAPS
+        key = self._key(entry)
+        if key not in _found:
+            if len(_found) >= _FOUND:
+                _found.clear()
+            _found[key] = self.read(part, entry)
+        return _found[key]
+
+    def read(self, part: int, entry: FileEntry) -> Gaps:
+        """The gaps of a part's table, also those that can't be filled; reads its ids."""
+        searched = np.zeros(entry.rows, np.bool_)
+        searched[searchable_rows(self._store, part, self._own)] = True
+        total = NO_GAPS
+        for group in range(-(-entry.rows // ROW_GROUP)):
+            interrupts.check()
+            ids = tables.read_ids(self._store, entry, [group])
+            rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
+            holds = self._erased is not None and bool(self._erased.contains(ids).any())
+            total += self._count(ids[rows], holds)
+        return total
+
+    @cached_property
+    def _own(self) -> Tombstones:
+        return read_tombstones(self._store)
+
+    @cached_property
+    def _erased(self) -> Tombstones | None:
+        return erased_chunks(self._database.store) if self.taken[2] else None
+
+    def _count(self, ids: Ids, holds_erased: bool) -> Gaps:
+        gone = self._database.tombstones.contains(ids)
+        few = (~gone & (ids != NO_NEIGHBOUR)).sum(axis=1) < self._k
+        touched = gone.any(axis=1)
+        filled = gone[:, : self._k].any(axis=1) & ~few
+        return Gaps(int(touched.sum()), int(filled.sum()), int(few.sum()), holds_erased)
+
+
+def erased_of(store: Store, database: AnyDatabase) -> str:
+    """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
+    if is_same_directory(store, database.store) or not (erased := erased_purges(database.store)):
+        return ""
+    return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
+
+
+def few_rows(store: Store, database: AnyDatabase, part: int, ids: Ids, k: int) -> Ids:
+    """Searchable rows with fewer than k living neighbours of those in ``ids`` [n, saved], ascending."""
+    living = (ids != NO_NEIGHBOUR) & ~database.tombstones.contains(ids)
+    few = np.flatnonzero(living.sum(axis=1) < k)
+    return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few

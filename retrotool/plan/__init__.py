@@ -1,0 +1,1 @@
+"""What a database of a given size will take."""

@@ -1,0 +1,269 @@
+"""``retrotool purge``: one of the things that it can do, told from the options."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
+from retrotool.errors import UsageError
+from retrotool.neighbours.repair_command import run_repair
+from retrotool.purge import purge_text
+from retrotool.purge import selector_options as by
+from retrotool.purge.affected_command import run_affected
+from retrotool.purge.review_text import show_scanned
+from retrotool.purge.undo_text import show_restored
+from retrotool.purge.verify_text import show_verified
+
+if TYPE_CHECKING:
+    from retrotool.purge.erase_run import EraseResult
+    from retrotool.purge.run import PurgeResult
+
+EPILOG = """\b
+Examples:
+  retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
+  retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
+  retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
+  retrotool purge store --like "how to pick a lock" --within 0.9 --reason "policy 3" --dry-run
+  retrotool purge store --affected main --out affected.jsonl
+  retrotool purge store --repair
+  retrotool purge store --older-than 7d --erase --yes
+  retrotool purge store p1a2b3c4d --verify"""
+
+ASK_ABOVE = 0.01
+_LONGEST_AGE = 12
+"""Digits."""
+_HELP = "See: retrotool purge --help"
+_ALONE = {
+    "--verify": ("PURGE", "--out"),
+    "--restore": ("PURGE", "--reason", "--who"),
+    "--repair": ("--name", "--dry-run"),
+    "--affected": ("PURGE", "--out"),
+    "--shard": ("selectors", "--reason", "--who", "--dry-run"),
+}
+"""What each of the things that go with no other may be given besides."""
+_EARLIER = "PURGE and --older-than name purges that were made before, which can be erased with --erase alone"
+
+
+def command(
+    store: StoreArgument,
+    purges: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PURGE]...",
+            help="With --erase, --restore, --verify or --affected: purges that were made before.",
+            show_default=False,
+        ),
+    ] = None,
+    reason: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Why. Stays in the log for ever, so it must name no person.", show_default=False
+        ),
+    ] = None,
+    ids: by.Ids = None,
+    chunk: by.Chunk = None,
+    documents: by.Documents = None,
+    document: by.Document = None,
+    where: by.Where = None,
+    pattern: by.Pattern = None,
+    patterns: by.Patterns = None,
+    terms: by.Terms = None,
+    pii: by.Pii = None,
+    near_duplicates_of: by.NearDuplicatesOf = None,
+    contaminates: by.Contaminates = None,
+    duplicates: by.Duplicates = False,
+    like: by.Like = None,
+    within: by.Within = None,
+    encoder: by.Encoder = None,
+    classifier: by.Classifier = None,
+    label: by.Label = None,
+    above: by.Above = None,
+    every: by.Every = False,
+    whole_documents: by.WholeDocuments = False,
+    allow_lossy: by.AllowLossy = False,
+    device: Device = "auto",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    who: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
+    ] = None,
+    apply: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SELECTION", help="Purge just what a --dry-run showed, and called so.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
+    erase: Annotated[
+        bool,
+        typer.Option("--erase", help="Rewrite the files that hold what is purged, or PURGE... Can't be undone."),
+    ] = False,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE", help="With --erase: all purges that are older, such as 7d or 12h.", show_default=False
+        ),
+    ] = None,
+    retrain_index: Annotated[
+        bool,
+        typer.Option("--retrain-index", help="With --erase: then train all indexes anew, without what was erased."),
+    ] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Search again for rows of neighbours that purges have left with fewer than K."),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --repair: only these neighbours. Default: all.", show_default=False),
+    ] = None,
+    affected: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Look for PURGE everywhere, and write a receipt: JSON, and a page to print."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="With --verify: the folder of the receipt. Default: this one. With --affected: a file for all of "
+            "them, as JSON lines.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take chunks out: never returned again from the moment this ends.
+
+    Purged chunks are left out of search, neighbours (also those computed before) and continuations. With --erase
+    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify what is left is looked for.
+    """
+    with output.errors(as_json):
+        from retrotool import api
+
+        selectors = api.Selectors(
+            ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
+            pattern=pattern, patterns=patterns, terms=terms, pii=api.kinds_of(pii),
+            near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
+            whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
+            classifier=classifier, label=label, above=above, device=device,
+        )  # fmt: skip
+        given = {
+            "--verify": verify, "--restore": restore, "--repair": repair, "--affected": affected is not None,
+            "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
+            "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase, "--name": name is not None,
+            "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
+            "selectors": selectors != api.Selectors(), "PURGE": bool(purges),
+        }  # fmt: skip
+        _check(given)
+        named = list(purges or [])
+        if (verify or restore) and len(named) != 1:
+            raise UsageError(f"{'--verify' if verify else '--restore'} takes one PURGE", _HELP)
+        if verify:
+            show_verified(store, api.verify_purge(store, named[0], out=out or "."), as_json)
+        elif restore:
+            show_restored(api.restore(store, named[0], reason=_given(reason), who=who), as_json)
+        elif repair:
+            run_repair(store, name, dry_run, as_json)
+        elif affected is not None:
+            run_affected(store, affected, named, out, as_json)
+        elif shard is not None:
+            show_scanned(api.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+        else:
+            confirm = _Confirm(yes, erase)
+            if named or older_than is not None:
+                age = None if older_than is None else _seconds(older_than)
+                erased = api.erase(store, named, older_than=age, confirm=confirm)
+                left, done = erased.left, bool(erased.purges)
+                confirm.stop("Nothing was erased.", as_json)
+                output.show(erased, as_json, lambda result: purge_text.erased(store, result))
+            else:
+                result = api.purge(
+                    store, selectors, reason=_given(reason), who=who, apply=apply, dry_run=dry_run, erase=erase,
+                    confirm=confirm,
+                )  # fmt: skip
+                left, done = result.left, not dry_run
+                confirm.stop("Nothing was purged.", as_json)
+                output.show(result, as_json, lambda result: purge_text.purged(store, result, erase))
+            for sentence in left:
+                output.note(sentence)
+            if retrain_index and done:
+                for sentence in api.retrain_indexes(store):
+                    output.note(sentence)
+
+
+def _check(given: dict[str, bool]) -> None:
+    """``UsageError`` for options that do not go together."""
+    for option, others in _ALONE.items():
+        if given[option]:
+            wrong = [name for name, is_given in given.items() if is_given and name not in (option, *others)]
+            if wrong:
+                with_what = f"goes with {', '.join(others)} and --json"
+                raise UsageError(f"{option} {with_what}, not with {', '.join(wrong)}", _HELP)
+            return
+    if given["--apply"] and given["selectors"]:
+        raise UsageError("--apply takes what was reviewed, and no selectors", _HELP)
+    if given["--older-than"] or given["PURGE"]:
+        wrong = [name for name in ("selectors", "--apply", "--dry-run") if given[name]]
+        if wrong or not given["--erase"]:
+            raise UsageError(_EARLIER, _HELP)
+    for option, of in (("--name", "--repair"), ("--out", "--verify or --affected"), ("--retrain-index", "--erase")):
+        if given[option] and not (option == "--retrain-index" and given["--erase"]):
+            raise UsageError(f"{option} goes with {of}", _HELP)
+
+
+class _Confirm:
+    """Asks before much is purged or erased, and remembers a no."""
+
+    def __init__(self, yes: bool, erase: bool) -> None:
+        self._yes, self._erase, self._declined = yes, erase, False
+
+    def __call__(self, planned: PurgeResult | EraseResult) -> bool:
+        if self._yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= ASK_ABOVE:
+            return True
+        self._declined = not purge_text.agrees(purge_text.warning(planned, self._erase))
+        return not self._declined
+
+    def stop(self, said: str, as_json: bool) -> None:
+        """End the command if the answer was no."""
+        if self._declined:
+            output.stop(said, as_json)
+
+
+def _given(reason: str | None) -> str:
+    if reason is None:
+        raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
+    return reason
+
+
+def _seconds(age: str) -> float:
+    """An age such as 7d as seconds."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
+        raise UsageError(f"--older-than {age!a} is no age", "Give for example 7d, 12h or 2w.")
+    digits = age[:-1].lstrip("0")
+    seconds = int(digits[:_LONGEST_AGE] or "0") * units[age[-1]]
+    if len(digits) > _LONGEST_AGE or seconds > time.time():
+        raise UsageError(f"--older-than {age[:40]}: no purge is older than 1970", "Give for example 7d, 12h or 2w.")
+    return float(seconds)

@@ -1,0 +1,381 @@
+"""``purge --erase``: rewriting the files that hold purged chunks, so that their bytes are gone.
+
+A task is one of
+
+- a part: its documents, keys and chunks, and every encoder's embeddings;
+- a shard of an index;
+- a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
+  exact distances to known vectors tell what a vector was;
+- a file of materialised neighbours (``stages.erase_materialised``);
+- a quarantine file that has excerpts, or hashes of what came before damage. All of them go: a row that could not be
+  read may be the victim's, and nothing but reading it tells whose it is.
+
+Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
+was begun, and a purge of which nothing is erased can still be taken back. A task reads the tombstones of its victims,
+so it is void when these are taken back meanwhile.
+
+Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
+victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
+are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
+table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard, a
+process, and some 40 bytes a victim.
+
+Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
+stores, and anything outside the store.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrotool.ann import lists
+from retrotool.chunk.chunker import id_hash
+from retrotool.engine.stage import Report, Task, check_there, task_key
+from retrotool.errors import CorruptError, ErasedError
+from retrotool.index.index_files import all_shards, check_sum, parts_of, write_index
+from retrotool.purge import erase_materialised
+from retrotool.store import parts, staging, tables, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.checked import is_within
+from retrotool.store.identity import Identity
+from retrotool.store.parts import ROW_GROUP
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.restored import tombstones_naming
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.tombstones import Tombstones
+
+Rows = npt.NDArray[np.int64]
+_OF_INPUT = ("excerpt", "prefix")
+"""Columns of quarantine that an erase nulls: what rows say, and a hash by which a guess at them can be tested."""
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class EraseStage:
+    """The files that still hold any of ``victims``, which are tombstones.
+
+    ``clean`` remembers paths that were found to hold none. A path always names the same bytes, so planning again reads
+    only what is new.
+    """
+
+    victims: Tombstones
+    clean: set[str] = field(default_factory=set, compare=False, repr=False)
+    name: str = field(default="erase", init=False)
+    unit: str = field(default="file", init=False)
+
+    def plan(self, store: Store) -> list[Task]:
+        """One task a part that holds a victim; if none does, one a shard, table and quarantine file.
+
+        ``ConflictError`` if a victim is no tombstone any more.
+        """
+        tasks = look_again(store, lambda: list(_parts_alone(self._tasks(store, self.victims))))
+        return [task for task in tasks if not staging.is_staged(store.root, task.key)]
+
+    def tasks(self, store: Store) -> list[Task]:
+        """All that there is to do, also what has to wait."""
+        return look_again(store, lambda: list(self._tasks(store, self.victims)))
+
+    def _tasks(self, store: Store, victims: Tombstones) -> Iterator[Task]:
+        if not len(victims):
+            return
+        tombstones = tombstones_naming(store, victims)
+        whole = erase_materialised.digest(victims.ids)
+        present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk
+        for part in present:
+            entries = part_files(store, part)
+            if self._holds(entries, lambda part=part: _holds(store, part, victims.rows(part))):  # type: ignore[misc]
+                paths = [entry.path for entry in entries]
+                key = task_key("erase", {"victims": erase_materialised.digest(victims.rows(part))}, paths)
+                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": tombstones})
+        for label, what, entry, holds in _others(store, victims, present):
+            if self._holds([entry], holds):
+                key = task_key("erase", {**what, "victims": whole}, [entry.path])
+                yield Task(key, label, 1, {**what, "paths": [entry.path], "reads": tombstones})
+
+    def _holds(self, entries: list[FileEntry], holds: Callable[[], bool]) -> bool:
+        paths = {entry.path for entry in entries}
+        if paths <= self.clean:
+            return False
+        if holds():
+            return True
+        self.clean.update(paths)
+        return False
+
+    def open(self, store: Store) -> EraseWorker:
+        """Nothing to load."""
+        return EraseWorker(store, self.victims)
+
+
+def _parts_alone(tasks: Iterator[Task]) -> Iterator[Task]:
+    """Tasks until the first that is no part's, or all if there is none of a part."""
+    of_parts = False
+    for task in tasks:
+        if of_parts and "part" not in task.inputs:
+            return
+        of_parts = "part" in task.inputs
+        yield task
+
+
+def look_again(store: Store, look: Callable[[], _Result]) -> _Result:
+    """What ``look`` finds; once more on the newest state if a file was replaced meanwhile."""
+    while True:
+        seen = store.state.number
+        try:
+            return look()
+        except (CorruptError, ErasedError):
+            # Between being found and being read a file can be gone, which then looks like damage.
+            if store.refresh().number == seen:
+                raise
+
+
+Other = tuple[str, dict[str, str], FileEntry, Callable[[], bool]]
+
+
+def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[Other]:
+    """Label, inputs, file, and whether it holds something, of all files that belong to no part alone."""
+    state = store.state
+    for name in state.names("index"):
+        for slot, entry in all_shards(state, name).items():
+            if not set(present).isdisjoint(parts_of(entry)):
+                holds = functools.partial(_shard_holds, store, entry, victims)
+                yield f"index {name} {slot}", {"index": name, "slot": slot}, entry, holds
+    for name in state.names("neighbours"):
+        for slot in state.group("neighbours", name):
+            table = state.file("neighbours", slot, name)
+            if table is not None:
+                holds = functools.partial(_table_holds, store, table, victims)
+                yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, table, holds
+    for name in state.names("materialised"):
+        for slot in state.group("materialised", name):
+            file = state.file("materialised", slot, name)
+            if file is not None:
+                holds = functools.partial(_materialised_holds, store, file, victims)
+                yield f"materialised {name} {slot}", {"materialised": name, "slot": slot}, file, holds
+    for slot in state.group("quarantine"):
+        input_file = state.file("quarantine", slot)
+        if input_file is not None:
+            holds = functools.partial(_has_excerpts, store, input_file)
+            yield f"quarantine {slot}", {"quarantine": slot}, input_file, holds
+
+
+def part_files(store: Store, part: int) -> list[FileEntry]:
+    """The files of a part that hold its text, tokens, vectors or ids."""
+    found = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
+    found += [store.state.part_file("embeddings", part, name) for name in store.state.names("embeddings")]
+    return [entry for entry in found if entry is not None]
+
+
+def _holds(store: Store, part: int, rows: Rows) -> bool:
+    """Whether a part's chunks or embeddings still hold any of ``rows``."""
+    chunks = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
+    if (chunks["n_tokens"].to_numpy()[rows] > 0).any():
+        return True
+    for name in store.state.names("embeddings"):
+        entry = store.state.part_file("embeddings", part, name)
+        if entry is not None and vectors.read_vectors(store, entry)[rows].any():
+            return True
+    return False
+
+
+def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+    shard = lists.read(store.path(entry))
+    return any(victims.contains(shard.ids(number)).any() for number in shard.numbers)
+
+
+def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+    rows = victims.rows(int(FileName.parse(entry.path).slot))
+    within = is_within(store, entry, table_schema(store, entry).metadata)
+    for group in range(-(-entry.rows // ROW_GROUP)):
+        mine = _in_group(rows, group)
+        if not (within or len(mine)):
+            continue
+        ids = tables.read_table(store, entry, [group]).ids
+        if (ids[mine] != NO_NEIGHBOUR).any() or (within and victims.contains(ids).any()):
+            return True
+    return False
+
+
+def _materialised_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+    rows = victims.rows(int(FileName.parse(entry.path).slot))
+    return erase_materialised.holds(store, entry, victims, erase_materialised.databases_within(entry), rows)
+
+
+def _in_group(rows: Rows, group: int) -> Rows:
+    """Those of ``rows`` (ascending) that a row group has, counted from its first."""
+    low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
+    return rows[low:high] - group * ROW_GROUP
+
+
+def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
+    """The schema of a Parquet file with its metadata; ``CorruptError`` if it can't be read."""
+    return parts.read_parquet(store, entry, row_groups=[]).schema
+
+
+def _has_excerpts(store: Store, entry: FileEntry) -> bool:
+    table = parts.read_parquet(store, entry, list(_OF_INPUT))
+    return any(bool(pc.any(pc.greater(pc.binary_length(table[name]), 0)).as_py()) for name in _OF_INPUT)
+
+
+class EraseWorker:
+    """Rewrites files without the victims."""
+
+    def __init__(self, store: Store, victims: Tombstones) -> None:
+        self._store = store
+        self._victims = victims
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
+        old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
+        check_there(self._store, (*old, *tombstones))
+        try:
+            add = self._rewritten(task, run)
+        except CorruptError:
+            check_there(self._store, old)
+            raise
+        report(task.weight)
+        return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
+
+    def _rewritten(self, task: Task, run: str) -> list[FileEntry]:
+        inputs, state = task.inputs, self._store.state
+        if "part" in inputs:
+            return self._part(int(inputs["part"]), run)
+        if "index" in inputs:
+            entry = state.file("index", inputs["slot"], inputs["index"])
+            rewrite = self._shard
+        elif "table" in inputs:
+            entry = state.file("neighbours", inputs["slot"], inputs["table"])
+            rewrite = self._table
+        elif "materialised" in inputs:
+            entry = state.file("materialised", inputs["slot"], inputs["materialised"])
+            rewrite = self._materialised
+        else:
+            entry = state.file("quarantine", inputs["quarantine"])
+            rewrite = self._excerpts
+        assert entry is not None, "it was there just now"
+        name = FileName.parse(entry.path)
+        return [rewrite(entry, FileName.new(run, name.kind, name.slot, name.extension, name.name))]
+
+    def _part(self, part: int, run: str) -> list[FileEntry]:
+        store, rows, slot = self._store, self._victims.rows(part), part_slot(part)
+        chunks = parts.read_chunks(store, part)
+        n_tokens, tokens = chunks.n_tokens.copy(), chunks.tokens.copy()
+        n_tokens[rows], tokens[rows] = 0, 0
+        documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens, store.identity)
+        found = {
+            "documents": documents,
+            "keys": parts.keys_table(documents),
+            "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
+        }
+        add = [
+            parts.write_parquet(store.root, FileName.new(run, kind, slot, "parquet"), table)
+            for kind, table in found.items()
+        ]
+        for name in store.state.names("embeddings"):
+            entry = store.state.part_file("embeddings", part, name)
+            if entry is not None:
+                matrix = np.array(vectors.read_vectors(store, entry))
+                matrix[rows] = 0
+                add.append(
+                    vectors.write_vectors(store.root, FileName.new(run, "embeddings", slot, "npy", name), matrix)
+                )
+        return add
+
+    def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
+        check_sum(self._store, name.name, entry)
+        index = lists.without(lists.read(self._store.path(entry)), self._victims.contains)
+        return write_index(self._store.root, index, name, entry.about)
+
+    def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
+        store, rows = self._store, self._victims.rows(int(name.slot))
+        schema = table_schema(store, entry)
+        banned = self._victims.contains if is_within(store, entry, schema.metadata) else None
+
+        def groups() -> Iterator[pa.Table]:
+            for group in range(-(-entry.rows // ROW_GROUP)):
+                table = erase_neighbours(tables.read_table(store, entry, [group]), _in_group(rows, group), banned)
+                columns = {
+                    column: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+                    for column, values in (("ids", table.ids), ("distances", table.distances))
+                }
+                yield pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
+
+        written = parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP)
+        # It stays the same table: what was made of it knows it by the name that it had first.
+        return replace(written, about={**(entry.about or {}), "made": tables.made_as(entry)})
+
+    def _materialised(self, entry: FileEntry, name: FileName) -> FileEntry:
+        within, rows = erase_materialised.databases_within(entry), self._victims.rows(int(name.slot))
+        return erase_materialised.rewrite(self._store, entry, name, self._victims, within, rows)
+
+    def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
+        table = parts.read_parquet(self._store, entry)
+        for column in _OF_INPUT:
+            place = table.schema.get_field_index(column)
+            nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
+            table = table.set_column(place, table.schema.field(place), nothing)
+        return parts.write_parquet(self._store.root, name, table)
+
+
+def erase_documents(
+    documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], identity: Identity
+) -> pa.Table:
+    """Documents after an erase: counts of what is left, and nulls for those of which nothing is.
+
+    Those of which a part is left lose the hash of their text; where that was their id too, they are named anew.
+    """
+    left = np.bincount(doc, weights=n_tokens, minlength=documents.num_rows).astype(np.int64)
+    whole = documents["n_tokens"].to_numpy() == left
+    gone = pa.array(left == 0)
+    documents = _named_anew(documents, ~whole & (left > 0) & parts.named_by_text(documents), identity)
+    columns = []
+    for schema_field in documents.schema:
+        column = documents[schema_field.name]
+        if schema_field.name == "n_tokens":
+            column = pa.array(left)
+        elif schema_field.name == "text_hash":
+            # The hash of a text that is no longer all there would still tell what it was.
+            column = pc.if_else(pa.array(whole), column, pa.scalar(None, column.type))
+        elif schema_field.name not in ("first_row", "n_chunks"):
+            column = pc.if_else(gone, pa.scalar(None, column.type), column)
+        columns.append(column)
+    return pa.table(columns, schema=documents.schema)
+
+
+def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Identity) -> pa.Table:
+    """Documents with ids for ``which`` of them that only the store can make of those before, always the same."""
+    if not which.any():
+        return documents
+    old = documents["id"].filter(pa.array(which)).to_pylist()
+    ids = [identity.keyed_hash(f"erased:{name}") for name in old]
+    for column, values in (("id", ids), ("key", [id_hash(name) for name in ids])):
+        place = documents.schema.get_field_index(column)
+        field_ = documents.schema.field(place)
+        new = pc.replace_with_mask(documents[column].combine_chunks(), pa.array(which), pa.array(values, field_.type))
+        documents = documents.set_column(place, field_, new)
+    return documents
+
+
+def erase_neighbours(
+    table: NeighbourTable, rows: Rows, banned: Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]] | None
+) -> NeighbourTable:
+    """Neighbours with ``rows`` emptied, and without the entries that are ``banned`` (None: none is)."""
+    ids, distances = table.ids.copy(), table.distances.copy()
+    ids[rows], distances[rows] = NO_NEIGHBOUR, np.inf
+    if banned is not None:
+        drop = banned(ids)
+        ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
+        hit = np.flatnonzero(drop.any(axis=1))
+        order = np.argsort(drop[hit], axis=1, kind="stable")  # those that stay move up, in their order
+        ids[hit] = np.take_along_axis(ids[hit], order, 1)
+        distances[hit] = np.take_along_axis(distances[hit], order, 1)
+    return NeighbourTable(ids, distances)

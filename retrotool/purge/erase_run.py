@@ -1,0 +1,301 @@
+"""``purge --erase`` of purges that were made before; and what every erase consists of.
+
+Another process may purge or erase at the same time. What was begun on a view that another commit has overtaken is
+planned again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from retrotool import engine, memory
+from retrotool.chunk.reapply_purges import with_those_after
+from retrotool.encoder.devices import cores
+from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
+from retrotool.index.counting import neighbours_command
+from retrotool.index.index_files import measured_files
+from retrotool.index.search_scope import erased_chunks
+from retrotool.neighbours.dependents import Holding, holding, is_of_this, table_files
+from retrotool.neighbours.materialising import erase_consumed
+from retrotool.purge import commit as purging
+from retrotool.purge.erase import EraseStage, part_files
+from retrotool.purge.prove import ProveStage
+from retrotool.purge.reviewed import selections_of
+from retrotool.purge.selection import Ids
+from retrotool.purge.selectors import scan
+from retrotool.store import disk, folding, log, paths
+from retrotool.store.clean import clean, clean_spool
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.restored import standing_purges
+from retrotool.store.runs import Run
+from retrotool.store.session import writing
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+
+ATTEMPTS = 20
+"""How often what another process has overtaken is begun again."""
+ELSEWHERE = (
+    "ids of what was erased, distances to it, and its text if materialised, "
+    "where other stores have neighbours in this one"
+)
+_ROWS_A_WORKER = 1 << 16
+"""Rows of parts that take some times what it takes to start a process."""
+_WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
+"""Memory of a process: this, and so many times the tokens and vectors of a part."""
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerLeft:
+    """A store with neighbours in this one: what an erase did there, what may be left, and what to run there.
+
+    ``materialised``: text may be left, as the store can't be written, or is not there. ``rewritten`` files had some.
+    ``names``: tables name what was erased.
+    """
+
+    path: str
+    table: str
+    there: bool
+    materialised: bool
+    command: str
+    rewritten: int = 0
+    names: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EraseResult:
+    """What an erase of earlier ``purges`` did, or is to do.
+
+    ``unerased`` counts the chunks that it has still to take, copies included, and ``unerased_share`` is their share of
+    all chunks that the store ever had. The rest as in ``PurgeResult``.
+    """
+
+    purges: tuple[str, ...]
+    unerased: int
+    unerased_share: float
+    erased: int
+    copies: int
+    files_rewritten: int
+    commit: int
+    left: tuple[str, ...] = field(default=())
+    not_reached: tuple[str, ...] = field(default=())
+    consumers: tuple[ConsumerLeft, ...] = field(default=())
+
+
+def erase(
+    root: str | Path,
+    purges: Sequence[str] = (),
+    *,
+    older_than: float | None = None,
+    confirm: Callable[[EraseResult], bool] = lambda _: True,
+) -> EraseResult:
+    """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
+
+    ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
+    goes on. What a ``chunk`` purged after them, as it had more of the same, goes with them. ``confirm`` is asked before
+    anything is rewritten; False leaves everything as it is.
+    """
+    store = Store.open(root)
+    wanted = with_those_after(store.state, _wanted(store, purges, older_than))
+
+    def attempt() -> EraseResult:
+        chunks = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in wanted)]
+        named = purging.in_store(store, np.unique(np.concatenate(chunks)))
+        copies, copied = purging.find_copies(store, named)
+        victims = np.union1d(named, copies)
+        unerased = purging.count_unerased(store, victims)
+        planned = EraseResult(
+            tuple(wanted), unerased, unerased / max(purging.count_rows(store), 1), 0, copied, 0, store.state.number
+        )
+        if unerased and not confirm(planned):
+            return planned
+        with writing(store) as run:
+            _name_copies(store, run, wanted, copies)
+            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims))
+            left = clear(store, run)
+            consumers = consumers_left(store, victims)
+        state = store.refresh()
+        return EraseResult(
+            tuple(wanted), unerased, planned.unerased_share, erased, copied, rewritten, state.number, tuple(left),
+            (ELSEWHERE,) if erased and state.names("index") else (), tuple(consumers),
+        )  # fmt: skip
+
+    return until_not_overtaken(store, attempt)
+
+
+def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
+    """The ids of purges to erase."""
+    records = store.state.with_prefix("purge:")
+    for purge in purges:
+        if purge not in records:
+            known = f"it has: {', '.join(records)}" if records else "it has none"
+            raise UsageError(f"{store.root} has no purge {purge!r}; {known}", f"See: retrotool info {store.root}")
+        if "restored" in records[purge]:
+            raise UsageError(f"the purge {purge!r} was taken back: its chunks are not purged", "Purge them again.")
+    if older_than is None:
+        return list(dict.fromkeys(purges))
+    before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC)
+    old = [
+        purge
+        for purge, record in records.items()
+        if not (record["erased"] or "restored" in record)
+        and (commit := log.read(store.root, int(record["commit"]))) is not None
+        and datetime.fromisoformat(commit.time) < before
+    ]
+    return list(dict.fromkeys([*purges, *old]))
+
+
+def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
+    """Commit, of each purge, the ``copies`` that are erased with it though it does not name them.
+
+    Once their originals are erased nothing else tells copies: so an erase can be gone on with after a kill. Cost: if
+    there are any, that of ``find_copies`` for each purge.
+    """
+    for purge in purges:
+        named = purging.tombstones_of(store, purge)
+        if not len(np.setdiff1d(copies, named)):
+            continue
+        own = copies if len(purges) == 1 else purging.find_copies(store, purging.in_store(store, named))[0]
+        if len(new := np.setdiff1d(own, named)):
+            _name(store, run, purge + purging.COPIES, new)
+
+
+def _name(store: Store, run: Run, slot: str, new: Ids) -> None:
+    """Add to the chunks that are erased with a purge."""
+    before = store.state.file("tombstones", slot)
+    ids = np.union1d(read_tombstones(store, slot).ids, new)
+    entry = write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)
+
+    def build(state: State) -> Draft:
+        if state.file("tombstones", slot) != before:
+            raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
+        return Draft("erase", {"purges": []}, add=(entry,), remove=(before.path,) if before else ())
+
+    try:
+        store.commit(run, build)
+    except ConflictError:
+        disk.unlink(paths.inside(store.root, entry.path))
+        raise
+
+
+def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
+    """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
+    for _ in range(ATTEMPTS):
+        seen = store.refresh().number
+        try:
+            return attempt()
+        except (ErasedError, ConflictError, CorruptError):
+            # Between being found and being read a file can be replaced, which then looks like damage.
+            if store.refresh().number == seen:
+                raise
+    return attempt()
+
+
+def consumers_left(store: Store, chunks: Ids) -> list[ConsumerLeft]:
+    """The other stores in which something of erased chunks is left, or may be: of these, and of all erased before."""
+    erased = Tombstones(np.union1d(chunks[read_tombstones(store).contains(chunks)], erased_chunks(store).ids))
+    if not len(erased):
+        return []
+    total = table_files(store)
+    with tqdm(total=total, unit="file", desc="other stores", disable=None, delay=2, file=sys.stderr) as bar:
+        found = []
+        for one in holding(store, erased, bar.update):
+            rewritten = _erase_texts(one, store, erased) if one.consumer.materialised else 0
+            if one.store is None or one.names_erased or rewritten is None or rewritten:
+                again = neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again)
+                found.append(
+                    ConsumerLeft(
+                        one.consumer.path, one.consumer.table, one.store is not None, rewritten is None, again,
+                        rewritten or 0, one.names_erased,
+                    )
+                )  # fmt: skip
+        return found
+
+
+def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
+    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached.
+
+    Not where it uses a copy of this database: there another chunk may have the id.
+    """
+    if one.store is None or not is_of_this(one.store, one.consumer.table, store):
+        return None
+    try:
+        with writing(one.store) as run:
+            return erase_consumed(one.store, run, store, erased)
+    except (RetrotoolError, OSError):
+        return None  # it can't be written; what is left there is told
+
+
+def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
+    """Erase tombstoned chunks; return how many chunks and how many files were rewritten.
+
+    ``ConflictError`` if any is none: the purge was taken back meanwhile.
+    """
+    chunks = purging.in_store(store, chunks)
+    victims = Tombstones(chunks)
+    workers = _workers(store, victims)
+    # What victims can be looked for by is kept before anything of them is gone.
+    engine.execute(ProveStage(victims), store, run, workers=workers)
+    stage = EraseStage(victims)
+    rewritten = sum(task.weight for task in stage.tasks(store))
+    engine.execute(stage, store, run, workers=workers)
+
+    def build(state: State) -> Draft | None:
+        done = purging.erased_purges(store, victims)
+        records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
+        # What other purges asked for, too, to take some of the victims, may name these.
+        alike = [p for p in standing_purges(state) if purging.has_any(store, p, victims)]
+        gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
+        # What was measured of an index names the sources of documents: the victims' may be among them.
+        gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
+        gone += selections_of(store, victims.ids) if done else []
+        # Places in the text of victims, and what was looked for, hashed.
+        gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
+        return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
+
+    store.commit(run, build)
+    return len(victims), rewritten
+
+
+def _workers(store: Store, victims: Tombstones) -> int:
+    """Processes for an erase: as many as there are cores, half the memory allows, and starting pays for."""
+    several = [part_files(store, part) for part in victims.parts() if store.state.part_file("chunks", part)]
+    rows = [max(entry.rows for entry in files if FileName.parse(entry.path).kind == "chunks") for files in several]
+    if sum(rows) < 2 * _ROWS_A_WORKER:
+        return 1
+    vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]
+    tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
+    most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
+    room = memory.of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
+    return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
+
+
+def clear(store: Store, run: Run) -> list[str]:
+    """Take away what may hold what was erased, and say what must stay."""
+    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
+    folding.fold(store, run)
+    clean(store, thorough=True)
+    left = clean_spool(store, run.id)
+    told = []
+    if planned := [file.path.name for file in left if file.planned]:
+        told.append(
+            f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
+            f"hold what was erased. Finish that: retrotool chunk {store.root} --retry-quarantine; then run this again."
+        )
+    if busy := [file.path.name for file in left if not file.planned]:
+        told.append(
+            f"Standard input in {store.root}/spool ({', '.join(busy)}) may hold what was erased; it was written less "
+            "than an hour ago, and a process may be about to chunk it. Run this again when none is."
+        )
+    return told

@@ -1,0 +1,116 @@
+"""What ``retrotool purge`` shows of a purge and of an erase, and asks before."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrotool.cli import output
+from retrotool.errors import UsageError
+from retrotool.purge.review_text import lines_of
+
+if TYPE_CHECKING:
+    from retrotool.purge.erase_run import ConsumerLeft, EraseResult
+    from retrotool.purge.run import PurgeResult
+
+_PROVED = 3
+
+
+def warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
+    """What is about to happen."""
+    does = []
+    chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
+    if chunks:
+        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.1%} of the store")
+    if erase:
+        share = f"{planned.unerased_share:.1%} of all it ever had"
+        does.append(f"erases {output.count(planned.unerased, 'chunk')} for good, {share}")
+    return f"This {', and '.join(does)}."
+
+
+def agrees(warned: str) -> bool:
+    """Ask a person; ``UsageError`` if none is there."""
+    if not sys.stdin.isatty():
+        raise UsageError(warned.removesuffix("."), "Above 1 % it wants --yes. See what it is with --dry-run.")
+    sys.stderr.write(f"{warned} Go on? [y/N]: ")
+    sys.stderr.flush()
+    # Not typer's own: it can't tell Ctrl-C, which ends a command with another exit code, from an answer.
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def purged(store: Path, result: PurgeResult, erase: bool) -> str:
+    """What a purge did, or would do."""
+    documents = output.count(result.documents, "whole document")
+    what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
+    before = f"; {result.already_purged:,} more were purged before" if result.already_purged else ""
+    if result.dry_run:
+        lines = [f"Would purge {what}{before}. Nothing was purged."]
+        if erase:
+            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies(result)}.")
+        return "\n".join([*lines, *lines_of(store, result), *_same_text(store, result)])
+    lines = []
+    if not result.purge and not result.erased:
+        lines.append(f"Nothing to purge{before}.")
+    if result.purge and (result.chunks or not result.erased):
+        lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
+    if result.blocked and not result.chunks:
+        lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
+    return "\n".join(lines + _about_erased(store, result) + _same_text(store, result))
+
+
+def _same_text(store: Path, result: PurgeResult) -> list[str]:
+    """Which documents stay with a text that was selected, and what to run."""
+    same = result.same_text
+    if not same.documents:
+        return []
+    names = ", ".join(map(output.one_line, same.first))
+    living = f"as {names}" if same.documents == len(same.first) else f"in {same.documents:,} documents: {names}, …"
+    given = [word for name in same.first for word in ("--document", name)]
+    command = output.one_line(shlex.join(["retrotool", "purge", str(store), *given]))
+    return [f"The same text is living {living}. To take it there: {command} --reason ..."]
+
+
+def erased(store: Path, result: EraseResult) -> str:
+    """What an erase of earlier purges did."""
+    if not result.purges:
+        return "Nothing to erase: no purge is as old as that."
+    return "\n".join(_about_erased(store, result))
+
+
+def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
+    """What an erase did; nothing if there was none."""
+    lines = []
+    if result.erased:
+        done = f"{output.count(result.files_rewritten, 'file')} rewritten"
+        if not result.files_rewritten:
+            done = "they were erased before"
+        lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; {done}.")
+        lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in result.purges[:_PROVED]]
+    lines += [f"Not reached: {what}." for what in result.not_reached]
+    return lines + [consumer_left(one) for one in result.consumers]
+
+
+def _copies(result: PurgeResult | EraseResult) -> str:
+    if not result.copies:
+        return ""
+    repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
+    return f", those of {result.copies:,} set-aside {repeating} them included"
+
+
+def consumer_left(one: ConsumerLeft) -> str:
+    """What an erase left in another store."""
+    what = f"neighbours {one.table!r} of {one.path}"
+    if not one.there:
+        return f"Not looked at: {what}, which is not there now. Where it is, run: {one.command}"
+    lines = []
+    if one.rewritten:
+        lines.append(f"Erased its text in {one.path}, too: {output.count(one.rewritten, 'file')} rewritten.")
+    if one.names:
+        lines.append(
+            f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
+        )
+    if one.materialised:
+        lines.append(f"Left: the texts written with {what} may hold its text: they are of a copy, or can't be written.")
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""``purge``: select, confirm, commit, erase.
+
+Another process may purge or erase at the same time. What was selected, or begun to be erased, on a view that another
+commit has overtaken is selected, or planned, again; ``confirm`` is asked again if that changes what it was asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from retrotool import engine
+from retrotool.errors import StorageError
+from retrotool.purge import commit as selecting
+from retrotool.purge.commit import Selection
+from retrotool.purge.erase_run import (
+    ELSEWHERE,
+    ConsumerLeft,
+    clear,
+    consumers_left,
+    erase_chunks,
+    until_not_overtaken,
+)
+from retrotool.purge.review import Review, review
+from retrotool.purge.reviewed import read_selection, write_selection
+from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
+from retrotool.purge.selecting import Selectors, signed
+from retrotool.purge.selection import Asked, Match, Report, choose
+from retrotool.store.session import writing
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeResult:
+    """What ``purge`` did, or would do.
+
+    ``purge`` is empty if there was nothing to do; ``purges`` are those that an erase was of: this, or, if it did no
+    more than go on with them, those by the same selectors before, the newest first. ``unerased`` counts the selected
+    chunks, copies included, that an erase has still to take, and ``unerased_share`` is their share of all chunks that
+    the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
+    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` are the ids and texts that are
+    kept from coming back, and were not before. ``left`` says, in sentences, where text may lie that an erase could not
+    reach just now, and ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that
+    name what was erased, by this purge or before, or could, as far as they are known. ``same_text``: documents that
+    stay, and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are
+    how many chunks each selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote
+    down ("": it can't write).
+    """
+
+    purge: str
+    chunks: int
+    documents: int
+    tokens: int
+    already_purged: int
+    share: float
+    unerased: int
+    unerased_share: float
+    erased: int
+    copies: int
+    files_rewritten: int
+    blocked: int
+    dry_run: bool
+    commit: int
+    examples: tuple[int, ...] = field(default=())
+    left: tuple[str, ...] = field(default=())
+    not_reached: tuple[str, ...] = field(default=())
+    consumers: tuple[ConsumerLeft, ...] = field(default=())
+    matches: tuple[Match, ...] = field(default=())
+    same_text: SameText = NO_TEXT
+    purges: tuple[str, ...] = field(default=())
+    review: Review | None = None
+    selection: str = ""
+
+
+def select(store: Store, asked: Asked, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
+    """Select what is asked for; scans must have been done.
+
+    A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
+    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too; but not
+    with a selection that was reviewed, which is what was looked at and nothing else.
+    """
+    earlier = selecting.same_selector(store, asked)
+    chosen = choose(store, asked, missing_ok=bool(earlier), report=report)
+    if not erase:
+        return selecting.weigh(store, asked, chosen)
+    begun = [purge for purge, erased in earlier.items() if not erased and asked.reviewed is None]
+    more = np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in begun)])
+    copies, copied = selecting.find_copies(store, selecting.in_store(store, np.union1d(chosen.chunks, more)))
+    known = [read_tombstones(store, purge + selecting.COPIES).ids for purge in begun]
+    copies = selecting.in_store(store, np.unique(np.concatenate([copies, *known])))
+    return selecting.weigh(store, asked, chosen, more, copies, copied)
+
+
+def purge(
+    root: str | Path,
+    selectors: Selectors,
+    *,
+    reason: str,
+    who: str | None = None,
+    apply: str | None = None,
+    dry_run: bool = False,
+    erase: bool = False,
+    confirm: Callable[[PurgeResult], bool] = lambda _: True,
+) -> PurgeResult:
+    """Purge what selectors mean, and erase it if asked to.
+
+    ``apply``: in place of selectors, a selection that a dry run wrote down: just the chunks that were reviewed.
+    ``reason`` and ``who`` (None: the user of this process) stay in the log. ``confirm`` is asked with what would be
+    done, unless it is a dry run; False leaves everything as it is.
+    """
+    who = signed(reason, who)
+    store = Store.open(root)
+    asked = selectors.asked(store) if apply is None else read_selection(store, apply)
+    agreed: PurgeResult | None = None
+
+    def attempt() -> PurgeResult:
+        nonlocal agreed
+        if asked.scan is not None and not asked.scan.is_done(store):
+            with writing(store) as run:
+                engine.execute(asked.scan, store, run)
+        total = len(asked.given) * len(store.state.parts())
+        with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
+            selection = select(store, asked, erase=erase, report=bar.update)
+        planned = _planned(store, selection, dry_run)
+        if dry_run:
+            return _reviewed(store, selection, planned)
+        if (planned.chunks or planned.unerased) and not _is_alike(planned, agreed):
+            if not confirm(planned):
+                return planned
+            agreed = planned
+        return _carry_out(store, selection, planned, reason, who, erase)
+
+    return until_not_overtaken(store, attempt)
+
+
+def _reviewed(store: Store, selection: Selection, planned: PurgeResult) -> PurgeResult:
+    """What a dry run tells besides; the selection is written down, if there is anything in it and it can be."""
+    name = ""
+    if len(selection.living) or selection.asked.scan:
+        with contextlib.suppress(StorageError), writing(store) as run:
+            name = write_selection(store, run, selection.asked, selection.living)
+    return replace(planned, review=review(store, selection), selection=name)
+
+
+def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
+    """What a selection would do, if nothing else happened."""
+    state = store.state
+    chunks = len(selection.living)
+    alive = int(state.records.get("totals", {}).get("chunks", 0))
+    rows = selecting.count_rows(store)
+    return PurgeResult(
+        "", chunks, selection.documents, selection.tokens,
+        already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
+        unerased=selection.unerased, unerased_share=selection.unerased / rows if rows else 0.0,
+        erased=0, copies=selection.copied, files_rewritten=0, blocked=selection.newly_blocked,
+        dry_run=dry_run, commit=state.number, examples=tuple(selection.living[:10].tolist()),
+        matches=selection.chosen.matches, same_text=find_same_text(store, selection.chunks),
+    )  # fmt: skip
+
+
+def _is_alike(planned: PurgeResult, agreed: PurgeResult | None) -> bool:
+    """Whether what is planned takes no more than what was agreed to."""
+    return agreed is not None and planned.chunks <= agreed.chunks and planned.unerased <= agreed.unerased
+
+
+def _carry_out(
+    store: Store, selection: Selection, planned: PurgeResult, reason: str, who: str, erase: bool
+) -> PurgeResult:
+    """Commit a purge, and erase."""
+    purged, erased, rewritten = "", 0, 0
+    left: list[str] = []
+    consumers: list[ConsumerLeft] = []
+    with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
+        # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
+        # could not be gone on with after a kill.
+        uncovered = erase and not _is_covered(store, selection)
+        if planned.chunks or planned.blocked or uncovered:
+            purged = selecting.commit_purge(store, run, selection, reason, who)
+        if erase:
+            victims = np.union1d(selection.chunks, selection.copies)
+            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims))
+            left = clear(store, run)
+            consumers = consumers_left(store, victims)
+    state = store.refresh()
+    records = state.with_prefix("purge:")
+    before = sorted(selecting.same_selector(store, selection.asked), key=lambda purge: -int(records[purge]["commit"]))
+    of = (purged,) if purged else tuple(before)
+    return replace(
+        planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
+        commit=state.number, left=tuple(left),
+        not_reached=(ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
+    )  # fmt: skip
+
+
+def _is_covered(store: Store, selection: Selection) -> bool:
+    """Whether purges of the same selector name all chunks of a selection, and all copies."""
+    purges = selecting.same_selector(store, selection.asked)
+    named = [np.zeros(0, np.int64), *(selecting.tombstones_of(store, purge) for purge in purges)]
+    return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())

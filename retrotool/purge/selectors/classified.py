@@ -1,0 +1,111 @@
+"""``--classifier``: chunks that a sequence classifier gives a label, such as toxic, with a score of ``above`` or more.
+
+The classifier is a local directory (``encoder.classifier``, which says what a score is). It reads the text of each
+chunk on its own, as ``retrotool search`` shows it: decoded from the chunk's tokens, with nothing of its neighbours.
+Where the tokenizer of the store loses case or spacing this is not the text that went in, so ``--allow-lossy`` is
+wanted, as for all that looks at text.
+
+A scan is named by the model's content (weights, configuration, tokenizer), the label and the limit, and not by the
+model's path: the same model elsewhere goes on with it, another in the same place begins anew.
+
+A score that is no number ends the scan with an error that names the chunk, and nothing is purged. Parts that were
+scanned before stay scanned. Values of key-value records are looked at as keys are; erased chunks have no text.
+
+Cost: the model's forward in float32, on a GPU where there is one; all else is nothing beside it. Memory: the model, and
+a batch a thread.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from retrotool.encoder.classifier import Classifier, find_classifier
+from retrotool.errors import RetrotoolError, UsageError
+from retrotool.purge.selectors.document_text import Block
+from retrotool.purge.selectors.selector import Hits
+from retrotool.store import parts
+from retrotool.store.store import Store
+from retrotool.tokenizers import Tokenizer, TokenizerFile
+
+_BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """Chunks to which the classifier in ``path`` gives ``label`` with a score of ``above`` or more."""
+
+    path: str
+    sha256: str
+    label: str
+    above: float
+    device: str = "auto"
+    kind: ClassVar[str] = "classifier"
+    reads_text: ClassVar[bool] = True
+
+    def literal(self) -> dict[str, Any]:
+        """What the model is, the label and the limit; not where it lies."""
+        return {"sha256": self.sha256, "label": self.label, "above": self.above}
+
+    def open(self, store: Store) -> ClassifierMatcher:
+        """Load the model; ``UsageError`` if it can't be, or is not what it was."""
+        identity = find_classifier(Path(self.path))
+        if identity.sha256 != self.sha256:
+            raise UsageError(f"classifier {self.path!r} was changed just now", "Run the same command again.")
+        classifier = Classifier(identity, self.device)
+        return ClassifierMatcher(store, classifier, identity.label(self.label), self.above, (self.kind,))
+
+
+def classified(path: str | Path, label: str | None, above: float | None, device: str = "auto") -> Classified:
+    """What ``--classifier``, ``--label`` and ``--above`` mean.
+
+    ``UsageError`` for a directory that is no classifier, a label that it has not, and a score that is none.
+    """
+    identity = find_classifier(Path(path))
+    if label is None or above is None:
+        raise UsageError(
+            f"--classifier wants {'--above' if label is not None else '--label'}, too",
+            f"Give one of its labels ({', '.join(identity.labels)}) with --label, and with --above the least score.",
+        )
+    if not (math.isfinite(above) and 0 < above <= 1):
+        raise UsageError(f"--above {above} is no score", "Give a number above 0 and up to 1, such as 0.9.")
+    identity.label(label)
+    return Classified(str(Path(path).absolute()), identity.sha256, label, float(above), device)
+
+
+class ClassifierMatcher:
+    """Finds chunks whose ``label`` a classifier gives a score of ``above`` or more."""
+
+    def __init__(self, store: Store, classifier: Classifier, label: int, above: float, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.block_rows = _BLOCK_ROWS[classifier.device.split(":")[0]]
+        own = store.identity.tokenizer
+        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+        self._store, self._classifier, self._label, self._above = store, classifier, label, above
+
+    def __call__(self, block: Block) -> Hits:
+        """Those of the block, with their scores; ``RetrotoolError`` names a chunk whose score is no number."""
+        chunks = block.chunks
+        rows = np.flatnonzero(chunks.n_tokens > 0)
+        texts = self._tokenizer.decode_text(chunks.tokens[rows], chunks.n_tokens[rows])
+        scores = self._classifier.scores(texts, self._label)
+        broken = np.flatnonzero(np.isnan(scores))
+        if len(broken):
+            raise self._no_score(block, int(rows[broken[0]]))
+        chosen = scores >= np.float32(self._above)
+        return Hits.of(rows[chosen], figures=scores[chosen])
+
+    def _no_score(self, block: Block, row: int) -> RetrotoolError:
+        """What says which chunk it is."""
+        names = parts.read_documents(self._store, block.part, ["id"])["id"]
+        document = names[int(block.chunks.doc[row])].as_py()
+        chunk = int(parts.chunk_ids(block.part, np.array([block.first + row]))[0])
+        return RetrotoolError(
+            f"classifier {str(self._classifier.identity.path)!r} gives NaN or infinity for chunk {chunk} "
+            f"(row {block.first + row} of part {block.part}, document {document!r})",
+            "Nothing was purged. Its weights are broken, or it can't read this text: give another model.",
+        )

@@ -1,0 +1,211 @@
+"""``--like``: chunks near a text in the space of the embeddings, whatever words they use.
+
+A chunk is meant if the squared L2 distance of its stored vector to the text's, or to any of the text's, is ``within``
+or less: the number that ``retrotool search`` prints. What the text is embedded as:
+
+- A text that is given as such is one query, as ``search`` has it. One that is longer than the encoder takes is refused,
+  as what stands behind its end would count for nothing.
+- The text of a file is cut into chunks as a document is, by the store's tokenizer and chunk length, and each is a
+  query, embedded as the store's own chunks are: so a document's own text finds its chunks at a distance of nothing.
+
+All stored vectors are gone through, not an index. Through an index a search that is widened until the last candidate is
+too far would still miss what lies in lists that it did not probe, and a purge must not miss: its recall would be a
+figure, where this is a fact. It is also no slower: a selection of all that is within a distance has no k, and reading
+the vectors once costs less than decoding text does. Nor does it need an index at all. A part without embeddings is an
+error, not a part in which nothing is near.
+
+A product of float32 rules out what is farther by more than its rounding can be; of the rest the distances are computed
+as ``search`` computes them (``ann.ranking``). Values of key-value records have no vector, so they are never meant;
+``--whole-documents`` takes them with their key. Purged chunks are, as long as they are not erased.
+
+Cost: reading tokens, and 2 bytes a dimension and chunk; at 384 dimensions 0.6 to 1 µs a chunk and core for up to 20
+queries, and 15 ns for each further one. Memory: some 20 MB a thread, or 64 rows times the queries of a long file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.products import one_thread
+from retrotool.ann.ranking import exact_distances
+from retrotool.chunk.chunker import cut_chunks
+from retrotool.cli.command_lines import embed_command
+from retrotool.embed.stage import EncoderRows
+from retrotool.embed.store_encoder import load_encoder
+from retrotool.encoder import Encoder
+from retrotool.errors import UsageError
+from retrotool.index.search_scope import pick_encoder, read_part_vectors
+from retrotool.purge.selectors.document_text import Block
+from retrotool.purge.selectors.selector import Hits
+from retrotool.purge.selectors.selector_files import read_text
+from retrotool.store import parts
+from retrotool.store.store import Store
+from retrotool.tokenizers import Tokenizer, TokenizerFile
+
+Vectors = npt.NDArray[np.float32]
+
+_SLICE_ROWS, _LEAST_ROWS, _SLICE_PAIRS = 1 << 12, 64, 1 << 20
+_PAIRS = 1 << 14
+"""Fewer than what ``ann.ranking`` would share among threads."""
+_PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z0-9]{1,5}")
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """Chunks within a squared L2 distance of a text; ``cut``: it is cut into chunks first, as a file's is.
+
+    ``encoder`` and ``sha256`` say by which embeddings of the store; ``device`` where the text is embedded.
+    """
+
+    text: str
+    within: float
+    encoder: str
+    sha256: str
+    cut: bool = False
+    device: str = "auto"
+    kind: ClassVar[str] = "like"
+    reads_text: ClassVar[bool] = False
+
+    def literal(self) -> dict[str, Any]:
+        """The text, the distance and the encoder."""
+        names = ("text", "cut", "within", "encoder", "sha256")
+        return {name: getattr(self, name) for name in names}
+
+    def reads(self, store: Store, part: int) -> list[str]:
+        """The part's embeddings; ``UsageError`` if it has none."""
+        entry = store.state.part_file("embeddings", part, self.encoder)
+        if entry is None:
+            raise UsageError(
+                f"--like: part {part} has no embeddings of {self.encoder} yet, so what is near in it can't be told",
+                f"Embed it first: {embed_command(store, store.root, self.encoder)}",
+            )
+        return [entry.path]
+
+    def open(self, store: Store) -> LikeMatcher:
+        """Embed the text; ``UsageError`` if the encoder is not to be had, or the text is too long for it."""
+        encoder = load_encoder(store, self.encoder, self.device)
+        try:
+            queries = _embed_pieces(store, encoder, self.text) if self.cut else _embed_whole(encoder, self.text)
+        finally:
+            encoder.close()
+        return LikeMatcher(store, self.encoder, queries, self.within, (self.kind,))
+
+
+def near(store: Store, given: str | Path, within: float | None, encoder: str | None, device: str = "auto") -> Like:
+    """What ``--like`` and ``--within`` mean: ``given`` is the path of a file if there is one, else a text.
+
+    ``UsageError`` for a distance that is none, a text with nothing in it, and a store without embeddings.
+    """
+    if within is None:
+        raise UsageError(
+            "--like wants a distance, too", "Give --within, the squared L2 distance that retrotool search prints."
+        )
+    if not (math.isfinite(within) and within >= 0):
+        raise UsageError(
+            f"--within {within} is no distance", "Give a number from 0 on, such as retrotool search prints."
+        )
+    text, is_file = _read(str(given))
+    if not text.strip():
+        raise UsageError(f"--like: {given} has no text" if is_file else "--like: the text is empty")
+    name = pick_encoder(store, encoder)
+    return Like(text, float(within), name, str(store.state.records[f"encoder:{name}"]["sha256"]), is_file, device)
+
+
+def _read(given: str) -> tuple[str, bool]:
+    """A text, and whether it is that of a file."""
+    try:
+        is_file = Path(given).is_file()
+    except (OSError, ValueError):  # too long for a name: it is a text
+        is_file = False
+    if is_file:
+        return read_text("--like", given), True
+    if _PATH.fullmatch(given.strip()):  # a name with a slip must not be taken for the text that is meant
+        raise UsageError(f"--like: there is no file {given}", "If it is the text itself, put it into a file.")
+    return given, False
+
+
+def _embed_whole(encoder: Encoder, text: str) -> Vectors:
+    """The vector of a text, float32 [1, d], as ``search`` has it."""
+    rows = encoder.tokenize_query(text)
+    limit = encoder.identity.max_tokens
+    before, after = encoder.tokenizer.special_tokens()
+    room, n = limit - len(before) - len(after), int(rows.lengths[0])
+    if n > room:
+        raise UsageError(
+            f"--like: the text has {n:,} tokens, and the encoder {encoder.identity.name} takes {room:,}",
+            "Put it into a file: the text of a file is cut into chunks, and each is looked for.",
+        )
+    return encoder.embed(rows).astype(np.float32)
+
+
+def _embed_pieces(store: Store, encoder: Encoder, text: str) -> Vectors:
+    """The vectors of the chunks of a text, float32 [q, d], as ``chunk`` and ``embed`` would make them."""
+    own = store.identity
+    tokenizer = Tokenizer(TokenizerFile(own.tokenizer.name, store.tokenizer_json()))
+    ids, lengths = tokenizer.encode_flat([text])
+    if not len(ids):
+        raise UsageError("--like: the store's tokenizer finds no token in the text")
+    cut = cut_chunks(ids, lengths, own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes))
+    found = encoder.embed(EncoderRows(store, encoder).rows(cut.tokens, cut.n_tokens))
+    return np.unique(found.astype(np.float32), axis=0)
+
+
+class LikeMatcher:
+    """Finds chunks within a distance of one of ``queries``, float32 [q, d]."""
+
+    def __init__(self, store: Store, encoder: str, queries: Vectors, within: float, names: tuple[str, ...]) -> None:
+        import torch
+
+        self.names = names
+        self._store, self._encoder = store, encoder
+        self._queries, self._within = queries, np.float32(within)
+        self._norms = np.square(queries).sum(1)
+        self._threads = torch.get_num_threads()
+
+    def __call__(self, block: Block) -> Hits:
+        """Those of the block, with the distance to the nearest query."""
+        vectors = read_part_vectors(self._store, self._encoder, block.part)[block.first : block.first + len(block)]
+        embedded = block.chunks.embedded
+        rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(self._queries)), _LEAST_ROWS)
+        with one_thread(self._threads):  # blocks are looked at side by side
+            for start in range(0, len(block), size):
+                some = np.flatnonzero(embedded[start : start + size])
+                found, apart = self._near(vectors[start : start + size], some)
+                rows.append(found + start)
+                distances.append(apart)
+        return Hits.of(np.concatenate(rows), figures=np.concatenate(distances))
+
+    def _near(
+        self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Those of some ``rows`` of vectors [n, d] that are within, and their distances."""
+        import torch
+
+        # torch widens float16 by the processor's instruction for it, numpy does not
+        some = vectors if len(rows) == len(vectors) else vectors[rows]
+        wide = torch.from_numpy(np.ascontiguousarray(some)).float()
+        norms = torch.einsum("nd,nd->n", wide, wide).numpy()[:, None]
+        least = norms + self._norms  # |x|² + |q|², by which rounding is bounded
+        # Of d products and sums in float32 each is rounded by 2^-24 of what goes in; this is several times that.
+        slack = wide.shape[1] * 2.0**-21 * least + 1e-12
+        least += torch.mm(wide, torch.from_numpy(self._queries).T).mul_(-2).numpy()
+        least -= slack
+        # To say how far a row is, a query must be within, and as near as any may be.
+        row, query = np.nonzero(least <= np.minimum(self._within, (least + 2 * slack).min(1, keepdims=True)))
+        nearest = np.full(len(rows), np.inf, np.float32)
+        for q in np.unique(query).tolist():
+            mine = row[query == q]
+            for first in range(0, len(mine), _PAIRS):
+                pairs = mine[first : first + _PAIRS]
+                apart = exact_distances(self._queries[q : q + 1], pairs[None], lambda ids: vectors[rows[ids]])[0]
+                nearest[pairs] = np.minimum(nearest[pairs], apart)
+        within = nearest <= self._within
+        return rows[within], nearest[within]

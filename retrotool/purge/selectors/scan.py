@@ -1,0 +1,239 @@
+"""Holding selectors against all text of a store: tasks like those of any stage, one a part.
+
+What is found goes into files ``scans/<scan>/``, whose name is a keyed hash of what is looked for. So a scan that was
+killed goes on, and several machines share the work; a part that an erase has rewritten is scanned anew. The commit of
+the purge takes the files away, and so does that of a dry run, which writes down what it selected. They hold chunk ids,
+places in text, and what was measured (a distance, a score), and no text.
+
+In a task threads work side by side, at a block of whole documents each: matchers spend their time in numpy, Arrow and
+RE2, which let others run meanwhile. Of a chunk that a selector means several times by one name, the first is kept.
+Memory: a block a thread, and 34 bytes a hit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from retrotool import interrupts
+from retrotool.engine.stage import Report, Task, own_first, task_key
+from retrotool.errors import ConflictError
+from retrotool.purge.selectors.document_text import BLOCK_ROWS, Block, Decoder, blocks_of
+from retrotool.purge.selectors.selector import Matcher, ReadsMore, Selector, TakesFewRows
+from retrotool.store import parts, schemas, staging
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.staging import Staged
+from retrotool.store.state import State
+from retrotool.store.store import Store
+
+KIND = "scans"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Chunks that selectors of a scan mean, all arrays [n], in the order of the chunks.
+
+    ``selectors`` count those of the scan, ``labels`` the names of each. ``begin`` and ``end`` are bytes from where the
+    chunk's text begins (the first may be negative); both 0 where no place in the text is meant. ``figures``: what was
+    measured (``base.Hits``), NaN where nothing was.
+    """
+
+    chunks: npt.NDArray[np.int64]
+    selectors: npt.NDArray[np.int16]
+    labels: npt.NDArray[np.int32]
+    begin: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    figures: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.chunks)
+
+    @classmethod
+    def joined(cls, several: list[Found]) -> Found:
+        """All of several."""
+        none = np.zeros(0, np.int64)
+        empty = cls(none, none.astype(np.int16), none.astype(np.int32), none, none, none.astype(np.float32))
+        names = cls.__dataclass_fields__
+        arrays: list[npt.NDArray[Any]] = [
+            np.concatenate([getattr(some, name) for some in (empty, *several)]) for name in names
+        ]
+        return cls(*arrays)
+
+    def as_table(self) -> pa.Table:
+        """As it is stored."""
+        nothing = bool(np.isnan(self.figures).all())
+        schema = schemas.SCANS_SCHEMA if nothing else schemas.SCANS_SCHEMA.append(schemas.FIGURES)
+        return pa.table([getattr(self, field.name) for field in schema], schema=schema)
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> Found:
+        """What is stored."""
+        columns: dict[str, npt.NDArray[Any]] = {name: table[name].to_numpy() for name in table.schema.names}
+        return cls(**{"figures": np.full(table.num_rows, np.nan, np.float32), **columns})
+
+
+@dataclass(frozen=True, slots=True)
+class ScanStage:
+    """All parts that were not scanned by ``selectors`` yet. ``shard`` (i, n): this is job i of n."""
+
+    selectors: tuple[Selector, ...]
+    shard: tuple[int, int] | None = None
+    name: str = field(default="select", init=False)
+    unit: str = field(default="chunk", init=False)
+
+    def scan(self, store: Store) -> str:
+        """The name of this scan: a hash, keyed with the store's secret, of what is looked for."""
+        asked = [[selector.kind, selector.literal()] for selector in self.selectors]
+        return store.identity.keyed_hash(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS).decode())[:16]
+
+    def plan(self, store: Store) -> list[Task]:
+        """One task a part that is not scanned, or was rewritten since; ``UsageError`` if a selector lacks files."""
+        scan = self.scan(store)
+        tasks = []
+        for part in store.state.parts():
+            chunks = parts.part_entry(store, "chunks", part)
+            more = self._reads(store, part)
+            old = store.state.part_file(KIND, part, scan)
+            if old is not None and _is_of(old, chunks.path, more):
+                continue
+            key = task_key(self.name, {"scan": scan}, [chunks.path, *more])
+            if not staging.is_staged(store.root, key):
+                inputs = {"part": part, "path": chunks.path, "more": more, "replaces": old.path if old else None}
+                tasks.append(Task(key, f"part {part}", chunks.rows, inputs, claimed=self.shard is not None))
+        return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def is_done(self, store: Store) -> bool:
+        """Whether what this scan found is committed for every part, as it is now: staged tasks are not, yet."""
+        scan = self.scan(store)
+        for part in store.state.parts():
+            found = store.state.part_file(KIND, part, scan)
+            path = parts.part_entry(store, "chunks", part).path
+            if found is None or not _is_of(found, path, self._reads(store, part)):
+                return False
+        return True
+
+    def _reads(self, store: Store, part: int) -> list[str]:
+        """Paths of the files of a part that are looked at besides its chunks."""
+        several = (selector.reads(store, part) for selector in self.selectors if isinstance(selector, ReadsMore))
+        return sorted(set(itertools.chain.from_iterable(several)))
+
+    def open(self, store: Store) -> ScanWorker:
+        """Get the matchers ready."""
+        return ScanWorker(store, self)
+
+
+def _is_of(found: FileEntry, path: str, more: list[str]) -> bool:
+    """Whether what was found is of these files."""
+    about = found.about or {}
+    return about.get("of") == path and about.get("more", []) == more
+
+
+class ScanWorker:
+    """Scans parts."""
+
+    def __init__(self, store: Store, stage: ScanStage) -> None:
+        self._store, self._scan = store, stage.scan(store)
+        self._matchers = [selector.open(store) for selector in stage.selectors]
+        self._kinds = [selector.kind for selector in stage.selectors]
+        self._decoder = Decoder(store)
+        few = [matcher.block_rows for matcher in self._matchers if isinstance(matcher, TakesFewRows)]
+        self._rows = min([BLOCK_ROWS, *few])
+        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged:
+        """Scan one part."""
+        store, part = self._store, int(task.inputs["part"])
+        store.refresh()
+        found: list[Found] = []
+        for rows, some in self._side_by_side(blocks_of(store, self._decoder, part, self._rows)):
+            found.append(some)
+            report(rows)
+        name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
+        more = list(task.inputs["more"])
+        about = {"of": task.inputs["path"], "names": [list(matcher.names) for matcher in self._matchers]}
+        about |= {"more": more} if more else {}
+        entry = parts.write_parquet(store.root, name, Found.joined(found).as_table(), about=about)
+        replaced = task.inputs["replaces"]
+        settings = {"scan": self._scan, "selectors": self._kinds}
+        reads, remove = (str(task.inputs["path"]), *more), (replaced,) if replaced else ()
+        return Staged(task.key, "select", run, settings, reads, (entry,), remove)
+
+    def _side_by_side(self, blocks: Iterator[Block]) -> Iterator[tuple[int, Found]]:
+        """Rows and what was found of each block, in order; one block more than there are threads is held."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting: deque[Future[tuple[int, Found]]] = deque(
+                pool.submit(self._look, block) for block in itertools.islice(blocks, self._threads)
+            )
+            try:
+                while waiting:
+                    interrupts.check()
+                    yield waiting.popleft().result()
+                    waiting.extend(pool.submit(self._look, block) for block in itertools.islice(blocks, 1))
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _look(self, block: Block) -> tuple[int, Found]:
+        return len(block), look(self._matchers, block)
+
+
+def look(matchers: list[Matcher], block: Block) -> Found:
+    """What matchers mean in a block: of each row the first of each of their names."""
+    every = []
+    for number, matcher in enumerate(matchers):
+        hits = matcher(block)
+        if not len(hits):
+            continue
+        order = np.lexsort((hits.begin, hits.labels, hits.rows))
+        rows, labels = hits.rows[order], hits.labels[order]
+        is_first = np.ones(len(order), np.bool_)
+        is_first[1:] = (rows[1:] != rows[:-1]) | (labels[1:] != labels[:-1])
+        kept = order[is_first]
+        rows = hits.rows[kept]
+        placed = hits.begin[kept] >= 0
+        start = block.starts[rows] if placed.any() else np.zeros(len(rows), np.int64)
+        every.append(
+            Found(
+                parts.chunk_ids(block.part, rows + block.first), np.full(len(rows), number, np.int16),
+                hits.labels[kept], np.where(placed, hits.begin[kept] - start, 0),
+                np.where(placed, hits.end[kept] - start, 0), hits.measured[kept],
+            )
+        )  # fmt: skip
+    found = Found.joined(every)
+    order = np.argsort(found.chunks, kind="stable")
+    return Found(*(getattr(found, name)[order] for name in Found.__dataclass_fields__))
+
+
+def read_scan(store: Store, stage: ScanStage) -> tuple[Found, list[list[str]]]:
+    """What a scan found, in the order of the chunks, and the names of each selector ([]: nothing was scanned).
+
+    ``ConflictError`` if a part was not scanned as it is now: what is in it must not be missed.
+    """
+    if not stage.is_done(store):
+        raise ConflictError("a part has come, or was rewritten, since the scan", "Run the same command again.")
+    found, names = [], [list[str]() for _ in stage.selectors]
+    group = store.state.group(KIND, stage.scan(store))
+    for slot in group:
+        entry = group.get(slot)
+        if entry is not None:
+            found.append(Found.of_table(parts.read_parquet(store, entry)))
+            names = (entry.about or {})["names"]
+    return Found.joined(found), names
+
+
+def scan_files(state: State, scan: str) -> list[str]:
+    """Paths of the files of a scan."""
+    group = state.group(KIND, scan)
+    return [entry.path for slot in group if (entry := group.get(slot)) is not None]

@@ -1,0 +1,153 @@
+"""``purge --restore``: take a purge back, and say what was made while its chunks were purged.
+
+Indexes, tables and materialised neighbours that lack the chunks are not brought up to date here: that takes what they
+took. The result names each with the command that does it. An index goes first: neighbours are found in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from retrotool.errors import RetrotoolError
+from retrotool.index.counting import command_line, neighbours_command
+from retrotool.index.index_files import count_lacking
+from retrotool.neighbours.dependents import consumers, is_of_this
+from retrotool.neighbours.materialised import current_file, misses_restored
+from retrotool.neighbours.mixtures import mixtures_with
+from retrotool.neighbours.stage import database_of, members_of
+from retrotool.purge import undo as restoring
+from retrotool.purge.erase_run import until_not_overtaken
+from retrotool.purge.selecting import signed
+from retrotool.store.session import writing
+from retrotool.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class IndexLacks:
+    """An index that lacks some of the living ``chunks``, and what completes it."""
+
+    name: str
+    chunks: int
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class TablesLack:
+    """Neighbours that were found while chunks were purged: in how many ``parts``, and what brings them up to date.
+
+    ``path`` is the store that they lie in; ``there``: whether it could be looked at. ``materialised`` counts parts
+    whose text beside the tables is not what they give, or will give.
+    """
+
+    path: str
+    table: str
+    parts: int
+    materialised: int
+    command: str
+    there: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What ``restore`` did: the chunks that are living again, whole ``documents`` and ``tokens`` among them.
+
+    ``still_purged`` chunks of the purge are not, as the purges ``named_by`` name them, or they repeat others.
+    ``repeats`` are documents whose id another living document has, since it was let in meanwhile. ``indexes`` and
+    ``tables`` lack what is living again until their commands are run, in this order.
+    """
+
+    purge: str
+    chunks: int
+    documents: int
+    tokens: int
+    still_purged: int
+    commit: int
+    named_by: tuple[str, ...] = ()
+    repeats: int = 0
+    indexes: tuple[IndexLacks, ...] = field(default=())
+    tables: tuple[TablesLack, ...] = field(default=())
+
+
+def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> RestoreResult:
+    """Take the purge ``purge`` back; ``UsageError`` if there is none, it was before, or an erase of it was begun.
+
+    ``reason`` and ``who`` (None: the user of this process) stay in the log.
+    """
+    who = signed(reason, who)
+    store = Store.open(root)
+    with writing(store) as run:  # which takes away what one that was killed left of the files
+
+        def attempt() -> RestoreResult:
+            found = restoring.weigh(store, purge)
+            state = restoring.commit_restore(store, run, found, reason, who)
+            return RestoreResult(
+                purge, len(found.living), found.documents, found.tokens, len(found.chunks) - len(found.living),
+                int(state.records[f"purge:{purge}"]["restored"]), found.named_by, found.repeats,
+            )  # fmt: skip
+
+        done = until_not_overtaken(store, attempt)
+    store.refresh()
+    return replace(done, indexes=tuple(lacking_indexes(store, root)), tables=tuple(lacking_tables(store, root)))
+
+
+def lacking_indexes(store: Store, root: str | Path) -> list[IndexLacks]:
+    """The indexes of a store that lack chunks which were taken back."""
+    counts = {name: count_lacking(store, name) for name in store.state.names("index")}
+    return [IndexLacks(name, n, command_line("index", root, name=name)) for name, n in counts.items() if n]
+
+
+def lacking_tables(store: Store, root: str | Path) -> list[TablesLack]:
+    """Neighbours, in a store and in others that are known to use it, that lack chunks which were taken back."""
+    names = dict.fromkeys([*store.state.names("neighbours"), *store.state.names("materialised")])
+    own = (_lacking(store, str(root), name, tables_command(store, root, name)) for name in names)
+    found = [one for one in own if one is not None]
+    for consumer in consumers(store.state):
+        again = neighbours_command(root, consumer.path, consumer.table, consumer.again)
+        other = consumer.open()
+        if other is None:
+            found.append(TablesLack(consumer.path, consumer.table, 0, 0, again, there=False))
+        elif is_of_this(other, consumer.table, store) and (
+            one := _lacking(other, consumer.path, consumer.table, again)
+        ):
+            found.append(one)
+    return found
+
+
+def _lacking(store: Store, path: str, name: str, command: str) -> TablesLack | None:
+    """What the neighbours ``name`` of a store lack; None: nothing. Of a mixture its tables tell."""
+    tabled, stale = count_behind(store, name)
+    if tabled is None:
+        return TablesLack(path, name, 0, 0, command, there=False)
+    if not (tabled or stale):
+        return None
+    return TablesLack(path, name, tabled, stale, f"{command} --materialise" if stale else command)
+
+
+def count_behind(store: Store, name: str) -> tuple[int | None, int]:
+    """In how many parts the table ``name`` lacks what was taken back, and how many are materialised without it.
+
+    None if a database is not where it was. What a mixture is of is counted with its tables.
+    """
+    try:
+        databases = [database_of(store, table)[0] for table, _ in members_of(store, name)]
+        mixed = "mix" in store.state.records.get(f"neighbours:{name}", {})
+        tables = set() if mixed else set(restoring.behind(store, name))
+        every = {part for table, _ in members_of(store, name) for part in restoring.behind(store, table)}
+    except (RetrotoolError, OSError):
+        return None, 0
+    group = store.state.group("materialised", name)
+    stale = 0
+    for slot in group:
+        entry = current_file(store, name, int(slot))
+        stale += entry is not None and (int(slot) in every or misses_restored(entry, databases))
+    return len(tables), stale
+
+
+def tables_command(store: Store, root: str | Path, name: str) -> str:
+    """The command that brings the neighbours ``name`` of a store up to date; of a mixture all of its tables."""
+    name = next(iter(mixtures_with(store.state, name)), name)
+    first = members_of(store, name)[0][0]
+    record = store.state.records[f"neighbours:{first}"]
+    own = record.get("within", record["database"] == store.identity.uuid)
+    return neighbours_command(root if own else record["path"], None if own and first == name else root, name, record)

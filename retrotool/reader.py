@@ -1,0 +1,349 @@
+"""The Python interface: ``retrotool.open(path)`` gives a ``Reader`` of one commit.
+
+A reader sees the store as it was when it opened, always through the tombstones, until ``refresh()``. Chunks are
+read by row group (8,192 chunks); the last few are kept, so reading neighbours in order is quick. Nothing here
+writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrotool.ann.excluded import Queries
+from retrotool.cli.command_lines import table_command
+from retrotool.embed.store_encoder import load_encoder
+from retrotool.encoder import Encoder
+from retrotool.errors import UsageError
+from retrotool.index.search_scope import living, pick_encoder, read_part_vectors
+from retrotool.index.searching import Database, Point
+from retrotool.neighbours.stage import check_table, database_of, members_of
+from retrotool.store import parts, schemas, tables
+from retrotool.store.atomic import FileEntry
+from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+from retrotool.tokenizers import Tokenizer, TokenizerFile
+
+_KEPT_ROW_GROUPS = 64
+_KEPT_PARTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A living chunk.
+
+    ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``, from 0.
+    ``key`` is False for a chunk of the value of a key-value record, which is never searched.
+    """
+
+    id: int
+    document: str
+    index: int
+    tokens: npt.NDArray[Any]
+    text: str
+    key: bool = True
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does).
+
+    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value. ``database`` is the
+    directory of the store that all of it comes from.
+    """
+
+    id: int
+    distance: float
+    chunk: Chunk
+    continuation: Chunk | None
+    database: Path
+
+
+class Reader:
+    """A store, opened for reading at one commit."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open_view()
+
+    def _open_view(self) -> None:
+        store = self._store
+        self._tombstones = read_tombstones(store)
+        self._tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        # Caches belong to the view: a new commit may have other files.
+        self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
+        self._documents = lru_cache(_KEPT_PARTS)(
+            lambda part: parts.read_documents(store, part, ["id", "first_row", "n_chunks"])
+        )
+        self._keys = lru_cache(_KEPT_PARTS)(
+            lambda part: parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
+        )
+        self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
+        self._neighbour_file = lru_cache(None)(self._find_neighbour_file)
+        self._databases: dict[str, tuple[Reader, Mapping[str, Any]]] = {}
+        self._opened: dict[tuple[str | None, bool], Database] = {}
+
+    @property
+    def path(self) -> Path:
+        """The store's directory."""
+        return self._store.root
+
+    @property
+    def commit(self) -> int:
+        """Number of the commit this reader sees (−1: none)."""
+        return self._store.state.number
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens a chunk."""
+        return self._store.identity.chunk_length
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The store's tokenizer."""
+        return self._tokenizer
+
+    def refresh(self) -> int:
+        """Move to the newest commit, and return its number."""
+        self._store.refresh()
+        self._open_view()
+        return self.commit
+
+    def parts(self) -> list[int]:
+        """Numbers of all parts, ascending."""
+        return self._store.state.parts()
+
+    def is_living(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which chunk ids are chunks of the store that are neither purged nor erased, bool [n]."""
+        return self._which(ids, lambda chunks, row: bool(chunks.n_tokens[row] > 0))
+
+    def is_searchable(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which chunk ids can be neighbours and have some, bool [n]: living chunks but values of key-value records."""
+        return self._which(ids, Chunks.is_embedded)
+
+    def _which(
+        self, ids: Sequence[int] | npt.NDArray[np.int64], fits: Callable[[Chunks, int], bool]
+    ) -> npt.NDArray[np.bool_]:
+        """Which ids are chunks that are not purged and fit, bool [n]; ``fits`` judges a row of a row group."""
+        numbers = _ids(ids)
+        good = ~self._tombstones.contains(numbers) & (numbers >= 0)
+        for i in np.flatnonzero(good):
+            part, row = int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1)
+            entry = self._store.state.part_file("chunks", part)
+            good[i] = entry is not None and row < entry.rows and fits(*self._row(part, row))
+        return good
+
+    def _row(self, part: int, row: int) -> tuple[Chunks, int]:
+        """The row group that holds a row, and the row's place in it."""
+        return self._row_group(part, row // ROW_GROUP), row % ROW_GROUP
+
+    def chunk(self, chunk_id: int) -> Chunk:
+        """A chunk; ``UsageError`` if there is none of this id, or it was purged."""
+        found = self._find(int(chunk_id))
+        if found is None:
+            raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
+        return found
+
+    def _find(self, chunk_id: int) -> Chunk | None:
+        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        if not 0 <= chunk_id < 1 << 63 or not self.is_living([chunk_id])[0]:
+            return None
+        chunks, place = self._row(part, row)
+        n = int(chunks.n_tokens[place])
+        document = self._documents(part)["id"][int(chunks.doc[place])].as_py()
+        text = self._tokenizer.decode_text(chunks.tokens[place : place + 1], chunks.n_tokens[place : place + 1])[0]
+        return Chunk(
+            chunk_id, document, int(chunks.index[place]), chunks.tokens[place, :n], text, bool(chunks.key[place])
+        )
+
+    def continuation(self, chunk_id: int) -> Chunk | None:
+        """The living chunk that follows in the same document; None if there is none, or it belongs to a purged key."""
+        following = self._find(chunk_id + 1)
+        if following is None or following.index == 0:
+            return None
+        # Chunks of a document follow one another, and the key is its first.
+        whole = following.key or self.is_living([following.id - following.index])[0]
+        return following if whole else None
+
+    def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
+        numbers = _ids(ids)
+        out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
+        alive = (numbers >= 0) & self.is_living(numbers)
+        for i in np.flatnonzero(alive):
+            chunks, place = self._row(int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1))
+            out[i] = chunks.tokens[place]
+        return out
+
+    def text(self, tokens: npt.NDArray[Any]) -> str:
+        """Text of token ids, [n], without padding."""
+        row = np.asarray(tokens).reshape(1, -1)
+        return self._tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
+
+    def document(self, name: str) -> list[int]:
+        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, was purged or set aside.
+
+        Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
+        the order of chunk ids, that is living. The others are read as all chunks are, by their ids (``chunk_ids``).
+        """
+        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
+        for part in self.parts():
+            table = self._keys(part)
+            places = table["doc"].filter(pc.equal(table["key"], pa.scalar(key, table["key"].type)))
+            for row in self._documents(part).take(places).to_pylist():
+                ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
+                alive = ids[self.is_living(ids)]
+                if len(alive):
+                    return [int(i) for i in alive]
+        raise UsageError(f"the store has no document {name!r}, or it was purged, or set aside as a repeat")
+
+    def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
+        """Ids of a part's living chunks, ascending; ``is_searchable`` tells the keys among them."""
+        rows = np.flatnonzero(living(parts.read_chunks(self._store, part), self._tombstones))
+        return parts.chunk_ids(part, rows)
+
+    def embeddings(self, part: int, encoder: str | None = None) -> npt.NDArray[np.float16]:
+        """A part's embeddings, float16 [n, d]; row i is that of row i of the part, zero where purged or no key."""
+        matrix = read_part_vectors(self._store, pick_encoder(self._store, encoder), part)
+        purged = self._tombstones.rows(part)
+        if not len(purged):
+            return matrix
+        copy = np.array(matrix)
+        copy[purged] = 0
+        return copy
+
+    def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
+        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: the table's).
+
+        ``UsageError`` for a mixture of several databases, where an id alone names no chunk: see ``neighbour_places``.
+        """
+        if len(members_of(self._store, name)) > 1:
+            raise UsageError(
+                f"the neighbours {name!r} are of several databases, in which ids are not the same",
+                "Use neighbour_places(), which says of which each is, or neighbours().",
+            )
+        return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
+
+    def neighbour_places(
+        self, chunk_id: int, name: str = "main", k: int | None = None
+    ) -> list[tuple[Path, int, float]]:
+        """(directory of the database, id, distance) of a chunk's living neighbours, nearest first.
+
+        At most k (default: the table's). In a mixture the nearest is that of the least squared distance over weight;
+        distances are given as they are.
+        """
+        found = self._near(chunk_id, name, k)
+        return [(database.path, i, distance) for database, i, distance in found]
+
+    def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
+        """A chunk's living neighbours with their continuations, nearest first; see ``neighbour_places``."""
+        return [database.neighbour(i, distance) for database, i, distance in self._near(chunk_id, name, k)]
+
+    def _near(self, chunk_id: int, name: str, k: int | None) -> list[tuple[Reader, int, float]]:
+        members = members_of(self._store, name)
+        opened = {table: self._database(table) for table, _ in members}
+        if not self.is_living([chunk_id])[0]:
+            raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
+        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        found: list[tuple[float, Reader, int, float]] = []
+        for table, weight in members:
+            database = opened[table][0]
+            rows = self._neighbour_rows(table, part, row // ROW_GROUP)
+            ids, distances = rows.ids[row % ROW_GROUP], rows.distances[row % ROW_GROUP]
+            keep = database.is_searchable(ids)
+            for i, distance in zip(ids[keep], distances[keep], strict=True):
+                found.append((float(distance / np.float32(weight)), database, int(i), float(distance)))
+        found.sort(key=lambda one: one[0])  # stable: of one table they stay in their order
+        most = int(opened[members[0][0]][1]["k"]) if k is None else k
+        return [(database, i, distance) for _, database, i, distance in found[:most]]
+
+    def neighbour(self, chunk_id: int, distance: float) -> Neighbour:
+        """A chunk of this store as the neighbour of something."""
+        return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id), self.path)
+
+    def _database(self, table: str) -> tuple[Reader, Mapping[str, Any]]:
+        if table not in self._databases:
+            store, record = database_of(self._store, table)
+            self._databases[table] = (self if store is self._store else Reader(store), record)
+        return self._databases[table]
+
+    def _read_neighbour_rows(self, name: str, part: int, group: int) -> tables.NeighbourTable:
+        return tables.read_table(self._store, self._neighbour_file(name, part), [group])
+
+    def _find_neighbour_file(self, name: str, part: int) -> FileEntry:
+        entry = self._store.state.part_file("neighbours", part, name)
+        if entry is None:
+            database = self._database(name)[0]._store
+            raise UsageError(
+                f"part {part} has no neighbours {name!r} yet",
+                f"Compute them: {table_command(self._store, name, database)}",
+            )
+        check_table(self._store, entry, name, self._database(name)[0]._store)
+        return entry
+
+    def search(
+        self,
+        text: str,
+        k: int = 5,
+        index: str | None = None,
+        encoder: Encoder | None = None,
+        *,
+        nprobe: int | None = None,
+        rerank: int | None = None,
+        allow_missing: bool = False,
+    ) -> list[Neighbour]:
+        """The k living keys nearest to a text.
+
+        ``index``: the default one, if none is named. ``encoder``: loaded already, for more than one search. ``nprobe``
+        and ``rerank`` take the place of the index's operating point: lists to probe, and candidates for 10 neighbours.
+        ``allow_missing``: broken shards are left out, see ``database``.
+        """
+        database = self.database(index, allow_missing=allow_missing)
+        loaded = encoder or self.load_encoder(index)
+        if not text.strip():
+            raise UsageError("the text to search for is empty")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError("the text to search for is not Unicode")
+        vector = loaded.embed(loaded.tokenize_query(text)).astype(np.float32)
+        own = database.point
+        best = database.search(Queries.plain(vector), k, Point(nprobe or own.nprobe, rerank or own.depth))
+        return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
+
+    def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
+        """An index of the store, opened once; with ``allow_missing`` its broken shards are left out, and listed."""
+        key = (index, allow_missing)
+        if key not in self._opened:
+            self._opened[key] = Database(self._store, index, allow_missing=allow_missing)
+        return self._opened[key]
+
+    def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
+        """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""
+        return load_encoder(self._store, self.database(index).encoder, device)
+
+
+def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Chunk ids as int64 [n]; what int64 can't hold is nobody's id, −1."""
+    try:
+        return np.asarray(ids, np.int64).reshape(-1)
+    except OverflowError:
+        return np.array([i if 0 <= i < 1 << 63 else -1 for i in map(int, ids)], np.int64)
+
+
+def open_store(path: str | Path) -> Reader:
+    """Open a store for reading; ``StoreNotFoundError`` if there is none."""
+    return Reader(Store.open(path))

@@ -1,0 +1,1 @@
+"""A store and its neighbours as training sequences."""
