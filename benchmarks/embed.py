@@ -28,6 +28,7 @@ import torch
 from machine import describe
 
 from retrotool import api
+from retrotool.embed.run import EmbedResult
 from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder, Rows, compare
 from retrotool.encoder.devices import BATCH_TOKENS, DTYPES, cores, pick_device
@@ -140,7 +141,7 @@ class Paced:
         self._inner.close()
 
 
-def bench_pipeline(store: Path, model: str, device: str, rate: float | None = None) -> api.embedding.EmbedResult:
+def bench_pipeline(store: Path, model: str, device: str, rate: float | None = None) -> EmbedResult:
     """``embed`` from Parquet to a committed file, on a copy; with a ``rate`` on a paced device, in a GPU's batches."""
     copy = Path(shutil.copytree(store, store.parent / "copy"))
     verify = Encoder.verify

@@ -21,8 +21,8 @@ from machine import describe
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
+from retrotool.embed.search_scope import own_documents, read_part_vectors, searchable_rows
 from retrotool.index.exact import ExactDatabase
-from retrotool.index.search_scope import own_documents, read_part_vectors, searchable_rows
 from retrotool.index.searching import Database
 from retrotool.index.source_filter import source_names
 from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters, Finder

@@ -1,4 +1,4 @@
-"""What each command does, from arguments to a result; also the way to run stages from Python.
+"""The Python interface: every command as a function, from arguments to a result, and ``open_store`` for reading.
 
 Every function opens (or makes) the store, announces a run, cleans up after dead ones, executes its stage and returns a
 frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.reader``.
@@ -8,7 +8,6 @@ from retrotool.chunk.estimate import estimate
 from retrotool.chunk.run import chunk
 from retrotool.embed.run import embed
 from retrotool.export.run import export_neighbours
-from retrotool.index.retrain import retrain_indexes
 from retrotool.index.run import index
 from retrotool.info.log_entries import log_entries, verify_log
 from retrotool.info.run import info, verify
@@ -23,12 +22,16 @@ from retrotool.plan.run import plan
 from retrotool.purge.affected_run import affected
 from retrotool.purge.erase_run import erase
 from retrotool.purge.proving import VerifiedPurge, verify_purge
+from retrotool.purge.retrain_indexes import retrain_indexes
 from retrotool.purge.run import purge
 from retrotool.purge.scan_run import scan
 from retrotool.purge.selecting import Selectors, kinds_of
 from retrotool.purge.undo_run import restore
+from retrotool.reader import Chunk, Reader, open_store
 
 __all__ = [
+    "Chunk",
+    "Reader",
     "Selectors",
     "VerifiedPurge",
     "affected",
@@ -46,6 +49,7 @@ __all__ = [
     "log_entries",
     "materialise",
     "neighbours",
+    "open_store",
     "plan",
     "purge",
     "repair",

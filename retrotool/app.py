@@ -1,4 +1,4 @@
-"""The command line: one file a command, which parses, calls what does the work, and renders. No logic.
+"""The command line: registers the command of every capability by name.
 
 Commands import what is heavy when they run, so that ``--help`` answers at once.
 """
@@ -19,7 +19,6 @@ from retrotool.cli import output
 from retrotool.embed import command as embed_command
 from retrotool.export import command as export_command
 from retrotool.index import command as index_command
-from retrotool.index import search_command
 from retrotool.info import command as info_command
 from retrotool.info import log_command, verify_command
 from retrotool.inspect import command as inspect_command
@@ -27,6 +26,7 @@ from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
 from retrotool.purge import command as purge_command
+from retrotool.search import command as search_command
 
 
 class _Group(TyperGroup):
@@ -73,21 +73,13 @@ def _root(
     pass
 
 
-for _command in (
-    chunk_command,
-    embed_command,
-    index_command,
-    neighbours_command,
-    inspect_command,
-    leakage_command,
-    purge_command,
-    search_command,
-    info_command,
-    log_command,
-    verify_command,
-    plan_command,
-):
-    app.command(_command.__name__.rpartition(".")[2], epilog=_command.EPILOG)(_command.command)
+_COMMANDS = {
+    "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
+    "inspect": inspect_command, "leakage": leakage_command, "purge": purge_command, "search": search_command,
+    "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
+}  # fmt: skip
+for _name, _command in _COMMANDS.items():
+    app.command(_name, epilog=_command.EPILOG)(_command.command)
 app.add_typer(export_command.app, name="export")
 
 

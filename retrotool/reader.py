@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Queries
 from retrotool.cli.command_lines import table_command
+from retrotool.embed.search_scope import living, pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import living, pick_encoder, read_part_vectors
 from retrotool.index.searching import Database, Point
 from retrotool.neighbours.stage import check_table, database_of, members_of
 from retrotool.store import parts, schemas, tables

@@ -166,7 +166,8 @@ def command(
     resumes.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.chunk import estimate as chunk_estimate
+        from retrotool.chunk import run as chunk_run
         from retrotool.chunk.max_bad import MaxBad
         from retrotool.chunk.run import ChunkOptions
         from retrotool.sources import Fields
@@ -190,10 +191,12 @@ def command(
         )  # fmt: skip
         given = list(inputs or ())
         if dry_run:
-            estimate = api.estimate(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
+            estimate = chunk_estimate.estimate(
+                store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options
+            )
             output.show(estimate, as_json, estimate_text)
             return
-        result = api.chunk(
+        result = chunk_run.chunk(
             store, given, tokenizer=tokenizer, chunk_length=chunk_length, retry_quarantine=retry_quarantine,
             options=options,
         )  # fmt: skip

@@ -68,9 +68,9 @@ def command(
     transformers. Which it is, and how near its vectors come to those of transformers in float32, is printed and kept.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.embed import run as embed_run
 
-        result = api.embed(
+        result = embed_run.embed(
             store,
             encoder=encoder,
             name=name,

@@ -12,14 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from retrotool import engine, interrupts
+from retrotool.embed.counting import command_line, count_keys_of
+from retrotool.embed.search_scope import embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.stored_fidelity import draw, measure
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine import Meter
 from retrotool.errors import ErasedError, RetrotoolError, UsageError
-from retrotool.index.counting import command_line, count_keys_of
-from retrotool.index.search_scope import embedded_parts
 from retrotool.store import claims
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName

@@ -47,9 +47,11 @@ def command(
     that comes later does not reach what was exported.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.export import run as export_run
 
-        result = api.export_neighbours(store, folder, format=format, name=name, k=k, sequence_length=sequence_length)
+        result = export_run.export_neighbours(
+            store, folder, format=format, name=name, k=k, sequence_length=sequence_length
+        )
         output.show(result, as_json, _text)
 
 

@@ -21,6 +21,8 @@ import orjson
 from tqdm import tqdm
 
 from retrotool import interrupts
+from retrotool.embed.counting import command_line, embed_command
+from retrotool.embed.search_scope import count_living_keys
 from retrotool.engine.stage import Report
 from retrotool.errors import UsageError
 from retrotool.export.handover import Counts, Handover, open_handover
@@ -28,9 +30,7 @@ from retrotool.export.handover_retro import CHUNKS, KNN, PAD, SEQ, RetroWriter, 
 from retrotool.export.handover_tables import write_parquet, write_saved_dataset
 from retrotool.export.new_folder import check_place, new_folder
 from retrotool.export.retro_rows import lay_out
-from retrotool.index.counting import command_line, embed_command
 from retrotool.index.exact import NO_INDEX
-from retrotool.index.search_scope import count_living_keys
 from retrotool.neighbours.stage import database_of, members_of
 from retrotool.store import disk
 from retrotool.store.store import Store

@@ -98,7 +98,6 @@ def command(
     left out; how many lists are probed, and how many candidates ranked, is chosen by it.
     """
     with output.errors(as_json):
-        from retrotool import api
         from retrotool.ann.choice import Wanted
         from retrotool.index import run as index_run
 
@@ -129,7 +128,7 @@ def command(
             )
             if planned is not None and planned.choice.nlist:
                 output.note(_planned(planned))
-        result = api.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
+        result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         left = [f"{output.count(result.not_embedded, 'chunk')} without embeddings"] if result.not_embedded else []
         left += [f"{output.count(result.lacking, 'chunk')} taken back after a purge"] if result.lacking else []

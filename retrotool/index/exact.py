@@ -17,7 +17,7 @@ from retrotool.ann.excluded import Queries
 from retrotool.ann.lists import OneList
 from retrotool.ann.ranking import Best, rerank
 from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
-from retrotool.index.search_scope import embedded_parts, pick_encoder, read_part_vectors, searchable_rows
+from retrotool.embed.search_scope import embedded_parts, pick_encoder, read_part_vectors, searchable_rows
 from retrotool.index.searching import room_in, rows_in
 from retrotool.index.source_filter import AllowedChunks
 from retrotool.store import parts

@@ -20,15 +20,15 @@ from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import OneList
 from retrotool.ann.ranking import Best
 from retrotool.ann.search import ROOM
-from retrotool.engine.stage import Report
-from retrotool.index.exact import nearest_of
-from retrotool.index.search_scope import (
+from retrotool.embed.search_scope import (
     SearchableRows,
     document_intervals,
     find_documents,
     may_repeat,
     read_part_vectors,
 )
+from retrotool.engine.stage import Report
+from retrotool.index.exact import nearest_of
 from retrotool.index.searching import TUNED_K
 from retrotool.memory import give_back
 from retrotool.store import parts

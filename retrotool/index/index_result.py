@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.chunk.chunk_plan import read_json
+from retrotool.embed.counting import command_line, embed_command
+from retrotool.embed.search_scope import count_left, embedded_parts
 from retrotool.errors import CorruptError
-from retrotool.index.counting import command_line, embed_command
 from retrotool.index.index_files import (
     PAGE,
     RECALL,
@@ -21,7 +22,6 @@ from retrotool.index.index_files import (
     trained_entry,
 )
 from retrotool.index.recall import Recall
-from retrotool.index.search_scope import count_left, embedded_parts
 from retrotool.index.staleness import Drift, drift
 from retrotool.store.atomic import FileEntry
 from retrotool.store.store import Store

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from retrotool import engine, interrupts
 from retrotool.ann.choice import Choice, Wanted, parse_factory
+from retrotool.embed.counting import command_line
+from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.counting import command_line
 from retrotool.index.ground_truth import QUERIES
 from retrotool.index.index_files import (
     DEFAULT,
@@ -35,7 +36,6 @@ from retrotool.index.index_files import (
 )
 from retrotool.index.index_result import IndexResult, describe
 from retrotool.index.measuring import measure_until_committed
-from retrotool.index.search_scope import embedded_parts, pick_encoder
 from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on

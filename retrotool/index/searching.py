@@ -22,6 +22,7 @@ from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
 from retrotool.ann.ranking import Best, Fetch, rerank
 from retrotool.ann.search import ROOM, SPARE, Banned, Search
 from retrotool.ann.trained import Trained
+from retrotool.embed.search_scope import read_part_vectors
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.index.index_files import (
     count_lacking,
@@ -34,7 +35,6 @@ from retrotool.index.index_files import (
     read_trained,
     shards,
 )
-from retrotool.index.search_scope import read_part_vectors
 from retrotool.index.source_filter import AllowedChunks, probes
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.store.atomic import FileEntry

@@ -25,6 +25,14 @@ from retrotool.ann import lists
 from retrotool.ann.choice import Choice, Wanted, choose
 from retrotool.ann.lists import Ids
 from retrotool.ann.trained import Trained, to_faiss
+from retrotool.embed.search_scope import (
+    SearchableRows,
+    count_keys,
+    count_living_keys,
+    embedded_parts,
+    read_part_vectors,
+    searchable_rows,
+)
 from retrotool.engine.stage import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import (
@@ -42,14 +50,6 @@ from retrotool.index.index_files import (
     trained_entry,
     windows,
     write_index,
-)
-from retrotool.index.search_scope import (
-    SearchableRows,
-    count_keys,
-    count_living_keys,
-    embedded_parts,
-    read_part_vectors,
-    searchable_rows,
 )
 from retrotool.index.staleness import ranges
 from retrotool.index.training import check_finite, train

@@ -21,8 +21,8 @@ from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, Choice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
+from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.errors import CorruptError
-from retrotool.index.search_scope import SearchableRows, read_part_vectors
 from retrotool.store import parts
 from retrotool.store.store import Store
 

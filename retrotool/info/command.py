@@ -22,9 +22,9 @@ _BAR, _SOURCES = 40, 8
 def command(store: StoreArgument, as_json: Json = False) -> None:
     """Tell what is in a store; with --json also list its current files."""
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.info import run as info_run
 
-        output.show(api.info(store), as_json, _text)
+        output.show(info_run.info(store), as_json, _text)
 
 
 def _text(info: Info) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from retrotool.ann import lists
 from retrotool.chunk.chunk_plan import unfinished_plans
+from retrotool.embed.search_scope import count_living_keys
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import count_lacking, read_trained, shards, trained_entry
-from retrotool.index.search_scope import count_living_keys
 from retrotool.info.corpus_statistics import Shape, shape_of
 from retrotool.neighbours.dependents import consumers
 from retrotool.neighbours.materialised import current_file

@@ -61,14 +61,14 @@ def command(
     whole chunk. With --html the chunks go to a page instead, which has room for some thousand.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.inspect import run as inspect_run
         from retrotool.inspect.run import Choice
 
         if seed is not None and random is None:
             raise UsageError("--seed is of --random", "Give --random N, or no --seed.")
         if document is not None:
             check_utf8("--document", document)
-        result = api.inspect(
+        result = inspect_run.inspect(
             store, Choice(chunk, document, random, seed or 0), name=name, k=k, page=html, keep=as_json or html is None
         )
         output.show(result, as_json, _text, styled=True)

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from retrotool import interrupts
 from retrotool.cli.command_lines import table_command
 from retrotool.cli.result_file import check_file
+from retrotool.embed.search_scope import SearchableRows
 from retrotool.errors import ErasedError, UsageError
 from retrotool.index.index_files import index_key
-from retrotool.index.search_scope import SearchableRows
 from retrotool.inspect.inspect_page import writing
 from retrotool.inspect.inspect_result import InspectResult, TableRead
 from retrotool.inspect.inspected_rows import MARKED_FROM, InspectedChunk, Inspector

@@ -43,9 +43,11 @@ def command(
     share, to tell what it has learnt from what it copies. Documents of the same id in the database count.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.leakage import run as leakage_run
 
-        result = api.leakage(store, evaluation=evaluation, index=index, neighbours=neighbours, output=file, page=html)
+        result = leakage_run.leakage(
+            store, evaluation=evaluation, index=index, neighbours=neighbours, output=file, page=html
+        )
         output.show(result, as_json, _text)
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from retrotool import interrupts
 from retrotool.cli import html
 from retrotool.cli.result_file import check_file, written
+from retrotool.embed.search_scope import count_living_keys, embedded_parts, is_same_directory
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import count_living_keys, embedded_parts, is_same_directory
 from retrotool.index.searching import Database
 from retrotool.leakage.measure import NEIGHBOURS, Leaks, find_leaks
 from retrotool.neighbours.stage import check_encoders

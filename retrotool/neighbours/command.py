@@ -106,7 +106,7 @@ def command(
     when the tables are, and where something of it was purged.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.neighbours import run as neighbours_run
         from retrotool.neighbours.neighbour_options import FilterOptions
         from retrotool.neighbours.run import SearchOptions
 
@@ -116,7 +116,7 @@ def command(
             max_overlap, exclude_near_copies, tuple(exclude_source or ()), tuple(only_source or ()), no_filters
         )
         databases = [_weighed(text) for text in database or ()]
-        result = api.neighbours(
+        result = neighbours_run.neighbours(
             store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
             databases=databases, materialise=materialise,
         )  # fmt: skip

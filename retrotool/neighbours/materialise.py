@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.embed.search_scope import purges
 from retrotool.engine.stage import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError
-from retrotool.index.search_scope import purges
 from retrotool.neighbours.materialised import (
     MaterialisedReader,
     about_of,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.embed.search_scope import purges
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import purges
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.stage import members_of
 from retrotool.neighbours.table_reader import Found, NeighbourReader

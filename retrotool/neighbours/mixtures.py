@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrotool.embed.search_scope import is_same_directory
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.search_scope import is_same_directory
 from retrotool.neighbours.stage import database_of, members_of
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def run_repair(store: Path, name: str | None, dry_run: bool, as_json: bool) -> None:
     """Repair tables, and print what that costs before, and what it did. Exits as the first that could not be."""
-    from retrotool import api
+    from retrotool.neighbours import repair_run
 
-    result = api.repair(store, name=name, dry_run=dry_run, begin=_tell_cost)
+    result = repair_run.repair(store, name=name, dry_run=dry_run, begin=_tell_cost)
     output.show(result, as_json, _text)
     if result.refused:
         raise typer.Exit(result.refused[0].exit_code)

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from retrotool import engine
 from retrotool.cli.command_lines import table_command
+from retrotool.embed.counting import command_line, count_keys_of
+from retrotool.embed.search_scope import purges
 from retrotool.encoder import find_devices
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
-from retrotool.index.counting import command_line, count_keys_of
-from retrotool.index.search_scope import purges
 from retrotool.neighbours.dependents import consumers, is_of_this
 from retrotool.neighbours.materialised import current_file
 from retrotool.neighbours.mixtures import is_mixture, mixtures_with

@@ -29,15 +29,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool.cli.command_lines import table_command
-from retrotool.engine.stage import Task, Worker, own_first, task_key
-from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.index.exact import NO_INDEX, ExactDatabase
-from retrotool.index.search_scope import (
+from retrotool.embed.search_scope import (
     count_keys,
     embedded_parts,
     has_commit,
     is_same_directory,
 )
+from retrotool.engine.stage import Task, Worker, own_first, task_key
+from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.index.exact import NO_INDEX, ExactDatabase
 from retrotool.index.searching import Database
 from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters
 from retrotool.neighbours.underfilled import GapFinder

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool import interrupts
-from retrotool.index.search_scope import (
+from retrotool.embed.search_scope import (
     erased_chunks,
     erased_purges,
     is_same_directory,

@@ -15,9 +15,7 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
-from retrotool.engine.stage import Report, Task
-from retrotool.index.exact import merged
-from retrotool.index.search_scope import (
+from retrotool.embed.search_scope import (
     erased_chunks,
     is_same_directory,
     last_change,
@@ -26,6 +24,8 @@ from retrotool.index.search_scope import (
     read_part_vectors,
     searchable_rows,
 )
+from retrotool.engine.stage import Report, Task
+from retrotool.index.exact import merged
 from retrotool.index.staleness import ranges
 from retrotool.memory import give_back
 from retrotool.neighbours.neighbour_filters import AnyDatabase, Finder

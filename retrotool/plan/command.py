@@ -93,17 +93,18 @@ def command(
     Hours are a lower bound, as disks and networks are seldom as fast as that.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.plan import calibrating, plan_page
+        from retrotool.plan import run as plan_run
 
         if tokens is None and (html or not calibrate):
             raise UsageError("--tokens is missing", "Say how large the corpus is, such as --tokens 1.75T.")
         size = None if tokens is None else parse_count("--tokens", tokens)
         memory = None if memory_per_host is None else parse_size("--memory-per-host", memory_per_host)
-        measured = api.calibrate(rates) if calibrate else None
+        measured = calibrating.calibrate(rates) if calibrate else None
         if size is None:
             output.show(measured, as_json, _calibration)
             return
-        result = api.plan(
+        result = plan_run.plan(
             size,
             encoder=encoder,
             gpus=gpus,
@@ -117,7 +118,7 @@ def command(
             rates=rates,
         )
         if html is not None:
-            api.write_plan_page(result, html)
+            plan_page.write_page(result, html)
         for one in measured.not_measured if measured else ():
             output.note(f"Not measured: {one.key}: {one.why}")
         output.show(result, as_json, lambda plan: _text(plan, html))

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool import interrupts
+from retrotool.embed.search_scope import is_same_directory
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import is_same_directory
 from retrotool.neighbours.stage import check_ids, database_of, members_of
 from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry

@@ -18,9 +18,9 @@ _PARTS = 20
 
 def run_affected(store: Path, name: str, purges: Sequence[str], out: Path | None, as_json: bool) -> None:
     """Tell which training chunks purges affected, and what that reads before."""
-    from retrotool import api
+    from retrotool.purge import affected_run
 
-    result = api.affected(store, name, purges, out=out, begin=_tell_cost)
+    result = affected_run.affected(store, name, purges, out=out, begin=_tell_cost)
     output.show(result, as_json, _text)
 
 

@@ -17,8 +17,8 @@ import orjson
 from tqdm import tqdm
 
 from retrotool.cli.result_file import check_file, written
+from retrotool.embed.search_scope import count_living_keys
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import count_living_keys
 from retrotool.purge.affected import NEVER, AffectedReader, Asked, Hits
 from retrotool.store import parts
 from retrotool.store.store import Store

@@ -160,11 +160,12 @@ def command(
     their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify what is left is looked for.
     """
     with output.errors(as_json):
-        from retrotool import api
+        from retrotool.purge import erase_run, proving, retrain_indexes, scan_run, selecting, undo_run
+        from retrotool.purge import run as purge_run
 
-        selectors = api.Selectors(
+        selectors = selecting.Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
-            pattern=pattern, patterns=patterns, terms=terms, pii=api.kinds_of(pii),
+            pattern=pattern, patterns=patterns, terms=terms, pii=selecting.kinds_of(pii),
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
             classifier=classifier, label=label, above=above, device=device,
@@ -174,32 +175,32 @@ def command(
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
             "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase, "--name": name is not None,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
-            "selectors": selectors != api.Selectors(), "PURGE": bool(purges),
+            "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
         _check(given)
         named = list(purges or [])
         if (verify or restore) and len(named) != 1:
             raise UsageError(f"{'--verify' if verify else '--restore'} takes one PURGE", _HELP)
         if verify:
-            show_verified(store, api.verify_purge(store, named[0], out=out or "."), as_json)
+            show_verified(store, proving.verify_purge(store, named[0], out=out or "."), as_json)
         elif restore:
-            show_restored(api.restore(store, named[0], reason=_given(reason), who=who), as_json)
+            show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
         elif repair:
             run_repair(store, name, dry_run, as_json)
         elif affected is not None:
             run_affected(store, affected, named, out, as_json)
         elif shard is not None:
-            show_scanned(api.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            show_scanned(scan_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:
             confirm = _Confirm(yes, erase)
             if named or older_than is not None:
                 age = None if older_than is None else _seconds(older_than)
-                erased = api.erase(store, named, older_than=age, confirm=confirm)
+                erased = erase_run.erase(store, named, older_than=age, confirm=confirm)
                 left, done = erased.left, bool(erased.purges)
                 confirm.stop("Nothing was erased.", as_json)
                 output.show(erased, as_json, lambda result: purge_text.erased(store, result))
             else:
-                result = api.purge(
+                result = purge_run.purge(
                     store, selectors, reason=_given(reason), who=who, apply=apply, dry_run=dry_run, erase=erase,
                     confirm=confirm,
                 )  # fmt: skip
@@ -209,7 +210,7 @@ def command(
             for sentence in left:
                 output.note(sentence)
             if retrain_index and done:
-                for sentence in api.retrain_indexes(store):
+                for sentence in retrain_indexes.retrain_indexes(store):
                     output.note(sentence)
 
 

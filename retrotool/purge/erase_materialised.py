@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.embed.search_scope import has_commit
 from retrotool.engine.stage import Report, Task, task_key
 from retrotool.errors import CorruptError, ErasedError
-from retrotool.index.search_scope import has_commit
 from retrotool.store import materialised, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.materialised import ERASED, Materialised

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from retrotool import engine, memory
 from retrotool.chunk.reapply_purges import with_those_after
+from retrotool.embed.counting import neighbours_command
+from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
-from retrotool.index.counting import neighbours_command
 from retrotool.index.index_files import measured_files
-from retrotool.index.search_scope import erased_chunks
 from retrotool.neighbours.dependents import Holding, holding, is_of_this, table_files
 from retrotool.neighbours.materialising import erase_consumed
 from retrotool.purge import commit as purging

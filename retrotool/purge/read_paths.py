@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
+from retrotool.embed.search_scope import embedded_parts, find_documents, read_part_vectors
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
 from retrotool.export.handover import open_handover, read_blocks
-from retrotool.index.search_scope import embedded_parts, find_documents, read_part_vectors
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader
 from retrotool.store import parts

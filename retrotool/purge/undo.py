@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from retrotool.embed.search_scope import find_documents, is_same_directory, searchable_rows
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.search_scope import find_documents, is_same_directory, searchable_rows
 from retrotool.index.staleness import ranges
 from retrotool.neighbours.stage import database_of, parts_in
 from retrotool.purge.commit import COPIES, documents_ended, in_store

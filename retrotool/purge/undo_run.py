@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from retrotool.embed.counting import command_line, neighbours_command
 from retrotool.errors import RetrotoolError
-from retrotool.index.counting import command_line, neighbours_command
 from retrotool.index.index_files import count_lacking
 from retrotool.neighbours.dependents import consumers, is_of_this
 from retrotool.neighbours.materialised import current_file, misses_restored

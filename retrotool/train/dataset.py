@@ -26,8 +26,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from retrotool.embed.search_scope import has_commit
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import has_commit
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.train.epoch import Turns, read_epoch

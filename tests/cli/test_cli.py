@@ -30,7 +30,6 @@ from retrotool.cli import output
 from retrotool.embed import command as embed_command
 from retrotool.export import export_neighbours_command
 from retrotool.index import command as index_command
-from retrotool.index import search_command
 from retrotool.info import command as info_command
 from retrotool.info import log_command, verify_command
 from retrotool.inspect import command as inspect_command
@@ -39,11 +38,12 @@ from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import calibrating
 from retrotool.plan import command as plan_command
 from retrotool.purge import command as purge_command
+from retrotool.search import command as search_command
 
 COMMANDS = {
-    "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command, "inspect": inspect_command,
-    "leakage": leakage_command, "purge": purge_command, "search": search_command, "info": info_command, "log": log_command, "verify": verify_command,
-    "plan": plan_command,
+    "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
+    "inspect": inspect_command, "leakage": leakage_command, "purge": purge_command, "search": search_command,
+    "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
     "export neighbours": export_neighbours_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]

@@ -135,9 +135,9 @@ def test_modules_exist(page: Path) -> None:
             assert (ROOT / code).exists(), f"{page}: {code}"
 
 
-def test_the_architecture_names_every_module_of_stages_and_store() -> None:
+def test_the_architecture_names_every_module_of_store_and_ann() -> None:
     named = set(_CODE.findall(prose(ROOT / "docs" / "architecture.md")))
-    for folder in ("stages", "store", "ann"):
+    for folder in ("store", "ann"):
         modules = {f"retrotool.{folder}.{path.stem}" for path in (ROOT / "retrotool" / folder).glob("[!_]*.py")}
         assert modules - named == set()
 

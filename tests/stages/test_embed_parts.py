@@ -383,7 +383,7 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path, tiny_enco
     assert result.parts >= 40
     code = (
         "import sys, json, resource\n"
-        "from retrotool import commands, engine\n"
+        "from retrotool import api, engine\n"
         "from retrotool.embed.stage import EmbedWorker\n"
         "peaks, call = [], EmbedWorker.__call__\n"
         "def called(self, *a):\n"
@@ -391,7 +391,7 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path, tiny_enco
         "    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
         "    return staged\n"
         "EmbedWorker.__call__ = called\n"
-        "commands.embed(sys.argv[1], encoder=sys.argv[2], devices='cpu')\n"
+        "api.embed(sys.argv[1], encoder=sys.argv[2], devices='cpu')\n"
         "print(json.dumps(peaks))"
     )
     done = subprocess.run(

@@ -18,9 +18,9 @@ from retrotool.ann.lists import InvertedLists, OneList, fill
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import SPARE, Search, nothing_banned
 from retrotool.ann.trained import Trained, to_faiss
+from retrotool.embed.search_scope import embedded_parts, own_documents, read_part_vectors
 from retrotool.encoder import Encoder, Rows
 from retrotool.index.run import Options
-from retrotool.index.search_scope import embedded_parts, own_documents, read_part_vectors
 from retrotool.index.searching import Database
 from retrotool.store.store import Store
 

@@ -13,8 +13,8 @@ from oracle import brute_force, read_plain, saved_neighbours
 import retrotool
 from retrotool import api
 from retrotool.ann.choice import Wanted
+from retrotool.embed import search_scope
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.index import search_scope
 from retrotool.index.run import Options
 
 TEXT = make_text(999, 150)

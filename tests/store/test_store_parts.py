@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from store_help import make_store, viewing
 
+from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
-from retrotool.index.search_scope import count_keys, living, searchable_rows
 from retrotool.store import parts, schemas, tables, tombstones, vectors
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store

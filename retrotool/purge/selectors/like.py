@@ -37,11 +37,11 @@ from retrotool.ann.products import one_thread
 from retrotool.ann.ranking import exact_distances
 from retrotool.chunk.chunker import cut_chunks
 from retrotool.cli.command_lines import embed_command
+from retrotool.embed.search_scope import pick_encoder, read_part_vectors
 from retrotool.embed.stage import EncoderRows
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
-from retrotool.index.search_scope import pick_encoder, read_part_vectors
 from retrotool.purge.selectors.document_text import Block
 from retrotool.purge.selectors.selector import Hits
 from retrotool.purge.selectors.selector_files import read_text

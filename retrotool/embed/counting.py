@@ -10,7 +10,7 @@ from retrotool.cli.command_lines import K as K
 from retrotool.cli.command_lines import command_line as command_line
 from retrotool.cli.command_lines import embed_command as embed_command
 from retrotool.cli.command_lines import neighbours_command as neighbours_command
-from retrotool.index.search_scope import count_left, count_living_keys, embedded_parts
+from retrotool.embed.search_scope import count_left, count_living_keys, embedded_parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

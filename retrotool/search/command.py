@@ -88,15 +88,15 @@ def command(
 ) -> None:
     """Show the chunks nearest to a text, with their continuations."""
     with output.errors(as_json):
-        import retrotool
-        from retrotool.index.counting import commands_to_index
-        from retrotool.index.search_scope import count_left
+        from retrotool.embed.counting import commands_to_index
+        from retrotool.embed.search_scope import count_left
+        from retrotool.reader import open_store
 
         if not text.strip():
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
         for attempt in range(_ATTEMPTS):
-            reader = retrotool.open(_checked(store, text))
+            reader = open_store(_checked(store, text))
             encoder = reader.load_encoder(index, device)
             try:
                 found = reader.search(

@@ -1,0 +1,1 @@
+"""Chunks near a text, on the shell."""
