@@ -23,6 +23,8 @@ from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS, Staged
 from retrotool.store.store import Store
 
+RUN = "0123abcd"
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
@@ -104,7 +106,7 @@ def test_a_task_staged_over_nfs_keeps_its_files_when_the_answer_is_lost(
 
 def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
     """Fold tasks, some of which are refused; what these wrote, and no more, must be gone."""
-    with Run(store.root) as run:
+    with Run(store.root, RUN) as run:
         for task in tasks:
             assert staging.stage(store.root, task)
         folded = folding.fold(store, run)
@@ -121,9 +123,6 @@ def chunked(staged: Store) -> tuple[Store, str]:
     with Run(staged.root) as run:
         folding.fold(staged, run)
     return staged, staged.state.part_file("chunks", 1).path
-
-
-RUN = "0123abcd"
 
 
 def test_a_task_whose_input_has_left_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:
