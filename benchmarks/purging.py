@@ -138,7 +138,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     print(f"  from scratch        {seconds:7.1f} s: {recall(root, encoder, drawn, 'from-scratch')}")
     store = Store.open(root)
     touched = sum(len(part_files(store, part)) for part in victims.parts())
-    holding = sum(task.weight for task in EraseStage(victims).tasks(store))
+    holding = sum(task.weight for task in EraseStage(victims, (purged["purge"],)).tasks(store))
     erased, seconds = run("purge", root, purged["purge"], "--erase", "--yes")
     print(
         f"  erase               {seconds:7.1f} s: {erased['files_rewritten']:,} files rewritten; {holding:,} held "

@@ -31,7 +31,12 @@ def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool
         _write_json(asdict(result))
     else:
         told = _printable(text(result))
-        typer.echo(told if styled else told.translate(_INSIDE))
+        typer.echo(told if styled else visible(told))
+
+
+def visible(text: str) -> str:
+    """Return a text with its controls as escapes, but for tabs and line breaks."""
+    return text.translate(_INSIDE)
 
 
 def one_line(text: str) -> str:
@@ -125,7 +130,7 @@ def size(n: float) -> str:
 
 def note(message: str) -> None:
     """Tell a person something that is no result."""
-    typer.echo(message.translate(_INSIDE), err=True)
+    typer.echo(visible(message), err=True)
 
 
 def stop(message: str, as_json: bool) -> NoReturn:

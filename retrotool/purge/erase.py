@@ -48,7 +48,7 @@ from retrotool.store.checked import is_within
 from retrotool.store.identity import Identity
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.restored import tombstones_naming
+from retrotool.store.restored import check_not_restored, tombstones_naming
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
@@ -62,13 +62,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class EraseStage:
-    """The files that still hold any of ``victims``, which are tombstones.
+    """The files that still hold any of ``victims``, the chunks of ``purges``, which are tombstones.
 
     ``clean`` remembers paths that were found to hold none. A path always names the same bytes, so planning again reads
     only what is new.
     """
 
     victims: Tombstones
+    purges: tuple[str, ...]
     clean: set[str] = field(default_factory=set, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
@@ -76,7 +77,7 @@ class EraseStage:
     def plan(self, store: Store) -> list[Task]:
         """One task a part that holds a victim; if none does, one a shard, table and quarantine file.
 
-        ``ConflictError`` if a victim is no tombstone any more.
+        ``ConflictError`` if one of the purges was undone.
         """
         tasks = look_again(store, lambda: list(_parts_alone(self._tasks(store, self.victims))))
         return [task for task in tasks if not staging.is_staged(store.root, task.key)]
@@ -88,6 +89,8 @@ class EraseStage:
     def _tasks(self, store: Store, victims: Tombstones) -> Iterator[Task]:
         if not len(victims):
             return
+        # Other purges may name all victims, so that they stay tombstones.
+        check_not_restored(store.state, self.purges)
         tombstones = tombstones_naming(store, victims)
         whole = erase_materialised.digest(victims.ids)
         present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk

@@ -36,7 +36,7 @@ from retrotool.store import disk, folding, log, paths
 from retrotool.store.clean import clean, clean_spool
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.restored import standing_purges
+from retrotool.store.restored import PREFIX, check_not_restored, standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.state import State
@@ -107,27 +107,28 @@ def erase(
     anything is rewritten; False leaves everything as it is.
     """
     store = Store.open(root)
-    wanted = with_those_after(store.state, _wanted(store, purges, older_than))
 
     def attempt() -> EraseResult:
+        # Selected again each time: a purge may have been undone since the last attempt.
+        wanted = tuple(with_those_after(store.state, _wanted(store, purges, older_than)))
         chunks = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in wanted)]
         named = purging.in_store(store, np.unique(np.concatenate(chunks)))
         copies, copied = purging.find_copies(store, named)
         victims = np.union1d(named, copies)
         unerased = purging.count_unerased(store, victims)
         planned = EraseResult(
-            tuple(wanted), unerased, unerased / max(purging.count_rows(store), 1), 0, copied, 0, store.state.number
+            wanted, unerased, unerased / max(purging.count_rows(store), 1), 0, copied, 0, store.state.number
         )
         if unerased and not confirm(planned):
             return planned
         with writing(store) as run:
             _name_copies(store, run, wanted, copies)
-            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims))
+            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, wanted))
             left = clear(store, run)
             consumers = consumers_left(store, victims)
         state = store.refresh()
         return EraseResult(
-            tuple(wanted), unerased, planned.unerased_share, erased, copied, rewritten, state.number, tuple(left),
+            wanted, unerased, planned.unerased_share, erased, copied, rewritten, state.number, tuple(left),
             (ELSEWHERE,) if erased and state.names("index") else (), tuple(consumers),
         )  # fmt: skip
 
@@ -168,17 +169,19 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
             continue
         own = copies if len(purges) == 1 else purging.find_copies(store, purging.in_store(store, named))[0]
         if len(new := np.setdiff1d(own, named)):
-            _name(store, run, purge + purging.COPIES, new)
+            _name(store, run, purge, new)
 
 
-def _name(store: Store, run: Run, slot: str, new: Ids) -> None:
-    """Add to the chunks that are erased with a purge."""
+def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
+    """Add to the copies that are erased with a purge; ``ConflictError`` if it was undone or erased concurrently."""
+    slot = purge + purging.COPIES
     before = store.state.file("tombstones", slot)
     ids = np.union1d(read_tombstones(store, slot).ids, new)
     entry = write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)
 
     def build(state: State) -> Draft:
-        if state.file("tombstones", slot) != before:
+        check_not_restored(state, (purge,))
+        if state.records[PREFIX + purge]["erased"] or state.file("tombstones", slot) != before:
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
         return Draft("erase", {"purges": []}, add=(entry,), remove=(before.path,) if before else ())
 
@@ -237,17 +240,17 @@ def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
         return None  # it can't be written; what is left there is told
 
 
-def erase_chunks(store: Store, run: Run, chunks: Ids) -> tuple[int, int]:
-    """Erase tombstoned chunks; return how many chunks and how many files were rewritten.
+def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> tuple[int, int]:
+    """Erase the chunks of ``purges``, which are tombstones; return how many chunks, and how many files were rewritten.
 
-    ``ConflictError`` if any is none: the purge was taken back meanwhile.
+    ``ConflictError`` if one of the purges was undone before all were erased.
     """
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
     workers = _workers(store, victims)
     # What victims can be looked for by is kept before anything of them is gone.
     engine.execute(ProveStage(victims), store, run, workers=workers)
-    stage = EraseStage(victims)
+    stage = EraseStage(victims, tuple(purges))
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
 

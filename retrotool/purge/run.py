@@ -185,7 +185,8 @@ def _carry_out(
             purged = selecting.commit_purge(store, run, selection, reason, who)
         if erase:
             victims = np.union1d(selection.chunks, selection.copies)
-            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims))
+            naming = (purged,) if purged else tuple(selecting.same_selector(store, selection.asked))
+            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, naming))
             left = clear(store, run)
             consumers = consumers_left(store, victims)
     state = store.refresh()

@@ -1,28 +1,22 @@
-"""Where the frames of a zstd archive lie, without decompressing them: what cuts a large archive into slices.
+"""Where the frames of a zstd archive begin and end: what cuts a large archive into slices.
 
-Walks the headers of frames and blocks (RFC 8878): one read of 3 bytes a block, which are up to 128 KiB of text each,
-so about 20 ms a GB of text once the headers are in the page cache. If the archive ends with a seek table (the seekable
-format of zstd's ``contrib``), only the frames' own headers are read. An archive with a frame that does not tell its
-content size, or that is damaged or cut off, is not cut: whoever reads it from the start meets the damage in its place.
-
-What a header says is checked when the frame is read, see ``lines``. Dictionaries and contents are not looked at.
+Walks the headers of frames and blocks (RFC 8878) without decompressing: one read of 3 bytes a block, which holds up to
+128 KiB of text, so about 20 ms a GB of text once the headers are in the page cache. An archive with a frame that does
+not say its content size, or that is damaged or cut off, is not cut: reading it from the start reports the damage in its
+place. ``lines`` checks what a header says when it reads the frame. Seek tables and dictionaries are not read.
 """
 
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import zstandard
+
 from retrotool.sources.files import WHOLE, InputFile, Slice
 
-_MAGIC = 0xFD2FB528
 _SKIPPABLE = 0x184D2A50
-_SEEK_TABLE = 0x184D2A5E
-_SEEK_MAGIC = 0x8F92EAB1
-_SEEK_FOOTER_BYTES = 9
 _LARGEST_HEADER = 18
 _HEADER_OF_BLOCK = 3
 _RUN_BLOCK, _RESERVED_BLOCK = 1, 3
@@ -42,21 +36,29 @@ class _NotCut(Exception):  # noqa: N818 - a verdict about the file, not a failur
 
 
 def frames_of(path: Path) -> list[Frame] | None:
-    """The data frames of an archive, in order; None if one does not say its content size, or the file is damaged."""
+    """Return the data frames of an archive; None if one does not say its content size, or the file is damaged."""
+    found = []
     with path.open("rb") as file:
         descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        offset = 0
         try:
-            table = _seek_table(descriptor, size)
-            return _walk(descriptor, size) if table is None else table
+            while offset < size:
+                head = _read(descriptor, 8, offset)
+                if int.from_bytes(head[:4], "little") & ~0xF == _SKIPPABLE:
+                    offset += 8 + int.from_bytes(head[4:], "little")
+                else:
+                    found.append(_frame(descriptor, offset))
+                    offset += found[-1].size
         except _NotCut:
             return None
+    return found if offset == size else None
 
 
 def cut(file: InputFile, target: int) -> list[Slice]:
-    """Slices of whole frames with about ``target`` bytes of text each; the whole file if it can't be cut."""
+    """Return slices of whole frames with about ``target`` bytes of text each; the whole file if it can't be cut."""
     found = frames_of(Path(file.path))
     if not found or sum(frame.content for frame in found) <= target:
         return [WHOLE]
@@ -79,33 +81,15 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _magic(descriptor: int, offset: int) -> int:
-    return int.from_bytes(_read(descriptor, 4, offset), "little")
-
-
-def _walk(descriptor: int, size: int) -> list[Frame]:
-    found = []
-    offset = 0
-    while offset < size:
-        magic = _magic(descriptor, offset)
-        if magic & ~0xF == _SKIPPABLE:
-            offset += 8 + _magic(descriptor, offset + 4)
-        elif magic == _MAGIC:
-            frame = _frame(descriptor, offset)
-            found.append(frame)
-            offset += frame.size
-        else:
-            raise _NotCut
-    if offset != size:
-        raise _NotCut
-    return found
-
-
 def _frame(descriptor: int, offset: int) -> Frame:
-    header, content, checksum = _header(descriptor, offset)
-    if content is None:
+    data = os.pread(descriptor, _LARGEST_HEADER, offset)
+    try:
+        header = zstandard.get_frame_parameters(data)
+        place = offset + zstandard.frame_header_size(data)
+    except zstandard.ZstdError as error:
+        raise _NotCut from error
+    if header.content_size == zstandard.CONTENTSIZE_UNKNOWN:
         raise _NotCut
-    place = offset + header
     last = False
     while not last:
         block = int.from_bytes(_read(descriptor, _HEADER_OF_BLOCK, place), "little")
@@ -113,50 +97,4 @@ def _frame(descriptor: int, offset: int) -> Frame:
         if kind == _RESERVED_BLOCK:
             raise _NotCut
         place += _HEADER_OF_BLOCK + (1 if kind == _RUN_BLOCK else length)
-    return Frame(offset, place + checksum - offset, content)
-
-
-def _header(descriptor: int, offset: int) -> tuple[int, int | None, int]:
-    """Bytes of a frame's header, its content size if it tells, and the bytes of its checksum (RFC 8878, 3.1.1.1)."""
-    data = os.pread(descriptor, _LARGEST_HEADER, offset)
-    if len(data) < 6 or int.from_bytes(data[:4], "little") != _MAGIC:
-        raise _NotCut
-    flags = data[4]
-    single_segment = flags >> 5 & 1
-    place = 5 + (not single_segment) + (0, 1, 2, 4)[flags & 3]
-    width = (single_segment, 2, 4, 8)[flags >> 6]
-    if len(data) < place + width:
-        raise _NotCut
-    content = int.from_bytes(data[place : place + width], "little") + (256 if width == 2 else 0) if width else None
-    return place + width, content, _CHECKSUM_BYTES if flags >> 2 & 1 else 0
-
-
-def _seek_table(descriptor: int, size: int) -> list[Frame] | None:
-    """The frames by the seek table at the file's end; None if there is none, or it contradicts the file."""
-    if size < _SEEK_FOOTER_BYTES + 8:
-        return None
-    count, flags, magic = struct.unpack("<IBI", _read(descriptor, _SEEK_FOOTER_BYTES, size - _SEEK_FOOTER_BYTES))
-    width = 12 if flags >> 7 else 8
-    begin = size - _SEEK_FOOTER_BYTES - count * width - 8
-    if magic != _SEEK_MAGIC or begin < 0 or _magic(descriptor, begin) != _SEEK_TABLE:
-        return None
-    if _magic(descriptor, begin + 4) != size - begin - 8:
-        return None
-    data = _read(descriptor, count * width, begin + 8)
-    entries = [struct.unpack_from("<II", data, i * width) for i in range(count)]
-    return _confirmed(descriptor, entries, begin)
-
-
-def _confirmed(descriptor: int, entries: Sequence[tuple[int, ...]], end: int) -> list[Frame] | None:
-    found = []
-    offset = 0
-    for size, content in entries:
-        if offset + size > end:
-            return None
-        if _magic(descriptor, offset) & ~0xF != _SKIPPABLE:
-            said = _header(descriptor, offset)[1]
-            if said is not None and said != content:
-                return None
-            found.append(Frame(offset, size, content))
-        offset += size
-    return found if offset == end else None
+    return Frame(offset, place + _CHECKSUM_BYTES * header.has_checksum - offset, header.content_size)

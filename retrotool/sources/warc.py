@@ -1,16 +1,17 @@
 """Web archives: WARC files of pages, and WET files of their text.
 
 A response with HTML or plain text gives its text; a conversion record is text already. Requests, metadata and other
-records are no rows. A record's fields are ``text``, ``uri``, ``record_id``, ``date``, ``type``, ``content_type`` and
-``status``; its ``id`` is the target URI, because what is asked to be taken down is named by it, or the record's own id
-if it has none. So of a page that was fetched twice one capture stays and the other is set aside as a duplicate; with
+records are not rows. A record's fields are ``text``, ``uri``, ``record_id``, ``date``, ``type``, ``content_type`` and
+``status``; its ``id`` is the target URI, because takedown requests name pages by it, or the record's own id if it has
+none. So of a page that was fetched twice one capture stays and the other is rejected as a duplicate; with
 ``--id-field record_id`` both stay.
 
-Framing is parsed here, HTTP in ``http_response``: that is little, and a reader that must account for every record and
-find every break can't leave either to a library that goes on in silence. The text of HTML is a library's work. Chosen
-is Resiliparse (since 2021, Apache-2.0, wheels for Linux, macOS and Windows, used for DCLM, whose authors found it level
-with trafilatura at an eighth of the time); trafilatura (2019, Apache-2.0) draws in lxml and a dozen more packages;
-warcio (2017, Apache-2.0) reads records, not HTML. What scripts load later is not read. WET files need no extra.
+FastWARC reads records and headers, Resiliparse makes text of HTML; both come with the extra ``warc``. FastWARC accepts
+a record that is cut off, or that has no readable Content-Length; both are checked here, and reject the rest of the
+file. HTTP bodies are decoded here, as FastWARC returns a short prefix of a truncated one without an error: chunked,
+gzip, deflate (with zlib's frame, or raw as some servers send it) and zstd. A body that is text although a coding is
+named is taken as it is: crawlers often leave the header behind. Any other coding, and a body that is cut off, damaged
+or longer than the limit, rejects the record. What scripts load later is not read.
 
 Cost: framing 1 ms a MB, HTML about 40 ms a MB; memory for one record (``Fields.max_document``, four times for HTML).
 """
@@ -18,16 +19,18 @@ Cost: framing 1 ms a MB, HTML about 40 ms a MB; memory for one record (``Fields.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
-from retrotool.sources.http_response import headers_of, response_of
 from retrotool.sources.records import BadRow, Document, Fields, SetAside, document_of, excerpt, told
 from retrotool.sources.streams import BrokenStream
+
+if TYPE_CHECKING:
+    from fastwarc.warc import ArchiveIterator, WarcRecord
 
 _HTML = ("text/html", "application/xhtml+xml")
 _MEDIA = (
@@ -35,68 +38,153 @@ _MEDIA = (
     "application/zip", "image/gif", "image/jpeg", "image/png", "image/svg+xml", "image/webp", "text/css",
     "text/javascript", "text/xml",
 )  # fmt: skip
-"""Types that reasons name; what else a header says is the input's."""
+"""Types that reasons name; any other would quote the input."""
+_NOT_ROWS = ("warcinfo", "request", "metadata", "revisit")
 _ROWS = ("response", "resource", "conversion", "continuation")
-_LONGEST_LINE = 1 << 20
-_LONGEST_NUMBER = 18
-"""Digits of a size: more are none that a file has, and Python refuses to read thousands."""
 _HTML_OVERHEAD = 4
-Headers = Mapping[str, str]
+_LONGEST_NUMBER = 18
+"""Digits of a size: no file has more, and Python refuses to read thousands."""
+_END_OF_RECORD = (b"\r\n\r\n", b"\n\n")
+_CODINGS = {"gzip": ("gz",), "x-gzip": ("gz",), "zstd": ("zst",), "deflate": ("zlib", "deflate")}
+_NOT_CODED = ("", "identity", "none", "utf-8", "utf8")
+_NAMES = {"br": "Brotli", "compress": "compress", "x-compress": "compress"}
+_LOOKED_AT = 1024
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"
+"""Bytes that text does not have; of a hundred compressed bytes about ten are among them."""
 
 
 def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
-    """Documents of an archive's records; lines are records from 1, positions byte offsets."""
+    """Return documents of an archive's records; lines are records from 1, positions byte offsets."""
     del where
     limit = _HTML_OVERHEAD * fields.max_document + (1 << 20)
-    number = 0
-    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-        reader = _Reader(stream)
+    number = offset = 0
+    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as blocks:
+        stream = _Stream(blocks)
         try:
-            while (headers := _next_headers(reader)) is not None:
-                offset, size = reader.record, _size(headers)
-                wanted = headers.get("warc-type", "").lower() in _ROWS
-                held = wanted and size <= limit
-                block = reader.take(size) if held else reader.skip(size)
+            for record in _open(stream):
+                offset = record.stream_pos
+                _check_size(record)
                 number += 1
-                if not wanted:
-                    continue
-                if held:
-                    row = _row(headers, block, fields, limit, file.name, number, offset)
+                if (record.headers.get("WARC-Type") or "").lower() in _NOT_ROWS:
+                    _skip(record)
                 else:
-                    row = SetAside(number, f"record of {size:,} bytes, longer than {limit:,}", offset)
-                name = excerpt(headers.get("warc-target-uri", headers.get("warc-record-id", "")))
-                yield row._replace(excerpt=name) if isinstance(row, SetAside) else row
-        except (BrokenStream, _BrokenRecord) as error:
-            place = f"broken off after record {number:,}, at byte {reader.record:,}"
-            head = error.head if isinstance(error, _BrokenRecord) else ""
-            raise InputError(f"{place}: {error}", number + 1, head) from error
+                    yield _row(record, fields, limit, file.name, number)
+            if not stream.tail.endswith(_END_OF_RECORD):
+                raise BrokenStream("the file ends before the end of a record is marked")
+        except (BrokenStream, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise InputError(
+                f"broken off after record {number:,}, at byte {offset:,}: {told(error)}", number + 1
+            ) from error
 
 
-def _row(
-    headers: Headers, block: bytes, fields: Fields, limit: int, source: str, number: int, offset: int
-) -> Document | SetAside:
+class _Stream:
+    """Blocks as the file that FastWARC reads."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._block = memoryview(b"")
+        self._place = 0
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        """Return at most ``size`` bytes; b"" at the end."""
+        if not self._block:
+            self._block = memoryview(next(self._blocks, b""))
+        data, self._block = bytes(self._block[:size]), self._block[size:]
+        self._place += len(data)
+        self.tail = (self.tail + data[-4:])[-4:]
+        return data
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._place
+
+
+def _open(stream: _Stream) -> ArchiveIterator:
     try:
-        row = _fields_of(headers, block, limit)
+        from fastwarc.warc import ArchiveIterator
+    except ImportError as error:
+        raise _needs_extra("FastWARC") from error
+    # Of a file FastWARC uses these two methods.
+    return ArchiveIterator(stream, parse_http=False, stream_detect=False)  # type: ignore[arg-type]
+
+
+def _needs_extra(name: str) -> UsageError:
+    return UsageError(f"reading WARC files needs {name}", "Install it with: pip install fastwarc resiliparse")
+
+
+def _check_size(record: WarcRecord) -> None:
+    """Raise ``BrokenStream`` if a record does not say how long it is; FastWARC takes it for empty."""
+    length = record.headers.get("Content-Length") or ""
+    if not (length.isascii() and length.isdigit() and len(length.lstrip("0")) <= _LONGEST_NUMBER):
+        raise BrokenStream("a record's Content-Length is not a size" if length else "a record has no Content-Length")
+
+
+def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: int) -> Document | SetAside:
+    """Return the document of a record, or why it has none; ``BrokenStream`` if the file ends inside it."""
+    offset = record.stream_pos
+    uri = (record.headers.get("WARC-Target-URI") or "").strip("<>")
+    identifier = (record.headers.get("WARC-Record-ID") or "").strip("<>")
+    try:
+        row = _page(record, limit)
     except BadRow as bad:
-        return SetAside(number, str(bad), offset)
-    return document_of(row, fields, source, number, offset, offset)
+        found: Document | SetAside = SetAside(number, str(bad), offset)
+    else:
+        row |= {"id": uri or identifier or None, "uri": uri or None, "record_id": identifier or None}
+        found = document_of(row, fields, source, number, offset, offset)
+    return found._replace(excerpt=excerpt(uri or identifier)) if isinstance(found, SetAside) else found
 
 
-def _fields_of(headers: Headers, block: bytes, limit: int) -> dict[str, Any]:
-    uri, record = headers.get("warc-target-uri", "").strip("<>"), headers.get("warc-record-id", "").strip("<>")
-    kind = headers["warc-type"].lower()
-    content_type, status = headers.get("content-type", ""), None
+def _skip(record: WarcRecord) -> None:
+    """Pass over a record's content; ``BrokenStream`` if the file ends inside it."""
+    size = record.content_length
+    if record.consume() < size:
+        raise BrokenStream("the file ends inside a record")
+
+
+def _content(record: WarcRecord) -> bytes:
+    """Return a record's content; ``BrokenStream`` if the file ends inside it."""
+    content: bytes = record.reader.read(record.content_length)
+    if len(content) < record.content_length:
+        raise BrokenStream("the file ends inside a record")
+    return content
+
+
+def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
+    """Return the text of a record, and the fields that say what it is."""
+    kind, size = (record.headers.get("WARC-Type") or "").lower(), record.content_length
+    problem = f"record of {size:,} bytes, longer than {limit:,}" if size > limit else ""
     if kind == "continuation":
-        raise BadRow("a part of a segmented record: they are not put together")
+        problem = "a part of a segmented record: they are not put together"
+    elif kind not in _ROWS:
+        problem = "a record of unknown type"
+    if problem:
+        _skip(record)
+        raise BadRow(problem)
+    content_type, status = record.headers.get("Content-Type") or "", None
     if kind == "response" and content_type.lower().startswith("application/http"):
-        content_type, status, block = response_of(block, limit)
-    content_type = content_type or headers.get("warc-identified-payload-type", "")
-    text = _utf8(block) if kind == "conversion" else _text(content_type, block)
+        try:
+            record.parse_http()
+        except OSError as error:
+            raise BadRow("it has no HTTP header that can be read") from error
+        headers = record.http_headers
+        content_type, status = headers.get("Content-Type") or "", headers.status_code
+        body = _content(record)
+        if "chunked" in (headers.get("Transfer-Encoding") or "").lower():
+            body = _dechunked(body)
+        for coding in reversed((headers.get("Content-Encoding") or "").lower().split(",")):
+            body = _decoded(body, coding.strip(), limit)
+    else:
+        body = _content(record)
+    content_type = content_type or record.headers.get("WARC-Identified-Payload-Type") or ""
+    text = _utf8(body) if kind == "conversion" else _text(content_type, body)
     if not text.strip():
         raise BadRow("no text in it")
     return {
-        "text": text, "id": uri or record or None, "uri": uri or None, "record_id": record or None, "type": kind,
-        "date": headers.get("warc-date"), "content_type": content_type, "status": status,
+        "text": text, "type": kind, "date": record.headers.get("WARC-Date"), "content_type": content_type,
+        "status": None if status is None else str(status),
     }  # fmt: skip
 
 
@@ -108,7 +196,7 @@ def _utf8(block: bytes) -> str:
 
 
 def _text(content_type: str, body: bytes) -> str:
-    """The text of a page."""
+    """Return the text of a page."""
     media, _, parameters = content_type.partition(";")
     media = media.strip().lower()
     if media not in _HTML and media != "text/plain":
@@ -117,20 +205,16 @@ def _text(content_type: str, body: bytes) -> str:
     decode, extract = _extraction()
     charset = parameters.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
     text = decode(body, charset)
-    if media == "text/plain":
-        return text
-    return extract(text)
+    return text if media == "text/plain" else extract(text)
 
 
 def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
-    """How bytes of a named character set become a string, and HTML its text."""
+    """Return how bytes of a named character set become a string, and HTML its text."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
     except ImportError as error:
-        raise UsageError(
-            "reading pages from WARC files needs Resiliparse", "Install it with: pip install resiliparse"
-        ) from error
+        raise _needs_extra("Resiliparse") from error
 
     def decode(body: bytes, charset: str) -> str:
         named = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
@@ -141,103 +225,52 @@ def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
         try:
             return str(extract_plain_text(text, preserve_formatting=True, main_content=True))
         except ValueError as error:
-            raise BadRow(f"not to be parsed as HTML: {told(error)}") from error
+            raise BadRow(f"it can't be parsed as HTML: {told(error)}") from error
 
     return decode, extract
 
 
-class _BrokenRecord(Exception):  # noqa: N818 - a verdict about the file
-    """Here no record is, or it is cut off; ``head`` is what stands there instead of what should."""
-
-    def __init__(self, message: str, head: str = "") -> None:
-        super().__init__(message)
-        self.head = head
-
-
-def _next_headers(reader: _Reader) -> Headers | None:
-    """The next record's headers, None at the end."""
-    blank = -1
-    first = b"\n"
-    while first in (b"\r\n", b"\n"):
-        blank += 1
-        first = reader.line(begins_record=True)
-    if first in (b"", b"\r"):
-        # Two line ends follow each record.
-        if reader.record and (first or blank < 2):
-            raise _BrokenRecord("the file ends just after a record, before its end is marked")
-        return None
-    if not first.startswith(b"WARC/"):
-        raise _BrokenRecord(f"not a WARC record but a line of {len(first):,} bytes", excerpt(first[:40]))
-    lines: list[str] = []
-    while (line := reader.line()) not in (b"\r\n", b"\n"):
-        if not line:
-            raise _BrokenRecord("the file ends inside a record's header")
-        lines.append(line.decode("utf-8", "replace").rstrip("\r\n"))
-    return headers_of(lines)
+def _dechunked(body: bytes) -> bytes:
+    """Join the chunks (RFC 9112, 7.1); a body that has none is returned as it is."""
+    chunks: list[bytes] = []
+    place = 0
+    while True:
+        end = body.find(b"\r\n", place)
+        try:
+            size = int(body[place:end].partition(b";")[0], 16) if end > place else -1
+        except ValueError:
+            size = -1
+        if size < 0:
+            return b"".join(chunks) if chunks else body
+        if size == 0:
+            return b"".join(chunks)
+        chunks.append(body[end + 2 : end + 2 + size])
+        place = end + 2 + size + 2
 
 
-def _size(headers: Headers) -> int:
-    length = headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit() and len(length.lstrip("0")) <= _LONGEST_NUMBER):
-        problem = f"is no size but {len(length):,} characters" if length else "is missing"
-        raise _BrokenRecord(f"a record's Content-Length {problem}", excerpt(length))
-    return int(length.lstrip("0") or "0")
+def _decoded(body: bytes, coding: str, limit: int) -> bytes:
+    """Return the body without a content coding."""
+    if coding in _NOT_CODED:
+        return body
+    if coding not in _CODINGS:
+        raise BadRow(f"its content is compressed with {_NAMES.get(coding, 'an unknown coding')}, which is not read")
+    problem = ""
+    for compression in _CODINGS[coding]:
+        try:
+            return _unpacked(body, compression, limit)
+        except BrokenStream as error:
+            problem = problem or str(error)
+    head = body[:_LOOKED_AT]
+    if head.translate(None, _CONTROL) == head:
+        return body  # text, whatever its header says
+    raise BadRow(f"its content is cut off or not {coding}: {problem}")
 
 
-class _Reader:
-    """Lines and counted bytes of a stream of blocks."""
-
-    def __init__(self, stream: Iterator[bytes]) -> None:
-        self._stream = stream
-        self._block, self._place = b"", 0
-        self._before = 0
-        self.record = 0
-
-    def line(self, *, begins_record: bool = False) -> bytes:
-        """The next line with its end; b"" at the end of the stream."""
-        if begins_record:
-            self.record = self._before + self._place
-        end = self._block.find(b"\n", self._place) + 1
-        if end:
-            line = self._block[self._place : end]
-            self._place = end
-            return line
-        pieces = [self._block[self._place :]]
-        size = len(pieces[0])
-        while self._next():
-            end = self._block.find(b"\n") + 1
-            self._place = end or len(self._block)
-            pieces.append(self._block[: self._place])
-            size += self._place
-            if end:
-                break
-            if size > _LONGEST_LINE:
-                raise _BrokenRecord(f"a header of more than {_LONGEST_LINE:,} bytes")
-        return b"".join(pieces)
-
-    def take(self, size: int) -> bytes:
-        """The next ``size`` bytes."""
-        pieces = []
-        while size:
-            if self._place == len(self._block) and not self._next():
-                raise _BrokenRecord("the file ends inside a record")
-            piece = self._block[self._place : self._place + size]
-            pieces.append(piece)
-            self._place += len(piece)
-            size -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def skip(self, size: int) -> bytes:
-        """Leave out the next ``size`` bytes."""
-        while size > len(self._block) - self._place:
-            size -= len(self._block) - self._place
-            self._place = len(self._block)
-            if not self._next():
-                raise _BrokenRecord("the file ends inside a record")
-        self._place += size
-        return b""
-
-    def _next(self) -> bool:
-        self._before += len(self._block)
-        self._block, self._place = next(self._stream, b""), 0
-        return bool(self._block)
+def _unpacked(body: bytes, compression: str, limit: int) -> bytes:
+    pieces, size = [], 0
+    for block in streams.unpacked([body], compression):
+        pieces.append(block)
+        size += len(block)
+        if size > limit:
+            raise BadRow(f"its content is longer than {limit:,} bytes")
+    return b"".join(pieces)

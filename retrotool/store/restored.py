@@ -10,7 +10,7 @@ Nothing here brings anything up to date: that is done by ``index``, ``neighbours
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,13 @@ def restored_purges(state: State) -> Mapping[str, Record]:
 def standing_purges(state: State) -> dict[str, Record]:
     """Records, by their ids, of the purges that were not taken back, the erased ones too."""
     return {purge: record for purge, record in state.with_prefix(PREFIX).items() if not is_restored(record)}
+
+
+def check_not_restored(state: State, purges: Iterable[str]) -> None:
+    """``ConflictError`` if any of some purges of the store was undone."""
+    for purge in purges:
+        if is_restored(state.records[PREFIX + purge]):
+            raise ConflictError(f"the purge {purge!r} was undone by another process", "Run the same command again.")
 
 
 def stands_for_restored(state: State) -> str:

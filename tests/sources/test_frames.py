@@ -31,17 +31,6 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
-def seekable(pieces: list[bytes], compress=NO_SIZE.compress, checksums: bool = False, lie: int = 0) -> bytes:
-    """An archive with a seek table, as zstd's ``contrib/seekable_format`` describes it."""
-    packed = [compress(piece) for piece in pieces]
-    entries = b"".join(
-        struct.pack("<II", len(frame), len(piece) + lie) + b"\0\0\0\0" * checksums
-        for frame, piece in zip(packed, pieces, strict=True)
-    )
-    table = entries + struct.pack("<IBI", len(packed), 0x80 * checksums, 0x8F92EAB1)
-    return b"".join(packed) + struct.pack("<II", 0x184D2A5E, len(table)) + table
-
-
 contents = st.one_of(
     st.binary(max_size=600),
     st.builds(lambda byte, n: byte * n, st.sampled_from([b"a", b"\0"]), st.integers(0, 400_000)),
@@ -99,27 +88,15 @@ def test_what_does_not_tell_its_sizes_or_is_no_frame_is_not_cut(folder, data):
     assert cut(file, Fields(), 1) == [WHOLE]
 
 
-@pytest.mark.parametrize("checksums", [False, True])
-@pytest.mark.parametrize("compress", [NO_SIZE.compress, zstd])
-def test_a_seek_table_tells_what_headers_do_not(folder, checksums, compress):
-    pieces = pieces_of(LINES, [100, 200, 700])
-    file = input_of(folder / "seekable.jsonl.zst", seekable(pieces, compress, checksums))
-    assert [frame.content for frame in frames_of(folder / "seekable.jsonl.zst")] == [len(piece) for piece in pieces]
-    slices = cut(file, Fields(), 100)
-    assert len(slices) > 1
-    assert read_slices(file, slices) == list(read(file, Fields()))
-
-
-def test_a_seek_table_that_lies_is_found_out(folder):
+def test_a_header_that_lies_is_found_out_when_its_frame_is_read(folder):
     pieces = pieces_of(LINES, [500, 1000])
-    (folder / "lie.jsonl.zst").write_bytes(seekable(pieces, zstd, lie=1))
-    # The frames' own headers know better.
-    assert [frame.content for frame in frames_of(folder / "lie.jsonl.zst")] == [len(piece) for piece in pieces]
-    file = input_of(folder / "lie.jsonl.zst", seekable(pieces, lie=1))
+    packed = [bytearray(zstd(piece)) for piece in pieces]
+    packed[1][5] ^= 1  # the content size, whose two bytes are after magic and descriptor
+    file = input_of(folder / "lie.jsonl.zst", b"".join(packed))
+    contents = [frame.content for frame in frames_of(folder / "lie.jsonl.zst")]
+    assert [content == len(piece) for content, piece in zip(contents, pieces, strict=True)] == [True, False, True]
     rows = [row for where in cut(file, Fields(), 500) for row in read(file, Fields(), where)]
-    damage = [row for row in rows if isinstance(row, SetAside)]
-    assert damage
-    assert all(row.damage and "as they say" in row.reason for row in damage)
+    assert any(isinstance(row, SetAside) and row.damage for row in rows)
 
 
 @settings(deadline=None, max_examples=150)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import retrotool
 from retrotool import api
 from retrotool.purge.run import PurgeResult
 from retrotool.purge.undo_run import RestoreResult, restore
+from retrotool.store import disk
 
 SAME = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "documents", "chunks", "tokens")
 
@@ -51,3 +55,36 @@ def assert_exact(store: Path, scratch: Path, name: str = "main") -> None:
     true_ids, true_distances = exact(store, scratch)
     np.testing.assert_allclose(distances, true_distances, rtol=1e-3, atol=1e-3)
     assert (ids == true_ids).mean() > 0.999
+
+
+_listener: Callable[[str, str], object] | None = None
+
+
+def _hook(event: str, arguments: tuple[str, ...]) -> None:
+    if event == disk.EVENT and _listener is not None:
+        _listener(*arguments)
+
+
+sys.addaudithook(_hook)  # there is no way to remove one
+
+
+@contextmanager
+def once_before(operation: str, folder: Path, strike: Callable[[], object]) -> Iterator[None]:
+    """Call ``strike`` just before the first announced ``operation`` in ``folder``; fail if there is none."""
+    global _listener
+    done = False
+
+    def listener(announced: str, path: str) -> None:
+        global _listener
+        nonlocal done
+        if announced == operation and Path(path).parent == folder:
+            _listener, done = None, True
+            strike()
+
+    assert _listener is None
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
+    assert done, f"no {operation} in {folder}"

@@ -180,7 +180,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     purge = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test").purge
     opened = Store.open(store_copy)
     victims = tombstones.read_tombstones(opened)
-    stage = erase.EraseStage(victims)
+    stage = erase.EraseStage(victims, (purge,))
     with writing(opened) as run:
         for task in stage.tasks(opened):
             engine.perform(stage.open(opened), opened.root, task, run.id, lambda _: None)
@@ -430,9 +430,9 @@ def test_an_erase_leaves_what_a_living_process_may_be_about_to_chunk(store_copy:
 
 def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     api.neighbours(store_copy, name="nearest", k=1, saved=1)
-    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test")
+    purge = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test").purge
     store = Store.open(store_copy)
-    stage = erase.EraseStage(tombstones.read_tombstones(store))
+    stage = erase.EraseStage(tombstones.read_tombstones(store), (purge,))
     tasks = stage.tasks(store)
     assert len(tasks) > 1
     assert ["part" in task.inputs for task in stage.plan(store)] == [True], "the others wait"

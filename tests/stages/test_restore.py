@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
-from restore_help import back, near, purge, verified
+from restore_help import back, near, once_before, purge, verified
 
 import retrotool
 from retrotool import api
@@ -17,7 +17,7 @@ from retrotool.purge import commit as selecting
 from retrotool.purge import undo as restoring
 from retrotool.purge.erase import EraseStage
 from retrotool.purge.undo_run import restore
-from retrotool.store import folding, staging
+from retrotool.store import folding, parts, staging
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -119,7 +119,7 @@ def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> 
 def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7", "doc-100").purge  # of two parts
     store = Store.open(store_copy)
-    stage = EraseStage(read_tombstones(store))
+    stage = EraseStage(read_tombstones(store), (purged,))
     with writing(store) as run:
         task = stage.plan(store)[0]
         staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
@@ -136,14 +136,14 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
     before = verified(store_copy)
     purged = purge(store_copy, "doc-7").purge
     store = Store.open(store_copy)
-    stage = EraseStage(read_tombstones(store))
+    stage = EraseStage(read_tombstones(store), (purged,))
     with writing(store) as run:
         (task,) = stage.plan(store)
         staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
         state = restoring.commit_restore(store, run, restoring.weigh(store, purged), "test", "me")
         assert "restored" in state.records[f"purge:{purged}"]
         assert len(folding.fold(store, run).refused) == 1
-        with pytest.raises(ConflictError, match="taken back"):
+        with pytest.raises(ConflictError, match="undone"):
             stage.plan(store)
     assert verified(store_copy) == before
 
@@ -200,6 +200,86 @@ def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path, monkeyp
     monkeypatch.setattr(restoring, "weigh", overtaken)
     assert back(store_copy, purged).still_purged == 1
     assert retrotool.open(store_copy).is_living(chunks).tolist() == [False, *[True] * (len(chunks) - 1)]
+    assert verified(store_copy)
+
+
+@pytest.fixture
+def with_repeat(tmp_path: Path, tiny_encoder: Path) -> Path:
+    """A store in which ``again`` repeats the text of ``doc-3``."""
+    rows = make_rows(8, words=60)
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[3], "id": "again"}])
+    api.chunk(tmp_path / "repeat", [str(tmp_path / "rows.jsonl")], tokenizer=str(tiny_encoder))
+    return tmp_path / "repeat"
+
+
+def documents_with_text(store: Path) -> int:
+    """Documents of the parts that still have an id: an erase takes those of erased documents."""
+    opened = Store.open(store)
+    return sum(len(parts.read_documents(opened, p, ["id"])["id"].drop_null()) for p in opened.state.parts())
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "named by another purge, too"])
+def test_an_erase_of_a_purge_that_is_undone_before_its_copies_are_named_is_refused(
+    with_repeat: Path, others: bool
+) -> None:
+    purged, present = purge(with_repeat, "doc-3").purge, documents_with_text(with_repeat)
+    if others:
+        purge(with_repeat, "doc-3", "doc-4")
+    with (
+        once_before("rename", with_repeat / "tombstones", lambda: back(with_repeat, purged)),
+        pytest.raises(UsageError, match="was taken back"),
+    ):
+        api.erase(with_repeat, [purged])
+    assert verified(with_repeat)
+    assert documents_with_text(with_repeat) == present, "nothing was erased"
+    again = purge(with_repeat, "doc-3", erase=True)
+    assert again.erased > 0 and again.copies == 1 and documents_with_text(with_repeat) == present - 2
+    assert verified(with_repeat)
+
+
+def test_an_erase_of_a_purge_that_is_undone_leaves_what_another_purge_names(store_copy: Path) -> None:
+    purged = purge(store_copy, "doc-7").purge
+    other = purge(store_copy, "doc-7", "doc-8").purge
+    present = documents_with_text(store_copy)
+    with (
+        once_before("rename", store_copy / "proofs", lambda: back(store_copy, purged)),
+        pytest.raises(UsageError, match="was taken back"),
+    ):
+        api.erase(store_copy, [purged])
+    assert documents_with_text(store_copy) == present
+    assert back(store_copy, other).still_purged == 0, "nothing of it was erased"
+    assert verified(store_copy)
+
+
+def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_copy: Path) -> None:
+    one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8").purge
+    present = documents_with_text(store_copy)
+    with (
+        once_before("rename", store_copy / "proofs", lambda: back(store_copy, one)),
+        pytest.raises(UsageError, match=f"{one}.*was taken back"),
+    ):
+        api.erase(store_copy, [one, two])
+    assert documents_with_text(store_copy) == present and verified(store_copy)
+    assert api.erase(store_copy, [two]).erased > 0
+
+
+def test_an_erase_by_age_leaves_a_purge_that_is_undone_meanwhile(store_copy: Path) -> None:
+    one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8")
+    with once_before("rename", store_copy / "proofs", lambda: back(store_copy, one)):
+        result = api.erase(store_copy, older_than=0)
+    assert result.purges == (two.purge,) and result.erased == two.chunks
+    assert verified(store_copy)
+
+
+def test_the_same_purge_with_an_erase_is_made_again_if_it_is_undone_meanwhile(store_copy: Path) -> None:
+    """All its chunks are named by another purge, so they stay tombstones."""
+    purged = purge(store_copy, "doc-7").purge
+    purge(store_copy, "doc-7", "doc-8")
+    with once_before("rename", store_copy / "proofs", lambda: back(store_copy, purged)):
+        result = purge(store_copy, "doc-7", erase=True)
+    assert result.purge not in ("", purged) and result.erased > 0
+    shown = api.info(store_copy).purges
+    assert shown[result.purge]["erased"] and not shown[purged]["erased"]
     assert verified(store_copy)
 
 

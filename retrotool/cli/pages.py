@@ -1,0 +1,61 @@
+"""Write HTML pages from the Jinja2 templates in ``templates/``.
+
+A page is one file that fetches nothing. Templates extend ``base.html``, which has the head, the common style and a
+policy that lets no script run but that of the template (block ``script``).
+
+Texts of documents are hostile. So every value that a template prints is escaped, and its control characters and those
+that turn the direction of text are shown as escapes, as in a terminal. Templates quote attributes, and never use
+``safe``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from retrotool.cli import output
+from retrotool.cli.result_file import written
+
+
+def render(template: str, **context: object) -> str:
+    """Return the HTML of a template; a name that ``context`` lacks raises ``jinja2.UndefinedError``."""
+    return _TEMPLATES.get_template(template).render(context)
+
+
+def write(file: str | Path, template: str, **context: object) -> None:
+    """Write a template's HTML to ``file``, which stays as it was after an error.
+
+    Values of ``context`` may be iterators: the page is written piece by piece, and not held in memory.
+    ``StorageError`` if it can't be written.
+    """
+    with written(file) as scratch, scratch.open("wb") as page:
+        for piece in _pieces(template, context):
+            page.write(piece)
+
+
+def _pieces(template: str, context: dict[str, object]) -> Iterator[bytes]:
+    for piece in _TEMPLATES.get_template(template).generate(context):
+        yield piece.encode("utf-8", "backslashreplace")  # a path may not be UTF-8
+
+
+def _visible(value: object) -> object:
+    return value if hasattr(value, "__html__") else output.visible(str(value).replace("\r\n", "\n"))
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("retrotool.cli"),
+    autoescape=True,
+    finalize=_visible,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters.update(counted=output.count, sha256=_sha256, thousands="{:,}".format)
