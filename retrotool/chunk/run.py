@@ -29,7 +29,7 @@ from retrotool.errors import UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import spool
-from retrotool.store import disk, runs, schemas
+from retrotool.store import disk, paths, runs, schemas
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.staging import PLAN_COUNTS, Staged
@@ -169,7 +169,7 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
 
 def spool_folder(store: Store) -> Path:
     """Where standard input lies until it is chunked."""
-    return store.root / "spool"
+    return paths.inside(store.root, "spool")
 
 
 def clear_spool(store: Store, run: Run, own: Path | None) -> None:

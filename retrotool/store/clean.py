@@ -28,7 +28,6 @@ Standard input lies in ``spool/`` until it is chunked, under a name that tells n
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
-_FOLDERS = (*paths.DATA_KINDS, "staging", "log", "checkpoints")
 SPOOL = "spool"
 SETTLED_SECONDS = 2.0
 """A process that has written standard input to the end has planned it, or announced its run, by then."""
@@ -93,12 +91,9 @@ def _remove_temporary(root: Path, dead: Collection[str]) -> None:
 
 
 def _files(root: Path) -> list[Path]:
-    found = []
-    for folder in _FOLDERS:
-        for directory, _, names in os.walk(root / folder):
-            found += [Path(directory) / name for name in names]
-    found += [path for path in root.iterdir() if path.name.startswith(TEMPORARY)]
-    return found
+    """Files that a run may have written; symbolic links are not followed, and left alone."""
+    found = paths.walk(root)
+    return [Path(entry) for path, entry in found if entry.is_file(follow_symlinks=False) and not _is_spool(path)]
 
 
 def _owner(path: Path, relative: str) -> str | None:
@@ -115,6 +110,10 @@ def _owner(path: Path, relative: str) -> str | None:
         return FileName.parse(relative).run
     except CorruptError:
         return None  # not ours: a person put it there, or it is a staged entry
+
+
+def _is_spool(relative: str) -> bool:
+    return relative.startswith(f"{SPOOL}/")
 
 
 def _is_run(relative: str) -> bool:
@@ -171,7 +170,7 @@ def clean_spool(store: Store, own: str) -> list[Spooled]:
 
 def _spooled(store: Store) -> list[Spooled]:
     """All standard input in ``spool/``. The live plan files are those of unfinished plans; read if there is any."""
-    folder = store.root / SPOOL
+    folder = paths.inside(store.root, SPOOL)
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [path for path in there if path.name.startswith(("stdin-", TEMPORARY))]
     if not found:

@@ -59,7 +59,7 @@ class Commit:
 
 def commit_path(root: Path, number: int) -> Path:
     """Where commit ``number`` lies."""
-    return root / "log" / f"{number:08d}.json"
+    return paths.inside(root, f"log/{number:08d}.json")
 
 
 def with_checksum(entry: bytes) -> bytes:

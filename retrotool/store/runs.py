@@ -111,7 +111,7 @@ def _lost(root: Path) -> LostRunError:
 
 def run_path(root: Path, run: str) -> Path:
     """Where the run with this id would say that it lives."""
-    return root / "staging" / f"run-{run}.json"
+    return paths.inside(root, f"staging/run-{run}.json")
 
 
 def others(root: Path, run: str) -> list[str]:

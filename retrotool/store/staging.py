@@ -72,7 +72,7 @@ class Staged:
 
 def staged_path(root: Path, task: str) -> Path:
     """Where the entry of a finished task lies."""
-    return root / "staging" / f"{task}.json"
+    return paths.inside(root, f"staging/{task}.json")
 
 
 def stage(root: Path, staged: Staged) -> bool:

@@ -122,8 +122,8 @@ class Store:
         ``build`` is called again whenever another writer was first, so it must decide from the state it is given;
         it returns None if there is nothing (any more) to commit, and raises ``ConflictError`` if its work was
         overtaken. Files that the draft removes are unlinked once it is committed; a kill in between leaves them to
-        clean-up. ``LostRunError`` if another process took the run for dead, or a file that the draft adds is missing
-        or of another size: nothing is committed then.
+        clean-up. ``CorruptError`` if one of them is a symbolic link, ``LostRunError`` if another process took the run
+        for dead, or a file that the draft adds is missing or of another size: nothing is committed then.
         """
         attempt = 0
         while True:
@@ -132,8 +132,9 @@ class Store:
             if draft is None:
                 return state
             state.check(draft)
+            removed = [paths.inside(self.root, path) for path in draft.remove]
             if self._append(run, state, draft):
-                disk.unlink_all(paths.inside(self.root, path) for path in draft.remove)
+                disk.unlink_all(removed)
                 if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
                     self._write_checkpoint(run)
                 return self.refresh()
@@ -170,7 +171,7 @@ class Store:
 
 def checkpoint_files(root: Path) -> list[tuple[int, Path]]:
     """Checkpoint files and the commits that they say to be of, newest first."""
-    folder = root / "checkpoints"
+    folder = paths.inside(root, "checkpoints")
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
