@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from staging_help import IN_ORDER, PARTS, embedding, numbered, planned_store, staged_store, unit
 from store_help import (
@@ -36,7 +36,6 @@ def staged(tmp_path: Path) -> Store:
     return staged_store(tmp_path / "store")
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.permutations(sorted(PARTS)), st.sets(st.integers(0, 3)))
 def test_parts_are_numbered_in_the_order_of_the_plans(
     tmp_path_factory: pytest.TempPathFactory, order: list[tuple[str, int]], folds: set[int]
