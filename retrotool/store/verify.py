@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import atomic, parts, paths
+from retrotool.store import atomic, parts, paths, staging
 from retrotool.store import verify_references as references
 from retrotool.store.checked import Checked, check_ids
+from retrotool.store.clean import foreign_files
 from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
 from retrotool.store.log import Commit
 from retrotool.store.paths import FileName
@@ -34,10 +35,14 @@ Report = Callable[[int], object]
 
 @dataclass(slots=True)
 class Verification:
-    """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them."""
+    """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them.
+
+    ``foreign`` are paths of files in the store's folders that no command made; they are not checked.
+    """
 
     commit: int
     problems: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
     content: str = ""
     ids: str = ""
     tombstones: str = ""
@@ -72,6 +77,11 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
     _check_log(checked)
     references.check_records(checked)
     checked.problems += _links(store)
+    checked.problems += [
+        f"staging/{path.name} is not a finished task: the next command that writes removes it, and does the task again"
+        for path in staging.broken(store.root)
+    ]
+    result.foreign = foreign_files(store.root)
     _check_files(checked, result, report)
     with checked.noting("tombstones"):
         checked.tombstones = read_tombstones(store)
