@@ -20,7 +20,7 @@ from retrotool.chunk.chunk_plan import Plan
 from retrotool.chunk.external_sort import Places
 from retrotool.errors import InputError
 from retrotool.sources import InputFile
-from retrotool.sources.files import COMPRESSIBLE
+from retrotool.sources.files import IN_BYTES
 from retrotool.sources.lines import count_lines
 from retrotool.store import parts, schemas
 from retrotool.store.parts import PART_SHIFT
@@ -135,7 +135,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
 
     Lines are counted, which reads the input again, for ids that repeat in a file that is not large.
     """
-    has_offsets = file is not None and file.base in COMPRESSIBLE
+    has_offsets = file is not None and file.base in IN_BYTES
     n = len(positions)
     lines = [0] * n if has_offsets else positions.tolist()
     if file is not None and file.base in _IN_LINES:
