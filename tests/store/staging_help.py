@@ -45,9 +45,8 @@ def embedding(root: Path, run: str, part: int, reads: tuple[str, ...], about: st
     data = f"{part} {about}".encode()
     add = write(root, run, "embeddings", f"{part:06d}", data, name="tiny")
     records = {"encoder:tiny": about}
-    return Staged(
-        f"embed-{part}-{about.replace(chr(32), chr(45))}", "embed", run, reads=reads, add=(add,), records=records
-    )
+    key = f"embed-{part}-{about}".replace(" ", "-")
+    return Staged(key, "embed", run, reads=reads, add=(add,), records=records)
 
 
 def numbered(state: State, root: Path) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Cli
 from store_help import clean, make_store
 
 from retrotool import api
@@ -43,19 +43,17 @@ def test_a_stray_file_stops_no_writing_and_stays(tmp_path: Path, name: str) -> N
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_verify_names_stray_files_and_the_store_is_whole(
-    store_copy: Path, cli: Callable[..., object], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_names_stray_files_and_the_store_is_whole(store_copy: Path, cli: Cli) -> None:
     put(store_copy, *STRANGE)
     api.purge(store_copy, api.Selectors(document=("doc-1",)), reason="test")
     found = api.verify(store_copy)
     assert found.problems == []
     assert found.foreign == sorted(name for name in STRANGE if "/." not in name)
     shown = cli("verify", store_copy)
-    assert shown.returncode == 0  # type: ignore[attr-defined]
-    assert f"not checked: {len(found.foreign)} files that retrotool did not make" in shown.stdout  # type: ignore[attr-defined]
-    assert "    chunks/run-notes.json" in shown.stdout  # type: ignore[attr-defined]
-    assert json.loads(cli("verify", store_copy, "--json").stdout)["foreign"] == found.foreign  # type: ignore[attr-defined]
+    assert shown.returncode == 0
+    assert f"not checked: {len(found.foreign)} files that retrotool did not make" in shown.stdout
+    assert "    chunks/run-notes.json" in shown.stdout
+    assert json.loads(cli("verify", store_copy, "--json").stdout)["foreign"] == found.foreign
 
 
 def test_a_broken_staged_task_is_named_and_done_again(store_copy: Path, tiny_encoder: Path) -> None:
@@ -75,6 +73,5 @@ def test_an_entry_far_past_the_end_of_the_log_is_named(tmp_path: Path) -> None:
     put(store.root, "log/99999999.json")
     with pytest.raises(CorruptError, match=r"00000000\.json is missing.*up to 99999999\.json") as caught:
         Store.open(store.root)
-    assert (
-        f"if {store.root}/log/99999999.json is not a commit of this store, move that out of it" in caught.value.advice
-    )
+    stray = store.root / "log" / "99999999.json"
+    assert f"if {stray} is not a commit of this store, move that out of it" in caught.value.advice
