@@ -25,7 +25,7 @@ from retrotool.engine.stage import Report, Task, task_key
 from retrotool.errors import ErasedError, InputError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
-from retrotool.store import staging
+from retrotool.store import parts, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
@@ -194,6 +194,11 @@ class _Unit:
                 return
         own = self._store.identity
         found = chunker.tokenise(batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
+        if self._blocked is not None and found.documents:
+            # Another text can have the same tokens.
+            held = self._blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
+            self.counts["blocked"] += int(held.sum())
+            found = found.without(held) if held.any() else found
         if found.documents:
             self._write(name, found, hashes)
 
@@ -208,7 +213,7 @@ class _Unit:
     def _write(self, name: str, found: Tokens, hashes: list[tuple[bytes, bytes]]) -> None:
         if found.kept is not None:
             hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
-        self.counts["keys_cut"] += found.keys_cut
+        self.counts["keys_cut"] += 0 if found.cut is None else int(found.cut.sum())
         self._writer.add(name, found, hashes)
 
 

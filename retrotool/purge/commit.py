@@ -174,9 +174,10 @@ def count_unerased(store: Store, chunks: Ids) -> int:
 
 
 def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
-    """What a purge of ``chunks`` blocks: ids of documents that are purged as a whole then, and texts of all it touches.
+    """What a purge of ``chunks`` blocks: ids of documents purged as a whole then; texts and tokens of all it touches.
 
     Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
+    Reads all row groups of chunks that hold a document that it touches.
     """
     purges = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
     purged = Tombstones(np.unique(np.concatenate([chunks, *purges])))
@@ -192,6 +193,8 @@ def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
         whole = docs[np.add.reduceat(gone, first)[docs] == count[docs]]
         for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
             found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
+        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table.take(pa.array(docs)))
+        found.append(tokens[tokens != b""])
     return np.unique(np.concatenate(found))
 
 

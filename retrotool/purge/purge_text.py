@@ -56,7 +56,7 @@ def purged(store: Path, result: PurgeResult, erase: bool) -> str:
     if result.purge and (result.chunks or not result.erased):
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
-        lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
+        lines.append(f"New on the block list: {result.blocked:,} (hashes of ids, texts and tokens).")
     return "\n".join(lines + _about_erased(store, result) + _same_text(store, result))
 
 

@@ -45,13 +45,13 @@ class PurgeResult:
     more than go on with them, those by the same selectors before, the newest first. ``unerased`` counts the selected
     chunks, copies included, that an erase has still to take, and ``unerased_share`` is their share of all chunks that
     the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
-    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` are the ids and texts that are
-    kept from coming back, and were not before. ``left`` says, in sentences, where text may lie that an erase could not
-    reach just now, and ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that
-    name what was erased, by this purge or before, or could, as far as they are known. ``same_text``: documents that
-    stay, and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are
-    how many chunks each selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote
-    down ("": it can't write).
+    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` counts the hashes of ids, texts
+    and tokens that were not on the block list before. ``left`` says, in sentences, where text may lie that an erase
+    could not reach just now, and ``not_reached`` what may be there that it never reaches. ``consumers`` are other
+    stores that name what was erased, by this purge or before, or could, as far as they are known. ``same_text``:
+    documents that stay, and have the text of one that was selected and is not living, as a ``chunk`` had set it aside.
+    ``matches`` are how many chunks each selector means. A dry run has a ``review``, and the name of the ``selection``
+    that it wrote down ("": it can't write).
     """
 
     purge: str
