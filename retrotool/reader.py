@@ -88,10 +88,7 @@ class Reader:
         # Caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
         self._documents = lru_cache(_KEPT_PARTS)(
-            lambda part: parts.read_documents(store, part, ["id", "first_row", "n_chunks"])
-        )
-        self._keys = lru_cache(_KEPT_PARTS)(
-            lambda part: parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
+            lambda part: parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks"])
         )
         self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
         self._neighbour_file = lru_cache(None)(self._find_neighbour_file)
@@ -203,9 +200,8 @@ class Reader:
         """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
         for part in self.parts():
-            table = self._keys(part)
-            places = table["doc"].filter(pc.equal(table["key"], pa.scalar(key, table["key"].type)))
-            for row in self._documents(part).take(places).to_pylist():
+            table = self._documents(part)
+            for row in table.filter(pc.equal(table["key"], pa.scalar(key, table["key"].type))).to_pylist():
                 ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
                 alive = ids[self.is_living(ids)]
                 if len(alive):

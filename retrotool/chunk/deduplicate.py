@@ -263,7 +263,7 @@ def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
 
 def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
     """``draft``, if the documents and tombstones it was made from are still all there are."""
-    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("keys", "tombstones"))
+    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("documents", "tombstones"))
     if not same or newest.records["totals"] != seen.records["totals"]:
         raise ConflictError("the store grew while duplicates were searched")
     return draft

@@ -35,7 +35,7 @@ _FILES = 24
 _CHARACTERS = 2 << 20
 _SECONDS = 10.0
 _MEASURED = 2 << 20
-_DOCUMENT_BYTES = 90
+_DOCUMENT_BYTES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class _Sampler:
         sample.tokens += len(found.ids)
         sample.text += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in found.documents)
         sample.disk += _written(parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key))
-        # The documents and keys files, whose columns are mostly hashes and ids.
+        # The documents files, whose columns are mostly hashes and ids.
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
 
 

@@ -1,6 +1,6 @@
-"""Finding the hashes that several documents share, in an external sort of the ``keys/`` files.
+"""Finding the hashes that several documents share, in an external sort of their hashes.
 
-Every keys file is read once, one column of hashes and ``doc``. Its rows gather as records of 24 bytes; each time
+Of every part one column of hashes is read once. Its rows gather as records of 24 bytes; each time
 there are ``rows`` of them they are sorted, repeats are told at once, and one record of each hash goes to a scratch
 file. Then the scratch files are merged, one range of hashes after another. So a hash that half the corpus shares
 takes one record a scratch file, however often it occurs, and what comes out does not depend on the order of anything.
@@ -9,10 +9,10 @@ takes one record a scratch file, however often it occurs, and what comes out doe
 Of documents before them only those go into the sort whose hash may be a new one: a bitmap of the new hashes, at most
 128 MiB, tells (16 bits a new document; above 67 million new documents more and more pass that need not).
 
-Cost: reads 20 bytes a document of the store (16 of hash, which do not compress, and 4), writes and reads 24 bytes a
-document that goes into the sort. Memory: about 80 bytes times ``rows``, one keys file, the bitmap, and 8 bytes a repeat
-found. Scratch: 24 bytes a document that goes into the sort, as temporary files in ``staging/``, removed at the end or,
-after a kill, by the next writing command; none while fewer than ``rows`` documents are compared. ``rows`` holds up to
+Cost: reads 16 bytes a document of the store (hashes do not compress), writes and reads 24 bytes a
+document that goes into the sort. Memory: about 80 bytes times ``rows``, the hashes of a part, the bitmap, and 8 bytes a
+repeat found. Scratch: 24 bytes a document that goes into the sort, as temporary files in ``staging/``, removed at the end
+or, after a kill, by the next writing command; none while fewer than ``rows`` documents are compared. ``rows`` holds up to
 4,096 × ``rows`` documents (17 billion by default); beyond that memory grows.
 """
 
@@ -70,7 +70,7 @@ def find_repeats(
     numbers = [part for part in store.state.parts() if part < span.end]
     new = [part for part in numbers if part >= span.start]
     old = [part for part in numbers if part < span.start]
-    sizes = {part: parts.part_entry(store, "keys", part).rows for part in new}
+    sizes = {part: parts.part_entry(store, "documents", part).rows for part in new}
     known = Bitmap(sum(sizes.values()) if old else 0)
     with Sorter(store.root, run, rows) as sorter:
         for part in new:
@@ -89,15 +89,15 @@ def find_repeats(
 def _read_records(
     store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
 ) -> Records:
-    table = parts.read_parquet(store, parts.part_entry(store, "keys", part), [column, "doc"])
-    if table[column].null_count:
-        table = table.filter(table[column].is_valid())
-    records = np.empty(table.num_rows, RECORD)
-    hashes = parts.from_fixed_binary(table[column], np.dtype(">u8"))
-    records["high"], records["low"] = hashes[:, 0], hashes[:, 1]
-    records["place"] = parts.chunk_ids(part, table["doc"].to_numpy())
-    out = leave_out(part) if leave_out is not None else ()
-    return records[~np.isin(table["doc"].to_numpy(), out)] if len(out) else records
+    values = parts.read_documents(store, part, [column])[column]
+    doc = np.flatnonzero(values.is_valid().to_numpy())
+    if leave_out is not None:
+        doc = np.setdiff1d(doc, leave_out(part), assume_unique=True)
+    records = np.empty(len(doc), RECORD)
+    hashes = parts.from_fixed_binary(values, np.dtype(">u8"))
+    records["high"], records["low"] = hashes[doc, 0], hashes[doc, 1]
+    records["place"] = parts.chunk_ids(part, doc)
+    return records
 
 
 def split(records: Records) -> tuple[npt.NDArray[np.int64], Places]:

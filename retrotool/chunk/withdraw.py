@@ -103,7 +103,7 @@ def _files_of(state: State, withdrawn: list[int]) -> list[str]:
     """Every file of some parts, and the index shards that hold vectors of them."""
     slots = {part_slot(part) for part in withdrawn}
     found = []
-    for kind in ("documents", "keys", "chunks", "embeddings", "neighbours"):
+    for kind in ("documents", "chunks", "embeddings", "neighbours"):
         for name in state.names(kind):
             group = state.group(kind, name)
             found += [entry.path for slot in slots if (entry := group.get(slot)) is not None]

@@ -134,7 +134,7 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         return {name: {"path": entry.path} for name, entry in found.items() if entry is not None}
 
     described: dict[str, Any] = {"part": part}
-    for kind in ("documents", "keys", "chunks"):
+    for kind in ("documents", "chunks"):
         entry = state.file(kind, slot)
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}

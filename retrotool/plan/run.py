@@ -6,7 +6,7 @@ Nothing is read but the rates.
 Sizes
     documents     tokens / tokens a document
     chunks        n = tokens / m + documents · (m − 1) / 2m: the last chunk of a document is half full on average
-    files         documents 60 bytes each, keys 40; a chunk 3 bytes and 1.05 a token (uint16, zstd); embeddings 2·d;
+    files         documents 60 bytes each; a chunk 3 bytes and 1.05 a token (uint16, zstd); embeddings 2·d;
                   a saved neighbour 13 (its id hardly compresses where there are many parts; in a small store 8);
                   the index by ``ann.choice``, with 8 bytes a list and shard for the sizes of lists
     Against a store of 158,539 chunks of documentation these are 1 % too little to 12 % too much.
@@ -48,7 +48,7 @@ from retrotool.plan.encoder_shapes import EncoderShape, find_shape
 from retrotool.plan.plan_result import Files, IndexPlan, Machines, Plan, StagePlan
 from retrotool.plan.rates import WIDE, Rates, find_rates
 
-DOCUMENT_BYTES, KEY_BYTES, NEIGHBOUR_BYTES = 60, 40, 13
+DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105
 """Bytes of a chunk's columns but its tokens, and hundredths of a byte a token."""
 TEXT_BYTES = 4
@@ -170,7 +170,6 @@ def _files(request: Request, documents: int, n: int, choice: Choice) -> tuple[Fi
     tokens = TOKEN_HUNDREDTHS * request.tokens // 100
     return (
         Files("documents", DOCUMENT_BYTES * documents, f"{DOCUMENT_BYTES} bytes a document"),
-        Files("keys", KEY_BYTES * documents, f"{KEY_BYTES} bytes a document"),
         Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
         Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
         Files("index", _index_bytes(n, choice), f"{choice.bytes_per_vector:,} bytes a chunk, lists, training"),
@@ -222,7 +221,7 @@ class _Work:
     def chunk(self) -> StagePlan:
         """Every core takes parts; the input is not the store's to read."""
         seconds = TEXT_BYTES * self._request.tokens / self._rate("chunk_core_bytes_per_s")
-        written = sum(self._files[kind] for kind in ("documents", "keys", "chunks"))
+        written = sum(self._files[kind] for kind in ("documents", "chunks"))
         machines = self._machines
         wall = seconds * self._share(machines.hosts * machines.cores)
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))

@@ -4,7 +4,7 @@ What can be asked for is in ``stages.selection``. The commit costs what is purge
 the block list, so that what is purged does not come back with its input.
 
 An erase also takes what a ``chunk`` set aside because it repeats a purged document (``find_copies``): nobody could
-select it by its text any more, and it is the same text. That reads all ``keys/`` files of parts with repeats.
+select it by its text any more, and it is the same text. That reads the documents of all parts with repeats.
 """
 
 from __future__ import annotations
@@ -98,12 +98,11 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     found = [np.zeros(0, np.int64)]
     copied = 0
     for part in repeats.parts():
-        table = parts.read_parquet(store, parts.part_entry(store, "keys", part))
+        table = parts.read_documents(store, part, ["key", "text_hash", "first_row", "n_chunks"])
         alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
-        docs = table["doc"].filter(pc.or_(*alike))
-        if not len(docs):
+        places = table.filter(pc.or_(*alike))
+        if not places.num_rows:
             continue
-        places = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(docs)
         first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
         rows = repeats.rows(part)
         repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)

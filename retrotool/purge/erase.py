@@ -2,7 +2,7 @@
 
 A task is one of
 
-- a part: its documents, keys and chunks, and every encoder's embeddings;
+- a part: its documents and chunks, and every encoder's embeddings;
 - a shard of an index;
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
   exact distances to known vectors tell what a vector was;
@@ -173,7 +173,7 @@ def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[O
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
     """The files of a part that hold its text, tokens, vectors or ids."""
-    found = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
+    found = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
     found += [store.state.part_file("embeddings", part, name) for name in store.state.names("embeddings")]
     return [entry for entry in found if entry is not None]
 
@@ -276,7 +276,6 @@ class EraseWorker:
         documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens, store.identity)
         found = {
             "documents": documents,
-            "keys": parts.keys_table(documents),
             "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
         }
         add = [

@@ -213,11 +213,10 @@ def select_documents(
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
     for part in store.state.parts():
-        table = parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
-        place = pc.index_in(table["key"].cast(pa.binary()), value_set=keys)
+        place = pc.index_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
         hit = place.is_valid()
         seen[place.filter(hit).to_numpy()] = True
-        found.append(chunks_of(store, part, table["doc"].filter(hit).to_numpy()))
+        found.append(chunks_of(store, part, np.flatnonzero(hit.to_numpy())))
         report(1)
     if not (seen.all() or missing_ok):
         name, number = list(wanted.items())[int(np.argmin(seen))]

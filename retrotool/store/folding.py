@@ -234,7 +234,7 @@ def _numbered(state: State, run: Run, tasks: Sequence[Staged], progress: dict[st
     totals = dict(state.records.get("totals", dict.fromkeys(COUNTS, 0)))
     for unit in _units(tasks):
         for part in unit.parts:
-            for kind, entry in zip(("documents", "keys", "chunks"), part, strict=True):
+            for kind, entry in zip(("documents", "chunks"), part, strict=True):
                 place(entry, kind, paths.part_slot(number))
             number += 1
         if unit.quarantine is not None:

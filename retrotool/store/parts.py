@@ -1,4 +1,4 @@
-"""The Parquet files of a part: documents, keys and chunks; and one way to write and read any Parquet file of a store.
+"""The Parquet files of a part: documents and chunks; and one way to write and read any Parquet file of a store.
 
 Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine
 in ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them
@@ -275,13 +275,6 @@ def chunks_table(
         [*columns, pa.array(key, pa.bool_())] if some else columns,
         schema=schemas.chunks_schema(binary.type.byte_width, key=some),
     )
-
-
-def keys_table(documents: pa.Table) -> pa.Table:
-    """The table of a keys file for a documents table: erased documents left out, sorted by key."""
-    doc = pa.array(np.arange(documents.num_rows), pa.int32())
-    table = pa.table([documents["key"], documents["text_hash"], doc], schema=schemas.KEYS_SCHEMA)
-    return table.filter(table["key"].is_valid()).sort_by([("key", "ascending"), ("doc", "ascending")])
 
 
 def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:

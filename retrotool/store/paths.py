@@ -17,7 +17,6 @@ from retrotool.errors import CorruptError, UsageError
 
 DATA_KINDS = (
     "documents",
-    "keys",
     "chunks",
     "embeddings",
     "index",

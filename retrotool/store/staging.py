@@ -27,7 +27,7 @@ PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "keys_cut", "compared", "exact")
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a unit of a chunk plan gave: files a part (documents, keys, chunks) under ``staging/``, not yet numbered.
+    """What a unit of a chunk plan gave: files a part (documents, chunks) under ``staging/``, not yet numbered.
 
     ``blocked`` are the slots of the block list that it left documents out by; None: it let all in.
     """

@@ -70,7 +70,7 @@ def costs(plan: Plan) -> dict[str, float]:
 def test_totals_are_sums(tokens, machines, settings):
     plan = made(tokens, **machines, **settings)
     assert plan.bytes == sum(one.bytes for one in plan.files)
-    assert [one.kind for one in plan.files] == ["documents", "keys", "chunks", "embeddings", "index", "neighbours"]
+    assert [one.kind for one in plan.files] == ["documents", "chunks", "embeddings", "index", "neighbours"]
     for total in ("gpu_hours", "core_hours", "wall_hours"):
         assert getattr(plan, total) == pytest.approx(sum(getattr(stage, total) for stage in plan.stages))
     assert all(value >= 0 for value in costs(plan).values())
@@ -92,7 +92,7 @@ def test_more_tokens_never_cost_less_with_the_same_index(one, other, machines, s
     less, more = (made(tokens, **machines, **settings) for tokens in sorted((one, other)))
     before, after = costs(less), costs(more)
     if less.index.factory != more.index.factory:  # lists save work that exact search does, and codes bytes
-        kept = ("documents", "chunks", "parts", "keys", "embeddings", "neighbours")
+        kept = ("documents", "chunks", "parts", "embeddings", "neighbours")
         stages = tuple(name for name in before if name.startswith(("chunk.", "embed.")))
         before, after = ({name: found[name] for name in (*kept, *stages)} for found in (before, after))
     # Chunks, documents and parts are whole: what is in them differs in the last digits.
@@ -173,7 +173,7 @@ def test_sizes_are_those_of_a_store(built_store, tiny_encoder):
     files = list((built_store / "embeddings").rglob("*.npy"))
     vectors = sum(file.stat().st_size - 128 for file in files)
     assert vectors == 64 * info.chunks
-    assert plan.files[3].bytes == 64 * plan.chunks
+    assert plan.files[2].bytes == 64 * plan.chunks
 
 
 MOST = {"--tokens": "1T", "--gpus": 8, "--cores": 4, "--memory-per-host": "1TB"}

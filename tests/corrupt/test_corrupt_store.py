@@ -19,7 +19,6 @@ from retrotool.store import verify as verifying
 
 KINDS = {
     "documents": "documents/*",
-    "keys": "keys/*",
     "chunks": "chunks/*",
     "embeddings": "embeddings/*/*",
     "trained": "index/*/trained-*",
@@ -270,7 +269,7 @@ def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli:
 @pytest.mark.parametrize("selector", ["where", "pattern", "documents"])
 def test_a_purge_over_broken_files_says_so(store: Path, tmp_path: Path, selector: str) -> None:
     (tmp_path / "names").write_text("doc-3\n")
-    kind = {"where": "documents", "pattern": "chunks", "documents": "keys"}[selector]
+    kind = {"where": "documents", "pattern": "chunks", "documents": "documents"}[selector]
     value = {"where": "source = 'a'", "pattern": "store", "documents": str(tmp_path / "names")}[selector]
     path = sorted(store.glob(KINDS[kind]))[0]
     fill(path)

@@ -32,8 +32,7 @@ def unit(root: Path, run: str, name: str, index: int) -> Staged:
         return write(root, run, "staging", f"{name}{index}.{slot}", f"{name} {index} {slot}".encode())
 
     parts = tuple(
-        tuple(file(f"{part:04d}.{kind}") for kind in ("documents", "keys", "chunks"))
-        for part in range(PARTS[name, index])
+        tuple(file(f"{part:04d}.{kind}") for kind in ("documents", "chunks")) for part in range(PARTS[name, index])
     )
     quarantine = file("quarantine") if (name, index) == ("a", 1) else None
     counts = dict.fromkeys(COUNTS, 10 + index)
