@@ -5,7 +5,7 @@
 Makes documents files of random hashes (no chunks: the search reads nothing else), in which one document in a
 hundred repeats an id, one in ten repeats a text, and one in fifty has one text that they all share. Then finds what
 repeats, each time in a fresh process: when all parts are new, and when only the last, smaller part is. The floor
-is to read the three columns of all keys files with their checksums, and to sort nothing.
+is to read one of the two columns of hashes with its checksums, and to compare nothing.
 """
 
 from __future__ import annotations
@@ -30,23 +30,20 @@ from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 FIND = """
-import resource, sys, time
+import resource, time
 from pathlib import Path
 from retrotool.chunk.deduplicate import find_duplicates
-from retrotool.chunk.external_sort import Span
-from retrotool.store import disk
+from retrotool.chunk.hash_partitions import Span
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 store = Store.open({root!r})
-scratch = set()
-sys.addaudithook(lambda event, args: scratch.add(args[1]) if event == disk.EVENT and args[0] == "write" else None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-places, by_text = find_duplicates(store, "0123abcd", Span({start}, {end}), read_tombstones(store))
+places, by_text = find_duplicates(store, Span({start}, {end}), read_tombstones(store))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"{{seconds:.1f}} s, peak {{peak / 2**20:.2f}} GiB ({{before / 2**20:.2f}} GiB before), "
-      f"{{len(scratch)}} scratch files, {{int((~by_text).sum()):,}} by id, {{int(by_text.sum()):,}} by text")
+      f"{{int((~by_text).sum()):,}} by id, {{int(by_text.sum()):,}} by text")
 """
 FLOOR = """
 import time

@@ -1,7 +1,7 @@
 """Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
 
-Which documents repeat is found after chunking, over all parts at once (``keysort``), so it depends on neither the
-order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
+Which documents repeat is found after chunking, over all parts at once (``hash_partitions``), so it depends on neither
+the order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
 
 1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since
    (unless the plan allows what was purged), or set aside as a repeat itself; the others repeat it.
@@ -11,8 +11,8 @@ order in which units were finished nor the number of workers. The rule, of which
 What was purged while the plan was open is purged in the plan, too, before that: see ``purge_again``.
 
 Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
-fewer plans gives the same documents. What repeats is found in memory as ``keysort`` says; then the parts that hold a
-repeat are read one by one. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
+fewer plans gives the same documents. Memory: as ``hash_partitions`` says, then one part that holds a repeat at a
+time. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from retrotool.chunk import external_sort
+from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunk_plan import Plan, read_plan, unfinished_plans, write_json
-from retrotool.chunk.external_sort import Places, Span
+from retrotool.chunk.hash_partitions import Places, Span
 from retrotool.chunk.reapply_purges import purge_again
 from retrotool.chunk.repeats import Repeats, locate, read_repeats
 from retrotool.chunk.retry import parts_of
@@ -86,7 +86,7 @@ class DuplicateCounts:
 
 
 def finish_plans(
-    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = external_sort.ROWS
+    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = hash_partitions.ROWS
 ) -> dict[str, DuplicateCounts]:
     """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
 
@@ -134,7 +134,7 @@ def _finishing(
     tombstones = read_tombstones(store)
     span = _span(store.state, plan_id)
     free = _purged(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, run.id, span, tombstones, range_rows, free=free)
+    places, by_text = find_duplicates(store, span, tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
     add: list[FileEntry] = []
@@ -173,10 +173,9 @@ def _purged(store: Store) -> Tombstones:
 
 def find_duplicates(
     store: Store,
-    run: str,
     span: Span,
     tombstones: Tombstones,
-    range_rows: int = external_sort.ROWS,
+    range_rows: int = hash_partitions.ROWS,
     *,
     free: Tombstones | None = None,
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
@@ -194,7 +193,7 @@ def find_duplicates(
         n_purged = np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first)
         return np.flatnonzero(n_purged == n_chunks)
 
-    by_id = external_sort.find_repeats(store, run, "key", span, gone, range_rows)
+    by_id = hash_partitions.find_repeats(store, "key", span, gone, range_rows)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
@@ -205,7 +204,7 @@ def find_duplicates(
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
         return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
 
-    texts = external_sort.find_repeats(store, run, "text_hash", span, leave_out, range_rows)
+    texts = hash_partitions.find_repeats(store, "text_hash", span, leave_out, range_rows)
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)

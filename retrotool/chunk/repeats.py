@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import Plan
-from retrotool.chunk.external_sort import Places
+from retrotool.chunk.hash_partitions import Places
 from retrotool.errors import InputError
 from retrotool.sources import InputFile
 from retrotool.sources.files import IN_BYTES
