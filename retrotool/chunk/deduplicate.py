@@ -29,12 +29,12 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
-from retrotool.chunk.chunk_plan import Plan, read_plan, unfinished_plans, write_json
+from retrotool.chunk.chunk_plan import Plan, parts_of, read_plan, unfinished_plans, write_json
 from retrotool.chunk.hash_partitions import Places, Span
+from retrotool.chunk.known_documents import documents_within, purged_chunks
+from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.reapply_purges import purge_again
 from retrotool.chunk.repeats import Repeats, locate, read_repeats
-from retrotool.chunk.retry import parts_of
-from retrotool.chunk.retry_plan import gather_quarantine, remembered, settle
 from retrotool.chunk.stage import GIVEN_UP
 from retrotool.errors import ConflictError, DuplicatesError, ErasedError
 from retrotool.store import parts, schemas
@@ -42,7 +42,6 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
-from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -133,7 +132,7 @@ def _finishing(
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
     span = _span(store.state, plan_id)
-    free = _purged(store) if plan.allow_purged else None
+    free = purged_chunks(store) if plan.allow_purged else None
     places, by_text = find_duplicates(store, span, tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
@@ -151,24 +150,18 @@ def _finishing(
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
     add.append(write_json(store.root, name, known, len(known["fingerprints"])))
-    gathered = gather_quarantine(store, run, plan_id)
-    settled = settle(store, run, plan_id, plan)
-    records = settled.applied(_counted(store, plan_id, counts, duplicates), store.state)
-    remove = (entry.path, *gathered.remove, *settled.remove)
-    add += [*gathered.add, *settled.add]
-    return Draft("finish", {"duplicates": duplicates}, add=tuple(add), remove=remove, records=records), counts
+    joined, parted = join_quarantines(store, run, plan_id)
+    draft = Draft(
+        "finish", {"duplicates": duplicates}, add=(*add, *joined), remove=(entry.path, *parted),
+        records=_counted(store, plan_id, counts, duplicates),
+    )  # fmt: skip
+    return draft, counts
 
 
 def _span(state: State, plan_id: str) -> Span:
     """The parts of a plan, and those before."""
     own = parts_of(state, plan_id)
     return Span(own.start, own.stop)
-
-
-def _purged(store: Store) -> Tombstones:
-    """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
-    ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
-    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
 
 
 def find_duplicates(
@@ -183,17 +176,8 @@ def find_duplicates(
 
     The id of a document of which every chunk is in ``free`` can be given again.
     """
-
-    def gone(part: int) -> npt.NDArray[np.int64]:
-        purged = free.rows(part) if free is not None else np.zeros(0, np.int64)
-        if not len(purged):
-            return purged
-        table = parts.read_documents(store, part, ["first_row", "n_chunks"])
-        first, n_chunks = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
-        n_purged = np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first)
-        return np.flatnonzero(n_purged == n_chunks)
-
-    by_id = hash_partitions.find_repeats(store, "key", span, gone, range_rows)
+    given_free = None if free is None else functools.partial(documents_within, store, chunks=free)
+    by_id = hash_partitions.find_repeats(store, "key", span, given_free, range_rows)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
@@ -246,17 +230,15 @@ def _refusal(store: Store, plan: Plan, examples: list[Repeats], counts: Duplicat
 def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
     """What stays of a plan's inputs, but for those that were given up: these may be added later."""
     given_up: set[str] = set()
-    group = store.state.group("quarantine")
-    for slot in group:
-        quarantine = group.get(slot)
-        if quarantine is not None and slot.partition(".")[0] == plan_id:
-            for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
-                given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
+    for quarantine in quarantine_files(store.state, plan_id):
+        for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
+            given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
     kept = [i for i, file in enumerate(plan.files) if file.path not in given_up]
     return {
         "fingerprints": [plan.fingerprints[i] for i in kept],
         "places": [plan.places[i] for i in kept],
-        **remembered(store, plan_id, plan),
+        "given_up": [place for i, place in enumerate(plan.places) if plan.files[i].path in given_up],
+        "fields": {"max_document": plan.fields.max_document},
     }
 
 

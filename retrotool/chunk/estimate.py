@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import cut_units, hashes_of, known_inputs, text_bytes
+from retrotool.chunk.chunk_plan import Wanted, cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.chunk.run import (
     CHUNK_LENGTH,
     ChunkOptions,
@@ -90,7 +90,8 @@ def estimate(
     if (Path(root) / "store.json").exists():
         store = Store.open(root)
         check_identity(store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length)
-        fingerprints, _ = known_inputs(store, store.state)
+        wanted = Wanted(options.fields, options.part_size, options.allow_purged, options.add_changed)
+        fingerprints = known_inputs(store, store.state, wanted).fingerprints
         hashes = hashes_of(store, files, options.fields)
         new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]
         known, files = len(files) - len(new), new

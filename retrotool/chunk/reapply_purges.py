@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.chunk.chunk_plan import read_plan
-from retrotool.chunk.retry import parts_of
+from retrotool.chunk.chunk_plan import parts_of, read_plan
 from retrotool.errors import ConflictError, ErasedError, LostRunError
 from retrotool.purge.selection import Ids, rows_of
 from retrotool.store import blocked, disk, parts, paths

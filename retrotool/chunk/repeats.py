@@ -150,6 +150,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         "line": lines,
         "offset": positions.tolist() if has_offsets else [None] * n,
         "reason": [BY_TEXT if text else BY_ID for text in by_text.tolist()],
-        **dict.fromkeys(("excerpt", "rows_before", "prefix"), [None] * n),
+        "excerpt": [None] * n,
+        "damage": [False] * n,
     }
     return parts.columns_of(columns, schemas.QUARANTINE_SCHEMA)

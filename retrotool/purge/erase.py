@@ -7,7 +7,7 @@ A task is one of
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
   exact distances to known vectors tell what a vector was;
 - a file of materialised neighbours (``stages.erase_materialised``);
-- a quarantine file that has excerpts, or hashes of what came before damage. All of them go: a row that could not be
+- a quarantine file that has excerpts. All of them go: a row that could not be
   read may be the victim's, and nothing but reading it tells whose it is.
 
 Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
@@ -55,8 +55,6 @@ from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
-_OF_INPUT = ("excerpt", "prefix")
-"""Columns of quarantine that an erase nulls: what rows say, and a hash by which a guess at them can be tested."""
 _Result = TypeVar("_Result")
 
 
@@ -225,8 +223,8 @@ def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
 
 
 def _has_excerpts(store: Store, entry: FileEntry) -> bool:
-    table = parts.read_parquet(store, entry, list(_OF_INPUT))
-    return any(bool(pc.any(pc.greater(pc.binary_length(table[name]), 0)).as_py()) for name in _OF_INPUT)
+    table = parts.read_parquet(store, entry, ["excerpt"])
+    return bool(pc.any(pc.greater(pc.binary_length(table["excerpt"]), 0)).as_py())
 
 
 class EraseWorker:
@@ -321,10 +319,8 @@ class EraseWorker:
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)
-        for column in _OF_INPUT:
-            place = table.schema.get_field_index(column)
-            nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
-            table = table.set_column(place, table.schema.field(place), nothing)
+        place = table.schema.get_field_index("excerpt")
+        table = table.set_column(place, table.schema.field(place), pa.nulls(table.num_rows, pa.string()))
         return parts.write_parquet(self._store.root, name, table)
 
 

@@ -294,7 +294,7 @@ def clear(store: Store, run: Run) -> list[str]:
     if planned := [file.path.name for file in left if file.planned]:
         told.append(
             f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
-            f"hold what was erased. Finish that: retrotool chunk {store.root} --retry-quarantine; then run this again."
+            f"hold what was erased. Finish that: retrotool chunk {store.root}; then run this again."
         )
     if busy := [file.path.name for file in left if not file.planned]:
         told.append(

@@ -53,8 +53,7 @@ QUARANTINE_SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("reason", pa.string()),
         ("excerpt", pa.string()),
-        ("rows_before", pa.int64()),
-        ("prefix", pa.binary(HASH_BYTES)),
+        ("damage", pa.bool_()),
     ]
 )
 

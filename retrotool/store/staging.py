@@ -21,7 +21,7 @@ from retrotool.store.atomic import FileEntry
 ENTRY_PATH = re.compile(r"staging/[0-9a-f]{32}\.json")
 COUNTS = ("documents", "chunks", "tokens", "set_aside")
 """What is counted of a unit, of a plan and of the store."""
-PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "keys_cut", "compared", "exact")
+PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")
 """What is counted of a unit and of a plan."""
 
 

@@ -140,9 +140,6 @@ def ordered_examples() -> Iterator[str]:
 
 
 NOTES = {
-    "retrotool chunk store --retry-quarantine": (
-        "No input that rows were set aside of has changed since: nothing was taken up again.\n"
-    ),
     "retrotool index store --name wide --factory IVF4,SQ8": (
         "To be trained for 15 vectors: 4 lists, a byte a dimension (as asked). 392 bytes a vector, 15.1 kB in all.\n"
     ),
