@@ -200,7 +200,7 @@ def _brings_back(store: Store, state: State, unit: Unit) -> bool:
         return False
     hashes = np.unique(np.concatenate([read_hashes(store, entry) for entry in newer]))
     blocked = Blocked(store.identity.secret, hashes)
-    for documents, _, chunks in unit.parts:
+    for documents, chunks in unit.parts:
         table = parts.read_parquet(store, documents, ["id", "text_hash", "first_row", "n_chunks"])
         texts = parts.from_fixed_binary(table["text_hash"], np.dtype(np.uint8))
         if blocked.holds(table["id"].to_pylist(), texts).any():
