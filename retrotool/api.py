@@ -14,7 +14,6 @@ from retrotool.info.run import info, verify
 from retrotool.inspect.run import inspect
 from retrotool.leakage.run import leakage
 from retrotool.neighbours.materialising import materialise
-from retrotool.neighbours.repair_run import repair
 from retrotool.neighbours.run import neighbours
 from retrotool.plan.calibrating import calibrate
 from retrotool.plan.plan_page import write_page as write_plan_page
@@ -52,7 +51,6 @@ __all__ = [
     "open_store",
     "plan",
     "purge",
-    "repair",
     "restore",
     "retrain_indexes",
     "scan",

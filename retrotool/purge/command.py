@@ -12,7 +12,6 @@ import typer
 from retrotool.cli import output
 from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
 from retrotool.errors import UsageError
-from retrotool.neighbours.repair_command import run_repair
 from retrotool.purge import purge_text
 from retrotool.purge import selector_options as by
 from retrotool.purge.affected_command import run_affected
@@ -31,7 +30,6 @@ Examples:
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
   retrotool purge store --like "how to pick a lock" --within 0.9 --reason "policy 3" --dry-run
   retrotool purge store --affected main --out affected.jsonl
-  retrotool purge store --repair
   retrotool purge store --older-than 7d --erase --yes
   retrotool purge store p1a2b3c4d --verify"""
 
@@ -42,7 +40,6 @@ _HELP = "See: retrotool purge --help"
 _ALONE = {
     "--verify": ("PURGE", "--out"),
     "--restore": ("PURGE", "--reason", "--who"),
-    "--repair": ("--name", "--dry-run"),
     "--affected": ("PURGE", "--out"),
     "--shard": ("selectors", "--reason", "--who", "--dry-run"),
 }
@@ -123,14 +120,6 @@ def command(
         typer.Option("--retrain-index", help="With --erase: then train all indexes anew, without what was erased."),
     ] = False,
     restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
-    repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Search again for rows of neighbours that purges have left with fewer than K."),
-    ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With --repair: only these neighbours. Default: all.", show_default=False),
-    ] = None,
     affected: Annotated[
         str | None,
         typer.Option(
@@ -171,9 +160,9 @@ def command(
             classifier=classifier, label=label, above=above, device=device,
         )  # fmt: skip
         given = {
-            "--verify": verify, "--restore": restore, "--repair": repair, "--affected": affected is not None,
+            "--verify": verify, "--restore": restore, "--affected": affected is not None,
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
-            "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase, "--name": name is not None,
+            "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
             "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
@@ -185,8 +174,6 @@ def command(
             show_verified(store, proving.verify_purge(store, named[0], out=out or "."), as_json)
         elif restore:
             show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
-        elif repair:
-            run_repair(store, name, dry_run, as_json)
         elif affected is not None:
             run_affected(store, affected, named, out, as_json)
         elif shard is not None:
@@ -229,7 +216,7 @@ def _check(given: dict[str, bool]) -> None:
         wrong = [name for name in ("selectors", "--apply", "--dry-run") if given[name]]
         if wrong or not given["--erase"]:
             raise UsageError(_EARLIER, _HELP)
-    for option, of in (("--name", "--repair"), ("--out", "--verify or --affected"), ("--retrain-index", "--erase")):
+    for option, of in (("--out", "--verify or --affected"), ("--retrain-index", "--erase")):
         if given[option] and not (option == "--retrain-index" and given["--erase"]):
             raise UsageError(f"{option} goes with {of}", _HELP)
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import check_not_restored, tombstones_naming
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
@@ -302,7 +302,9 @@ class EraseWorker:
 
         def groups() -> Iterator[pa.Table]:
             for group in range(-(-entry.rows // ROW_GROUP)):
-                table = erase_neighbours(tables.read_table(store, entry, [group]), _in_group(rows, group), banned)
+                table = tables.erase_neighbours(
+                    tables.read_table(store, entry, [group]), _in_group(rows, group), banned
+                )
                 columns = {
                     column: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
                     for column, values in (("ids", table.ids), ("distances", table.distances))
@@ -361,19 +363,3 @@ def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Ide
         new = pc.replace_with_mask(documents[column].combine_chunks(), pa.array(which), pa.array(values, field_.type))
         documents = documents.set_column(place, field_, new)
     return documents
-
-
-def erase_neighbours(
-    table: NeighbourTable, rows: Rows, banned: Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]] | None
-) -> NeighbourTable:
-    """Neighbours with ``rows`` emptied, and without the entries that are ``banned`` (None: none is)."""
-    ids, distances = table.ids.copy(), table.distances.copy()
-    ids[rows], distances[rows] = NO_NEIGHBOUR, np.inf
-    if banned is not None:
-        drop = banned(ids)
-        ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
-        hit = np.flatnonzero(drop.any(axis=1))
-        order = np.argsort(drop[hit], axis=1, kind="stable")  # those that stay move up, in their order
-        ids[hit] = np.take_along_axis(ids[hit], order, 1)
-        distances[hit] = np.take_along_axis(distances[hit], order, 1)
-    return NeighbourTable(ids, distances)
