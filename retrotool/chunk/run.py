@@ -1,4 +1,4 @@
-"""``chunk``: plan, work the units, finish; and begin again with the slow tokenizer if the fast one is found wrong."""
+"""``chunk``: plan, work the units, finish."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from retrotool.chunk.chunk_plan import (
     open_plans,
     read_plan,
     unfinished_plans,
+    use_exact_tokenizer,
 )
 from retrotool.chunk.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
 from retrotool.chunk.max_bad import NO_LIMIT, MaxBad
 from retrotool.chunk.stage import ChunkStage
-from retrotool.chunk.withdraw import go_on_exactly
-from retrotool.errors import UsageError
+from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import spool
@@ -64,6 +64,7 @@ class ChunkOptions:
     allow_purged: bool = False
     max_bad: MaxBad = field(default_factory=MaxBad)
     check: float = 0.001
+    exact_tokenizer: bool = False
     note: Callable[[str], object] = str
 
 
@@ -96,6 +97,8 @@ def chunk(
     with writing(store) as run:
         plans = list(unfinished_plans(store.state))
         _tell_begun(store, run, plans, files, chosen)
+        if chosen.exact_tokenizer:
+            use_exact_tokenizer(store, run, "it was asked for")
         known = 0
         changed: frozenset[str] = frozenset()
         if files:
@@ -242,17 +245,20 @@ def _work(
 ) -> str:
     """Work all units; why it stopped before, or "". ``changed``: inputs that will be read again."""
     stage = ChunkStage(options.skip_missing, changed, options.check)
-    while True:
-        watch = _Watch(store, plans, options.max_bad)
-        if (reason := watch.reason()) and unfinished_units(store):
-            return reason
-        try:
-            engine.execute(stage, store, run, workers=options.workers, enough=watch)
-        except TokensDiffer as error:
-            options.note(f"{error}. Going on with tokenizers; what was not compared is done again.")
-            go_on_exactly(store, run, error.summary)
-            continue
-        return watch.reason() if unfinished_units(store) else ""
+    watch = _Watch(store, plans, options.max_bad)
+    if (reason := watch.reason()) and unfinished_units(store):
+        return reason
+    try:
+        engine.execute(stage, store, run, workers=options.workers, enough=watch)
+    except TokensDiffer as error:
+        use_exact_tokenizer(store, run, error.summary)
+        raise AbortError(
+            f"{error}. Nothing that was tokenised since the last commit is kept",
+            "Run the same command again with --exact-tokenizer: it goes on where it stopped, and the store keeps it. "
+            "What was committed before passed its samples. To be sure of it, chunk its inputs into another store with "
+            "--exact-tokenizer and compare the contents that retrotool verify prints.",
+        ) from error
+    return watch.reason() if unfinished_units(store) else ""
 
 
 def unfinished_units(store: Store) -> bool:

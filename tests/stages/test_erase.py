@@ -21,14 +21,12 @@ import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
 from retrotool.chunk.chunk_plan import Wanted, commit_plan
-from retrotool.errors import UsageError
 from retrotool.purge import erase, erase_run, selection
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
-from retrotool.store.paths import FileName, part_slot
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
@@ -292,43 +290,6 @@ def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, 
     api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True)
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
     assert literals() == []
-
-
-def withdraw(root: Path, part: int) -> None:
-    """Take a part back, as a ``chunk`` does that finds the fast tokenizer wrong before its plan is finished."""
-    store = Store.open(root)
-    state, slot = store.state, part_slot(part)
-    entries = [entry for entry in state.files() if entry.path.split("/")[-1].startswith(f"{slot}-")]
-    ids = parts.chunk_ids(part, np.arange(state.part_file("chunks", part).rows))
-    plan = next(iter(state.with_prefix("plan:")))
-    with Run(root) as run:
-        name = FileName.new(run.id, "tombstones", f"{plan}.withdrawn", "parquet")
-        gone = tombstones.write_tombstones(root, name, ids)
-        records = {f"plan:{plan}": {**state.records[f"plan:{plan}"], "withdrawn": 1}}
-        remove = tuple(entry.path for entry in entries)
-        store.commit(run, lambda _: Draft("withdraw", add=(gone,), remove=remove, records=records))
-
-
-def test_an_erase_passes_over_parts_that_were_taken_back(store: Path, tmp_path: Path) -> None:
-    chunks = [rows_of(store, part)[0] for part in range(3)]
-    only = lines(tmp_path / "only", ["doc-9"])
-    api.purge(store, api.Selectors(documents=only), reason="test")
-    both = lines(tmp_path / "both", ["doc-1", "doc-10"])
-    api.purge(store, api.Selectors(documents=both), reason="test")
-    ids = lines(tmp_path / "ids", chunks[2][:2])
-    api.purge(store, api.Selectors(ids=ids), reason="test")
-    withdraw(store, 2)
-    with pytest.raises(UsageError, match="the store has no chunk"):
-        api.purge(store, api.Selectors(ids=lines(tmp_path / "more", chunks[2])), reason="test", erase=True)
-    first = retrotool.open(store)
-    assert len(chunks[2]) and first.parts() == [0, 1]
-    result = api.purge(store, api.Selectors(documents=both), reason="test", erase=True)
-    assert {chunk >> 32 for chunk in result.examples} <= {0}
-    assert result.erased == result.already_purged > 0, "doc-1's"
-    assert api.purge(store, api.Selectors(documents=only), reason="test", erase=True).erased == 0
-    assert api.purge(store, api.Selectors(ids=ids), reason="test", erase=True).erased == 0
-    assert all(purge["erased"] for purge in api.info(store).purges.values())
-    assert list((store / "selectors").iterdir()) == []
 
 
 def beside(monkeypatch: pytest.MonkeyPatch, module: object, name: str, work: Callable[[], object]) -> None:
