@@ -16,6 +16,7 @@ import typer
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
+_WIDTH = 100
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 """What would move the cursor, colour the terminal or turn the direction of text: documents are hostile."""
@@ -112,6 +113,43 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+class Paragraph:
+    """Text of documents to lay out in lines: white space is a space, and controls are shown as escapes.
+
+    ``indent`` columns are left free before the first line, and ``after`` before the others.
+    """
+
+    def __init__(self, indent: int, after: int) -> None:
+        from rich.text import Text
+
+        self.text, self.indent, self.after = Text(), indent, after
+
+    def append(self, text: str, style: str = "") -> None:
+        """Add some text, in a style of rich such as "bold yellow"."""
+        self.text.append(one_line(text), style)
+
+
+def paragraph(*fields: str, indent: int = 0, after: int | None = None, style: str = "") -> Paragraph:
+    """Return a paragraph of fields in one style, two spaces apart; ``after`` is as ``indent`` by default."""
+    made = Paragraph(indent, indent if after is None else after)
+    made.text.append("  ".join(map(one_line, fields)), style)
+    return made
+
+
+def laid_out(paragraphs: Iterable[Paragraph]) -> str:
+    """Return paragraphs in lines of 100 columns, with their styles where stdout is a terminal that has colours."""
+    from rich.console import Console
+
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    console = Console(force_terminal=colours, color_system="standard" if colours else None)
+    with console.capture() as captured:
+        for one in paragraphs:
+            for i, line in enumerate(one.text.wrap(console, _WIDTH - max(one.indent, one.after))):
+                line.pad_left(one.after if i else one.indent)
+                console.print(line, soft_wrap=True)
+    return captured.get().removesuffix("\n")
 
 
 def count(n: int, what: str) -> str:
