@@ -77,11 +77,11 @@ class InspectedNeighbour:
 
     def marked_text(self) -> Split:
         """Return the text cut around the run, if that is marked: otherwise all of it comes before an empty run."""
-        return self._cut(self.text, self.common and self.common.text)
+        return self._cut(self.text, self.common.text if self.common is not None else None)
 
     def marked_continuation(self) -> Split:
         """Return the continuation, cut like the text; empty if there is none."""
-        return self._cut(self.continuation or "", self.common and self.common.continuation)
+        return self._cut(self.continuation or "", self.common.continuation if self.common is not None else None)
 
     def _cut(self, text: str, split: Split | None) -> Split:
         marked = self.common is not None and self.common.marked

@@ -103,7 +103,7 @@ def test_a_page_that_can_t_be_written_is_named_itself(built_store, tmp_path, mon
     page = tmp_path / "page.html"
     inspect = ("inspect", built_store, "--random", "2", "--html", page)
     for error in (PermissionError(errno.EACCES, "Permission denied", str(tmp_path)), OSError(errno.EIO, "No luck")):
-        monkeypatch.setattr("tempfile.TemporaryFile", raising(error))
+        monkeypatch.setattr("pathlib.Path.replace", raising(error))
         code, out, err = run(*inspect)
         assert (code, out, err) == (1, "", f"error: {page} can't be written: {error.strerror}\n")
     monkeypatch.undo()
