@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -93,16 +93,16 @@ def _all_printable(value: Any) -> Any:
     return [_all_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Rows as columns of equal width; numbers to the right."""
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, right: Collection[int] = ()) -> str:
+    """Return rows as columns of equal width; numbers, and the columns ``right``, are set to the right."""
     cells = [[_cell(value) for value in row] for row in ([header] if header else []) + [list(row) for row in rows]]
     if not cells:
         return ""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    right = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(widths))]
+    to_right = [i in right or (bool(rows) and isinstance(rows[0][i], int | float)) for i in range(len(widths))]
     lines = []
     for row in cells:
-        columns = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        columns = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)]
         lines.append("  " + "  ".join(columns).rstrip())
     return "\n".join(lines)
 
@@ -155,6 +155,17 @@ def laid_out(paragraphs: Iterable[Paragraph]) -> str:
 def count(n: int, what: str) -> str:
     """``1 part``, ``2 parts``."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def scaled(n: float, unit: str = "") -> str:
+    """Return a number in three digits: ``1.75T``; before a unit such as `` B/s``, ``21.5 MB/s``."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if n < 999.5 or prefix == "P":
+            break
+        n /= 1000
+    digits = f"{n:,.0f}" if n >= 99.95 else f"{n:.3g}"
+    space = " " if unit.startswith(" ") else ""
+    return f"{digits}{space}{prefix}{unit.lstrip()}"
 
 
 def size(n: float) -> str:
