@@ -15,8 +15,6 @@ from retrotool.inspect.run import inspect
 from retrotool.leakage.run import leakage
 from retrotool.neighbours.materialising import materialise
 from retrotool.neighbours.run import neighbours
-from retrotool.plan.calibrating import calibrate
-from retrotool.plan.plan_page import write_page as write_plan_page
 from retrotool.plan.run import plan
 from retrotool.purge.affected_run import affected
 from retrotool.purge.erase_run import erase
@@ -34,7 +32,6 @@ __all__ = [
     "Selectors",
     "VerifiedPurge",
     "affected",
-    "calibrate",
     "chunk",
     "embed",
     "erase",
@@ -57,5 +54,4 @@ __all__ = [
     "verify",
     "verify_log",
     "verify_purge",
-    "write_plan_page",
 ]

@@ -29,7 +29,7 @@ from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import spool
-from retrotool.store import disk, paths, runs, schemas
+from retrotool.store import disk, folding, paths, runs, schemas
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.staging import PLAN_COUNTS, Staged
@@ -252,6 +252,7 @@ def _work(
         engine.execute(stage, store, run, workers=options.workers, enough=watch)
     except TokensDiffer as error:
         use_exact_tokenizer(store, run, error.summary)
+        folding.fold(store, run)  # removes the units that are void now
         raise AbortError(
             f"{error}. Nothing that was tokenised since the last commit is kept",
             "Run the same command again with --exact-tokenizer: it goes on where it stopped, and the store keeps it. "

@@ -212,12 +212,12 @@ def erased_chunks(store: Store) -> Tombstones:
 
 
 def last_change(store: Store) -> tuple[int, str]:
-    """Number and SHA-256 of a view's newest commit that is more than a note of who uses the store.
+    """Number and SHA-256 of a view's newest commit that is more than a record of a dependent store.
 
-    Such notes are made by searching it. A copy that has none of them is the same database.
+    Such records are made by searching it. A copy that has none of them is the same database.
     """
     number, head = store.state.number, store.state.head
-    while (commit := log.read(store.root, number)) is not None and "consumer" in commit.settings:
+    while (commit := log.read(store.root, number)) is not None and "dependent" in commit.settings:
         number, head = commit.number - 1, commit.parent
     return number, head
 

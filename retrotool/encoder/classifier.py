@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from retrotool import interrupts
 from retrotool.encoder import devices
+from retrotool.encoder.batches import Rows, batches
 from retrotool.encoder.identity import check_model, hash_model, longest_row
-from retrotool.encoder.rows import Rows, batches
 from retrotool.errors import AbortError, RetrotoolError, UsageError
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 

@@ -35,7 +35,7 @@ from retrotool.index.index_files import (
     trained_entry,
 )
 from retrotool.index.index_result import IndexResult, describe
-from retrotool.index.measuring import measure_until_committed
+from retrotool.index.measure_recall import measure_until_committed
 from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on

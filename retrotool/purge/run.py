@@ -16,14 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from retrotool import engine
+from retrotool.embed.search_scope import erased_purges
 from retrotool.errors import StorageError
+from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import commit as selecting
 from retrotool.purge.commit import Selection
 from retrotool.purge.erase_run import (
     ELSEWHERE,
-    ConsumerLeft,
     clear,
-    consumers_left,
     erase_chunks,
     until_not_overtaken,
 )
@@ -47,11 +47,11 @@ class PurgeResult:
     the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
     that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` counts the hashes of ids, texts
     and tokens that were not on the block list before. ``left`` says, in sentences, where text may lie that an erase
-    could not reach just now, and ``not_reached`` what may be there that it never reaches. ``consumers`` are other
-    stores that name what was erased, by this purge or before, or could, as far as they are known. ``same_text``:
-    documents that stay, and have the text of one that was selected and is not living, as a ``chunk`` had set it aside.
-    ``matches`` are how many chunks each selector means. A dry run has a ``review``, and the name of the ``selection``
-    that it wrote down ("": it can't write).
+    could not reach just now, and ``not_reached`` what may be there that it never reaches. ``dependents`` are the
+    stores with neighbours in this one, which an erase does not reach. ``same_text``: documents that stay,
+    and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are how
+    many chunks each selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote down
+    ("": it can't write).
     """
 
     purge: str
@@ -71,7 +71,7 @@ class PurgeResult:
     examples: tuple[int, ...] = field(default=())
     left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
-    consumers: tuple[ConsumerLeft, ...] = field(default=())
+    dependents: tuple[Dependent, ...] = field(default=())
     matches: tuple[Match, ...] = field(default=())
     same_text: SameText = NO_TEXT
     purges: tuple[str, ...] = field(default=())
@@ -176,7 +176,6 @@ def _carry_out(
     """Commit a purge, and erase."""
     purged, erased, rewritten = "", 0, 0
     left: list[str] = []
-    consumers: list[ConsumerLeft] = []
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
         # could not be gone on with after a kill.
@@ -188,7 +187,6 @@ def _carry_out(
             naming = (purged,) if purged else tuple(selecting.same_selector(store, selection.asked))
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, naming))
             left = clear(store, run)
-            consumers = consumers_left(store, victims)
     state = store.refresh()
     records = state.with_prefix("purge:")
     before = sorted(selecting.same_selector(store, selection.asked), key=lambda purge: -int(records[purge]["commit"]))
@@ -196,7 +194,8 @@ def _carry_out(
     return replace(
         planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
         commit=state.number, left=tuple(left),
-        not_reached=(ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
+        not_reached=(ELSEWHERE,) if erased and state.names("index") else (),
+        dependents=tuple(dependents(store)) if erase and erased_purges(store) else (),
     )  # fmt: skip
 
 

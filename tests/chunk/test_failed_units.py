@@ -78,6 +78,7 @@ sources.read = wrong
 """
 
 
+@pytest.mark.spawned
 def test_an_input_that_kills_its_worker_each_time_is_set_aside(inputs, tmp_path, monkeypatch):
     """As a library that aborts does, or an input that takes all memory."""
     (tmp_path / "site").mkdir()

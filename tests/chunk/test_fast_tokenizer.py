@@ -160,7 +160,7 @@ def test_what_another_process_staged_with_the_fast_tokenizer_is_refused(tmp_path
         tasks = ChunkStage().plan(opened)
         worker = ChunkStage().open(opened)
         use_exact_tokenizer(Store.open(store), run, "for a test")
-        with pytest.raises(ErasedError, match="finished or changed"):
+        with pytest.raises(ErasedError):
             worker(tasks[0], run.id, int)
         assert fold(opened, run).committed == frozenset()
     assert run_chunk(store, source).exit_code == 3, "the first row repeats"

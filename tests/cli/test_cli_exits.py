@@ -103,7 +103,7 @@ def test_a_page_that_can_t_be_written_is_named_itself(built_store, tmp_path, mon
     page = tmp_path / "page.html"
     inspect = ("inspect", built_store, "--random", "2", "--html", page)
     for error in (PermissionError(errno.EACCES, "Permission denied", str(tmp_path)), OSError(errno.EIO, "No luck")):
-        monkeypatch.setattr("tempfile.TemporaryFile", raising(error))
+        monkeypatch.setattr("pathlib.Path.replace", raising(error))
         code, out, err = run(*inspect)
         assert (code, out, err) == (1, "", f"error: {page} can't be written: {error.strerror}\n")
     monkeypatch.undo()
@@ -267,7 +267,7 @@ def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(api, "info", fail)
+    monkeypatch.setattr("retrotool.info.run.info", fail)
     with pytest.raises(ZeroDivisionError):
         run("info", tmp_path)
 
@@ -276,7 +276,7 @@ def test_what_the_system_says_of_a_file_is_told(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "store" / "chunks"))
 
-    monkeypatch.setattr(api, "info", fail)
+    monkeypatch.setattr("retrotool.info.run.info", fail)
     code, out, err = run("info", tmp_path, "--json")
     assert (code, err) == (1, f"error: {tmp_path}/store/chunks: Permission denied\n")
     assert json.loads(out) == {"error": err[7:-1], "advice": "", "exit_code": 1}
@@ -286,7 +286,7 @@ def test_what_the_system_says_of_no_file_is_a_bug(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no file is named")
 
-    monkeypatch.setattr(api, "info", fail)
+    monkeypatch.setattr("retrotool.info.run.info", fail)
     with pytest.raises(OSError, match="no file"):
         run("info", tmp_path)
 

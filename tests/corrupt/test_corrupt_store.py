@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import times
 
 from retrotool import api
 from retrotool.app import app
@@ -33,7 +34,7 @@ KINDS = {
     "store.json": "store.json",
     "log": "log/*",
 }
-FLIPS = 4
+FLIPS = times(2, 8)
 PURGED = (5, 6, 7, 1 << 32 | 4)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -175,7 +176,7 @@ def test_no_flipped_bit_makes_verify_stumble(store: Path, kind: str) -> None:
     draw = random.Random(f"{kind} parsed")
     path = pick(store, kind, draw)
     good = path.read_bytes()
-    for _ in range(6):
+    for _ in range(times(2, 20)):
         flip(path, draw)
         try:
             assert api.verify(store).problems
@@ -190,7 +191,7 @@ def test_no_flipped_bit_in_the_header_of_embeddings_makes_verify_stumble(store: 
     # A NumPy header is a Python expression; what is wrong with it can be wrong in many ways.
     path = sorted(store.glob(KINDS["embeddings"]))[0]
     good = path.read_bytes()
-    for place in range(bit, 128, 8):
+    for place in range(8 * (bit % times(4, 1)) + bit, 128, times(32, 8)):
         data = bytearray(good)
         data[place] ^= 1 << bit
         path.write_bytes(data)
