@@ -29,7 +29,8 @@ from retrotool.index.searching import Database, Point
 from retrotool.neighbours.stage import check_table, database_of, members_of
 from retrotool.store import parts, schemas, tables
 from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
+from retrotool.store.ids import split_id
+from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -140,7 +141,7 @@ class Reader:
         numbers = _ids(ids)
         good = ~self._tombstones.contains(numbers) & (numbers >= 0)
         for i in np.flatnonzero(good):
-            part, row = int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1)
+            part, row = split_id(int(numbers[i]))
             entry = self._store.state.part_file("chunks", part)
             good[i] = entry is not None and row < entry.rows and fits(*self._row(part, row))
         return good
@@ -157,7 +158,7 @@ class Reader:
         return found
 
     def _find(self, chunk_id: int) -> Chunk | None:
-        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        part, row = split_id(chunk_id)
         if not 0 <= chunk_id < 1 << 63 or not self.is_living([chunk_id])[0]:
             return None
         chunks, place = self._row(part, row)
@@ -183,7 +184,7 @@ class Reader:
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
         alive = (numbers >= 0) & self.is_living(numbers)
         for i in np.flatnonzero(alive):
-            chunks, place = self._row(int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1))
+            chunks, place = self._row(*split_id(int(numbers[i])))
             out[i] = chunks.tokens[place]
         return out
 
@@ -255,7 +256,7 @@ class Reader:
         opened = {table: self._database(table) for table, _ in members}
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
-        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        part, row = split_id(chunk_id)
         found: list[tuple[float, Reader, int, float]] = []
         for table, weight in members:
             database = opened[table][0]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from forked import run_forked
 from hypothesis import HealthCheck, settings
+from snapshots import Snapshots
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a background job of a script: tests of Ctrl-C would wait for ever, and their children ignore it, too.
@@ -176,6 +177,12 @@ def store_copy(built_store: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(built_store, tmp_path / "store"))
+
+
+@pytest.fixture
+def snapshots(request: pytest.FixtureRequest) -> Snapshots:
+    """Compare what is printed with what is kept: ``snapshots(text, STORE=store)``."""
+    return Snapshots(request.path, request.node.name)
 
 
 @pytest.fixture(autouse=True)

@@ -31,8 +31,8 @@ from retrotool.index.stage import superseded
 from retrotool.index.staleness import Drift, drift, trained_on
 from retrotool.memory import give_back
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import part_of
 from retrotool.store.log import Draft
-from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
@@ -145,7 +145,7 @@ def _measure(
 
 def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.object_]:
     """For each chunk whether its part is one that the index was trained on."""
-    parts = ids >> PART_SHIFT
+    parts = part_of(ids)
     return np.where(np.isin(parts, np.array(sorted(seen), np.int64)), "trained on", "added since").astype(object)
 
 

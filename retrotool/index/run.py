@@ -182,7 +182,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
 
         def build(state: State) -> Draft:
             group = state.group("index", name)
-            gone[:] = [entry for slot in group if (entry := group.get(slot)) is not None]
+            gone[:] = group.entries()
             records: dict[str, Any] = {key: None for key in (index_key(name),) if key in state.records}
             if state.records.get(DEFAULT) == name:
                 records[DEFAULT] = None

@@ -23,7 +23,7 @@ from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.errors import CorruptError
-from retrotool.store import parts
+from retrotool.store.ids import join_id
 from retrotool.store.store import Store
 
 if TYPE_CHECKING:
@@ -179,6 +179,6 @@ def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows
     if not finite.all():
         row = int(rows[int(np.argmin(finite))])
         raise CorruptError(
-            f"the vector of chunk {(part << parts.PART_SHIFT) + row} (part {part}, row {row}) is not finite",
+            f"the vector of chunk {join_id(part, row)} (part {part}, row {row}) is not finite",
             f"Embed the store under another name, with --name, and index that; or see: retrotool verify {store.root}",
         )

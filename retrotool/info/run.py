@@ -195,7 +195,7 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
 def _materialised(store: Store, name: str) -> dict[str, Any]:
     """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
     group = store.state.group("materialised", name)
-    entries = [entry for slot in group if (entry := group.get(slot)) is not None]
+    entries = group.entries()
     current = sum(current_file(store, name, int(slot)) is not None for slot in group) - count_behind(store, name)[1]
     k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)

@@ -97,12 +97,6 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
     ] = None,
-    apply: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SELECTION", help="Purge just what a --dry-run showed, and called so.", show_default=False
-        ),
-    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
     erase: Annotated[
@@ -136,8 +130,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="With --verify: the folder of the receipt. Default: this one. With --affected: a file for all of "
-            "them, as JSON lines.",
+            help="With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
+            "Default: this one. With --affected: a file for all of them, as JSON lines.",
             show_default=False,
         ),
     ] = None,
@@ -162,7 +156,7 @@ def command(
         given = {
             "--verify": verify, "--restore": restore, "--affected": affected is not None,
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
-            "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase,
+            "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
             "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
@@ -188,7 +182,7 @@ def command(
                 output.show(erased, as_json, lambda result: purge_text.erased(store, result))
             else:
                 result = purge_run.purge(
-                    store, selectors, reason=_given(reason), who=who, apply=apply, dry_run=dry_run, erase=erase,
+                    store, selectors, reason=_given(reason), who=who, dry_run=dry_run, out=out, erase=erase,
                     confirm=confirm,
                 )  # fmt: skip
                 left, done = result.left, not dry_run
@@ -210,15 +204,13 @@ def _check(given: dict[str, bool]) -> None:
                 with_what = f"goes with {', '.join(others)} and --json"
                 raise UsageError(f"{option} {with_what}, not with {', '.join(wrong)}", _HELP)
             return
-    if given["--apply"] and given["selectors"]:
-        raise UsageError("--apply takes what was reviewed, and no selectors", _HELP)
     if given["--older-than"] or given["PURGE"]:
-        wrong = [name for name in ("selectors", "--apply", "--dry-run") if given[name]]
+        wrong = [name for name in ("selectors", "--dry-run") if given[name]]
         if wrong or not given["--erase"]:
             raise UsageError(_EARLIER, _HELP)
-    for option, of in (("--out", "--verify or --affected"), ("--retrain-index", "--erase")):
-        if given[option] and not (option == "--retrain-index" and given["--erase"]):
-            raise UsageError(f"{option} goes with {of}", _HELP)
+    for option, others in (("--out", ("--dry-run", "--verify", "--affected")), ("--retrain-index", ("--erase",))):
+        if given[option] and not any(given[other] for other in others):
+            raise UsageError(f"{option} goes with {' or '.join(others)}", _HELP)
 
 
 class _Confirm:

@@ -247,8 +247,6 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, "totals": totals}
         gone = scan_files(state, scan) if scan else []
-        if asked.reviewed is not None:
-            gone += [entry.path for entry in [state.file("selections", asked.reviewed.name)] if entry is not None]
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     try:

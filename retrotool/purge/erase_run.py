@@ -25,7 +25,6 @@ from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import commit as purging
 from retrotool.purge.erase import EraseStage, part_files
 from retrotool.purge.prove import ProveStage
-from retrotool.purge.reviewed import selections_of
 from retrotool.purge.selection import Ids
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
@@ -206,7 +205,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
-        gone += selections_of(store, victims.ids) if done else []
         # Places in the text of victims, and what was looked for, hashed.
         gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
         return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None

@@ -25,17 +25,13 @@ import pyarrow.parquet as pq
 from retrotool.errors import CorruptError
 from retrotool.store import atomic, disk, schemas
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import PART_SHIFT as PART_SHIFT
+from retrotool.store.ids import chunk_ids as chunk_ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
 _UNIQUE = frozenset(("tokens", "distances"))
-PART_SHIFT = 32
-
-
-def chunk_ids(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Chunk ids of rows of a part: ``part << 32 | row``."""
-    return (np.int64(part) << PART_SHIFT) + rows.astype(np.int64)
 
 
 def token_dtype(token_bytes: int) -> np.dtype[Any]:

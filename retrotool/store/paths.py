@@ -31,7 +31,6 @@ DATA_KINDS = (
     "inputs",
     "selectors",
     "scans",
-    "selections",
 )
 FOLDERS = (*DATA_KINDS, "staging", "log", "checkpoints", "spool")
 """All folders of a store."""

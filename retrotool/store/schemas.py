@@ -76,7 +76,6 @@ def of_kind(kind: str, chunk_bytes: int) -> pa.Schema:
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
         "restored": TOMBSTONES_SCHEMA,
-        "selections": TOMBSTONES_SCHEMA,
         "scans": SCANS_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
         "proofs": PROOFS_SCHEMA,
