@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.export.handover import Counts, Handover, row_slices
 from retrotool.export.retro_rows import LIMIT, Layout, PartRows, Section, read_part_rows

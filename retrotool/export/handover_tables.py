@@ -21,7 +21,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.export.handover import Block, Counts, Handover, read_blocks
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.store import disk

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.export.chunk_sets import ChunkSet
 from retrotool.export.handover import Handover, row_slices

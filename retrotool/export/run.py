@@ -23,7 +23,7 @@ from tqdm import tqdm
 from retrotool import interrupts
 from retrotool.embed.counting import command_line, embed_command
 from retrotool.embed.search_scope import count_living_keys
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.export.handover import Counts, Handover, open_handover
 from retrotool.export.handover_retro import CHUNKS, KNN, PAD, SEQ, RetroWriter, tokens_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from retrotool.engine.stage import Report, Task, check_there, task_key
+from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError
 from retrotool.purge.commit import COPIES, has_any, tombstones_of
 from retrotool.purge.needles import Draw, Ids, sampled_victims, tokenizer_of
