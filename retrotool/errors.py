@@ -4,8 +4,8 @@ The command line prints ``error: <message>`` and ``<advice>`` and exits with ``e
 chooses an exit code. So does what the system says of a file (an ``OSError`` with its name: exit code 1). Anything else
 is a bug, and shows its traceback.
 
-    0 done   1 failed   2 usage   3 finished with input set aside   10 no store   11 locked, or a commit race lost
-    12 corrupt, or erased under a reader   130 interrupted
+    0 done   1 failed   2 usage   3 finished with input set aside   10 no store   11 a commit race lost, or the run
+    taken for dead   12 corrupt, or erased under a reader   130 interrupted
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ class StorageError(RetrotoolError):
 
 class AbortError(RetrotoolError):
     """What a task met concerns all others too: the run ends at once, and its caller may begin another."""
+
+
+class LostRunError(AbortError):
+    """The run can't commit any more: another process took it for dead, or a file that it is to commit is not there.
+
+    Nothing of the commit was made.
+    """
+
+    exit_code = 11
+
+    def __init__(self, message: str, advice: str = "Run the same command again: what was committed is kept.") -> None:
+        super().__init__(message, advice)
 
 
 class TaskError(RetrotoolError):

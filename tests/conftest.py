@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
+from hypothesis import HealthCheck, settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a background job of a script: tests of Ctrl-C would wait for ever, and their children ignore it, too.
@@ -20,6 +22,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests say what a machine without a GPU does; those that want one are run by: make gpu-test
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+MEMORY = Path("/dev/shm")
+NEEDED = 4 << 30
+"""Bytes that must be free in ``MEMORY`` for tests to keep their files there: many times what they use."""
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED:
+    # Stores are on a disk of memory, where fsync costs nothing; PYTEST_DEBUG_TEMPROOT names another place.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+# How many examples a property is tried on; HYPOTHESIS_PROFILE=nightly for many.
+slow_machines = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=25, **slow_machines)
+settings.register_profile("nightly", max_examples=300, **slow_machines)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+settings.load_profile(PROFILE)
 
 INTERRUPTED = "interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.\n"
 
@@ -33,6 +49,10 @@ WORDS = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: whichever process gets one last makes all others wait for it."""
+    if PROFILE != "nightly":
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="it is long: make nightly"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -155,10 +175,9 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def cli() -> Cli:
-    """Run ``retrotool`` in a process of its own: ``cli("info", store, "--json")``."""
+    """Run ``retrotool`` in a process of its own, which is forked: ``cli("info", store, "--json")``."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "retrotool", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+        return run_forked([str(argument) for argument in arguments], **options)
 
     return run

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from retrotool.chunk.chunk_plan import read_plan
 from retrotool.chunk.retry import parts_of
-from retrotool.errors import ConflictError, ErasedError
+from retrotool.errors import ConflictError, ErasedError, LostRunError
 from retrotool.purge.selection import Ids, rows_of
 from retrotool.store import blocked, disk, parts, paths
 from retrotool.store.atomic import FileEntry
@@ -175,7 +175,7 @@ def _commit(store: Store, run: Run, plan_id: str, plan: FileEntry, found: Mappin
             return Draft("purge", {"plan": plan_id}, add=tuple(add), records=records)
 
         store.commit(run, build)
-    except ConflictError:
+    except (ConflictError, LostRunError):
         for entry in add:
             disk.unlink(paths.inside(store.root, entry.path))
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from retrotool.errors import UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import spool
-from retrotool.store import disk, runs, schemas
+from retrotool.store import disk, paths, runs, schemas
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.staging import PLAN_COUNTS, Staged
@@ -121,7 +120,7 @@ def chunk(
         exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
-        clear_spool(store, spooled)
+        clear_spool(store, run, spooled)
     result = result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
     field_warnings.tell_names(result, files, chosen.note)
     field_warnings.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
@@ -132,7 +131,7 @@ def _tell_begun(
     store: Store, run: Run, plans: Sequence[str], files: Sequence[InputFile], options: ChunkOptions
 ) -> None:
     """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
-    if set(runs.living(store.root)) - {run.id}:
+    if runs.others(store.root, run.id):
         return  # they may be at it themselves
     store.refresh()
     asked = {file.path for file in files}
@@ -170,10 +169,10 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
 
 def spool_folder(store: Store) -> Path:
     """Where standard input lies until it is chunked."""
-    return store.root / "spool"
+    return paths.inside(store.root, "spool")
 
 
-def clear_spool(store: Store, own: Path | None) -> None:
+def clear_spool(store: Store, run: Run, own: Path | None) -> None:
     """Remove what was standard input and is chunked: the caller's, and what dead runs left."""
     folder = spool_folder(store)
     if not folder.is_dir():
@@ -181,9 +180,10 @@ def clear_spool(store: Store, own: Path | None) -> None:
     state = store.refresh()
     plans = [entry for plan in unfinished_plans(state) if (entry := state.file("plans", plan)) is not None]
     waiting = {file.path for entry in plans for file in read_plan(store, entry).files}
+    now = runs.beat(store.root, run.id)
     for path in folder.iterdir():
         # Another process may be about to plan what it has just written.
-        stale = time.time() - path.stat().st_mtime > _SPOOL_SECONDS
+        stale = now - path.stat().st_mtime > _SPOOL_SECONDS
         if str(path.absolute()) not in waiting and (path == own or stale):
             disk.unlink(path)
 

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,16 +89,18 @@ def _prefix(target: Path) -> str:
 
 
 def _clean(target: Path) -> None:
-    """Take away what dead runs left."""
+    """Remove what dead runs left."""
+    with tempfile.TemporaryFile(dir=target.parent) as file:
+        now = os.fstat(file.fileno()).st_mtime  # the time by the clock of the file system
     for left in target.parent.iterdir():
         run = left.name.removeprefix(_prefix(target))
-        if run != left.name and _RUN.fullmatch(run) and left.is_dir() and _is_dead(left, run):
+        if run != left.name and _RUN.fullmatch(run) and left.is_dir() and _is_dead(left, run, now):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_dead(left: Path, run: str) -> bool:
+def _is_dead(left: Path, run: str, now: float) -> bool:
     told = runs.run_path(left, run)
     # A run that ends takes its file away first: what is gone after the look may have been alive.
-    if told.exists() and not runs.is_alive(left, run) and told.exists():
+    if told.exists() and not runs.is_alive(left, run, now=now) and told.exists():
         return True
-    return not told.exists() and time.time() - left.stat().st_mtime > _SETTLED_SECONDS
+    return not told.exists() and now - left.stat().st_mtime > _SETTLED_SECONDS

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import write_json
-from retrotool.errors import ConflictError
+from retrotool.errors import ConflictError, LostRunError
 from retrotool.purge.selection import Asked, Chosen, Ids, rows_of
 from retrotool.purge.selectors.scan import scan_files
 from retrotool.store import blocked, disk, parts, paths
@@ -252,7 +252,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     try:
         _write_purge(store, run, purge, selection, add)
         store.commit(run, build)
-    except ConflictError:
+    except (ConflictError, LostRunError):
         for entry in add:  # one of them has the selector's text: it must not wait for the next clean-up
             disk.unlink(paths.inside(store.root, entry.path))
         raise

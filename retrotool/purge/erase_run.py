@@ -22,7 +22,7 @@ from retrotool.chunk.reapply_purges import with_those_after
 from retrotool.embed.counting import neighbours_command
 from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import cores
-from retrotool.errors import ConflictError, CorruptError, ErasedError, RetrotoolError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, RetrotoolError, UsageError
 from retrotool.index.index_files import measured_files
 from retrotool.neighbours.dependents import Holding, holding, is_of_this, table_files
 from retrotool.neighbours.materialising import erase_consumed
@@ -187,7 +187,7 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
 
     try:
         store.commit(run, build)
-    except ConflictError:
+    except (ConflictError, LostRunError):
         disk.unlink(paths.inside(store.root, entry.path))
         raise
 
@@ -288,7 +288,7 @@ def clear(store: Store, run: Run) -> list[str]:
     """Take away what may hold what was erased, and say what must stay."""
     # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
     folding.fold(store, run)
-    clean(store, thorough=True)
+    clean(store, run, thorough=True)
     left = clean_spool(store, run.id)
     told = []
     if planned := [file.path.name for file in left if file.planned]:

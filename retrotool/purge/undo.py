@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrotool.embed.search_scope import find_documents, is_same_directory, searchable_rows
-from retrotool.errors import ConflictError, UsageError
+from retrotool.errors import ConflictError, LostRunError, UsageError
 from retrotool.index.staleness import ranges
 from retrotool.neighbours.stage import database_of, parts_in
 from retrotool.purge.commit import COPIES, documents_ended, in_store
@@ -179,7 +179,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
                 ids = read_tombstones(store, slot).ids
                 add.append(write_tombstones(store.root, FileName.new(run.id, KEPT, slot, "parquet"), ids))
         return store.commit(run, build)
-    except ConflictError:
+    except (ConflictError, LostRunError):
         for entry in add:
             disk.unlink(paths.inside(store.root, entry.path))
         raise

@@ -50,6 +50,14 @@ class FileEntry:
         )
 
 
+def is_there(root: Path, entry: FileEntry) -> bool:
+    """Whether a file of the store at ``root`` exists with the size that its entry says."""
+    try:
+        return paths.inside(root, entry.path).stat().st_size == entry.bytes
+    except FileNotFoundError:
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:
@@ -114,13 +122,18 @@ def write_blocks(
     return FileEntry(name.path, rows, size, digest.hexdigest())
 
 
-def put_if_absent(target: Path, token: str, data: bytes) -> bool:
-    """Write a small file under a name that must be free; False if it is taken. Durable on return."""
+def put_if_absent(target: Path, token: str, data: bytes, check: Callable[[], object] = lambda: None) -> bool:
+    """Write a small file under a name that must be free; False if it is taken. Durable on return.
+
+    ``check`` is called between the write of the temporary file and the link that gives it its name, each time that
+    this is tried; what it raises prevents the link.
+    """
     for attempt in itertools.count(1):
         try:
             with temporary_file(target, token) as temporary:
                 disk.write(temporary, data)
                 disk.fsync(temporary)
+                check()
                 won = disk.link(temporary, target)
             break
         except FileNotFoundError:

@@ -15,7 +15,7 @@ import random
 import time
 from pathlib import Path
 
-from retrotool.store import disk, runs
+from retrotool.store import disk, paths, runs
 
 SILENCE_SECONDS = 300.0
 """A run of another machine that has not touched its file for so long has lost its claims."""
@@ -25,7 +25,7 @@ _STEP_BACK_SECONDS = 0.05
 
 def claims_folder(root: Path) -> Path:
     """Where claims lie."""
-    return root / "staging" / "claims"
+    return paths.inside(root, "staging/claims")
 
 
 def owner(name: str) -> str:

@@ -1,17 +1,35 @@
-"""Taking away what dead runs left: temporary files, files that no commit names, staged tasks that can't be committed.
+"""Removing what dead runs left: temporary files, files that no commit names, staged tasks that can't be committed.
 
-Safe beside live writers: a file is removed only if neither the state nor a staged task names it, and its run is
-dead or the log shows that a commit removed it. Files are listed first, then it is asked which runs are dead, then
-staging is read and then the log: a file on its way from one to the next is always seen in one of them, and a run that
-is dead has committed all that it ever will before the log is read. Cost: one listing of the store's folders.
+A file is removed only if neither the state nor a staged task names it, and its run is dead or the log shows that a
+commit removed it. Cost: one listing of the store's folders.
+
+Safe beside live writers, and beside a run R that only seems dead: it may have slept for an hour, and may wake at any
+time. To commit, and likewise to stage a task, R (a) writes a temporary file beside the entry's name, (b) gives a sign
+of life (``runs.beat``), which fails if its run file was removed, (c) links the temporary file to the name. Clean-up
+
+1. lists files,
+2. finds out which of their runs are dead,
+3. removes the run files of these,
+4. lists ``log/`` and ``staging/`` again, and removes the temporary files of these,
+5. reads staging, then the log: a file on its way from one to the other is seen in one of them,
+6. removes the files of step 1 that neither names.
+
+So step 6 could remove a file that R's entry names only if (c) came after step 5. Its temporary file was there then. If
+it was written before the listing of step 4, step 4 removed it, and (c) failed. Else (a) came after step 4, (b) after
+step 3, and (b) failed. There is no moment at which R can fall asleep, and commit a removed file when it wakes.
+
+This rests on names that all machines see at once. NFS may answer the listing of step 4 from a cache that is up to a
+minute old. A file can be lost there if R wakes after an hour, just in that minute, and does (a) and (b) before step 3
+but (c) after step 5. ``Store.commit`` also checks that the files are there, just before (a); a file that is lost all
+the same is reported by ``verify``, and as ``CorruptError`` to all that read it.
 
 Standard input lies in ``spool/`` until it is chunked, under a name that tells no run: see ``clean_spool``.
 """
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,23 +39,28 @@ from retrotool.errors import CorruptError
 from retrotool.store import claims, disk, log, paths, runs, staging
 from retrotool.store.atomic import TEMPORARY
 from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
-_FOLDERS = (*paths.DATA_KINDS, "staging", "log", "checkpoints")
 SPOOL = "spool"
 SETTLED_SECONDS = 2.0
 """A process that has written standard input to the end has planned it, or announced its run, by then."""
 
 
-def clean(store: Store, *, thorough: bool = False) -> int:
-    """Remove left-overs of dead runs; return how many files.
+def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
+    """Remove left-overs of dead runs for ``run``; return how many files. ``LostRunError`` if ``run`` is taken for dead.
 
     ``thorough``: also files that a commit removed and a kill left on the disk, while the run that once wrote them is
     still alive. That reads the whole log if there are files of live runs on their way.
     """
     candidates = [(path, path.relative_to(store.root).as_posix()) for path in _files(store.root)]
     owners = {relative: _owner(path, relative) for path, relative in candidates}
-    alive = {run: runs.is_alive(store.root, run) for run in set(owners.values()) if run is not None}
+    now = runs.beat(store.root, run.id)
+    alive = {owner: runs.is_alive(store.root, owner, now=now) for owner in set(owners.values()) if owner is not None}
+    stopped = frozenset(owner for owner in alive if not alive[owner])
+    # Not one that was made since: the temporary file of a run that begins is listed before its run file is there.
+    disk.unlink_all(path for path, relative in candidates if _is_run(relative) and owners[relative] in stopped)
+    _remove_temporary(store.root, stopped)
     staged = {path for task in staging.read_staged(store.root).values() for path in task.files()}
     state = store.refresh()
     dead: list[Path] = []
@@ -51,7 +74,7 @@ def clean(store: Store, *, thorough: bool = False) -> int:
             continue
         dead.append(path)
     disk.unlink_all(dead)
-    removed = len(dead) + sum(1 for file in _spooled(store) if not file.planned and _remove_stale(file.path))
+    removed = len(dead) + sum(1 for file in _spooled(store) if not file.planned and _remove_stale(file.path, now))
     if not thorough:
         return removed
     once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
@@ -59,13 +82,18 @@ def clean(store: Store, *, thorough: bool = False) -> int:
     return removed + len(once)
 
 
+def _remove_temporary(root: Path, dead: Collection[str]) -> None:
+    """Remove the temporary files of dead runs that could yet become entries of the log, or staged tasks."""
+    for folder in (root / "log", root / "staging"):
+        there = list(folder.iterdir()) if folder.is_dir() else []
+        temporary = [path for path in there if path.name.startswith(TEMPORARY)]
+        disk.unlink_all(path for path in temporary if _owner(path, path.name) in dead)
+
+
 def _files(root: Path) -> list[Path]:
-    found = []
-    for folder in _FOLDERS:
-        for directory, _, names in os.walk(root / folder):
-            found += [Path(directory) / name for name in names]
-    found += [path for path in root.iterdir() if path.name.startswith(TEMPORARY)]
-    return found
+    """Files that a run may have written; symbolic links are not followed, and left alone."""
+    found = paths.walk(root)
+    return [Path(entry) for path, entry in found if entry.is_file(follow_symlinks=False) and not _is_spool(path)]
 
 
 def _owner(path: Path, relative: str) -> str | None:
@@ -82,6 +110,14 @@ def _owner(path: Path, relative: str) -> str | None:
         return FileName.parse(relative).run
     except CorruptError:
         return None  # not ours: a person put it there, or it is a staged entry
+
+
+def _is_spool(relative: str) -> bool:
+    return relative.startswith(f"{SPOOL}/")
+
+
+def _is_run(relative: str) -> bool:
+    return relative.startswith("staging/run-")
 
 
 def _is_data(relative: str) -> bool:
@@ -118,22 +154,23 @@ def clean_spool(store: Store, own: str) -> list[Spooled]:
     """
     whole = [file.path for file in _spooled(store) if not (file.planned or file.path.name.startswith(TEMPORARY))]
     youngest = max(map(_written, whole), default=0.0)
-    busy = any(run != own for run in runs.living(store.root))
-    wait = SETTLED_SECONDS - (time.time() - youngest)
+    busy = bool(runs.others(store.root, own))
+    wait = SETTLED_SECONDS - (runs.beat(store.root, own) - youngest)
     if wait > 0 and not busy:
         time.sleep(min(wait, SETTLED_SECONDS))
-        busy = any(run != own for run in runs.living(store.root))
+        busy = bool(runs.others(store.root, own))
+    now = runs.beat(store.root, own)
     left = []
     for file in _spooled(store):
         certain = not busy and not file.path.name.startswith(TEMPORARY)
-        if file.planned or not (_remove(file.path) if certain else _remove_stale(file.path)):
+        if file.planned or not (_remove(file.path) if certain else _remove_stale(file.path, now)):
             left.append(file)
     return left
 
 
 def _spooled(store: Store) -> list[Spooled]:
     """All standard input in ``spool/``. The live plan files are those of unfinished plans; read if there is any."""
-    folder = store.root / SPOOL
+    folder = paths.inside(store.root, SPOOL)
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [path for path in there if path.name.startswith(("stdin-", TEMPORARY))]
     if not found:
@@ -167,6 +204,6 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _remove_stale(path: Path) -> bool:
-    """Remove a file that nobody has written to for an hour."""
-    return time.time() - _written(path) > runs.SILENCE_SECONDS and _remove(path)
+def _remove_stale(path: Path, now: float) -> bool:
+    """Remove a file that no process has written to for an hour; ``now`` is by the clock of the file system."""
+    return now - _written(path) > runs.SILENCE_SECONDS and _remove(path)

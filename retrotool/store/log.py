@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, paths
+from retrotool.store import atomic, paths, runs
 from retrotool.store.atomic import FileEntry
 
 _CHECKSUM_BYTES = len(',"sha256":""}') + 64
@@ -59,7 +59,7 @@ class Commit:
 
 def commit_path(root: Path, number: int) -> Path:
     """Where commit ``number`` lies."""
-    return root / "log" / f"{number:08d}.json"
+    return paths.inside(root, f"log/{number:08d}.json")
 
 
 def with_checksum(entry: bytes) -> bytes:
@@ -125,7 +125,10 @@ def read_after(root: Path, number: int, head: str) -> Iterator[Commit]:
 
 
 def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool:
-    """Try to make ``draft`` commit ``number``; False if another writer has it. Durable on True."""
+    """Try to make ``draft`` commit ``number``; False if another writer has it. Durable on True.
+
+    ``LostRunError`` if ``run`` was taken for dead.
+    """
     path = commit_path(root, number)
     if path.exists():
         return False
@@ -143,7 +146,8 @@ def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool
         "remove": draft.remove,
         "records": draft.records,
     }
-    won = atomic.put_if_absent(path, paths.new_token(run), with_checksum(orjson.dumps(fields)))
+    data = with_checksum(orjson.dumps(fields))
+    won = atomic.put_if_absent(path, paths.new_token(run), data, lambda: runs.beat(root, run))
     if not won:
         # Over NFS a link can succeed and its answer be lost; the entry itself knows whose it is.
         existing = read(root, number)

@@ -1,4 +1,4 @@
-"""Paths in a store: what a name says, and that none leads out.
+"""Paths in a store: what a name says, and that none leads out, by its form or by a symbolic link.
 
 ``kind/[name/]slot-token.extension``, relative to the store's root. A *slot* holds at most one live file; the
 *token* (run id and a random number) makes every written name new, so that a name is never written twice.
@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -32,6 +34,8 @@ DATA_KINDS = (
     "scans",
     "selections",
 )
+FOLDERS = (*DATA_KINDS, "staging", "log", "checkpoints", "spool")
+"""All folders of a store."""
 NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised", "scans")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FILE = re.compile(r"(?P<slot>[A-Za-z0-9._-]+)-(?P<token>[0-9a-f]{16})\.(?P<extension>[a-z0-9]+)")
@@ -111,11 +115,52 @@ def check_name(name: str, what: str) -> str:
 
 
 def inside(root: Path, path: str) -> Path:
-    """The absolute path of a store's path; ``CorruptError`` if it would lead out of the store."""
+    """The absolute path of a store's path.
+
+    ``CorruptError`` if it would lead out of the store, or if the file or a folder of it is a symbolic link, wherever
+    that points to: what is removed must be the file itself. The root itself may be reached by a link.
+    """
     pure = PurePosixPath(path)
     if pure.is_absolute() or not pure.parts or not all(map(_safe, path.split("/"))):
         raise CorruptError(f"{path!r} leads out of the store")
-    return root / path
+    place = root
+    for component in pure.parts:
+        place = place / component
+        if place.is_symlink():
+            raise CorruptError(
+                f"{place} is a symbolic link: the files of a store must be in its own folders",
+                "Put what it points to in its place, or remove it.",
+            )
+    return place
+
+
+def walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All that is in the folders of a store and beside them, but for folders, with its path relative to ``root``.
+
+    Symbolic links are not followed; they are yielded. What disappears meanwhile is left out.
+    """
+    for name, entry in _list(root, ""):
+        if entry.is_dir(follow_symlinks=False):
+            if name in FOLDERS:
+                yield from _walk(root, name)
+        else:
+            yield name, entry
+
+
+def _walk(root: Path, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    for name, entry in _list(root / folder, f"{folder}/"):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, name)
+        else:
+            yield name, entry
+
+
+def _list(folder: Path, prefix: str) -> list[tuple[str, os.DirEntry[str]]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [(prefix + entry.name, entry) for entry in entries]
+    except FileNotFoundError:
+        return []
 
 
 def _safe(component: str) -> bool:

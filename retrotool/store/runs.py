@@ -1,8 +1,12 @@
 """Runs: who is writing to a store, and whether they are still alive.
 
 A run writes ``staging/run-<id>.json`` when it starts and touches it every 30 seconds; every file it writes carries its
-id. Clean-up may take away what a dead run left. A run is dead if its process is gone on the same host, boot and process
-namespace; of another machine's run only an hour of silence can be seen.
+id. Clean-up may remove what a dead run left. A run is dead if its process has ended on the same host, boot and process
+namespace; of another machine's run only an hour of silence can be seen, and so of a run whose file can't be read.
+Silence is measured by the clock of the file system: clocks of machines differ.
+
+A run that only slept may be taken for dead. It finds its file removed, and must not commit or stage anything then
+(``beat``); ``store.clean`` says why that is enough.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ import os
 import secrets
 import socket
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import orjson
 
+from retrotool.errors import LostRunError
 from retrotool.store import atomic, disk, paths
 
 HEARTBEAT_SECONDS = 30.0
@@ -91,6 +95,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if isinstance(error, FileNotFoundError) and not self.path.exists():
+            raise _lost(self.root) from error  # what it was writing was removed
         disk.unlink(self.path)
 
     def _beat(self) -> None:
@@ -99,47 +105,59 @@ class Run:
                 os.utime(self.path)
 
 
+def _lost(root: Path) -> LostRunError:
+    return LostRunError(f"{root}: another process took this run for dead, and removed what it had not committed")
+
+
 def run_path(root: Path, run: str) -> Path:
     """Where the run with this id would say that it lives."""
-    return root / "staging" / f"run-{run}.json"
+    return paths.inside(root, f"staging/run-{run}.json")
 
 
-def living(root: Path) -> list[str]:
-    """Ids of the runs that may still be writing."""
+def others(root: Path, run: str) -> list[str]:
+    """Ids of the other runs that may still be writing."""
+    now = beat(root, run)
     found = [path.stem.removeprefix("run-") for path in (root / "staging").glob("run-*.json")]
-    return [run for run in found if is_alive(root, run)]
+    return [other for other in found if other != run and is_alive(root, other, now=now)]
 
 
 def beat(root: Path, run: str) -> float:
-    """Let a run give a sign of life; return its time by the clock of the file system, which all machines share."""
+    """Let a run give a sign of life; return its time by the clock of the file system, which all machines share.
+
+    ``LostRunError`` if the run's file was removed. Over NFS, too, the server answers this, and no cache.
+    """
     try:
         os.utime(run_path(root, run))
         return run_path(root, run).stat().st_mtime
     except OSError as error:
         if error.errno not in GONE:
             raise
-        return time.time()
+        raise _lost(root) from error
 
 
-def is_alive(root: Path, run: str, *, silence: float = SILENCE_SECONDS, now: float | None = None) -> bool:
-    """Whether a run may still be writing; one of another machine is not after so many seconds of ``silence``.
+def is_alive(root: Path, run: str, *, now: float, silence: float = SILENCE_SECONDS) -> bool:
+    """Whether a run may still be writing.
 
-    ``now`` is by the clock of the file system; without it this machine's clock is taken.
+    A run of another machine, and one whose file can't be read, is not after so many seconds of ``silence``. ``now`` is
+    by the clock of the file system (``beat``).
     """
     path = run_path(root, run)
     try:
-        fields = orjson.loads(path.read_bytes())
-        silent = (time.time() if now is None else now) - path.stat().st_mtime
-    except orjson.JSONDecodeError:
-        return False
+        silent = now - path.stat().st_mtime
+        data = path.read_bytes() if path.is_file() else b""
     except OSError as error:
         if error.errno not in GONE:
             raise
         return False
-    if all(fields.get(key) == value for key, value in _here().items()):
-        started = _start_time(int(fields["process"]))
-        return started != "" and started == fields["started"] if fields["started"] else _exists(int(fields["process"]))
-    return silent < silence
+    try:
+        fields = orjson.loads(data)
+        here = all(fields[key] == value for key, value in _here().items())
+        process, started = int(fields["process"]), str(fields["started"])
+    except (KeyError, TypeError, ValueError):
+        here = False
+    if not here:
+        return silent < silence
+    return started == _start_time(process) if started else _exists(process)
 
 
 def _exists(process: int) -> bool:

@@ -15,7 +15,7 @@ from retrotool.store.store import Store
 def writing(store: Store) -> Iterator[Run]:
     """A run on a store, after cleaning up what dead runs left."""
     with Run(store.root) as run:
-        clean(store)
+        clean(store, run)
         # What dead runs had finished is kept; what an erase has overtaken since must not stay on the disk.
         folding.fold(store, run)
         yield run

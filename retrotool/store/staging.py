@@ -13,8 +13,8 @@ from typing import Any
 
 import orjson
 
-from retrotool.errors import CorruptError
-from retrotool.store import atomic, disk, paths
+from retrotool.errors import CorruptError, LostRunError
+from retrotool.store import atomic, disk, paths, runs
 from retrotool.store.atomic import FileEntry
 
 COUNTS = ("documents", "chunks", "tokens", "set_aside")
@@ -57,30 +57,31 @@ class Staged:
     unit: Unit | None = None
     tombstones: str | None = None
 
-    def files(self) -> list[str]:
-        """Paths of all files the task wrote."""
+    def entries(self) -> list[FileEntry]:
+        """All files the task wrote."""
         entries = list(self.add)
         if self.unit is not None:
             entries += [entry for part in self.unit.parts for entry in part]
             entries += [self.unit.quarantine] if self.unit.quarantine else []
-        return [entry.path for entry in entries]
+        return entries
+
+    def files(self) -> list[str]:
+        """Paths of all files the task wrote."""
+        return [entry.path for entry in self.entries()]
 
 
 def staged_path(root: Path, task: str) -> Path:
     """Where the entry of a finished task lies."""
-    return root / "staging" / f"{task}.json"
+    return paths.inside(root, f"staging/{task}.json")
 
 
 def stage(root: Path, staged: Staged) -> bool:
     """Make a finished task known; False (and its files removed) if another process staged it first.
 
-    ``CorruptError`` if its files are gone: another process took this run for dead and cleaned up after it.
+    ``LostRunError`` if its files are missing: another process took this run for dead and cleaned up after it.
     """
     if not is_whole(root, staged):
-        raise CorruptError(
-            f"the files of a finished {staged.kind} task are gone: this run was taken for dead",
-            "Run the same command again; should it stand still for more than an hour, its work is cleaned away.",
-        )
+        raise LostRunError(f"the files of a finished {staged.kind} task are missing: this run was taken for dead")
     fields = {
         "kind": staged.kind,
         "run": staged.run,
@@ -93,8 +94,9 @@ def stage(root: Path, staged: Staged) -> bool:
         "tombstones": staged.tombstones,
     }
     data = orjson.dumps(fields)
-    won = atomic.put_if_absent(staged_path(root, staged.task), paths.new_token(staged.run), data)
-    if not won and _content(staged_path(root, staged.task)) == data:
+    target, token = staged_path(root, staged.task), paths.new_token(staged.run)
+    won = atomic.put_if_absent(target, token, data, lambda: runs.beat(root, staged.run))
+    if not won and _content(target) == data:
         won = True  # over NFS a link can succeed and its answer be lost
     if not won:
         for path in staged.files():
@@ -110,8 +112,8 @@ def _content(path: Path) -> bytes:
 
 
 def is_whole(root: Path, task: Staged) -> bool:
-    """Whether all files that a task wrote are there."""
-    return all(paths.inside(root, path).exists() for path in task.files())
+    """Whether all files that a task wrote are there with their sizes."""
+    return all(atomic.is_there(root, entry) for entry in task.entries())
 
 
 def _unit_json(unit: Unit) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from retrotool.errors import CorruptError, ErasedError
+from retrotool.errors import CorruptError, ErasedError, LostRunError
 from retrotool.store import atomic, disk, identity, log, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import Identity, TokenizerIdentity
@@ -122,7 +122,8 @@ class Store:
         ``build`` is called again whenever another writer was first, so it must decide from the state it is given;
         it returns None if there is nothing (any more) to commit, and raises ``ConflictError`` if its work was
         overtaken. Files that the draft removes are unlinked once it is committed; a kill in between leaves them to
-        clean-up.
+        clean-up. ``CorruptError`` if one of them is a symbolic link, ``LostRunError`` if another process took the run
+        for dead, or a file that the draft adds is missing or of another size: nothing is committed then.
         """
         attempt = 0
         while True:
@@ -131,8 +132,9 @@ class Store:
             if draft is None:
                 return state
             state.check(draft)
+            removed = [paths.inside(self.root, path) for path in draft.remove]
             if self._append(run, state, draft):
-                disk.unlink_all(paths.inside(self.root, path) for path in draft.remove)
+                disk.unlink_all(removed)
                 if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
                     self._write_checkpoint(run)
                 return self.refresh()
@@ -144,15 +146,18 @@ class Store:
         try:
             with disk.told(self.root):
                 _link(self.root, draft)
+                _check_files(self.root, draft)
                 won = log.append(self.root, run.id, state.number + 1, state.head, draft)
                 if not won:
                     _unlink(self.root, draft)
                 return won
-        except FileNotFoundError as error:
+        except (FileNotFoundError, LostRunError) as error:
             _unlink(self.root, draft)
-            if self.refresh().number == state.number:
-                raise CorruptError(f"{error.filename}: a file to commit is gone") from error
-            return False  # the writer that came first has committed these files and taken their staged names away
+            if self.refresh().number > state.number:
+                return False  # the writer that came first has committed these files and removed their staged names
+            if isinstance(error, LostRunError):
+                raise
+            raise LostRunError(f"{error.filename} is to be committed, and is missing") from error
 
     def _write_checkpoint(self, run: Run) -> None:
         """Write the folded state, and remove all older checkpoints but the last."""
@@ -166,7 +171,7 @@ class Store:
 
 def checkpoint_files(root: Path) -> list[tuple[int, Path]]:
     """Checkpoint files and the commits that they say to be of, newest first."""
-    folder = root / "checkpoints"
+    folder = paths.inside(root, "checkpoints")
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
@@ -199,6 +204,12 @@ def _link(root: Path, draft: Draft) -> None:
         folders.add(path.parent)
     for folder in folders:
         disk.fsync_directory(folder)
+
+
+def _check_files(root: Path, draft: Draft) -> None:
+    lost = next((entry.path for entry in draft.add if not atomic.is_there(root, entry)), None)
+    if lost is not None:
+        raise LostRunError(f"{root / lost} is to be committed, and is missing or of another size")
 
 
 def _unlink(root: Path, draft: Draft) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import atomic, parts
+from retrotool.store import atomic, parts, paths
 from retrotool.store import verify_references as references
 from retrotool.store.checked import Checked, check_ids
 from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
@@ -71,6 +71,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
     checked = Checked(store, result.problems)
     _check_log(checked)
     references.check_records(checked)
+    checked.problems += _links(store)
     _check_files(checked, result, report)
     with checked.noting("tombstones"):
         checked.tombstones = read_tombstones(store)
@@ -118,6 +119,12 @@ def _check_log(checked: Checked) -> None:
         checked.problems += found.problems
         if not found.problems and not same(found.state, store.state):
             checked.problems.append("the open state is not the fold of the log: commits are missing")
+
+
+def _links(store: Store) -> list[str]:
+    """Symbolic links in the place of a folder or a file of the store."""
+    links = (path for path, entry in paths.walk(store.root) if entry.is_symlink())
+    return [f"{path} is a symbolic link" for path in sorted(links) if "/" in path or path in paths.FOLDERS]
 
 
 def _check_files(checked: Checked, result: Verification, report: Report) -> None:

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.ann.kmeans import _shares, assign, kmeans
@@ -23,7 +23,6 @@ def clustered(n: int, d: int, seed: int) -> np.ndarray:
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 8), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
 def test_assignment_is_to_the_nearest_centroid(n: int, k: int, d: int, seed: int) -> None:
     vectors = torch.from_numpy(random_vectors(n, d, seed).astype(np.float32))
     centroids = torch.from_numpy(random_vectors(k, d, seed + 1).astype(np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.ann.excluded import Excluded, Intervals, Mask
@@ -14,7 +14,6 @@ from retrotool.ann.nearest import Nearest
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32), st.booleans(), st.data())
-@settings(max_examples=80, deadline=None)
 def test_the_running_nearest_are_those_of_all_scores(
     q: int, k: int, seed: int, heaps: bool, data: st.DataObject
 ) -> None:
@@ -47,7 +46,6 @@ def test_the_running_nearest_are_those_of_all_scores(
 
 
 @given(st.integers(1, 30), st.integers(0, 2**32), st.booleans(), st.booleans())
-@settings(max_examples=120, deadline=None)
 def test_masks_hide_just_what_is_excluded(q: int, seed: int, apart: bool, repeats: bool) -> None:
     rng = np.random.default_rng(seed)
     if apart:  # documents beside one another, some of them of several queries, as in a part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_lists import clustered, filled, trained_as
 
@@ -21,7 +21,6 @@ def random_vectors(n: int, d: int, seed: int) -> np.ndarray:
 @given(
     st.integers(1, 200), st.integers(1, 12), st.integers(0, 50), st.sampled_from(["SQfp16", "IVF4,SQfp16"]), st.data()
 )
-@settings(max_examples=60, deadline=None)
 def test_excluded_intervals_and_banned_ids_are_never_found_and_nothing_else_is_lost(
     n: int, k: int, seed: int, factory: str, data: st.DataObject
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from chunk_helpers import TABLE_FORMATS, documents, run_chunk, verified, write_rows
 from conftest import make_rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
@@ -93,7 +93,6 @@ def chunk_tokens(store: Path) -> dict[str, list[int]]:
 AWKWARD = st.text(st.characters(codec="utf-8"), min_size=1) | st.text("a \t\r\n\u00a0\u200d\u0301é🎈𝄞한ß\0", min_size=1)
 
 
-@settings(deadline=None, max_examples=20)
 @given(texts=st.lists(AWKWARD, min_size=1, max_size=8, unique=True), length=st.integers(1, 5))
 def test_chunks_give_texts_back_byte_for_byte(texts, length, byte_level_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("awkward")

@@ -27,6 +27,12 @@ def source(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "source.jsonl", make_rows(20))
 
 
+def cleaned(root: Path) -> None:
+    """Clean up as another process would."""
+    with Run(root) as run:
+        clean(Store.open(root), run)
+
+
 def test_two_processes_at_once_make_one_store_of_both_inputs(tmp_path, byte_level_tokenizer):
     inputs = [write_rows(tmp_path / f"{i}.jsonl", make_rows(100, first=90 * i)) for i in (0, 1)]  # 10 are in both
     options = ["--tokenizer", byte_level_tokenizer, "--part-size", "50", "--workers", "1", "--json"]
@@ -81,13 +87,13 @@ def test_a_run_begins_although_clean_up_takes_its_temporary_file(tmp_path, sourc
 
     def lose_it(path: Path, target: Path) -> bool:
         monkeypatch.undo()
-        clean(Store.open(tmp_path / "store"))  # this run is not to be seen yet, so what it wrote seems left over
+        cleaned(tmp_path / "store")  # this run is not to be seen yet, so what it wrote seems left over
         assert not path.exists()
         return link(path, target)
 
     monkeypatch.setattr(disk, "link", lose_it)
     with Run(tmp_path / "store") as run:
-        assert runs.is_alive(tmp_path / "store", run.id)
+        assert runs.beat(tmp_path / "store", run.id)
 
 
 def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source, monkeypatch):
@@ -97,14 +103,14 @@ def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source
     run.__enter__()
     entry = write_json(root, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
 
-    def commit_and_end(*arguments):
+    def commit_and_end(*arguments, **options):
         monkeypatch.undo()
         store.commit(run, lambda _: Draft("finish", add=(entry,)))
         run.__exit__(None, None, None)
-        return is_alive(*arguments)
+        return is_alive(*arguments, **options)
 
     monkeypatch.setattr(runs, "is_alive", commit_and_end)
-    clean(Store.open(root))
+    cleaned(root)
     assert verified(root).documents == 20
 
 

@@ -197,7 +197,8 @@ def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> N
 def test_an_invalid_commit_and_another_identity_are_named(store: Path) -> None:
     state = Store.open(store).state
     gone = "chunks/000000-0123abcd01234567.parquet"
-    assert log.append(store, "0123abcd", state.number + 1, state.head, Draft("erase", remove=(gone,)))
+    with Run(store) as run:
+        assert log.append(store, run.id, state.number + 1, state.head, Draft("erase", remove=(gone,)))
     assert [f"commit {state.number + 1} is invalid" in p for p in api.verify_log(store).problems] == [True]
     (store / "store.json").write_text("{}")
     assert "store.json can't be read" in api.verify_log(store).problems[0]

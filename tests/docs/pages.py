@@ -18,14 +18,18 @@ import contextlib
 import io
 import os
 import re
+import select
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -158,25 +162,60 @@ def run_python(page: Path, step: Step, names: dict[str, Any]) -> str:
 
 
 def run_command(source: str) -> tuple[str, int]:
-    """Output and exit code of a command; plain retrotool commands run in this process, which has torch loaded."""
+    """Output and exit code of a command.
+
+    Every ``retrotool`` in it runs in this process, which has torch loaded, but those that run beside one another.
+    """
     if source.startswith("retrotool ") and not _SHELL.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", source)):
-        return run_retrotool(shlex.split(source)[1:])
-    done = subprocess.run(
-        ["bash", "-c", source], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-    )
-    return done.stdout, done.returncode
+        result = run_retrotool([path for word in shlex.split(source)[1:] for path in _expand(word)])
+        return result.output, result.exit_code
+    with tempfile.TemporaryDirectory() as calls, tempfile.TemporaryFile() as printed:
+        beside = " & " in source
+        command = ["bash", "-c", source if beside else _CALL + source]
+        os.mkfifo(f"{calls}/made")
+        made = os.open(f"{calls}/made", os.O_RDWR | os.O_NONBLOCK)
+        environment = {**os.environ, "CALLS": calls}
+        with subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment) as process:
+            while process.poll() is None:
+                if select.select([made], [], [], 0.01)[0]:
+                    for call in os.read(made, 4096).decode().split():
+                        answer(Path(call))
+        os.close(made)
+        printed.seek(0)
+        return printed.read().decode(), process.returncode
 
 
-def run_retrotool(arguments: list[str]) -> tuple[str, int]:
-    from typer.testing import CliRunner
+_CALL = """retrotool() {
+  local call code
+  call=$(mktemp -d "$CALLS/XXXXXX") && mkfifo "$call/code"
+  printf '%s\\0' "$PWD" "$@" > "$call/words"
+  echo "$call" > "$CALLS/made"
+  read -r code < "$call/code"
+  cat "$call/out"
+  cat "$call/err" >&2
+  return "$code"
+}
+"""
+"""``retrotool`` in a shell, which has ``answer`` do it and waits for the code."""
 
+
+def answer(call: Path) -> None:
+    """Do what a shell has called ``retrotool`` for."""
+    folder, *arguments = (call / "words").read_text().split("\0")[:-1]
+    with contextlib.chdir(folder):
+        result = run_retrotool(arguments)
+    (call / "out").write_text(result.stdout)
+    (call / "err").write_text(result.stderr)
+    (call / "code").write_text(f"{result.exit_code}\n")
+
+
+def run_retrotool(arguments: list[str]) -> Result:
     from retrotool.app import app
 
-    expanded = [path for argument in arguments for path in _expand(argument)]
-    result = CliRunner().invoke(app, expanded, prog_name="retrotool")
+    result = CliRunner().invoke(app, arguments, prog_name="retrotool")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.output, result.exit_code
+    return result
 
 
 def _expand(argument: str) -> list[str]:

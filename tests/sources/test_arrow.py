@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
@@ -120,7 +120,6 @@ def test_invalid_utf8_deep_in_a_kept_field_spoils_its_own_row_only(tmp_path):
     assert texts_of(read(input_of(path), Fields(keep=("tags",)))) == ["1", "2", "3"]
 
 
-@settings(deadline=None, max_examples=250)
 @given(st.sampled_from(["file", "stream", "lists"]), st.floats(0, 1), st.binary(min_size=1, max_size=8))
 def test_a_damaged_file_never_crashes_and_loses_no_row_in_silence(tmp_path_factory, kind, place, junk):
     path = tmp_path_factory.mktemp("junk", numbered=True) / "junk.arrow"

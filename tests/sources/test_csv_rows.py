@@ -8,7 +8,7 @@ import itertools
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import PACK, input_of, rows_of
 
@@ -32,7 +32,6 @@ def written(rows, delimiter: str, end: str, quoting: int) -> bytes:
     return out.getvalue().encode()
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     tables, st.sampled_from(",\t"), st.sampled_from([("\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_MINIMAL)]),
     st.integers(1, 40),
@@ -49,7 +48,6 @@ def test_what_the_csv_module_writes_comes_back_at_its_place(table, delimiter, la
     assert [record.line for record in found] == [data[:offset].count(b"\n") + 1 for offset in offsets]
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from([b"a", b",", b'"', b"\n", b"\r\n", b"\xff", b"\0", b'""', b"id,text\n"]), max_size=30))
 def test_anything_is_read_to_its_end_without_a_crash(folder, pieces):
     data = b"text,id\n" + b"".join(pieces)

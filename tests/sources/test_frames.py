@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of, read_slices, zstd
 
@@ -38,7 +38,6 @@ contents = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(contents, st.sampled_from([1, 3, 19]), st.booleans(), st.booleans()), min_size=1, max_size=5))
 def test_frames_are_found_where_they_were_written(folder, frames):
     data, expected = b"", []
@@ -99,7 +98,6 @@ def test_a_header_that_lies_is_found_out_when_its_frame_is_read(folder):
     assert any(isinstance(row, SetAside) and row.damage for row in rows)
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.sampled_from([b"", b"{", b'{"text": "x"}', b'{"text": "' + b"long " * 30 + b'"}']), max_size=25),
     st.booleans(),
@@ -115,7 +113,6 @@ def test_slices_give_the_rows_of_the_whole(folder, lines, last_end, cuts, target
         assert read_slices(file, slices) == list(read(file, Fields()))
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.sampled_from([b"a", b"\n", b"\n\n", b"b\n", b"xyz" * 20]), max_size=25),
     st.lists(st.integers(0, 200), max_size=12),

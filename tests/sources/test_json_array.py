@@ -6,7 +6,7 @@ import json
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import BOM, input_of, rows_of
 
@@ -33,7 +33,6 @@ def in_blocks(data: bytes, size: int):
     return (data[i : i + size] for i in range(0, len(data), size))
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(values | objects, max_size=6), layouts, spaces, st.booleans(), st.integers(1, 40))
 def test_elements_of_an_array_are_found_at_their_places(items, layout, space, bom, block):
     parts = [json.dumps(item, **layout).encode() for item in items]
@@ -45,7 +44,6 @@ def test_elements_of_an_array_are_found_at_their_places(items, layout, space, bo
     assert all(data[element.offset :].startswith(element.data) for element in found)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.lists(objects, min_size=1, max_size=6), layouts, spaces, st.integers(1, 40))
 def test_objects_one_after_another_are_found_at_their_places(items, layout, space, block):
     parts = [json.dumps(item, **layout).encode() for item in items]
@@ -55,7 +53,6 @@ def test_objects_one_after_another_are_found_at_their_places(items, layout, spac
     assert all(data[element.offset :].startswith(element.data) for element in found)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.lists(objects, min_size=1, max_size=5), st.data())
 def test_an_array_cut_off_anywhere_gives_what_came_before_and_says_where(folder, items, data):
     whole = json.dumps(items).encode()
@@ -68,7 +65,6 @@ def test_an_array_cut_off_anywhere_gives_what_came_before_and_says_where(folder,
     assert len(rows) == complete
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(objects, min_size=1, max_size=4), layouts, st.data())
 def test_no_change_of_a_byte_is_silent_or_a_crash(folder, items, layout, data):
     whole = bytearray(json.dumps(items, **layout).encode())

@@ -10,7 +10,7 @@ from collections import Counter
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import BOM, PACK, byte_ranges, input_of, read_slices, rows_of
 
@@ -49,7 +49,6 @@ def places(data: bytes) -> list[tuple[int, int, bytes]]:
     return list(zip(itertools.count(1), offsets[: len(pieces)], pieces, strict=False))
 
 
-@settings(deadline=None, max_examples=150)
 @given(files, cuts, blocks)
 def test_every_row_comes_out_once_whatever_the_slices_and_blocks(folder, data, cuts, block):
     file = input_of(folder / "slices.jsonl", data)
@@ -58,7 +57,6 @@ def test_every_row_comes_out_once_whatever_the_slices_and_blocks(folder, data, c
         assert not file.size or read_slices(file, byte_ranges(file.size, cuts)) == whole
 
 
-@settings(deadline=None, max_examples=100)
 @given(files, blocks)
 def test_rows_are_the_lines_that_are_not_blank_at_their_own_place(folder, data, block):
     file = input_of(folder / "places.jsonl", data)
@@ -76,7 +74,6 @@ def test_rows_are_the_lines_that_are_not_blank_at_their_own_place(folder, data, 
             assert row.text == json.loads(line.removeprefix(BOM if offset == 0 else b""))["text"]
 
 
-@settings(deadline=None, max_examples=50)
 @given(files, blocks, st.data())
 def test_lines_are_counted_as_they_are_numbered(folder, data, block, draw):
     file = input_of(folder / "count.jsonl", data)
@@ -100,7 +97,6 @@ pieces_of_text = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     pieces_of_text,
     st.sampled_from([b"\n", b"\n\n", b"aba", b"\n--\n"]) | st.text("a-", min_size=1, max_size=5).map(str.encode),
@@ -130,7 +126,6 @@ def test_lines_are_what_no_occurrence_of_the_separator_covers(pieces, separator,
             assert line.data == text
 
 
-@settings(deadline=None, max_examples=200)
 @given(pieces_of_text, st.sampled_from(["\n\n", "--", "aba", "\n--\n", "ab", "é"]), cuts, blocks)
 def test_separated_text_comes_out_once_whatever_the_slices(folder, pieces, separator, cuts, block):
     file = input_of(folder / "separated.txt", b"".join(pieces) or b"x")
@@ -165,7 +160,6 @@ long_lines = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
 @given(long_lines, st.booleans(), cuts, st.integers(1, 64))
 def test_lines_over_the_limit_are_set_aside_and_what_follows_is_read(folder, lines, last_end, cuts, block):
     data = b"\n".join(lines) + b"\n" * last_end

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of
 from token_help import (
@@ -33,7 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("megatron")
 
 
-@settings(deadline=None, max_examples=120)
 @given(corpora, st.sampled_from(sorted(CODES)), st.sampled_from([write_megatron, write_torchnet]), blocks)
 def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, write, block):
     write(folder / "data", corpus, dtype)
@@ -57,7 +56,6 @@ def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, write, bl
             assert row.reason == "no tokens"
 
 
-@settings(deadline=None, max_examples=100)
 @given(corpora, st.sampled_from([write_megatron, write_torchnet, write_fairseq]), st.integers(1, 60))
 def test_slices_of_an_indexed_dataset_are_the_whole(folder, corpus, write, target):
     write(folder / "sliced", corpus, "<u2")
@@ -68,7 +66,6 @@ def test_slices_of_an_indexed_dataset_are_the_whole(folder, corpus, write, targe
     assert comparable(together) == comparable(read(file, Fields()))
 
 
-@settings(deadline=None, max_examples=50)
 @given(corpora)
 def test_a_sequence_is_a_document_where_the_index_has_none(folder, corpus):
     write_fairseq(folder / "fairseq", corpus, "<i4")
@@ -159,7 +156,6 @@ def test_a_document_that_leads_outside_is_set_aside(tmp_path, offset, value, row
             assert ids == expected[number - 1]
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8), st.sampled_from([write_megatron, write_torchnet]))
 def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(folder, place, junk, write):
     write(folder / "junk", CORPUS, "<u2")
@@ -177,7 +173,6 @@ def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(fo
             assert set(row.tokens.astype("<u8").view("u1").tolist()) <= allowed | {0, 255}
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 200), st.sampled_from([write_megatron, write_torchnet]))
 def test_a_cut_off_index_is_damage(folder, left, write):
     write(folder / "short", CORPUS, "<u2")

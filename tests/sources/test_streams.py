@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import PACK, input_of, rows_of, zstd
 
@@ -74,7 +74,6 @@ def test_a_file_cut_off_between_members_is_whole_and_inside_the_second_is_not(fo
         assert broken == (len(first) < size < len(first + second))
 
 
-@settings(deadline=None, max_examples=150)
 @given(st.sampled_from(KINDS), st.data(), st.sampled_from([1, 5, 64, 1 << 18]))
 def test_a_changed_byte_is_never_silent(folder, kind, data, block):
     packed = bytearray(PACK[kind](PLAIN))
@@ -106,7 +105,6 @@ def test_damage_in_the_middle_of_a_large_frame_keeps_all_before_it(folder, kind)
     assert text.startswith(whole)
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(KINDS), st.lists(st.integers(0, len(PLAIN)), max_size=5), st.integers(0, 9), st.integers(1, 99))
 def test_members_and_the_zeros_between_and_after_them_are_read_as_one(folder, kind, cuts, zeros, block):
     places = sorted({0, len(PLAIN), *cuts})

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.sources import WHOLE, Document, Fields, SetAside, cut, find_inputs, parquet, read, rows
@@ -75,7 +75,6 @@ def row_by_row(content: list[dict[str, Any]], fields: Fields, name: str) -> list
     return [document_of(row, fields, name, n, n) for n, row in enumerate(content, 1)]
 
 
-@settings(deadline=None, max_examples=200)
 @given(records, field_choices, text_types, st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))
 def test_columns_give_what_rows_would(folder, content, fields, text_type, group, window_bytes, window_rows):
     table = pa.Table.from_pylist(content, schema=SCHEMA)
@@ -96,7 +95,6 @@ def test_columns_give_what_rows_would(folder, content, fields, text_type, group,
             assert row == same or (str(same[1]).startswith("no field") and row.reason.endswith("is null"))
 
 
-@settings(deadline=None, max_examples=60)
 @given(records, st.integers(1, 5), st.integers(1, 2000))
 def test_slices_are_the_whole(folder, content, group, target):
     file = write(folder / "slices.parquet", pa.Table.from_pylist(content, schema=SCHEMA), row_group_size=group)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of
 from token_help import MARK, blocks, comparable, ids_of, sequences, write_megatron, write_torchnet
@@ -51,7 +51,6 @@ def split(ids: Sequence[int]) -> list[tuple[int, list[int]]]:
     return found[1:] if found[:1] == [(0, [])] else found
 
 
-@settings(deadline=None, max_examples=150)
 @given(marked, st.sampled_from(["<u2", "<u4"]), st.sampled_from(["bin", "suffix", "npy"]), blocks, st.integers(8, 60))
 def test_marks_end_documents_whole_or_in_slices(folder, ids, dtype, kind, block, target):
     suffix = {"bin": ".bin", "npy": ".npy", "suffix": ".u16" if dtype == "<u2" else ".u32"}[kind]
@@ -92,7 +91,6 @@ def test_long_documents_are_cut_into_several_slices(tmp_path):
     assert [len(ids) for ids in ids_of(over)] == [99, 0, 1]
 
 
-@settings(deadline=None, max_examples=80)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=10), st.sampled_from(["bin", "npy"]), blocks)
 def test_offsets_beside_a_file_tell_its_documents(folder, corpus, kind, block):
     path = folder / f"placed.{kind}"
@@ -151,7 +149,6 @@ CUT_OFF = {
 }
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     st.lists(sequences, min_size=1, max_size=30), st.sampled_from(sorted(CUT_OFF)), st.floats(0, 1), st.integers(4, 60)
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import retrotool
@@ -59,7 +59,6 @@ def blocked_texts(store: Path) -> set[str]:
     return {name for name, text in TEXTS.items() if blocked.holds(["a new id"], [text])[0]}
 
 
-@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_whole_documents_are_blocked_by_id_and_touched_ones_by_text(
     chunked: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -156,7 +155,6 @@ def test_a_set_is_what_a_set_is(names: list[str], data: st.DataObject) -> None:
     assert not np.isin(keyed_texts(secret, [name.encode() for name in names]), blocked.hashes).any()
 
 
-@settings(max_examples=300)
 @given(st.sets(st.binary(min_size=16, max_size=16) | st.integers(0, 255).map(lambda i: bytes([i]) + bytes(15))))
 def test_hashes_that_end_in_zeros_are_told_apart(values: set[bytes]) -> None:
     hashes = np.frombuffer(b"".join(sorted(values)), HASH)

@@ -42,6 +42,9 @@ pytestmark = pytest.mark.slow
 SOURCES = ("books", "forum", "manual")
 PER_SOURCE = 4200
 CODED = Wanted(factory="OPQ16,IVF64,PQ16")
+PLAIN = Wanted(nlist=32, code="sq8")
+FEW = 200
+"""Queries of a recall that nothing here depends on."""
 
 
 def made_up(seed: int, n: int, d: int = 32) -> np.ndarray:
@@ -183,14 +186,14 @@ def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:
 
 
 def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) -> None:
-    low = api.index(built_copy, target_recall=0.7)
-    again = api.index(built_copy)
+    low = api.index(built_copy, target_recall=0.7, options=Options(queries=FEW))
+    again = api.index(built_copy, options=Options(queries=FEW))
     assert (again.target, again.commit) == (0.7, low.commit)
-    anew = api.index(built_copy, options=Options(Wanted(memory=10**9), retrain=True))
+    anew = api.index(built_copy, options=Options(Wanted(memory=10**9), retrain=True, queries=FEW))
     assert (anew.target, anew.factory) == (0.7, CODED.factory)
-    other = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    other = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True, queries=FEW))
     assert other.factory == "IVF8,SQ8"
-    third = api.index(built_copy, options=Options(retrain=True))
+    third = api.index(built_copy, options=Options(retrain=True, queries=FEW))
     assert third.factory == "IVF8,SQ8"
     trained = Store.open(built_copy).state.file("index", "trained.g3", "main")
     assert trained is not None and trained.about is not None
@@ -284,20 +287,20 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
 
     with monkeypatch.context() as patch, pytest.raises(Stop):  # all is built, and not switched yet
         patch.setattr(index_run, "measure_until_committed", stop)
-        api.index(built_copy, options=Options(CODED, retrain=True))
+        api.index(built_copy, options=Options(PLAIN, retrain=True, queries=FEW))
     between = api.info(built_copy).indexes["main"]
     assert (between["trained"], between["shards"]) == (old["trained"], old["shards"])
     assert api.verify(built_copy).problems == []
     true_recall(built_copy)
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
-    result = api.index(built_copy, options=Options(CODED, retrain=True))
+    result = api.index(built_copy, options=Options(PLAIN, retrain=True, queries=FEW))
     assert Store.open(built_copy).state.file("index", "trained.g1", "main") == begun, "it goes on where it stopped"
     assert result.vectors == 3 * PER_SOURCE + 2500 and result.due == ""
     now = api.info(built_copy).indexes["main"]
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
     assert not any((built_copy / path).exists() for path in (*old["shards"], old["trained"]))
     assert api.verify(built_copy).problems == []
-    third = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    third = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True, queries=FEW))
     assert third.factory == "IVF8,SQ8" and api.info(built_copy).indexes["main"]["generation"] == 2
     assert api.verify(built_copy).problems == []
 
@@ -305,13 +308,13 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
 def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     for source in ("late", "other"):
         grow(built_copy, made, tiny_encoder, source, n=300)
-        result = api.index(built_copy)
+        result = api.index(built_copy, options=Options(queries=FEW))
     state = Store.open(built_copy).state
     further = [slot for slot in shards(state, "main") if re.fullmatch(r"shard-\d{4}\.\d", slot)]
     assert further
     queries = Queries.plain(read_plain(built_copy).vectors[::50])
     before = Database(Store.open(built_copy)).search(queries, 10)
-    joined = api.index(built_copy, options=Options(merge=True))
+    joined = api.index(built_copy, options=Options(merge=True, queries=FEW))
     after = Database(Store.open(built_copy)).search(queries, 10)
     assert joined.shards == result.shards - len(further) and joined.vectors == result.vectors
     assert joined.drift is not None and result.drift is not None
@@ -319,14 +322,14 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
     assert told == before_it and told.new == 600, "parts are told apart in a joined shard, too"
     assert np.array_equal(before.ids, after.ids)
     assert api.verify(built_copy).problems == []
-    assert api.index(built_copy, options=Options(merge=True)).commit == joined.commit
+    assert api.index(built_copy, options=Options(merge=True, queries=FEW)).commit == joined.commit
 
 
 def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     """Its codes, or ids, would get a right sum."""
     for source in ("late", "other"):
         grow(built_copy, made, tiny_encoder, source, n=300)
-        api.index(built_copy)
+        api.index(built_copy, options=Options(queries=FEW))
     further = [slot for slot in shards(Store.open(built_copy).state, "main") if slot.count(".")]
     for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):
         store = Path(shutil.copytree(built_copy, built_copy.parent / f"broken{place}"))
@@ -335,10 +338,10 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         data[place] ^= 4
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=path.name) as error:
-            api.index(store, options=Options(merge=True))
+            api.index(store, options=Options(merge=True, queries=FEW))
         assert error.value.exit_code == 12 and "--mend" in error.value.advice
-        api.index(store, options=Options(mend=True))
-        assert api.index(store, options=Options(merge=True)).vectors == 3 * PER_SOURCE + 600
+        api.index(store, options=Options(mend=True, queries=FEW))
+        assert api.index(store, options=Options(merge=True, queries=FEW)).vectors == 3 * PER_SOURCE + 600
         assert api.verify(store).problems == []
 
 
@@ -376,7 +379,7 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
     assert told["missing"]["shards"] == [path.relative_to(built_copy).as_posix()]
     assert told["missing"]["share"] == pytest.approx(share)
-    result = api.index(built_copy, options=Options(mend=True))
+    result = api.index(built_copy, options=Options(mend=True, queries=FEW))
     assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
     assert api.verify(built_copy).problems == []
 
@@ -423,7 +426,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
-    api.index(built_copy, name="exact", options=Options(Wanted(nlist=0), default=True))
+    api.index(built_copy, name="exact", options=Options(Wanted(nlist=0), default=True, queries=FEW))
     assert Database(Store.open(built_copy)).name == "exact"
     assert Database(Store.open(built_copy), "main").name == "main"
     with pytest.raises(UsageError, match="no index 'nought'"):
@@ -434,22 +437,22 @@ def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="no index 'exact'"):
         index_run.drop(built_copy, name="exact")
     assert api.verify(built_copy).problems == []
-    again = api.index(built_copy, name="exact", options=Options(Wanted(nlist=0)))
+    again = api.index(built_copy, name="exact", options=Options(Wanted(nlist=0), queries=FEW))
     assert again.recall_at_10 == 1.0 and api.verify(built_copy).problems == []
 
 
 def test_an_index_that_is_there_is_not_another_one_in_silence(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="trained already, as OPQ16,IVF64,PQ16") as error:
-        api.index(built_copy, options=Options(Wanted(nlist=32)))
+        api.index(built_copy, options=Options(Wanted(nlist=32), queries=FEW))
     assert "--retrain" in error.value.advice
     with pytest.raises(UsageError, match="two things"):
-        api.index(built_copy, options=Options(merge=True, retrain=True))
+        api.index(built_copy, options=Options(merge=True, retrain=True, queries=FEW))
 
 
 def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dict[str, Path]) -> None:
     rows = [{"id": f"new-{i}", "text": f"new{i}"} for i in range(30)]
     api.chunk(copy, [str(write_jsonl(copy.parent / "new.jsonl", rows))])
-    result = api.index(copy, options=Options(CODED))
+    result = api.index(copy, options=Options(PLAIN, queries=FEW))
     assert (result.vectors, result.not_embedded) == (3 * PER_SOURCE, 30)
     assert "embed" in result.next[0]
 
@@ -464,7 +467,7 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
     vectors[7, 3] = np.nan
     np.save(path, vectors)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
-        api.index(copy, options=Options(Wanted(factory="IVF64,SQ8")))
+        api.index(copy, options=Options(Wanted(factory="IVF64,SQ8"), queries=FEW))
     assert "main" not in Store.open(copy).state.with_prefix("index:")
 
 
@@ -486,7 +489,7 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
 def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrotool.ann.choice.FLAT_LIMIT", 5000)
     monkeypatch.setattr("retrotool.ann.choice.DEFAULT_CODE", 16)
-    result = api.index(copy, options=Options(Wanted(memory=memory)))
+    result = api.index(copy, options=Options(Wanted(memory=memory), queries=FEW))
     size = result.vectors * result.bytes_per_vector + result.trained_bytes
     assert size <= memory or result.factory.endswith("PQ8")
     assert ("read from disk" in result.why) == (size > memory)
@@ -516,7 +519,7 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         ("lists", Wanted(nlist=min(n, 4))),
         ("half", Wanted(nlist=1, code="float16")),
     ):
-        result = api.index(store, name=name, options=Options(wanted))
+        result = api.index(store, name=name, options=Options(wanted, queries=FEW))
         assert result.vectors == n
         found = Database(Store.open(store), name).search(Queries.plain(vectors[:5].astype(np.float32)), 3)
         assert (found.ids[:, 0] >= 0).all() and (found.distances[:, 0] <= 1e-3).all()
@@ -524,7 +527,7 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         assert api.verify(store).problems == []
     if n > 1:
         with pytest.raises(UsageError, match="product codes need 9,984 vectors"):
-            api.index(store, name="coded", options=Options(Wanted(nlist=1, code="pq8")))
+            api.index(store, name="coded", options=Options(Wanted(nlist=1, code="pq8"), queries=FEW))
 
 
 def test_a_store_without_vectors_has_an_empty_index(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -532,25 +535,25 @@ def test_a_store_without_vectors_has_an_empty_index(tmp_path: Path, tiny_encoder
     rows = [{"id": "a", "text": "word"}]
     api.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no embeddings"):
-        api.index(store)
+        api.index(store, options=Options(queries=FEW))
     api.embed(store, encoder=str(tiny_encoder))
     (tmp_path / "ids").write_text("a\n")
     api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
-    result = api.index(store)
+    result = api.index(store, options=Options(queries=FEW))
     assert (result.vectors, result.recall_at_10) == (0, 1.0)
     assert retrotool.open(store).search("word", encoder=retrotool.open(store).load_encoder()) == []
 
 
 def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_run, "measure_until_committed", lambda *_, **__: None)
-    api.index(built_copy, options=Options(CODED, retrain=True))
+    api.index(built_copy, options=Options(PLAIN, retrain=True, queries=FEW))
 
     def files(state: State) -> set[str]:
         return {slot for slot in state.group("index", "main") if slot.endswith(".g1")}
 
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert len(files(Store.open(built_copy).state)) >= 2 and begun is not None
-    api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True))
+    api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True, queries=FEW))
     other = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"
     assert api.verify(built_copy).problems == []

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import retrotool
@@ -83,7 +83,6 @@ rows_of = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)
 @given(plans=st.lists(rows_of.filter(bool), min_size=1, max_size=3), range_rows=st.sampled_from([1, 2, 5, 1 << 20]))
 def test_the_first_of_each_stays_however_the_rows_are_cut_into_plans(
     plans: list[list[Row]], range_rows: int, byte_level_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory

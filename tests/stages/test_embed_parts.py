@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import retrotool
@@ -44,7 +44,6 @@ def sums(store: Path) -> dict[str, str]:
 
 
 @given(st.integers(0, 200_000), st.integers(1, 70_000))
-@settings(deadline=None)
 def test_blocks_are_all_rows_in_order_and_lie_well_in_row_groups(rows: int, most: int) -> None:
     found = list(embed_stage.blocks_of(rows, most))
     assert [stop for _, stop in found[:-1]] == [start for start, _ in found[1:]]

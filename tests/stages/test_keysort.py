@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.chunk import external_sort
@@ -41,7 +41,6 @@ def batches(draw: st.DrawFn) -> list[np.ndarray]:
     return np.split(records, cuts)
 
 
-@settings(deadline=None, max_examples=300)
 @given(batches=batches())
 def test_of_equal_hashes_the_lowest_place_is_the_first(batches: list[np.ndarray]) -> None:
     records = np.concatenate(batches)
@@ -53,7 +52,6 @@ def test_of_equal_hashes_the_lowest_place_is_the_first(batches: list[np.ndarray]
     assert order == sorted(set(order))
 
 
-@settings(deadline=None, max_examples=100)
 @given(batches=batches(), rows=st.integers(1, 70))
 def test_the_memory_changes_nothing(tmp_path_factory: pytest.TempPathFactory, batches: list, rows: int) -> None:
     root = tmp_path_factory.mktemp("sorter")
@@ -132,7 +130,6 @@ def test_a_scratch_file_that_changed_is_not_believed(tmp_path: Path) -> None:
         fill(tmp_path, damage)
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, (1 << 64) - 1), max_size=50), st.integers(0, 10**6))
 def test_what_was_added_may_be_held(values: list[int], expected: int) -> None:
     bitmap = Bitmap(expected)

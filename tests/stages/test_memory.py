@@ -20,7 +20,7 @@ from conftest import make_encoder, write_jsonl
 from retrotool import api
 from retrotool.encoder import Encoder, Rows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 D = 256
 ASKED = 56_000_000

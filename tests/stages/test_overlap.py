@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.neighbours import token_overlap
@@ -44,7 +44,6 @@ pairs = st.integers(1, 5).flatmap(
 
 
 @given(pairs)
-@settings(max_examples=150, deadline=None)
 def test_runs_are_those_of_the_textbook_and_where_they_are_said_to_be(some: list[tuple[list[int], list[int]]]) -> None:
     one, n_one = padded([a for a, _ in some], 64)
     other, n_other = padded([b for _, b in some], 128)
@@ -98,7 +97,6 @@ def some_copied(kinds: int, length: int, draw: random.Random) -> tuple[list[int]
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([1, 2, 3, 30, 30000]), st.integers(0, 64))
-@settings(max_examples=60, deadline=None)
 def test_enough_in_common_is_what_counting_one_by_one_finds(draw: random.Random, kinds: int, length: int) -> None:
     some = [some_copied(kinds, draw.choice([length, 64, 9]), draw) for _ in range(6)]
     one, n_one = padded([a for a, _ in some], 64)

@@ -277,15 +277,15 @@ def test_what_was_erased_without_proofs_is_not_proven(store: Path, tmp_path: Pat
 
 
 def test_folders_that_are_linked_are_searched(store: Path, tmp_path: Path) -> None:
-    (store / "chunks").rename(tmp_path / "elsewhere")
-    (store / "chunks").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (store / "beside").symlink_to(tmp_path / "elsewhere")
     (store / "again").symlink_to(store)
     purge = purged(store, erase=True)
     assert checked(store, purge, tmp_path / "out").receipt.ok
     (tmp_path / "elsewhere" / "x.txt").write_text(CANARIES["canary-document-1"])
     found = checked(store, purge, tmp_path / "out").receipt
     assert found.searched is not None
-    assert [trace.path for trace in found.searched.left] == ["chunks/x.txt"]
+    assert [trace.path for trace in found.searched.left] == ["beside/x.txt"]
     assert "remove it" in found.problems[0]
 
 

@@ -19,6 +19,7 @@ from retrotool.embed.stage import EmbedStage
 from retrotool.errors import ConflictError, ErasedError, UsageError
 from retrotool.purge import commit as selecting
 from retrotool.purge import selection
+from retrotool.purge.run import select
 from retrotool.reader import Reader
 from retrotool.store import folding, staging
 from retrotool.store.session import writing
@@ -309,7 +310,7 @@ def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
 
 def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
     store = Store.open(store_copy)
-    chosen = api.purging.select(store, api.Selectors(where="source = 'a'").asked(store))
+    chosen = select(store, api.Selectors(where="source = 'a'").asked(store))
     api.purge(store_copy, api.Selectors(where="source = 'b'"), reason="test")
     with writing(store) as run:
         before = files(store_copy)

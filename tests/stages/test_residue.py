@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import make_rows, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import api
@@ -417,7 +417,6 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(PIECES, st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(8, 20), st.binary(max_size=40))
 def test_the_matcher_finds_what_find_finds(pieces: list[bytes], starts: list[int], length: int, noise: bytes) -> None:
     data = noise + b"".join(pieces)
@@ -437,7 +436,6 @@ def test_the_matcher_finds_what_find_finds(pieces: list[bytes], starts: list[int
     assert {at for at, _ in Matcher(hashed, ["tokens"]).runs(data)} == known
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.text(st.sampled_from("ab,\"'\n \0\té"), max_size=6), max_size=12),
     st.lists(st.text(st.sampled_from("abé"), min_size=1, max_size=3), min_size=1, max_size=4, unique=True),
@@ -456,7 +454,6 @@ def test_cells_are_what_stands_between_borders(texts: list[str], names: list[str
         assert found == {name.encode() for name in names} & set(split.split(b"\n"))
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=50), st.text(max_size=50))
 def test_what_json_stands_for_is_seen(text: str, before: str) -> None:
     text = text.encode("utf-8", "replace").decode()

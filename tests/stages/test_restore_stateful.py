@@ -109,9 +109,8 @@ class Purging(RuleBasedStateMachine):
 def test_purges_erases_and_restores_in_any_order(small_store: Path) -> None:
     Purging.source = small_store
     how = settings(
-        max_examples=12,
+        max_examples=settings.default.max_examples // 2,
         stateful_step_count=12,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )

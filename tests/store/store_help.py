@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from retrotool.store import atomic, disk, paths
+from retrotool.store import atomic, disk, paths, runs
+from retrotool.store import clean as cleaning
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Commit, Draft
@@ -44,6 +47,21 @@ def write(root: Path, run: str, kind: str, slot: str, data: bytes = b"data", nam
 
 def commit(store: Store, run: Run, *add: FileEntry, **fields: Any) -> State:
     return store.commit(run, lambda _: Draft("test", add=add, **fields))
+
+
+def clean(store: Store, *, thorough: bool = False) -> int:
+    """Clean up as another process would."""
+    with Run(store.root) as run:
+        return cleaning.clean(store, run, thorough=thorough)
+
+
+def clean_after_a_sleep(root: Path) -> None:
+    """Clean up as another machine would that has heard nothing of any run for more than an hour."""
+    long_ago = time.time() - runs.SILENCE_SECONDS - 60
+    for path in (root / "staging").glob("run-*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
+        os.utime(path, (long_ago, long_ago))
+    clean(Store.open(root))
 
 
 def make_commit(number: int, **fields: Any) -> Commit:

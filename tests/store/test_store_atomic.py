@@ -15,6 +15,7 @@ from store_help import (
     announced,
     assert_whole,
     at_step,
+    clean,
     exit_code,
     files_in,
     fork,
@@ -32,7 +33,6 @@ from store_help import (
 from retrotool.errors import CorruptError, StorageError
 from retrotool.store import atomic, disk, parts, vectors
 from retrotool.store.atomic import FileEntry
-from retrotool.store.clean import clean
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.store import Store

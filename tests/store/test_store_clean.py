@@ -10,11 +10,11 @@ from pathlib import Path
 
 import orjson
 import pytest
-from store_help import assert_whole, commit, files_in, live_files, make_store, write
+from store_help import assert_whole, clean, commit, files_in, live_files, make_store, write
 
 from retrotool.store import atomic, folding, staging
 from retrotool.store.atomic import FileEntry
-from retrotool.store.clean import Spooled, clean, clean_spool
+from retrotool.store.clean import Spooled, clean_spool
 from retrotool.store.paths import DATA_KINDS, NAMED_KINDS, FileName
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
@@ -109,7 +109,8 @@ def test_a_commit_that_the_store_object_has_not_seen_counts(store: Store) -> Non
 
 def test_staged_files_are_kept_when_their_run_is_dead(store: Store) -> None:
     entry = write(store.root, DEAD, "embeddings", "000000", name="tiny")
-    staging.stage(store.root, Staged("task", "embed", DEAD, add=(entry,)))
+    with Run(store.root, DEAD):
+        staging.stage(store.root, Staged("task", "embed", DEAD, add=(entry,)))
     assert clean(store) == 0
     assert files_in(store.root) == {entry.path, "staging/task.json"}
     with Run(store.root) as run:
@@ -178,7 +179,8 @@ def test_cleaning_twice_finds_nothing_the_second_time(store: Store) -> None:
 def test_links_of_a_fold_that_died_go_and_the_staged_files_stay(store: Store) -> None:
     staged = write(store.root, DEAD, "staging", "task.0000.chunks", b"tokens")
     unit = staging.Unit("plan", 0, ((staged,) * 3,), None, dict.fromkeys(staging.COUNTS, 0))
-    staging.stage(store.root, Staged("task", "chunk", DEAD, unit=unit))
+    with Run(store.root, DEAD):
+        staging.stage(store.root, Staged("task", "chunk", DEAD, unit=unit))
     final = FileEntry(FileName.new(DEAD, "chunks", "000000", "bin").path, 1, 6, staged.sha256)
     (store.root / "chunks").mkdir()
     (store.root / final.path).hardlink_to(store.root / staged.path)

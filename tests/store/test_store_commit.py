@@ -9,6 +9,7 @@ from store_help import (
     announced,
     assert_whole,
     at_step,
+    clean,
     commit,
     contents,
     files_in,
@@ -24,7 +25,6 @@ from store_help import (
 from retrotool.errors import StorageError
 from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
-from retrotool.store.clean import clean
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run

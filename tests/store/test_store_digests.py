@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import api
@@ -80,7 +80,6 @@ def digest(part: int, documents: list[Document], dtype: str) -> PartDigest:
     return part_digest(chunks, keys, np.array([row[3] for row in rows]))
 
 
-@settings(deadline=None)
 @given(parts_of_documents, st.sampled_from([("H", "<u2"), ("I", "<u4")]), st.randoms())
 def test_content_and_ids(parts: dict[int, list[Document]], token: tuple[str, str], random: object) -> None:
     letter, dtype = token
@@ -95,7 +94,6 @@ def test_content_and_ids(parts: dict[int, list[Document]], token: tuple[str, str
     assert found.documents == sum(any(lives for *_, lives in d.chunks) for ds in parts.values() for d in ds)
 
 
-@settings(deadline=None)
 @given(st.lists(documents(), min_size=1, max_size=6), st.integers(0, 6))
 def test_content_does_not_depend_on_parts_and_ids_do(drawn: list[Document], cut: int) -> None:
     whole = digest(0, drawn, "<u2")

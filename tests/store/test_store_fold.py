@@ -13,6 +13,7 @@ from store_help import (
     announced,
     assert_whole,
     at_step,
+    clean,
     contents,
     exit_code,
     files_in,
@@ -24,7 +25,6 @@ from store_help import (
 
 from retrotool.errors import StorageError
 from retrotool.store import folding
-from retrotool.store.clean import clean
 from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS
 from retrotool.store.store import Store

@@ -100,7 +100,8 @@ def test_what_is_no_commit_is_found(root: Path, number: int, data: bytes) -> Non
 def test_an_invalid_commit_in_an_unbroken_chain_is_found(root: Path) -> None:
     state = Store.open(root).state
     gone = FileName.new("0123abcd", "chunks", "000000", "parquet").path
-    assert log.append(root, "0123abcd", 6, state.head, Draft("test", remove=(gone,)))
+    with Run(root) as run:
+        assert log.append(root, run.id, 6, state.head, Draft("test", remove=(gone,)))
     with pytest.raises(CorruptError, match=r"commit 6 is invalid.*has left the store"):
         Store.open(root)
 
@@ -128,8 +129,9 @@ def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
 
 
 def test_a_number_is_given_once(store: Store) -> None:
-    assert log.append(store.root, "0123abcd", 0, store.genesis, Draft("one"))
-    assert not log.append(store.root, "4567cdef", 0, store.genesis, Draft("other"))
+    with Run(store.root) as run, Run(store.root) as rival:
+        assert log.append(store.root, run.id, 0, store.genesis, Draft("one"))
+        assert not log.append(store.root, rival.id, 0, store.genesis, Draft("other"))
     assert log.read(store.root, 0, store.genesis).kind == "one"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from store_help import make_store, viewing
@@ -27,8 +27,6 @@ from retrotool.store.tombstones import Tombstones
 RUN = "0123abcd"
 Named = Callable[..., FileName]
 
-with_files = settings(deadline=None, max_examples=40)
-without_files = settings(deadline=None)
 
 hashes = st.binary(min_size=16, max_size=16)
 int32 = st.integers(0, 2**31 - 1)
@@ -81,19 +79,16 @@ def check_chunks(store: Store, columns: tuple[np.ndarray, ...], part: int, row_g
     np.testing.assert_array_equal(parts.read_parquet(view, entry, ["row"])["row"].to_numpy(), np.arange(n))
 
 
-@with_files
 @given(columns=chunk_columns("<u2"), part=st.integers(0, 10**7), row_group=st.integers(1, 40))
 def test_chunks_of_two_byte_tokens_come_back(small: Store, columns: Any, part: int, row_group: int) -> None:
     check_chunks(small, columns, part, row_group)
 
 
-@with_files
 @given(columns=chunk_columns("<u4"), part=st.integers(0, 10**7), row_group=st.integers(1, 40))
 def test_chunks_of_four_byte_tokens_come_back(large: Store, columns: Any, part: int, row_group: int) -> None:
     check_chunks(large, columns, part, row_group)
 
 
-@with_files
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans(), st.booleans()), min_size=1, max_size=40), st.integers(1, 9))
 def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool, bool]], row_group: int) -> None:
     """Embedded: keys that are not erased. Searched: those of them that are not purged. However the mask is read."""
@@ -176,7 +171,6 @@ def document_tables(draw: st.DrawFn) -> pa.Table:
     return parts.columns_of({field.name: [row[field.name] for row in rows] for field in schema}, schema)
 
 
-@with_files
 @given(table=document_tables())
 def test_documents_come_back(small: Store, table: pa.Table) -> None:
     entry = parts.write_parquet(small.root, name("documents"), table)
@@ -185,7 +179,6 @@ def test_documents_come_back(small: Store, table: pa.Table) -> None:
     assert parts.read_documents(view, 0, ["n_tokens", "id"]).equals(table.select(["n_tokens", "id"]))
 
 
-@with_files
 @given(table=document_tables())
 def test_keys_are_those_of_the_living_documents_sorted(small: Store, table: pa.Table) -> None:
     rows = zip(table["key"].to_pylist(), table["text_hash"].to_pylist(), range(table.num_rows), strict=True)
@@ -196,7 +189,6 @@ def test_keys_are_those_of_the_living_documents_sorted(small: Store, table: pa.T
     assert [tuple(row.values()) for row in read.to_pylist()] == expected
 
 
-@without_files
 @given(st.sampled_from(["<u2", "<u4", "<f2", "<i8"]), st.data())
 def test_numbers_come_back_from_fixed_binary(dtype: str, data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(0, 20), st.integers(1, 9)))
@@ -222,7 +214,6 @@ def test_nulls_come_back_from_fixed_binary_as_zeros() -> None:
     assert parts.from_fixed_binary(column, np.dtype("<u2")).tolist() == [[1, 2], [0, 0], [3, 4]]
 
 
-@without_files
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1)))
 def test_a_chunk_id_holds_its_part_and_its_row(part: int, rows: list[int]) -> None:
     found = parts.chunk_ids(part, np.array(rows, np.int32))
@@ -230,7 +221,6 @@ def test_a_chunk_id_holds_its_part_and_its_row(part: int, rows: list[int]) -> No
     assert found.tolist() == [part << 32 | row for row in rows]
 
 
-@with_files
 @given(matrix=hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=20)), fortran=st.booleans())
 def test_vectors_come_back_bit_for_bit(small: Store, matrix: np.ndarray, fortran: bool) -> None:
     values = matrix.view(np.float16)  # every pattern of bits: infinities, several kinds of nan
@@ -257,7 +247,6 @@ def neighbour_tables(draw: st.DrawFn) -> NeighbourTable:
     return NeighbourTable(found, distances)
 
 
-@with_files
 @given(table=neighbour_tables())
 def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
     entry = tables.write_table(
@@ -285,7 +274,6 @@ def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
     assert tables.read_table(view, entry, [2]).ids.tolist() == found[16384:].tolist()
 
 
-@with_files
 @given(purges=st.lists(st.sets(ids), max_size=4), asked=st.lists(ids | st.just(-1), max_size=24))
 def test_tombstones_are_the_union_of_all_purges(small: Store, purges: list[set[int]], asked: list[int]) -> None:
     entries = [

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import CorruptError, UsageError
@@ -28,19 +28,16 @@ BAD = [
 ]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(file_names())
 def test_a_name_comes_back_from_its_path(name: FileName) -> None:
     assert FileName.parse(name.path) == name
 
 
-@settings(deadline=None)
 @given(file_names())
 def test_a_name_lies_in_the_store(name: FileName) -> None:
     assert paths.inside(Path("/store"), name.path) == Path("/store") / name.path
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_what_is_accepted_stays_inside(path: str) -> None:
     root = Path("/some/store")
@@ -54,7 +51,6 @@ def test_what_is_accepted_stays_inside(path: str) -> None:
     assert path.isascii()
 
 
-@settings(deadline=None)
 @given(file_names(), st.sampled_from(BAD))
 def test_a_bad_component_is_refused_anywhere(name: FileName, bad: str) -> None:
     pieces = name.path.split("/")
@@ -98,7 +94,6 @@ def test_a_kind_that_no_version_knows_is_refused() -> None:
         FileName.parse("4ombstones/p-0123456789abcdef.parquet")
 
 
-@settings(deadline=None)
 @given(file_names())
 def test_new_names_carry_their_run(name: FileName) -> None:
     new = FileName.new("0123abcd", name.kind, name.slot, name.extension, name.name)
@@ -111,7 +106,6 @@ def test_new_names_are_new() -> None:
     assert len({FileName.new("0123abcd", "chunks", "000000", "parquet").path for _ in range(20)}) > 1
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**8), st.integers(0, 10**8))
 def test_part_slots_are_six_digits_or_more_and_all_different(one: int, other: int) -> None:
     slot = paths.part_slot(one)
@@ -121,7 +115,6 @@ def test_part_slots_are_six_digits_or_more_and_all_different(one: int, other: in
     assert (slot == paths.part_slot(other)) == (one == other)
 
 
-@settings(deadline=None)
 @given(components.filter(lambda name: len(name) <= 100))
 def test_a_good_name_is_accepted(name: str) -> None:
     assert paths.check_name(name, "--name") == name

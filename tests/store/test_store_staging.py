@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from staging_help import IN_ORDER, PARTS, embedding, numbered, planned_store, staged_store, unit
 from store_help import (
@@ -23,6 +23,8 @@ from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS, Staged
 from retrotool.store.store import Store
 
+RUN = "0123abcd"
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
@@ -34,7 +36,6 @@ def staged(tmp_path: Path) -> Store:
     return staged_store(tmp_path / "store")
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.permutations(sorted(PARTS)), st.sets(st.integers(0, 3)))
 def test_parts_are_numbered_in_the_order_of_the_plans(
     tmp_path_factory: pytest.TempPathFactory, order: list[tuple[str, int]], folds: set[int]
@@ -104,7 +105,7 @@ def test_a_task_staged_over_nfs_keeps_its_files_when_the_answer_is_lost(
 
 def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
     """Fold tasks, some of which are refused; what these wrote, and no more, must be gone."""
-    with Run(store.root) as run:
+    with Run(store.root, RUN) as run:
         for task in tasks:
             assert staging.stage(store.root, task)
         folded = folding.fold(store, run)
@@ -121,9 +122,6 @@ def chunked(staged: Store) -> tuple[Store, str]:
     with Run(staged.root) as run:
         folding.fold(staged, run)
     return staged, staged.state.part_file("chunks", 1).path
-
-
-RUN = "0123abcd"
 
 
 def test_a_task_whose_input_has_left_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:

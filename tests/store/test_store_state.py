@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from store_help import commit, contents, make_commit, make_store, new_token, write
 
@@ -81,7 +81,6 @@ def _often_rebased() -> Iterator[None]:
         yield
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(slots, slots, records, st.booleans()), max_size=20))
 def test_a_fold_is_what_a_dict_would_be(drawn: list[tuple[set[Slot], set[Slot], dict[str, Any], bool]]) -> None:
     state, model = EMPTY, Model()
@@ -97,7 +96,6 @@ def test_a_fold_is_what_a_dict_would_be(drawn: list[tuple[set[Slot], set[Slot], 
             assert (state.number, state.head) == (number, f"{number:064x}")
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(slots, slots, records), max_size=20), st.integers(0, 20))
 def test_commits_can_be_folded_one_by_one_or_together(
     drawn: list[tuple[set[Slot], set[Slot], dict[str, Any]]], cut: int
@@ -114,7 +112,6 @@ def test_commits_can_be_folded_one_by_one_or_together(
     assert contents(EMPTY) == ({}, {})
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(slots, slots, records), min_size=1, max_size=8), st.sampled_from(SLOTS), st.booleans())
 def test_what_does_not_fit_is_refused(
     drawn: list[tuple[set[Slot], set[Slot], dict[str, Any]]], slot: Slot, twice: bool

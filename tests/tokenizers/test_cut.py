@@ -5,7 +5,7 @@ from __future__ import annotations
 import awkward
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -15,7 +15,6 @@ CUTTABLE = [kind for kind in awkward.KINDS if kind != "unigram"]
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 
 
-@settings(deadline=None)
 @given(texts=st.lists(awkward.texts, max_size=6), limits=sizes)
 def test_pieces_are_the_texts_in_order(texts, limits):
     least, most = limits
@@ -28,7 +27,6 @@ def test_pieces_are_the_texts_in_order(texts, limits):
 
 
 @pytest.mark.parametrize("kind", CUTTABLE)
-@settings(deadline=None, max_examples=100)
 @given(text=awkward.texts, limits=sizes)
 def test_tokens_of_the_pieces_are_those_of_the_text(kind, text, limits):
     tokenizer = loaded(kind)

@@ -6,7 +6,7 @@ import awkward
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
@@ -33,7 +33,6 @@ long_texts = st.lists(st.tuples(awkward.texts, st.integers(1, 60)), max_size=6).
 
 
 @pytest.mark.parametrize("kind", awkward.KINDS)
-@settings(deadline=None, max_examples=100)
 @given(texts=st.lists(awkward.texts | long_texts, max_size=5))
 def test_ids_are_those_of_tokenizers(kind, texts, tokenizers_of):
     exact, fast = tokenizers_of[kind]

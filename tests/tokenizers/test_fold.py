@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 from awkward import made
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -48,7 +48,6 @@ def rows_of(tokens: list[int], width: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), width=st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
 def test_rows_of_documents_read_as_the_documents(kind, texts, width, folders):
     tokenizer, folder = folders[kind]
     every = [tokens for tokens in tokenizer.encode_batch(texts) if tokens]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -69,7 +69,6 @@ def characters(data: bytes) -> list[tuple[int, int, bool]]:
 
 
 @given(st.text(st.sampled_from("ab é漢🙂\u202e\n"), max_size=40), st.data())
-@settings(max_examples=300, deadline=None)
 def test_a_run_of_bytes_is_the_characters_that_are_wholly_in_it(byte_level, text, data) -> None:
     (tokens,) = byte_level.encode_batch([text])
     first = data.draw(st.integers(0, len(tokens)))
@@ -91,7 +90,6 @@ def test_a_run_of_bytes_is_the_characters_that_are_wholly_in_it(byte_level, text
 
 
 @given(st.lists(st.sampled_from(["store", "index", "vector", "xyz", "qq"]), min_size=1, max_size=12), st.data())
-@settings(max_examples=100, deadline=None)
 def test_a_run_of_word_pieces_has_the_spaces_before_its_words(wordpiece, words, data) -> None:
     (tokens,) = wordpiece.encode_batch([" ".join(words)])
     names = [wordpiece.backend.id_to_token(t) for t in tokens]
@@ -106,7 +104,6 @@ def test_a_run_of_word_pieces_has_the_spaces_before_its_words(wordpiece, words, 
 
 
 @given(st.text(st.sampled_from("abcd é漢🙂"), max_size=30), st.data())
-@settings(max_examples=200, deadline=None)
 def test_with_a_decoder_of_the_library_no_character_is_cut_or_lost(with_fallback, text, data) -> None:
     (tokens,) = with_fallback.encode_batch([text])
     start = data.draw(st.integers(0, len(tokens)))

@@ -9,7 +9,7 @@ import awkward
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from hypothesis import given, settings
+from hypothesis import given
 from tokenizers import Tokenizer as Library
 
 from retrotool.errors import UsageError
@@ -49,7 +49,6 @@ def encodings() -> dict[str, tuple[Tokenizer, tiktoken.Encoding]]:
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-@settings(deadline=None, max_examples=150)
 @given(text=awkward.texts)
 def test_ids_are_those_of_tiktoken(name, text, encodings):
     own, theirs = encodings[name]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import make_rows, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import api
@@ -140,7 +140,6 @@ def combined(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expressi
     )
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.recursive(comparisons(), combined, max_leaves=8), rows)
 def test_an_expression_matches_the_rows_that_a_naive_reading_matches(expression, rows):
     where = Where(expression.text)

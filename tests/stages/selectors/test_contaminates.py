@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
@@ -76,7 +76,6 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], list[int
     return evaluation, documents, draw(st.lists(st.integers(0, 12), max_size=2))
 
 
-@settings(deadline=None, max_examples=300)
 @given(
     corpora(), st.sampled_from([1, 2, 3, 5]), st.sampled_from([3, 8, 64]), st.sampled_from([0.3, 0.8, 1.0]),
     st.booleans(), st.sampled_from([1, 7, 1 << 16]),

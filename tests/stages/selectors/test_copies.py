@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
@@ -83,7 +83,6 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, lis
     return victims, documents, length, erased
 
 
-@settings(deadline=None, max_examples=300)
 @given(
     corpora(),
     st.sampled_from([0.1, 0.3, 0.5, 0.8, 1.0]),

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.purge.selectors import ngrams
@@ -59,7 +59,6 @@ def by_sets(sets: Sets, places: Sets, share: float) -> set[tuple[int, int, int]]
 some_sets = st.lists(st.frozensets(st.integers(0, 15), min_size=1, max_size=8), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=300)
 @given(some_sets, some_sets, st.sampled_from([0.1, 0.5, 0.8, 1.0]), st.sampled_from([1, 5, 1 << 18]))
 def test_places_that_have_enough_of_a_set_are_found(sets: Sets, places: Sets, share: float, at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +88,6 @@ def test_of_many_sets_with_the_same_grams_the_right_ones_are_found(share: float)
     assert len(pairs) == sum(len(some & place) >= needed for some in sets for place in places)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 20))
 def test_hashes_are_those_of_the_runs(tokens: list[int], n: int) -> None:
     hashes = gram_hashes(np.array(tokens, np.uint16), n)
@@ -110,7 +108,6 @@ def test_few_hashes_collide() -> None:
             assert runs - len(distinct(gram_hashes(tokens.astype(np.uint16), n))) < 250
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 5), min_size=1, max_size=30), st.sampled_from(["<u2", "<u4"]))
 def test_distinct_rows_are_those_of_numpy(rows: list[tuple[int, ...]], dtype: str) -> None:
     table = np.array(rows, dtype)

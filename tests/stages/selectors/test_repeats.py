@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from selector_help import purge, random_tokens, scanned, store_of
 
@@ -104,7 +104,6 @@ def test_a_store_where_nothing_repeats(tmp_path: Path, tiny_encoder: Path) -> No
         Duplicates(0).open(store)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=20), st.sampled_from(["<u2", "<u4"]))
 def test_hashes_are_equal_where_tokens_are(rows: list[list[int]], dtype: str) -> None:
     """Also of those that differ in what is padding of the other."""

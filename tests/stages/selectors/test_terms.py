@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from block_help import block_of, cut
 from conftest import write_jsonl
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from retrotool import api
@@ -61,7 +61,6 @@ terms = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
 good_terms = terms.filter(lambda term: any(map(is_wordy, flat(term))))
 
 
-@settings(deadline=None)
 @given(texts, good_terms, st.integers(1, 7))
 @example("a ab", "ab", 1)
 @example("¨a", "a", 1)
@@ -71,7 +70,6 @@ def test_each_occurrence_is_found_once(text: str, term: str, size: int) -> None:
     assert (len(found) > 0) == (occurs(term, text) > 0)
 
 
-@settings(deadline=None)
 @given(st.lists(texts, max_size=5), st.lists(good_terms, max_size=5), st.integers(1, 7))
 def test_a_match_reads_as_the_term_and_lies_in_one_document(documents: list[str], terms: list[str], size: int) -> None:
     block = block_of([cut(text.encode(), size) for text in documents])
@@ -86,7 +84,6 @@ def test_a_match_reads_as_the_term_and_lies_in_one_document(documents: list[str]
     assert [number in rows for number in range(len(documents))] == wanted
 
 
-@settings(deadline=None)
 @given(st.lists(texts, max_size=4), st.integers(1, 7))
 def test_text_normalised_in_islands_is_that_normalised_as_a_whole(documents: list[str], size: int) -> None:
     normal = Normal.of(block_of([cut(text.encode(), size) for text in documents]))
@@ -95,7 +92,6 @@ def test_text_normalised_in_islands_is_that_normalised_as_a_whole(documents: lis
     assert normal.is_word.astype(bool).tolist() == words.tolist()
 
 
-@settings(deadline=None)
 @given(texts.filter(bool), st.data())
 def test_places_hold_what_was_normalised(text: str, data: st.DataObject) -> None:
     """Any span of the normalised text lies within the normalised text of its place, and places cover what they must."""
