@@ -16,7 +16,7 @@ SEED := $(shell date +%s)
 TMPDIR ?= /tmp
 LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-.PHONY: demo test tests gpu-test nightly torture lint format corpus-test docs clean
+.PHONY: demo test tests gpu-test nightly torture coverage update-snapshots lint format corpus-test docs clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
@@ -62,6 +62,12 @@ torture: $(STAMP)  ## KILLS=n kills a command, 1,000 unless said, hours; SEED=n 
 
 corpus-test: $(STAMP)  ## Every document of CORPUS=folder of .jsonl.zst files, and 100 kills; `make test` takes Python's own texts
 	RETROTOOL_CORPUS=$(abspath $(CORPUS)) RETROTOOL_CORPUS_KILLS=100 $(BIN)/python -m pytest tests/corpus --timeout 0
+
+update-snapshots: $(STAMP)  ## Write what is printed now into pages and expected texts; ARGS=... names tests
+	RETROTOOL_UPDATE_SNAPSHOTS=1 $(PYTEST) $(PARALLEL) $(or $(ARGS),tests/cli tests/docs tests/pinned)
+
+coverage: $(STAMP)  ## Lines that no test reaches; subprocesses are not counted
+	$(PYTEST) $(PARALLEL) --cov=retrotool --cov-report=term:skip-covered --cov-report=html:$(VENV)/coverage
 
 docs: $(STAMP)  ## Write docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py

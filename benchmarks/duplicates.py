@@ -2,10 +2,10 @@
 
     python benchmarks/duplicates.py [--documents 20000000] [--parts 40] [--append 100000]
 
-Makes keys files of random hashes (no documents, no chunks: the search reads nothing else), in which one document in
-a hundred repeats an id, one in ten repeats a text, and one in fifty has one text that they all share. Then finds what
+Makes documents files of random hashes (no chunks: the search reads nothing else), in which one document in a
+hundred repeats an id, one in ten repeats a text, and one in fifty has one text that they all share. Then finds what
 repeats, each time in a fresh process: when all parts are new, and when only the last, smaller part is. The floor
-is to read the three columns of all keys files with their checksums, and to sort nothing.
+is to read one of the two columns of hashes with its checksums, and to compare nothing.
 """
 
 from __future__ import annotations
@@ -30,23 +30,20 @@ from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 FIND = """
-import resource, sys, time
+import resource, time
 from pathlib import Path
 from retrotool.chunk.deduplicate import find_duplicates
-from retrotool.chunk.external_sort import Span
-from retrotool.store import disk
+from retrotool.chunk.hash_partitions import Span
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 store = Store.open({root!r})
-scratch = set()
-sys.addaudithook(lambda event, args: scratch.add(args[1]) if event == disk.EVENT and args[0] == "write" else None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-places, by_text = find_duplicates(store, "0123abcd", Span({start}, {end}), read_tombstones(store))
+places, by_text = find_duplicates(store, Span({start}, {end}), read_tombstones(store))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"{{seconds:.1f}} s, peak {{peak / 2**20:.2f}} GiB ({{before / 2**20:.2f}} GiB before), "
-      f"{{len(scratch)}} scratch files, {{int((~by_text).sum()):,}} by id, {{int(by_text.sum()):,}} by text")
+      f"{{int((~by_text).sum()):,}} by id, {{int(by_text.sum()):,}} by text")
 """
 FLOOR = """
 import time
@@ -55,13 +52,13 @@ from retrotool.store.store import Store
 store = Store.open({root!r})
 start = time.perf_counter()
 for part in store.state.parts():
-    parts.read_parquet(store, parts.part_entry(store, "keys", part))
+    parts.read_parquet(store, parts.part_entry(store, "documents", part), ["key"])
 print(f"{{time.perf_counter() - start:.1f}} s")
 """
 
 
 def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: np.random.Generator) -> list[FileEntry]:
-    """A keys file, and a chunks file that is none: only its name counts."""
+    """A documents file, and a chunks file that is none: only its name counts."""
     number = np.arange(before, before + rows, dtype=np.uint64)
     key, text = number.copy(), number + np.uint64(1 << 40)
     again = draw.random(rows)
@@ -69,11 +66,11 @@ def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: 
     key[again < 0.01] = earlier[again < 0.01]
     text[again > 0.9] = earlier[again > 0.9] + np.uint64(1 << 40)
     text[again > 0.98] = 0
-    table = pa.table(
-        [parts.fixed_binary(hashed(key)), parts.fixed_binary(hashed(text)), pa.array(np.arange(rows), pa.int32())],
-        schema=schemas.KEYS_SCHEMA,
-    ).sort_by("key")
-    names = [FileName.new(run.id, kind, part_slot(part), "parquet") for kind in ("keys", "chunks")]
+    schema = schemas.documents_schema(())
+    hashes = {"key": parts.fixed_binary(hashed(key)), "text_hash": parts.fixed_binary(hashed(text))}
+    columns = [hashes.get(field.name, pa.nulls(rows, field.type)) for field in schema]
+    table = pa.table(columns, schema=schema)
+    names = [FileName.new(run.id, kind, part_slot(part), "parquet") for kind in ("documents", "chunks")]
     return [parts.write_parquet(store.root, names[0], table), FileEntry(names[1].path, rows, 0, "")]
 
 
@@ -115,11 +112,11 @@ def main() -> None:
                 for entry in write_part(store, run, part, rows * part, size, draw)
             ]
             store.commit(run, lambda _: Draft("chunk", add=tuple(add)))
-        size = sum(path.stat().st_size for path in (root / "keys").iterdir())
+        size = sum(path.stat().st_size for path in (root / "documents").iterdir())
         made = time.perf_counter() - started
-        print(f"{sum(sizes):,} documents in {len(sizes)} keys files of {size / 1e9:.2f} GB, made in {made:.0f} s")
+        print(f"{sum(sizes):,} documents in {len(sizes)} documents files of {size / 1e9:.2f} GB, made in {made:.0f} s")
         last = arguments.parts
-        print("floor: read all keys files ", fresh(FLOOR.format(root=str(root))))
+        print("floor: read all keys       ", fresh(FLOOR.format(root=str(root))))
         print("all documents new          ", fresh(FIND.format(root=str(root), start=0, end=last)))
         print(f"{arguments.append:,} new of all ", fresh(FIND.format(root=str(root), start=last, end=last + 1)))
 

@@ -61,13 +61,13 @@ def real_part(root: Path, part: int) -> list[FileEntry]:
         ],
         schema=schemas.documents_schema(()),
     )  # fmt: skip
-    found = {"documents": documents, "keys": parts.keys_table(documents), "chunks": chunks}
+    found = {"documents": documents, "chunks": chunks}
     return [parts.write_parquet(root, FileName.new(RUN, kind, slot, "parquet"), table) for kind, table in found.items()]
 
 
 def made_up(part: int) -> list[FileEntry]:
     """The files of a part that nobody will look for."""
-    rows = {"documents": ROWS // DOCUMENT, "keys": ROWS // DOCUMENT, "chunks": ROWS}
+    rows = {"documents": ROWS // DOCUMENT, "chunks": ROWS}
     return [
         FileEntry(FileName.new(RUN, kind, part_slot(part), "parquet").path, n, 1000, hashlib.sha256(b"").hexdigest())
         for kind, n in rows.items()

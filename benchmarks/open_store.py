@@ -33,7 +33,6 @@ from retrotool.store.store import CHECKPOINT_EVERY, Store
 
 KINDS = (
     ("documents", "", "parquet"),
-    ("keys", "", "parquet"),
     ("chunks", "", "parquet"),
     ("embeddings", "minilm", "npy"),
     ("neighbours", "main", "parquet"),

@@ -9,7 +9,7 @@ which should mean about a tenth of the store. Then
 * every victim is a query of a search, and the victims among the 10 nearest are counted;
 * all tables, a training loop and an export are read, and the victims in them counted (``retrotool.purge.read_paths``);
 * neighbours of random living chunks, as they are read, are held against brute force over the living vectors alone:
-  before the purge, after it, after ``--repair``, and as they are found from scratch in the store that was purged;
+  before the purge, after it, after ``neighbours``, and as they are found from scratch in the store that was purged;
 * it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
 
 At last each of the 100 documents is purged on its own, and all these purges are erased together.
@@ -127,12 +127,8 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     drawn = drawn[~victims.contains(drawn)]
     print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} living chunks")
     print(f"  as they are read    {recall(root, encoder, drawn, name)}")
-    repaired, seconds = run("purge", root, "--repair", "--name", name)
-    (table,) = repaired["tables"]
-    print(
-        f"  repair              {seconds:7.1f} s: {table['touched']:,} rows touched, {table['filled']:,} filled, "
-        f"{table['searched']:,} searched again, {table['short']:,} still short"
-    )
+    filled, seconds = run("neighbours", root, "--name", name)
+    print(f"  neighbours again    {seconds:7.1f} s: {filled['queries']:,} rows searched again")
     print(f"  after it            {recall(root, encoder, drawn, name)}")
     _, seconds = run("neighbours", root, "--name", "from-scratch", "--saved", 20)
     print(f"  from scratch        {seconds:7.1f} s: {recall(root, encoder, drawn, 'from-scratch')}")

@@ -14,10 +14,7 @@ from retrotool.info.run import info, verify
 from retrotool.inspect.run import inspect
 from retrotool.leakage.run import leakage
 from retrotool.neighbours.materialising import materialise
-from retrotool.neighbours.repair_run import repair
 from retrotool.neighbours.run import neighbours
-from retrotool.plan.calibrating import calibrate
-from retrotool.plan.plan_page import write_page as write_plan_page
 from retrotool.plan.run import plan
 from retrotool.purge.affected_run import affected
 from retrotool.purge.erase_run import erase
@@ -35,7 +32,6 @@ __all__ = [
     "Selectors",
     "VerifiedPurge",
     "affected",
-    "calibrate",
     "chunk",
     "embed",
     "erase",
@@ -52,12 +48,10 @@ __all__ = [
     "open_store",
     "plan",
     "purge",
-    "repair",
     "restore",
     "retrain_indexes",
     "scan",
     "verify",
     "verify_log",
     "verify_purge",
-    "write_plan_page",
 ]

@@ -29,7 +29,8 @@ from retrotool.index.searching import Database, Point
 from retrotool.neighbours.stage import check_table, database_of, members_of
 from retrotool.store import parts, schemas, tables
 from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
+from retrotool.store.ids import split_id
+from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -88,10 +89,7 @@ class Reader:
         # Caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
         self._documents = lru_cache(_KEPT_PARTS)(
-            lambda part: parts.read_documents(store, part, ["id", "first_row", "n_chunks"])
-        )
-        self._keys = lru_cache(_KEPT_PARTS)(
-            lambda part: parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
+            lambda part: parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks"])
         )
         self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
         self._neighbour_file = lru_cache(None)(self._find_neighbour_file)
@@ -143,7 +141,7 @@ class Reader:
         numbers = _ids(ids)
         good = ~self._tombstones.contains(numbers) & (numbers >= 0)
         for i in np.flatnonzero(good):
-            part, row = int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1)
+            part, row = split_id(int(numbers[i]))
             entry = self._store.state.part_file("chunks", part)
             good[i] = entry is not None and row < entry.rows and fits(*self._row(part, row))
         return good
@@ -160,7 +158,7 @@ class Reader:
         return found
 
     def _find(self, chunk_id: int) -> Chunk | None:
-        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        part, row = split_id(chunk_id)
         if not 0 <= chunk_id < 1 << 63 or not self.is_living([chunk_id])[0]:
             return None
         chunks, place = self._row(part, row)
@@ -186,7 +184,7 @@ class Reader:
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
         alive = (numbers >= 0) & self.is_living(numbers)
         for i in np.flatnonzero(alive):
-            chunks, place = self._row(int(numbers[i]) >> PART_SHIFT, int(numbers[i]) & ((1 << PART_SHIFT) - 1))
+            chunks, place = self._row(*split_id(int(numbers[i])))
             out[i] = chunks.tokens[place]
         return out
 
@@ -203,9 +201,8 @@ class Reader:
         """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
         for part in self.parts():
-            table = self._keys(part)
-            places = table["doc"].filter(pc.equal(table["key"], pa.scalar(key, table["key"].type)))
-            for row in self._documents(part).take(places).to_pylist():
+            table = self._documents(part)
+            for row in table.filter(pc.equal(table["key"], pa.scalar(key, table["key"].type))).to_pylist():
                 ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
                 alive = ids[self.is_living(ids)]
                 if len(alive):
@@ -259,7 +256,7 @@ class Reader:
         opened = {table: self._database(table) for table, _ in members}
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
-        part, row = chunk_id >> PART_SHIFT, chunk_id & ((1 << PART_SHIFT) - 1)
+        part, row = split_id(chunk_id)
         found: list[tuple[float, Reader, int, float]] = []
         for table, weight in members:
             database = opened[table][0]

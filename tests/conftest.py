@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from forked import run_forked
 from hypothesis import HealthCheck, settings
+from snapshots import Snapshots
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a background job of a script: tests of Ctrl-C would wait for ever, and their children ignore it, too.
@@ -36,6 +39,12 @@ settings.register_profile("ci", max_examples=25, **slow_machines)
 settings.register_profile("nightly", max_examples=300, **slow_machines)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(PROFILE)
+
+
+def times(few: int, many: int) -> int:
+    """How often something random is tried: ``few`` times by ``make test``, ``many`` by ``make nightly``."""
+    return many if PROFILE == "nightly" else few
+
 
 INTERRUPTED = "interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.\n"
 
@@ -168,6 +177,24 @@ def store_copy(built_store: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(built_store, tmp_path / "store"))
+
+
+@pytest.fixture
+def snapshots(request: pytest.FixtureRequest) -> Snapshots:
+    """Compare what is printed with what is kept: ``snapshots(text, STORE=store)``."""
+    return Snapshots(request.path, request.node.name)
+
+
+@pytest.fixture(autouse=True)
+def quick_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes are forked from one that has imported what they need, unless a test wants them ``spawned``."""
+    from retrotool.engine import processes
+
+    if not request.node.get_closest_marker("spawned"):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "faiss", "pyarrow.parquet", "tokenizers", "retrotool.api"])
+        quick = SimpleNamespace(get_context=lambda _: context, parent_process=multiprocessing.parent_process)
+        monkeypatch.setattr(processes, "multiprocessing", quick)
 
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

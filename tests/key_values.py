@@ -87,7 +87,7 @@ def _write_part(
         tokens,
         np.array([key for _, key in rows]),
     )
-    tables = {"documents": table, "keys": parts.keys_table(table), "chunks": chunks}
+    tables = {"documents": table, "chunks": chunks}
     return [
         parts.write_parquet(store.root, FileName.new(run.id, kind, part_slot(number), "parquet"), table)
         for kind, table in tables.items()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ranges import expand_ranges
+
 if TYPE_CHECKING:
     import torch
 
@@ -147,5 +149,4 @@ def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:
     """(i, j) of all j in [low[i], low[i] + length[i])."""
     some = np.flatnonzero(length)
     low, length = low[some], length[some]
-    within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    return np.repeat(some, length), np.repeat(low, length) + within
+    return np.repeat(some, length), expand_ranges(low, length)

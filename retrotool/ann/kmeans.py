@@ -3,7 +3,7 @@
 No centroid is one of the vectors, to the bit: centroids stay in a store when a chunk is erased, so its vector must not
 stand among them (``_blur``). Vectors are shifted by a mean before products and sums, which lose digits where vectors
 have much in common. Vectors may be float16, which halves the memory of a sample; sums are float32, and so are products,
-but those that only choose a vector's cluster during the iterations, which are rough (``ann.products``).
+but those that only choose a vector's cluster during the iterations, which are rough (``ann.matmul``).
 
 Cost of an iteration: 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters there are two levels: √k clusters, each of
 which is cut on its own into as many as its share of the vectors. That costs √k in place of k, for centroids that are
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann.products import Table
+from retrotool.ann.matmul import Table
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Ids
-from retrotool.ann.products import one_thread_each
+from retrotool.ann.matmul import one_thread_each
 
 _PAIRS, _MANY_PAIRS = 1 << 12, 1 << 15
 

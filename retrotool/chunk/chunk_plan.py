@@ -2,7 +2,7 @@
 
 Units are cut from the inputs alone (a file, a run of small files, a slice of a large one), never from the number of
 workers; so chunk ids are decided when the plan is committed. Inputs that the store has, or has planned, are
-recognised by their fingerprints and left out; one that was changed in its place is refused.
+recognised by their fingerprints and left out; one that was changed in its place is refused, or read again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import orjson
 
 from retrotool import sources
-from retrotool.chunk.retry import Retry
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.store import atomic
@@ -32,8 +31,6 @@ from retrotool.tokenizers import Findings
 BYTES_PER_TOKEN = 4
 EXPANSION = {"gz": 3.0, "zst": 4.0, "bz2": 4.0, "xz": 4.0, "parquet": 3.0}
 """About how many bytes of text a byte of a compressed input holds."""
-PLAN_FIELDS = {"files", "fields", "part_size"}
-"""What a plan file says of how its inputs are read; an inputs file too, of those that may be retried."""
 GUARD = "guard"
 """Record with what was found out about the fast tokenizer, so that it is found out once a store."""
 SMALL_PLAN = 12 << 20
@@ -56,7 +53,8 @@ class Plan:
     """The content of a plan file.
 
     ``fingerprints`` and ``places`` are keyed hashes of the files' content and path. ``fast``: whether the fast
-    tokenizer may be used. ``retries``, by file number: inputs of which the store has a part already.
+    tokenizer may be used. ``read_before``, by file number: the plans that read an earlier version of the file, whose
+    documents are skipped.
     """
 
     files: tuple[InputFile, ...]
@@ -67,7 +65,7 @@ class Plan:
     units: tuple[tuple[Piece, ...], ...]
     fast: bool = True
     allow_purged: bool = False
-    retries: Mapping[int, Retry] = field(default_factory=dict)
+    read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def weight(self, unit: int) -> int:
         """Bytes of input that a unit reads."""
@@ -119,25 +117,32 @@ def text_bytes(file: InputFile) -> int:
     return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
 
 
+def changed_inputs(store: Store, files: Sequence[InputFile], wanted: Wanted) -> list[InputFile]:
+    """Those of ``files`` that were planned before, with other content."""
+    known = known_inputs(store, store.refresh(), wanted)
+    hashes = hashes_of(store, files, wanted.fields)
+    return [
+        file
+        for file, (fingerprint, place) in zip(files, hashes, strict=True)
+        if place in known.places and fingerprint not in known.fingerprints
+    ]
+
+
 def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Wanted) -> tuple[str | None, int]:
     """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
     hashes = hashes_of(store, files, wanted.fields)
-    known = 0
+    n_known = 0
     plan_id = secrets.token_hex(4)
 
     def build(state: State) -> Draft | None:
-        nonlocal known
-        fingerprints, places = known_inputs(store, state, blocked_too=not wanted.allow_purged)
+        nonlocal n_known
+        known = known_inputs(store, state, wanted)
         new: dict[str, tuple[InputFile, str]] = {}
-        changed = []
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
-            if fingerprint in fingerprints or fingerprint in new:
-                continue
-            if place in places:
-                changed.append(file)
-            new[fingerprint] = (file, place)
-        _refuse_changed(store, changed, wanted)
-        known = len(files) - len(new)
+            if fingerprint not in known.fingerprints and fingerprint not in new:
+                new[fingerprint] = (file, place)
+        _refuse_changed([file for file, place in new.values() if place in known.places], wanted)
+        n_known = len(files) - len(new)
         if not new:
             return None
         chosen = [file for file, _ in new.values()]
@@ -146,6 +151,9 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Want
         plan = Plan(
             tuple(chosen), tuple(new), chosen_places, wanted.fields, wanted.part_size, tuple(units),
             fast=may_be_fast(state, chosen), allow_purged=wanted.allow_purged,
+            read_before={
+                number: known.readers[place] for number, place in enumerate(chosen_places) if place in known.readers
+            },
         )  # fmt: skip
         draft = draft_of(store, run, state, plan_id, plan)
         if wanted.findings is not None:
@@ -158,7 +166,7 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Want
             break
         except ErasedError:
             continue  # a plan was finished while its fingerprints were read
-    return (plan_id if f"plan:{plan_id}" in state.records else None), known
+    return (plan_id if f"plan:{plan_id}" in state.records else None), n_known
 
 
 def draft_of(store: Store, run: Run, state: State, plan_id: str, plan: Plan) -> Draft:
@@ -207,21 +215,20 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
     return found
 
 
-def _refuse_changed(store: Store, changed: Sequence[InputFile], wanted: Wanted) -> None:
+def _refuse_changed(changed: Sequence[InputFile], wanted: Wanted) -> None:
     if not changed or wanted.add_changed:
         return
     more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
     raise UsageError(
         f"{changed[0].path}{more} was chunked before, with other content",
-        f"If it was mended after it had been set aside: retrotool chunk {store.root} --retry-quarantine. If documents "
-        "were added to it: the same command with --changed add; those that the store has are left out as duplicates. "
-        "To replace it, purge what came from it first. Nothing was changed.",
+        "If it was repaired, or documents were added to it: the same command with --changed add; documents that the "
+        "store has are skipped. To replace it, purge what came from it first. Nothing was changed.",
     )
 
 
 def write_plan(store: Store, run: Run, plan_id: str, plan: Plan) -> FileEntry:
     """Write a plan file."""
-    fields = {**asdict(plan), "retries": {str(number): asdict(retry) for number, retry in plan.retries.items()}}
+    fields = {**asdict(plan), "read_before": {str(number): plans for number, plans in plan.read_before.items()}}
     return write_json(store.root, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
 
 
@@ -251,43 +258,58 @@ def read_plan(store: Store, entry: FileEntry) -> Plan:
         files=tuple(InputFile(**file) for file in content["files"]),
         fingerprints=tuple(content["fingerprints"]),
         places=tuple(content["places"]),
-        fields=read_fields(content["fields"]),
+        fields=Fields(**{**content["fields"], "keep": tuple(content["fields"]["keep"])}),
         part_size=int(content["part_size"]),
         units=tuple(
             tuple(Piece(p["file"], p["weight"], Slice(**p["where"])) for p in unit) for unit in content["units"]
         ),
         fast=bool(content["fast"]),
         allow_purged=bool(content["allow_purged"]),
-        retries={
-            int(number): Retry(**{**retry, "plans": tuple(retry["plans"])})
-            for number, retry in content["retries"].items()
-        },
+        read_before={int(number): tuple(plans) for number, plans in content["read_before"].items()},
     )
 
 
-def read_fields(content: Mapping[str, Any]) -> Fields:
-    """Inverse of ``asdict``."""
-    return Fields(**{**content, "keep": tuple(content["keep"])})
+@dataclass(slots=True)
+class KnownInputs:
+    """Keyed hashes of the content, and of the path, of inputs that were planned before.
 
-
-def known_inputs(store: Store, state: State, *, blocked_too: bool = True) -> tuple[set[str], set[str]]:
-    """Keyed hashes of the content, and of the path, of all inputs that were planned.
-
-    Without ``blocked_too``: not those of plans that left documents out because they had been purged.
+    ``readers``: by the hash of a path the plans that read an input there, also of inputs that were given up.
     """
-    fingerprints: set[str] = set()
-    places: set[str] = set()
+
+    fingerprints: set[str] = field(default_factory=set)
+    places: set[str] = field(default_factory=set)
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def known_inputs(store: Store, state: State, wanted: Wanted) -> KnownInputs:
+    """Inputs that need not be read again.
+
+    Not those of plans that left documents out because they had been purged, if these are wanted now; nor, if changed
+    inputs are to be added, those that were read with a smaller limit on the size of a document.
+    """
+    known = KnownInputs()
     for kind in ("inputs", "plans"):
         group = state.group(kind)
         for slot in group:
-            if not blocked_too and state.records[f"plan:{slot}"].get("blocked"):
-                continue
             entry = group.get(slot)
             assert entry is not None
             content = read_json(store, entry)
-            fingerprints.update(content["fingerprints"])
-            places.update(content["places"])
-    return fingerprints, places
+            for place in (*content["places"], *content.get("given_up", ())):
+                known.readers[place] = (*known.readers.get(place, ()), slot)
+            if wanted.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
+                continue
+            known.places.update(content["places"])
+            if not wanted.add_changed or content["fields"]["max_document"] >= wanted.fields.max_document:
+                known.fingerprints.update(content["fingerprints"])
+    return known
+
+
+def parts_of(state: State, plan_id: str) -> range:
+    """Numbers of the parts that a plan gave; as plans are worked in order, they follow those of the plans before."""
+    record = state.records[f"plan:{plan_id}"]
+    before = [r for r in state.with_prefix("plan:").values() if r["order"] < record["order"]]
+    first = sum(r["parts"] + r.get("withdrawn", 0) for r in before) + record.get("withdrawn", 0)
+    return range(first, first + record["parts"])
 
 
 def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, Plan]]:

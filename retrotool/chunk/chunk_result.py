@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -50,8 +49,9 @@ class ChunkResult:
     """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
 
     ``stopped`` says why not all was done, ``exceeded`` that more was set aside than was allowed though all was done; ""
-    if not. ``duplicates`` are documents left out for their text; ``blocked`` those that were purged once, and
-    ``purged_again`` tells of these the ones that were in the store before that. Of ``compared`` documents the fast
+    if not. ``duplicates`` are documents left out for their text, ``known_documents`` those that the store has of an
+    input that was read again, ``blocked`` those that were purged once; ``purged_again`` tells of these the ones that
+    were in the store before that. Of ``compared`` documents the fast
     tokenizer's tokens were held against those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
     """
 
@@ -60,6 +60,7 @@ class ChunkResult:
     tokens: int
     set_aside: int
     blocked: int
+    known_documents: int
     damaged: int
     keys_cut: int
     compared: int
@@ -83,12 +84,11 @@ def waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
 
 
 def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
-    """What the units of some plans came to, committed or waiting, less what is forgiven as it is read again."""
+    """What the units of some plans came to, committed or waiting."""
     records = [store.state.records[f"plan:{plan}"] for plan in plans]
     units = waiting_units(store, plans)
     return {
-        name: sum(int(record.get(name, 0)) - int(record.get("forgiven", {}).get(name, 0)) for record in records)
-        + sum(unit.counts.get(name, 0) for unit in units)
+        name: sum(int(record.get(name, 0)) for record in records) + sum(unit.counts.get(name, 0) for unit in units)
         for name in PLAN_COUNTS
     }
 
@@ -96,19 +96,21 @@ def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
 def result_of(
     store: Store,
     plans: Sequence[str],
+    read_again: Collection[str],
     known: int,
     stopped: str,
     exceeded: str,
     repeats: Mapping[str, DuplicateCounts],
 ) -> ChunkResult:
-    """The result of a run that worked on some plans."""
+    """The result of a run that worked on some plans.
+
+    What all but the last of them had set aside of inputs that were ``read_again`` does not count.
+    """
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in plans]
     units = waiting_units(store, plans)
-    counts = {
-        name: sum(int(record.get(name, 0)) for record in records) + sum(unit.counts.get(name, 0) for unit in units)
-        for name in PLAN_COUNTS
-    }
+    reasons, damaged = _reasons(store, plans, units, read_again)
+    counts = {**counts_of(store, plans), "set_aside": sum(reason.rows for reason in reasons), "damaged": damaged}
     repeating = Counter[str]()
     for counts_of_plan in repeats.values():
         repeating.update({source: by_text for source, (_, by_text) in counts_of_plan.largest() if by_text})
@@ -120,7 +122,7 @@ def result_of(
         commit=state.number,
         stopped=stopped,
         exceeded=exceeded,
-        reasons=_reasons(store, plans, units),
+        reasons=reasons,
         duplicates_by_source=dict(repeating),
         purged_again=_purged_again(state, plans),
     )
@@ -138,10 +140,17 @@ def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]
     )  # fmt: skip
 
 
-def _reasons(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> tuple[SetAsideReason, ...]:
-    """Reasons why rows of some plans were set aside, the most frequent first; alike but for numbers, they are one."""
+def _reasons(
+    store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
+) -> tuple[tuple[SetAsideReason, ...], int]:
+    """Reasons why rows of some plans were set aside, the most frequent first, and how many stand for damage.
+
+    Reasons that are alike but for numbers are one.
+    """
     found: dict[str, SetAsideReason] = {}
-    for table in _quarantines(store, plans, units):
+    damaged = 0
+    for table in _quarantines(store, plans, units, read_again):
+        damaged += int(pc.sum(table["damage"]).as_py() or 0)
         grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
         firsts = [(column, "first") for column in ("input", "line", "excerpt")]
         for row in grouped.aggregate([*firsts, ("reason", "count")]).to_pylist():
@@ -152,13 +161,17 @@ def _reasons(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> tuple
                 found[kind] = SetAsideReason(reason, n, row["input_first"], row["line_first"], first)
             else:
                 found[kind] = replace(old, rows=old.rows + n, reason=reason if reason == old.reason else kind)
-    return tuple(sorted(found.values(), key=lambda reason: -reason.rows))
+    return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
 
 
-def _quarantines(store: Store, plans: Sequence[str], units: Sequence[Unit]) -> Iterator[pa.Table]:
+def _quarantines(
+    store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
+) -> Iterator[pa.Table]:
     group = store.state.group("quarantine")
-    slots = [slot for slot in group if slot.partition(".")[0] in plans]
-    entries: list[Any] = [group.get(slot) for slot in slots] + [unit.quarantine for unit in units]
-    for entry in entries:
-        if entry is not None:
-            yield from parts.read_tables(store, entry, ["input", "line", "reason", "excerpt"])
+    entries = [(slot.partition(".")[0], group.get(slot)) for slot in group]
+    again = pa.array(read_again, pa.string())
+    for plan, entry in (*entries, *((unit.plan, unit.quarantine) for unit in units)):
+        if entry is None or plan not in plans:
+            continue
+        for table in parts.read_tables(store, entry, ["input", "line", "reason", "excerpt", "damage"]):
+            yield table if plan == plans[-1] else table.filter(pc.invert(pc.is_in(table["input"], again)))

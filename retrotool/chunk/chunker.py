@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from retrotool.sources import Document, SetAside, excerpt
 from retrotool.store import schemas
+from retrotool.store.blocked import Hashes, keyed_tokens
 
 NOTHING_LEFT = "text without a token"
 
@@ -31,15 +32,33 @@ class Encoder(Protocol):
 class Tokens:
     """Documents that have tokens: ``ids`` is flat, ``lengths`` [d × pieces] cuts it into pieces.
 
-    ``kept`` tells which of the documents given these are; None: all.
+    ``kept`` tells which of the documents given these are, and ``cut`` [d] whose keys were cut; None: all, and none.
     """
 
     documents: list[Document]
     ids: npt.NDArray[Any]
     lengths: npt.NDArray[np.int64]
     pieces: int = 1
-    keys_cut: int = 0
+    cut: npt.NDArray[np.bool_] | None = None
     kept: npt.NDArray[np.bool_] | None = None
+
+    def hashed(self, secret: str, dtype: np.dtype[Any]) -> Hashes:
+        """Hashes of the tokens of each document, as they are on the block list, S16 [d]; ``dtype``: the store's."""
+        begin = np.cumsum(self.lengths) - self.lengths
+        shape = (-1, self.pieces)
+        return keyed_tokens(secret, self.ids.astype(dtype), begin.reshape(shape), self.lengths.reshape(shape))
+
+    def without(self, left_out: npt.NDArray[np.bool_]) -> Tokens:
+        """Those of the documents that are not ``left_out``, bool [d]."""
+        stays = ~left_out
+        pieces = np.repeat(stays, self.pieces)
+        kept = np.ones(len(stays), np.bool_) if self.kept is None else self.kept.copy()
+        kept[kept] = stays
+        documents = [document for document, stay in zip(self.documents, stays, strict=True) if stay]
+        cut = None if self.cut is None else self.cut[stays]
+        return Tokens(
+            documents, self.ids[np.repeat(pieces, self.lengths)], self.lengths[pieces], self.pieces, cut, kept
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +93,15 @@ def tokenise(
         ids = ids[np.repeat(np.repeat(good, pieces), lengths)]
         lengths = lengths[np.repeat(good, pieces)]
         documents = [document for document, kept in zip(documents, good, strict=True) if kept]
-    keys_cut = 0
+    cut = None
     if records:
         limit = lengths.copy()
         limit[::2] = np.minimum(limit[::2], chunk_length)
-        keys_cut = int((limit < lengths).sum())
-        if keys_cut:
+        cut = (limit < lengths)[::2]
+        if cut.any():
             place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             ids, lengths = ids[place < np.repeat(limit, lengths)], limit
-    return Tokens(documents, ids, lengths, pieces, keys_cut, good)
+    return Tokens(documents, ids, lengths, pieces, cut, good)
 
 
 def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[SetAside], object]) -> Tokens:

@@ -24,7 +24,7 @@ Examples:
   retrotool chunk store corpus/ --dry-run
   retrotool chunk answers pairs.jsonl --key-field question --value-field answer
   retrotool chunk wiki-store wiki.idx --end-of-document 102
-  retrotool chunk store --retry-quarantine
+  retrotool chunk store corpus/*.jsonl.zst --changed add
 
 Exit codes: 0 done, 3 done with input set aside or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
 
@@ -53,9 +53,6 @@ def command(
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read a sample, show what will come, and change nothing.")
-    ] = False,
-    retry_quarantine: Annotated[
-        bool, typer.Option("--retry-quarantine", help="Take up inputs again that were mended after being set aside.")
     ] = False,
     text_field: Annotated[
         str, typer.Option(metavar="F", help="Field that holds the text; a.b is b inside a.", rich_help_panel=_READING)
@@ -119,7 +116,7 @@ def command(
         Literal["refuse", "add"],
         typer.Option(
             metavar="refuse|add",
-            help="Inputs that have other content than when they were chunked: refuse, or read again.",
+            help="Inputs that changed since they were chunked: refuse, or add the documents that are new.",
             rich_help_panel=_INPUT,
         ),
     ] = "refuse",
@@ -196,10 +193,7 @@ def command(
             )
             output.show(estimate, as_json, estimate_text)
             return
-        result = chunk_run.chunk(
-            store, given, tokenizer=tokenizer, chunk_length=chunk_length, retry_quarantine=retry_quarantine,
-            options=options,
-        )  # fmt: skip
+        result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
         output.show(result, as_json, lambda result: _text(store, result))
         if result.set_aside or result.stopped:
             raise typer.Exit(EXIT_SET_ASIDE)
@@ -224,6 +218,8 @@ def _text(store: Path, result: ChunkResult) -> str:
         where = ", ".join(f"{source} {n:,}" for source, n in largest)
         what = output.count(result.duplicates, "document")
         lines.append(f"{what} left out, as the same text is in the store already ({where}).")
+    if result.known_documents:
+        lines.append(f"{output.count(result.known_documents, 'document')} skipped: in the store already.")
     if result.blocked:
         lines.append(f"{output.count(result.blocked, 'document')} left out: purged before (--allow-purged adds them).")
     lines += [_purged_again(store, again) for again in result.purged_again]
@@ -240,13 +236,13 @@ def _text(store: Path, result: ChunkResult) -> str:
             lines.append(f"  and {len(result.reasons) - 10:,} other reasons, in the store's quarantine/ files.")
     if result.stopped:
         lines.append(
-            f"Stopped: {result.stopped}. What was read is kept. Mend the input and add --retry-quarantine to the "
-            "command, or go on without it: --max-bad 1000, say."
+            f"Stopped: {result.stopped}. What was read is kept. Repair the input and add --changed add to the command, "
+            "or go on without it: --max-bad 1000, say."
         )
     elif result.exceeded:
         lines.append(f"More than was allowed: {result.exceeded}. All was read, and what is good is kept.")
     if result.damaged and not result.stopped:
-        lines.append("What a broken file lost is added when it is mended: --retry-quarantine.")
+        lines.append("When a broken file is repaired, the same command with --changed add reads what it lost.")
     return "\n".join(lines)
 
 

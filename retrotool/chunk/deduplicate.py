@@ -1,7 +1,7 @@
 """Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
 
-Which documents repeat is found after chunking, over all parts at once (``keysort``), so it depends on neither the
-order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
+Which documents repeat is found after chunking, over all parts at once (``hash_partitions``), so it depends on neither
+the order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
 
 1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since
    (unless the plan allows what was purged), or set aside as a repeat itself; the others repeat it.
@@ -11,8 +11,8 @@ order in which units were finished nor the number of workers. The rule, of which
 What was purged while the plan was open is purged in the plan, too, before that: see ``purge_again``.
 
 Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
-fewer plans gives the same documents. What repeats is found in memory as ``keysort`` says; then the parts that hold a
-repeat are read one by one. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
+fewer plans gives the same documents. Memory: as ``hash_partitions`` says, then one part that holds a repeat at a
+time. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from retrotool.chunk import external_sort
-from retrotool.chunk.chunk_plan import Plan, read_plan, unfinished_plans, write_json
-from retrotool.chunk.external_sort import Places, Span
+from retrotool.chunk import hash_partitions
+from retrotool.chunk.chunk_plan import Plan, parts_of, read_plan, unfinished_plans, write_json
+from retrotool.chunk.hash_partitions import Places, Span
+from retrotool.chunk.known_documents import documents_within, purged_chunks
+from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.reapply_purges import purge_again
 from retrotool.chunk.repeats import Repeats, locate, read_repeats
-from retrotool.chunk.retry import parts_of
-from retrotool.chunk.retry_plan import gather_quarantine, remembered, settle
 from retrotool.chunk.stage import GIVEN_UP
 from retrotool.errors import ConflictError, DuplicatesError, ErasedError
 from retrotool.store import parts, schemas
@@ -42,7 +42,6 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
-from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -86,7 +85,7 @@ class DuplicateCounts:
 
 
 def finish_plans(
-    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = external_sort.ROWS
+    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = hash_partitions.ROWS
 ) -> dict[str, DuplicateCounts]:
     """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
 
@@ -133,8 +132,8 @@ def _finishing(
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
     span = _span(store.state, plan_id)
-    free = _purged(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, run.id, span, tombstones, range_rows, free=free)
+    free = purged_chunks(store) if plan.allow_purged else None
+    places, by_text = find_duplicates(store, span, tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
     add: list[FileEntry] = []
@@ -151,12 +150,12 @@ def _finishing(
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
     add.append(write_json(store.root, name, known, len(known["fingerprints"])))
-    gathered = gather_quarantine(store, run, plan_id)
-    settled = settle(store, run, plan_id, plan)
-    records = settled.applied(_counted(store, plan_id, counts, duplicates), store.state)
-    remove = (entry.path, *gathered.remove, *settled.remove)
-    add += [*gathered.add, *settled.add]
-    return Draft("finish", {"duplicates": duplicates}, add=tuple(add), remove=remove, records=records), counts
+    joined, parted = join_quarantines(store, run, plan_id)
+    draft = Draft(
+        "finish", {"duplicates": duplicates}, add=(*add, *joined), remove=(entry.path, *parted),
+        records=_counted(store, plan_id, counts, duplicates),
+    )  # fmt: skip
+    return draft, counts
 
 
 def _span(state: State, plan_id: str) -> Span:
@@ -165,18 +164,11 @@ def _span(state: State, plan_id: str) -> Span:
     return Span(own.start, own.stop)
 
 
-def _purged(store: Store) -> Tombstones:
-    """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
-    ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
-    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
-
-
 def find_duplicates(
     store: Store,
-    run: str,
     span: Span,
     tombstones: Tombstones,
-    range_rows: int = external_sort.ROWS,
+    range_rows: int = hash_partitions.ROWS,
     *,
     free: Tombstones | None = None,
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
@@ -184,17 +176,8 @@ def find_duplicates(
 
     The id of a document of which every chunk is in ``free`` can be given again.
     """
-
-    def gone(part: int) -> npt.NDArray[np.int64]:
-        purged = free.rows(part) if free is not None else np.zeros(0, np.int64)
-        if not len(purged):
-            return purged
-        table = parts.read_documents(store, part, ["first_row", "n_chunks"])
-        first, n_chunks = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
-        n_purged = np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first)
-        return np.flatnonzero(n_purged == n_chunks)
-
-    by_id = external_sort.find_repeats(store, run, "key", span, gone, range_rows)
+    given_free = None if free is None else functools.partial(documents_within, store, chunks=free)
+    by_id = hash_partitions.find_repeats(store, "key", span, given_free, range_rows)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
@@ -205,7 +188,7 @@ def find_duplicates(
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
         return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
 
-    texts = external_sort.find_repeats(store, run, "text_hash", span, leave_out, range_rows)
+    texts = hash_partitions.find_repeats(store, "text_hash", span, leave_out, range_rows)
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)
@@ -247,23 +230,21 @@ def _refusal(store: Store, plan: Plan, examples: list[Repeats], counts: Duplicat
 def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
     """What stays of a plan's inputs, but for those that were given up: these may be added later."""
     given_up: set[str] = set()
-    group = store.state.group("quarantine")
-    for slot in group:
-        quarantine = group.get(slot)
-        if quarantine is not None and slot.partition(".")[0] == plan_id:
-            for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
-                given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
+    for quarantine in quarantine_files(store.state, plan_id):
+        for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
+            given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
     kept = [i for i, file in enumerate(plan.files) if file.path not in given_up]
     return {
         "fingerprints": [plan.fingerprints[i] for i in kept],
         "places": [plan.places[i] for i in kept],
-        **remembered(store, plan_id, plan),
+        "given_up": [place for i, place in enumerate(plan.places) if plan.files[i].path in given_up],
+        "fields": {"max_document": plan.fields.max_document},
     }
 
 
 def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
     """``draft``, if the documents and tombstones it was made from are still all there are."""
-    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("keys", "tombstones"))
+    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("documents", "tombstones"))
     if not same or newest.records["totals"] != seen.records["totals"]:
         raise ConflictError("the store grew while duplicates were searched")
     return draft

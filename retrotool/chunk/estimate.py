@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import cut_units, hashes_of, known_inputs, text_bytes
+from retrotool.chunk.chunk_plan import Wanted, cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.chunk.run import (
     CHUNK_LENGTH,
     ChunkOptions,
@@ -35,7 +35,7 @@ _FILES = 24
 _CHARACTERS = 2 << 20
 _SECONDS = 10.0
 _MEASURED = 2 << 20
-_DOCUMENT_BYTES = 90
+_DOCUMENT_BYTES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ def estimate(
     if (Path(root) / "store.json").exists():
         store = Store.open(root)
         check_identity(store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length)
-        fingerprints, _ = known_inputs(store, store.state)
+        wanted = Wanted(options.fields, options.part_size, options.allow_purged, options.add_changed)
+        fingerprints = known_inputs(store, store.state, wanted).fingerprints
         hashes = hashes_of(store, files, options.fields)
         new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]
         known, files = len(files) - len(new), new
@@ -196,7 +197,7 @@ class _Sampler:
         sample.tokens += len(found.ids)
         sample.text += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in found.documents)
         sample.disk += _written(parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key))
-        # The documents and keys files, whose columns are mostly hashes and ids.
+        # The documents files, whose columns are mostly hashes and ids.
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
 
 

@@ -41,7 +41,7 @@ class MaxBad:
         if self.rows is not None:
             return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
         if self.share is not None:
-            read = counts["documents"] + bad + counts["blocked"]
+            read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
             if read < _LEAST_ROWS and self.share and not last:
                 return ""
             limit = f"{100 * self.share:g}%"

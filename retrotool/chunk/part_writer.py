@@ -111,7 +111,7 @@ class PartWriter:
         self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
         # One thread: a part's chunks are whole before the next part's are begun, so at most one file is open.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="retrotool-write")
-        self._closed: list[tuple[FileEntry, FileEntry, Future[FileEntry]]] = []
+        self._closed: list[tuple[FileEntry, Future[FileEntry]]] = []
         self._columns: list[pa.RecordBatch] = []
         self._column_bytes = 0
         self._documents = 0
@@ -204,12 +204,11 @@ class PartWriter:
         self._columns, self._documents, self._column_bytes = [], 0, 0
         root = self._store.root
         entry = parts.write_parquet(root, self._name("documents", number), documents)
-        keys = parts.write_parquet(root, self._name("keys", number), parts.keys_table(documents))
-        self._closed.append((entry, keys, chunks))
+        self._closed.append((entry, chunks))
         self._chunks = self._new_file()
 
     def close(self) -> tuple[tuple[FileEntry, ...], ...]:
-        """Close the last part, if there is anything in it, and give the files of all: documents, keys, chunks."""
+        """Close the last part, if there is anything in it, and give the files of all: documents, chunks."""
         if self._chunks.rows:
             self._close_part()
-        return tuple((documents, keys, chunks.result()) for documents, keys, chunks in self._closed)
+        return tuple((documents, chunks.result()) for documents, chunks in self._closed)

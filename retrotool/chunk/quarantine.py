@@ -1,8 +1,6 @@
 """Rows that a unit sets aside, held in 24 bytes each: a wrong ``--text-field`` can set aside every row of a corpus.
 
-Excerpts are kept of the first rows only, and of reasons the first ten thousand that differ. Where a file broke off, how
-many rows came before and a hash of them are kept too, so that the mended file can be taken up behind an equal
-beginning.
+Excerpts are kept of the first rows only, and of reasons the first ten thousand that differ.
 """
 
 from __future__ import annotations
@@ -19,6 +17,9 @@ from retrotool.sources import SetAside
 from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
+from retrotool.store.state import State
+from retrotool.store.store import Store
 
 _BATCH_ROWS = 1 << 16
 EXCERPTS = 1000
@@ -44,7 +45,7 @@ class Quarantine:
         self._input, self._reason = array("i"), array("i")
         self._line, self._offset = array("q"), array("q")
         self._excerpts: list[str] = []
-        self._damage: dict[int, tuple[int, bytes | None]] = {}
+        self._damage: set[int] = set()
         self._first = 0
 
     def __len__(self) -> int:
@@ -61,10 +62,10 @@ class Quarantine:
         self._inputs.append(path)
         self._first = len(self)
 
-    def append(self, row: SetAside, rows_before: int = 0, prefix: bytes | None = None) -> None:
-        """Gather a row of the open input; for damage, how many rows came before and, if they are all, their hash."""
+    def append(self, row: SetAside) -> None:
+        """Gather a row of the open input."""
         if row.damage:
-            self._damage[len(self)] = (rows_before, prefix)
+            self._damage.add(len(self))
         if len(self) < EXCERPTS:
             self._excerpts.append(row.excerpt)
         self._input.append(len(self._inputs) - 1)
@@ -101,14 +102,30 @@ class Quarantine:
             rows = slice(start, stop)
             excerpts = self._excerpts[rows]
             offset = np.array(self._offset[rows])
-            damage = [self._damage.get(i, (None, None)) for i in range(start, stop)]
             columns = [
                 inputs.take(pa.array(np.array(self._input[rows]))),
                 pa.array(np.array(self._line[rows]), pa.int64()),
                 pa.array(offset, pa.int64(), mask=offset < 0),
                 reasons.take(pa.array(np.array(self._reason[rows]))),
                 pa.array(excerpts + [""] * (stop - start - len(excerpts)), pa.string()),
-                pa.array([rows_before for rows_before, _ in damage], pa.int64()),
-                pa.array([prefix for _, prefix in damage], pa.binary(schemas.HASH_BYTES)),
+                pa.array([i in self._damage for i in range(start, stop)]),
             ]
             yield pa.table(columns, schema=schemas.QUARANTINE_SCHEMA)
+
+
+def quarantine_files(state: State, plan_id: str) -> list[FileEntry]:
+    """The quarantine files of a plan's units, or the one of a finished plan; not that of documents that repeat."""
+    group = state.group("quarantine")
+    slots = [slot for slot in group if slot.partition(".")[0] == plan_id and slot != f"{plan_id}.duplicates"]
+    return [entry for slot in slots if (entry := group.get(slot)) is not None]
+
+
+def join_quarantines(store: Store, run: Run, plan_id: str) -> tuple[list[FileEntry], list[str]]:
+    """Write one quarantine file of those of a plan's units; the files to add, and the paths of those to remove."""
+    entries = quarantine_files(store.state, plan_id)
+    if len(entries) < 2:
+        return [], []
+    name = FileName.new(run.id, "quarantine", plan_id, "parquet")
+    tables = (table for entry in entries for table in parts.read_tables(store, entry))
+    whole = parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, tables)
+    return [whole], [entry.path for entry in entries]

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import Plan
-from retrotool.chunk.external_sort import Places
+from retrotool.chunk.hash_partitions import Places
 from retrotool.errors import InputError
 from retrotool.sources import InputFile
-from retrotool.sources.files import COMPRESSIBLE
+from retrotool.sources.files import IN_BYTES
 from retrotool.sources.lines import count_lines
 from retrotool.store import parts, schemas
 from retrotool.store.parts import PART_SHIFT
@@ -135,7 +135,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
 
     Lines are counted, which reads the input again, for ids that repeat in a file that is not large.
     """
-    has_offsets = file is not None and file.base in COMPRESSIBLE
+    has_offsets = file is not None and file.base in IN_BYTES
     n = len(positions)
     lines = [0] * n if has_offsets else positions.tolist()
     if file is not None and file.base in _IN_LINES:
@@ -150,6 +150,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         "line": lines,
         "offset": positions.tolist() if has_offsets else [None] * n,
         "reason": [BY_TEXT if text else BY_ID for text in by_text.tolist()],
-        **dict.fromkeys(("excerpt", "rows_before", "prefix"), [None] * n),
+        "excerpt": [None] * n,
+        "damage": [False] * n,
     }
     return parts.columns_of(columns, schemas.QUARANTINE_SCHEMA)

@@ -12,6 +12,7 @@ from retrotool import engine, sources
 from retrotool.chunk import field_warnings
 from retrotool.chunk.chunk_plan import (
     Wanted,
+    changed_inputs,
     commit_plan,
     known_findings,
     may_be_fast,
@@ -22,7 +23,6 @@ from retrotool.chunk.chunk_plan import (
 from retrotool.chunk.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
 from retrotool.chunk.max_bad import NO_LIMIT, MaxBad
-from retrotool.chunk.retry_plan import commit_retry
 from retrotool.chunk.stage import ChunkStage
 from retrotool.chunk.withdraw import go_on_exactly
 from retrotool.errors import UsageError
@@ -73,20 +73,17 @@ def chunk(
     *,
     tokenizer: str | None = None,
     chunk_length: int | None = None,
-    retry_quarantine: bool = False,
     options: ChunkOptions | None = None,
     **changes: Any,
 ) -> ChunkResult:
-    """Chunk inputs into a store, making it if there is none.
+    """Chunk inputs into a store, making it if there is none; without inputs, finish what was begun before.
 
     ``changes`` are fields of ``ChunkOptions``. With more than one worker, a script must call this below
     ``if __name__ == "__main__":``, as processes are spawned.
     """
     chosen = check_options(replace(options or ChunkOptions(), **changes))
-    if not inputs and not retry_quarantine:
-        raise UsageError(
-            "no input was given", "Name files or folders, or retry what was set aside: --retry-quarantine."
-        )
+    if not inputs and not _has_unfinished(Path(root)):
+        raise UsageError("no input was given, and nothing is left unfinished", "Name files or folders.")
     # Before anything is made: what can't be read must leave nothing behind.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
     store, loaded = open_or_create(Path(root), tokenizer, chunk_length)
@@ -100,19 +97,16 @@ def chunk(
         plans = list(unfinished_plans(store.state))
         _tell_begun(store, run, plans, files, chosen)
         known = 0
-        if retry_quarantine:
-            # Only when nothing is open any more it is known what the store has of an input.
-            _work(store, run, plans, replace(chosen, max_bad=NO_LIMIT), skip_changed=True)
-            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
-            retried = commit_retry(
-                store, run, max_document=chosen.fields.max_document, allow_purged=chosen.allow_purged
-            )
-            if not retried and not plans:  # an open plan may be the retry that was interrupted
-                chosen.note("No input that rows were set aside of has changed since: nothing was taken up again.")
-            plans += retried
+        changed: frozenset[str] = frozenset()
         if files:
             findings = _findings(store, files, loaded, chosen)
             wanted = Wanted(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
+            if chosen.add_changed:
+                changed = frozenset(file.path for file in changed_inputs(store, files, wanted))
+            if changed and plans:
+                # What the store has of an input is known once no plan is open.
+                _work(store, run, plans, replace(chosen, max_bad=NO_LIMIT), changed)
+                repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
             plan, known = commit_plan(store, run, files, wanted)
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
@@ -121,10 +115,14 @@ def chunk(
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
         clear_spool(store, run, spooled)
-    result = result_of(store, plans, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
+    result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
     field_warnings.tell_names(result, files, chosen.note)
     field_warnings.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
     return result
+
+
+def _has_unfinished(root: Path) -> bool:
+    return (root / "store.json").exists() and bool(unfinished_plans(Store.open(root).state))
 
 
 def _tell_begun(
@@ -239,9 +237,11 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _work(store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, *, skip_changed: bool = False) -> str:
-    """Work all units; why it stopped before, or ""."""
-    stage = ChunkStage(options.skip_missing, skip_changed, options.check)
+def _work(
+    store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, changed: frozenset[str] = frozenset()
+) -> str:
+    """Work all units; why it stopped before, or "". ``changed``: inputs that will be read again."""
+    stage = ChunkStage(options.skip_missing, changed, options.check)
     while True:
         watch = _Watch(store, plans, options.max_bad)
         if (reason := watch.reason()) and unfinished_units(store):

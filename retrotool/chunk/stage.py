@@ -4,7 +4,7 @@ A task is a unit of a committed plan: it reads its pieces, tokenises in batches,
 last one zero-padded) and closes a part at the first document end after ``part_size`` chunks. Reading and
 decompressing go ahead in one thread, Parquet is written in another. Rows that can't be read go to quarantine, and
 documents on the block list are left out. Documents that repeat are found when the plan is finished, see
-``duplicates``. Memory: a few batches, the documents' columns of a part, and the longest document.
+``deduplicate``. Memory: a few batches, the documents' columns of a part, and the longest document.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from retrotool import sources
 from retrotool.chunk import chunker
 from retrotool.chunk.chunk_plan import EXPANSION, Piece, Plan, known_findings, open_plans, read_plan
 from retrotool.chunk.chunker import Tokens
+from retrotool.chunk.known_documents import KnownDocuments, purged_chunks
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
-from retrotool.chunk.retry import Prefix, Row, rows_again
 from retrotool.engine.stage import Report, Task, task_key
 from retrotool.errors import ErasedError, InputError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
-from retrotool.store import staging
+from retrotool.store import parts, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
@@ -35,6 +38,9 @@ from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
 _EXCERPT = 200
+Row = Document | SetAside
+Flags = npt.NDArray[np.bool_]
+
 GIVEN_UP = "given up"
 """How the reason begins for an input that is not in the store and may be added later."""
 
@@ -43,13 +49,13 @@ GIVEN_UP = "given up"
 class ChunkStage:
     """The units of all unfinished plans.
 
-    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``skip_changed``: only those
-    that changed, as they are taken up again as they are now. Else that is an error. ``check``: the share of documents
-    whose tokens are compared with those of ``tokenizers``.
+    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``changed``: paths of inputs
+    of which only a change is set aside, as they are read again. Else that is an error. ``check``: the share of
+    documents whose tokens are compared with those of ``tokenizers``.
     """
 
     skip_missing: bool = False
-    skip_changed: bool = False
+    changed: frozenset[str] = frozenset()
     check: float = 0.001
     name: str = "chunk"
     unit: str = "B"
@@ -154,22 +160,22 @@ class _Unit:
         self._store, self._plan, self._encoder, self._blocked = store, plan, encoder, blocked
         self._writer, self._report = writer, report
         self.bad = Quarantine()
-        self.counts = {"blocked": 0, "keys_cut": 0, "compared": -encoder.compared, "exact": -encoder.judged}
+        self._known: tuple[int, KnownDocuments | None] = (-1, None)
+        self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut"), 0)
+        self.counts |= {"compared": -encoder.compared, "exact": -encoder.judged}
 
     def chunk(self, piece: Piece, stage: ChunkStage) -> None:
         """Read a piece to its end."""
         file = self._plan.files[piece.file]
         weight = piece.weight
         self.bad.open(file.path)
-        # Only what was read whole, for the first time, has a beginning that a mended file can go on behind.
-        whole = piece.where == sources.WHOLE and piece.file not in self._plan.retries
-        prefix = Prefix()
+        known = self._known_documents(piece.file)
         done = characters = 0
-        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, stage)):
+        for batch in _batches(_rows(self._plan, piece, self.bad, stage)):
             if isinstance(batch, SetAside):
-                self.bad.append(batch, prefix.documents, prefix.digest() if whole else None)
+                self.bad.append(batch)
                 continue
-            self._add(file.name, batch, prefix)
+            self._add(file.name, batch, known)
             characters += sum(len(document.text) for document in batch)
             # How far it has come in a compressed file can only be guessed.
             ahead = min(weight, int(characters / EXPANSION.get(file.compression or file.base, 1.0)))
@@ -182,20 +188,41 @@ class _Unit:
             except InputError:
                 self.bad.forget_lines()  # damaged before this slice: the offsets still tell the places
 
-    def _add(self, name: str, batch: list[Document], prefix: Prefix) -> None:
+    def _known_documents(self, file: int) -> KnownDocuments | None:
+        """Documents that the store has of a file that is read again."""
+        plans = self._plan.read_before.get(file)
+        if plans is None:
+            return None
+        if self._known[0] != file:
+            without = purged_chunks(self._store) if self._plan.allow_purged else None
+            self._known = (file, KnownDocuments(self._store, self._plan.files[file].name, plans, without))
+        return self._known[1]
+
+    def _add(self, name: str, batch: list[Document], known: KnownDocuments | None) -> None:
         hashes = [(chunker.id_hash(document.id), chunker.text_hash(document)) for document in batch]
-        prefix.add(hashes)
-        if self._blocked is not None:
+        if known is not None:
+            batch, hashes = self._leave_out("known_documents", known.hold(hashes), batch, hashes)
+        if self._blocked is not None and batch:
             held = self._blocked.holds([d.id for d in batch], [text for _, text in hashes])
-            self.counts["blocked"] += int(held.sum())
-            hashes = [pair for pair, left_out in zip(hashes, held, strict=True) if not left_out]
-            batch = [document for document, left_out in zip(batch, held, strict=True) if not left_out]
-            if not batch:
-                return
+            batch, hashes = self._leave_out("blocked", held, batch, hashes)
+        if not batch:
+            return
         own = self._store.identity
         found = chunker.tokenise(batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
+        if self._blocked is not None and found.documents:
+            # Another text can have the same tokens.
+            held = self._blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
+            self.counts["blocked"] += int(held.sum())
+            found = found.without(held) if held.any() else found
         if found.documents:
             self._write(name, found, hashes)
+
+    def _leave_out(
+        self, count: str, held: Flags, batch: list[Document], hashes: list[tuple[bytes, bytes]]
+    ) -> tuple[list[Document], list[tuple[bytes, bytes]]]:
+        self.counts[count] += int(held.sum())
+        left = np.flatnonzero(~held).tolist()
+        return [batch[i] for i in left], [hashes[i] for i in left]
 
     def count_tokenised(self) -> None:
         """Count the documents whose tokens were compared, and those that only the slow tokenizer did."""
@@ -208,18 +235,18 @@ class _Unit:
     def _write(self, name: str, found: Tokens, hashes: list[tuple[bytes, bytes]]) -> None:
         if found.kept is not None:
             hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
-        self.counts["keys_cut"] += found.keys_cut
+        self.counts["keys_cut"] += 0 if found.cut is None else int(found.cut.sum())
         self._writer.add(name, found, hashes)
 
 
-def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
+def _rows(plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
     """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
     file = plan.files[piece.file]
     given_up = stage.skip_missing
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
-        given_up |= stage.skip_changed
+        given_up |= file.path in stage.changed
     except OSError as error:
         problem = error.strerror or str(error)
     if problem and given_up:
@@ -230,11 +257,7 @@ def _rows(store: Store, plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkS
             f"{file.path}: {problem}",
             "Bring it back as it was and run the same command again, or give it up with --skip-missing.",
         )
-    retry = plan.retries.get(piece.file)
-    rows = (
-        sources.read(file, plan.fields, piece.where) if retry is None else rows_again(store, file, plan.fields, retry)
-    )
-    for row in rows:
+    for row in sources.read(file, plan.fields, piece.where):
         if isinstance(row, SetAside) and not row.damage:
             bad.append(row)
         else:

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from retrotool.chunk.chunk_plan import read_plan, unfinished_plans, write_plan
-from retrotool.chunk.retry import parts_of
+from retrotool.chunk.chunk_plan import parts_of, read_plan, unfinished_plans, write_plan
 from retrotool.errors import ErasedError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
@@ -71,7 +70,6 @@ def _draft(store: Store, run: Run, state: State, why: str) -> Draft | None:
             "parts": 0,
             "done": 0,
             "withdrawn": record.get("withdrawn", 0) + len(withdrawn),
-            "forgiven": {},
         }
     if totals:
         records["totals"] = totals
@@ -103,7 +101,7 @@ def _files_of(state: State, withdrawn: list[int]) -> list[str]:
     """Every file of some parts, and the index shards that hold vectors of them."""
     slots = {part_slot(part) for part in withdrawn}
     found = []
-    for kind in ("documents", "keys", "chunks", "embeddings", "neighbours"):
+    for kind in ("documents", "chunks", "embeddings", "neighbours"):
         for name in state.names(kind):
             group = state.group(kind, name)
             found += [entry.path for slot in slots if (entry := group.get(slot)) is not None]

@@ -5,11 +5,27 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from retrotool.errors import UsageError
+
+
+def opt(
+    help: str,  # noqa: A002  as typer has it
+    *names: str,
+    metavar: str | None = None,
+    panel: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Return an option of typer with its help; ``least`` and ``most`` bound a number.
+
+    ``names`` are by default "--" and the parameter's name. The default value is shown, unless it is None or False.
+    """
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most)
+
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of the store.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

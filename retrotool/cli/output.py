@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ import typer
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
+_WIDTH = 100
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 """What would move the cursor, colour the terminal or turn the direction of text: documents are hostile."""
@@ -92,16 +93,16 @@ def _all_printable(value: Any) -> Any:
     return [_all_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Rows as columns of equal width; numbers to the right."""
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, right: Collection[int] = ()) -> str:
+    """Return rows as columns of equal width; numbers, and the columns ``right``, are set to the right."""
     cells = [[_cell(value) for value in row] for row in ([header] if header else []) + [list(row) for row in rows]]
     if not cells:
         return ""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    right = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(widths))]
+    to_right = [i in right or (bool(rows) and isinstance(rows[0][i], int | float)) for i in range(len(widths))]
     lines = []
     for row in cells:
-        columns = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        columns = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)]
         lines.append("  " + "  ".join(columns).rstrip())
     return "\n".join(lines)
 
@@ -114,9 +115,57 @@ def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+class Paragraph:
+    """Text of documents to lay out in lines: white space is a space, and controls are shown as escapes.
+
+    ``indent`` columns are left free before the first line, and ``after`` before the others.
+    """
+
+    def __init__(self, indent: int, after: int) -> None:
+        from rich.text import Text
+
+        self.text, self.indent, self.after = Text(), indent, after
+
+    def append(self, text: str, style: str = "") -> None:
+        """Add some text, in a style of rich such as "bold yellow"."""
+        self.text.append(one_line(text), style)
+
+
+def paragraph(*fields: str, indent: int = 0, after: int | None = None, style: str = "") -> Paragraph:
+    """Return a paragraph of fields in one style, two spaces apart; ``after`` is as ``indent`` by default."""
+    made = Paragraph(indent, indent if after is None else after)
+    made.text.append("  ".join(map(one_line, fields)), style)
+    return made
+
+
+def laid_out(paragraphs: Iterable[Paragraph]) -> str:
+    """Return paragraphs in lines of 100 columns, with their styles where stdout is a terminal that has colours."""
+    from rich.console import Console
+
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    console = Console(force_terminal=colours, color_system="standard" if colours else None)
+    with console.capture() as captured:
+        for one in paragraphs:
+            for i, line in enumerate(one.text.wrap(console, _WIDTH - max(one.indent, one.after))):
+                line.pad_left(one.after if i else one.indent)
+                console.print(line, soft_wrap=True)
+    return captured.get().removesuffix("\n")
+
+
 def count(n: int, what: str) -> str:
     """``1 part``, ``2 parts``."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def scaled(n: float, unit: str = "") -> str:
+    """Return a number in three digits: ``1.75T``; before a unit such as `` B/s``, ``21.5 MB/s``."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if n < 999.5 or prefix == "P":
+            break
+        n /= 1000
+    digits = f"{n:,.0f}" if n >= 99.95 else f"{n:.3g}"
+    space = " " if unit.startswith(" ") else ""
+    return f"{digits}{space}{prefix}{unit.lstrip()}"
 
 
 def size(n: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,10 +51,7 @@ def written(file: str | Path) -> Iterator[Path]:
 
 
 def _is_ours(name: object, scratch: Path) -> bool:
-    """Whether an error names ``scratch``, its folder, or a temporary file in it, of which a user knows nothing."""
+    """Whether an error names ``scratch`` or its folder, of which a user knows nothing."""
     if not isinstance(name, str | bytes):
         return False
-    path, folder = Path(os.fsdecode(name)).absolute(), scratch.absolute().parent
-    return path in (scratch.absolute(), folder) or (
-        path.parent == folder and path.name.startswith(tempfile.gettempprefix())
-    )
+    return Path(os.fsdecode(name)).absolute() in (scratch.absolute(), scratch.absolute().parent)

@@ -1,7 +1,7 @@
 """A store seen as a database to search: what of it can be searched, where its documents are, its copies.
 
 Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped. A query's own document costs its
-part's documents; across stores, or where documents of one id were kept, a join over all ``keys/`` files.
+part's documents; across stores, or where documents of one id were kept, a join over the keys of all documents.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def may_repeat(store: Store) -> bool:
 def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstones) -> Excluded:
     """The chunks of the documents that have ``keys`` (nulls: of nobody), as intervals, one of ``Excluded`` a key.
 
-    Documents of which nothing is living are left out: they are never found. Reads all ``keys/`` files of the database,
-    one at a time, and the documents of the parts that have any.
+    Documents of which nothing is living are left out: they are never found. Reads the keys of all documents of the
+    database, one part at a time, and the places of those that are found.
     """
     coded = keys.cast(pa.binary()).combine_chunks().dictionary_encode()
     if isinstance(coded, pa.ChunkedArray):
@@ -160,13 +160,13 @@ def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstone
     codes = coded.indices.fill_null(-1).to_numpy().astype(np.int64)
     found = [np.zeros((3, 0), np.int64)]
     for part in database.state.parts():
-        table = parts.read_parquet(database, parts.part_entry(database, "keys", part), ["key", "doc"])
-        place = pc.index_in(table["key"].cast(pa.binary()), value_set=coded.dictionary)
+        held = parts.read_documents(database, part, ["key"])["key"].cast(pa.binary())
+        place = pc.index_in(held, value_set=coded.dictionary)
         hit = place.is_valid()
         document = place.filter(hit).to_numpy().astype(np.int64)
         if not len(document):
             continue
-        theirs = parts.read_documents(database, part, ["first_row", "n_chunks"]).take(table["doc"].filter(hit))
+        theirs = parts.read_documents(database, part, ["first_row", "n_chunks"]).filter(hit)
         low = parts.chunk_ids(part, theirs["first_row"].to_numpy())
         high = low + theirs["n_chunks"].to_numpy() - 1
         purged = np.searchsorted(tombstones.ids, high, side="right") - np.searchsorted(tombstones.ids, low)
@@ -212,12 +212,12 @@ def erased_chunks(store: Store) -> Tombstones:
 
 
 def last_change(store: Store) -> tuple[int, str]:
-    """Number and SHA-256 of a view's newest commit that is more than a note of who uses the store.
+    """Number and SHA-256 of a view's newest commit that is more than a record of a dependent store.
 
-    Such notes are made by searching it. A copy that has none of them is the same database.
+    Such records are made by searching it. A copy that has none of them is the same database.
     """
     number, head = store.state.number, store.state.head
-    while (commit := log.read(store.root, number)) is not None and "consumer" in commit.settings:
+    while (commit := log.read(store.root, number)) is not None and "dependent" in commit.settings:
         number, head = commit.number - 1, commit.parent
     return number, head
 

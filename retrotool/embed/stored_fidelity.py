@@ -18,7 +18,7 @@ import numpy.typing as npt
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
 from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder, Fidelity, Rows, compare
-from retrotool.encoder.rows import concatenate
+from retrotool.encoder.batches import concatenate
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store

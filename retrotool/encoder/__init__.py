@@ -7,11 +7,11 @@ from those of ``transformers`` in float32. The BERT family runs through a forwar
 
 from __future__ import annotations
 
+from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import find_devices
 from retrotool.encoder.encoder import Encoder
 from retrotool.encoder.fidelity import Fidelity, compare, cosines
 from retrotool.encoder.identity import EncoderIdentity, find_encoder, plain_name
-from retrotool.encoder.rows import Rows
 
 __all__ = [
     "Encoder",

@@ -28,9 +28,10 @@ import numpy.typing as npt
 
 from retrotool import interrupts
 from retrotool.encoder import devices
+from retrotool.encoder.batches import Rows, batches
 from retrotool.encoder.identity import check_model, hash_model, longest_row
-from retrotool.encoder.rows import Rows, batches
 from retrotool.errors import AbortError, RetrotoolError, UsageError
+from retrotool.ranges import positions_within
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -227,5 +228,5 @@ def _windows(lengths: npt.NDArray[np.int64], room: int) -> tuple[npt.NDArray[np.
     """Tokens of the windows that rows are cut into, ``room`` at most, [w]; and which is the first of each row, [n]."""
     count = np.maximum(-(-lengths // room), 1)
     first = np.cumsum(count) - count
-    place = np.arange(int(count.sum())) - np.repeat(first, count)
+    place = positions_within(count)
     return np.minimum(np.repeat(lengths, count) - place * room, room), first

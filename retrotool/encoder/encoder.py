@@ -25,9 +25,9 @@ from tqdm import tqdm
 from retrotool.encoder import devices
 from retrotool.encoder.ahead import ahead
 from retrotool.encoder.architecture import NotPackedError
+from retrotool.encoder.batches import Rows, batches
 from retrotool.encoder.fidelity import cosines
 from retrotool.encoder.identity import find_encoder, read_config
-from retrotool.encoder.rows import Rows, batches
 from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 

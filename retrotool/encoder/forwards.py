@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 
 from retrotool.encoder.architecture import Architecture, architecture_of, read_weights
+from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.encoder.identity import EncoderIdentity
 from retrotool.encoder.packed import Layer, PackedBert
-from retrotool.encoder.rows import Rows
 from retrotool.errors import UsageError
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]

@@ -200,8 +200,6 @@ def _text(result: IndexResult) -> str:
         lines.append(output.table(rows, ("source", "recall@10", "±", "queries")))
         if len(sources) > _SOURCES:
             lines.append(f"and {output.count(len(sources) - _SOURCES, 'smaller source')}, see --json")
-    if result.page and len(result.curve) > 1:
-        lines.append(f"As a picture: {result.page}")
     if result.due:
         lines.append(f"Training anew is due: {result.due}. Next:\n  {result.retrain}")
     return "\n".join(lines)

@@ -32,8 +32,8 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
 _SHARD = "shard-"
-RECALL, PAGE = "recall", "recall-curve"
-"""Slots of what was measured, as JSON and as a page to look at."""
+RECALL = "recall"
+"""Slot of what was measured."""
 DEFAULT = "default_index"
 """Key of the record that names the index to take where none is named."""
 
@@ -84,16 +84,16 @@ def all_shards(state: State, name: str) -> dict[str, FileEntry]:
 
 
 def measured_files(state: State, name: str) -> list[str]:
-    """Paths of what was measured of an index: the curve, and its picture."""
-    found = (state.file("index", slot, name) for slot in (RECALL, PAGE))
-    return [entry.path for entry in found if entry is not None]
+    """Return the path of what was measured of an index, if there is any."""
+    entry = state.file("index", RECALL, name)
+    return [entry.path] if entry is not None else []
 
 
 def measured_whole(store: Store, name: str) -> bool:
     """Whether what was measured of an index is there as the log says."""
-    found = [store.state.file("index", slot, name) for slot in (RECALL, PAGE)]
+    entry = store.state.file("index", RECALL, name)
     try:
-        return all(entry is not None and atomic.file_sha256(store.path(entry)) == entry.sha256 for entry in found)
+        return entry is not None and atomic.file_sha256(store.path(entry)) == entry.sha256
     except CorruptError:
         return False
 

@@ -11,7 +11,6 @@ from retrotool.embed.counting import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts
 from retrotool.errors import CorruptError
 from retrotool.index.index_files import (
-    PAGE,
     RECALL,
     count_lacking,
     encoder_of,
@@ -69,7 +68,6 @@ class IndexResult:
     share: float
     rate: float
     commit: int
-    page: str = ""
     due: str = ""
     retrain: str = ""
     drift: Drift | None = None
@@ -94,7 +92,7 @@ def describe(
     lacking = count_lacking(store, name)
     todo = [embed_command(store, root, encoder)] if left else []
     todo += [command_line("index", root, name=name)] if left or lacking else []
-    measured, page = state.file("index", RECALL, name), state.file("index", PAGE, name)
+    measured = state.file("index", RECALL, name)
     content = _read_measured(store, measured, name) if measured is not None else {}
     about = (entry.about or {}) if (entry := trained_entry(state, name)) is not None else {}
     shown: dict[str, Any] = dict.fromkeys(_SHOWN, 0) | {
@@ -111,7 +109,7 @@ def describe(
         name=name, added=0 if before is None else now - before, shards=len(entries),
         index_bytes=sum(entry.bytes for entry in entries.values()),
         embedding_bytes=sum(entry.bytes for entry in embedded if entry is not None), commit=state.number,
-        page=str(Path(root) / page.path) if page is not None else "", drift=drift(state, name),
+        drift=drift(state, name),
         retrain=f"{command_line('index', root, name=name)} --retrain",
         curve=tuple(Recall(**point) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},

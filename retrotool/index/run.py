@@ -35,7 +35,7 @@ from retrotool.index.index_files import (
     trained_entry,
 )
 from retrotool.index.index_result import IndexResult, describe
-from retrotool.index.measuring import measure_until_committed
+from retrotool.index.measure_recall import measure_until_committed
 from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on
@@ -182,7 +182,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
 
         def build(state: State) -> Draft:
             group = state.group("index", name)
-            gone[:] = [entry for slot in group if (entry := group.get(slot)) is not None]
+            gone[:] = group.entries()
             records: dict[str, Any] = {key: None for key in (index_key(name),) if key in state.records}
             if state.records.get(DEFAULT) == name:
                 records[DEFAULT] = None

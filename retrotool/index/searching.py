@@ -38,7 +38,7 @@ from retrotool.index.index_files import (
 from retrotool.index.source_filter import AllowedChunks, probes
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import PART_SHIFT
+from retrotool.store.ids import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -101,14 +101,14 @@ class Vectors:
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Vectors, float16 [n, d], of ascending chunk ids; ``CorruptError`` for one that is nobody's."""
         found = []
-        numbers = ids >> PART_SHIFT
+        numbers = part_of(ids)
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
             part = int(numbers[start])
             if part < 0 or self._store.state.part_file("chunks", part) is None:
                 raise self._nobody(int(ids[start]))
             vectors = self._part(part)
-            rows = ids[start:stop] - (part << PART_SHIFT)
+            rows = row_of(ids[start:stop])
             if rows[-1] >= len(vectors):
                 raise self._nobody(int(ids[stop - 1]))
             found.append(vectors[rows])

@@ -26,11 +26,9 @@ from retrotool.ann.lists import Ids, SomeLists
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained
 from retrotool.store import parts
-from retrotool.store.parts import PART_SHIFT
+from retrotool.store.ids import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
-
-_ROWS = (1 << PART_SHIFT) - 1
 
 
 class AllowedChunks:
@@ -55,7 +53,7 @@ class AllowedChunks:
 
     def contains(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Which chunks of the store are allowed, bool [n]."""
-        place = self._first[ids >> PART_SHIFT] + (ids & _ROWS)
+        place = self._first[part_of(ids)] + row_of(ids)
         found: npt.NDArray[np.bool_] = (self._bits[place >> 3] << (place & 7) & 0x80) > 0
         return found
 

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann import product
+from retrotool.ann import product_quantizer
 from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, Choice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.errors import CorruptError
-from retrotool.store import parts
+from retrotool.store.ids import join_id
 from retrotool.store.store import Store
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Training:
 
 def sample_size(n: int, choice: Choice, memory: int | None) -> int:
     """Vectors to train on."""
-    most = max(SAMPLES_A_LIST * choice.nlist, product.SAMPLE)
+    most = max(SAMPLES_A_LIST * choice.nlist, product_quantizer.SAMPLE)
     if memory is not None:
         most = min(most, max(memory // (4 * choice.d), choice.nlist))
     return min(n, most)
@@ -73,8 +73,8 @@ def sample_size(n: int, choice: Choice, memory: int | None) -> int:
 def _code_sample(choice: Choice, memory: int | None) -> int:
     """Vectors to learn codes from; as float32, and three times over, they take a quarter of the memory."""
     if memory is None:
-        return product.SAMPLE
-    return min(product.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
+        return product_quantizer.SAMPLE
+    return min(product_quantizer.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
 
 
 def build_seconds(choice: Choice, n: int, sample: int, device: str = "cpu") -> float:
@@ -121,7 +121,7 @@ def train(
     residuals.sub_(centroids[assigned])
     rotation = None
     if choice.rotated:
-        rotation = product.train_rotation(residuals, choice.pieces, choice.rotated, seed=_SEED)
+        rotation = product_quantizer.train_rotation(residuals, choice.pieces, choice.rotated, seed=_SEED)
         residuals, centroids = residuals @ rotation.T, centroids @ rotation.T
     codec = _codec(choice, residuals)
     shares = torch.bincount(assigned, minlength=choice.nlist).double() / len(assigned)
@@ -150,7 +150,7 @@ def _whole(choice: Choice) -> Whole:
 
 def _codec(choice: Choice, residuals: torch.Tensor) -> Codec:
     if choice.pieces:
-        return Product(product.train_product(residuals, choice.pieces, seed=_SEED).cpu().numpy())
+        return Product(product_quantizer.train_product(residuals, choice.pieces, seed=_SEED).cpu().numpy())
     return Scalar.train(residuals) if choice.code == "sq8" else _whole(choice)
 
 
@@ -179,6 +179,6 @@ def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows
     if not finite.all():
         row = int(rows[int(np.argmin(finite))])
         raise CorruptError(
-            f"the vector of chunk {(part << parts.PART_SHIFT) + row} (part {part}, row {row}) is not finite",
+            f"the vector of chunk {join_id(part, row)} (part {part}, row {row}) is not finite",
             f"Embed the store under another name, with --name, and index that; or see: retrotool verify {store.root}",
         )

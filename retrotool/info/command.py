@@ -52,9 +52,9 @@ def _text(info: Info) -> str:
         lacking = f"; lacks {output.count(index['lacking'], 'chunk')} taken back" if "lacking" in index else ""
         lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}{lacking}")
     lines += [f"  neighbours  {name}: {_neighbours(info, name)}" for name in info.neighbours]
-    for one in info.consumers:
-        gone = "" if one["there"] else "; it is not there now"
-        lines.append(f"  used by     {one['path']}, neighbours {one['table']}, since {one['since'][:10]}{gone}")
+    for one in info.dependents:
+        lines.append(f"  used by     {one.path}, neighbours {one.table}, since {one.since[:10]}")
+        lines.append(f"              brought up to date by: {one.command}")
     if info.purged:
         lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, of purges and duplicate documents")
     lines += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from retrotool.embed.search_scope import count_living_keys
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import count_lacking, read_trained, shards, trained_entry
 from retrotool.info.corpus_statistics import Shape, shape_of
-from retrotool.neighbours.dependents import consumers
+from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.neighbours.materialised import current_file
 from retrotool.neighbours.neighbour_filters import Filters
 from retrotool.neighbours.neighbour_options import named
@@ -39,8 +39,8 @@ ATTEMPTS = 5
 class Info:
     """What is in a store. Current files are listed with paths relative to it.
 
-    ``keys`` are the chunks that are searched by and for: all but the values of key-value records. ``consumers`` are
-    the stores that are known to have neighbours in this one; ``there``: whether they still are where they were.
+    ``keys`` are the chunks that are searched by and for: all but the values of key-value records. ``dependents``
+    are the stores that are recorded to have neighbours in this one.
     """
 
     path: str
@@ -66,7 +66,7 @@ class Info:
     quarantine: list[dict[str, Any]]
     unfinished: int
     shape: Shape
-    consumers: list[dict[str, Any]] = field(default_factory=list)
+    dependents: list[Dependent] = field(default_factory=list)
 
 
 def info(root: str | Path) -> Info:
@@ -109,7 +109,7 @@ def info(root: str | Path) -> Info:
         quarantine=_files(store, "quarantine"),
         unfinished=len(unfinished_plans(state)),
         shape=shape_of(store, tombstones),
-        consumers=[{**asdict(one), "there": one.open() is not None} for one in consumers(state)],
+        dependents=dependents(store),
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         return {name: {"path": entry.path} for name, entry in found.items() if entry is not None}
 
     described: dict[str, Any] = {"part": part}
-    for kind in ("documents", "keys", "chunks"):
+    for kind in ("documents", "chunks"):
         entry = state.file(kind, slot)
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
@@ -195,7 +195,7 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
 def _materialised(store: Store, name: str) -> dict[str, Any]:
     """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
     group = store.state.group("materialised", name)
-    entries = [entry for slot in group if (entry := group.get(slot)) is not None]
+    entries = group.entries()
     current = sum(current_file(store, name, int(slot)) is not None for slot in group) - count_behind(store, name)[1]
     k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)

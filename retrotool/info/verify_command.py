@@ -45,6 +45,7 @@ class Verified:
     neighbours: str
     materialised: str
     problems: list[str]
+    foreign: list[str]
 
 
 def command(
@@ -120,6 +121,9 @@ def _text(found: Verified) -> str:
         else "The store can't be opened: NOT well."
     ]
     lines += [f"  problem: {problem}" for problem in found.problems]
+    if found.foreign:
+        lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
+        lines += [f"    {output.one_line(path)}" for path in found.foreign]
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
     shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}
     width = max(map(len, shown), default=0) + 1

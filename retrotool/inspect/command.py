@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +11,12 @@ import typer
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, check_utf8
-from retrotool.cli.output import one_line
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.inspect.inspect_result import InspectResult, TableRead
+    from retrotool.cli.output import Paragraph
     from retrotool.inspect.inspected_rows import CommonRun, InspectedChunk, InspectedNeighbour
+    from retrotool.inspect.run import InspectResult, TableRead
     from retrotool.tokenizers.split import Split
 
 EPILOG = """\b
@@ -28,10 +25,6 @@ Examples:
   retrotool inspect store --document doc-7 -k 5
   retrotool inspect store --random 3 --seed 1 --json
   retrotool inspect store --random 1000 -k 10 --html neighbours.html"""
-
-_WIDTH = 100
-_HEAD, _BEGIN, _END = "\x01", "\x02", "\x03"
-"""While lines are made: before a heading, and two each around a run, where they become [[ and ]]. Texts have none."""
 
 
 def command(
@@ -75,17 +68,20 @@ def command(
 
 
 def _text(result: InspectResult) -> str:
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    text = output.laid_out(_paragraphs(result))
+    return f"{text}\nTo read and search: {output.visible(result.page)}" if result.page else text
+
+
+def _paragraphs(result: InspectResult) -> Iterator[Paragraph]:
     several = len(result.tables) > 1
-    lines = _wrapped(one_line(f"{result.store}, neighbours {result.name!r}: {result.chosen}.").split())
+    yield output.paragraph(f"{result.store}, neighbours {result.name!r}: {result.chosen}.")
     for table in result.tables:
-        lines += _wrapped(one_line(_table(table, several)).split(), "  ")
+        yield output.paragraph(_table(table, several), indent=2)
     if result.page:
-        lines += [*_wrapped(_figures(result).split()), f"To read and search: {result.page}"]
-    else:
-        for chunk in result.chunks:
-            lines += ["", *_chunk(chunk, several)]
-    return "\n".join(_marked_lines(lines, colours))
+        yield output.paragraph(_figures(result))
+    for chunk in result.chunks:
+        yield output.paragraph()
+        yield from _chunk(chunk, several)
 
 
 def _table(table: TableRead, several: bool) -> str:
@@ -104,37 +100,32 @@ def _figures(result: InspectResult) -> str:
     )
 
 
-def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[str]:
-    from retrotool.inspect.inspect_result import segments, why_none
-
+def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[Paragraph]:
     fields = [f"chunk {chunk.id}", *_from(chunk), output.count(chunk.n_tokens, "token")]
-    yield from (_HEAD + line for line in _wrapped(fields, "", "      ", gap="  "))
-    pieces = [(one_line(piece), bool(ranks)) for piece, ranks in segments(chunk)]
-    text = "".join(_run(piece) if marked else piece for piece, marked in pieces)
-    yield from _wrapped(text.replace(2 * _END + 2 * _BEGIN, "").split(), "   ")
+    yield output.paragraph(*fields, after=6, style="bold")
+    runs = groupby(chunk.segments(), lambda segment: bool(segment[1]))
+    yield _marked([("".join(text for text, _ in some), marked) for marked, some in runs], 3)
     for rank, near in enumerate(chunk.neighbours, 1):
         yield from _neighbour(near, rank, several)
     if not chunk.neighbours:
-        yield f"   ({why_none(chunk)})"
+        yield output.paragraph(f"({chunk.why_none()})", indent=3)
 
 
-def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[str]:
+def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[Paragraph]:
     fields = [f"{rank}. distance {near.distance:.4f}", f"chunk {near.id}", *_from(near)]
     if several:
-        fields.append(f"database {one_line(near.database)}")
-    yield from _wrapped(fields, "", "      ", gap="  ")
+        fields.append(f"database {near.database}")
+    yield output.paragraph(*fields, after=6)
     if near.common is not None and near.common.marked:
-        yield f"   {_position(near.common)}"
-    common = near.common
-    yield from _wrapped(_split(near.text, common.text if common else None, common).split(), "   ")
+        yield output.paragraph(_position(near.common), indent=3)
+    yield _cut(near.marked_text(), 3)
     if near.continuation is not None:
-        text = _split(near.continuation, common.continuation if common else None, common)
-        yield from _wrapped(["…", *text.split()], "     ")
+        yield _cut(near.marked_continuation(), 5, "… ")
 
 
 def _from(one: InspectedChunk | InspectedNeighbour) -> list[str]:
-    source = [f"source {one_line(one.source)}"] if one.source else []
-    return [f"document {one_line(one.document)}", *source, f"{one.index + 1:,} of {one.of:,}"]
+    source = [f"source {one.source}"] if one.source else []
+    return [f"document {one.document}", *source, f"{one.index + 1:,} of {one.of:,}"]
 
 
 def _position(common: CommonRun) -> str:
@@ -145,73 +136,13 @@ def _position(common: CommonRun) -> str:
     )
 
 
-def _split(text: str, split: Split | None, common: CommonRun | None) -> str:
-    from retrotool.inspect.inspect_result import trimmed
-
-    if split is None or common is None or not common.marked or not split.run:
-        return one_line(text)
-    cut = trimmed(split)
-    return one_line(cut.before) + _run(one_line(cut.run)) + one_line(cut.after)
+def _cut(split: Split, indent: int, before: str = "") -> Paragraph:
+    return _marked([(before + split.before, False), (split.run, bool(split.run)), (split.after, False)], indent)
 
 
-def _run(text: str) -> str:
-    return f"{2 * _BEGIN}{text}{2 * _END}"
-
-
-def _wrapped(words: Iterable[str], indent: str = "", after: str | None = None, gap: str = " ") -> list[str]:
-    """Lines of at most ``_WIDTH`` columns; ``after``: the indent of all but the first, if it is another one."""
-    after = indent if after is None else after
-    lines, line, bare = [], indent, True
-    room = _WIDTH - max(len(indent), len(after))
-    for word in words:
-        for piece in _pieces(word, room):
-            if not bare and _columns(line) + len(gap) + _columns(piece) > _WIDTH:
-                lines.append(line)
-                line, bare = after, True
-            line += piece if bare else f"{gap}{piece}"
-            bare = False
-    return [*lines, line.rstrip()]
-
-
-def _pieces(word: str, room: int) -> Iterator[str]:
-    """A word, or as much of it at a time as there is room for."""
-    if _columns(word) <= room:
-        yield word
-        return
-    piece, used = "", 0
-    for character in word:
-        width = _columns(character)
-        if used + width > room:
-            yield piece
-            piece, used = "", 0
-        piece, used = piece + character, used + width
-    yield piece
-
-
-def _columns(text: str) -> int:
-    """How many columns a terminal gives a text: two for the wide characters of East Asia, none for combining ones."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
-
-
-def _marked_lines(lines: Iterable[str], colours: bool) -> Iterator[str]:
-    """Lines with [[ and ]] around runs, which go on from line to line; headings and runs in colour, too."""
-    inside = False
-    for line in lines:
-        if line.startswith(_HEAD):
-            yield typer.style(line[1:], bold=True) if colours else line[1:]
-            continue
-        shown = []
-        for piece in re.split(f"([{_BEGIN}{_END}]+)", line):
-            edge = piece[:1] in (_BEGIN, _END) and piece != ""
-            text = piece.replace(_BEGIN, "[").replace(_END, "]")
-            shown.append(_coloured(text) if colours and text.strip() and (inside or edge) else text)
-            inside = piece[:1] == _BEGIN if edge else inside
-        yield "".join(shown)
-
-
-def _coloured(text: str) -> str:
-    indent = text[: len(text) - len(text.lstrip())]
-    return indent + typer.style(text.lstrip(), fg="yellow", bold=True)
+def _marked(pieces: Iterable[tuple[str, bool]], indent: int) -> Paragraph:
+    """Put [[ and ]] around the pieces of a text that are marked, and show them in colour."""
+    shown = output.paragraph(indent=indent)
+    for text, marked in pieces:
+        shown.append(f"[[{text}]]" if marked else text, "bold yellow" if marked else "")
+    return shown

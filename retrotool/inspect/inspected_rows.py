@@ -1,6 +1,6 @@
 """Chunks and their neighbours to look at: texts, where they are from, and what they have in common word for word.
 
-Of a chunk and a neighbour with its continuation the longest common run of tokens is found (``stages.overlap``), and
+Of a chunk and a neighbour with its continuation the longest common run of tokens is found (``token_overlap``), and
 the texts are cut around it. Chunks in different tokens can't be compared, nor chunks of more than 64 tokens.
 
 Cost: the row groups and documents that hold the neighbours of a block, each once a block; some 20,000 neighbours a
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,18 @@ class InspectedNeighbour:
     continuation: str | None
     common: CommonRun | None
 
+    def marked_text(self) -> Split:
+        """Return the text cut around the run, if that is marked: otherwise all of it comes before an empty run."""
+        return self._cut(self.text, self.common.text if self.common is not None else None)
+
+    def marked_continuation(self) -> Split:
+        """Return the continuation, cut like the text; empty if there is none."""
+        return self._cut(self.continuation or "", self.common.continuation if self.common is not None else None)
+
+    def _cut(self, text: str, split: Split | None) -> Split:
+        marked = self.common is not None and self.common.marked
+        return _trimmed(split) if marked and split is not None and split.run else Split(text, "", "")
+
 
 @dataclass(frozen=True, slots=True)
 class InspectedChunk:
@@ -88,6 +101,29 @@ class InspectedChunk:
     key: bool
     text: str
     neighbours: tuple[InspectedNeighbour, ...]
+
+    def longest_run(self) -> int:
+        """Return the tokens of the longest run in common with a neighbour; 0 where none can be compared."""
+        return max((near.common.tokens for near in self.neighbours if near.common is not None), default=0)
+
+    def why_none(self) -> str:
+        """Return why there are no neighbours, as a sentence."""
+        if not self.key:
+            return f"No key: a value of a key-value record is never searched. Its key is chunk {self.id - self.index}."
+        return "No neighbours: none was found, or those that were saved are purged."
+
+    def segments(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the text in pieces, each with the ranks, from 1, of the neighbours whose marked run it is part of."""
+        spans = list(self._spans())
+        cuts = sorted({0, len(self.text), *(cut for _, low, high in spans for cut in (low, high))})
+        for low, high in pairwise(cuts):
+            yield self.text[low:high], tuple(rank for rank, start, stop in spans if start <= low and high <= stop)
+
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        for rank, near in enumerate(self.neighbours, 1):
+            if near.common is not None and near.common.marked and near.common.chunk.run:
+                split = _trimmed(near.common.chunk)
+                yield rank, len(split.before), len(split.before) + len(split.run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +245,15 @@ class Inspector:
             )
             for i in range(len(rows))
         ]  # fmt: skip
+
+
+def _trimmed(split: Split) -> Split:
+    """Move white space at the ends of a run out of it, unless there is nothing else in it."""
+    run = split.run.strip()
+    if not run or run == split.run:
+        return split
+    low = len(split.run) - len(split.run.lstrip())
+    return Split(split.before + split.run[:low], run, split.run[low + len(run) :] + split.after)
 
 
 def _tokenizer(store: Store) -> Tokenizer:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +12,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from retrotool import interrupts
+from retrotool.cli import pages
 from retrotool.cli.command_lines import table_command
 from retrotool.cli.result_file import check_file
 from retrotool.embed.search_scope import SearchableRows
 from retrotool.errors import ErasedError, UsageError
 from retrotool.index.index_files import index_key
-from retrotool.inspect.inspect_page import writing
-from retrotool.inspect.inspect_result import InspectResult, TableRead
 from retrotool.inspect.inspected_rows import MARKED_FROM, InspectedChunk, Inspector
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader
@@ -30,6 +28,8 @@ from retrotool.store.tombstones import read_tombstones
 
 _ATTEMPTS = 3
 """How often it begins, when other processes erase what it reads."""
+
+_BINS = 8
 
 Ids = npt.NDArray[np.int64]
 
@@ -42,6 +42,66 @@ class Choice:
     document: str | None = None
     random: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TableRead:
+    """A table that neighbours were read of, and the database that they are chunks of.
+
+    ``index`` is "" for exact search; ``recall_at_10`` is what was measured of it, None: nothing. ``comparable``:
+    whether tokens of the database can be compared with those of the query store.
+    """
+
+    name: str
+    database: str
+    weight: float
+    index: str
+    encoder: str
+    recall_at_10: float | None
+    comparable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InspectResult:
+    """What ``inspect`` shows: ``shown`` chunks, ``without`` neighbours or with some, ``neighbours`` in all.
+
+    ``marked`` chunks have a run of ``marked_from`` tokens or more in common with a neighbour. ``histogram`` counts
+    chunks by r, of their longest run, in eighths; r = 1 is with the last.
+    """
+
+    store: str
+    commit: int
+    name: str
+    chosen: str
+    k: int
+    tables: tuple[TableRead, ...]
+    chunk_length: int
+    marked_from: int
+    shown: int = 0
+    neighbours: int = 0
+    without: int = 0
+    marked: int = 0
+    farthest: float = 0.0
+    histogram: tuple[int, ...] = (0,) * _BINS
+    chunks: tuple[InspectedChunk, ...] = ()
+    page: str = ""
+
+    def adding(self, block: Sequence[InspectedChunk]) -> InspectResult:
+        """With the figures of some more chunks; the chunks themselves are not kept."""
+        histogram = list(self.histogram)
+        for chunk in block:
+            if chunk.neighbours:
+                histogram[min(int(chunk.longest_run() * _BINS / self.chunk_length), _BINS - 1)] += 1
+        distances = [near.distance for chunk in block for near in chunk.neighbours]
+        return replace(
+            self,
+            shown=self.shown + len(block),
+            neighbours=self.neighbours + len(distances),
+            without=self.without + sum(not chunk.neighbours for chunk in block),
+            marked=self.marked + sum(chunk.longest_run() >= self.marked_from for chunk in block),
+            farthest=max(self.farthest, *distances) if distances else self.farthest,
+            histogram=tuple(histogram),
+        )
 
 
 def inspect(
@@ -85,22 +145,32 @@ def _inspect(
         str(store.root), store.state.number, name, chosen, neighbours.k if k is None else k,
         tuple(_tables(neighbours, inspector)), store.identity.chunk_length, MARKED_FROM, page=str(page or ""),
     )  # fmt: skip
-    chunks: list[InspectedChunk] = []
-    with (
-        nullcontext() if page is None else writing(page) as writer,
-        tqdm(total=len(ids), unit="chunk", desc="inspect", disable=None, delay=2, file=sys.stderr) as bar,
-    ):
-        for block in inspector.blocks(ids):
-            interrupts.check()
-            result = result.adding(block)
-            if keep:
-                chunks += block
-            if writer is not None:
-                writer.write(block, len(result.tables) > 1)
-            bar.update(len(block))
-        if writer is not None:
-            writer.finish(result)
-    return replace(result, chunks=tuple(chunks))
+    blocks = _Blocks(inspector, ids, result, keep)
+    if page is None:
+        for _ in blocks:
+            pass
+    else:
+        pages.write(page, "inspect.html", blocks=blocks)
+    return replace(blocks.result, chunks=tuple(blocks.kept))
+
+
+class _Blocks:
+    """Chunks block by block, as they are found. Their figures are added to ``result`` one block at a time."""
+
+    def __init__(self, inspector: Inspector, ids: Ids, result: InspectResult, keep: bool) -> None:
+        self._inspector, self._ids, self._keep = inspector, ids, keep
+        self.result = result
+        self.kept: list[InspectedChunk] = []
+
+    def __iter__(self) -> Iterator[list[InspectedChunk]]:
+        with tqdm(total=len(self._ids), unit="chunk", desc="inspect", disable=None, delay=2, file=sys.stderr) as bar:
+            for block in self._inspector.blocks(self._ids):
+                interrupts.check()
+                self.result = self.result.adding(block)
+                if self._keep:
+                    self.kept += block
+                yield block
+                bar.update(len(block))
 
 
 def _tables(reader: NeighbourReader, inspector: Inspector) -> Iterator[TableRead]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   retrotool leakage database --evaluation training
-  retrotool leakage database --evaluation training --output leakage.parquet --html leakage.html"""
+  retrotool leakage database --evaluation training --output leakage.parquet"""
 
 _SOURCES = 8
 
@@ -33,7 +33,6 @@ def command(
     file: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write each chunk's r to a Parquet file.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as a page.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show how much of an evaluation store the database has word for word.
@@ -45,9 +44,7 @@ def command(
     with output.errors(as_json):
         from retrotool.leakage import run as leakage_run
 
-        result = leakage_run.leakage(
-            store, evaluation=evaluation, index=index, neighbours=neighbours, output=file, page=html
-        )
+        result = leakage_run.leakage(store, evaluation=evaluation, index=index, neighbours=neighbours, output=file)
         output.show(result, as_json, _text)
 
 
@@ -66,5 +63,4 @@ def _text(result: LeakageResult) -> str:
         if len(result.sources) > _SOURCES:
             lines.append(f"and {output.count(len(result.sources) - _SOURCES, 'source')} with less, see --json")
     lines += [f"Each chunk's r: {result.output}"] if result.output else []
-    lines += [f"As a picture: {result.page}"] if result.page else []
     return "\n".join(lines)

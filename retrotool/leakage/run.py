@@ -1,4 +1,4 @@
-"""``leakage``: how much of an evaluation store the database has word for word; a file, a page, and figures."""
+"""``leakage``: how much of an evaluation store the database has word for word; a file and figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from retrotool import interrupts
-from retrotool.cli import html
 from retrotool.cli.result_file import check_file, written
 from retrotool.embed.search_scope import count_living_keys, embedded_parts, is_same_directory
 from retrotool.errors import UsageError
@@ -66,7 +64,6 @@ class LeakageResult:
     histogram: tuple[int, ...] = ()
     sources: tuple[SourceLeakage, ...] = ()
     output: str = ""
-    page: str = ""
 
 
 def leakage(
@@ -76,15 +73,13 @@ def leakage(
     index: str | None = None,
     neighbours: int = NEIGHBOURS,
     output: str | Path | None = None,
-    page: str | Path | None = None,
 ) -> LeakageResult:
-    """Hold the chunks of the store ``evaluation`` against the store ``root``.
+    """Compare the chunks of the store ``evaluation`` with the store ``root``.
 
-    ``output``: a Parquet file, one row an evaluation chunk; ``page``: the figures as HTML. Neither store is changed.
+    ``output``: a Parquet file, one row an evaluation chunk. Neither store is changed.
     """
-    for option, file in (("--output", output), ("--html", page)):
-        if file is not None:
-            check_file(option, file)
+    if output is not None:
+        check_file("--output", output)
     database, store = Database(Store.open(root), index), Store.open(evaluation)
     _check_tokenizers(store, database.store)
     check_encoders(store, database)
@@ -104,11 +99,7 @@ def leakage(
         for leaks in find_leaks(store, database, within=within, k=neighbours, report=told):
             write(leaks)
             found.append(leaks)
-    result = _result(found, store, database, neighbours, output, page)
-    if page is not None:
-        with written(page) as scratch:
-            scratch.write_text(_page(result), "utf-8")
-    return result
+    return _result(found, store, database, neighbours, output)
 
 
 def _check_tokenizers(one: Store, other: Store) -> None:
@@ -149,7 +140,6 @@ def _result(
     database: Database,
     neighbours: int,
     output: str | Path | None,
-    page: str | Path | None,
 ) -> LeakageResult:
     length = store.identity.chunk_length
     common = np.concatenate([np.zeros(0, np.int64), *(some.common for some in found)])
@@ -160,7 +150,7 @@ def _result(
         str(store.root), str(database.store.root), database.name, len(common), neighbours,
         *_shares(common, length), {f"{a:g}": _share(common <= a * length) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
-        tuple(sorted(by_source, key=lambda one: -one.mean)), str(output or ""), str(page or ""),
+        tuple(sorted(by_source, key=lambda one: -one.mean)), str(output or ""),
     )  # fmt: skip
 
 
@@ -175,25 +165,3 @@ def _shares(common: npt.NDArray[np.int64], length: int) -> tuple[float, float, f
 
 def _share(which: npt.NDArray[np.bool_]) -> float:
     return round(float(which.mean()), 4) if len(which) else 0.0
-
-
-def _page(result: LeakageResult) -> str:
-    rows = [(f"{i / _BINS:g} to {(i + 1) / _BINS:g}", n, f"{n:,}") for i, n in enumerate(result.histogram)]
-    up_to = [(alpha, f"{100 * share:.1f} %") for alpha, share in result.up_to.items()]
-    sources = [(s.source, f"{s.chunks:,}", f"{s.mean:.3f}", f"{100 * s.half:.1f} %", f"{100 * s.whole:.1f} %")
-               for s in result.sources]  # fmt: skip
-    return html.page(
-        "Evaluation text that the database has word for word",
-        [
-            f"<p>{result.chunks:,} chunks of {escape(result.evaluation)}, each held against its {result.neighbours} "
-            f"nearest chunks of {escape(result.database)} with their continuations. r is the longest run of tokens "
-            f"that it has in common with one of them, over the tokens of a chunk. Mean r <b>{result.mean:.3f}</b>; "
-            f"half or more in common: <b>{100 * result.half:.1f} %</b> of the chunks.</p>",
-            "<h2>Chunks by r</h2>",
-            html.bars("Chunks by r", rows),
-            "<h2>Chunks with r up to α</h2>",
-            html.table(("α", "share"), up_to, numbers=(1,)),
-            "<h2>By source</h2>",
-            html.table(("source", "chunks", "mean r", "r ≥ 1/2", "r = 1"), sources, numbers=(1, 2, 3, 4)),
-        ],
-    )

@@ -102,8 +102,8 @@ def command(
     With --database it is a mixture: a table of each database, merged when they are read. A later run without these
     options keeps the databases, their weights, and what is left out.
 
-    --materialise is for a training loop that reads the tables with retrotool.RetroDataset. What it writes is made anew
-    when the tables are, and where something of it was purged.
+    --materialise is for a training loop that reads the tables with retrotool.RetroDataset. What it writes is kept up to
+    date by later runs of this name, with or without the option.
     """
     with output.errors(as_json):
         from retrotool.neighbours import run as neighbours_run
@@ -128,9 +128,7 @@ def command(
                 f"Never found: {output.count(result.not_indexed, 'chunk')} of {store} that are not in the index."
             )
         for path in result.unaware:
-            output.note(
-                f"{path} can't be written, so it doesn't know who uses it: an erase there won't name this store."
-            )
+            output.note(f"{path} can't be written, so it has no record of this store: an erase there won't list it.")
         if result.next:
             output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 

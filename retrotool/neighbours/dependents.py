@@ -1,96 +1,77 @@
-"""Who uses a database: other stores whose chunks have neighbours in it.
+"""Which other stores have neighbours in a database.
 
-``neighbours`` leaves a record in the database whenever it makes tables of another store, so that an erase in the
-database can say where ids of what it erased, or text, may be left. The ids are never returned, as whoever reads those
-tables goes through the database's tombstones; ``neighbours`` takes them out of the tables when it is run again.
+``neighbours`` leaves a record in the database whenever it makes tables in another store. Nothing reaches from a
+database into these stores: an erase lists them, each with the command that takes out of its tables what was erased. No
+reader returns any of it before, as tables are read through the tombstones of their database, and not at all without it
+(``neighbours.table_reader``).
 
-A record is a claim, not a lock: a store may have moved or have been deleted since, and a database that can't be written
-knows nothing of its consumers.
+A record is a hint: a store may have been moved or deleted since, and a database that can't be written does not know its
+dependents.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from retrotool.cli.command_lines import neighbours_command
 from retrotool.errors import RetrotoolError, StorageError
-from retrotool.neighbours.stage import members_of
-from retrotool.store import tables
 from retrotool.store.log import Draft
-from retrotool.store.parts import ROW_GROUP
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
 
-PREFIX = "consumer:"
+PREFIX = "dependent:"
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
-class Consumer:
-    """A store that has neighbours in the database: where it was, its ``uuid``, the name of the tables.
+class Dependent:
+    """A store that has neighbours in the database: its ``uuid``, where it was (``path``), and the name of the tables.
 
-    ``since``: when it was noted, UTC. ``materialised``: texts of neighbours were written beside the tables. ``again``:
-    the options that the same ``neighbours`` takes.
+    ``since``: when it was first recorded, UTC. ``command`` brings the tables up to date with the database.
     """
 
     path: str
     uuid: str
     table: str
     since: str
-    materialised: bool
-    again: Mapping[str, Any]
-
-    def open(self) -> Store | None:
-        """The store, if it is there."""
-        try:
-            store = Store.open(self.path)
-        except (RetrotoolError, OSError):
-            return None
-        return store if store.identity.uuid == self.uuid else None
+    command: str
 
 
-def consumers(state: State) -> list[Consumer]:
-    """The stores that are known to have neighbours in a database."""
-    return [_consumer(record) for record in state.with_prefix(PREFIX).values()]
+def dependents(database: Store) -> list[Dependent]:
+    """Return the stores that are recorded to have neighbours in a database; none of them is opened."""
+    return [
+        Dependent(
+            record["path"], record["uuid"], record["table"], record["since"],
+            neighbours_command(database.root, record["path"], record["table"], record["again"]),
+        )
+        for record in database.state.with_prefix(PREFIX).values()
+    ]  # fmt: skip
 
 
-def _consumer(record: Mapping[str, Any]) -> Consumer:
-    names = ("path", "uuid", "table", "since", "materialised", "again")
-    return Consumer(**{name: record[name] for name in names})
+def register_dependent(database: Store, queries: Store, table: str, again: Mapping[str, Any]) -> bool:
+    """Record in a database that ``queries`` has neighbours ``table`` in it; return False if it can't be written.
 
-
-def register(
-    database: Store, queries: Store, table: str, again: Mapping[str, Any], *, materialised: bool = False
-) -> bool:
-    """Note in a database that ``queries`` has neighbours ``table`` in it; False if it can't be written.
-
-    What is noted already is left as it is, and ``materialised`` once it is true. Where the same store was noted at
-    another place, and is there no more, that note goes.
+    ``again``: index, k and saved of the tables. Records of the same store at places where it no longer is are removed.
     """
     path, uuid = str(queries.root.absolute()), queries.identity.uuid
-    key = (
-        f"{PREFIX}{uuid}:{table}:{hashlib.blake2b(path.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
-    )
-    since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    place = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    key = f"{PREFIX}{uuid}:{table}:{place}"
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
     def build(state: State) -> Draft | None:
-        old = state.records.get(key, {"since": since, "materialised": False})
-        record = {
-            "path": path, "uuid": uuid, "table": table, "since": old["since"],
-            "materialised": old["materialised"] or materialised, "again": dict(again),
-        }  # fmt: skip
+        old = state.records.get(key, {"since": now})
+        record = {"path": path, "uuid": uuid, "table": table, "since": old["since"], "again": dict(again)}
         if record == old:
             return None
-        moved = [other for other in state.records if other.startswith(f"{PREFIX}{uuid}:{table}:") and other != key]
-        gone = {other: None for other in moved if _consumer(state.records[other]).open() is None}
-        return Draft("neighbours", {"consumer": table}, records={key: record, **gone})
+        others = [other for other in state.records if other.startswith(f"{PREFIX}{uuid}:{table}:") and other != key]
+        moved = {other: None for other in others if not _is_there(state.records[other])}
+        return Draft("neighbours", {"dependent": table}, records={key: record, **moved})
 
     try:
         if build(database.refresh()) is not None:
@@ -105,62 +86,8 @@ def register(
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """A consumer after an erase: its store, None if it is not where it was; whether its tables name what was erased."""
-
-    consumer: Consumer
-    store: Store | None
-    names_erased: bool
-
-
-def holding(database: Store, erased: Tombstones, report: Callable[[int], object]) -> Iterator[Holding]:
-    """The consumers in which ids of erased chunks are left, or text may be, or that can't be looked at.
-
-    Reads their tables, until one of a consumer names such a chunk; ``report`` is told of each file. Whoever is to
-    rewrite what a consumer has finds it here, opened.
-    """
-    for consumer in consumers(database.state):
-        store = consumer.open()
-        if store is None:
-            yield Holding(consumer, None, False)
-            continue
-        found = _names(store, consumer.table, database, erased, report)
-        if found is not None and (found or consumer.materialised):
-            yield Holding(consumer, store, found)
-
-
-def is_of_this(store: Store, table: str, database: Store) -> bool:
-    """Whether neighbours of a store are of a database as it lies there, not of a copy of it at another place."""
-    for name, _ in members_of(store, table):
-        record = store.state.records.get(f"neighbours:{name}", {})
-        there = Path(str(record.get("path", "")))
-        if record.get("database") == database.identity.uuid and there.is_dir() and there.samefile(database.root):
-            return True
-    return False
-
-
-def _names(
-    store: Store, table: str, database: Store, erased: Tombstones, report: Callable[[int], object]
-) -> bool | None:
-    """Whether tables of a store name an erased chunk of a database; None if none of them is of it any more."""
-    names = [name for name, _ in members_of(store, table)]
-    records = {name: store.state.records.get(f"neighbours:{name}") for name in names}
-    own = [name for name, record in records.items() if record and record["database"] == database.identity.uuid]
-    if not own:
-        return None
-    for name in own:
-        for slot in store.state.group("neighbours", name):
-            entry = store.state.file("neighbours", slot, name)
-            for group in range(-(-entry.rows // ROW_GROUP) if entry is not None else 0):
-                assert entry is not None
-                if erased.contains(tables.read_table(store, entry, [group]).ids).any():
-                    return True
-            report(1)
-    return False
-
-
-def table_files(database: Store) -> int:
-    """How many files ``holding`` may have to read."""
-    opened = [(consumer, consumer.open()) for consumer in consumers(database.state)]
-    return sum(len(store.state.group("neighbours", consumer.table)) for consumer, store in opened if store is not None)
+def _is_there(record: Mapping[str, Any]) -> bool:
+    try:
+        return Store.open(record["path"]).identity.uuid == str(record["uuid"])
+    except (RetrotoolError, OSError):
+        return False

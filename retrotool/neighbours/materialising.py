@@ -1,7 +1,4 @@
-"""``neighbours --materialise``: the tokens of all neighbours, beside the text that they are for.
-
-Also erasing them in a store that has another as its database, for who knows which stores these are.
-"""
+"""``neighbours --materialise``: the tokens of all neighbours, beside the text that they are for."""
 
 from __future__ import annotations
 
@@ -11,17 +8,12 @@ from pathlib import Path
 from retrotool import engine, memory
 from retrotool.encoder.devices import cores
 from retrotool.errors import UsageError
-from retrotool.neighbours.dependents import register
 from retrotool.neighbours.materialise import BLOCK_BYTES, MaterialiseStage
-from retrotool.neighbours.table_reader import NeighbourReader
-from retrotool.purge.erase_materialised import EraseConsumedStage
 from retrotool.store import claims
 from retrotool.store.log import Draft
-from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
 
 _ROWS_A_WORKER = 1 << 17
 """A worker process takes seconds to start: as long as it takes to do so many rows."""
@@ -31,8 +23,7 @@ _ROWS_A_WORKER = 1 << 17
 class MaterialiseResult:
     """What there is now of the neighbours ``name``: k of each of so many rows, in so many parts.
 
-    ``made`` are the rows that this run did; ``elsewhere`` parts are left to other runs. ``unaware`` are databases that
-    could not be told that this store has their text now.
+    ``made`` are the rows that this run did; ``elsewhere`` parts are left to other runs.
     """
 
     name: str
@@ -43,7 +34,6 @@ class MaterialiseResult:
     made: int
     commit: int
     elsewhere: int = 0
-    unaware: tuple[str, ...] = ()
 
 
 def materialise(
@@ -57,7 +47,6 @@ def materialise(
     stage = MaterialiseStage(name, shard)
     with writing(store) as run:
         made = sum(task.weight for task in stage.plan(store))
-        unaware = _tell(store, name)  # before there is anything to tell of
         store.commit(run, lambda state: _without_tables(state, name))
         engine.execute(stage, store, run, workers=workers or _workers(made))
         store.refresh()
@@ -70,18 +59,7 @@ def materialise(
         raise UsageError(f"{root} has no part with neighbours {name!r}", "Compute them: retrotool neighbours")
     k = int((entries[0].about or {})["k"]) if entries else 0
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
-    return MaterialiseResult(name, k, rows, len(entries), size, made, state.number, elsewhere, unaware)
-
-
-def _tell(store: Store, name: str) -> tuple[str, ...]:
-    """Note in databases elsewhere that their text is here; paths of those that can't be written."""
-    unaware = []
-    for member in NeighbourReader(store, name).members:
-        record = store.state.records[f"neighbours:{member.table}"]
-        again = {key: record[key] for key in ("index", "k", "saved")}
-        if not (member.within or register(member.store, store, member.table, again, materialised=True)):
-            unaware.append(str(member.store.root))
-    return tuple(unaware)
+    return MaterialiseResult(name, k, rows, len(entries), size, made, state.number, elsewhere)
 
 
 def _without_tables(state: State, name: str) -> Draft | None:
@@ -96,14 +74,3 @@ def _without_tables(state: State, name: str) -> Draft | None:
 def _workers(rows: int) -> int:
     """Processes for so many rows: as many as there are cores, half the memory allows, and starting pays for."""
     return max(1, min(cores(), memory.of_machine() // 2 // (3 * BLOCK_BYTES), rows // _ROWS_A_WORKER))
-
-
-def erase_consumed(consumer: Store, run: Run, database: Store, victims: Tombstones) -> int:
-    """Erase ``victims``, chunks of ``database``, in the materialised files of another store; how many were rewritten.
-
-    ``run`` is one of ``consumer``. What is in the text of the consumer itself is not looked at.
-    """
-    stage = EraseConsumedStage(victims, str(database.root))
-    rewritten = sum(task.weight for task in stage.plan(consumer))
-    engine.execute(stage, consumer, run)
-    return rewritten

@@ -22,7 +22,7 @@ from retrotool.index.exact import NO_INDEX
 from retrotool.index.index_files import index_key
 from retrotool.index.searching import pick_index
 from retrotool.neighbours import mixtures
-from retrotool.neighbours.dependents import register
+from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.materialising import MaterialiseResult
 from retrotool.neighbours.materialising import materialise as materialise_tables
 from retrotool.neighbours.mixtures import Given, Member
@@ -40,7 +40,7 @@ from retrotool.store.tombstones import read_tombstones
 class DatabaseResult:
     """What was done for one database: its table, and its weight in a mixture. See ``NeighboursResult``.
 
-    ``aware``: the database knows that it is used.
+    ``aware``: the database has a record of this dependent store.
     """
 
     database: str
@@ -65,8 +65,8 @@ class NeighboursResult:
     are not in the index, so they are nobody's; ``next`` are the commands that change that. ``index`` is "" for exact
     search. ``elsewhere`` parts are left to other runs. ``filters``: what is left out, with names of sources;
     ``filters_kept``: as was asked for before. ``mix``: of a mixture, each database; the other fields are then of the
-    first one, counts of all. ``left_out``: tables that the name had and has no more. ``unaware``: databases that could
-    not be told that their chunks are used. ``materialised``: what was asked for with the tables.
+    first one, counts of all. ``left_out``: tables that the name had and has no more. ``unaware``: databases in
+    which no record of this dependent store could be made. ``materialised``: what was asked for with the tables.
     """
 
     name: str
@@ -147,12 +147,11 @@ def neighbours(
         check_some_left([stage.filters for stage in stages], store, opened)
     with writing(store) as run:
         store.commit(run, lambda state: mixtures.begin(state, run, mixture))
-        found = [
-            _fill(store, run, stage, member, materialise=materialise)
-            for stage, member in zip(stages, mixture.members, strict=True)
-        ]
+        found = [_fill(store, run, stage, member) for stage, member in zip(stages, mixture.members, strict=True)]
         if mixture.mixed:
             store.commit(run, lambda state: mixtures.finish(state, mixture))
+    # Once there, the text is kept up to date: it must not outlive what a database elsewhere has erased.
+    materialise = materialise or bool(store.state.group("materialised", name))
     made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
     first = found[0]
     not_embedded = count_left(store, embedded_parts(store, first.encoder), read_tombstones(store))
@@ -188,13 +187,13 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         )
 
 
-def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member, *, materialise: bool) -> DatabaseResult:
-    """Do what there is to do for one database; ``materialise``: its text will be written, too."""
+def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member) -> DatabaseResult:
+    """Do what there is to do for one database."""
     database = stage.open_database(store)
     todo = _count_queries(store, stage.plan(store))
     record = stage.record(store, database)
     store.commit(run, lambda state: stage.claim(state, record))
-    aware = _tell(store, stage, record, materialise=materialise)
+    aware = _register(store, stage, record)
     engine.execute(stage, store, run, workers=len(stage.devices))
     _check_claim(store, stage, record)
     store.refresh()
@@ -214,12 +213,12 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member, *, mat
     )  # fmt: skip
 
 
-def _tell(store: Store, stage: NeighboursStage, record: Mapping[str, Any], *, materialise: bool) -> bool:
-    """Note in another store that its chunks are neighbours now; False if it can't be written."""
+def _register(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> bool:
+    """Record in another store that its chunks are neighbours now; return False if it can't be written."""
     if record["within"]:
         return True
     again = {name: record[name] for name in ("index", "k", "saved")}
-    return register(Store.open(stage.database), store, stage.table, again, materialised=materialise)
+    return register_dependent(Store.open(stage.database), store, stage.table, again)
 
 
 def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:

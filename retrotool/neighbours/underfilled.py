@@ -41,29 +41,16 @@ Taken = tuple[str, str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """What purges have done to a table, counted in rows that are searched for: living keys.
+    """What is to be done about purges in a table.
 
-    ``touched`` rows have a purged chunk among those saved. Of these, ``filled`` lost some of their first k, and have k
-    or more left. ``few`` rows have fewer than k left, touched or not. ``holds_erased``: a row, living or not, names a
-    chunk that another store has erased.
+    ``few``: searchable rows with fewer than k neighbours left. ``holds_erased``: a row, purged or not, names a chunk
+    that another store has erased.
     """
 
-    touched: int = 0
-    filled: int = 0
     few: int = 0
     holds_erased: bool = False
 
-    def __add__(self, other: Gaps) -> Gaps:
-        """Both together."""
-        return Gaps(
-            self.touched + other.touched,
-            self.filled + other.filled,
-            self.few + other.few,
-            self.holds_erased or other.holds_erased,
-        )
 
-
-NO_GAPS = Gaps()
 _found: dict[tuple[str, str, str, str, str, int], Gaps] = {}
 """By table, what was purged and erased, and k."""
 _FOUND = 1 << 17
@@ -83,41 +70,38 @@ class GapFinder:
         )
         """Stands for all that was purged of database and queries, erased of the database, given back to the queries."""
 
-    def knows_all(self, entry: FileEntry) -> bool:
+    def _knows_all(self, entry: FileEntry) -> bool:
         """Whether a table was made, or filled up to k at least, after all purges: then no gap of it can be filled.
 
-        Rows of queries that were purged since only went away.
+        Rows of queries that were purged since only became empty.
         """
         about = entry.about or {}
         known = about.get("purges"), about.get("erased", ""), about.get("restored", "")
         return known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k
 
-    def _key(self, entry: FileEntry) -> tuple[str, str, str, str, str, int]:
-        return (entry.path, *self.taken, self._k)
-
     def find(self, part: int, entry: FileEntry) -> Gaps:
-        """The gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
-        if self.knows_all(entry):
-            return NO_GAPS
-        key = self._key(entry)
+        """Return the gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
+        if self._knows_all(entry):
+            return Gaps()
+        key = (entry.path, *self.taken, self._k)
         if key not in _found:
             if len(_found) >= _FOUND:
                 _found.clear()
-            _found[key] = self.read(part, entry)
+            _found[key] = self._read(part, entry)
         return _found[key]
 
-    def read(self, part: int, entry: FileEntry) -> Gaps:
-        """The gaps of a part's table, also those that can't be filled; reads its ids."""
+    def _read(self, part: int, entry: FileEntry) -> Gaps:
         searched = np.zeros(entry.rows, np.bool_)
         searched[searchable_rows(self._store, part, self._own)] = True
-        total = NO_GAPS
+        few, holds_erased = 0, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
             ids = tables.read_ids(self._store, entry, [group])
+            left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
-            holds = self._erased is not None and bool(self._erased.contains(ids).any())
-            total += self._count(ids[rows], holds)
-        return total
+            few += int((left[rows].sum(axis=1) < self._k).sum())
+            holds_erased |= self._erased is not None and bool(self._erased.contains(ids).any())
+        return Gaps(few, holds_erased)
 
     @cached_property
     def _own(self) -> Tombstones:
@@ -126,13 +110,6 @@ class GapFinder:
     @cached_property
     def _erased(self) -> Tombstones | None:
         return erased_chunks(self._database.store) if self.taken[2] else None
-
-    def _count(self, ids: Ids, holds_erased: bool) -> Gaps:
-        gone = self._database.tombstones.contains(ids)
-        few = (~gone & (ids != NO_NEIGHBOUR)).sum(axis=1) < self._k
-        touched = gone.any(axis=1)
-        filled = gone[:, : self._k].any(axis=1) & ~few
-        return Gaps(int(touched.sum()), int(filled.sum()), int(few.sum()), holds_erased)
 
 
 def erased_of(store: Store, database: AnyDatabase) -> str:

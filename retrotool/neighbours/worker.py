@@ -39,7 +39,6 @@ from retrotool.neighbours.stage import (
     with_filters,
 )
 from retrotool.neighbours.underfilled import erased_of, few_rows
-from retrotool.purge.erase import erase_neighbours
 from retrotool.store import tables
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import stands_for_restored
@@ -94,7 +93,7 @@ class NeighboursWorker:
                 give_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
-            table = erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
+            table = tables.erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
         record = stage.record(store, database)
         commit, head = last_change(database.store)
         about = {

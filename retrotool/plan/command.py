@@ -2,89 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Json, parse_count, parse_size
+from retrotool.cli.options import Json, opt, parse_count, parse_size
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.plan.calibrating import Calibration
-    from retrotool.plan.plan_result import Plan
     from retrotool.plan.rates import Rate
+    from retrotool.plan.run import Plan
 
 EPILOG = """\b
 Examples:
-  retrotool plan --tokens 1.75T --encoder bert-base-uncased --gpus 64
+  retrotool plan --tokens 1.75T --encoder bert-base --gpus 64
   retrotool plan --tokens 1.75T --encoder models/bert-base-uncased --gpus 64 --memory-per-host 512GB
-  retrotool plan --tokens 20G --hosts 4 --cores 32 --html plan.html
-  retrotool plan --calibrate"""
+  retrotool plan --tokens 20G --hosts 4 --cores 32 --rate embed=20 --rate read=500M"""
 
-_CORPUS, _MACHINES, _SPEED = "What is planned", "What it runs on", "How fast that is"
+_CORPUS, _MACHINES = "What is planned", "What it runs on"
 
 
 def command(
     tokens: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N", help="Tokens of the corpus, such as 1.75T; k, M, B or G, and T.", rich_help_panel=_CORPUS
-        ),
-    ] = None,
+        str, opt("Tokens of the corpus, such as 1.75T; k, M, B or G, and T.", metavar="N", panel=_CORPUS)
+    ],
     encoder: Annotated[
         str,
-        typer.Option(metavar="E", help="minilm, a model directory, or a well-known name.", rich_help_panel=_CORPUS),
+        opt(
+            "minilm, bert-base, bert-large, a model directory, or layers and dimensions, such as 12x768.",
+            metavar="E",
+            panel=_CORPUS,
+        ),
     ] = "minilm",
-    tokens_per_document: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a document, on average.", rich_help_panel=_CORPUS)
-    ] = 700,
-    chunk_length: Annotated[int, typer.Option(metavar="N", help="Tokens a chunk.", rich_help_panel=_CORPUS)] = 64,
-    neighbours: Annotated[
-        int, typer.Option(metavar="N", help="Neighbours to save of each chunk.", rich_help_panel=_CORPUS)
-    ] = 20,
-    target_recall: Annotated[
-        float, typer.Option(metavar="R", help="Recall that the index is chosen for.", rich_help_panel=_CORPUS)
-    ] = 0.95,
-    gpus: Annotated[
-        int, typer.Option(metavar="N", help="GPUs in all; 0: everything on CPU cores.", rich_help_panel=_MACHINES)
-    ] = 0,
-    hosts: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Hosts.  [default: one for every 8 GPUs]", rich_help_panel=_MACHINES),
-    ] = None,
+    tokens_per_document: Annotated[int, opt("Tokens of a document, on average.", metavar="N", panel=_CORPUS)] = 700,
+    chunk_length: Annotated[int, opt("Tokens a chunk.", metavar="N", panel=_CORPUS)] = 64,
+    neighbours: Annotated[int, opt("Neighbours to save of each chunk.", metavar="N", panel=_CORPUS)] = 20,
+    target_recall: Annotated[float, opt("Recall that the index is chosen for.", metavar="R", panel=_CORPUS)] = 0.95,
+    gpus: Annotated[int, opt("GPUs in all; 0: everything on CPU cores.", metavar="N", panel=_MACHINES)] = 0,
+    hosts: Annotated[int | None, opt("Hosts.  [default: one for every 8 GPUs]", metavar="N", panel=_MACHINES)] = None,
     cores: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="CPU cores of a host.  [default: this machine's]", rich_help_panel=_MACHINES),
+        int | None, opt("CPU cores of a host.  [default: this machine's]", metavar="N", panel=_MACHINES)
     ] = None,
     memory_per_host: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of a host, such as 512GB or 256GiB.  [default: this machine's]",
-            rich_help_panel=_MACHINES,
+        opt("Memory of a host, such as 512GB or 256GiB.  [default: this machine's]", metavar="SIZE", panel=_MACHINES),
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        opt(
+            "How fast a stage is here, in the unit that the plan shows, such as embed=25k; repeatable.",
+            metavar="STAGE=NUMBER",
+            panel=_MACHINES,
         ),
     ] = None,
-    rates: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON of measured rates, instead of those built in.  [default: what --calibrate wrote, if anything]",
-            rich_help_panel=_SPEED,
-        ),
-    ] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate",
-            help="Measure this machine, in a minute or two, and write its rates to --rates, "
-            "or to ~/.cache/retrotool/rates.json.",
-            rich_help_panel=_SPEED,
-        ),
-    ] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as a page, too.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a database will take: files, the index, GPU-hours, core-hours, hours.
@@ -93,109 +62,76 @@ def command(
     Hours are a lower bound, as disks and networks are seldom as fast as that.
     """
     with output.errors(as_json):
-        from retrotool.plan import calibrating, plan_page
         from retrotool.plan import run as plan_run
 
-        if tokens is None and (html or not calibrate):
-            raise UsageError("--tokens is missing", "Say how large the corpus is, such as --tokens 1.75T.")
-        size = None if tokens is None else parse_count("--tokens", tokens)
-        memory = None if memory_per_host is None else parse_size("--memory-per-host", memory_per_host)
-        measured = calibrating.calibrate(rates) if calibrate else None
-        if size is None:
-            output.show(measured, as_json, _calibration)
-            return
         result = plan_run.plan(
-            size,
+            parse_count("--tokens", tokens),
             encoder=encoder,
             gpus=gpus,
             hosts=hosts,
             cores=cores,
-            memory_per_host=memory,
+            memory_per_host=None if memory_per_host is None else parse_size("--memory-per-host", memory_per_host),
             tokens_per_document=tokens_per_document,
             chunk_length=chunk_length,
             saved=neighbours,
             target_recall=target_recall,
-            rates=rates,
+            rates=dict(map(_parse_rate, rate or ())),
         )
-        if html is not None:
-            plan_page.write_page(result, html)
-        for one in measured.not_measured if measured else ():
-            output.note(f"Not measured: {one.key}: {one.why}")
-        output.show(result, as_json, lambda plan: _text(plan, html))
+        output.show(result, as_json, _text)
 
 
-def _text(plan: Plan, html: Path | None) -> str:
-    from retrotool.plan import figures
+def _parse_rate(text: str) -> tuple[str, float]:
+    stage, separator, number = text.partition("=")
+    if not separator:
+        raise UsageError(f"--rate {text}: it is a stage and a number, such as embed=25k")
+    return stage, float(parse_count(f"--rate {stage}", number))
 
+
+def _text(plan: Plan) -> str:
     encoder, machines, index = plan.encoder, plan.machines, plan.index
     where = f"{output.count(machines.gpus, 'GPU')} on " if machines.gpus else ""
-    memory = figures.size(machines.memory)
-    lines = [
-        f"{figures.number(plan.tokens)} tokens: {figures.number(plan.documents)} documents, "
-        f"{figures.number(plan.chunks)} chunks of up to {plan.chunk_length} tokens, {output.count(plan.parts, 'part')}",
-        f"Encoder {encoder.name}: {encoder.layers} layers, {encoder.dimension:,} dimensions",
+    memory = output.size(machines.memory)
+    files = [(one.kind, output.size(one.bytes), one.each) for one in plan.files]
+    stages = [(one.name, one.gpu_hours, one.core_hours, one.wall_hours, one.limit) for one in plan.stages]
+    stages.append(("all", plan.gpu_hours, plan.core_hours, plan.wall_hours, ""))
+    return "\n".join([
+        f"{output.scaled(plan.tokens)} tokens: {output.scaled(plan.documents)} documents, "
+        f"{output.scaled(plan.chunks)} chunks of up to {plan.chunk_length} tokens, {output.count(plan.parts, 'part')}",
+        f"Encoder {encoder.name}: {encoder.layers} layers, {encoder.hidden:,} dimensions",
         f"Machines: {where}{output.count(machines.hosts, 'host')} of {output.count(machines.cores, 'core')} "
         f"and {memory} of memory",
         "",
         "Files",
-        _table(
-            [(one.kind, figures.size(one.bytes), one.each) for one in plan.files]
-            + [("all", figures.size(plan.bytes), "")],
-            right=(1,),
-        ),
+        output.table([*files, ("all", output.size(plan.bytes), "")], right=(1,)),
         "",
         f"Index {index.factory}: {index.kind}",
         f"  chosen because: {index.why}",
-        f"  training: {figures.size(index.trained_bytes)}, from {figures.number(index.sample)} vectors, "
-        f"{figures.size(index.sample_bytes)} in the memory of one host",
-        f"  {output.count(index.shards, 'shard')}, {figures.size(index.memory)} to hold in memory: "
+        f"  training: {output.size(index.trained_bytes)}, from {output.scaled(index.sample)} vectors, "
+        f"{output.size(index.sample_bytes)} in the memory of one host",
+        f"  {output.count(index.shards, 'shard')}, {output.size(index.memory)} to hold in memory: "
         f"{output.count(index.hosts, 'host')} of {memory}"
         + (", else it is read from disk" if index.hosts > machines.hosts else ""),
         "",
         "Stages, one after another",
-        _stages(plan),
+        output.table(
+            [(name, *map(_hours, hours), limit) for name, *hours, limit in stages],
+            ("", "GPU-hours", "core-hours", "hours", "limited by"),
+            right=(1, 2, 3),
+        ),
         "",
-        "Rates" + (f", those of {plan.rates_file} where it has them" if plan.rates_file else ""),
-        _rates(plan.rates),
+        "Rates",
+        output.table([(one.stage, _rate(one), f"a {one.per}", one.source) for one in plan.rates], right=(1,)),
         "",
         "Assumed",
         *(f"  {one}" for one in plan.assumptions),
-    ]
-    return "\n".join(lines + ([] if html is None else ["", f"Page: {html}"]))
+    ])  # fmt: skip
 
 
-def _stages(plan: Plan) -> str:
-    from retrotool.plan import figures
-
-    rows = [
-        (one.name, *map(figures.hours, (one.gpu_hours, one.core_hours, one.wall_hours)), one.limit)
-        for one in plan.stages
-    ]
-    rows.append(("all", *map(figures.hours, (plan.gpu_hours, plan.core_hours, plan.wall_hours)), ""))
-    return _table([("", "GPU-hours", "core-hours", "hours", "limited by"), *rows], right=(1, 2, 3))
+def _hours(n: float) -> str:
+    if n < 0.005:
+        return "<0.01" if n else "0"
+    return f"{n:.2f}" if n < 0.995 else f"{n:.1f}" if n < 99.95 else f"{n:,.0f}"
 
 
-def _rates(rates: Sequence[Rate]) -> str:
-    from retrotool.plan import figures
-
-    return _table([(one.key, figures.rate(one), one.source) for one in rates], right=(1,))
-
-
-def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
-    """Columns of equal width, those of ``right`` set to the right."""
-    widths = {i: max(len(row[i]) for row in rows) for i in right}
-    return output.table([[cell.rjust(widths.get(i, 0)) for i, cell in enumerate(row)] for row in rows])
-
-
-def _calibration(found: Calibration) -> str:
-    lines = [
-        f"Measured in {found.seconds:.0f} s on {found.machine}; its disk in {found.directory}",
-        _rates(found.rates),
-        f"Written to {found.file}",
-    ]
-    if found.not_measured:
-        lines += [
-            "Not measured, so what is built in stays:",
-            _table([(m.key, m.why) for m in found.not_measured], right=()),
-        ]
-    return "\n".join(lines)
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:,.0f} {rate.unit}" if rate.unit == "chunks/s" else output.scaled(rate.value, f" {rate.unit}")

@@ -1,140 +1,155 @@
-"""How fast machines are: the rates that a plan reckons with, where each comes from, and the files that hold others.
+"""How fast machines are: the table of rates that a plan computes with, and the sizes of encoders.
 
-A rates file is a JSON object of some of the keys below, with numbers. What it has takes the place of what is
-built in. One that ``plan --calibrate`` wrote also says of which ``machine`` and ``date`` it is; any can be written by
-hand. Keys end in their unit. *core* and *gpu* are of one; *disk* is of the file system that holds the store, as one
-host sees it; *narrow* is of encoders of fewer than 768 dimensions, whose matrices are too small to keep a device busy.
+Rates are measured ones, and are of one core, one GPU, or one host (its file system). For ``embed`` the table has
+floating-point operations, and a plan shows the chunks a second that follow for its encoder. *Narrow* encoders have
+fewer than 768 dimensions: their matrices are too small to keep a device busy.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from retrotool.encoder.identity import read_config
 from retrotool.errors import UsageError
 
 WIDE = 768
 """Hidden dimensions from which on an encoder is not narrow."""
-_ABOUT = ("machine", "date")
-_LEAST, _MOST = 1, 1e24
-_ADVICE = 'Mend it, such as {"embed_gpu_flop_per_s": 3e14}, or remove it.'
-_H100 = "built in: an H100"
-_EPYC = "built in: an EPYC with AVX-512 BF16"
+_EPYC = "an EPYC with AVX-512 BF16"
+_SSD = "assumed: a local SSD"
+_MOST_SIZE = 1 << 14
+_MOST_RATE = 1e24
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A rate: ``value`` in ``unit``, of what, and where the value comes from."""
+    """How fast a stage is: ``value`` in ``unit``, of one ``per`` ("core", "GPU" or "host"), and where that is from."""
 
-    key: str
+    stage: str
     value: float
     unit: str
-    what: str
+    per: str
     source: str
 
 
-BUILT_IN = (
-    Rate("chunk_core_bytes_per_s", 21.5e6, "B/s", "chunk: text from files to Parquet, a core", _EPYC),
-    Rate("embed_gpu_flop_per_s", 3.6e14, "FLOP/s", "embed: forward, a GPU", f"{_H100}, 31,600 chunks/s of BERT-base"),
-    Rate("embed_gpu_narrow_flop_per_s", 1.6e14, "FLOP/s", "embed: forward of a narrow encoder, a GPU", _H100),
-    Rate("embed_core_flop_per_s", 2.0e11, "FLOP/s", "embed: forward, a core", f"{_EPYC}, 17 chunks/s of BERT-base"),
-    Rate("embed_core_narrow_flop_per_s", 1.77e11, "FLOP/s", "embed: forward of a narrow encoder, a core", _EPYC),
-    Rate("feed_core_chunks_per_s", 6.1e4, "chunks/s", "embed: chunks made ready for a GPU, a core", _EPYC),
-    Rate("assign_gpu_flop_per_s", 2.1e14, "FLOP/s", "index: nearest of many centroids, a GPU", _H100),
-    Rate("assign_core_flop_per_s", 8.5e10, "FLOP/s", "index: nearest of many centroids, a core", _EPYC),
-    Rate("search_gpu_flop_per_s", 5.0e13, "FLOP/s", "neighbours: queries against lists, a GPU", _H100),
-    Rate("search_core_flop_per_s", 1.5e10, "FLOP/s", "neighbours: queries against lists, a core", "built in: a Xeon"),
-    Rate("disk_write_bytes_per_s", 1.0e9, "B/s", "files written and fsynced, a host", "assumed: a local SSD"),
-    Rate("disk_read_bytes_per_s", 2.0e9, "B/s", "files read, a host", "assumed: a local SSD"),
+TABLE = (
+    Rate("chunk", 21.5e6, "B/s", "core", f"{_EPYC}: text from files to Parquet"),
+    Rate("embed", 3.6e14, "FLOP/s", "GPU", "an H100: 31,600 full chunks of BERT-base"),
+    Rate("embed", 2.0e11, "FLOP/s", "core", _EPYC),
+    Rate("embed narrow", 1.6e14, "FLOP/s", "GPU", "an H100"),
+    Rate("embed narrow", 1.77e11, "FLOP/s", "core", _EPYC),
+    Rate("feed", 6.1e4, "chunks/s", "core", f"{_EPYC}: chunks made ready for a GPU"),
+    Rate("index", 2.1e14, "FLOP/s", "GPU", "an H100: nearest of many centroids"),
+    Rate("index", 8.5e10, "FLOP/s", "core", f"{_EPYC}: nearest of many centroids"),
+    Rate("neighbours", 5.0e13, "FLOP/s", "GPU", "an H100: queries against lists"),
+    Rate("neighbours", 1.5e10, "FLOP/s", "core", "a Xeon: queries against lists"),
+    Rate("read", 2.0e9, "B/s", "host", _SSD),
+    Rate("write", 1.0e9, "B/s", "host", _SSD),
 )
-KEYS = tuple(rate.key for rate in BUILT_IN)
+STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")
+"""Stages whose rate can be given."""
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """A BERT of ``layers`` layers of ``hidden`` dimensions, with ``intermediate`` in its feed-forward network."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+
+    def flops_per_token(self, length: float) -> float:
+        """Return the floating-point operations a token of a forward over texts of ``length`` tokens.
+
+        A layer multiplies each token with four matrices hidden × hidden (query, key, value, output) and two hidden ×
+        intermediate, and compares it with ``length`` tokens, twice. A multiplication and its addition are two.
+        """
+        products = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
+        return self.layers * (2.0 * products + 4.0 * length * self.hidden)
+
+
 class Rates:
-    """All rates, by key; ``file`` is where some of them are from, "" if none is."""
+    """Rates of the table, unless another was ``given`` for a stage; ``used`` has those that were asked for."""
 
-    by_key: Mapping[str, Rate]
-    file: str = ""
+    def __init__(self, given: Mapping[str, float]) -> None:
+        self._given = given
+        self.used: dict[str, Rate] = {}
 
-    def __getitem__(self, key: str) -> float:
-        """The value of a rate, in the unit that its key ends in."""
-        return self.by_key[key].value
+    def find(self, stage: str, per: str) -> float:
+        """Return the rate of a stage on a device, in the unit of the table."""
+        return self._use(stage, _of_table(stage, per))
 
+    def find_embed(self, per: str, encoder: EncoderShape, length: float) -> float:
+        """Return the chunks of ``length`` tokens, special ones counted, that a device embeds a second."""
+        known = _of_table("embed" if encoder.hidden >= WIDE else "embed narrow", per)
+        chunks = known.value / (length * encoder.flops_per_token(length))
+        return self._use("embed", Rate("embed", chunks, "chunks/s", per, known.source))
 
-def default_file() -> Path:
-    """Where ``plan --calibrate`` writes, and ``plan`` looks, if nothing else is said."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # By the XDG specification a relative path is to be ignored.
-    folder = Path(cache) if Path(cache).is_absolute() else Path("~/.cache").expanduser()
-    return folder / "retrotool" / "rates.json"
-
-
-def find_rates(file: Path | None) -> Rates:
-    """The rates of ``file``, or of the default file if that is there, over those that are built in."""
-    if file is None:
-        file = default_file()
-        if not file.is_file():
-            return Rates({rate.key: rate for rate in BUILT_IN})
-    return Rates({rate.key: rate for rate in _merged(file)}, str(file))
+    def _use(self, stage: str, rate: Rate) -> float:
+        if stage in self._given:
+            rate = Rate(stage, float(self._given[stage]), rate.unit, rate.per, "given")
+        self.used[stage] = rate
+        return rate.value
 
 
-def _merged(file: Path) -> Iterable[Rate]:
-    fields = read_file(file)
-    source = f"given in {file}"
-    if all(name in fields for name in _ABOUT):
-        source = f"calibrated on {fields['machine']}, {fields['date']}"
-    for rate in BUILT_IN:
-        if rate.key in fields:
-            yield Rate(rate.key, float(fields[rate.key]), rate.unit, rate.what, source)
-        else:
-            yield rate
+def _of_table(stage: str, per: str) -> Rate:
+    return next(rate for rate in TABLE if (rate.stage, rate.per) == (stage, per))
 
 
-def read_file(file: Path) -> dict[str, Any]:
-    """The fields of a rates file; ``UsageError`` names what is wrong in it."""
-    try:
-        fields = orjson.loads(file.read_bytes())
-    except FileNotFoundError:
+def check_rates(given: Mapping[str, float]) -> None:
+    """Raise ``UsageError`` for a rate of no stage, or that is not a positive number."""
+    for stage, value in given.items():
+        if stage not in STAGES:
+            raise UsageError(f"--rate {stage}={value:g}: {stage!r} is not one of {', '.join(STAGES)}")
+        if not 0 < value <= _MOST_RATE:
+            raise UsageError(f"--rate {stage}={value:g} is not above 0 and at most {_MOST_RATE:g}")
+
+
+_KNOWN = {"minilm": (6, 384), "bert-base": (12, 768), "bert-large": (24, 1024)}
+_FIELDS = {
+    "layers": ("num_hidden_layers", "n_layers"),
+    "hidden": ("hidden_size", "dim"),
+    "intermediate": ("intermediate_size", "hidden_dim"),
+}
+
+
+def find_shape(spec: str) -> EncoderShape:
+    """Return the sizes of the encoder ``spec``: a name, LAYERSxHIDDEN, or a model directory, whose config is read."""
+    path = Path(spec).expanduser()
+    if spec in _KNOWN:
+        layers, hidden = _KNOWN[spec]
+    elif sizes := re.fullmatch(r"(\d{1,4})x(\d{1,4})", spec):
+        layers, hidden = int(sizes[1]), int(sizes[2])
+    elif path.is_dir():
+        return _of_directory(spec, path)
+    else:
         raise UsageError(
-            f"{file}: no such file",
-            f"Measure the rates of this machine with: retrotool plan --calibrate --rates {file}",
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{file} can't be read: {error.strerror}") from error
-    except orjson.JSONDecodeError as error:
-        raise UsageError(f"{file}: not JSON: {error}", _ADVICE) from error
-    if not isinstance(fields, dict):
-        raise UsageError(
-            f"{file}: a {type(fields).__name__}, not a JSON object", 'Such as {"embed_gpu_flop_per_s": 3e14}'
+            f"encoder {spec!r} is not a directory, and not known by name",
+            f"Known are {', '.join(_KNOWN)}; for another one name its directory, or its layers and hidden dimensions, "
+            "such as 12x768.",
         )
-    for key, value in fields.items():
-        _check(file, key, value)
-    return fields
+    if not layers or not hidden:
+        raise UsageError(f"encoder {spec!r}: layers and dimensions are not 0")
+    return EncoderShape(spec, layers, hidden, 4 * hidden)
 
 
-def _check(file: Path, key: str, value: Any) -> None:
-    if key in _ABOUT:
-        if not isinstance(value, str):
-            raise UsageError(f"{file}: its {key} is {value!r}, not a text", _ADVICE)
-    elif key not in KEYS:
-        raise UsageError(f"{file}: {key!r} is no rate", f"{_ADVICE} Known are {', '.join(KEYS)}.")
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST <= value <= _MOST:
-        raise UsageError(f"{file}: its {key} is {value!r}, not a number from {_LEAST} to {_MOST:g}", _ADVICE)
+def _of_directory(spec: str, path: Path) -> EncoderShape:
+    file = path / "config.json"
+    if not file.is_file():
+        raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
+    config = read_config(path)
+    return EncoderShape(path.absolute().name, **{size: _size(file, config, names) for size, names in _FIELDS.items()})
 
 
-def save(file: Path, measured: Mapping[str, float], machine: str, date: str) -> None:
-    """Write a rates file, in place of one that is there; a kill leaves the old one."""
-    fields = {"machine": machine, "date": date, **measured}
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2) + b"\n")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _size(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_SIZE:
+        raise UsageError(
+            f"{file}: its {names[0]} is {value!r}, not a number from 1 to {_MOST_SIZE:,}",
+            "Only encoders of the BERT family can be planned; give others as --encoder LAYERSxHIDDEN.",
+        )
+    return value

@@ -1,12 +1,12 @@
 """``plan``: what a database will take, from arithmetic alone: files, index, GPU-hours, core-hours and hours.
 
 n chunks of up to m tokens are encoded to d dimensions; L = tokens / n + 2 is their mean length with special tokens.
-Nothing is read but the rates.
+No corpus and no store is read; the rates are in ``rates.py``.
 
 Sizes
     documents     tokens / tokens a document
     chunks        n = tokens / m + documents · (m − 1) / 2m: the last chunk of a document is half full on average
-    files         documents 60 bytes each, keys 40; a chunk 3 bytes and 1.05 a token (uint16, zstd); embeddings 2·d;
+    files         documents 60 bytes each; a chunk 3 bytes and 1.05 a token (uint16, zstd); embeddings 2·d;
                   a saved neighbour 13 (its id hardly compresses where there are many parts; in a small store 8);
                   the index by ``ann.choice``, with 8 bytes a list and shard for the sizes of lists
     Against a store of 158,539 chunks of documentation these are 1 % too little to 12 % too much.
@@ -27,28 +27,27 @@ Time
     rate, which is a lower bound: each file is read and written once (neighbours reads vectors twice, as queries and to
     re-rank). Parts are the units of work: the one that does most of them is waited for. Stages come one after another.
 
-Not reckoned: reading the input from where it lies, networks, cores that only drive a GPU, starting processes, jobs
+Not computed: reading the input from where it lies, networks, cores that only drive a GPU, starting processes, jobs
 that are killed, and the recall, which only measuring tells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from retrotool import memory
 from retrotool.ann.choice import ITERATIONS, Choice, Wanted, choose
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk.run import CHUNK_LENGTH, PART_SIZE, check_chunk_length
+from retrotool.cli.command_lines import SAVED
 from retrotool.encoder.devices import cores as own_cores
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows
 from retrotool.index.training import sample_size
-from retrotool.plan.encoder_shapes import EncoderShape, find_shape
-from retrotool.plan.plan_result import Files, IndexPlan, Machines, Plan, StagePlan
-from retrotool.plan.rates import WIDE, Rates, find_rates
+from retrotool.plan.rates import EncoderShape, Rate, Rates, check_rates, find_shape
 
-DOCUMENT_BYTES, KEY_BYTES, NEIGHBOUR_BYTES = 60, 40, 13
+DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105
 """Bytes of a chunk's columns but its tokens, and hundredths of a byte a token."""
 TEXT_BYTES = 4
@@ -67,16 +66,94 @@ _MOST = 10**9
 
 
 @dataclass(frozen=True, slots=True)
+class Machines:
+    """What the work is spread over; ``memory`` is in bytes a host. Without GPUs everything runs on cores."""
+
+    gpus: int
+    hosts: int
+    cores: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """All files of a kind; ``each`` says what they take, for people."""
+
+    kind: str
+    bytes: int
+    each: str
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPlan:
+    """The index that would be chosen. ``memory`` are bytes to hold all of it, ``hosts`` how many that takes.
+
+    ``sample`` are the vectors that it is trained on, on one host, and ``sample_bytes`` what they take there.
+    """
+
+    factory: str
+    kind: str
+    why: str
+    nlist: int
+    bytes_per_vector: int
+    trained_bytes: int
+    sample: int
+    sample_bytes: int
+    shards: int
+    memory: int
+    hosts: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What a stage costs. ``limit`` is what it waits for: GPU, CPU or disk; ``core_hours`` of those that are busy."""
+
+    name: str
+    gpu_hours: float
+    core_hours: float
+    wall_hours: float
+    read_bytes: int
+    written_bytes: int
+    limit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a database of ``tokens`` tokens takes: files, an index, stages one after another, and their sums.
+
+    ``rates`` are those that were used.
+    """
+
+    tokens: int
+    documents: int
+    chunks: int
+    chunk_length: int
+    parts: int
+    encoder: EncoderShape
+    machines: Machines
+    files: tuple[Files, ...]
+    bytes: int
+    index: IndexPlan
+    stages: tuple[StagePlan, ...]
+    gpu_hours: float
+    core_hours: float
+    wall_hours: float
+    rates: tuple[Rate, ...]
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be reckoned: so many tokens, an encoder, machines, and the settings of the commands."""
+    """What to plan: so many tokens, an encoder, machines, the settings of the commands, and rates that are known."""
 
     tokens: int
     encoder: EncoderShape
     machines: Machines
-    tokens_per_document: int = TOKENS_A_DOCUMENT
-    chunk_length: int = CHUNK_LENGTH
-    saved: int = 20
-    target_recall: float = 0.95
+    tokens_per_document: int
+    chunk_length: int
+    saved: int
+    target_recall: float
+    rates: Mapping[str, float]
 
 
 def plan(
@@ -89,14 +166,14 @@ def plan(
     memory_per_host: int | None = None,
     tokens_per_document: int = TOKENS_A_DOCUMENT,
     chunk_length: int = CHUNK_LENGTH,
-    saved: int = 20,
+    saved: int = SAVED,
     target_recall: float = 0.95,
-    rates: str | Path | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan a database of so many tokens.
 
-    ``cores`` and ``memory_per_host`` (bytes) are those of this machine if they are not given, ``hosts`` one for every 8
-    GPUs. ``rates`` is a file of measured rates; without it, the one that calibrating wrote is taken if there is one.
+    ``cores`` and ``memory_per_host`` (bytes) are those of this machine by default, ``hosts`` one for every 8 GPUs.
+    ``rates`` (stage → rate, in the unit and of the device that the plan shows it with) replace those of the table.
     """
     machines = Machines(
         gpus=gpus,
@@ -104,18 +181,19 @@ def plan(
         cores=own_cores() if cores is None else cores,
         memory=memory.of_machine() if memory_per_host is None else memory_per_host,
     )
-    request = Request(tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall)
-    return reckon(request, find_rates(None if rates is None else Path(rates)))
+    request = Request(
+        tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
+    )
+    return _plan(request)
 
 
-def reckon(request: Request, rates: Rates) -> Plan:
-    """The plan for a request; ``UsageError`` for one that no store could be of."""
+def _plan(request: Request) -> Plan:
     _check(request)
     documents = -(-request.tokens // request.tokens_per_document)
     n = count_chunks(request.tokens, documents, request.chunk_length)
-    choice = choose(n, request.encoder.dimension, Wanted(target=request.target_recall))
+    choice = choose(n, request.encoder.hidden, Wanted(target=request.target_recall))
     files = _files(request, documents, n, choice)
-    work = _Work(request, rates, n, choice, {one.kind: one.bytes for one in files})
+    work = _Work(request, n, choice, {one.kind: one.bytes for one in files})
     stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.neighbours())
     return Plan(
         tokens=request.tokens,
@@ -132,8 +210,7 @@ def reckon(request: Request, rates: Rates) -> Plan:
         gpu_hours=sum(stage.gpu_hours for stage in stages),
         core_hours=sum(stage.core_hours for stage in stages),
         wall_hours=sum(stage.wall_hours for stage in stages),
-        rates=tuple(rates.by_key[key] for key in work.used),
-        rates_file=rates.file,
+        rates=tuple(work.rates.used.values()),
         assumptions=_assumptions(request, choice),
     )
 
@@ -161,6 +238,7 @@ def _check(request: Request) -> None:
         if not least <= value <= most:
             raise UsageError(f"{option} {value} is not between {least:,} and {most:,}")
     check_chunk_length(request.chunk_length)
+    check_rates(request.rates)
     if not 0 < request.target_recall <= 1:
         raise UsageError(f"--target-recall {request.target_recall} is not above 0 and at most 1")
 
@@ -170,7 +248,6 @@ def _files(request: Request, documents: int, n: int, choice: Choice) -> tuple[Fi
     tokens = TOKEN_HUNDREDTHS * request.tokens // 100
     return (
         Files("documents", DOCUMENT_BYTES * documents, f"{DOCUMENT_BYTES} bytes a document"),
-        Files("keys", KEY_BYTES * documents, f"{KEY_BYTES} bytes a document"),
         Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
         Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
         Files("index", _index_bytes(n, choice), f"{choice.bytes_per_vector:,} bytes a chunk, lists, training"),
@@ -208,33 +285,28 @@ def _index(request: Request, n: int, choice: Choice) -> IndexPlan:
 
 
 class _Work:
-    """The stages of a plan. ``used`` are the keys of the rates that were asked for, in the order of the stages."""
+    """The stages of a plan. ``rates.used`` are the rates that were asked for, in the order of the stages."""
 
-    def __init__(self, request: Request, rates: Rates, n: int, choice: Choice, files: dict[str, int]) -> None:
-        self._request, self._machines, self._rates = request, request.machines, rates
+    def __init__(self, request: Request, n: int, choice: Choice, files: dict[str, int]) -> None:
+        self._request, self._machines = request, request.machines
         self._n, self._choice, self._files = n, choice, files
-        self.used: dict[str, None] = {}
-
-    def _rate(self, key: str) -> float:
-        self.used[key] = None
-        return self._rates[key]
+        self._device = "GPU" if request.machines.gpus else "core"
+        self.rates = Rates(request.rates)
 
     def chunk(self) -> StagePlan:
         """Every core takes parts; the input is not the store's to read."""
-        seconds = TEXT_BYTES * self._request.tokens / self._rate("chunk_core_bytes_per_s")
-        written = sum(self._files[kind] for kind in ("documents", "keys", "chunks"))
         machines = self._machines
+        seconds = TEXT_BYTES * self._request.tokens / self.rates.find("chunk", "core")
+        written = sum(self._files[kind] for kind in ("documents", "chunks"))
         wall = seconds * self._share(machines.hosts * machines.cores)
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
 
     def embed(self) -> StagePlan:
         """A forward a chunk, and on GPUs getting it ready."""
-        shape, length = self._request.encoder, self._request.tokens / self._n + SPECIAL_TOKENS
-        flops = self._n * length * shape.flops_per_token(length)
-        narrow = "" if shape.hidden >= WIDE else "narrow_"
-        feed = self._n / self._rate("feed_core_chunks_per_s") if self._machines.gpus else 0.0
-        read, written = self._files["chunks"], self._files["embeddings"]
-        return self._spread("embed", f"embed_{{}}_{narrow}flop_per_s", flops, read, written, feed)
+        length = self._request.tokens / self._n + SPECIAL_TOKENS
+        seconds = self._n / self.rates.find_embed(self._device, self._request.encoder, length)
+        feed = self._n / self.rates.find("feed", "core") if self._machines.gpus else 0.0
+        return self._spread("embed", seconds, self._files["chunks"], self._files["embeddings"], feed)
 
     def train(self) -> StagePlan:
         """k-means on a sample, in one process."""
@@ -242,7 +314,7 @@ class _Work:
         lists = choice.nlist if choice.nlist <= TWO_LEVELS else 2 * choice.nlist**0.5
         flops = sample * lists * 2.0 * choice.coded * ITERATIONS
         read, written = 2 * choice.d * sample, choice.trained_bytes
-        return self._spread("index: train", "assign_{}_flop_per_s", flops, read, written, alone=True)
+        return self._spread("index: train", self._products("index", flops), read, written, alone=True)
 
     def encode(self) -> StagePlan:
         """The nearest list and the code of every vector."""
@@ -250,7 +322,7 @@ class _Work:
         centroids = choice.nlist + (_CENTROIDS if choice.pieces else 0) + (choice.d if choice.rotated else 0)
         flops = self._n * centroids * 2.0 * choice.coded
         read, written = self._files["embeddings"], self._files["index"] - choice.trained_bytes
-        return self._spread("index: encode", "assign_{}_flop_per_s", flops, read, written)
+        return self._spread("index: encode", self._products("index", flops), read, written)
 
     def neighbours(self) -> StagePlan:
         """A list-major search of all chunks, and the true distances of the candidates."""
@@ -259,22 +331,20 @@ class _Work:
         scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
         flops = n * (choice.nlist + scanned + min(n, RERANKED) * coded) * 2.0 * choice.coded
         read = self._files["embeddings"] * (1 + coded) + self._files["index"]
-        return self._spread("neighbours", "search_{}_flop_per_s", flops, read, self._files["neighbours"])
+        return self._spread("neighbours", self._products("neighbours", flops), read, self._files["neighbours"])
+
+    def _products(self, stage: str, flops: float) -> float:
+        """Seconds that one device takes for so many operations."""
+        return flops / self.rates.find(stage, self._device) if flops else 0.0
 
     def _spread(
-        self, name: str, key: str, flops: float, read: int, written: int, feed: float = 0.0, *, alone: bool = False
+        self, name: str, seconds: float, read: int, written: int, feed: float = 0.0, *, alone: bool = False
     ) -> StagePlan:
-        """A stage of products, on GPUs or on all cores of each host; ``feed`` are core-seconds that GPUs need."""
+        """Spread ``seconds`` of one device over all GPUs, or all cores; ``feed`` are core-seconds that GPUs need."""
         machines = self._machines
         gpus, hosts = (1.0, 1.0) if alone else (self._share(machines.gpus or 1), self._share(machines.hosts))
-        gpu, core, walls = 0.0, 0.0, {}
-        if flops and machines.gpus:
-            gpu = flops / self._rate(key.format("gpu"))
-            core = feed
-            walls = {"GPU": gpu * gpus, "CPU": core / machines.cores * hosts}
-        elif flops:
-            core = flops / self._rate(key.format("core"))
-            walls = {"CPU": core / machines.cores * hosts}
+        gpu, core = (seconds, feed) if machines.gpus else (0.0, seconds)
+        walls = {"GPU": gpu * gpus, "CPU": core / machines.cores * hosts}
         return self._stage(name, gpu, core, walls, read, written, hosts)
 
     def _stage(
@@ -284,7 +354,7 @@ class _Work:
 
         ``hosts`` is the share of the files that the busiest host reads and writes.
         """
-        disk = read / self._rate("disk_read_bytes_per_s") + written / self._rate("disk_write_bytes_per_s")
+        disk = read / self.rates.find("read", "host") + written / self.rates.find("write", "host")
         walls = {**walls, "disk": disk * hosts}
         limit = max(walls, key=walls.__getitem__)
         wall = walls[limit]

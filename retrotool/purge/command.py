@@ -12,7 +12,6 @@ import typer
 from retrotool.cli import output
 from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
 from retrotool.errors import UsageError
-from retrotool.neighbours.repair_command import run_repair
 from retrotool.purge import purge_text
 from retrotool.purge import selector_options as by
 from retrotool.purge.affected_command import run_affected
@@ -31,7 +30,6 @@ Examples:
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
   retrotool purge store --like "how to pick a lock" --within 0.9 --reason "policy 3" --dry-run
   retrotool purge store --affected main --out affected.jsonl
-  retrotool purge store --repair
   retrotool purge store --older-than 7d --erase --yes
   retrotool purge store p1a2b3c4d --verify"""
 
@@ -42,7 +40,6 @@ _HELP = "See: retrotool purge --help"
 _ALONE = {
     "--verify": ("PURGE", "--out"),
     "--restore": ("PURGE", "--reason", "--who"),
-    "--repair": ("--name", "--dry-run"),
     "--affected": ("PURGE", "--out"),
     "--shard": ("selectors", "--reason", "--who", "--dry-run"),
 }
@@ -100,12 +97,6 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
     ] = None,
-    apply: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SELECTION", help="Purge just what a --dry-run showed, and called so.", show_default=False
-        ),
-    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
     erase: Annotated[
@@ -123,14 +114,6 @@ def command(
         typer.Option("--retrain-index", help="With --erase: then train all indexes anew, without what was erased."),
     ] = False,
     restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
-    repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Search again for rows of neighbours that purges have left with fewer than K."),
-    ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With --repair: only these neighbours. Default: all.", show_default=False),
-    ] = None,
     affected: Annotated[
         str | None,
         typer.Option(
@@ -147,8 +130,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="With --verify: the folder of the receipt. Default: this one. With --affected: a file for all of "
-            "them, as JSON lines.",
+            help="With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
+            "Default: this one. With --affected: a file for all of them, as JSON lines.",
             show_default=False,
         ),
     ] = None,
@@ -171,9 +154,9 @@ def command(
             classifier=classifier, label=label, above=above, device=device,
         )  # fmt: skip
         given = {
-            "--verify": verify, "--restore": restore, "--repair": repair, "--affected": affected is not None,
+            "--verify": verify, "--restore": restore, "--affected": affected is not None,
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
-            "--apply": apply is not None, "--dry-run": dry_run, "--erase": erase, "--name": name is not None,
+            "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
             "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
@@ -185,8 +168,6 @@ def command(
             show_verified(store, proving.verify_purge(store, named[0], out=out or "."), as_json)
         elif restore:
             show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
-        elif repair:
-            run_repair(store, name, dry_run, as_json)
         elif affected is not None:
             run_affected(store, affected, named, out, as_json)
         elif shard is not None:
@@ -201,7 +182,7 @@ def command(
                 output.show(erased, as_json, lambda result: purge_text.erased(store, result))
             else:
                 result = purge_run.purge(
-                    store, selectors, reason=_given(reason), who=who, apply=apply, dry_run=dry_run, erase=erase,
+                    store, selectors, reason=_given(reason), who=who, dry_run=dry_run, out=out, erase=erase,
                     confirm=confirm,
                 )  # fmt: skip
                 left, done = result.left, not dry_run
@@ -223,15 +204,13 @@ def _check(given: dict[str, bool]) -> None:
                 with_what = f"goes with {', '.join(others)} and --json"
                 raise UsageError(f"{option} {with_what}, not with {', '.join(wrong)}", _HELP)
             return
-    if given["--apply"] and given["selectors"]:
-        raise UsageError("--apply takes what was reviewed, and no selectors", _HELP)
     if given["--older-than"] or given["PURGE"]:
-        wrong = [name for name in ("selectors", "--apply", "--dry-run") if given[name]]
+        wrong = [name for name in ("selectors", "--dry-run") if given[name]]
         if wrong or not given["--erase"]:
             raise UsageError(_EARLIER, _HELP)
-    for option, of in (("--name", "--repair"), ("--out", "--verify or --affected"), ("--retrain-index", "--erase")):
-        if given[option] and not (option == "--retrain-index" and given["--erase"]):
-            raise UsageError(f"{option} goes with {of}", _HELP)
+    for option, others in (("--out", ("--dry-run", "--verify", "--affected")), ("--retrain-index", ("--erase",))):
+        if given[option] and not any(given[other] for other in others):
+            raise UsageError(f"{option} goes with {' or '.join(others)}", _HELP)
 
 
 class _Confirm:

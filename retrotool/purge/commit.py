@@ -4,7 +4,7 @@ What can be asked for is in ``stages.selection``. The commit costs what is purge
 the block list, so that what is purged does not come back with its input.
 
 An erase also takes what a ``chunk`` set aside because it repeats a purged document (``find_copies``): nobody could
-select it by its text any more, and it is the same text. That reads all ``keys/`` files of parts with repeats.
+select it by its text any more, and it is the same text. That reads the documents of all parts with repeats.
 """
 
 from __future__ import annotations
@@ -98,12 +98,11 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     found = [np.zeros(0, np.int64)]
     copied = 0
     for part in repeats.parts():
-        table = parts.read_parquet(store, parts.part_entry(store, "keys", part))
+        table = parts.read_documents(store, part, ["key", "text_hash", "first_row", "n_chunks"])
         alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
-        docs = table["doc"].filter(pc.or_(*alike))
-        if not len(docs):
+        places = table.filter(pc.or_(*alike))
+        if not places.num_rows:
             continue
-        places = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(docs)
         first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
         rows = repeats.rows(part)
         repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
@@ -174,9 +173,10 @@ def count_unerased(store: Store, chunks: Ids) -> int:
 
 
 def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
-    """What a purge of ``chunks`` blocks: ids of documents that are purged as a whole then, and texts of all it touches.
+    """What a purge of ``chunks`` blocks: ids of documents purged as a whole then; texts and tokens of all it touches.
 
     Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
+    Reads all row groups of chunks that hold a document that it touches.
     """
     purges = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
     purged = Tombstones(np.unique(np.concatenate([chunks, *purges])))
@@ -192,6 +192,8 @@ def _hashes_to_block(store: Store, chunks: Ids) -> Hashes:
         whole = docs[np.add.reduceat(gone, first)[docs] == count[docs]]
         for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
             found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
+        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table.take(pa.array(docs)))
+        found.append(tokens[tokens != b""])
     return np.unique(np.concatenate(found))
 
 
@@ -245,8 +247,6 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, "totals": totals}
         gone = scan_files(state, scan) if scan else []
-        if asked.reviewed is not None:
-            gone += [entry.path for entry in [state.file("selections", asked.reviewed.name)] if entry is not None]
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     try:

@@ -2,12 +2,12 @@
 
 A task is one of
 
-- a part: its documents, keys and chunks, and every encoder's embeddings;
+- a part: its documents and chunks, and every encoder's embeddings;
 - a shard of an index;
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
   exact distances to known vectors tell what a vector was;
 - a file of materialised neighbours (``stages.erase_materialised``);
-- a quarantine file that has excerpts, or hashes of what came before damage. All of them go: a row that could not be
+- a quarantine file that has excerpts. All of them go: a row that could not be
   read may be the victim's, and nothing but reading it tells whose it is.
 
 Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,12 +51,10 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import check_not_restored, tombstones_naming
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
-_OF_INPUT = ("excerpt", "prefix")
-"""Columns of quarantine that an erase nulls: what rows say, and a hash by which a guess at them can be tested."""
 _Result = TypeVar("_Result")
 
 
@@ -173,7 +171,7 @@ def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[O
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
     """The files of a part that hold its text, tokens, vectors or ids."""
-    found = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
+    found = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
     found += [store.state.part_file("embeddings", part, name) for name in store.state.names("embeddings")]
     return [entry for entry in found if entry is not None]
 
@@ -225,8 +223,8 @@ def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
 
 
 def _has_excerpts(store: Store, entry: FileEntry) -> bool:
-    table = parts.read_parquet(store, entry, list(_OF_INPUT))
-    return any(bool(pc.any(pc.greater(pc.binary_length(table[name]), 0)).as_py()) for name in _OF_INPUT)
+    table = parts.read_parquet(store, entry, ["excerpt"])
+    return bool(pc.any(pc.greater(pc.binary_length(table["excerpt"]), 0)).as_py())
 
 
 class EraseWorker:
@@ -276,7 +274,6 @@ class EraseWorker:
         documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens, store.identity)
         found = {
             "documents": documents,
-            "keys": parts.keys_table(documents),
             "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
         }
         add = [
@@ -305,7 +302,9 @@ class EraseWorker:
 
         def groups() -> Iterator[pa.Table]:
             for group in range(-(-entry.rows // ROW_GROUP)):
-                table = erase_neighbours(tables.read_table(store, entry, [group]), _in_group(rows, group), banned)
+                table = tables.erase_neighbours(
+                    tables.read_table(store, entry, [group]), _in_group(rows, group), banned
+                )
                 columns = {
                     column: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
                     for column, values in (("ids", table.ids), ("distances", table.distances))
@@ -322,10 +321,8 @@ class EraseWorker:
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)
-        for column in _OF_INPUT:
-            place = table.schema.get_field_index(column)
-            nothing = pa.nulls(table.num_rows, table.schema.field(place).type)
-            table = table.set_column(place, table.schema.field(place), nothing)
+        place = table.schema.get_field_index("excerpt")
+        table = table.set_column(place, table.schema.field(place), pa.nulls(table.num_rows, pa.string()))
         return parts.write_parquet(self._store.root, name, table)
 
 
@@ -366,19 +363,3 @@ def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Ide
         new = pc.replace_with_mask(documents[column].combine_chunks(), pa.array(which), pa.array(values, field_.type))
         documents = documents.set_column(place, field_, new)
     return documents
-
-
-def erase_neighbours(
-    table: NeighbourTable, rows: Rows, banned: Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]] | None
-) -> NeighbourTable:
-    """Neighbours with ``rows`` emptied, and without the entries that are ``banned`` (None: none is)."""
-    ids, distances = table.ids.copy(), table.distances.copy()
-    ids[rows], distances[rows] = NO_NEIGHBOUR, np.inf
-    if banned is not None:
-        drop = banned(ids)
-        ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
-        hit = np.flatnonzero(drop.any(axis=1))
-        order = np.argsort(drop[hit], axis=1, kind="stable")  # those that stay move up, in their order
-        ids[hit] = np.take_along_axis(ids[hit], order, 1)
-        distances[hit] = np.take_along_axis(distances[hit], order, 1)
-    return NeighbourTable(ids, distances)

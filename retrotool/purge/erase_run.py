@@ -6,7 +6,6 @@ planned again.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,21 +14,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from retrotool import engine, memory
 from retrotool.chunk.reapply_purges import with_those_after
-from retrotool.embed.counting import neighbours_command
-from retrotool.embed.search_scope import erased_chunks
+from retrotool.embed.search_scope import erased_purges
 from retrotool.encoder.devices import cores
-from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, RetrotoolError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.index.index_files import measured_files
-from retrotool.neighbours.dependents import Holding, holding, is_of_this, table_files
-from retrotool.neighbours.materialising import erase_consumed
+from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import commit as purging
 from retrotool.purge.erase import EraseStage, part_files
 from retrotool.purge.prove import ProveStage
-from retrotool.purge.reviewed import selections_of
 from retrotool.purge.selection import Ids
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
@@ -57,23 +52,6 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class ConsumerLeft:
-    """A store with neighbours in this one: what an erase did there, what may be left, and what to run there.
-
-    ``materialised``: text may be left, as the store can't be written, or is not there. ``rewritten`` files had some.
-    ``names``: tables name what was erased.
-    """
-
-    path: str
-    table: str
-    there: bool
-    materialised: bool
-    command: str
-    rewritten: int = 0
-    names: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class EraseResult:
     """What an erase of earlier ``purges`` did, or is to do.
 
@@ -90,7 +68,7 @@ class EraseResult:
     commit: int
     left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
-    consumers: tuple[ConsumerLeft, ...] = field(default=())
+    dependents: tuple[Dependent, ...] = field(default=())
 
 
 def erase(
@@ -125,11 +103,11 @@ def erase(
             _name_copies(store, run, wanted, copies)
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, wanted))
             left = clear(store, run)
-            consumers = consumers_left(store, victims)
         state = store.refresh()
         return EraseResult(
             wanted, unerased, planned.unerased_share, erased, copied, rewritten, state.number, tuple(left),
-            (ELSEWHERE,) if erased and state.names("index") else (), tuple(consumers),
+            (ELSEWHERE,) if erased and state.names("index") else (),
+            tuple(dependents(store)) if erased_purges(store) else (),
         )  # fmt: skip
 
     return until_not_overtaken(store, attempt)
@@ -205,41 +183,6 @@ def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result
     return attempt()
 
 
-def consumers_left(store: Store, chunks: Ids) -> list[ConsumerLeft]:
-    """The other stores in which something of erased chunks is left, or may be: of these, and of all erased before."""
-    erased = Tombstones(np.union1d(chunks[read_tombstones(store).contains(chunks)], erased_chunks(store).ids))
-    if not len(erased):
-        return []
-    total = table_files(store)
-    with tqdm(total=total, unit="file", desc="other stores", disable=None, delay=2, file=sys.stderr) as bar:
-        found = []
-        for one in holding(store, erased, bar.update):
-            rewritten = _erase_texts(one, store, erased) if one.consumer.materialised else 0
-            if one.store is None or one.names_erased or rewritten is None or rewritten:
-                again = neighbours_command(store.root, one.consumer.path, one.consumer.table, one.consumer.again)
-                found.append(
-                    ConsumerLeft(
-                        one.consumer.path, one.consumer.table, one.store is not None, rewritten is None, again,
-                        rewritten or 0, one.names_erased,
-                    )
-                )  # fmt: skip
-        return found
-
-
-def _erase_texts(one: Holding, store: Store, erased: Tombstones) -> int | None:
-    """Erase what a consumer has of the text of erased chunks: how many files that took; None if it can't be reached.
-
-    Not where it uses a copy of this database: there another chunk may have the id.
-    """
-    if one.store is None or not is_of_this(one.store, one.consumer.table, store):
-        return None
-    try:
-        with writing(one.store) as run:
-            return erase_consumed(one.store, run, store, erased)
-    except (RetrotoolError, OSError):
-        return None  # it can't be written; what is left there is told
-
-
 def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> tuple[int, int]:
     """Erase the chunks of ``purges``, which are tombstones; return how many chunks, and how many files were rewritten.
 
@@ -262,7 +205,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
-        gone += selections_of(store, victims.ids) if done else []
         # Places in the text of victims, and what was looked for, hashed.
         gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
         return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
@@ -294,7 +236,7 @@ def clear(store: Store, run: Run) -> list[str]:
     if planned := [file.path.name for file in left if file.planned]:
         told.append(
             f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
-            f"hold what was erased. Finish that: retrotool chunk {store.root} --retry-quarantine; then run this again."
+            f"hold what was erased. Finish that: retrotool chunk {store.root}; then run this again."
         )
     if busy := [file.path.name for file in left if not file.planned]:
         told.append(

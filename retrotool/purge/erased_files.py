@@ -17,7 +17,7 @@ from retrotool.store.log import Commit
 from retrotool.store.paths import FileName, part_slot
 
 _EVIDENCE = ("tombstones", "proofs")
-_OF_PARTS = ("documents", "keys", "chunks", "embeddings")
+_OF_PARTS = ("documents", "chunks", "embeddings")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from retrotool import interrupts
 from retrotool.cli import result_file
 from retrotool.errors import StorageError, UsageError
-from retrotool.neighbours.dependents import consumers
+from retrotool.neighbours.dependents import dependents
 from retrotool.purge import read_paths, receipt_page, residue
 from retrotool.purge.commit import count_unerased, in_store, tombstones_of
 from retrotool.purge.erased_files import ErasedFile, ErasedFiles
@@ -246,7 +246,7 @@ def _receipt(store: Store, purge: str, hashes: list[str]) -> Receipt:
         searched=searched,
         files=tuple(sorted(erased.files, key=lambda file: (file.commit, file.before))),
         salted_chunks=tuple(hashes),
-        elsewhere=tuple(sorted({consumer.path for consumer in consumers(store.state)})),
+        elsewhere=tuple(sorted({one.path for one in dependents(store)})),
         limits=LIMITS,
     )
 

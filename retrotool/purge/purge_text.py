@@ -12,7 +12,8 @@ from retrotool.errors import UsageError
 from retrotool.purge.review_text import lines_of
 
 if TYPE_CHECKING:
-    from retrotool.purge.erase_run import ConsumerLeft, EraseResult
+    from retrotool.neighbours.dependents import Dependent
+    from retrotool.purge.erase_run import EraseResult
     from retrotool.purge.run import PurgeResult
 
 _PROVED = 3
@@ -56,7 +57,7 @@ def purged(store: Path, result: PurgeResult, erase: bool) -> str:
     if result.purge and (result.chunks or not result.erased):
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
-        lines.append(f"New on the block list: {result.blocked:,} (ids and texts).")
+        lines.append(f"New on the block list: {result.blocked:,} (hashes of ids, texts and tokens).")
     return "\n".join(lines + _about_erased(store, result) + _same_text(store, result))
 
 
@@ -89,7 +90,7 @@ def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
         lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; {done}.")
         lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in result.purges[:_PROVED]]
     lines += [f"Not reached: {what}." for what in result.not_reached]
-    return lines + [consumer_left(one) for one in result.consumers]
+    return lines + [dependent(one) for one in result.dependents]
 
 
 def _copies(result: PurgeResult | EraseResult) -> str:
@@ -99,18 +100,9 @@ def _copies(result: PurgeResult | EraseResult) -> str:
     return f", those of {result.copies:,} set-aside {repeating} them included"
 
 
-def consumer_left(one: ConsumerLeft) -> str:
-    """What an erase left in another store."""
-    what = f"neighbours {one.table!r} of {one.path}"
-    if not one.there:
-        return f"Not looked at: {what}, which is not there now. Where it is, run: {one.command}"
-    lines = []
-    if one.rewritten:
-        lines.append(f"Erased its text in {one.path}, too: {output.count(one.rewritten, 'file')} rewritten.")
-    if one.names:
-        lines.append(
-            f"Left: {what} name what was erased, which is masked when they are read. Take it out: {one.command}"
-        )
-    if one.materialised:
-        lines.append(f"Left: the texts written with {what} may hold its text: they are of a copy, or can't be written.")
-    return "\n".join(lines)
+def dependent(one: Dependent) -> str:
+    """What an erase did not reach in another store, and the command that takes it out there."""
+    return (
+        f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may name what was "
+        f"erased, which readers mask. Take it out there: {one.command}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,9 @@ def lines_of(store: Path, result: PurgeResult) -> list[str]:
     lines.append("  examples")
     lines += [_example(example) for example in review.examples]
     lines.append(f"  an erase would rewrite {_touched(review.touched)}")
-    if result.selection:
-        lines.append(f"Purge just this: retrotool purge {store} --apply {result.selection} --reason ...")
+    if result.out:
+        command = shlex.join(["retrotool", "purge", str(store), "--ids", result.out])
+        lines.append(f"Purge just these chunks: {output.one_line(command)} --reason ...")
     return lines
 
 

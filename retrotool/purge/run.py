@@ -6,7 +6,6 @@ commit has overtaken is selected, or planned, again; ``confirm`` is asked again 
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,19 +15,19 @@ import numpy as np
 from tqdm import tqdm
 
 from retrotool import engine
-from retrotool.errors import StorageError
+from retrotool.cli.result_file import check_file, written
+from retrotool.embed.search_scope import erased_purges
+from retrotool.errors import UsageError
+from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import commit as selecting
 from retrotool.purge.commit import Selection
 from retrotool.purge.erase_run import (
     ELSEWHERE,
-    ConsumerLeft,
     clear,
-    consumers_left,
     erase_chunks,
     until_not_overtaken,
 )
 from retrotool.purge.review import Review, review
-from retrotool.purge.reviewed import read_selection, write_selection
 from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
 from retrotool.purge.selecting import Selectors, signed
 from retrotool.purge.selection import Asked, Match, Report, choose
@@ -45,13 +44,13 @@ class PurgeResult:
     more than go on with them, those by the same selectors before, the newest first. ``unerased`` counts the selected
     chunks, copies included, that an erase has still to take, and ``unerased_share`` is their share of all chunks that
     the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
-    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` are the ids and texts that are
-    kept from coming back, and were not before. ``left`` says, in sentences, where text may lie that an erase could not
-    reach just now, and ``not_reached`` what may be there that it never reaches. ``consumers`` are other stores that
-    name what was erased, by this purge or before, or could, as far as they are known. ``same_text``: documents that
-    stay, and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are
-    how many chunks each selector means. A dry run has a ``review``, and the name of the ``selection`` that it wrote
-    down ("": it can't write).
+    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` counts the hashes of ids, texts
+    and tokens that were not on the block list before. ``left`` says, in sentences, where text may lie that an erase
+    could not reach just now, and ``not_reached`` what may be there that it never reaches. ``dependents`` are the
+    stores with neighbours in this one, which an erase does not reach. ``same_text``: documents that stay,
+    and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are how
+    many chunks each selector means. A dry run has a ``review``, and ``out`` is the file that it
+    wrote the ids of the ``chunks`` to ("": none was asked for).
     """
 
     purge: str
@@ -71,26 +70,25 @@ class PurgeResult:
     examples: tuple[int, ...] = field(default=())
     left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
-    consumers: tuple[ConsumerLeft, ...] = field(default=())
+    dependents: tuple[Dependent, ...] = field(default=())
     matches: tuple[Match, ...] = field(default=())
     same_text: SameText = NO_TEXT
     purges: tuple[str, ...] = field(default=())
     review: Review | None = None
-    selection: str = ""
+    out: str = ""
 
 
 def select(store: Store, asked: Asked, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
     """Select what is asked for; scans must have been done.
 
     A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
-    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too; but not
-    with a selection that was reviewed, which is what was looked at and nothing else.
+    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
     """
     earlier = selecting.same_selector(store, asked)
     chosen = choose(store, asked, missing_ok=bool(earlier), report=report)
     if not erase:
         return selecting.weigh(store, asked, chosen)
-    begun = [purge for purge, erased in earlier.items() if not erased and asked.reviewed is None]
+    begun = [purge for purge, erased in earlier.items() if not erased]
     more = np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in begun)])
     copies, copied = selecting.find_copies(store, selecting.in_store(store, np.union1d(chosen.chunks, more)))
     known = [read_tombstones(store, purge + selecting.COPIES).ids for purge in begun]
@@ -104,20 +102,22 @@ def purge(
     *,
     reason: str,
     who: str | None = None,
-    apply: str | None = None,
     dry_run: bool = False,
+    out: str | Path | None = None,
     erase: bool = False,
     confirm: Callable[[PurgeResult], bool] = lambda _: True,
 ) -> PurgeResult:
     """Purge what selectors mean, and erase it if asked to.
 
-    ``apply``: in place of selectors, a selection that a dry run wrote down: just the chunks that were reviewed.
     ``reason`` and ``who`` (None: the user of this process) stay in the log. ``confirm`` is asked with what would be
-    done, unless it is a dry run; False leaves everything as it is.
+    done, unless it is a dry run; False leaves everything as it is. ``out``: a new file for the ids of the chunks that
+    a dry run selects and that are not purged yet, one a line, which ``Selectors.ids`` reads.
     """
     who = signed(reason, who)
+    if out is not None:
+        _check_out(out, dry_run)
     store = Store.open(root)
-    asked = selectors.asked(store) if apply is None else read_selection(store, apply)
+    asked = selectors.asked(store)
     agreed: PurgeResult | None = None
 
     def attempt() -> PurgeResult:
@@ -130,7 +130,9 @@ def purge(
             selection = select(store, asked, erase=erase, report=bar.update)
         planned = _planned(store, selection, dry_run)
         if dry_run:
-            return _reviewed(store, selection, planned)
+            if out is not None:
+                _write_ids(out, selection)
+            return replace(planned, review=review(store, selection), out=str(out or ""))
         if (planned.chunks or planned.unerased) and not _is_alike(planned, agreed):
             if not confirm(planned):
                 return planned
@@ -140,13 +142,17 @@ def purge(
     return until_not_overtaken(store, attempt)
 
 
-def _reviewed(store: Store, selection: Selection, planned: PurgeResult) -> PurgeResult:
-    """What a dry run tells besides; the selection is written down, if there is anything in it and it can be."""
-    name = ""
-    if len(selection.living) or selection.asked.scan:
-        with contextlib.suppress(StorageError), writing(store) as run:
-            name = write_selection(store, run, selection.asked, selection.living)
-    return replace(planned, review=review(store, selection), selection=name)
+def _check_out(out: str | Path, dry_run: bool) -> None:
+    if not dry_run:
+        raise UsageError("--out is for the ids that a dry run selects", "Give --dry-run, too.")
+    check_file("--out", out)
+    if Path(out).exists():
+        raise UsageError(f"--out {out} exists already", "Name a file that does not.")
+
+
+def _write_ids(out: str | Path, selection: Selection) -> None:
+    with written(out) as path, path.open("w", encoding="ascii") as file:
+        file.writelines(f"{chunk}\n" for chunk in selection.living.tolist())
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
@@ -176,7 +182,6 @@ def _carry_out(
     """Commit a purge, and erase."""
     purged, erased, rewritten = "", 0, 0
     left: list[str] = []
-    consumers: list[ConsumerLeft] = []
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
         # could not be gone on with after a kill.
@@ -188,7 +193,6 @@ def _carry_out(
             naming = (purged,) if purged else tuple(selecting.same_selector(store, selection.asked))
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, naming))
             left = clear(store, run)
-            consumers = consumers_left(store, victims)
     state = store.refresh()
     records = state.with_prefix("purge:")
     before = sorted(selecting.same_selector(store, selection.asked), key=lambda purge: -int(records[purge]["commit"]))
@@ -196,7 +200,8 @@ def _carry_out(
     return replace(
         planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
         commit=state.number, left=tuple(left),
-        not_reached=(ELSEWHERE,) if erased and state.names("index") else (), consumers=tuple(consumers),
+        not_reached=(ELSEWHERE,) if erased and state.names("index") else (),
+        dependents=tuple(dependents(store)) if erase and erased_purges(store) else (),
     )  # fmt: skip
 
 

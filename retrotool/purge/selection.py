@@ -72,27 +72,13 @@ class Repeats:
 
 
 @dataclass(frozen=True, slots=True)
-class Reviewed:
-    """A selection ``name`` that was written down: what was asked for then, and the chunks."""
-
-    name: str
-    kind: str
-    literal: str
-    chunks: Ids
-
-
-@dataclass(frozen=True, slots=True)
 class Asked:
-    """Selectors, at least one; ``every``: what all of them mean; ``whole_documents``: all chunks of the documents.
-
-    ``reviewed``: in place of selectors, what they meant when it was looked at.
-    """
+    """Selectors, at least one; ``every``: what all of them mean; ``whole_documents``: all chunks of the documents."""
 
     given: tuple[Given | Repeats, ...] = ()
     scanned: tuple[Selector, ...] = ()
     every: bool = False
     whole_documents: bool = False
-    reviewed: Reviewed | None = None
 
     @property
     def selectors(self) -> list[tuple[str, dict[str, Any]]]:
@@ -103,15 +89,11 @@ class Asked:
     @property
     def kind(self) -> str:
         """The kinds of its selectors."""
-        if self.reviewed is not None:
-            return self.reviewed.kind
         return (" and " if self.every else ", ").join(kind for kind, _ in self.selectors)
 
     @property
     def literal(self) -> str:
         """All that was asked for, as JSON: the same for the same."""
-        if self.reviewed is not None:
-            return self.reviewed.literal
         asked = {
             "selectors": self.selectors,
             "every": self.every,
@@ -145,9 +127,6 @@ class Chosen:
 
 def choose(store: Store, asked: Asked, *, missing_ok: bool = False, report: Report = lambda _: None) -> Chosen:
     """The chunks that are asked for; the scan must have been done."""
-    if asked.reviewed is not None:
-        chunks = asked.reviewed.chunks
-        return Chosen(chunks, (Match(asked.reviewed.kind, "", len(chunks)),), Found.joined([]))
     sets: list[Ids] = []
     matches: list[Match] = []
     for given in asked.given:
@@ -213,11 +192,10 @@ def select_documents(
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
     for part in store.state.parts():
-        table = parts.read_parquet(store, parts.part_entry(store, "keys", part), ["key", "doc"])
-        place = pc.index_in(table["key"].cast(pa.binary()), value_set=keys)
+        place = pc.index_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
         hit = place.is_valid()
         seen[place.filter(hit).to_numpy()] = True
-        found.append(chunks_of(store, part, table["doc"].filter(hit).to_numpy()))
+        found.append(chunks_of(store, part, np.flatnonzero(hit.to_numpy())))
         report(1)
     if not (seen.all() or missing_ok):
         name, number = list(wanted.items())[int(np.argmin(seen))]

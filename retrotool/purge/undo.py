@@ -8,8 +8,8 @@ What was made while the chunks were purged lacks them. Nothing of it is touched 
 commits they were purged (``store.restored``), and by that ``index``, ``neighbours`` and ``neighbours --materialise``
 find what they have to do again; ``behind`` says which tables these are.
 
-Cost: the chunks' lengths in the parts that have any, and all ``keys/`` files, to see whether a document was let in
-again meanwhile. Memory: one part, and the tombstones.
+Cost: the chunks' lengths in the parts that have any, and the keys of all documents, to see whether a document was
+let in again meanwhile. Memory: one part, and the tombstones.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def weigh(store: Store, purge: str) -> Restorable:
     after, of_purges = _joined(others), _joined({s: i for s, i in others.items() if s.partition(".")[0] in standing})
     living: list[Ids] = [np.zeros(0, np.int64)]
     documents = tokens = 0
-    keys = [pa.chunked_array([], schemas.KEYS_SCHEMA.field("key").type)]
+    keys = [pa.chunked_array([], pa.binary(schemas.HASH_BYTES))]
     for part in np.unique(np.union1d(own, copies) >> PART_SHIFT).tolist():
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()

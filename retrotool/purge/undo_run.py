@@ -12,7 +12,7 @@ from pathlib import Path
 from retrotool.embed.counting import command_line, neighbours_command
 from retrotool.errors import RetrotoolError
 from retrotool.index.index_files import count_lacking
-from retrotool.neighbours.dependents import consumers, is_of_this
+from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.materialised import current_file, misses_restored
 from retrotool.neighbours.mixtures import mixtures_with
 from retrotool.neighbours.stage import database_of, members_of
@@ -102,16 +102,8 @@ def lacking_tables(store: Store, root: str | Path) -> list[TablesLack]:
     names = dict.fromkeys([*store.state.names("neighbours"), *store.state.names("materialised")])
     own = (_lacking(store, str(root), name, tables_command(store, root, name)) for name in names)
     found = [one for one in own if one is not None]
-    for consumer in consumers(store.state):
-        again = neighbours_command(root, consumer.path, consumer.table, consumer.again)
-        other = consumer.open()
-        if other is None:
-            found.append(TablesLack(consumer.path, consumer.table, 0, 0, again, there=False))
-        elif is_of_this(other, consumer.table, store) and (
-            one := _lacking(other, consumer.path, consumer.table, again)
-        ):
-            found.append(one)
-    return found
+    others = (TablesLack(one.path, one.table, 0, 0, one.command, there=False) for one in dependents(store))
+    return [*found, *others]
 
 
 def _lacking(store: Store, path: str, name: str, command: str) -> TablesLack | None:

@@ -8,7 +8,7 @@ a ``SetAside`` for the rest. Memory is bounded by the longest document (``Fields
 
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.finding import Survey, find_inputs, survey
-from retrotool.sources.names import names_without
+from retrotool.sources.json_array import names_without
 from retrotool.sources.read import check, check_fields, cut, read
 from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, SetAside, excerpt, told
 

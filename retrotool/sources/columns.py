@@ -65,40 +65,6 @@ def column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
     return array
 
 
-def check(batch: pa.RecordBatch) -> None:
-    """Raise ``ArrowInvalid`` for offsets or indices that lead outside a column's buffers; text may be broken."""
-    batch.validate()
-    for array in batch.columns:
-        _check(array)
-
-
-def _check(array: pa.Array) -> None:
-    kind = array.type
-    if isinstance(array, pa.ExtensionArray):
-        _check(array.storage)
-    elif pa.types.is_dictionary(kind):
-        _check(array.dictionary)
-        nothing = pa.nulls(len(array.dictionary))
-        pa.DictionaryArray.from_arrays(array.indices, nothing, safe=False).validate(full=True)
-    elif _is_string(kind):
-        # The same buffers as bytes: full validation of strings would stop at broken UTF-8.
-        array.view(_BYTES[kind]).validate(full=True)
-    elif pa.types.is_struct(kind):
-        for i in range(kind.num_fields):
-            _check(array.field(i))
-    elif is_list(kind) or pa.types.is_map(kind):
-        begins, ends = _bounds(array)
-        if len(array) and (int(begins.min()) < 0 or (ends < begins).any() or int(ends.max()) > len(array.values)):
-            raise pa.ArrowInvalid("offsets of lists lead outside their values")
-        _check(array.values)
-    else:
-        array.validate(full=True)
-
-
-_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
-"""Types of the same layout that may hold any bytes."""
-
-
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column's values are strings, or bytes that may be."""
     return _is_string(kind) or _is_bytes(kind)

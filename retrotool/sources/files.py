@@ -33,6 +33,8 @@ FORMATS = {
 """Format by suffix."""
 COMPRESSIBLE = ("jsonl", "json", "csv", "tsv", "warc", "txt")
 """Formats whose files may be compressed as a whole."""
+IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt")
+"""Formats whose documents' positions are byte offsets; in others they are rows from 1."""
 OFFSETS = ".offsets.npy"
 """What a file has instead of its suffix that says where the documents of the token file beside it begin."""
 _SAMPLES = 256

@@ -1,210 +1,224 @@
-"""JSON files that are not JSON lines: an array of objects, or objects one after another, printed in any way.
+r"""JSON files that are not JSON lines: an array of objects, or objects one after another, printed in any way.
 
-An element is found by its quotes and brackets, in blocks, with NumPy; orjson then parses it alone. So a bad element is
-set aside alone where its brackets are balanced; where they are not, the rest is broken off. Values are what orjson
-makes of them, as in JSON lines: NaN and infinities, numbers that are none and lone surrogates are errors, whole numbers
-beyond 64 bits become floats, the last of equal keys wins. A ``.json`` file whose first line is a JSON object by itself
-is read as JSON lines. An object at the top of a file is a document, never a container of documents.
+ijson (yajl) reads events, which are put together to one element at a time. An element that is not an object, or that
+has no text, is rejected alone; where the syntax is broken, or a string has bytes that are not UTF-8, the rest of the
+file is rejected, with the number of the element. A lone surrogate (``\ud800``), which yajl would replace by a question
+mark, is broken syntax, as are NaN, infinities and integers beyond 64 bits. The last of equal keys wins. A ``.json``
+file whose first line is a JSON object by itself is read as JSON lines. An object at the top of a file is a document,
+never a container of documents.
 
-Cost: about 7 ms a MB besides orjson, and memory for one element (``Fields.max_document``) and a block. Files can't be
-cut into slices.
+Cost: about 5 ms a MB of text, 40 ms a MB of token ids, and memory for one element (``Fields.max_document``) and a
+block. Files can't be cut into slices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator
+import re
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import ijson
 import orjson
 
 from retrotool.errors import InputError
 from retrotool.sources import lines, streams
-from retrotool.sources.files import InputFile, Slice
-from retrotool.sources.lines import BOM, Held, Line, line_limit, row_of
-from retrotool.sources.records import Document, Fields, SetAside, excerpt, maker
+from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.lines import BOM, line_limit
+from retrotool.sources.records import Document, Fields, SetAside, excerpt, find, maker
 from retrotool.sources.streams import BrokenStream
 
-_QUOTE, _BACKSLASH, _COMMA = b'"\\,'
 _SPACE = b" \t\r\n"
-_SEEN = np.zeros(256, np.bool_)
-_SEEN[list(b'{}[],"')] = True
-_DEEPER = np.zeros(256, np.int8)
-"""How much deeper a byte leads outside strings."""
-_DEEPER[list(b"{[")] = 1
-_DEEPER[list(b"}]")] = -1
+_DEEPEST = 1000
+_PIECE_BYTES = 64 << 10
+_NAMED_ROWS = 1000
+_LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 class BrokenSyntax(Exception):  # noqa: N818 - a verdict about the file
-    """From ``offset`` on, where ``head`` stands, elements can't be told apart."""
-
-    def __init__(self, message: str, offset: int, head: bytes) -> None:
-        super().__init__(message)
-        self.offset, self.head = offset, head
+    """From here on, elements can't be told apart."""
 
 
 def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
-    """Documents of the elements of a JSON file, counted from 1; positions are byte offsets."""
+    """Return documents of the elements of a JSON file; lines and positions are elements, from 1."""
     limit = line_limit(fields)
     if is_lines(file, limit):
-        yield from lines.read_jsonl(file, fields, where)
+        for row in lines.read_jsonl(file, fields, where):
+            yield row._replace(position=row.line) if isinstance(row, Document) else row
         return
     make = maker(fields, file.name)
     number = 0
     try:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-            for element in elements(stream, limit):
-                number = element.number
-                yield row_of(element, make, limit, "element")
-    except BrokenStream as error:
+            for number, value in enumerate(elements(stream, limit), 1):
+                found: Document | SetAside
+                if isinstance(value, dict):
+                    found = make(value, number, number, -1)
+                else:
+                    found = SetAside(number, f"not a JSON object but {lines.JSON_TYPES[type(value)]}")
+                yield found._replace(excerpt=excerpt(orjson.dumps(value))) if isinstance(found, SetAside) else found
+    except (BrokenStream, BrokenSyntax) as error:
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
-    except BrokenSyntax as error:
-        reason = f"broken off after element {number:,}, at byte {error.offset:,}: {error}"
-        yield SetAside(number + 1, reason, error.offset, excerpt(error.head), damage=True)
 
 
 def is_lines(file: InputFile, limit: int) -> bool:
-    """Whether the first line that is not blank is an object by itself."""
+    """Return whether the first line that is not blank is an object by itself."""
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
         try:
-            first = next((line for line in lines.cut_lines(stream, 0, None, limit) if line.data != b""), None)
-        except BrokenStream:
-            return False  # it is met again, and reported, when the file is read
-    if first is None or first.data is None or not first.data.lstrip().startswith(b"{"):
-        return False
-    return _is_json(first.data)
-
-
-def _is_json(data: bytes) -> bool:
-    try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return False
+            begin = _first_bytes(stream)
+            if not begin.startswith(b"{"):
+                return False
+            first = next(lines.cut_lines(itertools.chain([begin], stream), 0, None, limit))
+            orjson.loads(first.data or b"")
+        except (BrokenStream, orjson.JSONDecodeError):
+            return False  # a broken stream is met again, and reported, when the file is read
     return True
 
 
-def elements(stream: Iterator[bytes], limit: int) -> Generator[Line]:
-    """The elements of an array, or the objects that follow one another, with their offsets, counted from 1.
+def names_without(file: InputFile, name: str) -> list[str]:
+    """Return the fields of the first of a thousand rows of JSON that lacks the field ``name``; [] if there is none."""
+    limit = line_limit(Fields())
+    with contextlib.ExitStack() as stack:
+        rows: Iterator[Any]
+        if file.base == "jsonl" or (file.base == "json" and is_lines(file, limit)):
+            rows = _parsed(lines.lines_of(file, WHOLE, limit))
+        elif file.base == "json":
+            stream = stack.enter_context(contextlib.closing(streams.blocks(Path(file.path), file.compression)))
+            rows = elements(stream, limit)
+        else:
+            return []
+        with contextlib.suppress(InputError, OSError, BrokenStream, BrokenSyntax):  # reading the rows reports it
+            for row in itertools.islice(rows, _NAMED_ROWS):
+                if isinstance(row, dict) and find(row, name) is None:
+                    return list(row)
+    return []
 
-    Raises ``BrokenSyntax`` after the last one that can be told from the rest.
+
+def _parsed(found: Iterator[lines.Line]) -> Iterator[Any]:
+    for line in found:
+        try:
+            yield orjson.loads(line.data or b"")
+        except orjson.JSONDecodeError:
+            yield None
+
+
+def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
+    """Return the elements of an array, or the objects that follow one another.
+
+    Raises ``BrokenSyntax`` after the last one that can be told from the rest, or if one has more than ``limit`` bytes.
     """
-    begin, first = _first_bytes(stream)
-    base = first.startswith(b"[")
-    if not base and not first.startswith(b"{"):
-        raise BrokenSyntax(
-            "neither an array of objects nor objects" if first else "nothing but white space", begin, first
-        )
-    scanner = _Scanner(int(base))
-    begin += base
-    held, number = Held(limit), 0
-    for block in itertools.chain([first[base:]], stream):
-        ends, last = scanner.ends(block)
-        start = 0
-        for end in ends:
-            element = _stripped(held.line(block[start:end], number + 1, begin, 0))
-            if element.data != b"" or base:
-                number += 1
-                yield element
-            begin += held.size + end - start + base
-            start = end + base
-            held = Held(limit)
-        if last is not None:
-            element = _stripped(held.line(block[start:last], number + 1, begin, 0))
-            if base and element.data != b"":
-                yield element
-            rest = itertools.chain([block[last + base :]], stream)
-            _refuse_more(rest, begin + held.size + last - start + base, base)
-            return
-        held.add(block[start:], keep=True)
-    element = _stripped(held.line(b"", number + 1, begin, 0))
-    if base and element.data and _is_json(element.data):
-        yield element
-    if base or element.data != b"":
-        raise BrokenSyntax(f"{'the array' if base else 'an object'} is never closed", element.offset, held.front(b""))
+    first = _first_bytes(stream)
+    if not first.startswith((b"[", b"{")):
+        raise BrokenSyntax("neither an array of objects nor objects" if first else "nothing but white space")
+    base = int(first.startswith(b"["))
+    events = ijson.sendable_list()
+    parser = ijson.basic_parse_coro(events, use_float=True, multiple_values=not base)
+    builder = _Builder(base)
+    size = 0
+    for piece in itertools.chain(_pieces(itertools.chain([first], stream), limit), [b""]):
+        broken = ""
+        try:
+            if piece:
+                parser.send(piece)
+            else:
+                parser.close()
+        except (ijson.JSONError, ValueError) as error:
+            broken = _syntax_error(error)
+        size += len(piece)
+        for element in builder.elements(events):
+            size = len(piece)
+            yield element
+        events.clear()
+        if not broken and size > limit:
+            broken = f"element of more than {limit:,} bytes"
+        if broken:
+            raise BrokenSyntax(broken)
 
 
-def _first_bytes(stream: Iterator[bytes]) -> tuple[int, bytes]:
-    """The first block from its first byte that is not white space, and that byte's offset."""
-    offset, head = 0, b""
+def _first_bytes(stream: Iterator[bytes]) -> bytes:
+    """Return what is read first, from its first byte that is not white space."""
+    head = b""
     for block in stream:
         head += block
         if len(head) < len(BOM):
             continue
-        body = (head.removeprefix(BOM) if offset == 0 else head).lstrip(_SPACE)
-        if body:
-            return offset + len(head) - len(body), body
-        offset, head = offset + len(head), b""
-    body = head.lstrip(_SPACE)
-    return offset + len(head) - len(body), body
+        head = head.removeprefix(BOM).lstrip(_SPACE)
+        if head:
+            break
+    return head.removeprefix(BOM).lstrip(_SPACE)
 
 
-def _stripped(element: Line) -> Line:
-    """Without the white space around it."""
-    if element.data is None:
-        return element
-    data = element.data.lstrip(_SPACE)
-    return element._replace(offset=element.offset + len(element.data) - len(data), data=data.rstrip(_SPACE))
+def _pieces(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    """Return the same bytes in small pieces; ``BrokenSyntax`` at a lone surrogate."""
+    for text in _whole_escapes(stream, limit):
+        lone = _LONE_SURROGATE.search(text) if rb"\ud" in text or rb"\uD" in text else None
+        end = lone.start() if lone else len(text)
+        for place in range(0, end, _PIECE_BYTES):
+            yield text[place : min(place + _PIECE_BYTES, end)]
+        if lone:
+            raise BrokenSyntax("a lone surrogate")
 
 
-def _refuse_more(rest: Iterator[bytes], offset: int, base: bool) -> None:
-    """Raise ``BrokenSyntax`` if anything but white space follows."""
-    for block in rest:
-        if body := block.lstrip(_SPACE):
-            message = "more follows the array's end" if base else "a bracket is closed that was not opened"
-            raise BrokenSyntax(message, offset + len(block) - len(body), body)
-        offset += len(block)
+def _whole_escapes(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    """Return the same bytes, cut after a quote or a space, where no escape of a string is cut."""
+    held: list[bytes] = []
+    size = 0
+    for block in stream:
+        cut = max(block.rfind(b'"'), block.rfind(b" ")) + 1
+        if cut or size > limit:
+            yield b"".join([*held, block[:cut]])
+            held, size = [], 0
+        held.append(block[cut:])
+        size += len(block) - cut
+    if size:
+        yield b"".join(held)
 
 
-class _Scanner:
-    """Follows strings and brackets from block to block; ``base`` is the depth at which elements stand."""
+def _syntax_error(error: Exception) -> str:
+    """Return what yajl says, without what it quotes of the input in the lines after the first."""
+    if isinstance(error, UnicodeDecodeError):
+        return "a lone surrogate"
+    return str(error).removeprefix("b'").partition("\n")[0].partition("\\n")[0]
+
+
+class _Builder:
+    """Puts events together to the values at depth ``base``."""
 
     def __init__(self, base: int) -> None:
         self._base = base
-        self.depth = base
-        self.in_string = False
-        self._escaped = False
+        self._open: list[Any] = []
+        self._key = ""
 
-    def ends(self, block: bytes) -> tuple[list[int], int | None]:
-        """Where elements end in the block (at the comma, or after the bracket), and where all of them do."""
-        places, seen = self._outside_strings(block)
-        depths = self.depth + np.cumsum(_DEEPER[seen], dtype=np.int64)
-        self.depth = int(depths[-1]) if len(depths) else self.depth
-        beyond = np.flatnonzero(depths < self._base)
-        last = int(places[beyond[0]]) if len(beyond) else None
-        ends = (depths == self._base) & (seen == _COMMA if self._base else _DEEPER[seen] < 0)
-        if len(beyond):
-            ends[beyond[0] :] = False
-        return (places[ends] + (not self._base)).tolist(), last
+    def elements(self, events: Iterable[tuple[str, Any]]) -> Iterator[Any]:
+        """Return the elements that end with the events, in order."""
+        for event, value in events:
+            if event == "map_key":
+                self._key = value
+                continue
+            if event in ("end_map", "end_array"):
+                done = self._open.pop()
+            elif event in ("start_map", "start_array"):
+                self._begin({} if event == "start_map" else [])
+                continue
+            else:
+                self._add(value)
+                done = value
+            if len(self._open) == self._base:
+                yield done
 
-    def _outside_strings(self, block: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        """Brackets and commas outside strings: their places in the block, and the bytes."""
-        # What was left of a run of backslashes stands before the block.
-        shift = int(self._escaped)
-        data = np.frombuffer(b"\\" + block if shift else block, np.uint8)
-        places = np.flatnonzero(_SEEN[data])
-        seen = data[places]
-        is_quote = seen == _QUOTE
-        quotes = self._real_quotes(data, places[is_quote])
-        places = places[~is_quote]
-        # A place is in a string if an odd number of quotes comes before it.
-        outside = (np.searchsorted(quotes, places) + self.in_string) % 2 == 0
-        self.in_string ^= bool(len(quotes) % 2)
-        places = places[outside]
-        return places - shift, data[places]
+    def _begin(self, value: Any) -> None:
+        if len(self._open) > _DEEPEST:
+            raise BrokenSyntax(f"more than {_DEEPEST:,} brackets inside one another")
+        self._add(value)
+        self._open.append(value)
 
-    def _real_quotes(self, data: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Without those after an odd number of backslashes."""
-        slashes = np.flatnonzero(data == _BACKSLASH)
-        if not len(slashes):
-            self._escaped = False
-            return quotes
-        begins = np.diff(slashes, prepend=-2) != 1
-        run = slashes - np.maximum.accumulate(np.where(begins, slashes, 0)) + 1  # its length up to each backslash
-        self._escaped = bool(slashes[-1] == len(data) - 1 and run[-1] % 2)
-        before = np.searchsorted(slashes, quotes) - 1
-        follows = (before >= 0) & (slashes[before] == quotes - 1)
-        real: npt.NDArray[np.int64] = quotes[~(follows & (run[before] % 2 == 1))]
-        return real
+    def _add(self, value: Any) -> None:
+        if len(self._open) <= self._base:
+            return  # an element belongs to nothing
+        inside = self._open[-1]
+        if isinstance(inside, dict):
+            inside[self._key] = value
+        else:
+            inside.append(value)

@@ -84,10 +84,10 @@ def _parse(data: bytes, what: str) -> dict[str, Any] | str:
         except UnicodeDecodeError as broken:
             return f"invalid UTF-8 at byte {broken.start:,} of the {what}"
         return f"not JSON: {error.msg} (column {error.colno:,})"
-    return row if isinstance(row, dict) else f"not a JSON object but {_JSON_TYPES[type(row)]}"
+    return row if isinstance(row, dict) else f"not a JSON object but {JSON_TYPES[type(row)]}"
 
 
-_JSON_TYPES: dict[type, str] = {
+JSON_TYPES: dict[type, str] = {
     list: "an array", str: "a string", int: "a number", float: "a number", bool: "a truth value", type(None): "null",
 }  # fmt: skip
 

@@ -3,8 +3,8 @@
 Row groups are read one by one, pages as they come, so that memory does not grow with the row group: a batch has as
 many rows as make a few MiB by the group's own sizes. Slices are runs of row groups. Page checksums are checked where
 there are any. At a damaged page the group is read again row by row up to it, so that every row before comes out.
-How many bytes the columns have says ``footer``: pyarrow's own accessor of column chunks ends the process if the footer
-is damaged.
+Of the footer only the numbers of row groups are used: pyarrow's accessor of column chunks ends the process if the
+footer is damaged.
 
 Not held down: a page, which Arrow decompresses whole (its own writer makes pages of 1,024 rows at least, so texts of a
 megabyte make pages of a gigabyte, and 2 GiB here), and a dictionary's copies (a batch of up to 1,024 of one long text).
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +21,6 @@ import pyarrow.parquet as pq
 from retrotool.errors import InputError
 from retrotool.sources import columns, rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.footer import ColumnSizes, column_sizes
 from retrotool.sources.records import Document, Fields, SetAside, told
 
 BATCH_BYTES = 4 << 20
@@ -43,7 +41,7 @@ def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docu
             yield from (lacking._replace(line=line) for line in range(1, total + 1))
             return
         line = 1
-        sizes = _sizes(file, table, fields)
+        sizes = _sizes(table)
         for group, count in zip(range(where.start, end), counts, strict=True):
             begin = line
             for batch in _batches(table, group, fields, sizes[group], begin, total):
@@ -54,11 +52,12 @@ def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docu
 
 
 def cut_parquet(file: InputFile, fields: Fields, target: int) -> list[Slice]:
-    """Runs of row groups of about ``target`` decompressed bytes of the columns that ``fields`` need."""
+    """Return runs of row groups of about ``target`` decompressed bytes."""
+    del fields
     with _open(file) as table:
         _check_counts(table)
         counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-        return runs(_sizes(file, table, fields), [0, *itertools.accumulate(counts)], target)
+        return runs(_sizes(table), [0, *itertools.accumulate(counts)], target)
 
 
 def runs(sizes: list[int], befores: list[int], target: int) -> list[Slice]:
@@ -96,21 +95,9 @@ def _check_counts(table: pq.ParquetFile) -> None:
         raise InputError(f"the footer is damaged: {told}")
 
 
-def _sizes(file: InputFile, table: pq.ParquetFile, fields: Fields) -> list[int]:
-    """Decompressed bytes of the columns that ``fields`` need, of each row group."""
-    prefixes = tuple(f"{path}." for path in _selected(table, fields))
-
-    def selected(chunks: ColumnSizes) -> int:
-        return sum(size for path, size in chunks if f"{path}.".startswith(prefixes))
-
-    try:
-        groups = [selected(chunks) for chunks in column_sizes(Path(file.path))]
-    except ValueError:
-        groups = []
-    if len(groups) != table.num_row_groups:
-        # Sizes only decide how much is read at a time: what of the footer matters is for Arrow to judge.
-        return [max(0, table.metadata.row_group(i).total_byte_size) for i in range(table.num_row_groups)]
-    return groups
+def _sizes(table: pq.ParquetFile) -> list[int]:
+    """Return the decompressed bytes of each row group; they only decide how much is read at a time."""
+    return [max(0, table.metadata.row_group(i).total_byte_size) for i in range(table.num_row_groups)]
 
 
 def _batches(

@@ -17,7 +17,7 @@ import pyarrow as pa
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import PART_SHIFT
+from retrotool.store.ids import part_of, row_of
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -124,14 +124,14 @@ class Checked:
         keys = np.ones(len(ids), np.bool_)
         if not self._with_values:
             return keys
-        of = ids >> PART_SHIFT
+        of = part_of(ids)
         for part in self._with_values.intersection(np.unique(of).tolist()):
             if self.whole("chunks", part) is None:
                 continue
             if part not in self._keys:
                 self._keys[part] = np.packbits(parts.read_key(self.store, part))
             mine = of == part
-            rows = ids[mine] - (part << PART_SHIFT)
+            rows = row_of(ids[mine])
             keys[mine] = (self._keys[part][rows >> 3] << (rows & 7) & 0x80) > 0
         return keys
 
@@ -150,8 +150,8 @@ def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | 
 def check_ids(checked: Checked, ids: Ids, what: str, *, withdrawn: bool = True) -> bool:
     """Note if any of ``ids`` is no row of a part, or of one that was ``withdrawn``; whether all are."""
     limit = checked.once_rows if withdrawn else checked.rows
-    part = np.clip(ids >> PART_SHIFT, 0, len(limit) - 1)
-    known = (ids >= 0) & (ids >> PART_SHIFT < len(limit)) & ((ids & ((1 << PART_SHIFT) - 1)) < limit[part])
+    part = np.clip(part_of(ids), 0, len(limit) - 1)
+    known = (ids >= 0) & (part_of(ids) < len(limit)) & (row_of(ids) < limit[part])
     if not known.all():
         checked.problems.append(f"{what}: {int((~known).sum()):,} ids are no chunks of the store")
     return bool(known.all())

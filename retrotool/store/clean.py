@@ -28,6 +28,7 @@ Standard input lies in ``spool/`` until it is chunked, under a name that tells n
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -40,8 +41,11 @@ from retrotool.store import claims, disk, log, paths, runs, staging
 from retrotool.store.atomic import TEMPORARY
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
-from retrotool.store.store import Store
+from retrotool.store.store import CHECKPOINT_NAME, Store
 
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<run>[0-9a-f]{8})[0-9a-f]{8,16}")
+_RUN_PATH = re.compile(r"staging/run-[0-9a-f]{8}\.json")
+_CLAIM_PATH = re.compile(r"staging/claims/[^/]+-[0-9a-f]{8}")
 SPOOL = "spool"
 SETTLED_SECONDS = 2.0
 """A process that has written standard input to the end has planned it, or announced its run, by then."""
@@ -61,6 +65,7 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     # Not one that was made since: the temporary file of a run that begins is listed before its run file is there.
     disk.unlink_all(path for path, relative in candidates if _is_run(relative) and owners[relative] in stopped)
     _remove_temporary(store.root, stopped)
+    disk.unlink_all(staging.broken(store.root))  # their tasks are planned again
     staged = {path for task in staging.read_staged(store.root).values() for path in task.files()}
     state = store.refresh()
     dead: list[Path] = []
@@ -98,18 +103,43 @@ def _files(root: Path) -> list[Path]:
 
 def _owner(path: Path, relative: str) -> str | None:
     """The run that wrote a file; None for files that are no business of clean-up."""
-    if path.name.startswith(TEMPORARY):
-        return path.name.removeprefix(TEMPORARY)[:8]
-    if path.name.startswith("run-"):
+    if match := _TEMPORARY_NAME.fullmatch(path.name):
+        return match["run"]
+    if _is_run(relative):
         return path.stem.removeprefix("run-")
-    if relative.startswith("staging/claims/"):
+    if _CLAIM_PATH.fullmatch(relative):
         return claims.owner(path.name)
     if relative.startswith(("log/", "checkpoints/")):
         return None
     try:
         return FileName.parse(relative).run
     except CorruptError:
-        return None  # not ours: a person put it there, or it is a staged entry
+        return None  # a person put it there, or it is a staged entry
+
+
+def foreign_files(root: Path) -> list[str]:
+    """Paths of files in the store's folders that no command made, by their names, sorted. They are ignored.
+
+    Hidden files (as those of NFS) are left out, and ``log/``, of which ``verify_log`` names what is not an entry.
+    """
+    return sorted(
+        path
+        for path, entry in paths.walk(root)
+        if "/" in path and not entry.name.startswith(".") and not path.startswith(("log/", f"{SPOOL}/"))
+        if not (entry.is_symlink() or _is_ours(path))
+    )
+
+
+def _is_ours(path: str) -> bool:
+    if path.startswith("checkpoints/"):
+        return CHECKPOINT_NAME.fullmatch(path.removeprefix("checkpoints/")) is not None
+    if _is_run(path) or staging.ENTRY_PATH.fullmatch(path) or _CLAIM_PATH.fullmatch(path):
+        return True
+    try:
+        FileName.parse(path)
+    except CorruptError:
+        return False
+    return True
 
 
 def _is_spool(relative: str) -> bool:
@@ -117,7 +147,7 @@ def _is_spool(relative: str) -> bool:
 
 
 def _is_run(relative: str) -> bool:
-    return relative.startswith("staging/run-")
+    return _RUN_PATH.fullmatch(relative) is not None
 
 
 def _is_data(relative: str) -> bool:

@@ -17,7 +17,7 @@ import orjson
 
 from retrotool.store import disk, parts, paths
 from retrotool.store.atomic import FileEntry
-from retrotool.store.blocked import Blocked, read_hashes
+from retrotool.store.blocked import Blocked, read_hashes, stored_tokens
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, generation_in
 from retrotool.store.runs import Run
@@ -200,10 +200,12 @@ def _brings_back(store: Store, state: State, unit: Unit) -> bool:
         return False
     hashes = np.unique(np.concatenate([read_hashes(store, entry) for entry in newer]))
     blocked = Blocked(store.identity.secret, hashes)
-    for documents, _, _ in unit.parts:
-        table = parts.read_parquet(store, documents, ["id", "text_hash"])
+    for documents, chunks in unit.parts:
+        table = parts.read_parquet(store, documents, ["id", "text_hash", "first_row", "n_chunks"])
         texts = parts.from_fixed_binary(table["text_hash"], np.dtype(np.uint8))
         if blocked.holds(table["id"].to_pylist(), texts).any():
+            return True
+        if blocked.contains(stored_tokens(store, chunks, table)).any():
             return True
     return False
 
@@ -232,7 +234,7 @@ def _numbered(state: State, run: Run, tasks: Sequence[Staged], progress: dict[st
     totals = dict(state.records.get("totals", dict.fromkeys(COUNTS, 0)))
     for unit in _units(tasks):
         for part in unit.parts:
-            for kind, entry in zip(("documents", "keys", "chunks"), part, strict=True):
+            for kind, entry in zip(("documents", "chunks"), part, strict=True):
                 place(entry, kind, paths.part_slot(number))
             number += 1
         if unit.quarantine is not None:

@@ -1,4 +1,4 @@
-"""The Parquet files of a part: documents, keys and chunks; and one way to write and read any Parquet file of a store.
+"""The Parquet files of a part: documents and chunks; and one way to write and read any Parquet file of a store.
 
 Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine
 in ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them
@@ -25,17 +25,13 @@ import pyarrow.parquet as pq
 from retrotool.errors import CorruptError
 from retrotool.store import atomic, disk, schemas
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import PART_SHIFT as PART_SHIFT
+from retrotool.store.ids import chunk_ids as chunk_ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
 _UNIQUE = frozenset(("tokens", "distances"))
-PART_SHIFT = 32
-
-
-def chunk_ids(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Chunk ids of rows of a part: ``part << 32 | row``."""
-    return (np.int64(part) << PART_SHIFT) + rows.astype(np.int64)
 
 
 def token_dtype(token_bytes: int) -> np.dtype[Any]:
@@ -275,13 +271,6 @@ def chunks_table(
         [*columns, pa.array(key, pa.bool_())] if some else columns,
         schema=schemas.chunks_schema(binary.type.byte_width, key=some),
     )
-
-
-def keys_table(documents: pa.Table) -> pa.Table:
-    """The table of a keys file for a documents table: erased documents left out, sorted by key."""
-    doc = pa.array(np.arange(documents.num_rows), pa.int32())
-    table = pa.table([documents["key"], documents["text_hash"], doc], schema=schemas.KEYS_SCHEMA)
-    return table.filter(table["key"].is_valid()).sort_by([("key", "ascending"), ("doc", "ascending")])
 
 
 def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:

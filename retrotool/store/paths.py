@@ -17,7 +17,6 @@ from retrotool.errors import CorruptError, UsageError
 
 DATA_KINDS = (
     "documents",
-    "keys",
     "chunks",
     "embeddings",
     "index",
@@ -32,7 +31,6 @@ DATA_KINDS = (
     "inputs",
     "selectors",
     "scans",
-    "selections",
 )
 FOLDERS = (*DATA_KINDS, "staging", "log", "checkpoints", "spool")
 """All folders of a store."""

@@ -32,7 +32,6 @@ def documents_schema(keep: Sequence[str]) -> pa.Schema:
     )
 
 
-KEYS_SCHEMA = pa.schema([("key", pa.binary(HASH_BYTES)), ("text_hash", pa.binary(HASH_BYTES)), ("doc", pa.int32())])
 TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
 BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
 SCANS_SCHEMA = pa.schema(
@@ -54,8 +53,7 @@ QUARANTINE_SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("reason", pa.string()),
         ("excerpt", pa.string()),
-        ("rows_before", pa.int64()),
-        ("prefix", pa.binary(HASH_BYTES)),
+        ("damage", pa.bool_()),
     ]
 )
 
@@ -74,12 +72,10 @@ def of_kind(kind: str, chunk_bytes: int) -> pa.Schema:
     """The columns that a file of this kind has at least; none of kinds whose columns differ."""
     known = {
         "documents": documents_schema(()),
-        "keys": KEYS_SCHEMA,
         "chunks": chunks_schema(chunk_bytes),
         "quarantine": QUARANTINE_SCHEMA,
         "tombstones": TOMBSTONES_SCHEMA,
         "restored": TOMBSTONES_SCHEMA,
-        "selections": TOMBSTONES_SCHEMA,
         "scans": SCANS_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
         "proofs": PROOFS_SCHEMA,

@@ -6,6 +6,7 @@ A worker calls ``stage`` when its files are whole: what it wrote is then known t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +14,20 @@ from typing import Any
 
 import orjson
 
-from retrotool.errors import CorruptError, LostRunError
+from retrotool.errors import LostRunError
 from retrotool.store import atomic, disk, paths, runs
 from retrotool.store.atomic import FileEntry
 
+ENTRY_PATH = re.compile(r"staging/[0-9a-f]{32}\.json")
 COUNTS = ("documents", "chunks", "tokens", "set_aside")
 """What is counted of a unit, of a plan and of the store."""
-PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "keys_cut", "compared", "exact")
+PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")
 """What is counted of a unit and of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a unit of a chunk plan gave: files a part (documents, keys, chunks) under ``staging/``, not yet numbered.
+    """What a unit of a chunk plan gave: files a part (documents, chunks) under ``staging/``, not yet numbered.
 
     ``blocked`` are the slots of the block list that it left documents out by; None: it let all in.
     """
@@ -135,9 +137,20 @@ def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
 
 
 def read_staged(root: Path) -> dict[str, Staged]:
-    """All staged tasks by key."""
+    """All staged tasks by key, but for broken ones."""
+    return {key: task for key, task in _read_all(root).items() if task is not None}
+
+
+def broken(root: Path) -> list[Path]:
+    """Entries of finished tasks that can't be read. Each task can be done again; clean-up removes its entry."""
+    found = [f"staging/{key}.json" for key, task in _read_all(root).items() if task is None]
+    return [paths.inside(root, path) for path in found if ENTRY_PATH.fullmatch(path)]
+
+
+def _read_all(root: Path) -> dict[str, Staged | None]:
+    """The staged tasks by key; None for files that are not one."""
     folder = root / "staging"
-    found = {}
+    found: dict[str, Staged | None] = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         if path.name.startswith("run-"):
             continue
@@ -145,10 +158,8 @@ def read_staged(root: Path) -> dict[str, Staged]:
             found[path.stem] = _staged_from_json(path.stem, orjson.loads(path.read_bytes()))
         except FileNotFoundError:
             continue  # another process folded it just now
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptError(
-                f"{path} is no staged task: {type(error).__name__}", "Remove it, and run the same command again."
-            ) from error
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            found[path.stem] = None
     return found
 
 

@@ -59,6 +59,10 @@ class Group:
         c = self._columns
         return FileEntry(f"{self._prefix}/{c['file'][i]}", c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
 
+    def entries(self) -> list[FileEntry]:
+        """All live files, in the order of their slots."""
+        return [entry for slot in self if (entry := self.get(slot)) is not None]
+
     def copy(self) -> Group:
         """A group that can be changed without changing this one."""
         if len(self._changed) > _REBASE:

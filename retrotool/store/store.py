@@ -25,7 +25,7 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
 
 CHECKPOINT_EVERY = 256
-_CHECKPOINT = re.compile(r"(\d+)-[0-9a-f]{16}\.json")
+CHECKPOINT_NAME = re.compile(r"(\d+)-[0-9a-f]{16}\.json")
 _BACKOFF_SECONDS = 0.002
 
 
@@ -49,8 +49,11 @@ class Store:
         last = log.last_number(path)
         if last > store.refresh().number:
             # Without the commits behind the gap, what they purged would come back.
-            missing = log.commit_path(path, store.state.number + 1)
-            raise CorruptError(f"{missing} is missing, and there are commits after it", "Bring it back from a copy.")
+            missing, newest = log.commit_path(path, store.state.number + 1), log.commit_path(path, last)
+            raise CorruptError(
+                f"{missing} is missing, and there are commits after it, up to {newest.name}",
+                f"Bring it back from a copy; or, if {newest} is not a commit of this store, move that out of it.",
+            )
         return store
 
     @classmethod
@@ -174,7 +177,7 @@ def checkpoint_files(root: Path) -> list[tuple[int, Path]]:
     folder = paths.inside(root, "checkpoints")
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 

@@ -5,6 +5,7 @@ Ids may have been purged since: ``read_table`` gives what is stored, and the rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,24 @@ def read_ids(store: Store, entry: FileEntry, row_groups: list[int] | None = None
     """Of a part's neighbours the ids alone, int64 [n, saved], which is two thirds of the reading."""
     found: npt.NDArray[np.int64] = _lists(store, entry, parts.read_parquet(store, entry, ["ids"], row_groups), "ids")
     return found
+
+
+def erase_neighbours(
+    table: NeighbourTable,
+    rows: npt.NDArray[np.int64],
+    banned: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]] | None,
+) -> NeighbourTable:
+    """Return neighbours with ``rows`` emptied, and without the entries that are ``banned`` (None: none is)."""
+    ids, distances = table.ids.copy(), table.distances.copy()
+    ids[rows], distances[rows] = NO_NEIGHBOUR, np.inf
+    if banned is not None:
+        drop = banned(ids)
+        ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
+        hit = np.flatnonzero(drop.any(axis=1))
+        order = np.argsort(drop[hit], axis=1, kind="stable")  # those that stay move up, in their order
+        ids[hit] = np.take_along_axis(ids[hit], order, 1)
+        distances[hit] = np.take_along_axis(distances[hit], order, 1)
+    return NeighbourTable(ids, distances)
 
 
 def _lists(store: Store, entry: FileEntry, arrow: pa.Table, name: str) -> npt.NDArray[Any]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -50,12 +51,11 @@ class Tombstones:
 
     def rows(self, part: int) -> npt.NDArray[np.int64]:
         """Purged rows of a part, ascending."""
-        low, high = np.searchsorted(self.ids, [part << parts.PART_SHIFT, (part + 1) << parts.PART_SHIFT])
-        return self.ids[low:high] - (part << parts.PART_SHIFT)
+        return row_of(self.ids[slice_of_part(self.ids, part)])
 
     def parts(self) -> list[int]:
         """Numbers of the parts that have purged chunks."""
-        return [int(part) for part in np.unique(self.ids >> parts.PART_SHIFT)]
+        return distinct_parts(self.ids)
 
 
 def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import atomic, parts, paths
+from retrotool.store import atomic, parts, paths, schemas, staging
 from retrotool.store import verify_references as references
 from retrotool.store.checked import Checked, check_ids
+from retrotool.store.clean import foreign_files
 from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
 from retrotool.store.log import Commit
 from retrotool.store.paths import FileName
@@ -34,10 +35,14 @@ Report = Callable[[int], object]
 
 @dataclass(slots=True)
 class Verification:
-    """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them."""
+    """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them.
+
+    ``foreign`` are paths of files in the store's folders that no command made; they are not checked.
+    """
 
     commit: int
     problems: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
     content: str = ""
     ids: str = ""
     tombstones: str = ""
@@ -72,15 +77,20 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
     _check_log(checked)
     references.check_records(checked)
     checked.problems += _links(store)
+    checked.problems += [
+        f"staging/{path.name} is not a finished task: the next command that writes removes it, and does the task again"
+        for path in staging.broken(store.root)
+    ]
+    result.foreign = foreign_files(store.root)
     _check_files(checked, result, report)
     with checked.noting("tombstones"):
         checked.tombstones = read_tombstones(store)
         result.tombstones = hashlib.blake2b(checked.tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     total = PartDigest()
     for part in store.state.parts():
-        entries = [store.state.part_file(kind, part) for kind in ("documents", "keys", "chunks")]
+        entries = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
         if any(entry is None for entry in entries):
-            result.problems.append(f"part {part} lacks one of documents, keys and chunks")
+            result.problems.append(f"part {part} lacks its documents or its chunks")
         elif checked.broken.isdisjoint(entry.path for entry in entries if entry is not None):
             with checked.noting(f"part {part}"):
                 total += _check_part(checked, part)
@@ -151,7 +161,7 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
     """Check a part's files against each other."""
     store = checked.store
     chunks = parts.read_chunks(store, part)
-    documents = parts.read_documents(store, part, ["key", "first_row", "n_chunks", "n_tokens"])
+    documents = parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks", "n_tokens"])
     n, docs = len(chunks), documents.num_rows
     first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
     if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
@@ -173,18 +183,21 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
         ).any(),
     }
     checks |= {
+        "keys are not the hashes of its documents' ids": documents["key"].to_pylist()
+        == list(map(_key_of, documents["id"].to_pylist())),
         "a document begins with a chunk that is no key": chunks.key[chunks.index == 0].all(),
         "the log counts other keys": chunks.key.sum() == parts.n_keys(parts.part_entry(store, "chunks", part)),
     }
     checked.problems += [f"part {part}: {what}" for what, fine in checks.items() if not fine]
-    keys = parts.read_parquet(store, parts.part_entry(store, "keys", part))
-    if not keys.equals(parts.keys_table(parts.read_documents(store, part, ["key", "text_hash"]))):
-        checked.problems.append(f"part {part}: keys are not those of its documents")
     references.check_embeddings(checked, part, chunks.embedded)
     alive = chunks.n_tokens > 0
     purged = checked.tombstones.rows(part)
     alive[purged[purged < n]] = False
     return part_digest(chunks, documents["key"].to_pylist(), alive)
+
+
+def _key_of(name: str | None) -> bytes | None:
+    return None if name is None else hashlib.blake2b(name.encode(), digest_size=schemas.HASH_BYTES).digest()
 
 
 def _digest_files(store: Store, kind: str, counts: Callable[[str], bool] = lambda _: True) -> str:

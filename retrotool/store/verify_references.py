@@ -19,7 +19,7 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
 from retrotool.store.checked import Checked, Ids, check_ids, is_within
 from retrotool.store.digest import lines_digest
-from retrotool.store.parts import PART_SHIFT
+from retrotool.store.ids import join_id, row_of, slice_of_part, split_id
 from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
 from retrotool.store.restored import lacking_chunks, restored_chunks, restored_purges
 from retrotool.store.store import Store
@@ -180,14 +180,14 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         if not (0 <= part < len(checked.rows) and checked.rows[part]):
             checked.problems.append(f"{entry.path}: lists part {part}, which is not there")
             continue
-        low, high = np.searchsorted(ids, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
-        expected += int(high - low)
+        own = ids[slice_of_part(ids, part)]
+        expected += len(own)
         if checked.whole("chunks", part) is None:
             continue
         embedded = parts.read_embedded(checked.store, part)
-        rows = ids[low:high] - (part << PART_SHIFT)
+        rows = row_of(own)
         # An erase takes parts and shards one after another.
-        unembedded += int((~checked.erasing().contains(ids[low:high][~embedded[rows]])).sum())
+        unembedded += int((~checked.erasing().contains(own[~embedded[rows]])).sum())
         embedded[checked.tombstones.rows(part)] = False
         embedded[again.rows(part)] = False
         vectors_of = checked.store.state.part_file("embeddings", part, encoder)
@@ -231,7 +231,7 @@ def _draw(entry: FileEntry) -> np.random.Generator:
 
 def _vector(checked: Checked, encoder: str, chunk: int) -> npt.NDArray[np.float16] | None:
     """The stored vector of a chunk, float16 [d]; None if it can't be had. Zeros if it is erased."""
-    part, row = chunk >> PART_SHIFT, chunk & ((1 << PART_SHIFT) - 1)
+    part, row = split_id(chunk)
     entry = checked.whole("embeddings", part, encoder)
     if entry is None or row >= entry.rows:
         return None
@@ -327,7 +327,7 @@ def _wrong_distances(
     asking = np.flatnonzero((table.ids != NO_NEIGHBOUR).any(axis=1))
     wrong = looked_at = 0
     for row in _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False):
-        query = _vector(checked, encoder, (part << PART_SHIFT) + int(row))
+        query = _vector(checked, encoder, join_id(part, int(row)))
         if query is None or not query.any():
             continue
         for chunk, distance in zip(table.ids[row].tolist(), table.distances[row].tolist(), strict=True):

@@ -30,9 +30,8 @@ from retrotool.embed.search_scope import has_commit
 from retrotool.errors import UsageError
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.train.epoch import Turns, read_epoch
+from retrotool.train.epoch import Turns, is_distributed, own_rank, read_epoch
 from retrotool.train.order import Order, Share, Span
-from retrotool.train.ranks import is_distributed, own_rank
 from retrotool.train.sequences import Layout
 from retrotool.train.training_rows import TrainingReader
 

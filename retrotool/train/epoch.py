@@ -1,18 +1,22 @@
-"""An epoch as one worker of one rank reads it: window by window, one ahead.
+"""An epoch as one worker of one rank reads it: window by window, one ahead; and which rank this process is.
 
-Workers of a rank take turns of ``unit`` sequences, counted from the place ``first`` of what the rank reads. So what
-they give, turn by turn, is the rank's order whatever their number; and each reads all windows of the rank.
+The workers of a rank take turns of ``unit`` sequences, counted from the place ``first`` of what the rank reads. So the
+sequences of all workers, turn by turn, are in the rank's order for any number of workers. Each worker reads all windows
+of its rank.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from retrotool.errors import UsageError
 from retrotool.train.order import Order, Share
 from retrotool.train.sequences import EMPTY, Layout
 from retrotool.train.training_rows import TrainingReader, TrainingRows
@@ -86,3 +90,27 @@ def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator
     if share.is_short and last[0] >= consumed and turns.mine(last)[0]:
         nothing = np.zeros(0, np.int64)
         yield last, nothing, nothing
+
+
+def is_distributed() -> bool:
+    """Whether ranks are those of ``torch.distributed``."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def own_rank() -> tuple[int, int]:
+    """Rank and number of ranks: of ``torch.distributed``, or the environment, or one."""
+    if is_distributed():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _number("RANK"), _number("WORLD_SIZE")
+    return 0, 1
+
+
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise UsageError(
+            f"the environment has {variable}={os.environ[variable]!r}, which is no number",
+            "Set it to one, or give rank= and world_size=.",
+        ) from None

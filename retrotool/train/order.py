@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ranges import positions_within
+
 Ids = npt.NDArray[np.int64]
 Span = tuple[int, int]
 """[start, stop) of places in the order."""
@@ -76,7 +78,7 @@ class Order:
         some = slice(window * self._mixed, (window + 1) * self._mixed)
         counts = self._counts[some]
         block = np.repeat(self._blocks[some], counts)
-        sequence = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
+        sequence = positions_within(counts)
         if self._seed is None:
             return block, sequence
         # From 1: NumPy takes a last seed of 0 for none at all, and blocks are drawn without it.

@@ -14,7 +14,7 @@ from retrotool.ann.choice import Choice, parse_factory
 from retrotool.ann.codes import Product, Scalar, Whole, same
 from retrotool.ann.excluded import Queries
 from retrotool.ann.kmeans import kmeans
-from retrotool.ann.product import train_product, train_rotation
+from retrotool.ann.product_quantizer import train_product, train_rotation
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import Search, nothing_banned
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss

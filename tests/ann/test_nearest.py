@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.ann.excluded import Excluded, Intervals, Mask
-from retrotool.ann.heaps import Heaps, largest
-from retrotool.ann.nearest import Nearest
+from retrotool.ann.topk import Heaps, Nearest, largest
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32), st.booleans(), st.data())

@@ -29,7 +29,7 @@ def test_a_dry_run_tells_what_will_come_and_changes_nothing(tmp_path, byte_level
     for count in ("documents", "tokens", "chunks", "parts"):
         assert said[count] == pytest.approx(came[count], rel=0.1), count
     sizes = api.info(tmp_path / "store").bytes
-    assert said["bytes"] == pytest.approx(sizes["chunks"] + sizes["documents"] + sizes["keys"], rel=0.4)
+    assert said["bytes"] == pytest.approx(sizes["chunks"] + sizes["documents"], rel=0.4)
 
 
 def test_of_a_large_input_a_sample_is_enough(tmp_path, byte_level_tokenizer):

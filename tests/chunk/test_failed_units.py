@@ -50,10 +50,10 @@ def test_an_unforeseen_error_sets_its_inputs_aside_and_the_others_are_chunked(in
         assert (path, line) == (str(inputs[1]), 0)
         assert str(error) in reason
         assert {row["id"] for row in documents(store)} == {f"doc-{10 * i + j}" for i in (0, 2) for j in range(5)}
-    # Nothing is wrong with it any more: it can be taken up, though it has not changed.
-    result = run_chunk(store, "--retry-quarantine")
+    # Nothing is wrong with it any more: the same command reads it, though it has not changed.
+    result = run_chunk(store, *inputs)
     assert result.exit_code == 0, result.output
-    assert (verified(store).documents, quarantine(store)) == (15, [])
+    assert verified(store).documents == 15
 
 
 def test_errors_of_the_system_are_no_reason_to_give_an_input_up(inputs, tmp_path, monkeypatch):
@@ -78,6 +78,7 @@ sources.read = wrong
 """
 
 
+@pytest.mark.spawned
 def test_an_input_that_kills_its_worker_each_time_is_set_aside(inputs, tmp_path, monkeypatch):
     """As a library that aborts does, or an input that takes all memory."""
     (tmp_path / "site").mkdir()

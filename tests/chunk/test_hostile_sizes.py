@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from chunk_helpers import quarantine, verified
+from conftest import times
 
 import retrotool
 from retrotool import api
@@ -35,15 +36,15 @@ def packed(*pieces: tuple[bytes, int]) -> bytes:
     """The pieces, each repeated, as one zstd frame."""
     writer = zstandard.ZstdCompressor().compressobj()
     found = []
-    for piece, times in pieces:
+    for piece, count in pieces:
         block = piece * max(1, (1 << 20) // len(piece))
-        found += [writer.compress(block) for _ in range(times * len(piece) // len(block))]
-        found.append(writer.compress(piece * (times - times * len(piece) // len(block) * (len(block) // len(piece)))))
+        found += [writer.compress(block) for _ in range(count * len(piece) // len(block))]
+        found.append(writer.compress(piece * (count - count * len(piece) // len(block) * (len(block) // len(piece)))))
     return b"".join([*found, writer.flush()])
 
 
 GOOD = b'{"id": "good", "text": "A good row at the end."}\n'
-ROWS = 1_000_000
+ROWS = times(250_000, 1_000_000)
 NULLS = 200_000
 
 
@@ -92,7 +93,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
         2,
         "not JSON",
     ),
-    "a million empty documents": (
+    "very many empty documents": (
         "empty.jsonl.zst",
         lambda path: path.write_bytes(packed((b'{"id": "e", "text": ""}\n', ROWS), (GOOD, 1))),
         ROWS,

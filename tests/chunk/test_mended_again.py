@@ -14,6 +14,7 @@ from conftest import make_rows
 from retrotool import api
 from retrotool.chunk import chunk_plan
 from retrotool.chunk.chunk_plan import Wanted, commit_plan
+from retrotool.chunk.max_bad import MaxBad
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import staging
@@ -36,8 +37,7 @@ def frames() -> list[bytes]:
 
 def check(store: Path, tmp_path: Path) -> None:
     found = api.info(store)
-    assert (found.documents, found.set_aside, found.unfinished) == (400, 0, 0)
-    assert quarantine(store) == []
+    assert (found.documents, found.unfinished) == (400, 0)
     assert verified(store).content == content_of(tmp_path, ROWS)
 
 
@@ -49,9 +49,9 @@ def test_a_file_that_breaks_off_twice_gives_every_row_once(duplicates, tmp_path)
     path.write_bytes(whole[: len(whole) // 2])
     assert run_chunk(store, path, *options).exit_code == 3
     path.write_bytes(whole[: len(whole) // 3])
-    assert run_chunk(store, "--retry-quarantine", *options).exit_code == 3
+    assert run_chunk(store, path, "--changed", "add", *options).exit_code == 3
     path.write_bytes(whole)
-    result = run_chunk(store, "--retry-quarantine", *options)
+    result = run_chunk(store, path, "--changed", "add", *options)
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -73,22 +73,21 @@ def test_a_file_that_was_read_in_slices_is_gone_on_with_wherever_it_was_damaged(
     (plan,) = Store.open(store).state.with_prefix("plan:").values()
     assert plan["units"] > 2
     path.write_bytes(b"".join(pieces))
-    result = run_chunk(store, "--retry-quarantine", "--duplicates", duplicates)
+    result = run_chunk(store, path, "--changed", "add", "--duplicates", duplicates)
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_file_that_grows_by_mending_while_its_slices_are_open_is_taken_up_whole(given, tmp_path, monkeypatch):
+def test_a_file_that_grows_by_repair_while_its_slices_are_open_is_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", 8000)
     store, path = tmp_path / "store", tmp_path / "rows.jsonl.zst"
     pieces = frames()
     harmed = b"".join([pieces[0][:-4], b"\0\0\0\0", *pieces[1:]])
     path.write_bytes(harmed)
-    assert "Stopped" in run_chunk(store, path).stdout
+    assert "Stopped" in run_chunk(store, path, "--max-bad", 0).stdout
     path.write_bytes(b"".join([pieces[0], zstandard.compress(b""), *pieces[1:]]))
-    # The advice that was printed: add it to the command.
-    result = run_chunk(store, *([path] if given else []), "--retry-quarantine")
+    # The advice that was printed.
+    result = run_chunk(store, path, "--max-bad", 0, "--changed", "add")
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -109,12 +108,12 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
         assert len(tasks) > 5
         staging.stage(opened.root, ChunkStage().open(opened)(tasks[-1], run.id, int))
     for _ in range(2):
-        found = api.chunk(store, list(map(str, names)))
+        found = api.chunk(store, list(map(str, names)), max_bad=MaxBad(rows=0))
         assert found.stopped
         assert (found.damaged, found.set_aside) == (1, 1)
         assert [reason.input for reason in found.reasons] == [str(names[-1])]
     names[-1].write_bytes(gzip.compress(b"".join(LINES[360:]), 0))
-    result = run_chunk(store, *names, "--retry-quarantine")
+    result = run_chunk(store, *names, "--changed", "add")
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -128,27 +127,23 @@ def test_rows_of_another_input_of_the_same_name_are_not_taken_for_known(tmp_path
     monkeypatch.chdir(tmp_path / "b")
     run_chunk(store, write_rows(Path("x.jsonl"), [ROWS[10], {"id": "bad"}]))
     write_rows(Path("x.jsonl"), [ROWS[10], ROWS[0]])
-    result = run_chunk(store, "--retry-quarantine")
-    assert [(line, reason) for _, line, reason in quarantine(store)] == [(2, "duplicate document id")]
+    result = run_chunk(store, "x.jsonl", "--changed", "add")
+    assert (2, "duplicate document id") in [(line, reason) for _, line, reason in quarantine(store)]
+    assert "1 document skipped: in the store already." in result.stdout
     assert result.exit_code == 3
     assert api.info(store).documents == 4
 
 
-def test_a_larger_limit_takes_up_what_was_too_long(tmp_path):
+def test_a_larger_limit_adds_what_was_too_long(tmp_path):
     store = tmp_path / "store"
     path = write_rows(tmp_path / "rows.jsonl", [{"id": "short", "text": "a"}, {"id": "long", "text": "word " * 2000}])
     assert run_chunk(store, path, "--max-document", "6KB").exit_code == 3
-    assert run_chunk(store, "--retry-quarantine", "--max-document", "6KB").exit_code == 0
+    assert run_chunk(store, path, "--changed", "add", "--max-document", "6KB").exit_code == 0
+    assert run_chunk(store, path, "--max-document", "1MiB").exit_code == 0
     assert api.info(store).documents == 1
-    result = run_chunk(store, "--retry-quarantine", "--max-document", "1MiB")
-    assert (result.exit_code, api.info(store).documents, quarantine(store)) == (0, 2, [])
-
-
-def test_retrying_with_nothing_mended_says_so(tmp_path):
-    store = tmp_path / "store"
-    run_chunk(store, write_rows(tmp_path / "rows.jsonl", [{"id": "bad"}]))
-    result = run_chunk(store, "--retry-quarantine")
-    assert "nothing was taken up again" in result.stderr
+    result = run_chunk(store, path, "--changed", "add", "--max-document", "1MiB")
+    assert (result.exit_code, api.info(store).documents) == (0, 2)
+    assert "1 document skipped" in result.stdout
 
 
 @pytest.mark.parametrize(

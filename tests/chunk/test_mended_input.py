@@ -1,4 +1,4 @@
-"""Input that is broken, mended and taken up again; input that has changed; and how much of it is too much."""
+"""Input that is broken, repaired and read again; input that has changed; and how much of it is too much."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import gzip
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from chunk_helpers import documents, pack, quarantine, run_chunk, verified, write_rows
 from conftest import make_rows
 
 import retrotool
 from retrotool import api
+from retrotool.chunk.chunk_plan import Wanted, commit_plan
 from retrotool.chunk.max_bad import MaxBad
 from retrotool.errors import UsageError
+from retrotool.sources import Fields, find_inputs
+from retrotool.store.runs import Run
+from retrotool.store.store import Store
 
 ROWS = make_rows(300, words=30)
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -46,91 +49,115 @@ def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_gone_on_with_w
     later = write_rows(tmp_path / "later.jsonl", make_rows(5, first=500))
     result = run_chunk(store, path, later)
     assert result.exit_code == 3
-    assert "--retry-quarantine" in result.stdout
+    assert "the same command with --changed add" in result.stdout
     good = len(ids(store))
     assert 20 < good < 300
     path.write_bytes(packed(name))
-    result = run_chunk(store, "--retry-quarantine", "--json")
+    result = run_chunk(store, path, later, "--changed", "add", "--json")
     assert result.exit_code == 0, result.stdout
-    assert quarantine(store) == []
+    told = json.loads(result.stdout)
+    assert (told["set_aside"], told["damaged"], told["known_documents"]) == (0, 0, good - 5)
+    assert [reason[:10] for _, _, reason in quarantine(store)] == ["broken off"], "what each run rejected stays"
     assert sorted(ids(store)) == sorted([row["id"] for row in ROWS] + [f"doc-{i}" for i in range(500, 505)])
     found = api.info(store)
-    assert (found.documents, found.set_aside, found.unfinished) == (305, 0, 0)
+    assert (found.documents, found.set_aside, found.unfinished) == (305, 1, 0)
     assert verified(store).content == content_of(tmp_path, [*ROWS, *make_rows(5, first=500)])
 
 
-def test_what_was_chunked_before_the_break_is_not_tokenised_again(tmp_path):
+def changed(store: Path, *arguments: object) -> dict[str, object]:
+    """What ``chunk --changed add`` says as JSON."""
+    found: dict[str, object] = json.loads(run_chunk(store, *arguments, "--changed", "add", "--json").stdout)
+    return found
+
+
+def test_what_was_chunked_before_the_break_is_skipped(tmp_path):
     store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.gz")
     run_chunk(store, path)
     good = len(ids(store))
     path.write_bytes(gzip.compress(LINES))
-    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
-    assert result["documents"] == 300 - good
-    assert ids(store)[:good] == [row["id"] for row in ROWS[:good]]
+    result = changed(store, path)
+    assert (result["documents"], result["known_documents"], result["set_aside"]) == (300 - good, good, 0)
+    assert ids(store) == [row["id"] for row in ROWS]
 
 
-def test_a_broken_file_is_gone_on_with_though_an_erase_took_the_hash_of_its_beginning(tmp_path):
+def test_what_was_erased_does_not_come_back_with_the_repaired_file(tmp_path):
     lines = json.dumps({"id": "long", "text": " ".join(str(row["text"]) for row in ROWS[:9])}).encode() + b"\n" + LINES
     store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.gz", lines)
     run_chunk(store, path)
     good = len(ids(store))
-
-    def prefixes() -> list[bytes | None]:
-        (file,) = api.info(store).quarantine
-        return pq.read_table(store / file["path"])["prefix"].to_pylist()
-
-    assert prefixes() != [None]
     first, *others = retrotool.open(store).document("long")
     assert others
     selectors = api.Selectors(chunk=(str(first),), where="id = 'doc-5'")
     api.purge(store, selectors, reason="test", erase=True)
-    assert prefixes() == [None], "with it a guess of the documents could be tested"
     path.write_bytes(gzip.compress(lines))
-    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
-    assert (result["documents"], result["blocked"]) == (301 - good, 2)
-    assert quarantine(store) == []
+    result = changed(store, path)
+    assert (result["documents"], result["blocked"], result["known_documents"]) == (301 - good, 2, good - 2)
     assert verified(store).problems == []
 
 
-def test_a_mended_file_whose_beginning_is_another_gives_what_is_new_in_it(tmp_path):
+def test_purged_documents_of_a_changed_input_are_added_again_only_on_request(tmp_path):
+    store, path = tmp_path / "store", write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    run_chunk(store, path)
+    api.purge(store, api.Selectors(where="id in ('doc-1', 'doc-2')"), reason="test")
+    write_rows(path, ROWS[:6])
+    result = changed(store, path)
+    assert (result["documents"], result["known_documents"], result["blocked"]) == (1, 5, 0)
+    write_rows(path, ROWS[:7])
+    result = changed(store, path, "--allow-purged")
+    assert (result["documents"], result["known_documents"], result["set_aside"]) == (3, 4, 0)
+    assert api.info(store).documents == 7
+
+
+def test_a_repaired_file_whose_beginning_is_another_gives_what_is_new_in_it(tmp_path):
     store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.gz")
     run_chunk(store, path)
     good = len(ids(store))
-    changed = [{"id": "first", "text": "A new first row."}, {**ROWS[0], "text": "Another text."}, *ROWS[1:]]
-    path.write_bytes(pack(b"".join(json.dumps(row).encode() + b"\n" for row in changed), path.name))
-    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
-    assert result["documents"] == 1 + 300 - good
-    assert [(line, reason[:33]) for _, line, reason in quarantine(store)] == [(2, "its id is in the store with anoth")]
-    assert sorted(ids(store)) == sorted(["first", *(row["id"] for row in ROWS)])
+    other = [{"id": "first", "text": "A new first row."}, {**ROWS[0], "text": "Another text."}, *ROWS[1:]]
+    path.write_bytes(pack(b"".join(json.dumps(row).encode() + b"\n" for row in other), path.name))
+    result = changed(store, path)
+    assert (result["documents"], result["known_documents"], result["set_aside"]) == (1 + 300 - good, good - 1, 1)
+    assert (str(path), 2, "duplicate document id") in quarantine(store)
+    assert {row["id"] for row in documents(store)} == {"first", *(row["id"] for row in ROWS)}
 
 
-def test_rows_that_were_mended_are_taken_up_and_the_others_not_again(tmp_path):
+def test_rows_that_were_repaired_are_added_and_the_others_not_again(tmp_path):
     store = tmp_path / "store"
     path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], b'{"id": "doc-1", "text": 5}', ROWS[2], b"{", ROWS[4]])
     assert run_chunk(store, path).exit_code == 3
     write_rows(path, [ROWS[0], ROWS[1], ROWS[2], b"{", ROWS[4]])
-    result = run_chunk(store, "--retry-quarantine", "--json")
+    result = run_chunk(store, path, "--changed", "add")
     assert result.exit_code == 3
-    assert json.loads(result.stdout)["documents"] == 1
-    assert [(line, reason[:8]) for _, line, reason in quarantine(store)] == [(4, "not JSON")]
-    assert api.info(store).set_aside == 1
+    assert result.stdout.startswith("1 document, ")
+    assert "3 documents skipped: in the store already.\n1 row set aside:\n  1  not JSON" in result.stdout
     write_rows(path, ROWS[:5])
-    assert run_chunk(store, "--retry-quarantine").exit_code == 0
-    assert quarantine(store) == []
+    assert run_chunk(store, path, "--changed", "add").exit_code == 0
     assert verified(store).content == content_of(tmp_path, ROWS[:5])
 
 
-def test_retrying_what_was_not_mended_changes_nothing(tmp_path):
+def test_adding_what_did_not_change_changes_nothing(tmp_path):
     store = tmp_path / "store"
     path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], b"{"])
     run_chunk(store, path)
     before = verified(store)
-    result = json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)
-    assert (result["documents"], result["set_aside"]) == (0, 0)
-    path.unlink()
-    assert json.loads(run_chunk(store, "--retry-quarantine", "--json").stdout)["documents"] == 0
+    result = changed(store, path)
+    assert (result["documents"], result["set_aside"], result["known_inputs"]) == (0, 0, 1)
     assert verified(store).content == before.content
     assert len(quarantine(store)) == 1
+
+
+def test_without_inputs_what_was_begun_is_finished(tmp_path):
+    store = tmp_path / "store"
+    assert "no input was given" in run_chunk(store).stderr
+    assert not store.exists()
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], b"{"])
+    assert "Stopped" not in run_chunk(store, path).stdout
+    assert run_chunk(store).exit_code == 2
+    opened = Store.open(store)
+    with Run(opened.root) as run:
+        found = find_inputs([str(write_rows(tmp_path / "more.jsonl", ROWS[3:9]))])
+        commit_plan(opened, run, found, Wanted(Fields(), 1 << 20))
+    assert run_chunk(store).exit_code == 0
+    assert (api.info(store).documents, api.info(store).unfinished) == (9, 0)
 
 
 def test_a_broken_file_can_be_allowed(tmp_path):
@@ -173,7 +200,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     [("1%", 990, 10, False), ("1%", 989, 11, True), ("50%", 1, 3, False), ("0%", 999, 1, True), ("0", 5, 1, True)],
 )
 def test_a_share_counts_from_a_thousand_rows_on(limit, documents, bad, stops):
-    counts = {"documents": documents, "set_aside": bad, "damaged": 0, "blocked": 0}
+    counts = {"documents": documents, "set_aside": bad, "damaged": 0, "blocked": 0, "known_documents": 0}
     assert bool(MaxBad.parse(limit).exceeded(counts)) == stops
 
 
@@ -191,8 +218,8 @@ def test_an_input_that_has_changed_is_refused_until_it_is_to_be_added(tmp_path):
     assert result.exit_code == 2
     assert "--changed add" in result.output
     assert len(ids(store)) == 5
-    result = json.loads(run_chunk(store, path, "--changed", "add", "--json").stdout)
-    assert (result["documents"], result["set_aside"]) == (3, 5)
+    found = changed(store, path)
+    assert (found["documents"], found["known_documents"], found["set_aside"]) == (3, 5, 0)
     assert verified(store).content == content_of(tmp_path, ROWS[:8])
     assert run_chunk(store, path).exit_code == 0
 

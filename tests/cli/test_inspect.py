@@ -164,7 +164,7 @@ def test_a_terminal_gets_colours_unless_it_says_no(hostile: Path) -> None:
     assert "[[" in plain
     coloured = in_terminal(hostile, "--chunk", 0, "-k", 2)
     assert coloured != plain and re.sub("\x1b\\[[0-9;]*m", "", coloured) == plain
-    assert re.search("\x1b\\[33m\x1b\\[1m\\[\\[", coloured)
+    assert re.search("\x1b\\[1;33m\\[\\[", coloured)
     assert in_terminal(hostile, "--chunk", 0, "-k", 2, NO_COLOR="1") == plain
     assert in_terminal(hostile, "--chunk", 0, "-k", 2, TERM="dumb") == plain
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from page_reader import read, shown
 
@@ -31,7 +31,6 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     st.text(st.one_of(st.sampled_from("<>&\"'\r\n\t\0\x1b\x9b\u202e\u2069\ufffe{%}#x"), st.characters(codec="utf-8")))
 )
-@settings(max_examples=200, deadline=None)
 def test_any_text_is_shown_as_itself(text: str) -> None:
     page = read(pages.render("example.html", text=text, many=[]))
     (tag, about, inside), *_ = [part for part in page.parts if part[0] == "p"]

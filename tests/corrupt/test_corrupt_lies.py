@@ -213,12 +213,8 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "neighbours of unknown chunks": (
         lambda liar: liar.commit(**{"neighbours:main": None}), "the record 'neighbours:main' is missing",
     ),
-    "keys that lack a document": (lambda liar: liar.table("keys", lambda t: t.slice(1)), "keys are not those"),
-    "keys in another order": (lambda liar: liar.table("keys", lambda t: t.take([1, 0, 2])), "keys are not those"),
     "a document with another key": (lambda liar: liar.column("documents", "key", put(0, b"x" * 16)), "keys are not"),
-    "a document with another text": (
-        lambda liar: liar.column("documents", "text_hash", put(0, b"x" * 16)), "keys are not",
-    ),
+    "a document with another id": (lambda liar: liar.column("documents", "id", put(0, "x")), "keys are not"),
     "a document of more tokens": (
         lambda liar: liar.column("documents", "n_tokens", put(0, 10**6)), "documents and chunks differ in tokens",
     ),
@@ -240,7 +236,7 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "padding that is not zero": (lambda liar: liar.column("chunks", "tokens", pad), "padding is not zero"),
     "more tokens than a chunk holds": (lambda liar: liar.column("chunks", "n_tokens", put(0, 65)), "differ in tokens"),
     "fewer tokens than none": (lambda liar: liar.column("chunks", "n_tokens", put(0, -1)), "part 1"),
-    "a part without keys": (lambda liar: liar.commit(remove=liar.old("keys")), "part 1 lacks one of"),
+    "a part without documents": (lambda liar: liar.commit(remove=liar.old("documents")), "part 1 lacks its documents"),
     "a tombstone of no part": (lambda liar: liar.tombstone(99 << 32), "are no chunks of the store"),
     "a tombstone of no row": (lambda liar: liar.tombstone(1 << 32 | 10**6), "are no chunks of the store"),
     "a tombstone below zero": (lambda liar: liar.tombstone(-1), "are no chunks of the store"),
@@ -255,7 +251,8 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     ),
     "rows that are not in the file": (
         lambda liar: liar.commit(
-            dataclasses.replace(liar.old("keys"), path=_moved(liar, "keys"), rows=10**6), liar.old("keys")
+            dataclasses.replace(liar.old("documents"), path=_moved(liar, "documents"), rows=10**6),
+            liar.old("documents"),
         ),
         "rows, the log says 1,000,000",
     ),

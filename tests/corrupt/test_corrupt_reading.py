@@ -95,7 +95,6 @@ READERS: dict[str, Callable[[Store, FileEntry], Any]] = {
     "chunks": lambda store, _: chunks(store),
     "chunks by row group": lambda store, _: chunks(store, [0]),
     "documents": lambda store, _: parts.read_documents(store, 0, ["id", "first_row", "n_chunks"]),
-    "keys": lambda store, entry: parts.read_parquet(store, entry, ["key", "doc"]),
     "neighbours": neighbours,
     "neighbours by row group": lambda store, entry: neighbours(store, entry, [0]),
     "tombstones": lambda store, _: read_tombstones_afresh(store),
@@ -161,7 +160,7 @@ def test_a_gap_in_the_log_does_not_bring_purged_text_back(root: Path) -> None:
         Store.open(root)
 
 
-@pytest.mark.parametrize("kind", ["documents", "chunks", "keys", "tombstones", "neighbours", "embeddings"])
+@pytest.mark.parametrize("kind", ["documents", "chunks", "tombstones", "neighbours", "embeddings"])
 @pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
 def test_a_file_of_another_size_is_an_error_that_names_it(root: Path, kind: str, damage: str) -> None:
     store = Store.open(root)
@@ -187,9 +186,7 @@ def test_a_file_that_a_newer_commit_removed_was_erased(root: Path, tmp_path: Pat
     assert np.any(reader.tokens([0]))
 
 
-@pytest.mark.parametrize(
-    "kind", ["documents", "keys", "chunks", "tombstones", "neighbours", "embeddings", "index/main/shard"]
-)
+@pytest.mark.parametrize("kind", ["documents", "chunks", "tombstones", "neighbours", "embeddings", "index/main/shard"])
 def test_every_command_survives_a_zeroed_file(root: Path, kind: str, tmp_path: Path) -> None:
     """Errors of ours with advice, or success where the file isn't needed; never anything else."""
     entry = next(entry for entry in Store.open(root).state.files() if entry.path.startswith(kind))

@@ -144,12 +144,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict
     api.purge(stores["restore"], api.Selectors(documents=str(root / "victims.txt")), reason="test")
     lists_index(stores["restore"])
     stores["earlier"] = stores["restore"]
-    stores["repair"] = Path(shutil.copytree(stores["neighbours"], root / "repair"))
-    api.neighbours(stores["repair"], saved=3)
+    stores["refill"] = Path(shutil.copytree(stores["neighbours"], root / "refill"))
+    api.neighbours(stores["refill"], saved=3)
     (root / "half.txt").write_text("".join(f"{row['id']}\n" for row in rows[::2]))
-    api.purge(stores["repair"], api.Selectors(documents=str(root / "half.txt")), reason="test")
-    (short,) = api.repair(stores["repair"], dry_run=True).tables
-    assert short.searched > 10
+    api.purge(stores["refill"], api.Selectors(documents=str(root / "half.txt")), reason="test")
+    assert api.neighbours(Path(shutil.copytree(stores["refill"], root / "refilled")), saved=3).queries > 10
     stores["lists"] = stores["index"]
     stores["renew"] = Path(shutil.copytree(stores["index"], root / "renew"))
     grown(stores["renew"])
@@ -210,12 +209,12 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
         Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),
         Case("restore", restore_if_purged, (*logical, "indexes"), [False]),
-        Case("repair", lambda s: api.repair(s, devices="cpu"), logical, [False]),
+        Case("refill", lambda s: api.neighbours(s, saved=3), logical, [False]),
     ]
 
 
 CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "mend", "neighbours", "both", "materialise"]
-CASES += ["purge", "erase", "erase earlier", "restore", "repair"]
+CASES += ["purge", "erase", "erase earlier", "restore", "refill"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)

@@ -8,8 +8,8 @@
 
 Pages show the current directory as ``/home/me``. Outputs are compared loosely: hexadecimal digits (8 or more) and the
 numbers of commits may be others, numbers with a decimal point may differ by 10 % or 0.05, a line ``...`` stands for any
-lines. With RETROTOOL_RECORD=1 in the environment, outputs that differ are
-written into the page.
+lines. With RETROTOOL_UPDATE_SNAPSHOTS=1 in the environment (``make update-snapshots``), outputs that differ are written
+into the page.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _run_page(page: Path) -> None:
         if not same_lines(expected, actual):
             records.append((step, actual))
             problems.append("\n".join([f"{where}: {step.source.strip()}", "shown:", *expected, "printed:", *actual]))
-    if os.environ.get("RETROTOOL_RECORD"):
+    if os.environ.get("RETROTOOL_UPDATE_SNAPSHOTS"):
         for step, actual in reversed(records):
             lines[step.start : step.end] = actual
         page.write_text("\n".join(lines) + "\n", "utf-8")

@@ -58,7 +58,7 @@ def page(text: str) -> Path:
 def test_a_wrong_page_is_noticed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pages.ROOT", tmp_path)
-    monkeypatch.delenv("RETROTOOL_RECORD", raising=False)
+    monkeypatch.delenv("RETROTOOL_UPDATE_SNAPSHOTS", raising=False)
     with pytest.raises(AssertionError):
         run_page(page(text))
 
@@ -66,12 +66,12 @@ def test_a_wrong_page_is_noticed(text: str, tmp_path: Path, monkeypatch: pytest.
 def test_outputs_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pages.ROOT", tmp_path)
-    monkeypatch.setenv("RETROTOOL_RECORD", "1")
+    monkeypatch.setenv("RETROTOOL_UPDATE_SNAPSHOTS", "1")
     path = page("```console\n$ echo 1\n$ pwd\nold\n```\n\n```python\nprint(2)\n```\n\n```text\n```\n")
     run_page(path)
     assert (
         path.read_text()
         == "```console\n$ echo 1\n1\n$ pwd\n/home/me\n```\n\n```python\nprint(2)\n```\n\n```text\n2\n```\n"
     )
-    monkeypatch.delenv("RETROTOOL_RECORD")
+    monkeypatch.delenv("RETROTOOL_UPDATE_SNAPSHOTS")
     run_page(path)

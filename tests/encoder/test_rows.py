@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.encoder.rows import Rows, batches, concatenate
+from retrotool.encoder.batches import Rows, batches, concatenate
 
 LISTS = st.lists(st.lists(st.integers(0, 1000), max_size=12), max_size=20)
 

@@ -158,7 +158,7 @@ def test_memory_that_runs_out_adds_one_shape_a_halving(
     monkeypatch.setattr(forwards, "compile_layer", lambda: layer)
     path = make_family("bert", tmp_path / "bert", tiny_encoder)
     rng = np.random.default_rng(1)
-    rows = [rng.integers(5, 160, n).tolist() for n in rng.integers(1, 98, 2000)]
+    rows = [rng.integers(5, 160, n).tolist() for n in rng.integers(1, 98, 300)]
     true = Encoder(str(path), "cpu", forward="transformers").embed(rows)
     said: list[str] = []
     encoder = Encoder(str(path), "cpu", batch_tokens=4096, say=said.append)

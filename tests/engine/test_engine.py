@@ -93,6 +93,7 @@ def execute(store: Store, stage: TouchStage, workers: int = 1) -> None:
         engine.execute(stage, store, run, workers=workers)
 
 
+@pytest.mark.spawned
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_is_done_once_and_committed_together(store: Store, tmp_path: Path, workers: int) -> None:
     before = store.state.number

@@ -20,6 +20,9 @@ TEXTS: dict[str, bytes] = {
     "far too long": b"y" * 3_000_000,
 }
 """Texts that no format may make a document of."""
+_NOT_UTF8 = ("invalid UTF-8", "cut off UTF-8", "surrogate in UTF-8", "overlong UTF-8")
+ENDS = {"json": (*_NOT_UTF8, "far too long"), "csv": ("far too long",), "tsv": ("far too long",)}
+"""After which of them the rest of the file is rejected."""
 
 
 def quoted(text: bytes) -> bytes:
@@ -48,8 +51,8 @@ ROW_LEVEL = {
         '{"id": 1}', '{"text": null}', '{"text": 5}', '{"text": ["x"]}', '{"text": {"a": "x"}}', "[]", "5", "null",
         '{"text": "x"', "{text: 1}", '{"text": "\\ud800"}', '{"text": NaN}', "\0", '{"text": "x", "id": 1.5}',
     ],
-    "csv": ["7", "7,x,y", '7,"x"y', "7,", ",", '"",""'],
-    "tsv": ["7", "7\tx\ty", '7\t"x"y', "7\t", "\t"],
+    "csv": ["7", "7,x,y", "7,", ",", '"",""'],
+    "tsv": ["7", "7\tx\ty", "7\t", "\t"],
 }  # fmt: skip
 
 
@@ -57,7 +60,8 @@ ROW_LEVEL = {
 @pytest.mark.parametrize("base", WRITERS)
 def test_rows_are_documents_or_set_aside_with_a_reason(tmp_path, base, packed):
     good = GOOD.encode()
-    rows = [good, *(text for bad in TEXTS.values() for text in (bad, good))]
+    texts = [text for what, text in TEXTS.items() if what not in ENDS.get(base, ())]
+    rows = [good, *(text for bad in texts for text in (bad, good))]
     data = WRITERS[base](rows)
     path = tmp_path / f"rows.{base}{'.' if packed else ''}{packed}"
     separator = "<|>" if base == "txt" else None
@@ -66,16 +70,26 @@ def test_rows_are_documents_or_set_aside_with_a_reason(tmp_path, base, packed):
     assert len(found) == len(rows) - skipped
     documents = [row for row in found if isinstance(row, Document)]
     aside = [row for row in found if isinstance(row, SetAside)]
-    assert [row.text for row in documents] == [GOOD] * (len(TEXTS) + 1)
-    assert len(aside) == len(TEXTS) - skipped
+    assert [row.text for row in documents] == [GOOD] * (len(texts) + 1)
+    assert len(aside) == len(texts) - skipped
     for row in aside:
         assert row.reason
         assert not row.damage
         assert row.line > 0
-        assert row.offset > 0
+        assert row.offset > 0 or base == "json"
         assert row.excerpt.isprintable()
+    lines = [row.line for row in found]
+    assert lines == sorted(set(lines))
     places = [row.position if isinstance(row, Document) else row.offset for row in found]
-    assert places == sorted(set(places))
+    assert places == sorted(set(places)) or base == "json"
+
+
+@pytest.mark.parametrize(("base", "what"), [(base, what) for base, ends in ENDS.items() for what in ends])
+def test_what_hides_where_a_row_ends_rejects_the_rest(tmp_path, base, what):
+    good = GOOD.encode()
+    *rows, last = rows_of(tmp_path / f"a.{base}", WRITERS[base]([good, good, TEXTS[what], good]), max_document=LIMIT)
+    assert [row.text for row in rows] == [GOOD] * 2
+    assert (last.damage, last.line) == (True, rows[-1].line + 1)
 
 
 @pytest.mark.parametrize(("base", "bad"), [(base, bad) for base, rows in ROW_LEVEL.items() for bad in rows])

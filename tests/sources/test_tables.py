@@ -111,19 +111,6 @@ def test_slices_are_the_whole(folder, content, group, target):
     assert together == whole
 
 
-def test_slices_weigh_the_columns_that_are_read(tmp_path):
-    noise = np.random.default_rng(0).bytes(100_000)
-    table = pa.table(
-        {
-            "text": ["some text"] * 100,
-            "id": list(map(str, range(100))),
-            "image": [noise[i : i + 1000] for i in range(0, 100_000, 1000)],
-        }
-    )
-    file = write(tmp_path / "wide.parquet", table, row_group_size=10)
-    assert cut(file, Fields(), 20_000) == [WHOLE]
-
-
 def test_ids_may_be_whole_numbers_and_missing_ones_are_made_of_the_text(tmp_path):
     for kind in (pa.int8(), pa.uint64(), pa.int64()):
         table = pa.table({"id": pa.array([1, None], kind), "text": ["a", "b"]})

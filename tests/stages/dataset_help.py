@@ -175,7 +175,7 @@ def _large_part(
         parts.token_dtype(store.identity.tokenizer.token_bytes)
     )
     chunks = parts.chunks_table(doc, np.arange(n) - first[doc], np.full(n, 64), tokens)
-    for kind, table in {"documents": documents, "keys": parts.keys_table(documents), "chunks": chunks}.items():
+    for kind, table in {"documents": documents, "chunks": chunks}.items():
         yield parts.write_parquet(store.root, FileName.new(run.id, kind, part_slot(number), "parquet"), table)
     part = rng.integers(0, len(rows), (n, saved))
     ids = (part.astype(np.int64) << 32) + rng.integers(0, np.array(rows)[part])

@@ -235,7 +235,7 @@ def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_pa
     after = api.affected(training, "t", [purged])
     assert (after.in_k, after.in_saved) == (result.in_k, result.in_saved), "an erase there does not reach these tables"
     assert "can't be told" not in run("purge", training, "--affected", "t").stdout
-    api.repair(training, name="t", devices="cpu")
+    api.neighbours(store, queries=training, name="t", k=K, saved=SAVED, search=EXACT)
     after = api.affected(training, "t")
     assert after.in_saved == 0 and after.purges[0].since == after.purges[0].parts == 1
     assert f"Purge {purged}: 1 of 1 part were searched, or repaired, after it" in (
@@ -286,7 +286,7 @@ def test_what_is_erased_or_repaired_can_be_told_no_more(store: Path) -> None:
     first = time.purge(plain.ids[np.isin(names, np.unique(names)[::2])].tolist())
     before = api.affected(store)
     assert before.in_saved > 50
-    api.repair(store, devices="cpu")
+    api.neighbours(store, k=K, saved=SAVED)
     after = api.affected(store)
     assert 0 < after.in_saved < before.in_saved and after.purges[0].since > 0
     assert "were searched, or repaired, after it; what rows that were searched named before can't be told." in (

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import retrotool
 from retrotool import api
 from retrotool.info.run import info, verify
+from retrotool.store import parts
 from retrotool.store.blocked import HASH, Blocked, id_hashes, keyed_texts, read_blocked
 from retrotool.store.store import Store
 
@@ -83,7 +84,7 @@ def test_a_batch_is_asked_at_once_in_any_form(chunked: Path, tmp_path: Path) -> 
     of = chunks_of(store)
     purge(store, of["doc-3"] + of["doc-5"][:1])
     blocked = read_blocked(Store.open(store))
-    assert len(blocked) == 3
+    assert len(blocked) == 5, "an id, two texts and their tokens"
     ids, texts = ["doc-3", "doc-5", "doc-7", "x"], [TEXTS["doc-4"], TEXTS["doc-6"], TEXTS["doc-5"], STRANGER]
     expected = [True, False, True, False]
     assert blocked.holds(ids, texts).tolist() == expected
@@ -95,7 +96,8 @@ def test_a_batch_is_asked_at_once_in_any_form(chunked: Path, tmp_path: Path) -> 
 
 def test_the_list_of_another_store_does_not_match(chunked: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(chunked, tmp_path / "store"))
-    purge(store, chunks_of(store)["doc-3"])
+    chunks = chunks_of(store)["doc-3"]
+    purge(store, chunks)
     blocked = read_blocked(Store.open(store))
     assert blocked.holds(["doc-3"], [TEXTS["doc-3"]])[0]
     assert not Blocked("00" * 32, blocked.hashes).holds(["doc-3"], [TEXTS["doc-3"]])[0]
@@ -104,7 +106,13 @@ def test_the_list_of_another_store_does_not_match(chunked: Path, tmp_path: Path)
     unkeyed = [hashlib.blake2b(b, digest_size=16).digest() for b in (b"doc-3", b"id:doc-3", b"text:" + TEXTS["doc-3"])]
     assert all(trace not in data for trace in [b"doc-3", TEXTS["doc-3"], *unkeyed])
     key = bytes.fromhex(Store.open(store).identity.secret)
-    due = [hashlib.blake2b(b, digest_size=16, key=key).digest() for b in (b"id:doc-3", b"text:" + TEXTS["doc-3"])]
+    opened = Store.open(store)
+    part, rows = chunks[0] >> 32, [chunk & 0xFFFFFFFF for chunk in chunks]
+    stored = parts.read_chunks(opened, part)
+    tokens = b"".join(stored.tokens[row, : stored.n_tokens[row]].tobytes() for row in rows)
+    whole = b"tokens:" + (len(tokens) // 2).to_bytes(8, "little") + tokens
+    said = (b"id:doc-3", b"text:" + TEXTS["doc-3"], whole)
+    due = [hashlib.blake2b(b, digest_size=16, key=key).digest() for b in said]
     assert data == b"".join(sorted(due)), "as the format says"
 
 
@@ -127,7 +135,7 @@ def test_an_older_store_is_made_good_by_the_same_purge(chunked: Path, tmp_path: 
     assert blocked_ids(store) == blocked_texts(store) == set()
     assert verify(store).problems == []
     again = purge(store, victims)
-    assert (again.chunks, again.blocked, again.already_purged) == (0, 2, len(victims))
+    assert (again.chunks, again.blocked, again.already_purged) == (0, 3, len(victims))
     assert blocked_ids(store) == blocked_texts(store) == {"doc-3"}
     assert verify(store).problems == []
     assert purge(store, victims).purge == ""
@@ -136,9 +144,9 @@ def test_an_older_store_is_made_good_by_the_same_purge(chunked: Path, tmp_path: 
 def test_files_are_listed_and_kept_after_an_erase(chunked: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(chunked, tmp_path / "store"))
     result = purge(store, chunks_of(store)["doc-3"], erase=True)
-    assert result.blocked == 2
+    assert result.blocked == 3
     (file,) = info(store).blocked
-    assert file["rows"] == 2
+    assert file["rows"] == 3
     assert (store / file["path"]).exists()
     assert info(store).bytes["blocked"] > 0
     assert blocked_ids(store) == {"doc-3"}

@@ -165,11 +165,6 @@ def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -
     good = [p for p in result.curve if p.recall_at_10 - p.error >= 0.95]
     chosen = next(p for p in result.curve if (p.nprobe, p.depth) == (result.nprobe, result.depth))
     assert chosen in good and all(chosen.cost <= p.cost for p in good)
-    page = Path(result.page).read_text()
-    assert page.count("<svg") == page.count("</svg>") == 2
-    assert "<script" not in page and "http" not in page
-    for point in result.curve:
-        assert f"{point.recall_at_10:.4f}" in page
 
 
 def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:

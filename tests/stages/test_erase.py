@@ -414,9 +414,9 @@ def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy
         commit_plan(opened, run, find_inputs([str(path)]), Wanted(Fields(), 1000))
     select = (store_copy, api.Selectors(where="id = 'doc-3'"))
     (told,) = api.purge(*select, reason="test", erase=True).left
-    assert f"retrotool chunk {store_copy} --retry-quarantine" in told
+    assert f"retrotool chunk {store_copy};" in told
     assert path.name in told and path.exists()
-    api.chunk(store_copy, [], retry_quarantine=True)
+    api.chunk(store_copy, [])
     assert api.purge(*select, reason="test", erase=True).left == ()
     assert not path.exists()
 

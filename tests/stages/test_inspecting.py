@@ -14,9 +14,8 @@ import retrotool
 from retrotool import api
 from retrotool.errors import ErasedError, UsageError
 from retrotool.inspect import run as inspect_run
-from retrotool.inspect.inspect_result import InspectResult, segments
 from retrotool.inspect.inspected_rows import MARKED_FROM
-from retrotool.inspect.run import Choice
+from retrotool.inspect.run import Choice, InspectResult
 from retrotool.store.log import Draft
 from retrotool.store.session import writing
 from retrotool.store.store import Store
@@ -68,7 +67,7 @@ def check(store: Path, found: InspectResult, databases: dict[str, Path] | None =
             assert common.text == split_by_hand(database, first, there, stop)
             rest = split_by_hand(database, second, there - len(first), stop - len(first)) if following else None
             assert common.continuation == rest
-        assert "".join(piece for piece, _ in segments(chunk)) == chunk.text
+        assert "".join(piece for piece, _ in chunk.segments()) == chunk.text
 
 
 def test_all_is_as_the_api_and_the_textbook_have_it(built_store: Path) -> None:
@@ -93,10 +92,10 @@ def test_marks_in_a_chunk_are_the_runs_of_its_neighbours(built_store: Path) -> N
     several = 0
     for chunk in api.inspect(built_store, EVERYTHING, k=5).chunks:
         for rank, near in enumerate(chunk.neighbours, 1):
-            told = "".join(piece for piece, ranks in segments(chunk) if rank in ranks)
+            told = "".join(piece for piece, ranks in chunk.segments() if rank in ranks)
             assert near.common is not None
             assert told == (near.common.chunk.run.strip() if near.common.marked else "")
-        several += any(len(ranks) > 1 for _, ranks in segments(chunk))
+        several += any(len(ranks) > 1 for _, ranks in chunk.segments())
     assert several
 
 

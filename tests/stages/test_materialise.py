@@ -17,13 +17,10 @@ import retrotool
 from retrotool import RetroDataset, api, engine
 from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours import materialise
-from retrotool.neighbours.dependents import consumers
 from retrotool.neighbours.materialise import MaterialiseStage
 from retrotool.neighbours.materialised import MaterialisedReader
-from retrotool.neighbours.materialising import erase_consumed
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.table_reader import NeighbourReader
-from retrotool.purge import erase_run
 from retrotool.store import folding, parts, staging
 from retrotool.store import materialised as files
 from retrotool.store.atomic import FileEntry
@@ -31,7 +28,6 @@ from retrotool.store.log import Draft
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +115,8 @@ def test_a_file_is_made_anew_once_its_table_is(copies: tuple[Path, Path], tiny_e
     chunk(database, tiny_encoder, make_rows(30, first=300))
     api.index(database)
     api.neighbours(database, queries=training)
-    assert entries(training) == before, "stale, and there"
-    made = api.materialise(training)
     after = entries(training)
-    assert made.made == made.rows and after.keys() == before.keys()
+    assert after.keys() == before.keys(), "once there, it is kept up to date"
     assert not any((training / entry.path).exists() for entry in before.values())
     for slot, entry in after.items():
         assert entry.about["tables"] == [Store.open(training).state.file("neighbours", slot, "main").path]
@@ -247,24 +241,6 @@ def test_a_store_without_tables_is_told_how_to_make_them(store_copy: Path, tmp_p
     assert "retrotool neighbours" in error.value.advice
 
 
-def test_a_database_is_told_of_its_text_however_that_is_written(tmp_path: Path, tiny_encoder: Path) -> None:
-    """From Python alone, without the command that finds neighbours: an erase there reaches it all the same."""
-    database = chunk(tmp_path / "database", tiny_encoder, make_rows(20))
-    training = chunk(tmp_path / "training", tiny_encoder, make_rows(10, first=50))
-    api.neighbours(database, queries=training, search=SearchOptions(exact=True))
-    assert [one.materialised for one in consumers(Store.open(database).state)] == [False]
-    assert api.materialise(training).unaware == ()
-    assert [one.materialised for one in consumers(Store.open(database).state)] == [True]
-    number = Store.open(database).state.number
-    api.materialise(training)
-    assert Store.open(database).state.number == number, "nothing new to tell"
-    victim = min(held_ids(training, entries(training)["000000"]))
-    trace = tokens_of(database, [victim])[0]
-    assert trace in bytes_of(training, "materialised")
-    purge_ids(database, victim, erase=True)
-    assert trace not in bytes_of(training, "materialised")
-
-
 # Purges and erases
 
 
@@ -314,17 +290,6 @@ def test_an_erase_of_a_continuation_leaves_the_neighbour(own: Path) -> None:
     assert api.verify(own).problems == []
 
 
-def test_stale_files_are_erased_too(own: Path) -> None:
-    api.index(own, name="other")
-    api.neighbours(own, index="other")
-    assert RetroDataset(own, sequence_length=256).materialised_parts() == (0, 4)
-    victims = retrotool.open(own).document("doc-9")
-    traces = tokens_of(own, victims)
-    purge_ids(own, *victims, erase=True)
-    haystack = everything_of(own)
-    assert [trace for trace in traces if trace in haystack] == []
-
-
 def test_a_mixture_is_materialised_with_its_tables_and_its_databases_know(
     copies: tuple[Path, Path], tiny_encoder: Path
 ) -> None:
@@ -338,13 +303,13 @@ def test_a_mixture_is_materialised_with_its_tables_and_its_databases_know(
     check_all(training, "both")
     stored = files.read_materialised(Store.open(training), entries(training, "both")["000000"])
     assert set(stored.databases.flatten().tolist()) == {0, 1}
-    assert {one.table: one.materialised for one in consumers(Store.open(books).state)} == {"both.books": True}
     assert api.materialise(training, name="both").made == 0
     victim = int(stored.ids[stored.databases == 1][0])
     trace = tokens_of(books, [victim])[0]
     assert trace in bytes_of(training, "materialised")
-    (one,) = purge_ids(books, victim, erase=True).consumers
-    assert one.table == "both.books" and one.rewritten and one.names
+    (one,) = purge_ids(books, victim, erase=True).dependents
+    assert one.table == "both.books"
+    api.neighbours(database, queries=training, name="both", search=search)
     assert trace not in bytes_of(training, "materialised")
     assert api.verify(training).problems == []
 
@@ -357,48 +322,6 @@ def test_files_of_parts_that_have_no_table_any_more_go(own: Path) -> None:
         store.commit(run, lambda _: Draft("test", remove=(gone.path,)))
     assert api.materialise(own).parts == 3
     assert "000001" not in entries(own)
-
-
-def test_an_erase_reaches_a_store_that_has_this_one_as_its_database(copies: tuple[Path, Path]) -> None:
-    database, training = copies
-    options = {"sequence_length": 256, "batch_size": 8}
-    ids = [i for i in sorted(held_ids(training, entries(training)["000000"])) if i >= 0]
-    reader = retrotool.open(database)
-    follower = next(c.id for i in ids[3:] if (c := reader.continuation(i)) is not None and c.id not in ids[:3])
-    victims = [*ids[:3], follower]
-    traces = tokens_of(database, victims)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(erase_run, "_erase_texts", lambda *_: None)  # as if it could not be written
-        purge_ids(database, *victims, erase=True)
-    assert all(trace in bytes_of(training, "materialised") for trace in traces)
-    masked = list(RetroDataset(training, **options))
-    consumer = Store.open(training)
-    with writing(consumer) as run:
-        rewritten = erase_consumed(consumer, run, Store.open(database), Tombstones(np.array(sorted(victims))))
-        assert rewritten > 0
-        assert erase_consumed(consumer, run, Store.open(database), Tombstones(np.array(sorted(victims)))) == 0
-    haystack = bytes_of(training, "materialised")
-    assert [trace for trace in traces if trace in haystack] == []
-    assert same(masked, list(RetroDataset(training, **options)), but=())
-    assert api.verify(training).problems == []
-    assert not list((training / "staging").glob("*.json"))
-
-
-def test_ids_of_a_copy_or_of_the_store_itself_are_not_taken_for_those_of_the_database(
-    copies: tuple[Path, Path], own: Path, tmp_path: Path
-) -> None:
-    database, training = copies
-    victims = Tombstones(np.array(sorted(held_ids(training, entries(training)["000000"]) - {-1})))
-    copy = Path(shutil.copytree(database, tmp_path / "copy"))
-    shutil.rmtree(copy / "log")
-    shutil.rmtree(copy / "checkpoints", ignore_errors=True)
-    for store in (own, copy):
-        consumer = Store.open(training)
-        with writing(consumer) as run:
-            assert erase_consumed(consumer, run, Store.open(store), victims) == 0
-    mine = Store.open(own)
-    with writing(mine) as run:
-        assert erase_consumed(mine, run, Store.open(own), victims) == 0, "an erase of its own does that"
 
 
 def test_an_erase_of_the_training_text_empties_its_rows(copies: tuple[Path, Path]) -> None:
@@ -453,7 +376,6 @@ def test_a_purge_in_another_store_while_a_file_is_written_is_seen(
     database, training = copies
     victim = max(held_ids(training, entries(training)["000000"]))
     trace = tokens_of(database, [victim])[0]
-    api.neighbours(database, queries=training, k=3)
     write, done = files.write_materialised, []
 
     def write_slowly(*arguments: Any, **options: Any) -> FileEntry:
@@ -464,7 +386,7 @@ def test_a_purge_in_another_store_while_a_file_is_written_is_seen(
         return entry
 
     monkeypatch.setattr(files, "write_materialised", write_slowly)
-    api.materialise(training)
+    api.neighbours(database, queries=training, k=3)
     assert done and not (training / done[0]).exists()
     assert trace not in bytes_of(training, "materialised")
     check_all(training)
@@ -498,21 +420,3 @@ def test_a_plain_row_is_read_through_the_tables(stores: tuple[Path, Path]) -> No
     rows = [parts.part_entry(reader.store, "chunks", part).rows for part in (0, 1)]
     assert len(found) == sum(rows)
     assert len(flat([])) == 0
-
-
-def test_an_erase_goes_to_the_stores_that_the_database_knows(copies: tuple[Path, Path]) -> None:
-    database, training = copies
-    api.neighbours(database, queries=training, materialise=True)
-    victims = [i for i in sorted(held_ids(training, entries(training)["000000"])) if i >= 0][:3]
-    traces = tokens_of(database, victims)
-    assert all(trace in bytes_of(training, "materialised") for trace in traces)
-    result = purge_ids(database, *victims, erase=True)
-    here = [one for one in result.consumers if Path(one.path) == training]
-    assert [one.rewritten > 0 and one.names and not one.materialised for one in here] == [True]
-    copied = [one for one in result.consumers if Path(one.path) != training]
-    assert all(one.rewritten == 0 and one.materialised for one in copied), "of another copy, which is left alone"
-    assert not any(trace in bytes_of(training, "materialised") for trace in traces)
-    api.neighbours(database, queries=training, materialise=True)
-    again = purge_ids(database, *victims, erase=True)
-    assert [one for one in again.consumers if Path(one.path) == training] == [], "nothing is left there"
-    assert api.verify(training).problems == []

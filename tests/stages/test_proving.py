@@ -102,7 +102,7 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, capsys: pytes
     hashes = {hashlib.blake2b(tokens[chunk], digest_size=16, key=salt).hexdigest() for chunk in victims}
     assert set(receipt.salted_chunks) == hashes
     assert {file.before.split("/")[0] for file in receipt.files} >= {
-        "documents", "keys", "chunks", "embeddings", "index", "neighbours", "materialised", "selectors",
+        "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "selectors",
     }  # fmt: skip
     for file in receipt.files:
         assert not (store / file.before).exists()

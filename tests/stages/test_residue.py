@@ -109,7 +109,6 @@ def folders(found: list[Finding]) -> dict[str, set[str]]:
 EVERYWHERE = {
     "chunks": {"tokens"},
     "documents": {"id", "key"},
-    "keys": {"key"},
     "embeddings": {"vector16"},
     "index": {"vector16", CHUNK},
     "materialised": {"tokens"},
@@ -376,7 +375,7 @@ def test_what_living_text_has_in_common_with_a_victim_is_no_finding(store: Path,
     found = scan(store, needles)
     assert {finding.kind for finding in found} >= {"tokens", "text", "vector16", "id", "key", CHUNK} - {"text"}
     parts_of = {f"{chunk >> 32:06d}" for chunk in victims}
-    assert {f.path.split("/")[1][:6] for f in found if f.path.startswith(("chunks", "documents", "keys"))} == parts_of
+    assert {f.path.split("/")[1][:6] for f in found if f.path.startswith(("chunks", "documents"))} == parts_of
     api.purge(store, api.Selectors(where=f"id = '{name}'"), reason="test", erase=True)
     for form in (needles, as_hashed(needles)):
         assert left_of(store, form) == ()

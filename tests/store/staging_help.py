@@ -32,8 +32,7 @@ def unit(root: Path, run: str, name: str, index: int) -> Staged:
         return write(root, run, "staging", f"{name}{index}.{slot}", f"{name} {index} {slot}".encode())
 
     parts = tuple(
-        tuple(file(f"{part:04d}.{kind}") for kind in ("documents", "keys", "chunks"))
-        for part in range(PARTS[name, index])
+        tuple(file(f"{part:04d}.{kind}") for kind in ("documents", "chunks")) for part in range(PARTS[name, index])
     )
     quarantine = file("quarantine") if (name, index) == ("a", 1) else None
     counts = dict.fromkeys(COUNTS, 10 + index)
@@ -45,7 +44,8 @@ def embedding(root: Path, run: str, part: int, reads: tuple[str, ...], about: st
     data = f"{part} {about}".encode()
     add = write(root, run, "embeddings", f"{part:06d}", data, name="tiny")
     records = {"encoder:tiny": about}
-    return Staged(f"embed-{part}-{about}", "embed", run, reads=reads, add=(add,), records=records)
+    key = f"embed-{part}-{about}".replace(" ", "-")
+    return Staged(key, "embed", run, reads=reads, add=(add,), records=records)
 
 
 def numbered(state: State, root: Path) -> list[str]:

@@ -35,7 +35,7 @@ def staged(tmp_path: Path) -> Store:
     return staged_store(tmp_path / "store")
 
 
-FOLDED_FILES = [("chunks", 4), ("documents", 4), ("embeddings", 1), ("keys", 4), ("quarantine", 1)]
+FOLDED_FILES = [("chunks", 4), ("documents", 4), ("embeddings", 1), ("quarantine", 1)]
 
 
 def assert_folded_once(store: Store) -> None:

@@ -179,16 +179,6 @@ def test_documents_come_back(small: Store, table: pa.Table) -> None:
     assert parts.read_documents(view, 0, ["n_tokens", "id"]).equals(table.select(["n_tokens", "id"]))
 
 
-@given(table=document_tables())
-def test_keys_are_those_of_the_living_documents_sorted(small: Store, table: pa.Table) -> None:
-    rows = zip(table["key"].to_pylist(), table["text_hash"].to_pylist(), range(table.num_rows), strict=True)
-    expected = sorted((row for row in rows if row[0] is not None), key=lambda row: (row[0], row[2]))
-    entry = parts.write_parquet(small.root, name("keys"), parts.keys_table(table))
-    read = parts.read_parquet(viewing(small, entry), entry)
-    assert read.schema.equals(schemas.KEYS_SCHEMA)
-    assert [tuple(row.values()) for row in read.to_pylist()] == expected
-
-
 @given(st.sampled_from(["<u2", "<u4", "<f2", "<i8"]), st.data())
 def test_numbers_come_back_from_fixed_binary(dtype: str, data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(0, 20), st.integers(1, 9)))

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann.products import one_thread
+from retrotool.ann.matmul import one_thread
 from retrotool.ann.ranking import exact_distances
 from retrotool.chunk.chunker import cut_chunks
 from retrotool.cli.command_lines import embed_command

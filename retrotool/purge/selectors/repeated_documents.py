@@ -7,35 +7,30 @@ have nothing to do with each other end in the same few tokens, and what is lost 
 A chunk that begins one token later is another one; those are found with ``near-duplicates-of``.
 
 Which of several is the first is known only when all were seen. So a store is read twice: once for the hash of every
-chunk's tokens, BLAKE2b of 128 bits, which go through the external sort of ``keysort`` with their ids, and then, if text
-or rows are wanted, in blocks like for any selector. That two texts have one hash would need 2^64 chunks, or intent and
-as many attempts.
+chunk's tokens, BLAKE2b of 128 bits, which ``chunk.hash_partitions`` compares, and then, if text or rows are
+wanted, in blocks like for any selector. That two texts have one hash would need 2^64 chunks, or intent and as many
+attempts.
 
 Cost: reading, 0.6 to 1 µs a chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192 chunks, and 8 bytes a
-duplicate. Scratch: 24 bytes a chunk beyond ``rows`` chunks, in ``staging/`` of the store if a run is given, else in the
-system's temporary folder.
+duplicate. Scratch: 24 bytes a chunk beyond ``rows`` chunks, in the system's temporary folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.chunk import external_sort
+from retrotool.chunk import hash_partitions
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.document_text import Block
 from retrotool.purge.selectors.selector import Hits
 from retrotool.store import parts, schemas
 from retrotool.store.parts import Chunks
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -43,8 +38,6 @@ Ids = npt.NDArray[np.int64]
 
 SHORTEST = 8
 """Tokens that a chunk has at least to be called a duplicate."""
-
-_NO_RUN = "00000000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +76,29 @@ def select_duplicates(
     report: Callable[[int], object] = lambda _: None,
     *,
     shortest: int = SHORTEST,
-    run: Run | None = None,
-    rows: int = external_sort.ROWS,
+    rows: int = hash_partitions.ROWS,
 ) -> Ids:
     """Chunk ids that repeat an earlier one, int64, sorted. ``report`` is told of each part that was read.
 
-    ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch files do not fit on the disk.
+    ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch file does not fit on the disk.
     """
     if shortest < 1:
         raise UsageError(f"chunks of {shortest} tokens: a chunk has 1 at least")
     tombstones = read_tombstones(store)
-    with contextlib.ExitStack() as scratch:
-        root = store.root if run else Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="retrotool-")))
-        sorter = scratch.enter_context(external_sort.Sorter(root, run.id if run else _NO_RUN, rows))
-        for part in store.state.parts():
+    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
+    with hash_partitions.HashPartitions(sum(sizes.values()), rows) as partitions:
+        for part, total in sizes.items():
             purged = tombstones.rows(part)
-            total = parts.part_entry(store, "chunks", part).rows
             for first in range(0, total, parts.ROW_GROUP):
                 chunks = parts.read_chunks(store, part, [first // parts.ROW_GROUP])
                 wanted = (chunks.n_tokens >= shortest) & chunks.key
                 low, high = np.searchsorted(purged, [first, first + len(chunks)])
                 wanted[purged[low:high] - first] = False
-                sorter.add(_records(chunks, first, np.flatnonzero(wanted)))
+                of_block = np.flatnonzero(wanted)
+                places = parts.chunk_ids(part, first + of_block)
+                partitions.add(hash_partitions.records_of(token_hashes(chunks, of_block), places))
             report(1)
-        found = list(sorter.repeats())
+        found = list(partitions.repeats())
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
@@ -121,11 +113,3 @@ def token_hashes(chunks: Chunks, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.
         for low, high in zip(begin.tolist(), end.tolist(), strict=True)
     ]
     return np.frombuffer(b"".join(hashed), ">u8").reshape(-1, 2).astype(np.uint64)
-
-
-def _records(chunks: Chunks, first: int, rows: npt.NDArray[np.int64]) -> external_sort.Records:
-    records = np.empty(len(rows), external_sort.RECORD)
-    hashes = token_hashes(chunks, rows)
-    records["high"], records["low"] = hashes[:, 0], hashes[:, 1]
-    records["place"] = parts.chunk_ids(chunks.part, first + rows)
-    return records

@@ -2,8 +2,8 @@
 
 What is found goes into files ``scans/<scan>/``, whose name is a keyed hash of what is looked for. So a scan that was
 killed goes on, and several machines share the work; a part that an erase has rewritten is scanned anew. The commit of
-the purge takes the files away, and so does that of a dry run, which writes down what it selected. They hold chunk ids,
-places in text, and what was measured (a distance, a score), and no text.
+the purge removes the files, and so does any erase; a dry run leaves them to the purge that follows it. They hold chunk
+ids, places in text, and what was measured (a distance, a score), and no text.
 
 In a task threads work side by side, at a block of whole documents each: matchers spend their time in numpy, Arrow and
 RE2, which let others run meanwhile. Of a chunk that a selector means several times by one name, the first is kept.

@@ -234,7 +234,7 @@ def test_the_text_stands_in_no_file_but_the_selectors_and_goes_with_the_erase(st
         files = (path for path in store_copy.rglob("*") if path.is_file())
         return {path.parent.name for path in files if TEXT.encode() in path.read_bytes()}
 
-    assert holding() == {"selectors", "selections"}
+    assert holding() == {"selectors"}
     done = api.purge(store_copy, asked, reason="test", erase=True)
     assert done.erased == len(expected)
     assert holding() == set()

@@ -14,11 +14,9 @@ from selector_help import purge, random_tokens, scanned, store_of
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors import repeated_documents
 from retrotool.purge.selectors.repeated_documents import Duplicates, select_duplicates, token_hashes
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -62,20 +60,6 @@ def test_all_but_the_first_are_found_with_any_memory(store: Store, rows: int) ->
     assert sum(reported) == len(store.state.parts()) > 4
     assert len(set((found >> 32).tolist())) > 3
     assert not list((store.root / "staging").glob("*"))
-
-
-def test_a_run_has_its_scratch_files_in_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    written = repeated_documents.keysort._Scratch.write
-    monkeypatch.setattr(
-        repeated_documents.keysort._Scratch, "write", lambda path, records: seen.append(path) or written(path, records)
-    )
-    with Run(store.root) as run:
-        assert select_duplicates(store, run=run, rows=40).tolist() == by_hand(store)
-    assert seen and all(path.parent == store.root / "staging" and run.id in path.name for path in seen)
-    seen.clear()
-    assert select_duplicates(store, rows=40).tolist() == by_hand(store)
-    assert seen and not any(path.is_relative_to(store.root) or path.parent.exists() for path in seen)
 
 
 @pytest.mark.parametrize("shortest", [1, 7, 8, 9, 64])

@@ -210,7 +210,7 @@ def test_a_share_says_how_to_go_on(store: Path, cli: Cli) -> None:
     assert "without --shard" in shown.stdout
     assert json.loads(cli(*line, "--shard", "1/2", "--json").stdout)["done"] is True
     assert cli(*line, "--shard", "2").returncode == 2
-    assert cli(*line, "--shard", "0/2", "--apply", "s1").returncode == 2
+    assert cli(*line, "--shard", "0/2", "--out", "ids").returncode == 2
     assert "Purged" in cli(*line).stdout
 
 

@@ -1,19 +1,84 @@
-"""The running k nearest of many queries in torch's terms, for GPUs and for float64; ``ann.heaps`` is for the rest.
+"""The running k nearest of many queries: ``Heaps`` for float32 on a CPU, ``Nearest`` in torch, for GPUs and float64.
 
-To choose the k best of each product takes longer than the product. So what a query has found sets a limit, the score of
-its k-th best, and of a product only what is better is kept: one comparison a score, some work for the few that pass.
-Of the first list that a query meets, which should be its nearest, the k best are chosen, so that the limit is tight
-from then on. What was kept is cut to the k best whenever a query's row of the buffer is full.
+Choosing the k best of every product separately takes longer than the product. So what a query has found sets a limit,
+the score of its k-th best, and of a product only better scores are kept: one comparison a score, some work for the few
+that pass. Scores are larger for nearer vectors.
 
-Scores are the larger the nearer. Memory: 12 bytes for each of ``columns_for(k)`` columns a query; while scores are
-looked at, some 40 bytes for each that passes.
+``Heaps`` uses faiss's heaps. Memory: 12 bytes for each of k entries a query. faiss releases the GIL, so threads can
+fill the heaps of different queries.
+
+``Nearest`` chooses the k best of the first list that a query meets, which should be its nearest, so that the limit is
+tight from then on. The kept scores are cut to the k best whenever a query's row of the buffer is full. Memory: 12 bytes
+for each of ``columns_for(k)`` columns a query, and about 40 bytes for each score that passes while it is looked at.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from retrotool.ann.excluded import Ids
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Heaps:
+    """The k nearest of q queries so far."""
+
+    def __init__(self, k: int, q: int) -> None:
+        self._scores = np.full((q, k), -np.inf, np.float32)
+        self._ids = np.full((q, k), -1, np.int64)
+        self._heaps = _over(self._scores, self._ids)
+
+    def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:  # noqa: ARG002
+        """Take in scores [r, n] of some of the queries, ``rows`` [r], and of vectors ``ids`` [n]; −inf: none.
+
+        ``first`` tells nothing here.
+        """
+        import faiss
+
+        asked, offered = rows.numpy(), scores.numpy()
+        self._heaps.addn_query_subset_with_ids(
+            len(asked), faiss.swig_ptr(asked), len(ids), faiss.swig_ptr(offered), faiss.swig_ptr(ids), 0
+        )
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
+        import torch
+
+        scores, ids = self._scores.copy(), self._ids.copy()
+        _over(scores, ids).reorder()
+        scores[ids < 0] = -np.inf  # faiss puts its least number there
+        return torch.from_numpy(scores), torch.from_numpy(ids)
+
+
+def largest(scores: torch.Tensor, k: int) -> Ids:
+    """Columns of the k largest of scores [r, n], the largest first, int64 [r, k]."""
+    if scores.device.type != "cpu":
+        return np.asarray(scores.topk(k).indices.cpu().numpy())
+    import faiss
+
+    offered = scores.float().contiguous().numpy()
+    found, columns = np.empty((len(offered), k), np.float32), np.empty((len(offered), k), np.int64)
+    heaps = _over(found, columns)
+    heaps.heapify()
+    heaps.addn(offered.shape[1], faiss.swig_ptr(offered))
+    heaps.reorder()
+    return columns
+
+
+def _over(scores: Any, ids: Any) -> Any:
+    """Heaps of faiss's over arrays [q, k]."""
+    import faiss
+
+    library: Any = faiss  # type checkers miss some of its names
+    heaps = library.float_minheap_array_t()
+    heaps.nh, heaps.k = scores.shape
+    heaps.val, heaps.ids = faiss.swig_ptr(scores), faiss.swig_ptr(ids)
+    return heaps
+
 
 if TYPE_CHECKING:
     import torch

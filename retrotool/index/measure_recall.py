@@ -1,9 +1,8 @@
-"""Measuring an index and committing what was found: its operating point, its recall, the curve and its picture."""
+"""Measuring an index and committing what was found: its operating point, its recall, and the curve."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from retrotool.chunk.chunk_plan import write_json
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.index.ground_truth import QUERIES, find_truth
 from retrotool.index.index_files import (
-    PAGE,
     RECALL,
     generation_of,
     held_parts,
@@ -28,15 +26,13 @@ from retrotool.index.index_files import (
     trained_entry,
 )
 from retrotool.index.recall import Measurement, Searched, measure
-from retrotool.index.recall_page import page
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.index.staleness import Drift, drift, trained_on
 from retrotool.memory import give_back
-from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import part_of
 from retrotool.store.log import Draft
-from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
@@ -132,10 +128,7 @@ def _measure(
         generation, trained_file, entries, shards_digest(store.state, name, generation), found, moved, target
     )
     content = {**record, **found.as_json()}
-    files = (
-        write_json(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve)),
-        _write_page(store.root, FileName.new(run.id, "index", PAGE, "html", name), page(name, record, found)),
-    )
+    file = write_json(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve))
 
     def build(state: State) -> Draft:
         gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
@@ -143,7 +136,7 @@ def _measure(
             raise _ChangedError
         settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
         return Draft(
-            "index", settings, add=files, remove=_replaced(state, name, generation), records={index_key(name): record}
+            "index", settings, add=(file,), remove=_replaced(state, name, generation), records={index_key(name): record}
         )
 
     store.commit(run, build)
@@ -152,7 +145,7 @@ def _measure(
 
 def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.object_]:
     """For each chunk whether its part is one that the index was trained on."""
-    parts = ids >> PART_SHIFT
+    parts = part_of(ids)
     return np.where(np.isin(parts, np.array(sorted(seen), np.int64)), "trained on", "added since").astype(object)
 
 
@@ -199,15 +192,7 @@ def _replaced(state: State, name: str, generation: int) -> tuple[str, ...]:
     found = []
     for slot in group:
         entry = group.get(slot)
-        measured = slot in (RECALL, PAGE)
+        measured = slot == RECALL
         if entry is not None and entry.path not in kept and (measured or generation != current):
             found.append(entry.path)
     return tuple(found)
-
-
-def _write_page(root: Path, name: FileName, text: str) -> FileEntry:
-    def write(path: Path) -> int:
-        path.write_text(text, "utf-8")
-        return 1
-
-    return atomic.write_file(root, name, write)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ranges import expand_ranges, positions_within
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -46,7 +48,7 @@ class Rows:
     def take(self, which: npt.NDArray[np.int64]) -> Rows:
         """Some of the rows, in the order given."""
         lengths = self.lengths[which]
-        return Rows(self.ids[spread(self.starts[which], lengths)], lengths)
+        return Rows(self.ids[expand_ranges(self.starts[which], lengths)], lengths)
 
     def framed(self, before: Sequence[int], after: Sequence[int], longest: int) -> Rows:
         """The rows with special tokens around them, cut so that none is longer than ``longest``."""
@@ -54,7 +56,7 @@ class Rows:
         lengths = kept + len(before) + len(after)
         starts = np.cumsum(lengths) - lengths
         ids = np.empty(int(lengths.sum()), np.int32)
-        ids[spread(starts + len(before), kept)] = self.ids[spread(self.starts, kept)]
+        ids[expand_ranges(starts + len(before), kept)] = self.ids[expand_ranges(self.starts, kept)]
         for i, token in enumerate(before):
             ids[starts + i] = token
         for i, token in enumerate(after):
@@ -63,18 +65,7 @@ class Rows:
 
     def positions(self) -> npt.NDArray[np.int32]:
         """Place of every token in its row, int32 [tokens]."""
-        places: npt.NDArray[np.int32] = (np.arange(len(self.ids)) - np.repeat(self.starts, self.lengths)).astype(
-            np.int32
-        )
-        return places
-
-
-def spread(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The numbers from each start on, as many as its length, one run after the other: int64 [sum of lengths]."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    spread: npt.NDArray[np.int64] = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
-    return spread
+        return positions_within(self.lengths).astype(np.int32)
 
 
 def concatenate(blocks: Iterable[Rows]) -> Rows:

@@ -1,0 +1,189 @@
+"""Find the hashes that several documents share, with bounded memory, partition by partition.
+
+Records of a hash and a place gather in memory. Each time there are ``rows`` of them, the repeats among them are
+noted, and one record of each hash goes to a scratch file, ordered by the first bits of its hash: equal hashes are in
+one partition. In the end each partition is read and compared by itself. A hash that half the corpus shares takes one
+record per ``rows`` records, and the result does not depend on the order of anything.
+
+``new`` documents (those of the plan that is being finished) are compared with each other and with all before them.
+Of documents before them only those whose hash may be a new one are compared: a table of the new hashes' first bits
+decides (16 entries a new document, at most 128 Mi; above 8 million new documents more pass than need to).
+
+Cost: reads 16 bytes a document of the store (hashes do not compress), writes and reads 24 bytes a compared document.
+Memory: about 80 bytes times ``rows``, the hashes of a part, the table (at most 128 MiB), 8 bytes a repeat found, and
+a few bytes a partition for each time that ``rows`` records were written. Scratch: 24 bytes a compared document in the
+system's temporary folder (``TMPDIR``), none below ``rows`` documents. The file has no name, so nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.errors import StorageError
+from retrotool.store import parts
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.store import Store
+
+ROWS = 4 << 20
+RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
+_TABLE_BITS = (16, 27)
+_TABLE_ENTRIES_A_HASH = 16
+
+Records = npt.NDArray[Any]
+Places = npt.NDArray[np.int64]
+"""Documents as ``part << 32 | doc``: ascending as their chunk ids are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Parts that are compared: numbers below ``end``; those from ``start`` on are new."""
+
+    start: int
+    end: int
+
+
+def find_repeats(
+    store: Store,
+    column: Literal["key", "text_hash"],
+    span: Span,
+    leave_out: Callable[[int], npt.NDArray[np.int64]] | None = None,
+    rows: int = ROWS,
+) -> Places:
+    """Return the new documents whose hash a document before them has, ascending.
+
+    ``leave_out(part)`` gives the docs of a part that take no part in this, neither as a repeat nor as the first.
+    Documents without a hash take none either. ``StorageError`` if the scratch file does not fit on the disk.
+    """
+    sizes = {part: parts.part_entry(store, "documents", part).rows for part in store.state.parts() if part < span.end}
+    new, old = [part for part in sizes if part >= span.start], [part for part in sizes if part < span.start]
+    low, high = _TABLE_BITS
+    expected = _TABLE_ENTRIES_A_HASH * sum(sizes[part] for part in new) if old else 0
+    shift = np.uint64(64 - min(max(expected.bit_length(), low), high))
+    maybe_new = np.zeros(1 << (64 - int(shift)), np.bool_)
+    with HashPartitions(sum(sizes.values()), rows) as partitions:
+        for part in new:
+            records = _read_records(store, part, column, leave_out)
+            maybe_new[records["high"] >> shift] = True
+            partitions.add(records)
+        for part in old if new else ():
+            records = _read_records(store, part, column, leave_out)
+            partitions.add(records[maybe_new[records["high"] >> shift]])
+        first = span.start << PART_SHIFT
+        found = [places[places >= first] for places in partitions.repeats()]
+    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+
+def _read_records(
+    store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
+) -> Records:
+    values = parts.read_documents(store, part, [column])[column]
+    doc = np.flatnonzero(values.is_valid().to_numpy())
+    if leave_out is not None:
+        doc = np.setdiff1d(doc, leave_out(part), assume_unique=True)
+    return records_of(parts.from_fixed_binary(values, np.dtype(">u8"))[doc], parts.chunk_ids(part, doc))
+
+
+def records_of(hashes: npt.NDArray[Any], places: Places) -> Records:
+    """Join hashes [n, 2], as two big-endian numbers, and their places [n]."""
+    records = np.empty(len(places), RECORD)
+    records["high"], records["low"], records["place"] = hashes[:, 0], hashes[:, 1], places
+    return records
+
+
+def split(records: Records) -> tuple[npt.NDArray[np.int64], Places]:
+    """Where the first record of each hash is (of the lowest place), in order of the hashes; and the others' places."""
+    high = np.ascontiguousarray(records["high"])
+    order = np.argsort(high)
+    high = high[order]
+    equal = np.flatnonzero(high[1:] == high[:-1])
+    # Equal halves are rare but for repeats, so only these need the full order.
+    tied = np.union1d(equal, equal + 1)
+    ties = records[order[tied]]
+    order[tied] = order[tied][np.lexsort((ties["place"], ties["low"], ties["high"]))]
+    again = np.zeros(len(records), np.bool_)
+    again[equal + 1] = records["low"][order[equal + 1]] == records["low"][order[equal]]
+    return order[~again], records["place"][order[again]]
+
+
+class HashPartitions:
+    """Takes records in any order and finds those that repeat a hash; a context manager, which removes the scratch file.
+
+    ``expected``: how many records there will be at most; ``rows``: how many are held in memory.
+    """
+
+    def __init__(self, expected: int, rows: int) -> None:
+        bits = max(1, (2 * expected // rows).bit_length())  # a partition has rows / 2 records or fewer, but for chance
+        self._shift = np.uint64(64 - bits)
+        self._edges = np.arange((1 << bits) + 1, dtype=np.uint64)
+        self._rows = rows
+        self._waiting: list[Records] = []
+        self._gathered = 0
+        self._written: list[npt.NDArray[np.int64]] = []
+        """Of each time that records were written: where in the file each partition begins, in records, and the end."""
+        self._again: list[Places] = []
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, records: Records) -> None:
+        """Take records, of which none was given before."""
+        for start in range(0, len(records), self._rows):
+            some = records[start : start + self._rows]
+            if self._gathered + len(some) > self._rows:
+                self._write()
+            self._waiting.append(some)
+            self._gathered += len(some)
+
+    def _take_waiting(self) -> Records:
+        """Return the first record of each hash that waits; note the repeats."""
+        gathered = np.concatenate([np.zeros(0, RECORD), *self._waiting])
+        self._waiting, self._gathered = [], 0
+        first, again = split(gathered)
+        self._again.append(again)
+        return gathered[first]
+
+    def _write(self) -> None:
+        records = self._take_waiting()
+        bounds = np.searchsorted(records["high"] >> self._shift, self._edges)
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="retrotool-")  # noqa: SIM115 - closed on exit
+            self._written.append(bounds + self._file.seek(0, os.SEEK_END) // RECORD.itemsize)
+            self._file.write(np.ascontiguousarray(records).view(np.uint8).data)
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{tempfile.gettempdir()}: {error.strerror}; hashes are compared in a scratch file there",
+                "Run the same command again with TMPDIR set to a folder on a disk that has 24 bytes for each document.",
+            ) from error
+
+    def repeats(self) -> Iterator[Places]:
+        """Places of all records but the lowest of each hash. To be called once, when all were added."""
+        if not self._written:
+            self._take_waiting()
+            yield from self._again
+            return
+        self._write()
+        yield from self._again
+        for number in range(len(self._edges) - 1):
+            yield split(np.concatenate([self._read(*bounds[number : number + 2]) for bounds in self._written]))[1]
+
+    def _read(self, start: int, end: int) -> Records:
+        assert self._file is not None
+        self._file.seek(int(start) * RECORD.itemsize)
+        return np.fromfile(self._file, RECORD, count=int(end - start))

@@ -1,0 +1,18 @@
+"""Runs of consecutive numbers, many at once, as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+
+
+def positions_within(lengths: Int64s) -> Int64s:
+    """Return 0, 1, … length − 1 for each of ``lengths`` [n], one run after the other: int64 [sum of lengths]."""
+    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
+    """Return start, start + 1, … for each of ``starts`` [n], as many as its length: int64 [sum of lengths]."""
+    return positions_within(lengths) + np.repeat(starts, lengths)
