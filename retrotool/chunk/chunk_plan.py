@@ -33,6 +33,8 @@ EXPANSION = {"gz": 3.0, "zst": 4.0, "bz2": 4.0, "xz": 4.0, "parquet": 3.0}
 """About how many bytes of text a byte of a compressed input holds."""
 GUARD = "guard"
 """Record with what was found out about the fast tokenizer, so that it is found out once a store."""
+EXACT = "tokenizers"
+"""Record that says why this store is tokenised by ``tokenizers`` alone."""
 SMALL_PLAN = 12 << 20
 """Bytes of text below which starting the fast tokenizer costs more than it saves."""
 _SPREAD = 16
@@ -195,8 +197,29 @@ def known_findings(state: State) -> Findings | None:
 
 
 def may_be_fast(state: State, files: Sequence[InputFile]) -> bool:
-    """Whether the fast tokenizer pays, and has never been found to differ in this store."""
-    return "tokenizers" not in state.records and sum(map(text_bytes, files)) > SMALL_PLAN
+    """Whether the fast tokenizer pays, and may be used in this store."""
+    return EXACT not in state.records and sum(map(text_bytes, files)) > SMALL_PLAN
+
+
+def use_exact_tokenizer(store: Store, run: Run, why: str) -> None:
+    """Never use the fast tokenizer in this store again; ``why`` goes into the log, so it has no text of a document.
+
+    The plans that are not finished get new files, so units that were staged with the fast tokenizer are refused and
+    done again. Units that are committed stay.
+    """
+
+    def build(state: State) -> Draft | None:
+        if EXACT in state.records:
+            return None
+        add, remove = [], []
+        for plan_id, entry, plan in open_plans(store):
+            if plan.fast:
+                add.append(write_plan(store, run, plan_id, replace(plan, fast=False)))
+                remove.append(entry.path)
+        records = {EXACT: {"why": why}}
+        return Draft("plan", {"exact_tokenizer": True}, add=tuple(add), remove=tuple(remove), records=records)
+
+    store.commit(run, build)
 
 
 def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[tuple[str, str]]:
@@ -308,7 +331,7 @@ def parts_of(state: State, plan_id: str) -> range:
     """Numbers of the parts that a plan gave; as plans are worked in order, they follow those of the plans before."""
     record = state.records[f"plan:{plan_id}"]
     before = [r for r in state.with_prefix("plan:").values() if r["order"] < record["order"]]
-    first = sum(r["parts"] + r.get("withdrawn", 0) for r in before) + record.get("withdrawn", 0)
+    first = sum(r["parts"] for r in before)
     return range(first, first + record["parts"])
 
 

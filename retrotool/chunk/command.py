@@ -154,6 +154,14 @@ def command(
             rich_help_panel=_WORK,
         ),
     ] = 0.001,
+    exact_tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--exact-tokenizer",
+            help="Tokenise with tokenizers alone, which is many times slower; the store keeps it.",
+            rich_help_panel=_WORK,
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Cut a corpus into chunks of 64 tokens, in Parquet.
@@ -184,7 +192,7 @@ def command(
         options = ChunkOptions(
             fields=fields, part_size=part_size, workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
             duplicates=duplicates, add_changed=changed == "add", allow_purged=allow_purged,
-            max_bad=MaxBad.parse(max_bad), check=check, note=output.note,
+            max_bad=MaxBad.parse(max_bad), check=check, exact_tokenizer=exact_tokenizer, note=output.note,
         )  # fmt: skip
         given = list(inputs or ())
         if dry_run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import Wanted, cut_units, hashes_of, known_inputs, text_bytes
+from retrotool.chunk.chunk_plan import EXACT, Wanted, cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.chunk.run import (
     CHUNK_LENGTH,
     ChunkOptions,
@@ -96,6 +96,7 @@ def estimate(
         new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]
         known, files = len(files) - len(new), new
         chunk_length = store.identity.chunk_length
+        options = replace(options, exact_tokenizer=options.exact_tokenizer or EXACT in store.state.records)
         loaded = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
     else:
         loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
@@ -133,7 +134,7 @@ class _Sampler:
     """Reads, tokenises and cuts some of some inputs."""
 
     def __init__(self, tokenizer: Tokenizer, chunk_length: int, options: ChunkOptions) -> None:
-        self._encoder = FastTokenizer(tokenizer, check=options.check, first=0)
+        self._encoder = FastTokenizer(tokenizer, check=options.check, first=0, use_tokie=not options.exact_tokenizer)
         self._vocabulary, self._chunk_length = tokenizer.vocabulary, chunk_length
         self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
         self._options = options

@@ -21,13 +21,13 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
 from retrotool.index.index_files import index_key
 from retrotool.index.searching import pick_index
-from retrotool.neighbours import mixtures
+from retrotool.neighbours import weighted
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.materialising import MaterialiseResult
 from retrotool.neighbours.materialising import materialise as materialise_tables
-from retrotool.neighbours.mixtures import Given, Member
 from retrotool.neighbours.neighbour_options import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
+from retrotool.neighbours.weighted import WeightedTable
 from retrotool.store import claims
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
@@ -111,12 +111,12 @@ def neighbours(
     index: str | None = None,
     search: SearchOptions | None = None,
     filters: FilterOptions | None = None,
-    databases: Given = (),
+    databases: weighted.Given = (),
     materialise: bool = False,
 ) -> NeighboursResult:
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself).
 
-    ``databases``: further ones, each with its weight: the neighbours are then a mixture (``stages.mixtures``).
+    ``databases``: further ones, each with its weight: the neighbours are then a mixture (``neighbours.weighted``).
     ``materialise``: then write their tokens, too, for a training loop to read.
     """
     search, filters = search or SearchOptions(), filters or FilterOptions()
@@ -129,15 +129,15 @@ def neighbours(
     check_name(name, "--name")
     devices = tuple(find_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
-    mixture = mixtures.choose(store, name, root, databases)
-    opened = [Store.open(member.path) for member in mixture.members]
+    mixture = weighted.choose(store, name, root, databases)
+    opened = [Store.open(one.path) for one in mixture.tables]
     filters.check(opened)
     stages = []
-    for member, database in zip(mixture.members, opened, strict=True):
-        applied = filters.applied(mixtures.known_record(store.state, mixture, member), store)
+    for one, database in zip(mixture.tables, opened, strict=True):
+        applied = filters.applied(weighted.known_record(store, mixture, one.table), store)
         stages.append(
             NeighboursStage(
-                str(database.root.absolute()), _choose_index(database, index, search), member.table, saved, k,
+                str(database.root.absolute()), _choose_index(database, index, search), one.table, saved, k,
                 search.encoder, search.memory, devices, search.shard, applied,
             )
         )  # fmt: skip
@@ -146,10 +146,9 @@ def neighbours(
     if asked_for:
         check_some_left([stage.filters for stage in stages], store, opened)
     with writing(store) as run:
-        store.commit(run, lambda state: mixtures.begin(state, run, mixture))
-        found = [_fill(store, run, stage, member) for stage, member in zip(stages, mixture.members, strict=True)]
+        found = [_fill(store, run, stage, one) for stage, one in zip(stages, mixture.tables, strict=True)]
         if mixture.mixed:
-            store.commit(run, lambda state: mixtures.finish(state, mixture))
+            store.commit(run, mixture.commit)
     # Once there, the text is kept up to date: it must not outlive what a database elsewhere has erased.
     materialise = materialise or bool(store.state.group("materialised", name))
     made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
@@ -187,7 +186,7 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         )
 
 
-def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member) -> DatabaseResult:
+def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) -> DatabaseResult:
     """Do what there is to do for one database."""
     database = stage.open_database(store)
     todo = _count_queries(store, stage.plan(store))
@@ -206,9 +205,9 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, member: Member) -> Dat
     commands = []
     if not_indexed:
         index = None if stage.index == NO_INDEX else stage.index
-        commands = commands_to_index(database.store, member.path, database.encoder, index)
+        commands = commands_to_index(database.store, given.path, database.encoder, index)
     return DatabaseResult(
-        member.path, stage.table, member.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
+        given.path, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
         named(stage.filters, store, [database.store]), aware, tuple(commands),
     )  # fmt: skip
 

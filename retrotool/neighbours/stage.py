@@ -164,6 +164,10 @@ class NeighboursStage:
 
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
         known = state.records.get(self.key, record)
+        if "mix" in known:
+            raise UsageError(
+                f"the neighbours {self.table!r} are a mixture", "Give these a name of their own with --name."
+            )
         if known["database"] != record["database"]:
             raise UsageError(
                 f"the neighbours {self.table!r} are chunks of another database, {known['path']}",

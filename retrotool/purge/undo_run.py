@@ -14,8 +14,8 @@ from retrotool.errors import RetrotoolError
 from retrotool.index.index_files import count_lacking
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.materialised import current_file, misses_restored
-from retrotool.neighbours.mixtures import mixtures_with
 from retrotool.neighbours.stage import database_of, members_of
+from retrotool.neighbours.weighted import mixtures_with
 from retrotool.purge import undo as restoring
 from retrotool.purge.erase_run import until_not_overtaken
 from retrotool.purge.selecting import signed

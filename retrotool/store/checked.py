@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +29,8 @@ class Checked:
     """A store that is being checked: what is wrong with it, and what is known of it by now.
 
     ``recorded`` are the keys of all records that were ever set; ``broken`` paths of files that can't be read for what
-    they are. ``rows`` are those of each part, by its number; in ``once_rows`` parts that a ``chunk`` took back have the
-    most they can have had, as only their ids are left. ``zeros`` has, by path of embeddings, the rows whose vector is
-    zero though they are neither erased nor values.
+    they are. ``rows`` are those of each part, by its number. ``zeros`` has, by path of embeddings, the rows whose
+    vector is zero though they are neither erased nor values.
     """
 
     store: Store
@@ -41,7 +39,6 @@ class Checked:
     broken: set[str] = field(default_factory=set)
     tombstones: Tombstones = field(default_factory=lambda: Tombstones(np.zeros(0, np.int64)))
     rows: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
-    once_rows: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
     zeros: dict[str, Ids] = field(default_factory=dict)
     _with_values: frozenset[int] = frozenset()
     _keys: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
@@ -55,13 +52,6 @@ class Checked:
         for part, entry in entries.items():
             self.rows[part] = entry.rows
         self._with_values = frozenset(part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows)
-        self.once_rows = self.rows
-        plans: Any = state.with_prefix("plan:").values()
-        if any(plan.get("withdrawn") for plan in plans):
-            given = int(state.records.get("parts", 0))
-            self.once_rows = np.zeros(max(given, len(self.rows)), np.int64)
-            self.once_rows[:given] = 1 << 31
-            self.once_rows[list(entries)] = self.rows[list(entries)]
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
@@ -147,9 +137,9 @@ def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | 
     return bool(record.get("within", True))
 
 
-def check_ids(checked: Checked, ids: Ids, what: str, *, withdrawn: bool = True) -> bool:
-    """Note if any of ``ids`` is no row of a part, or of one that was ``withdrawn``; whether all are."""
-    limit = checked.once_rows if withdrawn else checked.rows
+def check_ids(checked: Checked, ids: Ids, what: str) -> bool:
+    """Note if any of ``ids`` is not a row of a part; whether all are."""
+    limit = checked.rows
     part = np.clip(part_of(ids), 0, len(limit) - 1)
     known = (ids >= 0) & (part_of(ids) < len(limit)) & (row_of(ids) < limit[part])
     if not known.all():

@@ -171,7 +171,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *(some for some, _ in lists)]))
     if len(ids) != entry.rows:
         checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
-    if not check_ids(checked, ids, entry.path, withdrawn=False):
+    if not check_ids(checked, ids, entry.path):
         return
     encoder = _encoder_of_index(checked.store, name, generation_in(FileName.parse(entry.path).slot))
     again = Tombstones(lacking_chunks(checked.store, entry, checked.tombstones))  # the next ``index`` adds them

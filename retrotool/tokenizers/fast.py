@@ -42,7 +42,7 @@ _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
 
 
 class TokensDiffer(AbortError):  # noqa: N818
-    """The fast tokenizer gave other ids than ``tokenizers``; what it gave before may be wrong too.
+    """The fast tokenizer gave other ids than ``tokenizers``.
 
     ``version`` is that of tokie, ``position`` the first token that differs, ``excerpt`` ASCII text around it;
     ``summary`` has no text of a document.

@@ -1,4 +1,4 @@
-"""``chunk`` with the fast tokenizer: the same as without it, and everything done again once it is found wrong."""
+"""``chunk`` with the fast tokenizer: the same as without it, and a stop once it is found wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from conftest import make_rows
 
 from retrotool import api
 from retrotool.chunk import chunk_plan
+from retrotool.chunk.chunk_plan import Wanted, commit_plan, use_exact_tokenizer
+from retrotool.chunk.stage import ChunkStage
+from retrotool.errors import ErasedError
+from retrotool.sources import Fields, find_inputs
 from retrotool.store.folding import fold
+from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.tokenizers import FastTokenizer, TokensDiffer
 
@@ -71,38 +76,69 @@ class Wrong:
         monkeypatch.setattr(FastTokenizer, "_compare", late)
 
 
+class Late:
+    """Makes the fast tokenizer right for the first ``n`` texts, and wrong after them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+        seen = 0
+        encode = FastTokenizer._encode
+
+        def late(tokenizer, texts):
+            nonlocal seen
+            seen += len(texts)
+            ids, lengths, sure = encode(tokenizer, texts)
+            return (ids if seen <= n else ids ^ 1), lengths, sure
+
+        monkeypatch.setattr(FastTokenizer, "_encode", late)
+
+
 @pytest.mark.parametrize("seen_after", [0, 200])
-def test_a_wrong_token_has_everything_done_again_by_tokenizers(
+def test_a_wrong_token_stops_the_run_and_is_never_committed(
     tmp_path, source, exact, byte_level_tokenizer, monkeypatch, seen_after
 ):
-    wrong = Wrong(monkeypatch, seen_after)
     store = tmp_path / "store"
-    result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--check", 1, "--part-size", 1000)
-    assert wrong.texts > seen_after, "the fault has not fired"
+    command = [store, source, "--tokenizer", byte_level_tokenizer, "--check", 1, "--part-size", 1000]
+    with monkeypatch.context() as patch:
+        wrong = Wrong(patch, seen_after)
+        result = run_chunk(*command)
+        assert wrong.texts > seen_after, "the fault has not fired"
+        assert result.exit_code == 1
+        assert "tokenizers differ at token 0" in result.stderr
+        assert "Run the same command again with --exact-tokenizer" in result.stderr
+        assert verified(store).documents == 0, "units that were staged before are void, too"
+        # The advice works, and so does the command without it: the store remembers.
+        result = run_chunk(*command, *(["--exact-tokenizer"] if seen_after else []))
     assert result.exit_code == 0, result.output
-    assert "Going on with tokenizers" in result.stderr
     found = verified(store)
-    assert found.content == exact.content
-    assert "tokenizers" in Store.open(store).state.records
+    assert (found.content, found.documents) == (exact.content, len(ROWS))
+    assert (api.info(store).set_aside, api.info(store).unfinished) == (0, 0)
 
 
-def test_parts_that_were_committed_are_taken_back_and_their_ids_not_given_again(
-    tmp_path, source, exact, byte_level_tokenizer, monkeypatch
-):
+def test_units_that_were_committed_before_a_difference_stay(tmp_path, source, exact, byte_level_tokenizer, monkeypatch):
     from retrotool import engine
 
     store = tmp_path / "store"
-    Wrong(monkeypatch, 200)
-    monkeypatch.setattr(engine, "FOLD_SECONDS", 0.0)  # commits after every unit
-    result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--check", 1)
+    with monkeypatch.context() as patch:
+        Late(patch, 200)
+        patch.setattr(engine, "FOLD_SECONDS", 0.0)  # commits after every unit
+        result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--check", 1)
+    assert result.exit_code == 1
+    before = verified(store).documents
+    assert 0 < before < len(ROWS)
+    result = run_chunk(store, source, "--exact-tokenizer", "--json")
     assert result.exit_code == 0, result.output
-    opened = Store.open(store)
-    (plan,) = opened.state.with_prefix("plan:").values()
-    assert plan["withdrawn"] > 0
-    assert min(opened.state.parts()) == plan["withdrawn"]
+    assert json.loads(result.stdout)["documents"] == len(ROWS)
+    found = verified(store)
+    assert (found.content, found.ids) == (exact.content, exact.ids)
+
+
+def test_a_store_can_be_told_to_use_tokenizers_alone(tmp_path, source, exact, byte_level_tokenizer):
+    store = tmp_path / "store"
+    result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--exact-tokenizer", "--json")
+    assert json.loads(result.stdout)["compared"] == 0
     assert verified(store).content == exact.content
-    found = api.info(store)
-    assert (found.documents, found.set_aside) == (len(ROWS), 0)
+    more = write_rows(tmp_path / "more.jsonl", make_rows(50, first=900))
+    assert json.loads(run_chunk(store, more, "--json").stdout)["compared"] == 0
 
 
 def test_later_inputs_of_such_a_store_are_left_to_tokenizers(tmp_path, source, byte_level_tokenizer, monkeypatch):
@@ -114,31 +150,21 @@ def test_later_inputs_of_such_a_store_are_left_to_tokenizers(tmp_path, source, b
     assert json.loads(run_chunk(store, more, "--json").stdout)["compared"] == 0
 
 
-def test_what_another_process_staged_with_the_fast_tokenizer_is_refused(
-    tmp_path, source, exact, byte_level_tokenizer, monkeypatch
-):
-    from retrotool.chunk.stage import ChunkStage
-    from retrotool.store.runs import Run
-
+def test_what_another_process_staged_with_the_fast_tokenizer_is_refused(tmp_path, source, exact, byte_level_tokenizer):
     store = tmp_path / "store"
-    plan = ChunkStage.plan
-    stale = []
-
-    def plan_and_remember(stage, opened):
-        tasks = plan(stage, opened)
-        stale.extend(tasks)
-        return tasks
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ChunkStage, "plan", plan_and_remember)
-        Wrong(patch, 0)
-        run_chunk(store, source, "--tokenizer", byte_level_tokenizer)
+    write_rows(tmp_path / "first.jsonl", ROWS[:1])
+    run_chunk(store, tmp_path / "first.jsonl", "--tokenizer", byte_level_tokenizer)
     opened = Store.open(store)
-    before = verified(store)
-    with Run(opened.root) as run, pytest.raises(Exception, match="finished or changed"):
-        ChunkStage().open(opened)(stale[0], run.id, int)
-        fold(opened, run)
-    assert verified(store).content == before.content == exact.content
+    with Run(opened.root) as run:
+        commit_plan(opened, run, find_inputs([str(source)]), Wanted(Fields(), 1 << 20))
+        tasks = ChunkStage().plan(opened)
+        worker = ChunkStage().open(opened)
+        use_exact_tokenizer(Store.open(store), run, "for a test")
+        with pytest.raises(ErasedError):
+            worker(tasks[0], run.id, int)
+        assert fold(opened, run).committed == frozenset()
+    assert run_chunk(store, source).exit_code == 3, "the first row repeats"
+    assert verified(store).documents == len(ROWS)
 
 
 def test_the_error_crosses_process_borders():

@@ -13,6 +13,7 @@ from oracle import saved_neighbours
 
 import retrotool
 from retrotool import api
+from retrotool.neighbours.run import SearchOptions
 from retrotool.purge.run import PurgeResult
 from retrotool.purge.undo_run import RestoreResult, restore
 from retrotool.store import disk
@@ -46,7 +47,7 @@ def exact(store: Path, scratch: Path, **options: object) -> tuple[np.ndarray, np
     if scratch.exists():
         shutil.rmtree(scratch)
     shutil.copytree(store, scratch)
-    api.neighbours(scratch, name="truth", search=api.neighbour_tables.SearchOptions(exact=True), **options)
+    api.neighbours(scratch, name="truth", search=SearchOptions(exact=True), **options)
     return saved_neighbours(scratch, "truth")
 
 

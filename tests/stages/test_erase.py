@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,11 @@ from test_purge import everything, lines
 import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.chunk.chunk_plan import Wanted, commit_plan
-from retrotool.errors import UsageError
 from retrotool.purge import erase, erase_run, selection
-from retrotool.sources import Fields, find_inputs
 from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
-from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
 
@@ -294,43 +287,6 @@ def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, 
     assert literals() == []
 
 
-def withdraw(root: Path, part: int) -> None:
-    """Take a part back, as a ``chunk`` does that finds the fast tokenizer wrong before its plan is finished."""
-    store = Store.open(root)
-    state, slot = store.state, part_slot(part)
-    entries = [entry for entry in state.files() if entry.path.split("/")[-1].startswith(f"{slot}-")]
-    ids = parts.chunk_ids(part, np.arange(state.part_file("chunks", part).rows))
-    plan = next(iter(state.with_prefix("plan:")))
-    with Run(root) as run:
-        name = FileName.new(run.id, "tombstones", f"{plan}.withdrawn", "parquet")
-        gone = tombstones.write_tombstones(root, name, ids)
-        records = {f"plan:{plan}": {**state.records[f"plan:{plan}"], "withdrawn": 1}}
-        remove = tuple(entry.path for entry in entries)
-        store.commit(run, lambda _: Draft("withdraw", add=(gone,), remove=remove, records=records))
-
-
-def test_an_erase_passes_over_parts_that_were_taken_back(store: Path, tmp_path: Path) -> None:
-    chunks = [rows_of(store, part)[0] for part in range(3)]
-    only = lines(tmp_path / "only", ["doc-9"])
-    api.purge(store, api.Selectors(documents=only), reason="test")
-    both = lines(tmp_path / "both", ["doc-1", "doc-10"])
-    api.purge(store, api.Selectors(documents=both), reason="test")
-    ids = lines(tmp_path / "ids", chunks[2][:2])
-    api.purge(store, api.Selectors(ids=ids), reason="test")
-    withdraw(store, 2)
-    with pytest.raises(UsageError, match="the store has no chunk"):
-        api.purge(store, api.Selectors(ids=lines(tmp_path / "more", chunks[2])), reason="test", erase=True)
-    first = retrotool.open(store)
-    assert len(chunks[2]) and first.parts() == [0, 1]
-    result = api.purge(store, api.Selectors(documents=both), reason="test", erase=True)
-    assert {chunk >> 32 for chunk in result.examples} <= {0}
-    assert result.erased == result.already_purged > 0, "doc-1's"
-    assert api.purge(store, api.Selectors(documents=only), reason="test", erase=True).erased == 0
-    assert api.purge(store, api.Selectors(ids=ids), reason="test", erase=True).erased == 0
-    assert all(purge["erased"] for purge in api.info(store).purges.values())
-    assert list((store / "selectors").iterdir()) == []
-
-
 def beside(monkeypatch: pytest.MonkeyPatch, module: object, name: str, work: Callable[[], object]) -> None:
     """Have ``work`` done by another process, as it were, just before a function is called for the first time."""
     original = getattr(module, name)
@@ -386,46 +342,6 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
     )  # fmt: skip
     result = api.purge(store_copy, api.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")
     assert result.documents == 1
-
-
-def spooled(store: Path, text: str = '{"id": "a", "text": "b"}\n') -> Path:
-    """What a killed ``chunk STORE -`` leaves."""
-    import zstandard
-
-    path = store / "spool" / "stdin-0123456789abcdef.jsonl.zst"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(zstandard.compress(text.encode()))
-    os.utime(path, (time.time() - 60,) * 2)  # long enough ago that nobody is on the way to plan it
-    return path
-
-
-def test_an_erase_takes_standard_input_that_a_killed_process_left(store_copy: Path) -> None:
-    path = spooled(store_copy)
-    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test")
-    assert path.exists()
-    result = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
-    assert (path.exists(), result.left) == (False, ())
-
-
-def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy: Path) -> None:
-    path = spooled(store_copy)
-    opened = Store.open(store_copy)
-    with writing(opened) as run:
-        commit_plan(opened, run, find_inputs([str(path)]), Wanted(Fields(), 1000))
-    select = (store_copy, api.Selectors(where="id = 'doc-3'"))
-    (told,) = api.purge(*select, reason="test", erase=True).left
-    assert f"retrotool chunk {store_copy};" in told
-    assert path.name in told and path.exists()
-    api.chunk(store_copy, [])
-    assert api.purge(*select, reason="test", erase=True).left == ()
-    assert not path.exists()
-
-
-def test_an_erase_leaves_what_a_living_process_may_be_about_to_chunk(store_copy: Path) -> None:
-    path = spooled(store_copy)
-    with Run(store_copy):
-        (told,) = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True).left
-    assert path.name in told and path.exists()
 
 
 def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of databases against brute force over all of them; how a name becomes one, and a plain table again."""
+"""Mixtures of databases against brute force over all of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from test_neighbour_filters import grow, is_copy, run, spied
 import retrotool
 from retrotool import api, engine
 from retrotool.errors import UsageError
-from retrotool.neighbours import mixtures
+from retrotool.neighbours import weighted
 from retrotool.neighbours.neighbour_options import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.table_reader import NeighbourReader
-from retrotool.store import disk, folding
 from retrotool.store.log import Draft
 from retrotool.store.session import writing
 from retrotool.store.store import Store
@@ -179,43 +178,35 @@ def test_purges_and_growth_in_the_databases(tiny_encoder: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_plain_table_becomes_the_first_of_a_mixture_and_plain_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_table_does_not_become_a_mixture_nor_a_mixture_a_plain_table() -> None:
     mix()
-    plain = retrotool.open("training")
-    chunk = int(plain.chunk_ids(0)[2])
-    before = plain.neighbour_ids(chunk, "m", 20)
-    asked = searched(monkeypatch)
-    found = mix(("books", 4.0))
-    assert [one.queries > 0 for one in found.mix] == [False, True]
-    check({"wiki": 1.0, "books": 4.0})
-    assert retrotool.open("training").neighbour_ids(chunk, "m.wiki", 20) == before
-    asked.clear()
-    found = mix(("wiki", None))
-    assert (found.mix, found.left_out, found.queries, asked) == ((), ("m.books",), 0, [])
-    assert record()["database"] == Store.open("wiki").identity.uuid and record("m.wiki") is None
-    assert retrotool.open("training").neighbour_ids(chunk, "m", 20) == before
-    assert api.verify("training").problems == []
-    found = mix(("books", None))
-    assert found.queries == 0 and asked == [], "what it left out is there still"
-    check({"wiki": 1.0, "books": 1.0})
-    told = run("neighbours", "books", "--queries", "training", "--name", "m", "--exact", "--database", "training")
-    assert "No longer in 'm', but there under their own names: m.wiki." in told.stdout
-    check({"books": 1.0, "training": 1.0})
+    before = record()
+    with pytest.raises(UsageError, match=r"'m' are a plain table, of .*wiki") as error:
+        mix(("books", 4.0))
+    assert error.value.advice == "Give the mixture another --name."
+    assert record() == before and record("m.books") is None, "nothing was changed"
+    mix(("books", 4.0), name="both")
+    check({"wiki": 1.0, "books": 4.0}, name="both")
+    with pytest.raises(UsageError, match="with one database there is nothing to mix"):
+        mix(("wiki", None), name="both")
+    with pytest.raises(UsageError, match=r"'both' are a mixture of .*wiki, .*books") as error:
+        mix(first="training", name="both")
+    assert "--database" in error.value.advice
     assert api.verify("training").problems == []
 
 
 @pytest.mark.usefixtures("here")
-def test_a_plain_table_of_a_database_that_the_mixture_has_not_is_kept_beside_it() -> None:
-    mix()
-    found = mix(("training", None), first="books")
-    assert [one.table for one in found.mix] == ["m.books", "m.training"]
-    check({"books": 1.0, "training": 1.0})
+def test_what_a_mixture_no_longer_names_stays_as_a_plain_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    mix(("books", 2.0))
+    shown = run("neighbours", "books", "--queries", "training", "--name", "m", "--exact", "--database", "training")
+    assert "No longer in 'm', but there under their own names: m.wiki." in shown.stdout
+    check({"books": 2.0, "training": 1.0})
     assert retrotool.open("training").neighbours(int(retrotool.open("training").chunk_ids(0)[0]), "m.wiki")
-    with pytest.raises(UsageError, match=r"'m' are a mixture of .*books, .*training") as error:
-        mix()
-    assert "--database" in error.value.advice
-    assert mix(("wiki", None)).left_out == ("m.books", "m.training")
-    assert retrotool.open("training").neighbour_ids(0, "m") and api.verify("training").problems == []
+    asked = searched(monkeypatch)
+    found = mix(("books", None))
+    assert found.queries == 0 and asked == [] and found.left_out == ("m.training",), "what it left out is used again"
+    check({"wiki": 1.0, "books": 2.0})
+    assert api.verify("training").problems == []
 
 
 def test_weights_may_be_as_far_apart_as_weights_can_be(here: Path) -> None:
@@ -239,7 +230,7 @@ def test_a_mixture_whose_database_moved(here: Path) -> None:
 
 
 def test_a_run_that_was_killed_leaves_the_mixture_that_there_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mix()
+    mix(("training", 1.0))
     execute = engine.execute
 
     def killed(stage: Any, *arguments: Any, **options: Any) -> None:
@@ -251,48 +242,10 @@ def test_a_run_that_was_killed_leaves_the_mixture_that_there_was(here: Path, mon
         patch.setattr(engine, "execute", killed)
         with pytest.raises(KeyboardInterrupt):
             mix(("books", None))
-    check({"wiki": 1.0})
+    check({"wiki": 1.0, "training": 1.0})
     mix(("books", None))
     check({"wiki": 1.0, "books": 1.0})
     assert api.verify("training").problems == []
-
-
-@pytest.mark.parametrize("at", range(4))
-def test_a_run_that_was_killed_while_it_gives_files_new_names(
-    here: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path, at: int
-) -> None:
-    grow(here / "training", tiny_encoder, make_rows(4, first=700, words=60))
-    mix()
-    before = read_all("m")
-    calls = 0
-
-    def killed(operation: Any) -> Any:
-        def call(*paths: Path) -> Any:
-            nonlocal calls
-            if "neighbours" in paths[-1].parts or paths[-1].parent.name == "log":
-                calls += 1
-                if calls == at + 1:
-                    raise KeyboardInterrupt
-            return operation(*paths)
-
-        return call
-
-    with monkeypatch.context() as patch:  # two links, the commit, and taking the old names away
-        for name in ("link", "unlink"):
-            patch.setattr(disk, name, killed(getattr(disk, name)))
-        patch.setattr(folding, "fold", lambda *_: None)
-        with pytest.raises(KeyboardInterrupt):
-            mix(("books", None))
-    assert calls > at and read_all("m") == before
-    assert mix(("books", None)).queries > 0
-    assert read_all("m.wiki") == before
-    assert len(list(Path("training/neighbours").rglob("*.parquet"))) == 2 * len(retrotool.open("training").parts())
-    assert api.verify("training").problems == []
-
-
-def read_all(name: str) -> list[Any]:
-    reader = retrotool.open("training")
-    return [reader.neighbour_ids(int(i), name, 20) for part in reader.parts() for i in reader.chunk_ids(part)]
 
 
 def test_databases_that_do_not_go_together_are_refused(
@@ -318,7 +271,7 @@ def test_databases_that_do_not_go_together_are_refused(
         ((("books", float("inf")),), "a weight is above 0"),
         ((("books", 1e-40),), "from 1e-30 to 1e\\+30"),
         ((("books", 1e39),), "from 1e-30 to 1e\\+30"),
-        ((("wiki", 2.0),), "with one database there is nothing to weigh"),
+        ((("wiki", 2.0),), "with one database there is nothing to mix"),
     ):
         with pytest.raises(UsageError, match=said):
             mix(*databases)
@@ -336,13 +289,13 @@ def test_databases_that_do_not_go_together_are_refused(
         "wiki", queries="training", name="a", databases=[("training", None)],
         search=SearchOptions(exact=True, encoder="tiny"),
     )  # fmt: skip
-    with pytest.raises(UsageError, match=r"'a\.wiki' are a table of the mixture 'a'"):
+    with pytest.raises(UsageError, match=r"'a\.wiki' are a plain table"):
         mix(("books", None), name="a.wiki")
 
 
 def test_at_most_255_databases(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mixtures.MOST_DATABASES == 255
-    monkeypatch.setattr(mixtures, "MOST_DATABASES", 2)
+    assert weighted.MOST_DATABASES == 255
+    monkeypatch.setattr(weighted, "MOST_DATABASES", 2)
     with pytest.raises(UsageError, match="3 databases are more than a mixture can have, 2"):
         mix(("books", None), ("training", None))
 

@@ -20,6 +20,7 @@ from retrotool.ann.choice import Wanted
 from retrotool.index import stage as index_stage
 from retrotool.index.run import Options
 from retrotool.neighbours.materialise import MaterialiseStage
+from retrotool.neighbours.neighbour_options import FilterOptions
 from retrotool.purge import commit as selecting
 from retrotool.purge import run as purge_run
 from retrotool.purge import undo as restoring
@@ -210,7 +211,7 @@ def test_neighbours_in_another_store_are_told_and_found_again(store_copy: Path, 
     assert told.parts == 1, "their rows are empty"
     assert f"--queries {queries}" in told.command
     (told,) = back(store_copy, theirs).tables
-    assert (told.path, told.table, told.parts) == (str(queries), "theirs", 4)
+    assert (told.path, told.table, told.there) == (str(queries), "theirs", False), "it is not opened"
     api.neighbours(store_copy, queries=queries, name="theirs")
     assert near(queries, "theirs") == whole
     assert api.neighbours(store_copy, queries=queries, name="theirs").queries == 0
@@ -251,7 +252,7 @@ def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path
         path = write_jsonl(tmp_path / f"{number}.jsonl", some)
         api.chunk(store, [str(path)], tokenizer=str(tiny_encoder))
     api.embed(store, encoder=str(tiny_encoder))
-    filters = api.neighbour_options.FilterOptions(max_overlap=0.3)
+    filters = FilterOptions(max_overlap=0.3)
     reader = retrotool.open(store)
     (asking, *_), (before, *following) = reader.document("asks"), reader.document("tells")
     api.neighbours(store, filters=filters, saved=12, name="never")
