@@ -237,8 +237,9 @@ class Spelling:
 
     def export(self, store: Path, output: Path, table: str) -> list[object]:
         """Export chunks with their neighbours as Parquet."""
-        command = ["export", "neighbours"] if "export neighbours" in self.commands else ["export"]
-        return [*command, store, output, "--format", "parquet", "--name", table]
+        if "export neighbours" in self.commands:
+            return ["export", "neighbours", store, output, "--format", "parquet", "--name", table]
+        return ["export", store, output, "--name", table]
 
 
 @dataclass(slots=True)

@@ -27,13 +27,13 @@ _COMMANDS = {
     "leakage": "retrotool.leakage.command",
     "purge": "retrotool.purge.command",
     "search": "retrotool.search.command",
+    "export": "retrotool.export.command",
     "info": "retrotool.info.command",
     "log": "retrotool.info.log_command",
     "verify": "retrotool.info.verify_command",
     "plan": "retrotool.plan.command",
-    "export": "retrotool.export.command",
 }
-"""The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``, or an ``app``."""
+"""The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -64,10 +64,8 @@ class _Group(TyperGroup):
 
 def _import_command(name: str) -> Any:
     module = importlib.import_module(_COMMANDS[name])
-    single = getattr(module, "app", None)
-    if single is None:
-        single = typer.Typer(add_completion=False, **_SHOWN)
-        single.command(name, epilog=module.EPILOG)(module.command)
+    single = typer.Typer(add_completion=False, **_SHOWN)
+    single.command(name, epilog=module.EPILOG)(module.command)
     command = typer.main.get_command(single)
     command.name = name
     return command
@@ -78,8 +76,8 @@ app = typer.Typer(
     cls=_Group,
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
-    "Every command but plan takes the STORE first (export: after the word for what is exported), can be killed at any "
-    "moment, and goes on where it stopped when it is run again.",
+    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped when it "
+    "is run again.",
     no_args_is_help=True,
     **_SHOWN,
     context_settings={"help_option_names": ["-h", "--help"]},
