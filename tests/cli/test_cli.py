@@ -42,8 +42,7 @@ from retrotool.search import command as search_command
 COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "inspect": inspect_command, "leakage": leakage_command, "purge": purge_command, "search": search_command,
-    "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
-    "export": export_command,
+    "export": export_command, "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
