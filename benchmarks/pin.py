@@ -209,6 +209,39 @@ def run_retrotool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **one_core}, check=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """The one place that knows how revisions spell what has had several names. ``commands`` are those of a revision."""
+
+    commands: frozenset[str]
+
+    @classmethod
+    def of(cls, run: Runner) -> Spelling:
+        """That of the revision that ``run`` runs."""
+        commands = set(re.findall(r"^  ([a-z]+) ", run("--help").stdout, re.MULTILINE))
+        if "Commands:" in run("export", "--help").stdout:
+            commands.add("export neighbours")
+        return cls(frozenset(commands))
+
+    def undo(self, store: Path, purge: str) -> list[object]:
+        """Undo a purge."""
+        if "undo" in self.commands:
+            return ["undo", store, purge, "--reason", "pinned"]
+        return ["purge", store, purge, "--restore", "--reason", "pinned"]
+
+    def erase(self, store: Path, *purges: str) -> list[object]:
+        """Erase purges."""
+        if "erase" in self.commands:
+            return ["erase", store, *purges, "--yes"]
+        return ["purge", store, *purges, "--erase", "--yes"]
+
+    def export(self, store: Path, output: Path, table: str) -> list[object]:
+        """Export chunks with their neighbours as Parquet."""
+        if "export neighbours" in self.commands:
+            return ["export", "neighbours", store, output, "--format", "parquet", "--name", table]
+        return ["export", store, output, "--name", table]
+
+
 @dataclass(slots=True)
 class Recording:
     """What a run gave: ``content`` of stores by when they were read, ``exits`` and ``outputs`` by step."""
@@ -236,7 +269,7 @@ class Session:
     def __init__(self, run: Runner, corpus: Path, folder: Path) -> None:
         self.corpus, self.folder, self.recording = corpus, folder, Recording()
         self._run = run
-        self._commands = set(re.findall(r"^  ([a-z]+) ", run("--help").stdout, re.MULTILINE))
+        self.spelling = Spelling.of(run)
 
     def step(self, name: str, *arguments: object) -> str:
         """Run a command; ``name`` says which step it is. Gives its stdout."""
@@ -273,26 +306,9 @@ class Session:
         self.recording.content[f"purged {name}"] = tombstones
         return next((purge for purge in purges(store) if purge not in before), "")
 
-    # The one place that knows how a revision spells what has had other names.
-
-    def undo(self, store: Path, purge: str) -> None:
-        """Take a purge back."""
-        if "undo" in self._commands:
-            self.step("undo", "undo", store, purge, "--reason", "pinned")
-        else:
-            self.step("undo", "purge", store, purge, "--restore", "--reason", "pinned")
-
-    def erase(self, store: Path, *which: str) -> None:
-        """Erase purges."""
-        if "erase" in self._commands:
-            self.step("erase", "erase", store, *which, "--yes")
-        else:
-            self.step("erase", "purge", store, *which, "--erase", "--yes")
-
     def export(self, store: Path, output: Path, table: str) -> None:
         """Export chunks with their neighbours as Parquet, and keep a digest of each column in the order of chunks."""
-        words = ["neighbours"] if "neighbours" in self._run("export", "--help").stdout.partition("Commands:")[2] else []
-        self.step("export", "export", *words, store, output, "--format", "parquet", "--name", table)
+        self.step("export", *self.spelling.export(store, output, table))
         exported = pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("*.parquet")))
         exported = exported.sort_by(exported.column_names[0])
         columns: dict[str, Any] = {}
@@ -475,10 +491,10 @@ def take_out(session: Session, store: Path, queries: Path) -> None:
     session.verify("after purges", store)
     session.step("search after purges", "search", store, QUESTIONS[0], "--index", "exact", "--json")
     session.step("dry run", "purge", store, "--where", "year = 2003", "--reason", "pinned", "--dry-run")
-    session.undo(store, three)
+    session.step("undo", *session.spelling.undo(store, three))
     session.read("after an undo", store)
     session.verify("after an undo", store)
-    session.erase(store, one, two)
+    session.step("erase", *session.spelling.erase(store, one, two))
     session.read("after an erase", store)
     session.verify("after an erase", store)
     session.step("chunk what was purged", "chunk", store, session.corpus / "input", "--changed", "add")

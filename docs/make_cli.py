@@ -46,8 +46,10 @@ def command_names() -> list[str]:
 
 
 def _names(group: Any, before: str = "") -> Iterator[str]:
-    for name, command in group.commands.items():
+    context = group.make_context("retrotool", [], resilient_parsing=True)
+    for name in group.list_commands(context):
         yield before + name
+        command = group.get_command(context, name)
         if hasattr(command, "commands"):
             yield from _names(command, f"{before}{name} ")
 

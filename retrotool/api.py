@@ -7,7 +7,7 @@ frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool
 from retrotool.chunk.estimate import estimate
 from retrotool.chunk.run import chunk
 from retrotool.embed.run import embed
-from retrotool.export.run import export_neighbours
+from retrotool.export.run import export
 from retrotool.index.run import index
 from retrotool.info.log_entries import log_entries, verify_log
 from retrotool.info.run import info, verify
@@ -36,7 +36,7 @@ __all__ = [
     "embed",
     "erase",
     "estimate",
-    "export_neighbours",
+    "export",
     "index",
     "info",
     "inspect",

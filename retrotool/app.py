@@ -1,36 +1,56 @@
 """The command line: registers the command of every capability by name.
 
-Commands import what is heavy when they run, so that ``--help`` answers at once.
+A command is imported when it is run or shown, and imports what is heavy when it runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
+from importlib.abc import MetaPathFinder
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from retrotool import interrupts
-from retrotool.chunk import command as chunk_command
 from retrotool.cli import output
-from retrotool.embed import command as embed_command
-from retrotool.export import command as export_command
-from retrotool.index import command as index_command
-from retrotool.info import command as info_command
-from retrotool.info import log_command, verify_command
-from retrotool.inspect import command as inspect_command
-from retrotool.leakage import command as leakage_command
-from retrotool.neighbours import command as neighbours_command
-from retrotool.plan import command as plan_command
-from retrotool.purge import command as purge_command
-from retrotool.search import command as search_command
+
+_COMMANDS = {
+    "chunk": "retrotool.chunk.command",
+    "embed": "retrotool.embed.command",
+    "index": "retrotool.index.command",
+    "neighbours": "retrotool.neighbours.command",
+    "inspect": "retrotool.inspect.command",
+    "leakage": "retrotool.leakage.command",
+    "purge": "retrotool.purge.command",
+    "search": "retrotool.search.command",
+    "export": "retrotool.export.command",
+    "info": "retrotool.info.command",
+    "log": "retrotool.info.log_command",
+    "verify": "retrotool.info.verify_command",
+    "plan": "retrotool.plan.command",
+}
+"""The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
+_SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
 class _Group(TyperGroup):
-    """Commands whose misuse, too, is told as JSON where that is asked for."""
+    """Commands that are imported when they are run or shown. Misuse is reported as JSON where that is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """Names of all commands."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """Import a command; None if there is none of this name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            self.commands[cmd_name] = _import_command(cmd_name)
+        return self.commands[cmd_name]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that is named."""
@@ -42,16 +62,24 @@ class _Group(TyperGroup):
             raise
 
 
+def _import_command(name: str) -> Any:
+    module = importlib.import_module(_COMMANDS[name])
+    single = typer.Typer(add_completion=False, **_SHOWN)
+    single.command(name, epilog=module.EPILOG)(module.command)
+    command = typer.main.get_command(single)
+    command.name = name
+    return command
+
+
 app = typer.Typer(
     name="retrotool",
     cls=_Group,
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
-    "Every command but plan takes the STORE first (export: after the word for what is exported), can be killed at any "
-    "moment, and goes on where it stopped when it is run again.",
+    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped when it "
+    "is run again.",
     no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    **_SHOWN,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -73,14 +101,31 @@ def _root(
     pass
 
 
-_COMMANDS = {
-    "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
-    "inspect": inspect_command, "leakage": leakage_command, "purge": purge_command, "search": search_command,
-    "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
-}  # fmt: skip
-for _name, _command in _COMMANDS.items():
-    app.command(_name, epilog=_command.EPILOG)(_command.command)
-app.add_typer(export_command.app, name="export")
+class _Absent(MetaPathFinder):
+    """Has pandas not be found."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
+        """Raise what an import of a missing module raises."""
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
+
+
+def leave_pandas_out() -> None:
+    """Have pyarrow do without pandas in this process.
+
+    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It tries only
+    once, and here that is. Others may import pandas afterwards.
+    """
+    if "pandas" in sys.modules:
+        return
+    absent = _Absent()
+    sys.meta_path.insert(0, absent)
+    try:
+        import pyarrow as pa
+
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(absent)
 
 
 def give_bars_room() -> None:
@@ -96,4 +141,6 @@ def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
     give_bars_room()
+    if sys.argv[1:2] == ["search"]:  # other commands that need pyarrow take longer than pandas
+        leave_pandas_out()
     app(prog_name="retrotool")

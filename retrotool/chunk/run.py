@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,19 +18,18 @@ from retrotool.chunk.chunk_plan import (
     known_findings,
     may_be_fast,
     open_plans,
-    read_plan,
     unfinished_plans,
     use_exact_tokenizer,
 )
 from retrotool.chunk.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
-from retrotool.chunk.max_bad import NO_LIMIT, MaxBad
+from retrotool.chunk.max_bad import MaxBad
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
-from retrotool.sources.spool import spool
-from retrotool.store import disk, folding, paths, runs, schemas
+from retrotool.sources.spool import is_spooled, spool
+from retrotool.store import folding, runs, schemas
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.staging import PLAN_COUNTS, Staged
@@ -48,7 +48,6 @@ from retrotool.tokenizers import (
 CHUNK_LENGTH = 64
 PART_SIZE = 1 << 20
 Duplicates = Literal["skip", "keep", "fail"]
-_SPOOL_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +87,12 @@ def chunk(
     # Before anything is made: what can't be read must leave nothing behind.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
     store, loaded = open_or_create(Path(root), tokenizer, chunk_length)
-    spooled = None
-    if STANDARD_INPUT in inputs:
-        spooled = spool(sys.stdin.buffer if sys.stdin else None, spool_folder(store))
-        files = find_inputs(inputs, spooled)
     repeats: dict[str, DuplicateCounts] = {}
     before = set(store.state.parts())
-    with writing(store) as run:
+    with contextlib.ExitStack() as stack:
+        if STANDARD_INPUT in inputs:
+            files = find_inputs(inputs, stack.enter_context(spool(sys.stdin.buffer if sys.stdin else None)))
+        run = stack.enter_context(writing(store))
         plans = list(unfinished_plans(store.state))
         _tell_begun(store, run, plans, files, chosen)
         if chosen.exact_tokenizer:
@@ -108,7 +106,7 @@ def chunk(
                 changed = frozenset(file.path for file in changed_inputs(store, files, wanted))
             if changed and plans:
                 # What the store has of an input is known once no plan is open.
-                _work(store, run, plans, replace(chosen, max_bad=NO_LIMIT), changed)
+                _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
             plan, known = commit_plan(store, run, files, wanted)
             plans += [plan] if plan else []
@@ -117,7 +115,6 @@ def chunk(
         exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
-        clear_spool(store, run, spooled)
     result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
     field_warnings.tell_names(result, files, chosen.note)
     field_warnings.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
@@ -136,14 +133,13 @@ def _tell_begun(
         return  # they may be at it themselves
     store.refresh()
     asked = {file.path for file in files}
-    begun: dict[str, str] = {}
+    begun: dict[InputFile, None] = {}
     for plan_id, _, plan in open_plans(store):
         if plan_id not in plans:
             continue
         left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
-        begun.update((plan.files[piece.file].path, plan.files[piece.file].name) for unit in left for piece in unit)
-    spooled = str(spool_folder(store).absolute())
-    names = [name if path.startswith(spooled) else path for path, name in begun.items() if path not in asked]
+        begun.update((plan.files[piece.file], None) for unit in left for piece in unit)
+    names = [file.path for file in begun if file.path not in asked and not is_spooled(file)]
     if names:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         give_up = "" if options.skip_missing else " To give an input up, move it away and add --skip-missing."
@@ -166,27 +162,6 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
         what = "file is" if len(found.left_out) == 1 else "files are"
         options.note(f"{len(found.left_out):,} {what} of no known format, and left out: {found.left_out[0]}, for one.")
     return files
-
-
-def spool_folder(store: Store) -> Path:
-    """Where standard input lies until it is chunked."""
-    return paths.inside(store.root, "spool")
-
-
-def clear_spool(store: Store, run: Run, own: Path | None) -> None:
-    """Remove what was standard input and is chunked: the caller's, and what dead runs left."""
-    folder = spool_folder(store)
-    if not folder.is_dir():
-        return
-    state = store.refresh()
-    plans = [entry for plan in unfinished_plans(state) if (entry := state.file("plans", plan)) is not None]
-    waiting = {file.path for entry in plans for file in read_plan(store, entry).files}
-    now = runs.beat(store.root, run.id)
-    for path in folder.iterdir():
-        # Another process may be about to plan what it has just written.
-        stale = now - path.stat().st_mtime > _SPOOL_SECONDS
-        if str(path.absolute()) not in waiting and (path == own or stale):
-            disk.unlink(path)
 
 
 def _findings(
@@ -244,7 +219,8 @@ def _work(
     store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, changed: frozenset[str] = frozenset()
 ) -> str:
     """Work all units; why it stopped before, or "". ``changed``: inputs that will be read again."""
-    stage = ChunkStage(options.skip_missing, changed, options.check)
+    skip_stdin = not runs.others(store.root, run.id)  # of another run it may still be there
+    stage = ChunkStage(options.skip_missing, changed, options.check, skip_stdin)
     watch = _Watch(store, plans, options.max_bad)
     if (reason := watch.reason()) and unfinished_units(store):
         return reason

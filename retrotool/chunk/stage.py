@@ -28,6 +28,7 @@ from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, InputError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
+from retrotool.sources.spool import is_spooled
 from retrotool.store import parts, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
@@ -51,12 +52,14 @@ class ChunkStage:
 
     ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``changed``: paths of inputs
     of which only a change is set aside, as they are read again. Else that is an error. ``check``: the share of
-    documents whose tokens are compared with those of ``tokenizers``.
+    documents whose tokens are compared with those of ``tokenizers``. ``skip_stdin``: reject standard input that a
+    killed process had begun to chunk, and which is gone with it.
     """
 
     skip_missing: bool = False
     changed: frozenset[str] = frozenset()
     check: float = 0.001
+    skip_stdin: bool = False
     name: str = "chunk"
     unit: str = "B"
 
@@ -242,13 +245,15 @@ class _Unit:
 def _rows(plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
     """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
     file = plan.files[piece.file]
-    given_up = stage.skip_missing
+    given_up = stage.skip_missing or (stage.skip_stdin and is_spooled(file))
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
         given_up |= file.path in stage.changed
     except OSError as error:
         problem = error.strerror or str(error)
+    if problem and is_spooled(file):
+        problem = "standard input can't be read twice: pipe it again"
     if problem and given_up:
         bad.append(SetAside(0, f"{GIVEN_UP}: {problem}"))
         return

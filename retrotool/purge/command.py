@@ -177,7 +177,7 @@ def command(
             if named or older_than is not None:
                 age = None if older_than is None else _seconds(older_than)
                 erased = erase_run.erase(store, named, older_than=age, confirm=confirm)
-                left, done = erased.left, bool(erased.purges)
+                done = bool(erased.purges)
                 confirm.stop("Nothing was erased.", as_json)
                 output.show(erased, as_json, lambda result: purge_text.erased(store, result))
             else:
@@ -185,11 +185,9 @@ def command(
                     store, selectors, reason=_given(reason), who=who, dry_run=dry_run, out=out, erase=erase,
                     confirm=confirm,
                 )  # fmt: skip
-                left, done = result.left, not dry_run
+                done = not dry_run
                 confirm.stop("Nothing was purged.", as_json)
                 output.show(result, as_json, lambda result: purge_text.purged(store, result, erase))
-            for sentence in left:
-                output.note(sentence)
             if retrain_index and done:
                 for sentence in retrain_indexes.retrain_indexes(store):
                     output.note(sentence)

@@ -28,7 +28,7 @@ from retrotool.purge.prove import ProveStage
 from retrotool.purge.selection import Ids
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
-from retrotool.store.clean import clean, clean_spool
+from retrotool.store.clean import clean
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.restored import PREFIX, check_not_restored, standing_purges
@@ -66,7 +66,6 @@ class EraseResult:
     copies: int
     files_rewritten: int
     commit: int
-    left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
     dependents: tuple[Dependent, ...] = field(default=())
 
@@ -102,10 +101,10 @@ def erase(
         with writing(store) as run:
             _name_copies(store, run, wanted, copies)
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, wanted))
-            left = clear(store, run)
+            clear(store, run)
         state = store.refresh()
         return EraseResult(
-            wanted, unerased, planned.unerased_share, erased, copied, rewritten, state.number, tuple(left),
+            wanted, unerased, planned.unerased_share, erased, copied, rewritten, state.number,
             (ELSEWHERE,) if erased and state.names("index") else (),
             tuple(dependents(store)) if erased_purges(store) else (),
         )  # fmt: skip
@@ -226,21 +225,8 @@ def _workers(store: Store, victims: Tombstones) -> int:
     return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
 
 
-def clear(store: Store, run: Run) -> list[str]:
-    """Take away what may hold what was erased, and say what must stay."""
+def clear(store: Store, run: Run) -> None:
+    """Remove what may hold what was erased, and no commit names."""
     # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
     folding.fold(store, run)
     clean(store, run, thorough=True)
-    left = clean_spool(store, run.id)
-    told = []
-    if planned := [file.path.name for file in left if file.planned]:
-        told.append(
-            f"Standard input of a chunk that is not finished lies in {store.root}/spool ({', '.join(planned)}) and may "
-            f"hold what was erased. Finish that: retrotool chunk {store.root}; then run this again."
-        )
-    if busy := [file.path.name for file in left if not file.planned]:
-        told.append(
-            f"Standard input in {store.root}/spool ({', '.join(busy)}) may hold what was erased; it was written less "
-            "than an hour ago, and a process may be about to chunk it. Run this again when none is."
-        )
-    return told

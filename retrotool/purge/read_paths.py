@@ -21,7 +21,7 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Queries
 from retrotool.embed.search_scope import embedded_parts, find_documents, read_part_vectors
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
-from retrotool.export.handover import open_handover, read_blocks
+from retrotool.export.tables import open_tables, read_blocks
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader
 from retrotool.store import parts
@@ -196,10 +196,10 @@ def _dataset(store: Store, name: str, victims: Tombstones) -> tuple[int, int]:
 
 
 def _export(store: Store, name: str, victims: Tombstones) -> tuple[int, int]:
-    handover = open_handover(store, name)
-    within = [number for number, member in enumerate(handover.reader.members) if member.within]
+    opened = open_tables(store, name)
+    within = [number for number, member in enumerate(opened.reader.members) if member.within]
     rows = found = 0
-    for block, _ in read_blocks(handover):
+    for block, _ in read_blocks(opened):
         rows += len(block)
         found += int(victims.contains(block.ids).sum())
         near = block.found

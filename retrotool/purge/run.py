@@ -45,11 +45,10 @@ class PurgeResult:
     chunks, copies included, that an erase has still to take, and ``unerased_share`` is their share of all chunks that
     the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
     that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` counts the hashes of ids, texts
-    and tokens that were not on the block list before. ``left`` says, in sentences, where text may lie that an erase
-    could not reach just now, and ``not_reached`` what may be there that it never reaches. ``dependents`` are the
-    stores with neighbours in this one, which an erase does not reach. ``same_text``: documents that stay,
-    and have the text of one that was selected and is not living, as a ``chunk`` had set it aside. ``matches`` are how
-    many chunks each selector means. A dry run has a ``review``, and ``out`` is the file that it
+    and tokens that were not on the block list before. ``not_reached`` says what an erase never reaches.
+    ``dependents`` are the stores with neighbours in this one, which an erase does not reach. ``same_text``: documents
+    that stay, and have the text of one that was selected and is not live, as a ``chunk`` had rejected it. ``matches``
+    are how many chunks each selector means. A dry run has a ``review``, and ``out`` is the file that it
     wrote the ids of the ``chunks`` to ("": none was asked for).
     """
 
@@ -68,7 +67,6 @@ class PurgeResult:
     dry_run: bool
     commit: int
     examples: tuple[int, ...] = field(default=())
-    left: tuple[str, ...] = field(default=())
     not_reached: tuple[str, ...] = field(default=())
     dependents: tuple[Dependent, ...] = field(default=())
     matches: tuple[Match, ...] = field(default=())
@@ -181,7 +179,6 @@ def _carry_out(
 ) -> PurgeResult:
     """Commit a purge, and erase."""
     purged, erased, rewritten = "", 0, 0
-    left: list[str] = []
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
         # could not be gone on with after a kill.
@@ -192,14 +189,14 @@ def _carry_out(
             victims = np.union1d(selection.chunks, selection.copies)
             naming = (purged,) if purged else tuple(selecting.same_selector(store, selection.asked))
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, naming))
-            left = clear(store, run)
+            clear(store, run)
     state = store.refresh()
     records = state.with_prefix("purge:")
     before = sorted(selecting.same_selector(store, selection.asked), key=lambda purge: -int(records[purge]["commit"]))
     of = (purged,) if purged else tuple(before)
     return replace(
         planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
-        commit=state.number, left=tuple(left),
+        commit=state.number,
         not_reached=(ELSEWHERE,) if erased and state.names("index") else (),
         dependents=tuple(dependents(store)) if erase and erased_purges(store) else (),
     )  # fmt: skip

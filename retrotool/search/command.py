@@ -97,8 +97,8 @@ def command(
         check_utf8("TEXT", text)
         for attempt in range(_ATTEMPTS):
             reader = open_store(_checked(store, text))
-            encoder = reader.load_encoder(index, device)
             try:
+                encoder = reader.load_encoder(index, device)
                 found = reader.search(
                     text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
                 )

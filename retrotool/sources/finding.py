@@ -39,17 +39,17 @@ class Survey(NamedTuple):
     left_out: list[Path]
 
 
-def find_inputs(inputs: Sequence[str], standard_input: Path | None = None) -> list[InputFile]:
+def find_inputs(inputs: Sequence[str], standard_input: InputFile | None = None) -> list[InputFile]:
     """All input files behind paths, patterns and folders, each once: as given, and in folders by their names.
 
     A path that does not exist may be a pattern (``*``, ``?``, ``[...]``, ``**``), which stands for all that match it,
-    sorted. ``-`` is ``standard_input``, a file made by ``spool``. ``UsageError`` for a path that is missing, can't be
+    sorted. ``-`` is ``standard_input``, made by ``spool``. ``UsageError`` for a path that is missing, can't be
     read as a file or, given by name, is of no known format.
     """
     return survey(inputs, standard_input).files
 
 
-def survey(inputs: Sequence[str], standard_input: Path | None = None) -> Survey:
+def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Survey:
     """What ``find_inputs`` gives, and what was left out in folders, sorted."""
     found: dict[Path, InputFile] = {}
     left_out: set[Path] = set()
@@ -57,8 +57,7 @@ def survey(inputs: Sequence[str], standard_input: Path | None = None) -> Survey:
         if given == STANDARD_INPUT:
             if standard_input is None:
                 raise UsageError("standard input can't be read here", "Give a file instead of -.")
-            suffix = standard_input.name.partition(".")[2]
-            found.setdefault(standard_input.resolve(), _describe(standard_input, f"stdin.{suffix}"))
+            found.setdefault(Path(standard_input.path), standard_input)
             continue
         path = _token_file(Path(given))
         mode = _mode(path, given)

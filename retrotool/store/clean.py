@@ -22,19 +22,13 @@ This rests on names that all machines see at once. NFS may answer the listing of
 minute old. A file can be lost there if R wakes after an hour, just in that minute, and does (a) and (b) before step 3
 but (c) after step 5. ``Store.commit`` also checks that the files are there, just before (a); a file that is lost all
 the same is reported by ``verify``, and as ``CorruptError`` to all that read it.
-
-Standard input lies in ``spool/`` until it is chunked, under a name that tells no run: see ``clean_spool``.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-
-import orjson
 
 from retrotool.errors import CorruptError
 from retrotool.store import claims, disk, log, paths, runs, staging
@@ -46,9 +40,6 @@ from retrotool.store.store import CHECKPOINT_NAME, Store
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<run>[0-9a-f]{8})[0-9a-f]{8,16}")
 _RUN_PATH = re.compile(r"staging/run-[0-9a-f]{8}\.json")
 _CLAIM_PATH = re.compile(r"staging/claims/[^/]+-[0-9a-f]{8}")
-SPOOL = "spool"
-SETTLED_SECONDS = 2.0
-"""A process that has written standard input to the end has planned it, or announced its run, by then."""
 
 
 def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
@@ -79,12 +70,11 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
             continue
         dead.append(path)
     disk.unlink_all(dead)
-    removed = len(dead) + sum(1 for file in _spooled(store) if not file.planned and _remove_stale(file.path, now))
     if not thorough:
-        return removed
+        return len(dead)
     once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
     disk.unlink_all(paths.inside(store.root, gone) for gone in once)
-    return removed + len(once)
+    return len(dead) + len(once)
 
 
 def _remove_temporary(root: Path, dead: Collection[str]) -> None:
@@ -98,7 +88,7 @@ def _remove_temporary(root: Path, dead: Collection[str]) -> None:
 def _files(root: Path) -> list[Path]:
     """Files that a run may have written; symbolic links are not followed, and left alone."""
     found = paths.walk(root)
-    return [Path(entry) for path, entry in found if entry.is_file(follow_symlinks=False) and not _is_spool(path)]
+    return [Path(entry) for path, entry in found if entry.is_file(follow_symlinks=False)]
 
 
 def _owner(path: Path, relative: str) -> str | None:
@@ -125,7 +115,7 @@ def foreign_files(root: Path) -> list[str]:
     return sorted(
         path
         for path, entry in paths.walk(root)
-        if "/" in path and not entry.name.startswith(".") and not path.startswith(("log/", f"{SPOOL}/"))
+        if "/" in path and not entry.name.startswith(".") and not path.startswith("log/")
         if not (entry.is_symlink() or _is_ours(path))
     )
 
@@ -140,10 +130,6 @@ def _is_ours(path: str) -> bool:
     except CorruptError:
         return False
     return True
-
-
-def _is_spool(relative: str) -> bool:
-    return relative.startswith(f"{SPOOL}/")
 
 
 def _is_run(relative: str) -> bool:
@@ -166,74 +152,3 @@ def _ever_added(store: Store, candidates: list[str]) -> list[str]:
         found += sorted(hits)
         left -= hits
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Spooled:
-    """A file of standard input; ``planned``: a ``chunk`` that is not finished reads it, when it is gone on with."""
-
-    path: Path
-    planned: bool
-
-
-def clean_spool(store: Store, own: str) -> list[Spooled]:
-    """Remove from ``spool/`` what no unfinished plan names, and return what must stay.
-
-    ``clean`` takes what was written an hour ago or more. Here also younger files go, unless they are half written or
-    another run than ``own`` is alive, which may be about to plan them.
-    """
-    whole = [file.path for file in _spooled(store) if not (file.planned or file.path.name.startswith(TEMPORARY))]
-    youngest = max(map(_written, whole), default=0.0)
-    busy = bool(runs.others(store.root, own))
-    wait = SETTLED_SECONDS - (runs.beat(store.root, own) - youngest)
-    if wait > 0 and not busy:
-        time.sleep(min(wait, SETTLED_SECONDS))
-        busy = bool(runs.others(store.root, own))
-    now = runs.beat(store.root, own)
-    left = []
-    for file in _spooled(store):
-        certain = not busy and not file.path.name.startswith(TEMPORARY)
-        if file.planned or not (_remove(file.path) if certain else _remove_stale(file.path, now)):
-            left.append(file)
-    return left
-
-
-def _spooled(store: Store) -> list[Spooled]:
-    """All standard input in ``spool/``. The live plan files are those of unfinished plans; read if there is any."""
-    folder = paths.inside(store.root, SPOOL)
-    there = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in there if path.name.startswith(("stdin-", TEMPORARY))]
-    if not found:
-        return []
-    group = store.refresh().group("plans")
-    planned: set[str] = set()
-    for slot in group:
-        entry = group.get(slot)
-        assert entry is not None
-        try:
-            content = orjson.loads(paths.inside(store.root, entry.path).read_bytes())
-            # By name, which is made of the content: the store may have been moved, or be known by several paths.
-            planned.update(Path(file["path"]).name for file in content["files"])
-        except FileNotFoundError:
-            continue  # it was finished just now
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            planned.update(path.name for path in found)  # what a broken plan needs can't be known
-    return [Spooled(path, path.name in planned) for path in found]
-
-
-def _written(path: Path) -> float:
-    """When a file was last written to."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _remove(path: Path) -> bool:
-    disk.unlink_all([path])
-    return True
-
-
-def _remove_stale(path: Path, now: float) -> bool:
-    """Remove a file that no process has written to for an hour; ``now`` is by the clock of the file system."""
-    return now - _written(path) > runs.SILENCE_SECONDS and _remove(path)

@@ -32,7 +32,7 @@ DATA_KINDS = (
     "selectors",
     "scans",
 )
-FOLDERS = (*DATA_KINDS, "staging", "log", "checkpoints", "spool")
+FOLDERS = (*DATA_KINDS, "staging", "log", "checkpoints")
 """All folders of a store."""
 NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised", "scans")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

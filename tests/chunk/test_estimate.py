@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,30 +58,42 @@ def test_standard_input_is_an_input_like_a_file(tmp_path, byte_level_tokenizer, 
     arguments = [*command, "--tokenizer", str(byte_level_tokenizer), "--workers", "1"]
     result = subprocess.run(arguments, input=data, capture_output=True, check=True)
     assert json.loads(result.stdout)["documents"] == 50
-    assert not list((tmp_path / "store").glob("spool/*")), "what was chunked is not kept"
     run_chunk(tmp_path / "file", write_rows(tmp_path / "f.jsonl", ROWS[:50]), "--tokenizer", byte_level_tokenizer)
     assert verified(tmp_path / "store").content == verified(tmp_path / "file").content
     again = subprocess.run(arguments, input=data, capture_output=True, check=True)
     assert json.loads(again.stdout)["known_inputs"] == 1
-    assert not list((tmp_path / "store").glob("spool/*"))
 
 
-def test_an_interrupted_run_keeps_its_standard_input(tmp_path, byte_level_tokenizer, monkeypatch):
-    from retrotool import engine
+KILLED = """
+import os, signal, sys
+from retrotool import api, engine
+engine.execute = lambda *given, **options: os.kill(os.getpid(), signal.SIGKILL)
+api.chunk(sys.argv[1], ["-"], tokenizer=sys.argv[2])
+"""
 
-    class Stdin:
-        buffer = io.BytesIO(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:50]))
 
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdin", Stdin())
-        patch.setattr(engine, "execute", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            api.chunk(tmp_path / "store", ["-"], tokenizer=str(byte_level_tokenizer))
+def test_standard_input_of_a_killed_run_is_rejected_and_can_be_piped_again(tmp_path, byte_level_tokenizer):
+    data = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:50])
+    arguments = [str(tmp_path / "store"), str(byte_level_tokenizer)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], input=data, check=False)
+    assert killed.returncode == -signal.SIGKILL
     other = write_rows(tmp_path / "other.jsonl", ROWS[50:60])
-    assert api.chunk(tmp_path / "store", [str(other)]).documents == 60
+    result = api.chunk(tmp_path / "store", [str(other)])
+    assert (result.documents, result.set_aside) == (10, 1)
+    (reason,) = result.reasons
+    assert reason.reason == "given up: standard input can't be read twice: pipe it again"
+    command = [sys.executable, "-m", "retrotool", "chunk", str(tmp_path / "store"), "-", "--json"]
+    again = subprocess.run(command, input=data, capture_output=True, check=True)
+    assert json.loads(again.stdout)["documents"] == 50
+
+
+def test_several_workers_read_standard_input(tmp_path, byte_level_tokenizer):
+    rows = [{"id": str(n), "text": f"{n} " + "words " * 300} for n in range(3000)]
+    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    command = [sys.executable, "-m", "retrotool", "chunk", str(tmp_path / "store"), "-", "--json", "--part-size", "500"]
+    options = ["--tokenizer", str(byte_level_tokenizer), "--workers", "2"]
+    result = subprocess.run([*command, *options], input=data, capture_output=True, check=True)
+    assert json.loads(result.stdout)["documents"] == 3000
 
 
 def test_empty_standard_input_is_an_error(tmp_path: Path, byte_level_tokenizer: Path):

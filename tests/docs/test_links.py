@@ -81,7 +81,8 @@ def options_of(command: Any) -> dict[str, bool]:
 
 def with_members(command: Any) -> list[Any]:
     """A command, and all commands that are in it if it is a group."""
-    members = getattr(command, "commands", {}).values()
+    names = command.list_commands(None) if hasattr(command, "commands") else []
+    members = [command.get_command(None, name) for name in names]
     return [command, *(one for member in members for one in with_members(member))]
 
 
@@ -95,8 +96,8 @@ def test_commands_and_options_exist(page: Path) -> None:
             continue
         command = root
         while hasattr(command, "commands") and words and not words[0].startswith("-"):
-            assert words[0] in command.commands, f"{page}: {line}"
-            command = command.commands[words.pop(0)]
+            command = command.get_command(None, words.pop(0))
+            assert command is not None, f"{page}: {line}"
         known = options_of(command)
         for word, after in itertools.pairwise([*words, ""]):
             if re.fullmatch(r"--?[a-z][a-z-]*", word):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,11 @@ from test_purge import everything, lines
 import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.chunk.chunk_plan import Wanted, commit_plan
 from retrotool.purge import erase, erase_run, selection
-from retrotool.sources import Fields, find_inputs
 from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
-from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
 
@@ -347,46 +342,6 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
     )  # fmt: skip
     result = api.purge(store_copy, api.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")
     assert result.documents == 1
-
-
-def spooled(store: Path, text: str = '{"id": "a", "text": "b"}\n') -> Path:
-    """What a killed ``chunk STORE -`` leaves."""
-    import zstandard
-
-    path = store / "spool" / "stdin-0123456789abcdef.jsonl.zst"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(zstandard.compress(text.encode()))
-    os.utime(path, (time.time() - 60,) * 2)  # long enough ago that nobody is on the way to plan it
-    return path
-
-
-def test_an_erase_takes_standard_input_that_a_killed_process_left(store_copy: Path) -> None:
-    path = spooled(store_copy)
-    api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test")
-    assert path.exists()
-    result = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
-    assert (path.exists(), result.left) == (False, ())
-
-
-def test_an_erase_tells_of_standard_input_that_is_still_to_be_chunked(store_copy: Path) -> None:
-    path = spooled(store_copy)
-    opened = Store.open(store_copy)
-    with writing(opened) as run:
-        commit_plan(opened, run, find_inputs([str(path)]), Wanted(Fields(), 1000))
-    select = (store_copy, api.Selectors(where="id = 'doc-3'"))
-    (told,) = api.purge(*select, reason="test", erase=True).left
-    assert f"retrotool chunk {store_copy};" in told
-    assert path.name in told and path.exists()
-    api.chunk(store_copy, [])
-    assert api.purge(*select, reason="test", erase=True).left == ()
-    assert not path.exists()
-
-
-def test_an_erase_leaves_what_a_living_process_may_be_about_to_chunk(store_copy: Path) -> None:
-    path = spooled(store_copy)
-    with Run(store_copy):
-        (told,) = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True).left
-    assert path.name in told and path.exists()
 
 
 def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

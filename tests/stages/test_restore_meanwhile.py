@@ -37,7 +37,7 @@ def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Pa
     api.neighbours(store_copy, materialise=True)
 
     def exported(name: str) -> list[dict[str, object]]:
-        api.export_neighbours(store_copy, tmp_path / name, format="parquet")
+        api.export(store_copy, tmp_path / name)
         return [row for path in sorted((tmp_path / name).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
     def trained() -> list[list[int]]:

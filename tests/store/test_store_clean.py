@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import orjson
 import pytest
 from store_help import assert_whole, clean, commit, files_in, live_files, make_store, write
 
 from retrotool.store import atomic, folding, staging
 from retrotool.store.atomic import FileEntry
-from retrotool.store.clean import Spooled, clean_spool
 from retrotool.store.paths import DATA_KINDS, NAMED_KINDS, FileName
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
@@ -187,68 +183,3 @@ def test_links_of_a_fold_that_died_go_and_the_staged_files_stay(store: Store) ->
     assert clean(store) == 1
     assert files_in(store.root) == {staged.path, "staging/task.json"}
     assert (store.root / staged.path).read_bytes() == b"tokens"
-
-
-def spool(root: Path, name: str, age: float) -> Path:
-    """A file of standard input, written so many seconds ago."""
-    path = root / "spool" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"text of a person")
-    os.utime(path, (time.time() - age,) * 2)
-    return path
-
-
-def plan(store: Store, run: Run, path: Path) -> FileEntry:
-    """An unfinished plan that reads a file, which lay elsewhere when it was planned."""
-    entry = write(
-        store.root, run.id, "plans", "p", orjson.dumps({"files": [{"path": f"/elsewhere/spool/{path.name}"}]})
-    )
-    commit(store, run, entry)
-    return entry
-
-
-def test_standard_input_that_nobody_wants_any_more_is_removed_after_an_hour(store: Store) -> None:
-    old = [spool(store.root, name, 4000) for name in ("stdin-1.jsonl.zst", f"{atomic.TEMPORARY}stdin0")]
-    fresh = [spool(store.root, name, 3000) for name in ("stdin-2.jsonl.zst", f"{atomic.TEMPORARY}stdin1")]
-    strange = spool(store.root, "notes.txt", 4000)
-    assert clean(store) == len(old)
-    assert sorted((store.root / "spool").iterdir()) == sorted([*fresh, strange])
-
-
-def test_standard_input_that_a_plan_names_is_kept(store: Store) -> None:
-    path = spool(store.root, "stdin-1.jsonl.zst", 10**6)
-    with Run(store.root) as run:
-        entry = plan(store, run, path)
-        assert clean(store) == 0
-        assert clean_spool(store, run.id) == [Spooled(path, planned=True)]
-        commit(store, run, remove=(entry.path,))  # finished
-        assert clean_spool(store, run.id) == []
-    assert not path.exists()
-
-
-def test_standard_input_is_kept_if_what_plans_name_can_not_be_known(store: Store) -> None:
-    path = spool(store.root, "stdin-1.jsonl.zst", 10**6)
-    with Run(store.root) as run:
-        commit(store, run, write(store.root, run.id, "plans", "p", b"{broken"))
-        assert clean(store) == 0
-    assert path.exists()
-
-
-def test_on_demand_standard_input_goes_at_once_unless_it_may_be_somebodys(store: Store) -> None:
-    whole, half = spool(store.root, "stdin-1.jsonl.zst", 60), spool(store.root, f"{atomic.TEMPORARY}stdin0", 60)
-    with Run(store.root) as run:
-        with Run(store.root):
-            assert clean_spool(store, run.id) == [Spooled(half, planned=False), Spooled(whole, planned=False)]
-        assert clean_spool(store, run.id) == [Spooled(half, planned=False)]
-    assert (whole.exists(), half.exists()) == (False, True)
-
-
-def test_standard_input_of_just_now_is_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process has written it to the end, and not yet announced its run."""
-    path = spool(store.root, "stdin-1.jsonl.zst", 0)
-    with Run(store.root) as run:
-        monkeypatch.setattr("time.sleep", lambda seconds: plan(store, run, path) and waited.append(seconds))
-        waited: list[float] = []
-        assert clean_spool(store, run.id) == [Spooled(path, planned=True)]
-    assert 1 < waited[0] <= 2
-    assert len(waited) == 1

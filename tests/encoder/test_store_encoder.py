@@ -1,0 +1,52 @@
+"""The encoder that a text is embedded with gives the vectors that the store has, without ``transformers`` if it can."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrotool.embed.store_encoder import load_encoder
+from retrotool.encoder.packed import PackedBert
+from retrotool.store.store import Store
+
+
+def test_a_search_imports_neither_transformers_nor_pandas(built_store: Path) -> None:
+    code = (
+        "import sys; from retrotool.app import main\n"
+        f"sys.argv = ['retrotool', 'search', {str(built_store)!r}, 'forest', '--json']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = ('transformers', 'torch._dynamo', 'pandas', 'pyarrow.dataset')\n"
+        "sys.exit(', '.join(name for name in heavy if sys.modules.get(name)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert '"results":[{' in done.stdout
+
+
+def test_a_packed_forward_that_gives_other_vectors_than_those_stored_is_not_used(
+    built_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(built_store)
+    name = store.state.names("embeddings")[0]
+    encoder = load_encoder(store, name)
+    rows = encoder.tokenize(["a forest by the river"])
+    assert encoder.forward == "packed"
+    right = encoder.embed(rows)
+    encoder.close()
+    forward = PackedBert.forward
+
+    def wrong(self, *arguments, **options):
+        vectors = forward(self, *arguments, **options)
+        vectors[:, 0] += 0.2 * vectors.norm(dim=1)
+        return vectors
+
+    monkeypatch.setattr(PackedBert, "forward", wrong)
+    encoder = load_encoder(store, name)
+    assert encoder.forward == "transformers"
+    np.testing.assert_allclose(encoder.embed(rows), right, atol=2e-3)
