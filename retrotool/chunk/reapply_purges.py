@@ -27,7 +27,6 @@ import pyarrow as pa
 
 from retrotool.chunk.chunk_plan import parts_of, read_plan
 from retrotool.errors import ConflictError, ErasedError, LostRunError
-from retrotool.purge.selection import Ids, rows_of
 from retrotool.store import blocked, disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Blocked, Hashes
@@ -41,6 +40,9 @@ from retrotool.store.tombstones import read_tombstones, write_tombstones
 
 AFTER, PLAN = "after", "plan"
 """What the record of such a purge has besides: the purge that it was made after, and the plan."""
+
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -139,7 +141,7 @@ def _held(several: Blocked, table: pa.Table, tokens: Hashes) -> npt.NDArray[np.b
 
 
 def _add(found: _Found, secret: str, part: int, table: pa.Table, tokens: Hashes) -> None:
-    rows = rows_of(table["first_row"].to_numpy(), table["n_chunks"].to_numpy())
+    rows = parts.rows_of_documents(table["first_row"].to_numpy(), table["n_chunks"].to_numpy())
     found.chunks.append(parts.chunk_ids(part, rows))
     found.hashes.append(blocked.id_hashes(secret, table["id"].to_pylist()))
     found.hashes.append(blocked.keyed_texts(secret, table["text_hash"].to_pylist()))

@@ -143,12 +143,13 @@ def command(
     their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify what is left is looked for.
     """
     with output.errors(as_json):
-        from retrotool.purge import erase_run, proving, retrain_indexes, scan_run, selecting, undo_run
+        from retrotool.purge import erase_run, proving, retrain_indexes, undo_run
         from retrotool.purge import run as purge_run
+        from retrotool.purge.select import Selectors, kinds_of
 
-        selectors = selecting.Selectors(
+        selectors = Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
-            pattern=pattern, patterns=patterns, terms=terms, pii=selecting.kinds_of(pii),
+            pattern=pattern, patterns=patterns, terms=terms, pii=kinds_of(pii),
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
             classifier=classifier, label=label, above=above, device=device,
@@ -158,7 +159,7 @@ def command(
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
             "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
-            "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
+            "selectors": selectors != Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
         _check(given)
         named = list(purges or [])
@@ -171,7 +172,7 @@ def command(
         elif affected is not None:
             run_affected(store, affected, named, out, as_json)
         elif shard is not None:
-            show_scanned(scan_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:
             confirm = _Confirm(yes, erase)
             if named or older_than is not None:

@@ -22,9 +22,8 @@ import pyarrow as pa
 
 from retrotool.errors import CorruptError
 from retrotool.index.staleness import ranges
-from retrotool.purge.commit import tombstones_of
 from retrotool.purge.matching import KINDS, Needles, proof_key, whole_key
-from retrotool.purge.selection import rows_of
+from retrotool.purge.purged_chunks import tombstones_of
 from retrotool.store import blocked, parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -121,7 +120,7 @@ def read_proofs(store: Store, entry: FileEntry) -> Proofs:
     tags = table["tag"].to_numpy().astype(np.uint64)
     key = proof_key(store.identity.secret, purge.encode())
     needles = Needles(kinds, table["hash"].to_pylist(), lengths, lacking=lacking, key=key, tags=tags)
-    return Proofs(needles, rows_of(first, last + 1 - first))
+    return Proofs(needles, parts.rows_of_documents(first, last + 1 - first))
 
 
 def proofs_of(store: Store, purge: str) -> Needles | None:

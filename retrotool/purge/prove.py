@@ -18,7 +18,6 @@ import numpy as np
 
 from retrotool.engine.stage import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError
-from retrotool.purge.commit import COPIES, has_any, tombstones_of
 from retrotool.purge.needles import Draw, Ids, sampled_victims, tokenizer_of
 from retrotool.purge.proofs import (
     KIND,
@@ -30,6 +29,7 @@ from retrotool.purge.proofs import (
     slot_of,
     write_proofs,
 )
+from retrotool.purge.purged_chunks import COPIES, has_any, tombstones_of
 from retrotool.store import staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.restored import standing_purges

@@ -37,11 +37,11 @@ from retrotool.cli import result_file
 from retrotool.errors import StorageError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.purge import read_paths, receipt_page, residue
-from retrotool.purge.commit import count_unerased, in_store, tombstones_of
 from retrotool.purge.erased_files import ErasedFile, ErasedFiles
 from retrotool.purge.matching import KINDS, Needles
 from retrotool.purge.needles import passed_over
 from retrotool.purge.proofs import proofs_of, salted_chunks
+from retrotool.purge.purged_chunks import count_unerased, in_store, tombstones_of
 from retrotool.purge.read_paths import View
 from retrotool.store import atomic, identity, parts, paths
 from retrotool.store.log import Draft

@@ -24,9 +24,8 @@ from retrotool.embed.search_scope import find_documents, is_same_directory, sear
 from retrotool.errors import ConflictError, LostRunError, UsageError
 from retrotool.index.staleness import ranges
 from retrotool.neighbours.stage import database_of, parts_in
-from retrotool.purge.commit import COPIES, documents_ended, in_store
 from retrotool.purge.proofs import proof_files
-from retrotool.purge.selection import Ids
+from retrotool.purge.purged_chunks import COPIES, Ids, documents_ended, in_store
 from retrotool.store import disk, parts, paths, schemas, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft

@@ -18,7 +18,8 @@ from test_purge import everything, lines
 import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.purge import erase, erase_run, selection
+from retrotool.purge import erase, erase_run
+from retrotool.purge.selectors import lookup
 from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
@@ -337,7 +338,7 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside(
-        monkeypatch, selection, "select_where",
+        monkeypatch, lookup, "select_where",
         lambda: api.purge(store_copy, api.Selectors(where="id = 'doc-9'"), reason="test", erase=True),
     )  # fmt: skip
     result = api.purge(store_copy, api.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")

@@ -13,11 +13,11 @@ from conftest import make_encoder, make_rows, make_text, write_jsonl
 from retrotool import api
 from retrotool.engine import execute
 from retrotool.errors import TaskError
-from retrotool.purge.commit import COPIES, tombstones_of
 from retrotool.purge.erase import EraseStage
 from retrotool.purge.needles import Draw
 from retrotool.purge.prove import ProveStage
 from retrotool.purge.proving import Receipt
+from retrotool.purge.purged_chunks import COPIES, tombstones_of
 from retrotool.store import folding, parts, staging, vectors
 from retrotool.store.runs import Run
 from retrotool.store.store import Store

@@ -20,7 +20,7 @@ from retrotool import api
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.neighbours import table_reader
 from retrotool.purge import proving, verify_text
-from retrotool.purge.commit import tombstones_of
+from retrotool.purge.purged_chunks import tombstones_of
 from retrotool.store import parts, runs
 from retrotool.store.store import Store
 

@@ -13,8 +13,8 @@ from restore_help import back, near, once_before, purge, verified
 import retrotool
 from retrotool import api
 from retrotool.errors import ConflictError, UsageError
-from retrotool.purge import commit as selecting
 from retrotool.purge import undo as restoring
+from retrotool.purge.commit import commit_purge
 from retrotool.purge.erase import EraseStage
 from retrotool.purge.undo_run import restore
 from retrotool.store import folding, parts, staging
@@ -151,16 +151,15 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
 def test_an_erase_goes_on_with_a_purge_of_its_own_if_it_was_taken_back(
     store_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = selecting.commit_purge
     committed: list[str] = []
 
     def overtaken(*arguments: Any) -> str:
-        committed.append(commit(*arguments))
+        committed.append(commit_purge(*arguments))
         if len(committed) == 1:
             back(store_copy, committed[0])
         return committed[-1]
 
-    monkeypatch.setattr(selecting, "commit_purge", overtaken)
+    monkeypatch.setattr("retrotool.purge.run.commit_purge", overtaken)
     result = purge(store_copy, "doc-7", erase=True)
     assert len(committed) == 2 and result.purge == committed[1]
     assert result.erased == result.chunks > 0
