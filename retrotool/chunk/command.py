@@ -252,8 +252,8 @@ def _text(store: Path, result: ChunkResult) -> str:
     if result.damaged and not result.stopped:
         what = "a damaged input" if result.damaged == 1 else f"{result.damaged:,} damaged inputs"
         lines.append(
-            f"The rest of {what} was not read; everything else was. After a repair, the same command with --changed add "
-            "adds it."
+            f"The rest of {what} was not read; everything else was. After a repair, the same command with "
+            "--changed add adds it."
         )
     return "\n".join(lines)
 
