@@ -32,8 +32,11 @@ _COMMANDS = {
     "log": "retrotool.info.log_command",
     "verify": "retrotool.info.verify_command",
     "plan": "retrotool.plan.command",
+    "receipt": "retrotool.receipt.command",
 }
 """The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
+_HIDDEN = ("receipt",)
+"""Commands that others run: ``purge --verify`` runs ``receipt``, which is in a layer above."""
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -41,8 +44,8 @@ class _Group(TyperGroup):
     """Commands that are imported when they are run or shown. Misuse is reported as JSON where that is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """Names of all commands."""
-        return list(_COMMANDS)
+        """Names of all commands that are shown."""
+        return [name for name in _COMMANDS if name not in _HIDDEN]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """Import a command; None if there is none of this name."""

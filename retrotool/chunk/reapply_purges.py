@@ -4,7 +4,7 @@ A unit of ``chunk`` leaves out what is on the block list, and its commit looks a
 living copies in the plan: they would have been set aside as repeats of it, but what is purged, or erased, holds no text
 back. So before a plan is finished, whatever is done with its repeats, living documents of it that the block list names
 are purged, too: in a purge of their own for each that keeps them from coming back, which has the same selector, reason
-and who, and says after which it was made. It is a purge like any other: it can be erased, proven and taken back. An
+and who, and says after which it was made. It is a purge like any other: it can be erased, verified and taken back. An
 erase of the one before takes it along (``with_those_after``), and so does the same purge with ``--erase``.
 
 Documents of which a chunk is a tombstone stay as they are: somebody has looked at them, chunk by chunk.

@@ -24,7 +24,6 @@ from retrotool.index.index_files import measured_files
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import purged_chunks as purging
 from retrotool.purge.erase import EraseStage, part_files
-from retrotool.purge.prove import ProveStage
 from retrotool.purge.purged_chunks import Ids
 from retrotool.purge.same_text import find_copies
 from retrotool.purge.selectors import scan
@@ -191,8 +190,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
     workers = _workers(store, victims)
-    # What victims can be looked for by is kept before anything of them is gone.
-    engine.execute(ProveStage(victims), store, run, workers=workers)
     stage = EraseStage(victims, tuple(purges))
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)

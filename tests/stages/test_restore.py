@@ -241,7 +241,7 @@ def test_an_erase_of_a_purge_that_is_undone_leaves_what_another_purge_names(stor
     other = purge(store_copy, "doc-7", "doc-8").purge
     present = documents_with_text(store_copy)
     with (
-        once_before("rename", store_copy / "proofs", lambda: back(store_copy, purged)),
+        once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)),
         pytest.raises(UsageError, match="was taken back"),
     ):
         api.erase(store_copy, [purged])
@@ -254,7 +254,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8").purge
     present = documents_with_text(store_copy)
     with (
-        once_before("rename", store_copy / "proofs", lambda: back(store_copy, one)),
+        once_before("rename", store_copy / "documents", lambda: back(store_copy, one)),
         pytest.raises(UsageError, match=f"{one}.*was taken back"),
     ):
         api.erase(store_copy, [one, two])
@@ -264,7 +264,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
 
 def test_an_erase_by_age_leaves_a_purge_that_is_undone_meanwhile(store_copy: Path) -> None:
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8")
-    with once_before("rename", store_copy / "proofs", lambda: back(store_copy, one)):
+    with once_before("rename", store_copy / "documents", lambda: back(store_copy, one)):
         result = api.erase(store_copy, older_than=0)
     assert result.purges == (two.purge,) and result.erased == two.chunks
     assert verified(store_copy)
@@ -274,7 +274,7 @@ def test_the_same_purge_with_an_erase_is_made_again_if_it_is_undone_meanwhile(st
     """All its chunks are named by another purge, so they stay tombstones."""
     purged = purge(store_copy, "doc-7").purge
     purge(store_copy, "doc-7", "doc-8")
-    with once_before("rename", store_copy / "proofs", lambda: back(store_copy, purged)):
+    with once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)):
         result = purge(store_copy, "doc-7", erase=True)
     assert result.purge not in ("", purged) and result.erased > 0
     shown = api.info(store_copy).purges
