@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument, arg, opt
 from retrotool.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ Examples:
 
 def command(
     store: StoreArgument,
-    purge: Annotated[str, typer.Argument(metavar="PURGE", help="The purge to check.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The folder of the receipt.")] = Path(),
+    purge: Annotated[str, arg("The purge to check.", metavar="PURGE")],
+    out: Annotated[Path, opt("The folder of the receipt.", metavar="PATH")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Check that a purge holds and an erase left nothing, and write a receipt: JSON, and a page to print."""
