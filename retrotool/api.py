@@ -18,13 +18,12 @@ from retrotool.neighbours.run import neighbours
 from retrotool.plan.run import plan
 from retrotool.purge.affected_run import affected
 from retrotool.purge.erase_run import erase
-from retrotool.purge.proving import VerifiedPurge, verify_purge
 from retrotool.purge.retrain_indexes import retrain_indexes
-from retrotool.purge.run import purge
-from retrotool.purge.scan_run import scan
-from retrotool.purge.selecting import Selectors, kinds_of
+from retrotool.purge.run import purge, scan
+from retrotool.purge.select import Selectors, kinds_of
 from retrotool.purge.undo_run import restore
 from retrotool.reader import Chunk, Reader, open_store
+from retrotool.receipt.run import VerifiedPurge, verify_purge
 
 __all__ = [
     "Chunk",

@@ -13,7 +13,7 @@ from importlib.abc import MetaPathFinder
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from retrotool import interrupts
 from retrotool.cli import output
@@ -32,8 +32,11 @@ _COMMANDS = {
     "log": "retrotool.info.log_command",
     "verify": "retrotool.info.verify_command",
     "plan": "retrotool.plan.command",
+    "receipt": "retrotool.receipt.command",
 }
 """The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
+_HIDDEN = ("receipt",)
+"""Commands that others run: ``purge --verify`` runs ``receipt``, which is in a layer above."""
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -41,8 +44,8 @@ class _Group(TyperGroup):
     """Commands that are imported when they are run or shown. Misuse is reported as JSON where that is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """Names of all commands."""
-        return list(_COMMANDS)
+        """Names of all commands that are shown."""
+        return [name for name in _COMMANDS if name not in _HIDDEN]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """Import a command; None if there is none of this name."""
@@ -62,10 +65,25 @@ class _Group(TyperGroup):
             raise
 
 
+class _Command(TyperCommand):
+    """A command whose help has its options under the headings of their panels."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, then options panel by panel; those without one come last."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for panel in sorted(panels, key=lambda name: name == "Options"):
+            with formatter.section(panel):
+                formatter.write_dl(panels[panel])
+
+
 def _import_command(name: str) -> Any:
     module = importlib.import_module(_COMMANDS[name])
     single = typer.Typer(add_completion=False, **_SHOWN)
-    single.command(name, epilog=module.EPILOG)(module.command)
+    single.command(name, cls=_Command, epilog=module.EPILOG)(module.command)
     command = typer.main.get_command(single)
     command.name = name
     return command

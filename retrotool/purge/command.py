@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
+from retrotool.cli.options import Device, Json, StoreArgument, arg, opt, parse_shard
 from retrotool.errors import UsageError
 from retrotool.purge import purge_text
 from retrotool.purge import selector_options as by
 from retrotool.purge.affected_command import run_affected
 from retrotool.purge.review_text import show_scanned
 from retrotool.purge.undo_text import show_restored
-from retrotool.purge.verify_text import show_verified
 
 if TYPE_CHECKING:
     from retrotool.purge.erase_run import EraseResult
@@ -48,20 +47,14 @@ _EARLIER = "PURGE and --older-than name purges that were made before, which can 
 
 
 def command(
+    context: typer.Context,
     store: StoreArgument,
     purges: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[PURGE]...",
-            help="With --erase, --restore, --verify or --affected: purges that were made before.",
-            show_default=False,
-        ),
+        arg("With --erase, --restore, --verify or --affected: purges that were made before.", metavar="[PURGE]..."),
     ] = None,
     reason: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Why. Stays in the log for ever, so it must name no person.", show_default=False
-        ),
+        str | None, opt("Why. Stays in the log for ever, so it must name no person.", metavar="TEXT")
     ] = None,
     ids: by.Ids = None,
     chunk: by.Chunk = None,
@@ -87,52 +80,42 @@ def command(
     device: Device = "auto",
     shard: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
             metavar="I/N",
-            help="This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
-            show_default=False,
         ),
     ] = None,
-    who: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
+    who: Annotated[str | None, opt("Who purges, for the log. Default: the user.", metavar="NAME")] = None,
+    dry_run: Annotated[bool, opt("Show what would be purged, and purge nothing.", "--dry-run")] = False,
+    yes: Annotated[bool, opt("Do not ask above 1 % of the store.", "--yes")] = False,
     erase: Annotated[
-        bool,
-        typer.Option("--erase", help="Rewrite the files that hold what is purged, or PURGE... Can't be undone."),
+        bool, opt("Rewrite the files that hold what is purged, or PURGE... Can't be undone.", "--erase")
     ] = False,
     older_than: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AGE", help="With --erase: all purges that are older, such as 7d or 12h.", show_default=False
-        ),
+        str | None, opt("With --erase: all purges that are older, such as 7d or 12h.", metavar="AGE")
     ] = None,
     retrain_index: Annotated[
-        bool,
-        typer.Option("--retrain-index", help="With --erase: then train all indexes anew, without what was erased."),
+        bool, opt("With --erase: then train all indexes anew, without what was erased.", "--retrain-index")
     ] = False,
-    restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
+    restore: Annotated[bool, opt("Take PURGE back, as long as it is not erased.", "--restore")] = False,
     affected: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
             metavar="NAME",
-            help="Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
-            show_default=False,
         ),
     ] = None,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Look for PURGE everywhere, and write a receipt: JSON, and a page to print."),
+        bool, opt("Check that nothing of PURGE is left, and write a receipt: JSON, and a page.", "--verify")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
+        opt(
+            (
+                "With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
+                "Default: this one. With --affected: a file for all of them, as JSON lines."
+            ),
             metavar="PATH",
-            help="With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
-            "Default: this one. With --affected: a file for all of them, as JSON lines.",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
@@ -140,15 +123,16 @@ def command(
     """Take chunks out: never returned again from the moment this ends.
 
     Purged chunks are left out of search, neighbours (also those computed before) and continuations. With --erase
-    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify what is left is looked for.
+    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify this is checked.
     """
     with output.errors(as_json):
-        from retrotool.purge import erase_run, proving, retrain_indexes, scan_run, selecting, undo_run
+        from retrotool.purge import erase_run, retrain_indexes, undo_run
         from retrotool.purge import run as purge_run
+        from retrotool.purge.select import Selectors, kinds_of
 
-        selectors = selecting.Selectors(
+        selectors = Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
-            pattern=pattern, patterns=patterns, terms=terms, pii=selecting.kinds_of(pii),
+            pattern=pattern, patterns=patterns, terms=terms, pii=kinds_of(pii),
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
             classifier=classifier, label=label, above=above, device=device,
@@ -158,20 +142,20 @@ def command(
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
             "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
-            "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
+            "selectors": selectors != Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
         _check(given)
         named = list(purges or [])
         if (verify or restore) and len(named) != 1:
             raise UsageError(f"{'--verify' if verify else '--restore'} takes one PURGE", _HELP)
         if verify:
-            show_verified(store, proving.verify_purge(store, named[0], out=out or "."), as_json)
+            _write_receipt(context, store=store, purge=named[0], out=out or Path(), as_json=as_json)
         elif restore:
             show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
         elif affected is not None:
             run_affected(store, affected, named, out, as_json)
         elif shard is not None:
-            show_scanned(scan_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:
             confirm = _Confirm(yes, erase)
             if named or older_than is not None:
@@ -191,6 +175,13 @@ def command(
             if retrain_index and done:
                 for sentence in retrain_indexes.retrain_indexes(store):
                     output.note(sentence)
+
+
+def _write_receipt(context: typer.Context, **arguments: object) -> None:
+    """Run the command ``receipt``, which is above this one: it reads a store in every way that a command does."""
+    assert context.parent is not None, "the group of all commands"
+    group: Any = context.parent.command
+    group.get_command(context, "receipt").callback(**arguments)
 
 
 def _check(given: dict[str, bool]) -> None:
