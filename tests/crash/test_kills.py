@@ -307,4 +307,4 @@ def check_after(store: Path, case: Case, expected: Verification) -> None:
         if purge["erased"]:
             receipt = api.verify_purge(store, name, out=store.parent).receipt
             assert receipt.ok, receipt.problems
-            assert (receipt.unknown, receipt.in_progress) == ((), 0)
+            assert (receipt.files.unknown, receipt.files.in_progress) == ((), 0)
