@@ -33,13 +33,12 @@ FIND = """
 import resource, time
 from pathlib import Path
 from retrotool.chunk.deduplicate import find_duplicates
-from retrotool.chunk.hash_partitions import Span
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 store = Store.open({root!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-places, by_text = find_duplicates(store, Span({start}, {end}), read_tombstones(store))
+places, by_text = find_duplicates(store, range({start}, {end}), read_tombstones(store))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"{{seconds:.1f}} s, peak {{peak / 2**20:.2f}} GiB ({{before / 2**20:.2f}} GiB before), "

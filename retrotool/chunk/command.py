@@ -133,7 +133,7 @@ def command(
     with output.errors(as_json):
         from retrotool.chunk import estimate as chunk_estimate
         from retrotool.chunk import run as chunk_run
-        from retrotool.chunk.max_bad import MaxBad
+        from retrotool.chunk.chunk_result import MaxBad
         from retrotool.chunk.run import ChunkOptions
         from retrotool.sources import Fields
 
