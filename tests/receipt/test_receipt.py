@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cli, make_rows, write_jsonl
+from conftest import Cli, Shared, make_rows, write_jsonl
 from receipt_help import NAMES, REASON, TEXTS, build, purge, receipt, verified
 
 import retrotool
@@ -25,9 +25,9 @@ from retrotool.store.tombstones import Tombstones
 
 
 @pytest.fixture(scope="module")
-def secret_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def secret_store(shared: Shared[Path], tiny_encoder: Path) -> Path:
     """Not to be changed: copy it."""
-    return build(tmp_path_factory.mktemp("secret"), tiny_encoder)
+    return shared("secret", lambda folder: build(folder, tiny_encoder))
 
 
 @pytest.fixture
