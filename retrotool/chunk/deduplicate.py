@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunk_plan import Plan, parts_of, read_plan, unfinished_plans, write_json
 from retrotool.chunk.hash_partitions import Places
-from retrotool.chunk.known_documents import documents_within, purged_chunks
+from retrotool.chunk.known_documents import chunks_of_purges, documents_within
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.reapply_purges import purge_again
 from retrotool.chunk.stage import GIVEN_UP
@@ -146,7 +146,7 @@ def _finishing(
     """The commit that finishes a plan on the store's state, its files written, and what it counts."""
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
-    free = purged_chunks(store) if plan.allow_purged else None
+    free = chunks_of_purges(store) if plan.allow_purged else None
     places, by_text = find_duplicates(store, parts_of(store.state, plan_id), tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
