@@ -16,11 +16,9 @@ import pyarrow.parquet as pq
 from retrotool import sources
 from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts
 from retrotool.chunk.quarantine import without_numbers
-from retrotool.chunk.reapply_purges import AFTER, PLAN
 from retrotool.errors import ErasedError, UsageError
 from retrotool.sources import InputFile
 from retrotool.store import parts, staging
-from retrotool.store.restored import standing_purges
 from retrotool.store.staging import PLAN_COUNTS, Unit
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -47,13 +45,12 @@ class SetAsideReason:
 
 @dataclass(frozen=True, slots=True)
 class PurgedAgain:
-    """A purge of so many documents of these inputs, which an earlier one, ``after``, keeps from coming back.
+    """A purge that took so many documents of these inputs, too, which were read before it was made.
 
-    ``erased``: that one is, and this one is not.
+    ``erased``: it was erased before, so that these documents are what is left to erase of it.
     """
 
     purge: str
-    after: str
     documents: int
     erased: bool
 
@@ -143,15 +140,11 @@ def result_of(
 
 
 def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]:
-    records = standing_purges(state)
+    found = [taken for plan in plans for taken in state.records[f"plan:{plan}"].get("purged", {}).items()]
     return tuple(
-        PurgedAgain(
-            purge, record[AFTER], record["documents"],
-            erased=not record["erased"] and bool(records.get(record[AFTER], {}).get("erased")),
-        )
-        for purge, record in records.items()
-        if record.get(PLAN) in plans
-    )  # fmt: skip
+        PurgedAgain(purge, n, bool(was_erased) and not state.records[f"purge:{purge}"]["erased"])
+        for purge, (n, was_erased) in found
+    )
 
 
 def _reasons(

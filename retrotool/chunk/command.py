@@ -219,11 +219,11 @@ def _text(store: Path, result: ChunkResult) -> str:
 
 
 def _purged_again(store: Path, again: PurgedAgain) -> str:
-    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.after}"
+    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.purge}, which has them now"
     if again.erased:
         erase = shlex.join(["retrotool", "purge", str(store), again.purge, "--erase"])
-        return f"{what}, which is erased: purged as {again.purge}. Erase them, too: {erase}"
-    return f"{what}: purged as {again.purge}. An erase of {again.after} takes them, too."
+        return f"{what}, and was erased before. Erase them, too: {erase}"
+    return f"{what}."
 
 
 def _reason(one: SetAsideReason) -> str:
