@@ -75,7 +75,7 @@ class NeighboursStage:
 
     ``index`` "" (``NO_INDEX``): by exact search among the vectors of ``encoder``. ``memory``: bytes that a search may
     take. ``filters``: what is left out. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
-    of n.
+    of n. ``text``: tables also have the tokens of the first k neighbours of each row.
     """
 
     database: str
@@ -88,6 +88,7 @@ class NeighboursStage:
     devices: tuple[str, ...] = ("cpu",)
     shard: tuple[int, int] | None = None
     filters: Filters = field(default_factory=Filters)
+    text: bool = False
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -111,7 +112,7 @@ class NeighboursStage:
         database = self.open_database(store)
         check_encoders(store, database)
         self.filters.check(store, database.store)
-        version, gaps = _version(database, self.record(store, database)), GapFinder(store, database, self.k)
+        version, gaps = _version(database, self.record(store, database)), GapFinder(store, database, self.k, self.text)
         tasks = []
         for todo in self.todo(store, database):
             part, old = todo.part, todo.table
@@ -124,9 +125,11 @@ class NeighboursStage:
                 settings["from"] = [old.path, todo.mode, *gaps.taken, self.k]
             if old is not None and todo.mode == FEW:
                 found = gaps.find(part, old)
-                if not (found.few or found.holds_erased):
+                if not (found.few or found.holds_erased or found.text_is_stale):
                     continue
                 weight = found.few
+            if self.text:
+                settings["text"] = self.k
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
@@ -159,7 +162,7 @@ class NeighboursStage:
         return {
             "database": database.store.identity.uuid, "path": str(database.store.root.absolute()),
             "within": is_same_directory(store, database.store), "index": self.index, "encoder": database.encoder,
-            "saved": self.saved, "k": self.k, **with_filters(self.filters),
+            "saved": self.saved, "k": self.k, **with_filters(self.filters), **({"text": True} if self.text else {}),
         }  # fmt: skip
 
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
