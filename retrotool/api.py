@@ -15,7 +15,7 @@ from retrotool.inspect.run import inspect
 from retrotool.leakage.run import leakage
 from retrotool.neighbours.run import neighbours
 from retrotool.plan.run import plan
-from retrotool.purge.affected_run import affected
+from retrotool.purge.affected import affected
 from retrotool.purge.erase_run import erase
 from retrotool.purge.retrain_indexes import retrain_indexes
 from retrotool.purge.run import purge, scan

@@ -231,7 +231,7 @@ def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool
         named, followed = purged.chunks.contains(text.ids), purged.chunks.contains(text.ids + 1) & holds[:, :, 1]
         bad |= is_chunk & (named | followed)
     bad[mine] |= (text.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
-    rows: npt.NDArray[np.bool_] = bad.any(axis=1)
+    rows: npt.NDArray[np.bool_] = np.any(bad, axis=1)
     return rows
 
 
