@@ -74,7 +74,7 @@ def _after(purge: dict[str, Any]) -> str:
 
 
 def _neighbours(info: Info, name: str) -> str:
-    from retrotool.neighbours.neighbour_options import in_words
+    from retrotool.neighbours.filters import in_words
 
     about = info.neighbours[name]
     rows, made = output.count(about["rows"], "chunk"), _materialised(about)

@@ -16,8 +16,7 @@ from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import count_lacking, read_trained, shards, trained_entry
 from retrotool.info.corpus_statistics import Shape, shape_of
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.neighbours.neighbour_filters import Filters
-from retrotool.neighbours.neighbour_options import named
+from retrotool.neighbours.filters import Filters, named
 from retrotool.neighbours.stage import database_of
 from retrotool.purge.undo_run import count_behind
 from retrotool.store.atomic import FileEntry

@@ -91,7 +91,7 @@ def command(
     """
     with output.errors(as_json):
         from retrotool.neighbours import run as neighbours_run
-        from retrotool.neighbours.neighbour_options import FilterOptions
+        from retrotool.neighbours.filters import FilterOptions
         from retrotool.neighbours.run import SearchOptions
 
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
@@ -131,7 +131,7 @@ def _weighed(text: str) -> tuple[str, float | None]:
 
 
 def _text(result: NeighboursResult) -> str:
-    from retrotool.neighbours.neighbour_options import in_words
+    from retrotool.neighbours.filters import in_words
 
     done = (
         f"Neighbours of {output.count(result.queries, 'chunk')} found"

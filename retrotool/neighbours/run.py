@@ -23,7 +23,7 @@ from retrotool.index.index_files import index_key
 from retrotool.index.searching import pick_index
 from retrotool.neighbours import weighted
 from retrotool.neighbours.dependents import register_dependent
-from retrotool.neighbours.neighbour_options import FilterOptions, check_some_left, named
+from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
 from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.neighbours.weighted import WeightedTable

@@ -1,9 +1,9 @@
 """``neighbours``: the nearest keys of every key, outside its own document; which tasks there are.
 
-A task is a part of the query store (``stages.neighbour_worker`` does it). Rows of purged or erased queries are empty,
+A task is a part of the query store (``neighbours.worker`` does it). Rows of purged or erased queries are empty,
 and so are those of values of key-value records. The table lies in the query store.
 
-A table is done again once another index is asked for, or other filters (``stages.neighbour_filters``), or the index
+A table is done again once another index is asked for, or other filters (``neighbours.filters``), or the index
 that it is of was tuned or trained anew. Once the
 database has parts that it had not, only these are searched, and what is found is merged with what the table has. After
 purges only the rows are searched again that have fewer than k neighbours left; finding them costs reading the tables
@@ -39,7 +39,7 @@ from retrotool.engine.task import Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.exact import NO_INDEX, ExactDatabase
 from retrotool.index.searching import Database
-from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters
+from retrotool.neighbours.filters import AnyDatabase, Filters
 from retrotool.neighbours.underfilled import GapFinder
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry

@@ -26,7 +26,7 @@ from retrotool.embed.search_scope import (
     purges,
     searchable_rows,
 )
-from retrotool.neighbours.neighbour_filters import AnyDatabase
+from retrotool.neighbours.filters import AnyDatabase
 from retrotool.store import tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import ROW_GROUP

@@ -3,7 +3,7 @@
 List-major search (``ann.search``) of all its searchable vectors through the database's shards, with the query's own
 document and all tombstones masked before the top-k, and a re-rank by the vectors themselves. Rows are read in blocks,
 the larger the fewer times a list is decoded. What filters by tokens leave out is told of more candidates than are
-saved (``stages.neighbour_filters``).
+saved (``neighbours.filters``).
 
 Tokens of neighbours (``neighbours.retrieved``) that the table before has are copied from it.
 
@@ -30,7 +30,7 @@ from retrotool.engine.task import Report, Task
 from retrotool.index.exact import merged
 from retrotool.index.staleness import ranges
 from retrotool.memory import give_back
-from retrotool.neighbours.neighbour_filters import AnyDatabase, Finder
+from retrotool.neighbours.filters import AnyDatabase, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.stage import (
     FEW,

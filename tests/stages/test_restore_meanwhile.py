@@ -19,7 +19,7 @@ from retrotool import RetroDataset, api
 from retrotool.ann.choice import Wanted
 from retrotool.index import stage as index_stage
 from retrotool.index.run import Options
-from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.filters import FilterOptions
 from retrotool.purge.undo_text import show_restored
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
