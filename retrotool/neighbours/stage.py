@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,20 +53,6 @@ SAME = ("index", "encoder")
 """In what tables of one name must agree with its record, besides the filters."""
 WHOLE, FEW, MORE = "whole", "few", "more"
 """What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
-
-
-@dataclass(frozen=True, slots=True)
-class Todo:
-    """What may be searched for a part's ``table`` (None: it has none): the mode, and in which parts of the database.
-
-    ``goes_on``: the table is of the same index and filters. Of ``FEW``, ``gaps`` tells whether there is anything.
-    """
-
-    part: int
-    table: FileEntry | None
-    mode: str
-    new: list[int]
-    goes_on: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,45 +98,36 @@ class NeighboursStage:
         database = self.open_database(store)
         check_encoders(store, database)
         self.filters.check(store, database.store)
-        version, gaps = _version(database, self.record(store, database)), GapFinder(store, database, self.k, self.text)
+        record = self.record(store, database)
+        known = store.state.records.get(self.key, record)
+        self._check_database(store.state, record)
+        version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
+        held, incomplete, checked = database.held(), database.incomplete(), set[tuple[Any, Any]]()
         tasks = []
-        for todo in self.todo(store, database):
-            part, old = todo.part, todo.table
+        for part in embedded_parts(store, database.encoder):
+            old, mode, new = store.state.part_file("neighbours", part, self.table), WHOLE, held
+            if old is not None and _commit(old) not in checked:
+                _check_commit(old, self.table, database.store)
+                checked.add(_commit(old))
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
-            settings: dict[str, Any] = {"table": self.table, "version": version, "held": database.held()}
-            inputs = {"part": part, "path": path, "version": version, "new": todo.new, "mode": todo.mode}
-            inputs["replaces"] = old.path if old is not None else None
+            settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
             weight = count_keys(store, part)
-            if old is not None and todo.goes_on:
-                settings["from"] = [old.path, todo.mode, *gaps.taken, self.k]
-            if old is not None and todo.mode == FEW:
-                found = gaps.find(part, old)
-                if not (found.few or found.holds_erased or found.text_is_stale):
-                    continue
-                weight = found.few
+            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
+                mode, new = _lacks(old, database.store.state, held, incomplete)
+                settings["from"] = [old.path, mode, *gaps.taken, self.k]
+                if mode == FEW:
+                    found = gaps.find(part, old)
+                    if not (found.few or found.holds_erased or found.text_is_stale):
+                        continue
+                    weight = found.few
             if self.text:
                 settings["text"] = self.k
+            inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
+            inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
-
-    def todo(self, store: Store, database: AnyDatabase) -> Iterator[Todo]:
-        """What may be searched for each part that has embeddings; no table is read. Errors as of ``plan``."""
-        record = self.record(store, database)
-        known = store.state.records.get(self.key, record)
-        self._check_database(store.state, record)
-        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
-        checked: set[tuple[Any, Any]] = set()
-        for part in embedded_parts(store, database.encoder):
-            old = store.state.part_file("neighbours", part, self.table)
-            if old is not None and _commit(old) not in checked:
-                _check_commit(old, self.table, database.store)
-                checked.add(_commit(old))
-            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                yield Todo(part, old, *_lacks(old, database.store.state, held, incomplete), goes_on=True)
-            else:
-                yield Todo(part, old, WHOLE, held, goes_on=False)
 
     @property
     def key(self) -> str:
