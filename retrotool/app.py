@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import os
 import sys
-from importlib.abc import MetaPathFinder
 from typing import Annotated, Any
 
 import typer
@@ -103,7 +102,7 @@ def _root(
     pass
 
 
-class _Absent(MetaPathFinder):
+class _Absent:
     """Has pandas not be found."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002

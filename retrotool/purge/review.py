@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.index.index_files import all_shards, parts_of
+from retrotool.index.generations import all_shards
+from retrotool.index.index_files import parts_of
 from retrotool.purge.commit import Selection
 from retrotool.purge.erase import part_files
 from retrotool.purge.selection import Ids

@@ -21,7 +21,8 @@ from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
 from retrotool.chunk.repeats import BY_ID, BY_TEXT, Repeats
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
-from retrotool.info.run import info, verify
+from retrotool.info.run import info
+from retrotool.info.verify_run import verify
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.session import writing
 from retrotool.store.store import Store
