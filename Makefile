@@ -67,7 +67,7 @@ update-snapshots: $(STAMP)  ## Write what is printed now into pages and expected
 	RETROTOOL_UPDATE_SNAPSHOTS=1 $(PYTEST) $(PARALLEL) $(or $(ARGS),tests/cli tests/docs tests/pinned)
 
 coverage: $(STAMP)  ## Lines that no test reaches; subprocesses are not counted
-	$(PYTEST) $(PARALLEL) --cov=retrotool --cov-report=term:skip-covered --cov-report=html:$(VENV)/coverage
+	COVERAGE_FILE=$(VENV)/coverage.data $(PYTEST) $(PARALLEL) --cov=retrotool --cov-report=term:skip-covered --cov-report=html:$(VENV)/coverage
 
 docs: $(STAMP)  ## Write docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py

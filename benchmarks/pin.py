@@ -237,8 +237,9 @@ class Spelling:
 
     def export(self, store: Path, output: Path, table: str) -> list[object]:
         """Export chunks with their neighbours as Parquet."""
-        command = ["export", "neighbours"] if "export neighbours" in self.commands else ["export"]
-        return [*command, store, output, "--format", "parquet", "--name", table]
+        if "export neighbours" in self.commands:
+            return ["export", "neighbours", store, output, "--format", "parquet", "--name", table]
+        return ["export", store, output, "--name", table]
 
 
 @dataclass(slots=True)
@@ -328,6 +329,9 @@ _VOLATILE = (
     (r"[\d.,]+ (s|ms|min|seconds|minutes|MB/s|kB/s|queries/s|queries a second|chunks/s)\b", r"N \1"),
     (r'"(rate|seconds|tokens_per_second|cosine|query_rate)":[\d.e-]+', r'"\1":N'),
     (r"[\d.]+ (MB|kB|GB)\b", r"N \1"),
+    (r'"bytes":\d+', '"bytes":N'),
+    (r"\S*/retrotool/", "retrotool/"),  # where the checkout is
+    (r"(?m)^( +\d+ +\d+( +[01]\.\d{4}){3} +[\d,]+ +)[\d,]+$", r"\1N"),  # queries a second, in a curve
 )
 
 

@@ -7,7 +7,7 @@ no file of a store is ever changed). Each purge is by another selector: ``--chun
 which should mean about a tenth of the store. Then
 
 * every victim is a query of a search, and the victims among the 10 nearest are counted;
-* all tables, a training loop and an export are read, and the victims in them counted (``retrotool.purge.read_paths``);
+* every read path is taken, and the victims in what it returns are counted (``retrotool.receipt.read_paths``);
 * neighbours of random living chunks, as they are read, are held against brute force over the living vectors alone:
   before the purge, after it, after ``neighbours``, and as they are found from scratch in the store that was purged;
 * it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
@@ -36,8 +36,8 @@ from machine import describe
 
 import retrotool
 from retrotool.ann.excluded import Queries
-from retrotool.purge import read_paths
 from retrotool.purge.erase import EraseStage, part_files
+from retrotool.receipt.read_paths import check_read_paths
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -122,8 +122,8 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     print(f"  purge               {seconds:7.1f} s")
     print(f"  in searches by each {searched(root, vectors[mine], victims)} of {10 * int(mine.sum()):,} results")
-    for view in read_paths.look(store, victims.ids):
-        print(f"  {view.name:<20}{view.found} in {view.rows:,} rows{'; ' + view.note if view.note else ''}")
+    for path in check_read_paths(store, victims.ids):
+        print(f"  {path.name:<20}{path.found} in {path.rows:,} rows{'; ' + path.note if path.note else ''}")
     drawn = drawn[~victims.contains(drawn)]
     print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} living chunks")
     print(f"  as they are read    {recall(root, encoder, drawn, name)}")
@@ -142,11 +142,10 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     verified, seconds = run("purge", root, purged["purge"], "--verify", "--out", folder)
     receipt = verified["receipt"]
-    searched_for = receipt["searched"]
-    needles = sum(searched_for["needles"].values())
+    files, rows = (sum(one[what] for one in receipt["kinds"]) for what in ("files", "rows"))
     print(
-        f"  verify              {seconds:7.1f} s: {searched_for['bytes'] / 1e6:,.0f} MB searched for {needles:,} "
-        f"pieces, {len(searched_for['left'])} found; {'nothing of it is left' if receipt['ok'] else 'NOT well'}"
+        f"  verify              {seconds:7.1f} s: {files:,} files decoded, {rows:,} rows; "
+        f"{'nothing of it is left' if receipt['ok'] else 'FAILED'}"
     )
     shutil.rmtree(root)
 
@@ -161,7 +160,7 @@ def one_by_one(source: Path, folder: Path, documents: list[str]) -> None:
         f"  erase of all        {seconds:7.1f} s: {erased['erased']:,} chunks, {erased['files_rewritten']:,} files"
     )
     verified, seconds = run("purge", root, erased["purges"][0], "--verify", "--out", folder)
-    print(f"  verify of one       {seconds:7.1f} s: {'nothing is left' if verified['receipt']['ok'] else 'NOT well'}")
+    print(f"  verify of one       {seconds:7.1f} s: {'nothing is left' if verified['receipt']['ok'] else 'FAILED'}")
     shutil.rmtree(root)
 
 

@@ -26,7 +26,7 @@ import zstandard
 from machine import describe
 
 from retrotool import engine
-from retrotool.purge.selecting import Selectors
+from retrotool.purge.select import Selectors
 from retrotool.purge.selectors.document_text import Block, Decoder, Offsets, blocks_of
 from retrotool.purge.selectors.pii import KINDS, PersonalDataMatcher
 from retrotool.purge.selectors.selector import Hits
@@ -129,7 +129,7 @@ def scan_store(source: Path) -> None:
         decoder = Decoder(store)
         size = sum(len(block.text) for part in store.state.parts() for block in blocks_of(store, decoder, part))
         for number in range(4):
-            stage = Selectors(pattern=f"[a-z]+@zqj{number}", allow_lossy=True).asked(store).scan
+            stage = Selectors(pattern=f"[a-z]+@zqj{number}", allow_lossy=True).read(store).scan
             assert stage is not None
             start = time.perf_counter()
             stage.open(store)

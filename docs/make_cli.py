@@ -41,7 +41,7 @@ Results go to stdout, as text or with `--json` as one JSON object; errors, advic
 
 
 def command_names() -> list[str]:
-    """The commands, in the order in which ``--help`` lists them; a group is followed by its members."""
+    """The commands that ``--help`` lists, in its order; a group is followed by its members."""
     return list(_names(typer.main.get_command(app)))
 
 

@@ -183,7 +183,7 @@ def show_purge(store: Path, takedown: Path) -> None:
     assert found == 0 and victim not in {result["document"] for result in after}
     print(f"The bytes of chunk {chunk} in the files of {store}, looked for as before:")
     assert not show_bytes(store, wanted, "after the erase:")
-    print("\nAnd all of it, by every way and in every byte, with a receipt for whoever asked:")
+    print("\nAnd all of it, in every file that can hold it and by every read path, with a receipt to send back:")
     purge = list(answer("info", store)["purges"])[-1]
     retrotool("purge", store, purge, "--verify", "--out", store.parent)
     print("\nA chunk that stays, with its neighbours:")

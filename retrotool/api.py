@@ -7,7 +7,7 @@ frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool
 from retrotool.chunk.estimate import estimate
 from retrotool.chunk.run import chunk
 from retrotool.embed.run import embed
-from retrotool.export.run import export_neighbours
+from retrotool.export.run import export
 from retrotool.index.run import index
 from retrotool.info.log_entries import log_entries, verify_log
 from retrotool.info.run import info
@@ -19,13 +19,12 @@ from retrotool.neighbours.run import neighbours
 from retrotool.plan.run import plan
 from retrotool.purge.affected_run import affected
 from retrotool.purge.erase_run import erase
-from retrotool.purge.proving import VerifiedPurge, verify_purge
 from retrotool.purge.retrain_indexes import retrain_indexes
-from retrotool.purge.run import purge
-from retrotool.purge.scan_run import scan
-from retrotool.purge.selecting import Selectors, kinds_of
+from retrotool.purge.run import purge, scan
+from retrotool.purge.select import Selectors, kinds_of
 from retrotool.purge.undo_run import restore
 from retrotool.reader import Chunk, Reader, open_store
+from retrotool.receipt.run import VerifiedPurge, verify_purge
 
 __all__ = [
     "Chunk",
@@ -37,7 +36,7 @@ __all__ = [
     "embed",
     "erase",
     "estimate",
-    "export_neighbours",
+    "export",
     "index",
     "info",
     "inspect",

@@ -26,13 +26,16 @@ _COMMANDS = {
     "leakage": "retrotool.leakage.command",
     "purge": "retrotool.purge.command",
     "search": "retrotool.search.command",
+    "export": "retrotool.export.command",
     "info": "retrotool.info.command",
     "log": "retrotool.info.log_command",
     "verify": "retrotool.info.verify_command",
     "plan": "retrotool.plan.command",
-    "export": "retrotool.export.command",
+    "receipt": "retrotool.receipt.command",
 }
-"""The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``, or an ``app``."""
+"""The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
+_HIDDEN = ("receipt",)
+"""Commands that others run: ``purge --verify`` runs ``receipt``, which is in a layer above."""
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -40,8 +43,8 @@ class _Group(TyperGroup):
     """Commands that are imported when they are run or shown. Misuse is reported as JSON where that is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """Names of all commands."""
-        return list(_COMMANDS)
+        """Names of all commands that are shown."""
+        return [name for name in _COMMANDS if name not in _HIDDEN]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """Import a command; None if there is none of this name."""
@@ -63,10 +66,8 @@ class _Group(TyperGroup):
 
 def _import_command(name: str) -> Any:
     module = importlib.import_module(_COMMANDS[name])
-    single = getattr(module, "app", None)
-    if single is None:
-        single = typer.Typer(add_completion=False, **_SHOWN)
-        single.command(name, epilog=module.EPILOG)(module.command)
+    single = typer.Typer(add_completion=False, **_SHOWN)
+    single.command(name, epilog=module.EPILOG)(module.command)
     command = typer.main.get_command(single)
     command.name = name
     return command
@@ -77,8 +78,8 @@ app = typer.Typer(
     cls=_Group,
     help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
     "and purge text out of them again.\n\n"
-    "Every command but plan takes the STORE first (export: after the word for what is exported), can be killed at any "
-    "moment, and goes on where it stopped when it is run again.",
+    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped when it "
+    "is run again.",
     no_args_is_help=True,
     **_SHOWN,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,33 +103,6 @@ def _root(
     pass
 
 
-class _Absent:
-    """Has pandas not be found."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
-        """Raise what an import of a missing module raises."""
-        if fullname == "pandas":
-            raise ModuleNotFoundError(fullname)
-
-
-def leave_pandas_out() -> None:
-    """Have pyarrow do without pandas in this process.
-
-    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It tries only
-    once, and here that is. Others may import pandas afterwards.
-    """
-    if "pandas" in sys.modules:
-        return
-    absent = _Absent()
-    sys.meta_path.insert(0, absent)
-    try:
-        import pyarrow as pa
-
-        pa.array([0])
-    finally:
-        sys.meta_path.remove(absent)
-
-
 def give_bars_room() -> None:
     """Have progress drawn on a terminal that says it has no room, as in some containers: tqdm would draw nothing."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal, closed, or none at all
@@ -142,6 +116,4 @@ def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
     give_bars_room()
-    if sys.argv[1:2] == ["search"]:  # other commands that need pyarrow take longer than pandas
-        leave_pandas_out()
     app(prog_name="retrotool")

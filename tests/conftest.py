@@ -197,6 +197,45 @@ def quick_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(processes, "multiprocessing", quick)
 
 
+_loaded: dict[tuple[object, ...], tuple[str, str, Any]] = {}
+_verified: dict[tuple[object, ...], float] = {}
+
+
+@pytest.fixture(autouse=True)
+def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is loaded once a process, and not verified again once it was right; where this is tested, every time."""
+    if request.path.parent.name == "encoder" or request.path.name.startswith("test_embed"):
+        return
+    from retrotool.encoder import Encoder
+    from retrotool.encoder.encoder import LEAST_COSINE
+
+    load, verify = Encoder._load, Encoder.verify
+
+    def loaded(encoder: Encoder, way: str) -> None:
+        key = (encoder.identity, encoder._path, encoder.device, encoder.dtype, way)
+        if encoder.device != "cpu" or key not in _loaded:
+            load(encoder, way)
+            _loaded[key] = (encoder.forward, encoder.why, encoder._loaded)
+            return
+        from retrotool.encoder.runners import CpuRunner
+
+        encoder.forward, encoder.why, encoder._loaded = _loaded[key]
+        encoder._runner = CpuRunner(encoder._loaded)
+        encoder.work.lanes = encoder._runner.lanes
+
+    def verified(encoder: Encoder, sample: Any = None) -> None:
+        key = (encoder.identity, encoder.device, encoder.dtype, encoder.forward)
+        if key not in _verified:
+            verify(encoder, sample)
+            if encoder.cosine is not None and encoder.cosine >= LEAST_COSINE[encoder.dtype]:
+                _verified[(encoder.identity, encoder.device, encoder.dtype, encoder.forward)] = encoder.cosine
+        else:
+            encoder.cosine = _verified[key]
+
+    monkeypatch.setattr(Encoder, "_load", loaded)
+    monkeypatch.setattr(Encoder, "verify", verified)
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -127,7 +127,7 @@ def command(
         str | None,
         typer.Option(
             metavar="N|P%",
-            help="Stop when more rows are set aside. Default: any number of rows, no broken file.",
+            help="Stop when more rows are set aside; the rest of a damaged file is one. Default: any number.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
@@ -250,7 +250,11 @@ def _text(store: Path, result: ChunkResult) -> str:
     elif result.exceeded:
         lines.append(f"More than was allowed: {result.exceeded}. All was read, and what is good is kept.")
     if result.damaged and not result.stopped:
-        lines.append("When a broken file is repaired, the same command with --changed add reads what it lost.")
+        what = "a damaged input" if result.damaged == 1 else f"{result.damaged:,} damaged inputs"
+        lines.append(
+            f"The rest of {what} was not read; everything else was. After a repair, the same command with "
+            "--changed add adds it."
+        )
     return "\n".join(lines)
 
 

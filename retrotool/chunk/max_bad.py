@@ -14,7 +14,7 @@ _LEAST_ROWS = 1000
 
 @dataclass(frozen=True, slots=True)
 class MaxBad:
-    """At most ``rows``, or a ``share`` of all rows read; a broken file counts as a row. Neither: any rows, no break."""
+    """At most ``rows``, or a ``share`` of all rows read; the rest of a damaged file counts as a row. Neither: any."""
 
     rows: int | None = None
     share: float | None = None
@@ -36,8 +36,8 @@ class MaxBad:
         raise UsageError(f"--max-bad {text}: it is a number of rows, such as 100, or a share, such as 0.5%")
 
     def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
-        """Why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
-        bad, damaged = counts["set_aside"], counts["damaged"]
+        """Return why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
+        bad = counts["set_aside"]
         if self.rows is not None:
             return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
         if self.share is not None:
@@ -50,9 +50,4 @@ class MaxBad:
                 if bad > self.share * read
                 else ""
             )
-        what = "an input is" if damaged == 1 else f"{damaged:,} inputs are"
-        return f"{what} broken off or damaged" if damaged else ""
-
-
-NO_LIMIT = MaxBad(rows=1 << 62)
-"""Any number of rows, and any number of broken files."""
+        return ""

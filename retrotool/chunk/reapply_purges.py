@@ -4,7 +4,7 @@ A unit of ``chunk`` leaves out what is on the block list, and its commit looks a
 living copies in the plan: they would have been set aside as repeats of it, but what is purged, or erased, holds no text
 back. So before a plan is finished, whatever is done with its repeats, living documents of it that the block list names
 are purged, too: in a purge of their own for each that keeps them from coming back, which has the same selector, reason
-and who, and says after which it was made. It is a purge like any other: it can be erased, proven and taken back. An
+and who, and says after which it was made. It is a purge like any other: it can be erased, verified and taken back. An
 erase of the one before takes it along (``with_those_after``), and so does the same purge with ``--erase``.
 
 Documents of which a chunk is a tombstone stay as they are: somebody has looked at them, chunk by chunk.
@@ -27,7 +27,6 @@ import pyarrow as pa
 
 from retrotool.chunk.chunk_plan import parts_of, read_plan
 from retrotool.errors import ConflictError, ErasedError, LostRunError
-from retrotool.purge.selection import Ids, rows_of
 from retrotool.store import blocked, disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Blocked, Hashes
@@ -41,6 +40,9 @@ from retrotool.store.tombstones import read_tombstones, write_tombstones
 
 AFTER, PLAN = "after", "plan"
 """What the record of such a purge has besides: the purge that it was made after, and the plan."""
+
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -139,7 +141,7 @@ def _held(several: Blocked, table: pa.Table, tokens: Hashes) -> npt.NDArray[np.b
 
 
 def _add(found: _Found, secret: str, part: int, table: pa.Table, tokens: Hashes) -> None:
-    rows = rows_of(table["first_row"].to_numpy(), table["n_chunks"].to_numpy())
+    rows = parts.rows_of_documents(table["first_row"].to_numpy(), table["n_chunks"].to_numpy())
     found.chunks.append(parts.chunk_ids(part, rows))
     found.hashes.append(blocked.id_hashes(secret, table["id"].to_pylist()))
     found.hashes.append(blocked.keyed_texts(secret, table["text_hash"].to_pylist()))

@@ -23,7 +23,7 @@ from retrotool.chunk.chunk_plan import (
 )
 from retrotool.chunk.chunk_result import ChunkResult, counts_of, result_of
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
-from retrotool.chunk.max_bad import NO_LIMIT, MaxBad
+from retrotool.chunk.max_bad import MaxBad
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
@@ -106,7 +106,7 @@ def chunk(
                 changed = frozenset(file.path for file in changed_inputs(store, files, wanted))
             if changed and plans:
                 # What the store has of an input is known once no plan is open.
-                _work(store, run, plans, replace(chosen, max_bad=NO_LIMIT), changed)
+                _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
             plan, known = commit_plan(store, run, files, wanted)
             plans += [plan] if plan else []

@@ -1,43 +1,52 @@
-"""``retrotool export``: the group of the commands that hand a store over to other tools."""
+"""``retrotool export``."""
 
 from __future__ import annotations
 
-import shlex
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from retrotool.export import export_neighbours_command
+from retrotool.cli import output
+from retrotool.cli.options import Json, StoreArgument, opt
 
+if TYPE_CHECKING:
+    from retrotool.export.run import ExportResult
 
-class _Group(TyperGroup):
-    """Commands whose name is easily left out, as all others take the store first."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; the error for one that is none says what comes first."""
-        try:
-            return super().resolve_command(ctx, args)
-        except Exception as error:
-            if isinstance(told := getattr(error, "message", None), str):
-                name = shlex.quote(args[0])
-                hint = f"What is exported comes first: retrotool export neighbours {name} OUTPUT --format FORMAT"
-                error.message = f"{told} {hint}"  # type: ignore[attr-defined]
-            raise
+EPILOG = """\b
+Examples:
+  retrotool export store exported
+  retrotool export training for-duckdb --name wiki -k 10"""
 
 
-app = typer.Typer(
-    cls=_Group,
-    help="Hand a store over to other tools.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("neighbours", epilog=export_neighbours_command.EPILOG)(export_neighbours_command.command)
+def command(
+    store: StoreArgument,
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder to make; it is whole, or not there.", show_default=False)
+    ],
+    name: Annotated[str, opt("Which neighbour tables of the store.", metavar="TABLE")] = "main",
+    k: Annotated[int | None, opt("Neighbours a chunk.  [default: what the table gives]", "-k", metavar="K")] = None,
+    as_json: Json = False,
+) -> None:
+    """Export the chunks of a store with their neighbours, text and tokens, as Parquet for other tools.
+
+    STORE is the query store, whose chunks are trained on; its tables know their databases. OUTPUT gets a file a part,
+    with a row a chunk, the tokenizer, and export.json, which says what was exported of which commit. What is purged is
+    left out; a purge that comes later does not reach what was exported.
+    """
+    with output.errors(as_json):
+        from retrotool.export import run as export_run
+
+        output.show(export_run.export(store, folder, name=name, k=k), as_json, _text)
 
 
-@app.callback()
-def _group() -> None:
-    # With one command alone Typer would make no group of it.
-    pass
+def _text(result: ExportResult) -> str:
+    lines = [
+        f"{output.count(result.chunks, 'chunk')} of {output.count(result.documents, 'document')} with "
+        f"{output.count(result.neighbours, 'neighbour')} ({result.table!r}, at most {result.k} a chunk, "
+        f"commit {result.commit}) in {result.output}: {output.size(result.bytes)}."
+    ]
+    if result.alone:
+        lines.append(f"{output.count(result.alone, 'chunk')} without a neighbour.")
+    lines.append(f"Open it with: polars.scan_parquet({str(Path(result.output) / '*.parquet')!r})")
+    return "\n".join(lines)

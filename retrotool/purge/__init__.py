@@ -1,1 +1,1 @@
-"""Purging, undoing and erasing, and the proof of it."""
+"""Purging, undoing and erasing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,6 @@ from retrotool.purge import selector_options as by
 from retrotool.purge.affected_command import run_affected
 from retrotool.purge.review_text import show_scanned
 from retrotool.purge.undo_text import show_restored
-from retrotool.purge.verify_text import show_verified
 
 if TYPE_CHECKING:
     from retrotool.purge.erase_run import EraseResult
@@ -48,6 +47,7 @@ _EARLIER = "PURGE and --older-than name purges that were made before, which can 
 
 
 def command(
+    context: typer.Context,
     store: StoreArgument,
     purges: Annotated[
         list[str] | None,
@@ -124,7 +124,7 @@ def command(
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Look for PURGE everywhere, and write a receipt: JSON, and a page to print."),
+        typer.Option("--verify", help="Check that nothing of PURGE is left, and write a receipt: JSON, and a page."),
     ] = False,
     out: Annotated[
         Path | None,
@@ -140,15 +140,16 @@ def command(
     """Take chunks out: never returned again from the moment this ends.
 
     Purged chunks are left out of search, neighbours (also those computed before) and continuations. With --erase
-    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify what is left is looked for.
+    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify this is checked.
     """
     with output.errors(as_json):
-        from retrotool.purge import erase_run, proving, retrain_indexes, scan_run, selecting, undo_run
+        from retrotool.purge import erase_run, retrain_indexes, undo_run
         from retrotool.purge import run as purge_run
+        from retrotool.purge.select import Selectors, kinds_of
 
-        selectors = selecting.Selectors(
+        selectors = Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
-            pattern=pattern, patterns=patterns, terms=terms, pii=selecting.kinds_of(pii),
+            pattern=pattern, patterns=patterns, terms=terms, pii=kinds_of(pii),
             near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
             whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
             classifier=classifier, label=label, above=above, device=device,
@@ -158,20 +159,20 @@ def command(
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
             "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
-            "selectors": selectors != selecting.Selectors(), "PURGE": bool(purges),
+            "selectors": selectors != Selectors(), "PURGE": bool(purges),
         }  # fmt: skip
         _check(given)
         named = list(purges or [])
         if (verify or restore) and len(named) != 1:
             raise UsageError(f"{'--verify' if verify else '--restore'} takes one PURGE", _HELP)
         if verify:
-            show_verified(store, proving.verify_purge(store, named[0], out=out or "."), as_json)
+            _write_receipt(context, store=store, purge=named[0], out=out or Path(), as_json=as_json)
         elif restore:
             show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
         elif affected is not None:
             run_affected(store, affected, named, out, as_json)
         elif shard is not None:
-            show_scanned(scan_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:
             confirm = _Confirm(yes, erase)
             if named or older_than is not None:
@@ -191,6 +192,13 @@ def command(
             if retrain_index and done:
                 for sentence in retrain_indexes.retrain_indexes(store):
                     output.note(sentence)
+
+
+def _write_receipt(context: typer.Context, **arguments: object) -> None:
+    """Run the command ``receipt``, which is above this one: it reads a store in every way that a command does."""
+    assert context.parent is not None, "the group of all commands"
+    group: Any = context.parent.command
+    group.get_command(context, "receipt").callback(**arguments)
 
 
 def _check(given: dict[str, bool]) -> None:

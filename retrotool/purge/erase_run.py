@@ -22,10 +22,10 @@ from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.index.index_files import measured_files
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge import commit as purging
+from retrotool.purge import purged_chunks as purging
 from retrotool.purge.erase import EraseStage, part_files
-from retrotool.purge.prove import ProveStage
-from retrotool.purge.selection import Ids
+from retrotool.purge.purged_chunks import Ids
+from retrotool.purge.same_text import find_copies
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
 from retrotool.store.clean import clean
@@ -90,7 +90,7 @@ def erase(
         wanted = tuple(with_those_after(store.state, _wanted(store, purges, older_than)))
         chunks = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in wanted)]
         named = purging.in_store(store, np.unique(np.concatenate(chunks)))
-        copies, copied = purging.find_copies(store, named)
+        copies, copied = find_copies(store, named)
         victims = np.union1d(named, copies)
         unerased = purging.count_unerased(store, victims)
         planned = EraseResult(
@@ -144,7 +144,7 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
         named = purging.tombstones_of(store, purge)
         if not len(np.setdiff1d(copies, named)):
             continue
-        own = copies if len(purges) == 1 else purging.find_copies(store, purging.in_store(store, named))[0]
+        own = copies if len(purges) == 1 else find_copies(store, purging.in_store(store, named))[0]
         if len(new := np.setdiff1d(own, named)):
             _name(store, run, purge, new)
 
@@ -190,8 +190,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
     workers = _workers(store, victims)
-    # What victims can be looked for by is kept before anything of them is gone.
-    engine.execute(ProveStage(victims), store, run, workers=workers)
     stage = EraseStage(victims, tuple(purges))
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from retrotool.purge.erase_run import EraseResult
     from retrotool.purge.run import PurgeResult
 
-_PROVED = 3
+_LISTED = 3
 
 
 def warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
@@ -88,7 +88,7 @@ def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
         if not result.files_rewritten:
             done = "they were erased before"
         lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies(result)}; {done}.")
-        lines += [f"Prove it: retrotool purge {store} {purge} --verify" for purge in result.purges[:_PROVED]]
+        lines += [f"Check it: retrotool purge {store} {purge} --verify" for purge in result.purges[:_LISTED]]
     lines += [f"Not reached: {what}." for what in result.not_reached]
     return lines + [dependent(one) for one in result.dependents]
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from retrotool.index.generations import all_shards
 from retrotool.index.index_files import parts_of
-from retrotool.purge.commit import Selection
 from retrotool.purge.erase import part_files
-from retrotool.purge.selection import Ids
+from retrotool.purge.purged_chunks import Ids
+from retrotool.purge.select import Selection
 from retrotool.purge.selectors.document_text import Block, Decoder
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
@@ -79,12 +79,12 @@ class Review:
 
 
 def review(store: Store, selection: Selection) -> Review:
-    """Look at what is living of a selection."""
+    """Look at what is live of a selection."""
     sources: dict[str, int] = {}
     documents: dict[str, int] = {}
-    for part in np.unique(selection.living >> PART_SHIFT).tolist():
+    for part in np.unique(selection.live >> PART_SHIFT).tolist():
         table = parts.read_documents(store, part, ["id", "source", "first_row"])
-        rows = selection.living[selection.living >> PART_SHIFT == part] - (part << PART_SHIFT)
+        rows = selection.live[selection.live >> PART_SHIFT == part] - (part << PART_SHIFT)
         numbers, counts = np.unique(
             np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1, return_counts=True
         )
@@ -101,19 +101,19 @@ def _most(counts: dict[str, int]) -> tuple[Count, ...]:
 
 def _examples(store: Store, selection: Selection) -> list[Example]:
     """Up to ten of each selector, from all over what it means; in the order of their figures, if they have some."""
-    found = selection.chosen.found
+    found = selection.found
     decoder = Decoder(store)
     examples = []
-    for number, selector in enumerate(selection.asked.scanned):
-        places = np.flatnonzero((found.selectors == number) & np.isin(found.chunks, selection.living))
+    for number, selector in enumerate(selection.request.scanned):
+        places = np.flatnonzero((found.selectors == number) & np.isin(found.chunks, selection.live))
         places = places[np.argsort(found.figures[places], kind="stable")]
         for place in places[_spread(len(places))].tolist():
             span, figure = (int(found.begin[place]), int(found.end[place])), float(found.figures[place])
             example = _example(store, decoder, selector.kind, int(found.chunks[place]), span)
             examples.append(example if np.isnan(figure) else replace(example, figure=figure))
     if not examples:
-        some = selection.living[_spread(len(selection.living))].tolist()
-        examples = [_example(store, decoder, selection.asked.kind, chunk, (0, 0)) for chunk in some]
+        some = selection.live[_spread(len(selection.live))].tolist()
+        examples = [_example(store, decoder, selection.request.kind, chunk, (0, 0)) for chunk in some]
     return examples
 
 
@@ -143,7 +143,7 @@ def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tu
 
 def _touched(store: Store, selection: Selection) -> Touched:
     state = store.state
-    numbers: Ids = np.unique(selection.living >> PART_SHIFT)
+    numbers: Ids = np.unique(selection.live >> PART_SHIFT)
     wanted = set(numbers.tolist())
     files: list[FileEntry] = [entry for part in wanted for entry in part_files(store, part)]
     shards = [
@@ -161,5 +161,5 @@ def _touched(store: Store, selection: Selection) -> Touched:
     return Touched(
         len(wanted), len(shards), len(others["neighbours"]), len(others["materialised"]), size,
         sum(entry.rows for entry in others["neighbours"]),
-        size / _REWRITTEN + len(selection.living) * _PROVEN if len(selection.living) else 0.0,
+        size / _REWRITTEN + len(selection.live) * _PROVEN if len(selection.live) else 0.0,
     )  # fmt: skip

@@ -11,9 +11,8 @@ from retrotool.cli import output
 
 if TYPE_CHECKING:
     from retrotool.purge.review import Count, Example, Touched
-    from retrotool.purge.run import PurgeResult
-    from retrotool.purge.scan_run import ScanResult
-    from retrotool.purge.selection import Match
+    from retrotool.purge.run import PurgeResult, ScanResult
+    from retrotool.purge.select import Match
 
 _AROUND, _SHOWN = 60, 160
 _FIGURES = {"like": "distance", "classifier": "score"}

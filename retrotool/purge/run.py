@@ -1,7 +1,11 @@
-"""``purge``: select, confirm, commit, erase.
+"""``purge``: select, confirm, commit, erase; and ``scan``, one share of the scan of a purge, for a job array.
 
 Another process may purge or erase at the same time. What was selected, or begun to be erased, on a view that another
 commit has overtaken is selected, or planned, again; ``confirm`` is asked again if that changes what it was asked.
+
+The jobs of an array share the scan of the purge that is to follow, which finds it done as it asks for the same. Each
+job begins with its own share of the parts and continues with what no other has begun, so the others finish the share
+of a job that dies.
 """
 
 from __future__ import annotations
@@ -19,21 +23,22 @@ from retrotool.cli.result_file import check_file, written
 from retrotool.embed.search_scope import erased_purges
 from retrotool.errors import UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge import commit as selecting
-from retrotool.purge.commit import Selection
+from retrotool.purge.commit import commit_purge
 from retrotool.purge.erase_run import (
     ELSEWHERE,
     clear,
     erase_chunks,
     until_not_overtaken,
 )
+from retrotool.purge.purged_chunks import count_rows, tombstones_of
 from retrotool.purge.review import Review, review
 from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
-from retrotool.purge.selecting import Selectors, signed
-from retrotool.purge.selection import Asked, Match, Report, choose
+from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
+from retrotool.purge.selectors.scan import ScanStage
+from retrotool.store import claims
 from retrotool.store.session import writing
+from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +81,6 @@ class PurgeResult:
     out: str = ""
 
 
-def select(store: Store, asked: Asked, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
-    """Select what is asked for; scans must have been done.
-
-    A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
-    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
-    """
-    earlier = selecting.same_selector(store, asked)
-    chosen = choose(store, asked, missing_ok=bool(earlier), report=report)
-    if not erase:
-        return selecting.weigh(store, asked, chosen)
-    begun = [purge for purge, erased in earlier.items() if not erased]
-    more = np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in begun)])
-    copies, copied = selecting.find_copies(store, selecting.in_store(store, np.union1d(chosen.chunks, more)))
-    known = [read_tombstones(store, purge + selecting.COPIES).ids for purge in begun]
-    copies = selecting.in_store(store, np.unique(np.concatenate([copies, *known])))
-    return selecting.weigh(store, asked, chosen, more, copies, copied)
-
-
 def purge(
     root: str | Path,
     selectors: Selectors,
@@ -115,17 +102,17 @@ def purge(
     if out is not None:
         _check_out(out, dry_run)
     store = Store.open(root)
-    asked = selectors.asked(store)
+    request = selectors.read(store)
     agreed: PurgeResult | None = None
 
     def attempt() -> PurgeResult:
         nonlocal agreed
-        if asked.scan is not None and not asked.scan.is_done(store):
+        if request.scan is not None and not request.scan.is_done(store):
             with writing(store) as run:
-                engine.execute(asked.scan, store, run)
-        total = len(asked.given) * len(store.state.parts())
+                engine.execute(request.scan, store, run)
+        total = len(request.lookups) * len(store.state.parts())
         with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
-            selection = select(store, asked, erase=erase, report=bar.update)
+            selection = select(store, request, erase=erase, report=bar.update)
         planned = _planned(store, selection, dry_run)
         if dry_run:
             if out is not None:
@@ -150,22 +137,22 @@ def _check_out(out: str | Path, dry_run: bool) -> None:
 
 def _write_ids(out: str | Path, selection: Selection) -> None:
     with written(out) as path, path.open("w", encoding="ascii") as file:
-        file.writelines(f"{chunk}\n" for chunk in selection.living.tolist())
+        file.writelines(f"{chunk}\n" for chunk in selection.live.tolist())
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     """What a selection would do, if nothing else happened."""
     state = store.state
-    chunks = len(selection.living)
+    chunks = len(selection.live)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
-    rows = selecting.count_rows(store)
+    rows = count_rows(store)
     return PurgeResult(
         "", chunks, selection.documents, selection.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
         unerased=selection.unerased, unerased_share=selection.unerased / rows if rows else 0.0,
         erased=0, copies=selection.copied, files_rewritten=0, blocked=selection.newly_blocked,
-        dry_run=dry_run, commit=state.number, examples=tuple(selection.living[:10].tolist()),
-        matches=selection.chosen.matches, same_text=find_same_text(store, selection.chunks),
+        dry_run=dry_run, commit=state.number, examples=tuple(selection.live[:10].tolist()),
+        matches=selection.matches, same_text=find_same_text(store, selection.chunks),
     )  # fmt: skip
 
 
@@ -184,15 +171,15 @@ def _carry_out(
         # could not be gone on with after a kill.
         uncovered = erase and not _is_covered(store, selection)
         if planned.chunks or planned.blocked or uncovered:
-            purged = selecting.commit_purge(store, run, selection, reason, who)
+            purged = commit_purge(store, run, selection, reason, who)
         if erase:
             victims = np.union1d(selection.chunks, selection.copies)
-            naming = (purged,) if purged else tuple(selecting.same_selector(store, selection.asked))
+            naming = (purged,) if purged else tuple(same_selector(store, selection.request))
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, naming))
             clear(store, run)
     state = store.refresh()
     records = state.with_prefix("purge:")
-    before = sorted(selecting.same_selector(store, selection.asked), key=lambda purge: -int(records[purge]["commit"]))
+    before = sorted(same_selector(store, selection.request), key=lambda purge: -int(records[purge]["commit"]))
     of = (purged,) if purged else tuple(before)
     return replace(
         planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
@@ -204,6 +191,47 @@ def _carry_out(
 
 def _is_covered(store: Store, selection: Selection) -> bool:
     """Whether purges of the same selector name all chunks of a selection, and all copies."""
-    purges = selecting.same_selector(store, selection.asked)
-    named = [np.zeros(0, np.int64), *(selecting.tombstones_of(store, purge) for purge in purges)]
+    purges = same_selector(store, selection.request)
+    named = [np.zeros(0, np.int64), *(tombstones_of(store, purge) for purge in purges)]
     return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What a share of a scan did: ``parts`` scanned by this run, of ``of`` in the store.
+
+    ``elsewhere`` are parts that other living runs are at. ``done``: all are scanned.
+    """
+
+    parts: int
+    of: int
+    elsewhere: int
+    done: bool
+    commit: int
+
+
+def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:
+    """Scan the parts of job ``shard`` (i, n), i from 0, and then those that no other job has begun."""
+    if not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"--shard {shard[0]}/{shard[1]}: of n jobs this is one from 0 to n - 1")
+    store = Store.open(root)
+    scanned = selectors.read(store).scanned
+    if not scanned:
+        raise UsageError(
+            "--shard shares the scan that selectors by content need, and none is given",
+            "What is looked up (--ids, --documents, --where, --duplicates) is purged without it.",
+        )
+    stage = ScanStage(scanned, shard)
+    parts = 0
+
+    def count(_: Staged) -> bool:
+        nonlocal parts
+        parts += 1
+        return False
+
+    with writing(store) as run:
+        engine.execute(stage, store, run, enough=count)
+        store.refresh()
+        held = claims.held(store.root, run.id)
+        elsewhere = sum(task.key in held for task in stage.plan(store))
+    return ScanResult(parts, len(store.state.parts()), elsewhere, stage.is_done(store), store.state.number)

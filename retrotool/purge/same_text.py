@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.purge.commit import in_store, set_aside, values_of
-from retrotool.purge.selection import Ids
+from retrotool.purge.purged_chunks import Ids, in_store
 from retrotool.store import parts
+from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -33,6 +33,58 @@ class SameText:
 
 
 NO_TEXT = SameText(0, ())
+
+
+def set_aside(store: Store) -> Ids:
+    """The chunks that plans made tombstones: of documents that repeat, and of parts that were taken back; ascending."""
+    plans = set(store.state.with_prefix("plan:"))
+    found = [
+        read_tombstones(store, slot).ids
+        for slot in store.state.group("tombstones")
+        if slot.partition(".")[0] in plans  # the others are of purges
+    ]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
+def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
+    """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
+
+    Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
+    """
+    repeats = Tombstones(in_store(store, set_aside(store)))
+    if not len(repeats) or not len(chunks):
+        return np.zeros(0, np.int64), 0
+    wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
+    selected = Tombstones(chunks)
+    found = [np.zeros(0, np.int64)]
+    copied = 0
+    for part in repeats.parts():
+        table = parts.read_documents(store, part, ["key", "text_hash", "first_row", "n_chunks"])
+        alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
+        places = table.filter(pc.or_(*alike))
+        if not places.num_rows:
+            continue
+        first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
+        rows = repeats.rows(part)
+        repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
+        first, count = first[repeating], count[repeating]
+        ids = parts.chunk_ids(part, parts.rows_of_documents(first, count))
+        more = ~selected.contains(ids)
+        found.append(ids[more])
+        copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
+    return np.unique(np.concatenate(found)), copied
+
+
+def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
+    """A column of the documents that have any of ``chunks``, without nulls."""
+    found = [pa.array([], pa.binary())]
+    for part in np.unique(chunks >> PART_SHIFT).tolist():
+        table = parts.read_documents(store, part, ["first_row", column])
+        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
+        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
+        values = table[column].take(pa.array(docs)).drop_null().cast(pa.binary())
+        found += values.chunks
+    return pa.concat_arrays(found)
 
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:

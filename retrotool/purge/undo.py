@@ -24,9 +24,7 @@ from retrotool.embed.search_scope import find_documents, is_same_directory, sear
 from retrotool.errors import ConflictError, LostRunError, UsageError
 from retrotool.index.staleness import ranges
 from retrotool.neighbours.stage import database_of, parts_in
-from retrotool.purge.commit import COPIES, documents_ended, in_store
-from retrotool.purge.proofs import proof_files
-from retrotool.purge.selection import Ids
+from retrotool.purge.purged_chunks import COPIES, Ids, documents_ended, in_store
 from retrotool.store import disk, parts, paths, schemas, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -159,7 +157,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
     def build(state: State) -> Draft:
         if list(state.group("tombstones")) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or taken back, meanwhile", "Run the same command again.")
-        gone = [state.file(kind, slot) for kind, slot in _files(purge)] + list(proof_files(state, purge))
+        gone = [state.file(kind, slot) for kind, slot in _files(purge)]
         counts = {"chunks": len(found.living), "documents": found.documents, "tokens": found.tokens}
         totals = {name: n + counts.get(name, 0) for name, n in state.records["totals"].items()}
         own = np.unique(found.chunks >> PART_SHIFT).tolist()
@@ -186,7 +184,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
 
 
 def _files(purge: str) -> list[tuple[str, str]]:
-    """Kind and slot of all that leaves the state with a purge, but for its proofs."""
+    """Kind and slot of all that leaves the state with a purge."""
     return [
         ("tombstones", purge),
         ("tombstones", purge + COPIES),

@@ -18,7 +18,7 @@ from retrotool.neighbours.stage import database_of, members_of
 from retrotool.neighbours.weighted import mixtures_with
 from retrotool.purge import undo as restoring
 from retrotool.purge.erase_run import until_not_overtaken
-from retrotool.purge.selecting import signed
+from retrotool.purge.select import signed
 from retrotool.store.session import writing
 from retrotool.store.store import Store
 

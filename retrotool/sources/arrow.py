@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from retrotool.errors import InputError
-from retrotool.sources import columns, rows
+from retrotool.sources import rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.parquet import runs
 from retrotool.sources.records import Document, Fields, SetAside, told
@@ -123,7 +123,7 @@ def _is_ended(source: pa.NativeFile, start: int) -> bool:
 
 
 def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:
-    ways = [columns.steps(schema, name) for name in rows.wanted(fields)]
+    ways = [rows.steps(schema, name) for name in rows.wanted(fields)]
     needed = sorted({int(way[0]) for way in ways if way})
     # An empty choice would mean all columns; names stay whole for what is said of a missing one.
     if rows.missing(schema, fields):

@@ -1,4 +1,4 @@
-"""Lines of a stream: JSON lines, and the cutting that other formats of lines and separators share.
+"""Lines of a stream: JSON lines, plain text, and the cutting into lines that both share.
 
 A line over the limit is skipped without being held in memory. A range of a file gives the lines that begin in it,
 so that every line belongs to one range; ranges are byte ranges of a plain file, or whole zstd frames. A range's reader
@@ -7,6 +7,10 @@ range is the first.
 
 Occurrences of a separator that overlap (two newlines in three) are one gap between lines, so that lines do not
 depend on where reading began.
+
+A file of plain text is a document, whose id is the file's name, or documents are between separators. Those have ids
+made of their text, and their byte offset as position; those of nothing but white space are not documents, as blank
+lines are none in JSON lines. A document over ``Fields.max_document`` is never held in memory.
 
 Cost: about 1.2 ms a MB and 0.5 µs a line.
 """
@@ -25,7 +29,7 @@ import orjson
 from retrotool.errors import InputError
 from retrotool.sources import frames, streams
 from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Maker, SetAside, excerpt, maker
+from retrotool.sources.records import Document, Fields, Maker, SetAside, content_id, excerpt, maker
 from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
@@ -37,7 +41,7 @@ JSON_OVERHEAD = 3
 class Line(NamedTuple):
     """A line without its end.
 
-    ``data`` is None if it is longer than the limit; then its beginning, size and number of ``"`` are known.
+    ``data`` is None if it is longer than the limit; then its beginning and size are known.
     """
 
     number: int
@@ -45,7 +49,6 @@ class Line(NamedTuple):
     data: bytes | None
     head: bytes = b""
     size: int = 0
-    quotes: int = 0
 
 
 def line_limit(fields: Fields) -> int:
@@ -59,30 +62,30 @@ def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
     make = maker(fields, file.name)
     for line in lines_of(file, where, limit):
         if line.data is None or (line.data and not line.data.isspace()):
-            yield row_of(line, make, limit, "line")
+            yield _row(line, make, limit)
 
 
-def row_of(line: Line, make: Maker, limit: int, what: str) -> Document | SetAside:
-    """The document of a line or element of JSON, or why it is none."""
+def _row(line: Line, make: Maker, limit: int) -> Document | SetAside:
+    """Return the document of a line of JSON, or why it is none."""
     if line.data is None:
-        reason = f"{what} of {line.size:,} bytes, longer than {limit:,}"
+        reason = f"line of {line.size:,} bytes, longer than {limit:,}"
         return SetAside(line.number, reason, line.offset, excerpt(line.head))
-    row = _parse(line.data, what)
+    row = _parse(line.data)
     if isinstance(row, str):
         return SetAside(line.number, row, line.offset, excerpt(line.data))
     found = make(row, line.number, line.offset, line.offset)
     return found._replace(excerpt=excerpt(line.data)) if isinstance(found, SetAside) else found
 
 
-def _parse(data: bytes, what: str) -> dict[str, Any] | str:
-    """The object, or why it is none."""
+def _parse(data: bytes) -> dict[str, Any] | str:
+    """Return the object, or why it is none."""
     try:
         row = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         try:
             data.decode()
         except UnicodeDecodeError as broken:
-            return f"invalid UTF-8 at byte {broken.start:,} of the {what}"
+            return f"invalid UTF-8 at byte {broken.start:,} of the line"
         return f"not JSON: {error.msg} (column {error.colno:,})"
     return row if isinstance(row, dict) else f"not a JSON object but {JSON_TYPES[type(row)]}"
 
@@ -151,7 +154,7 @@ class Held:
     def __init__(self, limit: int, gap: int = 0) -> None:
         self._limit, self._gap = limit, gap
         self._blocks: list[bytes] = []
-        self.size = self.quotes = 0
+        self.size = 0
         self.head: bytes | None = None
 
     def add(self, block: bytes, *, keep: bool) -> None:
@@ -160,7 +163,6 @@ class Held:
         self._blocks.append(block)
         if self.size > self._limit + self._gap or not keep:
             self.head = self.front(b"")
-            self.quotes += sum(held.count(b'"') for held in self._blocks)
             self._blocks = []
 
     def line(self, end: bytes, number: int, offset: int, gap: int) -> Line:
@@ -169,8 +171,7 @@ class Held:
         if self.head is None and size <= self._limit:
             data = b"".join([*self._blocks, end])[gap:]
             return Line(number, offset + gap, data.removeprefix(BOM) if offset == 0 else data, size=size)
-        quotes = self.quotes + sum(held.count(b'"') for held in (*self._blocks, end))
-        return Line(number, offset + gap, None, self.front(end)[gap:], size, quotes)
+        return Line(number, offset + gap, None, self.front(end)[gap:], size)
 
     def front(self, end: bytes) -> bytes:
         """The first bytes of what is held and ``end``."""
@@ -288,3 +289,51 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
             return count
     except BrokenStream as error:
         raise _uncountable(error) from error
+
+
+def read_text(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+    """The documents of a file of text."""
+    if not fields.separator:
+        yield _whole_text(file, fields)
+        return
+    for piece in lines_of(file, where, fields.max_document, fields.separator.encode()):
+        if piece.data is None or (piece.data and not piece.data.isspace()):
+            yield _text_document(piece, file, fields)
+
+
+def cut_text(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+    """Slices of about ``target`` bytes of text, if a separator makes documents of the file's pieces."""
+    return cut(file, fields, target) if fields.separator else [WHOLE]
+
+
+def _whole_text(file: InputFile, fields: Fields) -> Document | SetAside:
+    held: list[bytes] = []
+    size = 0
+    try:
+        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+            for block in stream:
+                size += len(block)
+                if size <= fields.max_document + len(BOM) or not held:
+                    held.append(block)
+    except BrokenStream as error:
+        begin = excerpt(held[0]) if held else ""
+        return SetAside(0, f"broken off after {size:,} bytes: {error}", 0, begin, damage=True)
+    data = b"".join(held)
+    whole = Line(0, 0, data.removeprefix(BOM) if len(data) == size else None, data[:HEAD_BYTES], size)
+    return _text_document(whole, file, fields)
+
+
+def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | SetAside:
+    """The document of a piece of text; number 0 is the whole file."""
+    data = piece.data
+    if data is None or len(data) > fields.max_document:
+        reason = f"text has {piece.size:,} bytes, more than --max-document {fields.max_document:,}"
+        return SetAside(piece.number, reason, piece.offset, excerpt(piece.head or data or b""))
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return SetAside(piece.number, f"invalid UTF-8 at byte {error.start:,}", piece.offset, excerpt(data))
+    folder = file.name.rpartition("/")[0]
+    kept = (None,) * len(fields.keep)
+    name = content_id(text) if piece.number else file.name
+    return Document(name, text, folder or file.name, piece.offset, piece.number, kept)

@@ -16,8 +16,8 @@ boundaries: there a sequence is a document. The size of the file tells the three
     dimensions i64[n + 1]  pointers i64[n + 1] (tokens)  lengths i64[s]  boundaries i64[d]
 
 fairseq's own has no d, and adds one to each id (for Lua): it is refused. Sequences of a mode other than 0 are not
-text; their documents are set aside. So is a document whose sequences lie outside the ``.bin``, which is never read
-there.
+text; their documents are rejected, as are those whose sequences do not follow one another. A document whose sequences
+are outside the ``.bin`` rejects the rest of the file.
 
 Cost: the index is read in windows of a million sequences.
 """
@@ -36,9 +36,8 @@ import numpy.typing as npt
 from retrotool.errors import InputError
 from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.records import Document, Fields, SetAside, excerpt
-from retrotool.sources.token_ranges import OnDisk, Ranges, break_at, cut_documents, documents, documents_before, lost
+from retrotool.sources.token_ranges import OnDisk, Places, Ranges, cut_documents, documents, leading
 
-WINDOW_DOCUMENTS = 1 << 16
 WINDOW_SEQUENCES = 1 << 20
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 """By code; 6 and 7 are floats, 9 and 10 fairseq's and DeepSpeed's."""
@@ -151,33 +150,21 @@ def _wrong_size(path: Path, sequences: int, boundaries: int | None, told: int, s
 
 
 def read_megatron(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
-    """Documents of a range of documents; positions are their numbers in the file, from 1."""
+    """Return documents of a range of documents; positions are their numbers in the file, from 1."""
     index = open_index(Path(file.path).with_suffix(".idx"))
-    whole = break_at(index.documents, lambda start, stop: _outside(index, start, stop, file.size), WINDOW_DOCUMENTS)
-    end, broken = documents_before(where.end, index.documents, whole)
-    if where.start > whole:
-        return
     if where.start == 0:
         first = int(index.edges(0, 0)[0]) if index.documents else index.sequences
         if first > 0:
             yield SetAside(0, f"the first {first:,} of {index.sequences:,} sequences belong to no document")
-    start = where.start
-    while start < end:
-        stop = min(start + WINDOW_DOCUMENTS, end)
-        while stop - start > 1 and _spread(index, start, stop) > WINDOW_SEQUENCES:
-            stop = start + (stop - start) // 2
-        line = start - where.start + 1
-        ranges, _ = _ranges(index, start, stop, file.size)
-        yield from documents(Path(file.path), index.dtype, ranges, fields, file.name, line, start + 1)
-        start = stop
-    if broken:
-        raise lost(whole - where.start + 1, whole + 1, index.documents, file.size)
-    if end == index.documents:
+    yield from documents(
+        file, index.dtype, index.documents, lambda start, stop: _ranges(index, start, stop, file.size), fields, where
+    )
+    if where.end in (None, index.documents):
         yield from _rest(index, file)
 
 
 def _rest(index: Index, file: InputFile) -> Iterator[SetAside]:
-    """What is left behind the last document."""
+    """Return what is left after the last document."""
     last = int(index.edges(index.documents, index.documents)[0]) if index.documents else index.sequences
     if 0 <= last < index.sequences:
         count = index.sequences - last
@@ -187,68 +174,61 @@ def _rest(index: Index, file: InputFile) -> Iterator[SetAside]:
         yield SetAside(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
 
 
-def _spread(index: Index, start: int, stop: int) -> int:
-    edges = index.edges(start, stop).clip(0, index.sequences)
-    return int(edges.max() - edges.min())
-
-
-def _outside(index: Index, start: int, stop: int, size: int) -> npt.NDArray[np.bool_]:
-    """Which documents end outside the file, as many sequences at a time as are held in memory."""
-    if stop - start > 1 and _spread(index, start, stop) > WINDOW_SEQUENCES:
-        middle = start + (stop - start) // 2
-        return np.concatenate([_outside(index, start, middle, size), _outside(index, middle, stop, size)])
-    return _ranges(index, start, stop, size)[1]
-
-
-def _ranges(index: Index, start: int, stop: int, size: int) -> tuple[Ranges, npt.NDArray[np.bool_]]:
-    """Where documents ``start`` to ``stop`` lie, and which of them end outside the file."""
+def _ranges(index: Index, start: int, stop: int, size: int) -> Ranges:
+    """Return where documents ``start`` to ``stop`` are; fewer where they have many sequences."""
     edges = index.edges(start, stop)
     first, last = edges[:-1], edges[1:]
-    wrong = (first < 0) | (last > index.sequences) | (last < first)
-    known = edges.clip(0, index.sequences)
-    low, high = int(known.min()), int(known.max())
+    good = leading((first >= 0) & (last >= first) & (last <= index.sequences))
+    broken = ""
+    if good < len(first):
+        broken = f"spans sequences {first[good]:,} to {last[good]:,} of {index.sequences:,}"
+    first, last = first[:good], last[:good]
+    low, high = (int(first[0]), int(last[-1])) if good else (0, 0)
+    if high - low > WINDOW_SEQUENCES and good > 1:
+        return _ranges(index, start, start + good // 2, size)
     width = index.dtype.itemsize
     lengths = np.array(index.lengths[low:high], dtype=np.int64)
     begins = np.array(index.pointers[low:high], dtype=np.int64)
     # Whatever the index says, no product or sum below can overflow.
-    limit = size // index.unit + 1
     negative = (lengths < 0) | (begins < 0)
-    begins = begins.clip(0, limit) * index.unit
+    begins = begins.clip(0, size // index.unit + 1) * index.unit
     ends = begins + lengths.clip(0, size // width + 1) * width
-    beyond = ends > size
-    modal = np.zeros(high - low, bool) if index.modes is None else np.asarray(index.modes[low:high]) != 0
-    gaps = np.zeros(high - low, bool)
-    gaps[1:] = begins[1:] != ends[:-1]
+    outside = negative | (ends > size)
+    if outside.any():
+        place = int(np.argmax(outside))
+        why = "has a negative length or place" if negative[place] else f"is beyond the end of the file, {size:,} bytes"
+        broken = f"has sequence {low + place:,}, which {why}"
+        good = int(np.searchsorted(last, low + place, side="right"))
+        first, last = first[:good], last[:good]
+    return Ranges(*_spans(first - low, last - low, begins, ends), _unusable(index, first, last, begins, ends), broken)
 
-    def within(flags: npt.NDArray[np.bool_], skip: int = 0) -> npt.NDArray[np.bool_]:
-        """Which documents have a flagged sequence, their first ``skip`` left out."""
+
+def _spans(first: Places, last: Places, begins: Places, ends: Places) -> tuple[Places, Places]:
+    """Return the bytes from each document's first sequence to its last; (0, 0) for one without."""
+    begins, ends = np.append(begins, 0), np.append(ends, 0)
+    full = last > first
+    return np.where(full, begins[np.where(full, first, -1)], 0), np.where(full, ends[np.where(full, last - 1, -1)], 0)
+
+
+def _unusable(index: Index, first: Places, last: Places, begins: Places, ends: Places) -> dict[int, str]:
+    """Return why documents, by place, can't be read although all of their sequences are in the file."""
+    if not len(first):
+        return {}
+    low = int(first[0])
+    count = int(last[-1]) - low
+    modal = np.zeros(count, bool) if index.modes is None else np.asarray(index.modes[low : low + count]) != 0
+    apart = np.zeros(count, bool)
+    apart[1:] = begins[1:count] != ends[: count - 1]
+    reasons = {}
+    for flags, skip, why in (
+        (apart, 1, "does not follow the one before it"), (modal, 0, "is no text: its mode is not 0"),
+    ):  # fmt: skip
         counted = np.concatenate([[0], np.cumsum(flags)])
-        a = np.minimum(first.clip(low, high) + skip, last.clip(low, high)) - low
-        return np.asarray((counted[last.clip(low, high) - low] > counted[a]) & ~wrong)
-
-    found = Ranges([], [])
-    for i in np.flatnonzero(wrong).tolist():
-        found.reasons[i] = f"it spans sequences {first[i]:,} to {last[i]:,} of {index.sequences:,}"
-    told = ((modal, "is no text: its mode is not 0"), (beyond, f"lies beyond the end of the file, {size:,} bytes"),
-            (negative, "has a negative length or place"))  # fmt: skip
-    for flags, why in told:
-        for i in np.flatnonzero(within(flags)).tolist():
-            place = int(first[i]) + int(np.argmax(flags[first[i] - low : last[i] - low]))
-            found.reasons[i] = f"its sequence {place:,} {why}"
-    for i in np.flatnonzero(within(gaps, 1)).tolist():
-        if i not in found.reasons:
-            where = slice(first[i] - low, last[i] - low)
-            found.pieces[i] = list(zip(begins[where].tolist(), ends[where].tolist(), strict=True))
-    full = (last > first) & ~wrong
-    at = np.where(full, first - low, 0)
-    to = np.where(full, last - low - 1, 0)
-    if high > low:
-        found.begins.extend(np.where(full, begins[at], 0).tolist())
-        found.ends.extend(np.where(full, ends[to], 0).tolist())
-    else:
-        found.begins.extend([0] * len(first))
-        found.ends.extend([0] * len(first))
-    return found, within(beyond)
+        begin = np.minimum(first + skip, last) - low
+        for i in np.flatnonzero(counted[last - low] > counted[begin]).tolist():
+            place = int(begin[i]) + int(np.argmax(flags[begin[i] : last[i] - low]))
+            reasons[i] = f"its sequence {low + place:,} {why}"
+    return reasons
 
 
 def cut_megatron(file: InputFile, target: int) -> list[Slice]:

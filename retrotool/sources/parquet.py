@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool.errors import InputError
-from retrotool.sources import columns, rows
+from retrotool.sources import rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, SetAside, told
 
@@ -80,7 +80,7 @@ def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
     schema = table.schema_arrow
     found = []
     for name in rows.wanted(fields):
-        way = columns.steps(schema, name)
+        way = rows.steps(schema, name)
         if way is not None:
             # A key of a map is no column of its own.
             found.append(name if all(isinstance(step, int) for step in way) else schema.names[int(way[0])])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from retrotool.errors import InputError, RetrotoolError, UsageError
-from retrotool.sources import arrow, csv_rows, json_array, lines, parquet, text, tokens, warc
+from retrotool.sources import arrow, csv_rows, json_array, lines, parquet, tokens, warc
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, SetAside, told
 
@@ -37,7 +37,7 @@ FORMATS = {
     "parquet": Format(parquet.read_parquet, parquet.cut_parquet),
     "tokens": Format(tokens.read_tokens, tokens.cut_tokens),
     "tsv": Format(csv_rows.read),
-    "txt": Format(text.read, text.cut),
+    "txt": Format(lines.read_text, lines.cut_text),
     "warc": Format(warc.read),
 }
 

@@ -1,8 +1,13 @@
-"""From a batch of table rows to documents, a few MiB at a time.
+"""From a batch of an Arrow table to documents, a few MiB at a time.
 
 A batch is cut into windows by the bytes of its texts, so that a batch of any size costs no more memory than a window
 and the longest document. Columns become Python values one by one and are zipped; a row that is out of the ordinary
 goes through ``document_of``, which knows why.
+
+``column`` follows a dotted name into structs and maps. ``plain`` unwraps dictionaries, run ends and extension types
+and gives text, which Parquet files do not check, as bytes. ``values`` makes Python values; one that Python can't have
+(broken UTF-8, a time far off) becomes ``Unreadable`` and spoils its own row only. ``token_rows`` gives lists of
+numbers as views of one array.
 
 Cost: about 2.5 µs a row over the copy of its text, twice that for key-value records and token ids, and BLAKE2b of
 the text where rows have no id.
@@ -11,15 +16,15 @@ the text where rows have no id.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from retrotool.sources import columns
-from retrotool.sources.columns import Unreadable
 from retrotool.sources.records import (
     TOKEN_BYTES,
     Document,
@@ -41,6 +46,165 @@ _document = partial(tuple.__new__, Document)
 """``Document._make`` in a third of its time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that there is but that Python can't have."""
+
+    reason: str
+
+
+def steps(schema: pa.Schema, name: str) -> list[int | str] | None:
+    """The way to a field: its column, then a struct's fields by number or a map's keys; None if there is none."""
+    names = schema.names
+    if name in names:
+        return [names.index(name)]
+    first, *rest = name.split(".")
+    if not rest or first not in names:
+        return None
+    way: list[int | str] = [names.index(first)]
+    kind = schema.types[names.index(first)]
+    for step in rest:
+        if pa.types.is_struct(kind) and (inner := [kind.field(i).name for i in range(kind.num_fields)]).count(step):
+            way.append(inner.index(step))
+            kind = kind.field(inner.index(step)).type
+        elif pa.types.is_map(kind) and is_text(kind.key_type):
+            way.append(step)
+            kind = kind.item_type
+        else:
+            return None
+    return way
+
+
+def column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
+    """The array of a field, null where something around it is; None if there is none."""
+    way = steps(batch.schema, name)
+    if way is None:
+        return None
+    array = batch.column(way[0])
+    for step in way[1:]:
+        if isinstance(step, int):
+            array = pc.struct_field(array, [step])
+        else:
+            array = pc.map_lookup(array, pa.scalar(step, array.type.key_type), "first")
+    return array
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's values are strings, or bytes that may be."""
+    return _is_string(kind) or _is_bytes(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    variable = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(variable or pa.types.is_fixed_size_binary(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column's values are lists, of whatever layout."""
+    large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
+    small = pa.types.is_list(kind) or pa.types.is_list_view(kind)
+    return bool(large or small or pa.types.is_fixed_size_list(kind))
+
+
+def plain(array: pa.Array) -> pa.Array:
+    """The same values without extension type, dictionary stays; text as bytes of 64-bit offsets, without a copy."""
+    if isinstance(array, pa.ExtensionArray):
+        return plain(array.storage)
+    if pa.types.is_run_end_encoded(array.type):
+        return plain(pc.run_end_decode(array))
+    if pa.types.is_dictionary(array.type):
+        return pa.DictionaryArray.from_arrays(array.indices, plain(array.dictionary), safe=False)
+    if is_text(array.type):
+        return array.cast(pa.large_binary())
+    return array
+
+
+def lengths(array: pa.Array) -> npt.NDArray[np.int64]:
+    """Bytes of each value of a plain column of text or of lists; zeros for other types, whose values are small."""
+    if pa.types.is_dictionary(array.type):
+        inner: npt.NDArray[np.int64] = np.append(lengths(array.dictionary), 0)  # the last for nulls
+        places = array.indices.cast(pa.int64()).fill_null(len(inner) - 1).to_numpy(zero_copy_only=False)
+        decoded: npt.NDArray[np.int64] = inner[places]
+        return decoded
+    if is_text(array.type):
+        counted, width = pc.binary_length(array), 1
+    elif is_list(array.type):
+        counted, width = pc.list_value_length(array), 8
+    else:
+        return np.zeros(len(array), np.int64)
+    counts: npt.NDArray[np.int64] = counted.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return counts * width
+
+
+def values(array: pa.Array) -> list[Any]:
+    """Python's values of a plain column: text as str, times as Arrow writes them (Python's have no nanoseconds)."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    try:
+        if is_text(kind):
+            # Unchecked on the way to Python's strings, which check.
+            text = pc.cast(array, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
+            found: list[Any] = text.to_numpy(zero_copy_only=False).tolist()
+        elif pa.types.is_temporal(kind):
+            found = array.cast(pa.string()).to_pylist()
+        elif pa.types.is_integer(kind) and not array.null_count:
+            found = array.to_numpy(zero_copy_only=False).tolist()
+        else:
+            found = array.to_pylist()
+        return found
+    except (ValueError, OverflowError, pa.ArrowException):
+        return [_value(array.slice(i, 1)) for i in range(len(array))]
+
+
+def _value(one: pa.Array) -> Any:
+    try:
+        if pa.types.is_temporal(one.type):
+            return one.cast(pa.string())[0].as_py()
+        value = one[0].as_py()
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        return Unreadable(f"invalid UTF-8 at byte {error.start:,} of a value")
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Unreadable(f"a value can't be read: {told(error)}")
+
+
+def token_rows(array: pa.Array) -> list[Any]:
+    """Each row's token ids as a view of one numpy array; what is no list of whole numbers as ``values`` gives it."""
+    if not is_list(array.type) or not pa.types.is_integer(array.type.value_type):
+        return values(array)
+    begins, ends = _bounds(array)
+    known = array.is_valid().to_numpy(zero_copy_only=False) & (ends > begins)
+    low, high = (int(begins[known].min()), int(ends[known].max())) if known.any() else (0, 0)
+    begins, ends = np.where(known, begins - low, 0), np.where(known, ends - low, 0)
+    flat = array.values.slice(low, high - low)
+    numbers = (flat.fill_null(0) if flat.null_count else flat).to_numpy(zero_copy_only=False)
+    found: list[Any] = [numbers[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+    if flat.null_count:
+        counted = np.concatenate([[0], np.cumsum(flat.is_null().to_numpy(zero_copy_only=False))])
+        for i in np.flatnonzero(counted[ends] > counted[begins]).tolist():
+            found[i] = Unreadable("a token id is null")
+    if array.null_count:
+        for i in np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)).tolist():
+            found[i] = None
+    return found
+
+
+def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each list begins and ends among ``array.values``; of a null anything may be there."""
+    if pa.types.is_fixed_size_list(array.type):
+        places = (array.offset + np.arange(len(array) + 1, dtype=np.int64)) * array.type.list_size
+        return places[:-1], places[1:]
+    places = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
+        return places, places + array.sizes.to_numpy(zero_copy_only=False)
+    return places[:-1], places[1:]
+
+
 def needed(fields: Fields) -> list[str]:
     """Names of the fields that must be there."""
     if fields.tokens is not None:
@@ -58,7 +222,7 @@ def wanted(fields: Fields) -> list[str]:
 def missing(schema: pa.Schema, fields: Fields) -> SetAside | None:
     """Why no row of a table can be a document, for a row without a number, or None."""
     for name in needed(fields):
-        if columns.steps(schema, name) is None:
+        if steps(schema, name) is None:
             return SetAside(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
 
@@ -69,8 +233,8 @@ def rows_of(
     """Documents of a batch; its first row has ``line`` in what is read, and ``position`` in the file, both from 1."""
     arrays = {}
     for name in wanted(fields):
-        if (array := columns.column(batch, name)) is not None:
-            arrays[name] = columns.plain(array)
+        if (array := column(batch, name)) is not None:
+            arrays[name] = plain(array)
     for start, end in windows(arrays, batch.num_rows):
         window = {name: array.slice(start, end - start) for name, array in arrays.items()}
         yield from _window(window, end - start, fields, source, line + start, position + start)
@@ -80,7 +244,7 @@ def windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]
     """Ranges of rows of about ``WINDOW_BYTES`` of text."""
     total = np.zeros(rows, np.int64)
     for array in arrays.values():
-        total += columns.lengths(array)
+        total += lengths(array)
     ends = total.cumsum()
     start, before = 0, 0
     while start < rows:
@@ -100,7 +264,7 @@ def _window(
         if name in needed(fields):
             array, over = _limited(array, name, fields)
             too_long.update(over)
-        lists[name] = columns.token_rows(array) if name == fields.tokens else columns.values(array)
+        lists[name] = token_rows(array) if name == fields.tokens else values(array)
 
     def slow(i: int) -> Document | SetAside:
         row = {name: column[i] for name, column in lists.items()}
@@ -160,8 +324,8 @@ def _kept(value: Any) -> Any:
 def _limited(array: pa.Array, name: str, fields: Fields) -> tuple[pa.Array, dict[int, str]]:
     """A column without the values over the limit, which are not even decoded, and what is to be said of them."""
     limit = fields.max_document
-    sizes: npt.NDArray[np.int64] = columns.lengths(array)
-    if columns.is_list(array.type):
+    sizes: npt.NDArray[np.int64] = lengths(array)
+    if is_list(array.type):
         sizes = sizes // 8 * TOKEN_BYTES
     over = sizes > limit
     if not over.any():

@@ -1,8 +1,8 @@
 """Documents that are ranges of a file of token ids: reading them in blocks, and what makes a document of an array.
 
-``Ranges`` is where a window of documents lies; ``documents`` reads neighbouring ranges in one go, of a few MiB, and
-gives views of them. Positions come from files that may be damaged: nothing is read that was not found inside the file
-before.
+A reader of an index gives ``Ranges`` of a window of documents; ``documents`` reads neighbouring ranges in one go, of a
+few MiB, and gives views of them. Positions come from files that may be damaged: nothing is read outside the file, and
+the first document that leads there rejects the rest.
 
 Cost: reading at the disk's rate, about 4 µs a document, and BLAKE2b over four bytes a token for the id, which is most
 of it.
@@ -21,19 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import InputError
-from retrotool.sources.files import WHOLE, Slice
+from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.records import TOKEN_BYTES, Document, Fields, SetAside, tokens_id
 
 BLOCK_BYTES = 8 << 20
+WINDOW_DOCUMENTS = 1 << 14
 
 Tokens = npt.NDArray[np.integer[Any]]
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
     """An array of integers in a file, of which a part is read where it is asked for.
 
-    Mapped into memory, a file that becomes shorter meanwhile would end the process.
+    Mapped into memory, a file that becomes shorter while it is read would end the process.
     """
 
     path: Path
@@ -53,29 +55,29 @@ class OnDisk:
         return found
 
     def at(self, place: int) -> int:
-        """One of the numbers; negative places count from the end."""
+        """Return one of the numbers; negative places count from the end."""
         place = place if place >= 0 else self.count + place
         return int(self[place : place + 1][0])
 
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Where consecutive documents lie: ``begins`` and ``ends`` in bytes of the file.
+    """Where consecutive documents are: ``begins`` and ``ends`` int64 [documents], bytes of the file, inside of it.
 
-    ``reasons`` has what is wrong with some of them, by place, whose range means nothing; ``pieces`` the ranges of those
-    that do not lie in one.
+    ``reasons``: why some of them, by place, are not documents. ``broken``: what is wrong with the document after the
+    last; "" if nothing.
     """
 
-    begins: list[int]
-    ends: list[int]
+    begins: Places
+    ends: Places
     reasons: dict[int, str] = field(default_factory=dict)
-    pieces: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    broken: str = ""
 
 
 def document(
     tokens: Tokens, fields: Fields, source: str, line: int, position: int, *, strip: bool = True
 ) -> Document | SetAside:
-    """A document of its tokens, without the one end mark that it may have (``strip``), or why it is none."""
+    """Return a document of its tokens, without the one end mark that it may have (``strip``), or why it is none."""
     if strip and fields.end_of_document is not None and len(tokens) and tokens[-1] == fields.end_of_document:
         tokens = tokens[:-1]
         if not len(tokens):
@@ -92,50 +94,63 @@ def document(
 
 
 def over(count: int, fields: Fields) -> str | None:
-    """Why a document of so many tokens is over the limit, or None."""
+    """Return why a document of so many tokens is over the limit, or None."""
     if count * TOKEN_BYTES <= fields.max_document:
         return None
     return f"{count:,} tokens, {TOKEN_BYTES} bytes each, are more than --max-document {fields.max_document:,}"
 
 
 def documents(
+    file: InputFile,
+    dtype: np.dtype[Any],
+    total: int,
+    ranges: Callable[[int, int], Ranges],
+    fields: Fields,
+    where: Slice,
+) -> Iterator[Document | SetAside]:
+    """Return the documents of a slice of ``total``; positions are their numbers in the file, from 1.
+
+    ``ranges`` gives documents from the first to before the second number, or fewer. Raises ``InputError`` at the first
+    that leads outside the file.
+    """
+    end = total if where.end is None else where.end
+    if end > total:
+        raise InputError(f"{total:,} documents are listed, {end:,} were when it was planned")
+    start = where.start
+    while start < end:
+        found = ranges(start, min(start + WINDOW_DOCUMENTS, end))
+        yield from _window(Path(file.path), dtype, found, fields, file.name, start - where.start + 1, start + 1)
+        start += len(found.begins)
+        if found.broken:
+            left = f"the rest of {total:,} documents is lost"
+            reason = f"broken off after document {start:,}: the next {found.broken}; {left}"
+            raise InputError(reason, start - where.start + 1)
+
+
+def _window(
     path: Path, dtype: np.dtype[Any], ranges: Ranges, fields: Fields, source: str, line: int, position: int
 ) -> Iterator[Document | SetAside]:
-    """The documents of a window; the first has ``line`` in what is read and ``position`` in the file, both from 1."""
     block, origin, reach = np.empty(0, dtype), 0, -1
+    begins, ends = ranges.begins.tolist(), ranges.ends.tolist()
     with path.open("rb", buffering=0) as file:
-        for i, (begin, end) in enumerate(zip(ranges.begins, ranges.ends, strict=True)):
-            where = line + i
-            pieces = ranges.pieces.get(i)
-            count = (end - begin if pieces is None else sum(b - a for a, b in pieces)) // dtype.itemsize
+        for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            count = (end - begin) // dtype.itemsize
             if reason := ranges.reasons.get(i) or over(count - 1, fields):
-                yield SetAside(where, reason)
+                yield SetAside(line + i, reason)
                 continue
-            if pieces is not None:
-                tokens = np.concatenate([load(file, dtype, a, b) for a, b in pieces])
-            else:
-                if not (origin <= begin and end <= reach and (begin - origin) % dtype.itemsize == 0):
-                    origin, reach = begin, _reach(ranges, i)
-                    block = load(file, dtype, origin, reach)
-                at = (begin - origin) // dtype.itemsize
-                tokens = block[at : at + count]
-            yield document(tokens, fields, source, where, position + i)
-
-
-def _reach(ranges: Ranges, i: int) -> int:
-    """The end of the documents that follow document i without a gap, as far as a block goes."""
-    begin, reach = ranges.begins[i], ranges.ends[i]
-    for j in itertools.count(i + 1):
-        if j in ranges.reasons or j in ranges.pieces or j == len(ranges.begins) or ranges.begins[j] != reach:
-            return reach
-        if ranges.ends[j] - begin > BLOCK_BYTES:
-            return reach
-        reach = ranges.ends[j]
-    raise AssertionError
+            if not (origin <= begin and end <= reach and (begin - origin) % dtype.itemsize == 0):
+                origin, reach = begin, end
+                for after in range(i + 1, len(begins)):
+                    if begins[after] != reach or ends[after] - origin > BLOCK_BYTES:
+                        break
+                    reach = ends[after]
+                block = load(file, dtype, origin, reach)
+            at = (begin - origin) // dtype.itemsize
+            yield document(block[at : at + count], fields, source, line + i, position + i)
 
 
 def load(file: IO[bytes], dtype: np.dtype[Any], begin: int, end: int) -> Tokens:
-    """The token ids in a range of bytes, in the machine's byte order; ``InputError`` if the file has become shorter."""
+    """Return the token ids in a range of bytes, in the machine's byte order; ``InputError`` if the file is shorter."""
     file.seek(begin)
     count = (end - begin) // dtype.itemsize
     tokens: Tokens = np.fromfile(file, dtype, count)
@@ -144,41 +159,13 @@ def load(file: IO[bytes], dtype: np.dtype[Any], begin: int, end: int) -> Tokens:
     return tokens if dtype.isnative else tokens.astype(dtype.newbyteorder("="))
 
 
-def break_at(total: int, outside: Callable[[int, int], npt.NDArray[np.bool_]], window: int) -> int:
-    """The document from which on all lie outside the file; ``total`` if the file was not cut short.
-
-    ``outside`` tells of a range of documents which do. Looked for from the end, so that every slice of a file finds the
-    same, at the cost of what is lost.
-    """
-    stop, step = total, 1
-    while stop:
-        start = max(0, stop - step)
-        inside = np.flatnonzero(~outside(start, stop))
-        if len(inside):
-            return start + int(inside[-1]) + 1
-        stop, step = start, min(2 * step, window)
-    return 0
-
-
-def documents_before(end: int | None, total: int, whole: int) -> tuple[int, bool]:
-    """Where reading a slice up to ``end`` stops, and whether that is where the file breaks off, before ``whole``."""
-    if end is not None and end > total:
-        raise InputError(f"{total:,} documents are told of, {end:,} were when it was planned")
-    end = total if end is None else end
-    return min(end, whole), whole < end
-
-
-def lost(line: int, position: int, total: int, size: int) -> InputError:
-    """The error for a file of ``size`` bytes that ends before the document at ``line`` and ``position``."""
-    return InputError(
-        f"broken off after document {position - 1:,}: {total - position + 1:,} documents lie beyond the "
-        f"file's end at {size:,} bytes, and are lost",
-        line,
-    )
+def leading(good: npt.NDArray[np.bool_]) -> int:
+    """Return how many are true before the first that is not."""
+    return len(good) if good.all() else int(np.argmin(good))
 
 
 def cut_documents(total: int, begin: Callable[[int], int], size: int, target: int) -> list[Slice]:
-    """Ranges of documents of about ``target`` bytes of the file; ``begin`` tells where a document begins."""
+    """Return ranges of documents of about ``target`` bytes of the file; ``begin`` says where a document begins."""
     count = -(-size // target)
     if count < 2 or total < 2:
         return [WHOLE]

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.files import OFFSETS, WHOLE, InputFile, Slice
@@ -34,13 +33,11 @@ from retrotool.sources.token_ranges import (
     OnDisk,
     Ranges,
     Tokens,
-    break_at,
     cut_documents,
     document,
     documents,
-    documents_before,
+    leading,
     load,
-    lost,
     over,
 )
 
@@ -51,7 +48,6 @@ _NUMPY_HEAD_BYTES = 64
 _ALIGNED = 8
 """Byte ranges begin at multiples of the widest type: which it is, is not known when they are cut."""
 _SUFFIX_DTYPES = {".u16": "<u2", ".u32": "<u4"}
-WINDOW_DOCUMENTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,37 +226,20 @@ def _read_offsets(
     have = (file.size - layout.begin) // dtype.itemsize
     total = len(offsets) - 1
 
-    def edges_of(start: int, stop: int) -> npt.NDArray[np.int64]:
+    def ranges(start: int, stop: int) -> Ranges:
         places = offsets[start : stop + 1]
         places = places if places.itemsize == 8 else places.astype(np.int64)
         # One more than there are tokens stands for all places outside; no product below can overflow.
-        return places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
+        edges = places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
+        good = leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= have))
+        bounds = layout.begin + edges[: good + 1] * dtype.itemsize
+        broken = f"spans tokens {places[good]:,} to {places[good + 1]:,} of {have:,}" if good < stop - start else ""
+        return Ranges(bounds[:-1], bounds[1:], broken=broken)
 
-    def outside(start: int, stop: int) -> npt.NDArray[np.bool_]:
-        edges = edges_of(start, stop)
-        return np.asarray((edges[1:] > have) & (edges[:-1] >= 0))
-
-    whole = break_at(total, outside, WINDOW_DOCUMENTS)
-    end, broken = documents_before(where.end, total, whole)
-    if where.start > whole:
-        return
     if where.start == 0 and 0 < offsets.at(0) <= have:
         yield SetAside(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
-    for start in range(where.start, end, WINDOW_DOCUMENTS):
-        stop = min(start + WINDOW_DOCUMENTS, end)
-        edges = edges_of(start, stop)
-        wrong = (edges[:-1] < 0) | (edges[1:] < edges[:-1]) | (edges[1:] > have)
-        line = start - where.start + 1
-        ranges = Ranges(
-            *((layout.begin + edges[part] * dtype.itemsize).tolist() for part in (slice(-1), slice(1, None)))
-        )
-        for i in np.flatnonzero(wrong).tolist():
-            a, b = offsets.at(start + i), offsets.at(start + i + 1)
-            ranges.reasons[i] = f"it spans tokens {a:,} to {b:,} of {have:,}"
-        yield from documents(Path(file.path), dtype, ranges, fields, file.name, line, start + 1)
-    if broken:
-        raise lost(whole - where.start + 1, whole + 1, total, file.size)
-    if end == total:
+    yield from documents(file, dtype, total, ranges, fields, where)
+    if where.end in (None, total):
         if 0 <= offsets.at(-1) < have:
             yield SetAside(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
         _tail(file, layout, dtype, total - where.start + 1)

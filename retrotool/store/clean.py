@@ -49,7 +49,7 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     still alive. That reads the whole log if there are files of live runs on their way.
     """
     candidates = [(path, path.relative_to(store.root).as_posix()) for path in _files(store.root)]
-    owners = {relative: _owner(path, relative) for path, relative in candidates}
+    owners = {relative: owner_of(path, relative) for path, relative in candidates}
     now = runs.beat(store.root, run.id)
     alive = {owner: runs.is_alive(store.root, owner, now=now) for owner in set(owners.values()) if owner is not None}
     stopped = frozenset(owner for owner in alive if not alive[owner])
@@ -82,7 +82,7 @@ def _remove_temporary(root: Path, dead: Collection[str]) -> None:
     for folder in (root / "log", root / "staging"):
         there = list(folder.iterdir()) if folder.is_dir() else []
         temporary = [path for path in there if path.name.startswith(TEMPORARY)]
-        disk.unlink_all(path for path in temporary if _owner(path, path.name) in dead)
+        disk.unlink_all(path for path in temporary if owner_of(path, path.name) in dead)
 
 
 def _files(root: Path) -> list[Path]:
@@ -91,7 +91,7 @@ def _files(root: Path) -> list[Path]:
     return [Path(entry) for path, entry in found if entry.is_file(follow_symlinks=False)]
 
 
-def _owner(path: Path, relative: str) -> str | None:
+def owner_of(path: Path, relative: str) -> str | None:
     """The run that wrote a file; None for files that are no business of clean-up."""
     if match := _TEMPORARY_NAME.fullmatch(path.name):
         return match["run"]

@@ -331,6 +331,13 @@ def read_documents(store: Store, part: int, columns: Sequence[str] | None = None
     return read_parquet(store, part_entry(store, "documents", part), columns)
 
 
+def rows_of_documents(first: npt.NDArray[Any], count: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Rows of documents that begin at row ``first`` and have ``count`` chunks, one document after another."""
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    rows: npt.NDArray[np.int64] = np.repeat(first.astype(np.int64), count) + within
+    return rows
+
+
 def columns_of(mapping: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
     """Columns by name as a table of ``schema``."""
     return pa.table([pa.array(mapping[field.name], field.type) for field in schema], schema=schema)

@@ -25,7 +25,6 @@ DATA_KINDS = (
     "tombstones",
     "restored",
     "blocked",
-    "proofs",
     "quarantine",
     "plans",
     "inputs",

@@ -45,7 +45,6 @@ SCANS_SCHEMA = pa.schema(
 )
 FIGURES = pa.field("figures", pa.float32())
 """A further column of a scans file, where something was measured."""
-PROOFS_SCHEMA = pa.schema([("kind", pa.uint8()), ("tag", pa.uint32()), ("hash", pa.binary(HASH_BYTES))])
 QUARANTINE_SCHEMA = pa.schema(
     [
         ("input", pa.string()),
@@ -78,6 +77,5 @@ def of_kind(kind: str, chunk_bytes: int) -> pa.Schema:
         "restored": TOMBSTONES_SCHEMA,
         "scans": SCANS_SCHEMA,
         "blocked": BLOCKED_SCHEMA,
-        "proofs": PROOFS_SCHEMA,
     }
     return known.get(kind, pa.schema([]))

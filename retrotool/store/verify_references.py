@@ -74,18 +74,17 @@ def _check_mixtures(checked: Checked) -> None:
 
 
 def check_blocked(checked: Checked) -> None:
-    """Block lists are sorted, and they and proofs belong to purges."""
-    for kind in ("blocked", "proofs"):
-        group = checked.store.state.group(kind)
-        for slot in group:
-            entry = group.get(slot)
-            if entry is None:
-                continue
-            if f"purge:{slot.partition('.')[0]}" not in checked.store.state.records:
-                checked.problems.append(f"{entry.path}: there is no purge {slot}")
-            if entry.path not in checked.broken:
-                with checked.noting(entry.path):
-                    read_hashes(checked.store, entry)
+    """Check that block lists are sorted, and belong to purges."""
+    group = checked.store.state.group("blocked")
+    for slot in group:
+        entry = group.get(slot)
+        if entry is None:
+            continue
+        if f"purge:{slot}" not in checked.store.state.records:
+            checked.problems.append(f"{entry.path}: there is no purge {slot}")
+        if entry.path not in checked.broken:
+            with checked.noting(entry.path):
+                read_hashes(checked.store, entry)
 
 
 def check_restored(checked: Checked) -> None:
@@ -95,7 +94,7 @@ def check_restored(checked: Checked) -> None:
     for purge, record in restored.items():
         left = [
             kind
-            for kind in ("tombstones", "blocked", "selectors", "proofs")
+            for kind in ("tombstones", "blocked", "selectors")
             if any(slot.partition(".")[0] == purge for slot in state.group(kind))
         ]
         checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]

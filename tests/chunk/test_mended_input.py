@@ -160,10 +160,14 @@ def test_without_inputs_what_was_begun_is_finished(tmp_path):
     assert (api.info(store).documents, api.info(store).unfinished) == (9, 0)
 
 
-def test_a_broken_file_can_be_allowed(tmp_path):
+@pytest.mark.parametrize("allowed", [(), ("--max-bad", 1)])
+def test_of_a_damaged_file_the_rest_is_rejected_and_everything_else_is_read(tmp_path, allowed):
     store, path = tmp_path / "store", truncated(tmp_path / "rows.jsonl.zst")
     later = write_rows(tmp_path / "later.jsonl", make_rows(5, first=500))
-    result = json.loads(run_chunk(store, path, later, "--max-bad", 1, "--json").stdout)
+    found = run_chunk(store, path, later, *allowed, "--json")
+    assert found.exit_code == 3
+    result = json.loads(found.stdout)
+    assert result["reasons"][0]["input"] == str(path)
     assert (result["stopped"], result["damaged"], result["set_aside"]) == ("", 1, 1)
     assert "doc-504" in ids(store)
     assert api.info(store).unfinished == 0
@@ -175,8 +179,8 @@ def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
     path = truncated(tmp_path / "rows.jsonl.zst")
     later = write_rows(tmp_path / "later.jsonl", big)
     for _ in range(2):
-        result = json.loads(run_chunk(store, path, later, "--json").stdout)
-        assert "broken off" in result["stopped"]
+        result = json.loads(run_chunk(store, path, later, "--max-bad", 0, "--json").stdout)
+        assert "1 rows were set aside" in result["stopped"]
         assert api.info(store).unfinished == 1
     assert run_chunk(store, path, later, "--max-bad", "1").exit_code == 3
     assert api.info(store).unfinished == 0

@@ -28,7 +28,7 @@ from retrotool.app import app, give_bars_room
 from retrotool.chunk import command as chunk_command
 from retrotool.cli import output
 from retrotool.embed import command as embed_command
-from retrotool.export import export_neighbours_command
+from retrotool.export import command as export_command
 from retrotool.index import command as index_command
 from retrotool.info import command as info_command
 from retrotool.info import log_command, verify_command
@@ -42,8 +42,7 @@ from retrotool.search import command as search_command
 COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "inspect": inspect_command, "leakage": leakage_command, "purge": purge_command, "search": search_command,
-    "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
-    "export neighbours": export_neighbours_command,
+    "export": export_command, "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -125,7 +124,7 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
-        "chunk", "embed", "index", "neighbours", "export neighbours", "inspect", "leakage", "search", "purge", "info",
+        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "purge", "info",
         "log", "verify", "plan",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
@@ -188,10 +187,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},
     "inspect": {"shown": int, "chunks": [{"id": int, "document": str, "text": str, "neighbours": [NEAR]}]},
     "search": {"results": [FOUND]},
-    "export neighbours": {
-        "output": str, "format": str, "store": str, "commit": int, "table": str, "k": int, "chunk_length": int,
+    "export": {
+        "output": str, "store": str, "commit": int, "table": str, "k": int, "chunk_length": int,
         "databases": [{"number": int, "table": str, "weight": float, "uuid": str, "commit": int}], "chunks": int,
-        "documents": int, "tokens": int, "neighbours": int, "alone": int, "bytes": int, "details": {}, "load": str,
+        "documents": int, "tokens": int, "neighbours": int, "alone": int, "bytes": int,
     },
     "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "left": [], "commit": int},
     "log": {
@@ -245,7 +244,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         "index": [],
         "neighbours": [],
         "inspect": ["--random", 3],
-        "export neighbours": [tmp_path / "exported", "--format", "parquet"],
+        "export": [tmp_path / "exported"],
         "search": ["store index table", "--device", "cpu"],
         "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
         "verify": [],

@@ -30,7 +30,7 @@ READING = {
     "info": [],
     "log": [],
     "verify": [],
-    "export neighbours": ["exported", "--format", "parquet"],
+    "export": ["exported"],
 }
 
 
@@ -82,13 +82,6 @@ def test_what_a_search_lacks_is_named_from_the_beginning(tmp_path, tiny_encoder,
     snapshots(run(*command)[2], STORE=store)
 
 
-def test_export_of_a_store_says_what_comes_before_it(built_store):
-    code, out, err = run("export", built_store, "out")
-    assert (code, out) == (2, "")
-    told = f"What is exported comes first: retrotool export neighbours {built_store} OUTPUT --format FORMAT"
-    assert told in " ".join(err.split())
-
-
 def test_a_page_that_can_t_be_written_is_named_itself(built_store, tmp_path, monkeypatch, snapshots):
     page = tmp_path / "page.html"
     inspect = ("inspect", built_store, "--random", "2", "--html", page)
@@ -127,10 +120,8 @@ WORDED_BY_TYPER = {
     "chunk STORE INPUT --workers 0": "--workers",
     "info": "Missing argument",
     "info STORE --nothing": "No such option",
-    "export": "Usage: retrotool export",
-    "export nothing": "No such command 'nothing'",
-    "export neighbours STORE": "Missing argument",
-    "export neighbours STORE OUT": "Missing option",
+    "export": "Missing argument",
+    "export STORE": "Missing argument",
     "search STORE": "Missing argument",
     "search STORE text -k 0": "-k",
 }
@@ -152,17 +143,13 @@ WRONG = [
     "neighbours STORE -k 30",
     "neighbours STORE --saved 2000",
     "neighbours STORE --name a/b",
-    "export neighbours STORE OUT --format csv",
-    "export neighbours STORE OUT --format parquet --name x",
-    "export neighbours STORE OUT --format parquet -k 21",
-    "export neighbours STORE OUT --format parquet -k 0",
-    "export neighbours STORE OUT --format parquet --sequence-length 64",
-    "export neighbours STORE OUT --format retro-pytorch --sequence-length 96",
-    "export neighbours STORE OUT --format retro-pytorch --sequence-length 0",
-    "export neighbours STORE STORE --format parquet",
-    "export neighbours STORE INPUT --format parquet",
-    "export neighbours STORE gone/out --format parquet",
-    "export neighbours STORE STORE/out --format parquet",
+    "export STORE OUT --name x",
+    "export STORE OUT -k 21",
+    "export STORE OUT -k 0",
+    "export STORE STORE",
+    "export STORE INPUT",
+    "export STORE gone/out",
+    "export STORE STORE/out",
     "search STORE _",
     "search STORE text --index nothing",
     "purge STORE --where id='x'",

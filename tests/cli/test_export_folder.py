@@ -22,11 +22,10 @@ import retrotool
 from retrotool import api
 from retrotool.app import app
 from retrotool.errors import CorruptError, ErasedError, UsageError
-from retrotool.export import handover, retro_rows
-from retrotool.export import new_folder as module
+from retrotool.export import atomic_dir
 from retrotool.export import run as export_run
-from retrotool.export.new_folder import check_place, new_folder
-from retrotool.export.run import FORMATS
+from retrotool.export.atomic_dir import check_place, new_folder
+from retrotool.export.tables import ExportedTables
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store import disk, runs, tables
 from retrotool.store.tables import NeighbourTable
@@ -67,21 +66,20 @@ def killed_at(call: int, work: Callable[[], object]) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("empty_folder_there", [False, True])
 def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_away(
-    built_store: Path, tmp_path: Path, form: str, empty_folder_there: bool, monkeypatch: pytest.MonkeyPatch
+    built_store: Path, tmp_path: Path, empty_folder_there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is killed before it says that it is alive is taken away a minute later.
-    monkeypatch.setattr(module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(atomic_dir, "_SETTLED_SECONDS", -1.0)
     (tmp_path / "there").mkdir()
     output = tmp_path / "there" / "out"
-    api.export_neighbours(built_store, tmp_path / "whole", format=form)
+    api.export(built_store, tmp_path / "whole")
     due = contents(tmp_path / "whole")
     call, left = 0, 0
     if empty_folder_there:
         output.mkdir()
-    while killed_at(call := call + 3, lambda: api.export_neighbours(built_store, output, format=form)):
+    while killed_at(call := call + 3, lambda: api.export(built_store, output)):
         if output.exists() and any(output.iterdir()):
             break  # killed behind the rename
         left += len(list(output.parent.glob(".out.export-*")))
@@ -90,7 +88,7 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_aw
     assert contents(output) == due
     if any(output.parent.glob(".out.export-*")):
         shutil.rmtree(output)
-        api.export_neighbours(built_store, output, format=form)
+        api.export(built_store, output)
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
@@ -141,10 +139,9 @@ def test_a_file_system_without_hard_links_will_do(
         raise OSError(errno.EPERM, "no hard links")
 
     monkeypatch.setattr(disk, "link", refuse)
-    assert api.export_neighbours(built_store, tmp_path / "out", format="parquet").chunks
+    assert api.export(built_store, tmp_path / "out").chunks
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -153,17 +150,17 @@ def test_a_file_system_without_hard_links_will_do(
     ],
 )
 def test_a_full_disk_is_told_and_leaves_nothing(
-    built_store: Path, tmp_path: Path, form: str, number: int, said: str, monkeypatch: pytest.MonkeyPatch
+    built_store: Path, tmp_path: Path, number: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = disk.announce
 
     def announce(operation: str, path: Path) -> None:
-        if operation == "write" and path.name.startswith(("chunks", "data", "part")):
+        if operation == "write" and path.name.startswith("part"):
             raise OSError(number, "in other words")
         written(operation, path)
 
     monkeypatch.setattr(disk, "announce", announce)
-    done = CliRunner().invoke(app, ["export", "neighbours", str(built_store), str(tmp_path / "out"), "--format", form])
+    done = CliRunner().invoke(app, ["export", str(built_store), str(tmp_path / "out")])
     assert (done.exit_code, done.stdout) == (1, "")
     assert f"error: {said.format(tmp_path / 'out')}\n" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -185,11 +182,11 @@ def test_parts_without_tables_are_refused_with_the_commands_that_make_them(
     with pytest.raises(
         UsageError, match=f"{missing} chunks of .* have no neighbours 't' yet: those of parts 1"
     ) as error:
-        api.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
+        api.export(stores["queries"], tmp_path / "out", name="t")
     for line in error.value.advice.removeprefix("Compute them: ").split(", then: "):
         done = cli(*shlex.split(line)[1:])
         assert done.returncode == 0, done.stderr
-    result = api.export_neighbours(stores["queries"], tmp_path / "out", format="parquet", name="t")
+    result = api.export(stores["queries"], tmp_path / "out", name="t")
     assert (result.k, result.chunks) == (3, api.info(stores["queries"]).chunks)
     assert api.info(stores["queries"]).neighbours["t"]["saved"] == 7
 
@@ -199,8 +196,7 @@ def test_a_part_with_nothing_to_search_for_needs_no_table(store_copy: Path, tmp_
     api.chunk(store_copy, [str(store_rows)])
     api.purge(store_copy, api.Selectors(where="id = 'late'"), reason="test")
     before = api.info(store_copy).chunks
-    for form in FORMATS:
-        assert api.export_neighbours(store_copy, tmp_path / form, format=form).chunks == before
+    assert api.export(store_copy, tmp_path / "out").chunks == before
 
 
 def test_other_tokenizers_are_refused(
@@ -212,49 +208,29 @@ def test_other_tokenizers_are_refused(
     api.embed(queries, encoder=str(tiny_encoder))
     api.neighbours(built_store, queries=queries)
     with pytest.raises(UsageError, match="no reader can take them for one text"):
-        api.export_neighbours(queries, tmp_path / "out", format="parquet")
+        api.export(queries, tmp_path / "out")
 
 
 def test_an_empty_store_is_refused(store_copy: Path, tmp_path: Path) -> None:
     api.purge(store_copy, api.Selectors(where="id != 'x'"), reason="test")
-    for form in FORMATS:
-        with pytest.raises(UsageError, match="there is nothing to export"):
-            api.export_neighbours(store_copy, tmp_path / "out", format=form)
+    with pytest.raises(UsageError, match="there is nothing to export"):
+        api.export(store_copy, tmp_path / "out")
 
 
-def test_more_rows_than_int32_numbers_are_refused(
-    built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    api.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
-    rows = len(np.load(tmp_path / "out" / "chunk_ids.npy"))
-    shutil.rmtree(tmp_path / "out")
-    for limit, enough in ((rows + 10, True), (rows + 9, False)):
-        monkeypatch.setattr(retro_rows, "LIMIT", limit)
-        if enough:
-            api.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
-            shutil.rmtree(tmp_path / "out")
-        else:
-            with pytest.raises(UsageError, match="more than int32 can number"):
-                api.export_neighbours(built_store, tmp_path / "out", format="retro-pytorch", sequence_length=640)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("kind", ["chunks", "neighbours"])
-def test_a_flipped_bit_ends_it(store_copy: Path, tmp_path: Path, kind: str, form: str, cli: Cli) -> None:
+def test_a_flipped_bit_ends_it(store_copy: Path, tmp_path: Path, kind: str, cli: Cli) -> None:
     (broken,) = store_copy.glob(f"{kind}/**/000001-*.parquet")
     data = bytearray(broken.read_bytes())
     data[len(data) // 2] ^= 1
     broken.write_bytes(data)
-    done = CliRunner().invoke(app, ["export", "neighbours", str(store_copy), str(tmp_path / "out"), "--format", form])
+    done = CliRunner().invoke(app, ["export", str(store_copy), str(tmp_path / "out")])
     assert (done.exit_code, done.stdout, broken.name in done.stderr) == (12, "", True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("chunk", [(77 << 32) + 5, (1 << 32) - 1])
 def test_a_table_that_names_no_chunk_of_its_database_ends_it(
-    built_store: Path, tmp_path: Path, form: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    built_store: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = tables.read_table
 
@@ -266,32 +242,29 @@ def test_a_table_that_names_no_chunk_of_its_database_ends_it(
 
     monkeypatch.setattr(tables, "read_table", lie)
     with pytest.raises(CorruptError, match=f"the chunk {chunk}, which .* has not"):
-        api.export_neighbours(built_store, tmp_path / "out", format=form)
+        api.export(built_store, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_an_erase_meanwhile_ends_it(
-    store_copy: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = export_run.open_handover
+def test_an_erase_meanwhile_ends_it(store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = export_run.open_tables
 
-    def open_then_erase(*arguments: object) -> handover.Handover:
+    def open_then_erase(*arguments: object) -> ExportedTables:
         found = opened(*arguments)
         api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test", erase=True)
         return found
 
-    monkeypatch.setattr(export_run, "open_handover", open_then_erase)
+    monkeypatch.setattr(export_run, "open_tables", open_then_erase)
     with pytest.raises(ErasedError):
-        api.export_neighbours(store_copy, tmp_path / "out", format=form)
+        api.export(store_copy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
     """A purge that comes later is told by the commit."""
-    before = api.export_neighbours(store_copy, tmp_path / "before", format="parquet")
+    before = api.export(store_copy, tmp_path / "before")
     api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
-    after = api.export_neighbours(store_copy, tmp_path / "after", format="parquet")
+    after = api.export(store_copy, tmp_path / "after")
     assert after.chunks < before.chunks and after.commit > before.commit
     assert [database.commit for database in after.databases] == [after.commit]
 
@@ -299,7 +272,7 @@ def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
 def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tmp_path: Path) -> None:
     duckdb, polars = pytest.importorskip("duckdb"), pytest.importorskip("polars")
     datasets = pytest.importorskip("datasets")
-    result = api.export_neighbours(built_store, tmp_path / "out", format="parquet", k=3)
+    result = api.export(built_store, tmp_path / "out", k=3)
     files = str(tmp_path / "out" / "*.parquet")
     reader = retrotool.open(built_store)
     chunk = int(reader.chunk_ids(1)[2])
@@ -318,49 +291,12 @@ def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tm
     assert np.array(loaded[5]["neighbour_tokens"]).shape == (3, 64)
 
 
-def test_the_arrow_files_are_read_without_the_library(built_store: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    result = api.export_neighbours(built_store, tmp_path / "out", format="huggingface")
-    state = json.loads((tmp_path / "out" / "state.json").read_text())
-    rows = 0
-    for file in state["_data_files"]:
-        with pa.OSFile(str(tmp_path / "out" / file["filename"])) as source:
-            rows += pa.ipc.open_stream(source).read_all().num_rows
-    assert rows == result.chunks
-    assert state["_fingerprint"] != ""
-
-
 def test_what_is_printed_opens_it(built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polars = pytest.importorskip("polars")
     monkeypatch.chdir(tmp_path)
-    for form in FORMATS:
-        arguments = ["export", "neighbours", str(built_store), form, "--format", form]
-        done = CliRunner().invoke(app, arguments)
-        assert done.exit_code == 0, done.stderr
-        first, _, code = done.stdout.partition("Open it with:\n")
-        assert first.startswith(f"{api.info(built_store).chunks} chunks of 120 documents with ")
-        code = "\n".join(line.removeprefix("  ") for line in code.splitlines())
-        if form != "retro-pytorch":
-            pytest.importorskip({"huggingface": "datasets", "parquet": "polars"}[form])
-            exec(code, {})
-            continue
-        told = json.loads((tmp_path / form / "export.json").read_text())["details"]
-        for script in (code, (tmp_path / form / "load.py").read_text()):
-            given = called_with(script, tmp_path / form / "load.py")
-            files = {key: tmp_path / form / value for key, value in told["arguments"].items() if key.endswith("_path")}
-            assert {key: Path(value).resolve() for key, value in given.items() if key.endswith("_path")} == files
-            assert {**given, **files} == {**told["arguments"], **files}
-            assert f"RETRO(num_tokens={told['num_tokens']}," in script
-
-
-def called_with(script: str, file: Path) -> dict[str, object]:
-    """The arguments that a script gives to RETRODataset, which need not be installed."""
-    import types
-
-    given: dict[str, object] = {}
-    module = types.ModuleType("retro_pytorch")
-    module.RETRODataset = lambda **arguments: given.update(arguments)  # type: ignore[attr-defined]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "retro_pytorch", module)
-        exec(script, {"__file__": str(file)})
-    return given
+    done = CliRunner().invoke(app, ["export", str(built_store), "out"])
+    assert done.exit_code == 0, done.stderr
+    first, _, code = done.stdout.partition("Open it with: ")
+    chunks = api.info(built_store).chunks
+    assert first.startswith(f"{chunks} chunks of 120 documents with ")
+    assert eval(code, {"polars": polars}).collect().height == chunks

@@ -34,6 +34,6 @@ def test_page_does_not_depend_on_the_terminal(make_cli: ModuleType, monkeypatch:
 
 def test_every_command_is_there(make_cli: ModuleType) -> None:
     known = {"chunk", "embed", "index", "neighbours", "purge", "search", "info", "verify", "plan"}
-    assert known | {"export", "export neighbours"} <= set(make_cli.command_names())
+    assert known <= set(make_cli.command_names())
     headings = re.findall(r"^## retrotool (.+)$", make_cli.page(), re.MULTILINE)
     assert headings == make_cli.command_names()

@@ -197,7 +197,7 @@ def test_files_beside_that_become_shorter_while_they_are_read_are_damage(tmp_pat
     path = tmp_path / "a.u16"
     path.write_bytes(np.arange(60_000, dtype="<u2").tobytes())
     np.save(tmp_path / "a.offsets.npy", np.arange(60_001))
-    with patch("retrotool.sources.tokens.WINDOW_DOCUMENTS", 1000):
+    with patch("retrotool.sources.token_ranges.WINDOW_DOCUMENTS", 1000):
         rows = read(input_of(path), Fields())
         first = [next(rows) for _ in range(1000)]
         with (tmp_path / "a.offsets.npy").open("r+b") as file:

@@ -130,7 +130,7 @@ def test_an_older_store_is_made_good_by_the_same_purge(chunked: Path, tmp_path: 
     store = Path(shutil.copytree(chunked, tmp_path / "store"))
     victims = chunks_of(store)["doc-3"]
     with monkeypatch.context() as patch:
-        patch.setattr("retrotool.purge.commit._hashes_to_block", lambda *_: np.zeros(0, HASH))
+        patch.setattr("retrotool.purge.select.hashes_to_block", lambda *_: np.zeros(0, HASH))
         purge(store, victims)
     assert not (store / "blocked").exists()
     assert blocked_ids(store) == blocked_texts(store) == set()

@@ -17,9 +17,9 @@ import retrotool
 from retrotool import api
 from retrotool.embed.stage import EmbedStage
 from retrotool.errors import ConflictError, ErasedError, UsageError
-from retrotool.purge import commit as selecting
-from retrotool.purge import selection
-from retrotool.purge.run import select
+from retrotool.purge.commit import commit_purge
+from retrotool.purge.select import select
+from retrotool.purge.selectors.lookup import select_ids, select_where
 from retrotool.reader import Reader
 from retrotool.store import folding, staging
 from retrotool.store.session import writing
@@ -195,9 +195,9 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
     }
     part = {entry.path for entry in state.files() if entry.path.split("/")[-1].startswith(f"{victim >> 32:06d}-")}
     shards = {entry.path for entry in state.files() if entry.path.startswith("index/main/shard")}
-    assert (len(part), len(shards)) == (5, 1), "documents, keys, chunks, embeddings and neighbours"
+    assert (len(part), len(shards)) == (4, 1), "documents, chunks, embeddings and neighbours"
     measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
-    assert len(measured) == 2, "the curve and its picture, which name sources"
+    assert len(measured) == 1, "the curve, which names sources"
     result = api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     left = {entry.path for entry in Store.open(store_copy).state.files()}
     assert {entry.path for entry in state.files()} - left == part | shards | tables | measured
@@ -235,7 +235,7 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     chunks = {int(i): reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)}
     odd = {i for i, chunk in chunks.items() if int(chunk.document.removeprefix("doc-")) % 2}
-    assert set(selection.select_where(store, "source = 'b'").tolist()) == odd
+    assert set(select_where(store, "source = 'b'").tolist()) == odd
     with_words = {i for i, chunk in chunks.items() if "store chunk" in chunk.text}
     assert with_words
     found = api.purge(
@@ -251,18 +251,18 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
         text = chunks[chunk].text
         assert text.startswith("chunk") or text.endswith("store")
         assert beside
-    assert selection.select_ids(store, ["5", "", "5", str(1 << 32)]).tolist() == [5, 1 << 32]
+    assert select_ids(store, ["5", "", "5", str(1 << 32)]).tolist() == [5, 1 << 32]
 
 
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("ids", "12\nseven", "line 2: 'seven' is no chunk id"),
+        ("ids", "12\nseven", "line 2: 'seven' is not a chunk id"),
         ("ids", "99999999999999", "no chunk 99999999999999"),
-        ("ids", "-1", "'-1' is no chunk id"),
-        ("ids", "1_0", "'1_0' is no chunk id"),
-        ("ids", "٣", "'٣' is no chunk id"),
-        ("ids", "9" * 5000, "is no chunk id"),
+        ("ids", "-1", "'-1' is not a chunk id"),
+        ("ids", "1_0", "'1_0' is not a chunk id"),
+        ("ids", "٣", "'٣' is not a chunk id"),
+        ("ids", "9" * 5000, "is not a chunk id"),
         ("where", "source = '\udcff'", "--where \"source = '\\udcff'\" is not UTF-8"),
         ("pattern", "\udcff", "--pattern '\\udcff' is not UTF-8"),
         ("documents", "doc-1\nnobody", "line 2: the store has no document 'nobody'"),
@@ -310,12 +310,12 @@ def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
 
 def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
     store = Store.open(store_copy)
-    chosen = select(store, api.Selectors(where="source = 'a'").asked(store))
+    chosen = select(store, api.Selectors(where="source = 'a'").read(store))
     api.purge(store_copy, api.Selectors(where="source = 'b'"), reason="test")
     with writing(store) as run:
         before = files(store_copy)
         with pytest.raises(ConflictError, match="another purge"):
-            selecting.commit_purge(store, run, chosen, "late", "somebody")
+            commit_purge(store, run, chosen, "late", "somebody")
         assert files(store_copy) == before, "what it selected by does not stay on the disk"
     assert api.verify(store_copy).ok
 
@@ -325,14 +325,14 @@ def files(root: Path) -> set[Path]:
 
 
 def test_a_purge_that_another_overtook_selects_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit, asked = selecting.commit_purge, []
+    asked: list[object] = []
 
     def overtaken(*arguments: object) -> str:
         monkeypatch.undo()
         assert api.purge(store_copy, api.Selectors(where="id in ('doc-3', 'doc-4')"), reason="first").documents == 2
-        return commit(*arguments)  # type: ignore[arg-type]
+        return commit_purge(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(selecting, "commit_purge", overtaken)
+    monkeypatch.setattr("retrotool.purge.run.commit_purge", overtaken)
     result = api.purge(
         store_copy,
         api.Selectors(where="source = 'a'"),

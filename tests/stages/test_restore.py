@@ -13,8 +13,8 @@ from restore_help import back, near, once_before, purge, verified
 import retrotool
 from retrotool import api
 from retrotool.errors import ConflictError, UsageError
-from retrotool.purge import commit as selecting
 from retrotool.purge import undo as restoring
+from retrotool.purge.commit import commit_purge
 from retrotool.purge.erase import EraseStage
 from retrotool.purge.undo_run import restore
 from retrotool.store import folding, parts, staging
@@ -151,16 +151,15 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
 def test_an_erase_goes_on_with_a_purge_of_its_own_if_it_was_taken_back(
     store_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = selecting.commit_purge
     committed: list[str] = []
 
     def overtaken(*arguments: Any) -> str:
-        committed.append(commit(*arguments))
+        committed.append(commit_purge(*arguments))
         if len(committed) == 1:
             back(store_copy, committed[0])
         return committed[-1]
 
-    monkeypatch.setattr(selecting, "commit_purge", overtaken)
+    monkeypatch.setattr("retrotool.purge.run.commit_purge", overtaken)
     result = purge(store_copy, "doc-7", erase=True)
     assert len(committed) == 2 and result.purge == committed[1]
     assert result.erased == result.chunks > 0
@@ -242,7 +241,7 @@ def test_an_erase_of_a_purge_that_is_undone_leaves_what_another_purge_names(stor
     other = purge(store_copy, "doc-7", "doc-8").purge
     present = documents_with_text(store_copy)
     with (
-        once_before("rename", store_copy / "proofs", lambda: back(store_copy, purged)),
+        once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)),
         pytest.raises(UsageError, match="was taken back"),
     ):
         api.erase(store_copy, [purged])
@@ -255,7 +254,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8").purge
     present = documents_with_text(store_copy)
     with (
-        once_before("rename", store_copy / "proofs", lambda: back(store_copy, one)),
+        once_before("rename", store_copy / "documents", lambda: back(store_copy, one)),
         pytest.raises(UsageError, match=f"{one}.*was taken back"),
     ):
         api.erase(store_copy, [one, two])
@@ -265,7 +264,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
 
 def test_an_erase_by_age_leaves_a_purge_that_is_undone_meanwhile(store_copy: Path) -> None:
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8")
-    with once_before("rename", store_copy / "proofs", lambda: back(store_copy, one)):
+    with once_before("rename", store_copy / "documents", lambda: back(store_copy, one)):
         result = api.erase(store_copy, older_than=0)
     assert result.purges == (two.purge,) and result.erased == two.chunks
     assert verified(store_copy)
@@ -275,7 +274,7 @@ def test_the_same_purge_with_an_erase_is_made_again_if_it_is_undone_meanwhile(st
     """All its chunks are named by another purge, so they stay tombstones."""
     purged = purge(store_copy, "doc-7").purge
     purge(store_copy, "doc-7", "doc-8")
-    with once_before("rename", store_copy / "proofs", lambda: back(store_copy, purged)):
+    with once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)):
         result = purge(store_copy, "doc-7", erase=True)
     assert result.purge not in ("", purged) and result.erased > 0
     shown = api.info(store_copy).purges

@@ -21,9 +21,9 @@ from retrotool.index import stage as index_stage
 from retrotool.index.run import Options
 from retrotool.neighbours.materialise import MaterialiseStage
 from retrotool.neighbours.neighbour_options import FilterOptions
-from retrotool.purge import commit as selecting
-from retrotool.purge import run as purge_run
 from retrotool.purge import undo as restoring
+from retrotool.purge.commit import commit_purge
+from retrotool.purge.select import select
 from retrotool.purge.undo_text import show_restored
 from retrotool.store import folding, staging
 from retrotool.store.atomic import FileEntry
@@ -37,7 +37,7 @@ def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Pa
     api.neighbours(store_copy, materialise=True)
 
     def exported(name: str) -> list[dict[str, object]]:
-        api.export_neighbours(store_copy, tmp_path / name, format="parquet")
+        api.export(store_copy, tmp_path / name)
         return [row for path in sorted((tmp_path / name).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
     def trained() -> list[list[int]]:
@@ -236,8 +236,8 @@ def test_what_is_staged_is_not_committed_over_a_purge_after_a_restore(store_copy
         for task in stage.plan(store):
             staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
         restoring.commit_restore(store, run, restoring.weigh(store, first), "test", "me")
-        selected = purge_run.select(store, api.Selectors(document=("doc-8",)).asked(store))
-        selecting.commit_purge(store, run, selected, "test", "me")
+        selected = select(store, api.Selectors(document=("doc-8",)).read(store))
+        commit_purge(store, run, selected, "test", "me")
         assert len(store.state.group("tombstones")) == 1
         folded = folding.fold(store, run)
         assert folded.refused and not folded.committed

@@ -6,10 +6,9 @@ have nothing to do with each other end in the same few tokens, and what is lost 
 
 A chunk that begins one token later is another one; those are found with ``near-duplicates-of``.
 
-Which of several is the first is known only when all were seen. So a store is read twice: once for the hash of every
-chunk's tokens, BLAKE2b of 128 bits, which ``chunk.hash_partitions`` compares, and then, if text or rows are
-wanted, in blocks like for any selector. That two texts have one hash would need 2^64 chunks, or intent and as many
-attempts.
+Which of several is the first is known only when all were seen. So the store is read whole: for the hash of every
+chunk's tokens, BLAKE2b of 128 bits, which ``chunk.hash_partitions`` compares. That two texts have one hash would need
+2^64 chunks, or intent and as many attempts.
 
 Cost: reading, 0.6 to 1 µs a chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192 chunks, and 8 bytes a
 duplicate. Scratch: 24 bytes a chunk beyond ``rows`` chunks, in the system's temporary folder.
@@ -19,56 +18,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.chunk import hash_partitions
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Block
-from retrotool.purge.selectors.selector import Hits
 from retrotool.store import parts, schemas
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import read_tombstones
 
 Ids = npt.NDArray[np.int64]
 
 SHORTEST = 8
 """Tokens that a chunk has at least to be called a duplicate."""
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicates:
-    """Chunks of ``shortest`` tokens or more that repeat one before them, as the module says."""
-
-    kind: ClassVar[str] = "duplicates"
-    reads_text: ClassVar[bool] = False
-    shortest: int = SHORTEST
-
-    def literal(self) -> dict[str, Any]:
-        """The length."""
-        return {"shortest": self.shortest}
-
-    def open(self, store: Store) -> RepeatMatcher:
-        """Look at the whole store (``select_duplicates``): the matcher then only tells what was found."""
-        return RepeatMatcher(select_duplicates(store, shortest=self.shortest), (self.kind,))
-
-
-class RepeatMatcher:
-    """Tells which rows are among ``ids``, int64, sorted."""
-
-    def __init__(self, ids: Ids, names: tuple[str, ...]) -> None:
-        self.names = names
-        self._ids = Tombstones(ids)
-
-    def __call__(self, block: Block) -> Hits:
-        """Those of the block."""
-        rows = self._ids.rows(block.part)
-        low, high = np.searchsorted(rows, [block.first, block.first + len(block)])
-        return Hits.of(rows[low:high] - block.first)
 
 
 def select_duplicates(

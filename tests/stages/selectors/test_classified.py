@@ -16,7 +16,7 @@ import retrotool
 from retrotool import api, engine
 from retrotool.encoder.classifier import Classifier
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.purge.selection import choose
+from retrotool.purge.select import select
 from retrotool.purge.selectors import classified
 from retrotool.purge.selectors.scan import read_scan
 from retrotool.store.session import writing
@@ -46,7 +46,7 @@ def asked_for(model: Path, **changed: Any) -> api.Selectors:
 
 def scan(root: Path, selectors: api.Selectors) -> tuple[Store, Any]:
     store = Store.open(root)
-    asked = selectors.asked(store)
+    asked = selectors.read(store)
     assert asked.scan is not None
     with writing(store) as run:
         engine.execute(asked.scan, store, run)
@@ -62,7 +62,7 @@ def test_the_chunks_of_the_label_are_selected_and_no_other(
     assert 5 < len(expected) < len(scores) / 2
     assert min(abs(score - ABOVE) for score in scores.values()) > 1e-4, "none is on the edge"
     store, asked = scan(store_copy, asked_for(model))
-    assert set(choose(store, asked).chunks.tolist()) == expected
+    assert set(select(store, asked).chunks.tolist()) == expected
     found, _ = read_scan(store, asked.scan)
     for chunk, figure in zip(found.chunks.tolist(), found.figures.tolist(), strict=True):
         assert abs(figure - scores[chunk]) < 1e-4
@@ -85,14 +85,14 @@ def test_a_scan_goes_on_with_the_same_model_elsewhere_and_begins_anew_with_anoth
 ) -> None:
     store, asked = scan(store_copy, asked_for(model))
     moved = Path(shutil.copytree(model, tmp_path / "moved"))
-    again = asked_for(moved).asked(store)
+    again = asked_for(moved).read(store)
     assert again.scan is not None
     assert again.scan.plan(store) == []
-    assert choose(store, again).chunks.tolist() == choose(store, asked).chunks.tolist()
+    assert select(store, again).chunks.tolist() == select(store, asked).chunks.tolist()
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
     for other in (asked_for(moved), asked_for(model, above=0.5), asked_for(model, label="fine")):
-        different = other.asked(store).scan
+        different = other.read(store).scan
         assert different is not None
         assert len(different.plan(store)) == len(store.state.parts()) > 2
 
@@ -118,7 +118,7 @@ def test_a_chunk_that_the_classifier_fails_on_is_named_and_nothing_is_purged(
     assert api.info(store_copy).purges == {}
     monkeypatch.setattr(Classifier, "scores", plain)
     store = Store.open(store_copy)
-    stage = asked_for(model).asked(store).scan
+    stage = asked_for(model).read(store).scan
     assert stage is not None
     assert [task.label for task in stage.plan(store)] == [f"part {victim >> 32}"], "the other parts stay scanned"
     done = api.purge(store_copy, asked_for(model), reason="test")
@@ -153,7 +153,7 @@ def test_numbers_that_overflow_in_the_model_are_such_a_failure(store_copy: Path,
 )
 def test_what_makes_no_sense_is_told(built_store: Path, model: Path, changed: dict[str, Any], reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as error:
-        asked_for(model, **changed).asked(Store.open(built_store))
+        asked_for(model, **changed).read(Store.open(built_store))
     assert error.value.advice
     if "label" in changed and changed.get("classifier", model):
         assert "fine, toxic" in error.value.advice

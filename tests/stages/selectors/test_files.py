@@ -23,7 +23,7 @@ FILES = {
 
 def asked(store: Path, name: str, file: Path) -> Any:
     more = {"within": 0.5} if name == "like" else {}
-    return api.Selectors(**{name: file}, **more, allow_lossy=True).asked(Store.open(store))
+    return api.Selectors(**{name: file}, **more, allow_lossy=True).read(Store.open(store))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -54,4 +54,4 @@ def test_a_file_in_another_encoding_is_told_with_the_line(name: str, built_store
 def test_arguments_that_are_no_text_are_refused(name: str, built_store: Path) -> None:
     given: Any = ("M\udcfcller",) if name == "document" else "M\udcfcller"
     with pytest.raises(UsageError, match=f"--{name} .*is not UTF-8"):
-        api.Selectors(**{name: given}, allow_lossy=True).asked(Store.open(built_store))
+        api.Selectors(**{name: given}, allow_lossy=True).read(Store.open(built_store))

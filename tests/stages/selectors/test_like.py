@@ -13,7 +13,7 @@ import retrotool
 from retrotool import api, engine
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.errors import UsageError
-from retrotool.purge.selection import choose
+from retrotool.purge.select import select
 from retrotool.purge.selectors import like, scan
 from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.sources import Fields
@@ -48,11 +48,11 @@ def query(root: Path, *texts: str) -> np.ndarray:
 
 def selected(root: Path, **selectors: object) -> set[int]:
     store = Store.open(root)
-    asked = api.Selectors(device="cpu", **selectors).asked(store)  # type: ignore[arg-type]
+    asked = api.Selectors(device="cpu", **selectors).read(store)  # type: ignore[arg-type]
     assert asked.scan is not None
     with writing(store) as run:
         engine.execute(asked.scan, store, run)
-    return set(choose(store, asked).chunks.tolist())
+    return set(select(store, asked).chunks.tolist())
 
 
 def a_share(apart: dict[int, float], share: float) -> tuple[float, set[int]]:
@@ -102,7 +102,7 @@ def test_a_distance_that_search_prints_takes_what_search_shows(store_copy: Path)
     nearer = np.nextafter(np.float32(found[-1].distance), np.float32(0))
     assert selected(store_copy, like=TEXT, within=nearer) == {n.id for n in found if n.distance < found[-1].distance}
     store = Store.open(store_copy)
-    asked = api.Selectors(like=TEXT, within=found[-1].distance, device="cpu").asked(store)
+    asked = api.Selectors(like=TEXT, within=found[-1].distance, device="cpu").read(store)
     assert asked.scan is not None
     scanned, _ = read_scan(store, asked.scan)
     figures = dict(zip(scanned.chunks.tolist(), scanned.figures.tolist(), strict=True))
@@ -161,7 +161,7 @@ def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: P
         selected(store_copy, like=TEXT, within=1.0)
     assert "--encoder" in error.value.advice
     scans = {
-        ScanStage(api.Selectors(like=TEXT, within=1.0, encoder=name).asked(Store.open(store_copy)).scanned).scan(
+        ScanStage(api.Selectors(like=TEXT, within=1.0, encoder=name).read(Store.open(store_copy)).scanned).scan(
             Store.open(store_copy)
         )
         for name in ("tiny", "other")
@@ -191,7 +191,7 @@ def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: P
 )
 def test_what_makes_no_sense_is_told(built_store: Path, selectors: dict[str, object], reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as error:
-        api.Selectors(**selectors).asked(Store.open(built_store))  # type: ignore[arg-type]
+        api.Selectors(**selectors).read(Store.open(built_store))  # type: ignore[arg-type]
     assert error.value.advice or "UTF-8" in reason or "empty" in reason
 
 
@@ -200,7 +200,7 @@ def test_files_that_hold_no_text_are_told(built_store: Path, tmp_path: Path) -> 
     for content, reason in ((b" \n", "has no text"), (b"\xff\xfe", "can't be read")):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(UsageError, match=reason):
-            api.Selectors(like=tmp_path / "file", within=1.0).asked(store)
+            api.Selectors(like=tmp_path / "file", within=1.0).read(store)
 
 
 def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path,
 def test_a_store_without_embeddings_is_told_what_to_do(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> None:
     api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="has no embeddings") as error:
-        api.Selectors(like=TEXT, within=1.0).asked(Store.open(tmp_path / "store"))
+        api.Selectors(like=TEXT, within=1.0).read(Store.open(tmp_path / "store"))
     assert f"retrotool embed {tmp_path / 'store'}" in error.value.advice
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from selector_help import purge, random_tokens, scanned, store_of
+from selector_help import purge, random_tokens, store_of
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.repeated_documents import Duplicates, select_duplicates, token_hashes
+from retrotool.purge.selectors.repeated_documents import select_duplicates, token_hashes
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
@@ -64,9 +64,7 @@ def test_all_but_the_first_are_found_with_any_memory(store: Store, rows: int) ->
 
 @pytest.mark.parametrize("shortest", [1, 7, 8, 9, 64])
 def test_short_chunks_are_left_alone_unless_they_are_asked_for(store: Store, shortest: int) -> None:
-    selector = Duplicates(shortest)
-    assert selector.literal() == {"shortest": shortest}
-    assert scanned(store, selector.open(store), rows=7) == by_hand(store, shortest)
+    assert select_duplicates(store, shortest=shortest).tolist() == by_hand(store, shortest)
 
 
 def test_what_is_purged_or_erased_is_neither_first_nor_repeats(store: Store) -> None:
@@ -85,7 +83,7 @@ def test_a_store_where_nothing_repeats(tmp_path: Path, tiny_encoder: Path) -> No
     store = store_of(tmp_path / "store", tiny_encoder, [random_tokens(0, 300, 140)])
     assert select_duplicates(store).tolist() == []
     with pytest.raises(UsageError, match="0 tokens"):
-        Duplicates(0).open(store)
+        select_duplicates(store, shortest=0)
 
 
 @given(st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=20), st.sampled_from(["<u2", "<u4"]))

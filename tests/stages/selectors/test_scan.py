@@ -13,7 +13,7 @@ from conftest import Cli, write_jsonl
 import retrotool
 from retrotool import api, engine
 from retrotool.errors import ConflictError, UsageError
-from retrotool.purge.selection import choose
+from retrotool.purge.select import select
 from retrotool.purge.selectors import scan
 from retrotool.purge.selectors.patterns import Patterns
 from retrotool.store import claims
@@ -66,11 +66,11 @@ def touched(root: Path, texts: dict[str, str], pattern: str) -> set[int]:
 
 def selected(root: Path, **selectors: object) -> set[int]:
     store = Store.open(root)
-    asked = api.Selectors(**selectors).asked(store)
+    asked = api.Selectors(**selectors).read(store)
     if asked.scan is not None:
         with writing(store) as run:
             engine.execute(asked.scan, store, run)
-    return set(choose(store, asked).chunks.tolist())
+    return set(select(store, asked).chunks.tolist())
 
 
 @pytest.mark.parametrize("pattern", [SECRET, "SECRET[^ ]*?abc", "naïve 日本語", "chunk (store )+chunk", "nowhere"])

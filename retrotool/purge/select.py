@@ -1,0 +1,368 @@
+"""What a purge selects: the options of a caller, their files read, and the chunks that they mean.
+
+Chunk ids, document ids and an expression over document columns are looked up (``selectors.lookup``); selectors by
+content are compared with all tokens or all text of the store (``selectors.scan``). The selection is what any selector
+means, or with ``every`` what all of them mean; with ``whole_documents`` all chunks of the documents that it touches.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from retrotool.encoder.devices import check_device
+from retrotool.errors import UsageError
+from retrotool.purge.purged_chunks import COPIES, Ids, count_unerased, documents_ended, in_store
+from retrotool.purge.same_text import find_copies
+from retrotool.purge.selectors.classified import classified
+from retrotool.purge.selectors.contaminates import Contaminates
+from retrotool.purge.selectors.copies import NearDuplicates
+from retrotool.purge.selectors.like import near
+from retrotool.purge.selectors.lookup import Lookup, Report, chunks_of, select_ids
+from retrotool.purge.selectors.patterns import Patterns, read_patterns
+from retrotool.purge.selectors.pii import KINDS, PersonalData
+from retrotool.purge.selectors.scan import Found, ScanStage, read_scan
+from retrotool.purge.selectors.selector import Selector
+from retrotool.purge.selectors.selector_files import read_lines
+from retrotool.purge.selectors.spans import compiled
+from retrotool.purge.selectors.terms import Terms, read_terms
+from retrotool.store import blocked, parts
+from retrotool.store.blocked import Hashes, read_blocked
+from retrotool.store.parts import PART_SHIFT
+from retrotool.store.restored import standing_purges
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
+
+_ADVICE = "Nothing was purged. See: retrotool purge --help"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selectors:
+    """What to select: what any of these means, or with ``every`` what all of them mean.
+
+    ``ids`` and ``documents`` are files with an id a line, ``chunk`` and ``document`` such ids themselves; ``where`` is
+    an expression over document columns, ``pattern`` one of RE2 over text, ``patterns`` a file with such ones.
+    ``terms`` is a file of words and names. ``pii`` are kinds of personal data (``selectors.pii.KINDS``).
+    ``near_duplicates_of`` is a file of chunk ids whose copies are meant, ``contaminates`` a store of evaluation text,
+    ``duplicates``: chunks that repeat one before them. ``like`` is a text, or a file of text: chunks whose stored
+    vector is ``within`` of its, as squared L2 (``encoder``: by which embeddings, if the store has several).
+    ``classifier`` is a model directory: chunks to which it gives ``label`` with a score of ``above`` or more.
+    ``device`` is where these two models run. ``whole_documents`` widens to the documents of what is meant.
+    ``allow_lossy``: text may be looked at folded (``selectors.text``), where the tokenizer loses case or spacing.
+    """
+
+    ids: str | Path | None = None
+    chunk: tuple[int, ...] = ()
+    documents: str | Path | None = None
+    document: tuple[str, ...] = ()
+    where: str | None = None
+    pattern: str | None = None
+    patterns: str | Path | None = None
+    terms: str | Path | None = None
+    pii: tuple[str, ...] = ()
+    near_duplicates_of: str | Path | None = None
+    contaminates: str | Path | None = None
+    duplicates: bool = False
+    like: str | Path | None = None
+    within: float | None = None
+    encoder: str | None = None
+    classifier: str | Path | None = None
+    label: str | None = None
+    above: float | None = None
+    device: str = "auto"
+    every: bool = False
+    whole_documents: bool = False
+    allow_lossy: bool = False
+
+    def read(self, store: Store) -> Request:
+        """Read what is in files; ``UsageError`` if nothing is asked for, or what can't be looked for in this store."""
+        self._check_texts()
+        lookups: list[Lookup] = []
+        if self.ids is not None or self.chunk:
+            lookups.append(Lookup("ids", (*_lines("--ids", self.ids), *map(str, self.chunk))))
+        if self.documents is not None or self.document:
+            lookups.append(Lookup("documents", (*_lines("--documents", self.documents), *self.document)))
+        if self.where is not None:
+            lookups.append(Lookup("where", (self.where,)))
+        if self.duplicates:
+            lookups.append(Lookup("duplicates"))
+        scanned = self._scanned(store)
+        if not lookups and not scanned:
+            raise UsageError("nothing says what to purge", "Give --ids, --documents, --where, --pattern or another.")
+        if not self.allow_lossy and not store.identity.tokenizer.lossless:
+            for selector in scanned:
+                if selector.reads_text:
+                    raise UsageError(
+                        f"--{selector.kind}: the tokenizer of {store.root} loses case or spacing, so text can't be "
+                        "looked at as it was",
+                        "With --allow-lossy it is held against what is left, in lower case if the tokenizer has only "
+                        "that, with one space between two words and none beside anything else.",
+                    )
+        return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)
+
+    def _check_texts(self) -> None:
+        """``UsageError`` for what stands for text, or is written down, and has no UTF-8."""
+        for name in ("where", "pattern", "like", "contaminates", "encoder", "label"):
+            if (value := getattr(self, name)) is not None:
+                check_text(f"--{name}", str(value))
+        for document in self.document:
+            check_text("--document", document)
+
+    def _scanned(self, store: Store) -> list[Selector]:
+        found: list[Selector] = []
+        patterns: tuple[str, ...] = ()
+        if self.pattern is not None:
+            compiled(self.pattern)  # what can't be is told before anything is read
+            patterns += (self.pattern,)
+        if self.patterns is not None:
+            patterns += read_patterns(str(self.patterns))
+        if patterns:
+            found.append(Patterns(patterns))
+        if self.terms is not None:
+            found.append(Terms(read_terms(Path(self.terms))))
+        if self.pii:
+            found.append(PersonalData(self.pii))
+        if self.near_duplicates_of is not None:
+            ids = select_ids(store, _lines("--near-duplicates-of", self.near_duplicates_of))
+            found.append(NearDuplicates(tuple(ids.tolist())))
+        if self.contaminates is not None:
+            evaluation = Store.open(self.contaminates)
+            as_of = f"{evaluation.identity.uuid} {evaluation.state.number}"
+            found.append(Contaminates(str(Path(self.contaminates).absolute()), as_of=as_of))
+        check_device(self.device)
+        if self.like is not None:
+            found.append(near(store, self.like, self.within, self.encoder, self.device))
+        elif self.within is not None or self.encoder is not None:
+            alone = "--within" if self.within is not None else "--encoder"
+            raise UsageError(f"{alone} goes with --like", _ADVICE)
+        if self.classifier is not None:
+            found.append(classified(self.classifier, self.label, self.above, self.device))
+        elif self.label is not None or self.above is not None:
+            raise UsageError(f"{'--label' if self.label is not None else '--above'} goes with --classifier", _ADVICE)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What ``Selectors`` ask of a store, their files read: one selector or more.
+
+    ``every``: what all of them mean; ``whole_documents``: all chunks of the documents.
+    """
+
+    lookups: tuple[Lookup, ...] = ()
+    scanned: tuple[Selector, ...] = ()
+    every: bool = False
+    whole_documents: bool = False
+
+    @property
+    def _selectors(self) -> list[tuple[str, dict[str, Any]]]:
+        """Kind and literal of each."""
+        several: list[Lookup | Selector] = [*self.lookups, *self.scanned]
+        return [(one.kind, one.literal()) for one in several]
+
+    @property
+    def kind(self) -> str:
+        """The kinds of its selectors."""
+        return (" and " if self.every else ", ").join(kind for kind, _ in self._selectors)
+
+    @property
+    def literal(self) -> str:
+        """All that was asked for, as JSON: the same for the same."""
+        asked = {
+            "selectors": self._selectors,
+            "every": self.every,
+            "whole_documents": self.whole_documents,
+        }
+        return orjson.dumps(asked, option=orjson.OPT_SORT_KEYS).decode()
+
+    @property
+    def scan(self) -> ScanStage | None:
+        """The scan that has to be done before; None: there is nothing to scan for."""
+        return ScanStage(self.scanned) if self.scanned else None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How many chunks a selector means, by its kind and one of its names ("": it has only one)."""
+
+    selector: str
+    name: str
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chunks that a ``request`` means in ``state``.
+
+    ``matches`` are how many each selector means, and ``found`` is where in text scans found some. ``chunks`` are all
+    ids, ascending, and ``live`` those that were not purged before; ``documents`` and ``tokens`` count what these take
+    from the totals. ``blocked`` are the hashes that keep what is purged from coming back, and ``newly_blocked`` says
+    how many of them the store does not have yet.
+
+    For an erase ``copies`` are the chunks, and ``copied`` the number, of documents that repeat one selected and are
+    tombstones for that; ``unerased`` counts the chunks of all that still have tokens.
+    """
+
+    request: Request
+    state: State
+    matches: tuple[Match, ...]
+    found: Found
+    chunks: Ids
+    live: Ids
+    documents: int
+    tokens: int
+    blocked: Hashes
+    newly_blocked: int
+    copies: Ids
+    copied: int = 0
+    unerased: int = 0
+
+
+def same_selector(store: Store, request: Request) -> dict[str, bool]:
+    """Purges that asked for the same before, and were not undone; and whether they are erased."""
+    wanted = (request.kind, store.identity.keyed_hash(request.literal))
+    records = standing_purges(store.state)
+    return {p: r["erased"] for p, r in records.items() if (r["selector"], r["hash"]) == wanted}
+
+
+def select(store: Store, request: Request, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
+    """Select the chunks that a request means; its scan must have been done. ``report`` is called with 1 a part read.
+
+    A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
+    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
+    """
+    earlier = same_selector(store, request)
+    found, names = read_scan(store, request.scan) if request.scan else (Found.joined([]), [])
+    sets: list[Ids] = []
+    matches: list[Match] = []
+    for lookup in request.lookups:
+        sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
+        matches.append(Match(lookup.kind, "", len(sets[-1])))
+    for number, (selector, labels) in enumerate(zip(request.scanned, names, strict=True)):
+        mine = found.selectors == number
+        sets.append(np.unique(found.chunks[mine]))
+        matches += _matches(selector, labels, found.labels[mine])
+    chunks = sets[0]
+    for some in sets[1:]:
+        chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
+    if request.whole_documents:
+        chunks = widen(store, chunks)
+    copies, copied = np.zeros(0, np.int64), 0
+    if erase:
+        begun = [purge for purge, erased in earlier.items() if not erased]
+        chunks = np.unique(np.concatenate([chunks, *(read_tombstones(store, purge).ids for purge in begun)]))
+        copies, copied = find_copies(store, in_store(store, chunks))
+        known = [read_tombstones(store, purge + COPIES).ids for purge in begun]
+        copies = in_store(store, np.unique(np.concatenate([copies, *known])))
+    chunks = in_store(store, chunks)
+    live, documents, tokens = _weigh(store, chunks)
+    hashes = hashes_to_block(store, chunks)
+    return Selection(
+        request, store.state, tuple(matches), found, chunks, live, documents, tokens, hashes,
+        len(read_blocked(store).lacks(hashes)), copies, copied,
+        count_unerased(store, np.union1d(chunks, copies)) if erase else 0,
+    )  # fmt: skip
+
+
+def _matches(selector: Selector, names: list[str], labels: Ids) -> list[Match]:
+    counts = np.bincount(labels, minlength=len(names))
+    only = names in ([""], [selector.kind])
+    counted = [("" if only else name, int(n)) for name, n in zip(names, counts, strict=True)]
+    return [Match(selector.kind, name, n) for name, n in counted if n or only]
+
+
+def _weigh(store: Store, chunks: Ids) -> tuple[Ids, int, int]:
+    """Those of some chunks that are live, and how many documents and tokens they take from the totals."""
+    tombstones = read_tombstones(store)
+    fresh = chunks[~tombstones.contains(chunks)]
+    live: list[Ids] = [np.zeros(0, np.int64)]
+    documents = tokens = 0
+    for part in np.unique(fresh >> PART_SHIFT).tolist():
+        rows = fresh[fresh >> PART_SHIFT == part] - (part << PART_SHIFT)
+        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
+        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
+        rows = rows[n_tokens[rows] > 0]
+        tokens += int(n_tokens[rows].sum())
+        documents += documents_ended(doc, n_tokens, tombstones.rows(part), rows)
+        live.append(parts.chunk_ids(part, rows))
+    return np.concatenate(live), documents, tokens
+
+
+def widen(store: Store, chunks: Ids) -> Ids:
+    """All chunks of the documents of which any of some chunks is, ascending."""
+    found = [np.zeros(0, np.int64)]
+    for part in np.unique(chunks >> PART_SHIFT).tolist():
+        first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
+        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
+        found.append(chunks_of(store, part, np.unique(np.searchsorted(first, rows, side="right") - 1)))
+    return np.concatenate(found)
+
+
+def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
+    """What a purge of ``chunks`` blocks: ids of documents purged as a whole then; texts and tokens of all it touches.
+
+    Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
+    Reads all row groups of chunks that hold a document that it touches.
+    """
+    purges = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
+    purged = Tombstones(np.unique(np.concatenate([chunks, *purges])))
+    secret = store.identity.secret
+    found = [np.zeros(0, blocked.HASH)]
+    for part in np.unique(chunks >> PART_SHIFT).tolist():
+        table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks"])
+        first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
+        gone = np.zeros(parts.part_entry(store, "chunks", part).rows, np.int64)
+        gone[purged.rows(part)] = 1
+        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
+        docs = np.unique(np.searchsorted(first, rows, side="right") - 1)
+        whole = docs[np.add.reduceat(gone, first)[docs] == count[docs]]
+        for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
+            found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
+        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table.take(pa.array(docs)))
+        found.append(tokens[tokens != b""])
+    return np.unique(np.concatenate(found))
+
+
+def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
+    return () if path is None else read_lines(option, path, "id")
+
+
+def signed(reason: str, who: str | None) -> str:
+    """Who does it, for the log: ``who`` or the user of this process; ``UsageError`` for words that can't stay there."""
+    if not reason.strip():
+        raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
+    if who is None:
+        try:
+            who = getpass.getuser()
+        except (KeyError, OSError):  # a container's user may have a number and no name
+            who = f"user {os.getuid()}"
+    check_text("--reason", reason)
+    check_text("--who", who)
+    return who
+
+
+def check_text(option: str, text: str) -> None:
+    """``UsageError`` for text that has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
+
+
+def kinds_of(text: str | None) -> tuple[str, ...]:
+    """Kinds of personal data as ``--pii`` is given them, "all" or some apart by commas; ``UsageError`` for others."""
+    if text is None:
+        return ()
+    kinds = KINDS if text == "all" else tuple(dict.fromkeys(kind.strip() for kind in text.split(",")))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"--pii: there is no kind {kind!r}", f"Give all, or some of {', '.join(KINDS)}.")
+    return kinds

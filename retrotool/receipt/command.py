@@ -1,0 +1,74 @@
+"""``retrotool purge STORE PURGE --verify``: the command that ``purge`` runs for it, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrotool.cli import output
+from retrotool.cli.options import Json, StoreArgument
+from retrotool.errors import CorruptError
+
+if TYPE_CHECKING:
+    from retrotool.receipt.run import Receipt, VerifiedPurge
+
+EPILOG = """\b
+Examples:
+  retrotool purge store p1a2b3c4d --verify --out receipts"""
+
+
+def command(
+    store: StoreArgument,
+    purge: Annotated[str, typer.Argument(metavar="PURGE", help="The purge to check.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The folder of the receipt.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Check that a purge holds and an erase left nothing, and write a receipt: JSON, and a page to print."""
+    with output.errors(as_json):
+        from retrotool.receipt import run as receipt_run
+
+        result = receipt_run.verify_purge(store, purge, out=out)
+        output.show(result, as_json, lambda result: _text(store, result))
+        if not result.receipt.ok:
+            raise typer.Exit(CorruptError.exit_code)
+
+
+def _text(store: Path, result: VerifiedPurge) -> str:
+    from retrotool.receipt.run import STATES, verdict
+
+    receipt = result.receipt
+    lines = [f"Purge {receipt.purge} of {output.count(receipt.chunks, 'chunk')}: {STATES[receipt.state]}."]
+    kinds = [(one.kind, one.files, one.rows, one.left) for one in receipt.kinds if one.files]
+    lines.append(output.table(kinds, ("decoded", "files", "rows", "left")))
+    taken = [(path.name, path.rows, path.found) for path in receipt.read_paths]
+    lines.append(output.table(taken, ("read by", "rows", "found")))
+    lines += [f"  {path.name}: {output.one_line(path.note)}" for path in receipt.read_paths if path.note]
+    lines += [f"  {line}" for line in _about_files(receipt)]
+    if receipt.ok:
+        lines.append(f"OK. {verdict(receipt)}")
+    else:
+        lines.append(f"FAILED: {output.count(len(receipt.problems), 'problem')}")
+        lines += [f"  problem: {output.one_line(problem)}" for problem in receipt.problems]
+    if receipt.state != "erased":
+        lines.append(f"To erase it: retrotool purge {store} {receipt.purge} --erase")
+    lines.append(f"Receipt: {result.json} and {result.page}")
+    if result.commit is None:
+        lines.append("The store can't be written to, so its log does not name the receipt.")
+    return "\n".join(lines)
+
+
+def _about_files(receipt: Receipt) -> list[str]:
+    durable = "synced to disk" if receipt.synced else "which could not be synced to disk"
+    absent = output.count(receipt.replaced - len(receipt.present), "file")
+    lines = [f"{absent} that left the store before: absent, {durable}"]
+    if receipt.unknown:
+        lines.append(f"not checked: {output.count(len(receipt.unknown), 'file')} that no commit names")
+        lines += [
+            f"  {output.one_line(one.path)} ({'a link' if one.link else output.size(one.bytes)})"
+            for one in receipt.unknown
+        ]
+    if receipt.in_progress:
+        lines.append(f"not checked: {output.count(receipt.in_progress, 'file')} of commands that are running")
+    return lines

@@ -1,0 +1,276 @@
+"""``purge --verify``: check that a purge holds, and that an erase left nothing; write the receipt.
+
+1. The log is read and checked from its beginning: who purged, when and why, and which files ever left the store.
+2. Every file that can hold something of the purged chunks is decoded, and files that left the store must be absent
+   (``verify_erasure``). Of a purge that is not erased, what is left is counted.
+3. Every read path is taken (``read_paths``).
+
+The log then gets an entry with the SHA-256 of the receipt's JSON, so a receipt can't be changed afterwards; a store
+that can't be written gets none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import orjson
+from tqdm import tqdm
+
+from retrotool import interrupts
+from retrotool.cli import output, pages, result_file
+from retrotool.engine.stage import Report
+from retrotool.errors import ErasedError, StorageError, UsageError
+from retrotool.neighbours.dependents import Dependent, dependents
+from retrotool.purge.erase_run import ATTEMPTS
+from retrotool.purge.purged_chunks import count_unerased, in_store, tombstones_of
+from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
+from retrotool.receipt.read_paths import ReadPath, check_read_paths, count_read_paths
+from retrotool.receipt.verify_erasure import Erasure, KindChecked, Purged, UnknownFile, check_files
+from retrotool.store import atomic, identity, paths
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.session import writing
+from retrotool.store.state import State
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones
+from retrotool.store.verify import total_bytes
+from retrotool.store.verify_log import LogFound, check_log
+
+_LISTED = 200
+"""Rows of a table on the page; the JSON has all."""
+LIMITS = (
+    "Copies of the store, backups, snapshots, and versions that a file system or a bucket keeps. Erase in them, too.",
+    "Blocks of deleted files, until the disk writes over them; solid-state disks keep them longest.",
+    "Files under the store that no commit names. They are listed above, and were not decoded.",
+    "Chunk ids in the tombstones: they say that something was purged, not what. Hashes of ids and texts on the block "
+    "list, keyed with the store's secret: they keep what was purged from coming back.",
+    "Centroids and codebooks of indexes, which were trained with its vectors among others and hold none of them. "
+    "To train without it: retrotool index STORE --retrain.",
+    "The files that were chunked, exports, pages and search results that were made before.",
+    "Models that were trained on the text: they may still know it.",
+)
+"""What a receipt says nothing about."""
+
+STATES = {
+    "erased": "purged and erased",
+    "partly erased": "purged, and erased in part: an erase is not finished, or another purge took some",
+    "purged": "purged, not erased: no command returns it, and its data is still in the files",
+}
+"""The states of a receipt in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was purged, what was done, and what was found; nothing of the text.
+
+    ``state`` is "erased", "partly erased" (an erase is not finished, or another purge took some) or "purged". ``ok``:
+    there are no ``problems``. ``unread`` are read paths that could not be taken. ``chunks`` counts all that the purge
+    names, ``copies`` those among them that repeat others, and ``living`` those that were not purged before.
+    ``commits`` purged and erased; ``replaced`` counts the files that ever left the store, of which those that are
+    ``present`` are still there; the others are absent, durably if ``synced``. ``log_head`` is the SHA-256 of commit
+    ``log_commit``, the newest. ``dependents`` were not looked at.
+    """
+
+    store: str
+    tool: str
+    purge: str
+    state: str
+    ok: bool
+    problems: tuple[str, ...]
+    reason: str
+    who: str
+    selector: str
+    purged: str
+    erased: str
+    verified: str
+    chunks: int
+    living: int
+    copies: int
+    documents: int
+    tokens: int
+    commits: tuple[CommitDigest, ...]
+    log_commit: int
+    log_head: str
+    log_whole: bool
+    kinds: tuple[KindChecked, ...]
+    read_paths: tuple[ReadPath, ...]
+    unread: tuple[str, ...]
+    replaced: int
+    present: tuple[str, ...]
+    synced: bool
+    unknown: tuple[UnknownFile, ...]
+    in_progress: int
+    dependents: tuple[Dependent, ...]
+    limits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedPurge:
+    """A receipt, its files (JSON and page), and the commit that has the SHA-256 of the JSON (None: none could)."""
+
+    receipt: Receipt
+    json: str
+    page: str
+    sha256: str
+    commit: int | None
+
+
+def verdict(receipt: Receipt) -> str:
+    """Return what was found where there is no problem, in sentences."""
+    said = ["Nothing of it is left in the store." if receipt.state == "erased" else "No command returns any of it."]
+    if receipt.unread:
+        said.append(f"{output.count(len(receipt.unread), 'read path')} could not be taken.")
+    return " ".join(said)
+
+
+def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
+    """Check a purge, and write the receipt ``receipt-PURGE.json`` and ``.html`` into the folder ``out``.
+
+    ``UsageError`` if there is no such purge, or it was undone.
+    """
+    store = Store.open(root)
+    _check_purge(store, purge)
+    targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
+    for path in targets.values():
+        result_file.check_file("--out", path)
+    receipt = _receipt(store, purge)
+    data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
+    sha256 = hashlib.sha256(data).hexdigest()
+    with result_file.written(targets["json"]) as scratch:
+        scratch.write_bytes(data)
+    commit = _commit_receipt(store, receipt, sha256)
+    pages.write(
+        targets["html"], "receipt.html", receipt=receipt, state=STATES[receipt.state], verdict=verdict(receipt),
+        digest=sha256, commit=commit, listed=_LISTED,
+    )  # fmt: skip
+    return VerifiedPurge(receipt, str(targets["json"]), str(targets["html"]), sha256, commit)
+
+
+def _check_purge(store: Store, purge: str) -> None:
+    records = store.state.with_prefix("purge:")
+    if purge not in records:
+        known = f"it has: {', '.join(list(records)[-20:])}" if records else "it has none"
+        raise UsageError(f"{store.root} has no purge {purge!r}; {known}", f"See: retrotool log {store.root}")
+    if "restored" in records[purge]:
+        raise UsageError(f"the purge {purge!r} was undone: its chunks are live", f"See: retrotool log {store.root}")
+
+
+def _receipt(store: Store, purge: str) -> Receipt:
+    """Check a purge; again on the newest commit where another process replaces files that were to be checked."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _check(store, purge)
+        except ErasedError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            store.refresh()
+            _check_purge(store, purge)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _check(store: Store, purge: str) -> Receipt:
+    record = store.state.records[f"purge:{purge}"]
+    chunks = tombstones_of(store, purge)
+    there = in_store(store, chunks)
+    with _progress("log", 1, "log") as report:
+        history, log = _read_log(store, purge)
+        report(1)
+    with _progress("files", total_bytes(store), "B") as report:
+        erasure = check_files(Purged(store, Tombstones(there), history), report)
+    with _progress("read paths", count_read_paths(store), "path") as report:
+        taken = check_read_paths(store, chunks, report)
+    is_erased = bool(record["erased"])
+    problems = [
+        *(f"the log: {problem}" for problem in log.problems),
+        *_wrong_tombstones(store, purge),
+        *(_problems_of_files(erasure, is_erased=is_erased)),
+        *(f"{path.name}: returned {path.found:,} purged chunks" for path in taken if path.found),
+        *(f"{path.name}: {path.note}" for path in taken if path.broken),
+    ]
+    return Receipt(
+        store=store.identity.uuid,
+        tool=f"retrotool {version('retrotool')}",
+        purge=purge,
+        state="erased" if is_erased else "purged" if count_unerased(store, there) == len(there) else "partly erased",
+        ok=not problems,
+        problems=tuple(problems),
+        reason=str(record["reason"]),
+        who=str(record.get("who", "")),
+        selector=str(record["selector"]),
+        purged=history.purged.time if history.purged else "",
+        erased=history.erased.time if history.erased else "",
+        verified=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        chunks=len(chunks),
+        living=int(record["chunks"]),
+        copies=len(chunks) - (entry.rows if (entry := store.state.file("tombstones", purge)) else 0),
+        documents=int(record["documents"]),
+        tokens=int(record["tokens"]),
+        commits=tuple(history.commits),
+        log_commit=len(log.hashes) - 1,
+        log_head=log.head,
+        log_whole=not log.problems,
+        kinds=erasure.kinds,
+        read_paths=taken,
+        unread=tuple(path.name for path in taken if path.note and not path.broken),
+        replaced=erasure.replaced,
+        present=erasure.present,
+        synced=erasure.synced,
+        unknown=erasure.unknown,
+        in_progress=erasure.in_progress,
+        dependents=tuple(dependents(store)),
+        limits=LIMITS,
+    )
+
+
+def _read_log(store: Store, purge: str) -> tuple[PurgeHistory, LogFound]:
+    history = PurgeHistory(purge)
+    _, genesis = identity.read_identity(store.root)
+    return history, check_log(store.root, genesis, store.state.number, history.note)
+
+
+def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:
+    """Report the files that name the purged chunks where they are not what the log says: others were checked."""
+    for entry in store.state.group("tombstones").entries():
+        if FileName.parse(entry.path).slot.partition(".")[0] == purge:
+            path = paths.inside(store.root, entry.path)
+            if not path.exists() or atomic.file_sha256(path) != entry.sha256:
+                yield f"{entry.path}: its SHA-256 is not what the log says: other chunks were checked than were purged"
+
+
+def _problems_of_files(erasure: Erasure, *, is_erased: bool) -> Iterator[str]:
+    yield from erasure.damaged
+    for path in erasure.present:
+        yield f"{path}: it left the store, and is still there; remove it, or run any command that writes to the store"
+    for path, rows in erasure.left.items() if is_erased else ():
+        yield f"{path}: something of {rows:,} rows is left; erase the purge again"
+
+
+def _commit_receipt(store: Store, receipt: Receipt, sha256: str) -> int | None:
+    """Commit the SHA-256 of a receipt's JSON; None if the store can't be written."""
+
+    def build(_: State) -> Draft:
+        return Draft("verify", {"purge": receipt.purge, "ok": receipt.ok, "receipt": sha256})
+
+    with contextlib.suppress(StorageError, PermissionError), writing(store) as run:
+        return store.commit(run, build).number
+    return None
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, unit: str) -> Iterator[Report]:
+    with tqdm(
+        total=total, unit=unit, unit_scale=unit == "B", desc=title, disable=None, delay=2, file=sys.stderr
+    ) as bar:
+
+        def advance(n: int) -> None:
+            interrupts.check()
+            bar.update(n)
+
+        yield advance

@@ -1,0 +1,362 @@
+"""Check that nothing of purged chunks is left in a store, by construction: no bytes are searched.
+
+The format is closed. Every file that can hold something of a chunk is named by the log and has a kind, and each kind
+of ``paths.DATA_KINDS`` has a check in ``CHECKS``: it decodes the file and looks at the rows of the purged chunks,
+which must be zero or null, or at the ids of an index and of tables, which must not name one. Every decoded file must
+also have the SHA-256 that the log has for it. Files that left the state must be absent; the directories that held them
+are synced, so that a removed name is not there again after a power cut. What no commit names is not decoded but
+listed, as are symbolic links.
+
+Cost: reading what the parts of the purged chunks hold, the ids of all shards, and all neighbour tables and
+materialised files of the store, twice (once for SHA-256); one walk over its folders. Memory: one part, or the ids of
+one list, and 150 bytes a path that the log ever named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from os import walk
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrotool.ann import lists
+from retrotool.engine.stage import Report
+from retrotool.errors import CorruptError, ErasedError, RetrotoolError
+from retrotool.index.index_files import RECALL
+from retrotool.purge.erase import table_schema
+from retrotool.purge.erase_materialised import databases_within
+from retrotool.purge.purged_chunks import has_any
+from retrotool.receipt.purge_history import PurgeHistory
+from retrotool.store import atomic, clean, disk, identity, parts, runs, staging, tables, vectors
+from retrotool.store.atomic import FileEntry
+from retrotool.store.checked import is_within
+from retrotool.store.materialised import read_materialised
+from retrotool.store.parts import ROW_GROUP
+from retrotool.store.paths import FileName
+from retrotool.store.store import CHECKPOINT_NAME, Store
+from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tombstones import Tombstones
+
+_BLOCK_ROWS = 1 << 16
+_LOG_ENTRY = re.compile(r"log/\d{8,}\.json")
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class KindChecked:
+    """The live files of one kind: ``rows`` of purged chunks were looked at in ``files``; ``left`` still hold something.
+
+    ``checked`` says what was looked at, or why files of this kind hold nothing of a chunk. Where whole files go with an
+    erase, rows are files.
+    """
+
+    kind: str
+    checked: str
+    files: int
+    rows: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownFile:
+    """Something under the store that no commit names: its path relative to the store, and its size.
+
+    ``link``: a symbolic link, which was not followed.
+    """
+
+    path: str
+    bytes: int
+    link: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """What was checked of the files of a store.
+
+    ``left``: file to number of rows that still hold something of purged chunks. ``damaged``: what can't be read, or
+    is not what the log says. ``present``: paths of files that left the state and are still on disk, of ``replaced``
+    in all; ``synced``: their absence is durable. ``unknown`` files were not looked at, nor ``in_progress`` files,
+    which belong to commands that are running or to tasks that wait for their commit.
+    """
+
+    kinds: tuple[KindChecked, ...]
+    left: Mapping[str, int]
+    damaged: tuple[str, ...]
+    replaced: int
+    present: tuple[str, ...]
+    synced: bool
+    unknown: tuple[UnknownFile, ...]
+    in_progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What checks need to know: the ``chunks`` of a purge, and what the log says of it."""
+
+    store: Store
+    chunks: Tombstones
+    history: PurgeHistory
+
+    def rows(self, entry: FileEntry) -> Rows:
+        """Return the rows of purged chunks in the part of a file, int64, ascending."""
+        return self.chunks.rows(int(FileName.parse(entry.path).slot))
+
+
+def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
+    """Check all files of a store; ``report`` is called with the bytes of each live file after it was checked.
+
+    ``ErasedError`` if another process replaced a file of the view; nothing is known then.
+    """
+    store = purged.store
+    found = {kind: [0, 0, 0] for kind in CHECKS}
+    left: dict[str, int] = {}
+    damaged: list[str] = []
+    for entry in store.state.files():
+        kind = FileName.parse(entry.path).kind
+        looks = CHECKS[kind].looks
+        try:
+            seen = None if looks is None else looks(purged, entry)
+            if seen is not None:
+                for place, n in enumerate((1, *seen)):
+                    found[kind][place] += n
+                if seen[1]:
+                    left[entry.path] = seen[1]
+                if atomic.file_sha256(store.path(entry)) != entry.sha256:
+                    damaged.append(f"{entry.path}: its SHA-256 is not what the log says")
+        except ErasedError:
+            raise
+        except (RetrotoolError, OSError, LookupError, ValueError, pa.ArrowException) as error:
+            with contextlib.suppress(CorruptError):
+                store.path(entry)  # ``ErasedError`` if it was replaced just now
+            damaged.append(f"{entry.path}: can't be checked: {error}")
+        report(entry.bytes)
+    present, synced = _check_removed(store.root, purged.history.removed)
+    unknown, in_progress = find_unknown(store, purged.history.removed)
+    kinds = tuple(KindChecked(kind, CHECKS[kind].what, *counts) for kind, counts in found.items())
+    return Erasure(
+        kinds, left, tuple(damaged), len(purged.history.removed), present, synced, unknown, in_progress
+    )  # fmt: skip
+
+
+Seen = tuple[int, int] | None
+"""How many rows of a file were looked at, and in how many something is left; None: the file can't hold any."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    what: str
+    looks: Callable[[Purged, FileEntry], Seen] | None = None
+
+
+def _check_documents(purged: Purged, entry: FileEntry) -> Seen:
+    rows = purged.rows(entry)
+    if not len(rows):
+        return None
+    part = int(FileName.parse(entry.path).slot)
+    chunks = parts.read_parquet(purged.store, parts.part_entry(purged.store, "chunks", part), ["doc", "n_tokens"])
+    doc, n_tokens = chunks["doc"].to_numpy(), np.array(chunks["n_tokens"].to_numpy())
+    n_tokens[rows] = 0
+    tokens = np.bincount(doc, weights=n_tokens).astype(np.int64)
+    concerned = np.unique(doc[rows])
+    whole, partly = concerned[tokens[concerned] == 0], concerned[tokens[concerned] > 0]
+    table = parts.read_documents(purged.store, part)
+    left = table["n_tokens"].to_numpy() != tokens
+    for name in set(table.schema.names) - {"first_row", "n_chunks", "n_tokens"}:
+        left[whole] |= table[name].is_valid().to_numpy()[whole]
+    left[partly] |= table["text_hash"].is_valid().to_numpy()[partly]
+    return len(concerned), int(left[concerned].sum())
+
+
+def _check_chunks(purged: Purged, entry: FileEntry) -> Seen:
+    rows = purged.rows(entry)
+    if not len(rows):
+        return None
+    chunks = parts.read_chunks(purged.store, int(FileName.parse(entry.path).slot))
+    return len(rows), int(((chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1)).sum())
+
+
+def _check_embeddings(purged: Purged, entry: FileEntry) -> Seen:
+    rows = purged.rows(entry)
+    if not len(rows):
+        return None
+    matrix = vectors.read_vectors(purged.store, entry)
+    blocks = (rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS))
+    return len(rows), sum(int(matrix[some].any(axis=1).sum()) for some in blocks)
+
+
+def _check_index(purged: Purged, entry: FileEntry) -> Seen:
+    slot = FileName.parse(entry.path).slot
+    if slot == RECALL:
+        return 1, int(not purged.history.is_after(entry.path))
+    if not slot.startswith("shard-"):
+        return None
+    shard = lists.read(purged.store.path(entry))
+    if not shard.is_whole():
+        raise CorruptError(f"{entry.path} holds other numbers of ids and of codes than it says")
+    return len(shard), sum(int(purged.chunks.contains(shard.ids(number)).sum()) for number in shard.numbers)
+
+
+def _check_neighbours(purged: Purged, entry: FileEntry) -> Seen:
+    rows = purged.rows(entry)
+    within = is_within(purged.store, entry, table_schema(purged.store, entry).metadata)
+    if not (within or len(rows)):
+        return None
+    left = 0
+    for group, mine in _row_groups(entry, rows):
+        table = tables.read_table(purged.store, entry, [group])
+        none = table.ids == NO_NEIGHBOUR
+        bad: npt.NDArray[np.bool_] = (none & ~np.isposinf(table.distances)).any(axis=1)
+        bad[mine] |= ~none[mine].all(axis=1)
+        if within:
+            bad |= purged.chunks.contains(table.ids).any(axis=1)
+        left += int(bad.sum())
+    return entry.rows if within else len(rows), left
+
+
+def _check_materialised(purged: Purged, entry: FileEntry) -> Seen:
+    rows, within = purged.rows(entry), databases_within(entry)
+    if not (within or len(rows)):
+        return None
+    left = 0
+    for group, mine in _row_groups(entry, rows):
+        stored = read_materialised(purged.store, entry, [group])
+        is_chunk = stored.ids >= 0
+        own = is_chunk & np.isin(stored.databases, within)
+        holds: npt.NDArray[np.bool_] = (stored.n_tokens != 0) | stored.tokens.any(axis=3)
+        empty = ~(holds[:, :, 0] | holds[:, :, 1])
+        bad = own & (purged.chunks.contains(stored.ids) | (purged.chunks.contains(stored.ids + 1) & holds[:, :, 1]))
+        bad |= ~is_chunk & ~empty
+        bad[mine] |= (stored.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
+        left += int(bad.any(axis=1).sum())
+    return entry.rows if within else len(rows), left
+
+
+def _row_groups(entry: FileEntry, rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """Numbers of the row groups of a file, and which of ``rows`` each has, counted from its first."""
+    for group in range(-(-entry.rows // ROW_GROUP)):
+        low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
+        yield group, rows[low:high] - group * ROW_GROUP
+
+
+def _check_quarantine(purged: Purged, entry: FileEntry) -> Seen:
+    if purged.history.is_new(entry.path):
+        return None
+    table = parts.read_parquet(purged.store, entry, ["excerpt"])
+    return table.num_rows, table.num_rows - table["excerpt"].null_count
+
+
+def _check_selectors(purged: Purged, entry: FileEntry) -> Seen:
+    """A purge that was made after the erase may name the same chunks, and keeps what it selected by."""
+    named = has_any(purged.store, FileName.parse(entry.path).slot, purged.chunks)
+    return (1, 1) if named and not purged.history.is_new(entry.path) else None
+
+
+def _check_scans(purged: Purged, entry: FileEntry) -> Seen:
+    names = purged.chunks.contains(parts.read_parquet(purged.store, entry, ["chunks"])["chunks"].to_numpy()).any()
+    return 1, int(names or not purged.history.is_after(entry.path))
+
+
+CHECKS: Mapping[str, _Check] = {
+    "documents": _Check("documents: all columns null; no hash where a part is erased", _check_documents),
+    "chunks": _Check("rows: no tokens", _check_chunks),
+    "embeddings": _Check("rows: the vector zero", _check_embeddings),
+    "index": _Check("no id in lists; no measurements from before the erase", _check_index),
+    "neighbours": _Check("rows empty; no id or distance in the others", _check_neighbours),
+    "materialised": _Check("rows empty; no id or token in the others", _check_materialised),
+    "tombstones": _Check("not decoded: hold ids of chunks alone"),
+    "restored": _Check("not decoded: hold ids of chunks alone"),
+    "blocked": _Check("not decoded: hold hashes that are keyed with the store's secret"),
+    "quarantine": _Check("rows: no excerpt of the input", _check_quarantine),
+    "plans": _Check("not decoded: hold names of inputs, and hashes that are keyed with the store's secret"),
+    "inputs": _Check("not decoded: hold names of inputs, and hashes that are keyed with the store's secret"),
+    "selectors": _Check("files that say what was selected by", _check_selectors),
+    "scans": _Check("files that name a chunk, or are from before the erase", _check_scans),
+}
+"""What is checked of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""
+
+
+def _check_removed(root: Path, removed: set[str]) -> tuple[tuple[str, ...], bool]:
+    """Which files that left the state are still there; and whether their absence is durable."""
+    folders: set[Path] = set()
+    present = []
+    for path in sorted(removed):
+        file = root / path
+        folders.add(file.parent)
+        if file.exists() or file.is_symlink():
+            present.append(path)
+    try:
+        for folder in sorted(folders):
+            if folder.is_dir():
+                disk.fsync_directory(folder)
+    except OSError:  # such as of a file system that is mounted read-only
+        return tuple(present), False
+    return tuple(present), True
+
+
+def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ...], int]:
+    """Find what lies under a store and is named by no commit; and count the files of work in progress.
+
+    Those of ``removed``, which left the state, are not among either.
+    """
+    waiting = _waiting(store.root)
+    alive: dict[str, bool] = {}
+    unknown: list[UnknownFile] = []
+    in_progress = 0
+    for path, relative in _walk(store.root):
+        link = path.is_symlink()
+        if relative in removed or (_is_named(store, relative) and not link):
+            continue
+        owner = clean.owner_of(path, relative)
+        if owner is not None and owner not in alive:
+            alive[owner] = runs.is_alive(store.root, owner, now=time.time())  # nothing is removed by it
+        if not link and (relative in waiting or (owner is not None and alive[owner])):
+            in_progress += 1
+            continue
+        try:
+            unknown.append(UnknownFile(relative, path.lstat().st_size, link))
+        except FileNotFoundError:
+            continue
+    return tuple(unknown), in_progress
+
+
+def _waiting(root: Path) -> set[str]:
+    """Paths of finished tasks that wait for their commit, and of what they wrote."""
+    staged = staging.read_staged(root)
+    found = {f"staging/{task}.json" for task in staged}
+    return found.union(path for task in staged.values() for path in task.files())
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+    """All files and symbolic links under a store, in the order of their paths; links are not followed."""
+    for folder, inner, names in walk(root, onerror=_refuse):
+        inner.sort()
+        for name in sorted([*names, *(one for one in inner if (Path(folder) / one).is_symlink())]):
+            path = Path(folder) / name
+            yield path, path.relative_to(root).as_posix()
+
+
+def _refuse(error: OSError) -> None:
+    """Nothing may be said of a folder that can't be read."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _is_named(store: Store, relative: str) -> bool:
+    """Whether a file is the store's: named by a commit, or the log and what the log is opened with."""
+    kind, _, name = relative.partition("/")
+    if relative in (identity.FILE, store.identity.tokenizer.file) or _LOG_ENTRY.fullmatch(relative):
+        return True
+    if kind == "checkpoints":
+        return CHECKPOINT_NAME.fullmatch(name) is not None
+    try:
+        return store.state.has(relative)
+    except CorruptError:  # no path of a store's file
+        return False

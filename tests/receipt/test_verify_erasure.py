@@ -1,0 +1,349 @@
+"""Attacks on the check of an erase: something of it is put back in each kind of file, and the file is named."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_rows, write_jsonl
+from receipt_help import NAMES, build, purge, receipt
+
+import retrotool
+from retrotool import api
+from retrotool.ann import lists
+from retrotool.index.index_files import write_index
+from retrotool.purge.purged_chunks import tombstones_of
+from retrotool.receipt.verify_erasure import CHECKS
+from retrotool.store import disk, parts, vectors
+from retrotool.store.atomic import FileEntry, write_file
+from retrotool.store.log import Draft
+from retrotool.store.paths import DATA_KINDS, FileName
+from retrotool.store.runs import Run
+from retrotool.store.session import writing
+from retrotool.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def secret_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """Not to be changed: copy it."""
+    return build(tmp_path_factory.mktemp("secret"), tiny_encoder)
+
+
+@pytest.fixture
+def store(secret_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(secret_store, tmp_path / "store"))
+
+
+def test_every_kind_of_file_has_a_check() -> None:
+    assert set(CHECKS) == set(DATA_KINDS)
+
+
+@pytest.fixture
+def erased(store: Path, secret_store: Path) -> tuple[Path, str, Store]:
+    """A store with an erased purge, its id, and the store as it was before."""
+    return store, purge(store, erase=True), Store.open(secret_store)
+
+
+Forge = Callable[[Store, FileEntry, FileEntry, Store, int], "pa.Table | np.ndarray | Any"]
+"""Makes the content of a file that has something of the purged chunk again, from the file as it is and as it was."""
+
+
+def put_back(store: Path, before: Store, kind: str, name: str, chunk: int, forge: Forge) -> str:
+    """Replace the file of a chunk by a forged one, through a commit that the log is whole with; the forged path."""
+    opened = Store.open(store)
+    slot = "shard-0000" if kind == "index" else f"{chunk >> 32:06d}"
+    now, then = opened.state.file(kind, slot, name), before.state.file(kind, slot, name)
+    assert now is not None and then is not None
+    forged = forge(opened, now, then, before, chunk & 0xFFFFFFFF)
+    with writing(opened) as run:
+        new = FileName.new(run.id, kind, slot, FileName.parse(now.path).extension, name)
+        if isinstance(forged, pa.Table):
+            row_group = parts.ROW_GROUP
+            entry = parts.write_parquet(store, new, forged, row_group=row_group, about=now.about)
+        elif isinstance(forged, np.ndarray):
+            entry = vectors.write_vectors(store, new, forged)
+        else:
+            entry = write_index(store, forged, new, now.about)
+        opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,)))
+    return entry.path
+
+
+def row_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
+    """The table with one row as it was."""
+    new, old = pq.read_table(now.root / entry.path), pq.read_table(before.root / then.path)
+    return pa.concat_tables([new.slice(0, row), old.slice(row, 1), new.slice(row + 1)]).combine_chunks()
+
+
+def column_again(column: str) -> Forge:
+    """The documents with a column as it was."""
+
+    def forge(now: Store, entry: FileEntry, then: FileEntry, before: Store, _: int) -> pa.Table:
+        new, old = pq.read_table(now.root / entry.path), pq.read_table(before.root / then.path)
+        at = new.schema.get_field_index(column)
+        return new.set_column(at, new.schema.field(at), old[column])
+
+    return forge
+
+
+def tokens_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
+    """The chunks with the tokens of a row, which still counts none."""
+    table = row_again(now, entry, then, before, row)
+    counts = table["n_tokens"].to_numpy().copy()
+    counts[row] = 0
+    at = table.schema.get_field_index("n_tokens")
+    return table.set_column(at, table.schema.field(at), pa.array(counts, pa.int32()))
+
+
+def vector_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> np.ndarray:
+    matrix = np.load(now.root / entry.path)
+    matrix[row] = np.load(before.root / then.path)[row]
+    return matrix
+
+
+def neighbour_again(now: Store, entry: FileEntry, _: FileEntry, __: Store, row: int) -> pa.Table:
+    """The table of neighbours in which the first row that has any names a purged chunk."""
+    table = pq.read_table(now.root / entry.path)
+    ids = table["ids"].to_pylist()
+    other = next(i for i, near in enumerate(ids) if near[0] >= 0)
+    ids[other][0] = int(FileName.parse(entry.path).slot) << 32 | row
+    at = table.schema.get_field_index("ids")
+    return table.set_column(at, table.schema.field(at), pa.array(ids, table.schema.field(at).type))
+
+
+def distance_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
+    """The table of neighbours with the distances of a purged chunk, but no ids."""
+    new, old = pq.read_table(now.root / entry.path), row_again(now, entry, then, before, row)
+    at = new.schema.get_field_index("distances")
+    return new.set_column(at, new.schema.field(at), old["distances"])
+
+
+def shard_again(now: Store, _: FileEntry, then: FileEntry, before: Store, row: int) -> Any:
+    """The shard as it was, without the purged chunks but one."""
+    (name,) = now.state.with_prefix("purge:")
+    others = np.setdiff1d(tombstones_of(now, name), [row])
+    return lists.without(lists.read(before.path(then)), lambda ids: np.isin(ids, others))
+
+
+FORGED = {
+    "documents by their id": ("documents", "", column_again("id")),
+    "documents by a hash": ("documents", "", column_again("text_hash")),
+    "documents by a kept column": ("documents", "", column_again("year")),
+    "documents by their input": ("documents", "", column_again("input")),
+    "documents by their lengths": ("documents", "", column_again("n_tokens")),
+    "chunks": ("chunks", "", row_again),
+    "chunks without a count": ("chunks", "", tokens_again),
+    "embeddings": ("embeddings", "tiny", vector_again),
+    "index": ("index", "main", shard_again),
+    "neighbours of it": ("neighbours", "main", row_again),
+    "neighbours to it": ("neighbours", "main", neighbour_again),
+    "distances": ("neighbours", "main", distance_again),
+    "materialised": ("materialised", "main", row_again),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_what_is_put_back_with_a_forged_log_is_found(erased: tuple[Path, str, Store], case: str) -> None:
+    store, name, before = erased
+    assert receipt(store, name).ok
+    kind, of, forge = FORGED[case]
+    chunk = int(tombstones_of(Store.open(store), name)[0])
+    path = put_back(store, before, kind, of, chunk, forge)
+    found = receipt(store, name)
+    assert not found.ok and found.state == "erased"
+    assert [problem.split(":")[0] for problem in found.problems if "is left" in problem] == [path]
+    assert {one.kind for one in found.kinds if one.left} == {kind}
+    assert found.log_whole
+
+
+def add_file(store: Path, kind: str, slot: str, extension: str, source: Path, rows: int, name: str = "") -> str:
+    """Commit a copy of a file under a new name."""
+    opened = Store.open(store)
+    with writing(opened) as run:
+        new = FileName.new(run.id, kind, slot, extension, name)
+        entry = write_file(store, new, lambda path: int(shutil.copy(source, path) is not None) * rows)
+        now = opened.state.file(kind, slot, name)
+        opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,) if now else ()))
+    return entry.path
+
+
+def test_what_was_asked_for_and_excerpts_of_inputs_are_found(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
+    store, name, before = erased
+    (quoted,) = (entry for entry in before.state.files() if entry.path.startswith("quarantine/"))
+    slot = FileName.parse(quoted.path).slot
+    paths = [add_file(store, "quarantine", slot, "parquet", before.root / quoted.path, quoted.rows)]
+    literal = tmp_path / "literal.json"
+    literal.write_text("{}")
+    paths.append(add_file(store, "selectors", name, "json", literal, 1))
+    found = receipt(store, name)
+    assert {problem.split(":")[0] for problem in found.problems} == set(paths)
+
+
+def test_files_that_come_after_an_erase_are_not_taken_for_its_own(store: Path, tmp_path: Path) -> None:
+    name = purge(store, erase=True)
+    more = write_jsonl(tmp_path / "more.jsonl", [*make_rows(3, first=300), {"id": "broken too", "text": 4}])
+    api.chunk(store, [str(more)])
+    api.purge(store, api.Selectors(document=("doc-300",)), reason="later")
+    found = receipt(store, name)
+    assert found.ok, found.problems
+
+
+@pytest.mark.parametrize("kind", ["documents", "chunks", "embeddings", "index", "neighbours", "materialised"])
+def test_a_file_that_was_replaced_and_is_there_again_is_found(erased: tuple[Path, str, Store], kind: str) -> None:
+    store, name, before = erased
+    state = Store.open(store).state
+    path = next(e.path for e in before.state.files() if e.path.split("/")[0] == kind and not state.has(e.path))
+    (store / path).write_bytes((before.root / path).read_bytes())
+    found = receipt(store, name)
+    assert [problem.split(":")[0] for problem in found.problems] == [path]
+    assert found.present == (path,)
+    assert found.unknown == (), "the log knows it"
+    assert receipt(store, name).ok, "the commit of the receipt cleaned up"
+
+
+def test_a_file_that_is_not_what_the_log_says_is_found(erased: tuple[Path, str, Store]) -> None:
+    store, name, _ = erased
+    state = Store.open(store).state
+    for kind in ("embeddings", "neighbours"):
+        path = store / next(entry.path for entry in state.files() if entry.path.startswith(f"{kind}/"))
+        data = bytearray(path.read_bytes())
+        data[len(data) - 1 if kind == "embeddings" else len(data) // 2] ^= 1
+        path.write_bytes(data)
+    problems = receipt(store, name).problems
+    assert any(problem.startswith("embeddings/") and "SHA-256" in problem for problem in problems)
+    assert any(problem.startswith("neighbours/") for problem in problems)
+    lost = store / next(entry.path for entry in state.files() if entry.path.startswith("chunks/"))
+    lost.unlink()
+    assert any("is missing" in problem for problem in receipt(store, name).problems)
+
+
+def test_tombstones_that_are_not_what_the_log_says_are_found(erased: tuple[Path, str, Store]) -> None:
+    store, name, _ = erased
+    (path,) = (store / "tombstones").glob(f"{name}-*")
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"parquet-cpp-arrow")  # who wrote it: no reader checks that
+    data[at : at + 7] = b"PARQUET"
+    path.write_bytes(data)
+    (problem,) = receipt(store, name).problems
+    assert "other chunks were checked than were purged" in problem
+
+
+def test_what_no_commit_names_is_listed_and_not_checked(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
+    store, name, _ = erased
+    token = secrets.token_hex(8)
+    strange = {
+        "notes.txt": b"", ".hidden/deep/file": b"abc", f"documents/000000-{token}.parquet": b"12345",
+        "chunks/backup": b"x" * 1000, "staging/odd.json": b"{",
+    }  # fmt: skip
+    for path, data in strange.items():
+        (store / path).parent.mkdir(parents=True, exist_ok=True)
+        (store / path).write_bytes(data)
+    (store / "loop").symlink_to(store)
+    (store / "elsewhere").symlink_to(tmp_path / "not there")
+    found = receipt_of_a_view(store, name)
+    assert found.ok, found.problems
+    assert {one.path: one.bytes for one in found.unknown if not one.link} == {k: len(v) for k, v in strange.items()}
+    assert {one.path for one in found.unknown if one.link} == {"loop", "elsewhere"}
+    assert found.in_progress == 0
+
+
+def receipt_of_a_view(store: Path, name: str) -> Any:
+    """A receipt of a store that is not written to: the commit of the receipt would clean up what dead runs left."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refused(_: Run) -> Run:
+            raise PermissionError("read-only")
+
+        patch.setattr(Run, "__enter__", refused)
+        return receipt(store, name)
+
+
+def test_files_of_commands_that_run_are_counted(erased: tuple[Path, str, Store]) -> None:
+    store, name, _ = erased
+    with Run(store) as run:
+        (store / FileName.new(run.id, "chunks", "000099", "parquet").path).write_bytes(b"half")
+        found = receipt_of_a_view(store, name)
+    assert (found.unknown, found.in_progress) == ((), 2)
+
+
+def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
+    store, name, before = erased
+    (store / "chunks").rename(tmp_path / "elsewhere")
+    (store / "chunks").symlink_to(tmp_path / "elsewhere")
+    found = receipt_of_a_view(store, name)
+    assert not found.ok and any("is a symbolic link" in problem for problem in found.problems)
+    assert [(one.path, one.link) for one in found.unknown] == [("chunks", True)]
+    gone = next(e.path for e in before.state.files() if e.path.startswith("chunks/") and not (store / e.path).exists())
+    (store / gone).write_bytes(b"again")
+    assert receipt_of_a_view(store, name).present == (gone,)
+
+
+_synced: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if _synced is not None and event == disk.EVENT and arguments[0] == "fsync_directory":
+        _synced.append(os.fspath(arguments[1]))
+
+
+sys.addaudithook(_note)
+
+
+def test_the_absence_of_files_is_synced(erased: tuple[Path, str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    global _synced
+    store, name, _ = erased
+    _synced = []
+    assert receipt_of_a_view(store, name).synced
+    synced, _synced = {os.path.relpath(path, store) for path in _synced}, None
+    assert synced >= {"documents", "chunks", "embeddings/tiny", "index/main", "neighbours/main", "selectors"}
+
+    def failing(_: Path) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(disk, "fsync_directory", failing)
+    found = receipt_of_a_view(store, name)
+    assert found.ok and not found.synced
+
+
+def test_a_document_that_is_erased_in_part_keeps_no_hash(store: Path, secret_store: Path) -> None:
+    first, *_ = retrotool.open(store).document("doc-9")
+    name = api.purge(store, api.Selectors(chunk=(str(first),)), reason="test", erase=True).purge
+    found = receipt(store, name)
+    assert found.ok, found.problems
+    forge = column_again("text_hash")
+    path = put_back(store, Store.open(secret_store), "documents", "", first, forge)
+    assert [problem.split(":")[0] for problem in receipt(store, name).problems] == [path]
+
+
+def test_ids_of_another_store_are_not_taken_for_ones_own(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
+    other = tmp_path / "other"
+    api.chunk(other, [str(write_jsonl(tmp_path / "o.jsonl", make_rows(90, first=200)))], tokenizer=str(tiny_encoder))
+    api.embed(other, encoder=str(tiny_encoder))
+    api.index(other)
+    api.neighbours(other, queries=store, name="far", materialise=True)
+    found = receipt(store, purge(store, erase=True))
+    assert found.ok, found.problems
+    assert {path.name for path in found.read_paths} >= {"neighbours far", "dataset far", "export far", "inspect far"}
+
+
+def test_of_a_purge_that_is_not_erased_is_counted_what_is_left(store: Path) -> None:
+    name = purge(store)
+    found = receipt(store, name)
+    assert found.ok, found.problems
+    left = {one.kind: one.left for one in found.kinds if one.left}
+    chunks = len(tombstones_of(Store.open(store), name))
+    assert left["documents"] == len(NAMES)
+    assert left["chunks"] == left["embeddings"] == chunks
+    assert left.keys() == {
+        "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "quarantine", "selectors",
+    }  # fmt: skip
+    api.erase(store, [name])
+    assert not any(one.left for one in receipt(store, name).kinds)
