@@ -142,7 +142,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     verified, seconds = run("purge", root, purged["purge"], "--verify", "--out", folder)
     receipt = verified["receipt"]
-    files, rows = (sum(one[what] for one in receipt["kinds"]) for what in ("files", "rows"))
+    files, rows = (sum(one[what] for one in receipt["files"]["kinds"]) for what in ("files", "rows"))
     print(
         f"  verify              {seconds:7.1f} s: {files:,} files decoded, {rows:,} rows; "
         f"{'nothing of it is left' if receipt['ok'] else 'FAILED'}"

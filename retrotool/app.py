@@ -12,7 +12,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from retrotool import interrupts
 from retrotool.cli import output
@@ -64,10 +64,25 @@ class _Group(TyperGroup):
             raise
 
 
+class _Command(TyperCommand):
+    """A command whose help has its options under the headings of their panels."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, then options panel by panel; those without one come last."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for panel in sorted(panels, key=lambda name: name == "Options"):
+            with formatter.section(panel):
+                formatter.write_dl(panels[panel])
+
+
 def _import_command(name: str) -> Any:
     module = importlib.import_module(_COMMANDS[name])
     single = typer.Typer(add_completion=False, **_SHOWN)
-    single.command(name, epilog=module.EPILOG)(module.command)
+    single.command(name, cls=_Command, epilog=module.EPILOG)(module.command)
     command = typer.main.get_command(single)
     command.name = name
     return command

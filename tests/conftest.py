@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from forked import run_forked
@@ -93,10 +95,38 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+Made = TypeVar("Made")
+Shared = Callable[[str, Callable[[Path], Made]], Made]
+
+
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared[Any]:
+    """Make something once for all processes that run tests: ``shared("name", make)``, where ``make`` gets a new folder.
+
+    What it returns, a path perhaps, is what each process gets. Nobody may change what is in the folder: copy it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], Made]) -> Made:
+        folder, done = root / f"shared-{name}", root / f"shared-{name}.pickle"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped at it
+                folder.mkdir()
+                done.write_bytes(pickle.dumps(make(folder)))
+            made: Made = pickle.loads(done.read_bytes())
+            return made
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(shared: Shared[Path]) -> Path:
     """A BERT of two layers and 32 dimensions with random weights and a WordPiece vocabulary, saved as safetensors."""
-    return make_encoder(tmp_path_factory.mktemp("encoder") / "tiny", seed=0)
+    return shared("encoder", lambda folder: make_encoder(folder / "tiny", seed=0))
 
 
 def make_encoder(path: Path, seed: int, dimension: int = 32) -> Path:
@@ -136,8 +166,12 @@ def make_encoder(path: Path, seed: int, dimension: int = 32) -> Path:
 
 
 @pytest.fixture(scope="session")
-def byte_level_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def byte_level_tokenizer(shared: Shared[Path]) -> Path:
     """A byte-level BPE of 2,000 tokens, trained here: lossless."""
+    return shared("tokenizer", lambda folder: train_tokenizer(folder / "tokenizer.json"))
+
+
+def train_tokenizer(path: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -147,35 +181,36 @@ def byte_level_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator((make_text(i, 200) for i in range(100)), trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(shared: Shared[Path]) -> Path:
     """120 documents as jsonl."""
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_rows(120))
+    return shared("corpus", lambda folder: write_jsonl(folder / "corpus.jsonl", make_rows(120)))
 
 
 @pytest.fixture(scope="session")
-def built_store(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_encoder: Path) -> Path:
+def built_store(shared: Shared[Path], corpus: Path, tiny_encoder: Path) -> Path:
     """A finished store of several parts: chunked, embedded, indexed, with neighbours. Not to be changed: copy it."""
-    from retrotool import api
 
-    store = tmp_path_factory.mktemp("built") / "store"
-    api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
-    api.embed(store, encoder=str(tiny_encoder))
-    api.index(store)
-    api.neighbours(store)
-    return store
+    def build(folder: Path) -> Path:
+        from retrotool import api
+
+        store = folder / "store"
+        api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+        api.embed(store, encoder=str(tiny_encoder))
+        api.index(store)
+        api.neighbours(store)
+        return store
+
+    return shared("built", build)
 
 
 @pytest.fixture
 def store_copy(built_store: Path, tmp_path: Path) -> Path:
     """A copy of ``built_store`` that may be changed."""
-    import shutil
-
     return Path(shutil.copytree(built_store, tmp_path / "store"))
 
 
@@ -188,13 +223,13 @@ def snapshots(request: pytest.FixtureRequest) -> Snapshots:
 @pytest.fixture(autouse=True)
 def quick_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes are forked from one that has imported what they need, unless a test wants them ``spawned``."""
-    from retrotool.engine import processes
+    from retrotool.engine import local
 
     if not request.node.get_closest_marker("spawned"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "faiss", "pyarrow.parquet", "tokenizers", "retrotool.api"])
         quick = SimpleNamespace(get_context=lambda _: context, parent_process=multiprocessing.parent_process)
-        monkeypatch.setattr(processes, "multiprocessing", quick)
+        monkeypatch.setattr(local, "multiprocessing", quick)
 
 
 _loaded: dict[tuple[object, ...], tuple[str, str, Any]] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, parse_size, unescape
+from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
@@ -34,132 +34,92 @@ _INPUT, _READING, _WORK = "What is let in", "How rows are read", "How the work i
 def command(
     store: StoreArgument,
     inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[INPUT]...",
-            help="Files, folders or patterns; - is standard input.",
-            show_default=False,
-        ),
+        list[str] | None, arg("Files, folders or patterns; - is standard input.", metavar="[INPUT]...")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "tokenizer.json, model directory, .model, .tiktoken, or hub name. Default: the store's, or minilm's.",
             metavar="T",
-            help="tokenizer.json, model directory, .model, .tiktoken, or hub name. Default: the store's, or minilm's.",
         ),
     ] = None,
     chunk_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens a chunk. Default: the store's; of a new store, 64.")
+        int | None, opt("Tokens a chunk. Default: the store's; of a new store, 64.", metavar="N")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read a sample, show what will come, and change nothing.")
-    ] = False,
+    dry_run: Annotated[bool, opt("Read a sample, show what will come, and change nothing.", "--dry-run")] = False,
     text_field: Annotated[
-        str, typer.Option(metavar="F", help="Field that holds the text; a.b is b inside a.", rich_help_panel=_READING)
+        str, opt("Field that holds the text; a.b is b inside a.", metavar="F", panel=_READING)
     ] = "text",
     id_field: Annotated[
-        str,
-        typer.Option(
-            metavar="F",
-            help="Field that holds the document's id; without one, a hash of the text.",
-            rich_help_panel=_READING,
-        ),
+        str, opt("Field that holds the document's id; without one, a hash of the text.", metavar="F", panel=_READING)
     ] = "id",
     keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="F", help="Field to keep as a column of documents; may be repeated.", rich_help_panel=_READING
-        ),
+        list[str] | None, opt("Field to keep as a column of documents; may be repeated.", metavar="F", panel=_READING)
     ] = None,
     key_field: Annotated[
-        str | None,
-        typer.Option(metavar="F", help="Key of key-value records: what is embedded.", rich_help_panel=_READING),
+        str | None, opt("Key of key-value records: what is embedded.", metavar="F", panel=_READING)
     ] = None,
     value_field: Annotated[
-        str | None,
-        typer.Option(metavar="F", help="Value of key-value records: the continuation.", rich_help_panel=_READING),
+        str | None, opt("Value of key-value records: the continuation.", metavar="F", panel=_READING)
     ] = None,
     tokens_field: Annotated[
-        str | None,
-        typer.Option(metavar="F", help="Field of token ids, taken over as they are.", rich_help_panel=_READING),
+        str | None, opt("Field of token ids, taken over as they are.", metavar="F", panel=_READING)
     ] = None,
     token_dtype: Annotated[
         Literal["uint16", "uint32"] | None,
-        typer.Option(
-            metavar="uint16|uint32",
-            help="Type of the ids in plain token files.",
-            rich_help_panel=_READING,
-        ),
+        opt("Type of the ids in plain token files.", metavar="uint16|uint32", panel=_READING),
     ] = None,
     end_of_document: Annotated[
-        int | None,
-        typer.Option(metavar="ID", help="Token id that ends a document in token files.", rich_help_panel=_READING),
+        int | None, opt("Token id that ends a document in token files.", metavar="ID", panel=_READING)
     ] = None,
     separator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S", help="What stands between documents in .txt files, such as '\\n\\n'.", rich_help_panel=_READING
-        ),
+        str | None, opt("What stands between documents in .txt files, such as '\\n\\n'.", metavar="S", panel=_READING)
     ] = None,
-    max_document: Annotated[
-        str, typer.Option(metavar="SIZE", help="Longer texts are set aside.", rich_help_panel=_READING)
-    ] = "64MiB",
+    max_document: Annotated[str, opt("Longer texts are set aside.", metavar="SIZE", panel=_READING)] = "64MiB",
     duplicates: Annotated[
         Literal["skip", "keep", "fail"],
-        typer.Option(
+        opt(
+            "Documents with the id or the text of one before: leave out, keep, or refuse.",
             metavar="skip|keep|fail",
-            help="Documents with the id or the text of one before: leave out, keep, or refuse.",
-            rich_help_panel=_INPUT,
+            panel=_INPUT,
         ),
     ] = "skip",
     changed: Annotated[
         Literal["refuse", "add"],
-        typer.Option(
+        opt(
+            "Inputs that changed since they were chunked: refuse, or add the documents that are new.",
             metavar="refuse|add",
-            help="Inputs that changed since they were chunked: refuse, or add the documents that are new.",
-            rich_help_panel=_INPUT,
+            panel=_INPUT,
         ),
     ] = "refuse",
     allow_purged: Annotated[
-        bool, typer.Option("--allow-purged", help="Also chunk documents that were purged.", rich_help_panel=_INPUT)
+        bool, opt("Also chunk documents that were purged.", "--allow-purged", panel=_INPUT)
     ] = False,
     max_bad: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "Stop when more rows are set aside; the rest of a damaged file is one. Default: any number.",
             metavar="N|P%",
-            help="Stop when more rows are set aside; the rest of a damaged file is one. Default: any number.",
-            rich_help_panel=_INPUT,
+            panel=_INPUT,
         ),
     ] = None,
     skip_missing: Annotated[
-        bool,
-        typer.Option(
-            "--skip-missing",
-            help="Give up inputs of an interrupted run that are gone or changed.",
-            rich_help_panel=_INPUT,
-        ),
+        bool, opt("Give up inputs of an interrupted run that are gone or changed.", "--skip-missing", panel=_INPUT)
     ] = False,
-    part_size: Annotated[
-        int, typer.Option(metavar="N", help="Chunks after which a part is closed.", rich_help_panel=_WORK)
-    ] = 1 << 20,
+    part_size: Annotated[int, opt("Chunks after which a part is closed.", metavar="N", panel=_WORK)] = 1 << 20,
     workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Worker processes. Default: one a core.", rich_help_panel=_WORK),
+        int | None, opt("Worker processes. Default: one a core.", metavar="N", panel=_WORK, least=1)
     ] = None,
     check: Annotated[
         float,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of documents whose tokens are compared with those of tokenizers.",
-            rich_help_panel=_WORK,
-        ),
+        opt("Share of documents whose tokens are compared with those of tokenizers.", metavar="SHARE", panel=_WORK),
     ] = 0.001,
     exact_tokenizer: Annotated[
         bool,
-        typer.Option(
+        opt(
+            "Tokenise with tokenizers alone, which is many times slower; the store keeps it.",
             "--exact-tokenizer",
-            help="Tokenise with tokenizers alone, which is many times slower; the store keeps it.",
-            rich_help_panel=_WORK,
+            panel=_WORK,
         ),
     ] = False,
     as_json: Json = False,

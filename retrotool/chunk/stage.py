@@ -24,7 +24,7 @@ from retrotool.chunk.chunker import Tokens
 from retrotool.chunk.known_documents import KnownDocuments, purged_chunks
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
-from retrotool.engine.stage import Report, Task, task_key
+from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, InputError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before

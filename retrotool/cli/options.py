@@ -20,41 +20,40 @@ def opt(
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """Return an option of typer with its help; ``least`` and ``most`` bound a number.
+    """Return an option of typer with its help; ``least`` and ``most`` bound a number, ``panel`` heads it in the help.
 
     ``names`` are by default "--" and the parameter's name. The default value is shown, unless it is None or False.
     """
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most)
 
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of the store.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+def arg(help: str, *, metavar: str) -> Any:  # noqa: A002
+    """Return an argument of typer with its help."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+StoreArgument = Annotated[Path, arg("Directory of the store.", metavar="STORE")]
+Json = Annotated[bool, opt("Print one JSON object on stdout.", "--json")]
 EncoderOption = Annotated[
-    str | None,
-    typer.Option("--encoder", metavar="NAME", help="Encoder whose embeddings to use, if the store has several."),
+    str | None, opt("Encoder whose embeddings to use, if the store has several.", "--encoder", metavar="NAME")
 ]
 IndexOption = Annotated[
-    str | None,
-    typer.Option("--index", metavar="NAME", help="Index to search.  [default: the default index, else main]"),
+    str | None, opt("Index to search.  [default: the default index, else main]", "--index", metavar="NAME")
 ]
 DevicesOption = Annotated[
     str,
-    typer.Option(
+    opt(
+        "auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
         "--devices",
         "--device",
         metavar="D,...",
-        help="auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
     ),
 ]
 ShardOption = Annotated[
     str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="This is job I of N on the store, from 0: begin with that share of the work.",
-    ),
+    opt("This is job I of N on the store, from 0: begin with that share of the work.", "--shard", metavar="I/N"),
 ]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+Device = Annotated[str, opt("auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 
 LEAST_MEMORY = 16 << 20
 """Bytes that ``--memory`` must leave."""

@@ -94,17 +94,40 @@ def _all_printable(value: Any) -> Any:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, right: Collection[int] = ()) -> str:
-    """Return rows as columns of equal width; numbers, and the columns ``right``, are set to the right."""
+    """Return rows as columns of equal width; numbers, and the columns ``right``, are set to the right.
+
+    In a pipe it is plain text, whatever its width. In a terminal a line separates the header, and long cells wrap.
+    """
     cells = [[_cell(value) for value in row] for row in ([header] if header else []) + [list(row) for row in rows]]
     if not cells:
         return ""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     to_right = [i in right or (bool(rows) and isinstance(rows[0][i], int | float)) for i in range(len(widths))]
+    if sys.stdout.isatty():
+        return _ruled(cells, to_right, bool(header))
     lines = []
     for row in cells:
         columns = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)]
         lines.append("  " + "  ".join(columns).rstrip())
     return "\n".join(lines)
+
+
+def _ruled(cells: Sequence[Sequence[str]], to_right: Sequence[bool], header: bool) -> str:
+    """A table for a terminal: a line below its header, and long cells in several lines."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD if header else None, show_header=header, pad_edge=False)
+    for name, right in zip(cells[0], to_right, strict=True):
+        shown.add_column(Text(name) if header else "", justify="right" if right else "left")
+    for row in cells[header:]:
+        shown.add_row(*map(Text, row))
+    console = Console(color_system=None)
+    with console.capture() as captured:
+        console.print(shown)
+    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
 
 
 def _cell(value: object) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import DevicesOption, Json, StoreArgument, parse_shard
+from retrotool.cli.options import DevicesOption, Json, StoreArgument, opt, parse_shard
 
 if TYPE_CHECKING:
     from retrotool.embed.run import EmbedResult
@@ -28,36 +26,23 @@ _WORTH_TELLING_SECONDS = 2.0
 def command(
     store: StoreArgument,
     encoder: Annotated[
-        str,
-        typer.Option(
-            metavar="E", help="minilm (bundled, with the extra of that name), a model directory, or a hub name."
-        ),
+        str, opt("minilm (bundled, with the extra of that name), a model directory, or a hub name.", metavar="E")
     ] = "minilm",
     name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="What the store calls the encoder.  [default: the name of its directory]"),
+        str | None, opt("What the store calls the encoder.  [default: the name of its directory]", metavar="NAME")
     ] = None,
-    pooling: Annotated[
-        str, typer.Option(help="auto (the model's own configuration, else mean), mean or cls.")
-    ] = "auto",
+    pooling: Annotated[str, opt("auto (the model's own configuration, else mean), mean or cls.")] = "auto",
     devices: DevicesOption = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")
-    ] = "auto",
+    dtype: Annotated[str, opt("auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")] = "auto",
     batch_tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Tokens of a batch: the memory it takes.  [default: 65536 on a GPU, 2048 on a CPU]"
-        ),
+        opt("Tokens of a batch: the memory it takes.  [default: 65536 on a GPU, 2048 on a CPU]", metavar="N", least=1),
     ] = None,
     shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N", help="This is job I of N on the store, from 0: begin with that share of the parts."
-        ),
+        str | None, opt("This is job I of N on the store, from 0: begin with that share of the parts.", metavar="I/N")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Hold 2,000 stored vectors against those of transformers in float32.")
+        bool, opt("Hold 2,000 stored vectors against those of transformers in float32.", "--check")
     ] = False,
     as_json: Json = False,
 ) -> None:

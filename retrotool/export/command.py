@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, opt
+from retrotool.cli.options import Json, StoreArgument, arg, opt
 
 if TYPE_CHECKING:
     from retrotool.export.run import ExportResult
@@ -21,9 +19,7 @@ Examples:
 
 def command(
     store: StoreArgument,
-    folder: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Folder to make; it is whole, or not there.", show_default=False)
-    ],
+    folder: Annotated[Path, arg("Folder to make; it is whole, or not there.", metavar="OUTPUT")],
     name: Annotated[str, opt("Which neighbour tables of the store.", metavar="TABLE")] = "main",
     k: Annotated[int | None, opt("Neighbours a chunk.  [default: what the table gives]", "-k", metavar="K")] = None,
     as_json: Json = False,

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.stage import check_table, members_of

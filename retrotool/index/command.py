@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
 from retrotool.cli.options import (
     LEAST_MEMORY,
@@ -14,6 +12,7 @@ from retrotool.cli.options import (
     Json,
     ShardOption,
     StoreArgument,
+    opt,
     parse_shard,
     parse_size,
 )
@@ -44,50 +43,36 @@ _SOURCES = 8
 def command(
     store: StoreArgument,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the index.  [default: the default index, else main]")
+        str | None, opt("Name of the index.  [default: the default index, else main]", metavar="NAME")
     ] = None,
     target_recall: Annotated[
         float | None,
-        typer.Option(
-            metavar="R", help="Share of the true 10 nearest to find.  [default: what the index has, else 0.95]"
-        ),
+        opt("Share of the true 10 nearest to find.  [default: what the index has, else 0.95]", metavar="R"),
     ] = None,
     memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="What search may hold, and building: longer codes, or shorter ones."),
+        str | None, opt("What search may hold, and building: longer codes, or shorter ones.", metavar="SIZE")
     ] = None,
-    nlist: Annotated[int | None, typer.Option(metavar="N", min=0, help="Lists; 0: exact search.")] = None,
-    code: Annotated[
-        str | None, typer.Option(metavar="CODE", help="float16, float32, sq8, pqM or opqM: M bytes a vector.")
-    ] = None,
-    factory: Annotated[
-        str | None, typer.Option(metavar="F", help="All of it as a faiss string, such as OPQ64,IVF4096,PQ64.")
-    ] = None,
+    nlist: Annotated[int | None, opt("Lists; 0: exact search.", metavar="N", least=0)] = None,
+    code: Annotated[str | None, opt("float16, float32, sq8, pqM or opqM: M bytes a vector.", metavar="CODE")] = None,
+    factory: Annotated[str | None, opt("All of it as a faiss string, such as OPQ64,IVF4096,PQ64.", metavar="F")] = None,
     shard_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, max=1 << 40, help="Vectors of a shard.  [default: a million, or what fits]"),
+        int | None, opt("Vectors of a shard.  [default: a million, or what fits]", metavar="N", least=1, most=1 << 40)
     ] = None,
     shard: ShardOption = None,
     devices: DevicesOption = "auto",
     encoder: EncoderOption = None,
-    queries: Annotated[int, typer.Option(metavar="N", min=1, help="Random chunks to measure the recall with.")] = 2000,
+    queries: Annotated[int, opt("Random chunks to measure the recall with.", metavar="N", least=1)] = 2000,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Measure anew, and take the cheapest operating point that holds the target.")
+        bool, opt("Measure anew, and take the cheapest operating point that holds the target.", "--tune")
     ] = False,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Measure anew at the operating point that there is; build nothing.")
+        bool, opt("Measure anew at the operating point that there is; build nothing.", "--evaluate")
     ] = False,
-    retrain: Annotated[
-        bool, typer.Option("--retrain", help="Train anew beside the old one, and switch when all is done.")
-    ] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="Join the small shards of parts that came later.")] = False,
-    mend: Annotated[
-        bool, typer.Option("--mend", help="Read every shard, and make those anew that are broken.")
-    ] = False,
-    default: Annotated[
-        bool, typer.Option("--default", help="Make it the index that is searched where none is named.")
-    ] = False,
-    drop: Annotated[bool, typer.Option("--drop", help="Take the index away, with all its files.")] = False,
+    retrain: Annotated[bool, opt("Train anew beside the old one, and switch when all is done.", "--retrain")] = False,
+    merge: Annotated[bool, opt("Join the small shards of parts that came later.", "--merge")] = False,
+    mend: Annotated[bool, opt("Read every shard, and make those anew that are broken.", "--mend")] = False,
+    default: Annotated[bool, opt("Make it the index that is searched where none is named.", "--default")] = False,
+    drop: Annotated[bool, opt("Take the index away, with all its files.", "--drop")] = False,
     as_json: Json = False,
 ) -> None:
     """Build the nearest-neighbour index, and measure its true recall.

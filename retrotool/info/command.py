@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument, opt
 
 if TYPE_CHECKING:
     from retrotool.info.corpus_statistics import Shape
@@ -26,7 +24,7 @@ _BAR, _SOURCES = 40, 8
 def command(
     store: StoreArgument,
     documents: Annotated[
-        bool, typer.Option("--documents", help="Also count documents by length and by source, which reads files.")
+        bool, opt("Also count documents by length and by source, which reads files.", "--documents")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument, opt
 
 if TYPE_CHECKING:
     from retrotool.info.log_entries import LogEntry
@@ -27,9 +25,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 def command(
     store: StoreArgument,
-    last: Annotated[
-        int | None, typer.Option("--last", metavar="N", help="Only the N newest commits.", show_default=False)
-    ] = None,
+    last: Annotated[int | None, opt("Only the N newest commits.", "--last", metavar="N")] = None,
     as_json: Json = False,
 ) -> None:
     """Tell what was done to a store, commit by commit, the newest last."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument, opt
 from retrotool.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
@@ -50,14 +50,13 @@ class Verified:
 
 def command(
     store: StoreArgument,
-    log: Annotated[bool, typer.Option("--log", help="Check only the log, its chain, fold and checkpoints.")] = False,
+    log: Annotated[bool, opt("Check only the log, its chain, fold and checkpoints.", "--log")] = False,
     head: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "With --log: the hash of a last entry, kept from an earlier check. The log must still have it.",
             "--head",
             metavar="SHA256",
-            help="With --log: the hash of a last entry, kept from an earlier check. The log must still have it.",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,

@@ -7,10 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, check_utf8
+from retrotool.cli.options import Json, StoreArgument, check_utf8, opt
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,22 +27,15 @@ Examples:
 
 def command(
     store: StoreArgument,
-    chunk: Annotated[int | None, typer.Option(metavar="ID", min=0, help="Show this chunk.", show_default=False)] = None,
-    document: Annotated[
-        str | None, typer.Option(metavar="ID", help="Show the chunks of this document.", show_default=False)
-    ] = None,
-    random: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Show random chunks of all parts.", show_default=False)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="S", min=0, help="Which random chunks.  [default: 0]", show_default=False)
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the neighbour tables.")] = "main",
+    chunk: Annotated[int | None, opt("Show this chunk.", metavar="ID", least=0)] = None,
+    document: Annotated[str | None, opt("Show the chunks of this document.", metavar="ID")] = None,
+    random: Annotated[int | None, opt("Show random chunks of all parts.", metavar="N", least=1)] = None,
+    seed: Annotated[int | None, opt("Which random chunks.  [default: 0]", metavar="S", least=0)] = None,
+    name: Annotated[str, opt("Name of the neighbour tables.")] = "main",
     k: Annotated[
-        int | None,
-        typer.Option("-k", metavar="K", min=1, help="Neighbours a chunk.  [default: as the table is used]"),
+        int | None, opt("Neighbours a chunk.  [default: as the table is used]", "-k", metavar="K", least=1)
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to read and search.")] = None,
+    html: Annotated[Path | None, opt("Write a page to read and search.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
     """Show chunks of a query store beside their neighbours, and what they have in common word for word.

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import IndexOption, Json, StoreArgument
+from retrotool.cli.options import IndexOption, Json, StoreArgument, opt
 
 if TYPE_CHECKING:
     from retrotool.leakage.run import LeakageResult
@@ -23,16 +21,10 @@ _SOURCES = 8
 
 def command(
     store: StoreArgument,
-    evaluation: Annotated[
-        Path, typer.Option(metavar="STORE2", help="Store of the evaluation text.", show_default=False)
-    ],
+    evaluation: Annotated[Path, opt("Store of the evaluation text.", metavar="STORE2")],
     index: IndexOption = None,
-    neighbours: Annotated[
-        int, typer.Option(metavar="N", min=1, max=100, help="Neighbours that a chunk is held against.")
-    ] = 10,
-    file: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write each chunk's r to a Parquet file.")
-    ] = None,
+    neighbours: Annotated[int, opt("Neighbours that a chunk is held against.", metavar="N", least=1, most=100)] = 10,
+    file: Annotated[Path | None, opt("Write each chunk's r to a Parquet file.", "--output", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
     """Show how much of an evaluation store the database has word for word.

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.embed.search_scope import embedded_parts, own_documents, read_part_vectors, searchable_rows
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.index.searching import Database
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import longest_common

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
 from retrotool.cli.options import (
     LEAST_MEMORY,
@@ -16,6 +14,7 @@ from retrotool.cli.options import (
     Json,
     ShardOption,
     StoreArgument,
+    opt,
     parse_shard,
     parse_size,
 )
@@ -37,59 +36,45 @@ Examples:
 
 def command(
     store: StoreArgument,
-    queries: Annotated[
-        Path | None,
-        typer.Option(metavar="STORE2", help="Store of the query chunks. Default: STORE itself.", show_default=False),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours that reading gives by default.")] = 2,
-    saved: Annotated[int, typer.Option(metavar="N", help="Neighbours to save, a reserve against later purges.")] = 20,
-    name: Annotated[str, typer.Option(help="Name of the neighbour tables, which lie in the query store.")] = "main",
+    queries: Annotated[Path | None, opt("Store of the query chunks. Default: STORE itself.", metavar="STORE2")] = None,
+    k: Annotated[int, opt("Neighbours that reading gives by default.", "-k", metavar="K")] = 2,
+    saved: Annotated[int, opt("Neighbours to save, a reserve against later purges.", metavar="N")] = 20,
+    name: Annotated[str, opt("Name of the neighbour tables, which lie in the query store.")] = "main",
     index: IndexOption = None,
     database: Annotated[
         list[str] | None,
-        typer.Option(
+        opt(
+            "Further database, and its weight: distances are divided by it. Repeatable. STORE may be named, too.",
             metavar="STORE[=W]",
-            help="Further database, and its weight: distances are divided by it. Repeatable. STORE may be named, too.",
-            show_default=False,
         ),
     ] = None,
     max_overlap: Annotated[
         float | None,
-        typer.Option(
+        opt(
+            "Leave out neighbours with more than this share of a chunk's tokens in a row in common with it.",
             metavar="R",
-            help="Leave out neighbours with more than this share of a chunk's tokens in a row in common with it.",
         ),
     ] = None,
     exclude_near_copies: Annotated[
-        bool,
-        typer.Option("--exclude-near-copies", help="Leave out what has half or more of a chunk's runs of 8 tokens."),
+        bool, opt("Leave out what has half or more of a chunk's runs of 8 tokens.", "--exclude-near-copies")
     ] = False,
     exclude_source: Annotated[
-        list[str] | None, typer.Option(metavar="S", help="Leave out documents of this source. Repeatable.")
+        list[str] | None, opt("Leave out documents of this source. Repeatable.", metavar="S")
     ] = None,
     only_source: Annotated[
-        list[str] | None, typer.Option(metavar="S", help="Leave out documents of any other source. Repeatable.")
+        list[str] | None, opt("Leave out documents of any other source. Repeatable.", metavar="S")
     ] = None,
     no_filters: Annotated[
-        bool,
-        typer.Option("--no-filters", help="Forget what was to be left out before; without it that is kept."),
+        bool, opt("Forget what was to be left out before; without it that is kept.", "--no-filters")
     ] = False,
     exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Search exactly, without an index. So it is for few chunks where there is no index, too."
-        ),
+        bool, opt("Search exactly, without an index. So it is for few chunks where there is no index, too.", "--exact")
     ] = False,
     materialise: Annotated[
-        bool,
-        typer.Option(
-            "--materialise", help="Also write the tokens of the K neighbours and of what follows them, for training."
-        ),
+        bool, opt("Also write the tokens of the K neighbours and of what follows them, for training.", "--materialise")
     ] = False,
     encoder: EncoderOption = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What a block of queries may take, besides the tables.")
-    ] = None,
+    memory: Annotated[str | None, opt("What a block of queries may take, besides the tables.", metavar="SIZE")] = None,
     devices: DevicesOption = "auto",
     shard: ShardOption = None,
     as_json: Json = False,

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.embed.search_scope import purges
-from retrotool.engine.stage import Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError
 from retrotool.neighbours.materialised import (
     MaterialisedReader,

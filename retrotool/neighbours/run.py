@@ -16,7 +16,7 @@ from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.embed.counting import SAVED, K, command_line, commands_to_index, count_keys_of, embed_command
 from retrotool.embed.search_scope import count_left, count_living_keys, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
-from retrotool.engine.stage import Task
+from retrotool.engine.task import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
 from retrotool.index.generations import index_key

@@ -35,7 +35,7 @@ from retrotool.embed.search_scope import (
     has_commit,
     is_same_directory,
 )
-from retrotool.engine.stage import Task, Worker, own_first, task_key
+from retrotool.engine.task import Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.exact import NO_INDEX, ExactDatabase
 from retrotool.index.searching import Database

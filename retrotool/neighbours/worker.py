@@ -24,7 +24,7 @@ from retrotool.embed.search_scope import (
     read_part_vectors,
     searchable_rows,
 )
-from retrotool.engine.stage import Report, Task
+from retrotool.engine.task import Report, Task
 from retrotool.index.exact import merged
 from retrotool.index.staleness import ranges
 from retrotool.memory import give_back

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Device, Json, StoreArgument, parse_shard
+from retrotool.cli.options import Device, Json, StoreArgument, arg, opt, parse_shard
 from retrotool.errors import UsageError
 from retrotool.purge import purge_text
 from retrotool.purge import selector_options as by
@@ -51,17 +51,10 @@ def command(
     store: StoreArgument,
     purges: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[PURGE]...",
-            help="With --erase, --restore, --verify or --affected: purges that were made before.",
-            show_default=False,
-        ),
+        arg("With --erase, --restore, --verify or --affected: purges that were made before.", metavar="[PURGE]..."),
     ] = None,
     reason: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Why. Stays in the log for ever, so it must name no person.", show_default=False
-        ),
+        str | None, opt("Why. Stays in the log for ever, so it must name no person.", metavar="TEXT")
     ] = None,
     ids: by.Ids = None,
     chunk: by.Chunk = None,
@@ -87,52 +80,42 @@ def command(
     device: Device = "auto",
     shard: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
             metavar="I/N",
-            help="This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
-            show_default=False,
         ),
     ] = None,
-    who: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Who purges, for the log. Default: the user.", show_default=False),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be purged, and purge nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask above 1 % of the store.")] = False,
+    who: Annotated[str | None, opt("Who purges, for the log. Default: the user.", metavar="NAME")] = None,
+    dry_run: Annotated[bool, opt("Show what would be purged, and purge nothing.", "--dry-run")] = False,
+    yes: Annotated[bool, opt("Do not ask above 1 % of the store.", "--yes")] = False,
     erase: Annotated[
-        bool,
-        typer.Option("--erase", help="Rewrite the files that hold what is purged, or PURGE... Can't be undone."),
+        bool, opt("Rewrite the files that hold what is purged, or PURGE... Can't be undone.", "--erase")
     ] = False,
     older_than: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AGE", help="With --erase: all purges that are older, such as 7d or 12h.", show_default=False
-        ),
+        str | None, opt("With --erase: all purges that are older, such as 7d or 12h.", metavar="AGE")
     ] = None,
     retrain_index: Annotated[
-        bool,
-        typer.Option("--retrain-index", help="With --erase: then train all indexes anew, without what was erased."),
+        bool, opt("With --erase: then train all indexes anew, without what was erased.", "--retrain-index")
     ] = False,
-    restore: Annotated[bool, typer.Option("--restore", help="Take PURGE back, as long as it is not erased.")] = False,
+    restore: Annotated[bool, opt("Take PURGE back, as long as it is not erased.", "--restore")] = False,
     affected: Annotated[
         str | None,
-        typer.Option(
+        opt(
+            "Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
             metavar="NAME",
-            help="Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
-            show_default=False,
         ),
     ] = None,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Check that nothing of PURGE is left, and write a receipt: JSON, and a page."),
+        bool, opt("Check that nothing of PURGE is left, and write a receipt: JSON, and a page.", "--verify")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
+        opt(
+            (
+                "With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
+                "Default: this one. With --affected: a file for all of them, as JSON lines."
+            ),
             metavar="PATH",
-            help="With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
-            "Default: this one. With --affected: a file for all of them, as JSON lines.",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,

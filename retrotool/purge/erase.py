@@ -38,7 +38,7 @@ import pyarrow.compute as pc
 
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
-from retrotool.engine.stage import Report, Task, check_there, task_key
+from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.index.generations import all_shards
 from retrotool.index.index_files import check_sum, parts_of, write_index

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument, arg, opt
 from retrotool.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ Examples:
 
 def command(
     store: StoreArgument,
-    purge: Annotated[str, typer.Argument(metavar="PURGE", help="The purge to check.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The folder of the receipt.")] = Path(),
+    purge: Annotated[str, arg("The purge to check.", metavar="PURGE")],
+    out: Annotated[Path, opt("The folder of the receipt.", metavar="PATH")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Check that a purge holds and an erase left nothing, and write a receipt: JSON, and a page to print."""
@@ -40,7 +40,7 @@ def _text(store: Path, result: VerifiedPurge) -> str:
 
     receipt = result.receipt
     lines = [f"Purge {receipt.purge} of {output.count(receipt.chunks, 'chunk')}: {STATES[receipt.state]}."]
-    kinds = [(one.kind, one.files, one.rows, one.left) for one in receipt.kinds if one.files]
+    kinds = [(one.kind, one.files, one.rows, one.left) for one in receipt.files.kinds if one.files]
     lines.append(output.table(kinds, ("decoded", "files", "rows", "left")))
     taken = [(path.name, path.rows, path.found) for path in receipt.read_paths]
     lines.append(output.table(taken, ("read by", "rows", "found")))
@@ -60,15 +60,15 @@ def _text(store: Path, result: VerifiedPurge) -> str:
 
 
 def _about_files(receipt: Receipt) -> list[str]:
-    durable = "synced to disk" if receipt.synced else "which could not be synced to disk"
-    absent = output.count(receipt.replaced - len(receipt.present), "file")
+    durable = "synced to disk" if receipt.files.synced else "which could not be synced to disk"
+    absent = output.count(receipt.files.replaced - len(receipt.files.present), "file")
     lines = [f"{absent} that left the store before: absent, {durable}"]
-    if receipt.unknown:
-        lines.append(f"not checked: {output.count(len(receipt.unknown), 'file')} that no commit names")
+    if receipt.files.unknown:
+        lines.append(f"not checked: {output.count(len(receipt.files.unknown), 'file')} that no commit names")
         lines += [
             f"  {output.one_line(one.path)} ({'a link' if one.link else output.size(one.bytes)})"
-            for one in receipt.unknown
+            for one in receipt.files.unknown
         ]
-    if receipt.in_progress:
-        lines.append(f"not checked: {output.count(receipt.in_progress, 'file')} of commands that are running")
+    if receipt.files.in_progress:
+        lines.append(f"not checked: {output.count(receipt.files.in_progress, 'file')} of commands that are running")
     return lines

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from retrotool import interrupts
 from retrotool.cli import output, pages, result_file
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import ErasedError, StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase_run import ATTEMPTS
 from retrotool.purge.purged_chunks import count_unerased, in_store, tombstones_of
 from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
 from retrotool.receipt.read_paths import ReadPath, check_read_paths, count_read_paths
-from retrotool.receipt.verify_erasure import Erasure, KindChecked, Purged, UnknownFile, check_files
+from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
 from retrotool.store import atomic, identity, paths
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -71,11 +71,9 @@ class Receipt:
     """What was purged, what was done, and what was found; nothing of the text.
 
     ``state`` is "erased", "partly erased" (an erase is not finished, or another purge took some) or "purged". ``ok``:
-    there are no ``problems``. ``unread`` are read paths that could not be taken. ``chunks`` counts all that the purge
-    names, ``copies`` those among them that repeat others, and ``living`` those that were not purged before.
-    ``commits`` purged and erased; ``replaced`` counts the files that ever left the store, of which those that are
-    ``present`` are still there; the others are absent, durably if ``synced``. ``log_head`` is the SHA-256 of commit
-    ``log_commit``, the newest. ``dependents`` were not looked at.
+    there are no ``problems``. ``chunks`` counts all that the purge names, ``copies`` those among them that repeat
+    others, and ``living`` those that were not purged before. ``commits`` purged and erased. ``log_head`` is the
+    SHA-256 of commit ``log_commit``, the newest. ``dependents`` were not looked at.
     """
 
     store: str
@@ -99,16 +97,15 @@ class Receipt:
     log_commit: int
     log_head: str
     log_whole: bool
-    kinds: tuple[KindChecked, ...]
+    files: Erasure
     read_paths: tuple[ReadPath, ...]
-    unread: tuple[str, ...]
-    replaced: int
-    present: tuple[str, ...]
-    synced: bool
-    unknown: tuple[UnknownFile, ...]
-    in_progress: int
     dependents: tuple[Dependent, ...]
     limits: tuple[str, ...]
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of the read paths that could not be taken, as the database of a table is elsewhere."""
+        return [path.name for path in self.read_paths if path.note and not path.broken]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +213,8 @@ def _check(store: Store, purge: str) -> Receipt:
         log_commit=len(log.hashes) - 1,
         log_head=log.head,
         log_whole=not log.problems,
-        kinds=erasure.kinds,
+        files=erasure,
         read_paths=taken,
-        unread=tuple(path.name for path in taken if path.note and not path.broken),
-        replaced=erasure.replaced,
-        present=erasure.present,
-        synced=erasure.synced,
-        unknown=erasure.unknown,
-        in_progress=erasure.in_progress,
         dependents=tuple(dependents(store)),
         limits=LIMITS,
     )

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.ann import lists
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import RECALL
 from retrotool.purge.erase import table_schema

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, check_utf8
+from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, arg, check_utf8, opt
 from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -64,25 +62,23 @@ class Results:
 
 def command(
     store: StoreArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to search for.", show_default=False)],
-    k: Annotated[int, typer.Option("-k", metavar="K", min=1, max=1000, help="How many chunks.")] = 5,
+    text: Annotated[str, arg("What to search for.", metavar="TEXT")],
+    k: Annotated[int, opt("How many chunks.", "-k", metavar="K", least=1, most=1000)] = 5,
     index: IndexOption = None,
     nprobe: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, max=1 << 40, help="Lists to probe.  [default: as the index was tuned]"),
+        int | None, opt("Lists to probe.  [default: as the index was tuned]", metavar="N", least=1, most=1 << 40)
     ] = None,
     rerank: Annotated[
         int | None,
-        typer.Option(
+        opt(
+            "Candidates to rank for 10 results.  [default: as the index was tuned]",
             metavar="N",
-            min=1,
-            max=1_000_000,
-            help="Candidates to rank for 10 results.  [default: as the index was tuned]",
+            least=1,
+            most=1_000_000,
         ),
     ] = None,
     allow_missing_shards: Annotated[
-        bool,
-        typer.Option("--allow-missing-shards", help="Search what is left if shards of the index are broken or gone."),
+        bool, opt("Search what is left if shards of the index are broken or gone.", "--allow-missing-shards")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,

@@ -44,8 +44,8 @@ class Unit:
 class Staged:
     """A finished task. ``records`` are set if they are absent, and must be equal if they are there.
 
-    ``tombstones``: what stood for them when it was begun, where chunks that are purged since must not come into the
-    store again; None: no matter.
+    ``measured``: figures of the work, for the process that runs it; they are not stored. ``tombstones``: what stood for
+    them when it was begun, where chunks that are purged since must not come into the store again; None: no matter.
     """
 
     task: str
@@ -58,6 +58,7 @@ class Staged:
     records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
     tombstones: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def entries(self) -> list[FileEntry]:
         """All files the task wrote."""

@@ -192,7 +192,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "databases": [{"number": int, "table": str, "weight": float, "uuid": str, "commit": int}], "chunks": int,
         "documents": int, "tokens": int, "neighbours": int, "alone": int, "bytes": int,
     },
-    "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "left": [], "commit": int},
+    "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "commit": int},
     "log": {
         "commits": [{
             "number": int, "time": str, "command": str, "added": {}, "removed": {}, "records": [str], "tool": str,

@@ -141,7 +141,7 @@ def test_no_other_command_lets_them_either(hostile: Path, tmp_path: Path, words:
 def in_terminal(*arguments: object, **environment: str) -> str:
     """What a command writes to a terminal."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "retrotool", "inspect", *map(str, arguments)]
+    command = [sys.executable, "-m", "retrotool", *map(str, arguments)]
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     with subprocess.Popen(command, stdout=theirs, env={**kept, "TERM": "xterm", **environment}) as process:
         os.close(theirs)
@@ -162,11 +162,11 @@ def in_terminal(*arguments: object, **environment: str) -> str:
 def test_a_terminal_gets_colours_unless_it_says_no(hostile: Path) -> None:
     plain = run(hostile, "--chunk", 0, "-k", 2)[1]
     assert "[[" in plain
-    coloured = in_terminal(hostile, "--chunk", 0, "-k", 2)
+    coloured = in_terminal("inspect", hostile, "--chunk", 0, "-k", 2)
     assert coloured != plain and re.sub("\x1b\\[[0-9;]*m", "", coloured) == plain
     assert re.search("\x1b\\[1;33m\\[\\[", coloured)
-    assert in_terminal(hostile, "--chunk", 0, "-k", 2, NO_COLOR="1") == plain
-    assert in_terminal(hostile, "--chunk", 0, "-k", 2, TERM="dumb") == plain
+    assert in_terminal("inspect", hostile, "--chunk", 0, "-k", 2, NO_COLOR="1") == plain
+    assert in_terminal("inspect", hostile, "--chunk", 0, "-k", 2, TERM="dumb") == plain
 
 
 def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -50,6 +51,14 @@ def test_a_page_is_written_piece_by_piece_and_whole_or_not_at_all(tmp_path: Path
     pages.write(page, "example.html", text="\udcff", many=iter(range(998, 1002)))
     text = page.read_bytes().decode()
     assert read(text).of_tag("b") == ["998", "999", "1,000", "1,001"] and "\\udcff" in text
+
+    def many() -> Iterator[int]:
+        yield from range(50_000)
+        (scratch,) = tmp_path.glob(".page.html.*")
+        assert scratch.stat().st_size > 500_000, "what was read first is not held in memory"
+
+    pages.write(page, "example.html", text="", many=many())
+    pages.write(page, "example.html", text="\udcff", many=iter(range(998, 1002)))
 
     def breaks() -> object:
         yield 1

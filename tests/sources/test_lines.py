@@ -123,7 +123,7 @@ def test_lines_are_what_no_occurrence_of_the_separator_covers(pieces, separator,
     assert [line.offset for line in found] == [offset for offset, _ in expected]
     for line, (_, text) in zip(found, expected, strict=True):
         if len(text) > limit:
-            assert (line.data, line.head, line.size, line.quotes) == (None, text[:1024], len(text), text.count(b'"'))
+            assert (line.data, line.head, line.size) == (None, text[:1024], len(text))
         else:
             assert line.data == text
 
@@ -187,7 +187,7 @@ def test_a_line_of_a_gigabyte_is_not_held():
     stream = itertools.chain(itertools.repeat(block, 1024), [b'"\n{}\n'])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     long, short = cut_lines(stream, 0, None, 1 << 20)
-    assert (long.data, long.size, long.quotes, long.head) == (None, (1 << 30) + 1, 1, block[:1024])
+    assert (long.data, long.size, long.head) == (None, (1 << 30) + 1, block[:1024])
     assert (short.data, short.offset, short.number) == (b"{}", (1 << 30) + 2, 2)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 

@@ -203,7 +203,7 @@ def test_a_thousand_canaries(
     assert api.verify(store).ok
     receipt = api.verify_purge(store, purge.purge, out=tmp_path).receipt
     assert receipt.ok, receipt.problems
-    assert (receipt.unknown, receipt.in_progress) == ((), 0)
+    assert (receipt.files.unknown, receipt.files.in_progress) == ((), 0)
 
 
 def write_ids(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import Shared, write_jsonl
 from oracle import read_plain
 
 import retrotool
@@ -56,9 +56,12 @@ def made_up(seed: int, n: int, d: int = 32) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[str, Path]:
+def made(shared: Shared[dict[str, Path]], tiny_encoder: Path) -> dict[str, Path]:
     """Stores of the same documents, by source and shuffled; and the inputs, one a source."""
-    root = tmp_path_factory.mktemp("coded")
+    return shared("coded", lambda root: make_stores(root, tiny_encoder))
+
+
+def make_stores(root: Path, encoder: Path) -> dict[str, Path]:
     rows: list[dict[str, Any]] = []
     inputs = {}
     for source in SOURCES:
@@ -71,8 +74,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[s
     with pytest.MonkeyPatch.context() as patch:
         for name, files in (("sorted", [inputs[s] for s in SOURCES]), ("shuffled", [shuffled])):
             stores[name] = root / name
-            api.chunk(stores[name], [str(file) for file in files], tokenizer=str(tiny_encoder), part_size=1500)
-            embed_by_id(patch, stores[name], tiny_encoder)
+            api.chunk(stores[name], [str(file) for file in files], tokenizer=str(encoder), part_size=1500)
+            embed_by_id(patch, stores[name], encoder)
     return {**stores, **{f"{source} input": path for source, path in inputs.items()}}
 
 
@@ -108,10 +111,13 @@ def copy(made: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = Path(shutil.copytree(made["sorted"], tmp_path_factory.mktemp("built") / "store"))
-    api.index(store, options=Options(CODED, shard_rows=4000))
-    return store
+def built(shared: Shared[Path], made: dict[str, Path]) -> Path:
+    def build(folder: Path) -> Path:
+        store = Path(shutil.copytree(made["sorted"], folder / "store"))
+        api.index(store, options=Options(CODED, shard_rows=4000))
+        return store
+
+    return shared("coded index", build)
 
 
 @pytest.fixture
