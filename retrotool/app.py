@@ -59,8 +59,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if "--json" in sys.argv and (told := getattr(error, "format_message", None)) is not None:
-                output.tell_json(told(), "", int(getattr(error, "exit_code", 2)), True)
+            if "--json" in sys.argv and (message := getattr(error, "format_message", None)) is not None:
+                output.write_json_error(message(), "", int(getattr(error, "exit_code", 2)), True)
             raise
 
 

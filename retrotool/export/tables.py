@@ -79,7 +79,7 @@ class ExportedTables:
     def foreign(self, database: Store, chunk: int) -> CorruptError:
         """Return the error of a table that names a chunk which its database does not have."""
         return CorruptError(
-            f"the neighbours {self.reader.name!r} name the chunk {chunk}, which {database.root} has not",
+            f"the neighbours {self.reader.name!r} name the chunk {chunk}, which {database.root} does not have",
             f"See what is wrong: retrotool verify {self.store.root}, and: retrotool verify {database.root}",
         )
 

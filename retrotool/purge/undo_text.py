@@ -26,7 +26,7 @@ def _text(result: RestoreResult) -> str:
         lines.append(f"Still purged: {output.count(result.still_purged, 'chunk')} of it{by}.")
     if result.repeats:
         lines.append(
-            f"There twice now: {output.count(result.repeats, 'document')}, chunked again with --allow-purged meanwhile."
+            f"There twice now: {output.count(result.repeats, 'document')}, as another with its id has come since."
         )
     lines += [
         f"Index {one.name!r} lacks {output.count(one.chunks, 'chunk')} taken back. Add: {one.command}"

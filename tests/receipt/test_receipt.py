@@ -201,7 +201,7 @@ def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
     name = purge(store)
     with pytest.raises(UsageError, match="no purge 'p0'; it has: " + name):
         verified(store, "p0")
-    with pytest.raises(UsageError, match="lies in the store"):
+    with pytest.raises(UsageError, match="is in the store"):
         api.verify_purge(store, name, out=store)
     with pytest.raises(UsageError, match="no folder"):
         api.verify_purge(store, name, out=tmp_path / "nowhere")

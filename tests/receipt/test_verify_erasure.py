@@ -21,7 +21,6 @@ import retrotool
 from retrotool import api
 from retrotool.ann import lists
 from retrotool.index.index_files import write_index
-from retrotool.purge.purged_chunks import tombstones_of
 from retrotool.receipt.verify_erasure import CHECKS
 from retrotool.store import disk, parts, vectors
 from retrotool.store.atomic import FileEntry, write_file
@@ -30,6 +29,7 @@ from retrotool.store.paths import DATA_KINDS, FileName
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def distance_again(now: Store, entry: FileEntry, then: FileEntry, before: Store,
 def shard_again(now: Store, _: FileEntry, then: FileEntry, before: Store, row: int) -> Any:
     """The shard as it was, without the purged chunks but one."""
     (name,) = now.state.with_prefix("purge:")
-    others = np.setdiff1d(tombstones_of(now, name), [row])
+    others = np.setdiff1d(read_tombstones(now, name).ids, [row])
     return lists.without(lists.read(before.path(then)), lambda ids: np.isin(ids, others))
 
 
@@ -166,7 +166,7 @@ FORGED = {
 def test_what_is_put_back_with_a_forged_log_is_found(erased: tuple[Path, str, Store], case: str) -> None:
     store, name, before = erased
     kind, of, forge = FORGED[case]
-    chunk = int(tombstones_of(Store.open(store), name)[0])
+    chunk = int(read_tombstones(Store.open(store), name).ids[0])
     path = put_back(store, before, kind, of, chunk, forge)
     found = receipt(store, name)
     assert not found.ok and found.state == "erased"
@@ -358,7 +358,7 @@ def test_of_a_purge_that_is_not_erased_is_counted_what_is_left(store: Path) -> N
     found = receipt(store, name)
     assert found.ok, found.problems
     left = {one.kind: one.left for one in found.files.kinds if one.left}
-    chunks = len(tombstones_of(Store.open(store), name))
+    chunks = len(read_tombstones(Store.open(store), name))
     assert left["documents"] == len(NAMES)
     assert left["chunks"] == left["embeddings"] == chunks
     assert left.keys() == {

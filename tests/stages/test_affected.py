@@ -327,7 +327,7 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     assert ended.exit_code == 2 and f"--out {out} is there already" in ended.stderr
     assert out.read_text().splitlines() == lines
     ended = run("purge", store, "--affected", "main", "--out", store / "out.jsonl")
-    assert ended.exit_code == 2 and "lies in the store" in ended.stderr
+    assert ended.exit_code == 2 and "is in the store" in ended.stderr
     told = run("purge", store, "--affected", "main").stdout.splitlines()
     assert told[0].startswith(f"{result.in_k + result.following_in_k} chunks of {result.rows} had a purged chunk among")
     first = told.index("The first of them (--out FILE writes all):") + 1
