@@ -25,18 +25,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Block, Offsets
+from retrotool.purge.selectors.document_text import Offsets, TextBlock
 from retrotool.purge.selectors.normalize import Normal, is_word, normalised
-from retrotool.purge.selectors.selector import Hits, Matcher
-from retrotool.purge.selectors.selector_files import read_lines
-from retrotool.purge.selectors.spans import hits
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_lines
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, TokenizerFile
 from retrotool.tokenizers.fold import Folder
@@ -47,7 +45,7 @@ _BATCH = 1000
 def read_terms(path: Path) -> tuple[str, ...]:
     """The terms of a file in UTF-8, one a line; lines that are blank or begin with ``#`` are none."""
     terms = []
-    for number, line in enumerate(read_lines("--terms", path, "term", says=_is_term), 1):
+    for number, line in enumerate(read_selector_lines("--terms", path, "term", says=_is_term), 1):
         if not _is_term(line):
             continue
         term = line.strip()
@@ -63,17 +61,13 @@ def _is_term(line: str) -> bool:
     return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
-@dataclass(frozen=True)
-class Terms:
+@dataclass(frozen=True, slots=True)
+class Terms(Selector):
     """Finds the words and names of a list."""
 
     kind: ClassVar[str] = "terms"
     reads_text: ClassVar[bool] = True
     terms: tuple[str, ...]
-
-    def literal(self) -> dict[str, Any]:
-        """The list."""
-        return {"terms": list(self.terms)}
 
     def open(self, store: Store) -> Matcher:
         """Fold the terms as the text is; ``UsageError`` if the tokenizer leaves nothing of one that can be found."""
@@ -137,10 +131,8 @@ _Around = dict[tuple[int, int], dict[bytes, list[tuple[bytes, bytes]]]]
 """By how many words are before the anchor and how many the term has, and then by its body: its leads and trails."""
 
 
-class TermMatcher:
+class TermMatcher(Matcher):
     """Finds terms in blocks whose text they are written like."""
-
-    names = ("terms",)
 
     def __init__(self, terms: Sequence[str], *, folded: bool = False) -> None:
         self._folded = folded
@@ -162,7 +154,7 @@ class TermMatcher:
         self._whole = np.array([anchor in whole for anchor in anchors], np.bool_)
         self._more = np.array([bool(around) for around in self._around], np.bool_)
 
-    def __call__(self, block: Block) -> Hits:
+    def __call__(self, block: TextBlock) -> BlockHits:
         """The rows in which terms are."""
         normal = Normal.of(block)
         # Text begins and ends with what is no word.
@@ -176,7 +168,7 @@ class TermMatcher:
             for span in self._spans(normal, begins, ends, number, self._around[around])
         ]
         found = np.concatenate([np.stack([begins[whole], ends[whole]], 1), np.array(longer, np.int64).reshape(-1, 2)])
-        return hits(block, *normal.places(found[:, 0], found[:, 1]))
+        return BlockHits.touched(block, *normal.places(found[:, 0], found[:, 1]))
 
     def _spans(
         self, normal: Normal, begins: Offsets, ends: Offsets, number: int, around: _Around
@@ -196,9 +188,7 @@ class TermMatcher:
                     yield low, high
 
 
-def _look_up(
-    normal: Normal, begins: Offsets, ends: Offsets, known: pa.LargeBinaryArray
-) -> tuple[Offsets, Offsets]:
+def _look_up(normal: Normal, begins: Offsets, ends: Offsets, known: pa.LargeBinaryArray) -> tuple[Offsets, Offsets]:
     """Return which of the words at [begins, ends), int64 [w] each, are ``known``, and their numbers there."""
     bounds = np.append(0, np.cumsum(ends - begins))
     letters = np.frombuffer(normal.text, np.uint8)[normal.is_word.view(np.bool_)]

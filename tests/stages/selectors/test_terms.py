@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Decoder, blocks_of
+from retrotool.purge.selectors.document_text import Decoder, text_blocks
 from retrotool.purge.selectors.normalize import Normal, normalised
 from retrotool.purge.selectors.terms import TermMatcher, Terms, read_terms
 from retrotool.store.store import Store
@@ -202,8 +202,7 @@ DOCUMENTS = [
 def rows_in(path: Path, terms: tuple[str, ...]) -> list[int]:
     store = Store.open(path)
     matcher, decoder = Terms(terms).open(store), Decoder(store)
-    assert matcher.names == ("terms",)
-    return sorted({int(block.first + row) for block in blocks_of(store, decoder, 0) for row in matcher(block).rows})
+    return sorted({int(block.first + row) for block in text_blocks(store, decoder, 0) for row in matcher(block).rows})
 
 
 @pytest.fixture(scope="module")
