@@ -51,7 +51,6 @@ class Info:
     encoders: dict[str, Any]
     indexes: dict[str, Any]
     neighbours: dict[str, Any]
-    materialised: dict[str, Any]
     purges: dict[str, Any]
     tombstones: list[dict[str, Any]]
     blocked: list[dict[str, Any]]
@@ -90,7 +89,6 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         encoders=_encoders(store, keys),
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, keys),
-        materialised={name: _materialised(store, name) for name in state.names("materialised")},
         # The oldest first: their ids are random.
         purges=dict(sorted(state.with_prefix("purge:").items(), key=lambda one: int(one[1]["commit"]))),
         tombstones=_files(store, "tombstones"),
@@ -157,8 +155,7 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         entry = state.file(kind, slot)
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
-    materialised = {"materialised": found} if (found := files("materialised")) else {}
-    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours"), **materialised}
+    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
 
 
 def _files(store: Store, kind: str) -> list[dict[str, Any]]:
@@ -186,8 +183,13 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
     found = _covered(store, keys, "neighbours:", "neighbours")
     for name, about in list(found.items()):
         lacks_nothing = about.get("within") and not _has_undone(store)
-        if not lacks_nothing and (tabled := _count_behind(store, name)[0]):
+        if not lacks_nothing and (tabled := _count_behind(store, name)):
             found[name] = {**about, "behind": tabled}
+        if about.get("text"):
+            from retrotool.store.tables import text_size
+
+            sizes = [text_size(entry) for entry in store.state.group("neighbours", name).entries()]
+            found[name] = {**found[name], "text_parts": sum(size >= about["k"] for size in sizes)}
     for name, about in found.items():
         if "mix" in about:
             of = [found[member["table"]] for member in about["mix"] if member["table"] in found]
@@ -200,8 +202,7 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
     return found
 
 
-def _count_behind(store: Store, name: str) -> tuple[int | None, int]:
-    """Count the parts of a table that lack chunks of undone purges, and those that are materialised without them."""
+def _count_behind(store: Store, name: str) -> int | None:
     from retrotool.purge.undo_run import count_behind
 
     return count_behind(store, name)
@@ -209,8 +210,7 @@ def _count_behind(store: Store, name: str) -> tuple[int | None, int]:
 
 def _filters(store: Store, table: str) -> dict[str, Any]:
     """What a table leaves out, with the names of sources as far as its database is there and they are soon found."""
-    from retrotool.neighbours.neighbour_filters import Filters
-    from retrotool.neighbours.neighbour_options import named
+    from retrotool.neighbours.filters import Filters, named
     from retrotool.neighbours.stage import database_of
 
     filters = Filters.of(store.state.records[f"neighbours:{table}"])
@@ -219,18 +219,6 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
         with contextlib.suppress(RetrotoolError, OSError):
             databases = [database_of(store, table)[0]]
     return named(filters, store, databases, _LOOKED_AT)
-
-
-def _materialised(store: Store, name: str) -> dict[str, Any]:
-    """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
-    from retrotool.neighbours.materialised import current_file
-
-    group = store.state.group("materialised", name)
-    entries = group.entries()
-    current = sum(current_file(store, name, int(slot)) is not None for slot in group) - _count_behind(store, name)[1]
-    k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
-    rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
-    return {"k": k, "rows": rows, "bytes": size, "parts": len(entries), "current": current}
 
 
 def _count_lacking(store: Store, name: str) -> int:

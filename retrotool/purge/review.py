@@ -15,7 +15,7 @@ from retrotool.index.index_files import parts_of
 from retrotool.purge.erase import part_files
 from retrotool.purge.purged_chunks import Ids
 from retrotool.purge.select import Selection
-from retrotool.purge.selectors.document_text import Block, Decoder
+from retrotool.purge.selectors.document_text import Decoder, TextBlock
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What an erase would rewrite: so many parts, shards, tables of neighbours and their text; and bytes of files.
+    """What an erase would rewrite: so many parts, shards, tables of neighbours; and bytes of files.
 
     ``rows`` are those of the tables, and ``seconds`` how long all of it may take, by the rates of one core.
     """
@@ -62,7 +62,6 @@ class Touched:
     parts: int
     shards: int
     tables: int
-    materialised: int
     bytes: int
     rows: int
     seconds: float
@@ -130,7 +129,7 @@ def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tu
     low = groups[0] * ROW_GROUP
     same = [i for i in range(first - low, last - low + 1) if chunks.doc[i] == chunks.doc[row - low]]
     few = chunks.between(same[0], same[-1] + 1)
-    block = Block(few, same[0] + low, np.array([0, len(few)]), decoder)
+    block = TextBlock(few, same[0] + low, np.array([0, len(few)]), decoder)
     place = row - low - same[0]
     start, stop = int(block.starts[place]), int(block.starts[place + 1])
     data = bytes(block.text[start:stop])
@@ -152,14 +151,10 @@ def _touched(store: Store, selection: Selection) -> Touched:
         for entry in all_shards(state, name).values()
         if not wanted.isdisjoint(parts_of(entry))
     ]
-    others: dict[str, list[FileEntry]] = {}
-    for kind in ("neighbours", "materialised"):
-        groups = [state.group(kind, name) for name in state.names(kind)]
-        others[kind] = [entry for group in groups for slot in group if (entry := group.get(slot)) is not None]
-    everything = [*files, *shards, *others["neighbours"], *others["materialised"]]
-    size = sum(entry.bytes for entry in everything)
+    groups = [state.group("neighbours", name) for name in state.names("neighbours")]
+    tables = [entry for group in groups for entry in group.entries()]
+    size = sum(entry.bytes for entry in (*files, *shards, *tables))
     return Touched(
-        len(wanted), len(shards), len(others["neighbours"]), len(others["materialised"]), size,
-        sum(entry.rows for entry in others["neighbours"]),
+        len(wanted), len(shards), len(tables), size, sum(entry.rows for entry in tables),
         size / _REWRITTEN + len(selection.live) * _PROVEN if len(selection.live) else 0.0,
     )  # fmt: skip

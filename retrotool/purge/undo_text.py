@@ -39,5 +39,4 @@ def _tables(one: TablesLack) -> str:
     what = f"neighbours {one.table!r} of {one.path}"
     if not one.there:
         return f"Not looked at: {what}, or their database: another store. Bring them up to date: {one.command}"
-    found = f"in {output.count(one.parts, 'part')}" if one.parts else "in the text beside them"
-    return f"Made meanwhile: {what}, {found}. Bring them up to date: {one.command}"
+    return f"Made meanwhile: {what}, in {output.count(one.parts, 'part')}. Bring them up to date: {one.command}"

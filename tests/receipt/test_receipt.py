@@ -51,7 +51,7 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, cli: Cli) -> 
     }  # fmt: skip
     assert all(path.rows and not path.found and not path.note for path in it.read_paths if path.name != "documents")
     assert {one.kind for one in it.files.kinds if one.files} == {
-        "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "quarantine",
+        "documents", "chunks", "embeddings", "index", "neighbours", "quarantine",
     }  # fmt: skip
     assert not any(one.left for one in it.files.kinds)
     assert (it.files.unknown, it.files.in_progress, it.unread, it.dependents) == ((), 0, [], ())
