@@ -45,6 +45,7 @@ from retrotool.purge.selectors.ngrams import (
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
+from retrotool.store.compatible import check_compatible
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -75,13 +76,8 @@ class Contaminates(Selector):
         if not 1 <= self.n <= _SLICE_TOKENS:
             raise UsageError(f"runs of {self.n} tokens are not of 1 to {_SLICE_TOKENS:,}")
         evaluation = Store.open(Path(self.evaluation))
-        theirs, ours = evaluation.identity.tokenizer, store.identity.tokenizer
-        if theirs.sha256 != ours.sha256:
-            raise UsageError(
-                f"{evaluation.root} was chunked with the tokenizer {theirs.name!r} ({theirs.sha256[:12]}), "
-                f"{store.root} with {ours.name!r} ({ours.sha256[:12]}): their tokens can't be compared",
-                f"Chunk the evaluation text again, with --tokenizer {store.root / ours.file}.",
-            )
+        advice = f"Chunk the evaluation text again, with --tokenizer {store.root / store.identity.tokenizer.file}."
+        check_compatible(evaluation, store, "their tokens can't be compared", advice, lengths=False)
         return read_evaluation(evaluation, self.n, self.share)
 
 
