@@ -18,22 +18,17 @@ from retrotool.embed.counting import command_line
 from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.ground_truth import QUERIES
-from retrotool.index.index_files import (
+from retrotool.index.generations import (
     DEFAULT,
-    broken_shards,
     default_index,
-    encoder_of,
     generation_of,
     held_vectors,
     index_key,
-    measured_whole,
-    parts_of,
-    read_trained,
     shards,
-    shards_digest,
     trained_entry,
 )
+from retrotool.index.ground_truth import QUERIES
+from retrotool.index.index_files import broken_shards, encoder_of, measured_whole, parts_of, read_trained, shards_digest
 from retrotool.index.index_result import IndexResult, describe
 from retrotool.index.measure_recall import measure_until_committed
 from retrotool.index.searching import pick_index

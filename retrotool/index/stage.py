@@ -35,6 +35,7 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
+from retrotool.index.generations import index_key, shards, trained_entry
 from retrotool.index.index_files import (
     check_sum,
     commits_of,
@@ -42,12 +43,9 @@ from retrotool.index.index_files import (
     fit_of,
     free_slot,
     held_parts,
-    index_key,
     parts_of,
     read_shard,
     read_trained,
-    shards,
-    trained_entry,
     windows,
     write_index,
 )

@@ -77,11 +77,11 @@ def command(
             return
         from tqdm import tqdm
 
-        from retrotool.info import run as info_run
+        from retrotool.info import verify_run
 
-        total = info_run.bytes_to_verify(store)
+        total = verify_run.bytes_to_verify(store)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, delay=2, file=sys.stderr) as bar:
-            found = info_run.verify(store, bar.update)
+            found = verify_run.verify(store, bar.update)
         output.show(_shown(found), as_json, _text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)

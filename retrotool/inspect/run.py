@@ -17,7 +17,7 @@ from retrotool.cli.command_lines import table_command
 from retrotool.cli.result_file import check_file
 from retrotool.embed.search_scope import SearchableRows
 from retrotool.errors import ErasedError, UsageError
-from retrotool.index.index_files import index_key
+from retrotool.index.generations import index_key
 from retrotool.inspect.inspected_rows import MARKED_FROM, InspectedChunk, Inspector
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader
