@@ -11,20 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of
-from token_help import (
-    CODES,
-    CORPUS,
-    MARK,
-    blocks,
-    comparable,
-    corpora,
-    ids_of,
-    write_fairseq,
-    write_megatron,
-    write_torchnet,
-)
+from token_help import CODES, CORPUS, MARK, blocks, comparable, corpora, ids_of, write_megatron
 
-from retrotool.sources import Document, Fields, SetAside, cut, find_inputs, megatron, read, token_ranges
+from retrotool.sources import Document, Fields, SetAside, cut, find_inputs, read, tokens
 from retrotool.sources.records import tokens_id
 
 
@@ -33,15 +22,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("megatron")
 
 
-@given(corpora, st.sampled_from(sorted(CODES)), st.sampled_from([write_megatron, write_torchnet]), blocks)
-def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, write, block):
-    write(folder / "data", corpus, dtype)
+@given(corpora, st.sampled_from(sorted(CODES)), blocks)
+def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, block):
+    write_megatron(folder / "data", corpus, dtype)
     file = input_of(folder / "data.idx")
     expected = [list(itertools.chain(*document)) for document in corpus]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_ranges, "BLOCK_BYTES", block)
-        patch.setattr(token_ranges, "WINDOW_DOCUMENTS", 3)
-        patch.setattr(megatron, "WINDOW_SEQUENCES", 4)
+        patch.setattr(tokens, "BLOCK_BYTES", block)
+        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
+        patch.setattr(tokens, "WINDOW_SEQUENCES", 4)
         found = list(read(file, Fields(keep=("a",))))
     if not file.size:
         assert found == [SetAside(0, "the file is empty")]
@@ -56,22 +45,14 @@ def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, write, bl
             assert row.reason == "no tokens"
 
 
-@given(corpora, st.sampled_from([write_megatron, write_torchnet, write_fairseq]), st.integers(1, 60))
-def test_slices_of_an_indexed_dataset_are_the_whole(folder, corpus, write, target):
-    write(folder / "sliced", corpus, "<u2")
+@given(corpora, st.integers(1, 60))
+def test_slices_of_an_indexed_dataset_are_the_whole(folder, corpus, target):
+    write_megatron(folder / "sliced", corpus, "<u2")
     file = input_of(folder / "sliced.bin")
     slices = cut(file, Fields(), target)
     assert slices[0].first == 0
     together = [row for where in slices for row in read(file, Fields(), where)]
     assert comparable(together) == comparable(read(file, Fields()))
-
-
-@given(corpora)
-def test_a_sequence_is_a_document_where_the_index_has_none(folder, corpus):
-    write_fairseq(folder / "fairseq", corpus, "<i4")
-    file = input_of(folder / "fairseq")
-    if file.size:
-        assert ids_of(read(file, Fields())) == [sequence for document in corpus for sequence in document]
 
 
 def test_index_tokens_and_prefix_name_one_input(tmp_path):
@@ -89,9 +70,8 @@ def test_a_fingerprint_covers_the_index(tmp_path):
     assert input_of(tmp_path / "c").fingerprint() != before
 
 
-@pytest.mark.parametrize("write", [write_megatron, write_torchnet])
-def test_exactly_one_end_mark_is_stripped(tmp_path, write):
-    write(tmp_path / "c", [[[1, 2, MARK]], [[3]], [[4, MARK, MARK]], [[MARK]], [[MARK, 5]]], "<i4")
+def test_exactly_one_end_mark_is_stripped(tmp_path):
+    write_megatron(tmp_path / "c", [[[1, 2, MARK]], [[3]], [[4, MARK, MARK]], [[MARK]], [[MARK, 5]]], "<i4")
     found = list(read(input_of(tmp_path / "c"), Fields(end_of_document=MARK)))
     assert ids_of(found) == [[1, 2], [3], [4, MARK], [], [MARK, 5]]
     assert found[3] == SetAside(4, "no tokens before its end mark 9")
@@ -161,9 +141,9 @@ def test_a_document_that_leads_outside_rejects_the_rest(tmp_path, offset, value,
     assert ids_of(found) == [[1, 2, 3], [4], [5, 6]][: row - 1]
 
 
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8), st.sampled_from([write_megatron, write_torchnet]))
-def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(folder, place, junk, write):
-    write(folder / "junk", CORPUS, "<u2")
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8))
+def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(folder, place, junk):
+    write_megatron(folder / "junk", CORPUS, "<u2")
     path = folder / "junk.idx"
     index = bytearray(path.read_bytes())
     place %= len(index)
@@ -178,9 +158,9 @@ def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(fo
             assert set(row.tokens.astype("<u8").view("u1").tolist()) <= allowed | {0, 255}
 
 
-@given(st.integers(0, 200), st.sampled_from([write_megatron, write_torchnet]))
-def test_a_cut_off_index_is_damage(folder, left, write):
-    write(folder / "short", CORPUS, "<u2")
+@given(st.integers(0, 200))
+def test_a_cut_off_index_is_damage(folder, left):
+    write_megatron(folder / "short", CORPUS, "<u2")
     path = folder / "short.idx"
     index = path.read_bytes()
     path.write_bytes(index[: min(left, len(index) - 1)])
@@ -227,9 +207,6 @@ def test_what_belongs_to_no_document_is_told(tmp_path):
 
 
 def test_other_indexes_are_refused(tmp_path):
-    write_torchnet(tmp_path / "fairseq", CORPUS, "<i4")
-    index = (tmp_path / "fairseq.idx").read_bytes()
-    (tmp_path / "fairseq.idx").write_bytes(index[:48] + index[56:-32])  # fairseq's has no documents
     write_megatron(tmp_path / "floats", CORPUS, "<u4")
     index = bytearray((tmp_path / "floats.idx").read_bytes())
     index[17] = 7
@@ -237,14 +214,15 @@ def test_other_indexes_are_refused(tmp_path):
     index[9] = 2
     (tmp_path / "version.idx").write_bytes(index)
     (tmp_path / "git.idx").write_bytes(b"\xfftOc" + bytes(100))
-    for name in ("version", "git"):
+    (tmp_path / "older.idx").write_bytes(b"TNTIDX\0\0" + bytes(100))
+    for name in ("version", "git", "older"):
         (tmp_path / f"{name}.bin").write_bytes(b"xx")
     (tmp_path / "alone.idx").write_bytes(b"x")
     reasons = {file.name: [row.reason for row in read(file, Fields())] for file in find_inputs([str(tmp_path)])}
     assert {Path(name).name: reason for name, (reason,) in reasons.items()} == {
         "alone.idx": "alone.bin is missing: an index has no tokens",
-        "fairseq.bin": "fairseq.idx was written by fairseq, with ids one higher than the tokenizer's and no documents",
         "floats.bin": "floats.idx holds no token ids: its type code is 7",
         "git.bin": "git.idx is no index of Megatron's: it begins otherwise",
+        "older.bin": "older.idx is no index of Megatron's: it begins otherwise",
         "version.bin": "version.idx has version 2, of which nothing is known",
     }

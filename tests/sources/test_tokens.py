@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of
-from token_help import MARK, blocks, comparable, ids_of, sequences, write_megatron, write_torchnet
+from token_help import MARK, blocks, comparable, ids_of, sequences, write_megatron
 
 from retrotool.errors import UsageError
 from retrotool.sources import (
@@ -23,7 +23,6 @@ from retrotool.sources import (
     cut,
     find_inputs,
     read,
-    token_ranges,
     tokens,
 )
 from retrotool.sources.records import tokens_id
@@ -102,8 +101,8 @@ def test_offsets_beside_a_file_say_where_its_documents_are(folder, corpus, kind,
     file = input_of(path)
     fields = Fields(token_dtype="uint32", end_of_document=MARK)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_ranges, "BLOCK_BYTES", block)
-        patch.setattr(token_ranges, "WINDOW_DOCUMENTS", 3)
+        patch.setattr(tokens, "BLOCK_BYTES", block)
+        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
         whole = list(read(file, fields))
         together = [row for where in cut(file, fields, 16) for row in read(file, fields, where)]
     if file.size:
@@ -143,7 +142,6 @@ CUT_OFF = {
     "plain": lambda path, corpus: np.save(path.with_suffix(".offsets.npy"), np.cumsum([0, *map(len, corpus)])),
     "numpy": lambda path, corpus: np.save(path.with_suffix(".offsets.npy"), np.cumsum([0, *map(len, corpus)])),
     "Megatron": lambda path, corpus: write_megatron(path, [[document] for document in corpus], "<u2"),
-    "older": lambda path, corpus: write_torchnet(path, [[document] for document in corpus], "<u2"),
 }
 
 
@@ -168,7 +166,7 @@ def test_a_file_cut_off_anywhere_is_damage_however_it_is_sliced(folder, corpus, 
     if not file.size:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_ranges, "WINDOW_DOCUMENTS", 3)
+        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
         whole = list(read(file, Fields()))
         slices = cut(file, Fields(), target)
         together = [row for where in slices for row in read(file, Fields(), where)]
@@ -201,7 +199,7 @@ def test_a_list_of_fewer_documents_than_when_it_was_planned_is_damage(tmp_path):
     path.write_bytes(np.arange(10, dtype="<u2").tobytes())
     np.save(tmp_path / "c.offsets.npy", np.array([0, 5, 10]))
     (row,) = read(input_of(path), Fields(), Slice(2, 3, 2, 3))
-    assert row == SetAside(0, "2 documents are listed, 3 were when it was planned", damage=True)
+    assert row == SetAside(1, "2 documents are listed, 3 were when it was planned", damage=True)
 
 
 @pytest.mark.parametrize("dtype", ["i1", "u1", "<i2", ">u4", "<u8"])
