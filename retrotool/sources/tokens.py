@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.files import OFFSETS, WHOLE, InputFile, Slice
-from retrotool.sources.records import TOKEN_BYTES, Document, Fields, SetAside, excerpt, tokens_id, told
+from retrotool.sources.records import TOKEN_BYTES, Document, Fields, Rejected, excerpt, reason_of, tokens_id
 
 BLOCK_BYTES = 1 << 20
 WINDOW_DOCUMENTS = 1 << 14
@@ -139,7 +139,7 @@ def check_tokens(file: InputFile, fields: Fields) -> None:
         _agreed_dtype(file, fields, array)  # else it is damaged, and what its header says means nothing
 
 
-def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Return documents of a file of token ids, or of a range of it.
 
     Positions are byte offsets if marks end the documents, otherwise their numbers in the file, from 1.
@@ -193,8 +193,8 @@ def _beginnings(file: InputFile, array: TokenArray) -> tuple[int, Callable[[int]
 
 
 def _documents(
-    found: Iterable[Ranges | SetAside], file: InputFile, fields: Fields, dtype: np.dtype[Any], before: int | None
-) -> Iterator[Document | SetAside]:
+    found: Iterable[Ranges | Rejected], file: InputFile, fields: Fields, dtype: np.dtype[Any], before: int | None
+) -> Iterator[Document | Rejected]:
     """Return the documents that are in ranges of the file.
 
     ``before``: how many are before the first, if positions are numbers; None: positions are bytes.
@@ -203,7 +203,7 @@ def _documents(
     with Path(file.path).open("rb", BLOCK_BYTES) as stream:
         try:
             for ranges in found:
-                if isinstance(ranges, SetAside):
+                if isinstance(ranges, Rejected):
                     yield ranges
                     continue
                 places = zip(ranges.begins.tolist(), ranges.ends.tolist(), strict=True)
@@ -213,7 +213,7 @@ def _documents(
                     # The mark that may be at the end is not the document's.
                     count = (end - begin) // dtype.itemsize - marks
                     if reason := ranges.reasons.get(i) or _over(count, fields):
-                        yield SetAside(line, reason, offset)
+                        yield Rejected(line, reason, offset)
                         continue
                     stream.seek(begin)
                     tokens = _native(stream.read(end - begin), dtype, end - begin)
@@ -224,18 +224,18 @@ def _documents(
 
 def _document(
     tokens: Tokens, fields: Fields, source: str, line: int, position: int, offset: int
-) -> Document | SetAside:
+) -> Document | Rejected:
     """Return a document of its tokens, without the one end mark that it may have, or why it is none."""
     if fields.end_of_document is not None and len(tokens) and tokens[-1] == fields.end_of_document:
         tokens = tokens[:-1]
         if not len(tokens):
-            return SetAside(line, f"no tokens before its end mark {fields.end_of_document}", offset)
+            return Rejected(line, f"no tokens before its end mark {fields.end_of_document}", offset)
     if not len(tokens):
-        return SetAside(line, "no tokens", offset)
+        return Rejected(line, "no tokens", offset)
     if too_long := _over(len(tokens), fields):
-        return SetAside(line, too_long, offset)
+        return Rejected(line, too_long, offset)
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
-        return SetAside(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
+        return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
     return Document(tokens_id(tokens), "", source, position, line, (None,) * len(fields.keep), None, tokens)
 
 
@@ -302,7 +302,7 @@ def _by_number(total: int, ranges: Callable[[int, int], tuple[Ranges, str]], whe
             raise InputError(f"broken off after document {start:,}: the next {broken}; {left}")
 
 
-def _by_offsets(file: InputFile, array: TokenArray, dtype: np.dtype[Any], where: Slice) -> Iterator[Ranges | SetAside]:
+def _by_offsets(file: InputFile, array: TokenArray, dtype: np.dtype[Any], where: Slice) -> Iterator[Ranges | Rejected]:
     offsets = _open_offsets(file)
     have = (file.size - array.begin) // dtype.itemsize
     total = len(offsets) - 1
@@ -318,27 +318,27 @@ def _by_offsets(file: InputFile, array: TokenArray, dtype: np.dtype[Any], where:
         return Ranges(bounds[:-1], bounds[1:], {}), broken
 
     if where.start == 0 and 0 < offsets.at(0) <= have:
-        yield SetAside(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
+        yield Rejected(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
     yield from _by_number(total, ranges, where)
     if where.end in (None, total):
         if 0 <= offsets.at(-1) < have:
-            yield SetAside(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
+            yield Rejected(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
         _check_end(file, array, dtype)
 
 
-def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[Ranges | SetAside]:
+def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[Ranges | Rejected]:
     sequences, documents = len(index.lengths), max(0, len(index.boundaries) - 1)
     first, last = (index.boundaries.at(0), index.boundaries.at(-1)) if documents else (sequences, sequences)
     if where.start == 0 and first > 0:
-        yield SetAside(0, f"the first {first:,} of {sequences:,} sequences belong to no document")
+        yield Rejected(0, f"the first {first:,} of {sequences:,} sequences belong to no document")
     yield from _by_number(documents, lambda start, stop: _ranges_of_index(index, start, stop, file.size), where)
     if where.end not in (None, documents):
         return
     if 0 <= last < sequences:
-        yield SetAside(0, f"the last {sequences - last:,} of {sequences:,} sequences belong to no document")
+        yield Rejected(0, f"the last {sequences - last:,} of {sequences:,} sequences belong to no document")
     reach = index.pointers.at(-1) + index.lengths.at(-1) * index.dtype.itemsize if sequences else 0
     if 0 <= reach < file.size:
-        yield SetAside(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
+        yield Rejected(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
 
 
 def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> tuple[Ranges, str]:
@@ -428,7 +428,7 @@ def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         except Exception as error:  # a header is parsed as Python, and damaged ones fail in as many ways
             if isinstance(error, OSError):
                 raise
-            problem = told(error) or type(error).__name__
+            problem = reason_of(error) or type(error).__name__
             raise InputError(f"the numpy header of {path.name} is damaged: {problem}") from error
     raise InputError(f"{path.name} is of numpy's format version {version[0]}.{version[1]}, which is not known")
 
