@@ -58,7 +58,6 @@ class OneList:
         self._ids, self._vectors = ids, vectors
 
     def __len__(self) -> int:
-        """Vectors."""
         return len(self._ids)
 
     def size(self, number: int) -> int:
@@ -97,7 +96,6 @@ class SomeLists:
         self._list = lru_cache(_KEPT_LISTS)(self._read_list)
 
     def __len__(self) -> int:
-        """Vectors in all lists."""
         return int(self.sizes.sum())
 
     def size(self, number: int) -> int:
@@ -113,7 +111,6 @@ class SomeLists:
         return self._lists.codes(number)[self._list(number)[1]]
 
     def _read_list(self, number: int) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Ids of a list that are wanted, and their rows."""
         ids = self._lists.ids(number)
         rows = np.flatnonzero(self._wanted(ids))
         return ids[rows], rows
@@ -132,7 +129,6 @@ class JoinedLists:
         self._codes = lru_cache(_KEPT_JOINED)(self._join_codes)
 
     def __len__(self) -> int:
-        """Vectors in all lists."""
         return sum(map(len, self._shards))
 
     def size(self, number: int) -> int:
@@ -176,7 +172,6 @@ class InvertedLists:
         self._flat: Any = faiss.downcast_index(inner.index) if self._inverted is None else None
 
     def __len__(self) -> int:
-        """Vectors in all lists."""
         return int(self._index.ntotal)
 
     @property

@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from retrotool import engine, interrupts
-from retrotool.embed.counting import command_line, count_keys_of
-from retrotool.embed.search_scope import embedded_parts
+from retrotool.cli.command_lines import command_line
+from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.stored_fidelity import draw, measure
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder

@@ -217,7 +217,6 @@ class EmbedWorker:
         self._measured = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
-        """Embed a part and write its file."""
         entry = parts.part_entry(self._store, "chunks", part)
         dimension = self.encoder.identity.dimension
         with_vector: deque[npt.NDArray[np.bool_]] = deque()
@@ -252,7 +251,6 @@ class EmbedWorker:
             yield held.between(start - first, stop - first)
 
     def _not_finite(self, part: int, row: int) -> NotFiniteError:
-        """What says which chunk it is."""
         chunks = parts.read_chunks(self._store, part, [row // ROW_GROUP])
         document = parts.read_documents(self._store, part, ["id"])["id"][int(chunks.doc[row % ROW_GROUP])].as_py()
         chunk = int(parts.chunk_ids(part, np.array([row]))[0])

@@ -24,7 +24,6 @@ class Rows:
     lengths: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
-        """How many rows."""
         return len(self.lengths)
 
     @classmethod

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from retrotool.encoder import devices
-from retrotool.encoder.ahead import ahead
 from retrotool.encoder.architecture import NotPackedError
 from retrotool.encoder.batches import Rows, batches
 from retrotool.encoder.fidelity import cosines
 from retrotool.encoder.identity import find_encoder, read_config
 from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
+from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -220,13 +220,11 @@ class Encoder:
         self.work = Work(lanes=self._runner.lanes)
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
-        """Whether the packed forward gives the true vectors in float32."""
         return (
             self.dtype != "float32" and self._other("float32", "packed")._cosine(rows, true) > LEAST_COSINE["float32"]
         )
 
     def _other(self, dtype: str, forward: str) -> Encoder:
-        """The same encoder on the same device in another way."""
         pooling = self.identity.pooling
         other = Encoder(self._spec, self.device, dtype, pooling=pooling, forward=forward, say=self.say)
         if other.identity.sha256 != self.identity.sha256:
@@ -270,7 +268,7 @@ class Encoder:
         """
         flying: deque[tuple[_Batch, Handle | None]] = deque()
         try:
-            with ahead(blocks, 1) as made, ahead(self._batches(made), 2) as batched:
+            with closing(ahead(blocks, 1)) as made, closing(ahead(self._batches(made), 2)) as batched:
                 for batch in batched:
                     flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
                     while len(flying) > self._runner.depth:
@@ -298,7 +296,7 @@ class Encoder:
                 raise _Left
             report(rows)
 
-        with ahead(self.vectors(blocks, told), 1) as coming:
+        with closing(ahead(self.vectors(blocks, told), 1)) as coming:
             try:
                 yield coming
             finally:
@@ -332,7 +330,6 @@ class Encoder:
             )
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
-        """Places of the rows of each batch of up to so many tokens."""
         return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
 
     def _ready(self, rows: Rows, tokens: int) -> Ready:

@@ -21,7 +21,7 @@ from retrotool.errors import UsageError
 if TYPE_CHECKING:
     from retrotool.index.index_result import IndexResult
     from retrotool.index.recall import Recall
-    from retrotool.index.run import Dropped, Planned
+    from retrotool.index.run import Dropped
 
 EPILOG = """\b
 Examples:
@@ -107,12 +107,6 @@ def command(
         options = index_run.Options(
             wanted, shard_size, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default
         )
-        if not as_json:
-            planned = index_run.estimate(
-                store, name=name, encoder=encoder, target_recall=target_recall, options=options
-            )
-            if planned is not None and planned.choice.nlist:
-                output.note(_planned(planned))
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         left = [f"{output.count(result.not_embedded, 'chunk')} without embeddings"] if result.not_embedded else []
@@ -123,20 +117,9 @@ def command(
 
 
 def _refuse(option: str, **others: object) -> None:
-    """``UsageError`` if an option is given with others that it has nothing to do with."""
     given = [f"--{name.replace('_', '-')}" for name, on in others.items() if on not in (None, False)]
     if given:
         raise UsageError(f"{option} and {given[0]} are two things to do", "Give one of them.")
-
-
-def _planned(planned: Planned) -> str:
-    choice = planned.choice
-    size = planned.vectors * choice.bytes_per_vector + choice.trained_bytes
-    seconds = f", in about {planned.seconds:,.0f} s" if planned.seconds >= 2 else ""
-    return (
-        f"To be trained for {output.count(planned.vectors, 'vector')}: {choice.describe()} ({choice.why}). "
-        f"{choice.bytes_per_vector:,} bytes a vector, {output.size(size)} in all{seconds}."
-    )
 
 
 def _dropped(result: Dropped) -> str:

@@ -56,7 +56,6 @@ class ExactDatabase:
         return AllowedChunks(self.store, self._allows)
 
     def _read_rows(self, part: int) -> npt.NDArray[np.int64]:
-        """Rows of a part that are searched, ascending."""
         rows = searchable_rows(self.store, part, self.tombstones)
         return rows if self._allows is None else rows[self._allowed.rows(part)[rows]]
 
@@ -140,7 +139,6 @@ def merged(one: Best, other: Best, k: int) -> Best:
 
 
 def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Where an id of a row [q, n] was there before in the row."""
     order = np.argsort(ids, axis=1, kind="stable")
     ascending = np.take_along_axis(ids, order, 1)
     again = np.zeros(ids.shape, np.bool_)

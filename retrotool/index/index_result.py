@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.chunk.chunk_plan import read_json
-from retrotool.embed.counting import command_line, embed_command
+from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts
 from retrotool.errors import CorruptError
 from retrotool.index.index_files import (
@@ -79,6 +79,13 @@ class IndexResult:
     next: tuple[str, ...] = ()
 
 
+def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:
+    """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
+    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
+    found = [embed_command(store, root, encoder)] if left else []
+    return found if index is None else [*found, command_line("index", root, name=index)]
+
+
 def describe(
     store: Store, root: str | Path, name: str, *, before: int | None = None, elsewhere: int = 0
 ) -> IndexResult:
@@ -90,8 +97,7 @@ def describe(
     entries = shards(state, name)
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store)) if encoder else 0
     lacking = count_lacking(store, name)
-    todo = [embed_command(store, root, encoder)] if left else []
-    todo += [command_line("index", root, name=name)] if left or lacking else []
+    todo = commands_to_index(store, root, encoder, name) if left or lacking else []
     measured = state.file("index", RECALL, name)
     content = _read_measured(store, measured, name) if measured is not None else {}
     about = (entry.about or {}) if (entry := trained_entry(state, name)) is not None else {}

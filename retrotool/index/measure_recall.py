@@ -81,7 +81,6 @@ class _ChangedError(Exception):
 
 
 def _reads(state: State, name: str, generation: int) -> list[str]:
-    """Paths of what measuring reads."""
     trained = trained_entry(state, name, generation)
     encoder = str((trained.about or {})["encoder"]) if trained else ""
     vectors = (state.part_file("embeddings", part, encoder) for part in held_parts(state, name, generation))
@@ -158,7 +157,6 @@ def _record(
     moved: Drift,
     target: float,
 ) -> dict[str, Any]:
-    """The record ``index:<name>``, see ``docs/format.md``."""
     about = trained_file.about or {}
     point = found.point
     choice = parse_factory(str(about["factory"]), int(about["dimension"]))

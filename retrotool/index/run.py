@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from retrotool import engine, interrupts
-from retrotool.ann.choice import Choice, Wanted, parse_factory
-from retrotool.embed.counting import command_line
+from retrotool.ann.choice import Wanted, parse_factory
+from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.errors import CorruptError, UsageError
@@ -39,7 +39,6 @@ from retrotool.index.measure_recall import measure_until_committed
 from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on
-from retrotool.index.training import build_seconds, sample_size
 from retrotool.store import atomic, claims, parts
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
@@ -60,15 +59,6 @@ class Dropped:
     bytes: int
     commit: int
     tables: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The index that ``vectors`` would be put in, and about how long that takes here."""
-
-    choice: Choice
-    vectors: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,23 +184,6 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
 
 
-def estimate(
-    root: str | Path, *, name: str | None, encoder: str | None, target_recall: float | None, options: Options
-) -> Planned | None:
-    """What ``index`` would train; None if it is trained already."""
-    _check(options, target_recall)
-    store = Store.open(root)
-    name = default_index(store.state) if name is None else name
-    if trained_entry(store.state, name) is not None and not options.retrain:
-        return None
-    wanted = _wanted(store, name, options, target_recall)
-    choice, n = choose_for(store, pick_encoder(store, encoder or encoder_of(store, name)), wanted)
-    if not choice.nlist:
-        return Planned(choice, n, 0.0)
-    device = find_devices(options.devices)[0]
-    return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory), device))
-
-
 def _wanted(store: Store, name: str, options: Options, target: float | None) -> Wanted:
     """What is wanted of an index: what is said, else what was said of the one that it has."""
     wanted = options.wanted
@@ -224,7 +197,6 @@ def _wanted(store: Store, name: str, options: Options, target: float | None) -> 
 
 
 def _check(options: Options, target: float | None) -> None:
-    """``UsageError`` for values that can't be, or not together."""
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
@@ -244,7 +216,6 @@ def _check(options: Options, target: float | None) -> None:
 
 
 def _check_there(store: Store, name: str, options: Options) -> None:
-    """``UsageError`` for what can only be done with an index that is there."""
     asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
     if asked and name not in store.state.names("index"):
         raise _no_index(store, name, asked[0])

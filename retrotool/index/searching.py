@@ -81,7 +81,6 @@ def pick_index(store: Store, name: str | None = None) -> str:
 
 
 def _how_to_make(store: Store, name: str) -> str:
-    """What leads to an index of a name, from what the store has."""
     index = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
     if not store.state.parts():
         return f"It has no chunks yet: retrotool chunk {store.root} INPUT..., then retrotool embed and {index}"

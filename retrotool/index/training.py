@@ -8,7 +8,6 @@ a CPU.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,11 +32,6 @@ _SEED = 0
 _KMEANS_SHARE = 0.8
 _MEASURED = 1 << 12
 _LEAST_CODE_SAMPLE = 16 * 256
-_PROBE = 2048
-_THIN = 8
-"""How much slower the thin products of codes are than square ones."""
-_BESIDES = 1.4
-"""What comes to products, relatively: reading, the nearest of each row, sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +69,6 @@ def _code_sample(choice: Choice, memory: int | None) -> int:
     if memory is None:
         return product_quantizer.SAMPLE
     return min(product_quantizer.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
-
-
-def build_seconds(choice: Choice, n: int, sample: int, device: str = "cpu") -> float:
-    """About how long training and coding n vectors take, by the rate of a matrix product that is timed for it."""
-    import torch
-
-    one = torch.ones(_PROBE, _PROBE, device=device)
-    one @ one
-    start = time.perf_counter()
-    float((one @ one)[0, 0])
-    rate = 2 * _PROBE**3 / (time.perf_counter() - start)
-    lists = 2 * choice.nlist * choice.coded * (sample * ITERATIONS + n)
-    codes = 2 * 256 * choice.coded * n if choice.pieces else 0
-    return (lists + _THIN * codes) / rate * _BESIDES
 
 
 def train(

@@ -67,7 +67,6 @@ def _text(info: Info) -> str:
 
 
 def _after(purge: dict[str, Any]) -> str:
-    """What became of a purge."""
     if "restored" in purge:
         return f" and taken back ({purge['restored_reason']})"
     return " and erased" if purge["erased"] else ""
@@ -96,7 +95,6 @@ def _materialised(info: Info, name: str) -> str:
 
 
 def _shape(info: Info) -> list[str]:
-    """How long documents are, and where they come from."""
     lengths, sources = info.shape.lengths, info.shape.sources
     if not lengths:
         return []

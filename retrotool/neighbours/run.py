@@ -13,13 +13,14 @@ from typing import Any
 
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
-from retrotool.embed.counting import SAVED, K, command_line, commands_to_index, count_keys_of, embed_command
-from retrotool.embed.search_scope import count_left, count_living_keys, embedded_parts, pick_encoder
+from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
+from retrotool.embed.search_scope import count_keys_of, count_left, count_living_keys, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.engine.stage import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
 from retrotool.index.index_files import index_key
+from retrotool.index.index_result import commands_to_index
 from retrotool.index.searching import pick_index
 from retrotool.neighbours import weighted
 from retrotool.neighbours.dependents import register_dependent

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from retrotool.embed.counting import command_line, neighbours_command
+from retrotool.cli.command_lines import command_line, neighbours_command
 from retrotool.errors import RetrotoolError
 from retrotool.index.index_files import count_lacking
 from retrotool.neighbours.dependents import dependents

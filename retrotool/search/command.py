@@ -84,8 +84,8 @@ def command(
 ) -> None:
     """Show the chunks nearest to a text, with their continuations."""
     with output.errors(as_json):
-        from retrotool.embed.counting import commands_to_index
         from retrotool.embed.search_scope import count_left
+        from retrotool.index.index_result import commands_to_index
         from retrotool.reader import open_store
 
         if not text.strip():

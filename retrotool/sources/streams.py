@@ -15,16 +15,15 @@ archives made with ``--long=31`` do). No random access.
 from __future__ import annotations
 
 import bz2
-import contextlib
 import lzma
-import queue
-import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import zstandard
+
+from retrotool.read_ahead import ahead
 
 BLOCK_BYTES = 256 << 10
 _AHEAD = 16
@@ -66,7 +65,7 @@ def blocks(path: Path, compression: str, start: int = 0, end: int | None = None)
 
     Raises ``BrokenStream`` after the last good block, ``OSError`` if the system refuses to read.
     """
-    return ahead(_blocks(path, compression, start, end))
+    return ahead(_blocks(path, compression, start, end), _AHEAD, patience=_PATIENCE_SECONDS)
 
 
 def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
@@ -135,42 +134,3 @@ def _texts(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
                 piece, frame, ended = frame.unused_data, None, True
     if frame is not None:
         raise BrokenStream("the compressed data end inside a frame")
-
-
-def ahead(source: Generator[bytes]) -> Generator[bytes]:
-    """Return the same blocks, produced by a thread that is at most a few blocks ahead.
-
-    A thread that blocks in a read when its stream is closed is abandoned after a while, and ends with the process.
-    """
-    waiting: queue.Queue[bytes | BaseException | None] = queue.Queue(_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: bytes | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            with contextlib.closing(source):
-                for block in source:
-                    if not put(block):
-                        return
-            put(None)
-        except BaseException as error:  # raised again in the thread that reads
-            put(error)
-
-    thread = threading.Thread(target=produce, name="retrotool-read", daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join(_PATIENCE_SECONDS)

@@ -156,7 +156,6 @@ class FastTokenizer:
         return unsure
 
     def _sample(self, n: int) -> list[int]:
-        """Places of the texts to compare, of n."""
         chosen = self._random.random(n) < self._check
         chosen[: max(self._first - self._seen, 0)] = True
         return np.flatnonzero(chosen).tolist()
@@ -199,7 +198,6 @@ def _version() -> str:
 
 
 def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
-    """The fast tokenizer's encoding, or why there is none."""
     why = why_not_cut(orjson.loads(tokenizer.file.content))
     if why:
         return None, f"tokie is not used: {why}"
@@ -212,7 +210,6 @@ def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
 
 
 def _read(content: bytes) -> Encode:
-    """What tokie makes of a ``tokenizer.json``."""
     import tokie
 
     with tempfile.NamedTemporaryFile(suffix=".json") as file:

@@ -81,7 +81,6 @@ def _as_json(content: bytes, path: Path, name: str) -> bytes:
 
 
 def _from_directory(path: Path, name: str) -> bytes:
-    """The ``tokenizer.json`` that transformers makes of a directory's own vocabulary files."""
     from transformers import AutoTokenizer
 
     try:

@@ -172,7 +172,6 @@ class Guard:
         return unsure
 
     def _differing(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Which texts [n] are split differently."""
         return differing(*(encode(texts) for encode in self._split))
 
     def _differing_somehow(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -323,7 +322,6 @@ def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, 
 
 
 def _odd_texts(longest: int, added: Sequence[str]) -> list[str]:
-    """Random texts of all kinds of characters, and runs of them around lengths that may matter."""
     draw = random.Random(0)  # noqa: S311
     letters = [chr(code) for code in range(128)]
     often = [*" \n\t'.,-_()/", *"sStTrReEvVlLmMdD0123456789abcXYZ", *_WORDS, *added[:8]]

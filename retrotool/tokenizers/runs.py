@@ -60,7 +60,6 @@ def unlike_runs(
 
 
 def _texts(before: str, inside: str, after: str) -> list[tuple[int, str]]:
-    """Lengths, and texts with a run of that length."""
     return [
         (length, f"x{before * left}{inside * length}{after * right}y ")
         for length in (*_SHORT, *_LONG)

@@ -83,7 +83,6 @@ class Tokenizer:
         return self._tokenizer
 
     def _gives_back(self, text: str) -> bool:
-        """Whether the library decodes a text's tokens to the same text."""
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.decode(tokens, skip_special_tokens=False) == text
 
@@ -228,7 +227,6 @@ class Tokenizer:
         return ours == self._tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
 
     def _gaps(self) -> npt.NDArray[np.int64]:
-        """Ids below the highest that no token has."""
         used = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
         return np.setdiff1d(np.arange(self.vocabulary), used)
 

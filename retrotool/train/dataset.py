@@ -177,7 +177,6 @@ class RetroDataset(IterableDataset[Item]):
         return sum(map(reader.rows.is_materialised, parts)), len(parts)
 
     def __len__(self) -> int:
-        """Count what this rank reads of the epoch (or of what was left of it): sequences, or batches."""
         n = len(self._share(self._at))
         return n if self.batch_size is None else -(-n // self.batch_size)
 
@@ -270,7 +269,6 @@ class RetroDataset(IterableDataset[Item]):
             self._tell(loaded=True)
 
     def __iter__(self) -> Iterator[Item]:
-        """Read what is left of the epoch, or this worker's share of it."""
         worker = get_worker_info()
         if worker is not None:
             if self._missed():
@@ -322,7 +320,6 @@ class RetroDataset(IterableDataset[Item]):
             yield {key: value[i] for key, value in tensors.items()}
 
     def _sequences(self) -> Layout:
-        """The layout of the epoch."""
         if self._layout.commit != self._commit:
             self._layout = self._lay_out(Store.open(self.path), self._commit)
         return self._layout
@@ -342,7 +339,6 @@ class RetroDataset(IterableDataset[Item]):
         return (self.batch_size or 1) if self.drop_last else 0
 
     def _settings(self) -> dict[str, Any]:
-        """What decides the order."""
         found: dict[str, Any] = {
             "sequence_length": self.sequence_length,
             "packed": self.packed,
@@ -351,7 +347,6 @@ class RetroDataset(IterableDataset[Item]):
         return {**found, "seed": self.seed, "shuffle_blocks": self.shuffle_blocks} if self.shuffle else found
 
     def _after(self, batch: Mapping[str, torch.Tensor]) -> _Start:
-        """Where a rank is that has read up to a batch."""
         cursor = batch["cursor"].reshape(-1, 3)
         epoch, workers = int(cursor[0, 0]), int(cursor[0, 2])
         if epoch != self._epoch:

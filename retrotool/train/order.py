@@ -56,7 +56,6 @@ class Order:
         self._ends = np.cumsum(sizes)
 
     def __len__(self) -> int:
-        """Count the sequences."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def pieces(self, spans: Sequence[Span], skip: int = 0) -> Iterator[Piece]:
@@ -117,7 +116,6 @@ class Share:
     whole: int
 
     def __len__(self) -> int:
-        """How many sequences a rank reads, an empty one included."""
         total = length(self.spans)
         if self.whole:
             return total // (self.world_size * self.whole) * self.whole
