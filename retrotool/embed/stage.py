@@ -164,7 +164,7 @@ class EmbedWorker:
         except TokensDiffer as error:
             # What this part has of the fast tokenizer is thrown away; --check tells of the parts before.
             self.encoder.say(f"{error.summary}; going on with tokenizers, which is slower")
-            self.encoder.be_exact()
+            self.encoder.use_fast_tokenizer(False)
             tell(-told)
             entry = self._write(part, name, tell)
         except NotFiniteError as error:
@@ -212,8 +212,8 @@ class EmbedWorker:
                 raise
             raise self._not_finite(part, int(some[error.row % len(some)])) from error
         self._verified = True
-        if self._many:
-            self.texts.hasten()
+        if self._many and not self.texts.straight:
+            self.encoder.use_fast_tokenizer(True)
         self._measured = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
@@ -269,11 +269,6 @@ class EncoderRows:
         self._encoder = encoder
         self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
         self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
-
-    def hasten(self) -> None:
-        """Get ready for very many chunks."""
-        if not self.straight:
-            self._encoder.hasten()
 
     def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
         """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from retrotool.encoder import devices
 from retrotool.encoder.architecture import NotPackedError
-from retrotool.encoder.batches import Rows, batches
+from retrotool.encoder.batches import Rows, batches, check_vocabulary
 from retrotool.encoder.fidelity import cosines
 from retrotool.encoder.identity import find_encoder, read_config
-from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
+from retrotool.errors import NotFiniteError, UsageError
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
@@ -165,19 +165,14 @@ class Encoder:
         """The encoder's own."""
         return self._exact
 
-    def hasten(self) -> None:
-        """Get ready to tokenise very many texts: finding out what the fast tokenizer gets right takes seconds."""
-        if self._fast is None:
-            self._fast = FastTokenizer(self._exact)
-
-    def be_exact(self) -> None:
-        """Tokenise by ``tokenizers`` alone from now on."""
-        self._fast = None
+    def use_fast_tokenizer(self, fast: bool) -> None:
+        """Tokenise by the fast tokenizer, which takes seconds to get ready, or by ``tokenizers`` alone."""
+        self._fast = FastTokenizer(self._exact) if fast else None
 
     def tokenize(self, texts: Sequence[str]) -> Rows:
         """Rows of the encoder's own tokens, without special ones; texts are put as its configuration wants them.
 
-        ``TokensDiffer`` if it was hastened, and a text is found that the fast tokenizer gets wrong.
+        ``TokensDiffer`` if a text is found that the fast tokenizer, in use, gets wrong.
         """
         if self.identity.lower:
             texts = [text.lower() for text in texts]
@@ -267,19 +262,17 @@ class Encoder:
         ``AbortError`` if the device can't be used any more.
         """
         flying: deque[tuple[_Batch, Handle | None]] = deque()
-        try:
-            with closing(ahead(blocks, 1)) as made, closing(ahead(self._batches(made), 2)) as batched:
-                for batch in batched:
-                    flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
-                    while len(flying) > self._runner.depth:
-                        yield from self._land(*flying.popleft(), report)
-                while flying:
+        with (
+            devices.checking_device(self.device),
+            closing(ahead(blocks, 1)) as made,
+            closing(ahead(self._batches(made), 2)) as batched,
+        ):
+            for batch in batched:
+                flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
+                while len(flying) > self._runner.depth:
                     yield from self._land(*flying.popleft(), report)
-        except RuntimeError as error:
-            if not devices.is_lost(error):
-                raise
-            reason, advice = str(error).splitlines()[0], "Run the same command again; what is finished is kept."
-            raise AbortError(f"{self.device} is lost: {reason}", advice) from error
+            while flying:
+                yield from self._land(*flying.popleft(), report)
 
     @contextmanager
     def stream(
@@ -308,7 +301,7 @@ class Encoder:
         for rows in blocks:
             block = _Block(np.zeros((len(rows), self.identity.dimension), np.float16), first)
             framed = rows.framed(self._before, self._after, self.identity.max_tokens)
-            self._check_tokens(framed)
+            check_vocabulary(f"encoder {self._spec!r}", framed.ids, self._vocabulary)
             tokens, left = self.batch_tokens, deque(self._cut(framed.lengths, self.batch_tokens))
             while left:
                 if self.batch_tokens < tokens:  # memory ran out meanwhile
@@ -319,15 +312,6 @@ class Encoder:
                 yield _Batch(block, which, some, self._ready(some, tokens))
             yield _Batch(block, np.flatnonzero(framed.lengths == 0), framed, None)
             first += len(rows)
-
-    def _check_tokens(self, rows: Rows) -> None:
-        """``UsageError`` for a token that the model has no vector of, which a GPU would not survive."""
-        highest = int(rows.ids.max(initial=0))
-        if self._vocabulary is not None and highest >= self._vocabulary:
-            raise UsageError(
-                f"encoder {self._spec!r}: its tokenizer gives the token {highest}, its model has {self._vocabulary:,}",
-                "Take the tokenizer.json that was made with the model.",
-            )
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
         return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
@@ -358,13 +342,8 @@ class Encoder:
             self.work.seconds += seconds
             return vectors
         except Exception as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            if len(rows) == 1:
-                raise RetrotoolError(
-                    f"encoder {self.identity.name}: {self.device} has no memory for a row of {len(rows.ids)} tokens",
-                    "Free some of it, or use another device.",
-                ) from error
+            what = f"encoder {self.identity.name}"
+            devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
         devices.release_memory(self.device)
         if _LEAST_TOKENS < len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving, or is small
             while self.batch_tokens >= len(rows.ids):
