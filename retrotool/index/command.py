@@ -109,10 +109,8 @@ def command(
         )
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
-        left = [f"{output.count(result.not_embedded, 'chunk')} without embeddings"] if result.not_embedded else []
-        left += [f"{output.count(result.lacking, 'chunk')} taken back after a purge"] if result.lacking else []
-        if left:
-            output.note(f"Not indexed: {', '.join(left)}. Next:")
+        if result.not_embedded:
+            output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
             output.note("\n".join(f"  {command}" for command in result.next))
 
 

@@ -68,14 +68,6 @@ class ExactDatabase:
         """Numbers of the parts that are searched, ascending."""
         return embedded_parts(self.store, self.encoder)
 
-    def incomplete(self) -> set[int]:
-        """Numbers of the parts of which not all can be found that is living: none."""
-        return set()
-
-    def lacking(self) -> int:
-        """How many living keys these are."""
-        return 0
-
     def reads(self) -> list[str]:
         """Paths of the files that are searched, which an erase replaces."""
         return [parts.part_entry(self.store, "embeddings", part, self.encoder).path for part in self.held()]

@@ -26,10 +26,8 @@ from retrotool.errors import CorruptError, RetrotoolError, StorageError
 from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_in, generation_slot
-from retrotool.store.restored import lacking_chunks, lacking_parts
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
 
 _SHARD = "shard-"
 RECALL = "recall"
@@ -114,32 +112,9 @@ def fit_of(entry: FileEntry) -> list[list[float]]:
     return [list(map(float, fit)) for fit in (entry.about or {})["fit"]]
 
 
-def commits_of(entry: FileEntry) -> list[int | None]:
-    """For each part that a shard holds: the commit whose tombstones were left out; None where nobody knows."""
-    return list((entry.about or {}).get("commits", [None] * len(parts_of(entry))))
-
-
 def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
     """Numbers of the parts that the shards of an index hold, ascending."""
     return sorted(part for entry in shards(state, name, generation).values() for part in parts_of(entry))
-
-
-def incomplete_parts(state: State, name: str, generation: int | None = None) -> set[int]:
-    """Parts of which the shards of an index lack chunks that were purged when they were written, and taken back since.
-
-    The next ``index`` codes these shards anew.
-    """
-    found = shards(state, name, generation).values()
-    return set().union(*(lacking_parts(state, entry) for entry in found))
-
-
-def count_lacking(store: Store, name: str) -> int:
-    """How many living keys the shards of an index lack of the parts that they hold."""
-    entries = shards(store.state, name).values()
-    if not any(lacking_parts(store.state, entry) for entry in entries):
-        return 0
-    tombstones = read_tombstones(store)
-    return sum(len(lacking_chunks(store, entry, tombstones)) for entry in entries)
 
 
 def windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:

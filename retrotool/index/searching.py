@@ -25,10 +25,8 @@ from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import read_part_vectors
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.index.index_files import (
-    count_lacking,
     default_index,
     held_parts,
-    incomplete_parts,
     index_key,
     parts_of,
     read_shards,
@@ -190,14 +188,6 @@ class Database:
     def held(self) -> list[int]:
         """Numbers of the parts that are searched, ascending."""
         return held_parts(self.store.state, self.name)
-
-    def incomplete(self) -> set[int]:
-        """Numbers of the parts of which the index lacks chunks that were purged, and taken back since."""
-        return incomplete_parts(self.store.state, self.name)
-
-    def lacking(self) -> int:
-        """How many living keys these are."""
-        return count_lacking(self.store, self.name)
 
     def reads(self) -> list[str]:
         """Paths of the files that are searched, which an erase replaces."""

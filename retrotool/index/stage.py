@@ -2,9 +2,9 @@
 
 Only keys are indexed, trained on and counted. The first task trains (``stages.training``); then each window of parts is
 a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
-the same training; ``merge`` joins those of a window. A shard that was written while chunks were purged which were taken
-back since is coded anew. Which index it is is chosen once, from the vectors that are there
-(``ann.choice``), and kept with the training.
+the same training; ``merge`` joins those of a window. What is purged is coded too until it is erased, since a purge can
+be undone; a search masks it. Which index it is is chosen once, from the vectors that are there (``ann.choice``), and
+kept with the training.
 
 The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
 
@@ -37,7 +37,6 @@ from retrotool.engine.stage import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import (
     check_sum,
-    commits_of,
     encoder_of,
     fit_of,
     free_slot,
@@ -57,10 +56,9 @@ from retrotool.memory import give_back
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_slot
-from retrotool.store.restored import lacking_parts
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 
 SHARD_ROWS = 1 << 20
 _LISTS_IN_A_SHARD = 16
@@ -140,7 +138,7 @@ class IndexStage:
         there = set(embedded_parts(store, self.encoder))
         tasks = []
         for slot, entry in shards(store.state, self.index, self.generation).items():
-            if entry.path in self.broken or lacking_parts(store.state, entry):
+            if entry.path in self.broken:
                 numbers = [part for part in parts_of(entry) if part in there]
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
                 key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
@@ -155,7 +153,7 @@ class IndexStage:
             found.setdefault(window, []).append((slot, entry))
         tasks = []
         for window, some in found.items():
-            if len(some) > 1 and not any(lacking_parts(store.state, entry) for _, entry in some):
+            if len(some) > 1:
                 paths = [entry.path for _, entry in some]
                 key = task_key("index", {"name": self.index, "merge": window}, paths)
                 inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
@@ -234,13 +232,13 @@ class IndexWorker:
     def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
         entry, trained = read_trained(store, stage.index, stage.generation)
-        tombstones, commit = read_tombstones(store), store.state.number
+        set_aside = read_set_aside(store)
         numbers = list(task.inputs["parts"])
         coded = _Coded(trained, self._device, sum(count_keys(store, part) for part in numbers))
         for part in numbers:
-            coded.add_part(store, stage.encoder, part, tombstones, report)
+            coded.add_part(store, stage.encoder, part, set_aside, report)
         slot = task.inputs["slot"]
-        about = {"parts": numbers, "commits": [commit] * len(numbers), "fit": coded.fit}
+        about = {"parts": numbers, "fit": coded.fit}
         written = self._write(run, slot, *coded.all(), trained, about)
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
@@ -326,16 +324,16 @@ class _Coded:
         """Vectors of each part, and their mean squared distances to their centroids and, of residuals, to their codes.
         """
 
-    def add_part(self, store: Store, encoder: str, part: int, tombstones: Tombstones, report: Report) -> None:
-        """Code the searchable vectors of a part."""
+    def add_part(self, store: Store, encoder: str, part: int, set_aside: Tombstones, report: Report) -> None:
+        """Code the vectors of a part that are not erased, purged ones too: a purge can be undone."""
         import torch
 
-        searchable = searchable_rows(store, part, tombstones)
+        coded = searchable_rows(store, part, set_aside)
         vectors = read_part_vectors(store, encoder, part)
         block = _BLOCK_ROWS[self._device.split(":")[0]]
         errors = np.zeros(2)
-        for start in range(0, len(searchable), block):
-            rows = searchable[start : start + block]
+        for start in range(0, len(coded), block):
+            rows = coded[start : start + block]
             some = vectors[rows]
             check_finite(store, some, part, rows)
             numbers, codes, *off = self._trained.encode(torch.from_numpy(some).to(self._device).float())
@@ -346,8 +344,8 @@ class _Coded:
             self._n += len(rows)
             errors += off
             report(len(rows))
-        self.fit.append([len(searchable), *(errors / max(len(searchable), 1)).tolist()])
-        report(count_keys(store, part) - len(searchable))
+        self.fit.append([len(coded), *(errors / max(len(coded), 1)).tolist()])
+        report(count_keys(store, part) - len(coded))
 
     def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
         """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
@@ -363,10 +361,7 @@ def _imbalance(numbers: Ids, nlist: int) -> float:
 
 
 def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
-    """What the log keeps of several shards as one: the parts, ascending, and of each the commit and the fit."""
+    """What the log keeps of several shards as one: the parts, ascending, and the fit of each."""
     fits = {part: fit for entry in entries for part, fit in zip(parts_of(entry), fit_of(entry), strict=True)}
-    commits = {part: commit for e in entries for part, commit in zip(parts_of(e), commits_of(e), strict=True)}
     numbers = sorted(fits)
-    return {
-        "parts": numbers, "commits": [commits[part] for part in numbers], "fit": [fits[part] for part in numbers],
-    }  # fmt: skip
+    return {"parts": numbers, "fit": [fits[part] for part in numbers]}

@@ -13,7 +13,7 @@ from retrotool.ann import lists
 from retrotool.chunk.chunk_plan import unfinished_plans
 from retrotool.embed.search_scope import count_living_keys
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.index.index_files import count_lacking, read_trained, shards, trained_entry
+from retrotool.index.index_files import read_trained, shards, trained_entry
 from retrotool.info.corpus_statistics import Shape, shape_of
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.neighbours.materialised import current_file
@@ -209,11 +209,9 @@ def _index(store: Store, name: str) -> dict[str, Any]:
     entries = list(shards(store.state, name).values())
     # The record keeps what was measured; an erase has taken vectors away since.
     vectors = sum(entry.rows for entry in entries)
-    lacking = {"lacking": n} if (n := count_lacking(store, name)) else {}
     return {
         **record,
         "vectors": vectors,
-        **lacking,
         "trained": trained.path if trained else None,
         "shards": [e.path for e in entries],
     }

@@ -201,8 +201,7 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
     elsewhere = sum(task.key in held for task in stage.plan(store))
     database = stage.open_database(store)
     rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
-    lacking = database.lacking()
-    not_indexed = count_left(database.store, database.held(), database.tombstones) + lacking
+    not_indexed = count_left(database.store, database.held(), database.tombstones)
     commands = []
     if not_indexed:
         index = None if stage.index == NO_INDEX else stage.index

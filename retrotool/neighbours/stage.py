@@ -137,7 +137,7 @@ class NeighboursStage:
         record = self.record(store, database)
         known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
-        version, held, incomplete = _version(database, record), database.held(), database.incomplete()
+        version, held = _version(database, record), database.held()
         checked: set[tuple[Any, Any]] = set()
         for part in embedded_parts(store, database.encoder):
             old = store.state.part_file("neighbours", part, self.table)
@@ -145,7 +145,7 @@ class NeighboursStage:
                 _check_commit(old, self.table, database.store)
                 checked.add(_commit(old))
             if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                yield Todo(part, old, *_lacks(old, database.store.state, held, incomplete), goes_on=True)
+                yield Todo(part, old, *_lacks(old, database.store.state, held), goes_on=True)
             else:
                 yield Todo(part, old, WHOLE, held, goes_on=False)
 
@@ -230,18 +230,17 @@ def probed_by(database: AnyDatabase) -> int:
     return min(database.point.nprobe, database.trained.nlist)
 
 
-def _lacks(entry: FileEntry, database: State, held: list[int], incomplete: set[int]) -> tuple[str, list[int]]:
+def _lacks(entry: FileEntry, database: State, held: list[int]) -> tuple[str, list[int]]:
     """What is to be searched for a table that is of the same index, and in which parts.
 
-    Parts that the index itself has not whole, ``incomplete``, are left for when it has: a table does not say that it
-    was sought there. Where neighbours are judged by their tokens, also by those of what follows them, one that was
+    Where neighbours are judged by their tokens, also by those of what follows them, one that was
     judged while that was purged must not stay.
     """
     before, now = set(parts_in(entry)), set(held)
     missed = missed_parts(database, _commit(entry)[0])
     if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
         return WHOLE, held
-    new = sorted((now - before | missed & now) - incomplete)
+    new = sorted(now - before | missed & now)
     return (WHOLE if set(new) == now else MORE if new else FEW), new
 
 

@@ -99,7 +99,7 @@ class NeighboursWorker:
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": purges(database.store),
-            "searched": ranges(sorted(set(database.held()) - database.incomplete())),
+            "searched": ranges(database.held()),
             "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
         if task.inputs["mode"] != WHOLE:
