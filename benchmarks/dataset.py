@@ -6,8 +6,8 @@ INPUT is what ``retrotool chunk`` takes. A store is made of it in a temporary fo
 drawn at random from the whole store instead of computed ones: of all tables these are the dearest to read. Then, each
 in a process of its own, with the files out of the page cache, from its start to its end, imports included:
 
-* ``bytes``: reading the bytes of the chunks and of the materialised neighbours, nothing else;
-* ``decode``: reading them by pyarrow alone, row group by row group;
+* ``bytes``: reading the bytes of the chunks and of the tables with the tokens, nothing else;
+* ``decode``: reading their columns that are needed by pyarrow alone, row group by row group;
 * ``loader``: as many batches of that size that are made of nothing, through a DataLoader with one worker;
 * ``RetroDataset`` over a whole epoch, in batches of 16 sequences: by itself, and through a DataLoader.
 
@@ -50,7 +50,7 @@ def evict(store: Path) -> None:
 
 
 def read_bytes(arguments: argparse.Namespace) -> int:
-    for path in files_of(arguments.store, "chunks/", "materialised/"):
+    for path in files_of(arguments.store, "chunks/", "neighbours/"):
         with path.open("rb") as file:
             while file.read(1 << 20):
                 pass
@@ -60,10 +60,11 @@ def read_bytes(arguments: argparse.Namespace) -> int:
 def decode(arguments: argparse.Namespace) -> int:
     import pyarrow.parquet as pq
 
-    for path in files_of(arguments.store, "chunks/", "materialised/"):
+    for path in files_of(arguments.store, "chunks/", "neighbours/"):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.metadata.num_row_groups):
-                file.read_row_groups([group])
+                text = [name for name in file.schema_arrow.names if name.startswith("text_")]
+                file.read_row_groups([group], columns=text or None)
     return chunks_in(arguments.store)
 
 
@@ -154,14 +155,16 @@ def show(label: str, found: dict[str, Any]) -> None:
     )
 
 
-def write_tables(store: Path, k: int) -> None:
+def write_tables(store: Path, k: int, text: bool = False) -> None:
     """Tables of random neighbours of other chunks of the store."""
+    from retrotool.neighbours.retrieved import read_text_of
     from retrotool.store import parts, tables
     from retrotool.store.log import Draft
     from retrotool.store.paths import FileName, part_slot
     from retrotool.store.runs import Run
     from retrotool.store.store import Store
     from retrotool.store.tables import NeighbourTable
+    from retrotool.store.tombstones import read_tombstones
 
     opened = Store.open(store)
     sizes = np.array([parts.part_entry(opened, "chunks", part).rows for part in opened.state.parts()])
@@ -177,9 +180,18 @@ def write_tables(store: Path, k: int) -> None:
             ids = (np.array(opened.state.parts())[place] << 32) + rng.integers(0, sizes[place])
             table = NeighbourTable(ids, np.sort(rng.random((rows, SAVED), np.float32), axis=1))
             name = FileName.new(run.id, "neighbours", part_slot(part), "parquet", "main")
-            about = {"index": "", "encoder": ""}
-            add.append(tables.write_table(store, name, table, database=uuid, commit=0, path="", about=about))
-        draft = Draft("neighbours", add=tuple(add), records={"neighbours:main": record})
+            number, own = opened.state.number, opened.identity
+            about = {"index": "", "encoder": "", "commit": number, "head": opened.state.head[:16]}
+            add.append(
+                tables.write_table(
+                    store, name, table, database=uuid, commit=number, path="",
+                    about={**about, "text": k} if text else about,
+                    text=read_text_of(opened, read_tombstones(opened), table, k) if text else None,
+                    chunk_bytes=own.chunk_length * own.tokenizer.token_bytes,
+                )
+            )  # fmt: skip
+        old = tuple(entry.path for entry in opened.state.group("neighbours", "main").entries())
+        draft = Draft("neighbours", add=tuple(add), remove=old, records={"neighbours:main": record})
         opened.commit(run, lambda _: draft)
 
 
@@ -196,10 +208,10 @@ def compare(arguments: argparse.Namespace) -> None:
         label = f"through a DataLoader, {workers} workers" if workers else "by itself"
         show(f"from the tables, {label}", measure(arguments, "dataset", workers))
     start = time.perf_counter()
-    made = api.materialise(store, workers=1)
+    write_tables(store, arguments.k, text=True)
     seconds = time.perf_counter() - start
-    print(f"materialised by one process: {seconds:.1f} s, {made.rows / seconds:,.0f} chunks/s, "
-          f"{made.bytes / made.rows:.0f} bytes a chunk")  # fmt: skip
+    size = sum(path.stat().st_size for path in files_of(store, "neighbours/"))
+    print(f"with the tokens: {seconds:.1f} s, {chunks / seconds:,.0f} chunks/s, {size / chunks:.0f} bytes a chunk")
     show("floor: bytes", measure(arguments, "bytes"))
     show("floor: decode", measure(arguments, "decode"))
     show("floor: loader", measure(arguments, "loader"))

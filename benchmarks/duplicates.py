@@ -33,13 +33,12 @@ FIND = """
 import resource, time
 from pathlib import Path
 from retrotool.chunk.deduplicate import find_duplicates
-from retrotool.chunk.hash_partitions import Span
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 store = Store.open({root!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-places, by_text = find_duplicates(store, Span({start}, {end}), read_tombstones(store))
+places, by_text = find_duplicates(store, range({start}, {end}), read_tombstones(store))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"{{seconds:.1f}} s, peak {{peak / 2**20:.2f}} GiB ({{before / 2**20:.2f}} GiB before), "
@@ -58,7 +57,7 @@ print(f"{{time.perf_counter() - start:.1f}} s")
 
 
 def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: np.random.Generator) -> list[FileEntry]:
-    """A documents file, and a chunks file that is none: only its name counts."""
+    """A documents file, and an empty file for the chunks: only its name counts."""
     number = np.arange(before, before + rows, dtype=np.uint64)
     key, text = number.copy(), number + np.uint64(1 << 40)
     again = draw.random(rows)
@@ -71,6 +70,9 @@ def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: 
     columns = [hashes.get(field.name, pa.nulls(rows, field.type)) for field in schema]
     table = pa.table(columns, schema=schema)
     names = [FileName.new(run.id, kind, part_slot(part), "parquet") for kind in ("documents", "chunks")]
+    chunks = store.root / names[1].path
+    chunks.parent.mkdir(exist_ok=True)
+    chunks.touch()
     return [parts.write_parquet(store.root, names[0], table), FileEntry(names[1].path, rows, 0, "")]
 
 

@@ -25,7 +25,7 @@ from retrotool.embed.search_scope import own_documents, read_part_vectors, searc
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.searching import Database
 from retrotool.index.source_filter import source_names
-from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters, Finder
+from retrotool.neighbours.filters import AnyDatabase, Filters, Finder
 from retrotool.store.store import Store
 
 Rows = npt.NDArray[np.int64]

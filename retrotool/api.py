@@ -13,10 +13,9 @@ from retrotool.info.log_entries import log_entries, verify_log
 from retrotool.info.run import info, verify
 from retrotool.inspect.run import inspect
 from retrotool.leakage.run import leakage
-from retrotool.neighbours.materialising import materialise
 from retrotool.neighbours.run import neighbours
 from retrotool.plan.run import plan
-from retrotool.purge.affected_run import affected
+from retrotool.purge.affected import affected
 from retrotool.purge.erase_run import erase
 from retrotool.purge.retrain_indexes import retrain_indexes
 from retrotool.purge.run import purge, scan
@@ -42,7 +41,6 @@ __all__ = [
     "kinds_of",
     "leakage",
     "log_entries",
-    "materialise",
     "neighbours",
     "open_store",
     "plan",

@@ -60,8 +60,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if "--json" in sys.argv and (told := getattr(error, "format_message", None)) is not None:
-                output.tell_json(told(), "", int(getattr(error, "exit_code", 2)), True)
+            if "--json" in sys.argv and (message := getattr(error, "format_message", None)) is not None:
+                output.write_json_error(message(), "", int(getattr(error, "exit_code", 2)), True)
             raise
 
 
@@ -159,6 +159,8 @@ def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
     give_bars_room()
-    if sys.argv[1:2] == ["search"]:  # other commands that need pyarrow take longer than pandas
+    if sys.argv[1:2] == ["search"] and not {"-h", "--help"} & set(
+        sys.argv
+    ):  # other commands that need pyarrow take longer than pandas
         leave_pandas_out()
     app(prog_name="retrotool")

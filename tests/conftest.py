@@ -223,13 +223,13 @@ def snapshots(request: pytest.FixtureRequest) -> Snapshots:
 @pytest.fixture(autouse=True)
 def quick_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes are forked from one that has imported what they need, unless a test wants them ``spawned``."""
-    from retrotool.engine import processes
+    from retrotool.engine import local
 
     if not request.node.get_closest_marker("spawned"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "faiss", "pyarrow.parquet", "tokenizers", "retrotool.api"])
         quick = SimpleNamespace(get_context=lambda _: context, parent_process=multiprocessing.parent_process)
-        monkeypatch.setattr(processes, "multiprocessing", quick)
+        monkeypatch.setattr(local, "multiprocessing", quick)
 
 
 _loaded: dict[tuple[object, ...], tuple[str, str, Any]] = {}

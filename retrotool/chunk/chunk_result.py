@@ -1,23 +1,35 @@
-"""What a ``chunk`` came to: counts of its plans, and why rows were set aside."""
+"""What a ``chunk`` came to: counts of its plans, why rows were set aside, how many may be, and what may be a slip."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from retrotool.chunk.deduplicate import DuplicateCounts
+from retrotool import sources
+from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts
 from retrotool.chunk.quarantine import without_numbers
-from retrotool.chunk.reapply_purges import AFTER, PLAN
-from retrotool.chunk.repeats import BY_TEXT
+from retrotool.errors import ErasedError, UsageError
+from retrotool.sources import InputFile
 from retrotool.store import parts, staging
-from retrotool.store.restored import standing_purges
 from retrotool.store.staging import PLAN_COUNTS, Unit
 from retrotool.store.state import State
 from retrotool.store.store import Store
+
+_LEAST_ROWS = 1000
+"""Rows below which a share says nothing, unless they are all."""
+_LOOKED_AT = 64
+"""Parts whose columns are looked at."""
+_NAMED = 12
+
+Note = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +45,12 @@ class SetAsideReason:
 
 @dataclass(frozen=True, slots=True)
 class PurgedAgain:
-    """A purge of so many documents of these inputs, which an earlier one, ``after``, keeps from coming back.
+    """A purge that took so many documents of these inputs, too, which were read before it was made.
 
-    ``erased``: that one is, and this one is not.
+    ``erased``: it was erased before, so that these documents are what is left to erase of it.
     """
 
     purge: str
-    after: str
     documents: int
     erased: bool
 
@@ -129,15 +140,11 @@ def result_of(
 
 
 def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]:
-    records = standing_purges(state)
+    found = [taken for plan in plans for taken in state.records[f"plan:{plan}"].get("purged", {}).items()]
     return tuple(
-        PurgedAgain(
-            purge, record[AFTER], record["documents"],
-            erased=not record["erased"] and bool(records.get(record[AFTER], {}).get("erased")),
-        )
-        for purge, record in records.items()
-        if record.get(PLAN) in plans
-    )  # fmt: skip
+        PurgedAgain(purge, n, bool(was_erased) and not state.records[f"purge:{purge}"]["erased"])
+        for purge, (n, was_erased) in found
+    )
 
 
 def _reasons(
@@ -175,3 +182,92 @@ def _quarantines(
             continue
         for table in parts.read_tables(store, entry, ["input", "line", "reason", "excerpt", "damage"]):
             yield table if plan == plans[-1] else table.filter(pc.invert(pc.is_in(table["input"], again)))
+
+
+@dataclass(frozen=True, slots=True)
+class MaxBad:
+    """At most ``rows``, or a ``share`` of all rows read; the rest of a damaged file counts as a row. Neither: any."""
+
+    rows: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> MaxBad:
+        """From ``100`` or ``0.5%``; ``UsageError`` for anything else."""
+        if text is None:
+            return cls()
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                if 0 <= share <= 1:
+                    return cls(share=share)
+            elif (rows := int(text)) >= 0:
+                return cls(rows=rows)
+        except ValueError:
+            pass
+        raise UsageError(f"--max-bad {text}: it is a number of rows, such as 100, or a share, such as 0.5%")
+
+    def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
+        """Return why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
+        bad = counts["set_aside"]
+        if self.rows is not None:
+            return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
+        if self.share is not None:
+            read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
+            if read < _LEAST_ROWS and self.share and not last:
+                return ""
+            limit = f"{100 * self.share:g}%"
+            return (
+                f"{bad:,} of {read:,} rows were set aside, more than --max-bad {limit}"
+                if bad > self.share * read
+                else ""
+            )
+        return ""
+
+
+def note_missing_fields(result: ChunkResult, files: Sequence[InputFile], note: Note) -> None:
+    """Name the fields of rows that were set aside for the one they lack."""
+    by_path = {file.path: file for file in files}
+    for reason in result.reasons:
+        lacking = re.fullmatch("no field '(.+)'", reason.reason)
+        if lacking is None or reason.input not in by_path:
+            continue
+        names = sources.names_without(by_path[reason.input], lacking[1])
+        if names:
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            listed = ", ".join(map(repr, names[:_NAMED]))
+            note(f"{reason.input}: the first row without {lacking[1]!r} has {listed}{more}.")
+
+
+def note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:
+    """Name the fields to keep that no row of the ``new`` parts has, and those that inputs read before lack."""
+    with contextlib.suppress(ErasedError):  # by another process, just now
+        _note_empty_columns(store, new, keep, known, note)
+
+
+def _note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:
+    for name in keep:
+        if new and not any(_has_values(store, part, name) for part in new):
+            note(f"--keep {name}: no row has this field, so its column is empty.")
+    some = [part for part in store.state.parts() if part not in new][:_LOOKED_AT]
+    if known and some:
+        lost = [name for name in keep if not any(_has_column(store, part, name) for part in some)]
+        if lost:
+            what = (
+                "1 input is in the store already, and stays"
+                if known == 1
+                else (f"{known:,} inputs are in the store already, and stay")
+            )
+            note(f"--keep {', '.join(lost)}: {what} without it.")
+
+
+def _has_column(store: Store, part: int, name: str) -> bool:
+    entry = parts.part_entry(store, "documents", part)
+    return name in pq.read_schema(store.path(entry)).names
+
+
+def _has_values(store: Store, part: int, name: str) -> bool:
+    if not _has_column(store, part, name):
+        return False
+    column = parts.read_documents(store, part, [name])[name]
+    return bool(column.null_count < len(column))

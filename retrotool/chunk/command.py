@@ -133,7 +133,7 @@ def command(
     with output.errors(as_json):
         from retrotool.chunk import estimate as chunk_estimate
         from retrotool.chunk import run as chunk_run
-        from retrotool.chunk.max_bad import MaxBad
+        from retrotool.chunk.chunk_result import MaxBad
         from retrotool.chunk.run import ChunkOptions
         from retrotool.sources import Fields
 
@@ -219,11 +219,11 @@ def _text(store: Path, result: ChunkResult) -> str:
 
 
 def _purged_again(store: Path, again: PurgedAgain) -> str:
-    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.after}"
+    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.purge}, which has them now"
     if again.erased:
         erase = shlex.join(["retrotool", "purge", str(store), again.purge, "--erase"])
-        return f"{what}, which is erased: purged as {again.purge}. Erase them, too: {erase}"
-    return f"{what}: purged as {again.purge}. An erase of {again.after} takes them, too."
+        return f"{what}, and was erased before. Erase them, too: {erase}"
+    return f"{what}."
 
 
 def _reason(one: SetAsideReason) -> str:

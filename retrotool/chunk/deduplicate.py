@@ -12,11 +12,13 @@ What was purged while the plan was open is purged in the plan, too, before that:
 
 Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
 fewer plans gives the same documents. Memory: as ``hash_partitions`` says, then one part that holds a repeat at a
-time. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone.
+time. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone. Of ids that repeat, inputs
+of lines that are not large are read again, to turn byte offsets into line numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -26,17 +28,20 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunk_plan import Plan, parts_of, read_plan, unfinished_plans, write_json
-from retrotool.chunk.hash_partitions import Places, Span
-from retrotool.chunk.known_documents import documents_within, purged_chunks
+from retrotool.chunk.hash_partitions import Places
+from retrotool.chunk.known_documents import chunks_of_purges, documents_within
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.reapply_purges import purge_again
-from retrotool.chunk.repeats import Repeats, locate, read_repeats
 from retrotool.chunk.stage import GIVEN_UP
-from retrotool.errors import ConflictError, DuplicatesError, ErasedError
+from retrotool.errors import ConflictError, DuplicatesError, ErasedError, InputError
+from retrotool.sources import InputFile
+from retrotool.sources.files import IN_BYTES
+from retrotool.sources.lines import count_lines
 from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -51,6 +56,16 @@ Handling = Literal["skip", "keep", "fail"]
 LARGEST_SOURCES = 1000
 _COUNTED_SOURCES = 100_000
 _EXAMPLES = 3
+BY_ID = "duplicate document id"
+BY_TEXT = "duplicate text"
+_LOCATED_ROWS = 1 << 20
+_COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20
+"""Larger inputs are not read again for the line numbers of ids, and of texts, that repeat: their offsets must do."""
+_TABLE_ROWS = 1 << 16
+_IN_LINES = ("jsonl", "csv", "tsv")
+"""Formats whose rows go by the number of a line."""
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -66,7 +81,7 @@ class DuplicateCounts:
     tokens: int = 0
     sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, repeats: Repeats) -> None:
+    def add(self, repeats: PartRepeats) -> None:
         """Count the repeats of one part."""
         texts = int(repeats.by_text.sum())
         self.by_id += len(repeats.by_text) - texts
@@ -131,9 +146,8 @@ def _finishing(
     """The commit that finishes a plan on the store's state, its files written, and what it counts."""
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
-    span = _span(store.state, plan_id)
-    free = purged_chunks(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, span, tombstones, range_rows, free=free)
+    free = chunks_of_purges(store) if plan.allow_purged else None
+    places, by_text = find_duplicates(store, parts_of(store.state, plan_id), tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
     add: list[FileEntry] = []
@@ -158,26 +172,20 @@ def _finishing(
     return draft, counts
 
 
-def _span(state: State, plan_id: str) -> Span:
-    """The parts of a plan, and those before."""
-    own = parts_of(state, plan_id)
-    return Span(own.start, own.stop)
-
-
 def find_duplicates(
     store: Store,
-    span: Span,
+    new_parts: range,
     tombstones: Tombstones,
     range_rows: int = hash_partitions.ROWS,
     *,
     free: Tombstones | None = None,
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
-    """Documents of the new parts of ``span`` that repeat one before them, ascending; and which do so by text only.
+    """Documents of ``new_parts`` that repeat one before them, ascending; and which do so by text only.
 
     The id of a document of which every chunk is in ``free`` can be given again.
     """
     given_free = None if free is None else functools.partial(documents_within, store, chunks=free)
-    by_id = hash_partitions.find_repeats(store, "key", span, given_free, range_rows)
+    by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free, range_rows)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
@@ -188,19 +196,19 @@ def find_duplicates(
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
         return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
 
-    texts = hash_partitions.find_repeats(store, "text_hash", span, leave_out, range_rows)
+    texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out, range_rows)
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)
 
 
 def _set_aside(
-    store: Store, run: Run, plan_id: str, plan: Plan, found: Iterator[Repeats], counts: DuplicateCounts
+    store: Store, run: Run, plan_id: str, plan: Plan, found: Iterator[PartRepeats], counts: DuplicateCounts
 ) -> list[FileEntry]:
     """Write tombstones and quarantine of what was found, part by part, and count it."""
     chunks: list[npt.NDArray[np.int64]] = []
 
-    def counted() -> Iterator[Repeats]:
+    def counted() -> Iterator[PartRepeats]:
         for repeats in found:
             counts.add(repeats)
             chunks.append(repeats.chunks)
@@ -216,7 +224,7 @@ def _set_aside(
     return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
 
 
-def _refusal(store: Store, plan: Plan, examples: list[Repeats], counts: DuplicateCounts) -> DuplicatesError:
+def _refusal(store: Store, plan: Plan, examples: list[PartRepeats], counts: DuplicateCounts) -> DuplicatesError:
     rows = [row for table in locate(plan, iter(examples)) for row in table.to_pylist()][:_EXAMPLES]
     places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
     return DuplicatesError(
@@ -276,3 +284,120 @@ def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Ha
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {name: totals[name] + n for name, n in change.items()},
     }
+
+
+@dataclass(frozen=True, slots=True)
+class PartRepeats:
+    """Documents of one part that repeat and have a living chunk, in order: n each but for ``chunks``, which are theirs.
+
+    ``inputs`` and ``positions`` are as in documents; ``by_text``: not by id.
+    """
+
+    chunks: npt.NDArray[np.int64]
+    by_text: Flags
+    inputs: pa.Array
+    positions: npt.NDArray[np.int64]
+    sources: list[str]
+    tokens: int
+
+    def head(self, n: int) -> PartRepeats:
+        """The first n documents (with all chunks)."""
+        return PartRepeats(
+            self.chunks, self.by_text[:n], self.inputs[:n], self.positions[:n], self.sources[:n], self.tokens
+        )
+
+
+def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
+    """What the documents at ``places`` (ascending) hold, part by part; those without a living chunk are left out."""
+    for part in np.unique(places >> PART_SHIFT).tolist():
+        start, end = np.searchsorted(places, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
+        docs = places[start:end] - (part << PART_SHIFT)
+        found = _read_part(store, tombstones, part, docs, by_text[start:end])
+        if len(found.by_text):
+            yield found
+
+
+def _read_part(store: Store, tombstones: Tombstones, part: int, docs: Places, by_text: Flags) -> PartRepeats:
+    columns = ["first_row", "n_chunks", "input", "position", "source"]
+    table = parts.read_documents(store, part, columns).take(pa.array(docs))
+    n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"].to_numpy()
+    count = table["n_chunks"].to_numpy()
+    owner = np.repeat(np.arange(len(docs)), count)
+    rows = table["first_row"].to_numpy()[owner] + np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
+    ids = parts.chunk_ids(part, rows)
+    alive = ~tombstones.contains(ids) & (n_tokens[rows] > 0)
+    living = np.bincount(owner[alive], minlength=len(docs)) > 0
+    table = table.filter(pa.array(living))
+    return PartRepeats(
+        ids[alive],
+        by_text[living],
+        table["input"].combine_chunks(),
+        table["position"].to_numpy(),
+        [source or "" for source in table["source"].to_pylist()],
+        int(n_tokens[rows[alive]].sum()),
+    )
+
+
+def locate(plan: Plan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
+    """Tables of quarantine rows for documents that repeat, in order."""
+    files = {file.name: file for file in plan.files}
+    waiting: list[pa.Table] = []
+    rows = 0
+    for name, positions, by_text in _by_input(found):
+        waiting.append(_quarantine_rows(files.get(name), name, positions, by_text))
+        rows += len(positions)
+        if rows >= _TABLE_ROWS:
+            yield pa.concat_tables(waiting)
+            waiting, rows = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _by_input(found: Iterator[PartRepeats]) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
+    """Positions of one input after another, at most a million and those of a part at a time."""
+    name = ""
+    gathered: list[tuple[npt.NDArray[np.int64], Flags]] = []
+    for repeats in found:
+        runs = pc.run_end_encode(repeats.inputs)
+        start = 0
+        for value, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+            if gathered and (value != name or sum(len(flags) for _, flags in gathered) >= _LOCATED_ROWS):
+                yield (name, *_joined(gathered))
+                gathered = []
+            name = value
+            gathered.append((repeats.positions[start:end], repeats.by_text[start:end]))
+            start = end
+    if gathered:
+        yield (name, *_joined(gathered))
+
+
+def _joined(gathered: list[tuple[npt.NDArray[np.int64], Flags]]) -> tuple[npt.NDArray[np.int64], Flags]:
+    positions, by_text = (np.concatenate(column) for column in zip(*gathered, strict=True))
+    order = np.argsort(positions, kind="stable")
+    return positions[order], by_text[order]
+
+
+def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], by_text: Flags) -> pa.Table:
+    """Quarantine rows for documents of one input at ascending positions.
+
+    Lines are counted, which reads the input again, for ids that repeat in a file that is not large.
+    """
+    has_offsets = file is not None and file.base in IN_BYTES
+    n = len(positions)
+    lines = [0] * n if has_offsets else positions.tolist()
+    if file is not None and file.base in _IN_LINES:
+        ids = np.flatnonzero(~by_text | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
+        if ids and file.size <= _COUNTED_BYTES:
+            with contextlib.suppress(OSError, InputError):
+                # A file that has become shorter since has fewer lines than were asked for.
+                for i, line in zip(ids, count_lines(file, positions[ids].tolist()), strict=False):
+                    lines[i] = line
+    columns: dict[str, Any] = {
+        "input": [file.path if file is not None else name] * n,
+        "line": lines,
+        "offset": positions.tolist() if has_offsets else [None] * n,
+        "reason": [BY_TEXT if text else BY_ID for text in by_text.tolist()],
+        "excerpt": [None] * n,
+        "damage": [False] * n,
+    }
+    return parts.columns_of(columns, schemas.QUARANTINE_SCHEMA)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
@@ -42,28 +41,22 @@ Places = npt.NDArray[np.int64]
 """Documents as ``part << 32 | doc``: ascending as their chunk ids are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Parts that are compared: numbers below ``end``; those from ``start`` on are new."""
-
-    start: int
-    end: int
-
-
 def find_repeats(
     store: Store,
     column: Literal["key", "text_hash"],
-    span: Span,
+    new_parts: range,
     leave_out: Callable[[int], npt.NDArray[np.int64]] | None = None,
     rows: int = ROWS,
 ) -> Places:
-    """Return the new documents whose hash a document before them has, ascending.
+    """Return the documents of ``new_parts`` whose hash a document before them has, ascending.
 
     ``leave_out(part)`` gives the docs of a part that take no part in this, neither as a repeat nor as the first.
     Documents without a hash take none either. ``StorageError`` if the scratch file does not fit on the disk.
     """
-    sizes = {part: parts.part_entry(store, "documents", part).rows for part in store.state.parts() if part < span.end}
-    new, old = [part for part in sizes if part >= span.start], [part for part in sizes if part < span.start]
+    sizes = {
+        part: parts.part_entry(store, "documents", part).rows for part in store.state.parts() if part < new_parts.stop
+    }
+    new, old = [part for part in sizes if part >= new_parts.start], [part for part in sizes if part < new_parts.start]
     low, high = _TABLE_BITS
     expected = _TABLE_ENTRIES_A_HASH * sum(sizes[part] for part in new) if old else 0
     shift = np.uint64(64 - min(max(expected.bit_length(), low), high))
@@ -76,7 +69,7 @@ def find_repeats(
         for part in old if new else ():
             records = _read_records(store, part, column, leave_out)
             partitions.add(records[maybe_new[records["high"] >> shift]])
-        first = span.start << PART_SHIFT
+        first = new_parts.start << PART_SHIFT
         found = [places[places >= first] for places in partitions.repeats()]
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 

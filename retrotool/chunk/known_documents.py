@@ -52,7 +52,7 @@ class KnownDocuments:
         return known
 
 
-def purged_chunks(store: Store) -> Tombstones:
+def chunks_of_purges(store: Store) -> Tombstones:
     """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
     ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))

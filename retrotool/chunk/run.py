@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrotool import engine, sources
-from retrotool.chunk import field_warnings
 from retrotool.chunk.chunk_plan import (
     Wanted,
     changed_inputs,
@@ -21,9 +20,15 @@ from retrotool.chunk.chunk_plan import (
     unfinished_plans,
     use_exact_tokenizer,
 )
-from retrotool.chunk.chunk_result import ChunkResult, counts_of, result_of
+from retrotool.chunk.chunk_result import (
+    ChunkResult,
+    MaxBad,
+    counts_of,
+    note_empty_columns,
+    note_missing_fields,
+    result_of,
+)
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
-from retrotool.chunk.max_bad import MaxBad
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
@@ -116,8 +121,8 @@ def chunk(
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
     result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
-    field_warnings.tell_names(result, files, chosen.note)
-    field_warnings.tell_kept(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
+    note_missing_fields(result, files, chosen.note)
+    note_empty_columns(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
     return result
 
 

@@ -21,10 +21,10 @@ from retrotool import sources
 from retrotool.chunk import chunker
 from retrotool.chunk.chunk_plan import EXPANSION, Piece, Plan, known_findings, open_plans, read_plan
 from retrotool.chunk.chunker import Tokens
-from retrotool.chunk.known_documents import KnownDocuments, purged_chunks
+from retrotool.chunk.known_documents import KnownDocuments, chunks_of_purges
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
-from retrotool.engine.stage import Report, Task, task_key
+from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, InputError, TaskError
 from retrotool.sources import Document, SetAside
 from retrotool.sources.lines import lines_before
@@ -197,7 +197,7 @@ class _Unit:
         if plans is None:
             return None
         if self._known[0] != file:
-            without = purged_chunks(self._store) if self._plan.allow_purged else None
+            without = chunks_of_purges(self._store) if self._plan.allow_purged else None
             self._known = (file, KnownDocuments(self._store, self._plan.files[file].name, plans, without))
         return self._known[1]
 

@@ -18,7 +18,7 @@ SAVED = 20
 
 
 def command_line(command: str, root: str | Path, **options: object) -> str:
-    """A command line, without the options that are what they are by default."""
+    """Return a command line, without the options that have their default."""
     given = [
         ("-k" if option == "k" else f"--{option}", str(value))
         for option, value in options.items()
@@ -28,7 +28,7 @@ def command_line(command: str, root: str | Path, **options: object) -> str:
 
 
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
-    """The command that brings tables up to date which were made with ``again``: index, k and saved."""
+    """Return the command that brings tables up to date that were made with ``again``: index, k and saved."""
     given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
     index = again["index"] or None
     line = command_line("neighbours", root, queries=queries, **given, name=name)
@@ -37,9 +37,9 @@ def neighbours_command(root: str | Path, queries: str | Path | None, name: str, 
 
 
 def table_command(store: Store, table: str, database: Store | None) -> str:
-    """The command that brings a table of ``store`` up to date, made as it was: otherwise all of it is searched anew.
+    """Return the command that brings a table of ``store`` up to date, with its options: others search all of it again.
 
-    ``database`` None: for the reader to put in its place.
+    ``database`` None: the reader of the command has to name it.
     """
     record = store.state.records[f"neighbours:{table}"]
     root = "DATABASE" if database is None else database.root
@@ -49,7 +49,7 @@ def table_command(store: Store, table: str, database: Store | None) -> str:
 
 
 def embed_command(store: Store, root: str | Path, encoder: str) -> str:
-    """The command that embeds what is new in a store with an encoder that it knows."""
+    """Return the command that embeds what is new in a store with an encoder that it knows."""
     record = store.state.records[f"encoder:{encoder}"]
     origin, pooling = str(record["origin"]), str(record["pooling"])
     overridden = bool(record.get("overridden"))

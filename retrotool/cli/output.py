@@ -19,20 +19,20 @@ EXIT_FAILED = 1
 _WIDTH = 100
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""What would move the cursor, colour the terminal or turn the direction of text: documents are hostile."""
+"""Characters that move the cursor, colour the terminal or turn the direction of text: documents are hostile."""
 _INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}
 
 
 def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool = False) -> None:
     """Print a result (a dataclass): one JSON object on stdout, or ``text`` of it.
 
-    Controls are escaped, unless the text is ``styled``: then all that it has are of our own.
+    Controls are escaped, unless the text is ``styled``: then it has no others than its colours.
     """
     if as_json:
         _write_json(asdict(result))
     else:
-        told = _printable(text(result))
-        typer.echo(told if styled else visible(told))
+        shown = _printable(text(result))
+        typer.echo(shown if styled else visible(shown))
 
 
 def visible(text: str) -> str:
@@ -41,14 +41,14 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text for one line of a terminal: white space is a space, and controls are shown as escapes."""
+    """Return a text for one line of a terminal: white space is a space, and controls are shown as escapes."""
     return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
 def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str]) -> None:
     """Print results (dataclasses) as they come: one JSON object with a list ``name`` on stdout, or a line of each.
 
-    An error on the way is raised behind them, as always; the object then has its fields, too, and nobody must add one.
+    An error ends the command as always; the object then has the fields of the error, too.
     """
     if not as_json:
         for result in results:
@@ -62,7 +62,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
             separator = ","
     except RetrotoolError as error:
         ending = {"error": str(error), "advice": error.advice, "exit_code": error.exit_code}
-        _say(str(error), error.advice)
+        _note_error(str(error), error.advice)
         raise typer.Exit(error.exit_code) from None
     finally:
         sys.stdout.write("]" + (f",{_json(ending)[1:]}" if ending else "}") + "\n")
@@ -81,7 +81,7 @@ def _json(fields: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text with what is not UTF-8 escaped: a path must not keep a result, or an error, from being told."""
+    """Escape what is not UTF-8: a path must not keep a result, or an error, from being printed."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -176,7 +176,7 @@ def laid_out(paragraphs: Iterable[Paragraph]) -> str:
 
 
 def count(n: int, what: str) -> str:
-    """``1 part``, ``2 parts``."""
+    """Return a number with its noun: ``1 part``, ``2 parts``."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
@@ -192,7 +192,7 @@ def scaled(n: float, unit: str = "") -> str:
 
 
 def size(n: float) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes as text, such as ``12.3 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             break
@@ -201,50 +201,50 @@ def size(n: float) -> str:
 
 
 def note(message: str) -> None:
-    """Tell a person something that is no result."""
+    """Print a message that is not part of a result, on stderr."""
     typer.echo(visible(message), err=True)
 
 
 def stop(message: str, as_json: bool) -> NoReturn:
-    """End a command that a person does not want to go on: with exit code 1, but it is no error."""
+    """End a command that a person does not want to go on, with exit code 1."""
     note(message)
-    tell_json(message, "", EXIT_FAILED, as_json)
+    write_json_error(message, "", EXIT_FAILED, as_json)
     raise typer.Exit(EXIT_FAILED)
 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors of ours into a message and an exit code; with ``--json`` also into an object on stdout.
+    """Turn a ``RetrotoolError`` into a message and an exit code; with ``--json`` also into an object on stdout.
 
-    So too what the system says of a file. Anything else is a bug, and shows its traceback.
+    An ``OSError`` that names a file is reported the same way. Anything else is a bug, and shows its traceback.
     """
     try:
         yield
     except RetrotoolError as error:
-        _tell(str(error), error.advice, error.exit_code, as_json)
+        _report(str(error), error.advice, error.exit_code, as_json)
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        _tell(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
+        _report(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
         raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
         note("interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def _tell(message: str, advice: str, exit_code: int, as_json: bool) -> None:
-    _say(message, advice)
-    tell_json(message, advice, exit_code, as_json)
+def _report(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+    _note_error(message, advice)
+    write_json_error(message, advice, exit_code, as_json)
 
 
-def _say(message: str, advice: str) -> None:
+def _note_error(message: str, advice: str) -> None:
     note(f"error: {message}")
     if advice:
         note(advice)
 
 
-def tell_json(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+def write_json_error(message: str, advice: str, exit_code: int, as_json: bool) -> None:
     """Write an error as JSON on stdout, if ``as_json``."""
     if as_json:
         _write_json({"error": message, "advice": advice, "exit_code": exit_code})

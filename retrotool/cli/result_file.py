@@ -1,4 +1,4 @@
-"""Files outside of a store that commands write, such as pages: refused before work begins, and there whole or not."""
+"""Files outside of a store that commands write, such as pages: refused before work begins, and written whole or not."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from retrotool.store.identity import FILE as IDENTITY
 
 
 def check_file(option: str, file: str | Path) -> None:
-    """``UsageError`` if ``file`` can't become a file: there is no folder for it, or something else of that name.
+    """Raise ``UsageError`` if ``file`` can't be written: it has no folder, is something else, or is in a store.
 
-    Nor in a store: it might take the place of a file of it, and an erase would not reach its text.
+    In a store it might replace one of its files, and an erase would not reach its text.
     """
     path = Path(file)
     folder = path.absolute().parent
@@ -28,12 +28,12 @@ def check_file(option: str, file: str | Path) -> None:
         raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
     for above in path.resolve().parents:
         if (above / IDENTITY).exists():
-            raise UsageError(f"{option} {file} lies in the store {above}", "Name a file outside of it.")
+            raise UsageError(f"{option} {file} is in the store {above}", "Name a file outside of it.")
 
 
 @contextmanager
 def written(file: str | Path) -> Iterator[Path]:
-    """A path beside ``file`` to write to; it takes the place of ``file`` at the end, or is gone after an error.
+    """Yield a path beside ``file`` to write to, which replaces ``file`` at the end, and is removed after an error.
 
     ``StorageError`` if the disk is full, and the like.
     """
@@ -44,7 +44,7 @@ def written(file: str | Path) -> Iterator[Path]:
         scratch.replace(path)
     except OSError as error:
         if error.filename is not None and not _is_ours(error.filename, scratch):
-            raise  # it names what it is of, and is told as it is
+            raise  # it is about another file
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)

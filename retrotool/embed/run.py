@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from retrotool.embed.stage import EmbedStage
 from retrotool.embed.stored_fidelity import draw, measure
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
-from retrotool.engine import Meter
 from retrotool.errors import ErasedError, RetrotoolError, UsageError
 from retrotool.store import claims
 from retrotool.store.log import Draft
@@ -65,13 +65,23 @@ class EmbedResult:
 
 
 class _Done:
-    """The parts that a run embedded, by the path of their vectors, and how."""
+    """The parts that a run embedded, by the path of their vectors, how, and sums of what was measured."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
         self.how: list[dict[str, Any]] = []
+        self.sums = {"tokens": 0.0, "forward": 0.0, "working": 0.0}
+        self._first = self._last = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From when the first part was begun until the last was done."""
+        return self._last - self._first
 
     def __call__(self, staged: Staged) -> bool:
+        self._last = time.monotonic()
+        self._first = min(self._first or self._last, self._last - staged.measured["working"])
+        self.sums = {name: total + staged.measured[name] for name, total in self.sums.items()}
         for entry in staged.add:
             self.parts[entry.path] = int(FileName.parse(entry.path).slot)
             self.how.append({**staged.settings, **(entry.about or {})})
@@ -104,16 +114,15 @@ def embed(
     if name is None:
         identity = _as_known(store, identity)
     stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
-    done, meter = _Done(), Meter()
+    done = _Done()
     with writing(store) as run:
         _tell_where(store, run, identity)
-        engine.execute(stage, store, run, workers=len(found), enough=done, meter=meter)
+        engine.execute(stage, store, run, workers=len(found), enough=done)
         store.refresh()
         held = claims.held(store.root, run.id)
         elsewhere = sum(task.key in held for task in stage.plan(store))
         checked = _check(store, run, encoder, identity, found[0]) if check else None
     state = store.refresh()
-    tokens, forward, working = meter.sums or (0.0, 0.0, 0.0)
     made = [part for path, part in done.parts.items() if state.has(path)]
     return EmbedResult(
         encoder=identity.name,
@@ -124,9 +133,9 @@ def embed(
         commit=state.number,
         parts=len(made),
         elsewhere=elsewhere,
-        tokens=int(tokens),
-        seconds=round(meter.seconds, 3),
-        busy=round(forward / working, 4) if working else 0.0,
+        tokens=int(done.sums["tokens"]),
+        seconds=round(done.seconds, 3),
+        busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
         devices=min(len(found), len(made)),
         check=checked,
         **_how(done.how),

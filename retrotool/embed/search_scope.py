@@ -208,9 +208,7 @@ def erased_purges(store: Store) -> list[str]:
 
 def erased_chunks(store: Store) -> Tombstones:
     """The chunks that were erased, copies of others that repeat them included."""
-    slots = store.state.group("tombstones")
-    own = [slot for purge in erased_purges(store) for slot in (purge, f"{purge}.copies") if slots.get(slot) is not None]
-    found = [np.zeros(0, np.int64), *(read_tombstones(store, slot).ids for slot in own)]
+    found = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in erased_purges(store))]
     return Tombstones(np.unique(np.concatenate(found)))
 
 

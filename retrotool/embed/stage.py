@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
-from retrotool.engine.stage import Measured, Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
 from retrotool.store import parts, staging, vectors
 from retrotool.store.atomic import FileEntry
@@ -86,12 +86,6 @@ class EmbedStage:
         """Load the encoder."""
         return EmbedWorker(store, self)
 
-    def shown(self, measured: Sequence[float], seconds: float) -> str:
-        """Tokens a second, and the share of the devices' time that is forward."""
-        tokens, forward, working = measured
-        rate, share = tokens / max(seconds, 1e-9), forward / max(working, 1e-9)
-        return f"{rate:,.0f} tokens/s, {100 * share:.0f} % forward"
-
 
 def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
     """``UsageError`` if the store's encoder of a name is not the one that is to be used under it."""
@@ -138,7 +132,7 @@ class EmbedWorker:
             raise UsageError(f"encoder {stage.spec!r} was changed just now", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
-        self._measured = (0.0, 0.0, time.perf_counter())
+        self._begun = (0.0, 0.0, time.perf_counter())
         self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
@@ -152,6 +146,7 @@ class EmbedWorker:
         if not self._verified:
             self._get_ready(part)
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
+        self._begun = self._measure()
         told = 0
 
         def tell(rows: int) -> None:
@@ -179,7 +174,10 @@ class EmbedWorker:
         # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
         entry = replace(entry, about={"cosine": self.encoder.cosine})
         reads = (str(task.inputs["path"]),)
-        return Staged(task.key, "embed", run, self.settings(), reads, (entry,), records={key: record})
+        measured = dict(zip(("tokens", "forward", "working"), self._since_begun(), strict=True))
+        return Staged(
+            task.key, "embed", run, self.settings(), reads, (entry,), records={key: record}, measured=measured
+        )
 
     def settings(self) -> dict[str, Any]:
         """How vectors are made, as a commit keeps it."""
@@ -192,12 +190,20 @@ class EmbedWorker:
             "why": encoder.why,
         }
 
-    def measured(self) -> Measured:
-        """Tokens, seconds of forward and seconds since this was last asked for."""
+    def note(self) -> str:
+        """Tokens a second of this device, and the share of its time that is forward, in the part at hand."""
+        tokens, forward, working = self._since_begun()
+        rate, share = tokens / max(working, 1e-9), forward / max(working, 1e-9)
+        return f"{rate:,.0f} tokens/s a device, {100 * share:.0f} % forward"
+
+    def _measure(self) -> tuple[float, float, float]:
+        """Tokens, seconds of forward and the time."""
         work = self.encoder.work
-        now = (float(work.tokens), work.seconds / work.lanes, time.perf_counter())
-        before, self._measured = self._measured, now
-        tokens, forward, seconds = (a - b for a, b in zip(now, before, strict=True))
+        return float(work.tokens), work.seconds / work.lanes, time.perf_counter()
+
+    def _since_begun(self) -> tuple[float, float, float]:
+        """Tokens, seconds of forward and seconds since the part at hand was begun."""
+        tokens, forward, seconds = (now - begun for now, begun in zip(self._measure(), self._begun, strict=True))
         return tokens, forward, seconds
 
     def _get_ready(self, part: int) -> None:
@@ -214,7 +220,7 @@ class EmbedWorker:
         self._verified = True
         if self._many and not self.texts.straight:
             self.encoder.use_fast_tokenizer(True)
-        self._measured = (0.0, 0.0, time.perf_counter())
+        self._begun = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)

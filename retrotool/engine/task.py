@@ -1,55 +1,132 @@
-"""One task: doing and staging it, and what becomes of it when it fails."""
+"""The contract between a stage and who runs its tasks, and doing one task.
+
+``stage.plan(store)`` lists the tasks that are neither committed nor staged. A stage is a small frozen dataclass and
+a task is plain data, so both can be sent anywhere. Where a task runs, ``stage.open(store)`` gives a worker (a model
+may be loaded, once), and ``worker(task, run, report)`` writes new files and returns what to stage. So:
+
+* local processes: ``retrotool.engine.execute``;
+* a job array: job i of n plans, and takes the tasks with ``int(task.key, 16) % n == i`` (keys stay, positions do not);
+  where tasks are ``claimed`` it may go on with the others, for runs leave each other's alone;
+* a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
+
+In each case ``staging.stage`` makes the result known and any process may ``folding.fold``. Tasks are independent:
+any order, any machine, twice if need be. Resuming is planning again.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import orjson
 
 from retrotool import interrupts
-from retrotool.engine.progress import Told
-from retrotool.engine.stage import Metered, Report, Task, Worker
-from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError
+from retrotool.errors import ErasedError
 from retrotool.store import claims, staging
 from retrotool.store.staging import Staged
+from retrotool.store.store import Store
 
-ATTEMPTS = 3
-_FATAL = (StorageError, AbortError, KeyboardInterrupt)
-
-Enough = Callable[[Staged], bool]
-"""Told of every finished task; True ends the run after the tasks that have begun."""
+Update = Callable[[int, int, str], object]
+"""How progress changes: units done, units that others have done or do, and a note ("": the one before stays)."""
 
 
-class Ended(Exception):  # noqa: N818 - no error: it is what the caller asked for
-    """A finished task was enough."""
+Report = Callable[[int], object]
+"""Called with how many units of work (see ``Stage.unit``) were just done."""
 
 
-class OpenError(Exception):
-    """A worker process could not be opened, for the reason in ``args[0]``: no task is to blame, none would be done."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A piece of work: ``key`` names it for ever, ``weight`` is in the stage's unit, ``inputs`` is JSON-like.
+
+    ``claimed``: several runs may be at such tasks, so each claims the one at hand (``retrotool.store.claims``).
+    """
+
+    key: str
+    label: str
+    weight: int
+    inputs: Mapping[str, Any]
+    claimed: bool = False
 
 
-@dataclass(slots=True)
-class Failures:
-    """Attempts a task took, and the last error of those that are given up."""
+class Worker(Protocol):
+    """Does tasks, one at a time."""
 
-    attempts: dict[str, int] = field(default_factory=dict)
-    given_up: dict[str, BaseException] = field(default_factory=dict)
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Write the task's files under the run's id and return what to stage; None if it is done already."""
 
-    def note(self, task: Task, error: BaseException) -> bool:
-        """Count a failure; True if the task should be tried again."""
-        if isinstance(error, OpenError):
-            raise error.args[0] from None
-        if isinstance(error, _FATAL):
-            raise error
-        if isinstance(error, ErasedError):
-            return False  # what it read was removed by another process: it is planned again, if it is still to be done
-        self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
-        # What is wrong with the data or the settings will be wrong again.
-        if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
-            return True
-        self.given_up[task.key] = error
-        return False
+
+class Stage(Protocol):
+    """A kind of work."""
+
+    @property
+    def name(self) -> str:
+        """Name of the command."""
+
+    @property
+    def unit(self) -> str:
+        """What progress counts: bytes, chunks."""
+
+    def plan(self, store: Store) -> Sequence[Task]:
+        """Tasks that are not committed yet, in order. Deterministic from the store's state and the stage's settings."""
+
+    def open(self, store: Store) -> Worker:
+        """Get ready to do tasks in this process."""
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """A worker that has something to say beside its progress."""
+
+    def note(self) -> str:
+        """A few words on the work so far, asked for after each report."""
+
+
+@runtime_checkable
+class GivesUp(Protocol):
+    """A stage for which a task that fails for good is no reason to leave what comes after it undone."""
+
+    def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
+        """What to stage in place of a task that failed every time it was tried: that nothing came of it, and why."""
+
+
+@runtime_checkable
+class PerWorker(Protocol):
+    """A stage that is not the same for all worker processes: each has a device of its own, perhaps."""
+
+    def of_worker(self, number: int) -> Stage:
+        """What worker ``number``, from 0, is to open."""
+
+
+def check_there(store: Store, paths: Sequence[str]) -> None:
+    """``ErasedError`` if the store's newest state lacks any of the files that a task reads: they were replaced."""
+    state = store.refresh()
+    for path in paths:
+        if not state.has(path):
+            raise ErasedError(f"{path} was replaced meanwhile")
+
+
+def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:
+    """Name of a task: 32 hexadecimal digits from what it does and what it reads, not from who runs it or when."""
+    fields = [stage, dict(settings), list(reads)]
+    return hashlib.blake2b(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
+    """Tasks in the order in which job ``job`` of ``jobs`` goes at them.
+
+    First its own, which it knows by their keys, whatever else is still to do. Then those of the jobs after it, each
+    from the end, for their owners are at the beginning.
+    """
+
+    def order(place: int) -> tuple[int, int]:
+        owner = int(tasks[place].key, 16) % jobs
+        return (owner - job) % jobs, place if owner == job else -place
+
+    return [tasks[place] for place in sorted(range(len(tasks)), key=order)]
 
 
 def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
@@ -81,29 +158,21 @@ def _claimed(root: Path, task: str, run: str) -> Iterator[bool]:
         claims.release(root, task, run)
 
 
-class Telling:
-    """What a worker reports to: what is done is told with what was measured, and taken back if it came to nothing."""
+def perform_reporting(worker: Worker, root: Path, task: Task, run: str, update: Update) -> Staged | None:
+    """As ``perform``; what is done changes the progress, and is subtracted again if it comes to nothing."""
+    done = 0
 
-    def __init__(self, worker: Worker, task: Task, tell: Callable[[Told], object]) -> None:
-        self._metered = worker if isinstance(worker, Metered) else None
-        self._task, self._tell = task, tell
-        self._done = 0
-
-    def __call__(self, done: int) -> None:
-        """Tell of some units of work."""
+    def report(units: int) -> None:
+        nonlocal done
         interrupts.check()
-        self._done += done
-        self._tell(Told(done, measured=self._metered.measured() if self._metered else ()))
+        done += units
+        update(units, 0, worker.note() if isinstance(worker, Notes) else "")
 
-    @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Take back what was told if there is an error."""
-        try:
-            yield
-        except BaseException:
-            self._tell(Told(-self._done))
-            raise
-
-    def fell_to_others(self) -> None:
-        """Take back what was told, and that there was something to do."""
-        self._tell(Told(-self._done, left=self._task.weight))
+    try:
+        staged = perform(worker, root, task, run, report)
+    except BaseException:
+        update(-done, 0, "")
+        raise
+    if staged is None:
+        update(-done, task.weight, "")
+    return staged

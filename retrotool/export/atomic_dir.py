@@ -1,8 +1,8 @@
-"""A folder that is there with all that belongs in it, or not at all.
+"""A folder that is there with all its files, or not at all.
 
-It is written beside its place, under a hidden name that says which run it is of, and renamed when it is whole: a kill
-leaves no half of it under its name. What killed runs left is taken away by the next that wants the same place; runs
-that are alive are told as they are in a store (``store.runs``), so two at once don't disturb one another.
+It is written beside its place, under a hidden name with the id of the run, and renamed when it is whole: a kill leaves
+nothing under its name. The next run for the same place removes what killed runs left; whether a run is alive is decided
+as in a store (``store.runs``), so two runs at once don't disturb one another.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from retrotool.store.runs import Run
 
 _RUN = re.compile("[0-9a-f]{8}")
 _SETTLED_SECONDS = 60.0
-"""A folder without a run is being born, or finished, for so long at most."""
+"""For how long at most a folder is without a run while it is created, or finished."""
 
 
 def check_place(option: str, path: str | Path) -> Path:
-    """Where a new folder can go, absolute; ``UsageError`` if something is there, or its parent is not."""
+    """Return the absolute path of a new folder; ``UsageError`` if something is there, or its parent is missing."""
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {target.parent}", "Make it first.")
@@ -44,7 +44,7 @@ def check_place(option: str, path: str | Path) -> Path:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``target`` at the end, unless there is an error."""
+    """Yield a folder to write into, which becomes ``target`` at the end, unless there is an error."""
     _clean(target)
     run = secrets.token_hex(4)
     scratch = target.with_name(f"{_prefix(target)}{run}")
@@ -78,7 +78,7 @@ def _put(scratch: Path, target: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UsageError(
-                f"{target} was made by another meanwhile",
+                f"{target} was made by another process",
                 "Remove it, or name another folder, and run the command again.",
             ) from error
         raise
@@ -99,8 +99,8 @@ def _clean(target: Path) -> None:
 
 
 def _is_dead(left: Path, run: str, now: float) -> bool:
-    told = runs.run_path(left, run)
-    # A run that ends takes its file away first: what is gone after the look may have been alive.
-    if told.exists() and not runs.is_alive(left, run, now=now) and told.exists():
+    file = runs.run_path(left, run)
+    # A run that ends removes its file first: where that is missing after the check, it may have been alive.
+    if file.exists() and not runs.is_alive(left, run, now=now) and file.exists():
         return True
-    return not told.exists() and now - left.stat().st_mtime > _SETTLED_SECONDS
+    return not file.exists() and now - left.stat().st_mtime > _SETTLED_SECONDS

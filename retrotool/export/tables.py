@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.stage import check_table, members_of
@@ -79,7 +79,7 @@ class ExportedTables:
     def foreign(self, database: Store, chunk: int) -> CorruptError:
         """Return the error of a table that names a chunk which its database does not have."""
         return CorruptError(
-            f"the neighbours {self.reader.name!r} name the chunk {chunk}, which {database.root} has not",
+            f"the neighbours {self.reader.name!r} name the chunk {chunk}, which {database.root} does not have",
             f"See what is wrong: retrotool verify {self.store.root}, and: retrotool verify {database.root}",
         )
 

@@ -27,7 +27,7 @@ from retrotool.embed.search_scope import (
     may_repeat,
     read_part_vectors,
 )
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.index.exact import nearest_of
 from retrotool.index.searching import TUNED_K
 from retrotool.memory import give_back

@@ -123,7 +123,7 @@ class Database:
 
     Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
     ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the best 2.
-    ``allows``: only chunks of documents whose source it allows are searched, see ``stages.restricted``.
+    ``allows``: only chunks of documents whose source it allows are searched, see ``index.source_filter``.
     """
 
     def __init__(

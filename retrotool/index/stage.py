@@ -33,7 +33,7 @@ from retrotool.embed.search_scope import (
     read_part_vectors,
     searchable_rows,
 )
-from retrotool.engine.stage import Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import (
     check_sum,

@@ -72,10 +72,10 @@ def _after(purge: dict[str, Any]) -> str:
 
 
 def _neighbours(info: Info, name: str) -> str:
-    from retrotool.neighbours.neighbour_options import in_words
+    from retrotool.neighbours.filters import in_words
 
     about = info.neighbours[name]
-    rows, made = output.count(about["rows"], "chunk"), _materialised(info, name)
+    rows, made = output.count(about["rows"], "chunk"), _materialised(about)
     if "mix" in about:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
         return f"a mixture of {of} for {rows}{made}"
@@ -84,13 +84,12 @@ def _neighbours(info: Info, name: str) -> str:
     return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "") + behind
 
 
-def _materialised(info: Info, name: str) -> str:
-    if (made := info.materialised.get(name)) is None:
+def _materialised(about: dict[str, Any]) -> str:
+    if not about.get("text"):
         return ""
-    stale = (
-        f" ({output.count(made['parts'] - made['current'], 'part')} stale)" if made["current"] < made["parts"] else ""
-    )
-    return f", {made['k']} materialised, {output.size(made['bytes'])}{stale}"
+    lacking = about["parts"] - about["text_parts"]
+    stale = f" ({output.count(lacking, 'part')} without)" if lacking else ""
+    return f", {about['k']} materialised{stale}"
 
 
 def _shape(info: Info) -> list[str]:

@@ -16,15 +16,14 @@ from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import read_trained, shards, trained_entry
 from retrotool.info.corpus_statistics import Shape, shape_of
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.neighbours.materialised import current_file
-from retrotool.neighbours.neighbour_filters import Filters
-from retrotool.neighbours.neighbour_options import named
+from retrotool.neighbours.filters import Filters, named
 from retrotool.neighbours.stage import database_of
 from retrotool.purge.undo_run import count_behind
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import n_keys, read_key
 from retrotool.store.paths import FileName, generation_in, part_slot
 from retrotool.store.store import Store
+from retrotool.store.tables import text_size
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.store.verify import Verification, total_bytes
 from retrotool.store.verify import verify as verify_store
@@ -59,7 +58,6 @@ class Info:
     encoders: dict[str, Any]
     indexes: dict[str, Any]
     neighbours: dict[str, Any]
-    materialised: dict[str, Any]
     purges: dict[str, Any]
     tombstones: list[dict[str, Any]]
     blocked: list[dict[str, Any]]
@@ -101,7 +99,6 @@ def info(root: str | Path) -> Info:
         encoders=_encoders(store, tombstones),
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, tombstones),
-        materialised={name: _materialised(store, name) for name in state.names("materialised")},
         # The oldest first: their ids are random.
         purges=dict(sorted(state.with_prefix("purge:").items(), key=lambda one: int(one[1]["commit"]))),
         tombstones=_files(store, "tombstones"),
@@ -138,8 +135,7 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         entry = state.file(kind, slot)
         if entry is not None:
             described[kind] = {"path": entry.path, "rows": entry.rows}
-    materialised = {"materialised": found} if (found := files("materialised")) else {}
-    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours"), **materialised}
+    return {**described, "embeddings": files("embeddings"), "neighbours": files("neighbours")}
 
 
 def _files(store: Store, kind: str) -> list[dict[str, Any]]:
@@ -168,8 +164,11 @@ def _neighbours(store: Store, tombstones: Tombstones) -> dict[str, Any]:
     """Tables, with what is left out of them in names, and mixtures of them."""
     found = _covered(store, tombstones, "neighbours:", "neighbours")
     for name, about in list(found.items()):
-        if tabled := count_behind(store, name)[0]:
+        if tabled := count_behind(store, name):
             found[name] = {**about, "behind": tabled}
+        if about.get("text"):
+            sizes = [text_size(entry) for entry in store.state.group("neighbours", name).entries()]
+            found[name] = {**found[name], "text_parts": sum(size >= about["k"] for size in sizes)}
     for name, about in found.items():
         if "mix" in about:
             of = [found[member["table"]] for member in about["mix"] if member["table"] in found]
@@ -190,16 +189,6 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
         with contextlib.suppress(RetrotoolError, OSError):
             databases = [database_of(store, table)[0]]
     return named(filters, store, databases, _LOOKED_AT)
-
-
-def _materialised(store: Store, name: str) -> dict[str, Any]:
-    """How many neighbours of how many rows are materialised, and in how many parts of the tables as they are."""
-    group = store.state.group("materialised", name)
-    entries = group.entries()
-    current = sum(current_file(store, name, int(slot)) is not None for slot in group) - count_behind(store, name)[1]
-    k = min(int((entry.about or {}).get("k", 0)) for entry in entries)
-    rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
-    return {"k": k, "rows": rows, "bytes": size, "parts": len(entries), "current": current}
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Inspector:
         """Of each database, whether its chunks can be compared with those of the query store token by token."""
 
     def blocks(self, ids: Ids) -> Iterator[list[InspectedChunk]]:
-        """The living chunks ``ids``, ascending, of parts that the reader has, some of them at a time."""
+        """Yield the live chunks ``ids``, ascending, of parts that the reader has, some of them at a time."""
         size = max(_BLOCK // (self._k or self._reader.k), 1)
         for start in range(0, len(ids), size):
             yield self._inspect(self._read(ids[start : start + size]))
@@ -266,7 +266,7 @@ def _places_in(rows: Ids, groups: list[int]) -> Ids:
 
 
 def _find_places(store: Store, ids: Ids) -> _Places:
-    """Places of living chunks [n], in any order."""
+    """Return the places of live chunks [n], in any order."""
     found = _Places([""] * len(ids), [""] * len(ids), [0] * len(ids), [0] * len(ids))
     numbers = ids >> PART_SHIFT
     for part in np.unique(numbers).tolist():

@@ -87,7 +87,7 @@ class InspectResult:
     page: str = ""
 
     def adding(self, block: Sequence[InspectedChunk]) -> InspectResult:
-        """With the figures of some more chunks; the chunks themselves are not kept."""
+        """Return the result with the figures of more chunks; the chunks themselves are not kept."""
         histogram = list(self.histogram)
         for chunk in block:
             if chunk.neighbours:
@@ -213,7 +213,7 @@ def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
     if view.is_living([chunk])[0]:
         return chunk
     if 0 <= chunk < 1 << 63 and read_tombstones(store).contains(np.array([chunk]))[0]:
-        raise UsageError(f"chunk {chunk} was purged", "A purge can't be taken back.")
+        raise UsageError(f"chunk {chunk} was purged")
     known = store.state.parts()
     if not known:
         raise UsageError(f"{store.root} has no chunks", f"Chunk documents: retrotool chunk {store.root} INPUT...")

@@ -23,7 +23,7 @@ def command(
     store: StoreArgument,
     evaluation: Annotated[Path, opt("Store of the evaluation text.", metavar="STORE2")],
     index: IndexOption = None,
-    neighbours: Annotated[int, opt("Neighbours that a chunk is held against.", metavar="N", least=1, most=100)] = 10,
+    neighbours: Annotated[int, opt("Neighbours that a chunk is compared with.", metavar="N", least=1, most=100)] = 10,
     file: Annotated[Path | None, opt("Write each chunk's r to a Parquet file.", "--output", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def _text(result: LeakageResult) -> str:
         f"all of it {100 * result.whole:.1f} %."
     ]
     if not result.chunks:
-        return "No chunk to hold against the database: the evaluation store has no embedded chunk that is not purged."
+        return "No chunk to compare with the database: the evaluation store has no embedded chunk that is not purged."
     lines.append(output.table([(a, share) for a, share in result.up_to.items()], ("r up to", "share of chunks")))
     if len(result.sources) > 1:
         rows = [(s.source, s.chunks, s.mean, s.half, s.whole) for s in result.sources[:_SOURCES]]

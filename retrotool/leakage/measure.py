@@ -2,10 +2,10 @@
 
 For each evaluation chunk its 10 nearest neighbours in the database are found, with their continuations, and r is the
 longest run of tokens that the chunk has in common with one of them, over the tokens of a chunk (arXiv 2112.04426,
-section 2.6). Documents of the same id in the database count: they are what is looked for. Only where a store is held
-against itself are a chunk's own documents left out.
+section 2.6). Documents of the same id in the database count: they are what is looked for. Only where a store is
+compared with itself are a chunk's own documents left out.
 
-Cost: a search, then some 100,000 pairs a second and core (``stages.overlap``). Memory: a block of queries.
+Cost: a search, then some 100,000 pairs a second and core (``token_overlap``). Memory: a block of queries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.embed.search_scope import embedded_parts, own_documents, read_part_vectors, searchable_rows
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.index.searching import Database
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import longest_common
@@ -48,7 +48,7 @@ class Leaks:
 def find_leaks(
     store: Store, database: Database, *, within: bool, k: int = NEIGHBOURS, report: Report
 ) -> Iterator[Leaks]:
-    """The leaks of all embedded keys of ``store`` in ``database``, in the order of their ids, block by block."""
+    """Yield the leaks of all embedded keys of ``store`` in ``database``, in the order of their ids, block by block."""
     tombstones = read_tombstones(store)
     for part in embedded_parts(store, database.encoder):
         rows = searchable_rows(store, part, tombstones)
@@ -73,7 +73,7 @@ def find_leaks(
 def _common(
     database: Database, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The longest run that each chunk has in common with a neighbour of [q, k], and with which, both int64 [q]."""
+    """Return the longest run that each chunk shares with a neighbour of [q, k], and with which, both int64 [q]."""
     others, n_others = read_pieces(database.store, database.tombstones, ids.ravel()).joined()
     k = ids.shape[1]
     found = longest_common(np.repeat(tokens, k, axis=0), np.repeat(n_tokens, k), others, n_others)

@@ -25,7 +25,7 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-"""α of which it is told how many chunks have r ≤ α; RETRO's evaluation goes from 12.5 % to 100 %."""
+"""α for which the share of chunks with r ≤ α is reported; RETRO's evaluation goes from 12.5 % to 100 %."""
 HALF = 0.5
 _BINS = 8
 _SCHEMA = pa.schema([
@@ -92,11 +92,11 @@ def leakage(
         tqdm(total=total, unit="chunk", desc="leakage", disable=None, delay=2, file=sys.stderr) as bar,
     ):
 
-        def told(n: int) -> None:
+        def count(n: int) -> None:
             interrupts.check()
             bar.update(n)
 
-        for leaks in find_leaks(store, database, within=within, k=neighbours, report=told):
+        for leaks in find_leaks(store, database, within=within, k=neighbours, report=count):
             write(leaks)
             found.append(leaks)
     return _result(found, store, database, neighbours, output)

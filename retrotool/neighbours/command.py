@@ -20,7 +20,6 @@ from retrotool.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from retrotool.neighbours.materialising import MaterialiseResult
     from retrotool.neighbours.run import NeighboursResult
 
 EPILOG = """\b
@@ -71,7 +70,7 @@ def command(
         bool, opt("Search exactly, without an index. So it is for few chunks where there is no index, too.", "--exact")
     ] = False,
     materialise: Annotated[
-        bool, opt("Also write the tokens of the K neighbours and of what follows them, for training.", "--materialise")
+        bool, opt("Also store the tokens of the K neighbours and of what follows them, for training.", "--materialise")
     ] = False,
     encoder: EncoderOption = None,
     memory: Annotated[str | None, opt("What a block of queries may take, besides the tables.", metavar="SIZE")] = None,
@@ -92,7 +91,7 @@ def command(
     """
     with output.errors(as_json):
         from retrotool.neighbours import run as neighbours_run
-        from retrotool.neighbours.neighbour_options import FilterOptions
+        from retrotool.neighbours.filters import FilterOptions
         from retrotool.neighbours.run import SearchOptions
 
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
@@ -132,7 +131,7 @@ def _weighed(text: str) -> tuple[str, float | None]:
 
 
 def _text(result: NeighboursResult) -> str:
-    from retrotool.neighbours.neighbour_options import in_words
+    from retrotool.neighbours.filters import in_words
 
     done = (
         f"Neighbours of {output.count(result.queries, 'chunk')} found"
@@ -151,13 +150,6 @@ def _text(result: NeighboursResult) -> str:
         text += f"\nLeft out: {words}{kept}."
     if result.elsewhere:
         text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
-    if result.materialised is not None:
-        text += "\n" + _materialised(result.materialised)
+    if result.materialised:
+        text += f"\nMaterialised: the tokens of the first {output.count(result.k, 'neighbour')} of each chunk."
     return text
-
-
-def _materialised(made: MaterialiseResult) -> str:
-    what = f"{output.count(made.k, 'neighbour')} of {output.count(made.rows, 'chunk')}"
-    done = f"{output.count(made.made, 'chunk')} by this run" if made.made else "all of it before"
-    text = f"Materialised: {what}, {output.size(made.bytes)} ({done}, commit {made.commit})."
-    return f"{text}\n{output.count(made.elsewhere, 'part')} left to runs that are at work." if made.elsewhere else text

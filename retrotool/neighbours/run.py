@@ -16,7 +16,7 @@ from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
 from retrotool.embed.search_scope import count_keys_of, count_left, count_living_keys, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
-from retrotool.engine.stage import Task
+from retrotool.engine.task import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
 from retrotool.index.index_files import index_key
@@ -24,10 +24,9 @@ from retrotool.index.index_result import commands_to_index
 from retrotool.index.searching import pick_index
 from retrotool.neighbours import weighted
 from retrotool.neighbours.dependents import register_dependent
-from retrotool.neighbours.materialising import MaterialiseResult
-from retrotool.neighbours.materialising import materialise as materialise_tables
-from retrotool.neighbours.neighbour_options import FilterOptions, check_some_left, named
+from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
+from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.neighbours.weighted import WeightedTable
 from retrotool.store import claims
 from retrotool.store.paths import check_name
@@ -67,7 +66,8 @@ class NeighboursResult:
     search. ``elsewhere`` parts are left to other runs. ``filters``: what is left out, with names of sources;
     ``filters_kept``: as was asked for before. ``mix``: of a mixture, each database; the other fields are then of the
     first one, counts of all. ``left_out``: tables that the name had and has no more. ``unaware``: databases in
-    which no record of this dependent store could be made. ``materialised``: what was asked for with the tables.
+    which no record of this dependent store could be made. ``materialised``: the tables have the
+    tokens of the first k neighbours.
     """
 
     name: str
@@ -88,7 +88,7 @@ class NeighboursResult:
     mix: tuple[DatabaseResult, ...] = ()
     left_out: tuple[str, ...] = ()
     unaware: tuple[str, ...] = ()
-    materialised: MaterialiseResult | None = None
+    materialised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def neighbours(
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself).
 
     ``databases``: further ones, each with its weight: the neighbours are then a mixture (``neighbours.weighted``).
-    ``materialise``: then write their tokens, too, for a training loop to read.
+    ``materialise``: store the tokens of the first k with them, for a training loop to read; kept by later runs.
     """
     search, filters = search or SearchOptions(), filters or FilterOptions()
     if not 1 <= k <= saved:
@@ -133,13 +133,17 @@ def neighbours(
     mixture = weighted.choose(store, name, root, databases)
     opened = [Store.open(one.path) for one in mixture.tables]
     filters.check(opened)
+    records = store.state.with_prefix("neighbours:")
+    text = materialise or any(records.get(one.table, {}).get("text") for one in mixture.tables)
+    if text:
+        check_same_tokens(store, opened)
     stages = []
     for one, database in zip(mixture.tables, opened, strict=True):
         applied = filters.applied(weighted.known_record(store, mixture, one.table), store)
         stages.append(
             NeighboursStage(
                 str(database.root.absolute()), _choose_index(database, index, search), one.table, saved, k,
-                search.encoder, search.memory, devices, search.shard, applied,
+                search.encoder, search.memory, devices, search.shard, applied, text,
             )
         )  # fmt: skip
     _check(store, stages)
@@ -150,9 +154,6 @@ def neighbours(
         found = [_fill(store, run, stage, one) for stage, one in zip(stages, mixture.tables, strict=True)]
         if mixture.mixed:
             store.commit(run, mixture.commit)
-    # Once there, the text is kept up to date: it must not outlive what a database elsewhere has erased.
-    materialise = materialise or bool(store.state.group("materialised", name))
-    made = materialise_tables(store.root, name=name, shard=search.shard) if materialise else None
     first = found[0]
     not_embedded = count_left(store, embedded_parts(store, first.encoder), read_tombstones(store))
     left = [embed_command(store, queries or root, first.encoder)] if not_embedded else []
@@ -167,7 +168,7 @@ def neighbours(
         k, saved, store.refresh().number, not_embedded, sum(one.not_indexed for one in found),
         tuple(dict.fromkeys(left)), sum(one.elsewhere for one in found), first.filters,
         bool(first.filters) and not asked_for, tuple(found) if mixture.mixed else (), mixture.left_out,
-        tuple(one.database for one in found if not one.aware), made,
+        tuple(one.database for one in found if not one.aware), text,
     )  # fmt: skip
 
 

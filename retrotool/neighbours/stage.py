@@ -1,9 +1,9 @@
 """``neighbours``: the nearest keys of every key, outside its own document; which tasks there are.
 
-A task is a part of the query store (``stages.neighbour_worker`` does it). Rows of purged or erased queries are empty,
+A task is a part of the query store (``neighbours.worker`` does it). Rows of purged or erased queries are empty,
 and so are those of values of key-value records. The table lies in the query store.
 
-A table is done again once another index is asked for, or other filters (``stages.neighbour_filters``), or the index
+A table is done again once another index is asked for, or other filters (``neighbours.filters``), or the index
 that it is of was tuned or trained anew. Once the
 database has parts that it had not, only these are searched, and what is found is merged with what the table has. After
 purges only the rows are searched again that have fewer than k neighbours left; finding them costs reading the tables
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from retrotool.embed.search_scope import (
     has_commit,
     is_same_directory,
 )
-from retrotool.engine.stage import Task, Worker, own_first, task_key
+from retrotool.engine.task import Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.exact import NO_INDEX, ExactDatabase
 from retrotool.index.searching import Database
-from retrotool.neighbours.neighbour_filters import AnyDatabase, Filters
+from retrotool.neighbours.filters import AnyDatabase, Filters
 from retrotool.neighbours.underfilled import GapFinder
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
@@ -56,26 +56,12 @@ WHOLE, FEW, MORE = "whole", "few", "more"
 
 
 @dataclass(frozen=True, slots=True)
-class Todo:
-    """What may be searched for a part's ``table`` (None: it has none): the mode, and in which parts of the database.
-
-    ``goes_on``: the table is of the same index and filters. Of ``FEW``, ``gaps`` tells whether there is anything.
-    """
-
-    part: int
-    table: FileEntry | None
-    mode: str
-    new: list[int]
-    goes_on: bool
-
-
-@dataclass(frozen=True, slots=True)
 class NeighboursStage:
     """All parts of the query store without an up-to-date table ``table`` of neighbours in ``database``.
 
     ``index`` "" (``NO_INDEX``): by exact search among the vectors of ``encoder``. ``memory``: bytes that a search may
     take. ``filters``: what is left out. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
-    of n.
+    of n. ``text``: tables also have the tokens of the first k neighbours of each row.
     """
 
     database: str
@@ -88,6 +74,7 @@ class NeighboursStage:
     devices: tuple[str, ...] = ("cpu",)
     shard: tuple[int, int] | None = None
     filters: Filters = field(default_factory=Filters)
+    text: bool = False
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -111,43 +98,36 @@ class NeighboursStage:
         database = self.open_database(store)
         check_encoders(store, database)
         self.filters.check(store, database.store)
-        version, gaps = _version(database, self.record(store, database)), GapFinder(store, database, self.k)
+        record = self.record(store, database)
+        known = store.state.records.get(self.key, record)
+        self._check_database(store.state, record)
+        version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
+        held, checked = database.held(), set[tuple[Any, Any]]()
         tasks = []
-        for todo in self.todo(store, database):
-            part, old = todo.part, todo.table
+        for part in embedded_parts(store, database.encoder):
+            old, mode, new = store.state.part_file("neighbours", part, self.table), WHOLE, held
+            if old is not None and _commit(old) not in checked:
+                _check_commit(old, self.table, database.store)
+                checked.add(_commit(old))
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
-            settings: dict[str, Any] = {"table": self.table, "version": version, "held": database.held()}
-            inputs = {"part": part, "path": path, "version": version, "new": todo.new, "mode": todo.mode}
-            inputs["replaces"] = old.path if old is not None else None
+            settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
             weight = count_keys(store, part)
-            if old is not None and todo.goes_on:
-                settings["from"] = [old.path, todo.mode, *gaps.taken, self.k]
-            if old is not None and todo.mode == FEW:
-                found = gaps.find(part, old)
-                if not (found.few or found.holds_erased):
-                    continue
-                weight = found.few
+            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
+                mode, new = _lacks(old, database.store.state, held)
+                settings["from"] = [old.path, mode, *gaps.taken, self.k]
+                if mode == FEW:
+                    found = gaps.find(part, old)
+                    if not (found.few or found.holds_erased or found.text_is_stale):
+                        continue
+                    weight = found.few
+            if self.text:
+                settings["text"] = self.k
+            inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
+            inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
             if not staging.is_staged(store.root, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
-
-    def todo(self, store: Store, database: AnyDatabase) -> Iterator[Todo]:
-        """What may be searched for each part that has embeddings; no table is read. Errors as of ``plan``."""
-        record = self.record(store, database)
-        known = store.state.records.get(self.key, record)
-        self._check_database(store.state, record)
-        version, held = _version(database, record), database.held()
-        checked: set[tuple[Any, Any]] = set()
-        for part in embedded_parts(store, database.encoder):
-            old = store.state.part_file("neighbours", part, self.table)
-            if old is not None and _commit(old) not in checked:
-                _check_commit(old, self.table, database.store)
-                checked.add(_commit(old))
-            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                yield Todo(part, old, *_lacks(old, database.store.state, held), goes_on=True)
-            else:
-                yield Todo(part, old, WHOLE, held, goes_on=False)
 
     @property
     def key(self) -> str:
@@ -159,7 +139,7 @@ class NeighboursStage:
         return {
             "database": database.store.identity.uuid, "path": str(database.store.root.absolute()),
             "within": is_same_directory(store, database.store), "index": self.index, "encoder": database.encoder,
-            "saved": self.saved, "k": self.k, **with_filters(self.filters),
+            "saved": self.saved, "k": self.k, **with_filters(self.filters), **({"text": True} if self.text else {}),
         }  # fmt: skip
 
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:

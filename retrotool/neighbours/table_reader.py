@@ -5,26 +5,38 @@ copied: they are merged when they are read, by squared distance over weight, so 
 
 What is read goes through the tombstones of the databases as they were when the reader opened them, so a row can have
 fewer than k neighbours, and never one that was purged. Cost: the row groups that hold the rows; masks by binary search.
+
+Tokens of neighbours are read from the tables where these have them (``TextReader``), else put together from the
+database. A row that lost a neighbour to a purge since is put together, with the next one saved in its place, and a
+continuation that was purged is left out; so both ways give the same. Cost: where nothing was purged, one read a row
+group and table. Other rows cost their row group of the table, and the row groups of the database that their neighbours
+are in (``neighbours.retrieved``). All blocks that are asked for at once share these reads, in the order of ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.errors import UsageError
 from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of
+from retrotool.neighbours.underfilled import text_is_current
 from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import Ids
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tables import ERASED, NO_NEIGHBOUR, NeighbourText
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
-Ids = npt.NDArray[np.int64]
+Block = tuple[int, int]
+"""A part, and the number of one of its row groups."""
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +142,9 @@ class NeighbourReader:
         member = self._members[which]
         entry = parts.part_entry(self.store, "neighbours", part, member.table)
         check_table(self.store, entry, member.table, member.store)
-        table = tables.read_table(self.store, entry, None if row_groups is None else list(row_groups))
+        table = tables.read_table(self.store, entry, row_groups)
+        table = tables.erase_neighbours(table, _NO_ROWS, member.tombstones.contains)
         ids, distances = table.ids, table.distances
-        gone = (ids != NO_NEIGHBOUR) & member.tombstones.contains(ids)
-        lost = np.flatnonzero(gone.any(axis=1))
-        if len(lost):
-            ids, distances = np.array(ids), np.array(distances)
-            order = np.argsort(gone[lost], axis=1, kind="stable")  # the living first, in their order
-            ids[lost] = np.take_along_axis(np.where(gone[lost], NO_NEIGHBOUR, ids[lost]), order, 1)
-            kept = np.where(gone[lost], np.float32(np.inf), distances[lost])
-            distances[lost] = np.take_along_axis(kept, order, 1)
         databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
         return Found(ids, distances, databases)
 
@@ -164,3 +169,128 @@ class NeighbourReader:
 def row_groups_of(rows: Ids) -> list[int]:
     """Numbers of the row groups that hold some rows of a part, ascending."""
     return [int(group) for group in np.unique(rows // ROW_GROUP)]
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourTokens:
+    """The k neighbours of n chunks with their continuations, [N, F].
+
+    ``ids`` int64 [n, k] (−1: none) and ``databases`` uint8 [n, k], which of the reader's databases each is of;
+    ``n_tokens`` int32 [n, k, 2] of N and F, 0: none; ``tokens`` [n, k, 2, chunk_length], zero-padded.
+    """
+
+    ids: Ids
+    databases: npt.NDArray[np.uint8]
+    n_tokens: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]
+
+    @classmethod
+    def none(cls, store: Store, n: int, k: int) -> NeighbourTokens:
+        """Return n rows without neighbours."""
+        own = store.identity
+        return cls(
+            np.full((n, k), NO_NEIGHBOUR, np.int64), np.zeros((n, k), np.uint8), np.zeros((n, k, 2), np.int32),
+            np.zeros((n, k, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)),
+        )  # fmt: skip
+
+    def rows(self, some: slice) -> NeighbourTokens:
+        """Return some of the rows, without a copy."""
+        return NeighbourTokens(self.ids[some], self.databases[some], self.n_tokens[some], self.tokens[some])
+
+    def clear(self, rows: npt.NDArray[Any]) -> None:
+        """Leave ``rows`` (numbers, or bool [n]) without neighbours."""
+        self.ids[rows], self.databases[rows], self.n_tokens[rows], self.tokens[rows] = NO_NEIGHBOUR, 0, 0, 0
+
+
+def check_same_tokens(store: Store, databases: Sequence[Store]) -> None:
+    """``UsageError`` unless the databases have the tokens and the chunk length of the store."""
+    own = store.identity
+    for database in databases:
+        theirs = database.identity
+        if (own.tokenizer.sha256, own.chunk_length) != (theirs.tokenizer.sha256, theirs.chunk_length):
+            raise UsageError(
+                f"{database.root} has chunks of {theirs.chunk_length} tokens of {theirs.tokenizer.name}, "
+                f"{store.root} of {own.chunk_length} of {own.tokenizer.name}: one model can't read both",
+                "Chunk one of them again with the tokenizer of the other.",
+            )
+
+
+class TextReader:
+    """The first k neighbours of rows, with tokens, as they are at the reader's view of databases and store."""
+
+    def __init__(self, reader: NeighbourReader, k: int) -> None:
+        check_same_tokens(reader.store, reader.databases)
+        self.reader, self.k = reader, k
+        self._entries: dict[int, tuple[FileEntry, ...]] = {}
+
+    def has_text(self, part: int) -> bool:
+        """Return whether all tables of a part have the tokens."""
+        return bool(self._with_text(part))
+
+    def _with_text(self, part: int) -> tuple[FileEntry, ...]:
+        """The part's tables, of each member, if all have the tokens; else none."""
+        if part not in self._entries:
+            entries = self.reader.entries(part)  # ids mean what they meant
+            current = map(text_is_current, entries, self.reader.databases, [self.k] * len(entries))
+            self._entries[part] = entries if all(current) else ()
+        return self._entries[part]
+
+    def read(self, blocks: Sequence[Block], spare: int = 0) -> NeighbourTokens:
+        """Return all rows of some blocks, one block after the other; then ``spare`` empty rows."""
+        store, k = self.reader.store, self.k
+        starts = np.cumsum([0, *(block_rows(store, block) for block in blocks)])
+        out = NeighbourTokens.none(store, int(starts[-1]) + spare, k)
+        lost = np.zeros(len(out.ids), np.bool_)
+        for block, start, stop in zip(blocks, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            lost[start:stop] = self._begin(out.rows(slice(start, stop)), block)
+        if lost.any():
+            wanted = np.where(lost[:, None], out.ids, NO_NEIGHBOUR)
+            no_distances = np.broadcast_to(np.float32(0), wanted.shape)
+            into = Pieces(out.tokens.reshape(wanted.size, 2, -1), out.n_tokens.reshape(wanted.size, 2))
+            self.reader.pieces(Found(wanted, no_distances, out.databases), into)
+        return out
+
+    def _begin(self, out: NeighbourTokens, block: Block) -> npt.NDArray[np.bool_]:
+        """Fill in what the tables have of a block; of rows that must be put together, which are returned, only ids."""
+        part, group = block
+        lost = np.ones(len(out.ids), np.bool_)
+        if entries := self._with_text(part):
+            lost = self._copy_text(out, entries, group)
+            out.clear(lost)
+        if lost.any():
+            found = self.reader.read(part, self.k, [group])
+            width = found.ids.shape[1]
+            out.ids[lost, :width], out.databases[lost, :width] = found.ids[lost], found.databases[lost]
+        return lost
+
+    def _copy_text(self, out: NeighbourTokens, entries: tuple[FileEntry, ...], group: int) -> npt.NDArray[np.bool_]:
+        """Fill in what is stored; return which rows have lost a neighbour since."""
+        texts, lost = [], np.zeros(len(out.ids), np.bool_)
+        for entry, member in zip(entries, self.reader.members, strict=True):
+            text = tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
+            purged, short = tables.text_naming(text, member.tombstones.contains)
+            lost |= (purged | (text.ids == ERASED)).any(axis=1)
+            if short.any():
+                text = NeighbourText(text.ids, text.distances, np.array(text.n_tokens), np.array(text.tokens))
+                text.n_tokens[:, :, 1][short], text.tokens[:, :, 1][short] = 0, 0
+            texts.append(text)
+        if len(texts) == 1:
+            (text,) = texts
+            out.ids[:], out.n_tokens[:], out.tokens[:] = text.ids, text.n_tokens, text.tokens
+            return lost
+        which = np.repeat(np.arange(len(texts)), self.k)
+        weights = np.array([member.weight for member in self.reader.members], np.float32)
+        apart = np.concatenate([one.distances for one in texts], 1) / weights[which]
+        order = np.argsort(apart, axis=1, kind="stable")[:, : self.k]
+        out.ids[:] = np.take_along_axis(np.concatenate([one.ids for one in texts], 1), order, 1)
+        out.databases[:] = np.where(out.ids == NO_NEIGHBOUR, 0, which[order])
+        rows = np.arange(len(order))[:, None]
+        out.n_tokens[:] = np.concatenate([one.n_tokens for one in texts], 1)[rows, order]
+        out.tokens[:] = np.concatenate([one.tokens for one in texts], 1)[rows, order]
+        return lost
+
+
+def block_rows(store: Store, block: Block) -> int:
+    """Return how many rows a block has."""
+    part, group = block
+    return min(ROW_GROUP, parts.part_entry(store, "chunks", part).rows - group * ROW_GROUP)

@@ -12,7 +12,7 @@ tombstones.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,13 +26,13 @@ from retrotool.embed.search_scope import (
     purges,
     searchable_rows,
 )
-from retrotool.neighbours.neighbour_filters import AnyDatabase
+from retrotool.neighbours.filters import AnyDatabase
 from retrotool.store import tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import ROW_GROUP
-from retrotool.store.restored import stands_for_restored
+from retrotool.store.restored import missed_parts, stands_for_restored
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tables import ERASED, NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Ids = npt.NDArray[np.int64]
@@ -44,11 +44,13 @@ class Gaps:
     """What is to be done about purges in a table.
 
     ``few``: searchable rows with fewer than k neighbours left. ``holds_erased``: a row, purged or not, names a chunk
-    that another store has erased.
+    that another store has erased. ``text_is_stale``: the tokens of neighbours that it is to have are not there, or not
+    those of the neighbours that are left.
     """
 
     few: int = 0
     holds_erased: bool = False
+    text_is_stale: bool = False
 
 
 _found: dict[tuple[str, str, str, str, str, int], Gaps] = {}
@@ -59,8 +61,8 @@ _FOUND = 1 << 17
 class GapFinder:
     """Finds gaps in tables of a store whose neighbours are chunks of ``database``, of which k are used."""
 
-    def __init__(self, store: Store, database: AnyDatabase, k: int) -> None:
-        self._store, self._database, self._k = store, database, k
+    def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
+        self._store, self._database, self._k, self._text = store, database, k, text
         self.taken: Taken = (
             purges(database.store),
             purges(store),
@@ -82,18 +84,22 @@ class GapFinder:
     def find(self, part: int, entry: FileEntry) -> Gaps:
         """Return the gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
         if self._knows_all(entry):
-            return Gaps()
+            return Gaps(text_is_stale=self._lacks_text(entry))
         key = (entry.path, *self.taken, self._k)
         if key not in _found:
             if len(_found) >= _FOUND:
                 _found.clear()
             _found[key] = self._read(part, entry)
-        return _found[key]
+        found = _found[key]
+        return replace(found, text_is_stale=self._text and (found.text_is_stale or self._lacks_text(entry)))
+
+    def _lacks_text(self, entry: FileEntry) -> bool:
+        return self._text and not text_is_current(entry, self._database.store, self._k)
 
     def _read(self, part: int, entry: FileEntry) -> Gaps:
         searched = np.zeros(entry.rows, np.bool_)
         searched[searchable_rows(self._store, part, self._own)] = True
-        few, holds_erased = 0, False
+        few, holds_erased, stale = 0, False, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
             ids = tables.read_ids(self._store, entry, [group])
@@ -101,7 +107,11 @@ class GapFinder:
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
             few += int((left[rows].sum(axis=1) < self._k).sum())
             holds_erased |= self._erased is not None and bool(self._erased.contains(ids).any())
-        return Gaps(few, holds_erased)
+            if tables.text_size(entry):
+                text = tables.read_text(self._store, entry, [group], tokens=False)
+                purged, short = tables.text_naming(text, self._database.tombstones.contains)
+                stale |= bool((purged | short | (text.ids == ERASED)).any())
+        return Gaps(few, holds_erased, stale)
 
     @cached_property
     def _own(self) -> Tombstones:
@@ -110,6 +120,13 @@ class GapFinder:
     @cached_property
     def _erased(self) -> Tombstones | None:
         return erased_chunks(self._database.store) if self.taken[2] else None
+
+
+def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
+    """Return whether a table has the tokens of k neighbours, and none of its database's chunks came back since."""
+    commit = (entry.about or {}).get("commit")
+    missed = missed_parts(database.state, None if commit is None else int(commit))
+    return tables.text_size(entry) >= k and not missed
 
 
 def erased_of(store: Store, database: AnyDatabase) -> str:

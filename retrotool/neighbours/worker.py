@@ -3,7 +3,9 @@
 List-major search (``ann.search``) of all its searchable vectors through the database's shards, with the query's own
 document and all tombstones masked before the top-k, and a re-rank by the vectors themselves. Rows are read in blocks,
 the larger the fewer times a list is decoded. What filters by tokens leave out is told of more candidates than are
-saved (``stages.neighbour_filters``).
+saved (``neighbours.filters``).
+
+Tokens of neighbours (``neighbours.retrieved``) that the table before has are copied from it.
 
 Memory: the table, 12 bytes a neighbour, twice while it is written; a block of queries with their candidates; one list.
 """
@@ -24,11 +26,12 @@ from retrotool.embed.search_scope import (
     read_part_vectors,
     searchable_rows,
 )
-from retrotool.engine.stage import Report, Task
+from retrotool.engine.task import Report, Task
 from retrotool.index.exact import merged
 from retrotool.index.staleness import ranges
 from retrotool.memory import give_back
-from retrotool.neighbours.neighbour_filters import AnyDatabase, Finder
+from retrotool.neighbours.filters import AnyDatabase, Finder
+from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.stage import (
     FEW,
     MORE,
@@ -38,8 +41,9 @@ from retrotool.neighbours.stage import (
     probed_by,
     with_filters,
 )
-from retrotool.neighbours.underfilled import erased_of, few_rows
+from retrotool.neighbours.underfilled import erased_of, few_rows, text_is_current
 from retrotool.store import tables
+from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import stands_for_restored
 from retrotool.store.staging import Staged
@@ -109,19 +113,43 @@ class NeighboursWorker:
         if erased := erased_of(store, database):
             about["erased"] = erased
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
+        text = None
+        if stage.text:
+            about["text"] = stage.k
+            text = read_text_of(database.store, database.tombstones, table, stage.k, self._reuse(database, replaced))
         entry = tables.write_table(
-            store.root, name, table, database=record["database"], commit=commit, path=record["path"], about=about
-        )
-        replaced = task.inputs["replaces"]
+            store.root, name, table, database=record["database"], commit=commit, path=record["path"], about=about,
+            text=text, chunk_bytes=store.identity.chunk_length * store.identity.tokenizer.token_bytes,
+        )  # fmt: skip
+        old_path = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]
         if self._within:  # an erase replaces them: what was found before it must not come after it
             reads += database.reads()
+            if stage.text:
+                reads += [chunks.path for chunks in database.store.state.group("chunks").entries()]
         # Where nobody has claimed the name yet, the first table does: a run with another database is refused then.
         claim = {} if stage.key in store.state.records else {stage.key: record}
         return Staged(
             task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
-            tuple(reads), (entry,), (replaced,) if replaced else (), claim,
+            tuple(reads), (entry,), (old_path,) if old_path else (), claim,
         )  # fmt: skip
+
+    def _reuse(self, database: AnyDatabase, old: FileEntry | None) -> Reuse | None:
+        """Return what copies the tokens that the table before has; None if it has none that can be used."""
+        if old is None or not text_is_current(old, database.store, self._stage.k):
+            return None
+
+        def copy(groups: list[int], ids: npt.NDArray[np.int64], into: Pieces) -> npt.NDArray[np.int64]:
+            k = ids.shape[1]
+            text = tables.read_text(self._store, old, groups).nearest(k)
+            _, short = tables.text_naming(text, database.tombstones.contains)
+            same = text.ids == ids
+            n_tokens, tokens = into.n_tokens.reshape(-1, k, 2), into.tokens.reshape(*ids.shape, 2, -1)
+            n_tokens[same], tokens[same] = text.n_tokens[same], text.tokens[same]
+            n_tokens[:, :, 1][short], tokens[:, :, 1][short] = 0, 0
+            return np.where(same, NO_NEIGHBOUR, ids)
+
+        return copy
 
     def _search(
         self,

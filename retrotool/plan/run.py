@@ -1,4 +1,4 @@
-"""``plan``: what a database will take, from arithmetic alone: files, index, GPU-hours, core-hours and hours.
+"""``plan``: what a database will take, by arithmetic: files, index, GPU-hours, core-hours and hours.
 
 n chunks of up to m tokens are encoded to d dimensions; L = tokens / n + 2 is their mean length with special tokens.
 No corpus and no store is read; the rates are in ``rates.py``.
@@ -27,8 +27,8 @@ Time
     rate, which is a lower bound: each file is read and written once (neighbours reads vectors twice, as queries and to
     re-rank). Parts are the units of work: the one that does most of them is waited for. Stages come one after another.
 
-Not computed: reading the input from where it lies, networks, cores that only drive a GPU, starting processes, jobs
-that are killed, and the recall, which only measuring tells.
+Not computed: reading the input, networks, cores that only drive a GPU, starting processes, jobs
+that are killed, and the recall, which can only be measured.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _plan(request: Request) -> Plan:
 
 
 def count_chunks(tokens: int, documents: int, m: int) -> int:
-    """Chunks of up to m tokens of so many documents, whose lengths are spread."""
+    """Return how many chunks of up to m tokens so many documents have, whose lengths are spread."""
     return max(documents, -(-(2 * tokens + documents * (m - 1)) // (2 * m)))
 
 
@@ -294,7 +294,7 @@ class _Work:
         self.rates = Rates(request.rates)
 
     def chunk(self) -> StagePlan:
-        """Every core takes parts; the input is not the store's to read."""
+        """Let every core take parts; reading the input is not counted."""
         machines = self._machines
         seconds = TEXT_BYTES * self._request.tokens / self.rates.find("chunk", "core")
         written = sum(self._files[kind] for kind in ("documents", "chunks"))

@@ -1,254 +1,263 @@
-"""``purge --affected``: which training chunks had purged chunks among their neighbours, as far as tables still tell.
+"""``purge --affected``: which training chunks have purged chunks among their neighbours, as tables are stored.
 
-Tables are read as they are stored, without a mask. Of each neighbour a model is given the chunk and what follows it, so
-a chunk is affected, too, if a purged chunk only follows a neighbour of it.
+Tables are read without a mask. Of each neighbour a model is given the chunk and what follows it, so a chunk is also
+affected if a purged chunk only follows a neighbour of it. Places are those in the table, from 1: a reader leaves out
+what is purged, so what is stored after it moves up, and a purged chunk may have been read at an earlier place than its
+own if others had been purged before. A table of a mixture is read by itself.
 
-At which place a purged chunk stood is told as of just before it was purged: readers did not see what earlier purges had
-taken, so what is saved behind that had moved up. Where that can't be known (an earlier purge was taken back since) it
-is taken to have moved up. A table of a mixture is taken by itself, as the mixture's first k of it are among its own.
+Nothing of what was purged is reported: no text, no document, no chunk. A training chunk that is purged itself is
+counted and not named. What tables no longer have is not found: entries that an erase has taken out, which it does
+within a store, and what was in rows that were searched again after the purge.
 
-What tables have no more can't be told: entries that an erase has taken out, which it does within a store, and what was
-in rows that were searched again after the purge. Cost: the ids of all tables, with a binary search for each. Memory: a
-row group, the affected rows of a part, and some 50 bytes a purged chunk.
+Cost: the ids of all tables, with a binary search for each. Memory: a row group, the affected rows of a part, and some
+30 bytes a purged chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
+from tqdm import tqdm
 
 from retrotool import interrupts
-from retrotool.embed.search_scope import is_same_directory
+from retrotool.cli.result_file import check_file, written
+from retrotool.embed.search_scope import count_living_keys, is_same_directory
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_ids, database_of, members_of
 from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP
-from retrotool.store.restored import PREFIX, is_restored, restored_chunks, restored_purges, standing_purges
-from retrotool.store.state import State
+from retrotool.store.ids import Ids, rows_by_part
+from retrotool.store.parts import ROW_GROUP
+from retrotool.store.paths import FileName
+from retrotool.store.restored import PREFIX, standing_purges
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
-Ids = npt.NDArray[np.int64]
+EXAMPLES = 10
 NEVER = int(np.iinfo(np.int64).max)
-"""A commit, or a place among neighbours, that there is not."""
-_FROM_THE_BEGINNING = -1
+"""A place among neighbours that there is not."""
 _NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A purge of ``database`` that is asked about: its ``chunks``, and how many of these are ``erased``.
+class AskedPurge:
+    """A purge of ``database`` that is asked about, and how many ``chunks`` it has.
 
-    Of ``parts`` parts that a table of this database has, ``since`` were made, or filled up, after the purge.
-    ``within``: the tables lie in the database itself, so that an erase takes entries out of them.
+    ``erased``: its chunks were taken out of the tables. Of ``parts`` parts that these have ``since`` were made, or rows
+    of them searched again, after the purge.
     """
 
     purge: str
     database: str
     chunks: int
-    erased: int
+    erased: bool
     parts: int
     since: int
-    within: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Hits:
-    """Affected rows [n] of a part, ascending, and where a purged chunk stood, from 1, at the nearest; int64 [n] each.
+class AffectedChunk:
+    """A training chunk, and at which place, from 1, it names a purged chunk, at the nearest (None: it does not).
 
-    ``neighbour``: as a neighbour; ``continuation``: as what follows one. ``NEVER``: it did not.
+    ``neighbour``: as a neighbour; ``continuation``: as what follows one. ``used``: among the first k.
+    """
+
+    chunk: int
+    document: str
+    source: str
+    neighbour: int | None
+    continuation: int | None
+    used: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartAffected:
+    """Affected chunks of a part, ``in_k``: with a purged chunk among the first k neighbours; ``in_saved``: among all.
+
+    Further ones have one only as what follows such a neighbour: ``following_in_k``, ``following_in_saved``. ``purged``
+    ones are affected, and purged themselves; they are not among the others, nor among the ``rows``.
     """
 
     part: int
-    rows: Ids
-    neighbour: Ids
-    continuation: Ids
-
-    def take(self, some: npt.NDArray[np.bool_]) -> Hits:
-        """Those of some rows."""
-        return Hits(self.part, self.rows[some], self.neighbour[some], self.continuation[some])
-
-
-class Victims:
-    """The chunks of purges of a database, to be looked for in its tables."""
-
-    def __init__(self, database: Store, purges: Sequence[str]) -> None:
-        self._gone, self._masked, self._seen = _deaths(database)
-        chunks = [np.zeros(0, np.int64), *(read_tombstones(database, purge).ids for purge in purges)]
-        self.chunks: Ids = np.unique(np.concatenate(chunks))
-        index, n_tokens = _read_chunks(database, self.chunks)
-        self.erased = Tombstones(self.chunks[n_tokens == 0])
-        self._followed = Tombstones(self.chunks[index > 0] - 1)
-        self._either = Tombstones(np.union1d(self.chunks, self._followed.ids))
-
-    def find(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
-        """Affected rows of ``ids`` [n, saved], and at which places, as ``Hits`` has them."""
-        rows = np.flatnonzero(self._either.contains(ids).any(axis=1))
-        ids = ids[rows]
-        masked, seen = self._of(self._masked, ids), self._of(self._seen, ids)
-        neighbour = _places(masked, seen, Tombstones(self.chunks).contains(ids))
-        # What follows a neighbour could be read as long as both could.
-        seen = np.minimum(seen, self._of(self._seen, ids + 1))
-        return rows, neighbour, _places(masked, seen, self._followed.contains(ids))
-
-    def _of(self, commits: Ids, ids: Ids) -> Ids:
-        """For each id the number of a commit; ``NEVER`` for what was never purged."""
-        if not len(self._gone):
-            return np.full(ids.shape, NEVER)
-        place = np.minimum(np.searchsorted(self._gone, ids), len(self._gone) - 1)
-        return np.where(self._gone[place] == ids, commits[place], NEVER)
-
-
-def _places(masked: Ids, until: Ids, hit: npt.NDArray[np.bool_]) -> Ids:
-    """For each row [n, saved] at which place, from 1, the nearest ``hit`` was read just before commit ``until``.
-
-    ``masked``: the commit from which on each entry was not seen.
-    """
-    found = np.full(len(masked), NEVER)
-    for column in range(masked.shape[1]):
-        rows = np.flatnonzero(hit[:, column])
-        before = masked[rows, :column] >= until[rows, column, None]
-        found[rows] = np.minimum(found[rows], 1 + before.sum(axis=1))
-    return found
-
-
-def _deaths(database: Store) -> tuple[Ids, Ids, Ids]:
-    """All chunks that are, or were, purged, ascending; and the first commits from which on they were not seen.
-
-    First of these commits: of all, also of purges that were taken back. Then: of what is purged still, or ``NEVER``.
-    Chunks that were set aside as repeats have never been seen.
-    """
-    state = database.state
-    standing = standing_purges(state)
-    ids, masked, seen = [], [], []
-    for slot in state.group("tombstones"):
-        commit = int(standing[slot]["commit"]) if slot in standing else _FROM_THE_BEGINNING
-        ids.append(read_tombstones(database, slot).ids)
-        masked.append(np.full(len(ids[-1]), commit))
-        seen.append(masked[-1])
-    for purge, record in restored_purges(state).items():
-        ids.append(restored_chunks(database, purge))
-        masked.append(np.full(len(ids[-1]), int(record["commit"])))
-        seen.append(np.full(len(ids[-1]), NEVER))
-    if not ids:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    found, which = np.unique(np.concatenate(ids), return_inverse=True)
-    first_masked, first_seen = np.full(len(found), NEVER), np.full(len(found), NEVER)
-    np.minimum.at(first_masked, which, np.concatenate(masked))
-    np.minimum.at(first_seen, which, np.concatenate(seen))
-    return found, first_masked, first_seen
-
-
-def _read_chunks(database: Store, ids: Ids) -> tuple[Ids, Ids]:
-    """Index in its document, and number of tokens, of chunks; 0 and −1 where a ``chunk`` has taken the part back."""
-    index, n_tokens = np.zeros(len(ids), np.int64), np.full(len(ids), -1)
-    for part in np.intersect1d(ids >> PART_SHIFT, database.state.parts()).tolist():
-        low, high = np.searchsorted(ids, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
-        table = parts.read_parquet(database, parts.part_entry(database, "chunks", part), ["index", "n_tokens"])
-        rows = ids[low:high] - (part << PART_SHIFT)
-        index[low:high], n_tokens[low:high] = table["index"].to_numpy()[rows], table["n_tokens"].to_numpy()[rows]
-    return index, n_tokens
+    rows: int
+    in_k: int
+    in_saved: int
+    following_in_k: int
+    following_in_saved: int
+    purged: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
-    """A table that is read, and what is looked for in it."""
+class AffectedResult:
+    """The chunks with neighbours ``name`` that have chunks of the ``purges`` among them.
 
-    entries: dict[int, FileEntry]
-    victims: Victims
-
-
-class AffectedReader:
-    """Reads which chunks of a store are affected by purges, through the neighbours ``name`` (a table, or a mixture).
-
-    ``purges``: of any of the databases; none: all that stand. ``UsageError`` if there is no such purge, or it was taken
-    back, or a database is not there.
+    ``rows`` and the counts are sums of those of the parts. ``examples`` are the first of them, and ``out`` is the file
+    that has all ("": none).
     """
 
-    def __init__(self, store: Store, name: str, purges: Sequence[str] = ()) -> None:
-        self.store = store
-        members = [(table, *database_of(store, table)) for table, _ in members_of(store, name)]
-        self.k, self.saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
-        for purge in purges:
-            _check_purge([database for _, database, _ in members], purge)
-        self._members: list[_Member] = []
-        asked = []
-        for table, database, _ in members:
-            standing = standing_purges(database.state)
-            wanted = [purge for purge in standing if purge in purges or not purges]
-            group = store.state.group("neighbours", table)
-            entries = {int(slot): entry for slot in group if (entry := group.get(slot)) is not None}
-            for entry in entries.values():
-                check_ids(store, entry, table, database)
-            victims = Victims(database, wanted)
-            self._members += [_Member(entries, victims)] if wanted else []
-            asked += [_asked(store, database, purge, victims, entries) for purge in wanted]
-        self.asked = tuple(asked)
-
-    @property
-    def parts(self) -> list[int]:
-        """Numbers of the parts that are read, ascending."""
-        return sorted({part for member in self._members for part in member.entries})
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the tables that are read."""
-        return sum(entry.bytes for member in self._members for entry in member.entries.values())
-
-    def read(self, report: Callable[[int], object] = lambda _: None) -> Iterator[Hits]:
-        """The affected rows of each part, purged ones too; ``report`` is told of bytes that were read."""
-        for part in self.parts:
-            found = [_rows(self.store, member, part, report) for member in self._members if part in member.entries]
-            rows = np.unique(np.concatenate([hits.rows for hits in found]))
-            neighbour, continuation = np.full(len(rows), NEVER), np.full(len(rows), NEVER)
-            for hits in found:
-                place = np.searchsorted(rows, hits.rows)
-                neighbour[place] = np.minimum(neighbour[place], hits.neighbour)
-                continuation[place] = np.minimum(continuation[place], hits.continuation)
-            yield Hits(part, rows, neighbour, continuation)
+    name: str
+    k: int
+    saved: int
+    rows: int
+    in_k: int
+    in_saved: int
+    following_in_k: int
+    following_in_saved: int
+    purged: int
+    commit: int
+    purges: tuple[AskedPurge, ...] = field(default=())
+    parts: tuple[PartAffected, ...] = field(default=())
+    examples: tuple[AffectedChunk, ...] = field(default=())
+    out: str = ""
 
 
-def _rows(store: Store, member: _Member, part: int, report: Callable[[int], object]) -> Hits:
-    entry = member.entries[part]
-    groups, nothing = -(-entry.rows // ROW_GROUP), np.zeros(0, np.int64)
-    found: list[tuple[Ids, Ids, Ids]] = [(nothing, nothing, nothing)]
-    for group in range(groups):
-        interrupts.check()
-        rows, neighbour, continuation = member.victims.find(tables.read_ids(store, entry, [group]))
-        found.append((rows + group * ROW_GROUP, neighbour, continuation))
-        report(entry.bytes * (group + 1) // groups - entry.bytes * group // groups)
-    rows, neighbour, continuation = (np.concatenate(several) for several in zip(*found, strict=True))
-    return Hits(part, rows, neighbour, continuation)
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The files of a table by part, the chunks to look for in them, and those that are followed by one of these."""
+
+    entries: Mapping[int, FileEntry]
+    chunks: Tombstones
+    followed: Tombstones
 
 
-def _asked(store: Store, database: Store, purge: str, victims: Victims, entries: dict[int, FileEntry]) -> Asked:
-    chunks = read_tombstones(database, purge).ids
-    made = [(entry.about or {}).get("commit") for entry in entries.values()]
-    purged = int(database.state.records[PREFIX + purge]["commit"])
-    since = sum(commit is None or int(commit) >= purged for commit in made)
-    erased = int(victims.erased.contains(chunks).sum())
-    within = is_same_directory(store, database)
-    return Asked(purge, str(database.root), len(chunks), erased, len(entries), since, within)
+def affected(
+    root: str | Path, name: str = "main", purges: Sequence[str] = (), *, out: str | Path | None = None
+) -> AffectedResult:
+    """Find the chunks of the store ``root`` that name chunks of ``purges`` (default: of all) as neighbours.
+
+    ``out``: a new file for all of them, one JSON object a line (``AffectedChunk``). ``UsageError`` if there is no such
+    purge, or all that is asked about is erased, so that nothing can be found.
+    """
+    if out is not None:
+        check_file("--out", out)
+        if Path(out).exists():
+            raise UsageError(f"--out {out} is there already", "Name a file that is not.")
+    store = Store.open(root)
+    members = [(table, *database_of(store, table)) for table, _ in members_of(store, name)]
+    k, saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
+    _check_purges([database for _, database, _ in members], purges)
+    wanted, asked = [], list[AskedPurge]()
+    for table, database, _ in members:
+        look, of = _look_for(store, table, database, purges)
+        wanted += [look] if of else []
+        asked += of
+    if purges and asked and all(one.erased for one in asked):
+        raise UsageError(
+            f"nothing is left of {', '.join(purges)}: an erase takes out of tables, too, what they had of it",
+            "Whom a purge affected can be found until it is erased.",
+        )
+    own, found, examples = read_tombstones(store), list[PartAffected](), list[AffectedChunk]()
+    with ExitStack() as stack:
+        file = stack.enter_context(stack.enter_context(written(out)).open("wb")) if out is not None else None
+        numbers = sorted({part for one in wanted for part in one.entries})
+        for part in tqdm(numbers, unit="part", desc="read", disable=None, delay=2, file=sys.stderr):
+            rows, neighbour, following = _rows(store, part, wanted)
+            purged = own.contains(parts.chunk_ids(part, rows))
+            rows, neighbour, following = rows[~purged], neighbour[~purged], following[~purged]
+            near, near_k = neighbour < NEVER, neighbour <= k
+            found.append(
+                PartAffected(
+                    part, count_living_keys(store, part, own), int(near_k.sum()), int(near.sum()),
+                    int(((following <= k) & ~near_k).sum()), int((~near).sum()), int(purged.sum()),
+                )
+            )  # fmt: skip
+            some = slice(None if file is not None else EXAMPLES - len(examples))
+            for chunk in _described(store, part, rows[some], neighbour[some], following[some], k):
+                if file is not None:
+                    file.write(orjson.dumps(asdict(chunk)) + b"\n")
+                examples += [chunk] if len(examples) < EXAMPLES else []
+    counts = {
+        count: sum(getattr(part, count) for part in found)
+        for count in ("rows", "in_k", "in_saved", "following_in_k", "following_in_saved", "purged")
+    }
+    return AffectedResult(
+        name, k, saved, **counts, commit=store.state.number, purges=tuple(asked), parts=tuple(found),
+        examples=tuple(examples), out="" if out is None else str(out),
+    )  # fmt: skip
 
 
-def _check_purge(databases: Sequence[Store], purge: str) -> None:
-    records = [_purges(database.state) for database in databases]
-    found = [record[purge] for record in records if purge in record]
-    if not found:
-        have = list(dict.fromkeys(known for record in records for known in record if not is_restored(record[known])))
+def _check_purges(databases: Sequence[Store], purges: Sequence[str]) -> None:
+    known = [purge for database in databases for purge in standing_purges(database.state)]
+    for purge in purges:
+        if purge in known:
+            continue
+        if any(PREFIX + purge in database.state.records for database in databases):
+            raise UsageError(f"the purge {purge!r} was undone: its chunks are not purged")
+        have = list(dict.fromkeys(known))
         more = f" and {len(have) - _NAMED:,} more" if len(have) > _NAMED else ""
         where = " or ".join(str(database.root) for database in databases)
         raise UsageError(
             f"there is no purge {purge!r} of {where}",
             f"There are: {', '.join(have[:_NAMED]) or 'none'}{more}. What they are: retrotool info {where}",
         )
-    if all(map(is_restored, found)):
-        raise UsageError(f"the purge {purge!r} was taken back: its chunks are not purged")
 
 
-def _purges(state: State) -> dict[str, dict[str, object]]:
-    return state.with_prefix(PREFIX)
+def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Table, list[AskedPurge]]:
+    """What to look for in a table, and the purges that it is of."""
+    entries = {int(FileName.parse(e.path).slot): e for e in store.state.group("neighbours", table).entries()}
+    for entry in entries.values():
+        check_ids(store, entry, table, database)
+    within, asked, chunks = is_same_directory(store, database), list[AskedPurge](), [np.zeros(0, np.int64)]
+    made = [(entry.about or {}).get("commit") for entry in entries.values()]
+    for purge, record in standing_purges(database.state).items():
+        if purges and purge not in purges:
+            continue
+        chunks.append(read_tombstones(database, purge).ids)
+        since = sum(commit is None or int(commit) >= int(record["commit"]) for commit in made)
+        erased = within and bool(record["erased"])
+        asked.append(AskedPurge(purge, str(database.root), len(chunks[-1]), erased, len(entries), since))
+    ids: Ids = np.unique(np.concatenate(chunks))
+    return _Table(entries, Tombstones(ids), Tombstones(ids[_index_of(database, ids) > 0] - 1)), asked
+
+
+def _index_of(database: Store, ids: Ids) -> npt.NDArray[Any]:
+    """The places of ascending chunks in their documents; 0 where a ``chunk`` has taken the part back."""
+    known, found = set(database.state.parts()), [np.zeros(0, np.int32)]
+    for part, rows in rows_by_part(ids):
+        entry = parts.part_entry(database, "chunks", part) if part in known else None
+        table = None if entry is None else parts.read_parquet(database, entry, ["index"])
+        found.append(np.zeros(len(rows), np.int32) if table is None else table["index"].to_numpy()[rows])
+    return np.concatenate(found)
+
+
+def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, Ids]:
+    """The affected rows of a part, ascending, and the nearest places of a purged chunk, and of one that follows."""
+    n = parts.part_entry(store, "chunks", part).rows
+    neighbour, following = np.full(n, NEVER), np.full(n, NEVER)
+    for table in wanted:
+        entry = table.entries.get(part)
+        for group in range(-(-entry.rows // ROW_GROUP) if entry is not None else 0):
+            assert entry is not None
+            interrupts.check()
+            ids = tables.read_ids(store, entry, [group])
+            rows = slice(group * ROW_GROUP, group * ROW_GROUP + len(ids))
+            for places, sought in ((neighbour, table.chunks), (following, table.followed)):
+                hit = sought.contains(ids)
+                first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, NEVER)
+                places[rows] = np.minimum(places[rows], first)
+    found = np.flatnonzero((neighbour < NEVER) | (following < NEVER))
+    return found, neighbour[found], following[found]
+
+
+def _described(store: Store, part: int, rows: Ids, neighbour: Ids, following: Ids, k: int) -> Iterator[AffectedChunk]:
+    """Affected rows of a part with the documents that they belong to."""
+    if not len(rows):
+        return
+    doc = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc"])["doc"].to_numpy()[rows]
+    of, place = np.unique(doc, return_inverse=True)
+    documents = parts.read_documents(store, part, ["id", "source"]).take(of)
+    names, sources = documents["id"].to_pylist(), documents["source"].to_pylist()
+    for i, chunk in enumerate(parts.chunk_ids(part, rows).tolist()):
+        near, behind = int(neighbour[i]), int(following[i])
+        yield AffectedChunk(
+            chunk, names[place[i]], sources[place[i]],
+            None if near == NEVER else near, None if behind == NEVER else behind, min(near, behind) <= k,
+        )  # fmt: skip

@@ -14,7 +14,6 @@ from retrotool.cli.options import Device, Json, StoreArgument, arg, opt, parse_s
 from retrotool.errors import UsageError
 from retrotool.purge import purge_text
 from retrotool.purge import selector_options as by
-from retrotool.purge.affected_command import run_affected
 from retrotool.purge.review_text import show_scanned
 from retrotool.purge.undo_text import show_restored
 
@@ -126,6 +125,7 @@ def command(
     their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify this is checked.
     """
     with output.errors(as_json):
+        from retrotool.purge import affected as find_affected
         from retrotool.purge import erase_run, retrain_indexes, undo_run
         from retrotool.purge import run as purge_run
         from retrotool.purge.select import Selectors, kinds_of
@@ -153,7 +153,8 @@ def command(
         elif restore:
             show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
         elif affected is not None:
-            run_affected(store, affected, named, out, as_json)
+            found = find_affected.affected(store, affected, named, out=out)
+            output.show(found, as_json, purge_text.affected)
         elif shard is not None:
             show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import secrets
 
+import numpy as np
+
 from retrotool.chunk.chunk_plan import write_json
 from retrotool.errors import ConflictError, LostRunError
-from retrotool.purge.purged_chunks import COPIES
 from retrotool.purge.select import Selection
 from retrotool.purge.selectors.scan import scan_files
 from retrotool.store import blocked, disk, paths
@@ -19,7 +20,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import write_tombstones
+from retrotool.store.tombstones import tombstone_paths, write_tombstones
 
 
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
@@ -32,11 +33,11 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     request = selection.request
     scan = request.scan.scan(store) if request.scan else None
     purge = "p" + secrets.token_hex(4)
-    seen = list(selection.state.group("tombstones"))
+    seen = tombstone_paths(selection.state)
     add: list[FileEntry] = []
 
     def build(state: State) -> Draft:
-        if list(state.group("tombstones")) != seen:
+        if tombstone_paths(state) != seen:
             raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
         counts = {"chunks": len(selection.live), "documents": selection.documents, "tokens": selection.tokens}
         totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
@@ -60,10 +61,8 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
 def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: list[FileEntry]) -> None:
     """Write the files of a purge, and note them in ``add``."""
     root = store.root
-    add.append(write_tombstones(root, FileName.new(run.id, "tombstones", purge, "parquet"), selection.chunks))
-    if len(selection.copies):
-        name = FileName.new(run.id, "tombstones", purge + COPIES, "parquet")
-        add.append(write_tombstones(root, name, selection.copies))
+    named = np.union1d(selection.chunks, selection.copies)
+    add.append(write_tombstones(root, FileName.new(run.id, "tombstones", purge, "parquet"), named))
     if len(selection.blocked):
         add.append(blocked.write_blocked(root, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
     # Last: it must not stay if another can't be written.

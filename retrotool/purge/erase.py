@@ -5,8 +5,7 @@ A task is one of
 - a part: its documents and chunks, and every encoder's embeddings;
 - a shard of an index;
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
-  exact distances to known vectors tell what a vector was;
-- a file of materialised neighbours (``stages.erase_materialised``);
+  exact distances to known vectors tell what a vector was; and the tokens of neighbours that a table has;
 - a quarantine file that has excerpts. All of them go: a row that could not be
   read may be the victim's, and nothing but reading it tells whose it is.
 
@@ -17,7 +16,7 @@ so it is void when these are taken back meanwhile.
 Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
 victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
 are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
-table and materialised file against this store; writing those that hold a victim. Memory: one part, or one shard, a
+table against this store; writing those that hold a victim. Memory: one part, or one shard, a
 process, and some 40 bytes a victim.
 
 Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
@@ -27,6 +26,7 @@ stores, and anything outside the store.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -38,10 +38,9 @@ import pyarrow.compute as pc
 
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
-from retrotool.engine.stage import Report, Task, check_there, task_key
+from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.index.index_files import all_shards, check_sum, parts_of, write_index
-from retrotool.purge import erase_materialised
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
@@ -90,13 +89,13 @@ class EraseStage:
         # Other purges may name all victims, so that they stay tombstones.
         check_not_restored(store.state, self.purges)
         tombstones = tombstones_naming(store, victims)
-        whole = erase_materialised.digest(victims.ids)
+        whole = _digest(victims.ids)
         present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk
         for part in present:
             entries = part_files(store, part)
             if self._holds(entries, lambda part=part: _holds(store, part, victims.rows(part))):  # type: ignore[misc]
                 paths = [entry.path for entry in entries]
-                key = task_key("erase", {"victims": erase_materialised.digest(victims.rows(part))}, paths)
+                key = task_key("erase", {"victims": _digest(victims.rows(part))}, paths)
                 yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": tombstones})
         for label, what, entry, holds in _others(store, victims, present):
             if self._holds([entry], holds):
@@ -115,6 +114,11 @@ class EraseStage:
     def open(self, store: Store) -> EraseWorker:
         """Nothing to load."""
         return EraseWorker(store, self.victims)
+
+
+def _digest(ids: Rows) -> str:
+    """Stands for ids in the name of a task."""
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
 
 
 def _parts_alone(tasks: Iterator[Task]) -> Iterator[Task]:
@@ -156,12 +160,6 @@ def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[O
             if table is not None:
                 holds = functools.partial(_table_holds, store, table, victims)
                 yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, table, holds
-    for name in state.names("materialised"):
-        for slot in state.group("materialised", name):
-            file = state.file("materialised", slot, name)
-            if file is not None:
-                holds = functools.partial(_materialised_holds, store, file, victims)
-                yield f"materialised {name} {slot}", {"materialised": name, "slot": slot}, file, holds
     for slot in state.group("quarantine"):
         input_file = state.file("quarantine", slot)
         if input_file is not None:
@@ -200,15 +198,15 @@ def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
         mine = _in_group(rows, group)
         if not (within or len(mine)):
             continue
-        ids = tables.read_table(store, entry, [group]).ids
+        ids = tables.read_ids(store, entry, [group])
         if (ids[mine] != NO_NEIGHBOUR).any() or (within and victims.contains(ids).any()):
             return True
+        if tables.text_size(entry):
+            text = tables.read_text(store, entry, [group], tokens=False)
+            named, followed = tables.text_naming(text, victims.contains)
+            if (text.ids[mine] != NO_NEIGHBOUR).any() or (within and (named | followed).any()):
+                return True
     return False
-
-
-def _materialised_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    rows = victims.rows(int(FileName.parse(entry.path).slot))
-    return erase_materialised.holds(store, entry, victims, erase_materialised.databases_within(entry), rows)
 
 
 def _in_group(rows: Rows, group: int) -> Rows:
@@ -256,9 +254,6 @@ class EraseWorker:
         elif "table" in inputs:
             entry = state.file("neighbours", inputs["slot"], inputs["table"])
             rewrite = self._table
-        elif "materialised" in inputs:
-            entry = state.file("materialised", inputs["slot"], inputs["materialised"])
-            rewrite = self._materialised
         else:
             entry = state.file("quarantine", inputs["quarantine"])
             rewrite = self._excerpts
@@ -302,22 +297,15 @@ class EraseWorker:
 
         def groups() -> Iterator[pa.Table]:
             for group in range(-(-entry.rows // ROW_GROUP)):
-                table = tables.erase_neighbours(
-                    tables.read_table(store, entry, [group]), _in_group(rows, group), banned
-                )
-                columns = {
-                    column: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-                    for column, values in (("ids", table.ids), ("distances", table.distances))
-                }
-                yield pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
+                mine = _in_group(rows, group)
+                table = tables.erase_neighbours(tables.read_table(store, entry, [group]), mine, banned)
+                text = None
+                if tables.text_size(entry):
+                    text = tables.erase_text(tables.read_text(store, entry, [group]), mine, banned)
+                yield tables.to_arrow(table, text, schema)
 
         written = parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP)
-        # It stays the same table: what was made of it knows it by the name that it had first.
-        return replace(written, about={**(entry.about or {}), "made": tables.made_as(entry)})
-
-    def _materialised(self, entry: FileEntry, name: FileName) -> FileEntry:
-        within, rows = erase_materialised.databases_within(entry), self._victims.rows(int(name.slot))
-        return erase_materialised.rewrite(self._store, entry, name, self._victims, within, rows)
+        return replace(written, about=entry.about)
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)

@@ -16,7 +16,6 @@ from typing import TypeVar
 import numpy as np
 
 from retrotool import engine, memory
-from retrotool.chunk.reapply_purges import with_those_after
 from retrotool.embed.search_scope import erased_purges
 from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
@@ -36,7 +35,7 @@ from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+from retrotool.store.tombstones import Tombstones, add_tombstones, read_tombstones
 
 ATTEMPTS = 20
 """How often what another process has overtaken is begun again."""
@@ -80,15 +79,14 @@ def erase(
     """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
 
     ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
-    goes on. What a ``chunk`` purged after them, as it had more of the same, goes with them. ``confirm`` is asked before
-    anything is rewritten; False leaves everything as it is.
+    goes on. ``confirm`` is asked before anything is rewritten; False leaves everything as it is.
     """
     store = Store.open(root)
 
     def attempt() -> EraseResult:
         # Selected again each time: a purge may have been undone since the last attempt.
-        wanted = tuple(with_those_after(store.state, _wanted(store, purges, older_than)))
-        chunks = [np.zeros(0, np.int64), *(purging.tombstones_of(store, purge) for purge in wanted)]
+        wanted = tuple(_wanted(store, purges, older_than))
+        chunks = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in wanted)]
         named = purging.in_store(store, np.unique(np.concatenate(chunks)))
         copies, copied = find_copies(store, named)
         victims = np.union1d(named, copies)
@@ -135,13 +133,13 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
 
 
 def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
-    """Commit, of each purge, the ``copies`` that are erased with it though it does not name them.
+    """Add ``copies`` to the tombstones of each purge that erases them and does not name them yet.
 
-    Once their originals are erased nothing else tells copies: so an erase can be gone on with after a kill. Cost: if
-    there are any, that of ``find_copies`` for each purge.
+    Once their originals are erased nothing else tells copies: so an erase can be resumed after a kill. Cost: if there
+    are any, that of ``find_copies`` for each purge.
     """
     for purge in purges:
-        named = purging.tombstones_of(store, purge)
+        named = read_tombstones(store, purge).ids
         if not len(np.setdiff1d(copies, named)):
             continue
         own = copies if len(purges) == 1 else find_copies(store, purging.in_store(store, named))[0]
@@ -150,17 +148,14 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
 
 
 def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    """Add to the copies that are erased with a purge; ``ConflictError`` if it was undone or erased concurrently."""
-    slot = purge + purging.COPIES
-    before = store.state.file("tombstones", slot)
-    ids = np.union1d(read_tombstones(store, slot).ids, new)
-    entry = write_tombstones(store.root, FileName.new(run.id, "tombstones", slot, "parquet"), ids)
+    """Add to what a purge names; ``ConflictError`` if it was undone, erased or added to by another process."""
+    entry, before = add_tombstones(store, run.id, purge, new)
 
     def build(state: State) -> Draft:
         check_not_restored(state, (purge,))
-        if state.records[PREFIX + purge]["erased"] or state.file("tombstones", slot) != before:
+        if state.records[PREFIX + purge]["erased"]:
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
-        return Draft("erase", {"purges": []}, add=(entry,), remove=(before.path,) if before else ())
+        return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))
 
     try:
         store.commit(run, build)
@@ -185,7 +180,7 @@ def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result
 def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> tuple[int, int]:
     """Erase the chunks of ``purges``, which are tombstones; return how many chunks, and how many files were rewritten.
 
-    ``ConflictError`` if one of the purges was undone before all were erased.
+    ``ConflictError`` if one of the purges was undone before all were erased, or has more chunks by then.
     """
     chunks = purging.in_store(store, chunks)
     victims = Tombstones(chunks)
@@ -196,6 +191,8 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
 
     def build(state: State) -> Draft | None:
         done = purging.erased_purges(store, victims)
+        if any(not state.records[PREFIX + p]["erased"] and p not in done for p in purges):
+            raise ConflictError("a purge has more chunks than when its erase began", "Run the same command again.")
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
         # What other purges asked for, too, to take some of the victims, may name these.
         alike = [p for p in standing_purges(state) if purging.has_any(store, p, victims)]

@@ -13,10 +13,12 @@ from retrotool.purge.review_text import lines_of
 
 if TYPE_CHECKING:
     from retrotool.neighbours.dependents import Dependent
+    from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
     from retrotool.purge.erase_run import EraseResult
     from retrotool.purge.run import PurgeResult
 
 _LISTED = 3
+_PARTS = 20
 
 
 def warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
@@ -106,3 +108,50 @@ def dependent(one: Dependent) -> str:
         f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may name what was "
         f"erased, which readers mask. Take it out there: {one.command}"
     )
+
+
+def affected(result: AffectedResult) -> str:
+    """Which training chunks name purged chunks."""
+    if not result.purges:
+        return "Nothing was purged: there is nothing to look for."
+    first, saved = f"first {result.k}", f"{result.saved} saved"
+    lines = [
+        f"{output.count(result.in_k + result.following_in_k, 'chunk')} of {result.rows:,} have a purged chunk among "
+        f"the {first} neighbours {result.name!r}, or behind one; "
+        f"{result.in_saved + result.following_in_saved:,} among the {saved}."
+    ]
+    rows: list[tuple[object, ...]] = [
+        (part.part, part.rows, part.in_k, part.following_in_k, part.in_saved, part.following_in_saved)
+        for part in result.parts[:_PARTS]
+    ]
+    if len(result.parts) > 1:
+        total = (result.rows, result.in_k, result.following_in_k, result.in_saved, result.following_in_saved)
+        rows.append(("all", *total))
+    lines.append(output.table(rows, ("part", "chunks", first, "behind one", saved, "behind one")))
+    if len(result.parts) > _PARTS:
+        lines.append(f"  and {output.count(len(result.parts) - _PARTS, 'part')} more, see --json")
+    if result.purged:
+        lines.append(f"Not counted: {output.count(result.purged, 'chunk')} that are purged themselves.")
+    if result.out:
+        lines.append(f"All of them: {result.out}")
+    elif result.examples:
+        lines += ["The first of them (--out FILE writes all):", *map(_affected_chunk, result.examples)]
+    return "\n".join([*lines, *(line for one in result.purges for line in _not_found(one))])
+
+
+def _affected_chunk(one: AffectedChunk) -> str:
+    places = [(one.neighbour, "neighbour {}"), (one.continuation, "behind neighbour {}")]
+    named = ", ".join(text.format(place) for place, text in places if place is not None)
+    return f"  {one.chunk} of {output.one_line(one.document)}, {output.one_line(one.source)}: {named}"
+
+
+def _not_found(one: AskedPurge) -> list[str]:
+    """What tables no longer have of a purge."""
+    if one.erased:
+        return [f"Purge {one.purge} is erased, from these tables, too: which chunks named it is no longer known."]
+    if one.since:
+        return [
+            f"Purge {one.purge}: {one.since:,} of {output.count(one.parts, 'part')} were searched after it; what rows "
+            "that were searched again named before is no longer known."
+        ]
+    return []

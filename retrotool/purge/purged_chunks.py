@@ -15,20 +15,10 @@ from retrotool.store.tombstones import Tombstones, may_name, read_tombstones
 
 Ids = npt.NDArray[np.int64]
 
-COPIES = ".copies"
-"""What the slot of a purge's tombstones has behind its id where they are the copies that are erased with it."""
-
-
-def tombstones_of(store: Store, purge: str) -> Ids:
-    """The chunks of a purge, and the copies that are erased with it."""
-    return np.union1d(read_tombstones(store, purge).ids, read_tombstones(store, purge + COPIES).ids)
-
 
 def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
-    """Whether a purge, or the copies that are erased with it, has any of ``chunks``; reads what may only."""
-    if not may_name(store, (purge, purge + COPIES), chunks):
-        return False
-    return bool(chunks.contains(tombstones_of(store, purge)).any())
+    """Whether a purge has any of ``chunks``; its file is read only if it may."""
+    return may_name(store, [purge], chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
 
 
 def in_store(store: Store, chunks: Ids) -> Ids:
@@ -69,12 +59,14 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     What other purges erased counts, and so does what left the store with its part.
     """
     records = standing_purges(store.state)
-    waiting = {purge: in_store(store, tombstones_of(store, purge)) for purge, r in records.items() if not r["erased"]}
+    waiting = {
+        purge: in_store(store, read_tombstones(store, purge).ids) for purge, r in records.items() if not r["erased"]
+    }
     left = Tombstones(np.setdiff1d(np.concatenate([np.zeros(0, np.int64), *waiting.values()]), erased.ids))
     before = [
-        tombstones_of(store, purge)
+        read_tombstones(store, purge).ids
         for purge, record in records.items()
-        if record["erased"] and may_name(store, (purge, purge + COPIES), left)
+        if record["erased"] and may_name(store, [purge], left)
     ]
     gone = Tombstones(np.unique(np.concatenate([erased.ids, *before])))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]

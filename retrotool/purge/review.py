@@ -53,7 +53,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What an erase would rewrite: so many parts, shards, tables of neighbours and their text; and bytes of files.
+    """What an erase would rewrite: so many parts, shards, tables of neighbours; and bytes of files.
 
     ``rows`` are those of the tables, and ``seconds`` how long all of it may take, by the rates of one core.
     """
@@ -61,7 +61,6 @@ class Touched:
     parts: int
     shards: int
     tables: int
-    materialised: int
     bytes: int
     rows: int
     seconds: float
@@ -151,14 +150,10 @@ def _touched(store: Store, selection: Selection) -> Touched:
         for entry in all_shards(state, name).values()
         if not wanted.isdisjoint(parts_of(entry))
     ]
-    others: dict[str, list[FileEntry]] = {}
-    for kind in ("neighbours", "materialised"):
-        groups = [state.group(kind, name) for name in state.names(kind)]
-        others[kind] = [entry for group in groups for slot in group if (entry := group.get(slot)) is not None]
-    everything = [*files, *shards, *others["neighbours"], *others["materialised"]]
-    size = sum(entry.bytes for entry in everything)
+    groups = [state.group("neighbours", name) for name in state.names("neighbours")]
+    tables = [entry for group in groups for entry in group.entries()]
+    size = sum(entry.bytes for entry in (*files, *shards, *tables))
     return Touched(
-        len(wanted), len(shards), len(others["neighbours"]), len(others["materialised"]), size,
-        sum(entry.rows for entry in others["neighbours"]),
+        len(wanted), len(shards), len(tables), size, sum(entry.rows for entry in tables),
         size / _REWRITTEN + len(selection.live) * _PROVEN if len(selection.live) else 0.0,
     )  # fmt: skip

@@ -64,7 +64,6 @@ def _touched(touched: Touched) -> str:
     what += [output.count(touched.shards, "index shard")] if touched.shards else []
     rows = output.count(touched.rows, "row")
     what += [f"{output.count(touched.tables, 'table')} of neighbours ({rows})"] if touched.tables else []
-    what += [output.count(touched.materialised, "file") + " of their text"] if touched.materialised else []
     time = f"about {touched.seconds:,.0f} s" if touched.seconds >= 1 else "less than a second"
     return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
 

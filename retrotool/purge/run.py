@@ -30,7 +30,7 @@ from retrotool.purge.erase_run import (
     erase_chunks,
     until_not_overtaken,
 )
-from retrotool.purge.purged_chunks import count_rows, tombstones_of
+from retrotool.purge.purged_chunks import count_rows
 from retrotool.purge.review import Review, review
 from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
@@ -39,6 +39,7 @@ from retrotool.store import claims
 from retrotool.store.session import writing
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ def _carry_out(
 def _is_covered(store: Store, selection: Selection) -> bool:
     """Whether purges of the same selector name all chunks of a selection, and all copies."""
     purges = same_selector(store, selection.request)
-    named = [np.zeros(0, np.int64), *(tombstones_of(store, purge) for purge in purges)]
+    named = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in purges)]
     return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())
 
 

@@ -1,10 +1,23 @@
-"""Documents that stay behind with the text of one that a purge selects, where a ``chunk`` had set that one aside.
+"""The same text in other documents than those that a purge selects.
 
-What is set aside as a repeat is not living, so a purge of it takes nothing, while the document that it repeats gives
-the same text. Who asks to have it taken out means that one, too.
+A purge takes the chunks that were selected, and no live document besides. Of an equal text, in another document, the
+rule depends on where that document is:
 
-Cost: nothing, unless a selected chunk was set aside; then one read of the hashes of all documents, 16 bytes each, one
-part at a time, and of the documents of the parts that have the text.
+* It is live, as repeats were kept: it stays, as nobody selected it. If the selected one was set aside as its repeat,
+  the purge reports it (``find_same_text``), as nothing else would be taken then.
+* It was set aside as a repeat by a ``chunk`` that is finished, so no reader returns it: the erase takes it, too
+  (``find_copies``, by id or text). The purge names it before anything is rewritten, as its original, of which it is
+  known, is gone after that.
+* A ``chunk`` that is not finished has committed it: the purge names it when that is finished
+  (``retrotool.chunk.reapply_purges``), by the block list: id, text or tokens.
+* A ``chunk`` has read it, and not committed it, or reads it later: the block list keeps it out.
+
+There is no other place where a document can be. So the tombstones of a purge are all that its erase takes, and its undo
+and receipt are of; what another purge, or a finished ``chunk``, names besides stays a tombstone after an undo.
+
+Cost of ``find_same_text``: nothing, unless a selected chunk was set aside; then one read of the hashes of all
+documents, 16 bytes each, one part at a time, and of the documents of the parts that have the text. Of ``find_copies``:
+the hashes of ids and texts of all documents of parts with repeats.
 """
 
 from __future__ import annotations
@@ -88,7 +101,7 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
-    """The documents with a living chunk beside ``chunks`` and the text of one of these that was set aside."""
+    """The documents with a live chunk beside ``chunks`` and the text of one of these that was set aside."""
     aside = in_store(store, np.intersect1d(chunks, set_aside(store)))
     texts = values_of(store, aside, "text_hash")
     if not len(texts):
@@ -104,7 +117,7 @@ def find_same_text(store: Store, chunks: Ids) -> SameText:
         same = parts.read_documents(store, part, ["id", "first_row", "n_chunks"]).take(pa.array(docs))
         first, rows = same["first_row"].to_numpy(), gone.rows(part)
         n_gone = np.searchsorted(rows, first + same["n_chunks"].to_numpy()) - np.searchsorted(rows, first)
-        living = same.filter(pa.array(n_gone < same["n_chunks"].to_numpy()))
-        count += living.num_rows
-        named += living["id"].slice(0, NAMED - len(named)).to_pylist()
+        live = same.filter(pa.array(n_gone < same["n_chunks"].to_numpy()))
+        count += live.num_rows
+        named += live["id"].slice(0, NAMED - len(named)).to_pylist()
     return SameText(count, tuple(named))

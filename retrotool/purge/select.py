@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
-from retrotool.purge.purged_chunks import COPIES, Ids, count_unerased, documents_ended, in_store
+from retrotool.purge.purged_chunks import Ids, count_unerased, documents_ended, in_store
 from retrotool.purge.same_text import find_copies
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
@@ -237,7 +237,7 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     """Select the chunks that a request means; its scan must have been done. ``report`` is called with 1 a part read.
 
     A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
-    then missing ones are no error, and with ``erase`` its chunks, and the copies of these, are selected too.
+    then missing ones are no error, and with ``erase`` all that it names is selected, too.
     """
     earlier = same_selector(store, request)
     found, names = read_scan(store, request.scan) if request.scan else (Found.joined([]), [])
@@ -255,16 +255,14 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
     if request.whole_documents:
         chunks = widen(store, chunks)
+    hashes = hashes_to_block(store, in_store(store, chunks))  # earlier purges have blocked what they named
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
-        begun = [purge for purge, erased in earlier.items() if not erased]
-        chunks = np.unique(np.concatenate([chunks, *(read_tombstones(store, purge).ids for purge in begun)]))
+        begun = [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
+        chunks = np.unique(np.concatenate([chunks, *begun]))
         copies, copied = find_copies(store, in_store(store, chunks))
-        known = [read_tombstones(store, purge + COPIES).ids for purge in begun]
-        copies = in_store(store, np.unique(np.concatenate([copies, *known])))
     chunks = in_store(store, chunks)
     live, documents, tokens = _weigh(store, chunks)
-    hashes = hashes_to_block(store, chunks)
     return Selection(
         request, store.state, tuple(matches), found, chunks, live, documents, tokens, hashes,
         len(read_blocked(store).lacks(hashes)), copies, copied,

@@ -24,7 +24,7 @@ from retrotool.embed.search_scope import find_documents, is_same_directory, sear
 from retrotool.errors import ConflictError, LostRunError, UsageError
 from retrotool.index.staleness import ranges
 from retrotool.neighbours.stage import database_of, parts_in
-from retrotool.purge.purged_chunks import COPIES, Ids, documents_ended, in_store
+from retrotool.purge.purged_chunks import Ids, documents_ended, in_store
 from retrotool.store import disk, parts, paths, schemas, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -43,7 +43,7 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR
-from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones, write_tombstones
+from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones, tombstone_paths, write_tombstones
 
 _NAMED = 20
 
@@ -93,24 +93,22 @@ def weigh(store: Store, purge: str) -> Restorable:
     """Find out what taking a purge back would give; ``UsageError`` if an erase of it was begun."""
     check_restorable(store, purge)
     own = in_store(store, read_tombstones(store, purge).ids)
-    copies = in_store(store, read_tombstones(store, purge + COPIES).ids)
-    slots = [slot for slot in store.state.group("tombstones") if slot not in (purge, purge + COPIES)]
+    slots = [slot for slot in store.state.group("tombstones") if slot != purge]
     others = {slot: read_tombstones(store, slot).ids for slot in slots}
     standing = standing_purges(store.state)
     after, of_purges = _joined(others), _joined({s: i for s, i in others.items() if s.partition(".")[0] in standing})
     living: list[Ids] = [np.zeros(0, np.int64)]
     documents = tokens = 0
     keys = [pa.chunked_array([], pa.binary(schemas.HASH_BYTES))]
-    for part in np.unique(np.union1d(own, copies) >> PART_SHIFT).tolist():
+    for part in np.unique(own >> PART_SHIFT).tolist():
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
-        named = np.union1d(_rows(own, part), _rows(copies, part))
-        if len(np.setdiff1d(named[n_tokens[named] == 0], of_purges.rows(part))):
+        rows = _rows(own, part)
+        if len(np.setdiff1d(rows[n_tokens[rows] == 0], of_purges.rows(part))):
             raise UsageError(
                 f"an erase of purge {purge} was begun, so some of its chunks are gone",
                 "Finish it: run the same purge again with --erase.",
             )
-        rows = _rows(own, part)
         rows = np.setdiff1d(rows[n_tokens[rows] > 0], after.rows(part))
         tokens += int(n_tokens[rows].sum())
         documents += documents_ended(doc, n_tokens, after.rows(part), rows)
@@ -149,13 +147,13 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
     ``ConflictError`` if another purge was committed, erased or taken back since it was weighed.
     """
     purge, record = found.purge, found.state.records[PREFIX + found.purge]
-    seen = list(found.state.group("tombstones"))
-    touched = np.unique(np.union1d(found.chunks, read_tombstones(store, purge + COPIES).ids) >> PART_SHIFT).tolist()
+    seen = tombstone_paths(found.state)
+    touched = np.unique(found.chunks >> PART_SHIFT).tolist()
     reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
 
     def build(state: State) -> Draft:
-        if list(state.group("tombstones")) != seen or state.records[PREFIX + purge] != record:
+        if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or taken back, meanwhile", "Run the same command again.")
         gone = [state.file(kind, slot) for kind, slot in _files(purge)]
         counts = {"chunks": len(found.living), "documents": found.documents, "tokens": found.tokens}
@@ -172,10 +170,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         )  # fmt: skip
 
     try:
-        for slot in (purge, purge + COPIES):
-            if found.state.file("tombstones", slot) is not None:
-                ids = read_tombstones(store, slot).ids
-                add.append(write_tombstones(store.root, FileName.new(run.id, KEPT, slot, "parquet"), ids))
+        add.append(write_tombstones(store.root, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         return store.commit(run, build)
     except (ConflictError, LostRunError):
         for entry in add:
@@ -187,7 +182,6 @@ def _files(purge: str) -> list[tuple[str, str]]:
     """Kind and slot of all that leaves the state with a purge."""
     return [
         ("tombstones", purge),
-        ("tombstones", purge + COPIES),
         ("blocked", purge),
         ("selectors", purge),
     ]

@@ -1,7 +1,7 @@
 """``purge --restore``: take a purge back, and say what was made while its chunks were purged.
 
-Tables and materialised neighbours that lack the chunks are not brought up to date here: that takes what they took. The
-result names each with the command that does it. An index has the chunks all the time, until they are erased.
+Tables that lack the chunks are not brought up to date here: that takes what they took. The result names each with the
+command that does it. An index has the chunks all the time, until they are erased.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path
 from retrotool.cli.command_lines import neighbours_command
 from retrotool.errors import RetrotoolError
 from retrotool.neighbours.dependents import dependents
-from retrotool.neighbours.materialised import current_file, misses_restored
-from retrotool.neighbours.stage import database_of, members_of
+from retrotool.neighbours.stage import members_of
 from retrotool.neighbours.weighted import mixtures_with
 from retrotool.purge import undo as restoring
 from retrotool.purge.erase_run import until_not_overtaken
@@ -26,14 +25,12 @@ from retrotool.store.store import Store
 class TablesLack:
     """Neighbours that were found while chunks were purged: in how many ``parts``, and what brings them up to date.
 
-    ``path`` is the store that they lie in; ``there``: whether it could be looked at. ``materialised`` counts parts
-    whose text beside the tables is not what they give, or will give.
+    ``path`` is the store that they lie in; ``there``: whether it could be looked at.
     """
 
     path: str
     table: str
     parts: int
-    materialised: int
     command: str
     there: bool = True
 
@@ -82,41 +79,29 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
 
 def lacking_tables(store: Store, root: str | Path) -> list[TablesLack]:
     """Neighbours, in a store and in others that are known to use it, that lack chunks which were taken back."""
-    names = dict.fromkeys([*store.state.names("neighbours"), *store.state.names("materialised")])
+    names = store.state.names("neighbours")
     own = (_lacking(store, str(root), name, tables_command(store, root, name)) for name in names)
     found = [one for one in own if one is not None]
-    others = (TablesLack(one.path, one.table, 0, 0, one.command, there=False) for one in dependents(store))
+    others = (TablesLack(one.path, one.table, 0, one.command, there=False) for one in dependents(store))
     return [*found, *others]
 
 
 def _lacking(store: Store, path: str, name: str, command: str) -> TablesLack | None:
     """What the neighbours ``name`` of a store lack; None: nothing. Of a mixture its tables tell."""
-    tabled, stale = count_behind(store, name)
-    if tabled is None:
-        return TablesLack(path, name, 0, 0, command, there=False)
-    if not (tabled or stale):
-        return None
-    return TablesLack(path, name, tabled, stale, f"{command} --materialise" if stale else command)
+    parts = count_behind(store, name)
+    if parts is None:
+        return TablesLack(path, name, 0, command, there=False)
+    return TablesLack(path, name, parts, command) if parts else None
 
 
-def count_behind(store: Store, name: str) -> tuple[int | None, int]:
-    """In how many parts the table ``name`` lacks what was taken back, and how many are materialised without it.
-
-    None if a database is not where it was. What a mixture is of is counted with its tables.
-    """
+def count_behind(store: Store, name: str) -> int | None:
+    """In how many parts the table ``name`` lacks what was taken back; None if its database is not where it was."""
+    if "mix" in store.state.records.get(f"neighbours:{name}", {}):
+        return 0  # counted with its tables
     try:
-        databases = [database_of(store, table)[0] for table, _ in members_of(store, name)]
-        mixed = "mix" in store.state.records.get(f"neighbours:{name}", {})
-        tables = set() if mixed else set(restoring.behind(store, name))
-        every = {part for table, _ in members_of(store, name) for part in restoring.behind(store, table)}
+        return len(restoring.behind(store, name))
     except (RetrotoolError, OSError):
-        return None, 0
-    group = store.state.group("materialised", name)
-    stale = 0
-    for slot in group:
-        entry = current_file(store, name, int(slot))
-        stale += entry is not None and (int(slot) in every or misses_restored(entry, databases))
-    return len(tables), stale
+        return None
 
 
 def tables_command(store: Store, root: str | Path, name: str) -> str:

@@ -26,7 +26,7 @@ def _text(result: RestoreResult) -> str:
         lines.append(f"Still purged: {output.count(result.still_purged, 'chunk')} of it{by}.")
     if result.repeats:
         lines.append(
-            f"There twice now: {output.count(result.repeats, 'document')}, chunked again with --allow-purged meanwhile."
+            f"There twice now: {output.count(result.repeats, 'document')}, as another with its id has come since."
         )
     return "\n".join([*lines, *map(_tables, result.tables)])
 
@@ -35,5 +35,4 @@ def _tables(one: TablesLack) -> str:
     what = f"neighbours {one.table!r} of {one.path}"
     if not one.there:
         return f"Not looked at: {what}, or their database: another store. Bring them up to date: {one.command}"
-    found = f"in {output.count(one.parts, 'part')}" if one.parts else "in the text beside them"
-    return f"Made meanwhile: {what}, {found}. Bring them up to date: {one.command}"
+    return f"Made meanwhile: {what}, in {output.count(one.parts, 'part')}. Bring them up to date: {one.command}"

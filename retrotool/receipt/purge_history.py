@@ -56,6 +56,11 @@ class PurgeHistory:
         if self.purged is None and record is not None:
             self.purged = digest
             self.commits.append(digest)
+        elif self.erased is not None and record is not None and not record.get("erased"):
+            # The finish of a plan has added chunks to the purge.
+            self.erased = None
+            self.commits.append(digest)
+            self._slots.update(map(_slot, self.added))
         elif self.purged is not None and self.erased is None and commit.kind == "erase":
             self.commits.append(digest)
             if record is not None and record.get("erased"):

@@ -20,16 +20,18 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import orjson
 from tqdm import tqdm
 
 from retrotool import interrupts
 from retrotool.cli import output, pages, result_file
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import ErasedError, StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase_run import ATTEMPTS
-from retrotool.purge.purged_chunks import count_unerased, in_store, tombstones_of
+from retrotool.purge.purged_chunks import count_unerased, in_store
+from retrotool.purge.same_text import set_aside
 from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
 from retrotool.receipt.read_paths import ReadPath, check_read_paths, count_read_paths
 from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
@@ -39,7 +41,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.store.verify import total_bytes
 from retrotool.store.verify_log import LogFound, check_log
 
@@ -174,7 +176,7 @@ def _receipt(store: Store, purge: str) -> Receipt:
 
 def _check(store: Store, purge: str) -> Receipt:
     record = store.state.records[f"purge:{purge}"]
-    chunks = tombstones_of(store, purge)
+    chunks = read_tombstones(store, purge).ids
     there = in_store(store, chunks)
     with _progress("log", 1, "log") as report:
         history, log = _read_log(store, purge)
@@ -206,7 +208,7 @@ def _check(store: Store, purge: str) -> Receipt:
         verified=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         chunks=len(chunks),
         living=int(record["chunks"]),
-        copies=len(chunks) - (entry.rows if (entry := store.state.file("tombstones", purge)) else 0),
+        copies=len(np.intersect1d(chunks, set_aside(store))),
         documents=int(record["documents"]),
         tokens=int(record["tokens"]),
         commits=tuple(history.commits),

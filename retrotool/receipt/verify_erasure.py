@@ -7,8 +7,8 @@ also have the SHA-256 that the log has for it. Files that left the state must be
 are synced, so that a removed name is not there again after a power cut. What no commit names is not decoded but
 listed, as are symbolic links.
 
-Cost: reading what the parts of the purged chunks hold, the ids of all shards, and all neighbour tables and
-materialised files of the store, twice (once for SHA-256); one walk over its folders. Memory: one part, or the ids of
+Cost: reading what the parts of the purged chunks hold, the ids of all shards, and all neighbour tables of the store,
+twice (once for SHA-256); one walk over its folders. Memory: one part, or the ids of
 one list, and 150 bytes a path that the log ever named.
 """
 
@@ -27,21 +27,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.ann import lists
-from retrotool.engine.stage import Report
+from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import RECALL
 from retrotool.purge.erase import table_schema
-from retrotool.purge.erase_materialised import databases_within
 from retrotool.purge.purged_chunks import has_any
 from retrotool.receipt.purge_history import PurgeHistory
 from retrotool.store import atomic, clean, disk, identity, parts, runs, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
-from retrotool.store.materialised import read_materialised
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName
 from retrotool.store.store import CHECKPOINT_NAME, Store
-from retrotool.store.tables import NO_NEIGHBOUR
+from retrotool.store.tables import NO_NEIGHBOUR, NeighbourText
 from retrotool.store.tombstones import Tombstones
 
 _BLOCK_ROWS = 1 << 16
@@ -217,26 +215,24 @@ def _check_neighbours(purged: Purged, entry: FileEntry) -> Seen:
         bad[mine] |= ~none[mine].all(axis=1)
         if within:
             bad |= purged.chunks.contains(table.ids).any(axis=1)
+        if tables.text_size(entry):
+            bad |= _holds_text(purged, tables.read_text(purged.store, entry, [group]), mine, within=within)
         left += int(bad.sum())
     return entry.rows if within else len(rows), left
 
 
-def _check_materialised(purged: Purged, entry: FileEntry) -> Seen:
-    rows, within = purged.rows(entry), databases_within(entry)
-    if not (within or len(rows)):
-        return None
-    left = 0
-    for group, mine in _row_groups(entry, rows):
-        stored = read_materialised(purged.store, entry, [group])
-        is_chunk = stored.ids >= 0
-        own = is_chunk & np.isin(stored.databases, within)
-        holds: npt.NDArray[np.bool_] = (stored.n_tokens != 0) | stored.tokens.any(axis=3)
-        empty = ~(holds[:, :, 0] | holds[:, :, 1])
-        bad = own & (purged.chunks.contains(stored.ids) | (purged.chunks.contains(stored.ids + 1) & holds[:, :, 1]))
-        bad |= ~is_chunk & ~empty
-        bad[mine] |= (stored.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
-        left += int(bad.any(axis=1).sum())
-    return entry.rows if within else len(rows), left
+def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool) -> npt.NDArray[np.bool_]:
+    """Which rows have tokens of a purged chunk, or any of no neighbour; the rows ``mine`` must be empty."""
+    is_chunk = text.ids >= 0
+    holds: npt.NDArray[np.bool_] = (text.n_tokens != 0) | text.tokens.any(axis=3)
+    empty = ~(holds[:, :, 0] | holds[:, :, 1])
+    bad = ~is_chunk & ~(empty & np.isposinf(text.distances))
+    if within:
+        named, followed = purged.chunks.contains(text.ids), purged.chunks.contains(text.ids + 1) & holds[:, :, 1]
+        bad |= is_chunk & (named | followed)
+    bad[mine] |= (text.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
+    rows: npt.NDArray[np.bool_] = np.any(bad, axis=1)
+    return rows
 
 
 def _row_groups(entry: FileEntry, rows: Rows) -> Iterator[tuple[int, Rows]]:
@@ -269,8 +265,7 @@ CHECKS: Mapping[str, _Check] = {
     "chunks": _Check("rows: no tokens", _check_chunks),
     "embeddings": _Check("rows: the vector zero", _check_embeddings),
     "index": _Check("no id in lists; no measurements from before the erase", _check_index),
-    "neighbours": _Check("rows empty; no id or distance in the others", _check_neighbours),
-    "materialised": _Check("rows empty; no id or token in the others", _check_materialised),
+    "neighbours": _Check("rows empty; no id, distance or token in the others", _check_neighbours),
     "tombstones": _Check("not decoded: hold ids of chunks alone"),
     "restored": _Check("not decoded: hold ids of chunks alone"),
     "blocked": _Check("not decoded: hold hashes that are keyed with the store's secret"),

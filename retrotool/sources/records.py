@@ -150,13 +150,15 @@ Maker = Callable[[Mapping[str, Any], int, int, int], Document | SetAside]
 
 
 def maker(fields: Fields, source: str) -> Maker:
-    """``document_of`` for rows of one input; quick for what most rows are: a text and an id, both strings."""
+    """``document_of`` for rows of one input; quick for what most rows are: a text and an id, nothing kept."""
     text_name, id_name, limit = fields.text, fields.id, fields.max_document // 4
     plain = not fields.keep and fields.key is None and fields.tokens is None and "." not in text_name + id_name
 
     def make(row: Mapping[str, Any], line: int, position: int, offset: int) -> Document | SetAside:
         if plain:
             text, identifier = row.get(text_name), row.get(id_name)
+            if type(identifier) is int:
+                identifier = str(identifier)
             if type(text) is str and type(identifier) is str and identifier and 0 < len(text) <= limit:
                 own = row.get("source")
                 return Document(identifier, text, own if type(own) is str else source, position, line)

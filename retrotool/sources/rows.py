@@ -1,23 +1,19 @@
 """From a batch of an Arrow table to documents, a few MiB at a time.
 
 A batch is cut into windows by the bytes of its texts, so that a batch of any size costs no more memory than a window
-and the longest document. Columns become Python values one by one and are zipped; a row that is out of the ordinary
-goes through ``document_of``, which knows why.
+and the longest document. Columns become Python values one by one, and rows of them documents as in any other format.
 
 ``column`` follows a dotted name into structs and maps. ``plain`` unwraps dictionaries, run ends and extension types
 and gives text, which Parquet files do not check, as bytes. ``values`` makes Python values; one that Python can't have
-(broken UTF-8, a time far off) becomes ``Unreadable`` and spoils its own row only. ``token_rows`` gives lists of
-numbers as views of one array.
+(broken UTF-8, a time far off) rejects its own row only. ``token_rows`` gives lists of numbers as views of one array.
 
-Cost: about 2.5 µs a row over the copy of its text, twice that for key-value records and token ids, and BLAKE2b of
-the text where rows have no id.
+Cost: about 2 µs a row over the copy of its text, more for key-value records, token ids and kept fields, and BLAKE2b
+of the text where rows have no id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +26,8 @@ from retrotool.sources.records import (
     Document,
     Fields,
     SetAside,
-    as_text,
     column_names,
-    content_id,
-    document_of,
+    maker,
     no_column,
     told,
     too_many_tokens,
@@ -41,16 +35,6 @@ from retrotool.sources.records import (
 
 WINDOW_BYTES = 8 << 20
 WINDOW_ROWS = 4096
-
-_document = partial(tuple.__new__, Document)
-"""``Document._make`` in a third of its time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands for a value that there is but that Python can't have."""
-
-    reason: str
 
 
 def steps(schema: pa.Schema, name: str) -> list[int | str] | None:
@@ -140,8 +124,11 @@ def lengths(array: pa.Array) -> npt.NDArray[np.int64]:
     return counts * width
 
 
-def values(array: pa.Array) -> list[Any]:
-    """Python's values of a plain column: text as str, times as Arrow writes them (Python's have no nanoseconds)."""
+def values(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
+    """Return Python's values of a plain column: text as str, times as Arrow writes them (Python's have no nanoseconds).
+
+    A value that Python can't have is None; ``unreadable`` gets its place and the reason.
+    """
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     kind = array.type
@@ -158,25 +145,26 @@ def values(array: pa.Array) -> list[Any]:
             found = array.to_pylist()
         return found
     except (ValueError, OverflowError, pa.ArrowException):
-        return [_value(array.slice(i, 1)) for i in range(len(array))]
+        return [_value(array.slice(i, 1), i, unreadable) for i in range(len(array))]
 
 
-def _value(one: pa.Array) -> Any:
+def _value(one: pa.Array, place: int, unreadable: dict[int, str]) -> Any:
     try:
         if pa.types.is_temporal(one.type):
             return one.cast(pa.string())[0].as_py()
         value = one[0].as_py()
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
-        return Unreadable(f"invalid UTF-8 at byte {error.start:,} of a value")
+        unreadable.setdefault(place, f"invalid UTF-8 at byte {error.start:,} of a value")
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        return Unreadable(f"a value can't be read: {told(error)}")
+        unreadable.setdefault(place, f"a value can't be read: {told(error)}")
+    return None
 
 
-def token_rows(array: pa.Array) -> list[Any]:
+def token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
     """Each row's token ids as a view of one numpy array; what is no list of whole numbers as ``values`` gives it."""
     if not is_list(array.type) or not pa.types.is_integer(array.type.value_type):
-        return values(array)
+        return values(array, unreadable)
     begins, ends = _bounds(array)
     known = array.is_valid().to_numpy(zero_copy_only=False) & (ends > begins)
     low, high = (int(begins[known].min()), int(ends[known].max())) if known.any() else (0, 0)
@@ -187,7 +175,7 @@ def token_rows(array: pa.Array) -> list[Any]:
     if flat.null_count:
         counted = np.concatenate([[0], np.cumsum(flat.is_null().to_numpy(zero_copy_only=False))])
         for i in np.flatnonzero(counted[ends] > counted[begins]).tolist():
-            found[i] = Unreadable("a token id is null")
+            unreadable.setdefault(i, "a token id is null")
     if array.null_count:
         for i in np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)).tolist():
             found[i] = None
@@ -237,7 +225,7 @@ def rows_of(
             arrays[name] = plain(array)
     for start, end in windows(arrays, batch.num_rows):
         window = {name: array.slice(start, end - start) for name, array in arrays.items()}
-        yield from _window(window, end - start, fields, source, line + start, position + start)
+        yield from _window(window, fields, source, line + start, position + start)
 
 
 def windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
@@ -255,84 +243,33 @@ def windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]
 
 
 def _window(
-    arrays: dict[str, pa.Array], rows: int, fields: Fields, source: str, line: int, position: int
-) -> list[Document | SetAside]:
-    """Documents of a window, all at once."""
-    too_long: dict[int, str] = {}
-    lists: dict[str, list[Any]] = {}
+    arrays: dict[str, pa.Array], fields: Fields, source: str, line: int, position: int
+) -> Iterator[Document | SetAside]:
+    """Return the documents of a window, whose columns become Python's values all at once."""
+    reasons: dict[int, str] = {}
+    columns: list[list[Any]] = []
     for name, array in arrays.items():
-        if name in needed(fields):
-            array, over = _limited(array, name, fields)
-            too_long.update(over)
-        lists[name] = token_rows(array) if name == fields.tokens else values(array)
-
-    def slow(i: int) -> Document | SetAside:
-        row = {name: column[i] for name, column in lists.items()}
-        if i in too_long:
-            return SetAside(line + i, too_long[i])
-        if bad := next((value for value in row.values() if isinstance(value, Unreadable)), None):
-            return SetAside(line + i, bad.reason)
-        return document_of(row, fields, source, line + i, position + i)
-
-    if fields.tokens is not None or fields.key is not None:
-        return [slow(i) for i in range(rows)]
-    texts = lists[fields.text]
-    odd = _odd(texts, empty=False)
-    identifiers = lists.get(fields.id, [None] * rows)
-    if fields.id in arrays and pa.types.is_integer(arrays[fields.id].type):
-        identifiers = [None if value is None else str(value) for value in identifiers]
-    if odd_ids := _odd(identifiers, empty=False):
-        odd |= {i for i in odd_ids if identifiers[i] is not None}
-        named = enumerate(identifiers)
-        identifiers = [content_id(texts[i]) if own is None and i not in odd else own for i, own in named]
-    sources, kept = [source] * rows, [[None] * rows for _ in fields.keep]
-    if "source" in lists:
-        sources = lists["source"]
-        if odd_sources := _odd(sources, empty=True):
-            odd |= {i for i in odd_sources if isinstance(sources[i], Unreadable)}
-            sources = [own if isinstance(own, str) else source for own in sources]
-    for place, name in enumerate(fields.keep):
-        if name in lists:
-            kept[place] = [_kept(value) for value in lists[name]]
-            odd |= {i for i, value in enumerate(kept[place]) if isinstance(value, Unreadable)}
-    tuples = zip(*kept, strict=True) if kept else [()] * rows
-    lines, positions, nothing = range(line, line + rows), range(position, position + rows), [None] * rows
-    made = zip(identifiers, texts, sources, positions, lines, tuples, nothing, nothing, strict=True)
-    found: list[Document | SetAside] = list(map(_document, made))
-    for i in odd:
-        found[i] = slow(i)
-    return found
+        within = _limited(array, name, fields, reasons) if name in needed(fields) else array
+        columns.append((token_rows if name == fields.tokens else values)(within, reasons))
+    make, names = maker(fields, source), tuple(arrays)
+    for i, row in enumerate(zip(*columns, strict=True)):
+        if i in reasons:
+            yield SetAside(line + i, reasons[i])
+        else:
+            yield make(dict(zip(names, row, strict=True)), line + i, position + i, -1)
 
 
-def _odd(values: list[Any], *, empty: bool) -> set[int]:
-    """Places of what is no string, or without ``empty`` an empty one; most often none, found at C's speed."""
-    if set(map(type, values)) <= {str} and (empty or all(values)):
-        return set()
-    return {i for i, value in enumerate(values) if value.__class__ is not str or not (value or empty)}
-
-
-def _kept(value: Any) -> Any:
-    """A kept value as its column holds it, or the mark of one that can't be written."""
-    if value is None or isinstance(value, str | Unreadable):
-        return value
-    try:
-        return as_text(value)
-    except (TypeError, ValueError) as error:
-        return Unreadable(f"a kept field can't be written: {told(error)}")
-
-
-def _limited(array: pa.Array, name: str, fields: Fields) -> tuple[pa.Array, dict[int, str]]:
-    """A column without the values over the limit, which are not even decoded, and what is to be said of them."""
+def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]) -> pa.Array:
+    """Return a column without the values over the limit, which are not even decoded; ``reasons`` gets their places."""
     limit = fields.max_document
     sizes: npt.NDArray[np.int64] = lengths(array)
     if is_list(array.type):
         sizes = sizes // 8 * TOKEN_BYTES
     over = sizes > limit
     if not over.any():
-        return array, {}
-    reasons = {}
+        return array
     for i in np.flatnonzero(over).tolist():
         too_many = too_many_tokens(name, int(sizes[i]) // TOKEN_BYTES, limit) if name == fields.tokens else None
         reasons[i] = too_many or f"{name!r} has {sizes[i]:,} bytes, more than --max-document {limit:,}"
     # A null place in ``take`` is a null, whatever the type, and copies nothing.
-    return array.take(pa.array(np.arange(len(array)), mask=over)), reasons
+    return array.take(pa.array(np.arange(len(array)), mask=over))

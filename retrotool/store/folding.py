@@ -24,7 +24,6 @@ from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS, PLAN_COUNTS, Staged, Unit, is_whole, read_staged, staged_path
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import stands_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +108,6 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     for key, value in task.records.items():
         if known.get(key, value) != value:
             reason = f"{key} was made with other settings meanwhile"
-    # An erase needs a purge first, so whoever began before the erase began with other tombstones.
-    if task.tombstones is not None and task.tombstones != stands_for(state):
-        reason = "chunks were purged meanwhile"
     return reason or _overlap(state, draft, task)
 
 

@@ -21,7 +21,6 @@ DATA_KINDS = (
     "embeddings",
     "index",
     "neighbours",
-    "materialised",
     "tombstones",
     "restored",
     "blocked",
@@ -33,7 +32,7 @@ DATA_KINDS = (
 )
 FOLDERS = (*DATA_KINDS, "staging", "log", "checkpoints")
 """All folders of a store."""
-NAMED_KINDS = ("embeddings", "index", "neighbours", "materialised", "scans")
+NAMED_KINDS = ("embeddings", "index", "neighbours", "scans")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FILE = re.compile(r"(?P<slot>[A-Za-z0-9._-]+)-(?P<token>[0-9a-f]{16})\.(?P<extension>[a-z0-9]+)")
 

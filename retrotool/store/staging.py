@@ -44,8 +44,7 @@ class Unit:
 class Staged:
     """A finished task. ``records`` are set if they are absent, and must be equal if they are there.
 
-    ``tombstones``: what stood for them when it was begun, where chunks that are purged since must not come into the
-    store again; None: no matter.
+    ``measured``: figures of the work, for the process that runs it; they are not stored.
     """
 
     task: str
@@ -57,7 +56,7 @@ class Staged:
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
-    tombstones: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def entries(self) -> list[FileEntry]:
         """All files the task wrote."""
@@ -93,7 +92,6 @@ def stage(root: Path, staged: Staged) -> bool:
         "remove": staged.remove,
         "records": staged.records,
         "unit": None if staged.unit is None else _unit_json(staged.unit),
-        "tombstones": staged.tombstones,
     }
     data = orjson.dumps(fields)
     target, token = staged_path(root, staged.task), paths.new_token(staged.run)
@@ -174,7 +172,6 @@ def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
         remove=tuple(fields["remove"]),
         records=fields["records"],
         unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
-        tombstones=fields.get("tombstones"),
     )
 
 

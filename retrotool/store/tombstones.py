@@ -65,6 +65,15 @@ def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> 
     return parts.write_parquet(root, name, table, about={"within": _spans(ids)})
 
 
+def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.int64]) -> tuple[FileEntry, str]:
+    """Write the tombstones of a purge with ``more``; return the new file, and the path of the one that it replaces."""
+    before = store.state.group("tombstones").get(purge)
+    if before is None:
+        raise CorruptError(f"purge {purge} has no tombstones", f"See what else is wrong: retrotool verify {store.root}")
+    ids = np.union1d(read_tombstones(store, purge).ids, more)
+    return write_tombstones(store.root, FileName.new(run_id, "tombstones", purge, "parquet"), ids), before.path
+
+
 def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
     """Up to 16 [first, last] that have all of some ascending ids: without the widest gaps between them."""
     if not len(ids):
@@ -127,16 +136,22 @@ def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int6
     try:
         ids: npt.NDArray[np.int64] = parts.read_parquet(store, entry)["chunk"].to_numpy()
     except (ErasedError, CorruptError):
-        # Between being found and being read a file can be gone, which then looks like damage.
+        # Between being found and being read a file can be gone, which then looks like damage. In the place of one that
+        # was replaced is one with more.
         newest = Store.open(store.root)
-        kept = newest.state.file(KEPT, slot)
+        kept = newest.state.file(KEPT, slot) or newest.state.file("tombstones", slot)
         if newest.state.has(entry.path) or kept is None:
             raise
         ids = parts.read_parquet(newest, kept)["chunk"].to_numpy()
     return ids
 
 
+def tombstone_paths(state: State) -> list[str]:
+    """Paths of all files of tombstones of a state."""
+    group = state.group("tombstones")
+    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
+
+
 def stands_for(state: State) -> str:
     """Stands for the tombstones of a state: the same for the same purges. The log knows, no file is read."""
-    slots = " ".join(state.group("tombstones"))
-    return hashlib.blake2b(slots.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(" ".join(tombstone_paths(state)).encode(), digest_size=8).hexdigest()

@@ -2,7 +2,7 @@
 
 Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other: here
 rows, documents and their chunks, keys, padding, tombstones, totals; in ``verify_references`` embeddings, indexes,
-neighbours, block lists and records; in ``verify_materialised`` neighbours with their tokens. Reports every problem and
+neighbours, block lists and records; in ``verify_text`` the tokens of neighbours. Reports every problem and
 goes on, unless another process removes files meanwhile: then its caller must begin again on the newest commit. Cost:
 reading every byte of the store once for SHA-256 and its Parquet files and embeddings a second time; memory: one part,
 or the ids of one shard.
@@ -27,7 +27,6 @@ from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.store.verify_log import check_log, same
-from retrotool.store.verify_materialised import check_materialised
 from retrotool.store.verify_references import Lists
 
 Report = Callable[[int], object]
@@ -99,8 +98,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
     references.check_restored(checked)
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index", lambda slot: not slot.startswith("recall"))
-    result.neighbours = references.check_neighbours(checked)
-    result.materialised = check_materialised(checked)
+    result.neighbours, result.materialised = references.check_neighbours(checked)
     if read_lists is not None:
         for name in store.state.names("index"):
             references.check_index(checked, name, read_lists)

@@ -25,6 +25,7 @@ from retrotool.store.restored import restored_chunks, restored_purges
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import KEPT
+from retrotool.store.verify_text import check_text
 
 Fits = Callable[[int, npt.NDArray[np.float16]], bool]
 """Tells whether what a list has in a row may stand for a vector [d]."""
@@ -235,9 +236,9 @@ def _vector(checked: Checked, encoder: str, chunk: int) -> npt.NDArray[np.float1
     return np.asarray(vectors.read_vectors(checked.store, entry)[row])
 
 
-def check_neighbours(checked: Checked) -> str:
-    """Tables of neighbours are what they should be; their digest."""
-    lines = []
+def check_neighbours(checked: Checked) -> tuple[str, str]:
+    """Check the tables of neighbours; return the digest of what they name, and of the tokens that they have of it."""
+    lines, texts = [], []
     for name in checked.store.state.names("neighbours"):
         for slot in checked.store.state.group("neighbours", name):
             entry = checked.store.state.file("neighbours", slot, name)
@@ -249,7 +250,14 @@ def check_neighbours(checked: Checked) -> str:
                 digest.update(np.ascontiguousarray(table.distances, "<f4").data)
                 lines.append(f"{slot_of(entry)} {digest.hexdigest()}")
                 _check_table(checked, entry, name, table)
-    return lines_digest(lines) if lines else ""
+                if tables.text_size(entry):
+                    within = is_within(checked.store, entry, _metadata(checked.store, entry))
+                    texts.append(f"{slot_of(entry)} {check_text(checked, entry, table, within=within)}")
+    return lines_digest(lines) if lines else "", lines_digest(texts) if texts else ""
+
+
+def _metadata(store: Store, entry: FileEntry) -> dict[bytes, bytes]:
+    return dict(parts.read_parquet(store, entry, row_groups=[]).schema.metadata or {})
 
 
 def slot_of(entry: FileEntry) -> str:
@@ -261,7 +269,7 @@ def slot_of(entry: FileEntry) -> str:
 def _check_table(checked: Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:
     store, part = checked.store, int(FileName.parse(entry.path).slot)
     record = store.state.records.get(f"neighbours:{name}", {})
-    metadata = parts.read_parquet(store, entry, row_groups=[]).schema.metadata or {}
+    metadata = _metadata(store, entry)
     database = metadata.get(b"retrotool.database", b"").decode()
     if database != record.get("database", database):
         checked.problems.append(f"{entry.path}: is of another database than the record of its name")

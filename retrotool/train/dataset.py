@@ -171,10 +171,10 @@ class RetroDataset(IterableDataset[Item]):
         return 1 - layout.tokens / (layout.sequences * self.sequence_length) if layout.sequences else 0.0
 
     def materialised_parts(self) -> tuple[int, int]:
-        """In how many parts neighbours are read from a materialised file, and how many there are."""
+        """In how many parts neighbours are read with their tokens from the tables, and how many there are."""
         reader = TrainingReader(self.path, self.name, self.k)
         parts = reader.store.state.parts()
-        return sum(map(reader.rows.is_materialised, parts)), len(parts)
+        return sum(map(reader.rows.has_text, parts)), len(parts)
 
     def __len__(self) -> int:
         n = len(self._share(self._at))

@@ -3,7 +3,7 @@
 Everything is masked here: rows that are purged by now have no tokens and no neighbours, whatever the layout that they
 got their slots by. Tokens stay in the store's type until sequences are gathered, 0.7 KB a row of two neighbours.
 
-Cost: 0.4 µs a row for chunks, and that of ``stages.materialised`` for neighbours.
+Cost: 0.4 µs a row for chunks, and that of ``neighbours.table_reader`` for neighbours.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import numpy.typing as npt
 
 from retrotool.cli.command_lines import table_command
 from retrotool.errors import CorruptError, ErasedError, UsageError
-from retrotool.neighbours.materialised import MaterialisedReader, block_rows
-from retrotool.neighbours.table_reader import NeighbourReader
+from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, TextReader, block_rows
 from retrotool.store import parts
-from retrotool.store.materialised import Materialised
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import read_tombstones
 from retrotool.train.sequences import EMPTY, Layout
 
@@ -42,7 +39,7 @@ class TrainingRows:
     documents: Ids
     n_tokens: npt.NDArray[np.uint16]
     tokens: npt.NDArray[Any]
-    neighbours: Materialised
+    neighbours: NeighbourTokens
 
     def gathered(self, rows: Ids) -> dict[str, npt.NDArray[Any]]:
         """The sequences of ``rows`` [b, slots] (−1: an empty slot), as ``RetroDataset`` gives them."""
@@ -84,7 +81,7 @@ class TrainingReader:
         k = reader.k if self._k is None else self._k
         if not 1 <= k <= reader.saved:
             raise UsageError(f"k={k} is not between 1 and the {reader.saved} neighbours that {self._name!r} has saved")
-        self.rows = MaterialisedReader(reader, k)
+        self.rows = TextReader(reader, k)
         self.tombstones = read_tombstones(self.store)
 
     @property
@@ -164,5 +161,5 @@ class TrainingReader:
             rows.ids[some] = parts.chunk_ids(part, group * ROW_GROUP + np.arange(stop - start))
         gone = np.flatnonzero(self.tombstones.contains(rows.ids) | (rows.n_tokens == 0))
         rows.ids[gone], rows.n_tokens[gone], rows.tokens[gone] = NOTHING, 0, 0
-        near.ids[gone], near.databases[gone], near.n_tokens[gone], near.tokens[gone] = NO_NEIGHBOUR, 0, 0, 0
+        near.clear(gone)
         return rows

@@ -11,6 +11,7 @@ from conftest import make_rows
 
 import retrotool
 from retrotool import api
+from retrotool.purge import erase_run
 from retrotool.store import parts
 from retrotool.store.blocked import read_blocked
 from retrotool.store.store import Store
@@ -57,19 +58,17 @@ def test_a_copy_of_what_was_purged_is_purged_before_its_plan_is_finished(duplica
     found = api.info(store)
     assert (found.documents, found.unfinished, found.set_aside) == (5, 0, 0)
     assert verified(store).documents == 5
-    (again,) = set(found.purges) - {first}
-    assert (found.purges[again]["reason"], found.purges[again]["documents"]) == ("request 17", 1)
+    assert set(found.purges) == {first}
+    assert (found.purges[first]["documents"], found.purges[first]["erased"]) == (2, False)
     assert "1 document left out: purged before" in result.stdout
     assert f"read before purge {first}" in result.stdout
-    assert f"purged as {again}" in result.stdout
-    assert (f"retrotool purge {store} {again} --erase" in result.stdout) == bool(erase)
-    # The copy goes with the purge that it is of, whether that is erased already or not.
+    assert (f"retrotool purge {store} {first} --erase" in result.stdout) == bool(erase)
+    # The copy is erased with the purge that it is of, whether that was erased before or not.
     assert text_on_disk(store)
     assert run_cli("purge", store, first, "--erase", "--yes").exit_code == 0
     assert not text_on_disk(store)
     assert all(record["erased"] for record in api.info(store).purges.values())
-    for name in (first, again):
-        assert api.verify_purge(store, name, out=tmp_path).receipt.ok
+    assert api.verify_purge(store, first, out=tmp_path).receipt.ok
     assert verified(store).documents == 5
 
 
@@ -103,14 +102,44 @@ def test_by_id_and_for_each_purge_and_taken_back(tmp_path):
     of_a = purge(store, "--document", "a")
     assert run_chunk(store, path, "--duplicates", "keep").exit_code == 0
     assert names(store) == [row["id"] for row in OTHERS]
-    records = Store.open(store).state.with_prefix("purge:")
-    made = {record["after"]: purge for purge, record in records.items() if "after" in record}
-    assert made.keys() == {of_x, of_a}
-    assert len(read_blocked(Store.open(store))) == 3 + 3 + 2 + 1, "and what they say, under their names"
-    for name in made.values():
-        assert run_cli("purge", store, name, "--restore", "--reason", "kept after all").exit_code == 0
-    assert names(store) == [*(row["id"] for row in OTHERS), "x", "b"]
-    assert verified(store).documents == 6
+    assert {purge: record["documents"] for purge, record in api.info(store).purges.items()} == {of_x: 2, of_a: 2}
+    assert len(read_blocked(Store.open(store))) == 3 + 3, "of what was selected"
+    undone = run_cli("purge", store, of_a, "--restore", "--reason", "kept after all")
+    assert undone.exit_code == 0 and "2 whole documents" in undone.stdout
+    assert names(store) == [*(row["id"] for row in OTHERS), "a", "b"]
+    undone = run_cli("purge", store, of_x, "--restore", "--reason", "kept after all")
+    assert undone.exit_code == 0 and "There twice now: 1 document," in undone.stdout
+    assert names(store) == ["x", *(row["id"] for row in OTHERS), "a", "b"]
+    assert verified(store).documents == 8
+
+
+def test_what_several_purges_keep_back_stays_until_the_last_is_undone(tmp_path):
+    store, path = left_open(tmp_path, X, *OTHERS, Y)
+    several = [purge(store, "--document", "x"), purge(store, "--document", "x", "--document", "doc-1")]
+    assert run_chunk(store, path).exit_code == 0
+    assert "y" not in names(store)
+    for one, living in zip(several, (False, True), strict=True):
+        assert run_cli("purge", store, one, "--restore", "--reason", "kept after all").exit_code == 0
+        assert ("y" in names(store)) == ("x" in names(store)) == living
+        assert verified(store)
+
+
+def test_an_erase_during_which_a_copy_comes_takes_it(tmp_path, monkeypatch):
+    """The plan is finished after the erase has selected, and before it begins."""
+    store, path = left_open(tmp_path, X, *OTHERS, Y)
+    first = purge(store, "--document", "x")
+    erase_chunks = erase_run.erase_chunks
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        assert run_chunk(store, path).exit_code == 0
+        return erase_chunks(*arguments)
+
+    monkeypatch.setattr(erase_run, "erase_chunks", overtaken)
+    assert api.erase(store, [first]).erased > 1
+    assert not text_on_disk(store)
+    assert api.info(store).purges[first]["erased"]
+    assert verified(store).documents == 4
 
 
 def test_a_plan_that_lets_purged_documents_in_keeps_them_and_one_begun_after_has_none(tmp_path, monkeypatch):

@@ -115,12 +115,12 @@ def test_a_wrong_token_stops_the_run_and_is_never_committed(
 
 
 def test_units_that_were_committed_before_a_difference_stay(tmp_path, source, exact, byte_level_tokenizer, monkeypatch):
-    from retrotool import engine
+    from retrotool.engine import run as engine_run
 
     store = tmp_path / "store"
     with monkeypatch.context() as patch:
         Late(patch, 200)
-        patch.setattr(engine, "FOLD_SECONDS", 0.0)  # commits after every unit
+        patch.setattr(engine_run, "FOLD_SECONDS", 0.0)  # commits after every unit
         result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--check", 1)
     assert result.exit_code == 1
     before = verified(store).documents

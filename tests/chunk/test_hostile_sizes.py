@@ -64,9 +64,9 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
     ),
     "a text of a gigabyte in a CSV": (
         "big.csv.zst",
-        lambda path: path.write_bytes(packed((b'id,text\nbig,"', 1), (b"word ", GIGABYTE // 5), (b'"\ngood,x\n', 1))),
+        lambda path: path.write_bytes(packed((b'id,text\ngood,x\nbig,"', 1), (b"word ", GIGABYTE // 5), (b'"\n', 1))),
         1,
-        "longer than",
+        "a record of more than",
     ),
     "a text file of a gigabyte": (
         "big.txt.zst",

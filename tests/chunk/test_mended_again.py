@@ -14,7 +14,7 @@ from conftest import make_rows
 from retrotool import api
 from retrotool.chunk import chunk_plan
 from retrotool.chunk.chunk_plan import Wanted, commit_plan
-from retrotool.chunk.max_bad import MaxBad
+from retrotool.chunk.chunk_result import MaxBad
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import staging

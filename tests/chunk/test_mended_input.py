@@ -13,7 +13,7 @@ from conftest import make_rows
 import retrotool
 from retrotool import api
 from retrotool.chunk.chunk_plan import Wanted, commit_plan
-from retrotool.chunk.max_bad import MaxBad
+from retrotool.chunk.chunk_result import MaxBad
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.runs import Run

@@ -10,9 +10,10 @@ import pytest
 from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
 
-from retrotool import api, engine
+from retrotool import api
 from retrotool.chunk.chunk_plan import write_json
 from retrotool.chunk.stage import ChunkStage
+from retrotool.engine import task
 from retrotool.errors import ErasedError
 from retrotool.store import disk, runs
 from retrotool.store.clean import clean
@@ -64,13 +65,13 @@ def test_work_that_another_process_finishes_meanwhile_is_no_failure(tmp_path, so
 
 
 def test_a_task_whose_input_is_removed_is_planned_again(tmp_path, source, monkeypatch):
-    perform = engine.perform
+    perform = task.perform
 
     def find_it_erased(*_, **__):
-        monkeypatch.setattr(engine, "perform", perform)
+        monkeypatch.setattr(task, "perform", perform)
         raise ErasedError("removed by another process")
 
-    monkeypatch.setattr(engine, "perform", find_it_erased)
+    monkeypatch.setattr(task, "perform", find_it_erased)
     assert api.chunk(tmp_path / "store", [str(source)]).documents == 20
 
 

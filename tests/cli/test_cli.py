@@ -131,10 +131,6 @@ def ordered_examples() -> Iterator[str]:
     yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
 
 
-COST = re.compile(r"Reads [\d.]+ k?B: .*neighbours.*\.\n")
-"""What those tell that read tables, before they do."""
-
-
 def test_every_example_works(workplace, run):
     import torch
 
@@ -149,9 +145,7 @@ def test_every_example_works(workplace, run):
             assert (code, out) == (2, ""), example
             assert err.startswith("error: "), example
         else:
-            reads = "--affected" in words
-            assert bool(COST.fullmatch(err)) == reads, example
-            assert (code, "" if reads else err) == (0, ""), example
+            assert (code, err) == (0, ""), example
             assert out, example
         shown[example] = out
     assert len(shown) == sum(len(examples(command)) for command in COMMANDS)

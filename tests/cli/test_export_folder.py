@@ -96,7 +96,7 @@ def test_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None:
     target = check_place("OUTPUT", tmp_path / "out")
     with new_folder(target) as one:
         (one / "file").write_text("one")
-        with pytest.raises(UsageError, match="was made by another meanwhile"), new_folder(target) as other:
+        with pytest.raises(UsageError, match="was made by another process"), new_folder(target) as other:
             (other / "file").write_text("other")
             assert one.exists()
             target.mkdir()
@@ -241,7 +241,7 @@ def test_a_table_that_names_no_chunk_of_its_database_ends_it(
         return NeighbourTable(ids, table.distances)
 
     monkeypatch.setattr(tables, "read_table", lie)
-    with pytest.raises(CorruptError, match=f"the chunk {chunk}, which .* has not"):
+    with pytest.raises(CorruptError, match=f"the chunk {chunk}, which .* does not have"):
         api.export(built_store, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -198,8 +198,8 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
         (["--chunk", "0", "--html", "FOLDER/none/page.html"], "there is no folder"),
         (["--chunk", "0", "--html", "FOLDER"], "is a folder"),
         (["--chunk", "0", "--html", "/dev/null"], "is a device"),
-        (["--chunk", "0", "--html", "STORE/store.json"], "lies in the store"),
-        (["--chunk", "0", "--html", "STORE/log/page.html"], "lies in the store"),
+        (["--chunk", "0", "--html", "STORE/store.json"], "is in the store"),
+        (["--chunk", "0", "--html", "STORE/log/page.html"], "is in the store"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_so(

@@ -125,7 +125,7 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
         ("index", lambda s: api.embed(s, encoder=str(tiny_encoder), devices="cpu")),
         ("neighbours", api.index),
         ("materialise", api.neighbours),
-        ("purge", api.materialise),
+        ("purge", lambda s: api.neighbours(s, materialise=True)),
     ]
     extra = write_jsonl(root / "extra.jsonl", make_rows(6, first=100, words=60))
 
@@ -207,7 +207,7 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("broken --mend", lambda s: lists_index(s, mend=True), (*logical, "indexes"), []),
         Case("neighbours", api.neighbours, logical, []),
         Case("neighbours --materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
-        Case("materialise", api.materialise, logical, []),
+        Case("materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
         Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),

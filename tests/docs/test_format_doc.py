@@ -126,9 +126,9 @@ def test_faiss_and_the_neighbour_table_agree(names: dict[str, Any], reader: Read
 def test_materialised_neighbours_are_the_chunks_that_the_table_names(
     names: dict[str, Any], store_copy: Path, part: int
 ) -> None:
-    api.materialise(store_copy)
+    api.neighbours(store_copy, k=2, materialise=True)
     files = next(entry for entry in api.info(store_copy).parts if entry["part"] == part)
-    found = run("materialised", {**names, "materialised": str(store_copy / files["materialised"]["main"]["path"])})
+    found = run("materialised", {**names, "neighbours": str(store_copy / files["neighbours"]["main"]["path"])})
     reader = retrotool.open(store_copy)
     assert found["near"].shape[1:] == (2, 2, 64)
     for row, chunk in enumerate(reader.chunk_ids(part).tolist()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -18,9 +19,9 @@ from conftest import make_rows, write_jsonl
 
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import write_json
-from retrotool.embed.stage import EmbedStage
-from retrotool.engine.progress import Meter, Progress, Told
-from retrotool.engine.stage import Report, Task, task_key
+from retrotool.engine import progress as engine_progress
+from retrotool.engine.progress import Progress
+from retrotool.engine.task import Report, Task, perform_reporting, task_key
 from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
 from retrotool.store import claims, staging
 from retrotool.store.paths import FileName
@@ -231,19 +232,27 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
     assert attempts(tmp_path, 0) == 1
 
 
-def test_progress_takes_back_what_came_to_nothing(store: Store, tmp_path: Path) -> None:
-    from retrotool.engine.task import Telling
+@pytest.mark.parametrize("others", [False, True])
+def test_progress_subtracts_what_came_to_nothing(store: Store, tmp_path: Path, others: bool) -> None:
+    updates: list[tuple[int, int, str]] = []
+    task = Task("k", "task", 10, {"n": 0})
 
-    told: list[Told] = []
-    task = Task("k", "task", 10, {})
-    report = Telling(TouchWorker(store, TouchStage(str(tmp_path))), task, told.append)
-    with pytest.raises(OSError, match="a hiccup"), report.telling():
-        report(4)
-        report(3)
-        raise OSError("a hiccup")
-    assert sum(message.done for message in told) == 0
-    report.fell_to_others()
-    assert told[-1].left == 10
+    class Half(TouchWorker):
+        def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+            report(4)
+            report(3)
+            if others:
+                return None
+            raise OSError("a hiccup")
+
+        def note(self) -> str:
+            return "half"
+
+    worker = Half(store, TouchStage(str(tmp_path)))
+    expected = contextlib.nullcontext() if others else pytest.raises(OSError, match="a hiccup")
+    with Run(store.root) as run, expected:
+        perform_reporting(worker, store.root, task, run.id, lambda *update: updates.append(update))
+    assert updates == [(4, 0, "half"), (3, 0, "half"), (-7, 10 if others else 0, "")]
 
 
 def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -282,23 +291,35 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
-def test_progress_is_there_after_two_seconds_while_a_worker_gets_ready(file, monkeypatch):
+def test_on_a_terminal_there_is_a_bar_after_two_seconds_while_a_worker_gets_ready(monkeypatch):
+    file = Terminal()
     monkeypatch.setattr("sys.stderr", file)
-    meter = Meter()
-    with Progress(EmbedStage("e", None), 200, meter) as progress:  # type: ignore[arg-type]
-        progress.tell(Told(0))
+    with Progress("embed", "chunk", 240) as progress:
+        progress.update(0)
         time.sleep(1)
         assert file.getvalue() == ""
         time.sleep(1.5)
-        assert file.getvalue().startswith("\rembed:   0%|") == file.isatty()
+        assert file.getvalue().startswith("\rembed:   0%|")
+        progress.update(0, 40)
         for _ in range(2):
             time.sleep(0.2)
-            progress.tell(Told(20, measured=(400.0, 0.1, 0.2)))
+            progress.update(20, 0, "400 tokens/s")
         told = file.getvalue().split("\r")[-1]
-    if not file.isatty():
-        assert told == ""
-        return
-    figures = re.search(r"embed:  20%.* 40.0/200 \[00:0\d<00:0(\d), ([\d.]+)chunk/s, [\d,]+ tokens/s, 50 % f", told)
-    assert figures is not None, told
-    assert 40 < float(figures[2]) < 120, "100 a second, by the time that was worked"
+    assert re.search(r"embed:  20%.* 40.0/200 \[00:0\d<00:\d\d, [\d.]+chunk/s, 400 tokens/s", told), told
+
+
+def test_in_a_log_there_is_a_line_a_minute(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr("sys.stderr", file)
+    with Progress("chunk", "B", 2_000_000) as progress:
+        progress.update(1_000_000)
+    assert file.getvalue() == "", "nothing for what takes less"
+    monkeypatch.setattr(engine_progress, "_LOG_SECONDS", 0.01)
+    with Progress("chunk", "B", 2_000_000) as progress:
+        progress.update(1_000_000)
+        deadline = time.monotonic() + 10
+        while file.getvalue().count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = file.getvalue().splitlines()
+    assert len(lines) >= 2
+    assert re.fullmatch(r"chunk:  50% 1.00M/2.00M \[00:0\d<00:0\d, [\d.]+[kMG]?B/s\]", lines[0]), lines[0]

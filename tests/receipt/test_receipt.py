@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cli, make_rows, write_jsonl
+from conftest import Cli, Shared, make_rows, write_jsonl
 from receipt_help import NAMES, REASON, TEXTS, build, purge, receipt, verified
 
 import retrotool
@@ -25,9 +25,9 @@ from retrotool.store.tombstones import Tombstones
 
 
 @pytest.fixture(scope="module")
-def secret_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def secret_store(shared: Shared[Path], tiny_encoder: Path) -> Path:
     """Not to be changed: copy it."""
-    return build(tmp_path_factory.mktemp("secret"), tiny_encoder)
+    return shared("secret", lambda folder: build(folder, tiny_encoder))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, cli: Cli) -> 
     }  # fmt: skip
     assert all(path.rows and not path.found and not path.note for path in it.read_paths if path.name != "documents")
     assert {one.kind for one in it.files.kinds if one.files} == {
-        "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "quarantine",
+        "documents", "chunks", "embeddings", "index", "neighbours", "quarantine",
     }  # fmt: skip
     assert not any(one.left for one in it.files.kinds)
     assert (it.files.unknown, it.files.in_progress, it.unread, it.dependents) == ((), 0, [], ())
@@ -201,7 +201,7 @@ def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
     name = purge(store)
     with pytest.raises(UsageError, match="no purge 'p0'; it has: " + name):
         verified(store, "p0")
-    with pytest.raises(UsageError, match="lies in the store"):
+    with pytest.raises(UsageError, match="is in the store"):
         api.verify_purge(store, name, out=store)
     with pytest.raises(UsageError, match="no folder"):
         api.verify_purge(store, name, out=tmp_path / "nowhere")

@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import Shared, make_rows, write_jsonl
 from receipt_help import NAMES, build, purge, receipt
 
 import retrotool
 from retrotool import api
 from retrotool.ann import lists
 from retrotool.index.index_files import write_index
-from retrotool.purge.purged_chunks import tombstones_of
 from retrotool.receipt.verify_erasure import CHECKS
 from retrotool.store import disk, parts, vectors
 from retrotool.store.atomic import FileEntry, write_file
@@ -30,12 +29,24 @@ from retrotool.store.paths import DATA_KINDS, FileName
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 
 
 @pytest.fixture(scope="module")
-def secret_store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def secret_store(shared: Shared[Path], tiny_encoder: Path) -> Path:
     """Not to be changed: copy it."""
-    return build(tmp_path_factory.mktemp("secret"), tiny_encoder)
+    return shared("secret", lambda folder: build(folder, tiny_encoder))
+
+
+@pytest.fixture(scope="module")
+def erased_store(shared: Shared[tuple[Path, str]], secret_store: Path) -> tuple[Path, str]:
+    """The same after an erase, and the id of the purge. Not to be changed: copy it."""
+
+    def erase(folder: Path) -> tuple[Path, str]:
+        store = Path(shutil.copytree(secret_store, folder / "store"))
+        return store, purge(store, erase=True)
+
+    return shared("secret erased", erase)
 
 
 @pytest.fixture
@@ -48,9 +59,10 @@ def test_every_kind_of_file_has_a_check() -> None:
 
 
 @pytest.fixture
-def erased(store: Path, secret_store: Path) -> tuple[Path, str, Store]:
+def erased(erased_store: tuple[Path, str], secret_store: Path, tmp_path: Path) -> tuple[Path, str, Store]:
     """A store with an erased purge, its id, and the store as it was before."""
-    return store, purge(store, erase=True), Store.open(secret_store)
+    store = Path(shutil.copytree(erased_store[0], tmp_path / "store"))
+    return store, erased_store[1], Store.open(secret_store)
 
 
 Forge = Callable[[Store, FileEntry, FileEntry, Store, int], "pa.Table | np.ndarray | Any"]
@@ -126,10 +138,26 @@ def distance_again(now: Store, entry: FileEntry, then: FileEntry, before: Store,
     return new.set_column(at, new.schema.field(at), old["distances"])
 
 
+def text_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
+    """The table of neighbours with the text that the row of a purged chunk had, but no ids."""
+    new, old = pq.read_table(now.root / entry.path), row_again(now, entry, then, before, row)
+    for column in ("text_ids", "text_n_tokens", "text_tokens"):
+        at = new.schema.get_field_index(column)
+        new = new.set_column(at, new.schema.field(at), old[column])
+    return new
+
+
+def tokens_of_nobody(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
+    """The table of neighbours with these tokens alone."""
+    new, old = pq.read_table(now.root / entry.path), row_again(now, entry, then, before, row)
+    at = new.schema.get_field_index("text_tokens")
+    return new.set_column(at, new.schema.field(at), old["text_tokens"])
+
+
 def shard_again(now: Store, _: FileEntry, then: FileEntry, before: Store, row: int) -> Any:
     """The shard as it was, without the purged chunks but one."""
     (name,) = now.state.with_prefix("purge:")
-    others = np.setdiff1d(tombstones_of(now, name), [row])
+    others = np.setdiff1d(read_tombstones(now, name).ids, [row])
     return lists.without(lists.read(before.path(then)), lambda ids: np.isin(ids, others))
 
 
@@ -146,16 +174,16 @@ FORGED = {
     "neighbours of it": ("neighbours", "main", row_again),
     "neighbours to it": ("neighbours", "main", neighbour_again),
     "distances": ("neighbours", "main", distance_again),
-    "materialised": ("materialised", "main", row_again),
+    "text of its neighbours": ("neighbours", "main", text_again),
+    "tokens without an id": ("neighbours", "main", tokens_of_nobody),
 }
 
 
 @pytest.mark.parametrize("case", FORGED)
 def test_what_is_put_back_with_a_forged_log_is_found(erased: tuple[Path, str, Store], case: str) -> None:
     store, name, before = erased
-    assert receipt(store, name).ok
     kind, of, forge = FORGED[case]
-    chunk = int(tombstones_of(Store.open(store), name)[0])
+    chunk = int(read_tombstones(Store.open(store), name).ids[0])
     path = put_back(store, before, kind, of, chunk, forge)
     found = receipt(store, name)
     assert not found.ok and found.state == "erased"
@@ -173,6 +201,12 @@ def add_file(store: Path, kind: str, slot: str, extension: str, source: Path, ro
         now = opened.state.file(kind, slot, name)
         opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,) if now else ()))
     return entry.path
+
+
+def test_an_erase_leaves_nothing(erased: tuple[Path, str, Store]) -> None:
+    found = receipt(*erased[:2])
+    assert found.ok, found.problems
+    assert found.state == "erased" and not any(one.left for one in found.files.kinds)
 
 
 def test_what_was_asked_for_and_excerpts_of_inputs_are_found(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
@@ -196,7 +230,7 @@ def test_files_that_come_after_an_erase_are_not_taken_for_its_own(store: Path, t
     assert found.ok, found.problems
 
 
-@pytest.mark.parametrize("kind", ["documents", "chunks", "embeddings", "index", "neighbours", "materialised"])
+@pytest.mark.parametrize("kind", ["documents", "chunks", "embeddings", "index", "neighbours"])
 def test_a_file_that_was_replaced_and_is_there_again_is_found(erased: tuple[Path, str, Store], kind: str) -> None:
     store, name, before = erased
     state = Store.open(store).state
@@ -341,11 +375,11 @@ def test_of_a_purge_that_is_not_erased_is_counted_what_is_left(store: Path) -> N
     found = receipt(store, name)
     assert found.ok, found.problems
     left = {one.kind: one.left for one in found.files.kinds if one.left}
-    chunks = len(tombstones_of(Store.open(store), name))
+    chunks = len(read_tombstones(Store.open(store), name))
     assert left["documents"] == len(NAMES)
     assert left["chunks"] == left["embeddings"] == chunks
     assert left.keys() == {
-        "documents", "chunks", "embeddings", "index", "neighbours", "materialised", "quarantine", "selectors",
+        "documents", "chunks", "embeddings", "index", "neighbours", "quarantine", "selectors",
     }  # fmt: skip
     api.erase(store, [name])
     assert not any(one.left for one in receipt(store, name).files.kinds)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
-from source_help import PACK, rows_of
+from source_help import PACK, input_of, rows_of
 from test_warc import record, response
 
-from retrotool.sources import Document, SetAside
+from retrotool.sources import Document, Fields, SetAside, read
 
 LIMIT = 1000
 GOOD = 'good text, with "quotes" and\ttabs'
@@ -139,3 +141,23 @@ def test_pages_are_rows_like_any(tmp_path):
     found = rows_of(tmp_path / "a.warc", data, max_document=LIMIT)
     assert [type(row) for row in found] == [Document, SetAside, SetAside, Document]
     assert [row.line for row in found] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("base", WRITERS)
+def test_memory_does_not_grow_with_the_file(tmp_path, base):
+    path = tmp_path / f"a.{base}"
+    separator = "<|>" if base == "txt" else None
+
+    def peak(rows: int) -> int:
+        data = WRITERS[base]([f"{n} ".encode() + b"words " * 200 for n in range(rows)])
+        file = input_of(path, data)
+        del data
+        tracemalloc.start()
+        found = sum(isinstance(row, Document) for row in read(file, Fields(separator=separator)))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == rows
+        return most
+
+    small = peak(6_000)  # 7 MB
+    assert peak(18_000) < small + (4 << 20)

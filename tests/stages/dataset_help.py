@@ -13,13 +13,16 @@ from conftest import make_rows, write_jsonl
 
 import retrotool.reader
 from retrotool import api
+from retrotool.neighbours.retrieved import read_text_of
 from retrotool.store import parts, schemas, tables
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.runs import Run
+from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tables import NeighbourTable
+from retrotool.store.tombstones import Tombstones
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
 Item = dict[str, torch.Tensor]
@@ -135,7 +138,9 @@ def two_stores(folder: Path, model: Path) -> tuple[Path, Path]:
     return database, training
 
 
-def make_large(root: Path, model: Path, rows: list[int], *, k: int = 2, saved: int = 5, seed: int = 0) -> Path:
+def make_large(
+    root: Path, model: Path, rows: list[int], *, k: int = 2, saved: int = 5, seed: int = 0, text: bool = False
+) -> Path:
     """A store of parts of so many chunks, random tokens in documents of 1 to 40 chunks, and random neighbours."""
     rng = np.random.default_rng(seed)
     file = find_tokenizer(str(model))
@@ -152,7 +157,24 @@ def make_large(root: Path, model: Path, rows: list[int], *, k: int = 2, saved: i
         totals = {"documents": 0, "chunks": sum(rows), "tokens": 64 * sum(rows), "set_aside": 0}
         records = {"parts": len(rows), "totals": totals, "neighbours:main": record}
         store.commit(run, lambda _: Draft("chunk", add=tuple(add), records=records))
+        if text:
+            store.commit(run, lambda state: _with_text(store, run, state, k))
     return root
+
+
+def _with_text(store: Store, run: Run, state: State, k: int) -> Draft:
+    """The commit that gives the tables of a large store the tokens of neighbours."""
+    old, add = state.group("neighbours", "main").entries(), []
+    for entry in old:
+        name, table = FileName.parse(entry.path), tables.read_table(store, entry)
+        add.append(
+            tables.write_table(
+                store.root, FileName.new(run.id, name.kind, name.slot, name.extension, name.name), table,
+                database=store.identity.uuid, commit=0, path="", about={**entry.about, "text": k},
+                text=read_text_of(store, Tombstones(np.zeros(0, np.int64)), table, k), chunk_bytes=128,
+            )
+        )  # fmt: skip
+    return Draft("neighbours", add=tuple(add), remove=tuple(entry.path for entry in old))
 
 
 def _large_part(

@@ -1,4 +1,4 @@
-"""Which training chunks a purge affected, against what readers were given just before each purge, by brute force."""
+"""Which training chunks name what was purged, by brute force over the tables as they are stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_neighbour_filters import run
 from retrotool import api
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.neighbours.run import SearchOptions
-from retrotool.purge.affected_run import AffectedResult
+from retrotool.purge.affected import AffectedResult
 from retrotool.store import parts
 
 EXACT = SearchOptions(exact=True)
@@ -50,17 +50,12 @@ def grow(store: Path, encoder: Path, n: int, first: int) -> None:
 
 @dataclass
 class Timeline:
-    """A database whose purges are kept in mind: what was purged when; and what its readers saw before each change."""
+    """A database whose purges are kept in mind: what was purged when."""
 
     store: Path
     purged: dict[str, set[int]] = field(default_factory=dict)
-    masks: list[set[int]] = field(default_factory=list)
-
-    def _before(self) -> None:
-        self.masks.append(set().union(*self.purged.values()))
 
     def purge(self, chunks: list[int], *, erase: bool = False) -> str:
-        self._before()
         path = self.store.parent / "ids"
         path.write_text("".join(f"{i}\n" for i in chunks))
         name = api.purge(self.store, api.Selectors(ids=str(path)), reason="test", erase=erase).purge
@@ -68,12 +63,11 @@ class Timeline:
         return name
 
     def restore(self, purge: str) -> None:
-        self._before()
         api.restore(self.store, purge, reason="test")
         del self.purged[purge]
 
     def ranks(self, raw: np.ndarray, queries: Plain, purges: list[str] | None = None) -> Ranks:
-        """By living training chunk: the best place of a victim as a neighbour, and as what follows one."""
+        """By living training chunk: the best place of a purged chunk as a neighbour, and as what follows one."""
         plain = read_plain(self.store)
         document = dict(zip(plain.ids.tolist(), plain.documents.tolist(), strict=True))
         asked = set().union(*(self.purged[one] for one in purges or self.purged))
@@ -81,15 +75,12 @@ class Timeline:
         for row, ids in enumerate(raw.tolist()):
             if not queries.living[row]:
                 continue
-            near, behind = [], []
-            for mask in self.masks:
-                read = [i for i in ids if i >= 0 and i not in mask]
-                near += [rank for rank, i in enumerate(read, 1) if i in asked]
-                behind += [
-                    rank
-                    for rank, i in enumerate(read, 1)
-                    if i + 1 in asked and i + 1 not in mask and document[i] == document.get(i + 1)
-                ]
+            near = [rank for rank, i in enumerate(ids, 1) if i in asked]
+            behind = [
+                rank
+                for rank, i in enumerate(ids, 1)
+                if i >= 0 and i + 1 in asked and document[i] == document.get(i + 1)
+            ]
             if near or behind:
                 found[int(queries.ids[row])] = (min(near, default=None), min(behind, default=None))
         return found
@@ -141,7 +132,7 @@ def test_each_affected_chunk_is_told_with_its_places(store: Path, tmp_path: Path
     assert 10 < result.in_k < result.in_saved < result.rows and result.following_in_k > 5
     assert result.rows == queries.living.sum() and (result.k, result.saved) == (K, SAVED)
     (asked,) = result.purges
-    assert (asked.chunks, asked.erased, asked.since, asked.within) == (12, 0, 0, True)
+    assert (asked.chunks, asked.erased, asked.since) == (12, False, 0)
     documents = dict(zip(queries.ids.tolist(), queries.documents.tolist(), strict=True))
     for line in (tmp_path / "out.jsonl").read_text().splitlines():
         one = json.loads(line)
@@ -165,7 +156,7 @@ def test_tables_of_several_row_groups_are_read_whole(
     assert told(tmp_path / "out.jsonl") == ranks
 
 
-def test_what_is_purged_later_had_moved_up_by_then(store: Path, tmp_path: Path) -> None:
+def test_of_several_purges_each_can_be_asked_about(store: Path, tmp_path: Path) -> None:
     raw = saved_neighbours(store)[0]
     time = Timeline(store)
     purges = [time.purge(some(store, 25, seed)) for seed in range(4)]
@@ -175,31 +166,19 @@ def test_what_is_purged_later_had_moved_up_by_then(store: Path, tmp_path: Path) 
         ranks = time.ranks(raw, queries, asked)
         assert_counts(api.affected(store, "main", asked, out=out), ranks)
         assert told(out) == ranks
-    # Without what was read at the time, fewer would be told.
-    last = time.purged[purges[3]]
-    now = [next((rank for rank, i in enumerate(ids, 1) if i in last), None) for ids in raw[queries.living].tolist()]
-    then = [rank for rank, _ in time.ranks(raw, queries, purges[3:]).values()]
-    assert sum(rank is not None and rank <= K for rank in now) < sum(rank is not None and rank <= K for rank in then)
 
 
-def test_what_was_purged_for_a_while_had_made_room(store: Path, tmp_path: Path) -> None:
+def test_a_purge_that_was_undone_is_not_looked_for(store: Path, tmp_path: Path) -> None:
     raw = saved_neighbours(store)[0]
     time = Timeline(store)
     first = time.purge(some(store, 60, 1))
     second = time.purge([chunk for chunk in some(store, 40, 2) if chunk not in time.purged[first]])
     time.restore(first)
     queries = read_plain(store, purged=frozenset(time.purged[second]))
-    ranks = time.ranks(raw, queries, [second])
     result = api.affected(store, out=tmp_path / "out.jsonl")
-    found = told(tmp_path / "out.jsonl")
-    assert {chunk: near for chunk, (near, _) in found.items()} == {chunk: near for chunk, (near, _) in ranks.items()}
-    pairs = [(found[chunk][1], behind) for chunk, (_, behind) in ranks.items()]
-    assert all((one is None) == (true is None) for one, true in pairs)
-    # What was away for a while itself is told as if it had moved up meanwhile.
-    assert all(one <= true for one, true in pairs if one is not None and true is not None)
-    assert ranks != Timeline(store, time.purged, [set()]).ranks(raw, queries, [second])
+    assert told(tmp_path / "out.jsonl") == time.ranks(raw, queries, [second])
     assert [one.purge for one in result.purges] == [second]
-    with pytest.raises(UsageError, match="was taken back: its chunks are not purged"):
+    with pytest.raises(UsageError, match="was undone: its chunks are not purged"):
         api.affected(store, "main", [first])
 
 
@@ -230,17 +209,15 @@ def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_pa
     result = api.affected(training, "t", out=tmp_path / "out.jsonl")
     assert told(tmp_path / "out.jsonl") == ranks and len(ranks) > 10
     assert_counts(result, ranks)
-    assert result.purges[0].database == str(store) and not result.purges[0].within
+    assert result.purges[0].database == str(store)
     api.erase(store, [purged])
     after = api.affected(training, "t", [purged])
     assert (after.in_k, after.in_saved) == (result.in_k, result.in_saved), "an erase there does not reach these tables"
-    assert "can't be told" not in run("purge", training, "--affected", "t").stdout
+    assert "no longer known" not in run("purge", training, "--affected", "t").stdout
     api.neighbours(store, queries=training, name="t", k=K, saved=SAVED, search=EXACT)
     after = api.affected(training, "t")
     assert after.in_saved == 0 and after.purges[0].since == after.purges[0].parts == 1
-    assert f"Purge {purged}: 1 of 1 part were searched, or repaired, after it" in (
-        run("purge", training, "--affected", "t").stdout
-    )
+    assert f"Purge {purged}: 1 of 1 part were searched after it" in (run("purge", training, "--affected", "t").stdout)
     store.rename(tmp_path / "away")
     with pytest.raises(StoreNotFoundError, match="isn't there"):
         api.affected(training, "t")
@@ -279,7 +256,7 @@ def test_a_value_that_is_purged_was_read_behind_its_key(tmp_path: Path, tiny_enc
     assert result.in_saved == 0 and result.following_in_saved == len(ranks)
 
 
-def test_what_is_erased_or_repaired_can_be_told_no_more(store: Path) -> None:
+def test_what_was_erased_or_searched_again_is_no_longer_known(store: Path) -> None:
     time = Timeline(store)
     plain = read_plain(store)
     names = plain.documents.astype(str)
@@ -289,7 +266,7 @@ def test_what_is_erased_or_repaired_can_be_told_no_more(store: Path) -> None:
     api.neighbours(store, k=K, saved=SAVED)
     after = api.affected(store)
     assert 0 < after.in_saved < before.in_saved and after.purges[0].since > 0
-    assert "were searched, or repaired, after it; what rows that were searched named before can't be told." in (
+    assert "were searched after it; what rows that were searched again named before is no longer known." in (
         run("purge", store, "--affected", "main").stdout
     )
     left = plain.ids[~np.isin(plain.ids, sorted(time.purged[first]))]
@@ -297,21 +274,21 @@ def test_what_is_erased_or_repaired_can_be_told_no_more(store: Path) -> None:
     both = api.affected(store)
     api.erase(store, [first])
     of_second = api.affected(store, "main", [second])
-    assert of_second.purges[0].erased == 0 and 0 < of_second.in_saved < both.in_saved
+    assert not of_second.purges[0].erased and 0 < of_second.in_saved < both.in_saved
     with pytest.raises(UsageError, match=f"nothing is left of {first}") as error:
         api.affected(store, "main", [first])
-    assert error.value.advice == "Whom a purge affected can be told until it is erased."
+    assert error.value.advice == "Whom a purge affected can be found until it is erased."
     result = api.affected(store)
-    assert {one.purge: one.erased for one in result.purges} == {first: len(time.purged[first]), second: 0}
+    assert {one.purge: one.erased for one in result.purges} == {first: True, second: False}
     assert result.in_saved == of_second.in_saved
-    assert f"Purge {first} is erased, from these tables, too: whom that affected can't be told any more." in (
+    assert f"Purge {first} is erased, from these tables, too: which chunks named it is no longer known." in (
         run("purge", store, "--affected", "main").stdout
     )
 
 
 def test_the_command(store: Path, tmp_path: Path) -> None:
     ended = run("purge", store, "--affected", "main")
-    assert ended.stdout == "No purge stands: there is nothing to look for.\n" and ended.stderr == ""
+    assert ended.stdout == "Nothing was purged: there is nothing to look for.\n" and ended.stderr == ""
     with pytest.raises(UsageError, match="there is no purge 'p0' of ") as error:
         api.affected(store, "main", ["p0"])
     assert error.value.advice == f"There are: none. What they are: retrotool info {store}"
@@ -319,7 +296,7 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     result = api.affected(store)
     out = tmp_path / "out.jsonl"
     ended = run("purge", store, "--affected", "main", purged, "--out", out)
-    assert ended.exit_code == 0 and ended.stderr.startswith("Reads ")
+    assert ended.exit_code == 0 and ended.stderr == ""
     assert f"All of them: {out}" in ended.stdout and "--out FILE" not in ended.stdout
     lines = out.read_text().splitlines()
     assert len(lines) == result.in_saved + result.following_in_saved
@@ -327,9 +304,11 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     assert ended.exit_code == 2 and f"--out {out} is there already" in ended.stderr
     assert out.read_text().splitlines() == lines
     ended = run("purge", store, "--affected", "main", "--out", store / "out.jsonl")
-    assert ended.exit_code == 2 and "lies in the store" in ended.stderr
+    assert ended.exit_code == 2 and "is in the store" in ended.stderr
     told = run("purge", store, "--affected", "main").stdout.splitlines()
-    assert told[0].startswith(f"{result.in_k + result.following_in_k} chunks of {result.rows} had a purged chunk among")
+    assert told[0].startswith(
+        f"{result.in_k + result.following_in_k} chunks of {result.rows} have a purged chunk among"
+    )
     first = told.index("The first of them (--out FILE writes all):") + 1
     assert len(told[first:]) == 10
     assert [int(line.split()[0]) for line in told[first:]] == [json.loads(line)["chunk"] for line in lines[:10]]

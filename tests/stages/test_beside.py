@@ -19,7 +19,7 @@ from retrotool import api, engine
 from retrotool.ann import lists
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
-from retrotool.engine.stage import Task
+from retrotool.engine.task import Task
 from retrotool.errors import UsageError
 from retrotool.index.index_files import encoder_of, held_parts, shards
 from retrotool.index.run import Options

@@ -193,7 +193,7 @@ def test_a_thousand_canaries(
         whole -= {("documents", "hash of text")}
     else:
         whole |= {("embeddings", "vector"), ("index", "vector"), ("index", "chunk")}
-        assert len(before["materialised", "tokens"]) > CANARIES // 4
+        assert len(before["neighbours", "tokens"]) > CANARIES // 4
     assert {place: before.get(place) for place in whole} == dict.fromkeys(whole, everyone)
     assert len(before["quarantine", "text"]) == BROKEN
     assert len(before["staging", "text"]) == LEFT_OVER

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 import retrotool
 from retrotool import RetroDataset, api
 from retrotool.errors import CorruptError, UsageError
-from retrotool.store import materialised as files
+from retrotool.store import tables
 from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
 from retrotool.store.session import writing
 from retrotool.store.store import Store
 
@@ -80,17 +81,28 @@ def test_materialised_and_not_is_the_same_bit_for_bit(copies: tuple[Path, Path],
     purge(database, *near[:3])
     after = read(2)
     assert not same(flat(after), flat(made[2]))
-    without_files(training)
+    without_text(training)
     assert RetroDataset(training, **options).materialised_parts() == (0, 2)
     assert same(after, read(2), but=())
 
 
-def without_files(store: Path) -> None:
-    """Take the materialised files out of a store."""
+def without_text(store: Path) -> None:
+    """Take the tokens of neighbours out of the tables of a store."""
     opened = Store.open(store)
     with writing(opened) as run:
-        gone = tuple(entry.path for entry in opened.state.files() if entry.path.startswith("materialised/"))
-        opened.commit(run, lambda _: Draft("test", remove=gone))
+        gone, add = [], []
+        for table in opened.state.names("neighbours"):
+            for entry in opened.state.group("neighbours", table).entries():
+                name = FileName.parse(entry.path)
+                about = {key: value for key, value in entry.about.items() if key != "text"}
+                gone.append(entry.path)
+                add.append(
+                    tables.write_table(
+                        store, FileName.new(run.id, name.kind, name.slot, name.extension, name.name),
+                        tables.read_table(opened, entry), database="", commit=0, path="", about=about,
+                    )
+                )  # fmt: skip
+        opened.commit(run, lambda _: Draft("test", add=tuple(add), remove=tuple(gone)))
 
 
 @pytest.mark.parametrize("erase", [False, True])
@@ -248,23 +260,20 @@ def test_a_mixture_of_tables_is_read_and_materialised_like_a_table(copies: tuple
         opened.commit(run, lambda _: Draft("test", records={"neighbours:both": {"mix": mix}}))
     plain = list(RetroDataset(training, "both", 256, batch_size=4))
     assert {number for batch in plain for number in batch["neighbour_databases"].flatten().tolist()} == {0, 1}
-    made = api.materialise(training, name="both")
-    assert (made.parts, made.k) == (2, 2)
+    assert RetroDataset(training, "both", 256, batch_size=4).materialised_parts() == (0, 2), "one table has no tokens"
+    api.neighbours(training, name="own", materialise=True)
     dataset = RetroDataset(training, "both", 256, batch_size=4)
     assert dataset.materialised_parts() == (2, 2)
     assert same(plain, list(dataset), but=())
-    assert api.materialise(training, name="both").made == 0
     mix = [{"table": "main", "weight": 1.0}, {"table": "own", "weight": 0.1}]
     with writing(opened) as run:
         opened.commit(run, lambda _: Draft("test", records={"neighbours:both": {"mix": mix}}))
     other = list(RetroDataset(training, "both", 256, batch_size=4))
-    assert not same(plain, other), "files of other weights are not read"
-    api.materialise(training, name="both")
-    assert same(other, list(RetroDataset(training, "both", 256, batch_size=4)), but=())
+    assert not same(plain, other)
     purge(database, "doc-3", "doc-9")
     purge(training, "doc-55", erase=True)
     after = list(RetroDataset(training, "both", 256, batch_size=4))
-    without_files(training)
+    without_text(training)
     assert same(after, list(RetroDataset(training, "both", 256, batch_size=4)), but=())
 
 
@@ -354,36 +363,17 @@ def test_a_database_of_other_tokens_is_refused(tmp_path: Path, tiny_encoder: Pat
     with pytest.raises(UsageError, match="one model can't read both"):
         RetroDataset(training)
     with pytest.raises(UsageError, match="one model can't read both"):
-        api.materialise(training)
+        api.neighbours(database, queries=training, materialise=True)
 
 
 def test_a_broken_file_is_an_error_that_names_it(copies: tuple[Path, Path]) -> None:
     training = copies[1]
-    path = next((training / "materialised" / "main").iterdir())
+    path = next((training / "neighbours" / "main").iterdir())
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptError, match=path.name):
         list(RetroDataset(training, sequence_length=256))
-
-
-def test_a_file_that_is_stale_is_not_read(copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    database, training = copies
-    chunk(database, encoder_of(database), make_rows(30, first=300))
-    api.index(database)
-    api.neighbours(database, queries=training)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("it is stale")
-
-    monkeypatch.setattr(files, "read_materialised", refuse)
-    dataset = RetroDataset(training, sequence_length=256)
-    assert dataset.materialised_parts() == (0, 2)
-    check_items(training, dataset)
-
-
-def encoder_of(store: Path) -> Path:
-    return Path(str(Store.open(store).state.records["encoder:tiny"]["origin"]))
 
 
 def test_retrotool_is_imported_without_torch() -> None:

@@ -190,7 +190,7 @@ def tokens_stored() -> set[tuple[int, ...]]:
     """Those that are in the files of neighbours."""
     found: set[tuple[int, ...]] = set()
     for entry in Store.open("training").state.files():
-        if entry.path.startswith(("neighbours/", "materialised/")):
+        if entry.path.startswith("neighbours/"):
             table = pq.read_table(Path("training") / entry.path)
             for name in table.column_names:
                 if pa.types.is_fixed_size_binary(table[name].type):

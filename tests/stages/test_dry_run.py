@@ -115,7 +115,7 @@ def test_a_dry_run_tells_what_an_erase_has_to_rewrite(built_store: Path, store_c
     assert touched.rows == sum(entry.rows for entry in tables)
     assert touched.tables == len(tables)
     # A part has documents, keys, chunks and embeddings.
-    assert done.files_rewritten <= 4 * touched.parts + touched.shards + touched.tables + touched.materialised
+    assert done.files_rewritten <= 4 * touched.parts + touched.shards + touched.tables
     assert touched.bytes >= sum(entry.bytes for entry in tables)
     assert 0 < touched.seconds < 60
     nothing = api.purge(store_copy, api.Selectors(document=("doc-3",)), reason="r", dry_run=True)

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 import retrotool
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import Wanted, commit_plan
-from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
-from retrotool.chunk.repeats import BY_ID, BY_TEXT, Repeats
+from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRepeats, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
 from retrotool.info.run import info, verify
@@ -186,8 +185,8 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
 
 
 def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("retrotool.chunk.repeats._LOCATED_ROWS", 3)
-    monkeypatch.setattr("retrotool.chunk.repeats._TABLE_ROWS", 4)
+    monkeypatch.setattr("retrotool.chunk.deduplicate._LOCATED_ROWS", 3)
+    monkeypatch.setattr("retrotool.chunk.deduplicate._TABLE_ROWS", 4)
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     draw = np.random.default_rng(0)
     folder = tmp_path / "inputs"
@@ -219,7 +218,7 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
     for small in range(100):
         sources = ["large", "large", "middle", f"small-{small}"]
         none = np.zeros(4, np.int64)
-        counts.add(Repeats(none, np.array([True, False, True, False]), pa.array([""] * 4), none, sources, 0))
+        counts.add(PartRepeats(none, np.array([True, False, True, False]), pa.array([""] * 4), none, sources, 0))
         assert len(counts.sources) <= 10
     assert counts.largest(2) == [("large", (100, 100)), ("middle", (0, 100))]
     assert (counts.by_id, counts.by_text) == (200, 200)

@@ -19,7 +19,7 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.choice import Wanted
 from retrotool.embed.stage import EmbedStage
-from retrotool.engine.stage import Task
+from retrotool.engine.task import Task
 from retrotool.index.run import Options
 from retrotool.info.command import _text
 from retrotool.store import parts

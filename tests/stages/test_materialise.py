@@ -1,4 +1,4 @@
-"""Materialised neighbours: made anew when and only when they must be, rewritten by an erase, never with purged text."""
+"""Tables that have the tokens of neighbours: written again when and only when they must be, never with purged text."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows
-from dataset_help import chunk, flat, make_large, same, two_stores
+from dataset_help import chunk, make_large, same, two_stores
+from test_neighbour_filters import spied
 
 import retrotool
 from retrotool import RetroDataset, api, engine
 from retrotool.errors import CorruptError, UsageError
-from retrotool.neighbours import materialise
-from retrotool.neighbours.materialise import MaterialiseStage
-from retrotool.neighbours.materialised import MaterialisedReader
+from retrotool.neighbours import retrieved
 from retrotool.neighbours.run import SearchOptions
-from retrotool.neighbours.table_reader import NeighbourReader
-from retrotool.store import folding, parts, staging
-from retrotool.store import materialised as files
+from retrotool.neighbours.stage import NeighboursStage
+from retrotool.neighbours.table_reader import NeighbourReader, TextReader
+from retrotool.store import folding, staging, tables
 from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
-from retrotool.store.runs import Run
 from retrotool.store.session import writing
 from retrotool.store.store import Store
 
@@ -46,28 +43,36 @@ def copies(stores: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def own(store_copy: Path) -> Path:
-    """A store whose neighbours are its own chunks, materialised."""
+    """A store whose neighbours are its own chunks, with their tokens."""
     api.neighbours(store_copy, materialise=True)
     return store_copy
 
 
 def entries(store: Path, name: str = "main") -> dict[str, FileEntry]:
-    group = Store.open(store).state.group("materialised", name)
+    group = Store.open(store).state.group("neighbours", name)
     return {slot: group.get(slot) for slot in group}
 
 
-def nothing(_: int) -> None:
-    """Reports to nobody."""
+def text_of(store: Path, entry: FileEntry) -> tables.NeighbourText:
+    return tables.read_text(Store.open(store), entry)
 
 
-def bytes_of(store: Path, *kinds: str) -> bytes:
-    """All values of files of some kinds, decoded."""
-    found = []
-    for entry in Store.open(store).state.files():
-        if entry.path.startswith(kinds):
-            table = pq.read_table(store / entry.path)
-            found += [b"".join(table["tokens"].to_pylist())]
-    return b"".join(found)
+def held_ids(store: Path, entry: FileEntry) -> set[int]:
+    return set(text_of(store, entry).ids.flatten().tolist())
+
+
+def text_bytes(store: Path) -> bytes:
+    """All tokens of neighbours, decoded."""
+    files = [entry for entry in Store.open(store).state.files() if entry.path.startswith("neighbours/")]
+    found = [pq.read_table(store / entry.path) for entry in files]
+    return b"".join(
+        b"".join(table["text_tokens"].to_pylist()) for table in found if "text_tokens" in table.schema.names
+    )
+
+
+def everything_of(store: Path) -> bytes:
+    chunks = [entry for entry in Store.open(store).state.files() if entry.path.startswith("chunks/")]
+    return text_bytes(store) + b"".join(b"".join(pq.read_table(store / e.path)["tokens"].to_pylist()) for e in chunks)
 
 
 def tokens_of(store: Path, ids: list[int]) -> list[bytes]:
@@ -75,19 +80,37 @@ def tokens_of(store: Path, ids: list[int]) -> list[bytes]:
     return [row.tobytes() for row in found]
 
 
+def purge_ids(store: Path, *ids: int, erase: bool = False) -> Any:
+    (store.parent / "ids").write_text("".join(f"{i}\n" for i in ids))
+    return api.purge(store, api.Selectors(ids=str(store.parent / "ids")), reason="test", erase=erase)
+
+
+def check_all(store: Path, name: str = "main") -> None:
+    """What the tables have is what they and the database give."""
+    opened = Store.open(store)
+    reader = NeighbourReader(opened, name)
+    for slot, entry in entries(store, name).items():
+        stored = tables.read_text(opened, entry)
+        found = reader.read(int(slot), stored.ids.shape[1])
+        pieces = reader.pieces(found)
+        assert (stored.ids == found.ids).all() and (stored.distances == found.distances).all()
+        assert (stored.n_tokens.reshape(-1, 2) == pieces.n_tokens).all()
+        assert (stored.tokens.reshape(pieces.tokens.shape) == pieces.tokens).all()
+
+
 def test_rows_are_the_nearest_with_their_tokens_as_other_tools_read_them(stores: tuple[Path, Path]) -> None:
     database, training = stores
     reader = retrotool.open(training)
     for part in api.info(training).parts:
-        table = pq.read_table(training / part["materialised"]["main"]["path"])
+        table = pq.read_table(training / part["neighbours"]["main"]["path"])
         assert table.num_rows == part["chunks"]["rows"]
-        tokens = np.frombuffer(b"".join(table["tokens"].to_pylist()), "<u2").reshape(-1, 2, 2, 64)
+        tokens = np.frombuffer(b"".join(table["text_tokens"].to_pylist()), "<u2").reshape(-1, 2, 2, 64)
         for row in range(table.num_rows):
             near = reader.neighbours((part["part"] << 32) + row)
-            assert table["ids"][row].as_py() == [n.id for n in near]
-            assert table["databases"][row].as_py() == [0, 0]
+            assert table["text_ids"][row].as_py() == [n.id for n in near]
+            assert table["text_distances"][row].as_py() == table["distances"][row].as_py()[:2]
             counts = [c for n in near for c in (n.chunk.n_tokens, n.continuation.n_tokens if n.continuation else 0)]
-            assert table["n_tokens"][row].as_py() == counts
+            assert table["text_n_tokens"][row].as_py() == counts
             for place, n in enumerate(near):
                 assert tokens[row, place, 0].tobytes() == tokens_of(database, [n.id])[0]
                 follows = tokens_of(database, [n.continuation.id])[0] if n.continuation else b"\0" * 128
@@ -95,33 +118,41 @@ def test_rows_are_the_nearest_with_their_tokens_as_other_tools_read_them(stores:
 
 
 def test_a_second_run_does_nothing_and_reads_nothing(
-    stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = stores[1]
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("reads a file")
-
-    monkeypatch.setattr(files, "read_materialised", refuse)
+    database, training = copies
     before = Store.open(training).state.number
-    made = api.materialise(training)
-    assert (made.made, made.k, made.parts, made.commit) == (0, 2, 2, before)
-    assert made.rows == sum(part["chunks"]["rows"] for part in api.info(training).parts)
+    monkeypatch.setattr(tables, "read_text", None)
+    monkeypatch.setattr(tables, "read_ids", None)
+    found = api.neighbours(database, queries=training, materialise=True)
+    assert (found.commit, found.materialised) == (before, True)
 
 
-def test_a_file_is_made_anew_once_its_table_is(copies: tuple[Path, Path], tiny_encoder: Path) -> None:
+def test_tables_that_are_there_get_the_tokens_and_nothing_is_searched(
+    store_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.neighbours(store_copy, name="plain")
+    before, files = api.verify(store_copy).neighbours, entries(store_copy, "plain")
+    asked = spied(monkeypatch)
+    found = api.neighbours(store_copy, name="plain", materialise=True)
+    assert (found.queries, found.materialised, asked) == (0, True, [])
+    assert api.verify(store_copy).neighbours == before
+    assert not any((store_copy / entry.path).exists() for entry in files.values())
+    check_all(store_copy, "plain")
+
+
+def test_later_runs_keep_the_tokens(copies: tuple[Path, Path], tiny_encoder: Path) -> None:
     database, training = copies
     before = entries(training)
     chunk(database, tiny_encoder, make_rows(30, first=300))
     api.index(database)
-    api.neighbours(database, queries=training)
-    after = entries(training)
-    assert after.keys() == before.keys(), "once there, it is kept up to date"
+    assert api.neighbours(database, queries=training).materialised
+    assert entries(training).keys() == before.keys()
     assert not any((training / entry.path).exists() for entry in before.values())
-    for slot, entry in after.items():
-        assert entry.about["tables"] == [Store.open(training).state.file("neighbours", slot, "main").path]
-    api.neighbours(database, queries=training, k=3, materialise=True)
-    assert {entry.about["k"] for entry in entries(training).values()} == {3}
+    check_all(training)
+    api.neighbours(database, queries=training, k=3)
+    assert {tables.text_size(entry) for entry in entries(training).values()} == {3}
+    check_all(training)
     assert api.verify(training).problems == []
 
 
@@ -129,13 +160,13 @@ def test_a_part_that_came_later_is_added(copies: tuple[Path, Path], tiny_encoder
     database, training = copies
     before = entries(training)
     chunk(training, tiny_encoder, make_rows(5, first=300))
-    result = api.neighbours(database, queries=training, materialise=True)
+    api.neighbours(database, queries=training)
     after = entries(training)
     assert {slot: after[slot] for slot in before} == before and len(after) == 3
-    assert result.materialised.made == after["000002"].rows
+    check_all(training)
 
 
-def test_only_parts_that_hold_what_was_purged_are_made_anew(copies: tuple[Path, Path]) -> None:
+def test_only_tables_that_have_what_was_purged_are_written_again(copies: tuple[Path, Path]) -> None:
     database, training = copies
     ids = {slot: held_ids(training, entry) for slot, entry in entries(training).items()}
     everything = set().union(*ids.values())
@@ -144,27 +175,20 @@ def test_only_parts_that_hold_what_was_purged_are_made_anew(copies: tuple[Path, 
     )
     before = entries(training)
     purge_ids(database, unused)
-    assert api.materialise(training).made == 0
+    api.neighbours(database, queries=training)
     assert entries(training) == before, "it changed nothing that matters"
     victim = next(i for i in ids["000000"] if not {i, i - 1} & ids["000001"])
     purge_ids(database, victim)
-    made = api.materialise(training)
-    assert made.made == before["000000"].rows
-    assert entries(training)["000001"] == before["000001"]
-    assert victim not in held_ids(training, entries(training)["000000"])
-    assert api.materialise(training).made == 0
+    assert api.neighbours(database, queries=training).queries == 0
+    after = entries(training)
+    assert after["000001"] == before["000001"] and after["000000"] != before["000000"]
+    assert victim not in held_ids(training, after["000000"])
+    check_all(training)
+    api.neighbours(database, queries=training)
+    assert entries(training) == after
 
 
-def held_ids(store: Path, entry: FileEntry) -> set[int]:
-    return set(files.read_materialised(Store.open(store), entry, tokens=False).ids.flatten().tolist())
-
-
-def purge_ids(store: Path, *ids: int, erase: bool = False) -> Any:
-    (store.parent / "ids").write_text("".join(f"{i}\n" for i in ids))
-    return api.purge(store, api.Selectors(ids=str(store.parent / "ids")), reason="test", erase=erase)
-
-
-def test_a_purge_of_a_continuation_alone_makes_the_file_anew(copies: tuple[Path, Path]) -> None:
+def test_a_purge_of_a_continuation_alone_is_seen(copies: tuple[Path, Path]) -> None:
     database, training = copies
     everything = set().union(*(held_ids(training, entry) for entry in entries(training).values()))
     reader = retrotool.open(database)
@@ -172,88 +196,55 @@ def test_a_purge_of_a_continuation_alone_makes_the_file_anew(copies: tuple[Path,
         c.id for i in sorted(everything) if (c := reader.continuation(i)) is not None and c.id not in everything
     )
     trace = tokens_of(database, [victim])[0]
-    assert trace in bytes_of(training, "materialised")
+    assert trace in text_bytes(training)
     purge_ids(database, victim)
-    assert api.materialise(training).made > 0
-    assert trace not in bytes_of(training, "materialised")
-    assert api.materialise(training).made == 0
+    api.neighbours(database, queries=training)
+    assert trace not in text_bytes(training)
+    check_all(training)
 
 
-def test_what_an_earlier_file_has_is_copied_and_not_read_again(
+def test_tokens_that_the_table_before_has_are_copied(
     copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database, training = copies
     victim = min(held_ids(training, entries(training)["000000"]))
     purge_ids(database, victim)
     asked = []
-    pieces = NeighbourReader.pieces
+    read = retrieved.read_pieces
 
-    def counted(reader: NeighbourReader, found: Any, into: Any = None) -> Any:
-        asked.append(int((found.ids >= 0).any(axis=1).sum()))
-        return pieces(reader, found, into)
+    def counted(store: Any, tombstones: Any, ids: Any, into: Any = None) -> Any:
+        asked.append(int((ids >= 0).sum()))
+        return read(store, tombstones, ids, into)
 
-    monkeypatch.setattr(NeighbourReader, "pieces", counted)
-    api.materialise(training)
+    monkeypatch.setattr(retrieved, "read_pieces", counted)
+    api.neighbours(database, queries=training)
     monkeypatch.undo()
     assert 0 < sum(asked) < entries(training)["000000"].rows
     check_all(training)
 
 
-def check_all(store: Path, name: str = "main") -> None:
-    """All files are what the tables and the databases give."""
-    opened = Store.open(store)
-    reader = NeighbourReader(opened, name)
-    for slot, entry in entries(store, name).items():
-        stored = files.read_materialised(opened, entry)
-        found = reader.read(int(slot), stored.ids.shape[1])
-        pieces = reader.pieces(found)
-        assert (stored.ids == found.ids).all() and (stored.databases == found.databases).all()
-        assert (stored.n_tokens.reshape(-1, 2) == pieces.n_tokens).all()
-        assert (stored.tokens.reshape(pieces.tokens.shape) == pieces.tokens).all()
-
-
 def test_blocks_of_several_row_groups_and_of_one_give_the_same(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make_large(tmp_path / "store", tiny_encoder, [20_000, 9000])
-    api.materialise(store)
+    store = make_large(tmp_path / "store", tiny_encoder, [20_000, 9000], text=True)
     check_all(store)
     groups = [pq.read_metadata(store / entry.path).row_group(0).num_rows for entry in entries(store).values()]
     assert groups == [8192, 8192]
-    sums = {slot: entry.sha256 for slot, entry in entries(store).items()}
-    other = make_large(tmp_path / "other", tiny_encoder, [20_000, 9000])
-    monkeypatch.setattr(materialise, "BLOCK_BYTES", 1)
-    api.materialise(other)
-    assert {slot: entry.sha256 for slot, entry in entries(other).items()} == sums
-    api.materialise(store, workers=2)
-
-
-def test_several_processes_share_the_parts(tmp_path: Path, tiny_encoder: Path) -> None:
-    store = make_large(tmp_path / "store", tiny_encoder, [900, 800, 700, 600])
-    made = api.materialise(store, workers=2)
-    assert (made.parts, made.made) == (4, 3000)
-    check_all(store)
-
-
-def test_a_store_without_tables_is_told_how_to_make_them(store_copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no neighbours 'none'") as error:
-        api.materialise(store_copy, name="none")
-    assert "retrotool neighbours" in error.value.advice
+    monkeypatch.setattr(retrieved, "BLOCK_BYTES", 1)
+    other = make_large(tmp_path / "other", tiny_encoder, [20_000, 9000], text=True)
+    for slot, entry in entries(other).items():
+        assert pq.read_table(other / entry.path).equals(pq.read_table(store / entries(store)[slot].path))
 
 
 # Purges and erases
 
 
-def everything_of(store: Path) -> bytes:
-    return bytes_of(store, "chunks", "materialised")
-
-
-def test_an_erase_in_the_same_store_zeroes_slots_and_keeps_the_file_current(own: Path) -> None:
+def test_an_erase_in_the_same_store_zeroes_slots(own: Path) -> None:
     options = {"sequence_length": 256, "batch_size": 8}
     reader = retrotool.open(own)
     victims = reader.document("doc-9") + reader.document("doc-30")
     traces = tokens_of(own, victims)
-    assert all(trace in bytes_of(own, "materialised") for trace in traces[:2])
+    assert all(trace in text_bytes(own) for trace in traces[:2])
     purge_ids(own, *victims)
     masked = list(RetroDataset(own, **options))
     result = api.purge(own, api.Selectors(ids=str(own.parent / "ids")), reason="test", erase=True)
@@ -263,17 +254,14 @@ def test_an_erase_in_the_same_store_zeroes_slots_and_keeps_the_file_current(own:
     assert any(-2 in held_ids(own, entry) for entry in entries(own).values())
     assert result.files_rewritten >= len(entries(own))
     dataset = RetroDataset(own, **options)
-    assert dataset.materialised_parts() == (4, 4), "the tables were rewritten, too, and are the same tables"
+    assert dataset.materialised_parts() == (4, 4)
     assert same(masked, list(dataset), but=())
     assert api.verify(own).problems == []
-    for part in api.info(own).parts:
-        rows = [i & 0xFFFFFFFF for i in victims if i >> 32 == part["part"]]
-        table = pq.read_table(own / part["materialised"]["main"]["path"])
-        for row in rows:
-            assert table["ids"][row].as_py() == [-1, -1]
-            assert not any(table["tokens"][row].as_py())
-    made = api.materialise(own)
-    assert made.made > 0
+    for slot, entry in entries(own).items():
+        rows = [i & 0xFFFFFFFF for i in victims if i >> 32 == int(slot)]
+        text = text_of(own, entry)
+        assert (text.ids[rows] == -1).all() and not text.tokens[rows].any() and not text.n_tokens[rows].any()
+    api.neighbours(own)
     assert same(masked, list(RetroDataset(own, **options)), but=())
     check_all(own)
 
@@ -290,68 +278,63 @@ def test_an_erase_of_a_continuation_leaves_the_neighbour(own: Path) -> None:
     assert api.verify(own).problems == []
 
 
-def test_a_mixture_is_materialised_with_its_tables_and_its_databases_know(
-    copies: tuple[Path, Path], tiny_encoder: Path
-) -> None:
+def test_each_table_of_a_mixture_has_the_tokens(copies: tuple[Path, Path], tiny_encoder: Path) -> None:
     database, training = copies
     books = chunk(database.with_name("books"), tiny_encoder, make_rows(20, first=400))
     search = SearchOptions(exact=True)
-    result = api.neighbours(
-        database, queries=training, name="both", databases=[(books, 2.0)], search=search, materialise=True
-    )
-    assert result.materialised is not None and result.materialised.parts == 2
-    check_all(training, "both")
-    stored = files.read_materialised(Store.open(training), entries(training, "both")["000000"])
-    assert set(stored.databases.flatten().tolist()) == {0, 1}
-    assert api.materialise(training, name="both").made == 0
-    victim = int(stored.ids[stored.databases == 1][0])
+    options = {"queries": training, "name": "both", "search": search}
+    api.neighbours(database, databases=[(books, 2.0)], materialise=True, **options)
+    reader = NeighbourReader(Store.open(training), "both")
+    rows = TextReader(reader, 2)
+    assert rows.has_text(0)
+    given = rows.read([(0, 0)])
+    assert set(given.databases.flatten().tolist()) == {0, 1}
+    found = reader.read(0, 2)
+    pieces = reader.pieces(found)
+    assert (given.ids == found.ids).all() and (given.databases == found.databases).all()
+    assert (given.tokens.reshape(pieces.tokens.shape) == pieces.tokens).all()
+    assert (given.n_tokens.reshape(-1, 2) == pieces.n_tokens).all()
+    before = {table: entries(training, table) for table in ("both.database", "both.books")}
+    api.neighbours(database, databases=[(books, 0.5)], **options)
+    assert {table: entries(training, table) for table in before} == before, "weights change no file"
+    victim = int(given.ids[given.databases == 1][0])
     trace = tokens_of(books, [victim])[0]
-    assert trace in bytes_of(training, "materialised")
+    assert trace in text_bytes(training)
     (one,) = purge_ids(books, victim, erase=True).dependents
     assert one.table == "both.books"
-    api.neighbours(database, queries=training, name="both", search=search)
-    assert trace not in bytes_of(training, "materialised")
+    api.neighbours(database, **options)
+    assert trace not in text_bytes(training)
     assert api.verify(training).problems == []
-
-
-def test_files_of_parts_that_have_no_table_any_more_go(own: Path) -> None:
-    store = Store.open(own)
-    with writing(store) as run:
-        gone = store.state.part_file("neighbours", 1, "main")
-        assert gone is not None
-        store.commit(run, lambda _: Draft("test", remove=(gone.path,)))
-    assert api.materialise(own).parts == 3
-    assert "000001" not in entries(own)
 
 
 def test_an_erase_of_the_training_text_empties_its_rows(copies: tuple[Path, Path]) -> None:
     training = copies[1]
     victims = retrotool.open(training).document("doc-55")
     purge_ids(training, *victims, erase=True)
-    reader = Store.open(training)
     for slot, entry in entries(training).items():
-        stored = files.read_materialised(reader, entry)
+        stored = text_of(training, entry)
         rows = [i & 0xFFFFFFFF for i in victims if i >> 32 == int(slot)]
         assert (stored.ids[rows] == -1).all() and not stored.tokens[rows].any() and not stored.n_tokens[rows].any()
-        others = np.delete(np.arange(len(stored)), rows)
+        others = np.delete(np.arange(len(stored.ids)), rows)
         assert (stored.ids[others] >= 0).all()
     assert api.verify(training).problems == []
 
 
-def perform_late(
-    store: Store, run: Run, part: int, between: Callable[[], object], name: str = "main"
-) -> folding.Folded:
-    """Do a part's task, and let something happen before it is committed."""
-    stage = MaterialiseStage(name)
-    (task,) = (task for task in stage.plan(store) if task.inputs["part"] == part)
-    late = stage.open(store)(task, run.id, nothing)
-    between()
-    staging.stage(store.root, late)
-    return folding.fold(store, run)
+def perform_late(store: Store, name: str, between: Callable[[], object]) -> folding.Folded:
+    """Do the task of part 0, and let something happen before it is committed; then do all tasks."""
+    stage = NeighboursStage(str(store.root), "main", name, 2, 2, text=True)
+    with writing(store) as run:
+        (task,) = (task for task in stage.plan(store) if task.inputs["part"] == 0)
+        late = stage.open(store)(task, run.id, lambda _: None)
+        between()
+        staging.stage(store.root, late)
+        folded = folding.fold(store, run)
+        engine.execute(stage, store, run)
+    return folded
 
 
-def test_what_was_materialised_before_a_purge_of_the_same_store_is_not_committed_after_it(store_copy: Path) -> None:
-    """Also of a continuation alone: no table of the part names it, so none is rewritten by the erase."""
+def test_tokens_that_were_read_before_an_erase_are_not_committed_after_it(store_copy: Path) -> None:
+    """Also of a continuation alone: no table names it, so none is rewritten by the erase."""
     api.neighbours(store_copy, name="few", saved=2)
     reader = retrotool.open(store_copy)
     named = {
@@ -360,63 +343,29 @@ def test_what_was_materialised_before_a_purge_of_the_same_store_is_not_committed
     near = {n.id for i in reader.chunk_ids(0).tolist() for n in reader.neighbours(i, "few")}
     victim = next(c.id for i in sorted(near) if (c := reader.continuation(i)) is not None and c.id not in named)
     trace = tokens_of(store_copy, [victim])[0]
-    store = Store.open(store_copy)
-    with writing(store) as run:
-        folded = perform_late(store, run, 0, lambda: purge_ids(store_copy, victim, erase=True), "few")
-        assert list(folded.refused.values()) == ["chunks were purged meanwhile"]
-        assert not folded.committed
-        engine.execute(MaterialiseStage("few"), store, run)
+    folded = perform_late(Store.open(store_copy), "few", lambda: purge_ids(store_copy, victim, erase=True))
+    assert folded.refused and not folded.committed
     assert trace not in everything_of(store_copy)
     check_all(store_copy, "few")
 
 
-def test_a_purge_in_another_store_while_a_file_is_written_is_seen(
-    copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_a_database_of_other_tokens_is_refused(
+    tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path, copies: tuple[Path, Path]
 ) -> None:
-    database, training = copies
-    victim = max(held_ids(training, entries(training)["000000"]))
-    trace = tokens_of(database, [victim])[0]
-    write, done = files.write_materialised, []
+    from conftest import write_jsonl
 
-    def write_slowly(*arguments: Any, **options: Any) -> FileEntry:
-        entry = write(*arguments, **options)
-        if not done:
-            done.append(entry.path)
-            purge_ids(database, victim, erase=True)
-        return entry
-
-    monkeypatch.setattr(files, "write_materialised", write_slowly)
-    api.neighbours(database, queries=training, k=3)
-    assert done and not (training / done[0]).exists()
-    assert trace not in bytes_of(training, "materialised")
-    check_all(training)
+    database = tmp_path / "bytes"
+    api.chunk(database, [str(write_jsonl(tmp_path / "c.jsonl", make_rows(10)))], tokenizer=str(byte_level_tokenizer))
+    api.embed(database, encoder=str(tiny_encoder))
+    with pytest.raises(UsageError, match="one model can't read both"):
+        api.neighbours(database, queries=copies[1], name="bytes", materialise=True)
+    assert "neighbours:bytes" not in Store.open(copies[1]).state.records
 
 
-def test_a_table_that_is_computed_again_meanwhile_is_materialised_again(store_copy: Path) -> None:
-    api.index(store_copy, name="other")
-    store = Store.open(store_copy)
-    with writing(store) as run:
-        folded = perform_late(store, run, 1, lambda: api.neighbours(store_copy, index="other"))
-        assert list(folded.refused) and not folded.committed
-        engine.execute(MaterialiseStage("main"), store, run)
-    check_all(store_copy)
-
-
-# What is on the disk
-
-
-def test_files_of_other_columns_are_corrupt(stores: tuple[Path, Path], tmp_path: Path) -> None:
+def test_files_of_other_columns_are_corrupt(stores: tuple[Path, Path]) -> None:
     opened = Store.open(stores[1])
     entry = next(iter(entries(stores[1]).values()))
-    other = FileEntry(entry.path, entry.rows, entry.bytes, entry.sha256, {**entry.about, "k": 3})
-    with pytest.raises(CorruptError, match="does not hold 3 neighbours"):
-        files.read_materialised(opened, other)
-    assert files.read_materialised(opened, entry).nearest(1).tokens.shape == (entry.rows, 1, 2, 64)
-
-
-def test_a_plain_row_is_read_through_the_tables(stores: tuple[Path, Path]) -> None:
-    reader = NeighbourReader(Store.open(stores[1]), "main")
-    found = MaterialisedReader(reader, 2).read([(0, 0), (1, 0)])
-    rows = [parts.part_entry(reader.store, "chunks", part).rows for part in (0, 1)]
-    assert len(found) == sum(rows)
-    assert len(flat([])) == 0
+    other = FileEntry(entry.path, entry.rows, entry.bytes, entry.sha256, {**entry.about, "text": 3})
+    with pytest.raises(CorruptError, match="does not have tokens of 3 neighbours"):
+        tables.read_text(opened, other)
+    assert tables.read_text(opened, entry).nearest(1).tokens.shape == (entry.rows, 1, 2, 64)

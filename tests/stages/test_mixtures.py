@@ -16,7 +16,7 @@ import retrotool
 from retrotool import api, engine
 from retrotool.errors import UsageError
 from retrotool.neighbours import weighted
-from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.store.log import Draft

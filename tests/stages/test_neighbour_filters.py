@@ -25,8 +25,7 @@ from retrotool.errors import UsageError
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.run import Options
 from retrotool.index.searching import Database
-from retrotool.neighbours import neighbour_filters
-from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 
 EXACT = SearchOptions(exact=True)
@@ -211,7 +210,7 @@ def test_of_a_chunk_with_many_copies_more_and_more_are_searched(
 
 
 def test_up_to_a_bound(many_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbour_filters, "MOST", 16)
+    monkeypatch.setattr("retrotool.neighbours.filters.MOST", 16)
     api.neighbours(many_copies, saved=4, filters=FilterOptions(near_copies=True))
     ids = saved_neighbours(many_copies)[0]
     reader = retrotool.open(many_copies)

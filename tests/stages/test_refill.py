@@ -20,7 +20,7 @@ from retrotool.ann.choice import Wanted
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.run import Options
 from retrotool.index.searching import Database
-from retrotool.neighbours.neighbour_options import FilterOptions
+from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import NeighboursResult, SearchOptions
 from retrotool.store import tables
 from retrotool.store.store import Store

@@ -17,15 +17,9 @@ import retrotool
 from retrotool import RetroDataset, api
 from retrotool.ann.choice import Wanted
 from retrotool.index.run import Options
-from retrotool.neighbours.materialise import MaterialiseStage
-from retrotool.neighbours.neighbour_options import FilterOptions
-from retrotool.purge import undo as restoring
-from retrotool.purge.commit import commit_purge
-from retrotool.purge.select import select
+from retrotool.neighbours.filters import FilterOptions
 from retrotool.purge.undo_text import show_restored
-from retrotool.store import folding, staging
 from retrotool.store.restored import restored_chunks
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -46,26 +40,24 @@ def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Pa
     assert exported("between") != rows and trained() != items
     back(store_copy, purged)
     assert exported("after") == rows and trained() == items
-    assert api.materialise(store_copy).made == 0, "what is materialised is as it was"
+    before = Store.open(store_copy).state.number
+    assert api.neighbours(store_copy).commit == before, "what is materialised is as it was"
 
 
-def test_what_was_materialised_meanwhile_is_not_fresh(store_copy: Path) -> None:
+def test_what_was_materialised_meanwhile_is_not_read(store_copy: Path) -> None:
     api.neighbours(store_copy, materialise=True)
     dataset = RetroDataset(store_copy, sequence_length=256, shuffle=False)
     before = [item["neighbours"].tolist() for item in dataset]
     purged = purge(store_copy, "doc-7").purge
-    assert api.materialise(store_copy).made > 0
-    result = back(store_copy, purged)
-    (told,) = result.tables
-    assert told.parts == 0 and told.materialised > 0 and told.command.endswith("--materialise")
-    shown = api.info(store_copy).materialised["main"]
-    assert shown["current"] == shown["parts"] - told.materialised
+    number = Store.open(store_copy).state.number
+    assert api.neighbours(store_copy).commit > number, "text of it was taken out"
+    (told,) = back(store_copy, purged).tables
+    assert told.parts > 0
     again = RetroDataset(store_copy, sequence_length=256, shuffle=False)
-    assert [item["neighbours"].tolist() for item in again] == before, "what is not fresh is not used"
-    assert api.materialise(store_copy).made > 0
-    shown = api.info(store_copy).materialised["main"]
-    assert shown["current"] == shown["parts"]
-    assert api.materialise(store_copy).made == 0
+    assert [item["neighbours"].tolist() for item in again] == before
+    api.neighbours(store_copy)
+    again = RetroDataset(store_copy, sequence_length=256, shuffle=False)
+    assert again.materialised_parts() == (4, 4) and [item["neighbours"].tolist() for item in again] == before
     assert verified(store_copy)
 
 
@@ -202,21 +194,6 @@ def test_rows_of_queries_alone_are_filled_again(store_copy: Path, tmp_path: Path
     assert api.neighbours(store_copy, queries=queries, name="theirs").queries == ours.chunks
     api.neighbours(store_copy, queries=queries, name="anew")
     assert near(queries, "theirs") == near(queries, "anew")
-
-
-def test_what_is_staged_is_not_committed_over_a_purge_after_a_restore(store_copy: Path) -> None:
-    """As many files of tombstones as when it was begun, and yet others."""
-    first = purge(store_copy, "doc-7").purge
-    store, stage = Store.open(store_copy), MaterialiseStage()
-    with writing(store) as run:
-        for task in stage.plan(store):
-            staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
-        restoring.commit_restore(store, run, restoring.weigh(store, first), "test", "me")
-        selected = select(store, api.Selectors(document=("doc-8",)).read(store))
-        commit_purge(store, run, selected, "test", "me")
-        assert len(store.state.group("tombstones")) == 1
-        folded = folding.fold(store, run)
-        assert folded.refused and not folded.committed
 
 
 def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path, tiny_encoder: Path) -> None:

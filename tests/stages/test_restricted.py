@@ -21,7 +21,7 @@ from retrotool.ann.codes import Whole
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.index.source_filter import AllowedChunks, find_sources, probes, source_names
-from retrotool.neighbours.neighbour_filters import Filters
+from retrotool.neighbours.filters import Filters
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store.store import Store
 

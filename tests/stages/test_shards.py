@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import api
-from retrotool.engine.stage import Task, own_first
+from retrotool.engine.task import Task, own_first
 from retrotool.store import claims, log
 from retrotool.store.runs import Run
 from retrotool.store.store import Store

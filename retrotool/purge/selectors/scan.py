@@ -26,7 +26,7 @@ import orjson
 import pyarrow as pa
 
 from retrotool import interrupts
-from retrotool.engine.stage import Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
 from retrotool.purge.selectors.document_text import BLOCK_ROWS, Block, Decoder, blocks_of
 from retrotool.purge.selectors.selector import Matcher, ReadsMore, Selector, TakesFewRows

@@ -1,9 +1,10 @@
-"""Running tasks in local worker processes, spawned: they share nothing with their parent but the store.
+"""Running tasks on this machine: one after another in this process, or in spawned worker processes.
 
-Each worker is a pool of one process, which is given one task at a time. So if a process is killed (out of memory,
-perhaps), it is known which task it was at, that task alone has failed, and the other workers go on while a new process
-takes its place. Each worker keeps to its share of the cores, and has a pipe of its own by which it tells of its
-progress: one that is killed while it writes holds no lock. With Ctrl-C, or when the parent dies, they end.
+Processes share nothing with their parent but the store. Each worker is a pool of one process, which is given one task
+at a time. So if a process is killed (out of memory, perhaps), it is known which task it was at, that task alone has
+failed, and the other workers go on while a new process takes its place. Each worker keeps to its share of the cores,
+and reports through a separate pipe: one that is killed while it writes holds no lock. With Ctrl-C, or when the parent
+dies, they end.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from retrotool import interrupts
-from retrotool.engine.progress import Progress, Told
-from retrotool.engine.stage import PerWorker, Stage, Task, Worker
-from retrotool.engine.task import Ended, Enough, Failures, OpenError, Telling, perform
+from retrotool.engine.progress import Progress
+from retrotool.engine.task import PerWorker, Stage, Task, Update, Worker, perform_reporting
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -35,11 +33,17 @@ WAIT_SECONDS = 30.0
 """How long to wait for a task to end before the caller is given its turn."""
 _LISTEN_SECONDS = 5.0
 
-_worker: tuple[Worker | Exception, Path, str, Callable[[Told], object]] | None = None
+_worker: tuple[Worker | Exception, Path, str, Update] | None = None
 """What a worker process was opened with; a process pool has no other place for it."""
 
 
-def _open_worker(stage: Stage, root: Path, run: str, told: Connection[Told, Any], number: int, threads: int) -> None:
+class OpenError(Exception):
+    """A worker process could not be opened, for the reason in ``args[0]``: no task is to blame, none would be done."""
+
+
+def _open_worker(
+    stage: Stage, root: Path, run: str, pipe: Connection[tuple[int, int, str], Any], number: int, threads: int
+) -> None:
     global _worker
     _keep_to_share(number, threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -53,7 +57,7 @@ def _open_worker(stage: Stage, root: Path, run: str, told: Connection[Told, Any]
         opened = own.open(Store.open(root))
     except Exception as error:  # a pool would tell of a broken process, and not why
         opened = error
-    _worker = (opened, root, run, told.send)
+    _worker = (opened, root, run, lambda *update: pipe.send(update))
 
 
 def _keep_to_share(number: int, threads: int) -> None:
@@ -78,52 +82,70 @@ def _follow_parent() -> None:
 
 def _do(task: Task) -> Staged | None:
     assert _worker is not None
-    worker, root, run, tell = _worker
+    worker, root, run, update = _worker
     if isinstance(worker, Exception):
         raise OpenError(worker)
-    report = Telling(worker, task, tell)
-    with report.telling():
-        staged = perform(worker, root, task, run, report)
-    if staged is None:
-        report.fell_to_others()
-    return staged
+    return perform_reporting(worker, root, task, run, update)
 
 
-def run_in_processes(
-    stage: Stage,
-    store: Store,
-    run: Run,
-    tasks: Sequence[Task],
-    workers: int,
-    failures: Failures,
-    progress: Progress,
-    enough: Enough | None,
-    now_and_then: Callable[[], None],
-) -> None:
-    """Run tasks in ``workers`` processes, in their order; ``now_and_then`` is called between them.
+class Pool(Protocol):
+    """Workers that are given tasks; a context manager, which kills tasks that have begun if it is left by an error."""
 
-    Raises ``Ended`` if one was enough, once those that had begun are finished.
-    """
-    waiting = deque(tasks)
-    ended = False
-    with _Workers(stage, store, run, workers, progress) as pool:
-        while waiting or pool.busy:
-            while waiting and pool.idle and not ended:
-                pool.begin(waiting.popleft())
-            for task, future in pool.finished():
-                error = future.exception()
-                if error is not None:
-                    if failures.note(task, error):
-                        waiting.appendleft(task)
-                elif enough is not None and (staged := future.result()) is not None and enough(staged):
-                    ended = True
-            interrupts.check()
-            if ended and not pool.busy:
-                raise Ended
-            now_and_then()
+    @property
+    def is_idle(self) -> bool:
+        """Whether a worker has no task."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task was begun that ``finished`` has not given."""
+
+    def begin(self, task: Task) -> None:
+        """Give a task to an idle worker."""
+
+    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+        """Wait for tasks to end, ``WAIT_SECONDS`` at most, and give those that have."""
 
 
-class _Workers:
+@contextlib.contextmanager
+def open_pool(stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> Iterator[Pool]:
+    """So many worker processes, or this process if it is one."""
+    if workers == 1:
+        yield _Here(stage, store, run, progress)
+        return
+    with _Processes(stage, store, run, workers, progress) as pool:
+        yield pool
+
+
+class _Here:
+    """A pool of this process alone: a task is done when it is begun."""
+
+    def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
+        self._worker, self._arguments, self._progress = stage.open(store), (store.root, run.id), progress
+        self._done: list[tuple[Task, Future[Staged | None]]] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._done
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._done)
+
+    def begin(self, task: Task) -> None:
+        root, run = self._arguments
+        future: Future[Staged | None] = Future()
+        try:
+            future.set_result(perform_reporting(self._worker, root, task, run, self._progress.update))
+        except Exception as error:
+            future.set_exception(error)
+        self._done.append((task, future))
+
+    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+        done, self._done = self._done, []
+        yield from done
+
+
+class _Processes:
     """Worker processes, each a pool of one; a context manager."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
@@ -134,42 +156,50 @@ class _Workers:
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}
-        self.idle = list(reversed(range(workers)))
+        self._idle = list(reversed(range(workers)))
         """Workers without a task, the first one last."""
-        self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}
+        self._busy: dict[Future[Staged | None], tuple[int, Task]] = {}
         self._listening: list[threading.Thread] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return bool(self._idle)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._busy)
 
     def begin(self, task: Task) -> None:
         """Give a task to an idle worker, started if it is not running."""
-        number = self.idle.pop()
+        number = self._idle.pop()
         with _interrupts_put_off():
             if number in self._pools:
-                self.busy[self._pools[number].submit(_do, task)] = (number, task)
+                self._busy[self._pools[number].submit(_do, task)] = (number, task)
                 return
-            heard, told = self._context.Pipe(duplex=False)
-            arguments = (*self._arguments, told, number, self._threads)
+            reported, pipe = self._context.Pipe(duplex=False)
+            arguments = (*self._arguments, pipe, number, self._threads)
             pool = self._pools[number] = ProcessPoolExecutor(1, self._context, _open_worker, arguments)
-            self.busy[pool.submit(_do, task)] = (number, task)
-            told.close()  # the process has its own end of it by now; when that is closed, there is nothing to hear
-            self._listening.append(threading.Thread(target=self._progress.listen, args=(heard,), daemon=True))
+            self._busy[pool.submit(_do, task)] = (number, task)
+            pipe.close()  # the process has its own end of it by now; when that is closed, there is nothing to hear
+            self._listening.append(threading.Thread(target=self._progress.listen, args=(reported,), daemon=True))
             self._listening[-1].start()
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
-        """Wait for tasks to end, and give those that have; a worker that was killed will be started anew."""
-        done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        """Wait for tasks to end, and give those that have; a worker that was killed will be started again."""
+        done, _ = concurrent.futures.wait(self._busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
         for future in done:
-            number, task = self.busy.pop(future)
+            number, task = self._busy.pop(future)
             if isinstance(future.exception(), BrokenProcessPool):
                 self._pools.pop(number).shutdown(wait=False)
-            self.idle.append(number)
+            self._idle.append(number)
             yield task, future
 
-    def __enter__(self) -> _Workers:
+    def __enter__(self) -> _Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Shut down; on an error without waiting for tasks that have begun, which are killed."""
-        killed = kind is not None and kind is not Ended
+        killed = kind is not None
         processes = [process for pool in self._pools.values() for process in (pool._processes or {}).values()]
         for pool in self._pools.values():
             pool.shutdown(wait=not killed, cancel_futures=True)

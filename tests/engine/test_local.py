@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from retrotool.engine import processes
+from retrotool.engine import local
 
 
 def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> None:
@@ -20,7 +20,7 @@ def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> N
     other.start()  # with Ctrl-C unblocked
     whole = False
     try:
-        with pytest.raises(KeyboardInterrupt), processes._interrupts_put_off():
+        with pytest.raises(KeyboardInterrupt), local._interrupts_put_off():
             os.kill(os.getpid(), signal.SIGINT)
             end = time.monotonic() + 0.5  # the other thread takes its time to get it
             while time.monotonic() < end:

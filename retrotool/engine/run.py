@@ -1,0 +1,155 @@
+"""Who runs tasks: this process, or local worker processes.
+
+``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under
+it is simply done again. A failed task is tried three times; the others go on. A stage may say what to stage for one
+that fails for good (``GivesUp``): others would wait for it. Workers are spawned, and get the stage, the store's path
+and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and the rest is dropped.
+
+Several runs may do one stage's work at a time: a task that is to be ``claimed`` is left alone while another is at it.
+
+With few tasks the largest are begun first, so that no worker is left alone with one at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from retrotool import interrupts
+from retrotool.engine.local import OpenError, open_pool
+from retrotool.engine.progress import Progress
+from retrotool.engine.task import GivesUp, Stage, Task
+from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
+from retrotool.store import claims, folding, staging
+from retrotool.store.runs import Run
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+
+ATTEMPTS = 3
+FOLD_SECONDS = 30.0
+Enough = Callable[[Staged], bool]
+"""Called with every finished task; True ends the run after the tasks that have begun."""
+_FATAL = (StorageError, AbortError, KeyboardInterrupt)
+_NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)
+"""Errors that are reported as they are, or may not occur when the command runs again: no task is given up for them."""
+_FEW = 8
+"""Tasks a worker up to which they are begun by size."""
+
+
+@dataclass(slots=True)
+class Failures:
+    """Attempts a task took, and the last error of those that are given up."""
+
+    attempts: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, BaseException] = field(default_factory=dict)
+
+    def note(self, task: Task, error: BaseException) -> bool:
+        """Count a failure; True if the task should be tried again."""
+        if isinstance(error, OpenError):
+            raise error.args[0] from None
+        if isinstance(error, _FATAL):
+            raise error
+        if isinstance(error, ErasedError):
+            return False  # what it read was removed by another process: it is planned again, if it is still to be done
+        self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
+        # What is wrong with the data or the settings will be wrong again.
+        if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
+            return True
+        self.given_up[task.key] = error
+        return False
+
+
+def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
+    """Do all of a stage's work on a store, and commit it; less if a finished task is ``enough``.
+
+    What other live runs are at is left to them. Raises the error of the first task that failed for good, once all the
+    others are done; ``TaskError`` if it was no error of ours.
+    """
+    failures = Failures()
+    known: dict[str, Task] = {}
+    refused: dict[str, int] = {}
+    ended = False
+    try:
+        while not ended:
+            interrupts.check()
+            folding.fold(store, run)
+            store.refresh()
+            tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
+            if any(task.claimed for task in tasks):
+                held = claims.held(store.root, run.id)
+                tasks = [task for task in tasks if task.key not in held]
+            if not tasks:
+                break
+            known.update((task.key, task) for task in tasks)
+            ended = _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures, enough)
+            for key in failures.given_up:
+                claims.release(store.root, key, run.id)  # a worker that was killed could not
+            ended |= _give_up(stage, store, run, known, failures, enough)
+            for key, reason in folding.fold(store, run).refused.items():
+                refused[key] = refused.get(key, 0) + 1
+                if refused[key] >= ATTEMPTS:
+                    label = known[key].label if key in known else key
+                    failures.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
+    except KeyboardInterrupt:
+        folding.fold(store, run)
+        raise
+    for key, error in failures.given_up.items():
+        if isinstance(error, RetrotoolError):
+            raise error
+        raise TaskError(
+            f"{stage.name}: {known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
+            "What the other tasks did is committed. Run the same command again to try the rest.",
+        ) from error
+
+
+def _run_tasks(
+    stage: Stage,
+    store: Store,
+    run: Run,
+    tasks: Sequence[Task],
+    workers: int,
+    failures: Failures,
+    enough: Enough | None,
+) -> bool:
+    """Run tasks in their order, and commit now and then; whether one was enough, once those that had begun are done."""
+    if workers > 1 and len(tasks) <= _FEW * workers and not tasks[0].claimed:
+        tasks = sorted(tasks, key=lambda task: -task.weight)
+    waiting = deque(tasks)
+    ended = False
+    folded = time.monotonic()
+    progress = Progress(stage.name, stage.unit, sum(task.weight for task in tasks))
+    with progress, open_pool(stage, store, run, workers, progress) as pool:
+        while pool.is_busy or (waiting and not ended):
+            while waiting and pool.is_idle and not ended:
+                interrupts.check()
+                pool.begin(waiting.popleft())
+            for task, future in pool.finished():
+                error = future.exception()
+                if error is not None:
+                    if failures.note(task, error):
+                        waiting.appendleft(task)
+                elif enough is not None and (staged := future.result()) is not None:
+                    ended |= enough(staged)
+            interrupts.check()
+            if time.monotonic() - folded > FOLD_SECONDS:
+                folding.fold(store, run)
+                folded = time.monotonic()
+    return ended
+
+
+def _give_up(
+    stage: Stage, store: Store, run: Run, known: dict[str, Task], failures: Failures, enough: Enough | None
+) -> bool:
+    """Have the stage stage what is to stand for tasks that failed for good, if it can; whether one was enough."""
+    ended = False
+    if isinstance(stage, GivesUp):
+        for key, error in list(failures.given_up.items()):
+            if isinstance(error, _NOT_THE_DATA):
+                continue
+            staged = stage.give_up(store, known[key], run.id, error)
+            staging.stage(store.root, staged)
+            del failures.given_up[key]
+            ended |= enough is not None and enough(staged)
+    return ended
