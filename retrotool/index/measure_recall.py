@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from retrotool import interrupts
 from retrotool.ann.choice import parse_factory
 from retrotool.chunk.chunk_plan import write_json
+from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.index.ground_truth import QUERIES, find_truth
 from retrotool.index.index_files import (
@@ -108,19 +106,14 @@ def _measure(
     numbers = held_parts(store.state, name, generation)
     record = store.state.records.get(index_key(name), {})
     at = Point(int(record["nprobe"]), int(record["depth"])) if keep and record else None
-    with tqdm(total=len(numbers), unit="part", desc="exact search", disable=None, delay=2, file=sys.stderr) as bar:
-
-        def told(n: int) -> None:
-            interrupts.check()
-            bar.update(n)
-
-        truth = find_truth(store, encoder, numbers, told, queries=queries, device=device, room=room)
+    with counting("exact search", "part", len(numbers)) as report:
+        truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
     give_back()
-    with tqdm(unit="point", desc="recall", disable=None, delay=2, file=sys.stderr) as bar:
+    with counting("recall", "point") as report:
         found = measure(
             truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
             groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
-            report=bar.update, device=device, room=room,
+            report=report, device=device, room=room,
         )  # fmt: skip
     moved = drift(store.state, name, generation)
     record = _record(

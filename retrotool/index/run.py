@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from retrotool import engine, interrupts
+from retrotool import engine
 from retrotool.ann.choice import Wanted, parse_factory
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
+from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index.ground_truth import QUERIES
 from retrotool.index.index_files import (
@@ -39,7 +35,7 @@ from retrotool.index.measure_recall import measure_until_committed
 from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on
-from retrotool.store import atomic, claims, parts
+from retrotool.store import atomic, parts
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
@@ -120,7 +116,7 @@ def index(
             _check_embeddings(store, stage)
         _execute(stage, store, run)
         _check_training(store, stage, wanted)  # another run may have trained it
-        elsewhere = _elsewhere(stage, store, run)
+        elsewhere = engine.count_elsewhere(stage, store, run)
         record = store.state.records.get(index_key(name))
         made = {
             "files": shards_digest(store.state, name, generation), "target": wanted.target, "generation": generation,
@@ -199,8 +195,7 @@ def _wanted(store: Store, name: str, options: Options, target: float | None) -> 
 def _check(options: Options, target: float | None) -> None:
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
-    if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
-        raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
+    engine.check_shard(options.shard)
     if options.merge and options.mend:
         raise UsageError("--merge and --mend are two things to do", "Mend first, then merge.")
     if not options.retrain:
@@ -292,23 +287,8 @@ def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
 def _execute(stage: IndexStage, store: Store, run: Run) -> None:
     """Do what there is to do; while another run trains the index, wait for it."""
     engine.execute(stage, store, run, workers=len(stage.devices))
-    with _waiting(stage) as bar:
+    with counting(f"waiting for another run that trains {stage.index!r}", "s") as waited:
         while trained_entry(store.refresh(), stage.index, stage.generation) is None:
-            interrupts.check()
             time.sleep(_POLL_SECONDS)
-            bar.update(1)
+            waited(1)
             engine.execute(stage, store, run, workers=len(stage.devices))
-
-
-@contextlib.contextmanager
-def _waiting(stage: IndexStage) -> Iterator[tqdm[Any]]:
-    text = f"waiting for another run that trains {stage.index!r}"
-    with tqdm(unit="s", desc=text, disable=None, delay=2, file=sys.stderr) as bar:
-        yield bar
-
-
-def _elsewhere(stage: IndexStage, store: Store, run: Run) -> int:
-    """Shards that other living runs are at."""
-    store.refresh()
-    held = claims.held(store.root, run.id)
-    return sum(task.key in held for task in stage.plan(store))

@@ -28,7 +28,6 @@ from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
 from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.neighbours.weighted import WeightedTable
-from retrotool.store import claims
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
@@ -125,8 +124,7 @@ def neighbours(
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
     if saved > 1000:
         raise UsageError(f"--saved {saved} is more than 1000")
-    if search.shard is not None and not 0 <= search.shard[0] < search.shard[1]:
-        raise UsageError(f"--shard {search.shard[0]}/{search.shard[1]}: of n jobs this is one from 0 to n - 1")
+    engine.check_shard(search.shard)
     check_name(name, "--name")
     devices = tuple(find_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
@@ -197,9 +195,7 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
     aware = _register(store, stage, record)
     engine.execute(stage, store, run, workers=len(stage.devices))
     _check_claim(store, stage, record)
-    store.refresh()
-    held = claims.held(store.root, run.id)
-    elsewhere = sum(task.key in held for task in stage.plan(store))
+    elsewhere = engine.count_elsewhere(stage, store, run)
     database = stage.open_database(store)
     rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
     not_indexed = count_left(database.store, database.held(), database.tombstones)
