@@ -4,7 +4,7 @@
 split otherwise, and it cuts a text of 10,000 bytes or more where that changes tokens. So
 
 * it is given pieces of at most 2,400 characters, cut where no token can reach across (``retrotool.tokenizers.cut``);
-* a guard (``retrotool.tokenizers.guard``) sends pieces that it is not known to get right to ``tokenizers``;
+* a guard (``retrotool.tokenizers.equivalence``) sends pieces that it is not known to get right to ``tokenizers``;
 * a judge compares the first texts and then a random sample with ``tokenizers``, and raises ``TokensDiffer``.
 
 It is used for byte-level BPE with the well-known patterns and for BERT's WordPiece. Not for Unigram models, which it
@@ -30,7 +30,7 @@ import orjson
 
 from retrotool.errors import AbortError
 from retrotool.tokenizers.cut import cut, cut_some, why_not_cut
-from retrotool.tokenizers.guard import Encode, Findings, Flat, Guard, Pair
+from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE = 2_400
