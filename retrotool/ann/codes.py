@@ -166,7 +166,7 @@ def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-def same(one: Codec, other: Codec) -> bool:
+def is_same_codec(one: Codec, other: Codec) -> bool:
     """Whether two codecs are the same to the bit."""
 
     def fields(codec: Any) -> list[Any]:

@@ -251,8 +251,11 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
     index.ntotal = inner.ntotal
 
 
-def write(index: Any, path: Path) -> int:
-    """Write an index to a path; return how many vectors it holds. Use through the store's door only, with ``check``."""
+def write_lists(index: Any, path: Path) -> int:
+    """Write an index to a path; return how many vectors it holds.
+
+    Use through the store's door only, with ``check_written``.
+    """
     import faiss
 
     library: Any = faiss  # type checkers miss some of its names
@@ -275,11 +278,11 @@ def write(index: Any, path: Path) -> int:
     return int(index.ntotal)
 
 
-def check(index: Any, path: Path) -> None:
+def check_written(index: Any, path: Path) -> None:
     """``StorageError`` unless the file holds what ``index`` does: the same training, and the same in every list."""
     meant = _lists(index, path)
     try:
-        found = read(path)
+        found = read_lists(path)
     except CorruptError as error:
         raise _not_written(path) from error
     if (
@@ -301,14 +304,14 @@ def _not_written(path: Path) -> StorageError:
     )
 
 
-def read(path: Path, trained: Trained | None = None) -> InvertedLists:
+def read_lists(path: Path, trained: Trained | None = None) -> InvertedLists:
     """Map an index file. ``CorruptError`` if faiss can't read it, or it is of another kind or other training.
 
     With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
     """
     import faiss
 
-    found = _lists(open_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
+    found = _lists(open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
     if trained is None:
         return found
     if not same_training(found.trained, trained):
@@ -317,7 +320,7 @@ def read(path: Path, trained: Trained | None = None) -> InvertedLists:
     return found
 
 
-def open_index(path: Path, flags: int = 0) -> Any:
+def open_faiss(path: Path, flags: int = 0) -> Any:
     """A faiss index from a file; ``CorruptError`` if faiss can't read it."""
     import faiss
 
@@ -326,11 +329,6 @@ def open_index(path: Path, flags: int = 0) -> Any:
     except (RuntimeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
-
-
-def read_trained(path: Path) -> Trained:
-    """What an index file is trained to; ``CorruptError`` if it is of another kind."""
-    return read(path).trained
 
 
 def _lists(index: Any, path: Path) -> InvertedLists:

@@ -13,7 +13,7 @@ from retrotool import engine
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
-from retrotool.embed.stored_fidelity import draw, measure
+from retrotool.embed.stored_fidelity import draw, measure_fidelity
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import counting
@@ -180,7 +180,7 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     if not len(sample.ids):
         return None
     with counting("check", "chunk", len(sample.ids)) as report:
-        fidelity = measure(sample, reference, report)
+        fidelity = measure_fidelity(sample, reference, report)
     reference.close()
     worst = int(sample.ids[fidelity.worst])
     record = {

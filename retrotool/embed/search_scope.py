@@ -201,14 +201,14 @@ def has_commit(store: Store, number: int, head: str) -> bool:
     return commit is not None and commit.sha256.startswith(head)
 
 
-def erased_purges(store: Store) -> list[str]:
+def purges_erased(store: Store) -> list[str]:
     """Ids of the purges of which nothing is left."""
     return [purge for purge, record in store.state.with_prefix("purge:").items() if record.get("erased")]
 
 
 def erased_chunks(store: Store) -> Tombstones:
     """The chunks that were erased, copies of others that repeat them included."""
-    found = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in erased_purges(store))]
+    found = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in purges_erased(store))]
     return Tombstones(np.unique(np.concatenate(found)))
 
 

@@ -78,7 +78,7 @@ def _draw(
     )
 
 
-def measure(sample: Sample, reference: Encoder, report: Callable[[int], object] = lambda _: None) -> Fidelity:
+def measure_fidelity(sample: Sample, reference: Encoder, report: Callable[[int], object] = lambda _: None) -> Fidelity:
     """Hold a sample's stored vectors against those of ``reference``, which is ``transformers`` in float32."""
     true = reference.embed(sample.rows, report)
     return compare(sample.vectors, true, sample.document)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from retrotool.encoder.identity import OFFSET_POSITIONS
+from retrotool.encoder.encoder_identity import OFFSET_POSITIONS
 
 if TYPE_CHECKING:
     import torch

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from retrotool import interrupts
 from retrotool.encoder import devices
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
-from retrotool.encoder.identity import check_model, hash_model, longest_row
+from retrotool.encoder.encoder_identity import check_model, hash_model, longest_row
 from retrotool.errors import UsageError
 from retrotool.ranges import positions_within
 from retrotool.tokenizers import Tokenizer, find_tokenizer

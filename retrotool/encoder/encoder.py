@@ -25,8 +25,8 @@ from tqdm import tqdm
 from retrotool.encoder import devices
 from retrotool.encoder.architecture import NotPackedError
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
+from retrotool.encoder.encoder_identity import find_encoder, read_config
 from retrotool.encoder.fidelity import cosines
-from retrotool.encoder.identity import find_encoder, read_config
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer

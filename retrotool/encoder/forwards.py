@@ -20,7 +20,7 @@ import torch
 from retrotool.encoder.architecture import Architecture, architecture_of, read_weights
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
-from retrotool.encoder.identity import EncoderIdentity
+from retrotool.encoder.encoder_identity import EncoderIdentity
 from retrotool.encoder.packed import Layer, PackedBert
 from retrotool.errors import UsageError
 
@@ -95,7 +95,7 @@ class PackedForward:
         filled = np.zeros((2, room), np.int32)
         filled[0, :total], filled[1, :total] = ids, places
         filler = np.arange(total + longest, room, longest)
-        spans = np.full(rows_of(room) + room // _LONGEST + 2, room, np.int32)
+        spans = np.full(rows_in_batch(room) + room // _LONGEST + 2, room, np.int32)
         spans[0] = 0
         spans[1 : len(ends) + 1] = ends
         spans[len(ends) + 1 : len(ends) + 1 + len(filler)] = filler
@@ -137,7 +137,7 @@ class PackedForward:
 
     def most_rows(self, batch_tokens: int) -> int:
         """As many as its constant shape has room for."""
-        return rows_of(batch_tokens) if self.constant else sys.maxsize
+        return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
 
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
@@ -148,7 +148,7 @@ def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
     return compiled
 
 
-def rows_of(batch_tokens: int) -> int:
+def rows_in_batch(batch_tokens: int) -> int:
     """Rows that a batch of constant shape has room for."""
     return max(1, batch_tokens // _SHORTEST)
 

@@ -83,7 +83,7 @@ def command(
     left out; how many lists are probed, and how many candidates ranked, is chosen by it.
     """
     with output.errors(as_json):
-        from retrotool.ann.choice import Wanted
+        from retrotool.ann.choice import IndexWishes
         from retrotool.index import run as index_run
 
         other = {"tune": tune, "retrain": retrain, "merge": merge, "mend": mend, "default": default}
@@ -103,7 +103,7 @@ def command(
             found = index_run.evaluate(store, name=name, queries=queries, devices=devices, memory=size)
             output.show(found, as_json, _text)
             return
-        wanted = Wanted(memory=size, nlist=nlist, code=code, factory=factory)
+        wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory)
         options = index_run.Options(
             wanted, shard_size, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default
         )

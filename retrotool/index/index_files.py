@@ -102,7 +102,7 @@ def shards_digest(state: State, name: str, generation: int | None = None) -> str
     return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
 
 
-def parts_of(entry: FileEntry) -> list[int]:
+def parts_in_shard(entry: FileEntry) -> list[int]:
     """Numbers of the parts that a shard holds."""
     return [int(part) for part in (entry.about or {})["parts"]]
 
@@ -114,10 +114,10 @@ def fit_of(entry: FileEntry) -> list[list[float]]:
 
 def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
     """Numbers of the parts that the shards of an index hold, ascending."""
-    return sorted(part for entry in shards(state, name, generation).values() for part in parts_of(entry))
+    return sorted(part for entry in shards(state, name, generation).values() for part in parts_in_shard(entry))
 
 
-def windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
+def part_windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
     """(number, parts) of each window: consecutive parts with up to ``shard_rows`` keys, or a single larger one."""
     number, window, rows = 0, list[int](), 0
     for part in store.state.parts():
@@ -156,14 +156,14 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
         raise CorruptError(str(error), advice) from error
     if atomic.file_sha256(path) != entry.sha256:
         raise CorruptError(f"{path}: its SHA-256 is not what the log says", advice)
-    return entry, lists.read_trained(path)
+    return entry, lists.read_lists(path).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; ``ErasedError`` if it was erased since the store was opened, ``CorruptError`` if it is broken."""
     path = store.path(entry)
     try:
-        shard = lists.read(path, trained)
+        shard = lists.read_lists(path, trained)
     except CorruptError:
         store.path(entry)  # unlinked just now?
         raise
@@ -225,9 +225,9 @@ def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | 
         return atomic.write_file(
             root,
             name,
-            lambda path: lists.write(index, path),
+            lambda path: lists.write_lists(index, path),
             about=about,
-            check=lambda path, _: lists.check(index, path),
+            check=lambda path, _: lists.check_written(index, path),
         )
     except OSError as error:
         if error.errno != errno.EFBIG:

@@ -23,7 +23,7 @@ from retrotool.index.index_files import (
     shards_digest,
     trained_entry,
 )
-from retrotool.index.recall import Measurement, Searched, measure
+from retrotool.index.recall import Measurement, Searched, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.index.staleness import Drift, drift, trained_on
@@ -110,7 +110,7 @@ def _measure(
         truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
     give_back()
     with counting("recall", "point") as report:
-        found = measure(
+        found = measure_recall(
             truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
             groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
             report=report, device=device, room=room,

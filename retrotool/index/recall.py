@@ -91,13 +91,13 @@ class Measurement:
         return asdict(self)
 
 
-def probes(nlist: int) -> list[int]:
+def probe_grid(nlist: int) -> list[int]:
     """The ``nprobe`` of a curve: powers of two and what is halfway, up to all lists."""
     grid = sorted({n for i in range(31) for n in (1 << i, 3 << i)})
     return [n for n in grid if n < nlist] + [max(nlist, 1)]
 
 
-def measure(
+def measure_recall(
     truth: Truth,
     database: Searched,
     target: float,
@@ -113,7 +113,7 @@ def measure(
     ``room``: bytes for each of distances and candidates. ``report`` is told of each ``nprobe``.
     """
     whole = isinstance(database.trained.codec, Whole)
-    grid, depths = probes(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
+    grid, depths = probe_grid(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
     if at is not None:
         grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
         depths = tuple(sorted({*depths, at.depth}))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retrotool import engine
-from retrotool.ann.choice import Wanted, parse_factory
+from retrotool.ann.choice import IndexWishes, parse_factory
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
@@ -24,7 +24,7 @@ from retrotool.index.index_files import (
     held_vectors,
     index_key,
     measured_whole,
-    parts_of,
+    parts_in_shard,
     read_trained,
     shards,
     shards_digest,
@@ -61,7 +61,7 @@ class Dropped:
 class Options:
     """How to go about it; see ``retrotool index --help``."""
 
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: IndexWishes = field(default_factory=IndexWishes)
     shard_rows: int | None = None
     devices: str = "auto"
     shard: tuple[int, int] | None = None
@@ -180,7 +180,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
 
 
-def _wanted(store: Store, name: str, options: Options, target: float | None) -> Wanted:
+def _wanted(store: Store, name: str, options: Options, target: float | None) -> IndexWishes:
     """What is wanted of an index: what is said, else what was said of the one that it has."""
     wanted = options.wanted
     if target is None:
@@ -219,7 +219,7 @@ def _check_there(store: Store, name: str, options: Options) -> None:
 def _check_embeddings(store: Store, stage: IndexStage) -> None:
     """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
     held = {part for entry in shards(store.state, stage.index).values() if entry.path in stage.broken
-            for part in parts_of(entry)}  # fmt: skip
+            for part in parts_in_shard(entry)}  # fmt: skip
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
         entry = parts.part_entry(store, "embeddings", part, stage.encoder)
         path = store.path(entry)
@@ -238,7 +238,7 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
     )
 
 
-def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
+def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> None:
     """``UsageError`` if another index was asked for than the one that is trained."""
     trained = trained_entry(store.state, stage.index, stage.generation)
     if trained is None:

@@ -28,12 +28,12 @@ from retrotool.index.index_files import (
     default_index,
     held_parts,
     index_key,
-    parts_of,
+    parts_in_shard,
     read_shards,
     read_trained,
     shards,
 )
-from retrotool.index.source_filter import AllowedChunks, probes
+from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import part_of, row_of
@@ -218,7 +218,7 @@ class Database:
             return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
         best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
         some = [self._allowed_in(shard) for shard in shards]
-        for probed, rows in probes(self.trained, queries.vectors, nprobe, some):
+        for probed, rows in probes_by_query(self.trained, queries.vectors, nprobe, some):
             found = self._search_further(queries.take(rows), k, probed, depth, some, all_parts=only is None)
             best.ids[rows], best.distances[rows] = found.ids, found.distances
         return best
@@ -287,7 +287,7 @@ class Database:
 
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
         entries = shards(self.store.state, self.name).values()
-        wanted = [not set(parts_of(entry)).isdisjoint(numbers) for entry in entries]
+        wanted = [not set(parts_in_shard(entry)).isdisjoint(numbers) for entry in entries]
         return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import lists
-from retrotool.ann.choice import Choice, Wanted, choose
+from retrotool.ann.choice import IndexChoice, IndexWishes, choose_index
 from retrotool.ann.lists import Ids
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed.search_scope import (
@@ -42,15 +42,15 @@ from retrotool.index.index_files import (
     free_slot,
     held_parts,
     index_key,
-    parts_of,
+    part_windows,
+    parts_in_shard,
     read_shard,
     read_trained,
     shards,
     trained_entry,
-    windows,
     write_index,
 )
-from retrotool.index.staleness import ranges
+from retrotool.index.staleness import consecutive_ranges
 from retrotool.index.training import check_finite, train
 from retrotool.memory import give_back
 from retrotool.store import parts, staging
@@ -78,7 +78,7 @@ class IndexStage:
 
     index: str
     encoder: str
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: IndexWishes = field(default_factory=IndexWishes)
     generation: int = 0
     shard_rows: int | None = None
     devices: tuple[str, ...] = ("cpu",)
@@ -123,7 +123,7 @@ class IndexStage:
         there = set(embedded_parts(store, self.encoder))
         taken = shards(store.state, self.index, self.generation)
         tasks = []
-        for window, numbers in windows(store, int(about["shard_rows"])):
+        for window, numbers in part_windows(store, int(about["shard_rows"])):
             new = [part for part in numbers if part in there and part not in held]
             if new:
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
@@ -139,7 +139,7 @@ class IndexStage:
         tasks = []
         for slot, entry in shards(store.state, self.index, self.generation).items():
             if entry.path in self.broken:
-                numbers = [part for part in parts_of(entry) if part in there]
+                numbers = [part for part in parts_in_shard(entry) if part in there]
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
                 key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
                 inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
@@ -172,16 +172,16 @@ def superseded(name: str) -> ConflictError:
     )
 
 
-def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]:
+def choose_for(store: Store, encoder: str, wanted: IndexWishes) -> tuple[IndexChoice, int]:
     """The index that suits what is embedded, and of how many vectors that is."""
     numbers = embedded_parts(store, encoder)
     tombstones = read_tombstones(store)
     n = sum(count_living_keys(store, part, tombstones) for part in numbers)
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
-    return choose(n, d, wanted), n
+    return choose_index(n, d, wanted), n
 
 
-def default_shard_rows(choice: Choice, memory: int | None) -> int:
+def default_shard_rows(choice: IndexChoice, memory: int | None) -> int:
     """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
     rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
     return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
@@ -220,7 +220,7 @@ class IndexWorker:
         slot = generation_slot("trained", stage.generation)
         about = {
             "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
-            "trained_parts": ranges(list(rows)),
+            "trained_parts": consecutive_ranges(list(rows)),
             "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory),
             "asked": _asked(stage), **trained.about(),
         }  # fmt: skip
@@ -362,6 +362,6 @@ def _imbalance(numbers: Ids, nlist: int) -> float:
 
 def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
     """What the log keeps of several shards as one: the parts, ascending, and the fit of each."""
-    fits = {part: fit for entry in entries for part, fit in zip(parts_of(entry), fit_of(entry), strict=True)}
+    fits = {part: fit for entry in entries for part, fit in zip(parts_in_shard(entry), fit_of(entry), strict=True)}
     numbers = sorted(fits)
     return {"parts": numbers, "fit": [fits[part] for part in numbers]}

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import product_quantizer
-from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, Choice
+from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
@@ -56,7 +56,7 @@ class Training:
         }  # fmt: skip
 
 
-def sample_size(n: int, choice: Choice, memory: int | None) -> int:
+def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
     """Vectors to train on."""
     most = max(SAMPLES_A_LIST * choice.nlist, product_quantizer.SAMPLE)
     if memory is not None:
@@ -64,7 +64,7 @@ def sample_size(n: int, choice: Choice, memory: int | None) -> int:
     return min(n, most)
 
 
-def _code_sample(choice: Choice, memory: int | None) -> int:
+def _code_sample(choice: IndexChoice, memory: int | None) -> int:
     """Vectors to learn codes from; as float32, and three times over, they take a quarter of the memory."""
     if memory is None:
         return product_quantizer.SAMPLE
@@ -75,7 +75,7 @@ def train(
     store: Store,
     encoder: str,
     rows: SearchableRows,
-    choice: Choice,
+    choice: IndexChoice,
     *,
     memory: int | None = None,
     device: str = "cpu",
@@ -124,11 +124,11 @@ def train(
     return found
 
 
-def _whole(choice: Choice) -> Whole:
+def _whole(choice: IndexChoice) -> Whole:
     return Whole(choice.coded, choice.code)
 
 
-def _codec(choice: Choice, residuals: torch.Tensor) -> Codec:
+def _codec(choice: IndexChoice, residuals: torch.Tensor) -> Codec:
     if choice.pieces:
         return Product(product_quantizer.train_product(residuals, choice.pieces, seed=_SEED).cpu().numpy())
     return Scalar.train(residuals) if choice.code == "sq8" else _whole(choice)

@@ -40,7 +40,7 @@ from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError, ErasedError
-from retrotool.index.index_files import all_shards, check_sum, parts_of, write_index
+from retrotool.index.index_files import all_shards, check_sum, parts_in_shard, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
@@ -151,7 +151,7 @@ def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[O
     state = store.state
     for name in state.names("index"):
         for slot, entry in all_shards(state, name).items():
-            if not set(present).isdisjoint(parts_of(entry)):
+            if not set(present).isdisjoint(parts_in_shard(entry)):
                 holds = functools.partial(_shard_holds, store, entry, victims)
                 yield f"index {name} {slot}", {"index": name, "slot": slot}, entry, holds
     for name in state.names("neighbours"):
@@ -187,7 +187,7 @@ def _holds(store: Store, part: int, rows: Rows) -> bool:
 
 
 def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    shard = lists.read(store.path(entry))
+    shard = lists.read_lists(store.path(entry))
     return any(victims.contains(shard.ids(number)).any() for number in shard.numbers)
 
 
@@ -287,7 +287,7 @@ class EraseWorker:
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
         check_sum(self._store, name.name, entry)
-        index = lists.without(lists.read(self._store.path(entry)), self._victims.contains)
+        index = lists.without(lists.read_lists(self._store.path(entry)), self._victims.contains)
         return write_index(self._store.root, index, name, entry.about)
 
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:

@@ -18,7 +18,7 @@ import numpy as np
 
 from retrotool import engine
 from retrotool.cli.result_file import check_file, written
-from retrotool.embed.search_scope import erased_purges
+from retrotool.embed.search_scope import purges_erased
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
@@ -184,7 +184,7 @@ def _carry_out(
         planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
         commit=state.number,
         not_reached=(ELSEWHERE,) if erased and state.names("index") else (),
-        dependents=tuple(dependents(store)) if erase and erased_purges(store) else (),
+        dependents=tuple(dependents(store)) if erase and purges_erased(store) else (),
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def _check_index(purged: Purged, entry: FileEntry) -> Seen:
         return 1, int(not purged.history.is_after(entry.path))
     if not slot.startswith("shard-"):
         return None
-    shard = lists.read(purged.store.path(entry))
+    shard = lists.read_lists(purged.store.path(entry))
     if not shard.is_whole():
         raise CorruptError(f"{entry.path} holds other numbers of ids and of codes than it says")
     return len(shard), sum(int(purged.chunks.contains(shard.ids(number)).sum()) for number in shard.numbers)

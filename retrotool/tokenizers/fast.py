@@ -29,7 +29,7 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut, cut_some, why_not_cut
+from retrotool.tokenizers.cut import cut_some, cut_texts, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
@@ -116,7 +116,7 @@ class FastTokenizer:
         self, texts: Sequence[str]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """As ``encode_flat``, with which texts [n] the fast tokenizer alone did; not compared."""
-        pieces, n_pieces = cut(texts, _PIECE * 3 // 4, _PIECE)
+        pieces, n_pieces = cut_texts(texts, _PIECE * 3 // 4, _PIECE)
         done = [self._encode_pieces(some) for some in _groups(pieces)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
         if len(pieces) == len(texts):

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from retrotool.errors import UsageError
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.tokenizers.cut import cut, slices, why_not_cut
+from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
 
 if TYPE_CHECKING:
     import tokenizers
@@ -100,7 +100,7 @@ class Tokenizer:
         """
         counts = [1] * len(texts)
         if self._may_cut and any(len(text) > _HELD for text in texts):
-            texts, counts = cut(texts, _HELD // 4, _HELD // 2)
+            texts, counts = cut_texts(texts, _HELD // 4, _HELD // 2)
         ids: list[npt.NDArray[np.uint32]] = []
         lengths: list[int] = []
         for run in slices(texts, _HELD):

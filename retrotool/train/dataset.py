@@ -32,7 +32,7 @@ from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.train.epoch import Turns, is_distributed, own_rank, read_epoch
 from retrotool.train.order import Order, Share, Span
-from retrotool.train.sequences import Layout
+from retrotool.train.sequences import SequenceLayout
 from retrotool.train.training_rows import TrainingReader
 
 Item = dict[str, torch.Tensor]
@@ -319,15 +319,15 @@ class RetroDataset(IterableDataset[Item]):
             self._at = _Start(start.spans, start.first, position + 1)
             yield {key: value[i] for key, value in tensors.items()}
 
-    def _sequences(self) -> Layout:
+    def _sequences(self) -> SequenceLayout:
         if self._layout.commit != self._commit:
             self._layout = self._lay_out(Store.open(self.path), self._commit)
         return self._layout
 
-    def _lay_out(self, store: Store, commit: int) -> Layout:
-        return Layout.of(store, commit, self.sequence_length // self.chunk_length, packed=self.packed)
+    def _lay_out(self, store: Store, commit: int) -> SequenceLayout:
+        return SequenceLayout.of(store, commit, self.sequence_length // self.chunk_length, packed=self.packed)
 
-    def _order(self, layout: Layout) -> Order:
+    def _order(self, layout: SequenceLayout) -> Order:
         mixed = self.shuffle_blocks if self.shuffle else _IN_ORDER
         return Order(layout.counts, self.seed if self.shuffle else None, self._epoch, mixed)
 

@@ -15,7 +15,7 @@ from restore_help import assert_exact, back, exact, near, purge, verified
 
 import retrotool
 from retrotool import RetroDataset, api
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.index.run import Options
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.purge.undo_text import show_restored
@@ -84,7 +84,7 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
 
 
 def test_an_index_made_meanwhile_lacks_nothing(store_copy: Path, tmp_path: Path) -> None:
-    wanted = Options(Wanted(nlist=4, code="sq8"), shard_rows=150)
+    wanted = Options(IndexWishes(nlist=4, code="sq8"), shard_rows=150)
     purged = purge(store_copy, "doc-7", "doc-100")
     assert api.index(store_copy, name="lists", options=wanted).vectors == 366
     api.neighbours(store_copy, name="lists", index="lists")
@@ -113,7 +113,7 @@ def test_an_index_holds_what_is_purged_until_it_is_erased_and_no_repeats(tmp_pat
     api.embed(store, encoder=str(tiny_encoder))
     living = sum(len(retrotool.open(store).chunk_ids(part)) for part in retrotool.open(store).parts())
     purged = purge(store, "doc-5")
-    assert api.index(store, options=Options(Wanted(nlist=4, code="sq8"))).vectors == living
+    assert api.index(store, options=Options(IndexWishes(nlist=4, code="sq8"))).vectors == living
     assert purge(store, "doc-6", erase=True).erased
     assert purge(store, "doc-5", erase=True).erased
     (vectors,) = [one["vectors"] for one in api.info(store).indexes.values()]
