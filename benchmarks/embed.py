@@ -150,7 +150,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
     def paced(self: Encoder, *_: Any) -> None:
         self._runner = Paced(self, rate or 0.0)
         self.work.lanes, self.cosine = 1, 1.0
-        self.use_fast_tokenizer(True)
+        self.use_fast_tokenizer()
 
     if rate is not None:
         Encoder.verify = paced  # type: ignore[method-assign, assignment]

@@ -329,6 +329,9 @@ _VOLATILE = (
     (r"[\d.,]+ (s|ms|min|seconds|minutes|MB/s|kB/s|queries/s|queries a second|chunks/s)\b", r"N \1"),
     (r'"(rate|seconds|tokens_per_second|cosine|query_rate)":[\d.e-]+', r'"\1":N'),
     (r"[\d.]+ (MB|kB|GB)\b", r"N \1"),
+    (r'"bytes":\d+', '"bytes":N'),
+    (r"\S*/retrotool/", "retrotool/"),  # where the checkout is
+    (r"(?m)^( +\d+ +\d+( +[01]\.\d{4}){3} +[\d,]+ +)[\d,]+$", r"\1N"),  # queries a second, in a curve
 )
 
 

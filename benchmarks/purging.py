@@ -37,7 +37,7 @@ from machine import describe
 import retrotool
 from retrotool.ann.excluded import Queries
 from retrotool.purge.erase import EraseStage, part_files
-from retrotool.receipt.read_paths import check_read_paths
+from retrotool.receipt.read_paths import read_paths
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -122,7 +122,8 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     print(f"  purge               {seconds:7.1f} s")
     print(f"  in searches by each {searched(root, vectors[mine], victims)} of {10 * int(mine.sum()):,} results")
-    for path in check_read_paths(store, victims.ids):
+    for take in read_paths(store, victims.ids):
+        path = take()
         print(f"  {path.name:<20}{path.found} in {path.rows:,} rows{'; ' + path.note if path.note else ''}")
     drawn = drawn[~victims.contains(drawn)]
     print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} living chunks")

@@ -23,8 +23,8 @@ from machine import describe
 
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
-from retrotool.purge.selectors.document_text import Block, Decoder, blocks_of
-from retrotool.purge.selectors.repeated_documents import select_duplicates
+from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
+from retrotool.purge.selectors.lookup import select_duplicates
 from retrotool.purge.selectors.selector import Matcher
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -99,7 +99,7 @@ def planted(store: Store, number: int) -> None:
         full[2::3] = shift
         doc, index = np.divmod(np.arange(3 * number, dtype=np.int32), np.int32(3))
         some = Chunks(0, doc, index, full, table.reshape(-1, length), np.ones(3 * number, np.bool_))
-        block = Block(some, 0, np.arange(0, 3 * number + 1, 3), Decoder(store))
+        block = TextBlock(some, 0, np.arange(0, 3 * number + 1, 3), Decoder(store))
         found = np.zeros(3 * number, np.bool_)
         found[matcher(block).rows] = True
         held = np.stack([length - shift, shift, np.zeros_like(shift)], axis=1).ravel()
@@ -114,7 +114,7 @@ def scan(store: Store, matcher: Matcher | None, name: str) -> np.ndarray:
     found = [np.zeros(0, np.int64)]
     for part in store.state.parts():
         start = time.process_time()
-        for block in blocks_of(store, decoder, part):
+        for block in text_blocks(store, decoder, part):
             middle = time.process_time()
             if matcher is not None:
                 found.append(parts.chunk_ids(part, block.first + matcher(block).rows))

@@ -27,10 +27,10 @@ from machine import describe
 
 from retrotool import engine
 from retrotool.purge.select import Selectors
-from retrotool.purge.selectors.document_text import Block, Decoder, Offsets, blocks_of
+from retrotool.purge.selectors.document_text import Decoder, Offsets, TextBlock, text_blocks
+from retrotool.purge.selectors.patterns import compiled, find_all
 from retrotool.purge.selectors.pii import KINDS, PersonalDataMatcher
-from retrotool.purge.selectors.selector import Hits
-from retrotool.purge.selectors.spans import compiled, find_all, hits
+from retrotool.purge.selectors.selector import BlockHits
 from retrotool.purge.selectors.terms import TermMatcher
 from retrotool.store.parts import Chunks
 from retrotool.store.session import writing
@@ -51,7 +51,7 @@ class Given:
         return self._decoded
 
 
-def block_of(documents: list[bytes]) -> Block:
+def block_of(documents: list[bytes]) -> TextBlock:
     """Whole documents, cut into chunks."""
     sizes = np.array([max(-(-len(text) // CHUNK), 1) for text in documents])
     first = np.concatenate([[0], np.cumsum(sizes)])
@@ -61,7 +61,7 @@ def block_of(documents: list[bytes]) -> Block:
     n = len(index)
     doc = np.repeat(np.arange(len(documents)), sizes).astype(np.int32)
     chunks = Chunks(0, doc, index.astype(np.int32), np.full(n, 64, np.int32), np.zeros((n, 1)), np.ones(n, np.bool_))
-    return Block(chunks, 0, first, cast(Decoder, Given(starts, b"".join(documents))))
+    return TextBlock(chunks, 0, first, cast(Decoder, Given(starts, b"".join(documents))))
 
 
 def documents_in(paths: list[Path]) -> Iterator[bytes]:
@@ -73,9 +73,9 @@ def documents_in(paths: list[Path]) -> Iterator[bytes]:
             yield orjson.loads(line)["text"].encode()
 
 
-def blocks(documents: list[bytes]) -> list[Block]:
+def blocks(documents: list[bytes]) -> list[TextBlock]:
     """All documents in blocks."""
-    made: list[Block] = []
+    made: list[TextBlock] = []
     waiting: list[bytes] = []
     size = 0
     for text in documents:
@@ -87,7 +87,7 @@ def blocks(documents: list[bytes]) -> list[Block]:
     return [*made, block_of(waiting)]
 
 
-def measure(name: str, find: Callable[[Block], Any], some: list[Block]) -> None:
+def measure(name: str, find: Callable[[TextBlock], Any], some: list[TextBlock]) -> None:
     """One line."""
     size = sum(len(block.text) for block in some)
     began = time.process_time()
@@ -104,10 +104,10 @@ def terms_of(documents: list[bytes], count: int, rare: bool) -> list[str]:
     return [b" ".join(known[i] for i in rng.integers(0, len(known), rng.integers(1, 4))).decode() for _ in range(count)]
 
 
-def by_pattern(pattern: str) -> Callable[[Block], Hits]:
+def by_pattern(pattern: str) -> Callable[[TextBlock], BlockHits]:
     """Find one pattern."""
     one = compiled(pattern)
-    return lambda block: hits(block, *find_all(one, block))
+    return lambda block: BlockHits.touched(block, *find_all(one, block))
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def scan_store(source: Path) -> None:
     with tempfile.TemporaryDirectory(dir=source.absolute().parent) as folder:
         store = Store.open(shutil.copytree(source, Path(folder) / "store", copy_function=os.link))
         decoder = Decoder(store)
-        size = sum(len(block.text) for part in store.state.parts() for block in blocks_of(store, decoder, part))
+        size = sum(len(block.text) for part in store.state.parts() for block in text_blocks(store, decoder, part))
         for number in range(4):
             stage = Selectors(pattern=f"[a-z]+@zqj{number}", allow_lossy=True).read(store).scan
             assert stage is not None

@@ -10,7 +10,8 @@ from retrotool.embed.run import embed
 from retrotool.export.run import export
 from retrotool.index.run import index
 from retrotool.info.log_entries import log_entries, verify_log
-from retrotool.info.run import info, verify
+from retrotool.info.run import info
+from retrotool.info.verify_run import verify
 from retrotool.inspect.run import inspect
 from retrotool.leakage.run import leakage
 from retrotool.neighbours.run import neighbours

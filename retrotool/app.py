@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import os
 import sys
-from importlib.abc import MetaPathFinder
 from typing import Annotated, Any
 
 import typer
@@ -119,33 +118,6 @@ def _root(
     pass
 
 
-class _Absent(MetaPathFinder):
-    """Has pandas not be found."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
-        """Raise what an import of a missing module raises."""
-        if fullname == "pandas":
-            raise ModuleNotFoundError(fullname)
-
-
-def leave_pandas_out() -> None:
-    """Have pyarrow do without pandas in this process.
-
-    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It tries only
-    once, and here that is. Others may import pandas afterwards.
-    """
-    if "pandas" in sys.modules:
-        return
-    absent = _Absent()
-    sys.meta_path.insert(0, absent)
-    try:
-        import pyarrow as pa
-
-        pa.array([0])
-    finally:
-        sys.meta_path.remove(absent)
-
-
 def give_bars_room() -> None:
     """Have progress drawn on a terminal that says it has no room, as in some containers: tqdm would draw nothing."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal, closed, or none at all
@@ -159,8 +131,4 @@ def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
     give_bars_room()
-    if sys.argv[1:2] == ["search"] and not {"-h", "--help"} & set(
-        sys.argv
-    ):  # other commands that need pyarrow take longer than pandas
-        leave_pandas_out()
     app(prog_name="retrotool")

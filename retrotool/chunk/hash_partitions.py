@@ -63,25 +63,29 @@ def find_repeats(
     maybe_new = np.zeros(1 << (64 - int(shift)), np.bool_)
     with HashPartitions(sum(sizes.values()), rows) as partitions:
         for part in new:
-            records = _read_records(store, part, column, leave_out)
-            maybe_new[records["high"] >> shift] = True
-            partitions.add(records)
+            hashes, places = _read_hashes(store, part, column, leave_out)
+            maybe_new[hashes[:, 0].astype(np.uint64) >> shift] = True
+            partitions.add(records_of(hashes, places))
         for part in old if new else ():
-            records = _read_records(store, part, column, leave_out)
-            partitions.add(records[maybe_new[records["high"] >> shift]])
+            hashes, places = _read_hashes(store, part, column, leave_out)
+            some = np.flatnonzero(maybe_new[hashes[:, 0].astype(np.uint64) >> shift])
+            partitions.add(records_of(hashes[some], places[some]))
         first = new_parts.start << PART_SHIFT
-        found = [places[places >= first] for places in partitions.repeats()]
+        found = [again[again >= first] for again in partitions.repeats()]
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
-def _read_records(
+def _read_hashes(
     store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
-) -> Records:
+) -> tuple[npt.NDArray[Any], Places]:
+    """Read the hashes [n, 2] and places [n] of the documents of a part that take part."""
     values = parts.read_documents(store, part, [column])[column]
-    doc = np.flatnonzero(values.is_valid().to_numpy())
+    hashes = parts.from_fixed_binary(values, np.dtype(">u8"))
+    wanted = np.array(values.is_valid())
     if leave_out is not None:
-        doc = np.setdiff1d(doc, leave_out(part), assume_unique=True)
-    return records_of(parts.from_fixed_binary(values, np.dtype(">u8"))[doc], parts.chunk_ids(part, doc))
+        wanted[leave_out(part)] = False
+    doc = np.flatnonzero(wanted)
+    return (hashes if len(doc) == len(hashes) else hashes[doc]), parts.chunk_ids(part, doc)
 
 
 def records_of(hashes: npt.NDArray[Any], places: Places) -> Records:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retrotool.encoder import plain_name
 from retrotool.store.store import Store
-from retrotool.tokenizers import BUNDLED
 
 K = 2
 """Neighbours that reading a table gives, if nothing else is asked for."""
@@ -50,6 +48,9 @@ def table_command(store: Store, table: str, database: Store | None) -> str:
 
 def embed_command(store: Store, root: str | Path, encoder: str) -> str:
     """Return the command that embeds what is new in a store with an encoder that it knows."""
+    from retrotool.encoder import plain_name
+    from retrotool.tokenizers import BUNDLED
+
     record = store.state.records[f"encoder:{encoder}"]
     origin, pooling = str(record["origin"]), str(record["pooling"])
     overridden = bool(record.get("overridden"))

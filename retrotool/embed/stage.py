@@ -159,7 +159,7 @@ class EmbedWorker:
         except TokensDiffer as error:
             # What this part has of the fast tokenizer is thrown away; --check tells of the parts before.
             self.encoder.say(f"{error.summary}; going on with tokenizers, which is slower")
-            self.encoder.use_fast_tokenizer(False)
+            self.encoder.use_slow_tokenizer()
             tell(-told)
             entry = self._write(part, name, tell)
         except NotFiniteError as error:
@@ -218,8 +218,8 @@ class EmbedWorker:
                 raise
             raise self._not_finite(part, int(some[error.row % len(some)])) from error
         self._verified = True
-        if self._many and not self.texts.straight:
-            self.encoder.use_fast_tokenizer(True)
+        if self._many:
+            self.texts.use_fast_tokenizer()
         self._begun = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
@@ -275,6 +275,11 @@ class EncoderRows:
         self._encoder = encoder
         self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
         self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+
+    def use_fast_tokenizer(self) -> None:
+        """Get ready for very many chunks."""
+        if not self.straight:
+            self._encoder.use_fast_tokenizer()
 
     def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
         """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""

@@ -165,14 +165,19 @@ class Encoder:
         """The encoder's own."""
         return self._exact
 
-    def use_fast_tokenizer(self, fast: bool) -> None:
-        """Tokenise by the fast tokenizer, which takes seconds to get ready, or by ``tokenizers`` alone."""
-        self._fast = FastTokenizer(self._exact) if fast else None
+    def use_fast_tokenizer(self) -> None:
+        """Get ready to tokenise very many texts: finding out what the fast tokenizer gets right takes seconds."""
+        if self._fast is None:
+            self._fast = FastTokenizer(self._exact)
+
+    def use_slow_tokenizer(self) -> None:
+        """Tokenise by ``tokenizers`` alone from now on."""
+        self._fast = None
 
     def tokenize(self, texts: Sequence[str]) -> Rows:
         """Rows of the encoder's own tokens, without special ones; texts are put as its configuration wants them.
 
-        ``TokensDiffer`` if a text is found that the fast tokenizer, in use, gets wrong.
+        ``TokensDiffer`` if it uses the fast tokenizer, and a text is found that the fast tokenizer gets wrong.
         """
         if self.identity.lower:
             texts = [text.lower() for text in texts]

@@ -26,7 +26,7 @@ from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.stage import check_table, members_of
-from retrotool.neighbours.table_reader import Found, NeighbourReader
+from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
@@ -97,20 +97,12 @@ def open_tables(store: Store, name: str, k: int | None = None) -> ExportedTables
             f"-k {k} is not between 1 and the {reader.saved} neighbours that {name!r} has of a chunk",
             "To have more, compute them with a greater --saved: retrotool neighbours",
         )
-    own = store.identity
-    for database in reader.databases:
-        theirs = database.identity
-        if theirs.tokenizer.sha256 != own.tokenizer.sha256 or theirs.chunk_length != own.chunk_length:
-            raise UsageError(
-                f"{store.root} has chunks of {own.chunk_length} tokens of {own.tokenizer.name}, and {database.root} of "
-                f"{theirs.chunk_length} tokens of {theirs.tokenizer.name}: no reader can take them for one text",
-                "Chunk one of them again, with the tokenizer and the length of the other.",
-            )
+    check_same_tokens(store, reader.databases)
     tabled = reader.parts()
     for (table, _), database in zip(members_of(store, name), reader.databases, strict=True):
         for part in tabled:
             check_table(store, parts.part_entry(store, "neighbours", part, table), table, database)
-    tokenizer = Tokenizer(TokenizerFile(own.tokenizer.name, store.tokenizer_json()))
+    tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
     return ExportedTables(store, reader, tokenizer, read_tombstones(store), frozenset(tabled), k)
 
 

@@ -1,8 +1,4 @@
-"""The files of an index: the training, and shards of codes; which of them are current, and reading and writing them.
-
-An index has a *generation*, the number of its training. Files of generation 0 are in the slots ``trained`` and
-``shard-…``, those of a later one in ``trained.g1`` and so on. While the next generation is built the record still names
-the current one, which everybody reads; the commit that switches takes the old files away.
+"""The files of an index: the training, and shards of codes; reading and writing them.
 
 Parts are grouped into *windows*: as many as have up to ``shard_rows`` keys, in the order of their numbers, whether they
 are embedded yet or not. So a part's window does not depend on who asks when, and two runs that index the same part at
@@ -23,62 +19,21 @@ from retrotool.ann import lists
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, StorageError
+from retrotool.index.generations import SHARD, shards, trained_entry
 from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.paths import FileName, generation_in, generation_slot
+from retrotool.store.paths import FileName, generation_slot
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
-_SHARD = "shard-"
 RECALL = "recall"
 """Slot of what was measured."""
-DEFAULT = "default_index"
-"""Key of the record that names the index to take where none is named."""
-
-
-def index_key(name: str) -> str:
-    """Key of an index's record."""
-    return f"index:{name}"
-
-
-def default_index(state: State) -> str:
-    """The index that is meant where none is named."""
-    return str(state.records.get(DEFAULT, "main"))
-
-
-def generation_of(state: State, name: str) -> int:
-    """The current generation of an index; 0 also if there is none yet."""
-    return int(state.records.get(index_key(name), {}).get("generation", 0))
-
-
-def trained_entry(state: State, name: str, generation: int | None = None) -> FileEntry | None:
-    """The training of an index, of its current generation or of another one."""
-    current = generation_of(state, name) if generation is None else generation
-    return state.file("index", generation_slot("trained", current), name)
 
 
 def encoder_of(store: Store, name: str) -> str | None:
     """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
     trained = trained_entry(store.state, name)
     return None if trained is None else str((trained.about or {})["encoder"])
-
-
-def shards(state: State, name: str, generation: int | None = None) -> dict[str, FileEntry]:
-    """Slot → file of the shards of an index, of its current generation or of another one."""
-    current = generation_of(state, name) if generation is None else generation
-    return {slot: entry for slot, entry in all_shards(state, name).items() if generation_in(slot) == current}
-
-
-def held_vectors(state: State, name: str, generation: int | None = None) -> int:
-    """Vectors in the shards of an index."""
-    return sum(entry.rows for entry in shards(state, name, generation).values())
-
-
-def all_shards(state: State, name: str) -> dict[str, FileEntry]:
-    """Slot → file of the shards of all generations."""
-    group = state.group("index", name)
-    found = {slot: group.get(slot) for slot in group if slot.startswith(_SHARD)}
-    return {slot: entry for slot, entry in found.items() if entry is not None}
 
 
 def measured_files(state: State, name: str) -> list[str]:
@@ -135,7 +90,7 @@ def free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
     """The next slot of a window: ``shard-0003``, or ``shard-0003.1`` if that is there."""
     further = 0
     while True:
-        what = f"{_SHARD}{window:04d}" + (f".{further}" if further else "")
+        what = f"{SHARD}{window:04d}" + (f".{further}" if further else "")
         if generation_slot(what, generation) not in taken:
             return generation_slot(what, generation)
         further += 1

@@ -10,15 +10,8 @@ from retrotool.chunk.chunk_plan import read_json
 from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts
 from retrotool.errors import CorruptError
-from retrotool.index.index_files import (
-    RECALL,
-    encoder_of,
-    generation_of,
-    held_vectors,
-    index_key,
-    shards,
-    trained_entry,
-)
+from retrotool.index.generations import generation_of, held_vectors, index_key, shards, trained_entry
+from retrotool.index.index_files import RECALL, encoder_of
 from retrotool.index.recall import Recall
 from retrotool.index.staleness import Drift, drift
 from retrotool.store.atomic import FileEntry

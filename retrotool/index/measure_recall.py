@@ -11,18 +11,9 @@ from retrotool.ann.choice import parse_factory
 from retrotool.chunk.chunk_plan import write_json
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, ErasedError
+from retrotool.index.generations import generation_of, index_key, shards, trained_entry
 from retrotool.index.ground_truth import QUERIES, find_truth
-from retrotool.index.index_files import (
-    RECALL,
-    generation_of,
-    held_parts,
-    index_key,
-    read_shards,
-    read_trained,
-    shards,
-    shards_digest,
-    trained_entry,
-)
+from retrotool.index.index_files import RECALL, held_parts, read_shards, read_trained, shards_digest
 from retrotool.index.recall import Measurement, Searched, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded

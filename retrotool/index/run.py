@@ -14,21 +14,23 @@ from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.ground_truth import QUERIES
-from retrotool.index.index_files import (
+from retrotool.index.generations import (
     DEFAULT,
-    broken_shards,
     default_index,
-    encoder_of,
     generation_of,
     held_vectors,
     index_key,
+    shards,
+    trained_entry,
+)
+from retrotool.index.ground_truth import QUERIES
+from retrotool.index.index_files import (
+    broken_shards,
+    encoder_of,
     measured_whole,
     parts_in_shard,
     read_trained,
-    shards,
     shards_digest,
-    trained_entry,
 )
 from retrotool.index.index_result import IndexResult, describe
 from retrotool.index.measure_recall import measure_until_committed

@@ -24,15 +24,8 @@ from retrotool.ann.search import ROOM, SPARE, Banned, Search
 from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import read_part_vectors
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
-from retrotool.index.index_files import (
-    default_index,
-    held_parts,
-    index_key,
-    parts_in_shard,
-    read_shards,
-    read_trained,
-    shards,
-)
+from retrotool.index.generations import default_index, index_key, shards
+from retrotool.index.index_files import held_parts, parts_in_shard, read_shards, read_trained
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.store.atomic import FileEntry

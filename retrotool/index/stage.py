@@ -35,19 +35,17 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
+from retrotool.index.generations import index_key, shards, trained_entry
 from retrotool.index.index_files import (
     check_sum,
     encoder_of,
     fit_of,
     free_slot,
     held_parts,
-    index_key,
     part_windows,
     parts_in_shard,
     read_shard,
     read_trained,
-    shards,
-    trained_entry,
     write_index,
 )
 from retrotool.index.staleness import consecutive_ranges

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.index.index_files import fit_of, parts_in_shard, shards, trained_entry
+from retrotool.index.generations import shards, trained_entry
+from retrotool.index.index_files import fit_of, parts_in_shard
 from retrotool.store.atomic import FileEntry
 from retrotool.store.state import State
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument
+from retrotool.cli.options import Json, StoreArgument, opt
 
 if TYPE_CHECKING:
+    from retrotool.info.corpus_statistics import Shape
     from retrotool.info.run import Info
 
 EPILOG = """\b
 Examples:
   retrotool info store
+  retrotool info store --documents
   retrotool info store --json"""
 
 
 _BAR, _SOURCES = 40, 8
 
 
-def command(store: StoreArgument, as_json: Json = False) -> None:
-    """Tell what is in a store; with --json also list its current files."""
+def command(
+    store: StoreArgument,
+    documents: Annotated[
+        bool, opt("Also count documents by length and by source, which reads files.", "--documents")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Describe a store; with --json also list its current files."""
     with output.errors(as_json):
         from retrotool.info import run as info_run
 
-        output.show(info_run.info(store), as_json, _text)
+        output.show(info_run.info(store, documents=documents), as_json, _text)
 
 
 def _text(info: Info) -> str:
@@ -59,7 +67,7 @@ def _text(info: Info) -> str:
     lines += [
         f"  {p}   {output.count(r['chunks'], 'chunk')} purged{_after(r)}: {r['reason']}" for p, r in info.purges.items()
     ]
-    lines += _shape(info)
+    lines += _shape(info.shape)
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run it again to go on")
     return "\n".join(lines)
@@ -72,14 +80,12 @@ def _after(purge: dict[str, Any]) -> str:
 
 
 def _neighbours(info: Info, name: str) -> str:
-    from retrotool.neighbours.filters import in_words
-
     about = info.neighbours[name]
     rows, made = output.count(about["rows"], "chunk"), _materialised(about)
     if "mix" in about:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
         return f"a mixture of {of} for {rows}{made}"
-    words = in_words(about.get("filters", {}))
+    words = _left_out(about.get("filters", {}))
     behind = f"; lacks chunks taken back, in {output.count(about['behind'], 'part')}" if "behind" in about else ""
     return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "") + behind
 
@@ -92,11 +98,20 @@ def _materialised(about: dict[str, Any]) -> str:
     return f", {about['k']} materialised{stale}"
 
 
-def _shape(info: Info) -> list[str]:
-    lengths, sources = info.shape.lengths, info.shape.sources
-    if not lengths:
+def _left_out(filters: dict[str, Any]) -> str:
+    if not filters:
+        return ""
+    from retrotool.neighbours.filters import in_words
+
+    return in_words(filters)
+
+
+def _shape(shape: Shape | None) -> list[str]:
+    """How long documents are, and where they come from."""
+    if shape is None or not shape.lengths:
         return []
-    about = "" if info.shape.share == 1 else f" (estimated from {100 * info.shape.share:.1f} % of them)"
+    lengths, sources = shape.lengths, shape.sources
+    about = "" if shape.share == 1 else f" (estimated from {100 * shape.share:.1f} % of them)"
     most = max(row["documents"] for row in lengths)
     lines = [f"  documents by length in tokens{about}"]
     for row in lengths:

@@ -75,10 +75,10 @@ def command(
             _check_log(store, head, as_json)
             return
         from retrotool.engine.progress import counting
-        from retrotool.info import run as info_run
+        from retrotool.info import verify_run
 
-        with counting("verify", "B", info_run.bytes_to_verify(store)) as report:
-            found = info_run.verify(store, report)
+        with counting("verify", "B", verify_run.bytes_to_verify(store)) as report:
+            found = verify_run.verify(store, report)
         output.show(_shown(found), as_json, _text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)

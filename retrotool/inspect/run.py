@@ -15,7 +15,7 @@ from retrotool.cli.result_file import check_file
 from retrotool.embed.search_scope import SearchableRows
 from retrotool.engine.progress import counting
 from retrotool.errors import ErasedError, UsageError
-from retrotool.index.index_files import index_key
+from retrotool.index.generations import index_key
 from retrotool.inspect.inspected_rows import MARKED_FROM, InspectedChunk, Inspector
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader

@@ -19,6 +19,7 @@ from retrotool.errors import UsageError
 from retrotool.index.searching import Database
 from retrotool.leakage.measure import NEIGHBOURS, Leaks, find_leaks
 from retrotool.neighbours.stage import check_encoders
+from retrotool.store.compatible import check_compatible
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -93,12 +94,8 @@ def leakage(
 
 
 def _check_tokenizers(one: Store, other: Store) -> None:
-    if one.identity.tokenizer.sha256 != other.identity.tokenizer.sha256:
-        raise UsageError(
-            f"{one.root} and {other.root} have different tokenizers, {one.identity.tokenizer.name} and "
-            f"{other.identity.tokenizer.name}: their tokens can't be compared",
-            "Chunk the evaluation text again, with the tokenizer of the database.",
-        )
+    advice = "Chunk the evaluation text again, with the tokenizer of the database."
+    check_compatible(one, other, "their tokens can't be compared", advice, lengths=False)
     if one.identity.chunk_length > 64:
         raise UsageError(f"{one.root} has chunks of {one.identity.chunk_length} tokens; 64 can be compared")
 

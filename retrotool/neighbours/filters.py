@@ -37,6 +37,7 @@ from retrotool.memory import of_machine as memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import are_near_copies, distinct_grams, has_longer_run
 from retrotool.store import parts
+from retrotool.store.compatible import check_compatible
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import read_tombstones
@@ -111,13 +112,8 @@ class Filters:
         """``UsageError`` if what the filters compare can't be."""
         if not self.by_tokens:
             return
-        ours, theirs = queries.identity.tokenizer, database.identity.tokenizer
-        if ours.sha256 != theirs.sha256:
-            raise UsageError(
-                f"{queries.root} and {database.root} have different tokenizers, {ours.name} and {theirs.name}: their "
-                "tokens can't be compared",
-                "Leave --max-overlap and --exclude-near-copies out (--no-filters), or chunk one of them again.",
-            )
+        advice = "Leave --max-overlap and --exclude-near-copies out (--no-filters), or chunk one of them again."
+        check_compatible(queries, database, "their tokens can't be compared", advice, lengths=False)
         if queries.identity.chunk_length > LONGEST:
             raise UsageError(
                 f"{queries.root} has chunks of {queries.identity.chunk_length} tokens; {LONGEST} can be compared",

@@ -19,7 +19,7 @@ from retrotool.encoder import find_devices
 from retrotool.engine.task import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
-from retrotool.index.index_files import index_key
+from retrotool.index.generations import index_key
 from retrotool.index.index_result import commands_to_index
 from retrotool.index.searching import pick_index
 from retrotool.neighbours import weighted

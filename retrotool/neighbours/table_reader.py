@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.errors import UsageError
 from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of
 from retrotool.neighbours.underfilled import text_is_current
 from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry
+from retrotool.store.compatible import check_compatible
 from retrotool.store.ids import Ids
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
@@ -204,15 +204,9 @@ class NeighbourTokens:
 
 def check_same_tokens(store: Store, databases: Sequence[Store]) -> None:
     """``UsageError`` unless the databases have the tokens and the chunk length of the store."""
-    own = store.identity
     for database in databases:
-        theirs = database.identity
-        if (own.tokenizer.sha256, own.chunk_length) != (theirs.tokenizer.sha256, theirs.chunk_length):
-            raise UsageError(
-                f"{database.root} has chunks of {theirs.chunk_length} tokens of {theirs.tokenizer.name}, "
-                f"{store.root} of {own.chunk_length} of {own.tokenizer.name}: one model can't read both",
-                "Chunk one of them again with the tokenizer of the other.",
-            )
+        advice = "Chunk one of them again with the tokenizer and the length of the other."
+        check_compatible(store, database, "one model can't read both", advice)
 
 
 class TextReader:

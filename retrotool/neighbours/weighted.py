@@ -16,6 +16,7 @@ from typing import Any
 from retrotool.embed.search_scope import is_same_directory
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.stage import database_of, members_of
+from retrotool.store.compatible import check_compatible
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.state import State
@@ -87,7 +88,9 @@ def choose(store: Store, name: str, first: str | Path, given: Given) -> Mixture:
         raise UsageError(
             f"the neighbours {name!r} are a plain table, of {known['path']}", "Give the mixture another --name."
         )
-    _check_alike([database for _, _, database in databases])
+    for _, _, database in databases[1:]:
+        advice = "Give them names of their own with --name, or chunk one of them again."
+        check_compatible(databases[0][2], database, "what is found in them can't be read together", advice)
     tables: list[WeightedTable] = []
     for path, weight, database in databases:
         table, before = was.get(database.identity.uuid, ("", 1.0))
@@ -141,25 +144,6 @@ def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None,
     if len(found) > MOST_DATABASES:
         raise UsageError(f"{len(found)} databases are more than a mixture can have, {MOST_DATABASES}")
     return list(found.values())
-
-
-def _check_alike(databases: Sequence[Store]) -> None:
-    """``UsageError`` unless neighbours from all databases can be read together, as tokens."""
-    first = databases[0]
-    for other in databases[1:]:
-        ours, theirs = first.identity, other.identity
-        if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
-            raise UsageError(
-                f"{first.root} and {other.root} have different tokenizers, {ours.tokenizer.name} and "
-                f"{theirs.tokenizer.name}: what is found in them can't be read together",
-                "Give them names of their own with --name, or chunk one of them again.",
-            )
-        if ours.chunk_length != theirs.chunk_length:
-            raise UsageError(
-                f"{first.root} has chunks of {ours.chunk_length} tokens, {other.root} of {theirs.chunk_length}: what "
-                "is found in them can't be read together",
-                "Give them names of their own with --name.",
-            )
 
 
 def _free_name(state: State, name: str, database: Store, taken: Sequence[str]) -> str:

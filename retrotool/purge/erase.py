@@ -40,7 +40,8 @@ from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError, ErasedError
-from retrotool.index.index_files import all_shards, check_sum, parts_in_shard, write_index
+from retrotool.index.generations import all_shards
+from retrotool.index.index_files import check_sum, parts_in_shard, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within

@@ -13,7 +13,7 @@ from pathlib import Path
 from retrotool.cli.command_lines import table_command
 from retrotool.embed.search_scope import is_same_directory
 from retrotool.errors import UsageError
-from retrotool.index.index_files import index_key
+from retrotool.index.generations import index_key
 from retrotool.index.run import Options, index
 from retrotool.neighbours.stage import database_of
 from retrotool.store.store import Store

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.index.index_files import all_shards, parts_in_shard
+from retrotool.index.generations import all_shards
+from retrotool.index.index_files import parts_in_shard
 from retrotool.purge.erase import part_files
 from retrotool.purge.purged_chunks import Ids
 from retrotool.purge.select import Selection
-from retrotool.purge.selectors.document_text import Block, Decoder
+from retrotool.purge.selectors.document_text import Decoder, TextBlock
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
@@ -128,7 +129,7 @@ def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tu
     low = groups[0] * ROW_GROUP
     same = [i for i in range(first - low, last - low + 1) if chunks.doc[i] == chunks.doc[row - low]]
     few = chunks.between(same[0], same[-1] + 1)
-    block = Block(few, same[0] + low, np.array([0, len(few)]), decoder)
+    block = TextBlock(few, same[0] + low, np.array([0, len(few)]), decoder)
     place = row - low - same[0]
     start, stop = int(block.starts[place]), int(block.starts[place + 1])
     data = bytes(block.text[start:stop])

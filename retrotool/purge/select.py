@@ -26,12 +26,10 @@ from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
 from retrotool.purge.selectors.like import near
 from retrotool.purge.selectors.lookup import Lookup, Report, chunks_of, select_ids
-from retrotool.purge.selectors.patterns import Patterns, read_patterns
+from retrotool.purge.selectors.patterns import Patterns, compiled, read_patterns
 from retrotool.purge.selectors.pii import KINDS, PersonalData
-from retrotool.purge.selectors.scan import Found, ScanStage, read_scan
-from retrotool.purge.selectors.selector import Selector
-from retrotool.purge.selectors.selector_files import read_lines
-from retrotool.purge.selectors.spans import compiled
+from retrotool.purge.selectors.scan import ScanHits, ScanStage, read_scan
+from retrotool.purge.selectors.selector import Selector, read_selector_lines
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
 from retrotool.store.blocked import Hashes, read_blocked
@@ -214,7 +212,7 @@ class Selection:
     request: Request
     state: State
     matches: tuple[Match, ...]
-    found: Found
+    found: ScanHits
     chunks: Ids
     live: Ids
     documents: int
@@ -240,7 +238,7 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     then missing ones are no error, and with ``erase`` all that it names is selected, too.
     """
     earlier = same_selector(store, request)
-    found, names = read_scan(store, request.scan) if request.scan else (Found.joined([]), [])
+    found, names = read_scan(store, request.scan) if request.scan else (ScanHits.joined([]), [])
     sets: list[Ids] = []
     matches: list[Match] = []
     for lookup in request.lookups:
@@ -330,7 +328,7 @@ def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
 
 
 def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
-    return () if path is None else read_lines(option, path, "id")
+    return () if path is None else read_selector_lines(option, path, "id")
 
 
 def signed(reason: str, who: str | None) -> str:

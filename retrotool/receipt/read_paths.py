@@ -14,7 +14,7 @@ Cost: the chunks of the parts concerned, and three readings of every table of ne
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,20 +23,18 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
-from retrotool.engine.task import Report
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
 from retrotool.export.tables import open_tables, read_blocks
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.searching import Database
 from retrotool.inspect.run import Choice, inspect
 from retrotool.leakage.measure import find_leaks
-from retrotool.neighbours.table_reader import Found, NeighbourReader
+from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader
 from retrotool.store import parts
-from retrotool.store.ids import part_of, split_id
+from retrotool.store.ids import chunk_ids, part_of, split_id
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.train.dataset import RetroDataset
 
@@ -46,10 +44,12 @@ _SLOTS, _BATCH = 16, 64
 """Chunks of a training sequence, and sequences of a batch."""
 _LEAKAGE_CHUNK = 64
 """Tokens of the longest chunks that ``leakage`` compares."""
+_NONE = -1
+"""Stands for a chunk that was asked for and not returned."""
 
 Ids = npt.NDArray[np.int64]
-Counts = tuple[int, int]
-"""How many rows were looked at, and how many times a purged chunk was among them."""
+Returned = Iterator[Ids]
+"""Ids [n] or [n, k] that a read path returned for n rows, ``_NONE`` where it returned nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,207 +66,189 @@ class ReadPath:
     broken: bool = False
 
 
-def check_read_paths(store: Store, chunks: Ids, report: Report = lambda _: None) -> tuple[ReadPath, ...]:
-    """Take every read path of a store; ``chunks`` are purged ids, ascending. ``report`` is called with 1 after each."""
-    found = []
-    for path in _paths(store, Tombstones(chunks)):
-        found.append(path())
-        report(1)
-    return tuple(found)
+@dataclass(frozen=True, slots=True)
+class _Purged:
+    """What is looked for: ``chunks`` of a store, of which ``reader`` has the newest commit."""
+
+    store: Store
+    reader: Reader
+    chunks: Tombstones
 
 
-def count_read_paths(store: Store) -> int:
-    """Return how many read paths a store has."""
-    return sum(1 for _ in _paths(store, Tombstones(np.zeros(0, np.int64))))
+def read_paths(store: Store, chunks: Ids) -> list[Callable[[], ReadPath]]:
+    """Return what takes each read path of a store; ``chunks`` are purged ids, ascending."""
+    it = _Purged(store, Reader(store), Tombstones(chunks))
+    ways = [("chunks", partial(_chunks, it)), ("documents", partial(_documents, it))]
+    names = {
+        "embeddings": store.state.names("embeddings"),
+        "index": store.state.names("index"),
+        "neighbours": sorted(store.state.with_prefix("neighbours:")),
+    }
+    for kind, several in _WAYS.items():
+        for name in names[kind]:
+            ways += [(f"{what} {name}", partial(way, it, name)) for what, way in several.items()]
+    return [partial(_take, it.chunks, name, way) for name, way in ways]
 
 
-def _paths(store: Store, purged: Tombstones) -> Iterator[Callable[[], ReadPath]]:
-    reader = Reader(store)
-    ways: list[tuple[str, Callable[[], Counts]]] = [
-        ("chunks", partial(_chunks, reader, purged)),
-        ("documents", partial(_documents, reader, store, purged)),
-    ]
-    for name in store.state.names("embeddings"):
-        ways.append((f"embeddings {name}", partial(_embeddings, reader, store, name, purged)))
-        ways.append((f"exact search {name}", partial(_exact, store, name, purged)))
-    for name in store.state.names("index"):
-        ways.append((f"search {name}", partial(_search, reader, store, name, purged)))
-        ways.append((f"leakage {name}", partial(_leakage, store, name, purged)))
-    for name in sorted(store.state.with_prefix("neighbours:")):
-        ways.append((f"neighbours {name}", partial(_neighbours, reader, store, name, purged)))
-        for what, way in (("dataset", _dataset), ("export", _export), ("inspect", _inspect)):
-            ways.append((f"{what} {name}", partial(way, store, name, purged)))
-    return (partial(_taken, name, way) for name, way in ways)
-
-
-def _taken(name: str, way: Callable[[], Counts]) -> ReadPath:
+def _take(purged: Tombstones, name: str, way: Callable[[], Returned]) -> ReadPath:
     """Take a path that may not be there: as the database of a table is elsewhere now, or a file is damaged."""
+    rows = found = 0
     try:
-        return ReadPath(name, *way())
+        for ids in way():
+            rows, found = rows + len(ids), found + int(purged.contains(ids).sum())
     except (UsageError, StoreNotFoundError) as error:
         return ReadPath(name, 0, 0, str(error))
     except (RetrotoolError, FileNotFoundError) as error:
         return ReadPath(name, 0, 0, f"can't be read: {error}", broken=True)
+    return ReadPath(name, rows, found)
 
 
-def _answers(ask: Callable[[], object]) -> bool:
-    """Whether a question about a purged chunk is answered, and not refused as a wrong one."""
+def _where(returned: npt.NDArray[np.bool_] | np.bool_, ids: Ids) -> Ids:
+    return np.where(returned, ids, _NONE)
+
+
+def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
+    """The chunk if a question about it is answered, and not refused as a wrong one."""
     try:
         ask()
     except UsageError:
-        return False
-    return True
+        return np.array([_NONE])
+    return np.array([chunk])
 
 
-def _chunks(reader: Reader, purged: Tombstones) -> Counts:
+def _chunks(it: _Purged) -> Returned:
     """By their ids, in the lists of their parts, with tokens and text, and as what follows the chunk before."""
-    present = set(reader.parts())
-    ids = purged.ids[np.isin(part_of(purged.ids), list(present))]
-    rows, found = len(ids), int(reader.is_living(ids).sum())
-    for part in present.intersection(purged.parts()):
-        listed = reader.chunk_ids(part)
-        rows, found = rows + len(listed), found + int(purged.contains(listed).sum())
+    reader, present = it.reader, set(it.reader.parts())
+    ids = it.chunks.ids[np.isin(part_of(it.chunks.ids), list(present))]
+    yield _where(reader.is_living(ids), ids)
+    for part in present.intersection(it.chunks.parts()):
+        yield reader.chunk_ids(part)
     some = _some(ids, _QUERIES)
-    rows, found = rows + len(some), found + int(reader.tokens(some).any(axis=1).sum())
+    yield _where(reader.tokens(some).any(axis=1), some)
     for chunk in some.tolist():
         following = reader.continuation(chunk - 1) if split_id(chunk)[1] else None
-        found += (following is not None and following.id == chunk) + _answers(partial(reader.chunk, chunk))
-        rows += 2
-    return rows, found
+        yield np.array([_NONE if following is None else following.id])
+        yield _answer(chunk, partial(reader.chunk, chunk))
 
 
-def _documents(reader: Reader, store: Store, purged: Tombstones) -> Counts:
+def _documents(it: _Purged) -> Returned:
     """By the ids of documents that have none but purged chunks, as long as these ids are there."""
-    rows = found = 0
-    for part in set(purged.parts()).intersection(reader.parts()):
-        table = parts.read_documents(store, part, ["id", "first_row", "n_chunks"])
+    for part in set(it.chunks.parts()).intersection(it.reader.parts()):
+        table = parts.read_documents(it.store, part, ["id", "first_row", "n_chunks"])
         first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
-        mine = purged.rows(part)
+        mine = it.chunks.rows(part)
         whole = np.searchsorted(mine, first + count) - np.searchsorted(mine, first) == count
         places = np.flatnonzero(whole & (count > 0) & table["id"].is_valid().to_numpy())
         for name in table["id"].take(_some(places, _QUERIES)).to_pylist():
             try:
-                ids = reader.document(name)
+                yield np.array([it.reader.document(name)], np.int64)
             except UsageError:
-                ids = []
-            rows, found = rows + 1, found + int(purged.contains(np.array(ids, np.int64)).any())
-    return rows, found
+                yield np.array([_NONE])
 
 
-def _embeddings(reader: Reader, store: Store, name: str, purged: Tombstones) -> Counts:
-    rows = found = 0
-    for part in set(purged.parts()).intersection(embedded_parts(store, name)):
-        mine = purged.rows(part)
-        rows, found = rows + len(mine), found + int(reader.embeddings(part, name)[mine].any(axis=1).sum())
-    return rows, found
+def _embeddings(it: _Purged, name: str) -> Returned:
+    for part in set(it.chunks.parts()).intersection(embedded_parts(it.store, name)):
+        mine = it.chunks.rows(part)
+        yield _where(it.reader.embeddings(part, name)[mine].any(axis=1), chunk_ids(part, mine))
 
 
-def _search(reader: Reader, store: Store, name: str, purged: Tombstones) -> Counts:
-    database = reader.database(name)
-    queries = _queries(store, database.encoder, purged)
-    if queries is None:
-        return 0, 0
-    return len(queries), int(purged.contains(database.search(queries, _NEAREST).ids).sum())
+def _search(it: _Purged, name: str) -> Returned:
+    database = it.reader.database(name)
+    queries = _queries(it, database.encoder)
+    if queries is not None:
+        yield database.search(queries, _NEAREST).ids
 
 
-def _exact(store: Store, name: str, purged: Tombstones) -> Counts:
-    queries = _queries(store, name, purged)
-    if queries is None:
-        return 0, 0
-    best = ExactDatabase(store, name).search(queries, _NEAREST, only=purged.parts())
-    return len(queries), int(purged.contains(best.ids).sum())
+def _exact(it: _Purged, name: str) -> Returned:
+    queries = _queries(it, name)
+    if queries is not None:
+        yield ExactDatabase(it.store, name).search(queries, _NEAREST, only=it.chunks.parts()).ids
 
 
-def _queries(store: Store, encoder: str, purged: Tombstones) -> Queries | None:
+def _queries(it: _Purged, encoder: str) -> Queries | None:
     """Vectors of some purged chunks, or of the rows nearest to them that have one, or of any; None: there are none."""
     found: list[npt.NDArray[np.float16]] = []
-    for chunk in _some(purged.ids, _QUERIES).tolist():
+    for chunk in _some(it.chunks.ids, _QUERIES).tolist():
         part, row = split_id(chunk)
-        if store.state.part_file("embeddings", part, encoder) is not None:
-            matrix = read_part_vectors(store, encoder, part)
+        if it.store.state.part_file("embeddings", part, encoder) is not None:
+            matrix = read_part_vectors(it.store, encoder, part)
             low = max(0, row - _BESIDE)
             full = low + np.flatnonzero(matrix[low : row + _BESIDE + 1].any(axis=1))
             if len(full):
                 found.append(matrix[full[np.argmin(np.abs(full - row))]])
-    for part in embedded_parts(store, encoder) if not found else []:
-        matrix = read_part_vectors(store, encoder, part)
+    for part in embedded_parts(it.store, encoder) if not found else []:
+        matrix = read_part_vectors(it.store, encoder, part)
         found += list(matrix[np.flatnonzero(matrix.any(axis=1))[:_BESIDE]])
         if found:
             break
     return Queries.plain(np.stack(found).astype(np.float32)) if found else None
 
 
-def _leakage(store: Store, name: str, purged: Tombstones) -> Counts:
+def _leakage(it: _Purged, name: str) -> Returned:
     """The chunks of the store's first parts compared with their nearest neighbours in it."""
-    if store.identity.chunk_length > _LEAKAGE_CHUNK:
+    if it.store.identity.chunk_length > _LEAKAGE_CHUNK:
         raise UsageError(f"chunks of more than {_LEAKAGE_CHUNK} tokens can't be compared")
-    blocks = find_leaks(store, Database(store, name), within=True, report=lambda _: None)
-    rows = found = 0
+    blocks = find_leaks(it.store, Database(it.store, name), within=True, report=lambda _: None)
     for leaks in itertools.islice(blocks, 1):
-        rows += len(leaks.ids)
-        found += int(purged.contains(leaks.ids).sum()) + int(purged.contains(leaks.neighbours).sum())
-    return rows, found
+        yield np.column_stack([leaks.ids, leaks.neighbours])
 
 
-def _within(reader: NeighbourReader) -> list[int]:
-    """Numbers of the databases of a table that are the store itself."""
-    return [number for number, member in enumerate(reader.members) if member.within]
+def _own(reader: NeighbourReader, ids: Ids, databases: npt.NDArray[np.integer]) -> Ids:
+    """The neighbours that are chunks of the store itself."""
+    within = [number for number, member in enumerate(reader.members) if member.within]
+    return _where(np.isin(databases, within), ids)
 
 
-def _count_neighbours(near: Found, within: Iterable[int], purged: Tombstones) -> int:
-    return sum(int(purged.contains(np.where(near.is_of(i), near.ids, NO_NEIGHBOUR)).sum()) for i in within)
-
-
-def _neighbours(reader: Reader, store: Store, name: str, purged: Tombstones) -> Counts:
+def _neighbours(it: _Purged, name: str) -> Returned:
     """All that a table has of each row, as many as were saved; and the neighbours of purged chunks."""
-    table = NeighbourReader(store, name)
-    within, rows, found = _within(table), 0, 0
+    table = NeighbourReader(it.store, name)
     for part in table.parts():
-        size = parts.part_entry(store, "chunks", part).rows
+        size = parts.part_entry(it.store, "chunks", part).rows
         for group in range(-(-size // ROW_GROUP)):
             near = table.read(part, table.saved, [group])
-            rows, found = rows + len(near.ids), found + _count_neighbours(near, within, purged)
-    for chunk in _some(purged.ids, _ASKED).tolist():
-        rows, found = rows + 1, found + _answers(partial(reader.neighbour_places, chunk, name))
-    return rows, found
+            yield _own(table, near.ids, near.databases)
+    for chunk in _some(it.chunks.ids, _ASKED).tolist():
+        yield _answer(chunk, partial(it.reader.neighbour_places, chunk, name))
 
 
-def _dataset(store: Store, name: str, purged: Tombstones) -> Counts:
+def _dataset(it: _Purged, name: str) -> Returned:
     """What a training loop gets in an epoch: chunks, and neighbours."""
+    store = it.store
     dataset = RetroDataset(
         store.root, name, _SLOTS * store.identity.chunk_length, batch_size=_BATCH, shuffle=False, rank=0, world_size=1
     )
-    within = _within(NeighbourReader(store, name))
-    rows = found = 0
+    table = NeighbourReader(store, name)
     for batch in dataset:
         ids, near = batch["chunk_ids"].numpy(), batch["neighbour_ids"].numpy()
-        own = np.isin(batch["neighbour_databases"].numpy(), within)
-        rows += int((ids >= 0).sum())
-        found += int(purged.contains(ids).sum()) + int((purged.contains(near) & own).sum())
-    return rows, found
+        own = _own(table, near, batch["neighbour_databases"].numpy())
+        returned = np.column_stack([ids.reshape(-1), own.reshape(ids.size, -1)])
+        yield returned[(returned >= 0).any(axis=1)]
 
 
-def _export(store: Store, name: str, purged: Tombstones) -> Counts:
-    opened = open_tables(store, name)
-    within, rows, found = _within(opened.reader), 0, 0
+def _export(it: _Purged, name: str) -> Returned:
+    opened = open_tables(it.store, name)
     for block, _ in read_blocks(opened):
-        rows += len(block)
-        found += int(purged.contains(block.ids).sum()) + _count_neighbours(block.found, within, purged)
-    return rows, found
+        yield np.column_stack([block.ids, _own(opened.reader, block.found.ids, block.found.databases)])
 
 
-def _inspect(store: Store, name: str, purged: Tombstones) -> Counts:
+def _inspect(it: _Purged, name: str) -> Returned:
     """Random chunks with their neighbours; and the purged chunks, which it must refuse to show."""
-    rows = found = 0
-    for chunk in _some(purged.ids, _ASKED // 10).tolist():
-        rows, found = rows + 1, found + _answers(partial(inspect, store.root, Choice(chunk=chunk), name=name))
-    own, tombstones = str(store.root), read_tombstones(store)
+    store = it.store
+    for chunk in _some(it.chunks.ids, _ASKED // 10).tolist():
+        yield _answer(chunk, partial(inspect, store.root, Choice(chunk=chunk), name=name))
+    tombstones = read_tombstones(store)
     if all(len(tombstones.rows(part)) == parts.part_entry(store, "chunks", part).rows for part in store.state.parts()):
-        return rows, found
+        return
     for shown in inspect(store.root, Choice(random=_INSPECTED), name=name).chunks:
-        near = [one.id for one in shown.neighbours if one.database == own]
-        rows, found = rows + 1, found + int(purged.contains(np.array([shown.id, *near], np.int64)).sum())
-    return rows, found
+        yield np.array([[shown.id, *(near.id for near in shown.neighbours if near.database == str(store.root))]])
+
+
+_WAYS: dict[str, dict[str, Callable[[_Purged, str], Returned]]] = {
+    "embeddings": {"embeddings": _embeddings, "exact search": _exact},
+    "index": {"search": _search, "leakage": _leakage},
+    "neighbours": {"neighbours": _neighbours, "dataset": _dataset, "export": _export, "inspect": _inspect},
+}
+"""The read paths of each encoder, index and table of neighbours."""
 
 
 def _some(ids: Ids, most: int) -> Ids:

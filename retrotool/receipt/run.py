@@ -24,13 +24,13 @@ import orjson
 
 from retrotool.cli import output, pages, result_file
 from retrotool.engine.progress import counting
-from retrotool.errors import ErasedError, StorageError, UsageError
+from retrotool.errors import StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.erase_run import ATTEMPTS
+from retrotool.purge.erase_run import until_not_overtaken
 from retrotool.purge.purged_chunks import count_unerased, in_store
 from retrotool.purge.same_text import set_aside
 from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
-from retrotool.receipt.read_paths import ReadPath, check_read_paths, count_read_paths
+from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
 from retrotool.store import atomic, identity, paths
 from retrotool.store.log import Draft
@@ -136,7 +136,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
     for path in targets.values():
         result_file.check_file("--out", path)
-    receipt = _receipt(store, purge)
+    receipt = until_not_overtaken(store, lambda: _check(store, purge))
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
     with result_file.written(targets["json"]) as scratch:
@@ -158,20 +158,8 @@ def _check_purge(store: Store, purge: str) -> None:
         raise UsageError(f"the purge {purge!r} was undone: its chunks are live", f"See: retrotool log {store.root}")
 
 
-def _receipt(store: Store, purge: str) -> Receipt:
-    """Check a purge; again on the newest commit where another process replaces files that were to be checked."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return _check(store, purge)
-        except ErasedError:
-            if attempt == ATTEMPTS - 1:
-                raise
-            store.refresh()
-            _check_purge(store, purge)
-    raise AssertionError("the last attempt returns or raises")
-
-
 def _check(store: Store, purge: str) -> Receipt:
+    _check_purge(store, purge)
     record = store.state.records[f"purge:{purge}"]
     chunks = read_tombstones(store, purge).ids
     there = in_store(store, chunks)
@@ -180,8 +168,12 @@ def _check(store: Store, purge: str) -> Receipt:
         report(1)
     with counting("files", "B", total_bytes(store)) as report:
         erasure = check_files(Purged(store, Tombstones(there), history), report)
-    with counting("read paths", "path", count_read_paths(store)) as report:
-        taken = check_read_paths(store, chunks, report)
+    ways = read_paths(store, chunks)
+    taken = []
+    with counting("read paths", "path", len(ways)) as report:
+        for take in ways:
+            taken.append(take())
+            report(1)
     is_erased = bool(record["erased"])
     problems = [
         *(f"the log: {problem}" for problem in log.problems),
@@ -213,7 +205,7 @@ def _check(store: Store, purge: str) -> Receipt:
         log_head=log.head,
         log_whole=not log.problems,
         files=erasure,
-        read_paths=taken,
+        read_paths=tuple(taken),
         dependents=tuple(dependents(store)),
         limits=LIMITS,
     )

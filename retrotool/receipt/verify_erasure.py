@@ -18,7 +18,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import walk
 from pathlib import Path
 
@@ -46,6 +46,9 @@ _BLOCK_ROWS = 1 << 16
 _LOG_ENTRY = re.compile(r"log/\d{8,}\.json")
 
 Rows = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+_NOTHING = np.zeros(0, np.bool_)
+"""Of a file that can hold nothing of a chunk, so that it is not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +117,17 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     ``ErasedError`` if another process replaced a file of the view; nothing is known then.
     """
     store = purged.store
-    found = {kind: [0, 0, 0] for kind in CHECKS}
+    kinds = {kind: KindChecked(kind, check.what, 0, 0, 0) for kind, check in CHECKS.items()}
     left: dict[str, int] = {}
     damaged: list[str] = []
     for entry in store.state.files():
         kind = FileName.parse(entry.path).kind
-        looks = CHECKS[kind].looks
         try:
-            seen = None if looks is None else looks(purged, entry)
-            if seen is not None:
-                for place, n in enumerate((1, *seen)):
-                    found[kind][place] += n
-                if seen[1]:
-                    left[entry.path] = seen[1]
+            holds = CHECKS[kind].rows_that_hold(purged, entry)
+            if len(holds):
+                n, one = int(holds.sum()), kinds[kind]
+                kinds[kind] = replace(one, files=one.files + 1, rows=one.rows + len(holds), left=one.left + n)
+                left |= {entry.path: n} if n else {}
                 if atomic.file_sha256(store.path(entry)) != entry.sha256:
                     damaged.append(f"{entry.path}: its SHA-256 is not what the log says")
         except ErasedError:
@@ -138,100 +139,98 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
         report(entry.bytes)
     present, synced = _check_removed(store.root, purged.history.removed)
     unknown, in_progress = find_unknown(store, purged.history.removed)
-    kinds = tuple(KindChecked(kind, CHECKS[kind].what, *counts) for kind, counts in found.items())
-    return Erasure(
-        kinds, left, tuple(damaged), len(purged.history.removed), present, synced, unknown, in_progress
-    )  # fmt: skip
-
-
-Seen = tuple[int, int] | None
-"""How many rows of a file were looked at, and in how many something is left; None: the file can't hold any."""
+    replaced = len(purged.history.removed)
+    return Erasure(tuple(kinds.values()), left, tuple(damaged), replaced, present, synced, unknown, in_progress)
 
 
 @dataclass(frozen=True, slots=True)
 class _Check:
+    """``what`` is checked of files of a kind, and ``holds``, which does it (None: they can hold nothing).
+
+    ``by_row``: only the rows of purged chunks can hold something, so a file without any is not read.
+    """
+
     what: str
-    looks: Callable[[Purged, FileEntry], Seen] | None = None
+    holds: Callable[[Purged, FileEntry], Flags] | None = None
+    by_row: bool = False
+
+    def rows_that_hold(self, purged: Purged, entry: FileEntry) -> Flags:
+        """Return, for each row of a file that was looked at, whether it still holds something: bool [n]."""
+        if self.holds is None or (self.by_row and not len(purged.rows(entry))):
+            return _NOTHING
+        return self.holds(purged, entry)
 
 
-def _check_documents(purged: Purged, entry: FileEntry) -> Seen:
-    rows = purged.rows(entry)
-    if not len(rows):
-        return None
-    part = int(FileName.parse(entry.path).slot)
+def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
+    rows, part = purged.rows(entry), int(FileName.parse(entry.path).slot)
     chunks = parts.read_parquet(purged.store, parts.part_entry(purged.store, "chunks", part), ["doc", "n_tokens"])
     doc, n_tokens = chunks["doc"].to_numpy(), np.array(chunks["n_tokens"].to_numpy())
     n_tokens[rows] = 0
     tokens = np.bincount(doc, weights=n_tokens).astype(np.int64)
-    concerned = np.unique(doc[rows])
-    whole, partly = concerned[tokens[concerned] == 0], concerned[tokens[concerned] > 0]
     table = parts.read_documents(purged.store, part)
-    left = table["n_tokens"].to_numpy() != tokens
+    holds: Flags = table["n_tokens"].to_numpy() != tokens
     for name in set(table.schema.names) - {"first_row", "n_chunks", "n_tokens"}:
-        left[whole] |= table[name].is_valid().to_numpy()[whole]
-    left[partly] |= table["text_hash"].is_valid().to_numpy()[partly]
-    return len(concerned), int(left[concerned].sum())
+        present = table[name].is_valid().to_numpy()
+        holds |= present if name == "text_hash" else present & (tokens == 0)
+    concerned: Flags = holds[np.unique(doc[rows])]
+    return concerned
 
 
-def _check_chunks(purged: Purged, entry: FileEntry) -> Seen:
+def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
     rows = purged.rows(entry)
-    if not len(rows):
-        return None
     chunks = parts.read_chunks(purged.store, int(FileName.parse(entry.path).slot))
-    return len(rows), int(((chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1)).sum())
+    holds: Flags = (chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1)
+    return holds
 
 
-def _check_embeddings(purged: Purged, entry: FileEntry) -> Seen:
-    rows = purged.rows(entry)
-    if not len(rows):
-        return None
-    matrix = vectors.read_vectors(purged.store, entry)
-    blocks = (rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS))
-    return len(rows), sum(int(matrix[some].any(axis=1).sum()) for some in blocks)
+def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
+    rows, matrix = purged.rows(entry), vectors.read_vectors(purged.store, entry)
+    starts = range(0, len(rows), _BLOCK_ROWS)
+    return np.concatenate([matrix[rows[start : start + _BLOCK_ROWS]].any(axis=1) for start in starts])
 
 
-def _check_index(purged: Purged, entry: FileEntry) -> Seen:
+def _check_index(purged: Purged, entry: FileEntry) -> Flags:
     slot = FileName.parse(entry.path).slot
     if slot == RECALL:
-        return 1, int(not purged.history.is_after(entry.path))
+        return np.array([not purged.history.is_after(entry.path)])
     if not slot.startswith("shard-"):
-        return None
+        return _NOTHING
     shard = lists.read_lists(purged.store.path(entry))
     if not shard.is_whole():
         raise CorruptError(f"{entry.path} holds other numbers of ids and of codes than it says")
-    return len(shard), sum(int(purged.chunks.contains(shard.ids(number)).sum()) for number in shard.numbers)
+    return np.concatenate([_NOTHING, *(purged.chunks.contains(shard.ids(number)) for number in shard.numbers)])
 
 
-def _check_neighbours(purged: Purged, entry: FileEntry) -> Seen:
+def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
     rows = purged.rows(entry)
     within = is_within(purged.store, entry, table_schema(purged.store, entry).metadata)
     if not (within or len(rows)):
-        return None
-    left = 0
+        return _NOTHING
+    looked_at = [_NOTHING]
     for group, mine in _row_groups(entry, rows):
         table = tables.read_table(purged.store, entry, [group])
         none = table.ids == NO_NEIGHBOUR
-        bad: npt.NDArray[np.bool_] = (none & ~np.isposinf(table.distances)).any(axis=1)
-        bad[mine] |= ~none[mine].all(axis=1)
+        holds: Flags = (none & ~np.isposinf(table.distances)).any(axis=1)
+        holds[mine] |= ~none[mine].all(axis=1)
         if within:
-            bad |= purged.chunks.contains(table.ids).any(axis=1)
+            holds |= purged.chunks.contains(table.ids).any(axis=1)
         if tables.text_size(entry):
-            bad |= _holds_text(purged, tables.read_text(purged.store, entry, [group]), mine, within=within)
-        left += int(bad.sum())
-    return entry.rows if within else len(rows), left
+            holds |= _holds_text(purged, tables.read_text(purged.store, entry, [group]), mine, within=within)
+        looked_at.append(holds if within else holds[mine])
+    return np.concatenate(looked_at)
 
 
-def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool) -> npt.NDArray[np.bool_]:
+def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool) -> Flags:
     """Which rows have tokens of a purged chunk, or any of no neighbour; the rows ``mine`` must be empty."""
     is_chunk = text.ids >= 0
-    holds: npt.NDArray[np.bool_] = (text.n_tokens != 0) | text.tokens.any(axis=3)
+    holds: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
     empty = ~(holds[:, :, 0] | holds[:, :, 1])
     bad = ~is_chunk & ~(empty & np.isposinf(text.distances))
     if within:
         named, followed = purged.chunks.contains(text.ids), purged.chunks.contains(text.ids + 1) & holds[:, :, 1]
         bad |= is_chunk & (named | followed)
     bad[mine] |= (text.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
-    rows: npt.NDArray[np.bool_] = np.any(bad, axis=1)
+    rows: Flags = np.any(bad, axis=1)
     return rows
 
 
@@ -242,28 +241,28 @@ def _row_groups(entry: FileEntry, rows: Rows) -> Iterator[tuple[int, Rows]]:
         yield group, rows[low:high] - group * ROW_GROUP
 
 
-def _check_quarantine(purged: Purged, entry: FileEntry) -> Seen:
+def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
     if purged.history.is_new(entry.path):
-        return None
-    table = parts.read_parquet(purged.store, entry, ["excerpt"])
-    return table.num_rows, table.num_rows - table["excerpt"].null_count
+        return _NOTHING
+    excerpts: Flags = parts.read_parquet(purged.store, entry, ["excerpt"])["excerpt"].is_valid().to_numpy()
+    return excerpts
 
 
-def _check_selectors(purged: Purged, entry: FileEntry) -> Seen:
+def _check_selectors(purged: Purged, entry: FileEntry) -> Flags:
     """A purge that was made after the erase may name the same chunks, and keeps what it selected by."""
     named = has_any(purged.store, FileName.parse(entry.path).slot, purged.chunks)
-    return (1, 1) if named and not purged.history.is_new(entry.path) else None
+    return np.array([True]) if named and not purged.history.is_new(entry.path) else _NOTHING
 
 
-def _check_scans(purged: Purged, entry: FileEntry) -> Seen:
+def _check_scans(purged: Purged, entry: FileEntry) -> Flags:
     names = purged.chunks.contains(parts.read_parquet(purged.store, entry, ["chunks"])["chunks"].to_numpy()).any()
-    return 1, int(names or not purged.history.is_after(entry.path))
+    return np.array([bool(names) or not purged.history.is_after(entry.path)])
 
 
 CHECKS: Mapping[str, _Check] = {
-    "documents": _Check("documents: all columns null; no hash where a part is erased", _check_documents),
-    "chunks": _Check("rows: no tokens", _check_chunks),
-    "embeddings": _Check("rows: the vector zero", _check_embeddings),
+    "documents": _Check("documents: all columns null; no hash where a part is erased", _check_documents, by_row=True),
+    "chunks": _Check("rows: no tokens", _check_chunks, by_row=True),
+    "embeddings": _Check("rows: the vector zero", _check_embeddings, by_row=True),
     "index": _Check("no id in lists; no measurements from before the erase", _check_index),
     "neighbours": _Check("rows empty; no id, distance or token in the others", _check_neighbours),
     "tombstones": _Check("not decoded: hold ids of chunks alone"),

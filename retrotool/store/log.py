@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,8 @@ def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool
 
     ``LostRunError`` if ``run`` was taken for dead.
     """
+    from importlib.metadata import version  # which readers need not wait for
+
     path = commit_path(root, number)
     if path.exists():
         return False

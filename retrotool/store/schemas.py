@@ -41,10 +41,9 @@ SCANS_SCHEMA = pa.schema(
         ("labels", pa.int32()),
         ("begin", pa.int64()),
         ("end", pa.int64()),
+        ("figures", pa.float32()),
     ]
 )
-FIGURES = pa.field("figures", pa.float32())
-"""A further column of a scans file, where something was measured."""
 QUARANTINE_SCHEMA = pa.schema(
     [
         ("input", pa.string()),

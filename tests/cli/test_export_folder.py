@@ -207,7 +207,7 @@ def test_other_tokenizers_are_refused(
     api.chunk(queries, [str(source)], tokenizer=str(byte_level_tokenizer))
     api.embed(queries, encoder=str(tiny_encoder))
     api.neighbours(built_store, queries=queries)
-    with pytest.raises(UsageError, match="no reader can take them for one text"):
+    with pytest.raises(UsageError, match="one model can't read both"):
         api.export(queries, tmp_path / "out")
 
 

@@ -40,7 +40,7 @@ def expected(store: Store, without: frozenset[str] = frozenset()) -> tuple[dict[
 
 
 def found(store: Store) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    shape = api.info(store.root).shape
+    shape = api.info(store.root, documents=True).shape
     assert shape.share == 1
     lengths = {row["tokens"]: row["documents"] for row in shape.lengths}
     return lengths, {row["source"]: (row["documents"], row["tokens"]) for row in shape.sources}

@@ -29,7 +29,8 @@ from retrotool.chunk.deduplicate import finish_plans
 from retrotool.errors import UsageError
 from retrotool.index import run as index_run
 from retrotool.index.run import Options
-from retrotool.info.run import info, verify
+from retrotool.info.run import info
+from retrotool.info.verify_run import verify
 from retrotool.purge.undo_run import restore
 from retrotool.store import disk
 from retrotool.store.blocked import read_blocked

@@ -234,8 +234,8 @@ def test_the_fast_tokenizer_gives_the_same_rows(tiny_encoder: Path) -> None:
     encoder = Encoder(str(tiny_encoder), "cpu")
     texts = ["a store of chunks", "", "Ünïcödé and [MASK] 語", "x" * 300]
     slow = encoder.tokenize(texts)
-    encoder.use_fast_tokenizer(True)
+    encoder.use_fast_tokenizer()
     fast = encoder.tokenize(texts)
-    encoder.use_fast_tokenizer(False)
+    encoder.use_slow_tokenizer()
     assert fast.ids.tolist() == slow.ids.tolist() == encoder.tokenize(texts).ids.tolist()
     assert fast.lengths.tolist() == slow.lengths.tolist()

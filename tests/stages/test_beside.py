@@ -21,7 +21,8 @@ from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task
 from retrotool.errors import UsageError
-from retrotool.index.index_files import encoder_of, held_parts, shards
+from retrotool.index.generations import shards
+from retrotool.index.index_files import encoder_of, held_parts
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
 from retrotool.store import folding, staging

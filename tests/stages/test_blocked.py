@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import retrotool
 from retrotool import api
-from retrotool.info.run import info, verify
+from retrotool.info.run import info
+from retrotool.info.verify_run import verify
 from retrotool.store import parts
 from retrotool.store.blocked import HASH, Blocked, id_hashes, keyed_texts, read_blocked
 from retrotool.store.store import Store

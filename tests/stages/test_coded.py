@@ -30,7 +30,7 @@ from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index import ground_truth
 from retrotool.index import run as index_run
-from retrotool.index.index_files import shards
+from retrotool.index.generations import shards
 from retrotool.index.index_result import describe
 from retrotool.index.run import Options
 from retrotool.index.searching import Database, Point

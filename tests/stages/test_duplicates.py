@@ -20,7 +20,8 @@ from retrotool.chunk.chunk_plan import Wanted, commit_plan
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRepeats, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
-from retrotool.info.run import info, verify
+from retrotool.info.run import info
+from retrotool.info.verify_run import verify
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.session import writing
 from retrotool.store.store import Store

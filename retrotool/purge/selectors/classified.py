@@ -18,16 +18,16 @@ a batch a thread.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from retrotool.encoder.classifier import Classifier, find_classifier
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.purge.selectors.document_text import Block
-from retrotool.purge.selectors.selector import Hits
+from retrotool.purge.selectors.document_text import TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -36,20 +36,16 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
-class Classified:
+class Classified(Selector):
     """Chunks to which the classifier in ``path`` gives ``label`` with a score of ``above`` or more."""
 
-    path: str
+    kind: ClassVar[str] = "classifier"
+    reads_text: ClassVar[bool] = True
+    path: str = field(compare=False)
     sha256: str
     label: str
     above: float
-    device: str = "auto"
-    kind: ClassVar[str] = "classifier"
-    reads_text: ClassVar[bool] = True
-
-    def literal(self) -> dict[str, Any]:
-        """What the model is, the label and the limit; not where it lies."""
-        return {"sha256": self.sha256, "label": self.label, "above": self.above}
+    device: str = field(default="auto", compare=False)
 
     def open(self, store: Store) -> ClassifierMatcher:
         """Load the model; ``UsageError`` if it can't be, or is not what it was."""
@@ -57,7 +53,7 @@ class Classified:
         if identity.sha256 != self.sha256:
             raise UsageError(f"classifier {self.path!r} was changed just now", "Run the same command again.")
         classifier = Classifier(identity, self.device)
-        return ClassifierMatcher(store, classifier, identity.label(self.label), self.above, (self.kind,))
+        return ClassifierMatcher(store, classifier, identity.label(self.label), self.above)
 
 
 def classified(path: str | Path, label: str | None, above: float | None, device: str = "auto") -> Classified:
@@ -77,17 +73,16 @@ def classified(path: str | Path, label: str | None, above: float | None, device:
     return Classified(str(Path(path).absolute()), identity.sha256, label, float(above), device)
 
 
-class ClassifierMatcher:
+class ClassifierMatcher(Matcher):
     """Finds chunks whose ``label`` a classifier gives a score of ``above`` or more."""
 
-    def __init__(self, store: Store, classifier: Classifier, label: int, above: float, names: tuple[str, ...]) -> None:
-        self.names = names
+    def __init__(self, store: Store, classifier: Classifier, label: int, above: float) -> None:
         self.block_rows = _BLOCK_ROWS[classifier.device.split(":")[0]]
         own = store.identity.tokenizer
         self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
         self._store, self._classifier, self._label, self._above = store, classifier, label, above
 
-    def __call__(self, block: Block) -> Hits:
+    def __call__(self, block: TextBlock) -> BlockHits:
         """Those of the block, with their scores; ``RetrotoolError`` names a chunk whose score is no number."""
         chunks = block.chunks
         rows = np.flatnonzero(chunks.n_tokens > 0)
@@ -97,9 +92,9 @@ class ClassifierMatcher:
         if len(broken):
             raise self._no_score(block, int(rows[broken[0]]))
         chosen = scores >= np.float32(self._above)
-        return Hits.of(rows[chosen], figures=scores[chosen])
+        return BlockHits.whole(rows[chosen], scores[chosen])
 
-    def _no_score(self, block: Block, row: int) -> RetrotoolError:
+    def _no_score(self, block: TextBlock, row: int) -> RetrotoolError:
         """What says which chunk it is."""
         names = parts.read_documents(self._store, block.part, ["id"])["id"]
         document = names[int(block.chunks.doc[row])].as_py()

@@ -19,20 +19,19 @@ text; in that are 10 ns a token of documents that have 0.8 of an evaluation docu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Block
-from retrotool.purge.selectors.ngrams import GramSets
-from retrotool.purge.selectors.rolling_hash import (
+from retrotool.purge.selectors.document_text import TextBlock
+from retrotool.purge.selectors.ngrams import (
     Flags,
+    GramSets,
     Hashes,
     Ints,
     Tokens,
@@ -40,11 +39,13 @@ from retrotool.purge.selectors.rolling_hash import (
     distinct_rows,
     follows,
     gram_hashes,
-    ranges,
+    pairs_of_ranges,
     reach,
 )
-from retrotool.purge.selectors.selector import Hits
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
+from retrotool.ranges import expand_ranges
 from retrotool.store import parts
+from retrotool.store.compatible import check_compatible
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -58,20 +59,15 @@ _SLICE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Contaminates:
+class Contaminates(Selector):
     """Documents that are like one of the store ``evaluation``, as the module says: of runs of ``n`` tokens."""
 
     kind: ClassVar[str] = "contaminates"
-    reads_text: ClassVar[bool] = False
     evaluation: str
     n: int = GRAM
     share: float = SIMILAR
     as_of: str = ""
     """What tells the evaluation store at this commit from itself at another: what was scanned for it holds for one."""
-
-    def literal(self) -> dict[str, Any]:
-        """The path of the evaluation store, as it was given, its commit and the numbers."""
-        return {"evaluation": self.evaluation, "as_of": self.as_of, "n": self.n, "share": self.share}
 
     def open(self, store: Store) -> ContaminationMatcher:
         """Read the evaluation text; ``UsageError`` if it has another tokenizer, or nothing is in it."""
@@ -80,14 +76,9 @@ class Contaminates:
         if not 1 <= self.n <= _SLICE_TOKENS:
             raise UsageError(f"runs of {self.n} tokens are not of 1 to {_SLICE_TOKENS:,}")
         evaluation = Store.open(Path(self.evaluation))
-        theirs, ours = evaluation.identity.tokenizer, store.identity.tokenizer
-        if theirs.sha256 != ours.sha256:
-            raise UsageError(
-                f"{evaluation.root} was chunked with the tokenizer {theirs.name!r} ({theirs.sha256[:12]}), "
-                f"{store.root} with {ours.name!r} ({ours.sha256[:12]}): their tokens can't be compared",
-                f"Chunk the evaluation text again, with --tokenizer {store.root / ours.file}.",
-            )
-        return read_evaluation(evaluation, self.n, self.share, (self.kind,))
+        advice = f"Chunk the evaluation text again, with --tokenizer {store.root / store.identity.tokenizer.file}."
+        check_compatible(evaluation, store, "their tokens can't be compared", advice, lengths=False)
+        return read_evaluation(evaluation, self.n, self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +109,7 @@ class _Grams:
     def places(self, document: int) -> Ints:
         """Where in ``flat`` those of one document begin."""
         rows = np.arange(self.documents[document], self.documents[document + 1])
-        _, places = ranges(rows * self.length, rows * self.length + self.begin[rows])
-        return places
+        return expand_ranges(rows * self.length, self.begin[rows])
 
     def without(self) -> Ints:
         """The documents that have tokens and no gram."""
@@ -133,7 +123,7 @@ class _Grams:
         return table[np.arange(self.length) < self.n_tokens[rows, None]].astype("<u4").tobytes()
 
 
-def read_evaluation(evaluation: Store, n: int, share: float, names: Sequence[str]) -> ContaminationMatcher:
+def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMatcher:
     """What finds documents like those of a store."""
     tombstones = read_tombstones(evaluation)
     dtype = parts.token_dtype(evaluation.identity.tokenizer.token_bytes)
@@ -146,7 +136,7 @@ def read_evaluation(evaluation: Store, n: int, share: float, names: Sequence[str
         first = parts.read_documents(evaluation, part, ["first_row"])["first_row"].to_numpy().astype(np.int64)
         text = _Grams.of(chunks, n_tokens, np.append(first, len(chunks)), n)
         starts = np.arange(len(chunks)) * text.length
-        row, places = ranges(starts, starts + text.begin)
+        row, places = pairs_of_ranges(starts, starts + text.begin)
         if len(row):
             grams.append(np.lib.stride_tricks.sliding_window_view(text.flat, n)[places])
             owners.append(parts.chunk_ids(part, chunks.doc[row]))
@@ -154,18 +144,17 @@ def read_evaluation(evaluation: Store, n: int, share: float, names: Sequence[str
     if not short and len(grams) == 1:
         raise UsageError(f"{evaluation.root} has no text (any more): nothing can be like it")
     sets = GramSets(np.concatenate(grams), np.unique(np.concatenate(owners), return_inverse=True)[1], share)
-    return ContaminationMatcher(sets, short, share, names)
+    return ContaminationMatcher(sets, short, share)
 
 
-class ContaminationMatcher:
+class ContaminationMatcher(Matcher):
     """Finds documents like those of ``sets``, or equal to one of ``short`` (tokens as little-endian uint32)."""
 
-    def __init__(self, sets: GramSets, short: set[bytes], share: float, names: Sequence[str]) -> None:
-        self.names = names
+    def __init__(self, sets: GramSets, short: set[bytes], share: float) -> None:
         self._sets, self._short = sets, short
         self._up, self._down = Fraction(str(share)).as_integer_ratio()
 
-    def __call__(self, block: Block) -> Hits:
+    def __call__(self, block: TextBlock) -> BlockHits:
         """All chunks of such documents."""
         chunks, documents = block.chunks, block.documents
         text = _Grams.of(chunks, chunks.n_tokens.astype(np.int64), documents, self._sets.n)
@@ -175,7 +164,7 @@ class ContaminationMatcher:
         if self._short:
             alike[[i for i in text.without().tolist() if text.tokens(i) in self._short]] = True
         rows = np.flatnonzero(np.repeat(alike, np.diff(documents)) & (chunks.n_tokens > 0))
-        return Hits.of(rows)
+        return BlockHits.whole(rows)
 
     def _find(self, text: _Grams, alike: Flags) -> None:
         """Mark the documents that are similar in ``alike`` [d], which also closes them."""

@@ -22,18 +22,17 @@ Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Block
-from retrotool.purge.selectors.ngrams import GramSets
-from retrotool.purge.selectors.rolling_hash import Flags, Hashes, Ints, Tokens, distinct, distinct_rows, follows
-from retrotool.purge.selectors.selector import Hits
+from retrotool.purge.selectors.document_text import TextBlock
+from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
 from retrotool.store.store import Store
@@ -51,18 +50,13 @@ _GATHERED = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class NearDuplicates:
+class NearDuplicates(Selector):
     """Copies of the chunks with these ids, as the module says."""
 
     kind: ClassVar[str] = "near-duplicates-of"
-    reads_text: ClassVar[bool] = False
     chunks: tuple[int, ...]
     share: float = COPIED
     fewest: int = FEWEST
-
-    def literal(self) -> dict[str, Any]:
-        """The ids and the numbers."""
-        return {"chunks": list(self.chunks), "share": self.share, "fewest": self.fewest}
 
     def open(self, store: Store) -> CopyMatcher:
         """Read the victims; ``UsageError`` if the store has not all of them, or none has tokens any more."""
@@ -71,7 +65,7 @@ class NearDuplicates:
         tokens, n_tokens = read_victims(store, np.unique(np.array(self.chunks, np.int64)))
         if not n_tokens.any():
             raise UsageError("none of the chunks has any tokens left: nothing tells what a copy of them is")
-        return CopyMatcher(tokens, n_tokens, self.share, self.fewest, (self.kind,))
+        return CopyMatcher(tokens, n_tokens, self.share, self.fewest)
 
 
 def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
@@ -93,11 +87,10 @@ def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
     return tokens, n_tokens
 
 
-class CopyMatcher:
+class CopyMatcher(Matcher):
     """Finds the copies of ``tokens`` [v, chunk_length], of the store's type, of which ``n_tokens`` [v] count."""
 
-    def __init__(self, tokens: Tokens, n_tokens: Ints, share: float, fewest: int, names: Sequence[str]) -> None:
-        self.names = names
+    def __init__(self, tokens: Tokens, n_tokens: Ints, share: float, fewest: int) -> None:
         self._sets = None
         runs = np.zeros(len(tokens), np.int64)
         if tokens.shape[1] >= GRAM:
@@ -111,7 +104,7 @@ class CopyMatcher:
         self._whole = set(_keys(tokens[whole], n_tokens[whole]))
         self._lengths, self._firsts = np.unique(n_tokens[whole]), np.unique(tokens[whole, 0])
 
-    def __call__(self, block: Block) -> Hits:
+    def __call__(self, block: TextBlock) -> BlockHits:
         """The chunks of copies."""
         chunks = block.chunks
         selected = np.zeros(len(block), np.bool_)
@@ -122,7 +115,7 @@ class CopyMatcher:
             rows = np.flatnonzero(np.isin(chunks.n_tokens, self._lengths) & np.isin(chunks.tokens[:, 0], self._firsts))
             keys = _keys(chunks.tokens[rows], chunks.n_tokens[rows])
             selected[rows[[key in self._whole for key in keys]]] = True
-        return Hits.of(np.flatnonzero(selected))
+        return BlockHits.whole(np.flatnonzero(selected))
 
     def _gather(self, chunks: Chunks, sets: GramSets) -> Iterator[tuple[Ints, Ints, Flags, Flags]]:
         """The grams of a block: place (its first row), gram, and whether the first or the second row holds it, [e].

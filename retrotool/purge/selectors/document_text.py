@@ -7,7 +7,7 @@ Purged ones do, as what is purged may still be erased.
 With a lossless tokenizer the text is what went in, byte for byte. Otherwise it is **folded**: what the tokenizer
 leaves of it, with a single space between two words, and none beside what is neither a letter nor a digit. So
 ``John.Doe+x@Example.com`` is ``john.doe+x@example.com`` for a tokenizer that loses case, and ``Hello , world`` is
-``hello,world``. Patterns are held against that.
+``hello,world``. Patterns are searched in that.
 
 Cost: decoding, 70 to 150 MB/s a core. Memory: tokens and text of a block, some 10 MB, or of its one document.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
@@ -56,7 +57,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Block:
+class TextBlock:
     """Whole documents of a part: ``chunks``, of which the first is row ``first`` of the part.
 
     ``documents`` are the rows of the block at which a document begins, and the number of rows, int64 [m + 1].
@@ -96,7 +97,7 @@ class Block:
         return pa.LargeStringArray.from_buffers(len(starts) - 1, offsets, pa.py_buffer(self.text))
 
     def rows_of(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
-        """The rows that spans of bytes [begin, end) touch, [h]: (span, row) of each, both int64 [r].
+        """Return the rows that spans of bytes [begin, end) touch, [h]: (span, row) of each, both int64 [r].
 
         An empty span touches the chunk that has the byte behind it.
         """
@@ -105,12 +106,12 @@ class Block:
         low, high = np.minimum(low, len(self) - 1), np.minimum(high, len(self) - 1)
         count = high - low + 1
         span = np.repeat(np.arange(len(begin)), count)
-        row = np.arange(len(span)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)
+        row = expand_ranges(low, count)
         full = self.chunks.n_tokens[row] > 0  # what is erased has no bytes, and is touched by none
         return span[full], row[full]
 
 
-def blocks_of(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROWS) -> Iterator[TextBlock]:
     """A part in blocks of whole documents, of at least so many rows each but the last."""
     total = parts.part_entry(store, "chunks", part).rows
     first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy().astype(np.int64)
@@ -122,5 +123,5 @@ def blocks_of(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROWS)
         read = parts.read_chunks(store, part, list(groups))
         chunks = read.between(start - groups[0] * parts.ROW_GROUP, stop - groups[0] * parts.ROW_GROUP)
         bounds = np.append(first[np.searchsorted(first, start) : after], stop)
-        yield Block(chunks, start, bounds - start, decoder)
+        yield TextBlock(chunks, start, bounds - start, decoder)
         start = stop

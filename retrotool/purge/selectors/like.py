@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +42,8 @@ from retrotool.embed.stage import EncoderRows
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Block
-from retrotool.purge.selectors.selector import Hits
-from retrotool.purge.selectors.selector_files import read_text
+from retrotool.purge.selectors.document_text import TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_file
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, TokenizerFile
@@ -58,25 +57,19 @@ _PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
-class Like:
+class Like(Selector):
     """Chunks within a squared L2 distance of a text; ``cut``: it is cut into chunks first, as a file's is.
 
     ``encoder`` and ``sha256`` say by which embeddings of the store; ``device`` where the text is embedded.
     """
 
+    kind: ClassVar[str] = "like"
     text: str
     within: float
     encoder: str
     sha256: str
     cut: bool = False
-    device: str = "auto"
-    kind: ClassVar[str] = "like"
-    reads_text: ClassVar[bool] = False
-
-    def literal(self) -> dict[str, Any]:
-        """The text, the distance and the encoder."""
-        names = ("text", "cut", "within", "encoder", "sha256")
-        return {name: getattr(self, name) for name in names}
+    device: str = field(default="auto", compare=False)
 
     def reads(self, store: Store, part: int) -> list[str]:
         """The part's embeddings; ``UsageError`` if it has none."""
@@ -95,7 +88,7 @@ class Like:
             queries = _embed_pieces(store, encoder, self.text) if self.cut else _embed_whole(encoder, self.text)
         finally:
             encoder.close()
-        return LikeMatcher(store, self.encoder, queries, self.within, (self.kind,))
+        return LikeMatcher(store, self.encoder, queries, self.within)
 
 
 def near(store: Store, given: str | Path, within: float | None, encoder: str | None, device: str = "auto") -> Like:
@@ -125,7 +118,7 @@ def _read(given: str) -> tuple[str, bool]:
     except (OSError, ValueError):  # too long for a name: it is a text
         is_file = False
     if is_file:
-        return read_text("--like", given), True
+        return read_selector_file("--like", given), True
     if _PATH.fullmatch(given.strip()):  # a name with a slip must not be taken for the text that is meant
         raise UsageError(f"--like: there is no file {given}", "If it is the text itself, put it into a file.")
     return given, False
@@ -157,19 +150,18 @@ def _embed_pieces(store: Store, encoder: Encoder, text: str) -> Vectors:
     return np.unique(found.astype(np.float32), axis=0)
 
 
-class LikeMatcher:
+class LikeMatcher(Matcher):
     """Finds chunks within a distance of one of ``queries``, float32 [q, d]."""
 
-    def __init__(self, store: Store, encoder: str, queries: Vectors, within: float, names: tuple[str, ...]) -> None:
+    def __init__(self, store: Store, encoder: str, queries: Vectors, within: float) -> None:
         import torch
 
-        self.names = names
         self._store, self._encoder = store, encoder
         self._queries, self._within = queries, np.float32(within)
         self._norms = np.square(queries).sum(1)
         self._threads = torch.get_num_threads()
 
-    def __call__(self, block: Block) -> Hits:
+    def __call__(self, block: TextBlock) -> BlockHits:
         """Those of the block, with the distance to the nearest query."""
         vectors = read_part_vectors(self._store, self._encoder, block.part)[block.first : block.first + len(block)]
         embedded = block.chunks.embedded
@@ -181,7 +173,7 @@ class LikeMatcher:
                 found, apart = self._near(vectors[start : start + size], some)
                 rows.append(found + start)
                 distances.append(apart)
-        return Hits.of(np.concatenate(rows), figures=np.concatenate(distances))
+        return BlockHits.whole(np.concatenate(rows), np.concatenate(distances))
 
     def _near(
         self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]

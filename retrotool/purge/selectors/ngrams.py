@@ -21,22 +21,24 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.purge.selectors.rolling_hash import (
-    HASH_BITS,
-    Flags,
-    Hashes,
-    Ints,
-    Tokens,
-    distinct,
-    distinct_rows,
-    gram_hashes,
-    ranges,
-)
+from retrotool.ranges import expand_ranges
+from retrotool.store.parts import Chunks
 
+Tokens = npt.NDArray[np.unsignedinteger]
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint32]
+Flags = npt.NDArray[np.bool_]
+
+Number = TypeVar("Number", bound=np.integer[Any])
+
+HASH_BITS = 32
+_ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD, 0x1D8E4E27, 0xEB44ACCB], "<u4")
+"""Random odd numbers to multiply by."""
 _TABLE_BITS = (12, 24)
 _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4
@@ -178,7 +180,7 @@ class GramSets:
             place, gram, first, last = place[left], gram[left], first[left], last[left]
             last = np.minimum(last, first + more)
             for some in _bounded(last - first):
-                of, which = ranges(first[some], last[some])
+                of, which = pairs_of_ranges(first[some], last[some])
                 pairs = np.sort(place[some][of] * len(self.size) + self._owners[which])
                 new = np.flatnonzero(np.diff(pairs, prepend=-1))
                 best = _best(pairs[new] // len(self.size), np.diff(new, append=len(pairs)))
@@ -196,7 +198,7 @@ class GramSets:
             at, whose = place[some][open_], owner[some][open_]
             if not len(at):
                 continue
-            of, which = ranges(self._of_owner[whose], self._of_owner[whose + 1])
+            of, which = pairs_of_ranges(self._of_owner[whose], self._of_owner[whose + 1])
             keys = at[of] * len(self._hashes) + self._owned[which]
             entry = np.minimum(np.searchsorted(entries, keys), len(entries) - 1)
             have = entries[entry] == keys
@@ -227,7 +229,7 @@ def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
     sets = {gram[low:high].tobytes(): (low, high) for low, high in itertools.pairwise(bounds)}
     kept = sorted(sets.values())
     sizes = np.array([high - low for low, high in kept], np.int64)
-    _, which = ranges(*np.array(kept, np.int64).reshape(-1, 2).T)
+    _, which = pairs_of_ranges(*np.array(kept, np.int64).reshape(-1, 2).T)
     return np.repeat(np.arange(len(kept)), sizes), gram[which]
 
 
@@ -249,3 +251,76 @@ def _bounded(cost: Ints) -> Iterator[slice]:
         high = max(int(np.searchsorted(total, before + _AT_ONCE, side="right")), low + 1)
         yield slice(low, high)
         low = high
+
+
+def gram_hashes(tokens: Tokens, n: int) -> Hashes:
+    """A hash of the ``n`` tokens from each place on, uint32 [t − n + 1] (none if there are fewer)."""
+    if len(tokens) < n:
+        return np.zeros(0, np.uint32)
+    power: Hashes = tokens.astype(np.uint32) * _ODD[0]  # of ``size`` tokens, a power of two
+    joined: Hashes | None = None
+    have, size = 0, 1
+    while True:
+        if n & size:
+            # Multiplied by another number than in the powers: else a gram of two halves would hash as these swapped.
+            joined = power if joined is None else _followed(joined, power[have:], _ODD[7])
+            have += size
+        if 2 * size > n:
+            assert joined is not None
+            hashes: Hashes = joined[: len(tokens) - n + 1]
+            return hashes
+        power = _followed(power, power[size:], _ODD[1 + (size.bit_length() - 1) % 6])
+        size *= 2
+
+
+def _followed(one: Hashes, other: Hashes, factor: np.uint32) -> Hashes:
+    hashes: Hashes = one[: len(other)] * factor
+    hashes += other
+    return hashes
+
+
+def follows(chunks: Chunks, n_tokens: npt.NDArray[np.integer]) -> Flags:
+    """Which rows [n] are followed by more of the same text, both with tokens: bool [n], the last False.
+
+    A value is not the same text as its key.
+    """
+    follow = np.zeros(len(chunks), np.bool_)
+    follow[:-1] = (chunks.doc[1:] == chunks.doc[:-1]) & (chunks.key[1:] == chunks.key[:-1])
+    follow[:-1] &= (n_tokens[1:] > 0) & (n_tokens[:-1] > 0)
+    return follow
+
+
+def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints:
+    """How many tokens stand in a row from the first of each chunk on, int64 [n]: full chunks go on in the next one."""
+    total = np.cumsum(n_tokens, dtype=np.int64)
+    ends = np.flatnonzero(~(follow & (n_tokens == length)))
+    last = ends[np.searchsorted(ends, np.arange(len(n_tokens)))]
+    tokens: Ints = total[last] - total + n_tokens
+    return tokens
+
+
+def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Each number once, ascending: by sorting, which is several times as fast as ``np.unique``, which hashes."""
+    numbers = np.sort(numbers)
+    new = np.ones(len(numbers), np.bool_)
+    np.not_equal(numbers[1:], numbers[:-1], out=new[1:])
+    return numbers[new]
+
+
+def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
+    """Of rows [g, n] one of each that differs, and which of these each row equals: places int64 [d] and [g]."""
+    padded = np.zeros((len(rows), -(-rows.shape[1] * rows.itemsize // 8) * 8), np.uint8)
+    padded[:, : rows.shape[1] * rows.itemsize] = np.ascontiguousarray(rows).view(np.uint8)
+    words = padded.view(np.uint64)
+    order = np.lexsort(words.T)
+    new = np.ones(len(rows), np.bool_)
+    new[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
+    which = np.empty(len(rows), np.int64)
+    which[order] = np.cumsum(new) - 1
+    return order[new], which
+
+
+def pairs_of_ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
+    """Return the numbers in all of [first, last), [r], one range after another: (range, number), int64 each."""
+    count = last - first
+    return np.repeat(np.arange(len(count)), count), expand_ranges(first, count)

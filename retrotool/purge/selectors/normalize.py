@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.purge.selectors.document_text import Block, Offsets
+from retrotool.purge.selectors.document_text import Offsets, TextBlock
+from retrotool.ranges import expand_ranges
 from retrotool.tokenizers.fold import WORD, kinds
 
 _SPACES = bytes(number for number in range(128) if chr(number).isspace())
@@ -64,7 +65,7 @@ class Normal:
     original: memoryview
 
     @classmethod
-    def of(cls, block: Block) -> Normal:
+    def of(cls, block: TextBlock) -> Normal:
         """The text of all documents of a block."""
         lower = bytes(block.text).translate(_LOWER)
         borders = block.starts[block.documents]
@@ -87,7 +88,7 @@ class Normal:
         words = np.frombuffer(bytearray(text.translate(_IS_WORD)), np.uint8)
         if len(first):
             count, at = sizes[is_island], begin[is_island]
-            words[np.arange(count.sum()) + np.repeat(at - (np.cumsum(count) - count), count)] = island_words
+            words[expand_ranges(at, count)] = island_words
         return cls(text, words, begin, begin + sizes, old_begin, old_end, block.text)
 
     def places(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:

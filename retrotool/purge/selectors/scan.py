@@ -1,4 +1,4 @@
-"""Holding selectors against all text of a store: tasks like those of any stage, one a part.
+"""Looking for what selectors mean in all text of a store: tasks like those of any stage, one a part.
 
 What is found goes into files ``scans/<scan>/``, whose name is a keyed hash of what is looked for. So a scan that was
 killed goes on, and several machines share the work; a part that an erase has rewritten is scanned anew. The commit of
@@ -28,8 +28,8 @@ import pyarrow as pa
 from retrotool import interrupts
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
-from retrotool.purge.selectors.document_text import BLOCK_ROWS, Block, Decoder, blocks_of
-from retrotool.purge.selectors.selector import Matcher, ReadsMore, Selector, TakesFewRows
+from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
+from retrotool.purge.selectors.selector import Matcher, Selector
 from retrotool.store import parts, schemas, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -41,12 +41,12 @@ KIND = "scans"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ScanHits:
     """Chunks that selectors of a scan mean, all arrays [n], in the order of the chunks.
 
     ``selectors`` count those of the scan, ``labels`` the names of each. ``begin`` and ``end`` are bytes from where the
     chunk's text begins (the first may be negative); both 0 where no place in the text is meant. ``figures``: what was
-    measured (``base.Hits``), NaN where nothing was.
+    measured (``selector.BlockHits``), NaN where nothing was.
     """
 
     chunks: npt.NDArray[np.int64]
@@ -61,7 +61,7 @@ class Found:
         return len(self.chunks)
 
     @classmethod
-    def joined(cls, several: list[Found]) -> Found:
+    def joined(cls, several: list[ScanHits]) -> ScanHits:
         """All of several."""
         none = np.zeros(0, np.int64)
         empty = cls(none, none.astype(np.int16), none.astype(np.int32), none, none, none.astype(np.float32))
@@ -72,16 +72,13 @@ class Found:
         return cls(*arrays)
 
     def as_table(self) -> pa.Table:
-        """As it is stored."""
-        nothing = bool(np.isnan(self.figures).all())
-        schema = schemas.SCANS_SCHEMA if nothing else schemas.SCANS_SCHEMA.append(schemas.FIGURES)
-        return pa.table([getattr(self, field.name) for field in schema], schema=schema)
+        """Return them as they are stored."""
+        return pa.table([getattr(self, name) for name in schemas.SCANS_SCHEMA.names], schema=schemas.SCANS_SCHEMA)
 
     @classmethod
-    def of_table(cls, table: pa.Table) -> Found:
-        """What is stored."""
-        columns: dict[str, npt.NDArray[Any]] = {name: table[name].to_numpy() for name in table.schema.names}
-        return cls(**{"figures": np.full(table.num_rows, np.nan, np.float32), **columns})
+    def of_table(cls, table: pa.Table) -> ScanHits:
+        """Return what is stored."""
+        return cls(**{name: table[name].to_numpy() for name in table.schema.names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +123,7 @@ class ScanStage:
 
     def _reads(self, store: Store, part: int) -> list[str]:
         """Paths of the files of a part that are looked at besides its chunks."""
-        several = (selector.reads(store, part) for selector in self.selectors if isinstance(selector, ReadsMore))
-        return sorted(set(itertools.chain.from_iterable(several)))
+        return sorted({path for selector in self.selectors for path in selector.reads(store, part)})
 
     def open(self, store: Store) -> ScanWorker:
         """Get the matchers ready."""
@@ -146,34 +142,33 @@ class ScanWorker:
     def __init__(self, store: Store, stage: ScanStage) -> None:
         self._store, self._scan = store, stage.scan(store)
         self._matchers = [selector.open(store) for selector in stage.selectors]
-        self._kinds = [selector.kind for selector in stage.selectors]
+        self._selectors = stage.selectors
         self._decoder = Decoder(store)
-        few = [matcher.block_rows for matcher in self._matchers if isinstance(matcher, TakesFewRows)]
-        self._rows = min([BLOCK_ROWS, *few])
+        self._rows = min(matcher.block_rows for matcher in self._matchers)
         self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Scan one part."""
         store, part = self._store, int(task.inputs["part"])
         store.refresh()
-        found: list[Found] = []
-        for rows, some in self._side_by_side(blocks_of(store, self._decoder, part, self._rows)):
+        found: list[ScanHits] = []
+        for rows, some in self._side_by_side(text_blocks(store, self._decoder, part, self._rows)):
             found.append(some)
             report(rows)
         name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
         more = list(task.inputs["more"])
-        about = {"of": task.inputs["path"], "names": [list(matcher.names) for matcher in self._matchers]}
+        about = {"of": task.inputs["path"], "names": [list(one.names) for one in self._selectors]}
         about |= {"more": more} if more else {}
-        entry = parts.write_parquet(store.root, name, Found.joined(found).as_table(), about=about)
+        entry = parts.write_parquet(store.root, name, ScanHits.joined(found).as_table(), about=about)
         replaced = task.inputs["replaces"]
-        settings = {"scan": self._scan, "selectors": self._kinds}
+        settings = {"scan": self._scan, "selectors": [one.kind for one in self._selectors]}
         reads, remove = (str(task.inputs["path"]), *more), (replaced,) if replaced else ()
         return Staged(task.key, "select", run, settings, reads, (entry,), remove)
 
-    def _side_by_side(self, blocks: Iterator[Block]) -> Iterator[tuple[int, Found]]:
+    def _side_by_side(self, blocks: Iterator[TextBlock]) -> Iterator[tuple[int, ScanHits]]:
         """Rows and what was found of each block, in order; one block more than there are threads is held."""
         with ThreadPoolExecutor(self._threads) as pool:
-            waiting: deque[Future[tuple[int, Found]]] = deque(
+            waiting: deque[Future[tuple[int, ScanHits]]] = deque(
                 pool.submit(self._look, block) for block in itertools.islice(blocks, self._threads)
             )
             try:
@@ -185,38 +180,34 @@ class ScanWorker:
                 for future in waiting:
                     future.cancel()
 
-    def _look(self, block: Block) -> tuple[int, Found]:
-        return len(block), look(self._matchers, block)
+    def _look(self, block: TextBlock) -> tuple[int, ScanHits]:
+        return len(block), _first_hits(self._matchers, block)
 
 
-def look(matchers: list[Matcher], block: Block) -> Found:
+def _first_hits(matchers: list[Matcher], block: TextBlock) -> ScanHits:
     """What matchers mean in a block: of each row the first of each of their names."""
     every = []
     for number, matcher in enumerate(matchers):
         hits = matcher(block)
-        if not len(hits):
-            continue
         order = np.lexsort((hits.begin, hits.labels, hits.rows))
-        rows, labels = hits.rows[order], hits.labels[order]
-        is_first = np.ones(len(order), np.bool_)
-        is_first[1:] = (rows[1:] != rows[:-1]) | (labels[1:] != labels[:-1])
-        kept = order[is_first]
-        rows = hits.rows[kept]
-        placed = hits.begin[kept] >= 0
-        start = block.starts[rows] if placed.any() else np.zeros(len(rows), np.int64)
+        _, first = np.unique(hits.rows[order] << 32 | hits.labels[order], return_index=True)
+        kept = order[first]
+        rows, begin, end = hits.rows[kept], hits.begin[kept], hits.end[kept]
+        placed = begin >= 0
+        start = block.starts[rows] if placed.any() else begin
         every.append(
-            Found(
+            ScanHits(
                 parts.chunk_ids(block.part, rows + block.first), np.full(len(rows), number, np.int16),
-                hits.labels[kept], np.where(placed, hits.begin[kept] - start, 0),
-                np.where(placed, hits.end[kept] - start, 0), hits.measured[kept],
+                hits.labels[kept], np.where(placed, begin - start, 0), np.where(placed, end - start, 0),
+                hits.figures[kept],
             )
         )  # fmt: skip
-    found = Found.joined(every)
+    found = ScanHits.joined(every)
     order = np.argsort(found.chunks, kind="stable")
-    return Found(*(getattr(found, name)[order] for name in Found.__dataclass_fields__))
+    return ScanHits(*(getattr(found, name)[order] for name in ScanHits.__dataclass_fields__))
 
 
-def read_scan(store: Store, stage: ScanStage) -> tuple[Found, list[list[str]]]:
+def read_scan(store: Store, stage: ScanStage) -> tuple[ScanHits, list[list[str]]]:
     """What a scan found, in the order of the chunks, and the names of each selector ([]: nothing was scanned).
 
     ``ConflictError`` if a part was not scanned as it is now: what is in it must not be missed.
@@ -224,16 +215,12 @@ def read_scan(store: Store, stage: ScanStage) -> tuple[Found, list[list[str]]]:
     if not stage.is_done(store):
         raise ConflictError("a part has come, or was rewritten, since the scan", "Run the same command again.")
     found, names = [], [list[str]() for _ in stage.selectors]
-    group = store.state.group(KIND, stage.scan(store))
-    for slot in group:
-        entry = group.get(slot)
-        if entry is not None:
-            found.append(Found.of_table(parts.read_parquet(store, entry)))
-            names = (entry.about or {})["names"]
-    return Found.joined(found), names
+    for entry in store.state.group(KIND, stage.scan(store)).entries():
+        found.append(ScanHits.of_table(parts.read_parquet(store, entry)))
+        names = (entry.about or {})["names"]
+    return ScanHits.joined(found), names
 
 
 def scan_files(state: State, scan: str) -> list[str]:
     """Paths of the files of a scan."""
-    group = state.group(KIND, scan)
-    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
+    return [entry.path for entry in state.group(KIND, scan).entries()]

@@ -8,9 +8,9 @@ Where the tokenizer loses case, accents or spacing, terms go through it as the t
 ``muller`` there, and ``.NET`` also ``ASP.NET``: nobody can tell whether a space was beside what is no word.
 
 How: of the words of a term the one that is rarest in the list is its anchor. All words of the text are looked up among
-the anchors (``words``). A term of one word is found by that; of others the words around are compared.
+the anchors, by Arrow's hash table. A term of one word is found by that; of others the words around are compared.
 
-Cost: 60 to 140 MB/s a core for ASCII, 7 to 10 MB/s for text in other scripts, nearly the same for a hundred terms and
+Cost: 50 to 110 MB/s a core for ASCII, 7 to 10 MB/s for text in other scripts, nearly the same for a hundred terms and
 a hundred thousand; and 1 to 3 µs for each match. Memory: ten times the text of a block, up to 35 times in other
 scripts, and 0.5 KB a term.
 
@@ -25,17 +25,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Block, Offsets
+from retrotool.purge.selectors.document_text import Offsets, TextBlock
 from retrotool.purge.selectors.normalize import Normal, is_word, normalised
-from retrotool.purge.selectors.selector import Hits, Matcher
-from retrotool.purge.selectors.selector_files import read_lines
-from retrotool.purge.selectors.spans import hits
-from retrotool.purge.selectors.words import WordTable
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_lines
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, TokenizerFile
 from retrotool.tokenizers.fold import Folder
@@ -46,7 +45,7 @@ _BATCH = 1000
 def read_terms(path: Path) -> tuple[str, ...]:
     """The terms of a file in UTF-8, one a line; lines that are blank or begin with ``#`` are none."""
     terms = []
-    for number, line in enumerate(read_lines("--terms", path, "term", says=_is_term), 1):
+    for number, line in enumerate(read_selector_lines("--terms", path, "term", says=_is_term), 1):
         if not _is_term(line):
             continue
         term = line.strip()
@@ -62,17 +61,13 @@ def _is_term(line: str) -> bool:
     return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
-@dataclass(frozen=True)
-class Terms:
+@dataclass(frozen=True, slots=True)
+class Terms(Selector):
     """Finds the words and names of a list."""
 
     kind: ClassVar[str] = "terms"
     reads_text: ClassVar[bool] = True
     terms: tuple[str, ...]
-
-    def literal(self) -> dict[str, Any]:
-        """The list."""
-        return {"terms": list(self.terms)}
 
     def open(self, store: Store) -> Matcher:
         """Fold the terms as the text is; ``UsageError`` if the tokenizer leaves nothing of one that can be found."""
@@ -136,10 +131,8 @@ _Around = dict[tuple[int, int], dict[bytes, list[tuple[bytes, bytes]]]]
 """By how many words are before the anchor and how many the term has, and then by its body: its leads and trails."""
 
 
-class TermMatcher:
+class TermMatcher(Matcher):
     """Finds terms in blocks whose text they are written like."""
-
-    names = ("terms",)
 
     def __init__(self, terms: Sequence[str], *, folded: bool = False) -> None:
         self._folded = folded
@@ -156,18 +149,18 @@ class TermMatcher:
             shapes = anchors.setdefault(term.words[before], {})
             bodies = shapes.setdefault((before, len(term.words)), {})
             bodies.setdefault(term.body, []).append((term.lead, term.trail))
-        self._table = WordTable(list(anchors))
+        self._anchors = pa.array(list(anchors), pa.large_binary())
         self._around = list(anchors.values())
         self._whole = np.array([anchor in whole for anchor in anchors], np.bool_)
         self._more = np.array([bool(around) for around in self._around], np.bool_)
 
-    def __call__(self, block: Block) -> Hits:
+    def __call__(self, block: TextBlock) -> BlockHits:
         """The rows in which terms are."""
         normal = Normal.of(block)
         # Text begins and ends with what is no word.
         edges = np.flatnonzero(normal.is_word[1:] != normal.is_word[:-1]) + 1
         begins, ends = np.ascontiguousarray(edges[::2]), np.ascontiguousarray(edges[1::2])
-        which, anchor = self._table.find(normal.text, begins, ends)
+        which, anchor = _look_up(normal, begins, ends, self._anchors)
         whole, more = which[self._whole[anchor]], self._more[anchor]
         longer = [
             span
@@ -175,7 +168,7 @@ class TermMatcher:
             for span in self._spans(normal, begins, ends, number, self._around[around])
         ]
         found = np.concatenate([np.stack([begins[whole], ends[whole]], 1), np.array(longer, np.int64).reshape(-1, 2)])
-        return hits(block, *normal.places(found[:, 0], found[:, 1]))
+        return BlockHits.touched(block, *normal.places(found[:, 0], found[:, 1]))
 
     def _spans(
         self, normal: Normal, begins: Offsets, ends: Offsets, number: int, around: _Around
@@ -193,6 +186,15 @@ class TermMatcher:
                     continue
                 if not normal.is_word[high] or (trail and self._folded):
                     yield low, high
+
+
+def _look_up(normal: Normal, begins: Offsets, ends: Offsets, known: pa.LargeBinaryArray) -> tuple[Offsets, Offsets]:
+    """Return which of the words at [begins, ends), int64 [w] each, are ``known``, and their numbers there."""
+    bounds = np.append(0, np.cumsum(ends - begins))
+    letters = np.frombuffer(normal.text, np.uint8)[normal.is_word.view(np.bool_)]
+    buffers = [None, pa.py_buffer(bounds), pa.py_buffer(letters)]
+    number = pc.index_in(pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(begins), buffers), value_set=known)
+    return np.flatnonzero(number.is_valid()), number.drop_null().to_numpy().astype(np.int64)
 
 
 def _single_spaced(text: bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrotool.purge.selectors.document_text import Block, Decoder
+from retrotool.purge.selectors.document_text import Decoder, TextBlock
 from retrotool.store.parts import Chunks
 
 
@@ -23,7 +23,7 @@ class Spelled:
         return np.cumsum([0, *map(len, self.texts)]), memoryview(b"".join(self.texts))
 
 
-def block_of(documents: Sequence[Sequence[bytes]], *, lossless: bool = True) -> Block:
+def block_of(documents: Sequence[Sequence[bytes]], *, lossless: bool = True) -> TextBlock:
     """A block of documents, each given by the texts of its chunks; an empty text is an erased chunk."""
     sizes = [len(document) for document in documents]
     texts = [text for document in documents for text in document]
@@ -32,7 +32,7 @@ def block_of(documents: Sequence[Sequence[bytes]], *, lossless: bool = True) -> 
     n_tokens = np.array([min(len(text), 64) for text in texts], np.int32)
     chunks = Chunks(0, doc, index, n_tokens, np.zeros((len(texts), 64), np.uint16), np.ones(len(texts), np.bool_))
     decoder = cast(Decoder, Spelled(texts, lossless))
-    return Block(chunks, 0, np.cumsum([0, *sizes]), decoder)
+    return TextBlock(chunks, 0, np.cumsum([0, *sizes]), decoder)
 
 
 def cut(text: bytes, size: int) -> list[bytes]:

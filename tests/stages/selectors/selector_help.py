@@ -12,7 +12,7 @@ import numpy as np
 
 from retrotool import api
 from retrotool.purge.selectors import ngrams
-from retrotool.purge.selectors.document_text import Block, Decoder, blocks_of
+from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
 from retrotool.purge.selectors.selector import Matcher
 from retrotool.sources import Fields
 from retrotool.store import parts
@@ -27,7 +27,7 @@ def weak_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     return GRAM_HASHES(tokens, n) & np.uint32(0x80000003)
 
 
-def block_of(documents: Sequence[Sequence[int]], length: int, erased: Sequence[int] = ()) -> Block:
+def block_of(documents: Sequence[Sequence[int]], length: int, erased: Sequence[int] = ()) -> TextBlock:
     """Documents of tokens in chunks of ``length``; of the rows ``erased`` nothing is left."""
     rows = [
         (doc, index, list(tokens[start : start + length]))
@@ -42,7 +42,7 @@ def block_of(documents: Sequence[Sequence[int]], length: int, erased: Sequence[i
     doc, index = (np.array([row[i] for row in rows], np.int32) for i in (0, 1))
     chunks = Chunks(0, doc, index, counts, table, np.ones(len(rows), np.bool_))
     starts = np.append(np.flatnonzero(np.diff(doc, prepend=-1)), len(rows)).astype(np.int64)
-    return Block(chunks, 0, starts, None)  # type: ignore[arg-type]  # no text is asked for
+    return TextBlock(chunks, 0, starts, None)  # type: ignore[arg-type]  # no text is asked for
 
 
 def store_of(
@@ -65,7 +65,7 @@ def scanned(store: Store, matcher: Matcher, rows: int = 1 << 15) -> list[int]:
     decoder: Any = Decoder(store)
     found: set[int] = set()
     for part in store.state.parts():
-        for block in blocks_of(store, decoder, part, rows):
+        for block in text_blocks(store, decoder, part, rows):
             found |= set(parts.chunk_ids(part, block.first + matcher(block).rows).tolist())
     return sorted(found)
 

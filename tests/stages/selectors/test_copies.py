@@ -17,7 +17,7 @@ from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, 
 from retrotool.errors import UsageError
 from retrotool.purge.selectors import copies, ngrams
 from retrotool.purge.selectors.copies import GRAM, CopyMatcher, NearDuplicates
-from retrotool.purge.selectors.document_text import Block
+from retrotool.purge.selectors.document_text import TextBlock
 
 LENGTH = 64
 
@@ -26,16 +26,16 @@ def matcher_of(victims: list[list[int]], length: int = LENGTH, share: float = 0.
     tokens = np.zeros((len(victims), length), np.uint16)
     for row, victim in enumerate(victims):
         tokens[row, : len(victim)] = victim
-    return CopyMatcher(tokens, np.array([len(v) for v in victims]), share, fewest, ("name",))
+    return CopyMatcher(tokens, np.array([len(v) for v in victims]), share, fewest)
 
 
-def selected(matcher: CopyMatcher, block: Block) -> list[int]:
+def selected(matcher: CopyMatcher, block: TextBlock) -> list[int]:
     hits = matcher(block)
     assert (hits.begin == -1).all() and (hits.end == -1).all() and (hits.labels == 0).all()
     return sorted(set(hits.rows.tolist()))
 
 
-def by_rule(victims: list[list[int]], block: Block, share: float, fewest: int = 1) -> list[int]:
+def by_rule(victims: list[list[int]], block: TextBlock, share: float, fewest: int = 1) -> list[int]:
     """The rule of the module, with sets."""
     chunks, length = block.chunks, block.chunks.tokens.shape[1]
     rows = [row[:n].tolist() for row, n in zip(chunks.tokens, chunks.n_tokens, strict=True)]
@@ -117,7 +117,7 @@ VICTIM = random_tokens(0, LENGTH)
 BEFORE, BEHIND = random_tokens(1, 200), random_tokens(2, 200)
 
 
-def planted(shift: int, copy: list[int]) -> tuple[Block, set[int]]:
+def planted(shift: int, copy: list[int]) -> tuple[TextBlock, set[int]]:
     """A document with a copy ``shift`` tokens into its second chunk, after another; and the chunks that hold it."""
     document = BEFORE[: LENGTH + shift] + copy + BEHIND
     first, last = LENGTH + shift, LENGTH + shift + len(copy) - 1
@@ -227,7 +227,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     store = store_of(tmp_path / "s", tiny_encoder, [[t % 150 + 5 for t in d] for d in documents], part_size=70)
     assert len(store.state.parts()) > 2
     selector = NearDuplicates((0,))
-    assert selector.literal() == {"chunks": [0], "share": 0.5, "fewest": 8} and selector.kind == "near-duplicates-of"
+    assert selector.literal() == {"chunks": (0,), "share": 0.5, "fewest": 8} and selector.kind == "near-duplicates-of"
     found = scanned(store, selector.open(store), rows=16)
     assert found == scanned(store, selector.open(store)) and found[0] == 0 and len(found) >= 64
     store = purge(store, found[3])

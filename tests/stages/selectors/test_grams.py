@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.purge.selectors import ngrams
-from retrotool.purge.selectors.ngrams import GramSets
-from retrotool.purge.selectors.rolling_hash import distinct, distinct_rows, follows, gram_hashes, reach
+from retrotool.purge.selectors.ngrams import GramSets, distinct, distinct_rows, follows, gram_hashes, reach
 from retrotool.store.parts import Chunks
 
 Sets = list[frozenset[int]]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors import spans
-from retrotool.purge.selectors.document_text import Decoder, blocks_of
+from retrotool.purge.selectors import patterns
+from retrotool.purge.selectors.document_text import Decoder, text_blocks
 from retrotool.purge.selectors.pii import KINDS, PersonalData, PersonalDataMatcher
 from retrotool.store.store import Store
 
@@ -140,7 +140,7 @@ def test_all_is_found_wherever_chunks_are_cut(data: st.DataObject) -> None:
 def test_documents_are_apart_and_kinds_are_labels() -> None:
     block = block_of([[b"john@exam", b"ple.com 81.2.69.", b"142"], [b"81.2."], [b"69.142"]])
     matcher = PersonalDataMatcher(("ip-address", "email"))
-    assert matcher.names == ("ip-address", "email")
+    assert PersonalData(("ip-address", "email")).names == ("ip-address", "email")
     found = matcher(block)
     assert sorted(zip(found.rows.tolist(), found.labels.tolist(), strict=True)) == [(0, 1), (1, 0), (1, 1), (2, 0)]
     with pytest.raises(UsageError, match="'phon'"):
@@ -185,8 +185,8 @@ def test_what_is_read_is_linear(piece: str, monkeypatch: pytest.MonkeyPatch) -> 
         read += end - before
         return after
 
-    original = spans._find_from
-    monkeypatch.setattr(spans, "_find_from", counted)
+    original = patterns._find_from
+    monkeypatch.setattr(patterns, "_find_from", counted)
     size = 150_000
     text = (piece * (size // len(piece))).encode()
     found = PersonalDataMatcher(KINDS)(block_of([cut(text, 250)]))
@@ -226,13 +226,13 @@ def test_personal_data_in_stores(name: str, tmp_path: Path, tiny_encoder: Path, 
     matcher, decoder = PersonalData().open(store), Decoder(store)
     assert decoder.lossless == (name == "whole")
     found = set()
-    for block in blocks_of(store, decoder, 0):
+    for block in text_blocks(store, decoder, 0):
         hits = matcher(block)
         documents = [list(DOCUMENTS)[doc] for doc in block.chunks.doc]
         labelled = zip(hits.rows.tolist(), hits.labels.tolist(), strict=True)
-        found |= {(documents[row], matcher.names[label]) for row, label in labelled}
+        found |= {(documents[row], KINDS[label]) for row, label in labelled}
         rows = [row for row in range(len(block)) if documents[row] == "block"]
         assert len(rows) > 2
         assert len(set(rows) - set(hits.rows.tolist())) <= 1  # its end may be a chunk of its own
     assert found == {(kind, kind) for kind in KINDS} | {("block", "key")}
-    assert PersonalData(("email",)).literal() == {"kinds": ["email"]}
+    assert PersonalData(("email",)).literal() == {"kinds": ("email",)}

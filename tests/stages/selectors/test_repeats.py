@@ -14,7 +14,7 @@ from selector_help import purge, random_tokens, store_of
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.repeated_documents import select_duplicates, token_hashes
+from retrotool.purge.selectors.lookup import select_duplicates, token_hashes
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors import spans
-from retrotool.purge.selectors.spans import compiled, find_all, hits
+from retrotool.purge.selectors import patterns
+from retrotool.purge.selectors.patterns import compiled, find_all
+from retrotool.purge.selectors.selector import BlockHits
 
 
 def expected(pattern: str, documents: list[list[bytes]]) -> list[tuple[int, int]]:
@@ -77,9 +78,9 @@ def test_windows_change_nothing_for_matches_that_fit(pattern: str, text: str, si
     long = max((len(m.group().encode()) for m in matches), default=0)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("NARROW", "WINDOW"):
-            patch.setattr(spans, name, data.draw(st.integers(8, 40)))
-            patch.setattr(spans, "OVERLAP" if name == "WINDOW" else "NARROW_OVERLAP", long + 4)
-        patch.setattr(spans, "CROWDED", data.draw(st.integers(1, 20)))
+            patch.setattr(patterns, name, data.draw(st.integers(8, 40)))
+            patch.setattr(patterns, "OVERLAP" if name == "WINDOW" else "NARROW_OVERLAP", long + 4)
+        patch.setattr(patterns, "CROWDED", data.draw(st.integers(1, 20)))
         found = pairs(find_all(compiled(pattern), block_of([cut(text.encode(), size)])))
     assert found == expected(pattern, [[text.encode()]])
 
@@ -132,7 +133,7 @@ def test_documents_are_apart_and_rows_of_both_chunks_are_hit() -> None:
     block = block_of([[b"one se", b"", b"cret"], [b"se"], [b"cret secret"]])
     begin, end = find_all(compiled("secret"), block)
     assert pairs((begin, end)) == [(4, 10), (17, 23)]
-    found = hits(block, begin, end, 3)
+    found = BlockHits.touched(block, begin, end, 3)
     assert found.rows.tolist() == [0, 2, 4]
     assert found.labels.tolist() == [3] * 3
     assert (found.begin.tolist(), found.end.tolist()) == ([4, 4, 17], [10, 10, 23])
@@ -140,7 +141,7 @@ def test_documents_are_apart_and_rows_of_both_chunks_are_hit() -> None:
 
 def test_nothing_is_found_in_nothing() -> None:
     assert pairs(find_all(compiled("a"), block_of([]))) == []
-    assert len(hits(block_of([]), *find_all(compiled("a"), block_of([])))) == 0
+    assert len(BlockHits.touched(block_of([]), *find_all(compiled("a"), block_of([])))) == 0
 
 
 @pytest.mark.parametrize("pattern", ["(a", "a{2000}", "\ud800", "(?=x)", r"(a)\1"])

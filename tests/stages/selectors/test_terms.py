@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors import words
-from retrotool.purge.selectors.document_text import Decoder, blocks_of
+from retrotool.purge.selectors.document_text import Decoder, text_blocks
 from retrotool.purge.selectors.normalize import Normal, normalised
 from retrotool.purge.selectors.terms import TermMatcher, Terms, read_terms
 from retrotool.store.store import Store
@@ -162,18 +161,12 @@ def test_a_long_list_finds_each_of_its_terms() -> None:
     assert {occurs(term, document) > 0 for term in listed[:200]} == {True, False}
 
 
-@pytest.mark.parametrize("same", [False, True])
-def test_words_are_looked_up_exactly(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that look alike by length and ends, and where all hashes are the same."""
-    if same:
-        monkeypatch.setattr(words, "_hash", lambda first, last, length: np.zeros_like(first))
-    known = [b"a", b"b", b"abcdefgh", b"abcdefghi", b"12345678x12345678", b"12345678y12345678", b"aa", b"a\0"]
-    looked = [*known, b"c", b"ab", b"abcdefgx", b"12345678z12345678", b"abcdefghj", b"a\0\0", *known[::-1]]
-    text = b"|".join(looked)
-    ends = np.cumsum([len(word) + 1 for word in looked]) - 1
-    which, number = words.WordTable(known).find(text, ends - [len(word) for word in looked], ends)
-    assert which.tolist() == [n for n, word in enumerate(looked) if word in known]
-    assert [known[n] for n in number] == [word for word in looked if word in known]
+def test_words_are_looked_up_exactly() -> None:
+    """Also those that are alike by length, beginning and end."""
+    known = ["a", "b", "abcdefgh", "abcdefghi", "12345678x12345678", "12345678y12345678", "aa"]
+    looked = [*known, "c", "ab", "abcdefgx", "12345678z12345678", "abcdefghj", *known[::-1]]
+    found = spans(known, [["|".join(looked).encode()]])
+    assert found == [word.encode() for word in looked if word in known]
 
 
 def test_nothing_is_found_in_nothing() -> None:
@@ -209,8 +202,7 @@ DOCUMENTS = [
 def rows_in(path: Path, terms: tuple[str, ...]) -> list[int]:
     store = Store.open(path)
     matcher, decoder = Terms(terms).open(store), Decoder(store)
-    assert matcher.names == ("terms",)
-    return sorted({int(block.first + row) for block in blocks_of(store, decoder, 0) for row in matcher(block).rows})
+    return sorted({int(block.first + row) for block in text_blocks(store, decoder, 0) for row in matcher(block).rows})
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def ids(store: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.jsonl.gz"])
-def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_gone_on_with_when_mended(tmp_path, name):
+def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_read_again_when_repaired(tmp_path, name):
     store, path = tmp_path / "store", truncated(tmp_path / name)
     later = write_rows(tmp_path / "later.jsonl", make_rows(5, first=500))
     result = run_chunk(store, path, later)
