@@ -148,7 +148,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
     verify = Encoder.verify
 
     def paced(self: Encoder, *_: Any) -> None:
-        self._runner = Paced(self, rate or 0.0)
+        self._runner = Paced(self, rate or 0.0)  # type: ignore[assignment]
         self.work.lanes, self.cosine = 1, 1.0
         self.use_fast_tokenizer()
 

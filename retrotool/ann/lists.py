@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,26 +28,6 @@ _KEPT_LISTS = 64
 _KEPT_JOINED = 8
 
 Ids = npt.NDArray[np.int64]
-
-
-class Lists(Protocol):
-    """Lists of codes that can be searched; an index without lists has one, 0."""
-
-    @property
-    def trained(self) -> Trained:
-        """What they are trained to."""
-
-    def __len__(self) -> int:
-        """Vectors in all lists."""
-
-    def size(self, number: int) -> int:
-        """Vectors in a list."""
-
-    def ids(self, number: int) -> Ids:
-        """Chunk ids of a list, int64 [n], ascending."""
-
-    def codes(self, number: int) -> Codes:
-        """Codes of a list, uint8 [n, size]."""
 
 
 class OneList:
@@ -86,7 +66,7 @@ class SomeLists:
     """
 
     def __init__(self, lists: Lists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
-        self.trained = lists.trained
+        self.trained: Trained = lists.trained
         self._lists, self._wanted = lists, wanted
         numbers = range(max(lists.trained.nlist, 1))
         self.whole = np.array([lists.size(number) for number in numbers], np.int64)
@@ -123,7 +103,7 @@ class JoinedLists:
     """
 
     def __init__(self, shards: Sequence[Lists]) -> None:
-        self.trained = shards[0].trained
+        self.trained: Trained = shards[0].trained
         self._shards = shards
         self._joined = lru_cache(_KEPT_JOINED)(self._join)
         self._codes = lru_cache(_KEPT_JOINED)(self._join_codes)
@@ -225,6 +205,10 @@ class InvertedLists:
         if self._inverted is not None:
             return int(self._inverted.compute_ntotal()) == n
         return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
+
+
+Lists = OneList | SomeLists | JoinedLists | InvertedLists
+"""Lists of codes that can be searched; an index without lists has one, 0."""
 
 
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
