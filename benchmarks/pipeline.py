@@ -24,7 +24,7 @@ import retrotool
 from retrotool import api
 from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder
-from retrotool.sources import Document, Fields, find_inputs, read
+from retrotool.sources import Document, Fields, find_inputs, read_input
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
 
@@ -35,7 +35,7 @@ def report(what: str, rate: float, unit: str, reference: float = 0.0, of: str = 
 
 
 def bench_chunk(inputs: list[str], store: Path) -> None:
-    documents = [row for file in find_inputs(inputs) for row in read(file, Fields()) if isinstance(row, Document)]
+    documents = [row for file in find_inputs(inputs) for row in read_input(file, Fields()) if isinstance(row, Document)]
     texts = [document.text for document in documents]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     start = time.perf_counter()

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import zstandard
 from machine import describe
 
-from retrotool.sources import Document, Fields, find_inputs, read
+from retrotool.sources import Document, Fields, find_inputs, read_input
 
 FORMATS = ("jsonl", "jsonl.zst", "json", "csv", "warc", "parquet", "arrow", "u16", "txt")
 FIELDS = Fields(separator="\n\n\n", end_of_document=0)
@@ -77,7 +77,7 @@ def measure(path: Path) -> tuple[float, int, int, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     documents = others = 0
-    for row in read(file, FIELDS):
+    for row in read_input(file, FIELDS):
         documents += isinstance(row, Document)
         others += not isinstance(row, Document)
     seconds = time.perf_counter() - start

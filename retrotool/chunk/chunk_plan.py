@@ -108,7 +108,7 @@ def cut_units(files: Sequence[InputFile], fields: Fields, part_size: int, chunk_
             small.append(Piece(number, file.size))
             gathered += size
         else:
-            slices = sources.cut(file, fields, target)
+            slices = sources.cut_input(file, fields, target)
             units += [(Piece(number, file.size // len(slices), where),) for where in slices]
     close()
     return units

@@ -33,7 +33,7 @@ Note = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
-class SetAsideReason:
+class RejectedReason:
     """A reason why rows were set aside, how many, where the first is, and its excerpt, if one was kept."""
 
     reason: str
@@ -82,7 +82,7 @@ class ChunkResult:
     commit: int
     stopped: str = ""
     exceeded: str = ""
-    reasons: tuple[SetAsideReason, ...] = ()
+    reasons: tuple[RejectedReason, ...] = ()
     duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
     purged_again: tuple[PurgedAgain, ...] = ()
 
@@ -149,12 +149,12 @@ def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]
 
 def _reasons(
     store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
-) -> tuple[tuple[SetAsideReason, ...], int]:
+) -> tuple[tuple[RejectedReason, ...], int]:
     """Reasons why rows of some plans were set aside, the most frequent first, and how many stand for damage.
 
     Reasons that are alike but for numbers are one.
     """
-    found: dict[str, SetAsideReason] = {}
+    found: dict[str, RejectedReason] = {}
     damaged = 0
     for table in _quarantines(store, plans, units, read_again):
         damaged += int(pc.sum(table["damage"]).as_py() or 0)
@@ -165,7 +165,7 @@ def _reasons(
             kind = without_numbers(reason)
             old = found.get(kind)
             if old is None:
-                found[kind] = SetAsideReason(reason, n, row["input_first"], row["line_first"], first)
+                found[kind] = RejectedReason(reason, n, row["input_first"], row["line_first"], first)
             else:
                 found[kind] = replace(old, rows=old.rows + n, reason=reason if reason == old.reason else kind)
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.sources import Document, SetAside, excerpt
+from retrotool.sources import Document, Rejected, excerpt
 from retrotool.store import schemas
 from retrotool.store.blocked import Hashes, keyed_tokens
 
@@ -77,7 +77,7 @@ class Cut:
 
 
 def tokenise(
-    documents: list[Document], encoder: Encoder, vocabulary: int, chunk_length: int, bad: Callable[[SetAside], object]
+    documents: list[Document], encoder: Encoder, vocabulary: int, chunk_length: int, bad: Callable[[Rejected], object]
 ) -> Tokens:
     """Tokens of a batch of documents of one kind; those without a token, or with one that is none, go to ``bad``."""
     if documents[0].tokens is not None:
@@ -89,7 +89,7 @@ def tokenise(
     good: npt.NDArray[np.bool_] = np.asarray((lengths > 0).reshape(-1, pieces).all(axis=1))
     if not good.all():
         for number in np.flatnonzero(~good):
-            bad(SetAside(documents[number].line, NOTHING_LEFT, excerpt=excerpt(documents[number].text)))
+            bad(Rejected(documents[number].line, NOTHING_LEFT, excerpt=excerpt(documents[number].text)))
         ids = ids[np.repeat(np.repeat(good, pieces), lengths)]
         lengths = lengths[np.repeat(good, pieces)]
         documents = [document for document, kept in zip(documents, good, strict=True) if kept]
@@ -104,7 +104,7 @@ def tokenise(
     return Tokens(documents, ids, lengths, pieces, cut, good)
 
 
-def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[SetAside], object]) -> Tokens:
+def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
     """Tokens that came with the documents."""
     arrays = [document.tokens for document in documents if document.tokens is not None]
     lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
@@ -113,7 +113,7 @@ def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[SetAs
     if ids.size and int(ids.max()) >= vocabulary:
         for number, (document, tokens) in enumerate(zip(documents, arrays, strict=True)):
             if len(tokens) and int(tokens.max()) >= vocabulary:
-                bad(SetAside(document.line, f"a token id is not below the vocabulary's size {vocabulary:,}"))
+                bad(Rejected(document.line, f"a token id is not below the vocabulary's size {vocabulary:,}"))
                 good[number] = False
         ids, lengths = ids[np.repeat(good, lengths)], lengths[good]
         documents = [document for document, kept in zip(documents, good, strict=True) if kept]

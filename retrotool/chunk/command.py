@@ -14,7 +14,7 @@ from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, une
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
-    from retrotool.chunk.chunk_result import ChunkResult, PurgedAgain, SetAsideReason
+    from retrotool.chunk.chunk_result import ChunkResult, PurgedAgain, RejectedReason
     from retrotool.chunk.estimate import Estimate
 
 EPILOG = """\b
@@ -226,7 +226,7 @@ def _purged_again(store: Path, again: PurgedAgain) -> str:
     return f"{what}."
 
 
-def _reason(one: SetAsideReason) -> str:
+def _reason(one: RejectedReason) -> str:
     """A reason; where a column is missing with the names that there are, in place of what the rows say."""
     return f"{one.reason}: {one.excerpt}" if one.reason.startswith("no column") and one.excerpt else one.reason
 

@@ -26,7 +26,7 @@ from retrotool.chunk.run import (
     find_readable,
 )  # fmt: skip
 from retrotool.errors import UsageError
-from retrotool.sources import Document, InputFile, SetAside, Slice, streams
+from retrotool.sources import Document, InputFile, Rejected, Slice, streams
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import BUNDLED, FastTokenizer, Tokenizer, TokenizerFile, find_tokenizer
@@ -150,7 +150,7 @@ class _Sampler:
         end = time.monotonic() + _SECONDS
         for file in chosen:
             sample = samples.setdefault(file.format, _Sample())
-            slices = sources.cut(file, self._options.fields, max(1 << 20, text_bytes(file) // 3))
+            slices = sources.cut_input(file, self._options.fields, max(1 << 20, text_bytes(file) // 3))
             share = file.size / len(slices)
             for where in slices:
                 self._add(sample, file, where, share, _CHARACTERS // (len(slices) * min(len(chosen), 8)))
@@ -163,10 +163,10 @@ class _Sampler:
         started = time.process_time()
         batch: list[Document] = []
         text = bad = 0
-        rows = sources.read(file, self._options.fields, where)
+        rows = sources.read_input(file, self._options.fields, where)
         complete = False
         for row in rows:
-            if isinstance(row, SetAside):
+            if isinstance(row, Rejected):
                 bad += 1
             else:
                 batch.append(row)
@@ -187,7 +187,7 @@ class _Sampler:
 
     def _count(self, sample: _Sample, batch: list[Document]) -> None:
         """Tokenise, cut and write a batch, to memory."""
-        aside: list[SetAside] = []
+        aside: list[Rejected] = []
         found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, aside.append)
         sample.set_aside += len(aside)
         if not found.documents:

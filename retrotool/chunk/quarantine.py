@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from retrotool.sources import SetAside
+from retrotool.sources import Rejected
 from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
@@ -62,7 +62,7 @@ class Quarantine:
         self._inputs.append(path)
         self._first = len(self)
 
-    def append(self, row: SetAside) -> None:
+    def append(self, row: Rejected) -> None:
         """Gather a row of the open input."""
         if row.damage:
             self._damage.add(len(self))

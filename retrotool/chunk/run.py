@@ -158,7 +158,7 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
         found = sources.survey(inputs)
         files = list(found.files)
         for file in files:
-            sources.check(file, options.fields)
+            sources.check_input(file, options.fields)
             with Path(file.path).open("rb"):
                 pass
     except OSError as error:

@@ -26,7 +26,7 @@ from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, InputError, TaskError
-from retrotool.sources import Document, SetAside
+from retrotool.sources import Document, Rejected
 from retrotool.sources.lines import lines_before
 from retrotool.sources.spool import is_spooled
 from retrotool.store import parts, staging
@@ -39,7 +39,7 @@ from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
 _EXCERPT = 200
-Row = Document | SetAside
+Row = Document | Rejected
 Flags = npt.NDArray[np.bool_]
 
 GIVEN_UP = "given up"
@@ -87,11 +87,11 @@ class ChunkStage:
             raise ErasedError(f"plan {plan_id} was finished or changed by another process")
         plan = read_plan(store, entry)
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
-        detail = sources.told(error)[:_EXCERPT]
+        detail = sources.reason_of(error)[:_EXCERPT]
         bad = Quarantine()
         for piece in plan.units[index]:
             bad.open(plan.files[piece.file].path)
-            bad.append(SetAside(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
+            bad.append(Rejected(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
         quarantine = bad.write(store.root, FileName.new(run, "staging", f"{task.key}.quarantine", "parquet"))
         counts = {**dict.fromkeys(PLAN_COUNTS, 0), "set_aside": len(bad), "damaged": bad.damaged}
         return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, (), quarantine, counts))
@@ -175,7 +175,7 @@ class _Unit:
         known = self._known_documents(piece.file)
         done = characters = 0
         for batch in _batches(_rows(self._plan, piece, self.bad, stage)):
-            if isinstance(batch, SetAside):
+            if isinstance(batch, Rejected):
                 self.bad.append(batch)
                 continue
             self._add(file.name, batch, known)
@@ -255,15 +255,15 @@ def _rows(plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Itera
     if problem and is_spooled(file):
         problem = "standard input can't be read twice: pipe it again"
     if problem and given_up:
-        bad.append(SetAside(0, f"{GIVEN_UP}: {problem}"))
+        bad.append(Rejected(0, f"{GIVEN_UP}: {problem}"))
         return
     if problem:
         raise TaskError(
             f"{file.path}: {problem}",
             "Bring it back as it was and run the same command again, or give it up with --skip-missing.",
         )
-    for row in sources.read(file, plan.fields, piece.where):
-        if isinstance(row, SetAside) and not row.damage:
+    for row in sources.read_input(file, plan.fields, piece.where):
+        if isinstance(row, Rejected) and not row.damage:
             bad.append(row)
         else:
             yield row
@@ -276,12 +276,12 @@ def _characters(document: Document) -> int:
     return size if document.tokens is None else size + len(document.tokens)
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | SetAside]:
+def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | Rejected]:
     """Documents in batches of about two million characters; damage on its own, after what came before it."""
     batch: list[Document] = []
     size = 0
     for row in rows:
-        if isinstance(row, SetAside):
+        if isinstance(row, Rejected):
             if batch:
                 yield batch
                 batch, size = [], 0

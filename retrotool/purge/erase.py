@@ -29,7 +29,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +38,7 @@ import pyarrow.compute as pc
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report, Task, check_there, task_key
-from retrotool.errors import CorruptError, ErasedError
+from retrotool.errors import CorruptError
 from retrotool.index.generations import all_shards
 from retrotool.index.index_files import check_sum, parts_in_shard, write_index
 from retrotool.store import parts, staging, tables, vectors
@@ -55,7 +54,6 @@ from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,33 +73,39 @@ class EraseStage:
     def plan(self, store: Store) -> list[Task]:
         """One task a part that holds a victim; if none does, one a shard, table and quarantine file.
 
-        ``ConflictError`` if one of the purges was undone.
+        ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file that is to be
+        read was replaced just now.
         """
-        tasks = look_again(store, lambda: list(_parts_alone(self._tasks(store, self.victims))))
+        tasks = list(self._of_parts(store)) or list(self._of_others(store))
         return [task for task in tasks if not staging.is_staged(store.root, task.key)]
 
     def tasks(self, store: Store) -> list[Task]:
         """All that there is to do, also what has to wait."""
-        return look_again(store, lambda: list(self._tasks(store, self.victims)))
+        return [*self._of_parts(store), *self._of_others(store)]
 
-    def _tasks(self, store: Store, victims: Tombstones) -> Iterator[Task]:
-        if not len(victims):
-            return
+    def _of_parts(self, store: Store) -> Iterator[Task]:
+        reads = self._tombstones(store)
+        for part in self.victims.parts():
+            entries, rows = part_files(store, part), self.victims.rows(part)
+            if self._holds(entries, functools.partial(_part_holds, store, part, rows)):
+                paths = [entry.path for entry in entries]
+                key = task_key("erase", {"victims": _digest(rows)}, paths)
+                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": reads})
+
+    def _of_others(self, store: Store) -> Iterator[Task]:
+        reads, victims = self._tombstones(store), _digest(self.victims.ids)
+        for entry, holds in _other_files(store, self.victims):
+            if self._holds([entry], holds):
+                key, label = task_key("erase", {"victims": victims}, [entry.path]), entry.path.rpartition("-")[0]
+                yield Task(key, label, 1, {"paths": [entry.path], "reads": reads})
+
+    def _tombstones(self, store: Store) -> list[str]:
+        """Paths of the tombstones of the victims; none if there are no victims."""
+        if not len(self.victims):
+            return []
         # Other purges may name all victims, so that they stay tombstones.
         check_not_restored(store.state, self.purges)
-        tombstones = tombstones_naming(store, victims)
-        whole = _digest(victims.ids)
-        present = sorted(set(victims.parts()) & set(store.state.parts()))  # the others were taken back by a chunk
-        for part in present:
-            entries = part_files(store, part)
-            if self._holds(entries, lambda part=part: _holds(store, part, victims.rows(part))):  # type: ignore[misc]
-                paths = [entry.path for entry in entries]
-                key = task_key("erase", {"victims": _digest(victims.rows(part))}, paths)
-                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": tombstones})
-        for label, what, entry, holds in _others(store, victims, present):
-            if self._holds([entry], holds):
-                key = task_key("erase", {**what, "victims": whole}, [entry.path])
-                yield Task(key, label, 1, {**what, "paths": [entry.path], "reads": tombstones})
+        return tombstones_naming(store, self.victims)
 
     def _holds(self, entries: list[FileEntry], holds: Callable[[], bool]) -> bool:
         paths = {entry.path for entry in entries}
@@ -122,50 +126,20 @@ def _digest(ids: Rows) -> str:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
 
 
-def _parts_alone(tasks: Iterator[Task]) -> Iterator[Task]:
-    """Tasks until the first that is no part's, or all if there is none of a part."""
-    of_parts = False
-    for task in tasks:
-        if of_parts and "part" not in task.inputs:
-            return
-        of_parts = "part" in task.inputs
-        yield task
-
-
-def look_again(store: Store, look: Callable[[], _Result]) -> _Result:
-    """What ``look`` finds; once more on the newest state if a file was replaced meanwhile."""
-    while True:
-        seen = store.state.number
-        try:
-            return look()
-        except (CorruptError, ErasedError):
-            # Between being found and being read a file can be gone, which then looks like damage.
-            if store.refresh().number == seen:
-                raise
-
-
-Other = tuple[str, dict[str, str], FileEntry, Callable[[], bool]]
-
-
-def _others(store: Store, victims: Tombstones, present: list[int]) -> Iterator[Other]:
-    """Label, inputs, file, and whether it holds something, of all files that belong to no part alone."""
-    state = store.state
+def _other_files(store: Store, victims: Tombstones) -> Iterator[tuple[FileEntry, Callable[[], bool]]]:
+    """The files that belong to no part alone, and what says whether one holds something."""
+    state, wanted = store.state, set(victims.parts())
+    if not wanted:
+        return
     for name in state.names("index"):
-        for slot, entry in all_shards(state, name).items():
-            if not set(present).isdisjoint(parts_in_shard(entry)):
-                holds = functools.partial(_shard_holds, store, entry, victims)
-                yield f"index {name} {slot}", {"index": name, "slot": slot}, entry, holds
+        for entry in all_shards(state, name).values():
+            if not wanted.isdisjoint(parts_in_shard(entry)):
+                yield entry, functools.partial(_shard_holds, store, entry, victims)
     for name in state.names("neighbours"):
-        for slot in state.group("neighbours", name):
-            table = state.file("neighbours", slot, name)
-            if table is not None:
-                holds = functools.partial(_table_holds, store, table, victims)
-                yield f"neighbours {name} {slot}", {"table": name, "slot": slot}, table, holds
-    for slot in state.group("quarantine"):
-        input_file = state.file("quarantine", slot)
-        if input_file is not None:
-            holds = functools.partial(_has_excerpts, store, input_file)
-            yield f"quarantine {slot}", {"quarantine": slot}, input_file, holds
+        for entry in state.group("neighbours", name).entries():
+            yield entry, functools.partial(_table_holds, store, entry, victims)
+    for entry in state.group("quarantine").entries():
+        yield entry, functools.partial(_has_excerpts, store, entry)
 
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
@@ -175,7 +149,7 @@ def part_files(store: Store, part: int) -> list[FileEntry]:
     return [entry for entry in found if entry is not None]
 
 
-def _holds(store: Store, part: int, rows: Rows) -> bool:
+def _part_holds(store: Store, part: int, rows: Rows) -> bool:
     """Whether a part's chunks or embeddings still hold any of ``rows``."""
     chunks = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
     if (chunks["n_tokens"].to_numpy()[rows] > 0).any():
@@ -195,8 +169,7 @@ def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
 def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
     rows = victims.rows(int(FileName.parse(entry.path).slot))
     within = is_within(store, entry, table_schema(store, entry).metadata)
-    for group in range(-(-entry.rows // ROW_GROUP)):
-        mine = _in_group(rows, group)
+    for group, mine in row_groups(entry, rows):
         if not (within or len(mine)):
             continue
         ids = tables.read_ids(store, entry, [group])
@@ -210,10 +183,11 @@ def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
     return False
 
 
-def _in_group(rows: Rows, group: int) -> Rows:
-    """Those of ``rows`` (ascending) that a row group has, counted from its first."""
-    low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
-    return rows[low:high] - group * ROW_GROUP
+def row_groups(entry: FileEntry, rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """Yield the numbers of the row groups of a file, and which of ``rows`` (ascending) each has, from its first."""
+    for group in range(-(-entry.rows // ROW_GROUP)):
+        low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
+        yield group, rows[low:high] - group * ROW_GROUP
 
 
 def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
@@ -246,20 +220,12 @@ class EraseWorker:
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
     def _rewritten(self, task: Task, run: str) -> list[FileEntry]:
-        inputs, state = task.inputs, self._store.state
-        if "part" in inputs:
-            return self._part(int(inputs["part"]), run)
-        if "index" in inputs:
-            entry = state.file("index", inputs["slot"], inputs["index"])
-            rewrite = self._shard
-        elif "table" in inputs:
-            entry = state.file("neighbours", inputs["slot"], inputs["table"])
-            rewrite = self._table
-        else:
-            entry = state.file("quarantine", inputs["quarantine"])
-            rewrite = self._excerpts
+        if "part" in task.inputs:
+            return self._part(int(task.inputs["part"]), run)
+        name = FileName.parse(task.inputs["paths"][0])
+        entry = self._store.state.file(name.kind, name.slot, name.name)
         assert entry is not None, "it was there just now"
-        name = FileName.parse(entry.path)
+        rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[name.kind]
         return [rewrite(entry, FileName.new(run, name.kind, name.slot, name.extension, name.name))]
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
@@ -297,8 +263,7 @@ class EraseWorker:
         banned = self._victims.contains if is_within(store, entry, schema.metadata) else None
 
         def groups() -> Iterator[pa.Table]:
-            for group in range(-(-entry.rows // ROW_GROUP)):
-                mine = _in_group(rows, group)
+            for group, mine in row_groups(entry, rows):
                 table = tables.erase_neighbours(tables.read_table(store, entry, [group]), mine, banned)
                 text = None
                 if tables.text_size(entry):

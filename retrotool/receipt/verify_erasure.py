@@ -30,13 +30,12 @@ from retrotool.ann import lists
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import RECALL
-from retrotool.purge.erase import table_schema
+from retrotool.purge.erase import row_groups, table_schema
 from retrotool.purge.purged_chunks import has_any
 from retrotool.receipt.purge_history import PurgeHistory
 from retrotool.store import atomic, clean, disk, identity, parts, runs, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
-from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName
 from retrotool.store.store import CHECKPOINT_NAME, Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourText
@@ -207,7 +206,7 @@ def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
     if not (within or len(rows)):
         return _NOTHING
     looked_at = [_NOTHING]
-    for group, mine in _row_groups(entry, rows):
+    for group, mine in row_groups(entry, rows):
         table = tables.read_table(purged.store, entry, [group])
         none = table.ids == NO_NEIGHBOUR
         holds: Flags = (none & ~np.isposinf(table.distances)).any(axis=1)
@@ -232,13 +231,6 @@ def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool
     bad[mine] |= (text.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
     rows: Flags = np.any(bad, axis=1)
     return rows
-
-
-def _row_groups(entry: FileEntry, rows: Rows) -> Iterator[tuple[int, Rows]]:
-    """Numbers of the row groups of a file, and which of ``rows`` each has, counted from its first."""
-    for group in range(-(-entry.rows // ROW_GROUP)):
-        low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
-        yield group, rows[low:high] - group * ROW_GROUP
 
 
 def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:

@@ -23,7 +23,7 @@ from retrotool.errors import InputError
 from retrotool.sources import rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.parquet import runs
-from retrotool.sources.records import Document, Fields, SetAside, told
+from retrotool.sources.records import Document, Fields, Rejected, reason_of
 
 _FILE = b"ARROW1"
 _FEATHER_1 = b"FEA1"
@@ -32,7 +32,7 @@ _MARK, _END = b"\xff\xff\xff\xff", b"\0\0\0\0"
 """A message begins with a mark and its length, and length 0 ends a stream; before version 0.15 there was no mark."""
 
 
-def read_arrow(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Return documents of a range of record batches; positions are rows of the file, from 1."""
     line = 1
     with pa.OSFile(file.path) as source:
@@ -47,13 +47,13 @@ def read_arrow(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
                 if getattr(error, "errno", None) is not None:
                     raise
                 after = where.first + line - 1
-                raise InputError(f"broken off after row {after:,}: {told(error)}", line) from error
+                raise InputError(f"broken off after row {after:,}: {reason_of(error)}", line) from error
             if batch is None:
                 return
             if lacking:
                 yield from (lacking._replace(line=line + i) for i in range(batch.num_rows))
             else:
-                yield from rows.rows_of(batch, fields, file.name, line, where.first + line)
+                yield from rows.documents_of_batch(batch, fields, file.name, line, where.first + line)
             line += batch.num_rows
 
 
@@ -93,7 +93,7 @@ def _batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iterator[pa
         # Cut off before its footer: after the mark at its beginning it is a stream.
         source.seek(_STREAM_START)
         yield from _stream(source, fields)
-        raise pa.ArrowInvalid(f"no footer: {told(error)}") from error
+        raise pa.ArrowInvalid(f"no footer: {reason_of(error)}") from error
     table = pa.ipc.open_file(source, options=_options(table.schema, fields))
     for i in range(where.start, table.num_record_batches if where.end is None else where.end):
         yield table.get_batch(i)

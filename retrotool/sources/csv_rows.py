@@ -25,7 +25,7 @@ from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
 from retrotool.sources.lines import BOM, HEAD_BYTES
-from retrotool.sources.records import Document, Fields, SetAside, column_names, document_of, excerpt, no_column
+from retrotool.sources.records import Document, Fields, Rejected, column_names, document_of, excerpt, no_column
 from retrotool.sources.streams import BrokenStream
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -43,7 +43,7 @@ class Record(NamedTuple):
     problem: str = ""
 
 
-def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Return documents of a file's rows; lines are the file's, positions byte offsets."""
     del where
     # Quotes are doubled, and there are other columns.
@@ -52,10 +52,10 @@ def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | S
         yield from _rows(records(stream, _DELIMITERS[file.base], limit), file, fields)
 
 
-def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[Document | SetAside]:
+def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[Document | Rejected]:
     header = next(rows, None)
     if header is None:
-        yield SetAside(0, "no header row", 0)
+        yield Rejected(0, "no header row", 0)
         return
     names = header.fields
     if header.problem:
@@ -70,13 +70,13 @@ def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[D
             reason = f"{len(row.fields):,} fields, the header has {len(names):,}"
         if reason or problem:
             head = column_names(names) if not reason else excerpt(row.head)
-            yield SetAside(row.line, reason or problem, row.offset, head)
+            yield Rejected(row.line, reason or problem, row.offset, head)
             continue
         values = {name: row.fields[place] if name in required else row.fields[place] or None for name, place in used}
         result = document_of(values, fields, file.name, row.line, row.offset, row.offset)
-        yield result._replace(excerpt=excerpt(row.head)) if isinstance(result, SetAside) else result
+        yield result._replace(excerpt=excerpt(row.head)) if isinstance(result, Rejected) else result
     if problem and row is None:  # a file of something else may look like a header alone
-        yield SetAside(header.line, problem, header.offset, column_names(names))
+        yield Rejected(header.line, problem, header.offset, column_names(names))
 
 
 def _missing(names: Sequence[str], fields: Fields) -> str:

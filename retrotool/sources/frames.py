@@ -57,7 +57,7 @@ def frames_of(path: Path) -> list[Frame] | None:
     return found if offset == size else None
 
 
-def cut(file: InputFile, target: int) -> list[Slice]:
+def cut_frames(file: InputFile, target: int) -> list[Slice]:
     """Return slices of whole frames with about ``target`` bytes of text each; the whole file if it can't be cut."""
     found = frames_of(Path(file.path))
     if not found or sum(frame.content for frame in found) <= target:

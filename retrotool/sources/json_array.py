@@ -27,7 +27,7 @@ from retrotool.errors import InputError
 from retrotool.sources import lines, streams
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.lines import BOM, line_limit
-from retrotool.sources.records import Document, Fields, SetAside, excerpt, find, maker
+from retrotool.sources.records import Document, Fields, Rejected, excerpt, find, maker
 from retrotool.sources.streams import BrokenStream
 
 _SPACE = b" \t\r\n"
@@ -41,7 +41,7 @@ class BrokenSyntax(Exception):  # noqa: N818 - a verdict about the file
     """From here on, elements can't be told apart."""
 
 
-def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Return documents of the elements of a JSON file; lines and positions are elements, from 1."""
     limit = line_limit(fields)
     if is_lines(file, limit):
@@ -53,12 +53,12 @@ def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | S
     try:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
             for number, value in enumerate(elements(stream, limit), 1):
-                found: Document | SetAside
+                found: Document | Rejected
                 if isinstance(value, dict):
                     found = make(value, number, number, -1)
                 else:
-                    found = SetAside(number, f"not a JSON object but {lines.JSON_TYPES[type(value)]}")
-                yield found._replace(excerpt=excerpt(orjson.dumps(value))) if isinstance(found, SetAside) else found
+                    found = Rejected(number, f"not a JSON object but {lines.JSON_TYPES[type(value)]}")
+                yield found._replace(excerpt=excerpt(orjson.dumps(value))) if isinstance(found, Rejected) else found
     except (BrokenStream, BrokenSyntax) as error:
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
 
@@ -83,7 +83,7 @@ def names_without(file: InputFile, name: str) -> list[str]:
     with contextlib.ExitStack() as stack:
         rows: Iterator[Any]
         if file.base == "jsonl" or (file.base == "json" and is_lines(file, limit)):
-            rows = _parsed(lines.lines_of(file, WHOLE, limit))
+            rows = _parsed(lines.read_lines(file, WHOLE, limit))
         elif file.base == "json":
             stream = stack.enter_context(contextlib.closing(streams.blocks(Path(file.path), file.compression)))
             rows = elements(stream, limit)

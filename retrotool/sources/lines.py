@@ -29,7 +29,7 @@ import orjson
 from retrotool.errors import InputError
 from retrotool.sources import frames, streams
 from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Maker, SetAside, content_id, excerpt, maker
+from retrotool.sources.records import Document, Fields, Maker, Rejected, content_id, excerpt, maker
 from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
@@ -56,25 +56,25 @@ def line_limit(fields: Fields) -> int:
     return JSON_OVERHEAD * fields.max_document + (1 << 20)
 
 
-def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Documents of the lines that begin in a range; lines are counted from the first of them, as 1."""
     limit = line_limit(fields)
     make = maker(fields, file.name)
-    for line in lines_of(file, where, limit):
+    for line in read_lines(file, where, limit):
         if line.data is None or (line.data and not line.data.isspace()):
             yield _row(line, make, limit)
 
 
-def _row(line: Line, make: Maker, limit: int) -> Document | SetAside:
+def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
     """Return the document of a line of JSON, or why it is none."""
     if line.data is None:
         reason = f"line of {line.size:,} bytes, longer than {limit:,}"
-        return SetAside(line.number, reason, line.offset, excerpt(line.head))
+        return Rejected(line.number, reason, line.offset, excerpt(line.head))
     row = _parse(line.data)
     if isinstance(row, str):
-        return SetAside(line.number, row, line.offset, excerpt(line.data))
+        return Rejected(line.number, row, line.offset, excerpt(line.data))
     found = make(row, line.number, line.offset, line.offset)
-    return found._replace(excerpt=excerpt(line.data)) if isinstance(found, SetAside) else found
+    return found._replace(excerpt=excerpt(line.data)) if isinstance(found, Rejected) else found
 
 
 def _parse(data: bytes) -> dict[str, Any] | str:
@@ -95,7 +95,7 @@ JSON_TYPES: dict[type, str] = {
 }  # fmt: skip
 
 
-def lines_of(file: InputFile, where: Slice, limit: int, separator: bytes = b"\n") -> Iterator[Line]:
+def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\n") -> Iterator[Line]:
     """Lines that begin in a range of a file, with their offsets in the decompressed file.
 
     Raises ``InputError`` where the file breaks off, after all whole lines before.
@@ -133,11 +133,11 @@ def _stream_of_frames(path: Path, compression: str, where: Slice) -> Generator[b
         yield from stream
 
 
-def cut(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+def cut_byte_ranges(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """Slices of about ``target`` bytes of text: byte ranges of a plain file, frames of a zstd archive."""
     del fields
     if file.compression == "zst":
-        return frames.cut(file, target)
+        return frames.cut_frames(file, target)
     if file.compression or file.size <= target:
         return [WHOLE]
     ranges = -(-file.size // target)
@@ -291,22 +291,22 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
         raise _uncountable(error) from error
 
 
-def read_text(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """The documents of a file of text."""
     if not fields.separator:
         yield _whole_text(file, fields)
         return
-    for piece in lines_of(file, where, fields.max_document, fields.separator.encode()):
+    for piece in read_lines(file, where, fields.max_document, fields.separator.encode()):
         if piece.data is None or (piece.data and not piece.data.isspace()):
             yield _text_document(piece, file, fields)
 
 
 def cut_text(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """Slices of about ``target`` bytes of text, if a separator makes documents of the file's pieces."""
-    return cut(file, fields, target) if fields.separator else [WHOLE]
+    return cut_byte_ranges(file, fields, target) if fields.separator else [WHOLE]
 
 
-def _whole_text(file: InputFile, fields: Fields) -> Document | SetAside:
+def _whole_text(file: InputFile, fields: Fields) -> Document | Rejected:
     held: list[bytes] = []
     size = 0
     try:
@@ -317,22 +317,22 @@ def _whole_text(file: InputFile, fields: Fields) -> Document | SetAside:
                     held.append(block)
     except BrokenStream as error:
         begin = excerpt(held[0]) if held else ""
-        return SetAside(0, f"broken off after {size:,} bytes: {error}", 0, begin, damage=True)
+        return Rejected(0, f"broken off after {size:,} bytes: {error}", 0, begin, damage=True)
     data = b"".join(held)
     whole = Line(0, 0, data.removeprefix(BOM) if len(data) == size else None, data[:HEAD_BYTES], size)
     return _text_document(whole, file, fields)
 
 
-def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | SetAside:
+def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | Rejected:
     """The document of a piece of text; number 0 is the whole file."""
     data = piece.data
     if data is None or len(data) > fields.max_document:
         reason = f"text has {piece.size:,} bytes, more than --max-document {fields.max_document:,}"
-        return SetAside(piece.number, reason, piece.offset, excerpt(piece.head or data or b""))
+        return Rejected(piece.number, reason, piece.offset, excerpt(piece.head or data or b""))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        return SetAside(piece.number, f"invalid UTF-8 at byte {error.start:,}", piece.offset, excerpt(data))
+        return Rejected(piece.number, f"invalid UTF-8 at byte {error.start:,}", piece.offset, excerpt(data))
     folder = file.name.rpartition("/")[0]
     kept = (None,) * len(fields.keep)
     name = content_id(text) if piece.number else file.name

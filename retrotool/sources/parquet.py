@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from retrotool.errors import InputError
 from retrotool.sources import rows
 from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, SetAside, told
+from retrotool.sources.records import Document, Fields, Rejected, reason_of
 
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
@@ -30,14 +30,14 @@ _RETRIED_ROWS = 100_000
 """Rows that are read one by one to come closer to a damaged page; in larger groups a few at a time."""
 
 
-def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_parquet_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Documents of a range of row groups; positions are rows of the file, from 1."""
     with _open(file) as table:
         end = table.num_row_groups if where.end is None else where.end
         counts = [table.metadata.row_group(group).num_rows for group in range(where.start, end)]
         total = sum(counts)
         if lacking := rows.missing(table.schema_arrow, fields):
-            _check_counts(table)  # or a damaged one would set aside rows without end
+            _check_counts(table)  # or a damaged one would reject rows without end
             yield from (lacking._replace(line=line) for line in range(1, total + 1))
             return
         line = 1
@@ -45,7 +45,7 @@ def read_parquet(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docu
         for group, count in zip(range(where.start, end), counts, strict=True):
             begin = line
             for batch in _batches(table, group, fields, sizes[group], begin, total):
-                yield from rows.rows_of(batch, fields, file.name, line, where.first + line)
+                yield from rows.documents_of_batch(batch, fields, file.name, line, where.first + line)
                 line += batch.num_rows
             if line != begin + count:
                 raise InputError(f"row group {group} has {line - begin:,} rows, not {count:,}", line)
@@ -122,5 +122,5 @@ def _batches(
                 raise
             broken = error
     after, lost = line - 1 + done, max(0, total - (line - 1 + done))
-    reason = told(broken)
+    reason = reason_of(broken)
     raise InputError(f"broken off after row {after:,}, {lost:,} rows are lost: {reason}", after + 1) from broken

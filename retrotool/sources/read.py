@@ -1,4 +1,4 @@
-"""From an input file, or a slice of one, to documents and rows set aside.
+"""From an input file, or a slice of one, to documents and rejected rows.
 
 Readers raise ``InputError`` where a file breaks off, and libraries whatever their authors thought of where content is
 damaged. Here both become one row: so no file can stop the work on others, neither while it is read nor before, when it
@@ -16,9 +16,9 @@ import pyarrow as pa
 from retrotool.errors import InputError, RetrotoolError, UsageError
 from retrotool.sources import arrow, csv_rows, json_array, lines, parquet, tokens, warc
 from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, SetAside, told
+from retrotool.sources.records import Document, Fields, Rejected, reason_of
 
-Rows = Iterator[Document | SetAside]
+Rows = Iterator[Document | Rejected]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +30,34 @@ class Format:
 
 
 FORMATS = {
-    "arrow": Format(arrow.read_arrow, arrow.cut_arrow),
-    "csv": Format(csv_rows.read),
-    "json": Format(json_array.read),
-    "jsonl": Format(lines.read_jsonl, lines.cut),
-    "parquet": Format(parquet.read_parquet, parquet.cut_parquet),
+    "arrow": Format(arrow.read_arrow_file, arrow.cut_arrow),
+    "csv": Format(csv_rows.read_csv),
+    "json": Format(json_array.read_json),
+    "jsonl": Format(lines.read_jsonl, lines.cut_byte_ranges),
+    "parquet": Format(parquet.read_parquet_file, parquet.cut_parquet),
     "tokens": Format(tokens.read_tokens, tokens.cut_tokens),
-    "tsv": Format(csv_rows.read),
-    "txt": Format(lines.read_text, lines.cut_text),
-    "warc": Format(warc.read),
+    "tsv": Format(csv_rows.read_csv),
+    "txt": Format(lines.read_txt, lines.cut_text),
+    "warc": Format(warc.read_warc),
 }
 
 
-def read(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
+def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
     """Read a file, or a slice of it; every row comes out once.
 
     Raises ``OSError`` if the system can't give the file, or stops giving it.
     """
     try:
         if file.size == 0:
-            yield SetAside(0, "the file is empty")
+            yield Rejected(0, "the file is empty")
         else:
             yield from FORMATS[file.base].read(file, fields, where)
     except InputError as error:
-        yield SetAside(error.position, str(error), excerpt=error.excerpt, damage=True)
+        yield Rejected(error.position, str(error), excerpt=error.excerpt, damage=True)
     except Exception as error:
         if not _is_damage(error):
             raise
-        yield SetAside(0, f"can't be read: {_told(error)}", damage=True)
+        yield Rejected(0, f"can't be read: {_reason_of(error)}", damage=True)
 
 
 def check_fields(fields: Fields) -> None:
@@ -69,7 +69,7 @@ def check_fields(fields: Fields) -> None:
         )
 
 
-def check(file: InputFile, fields: Fields) -> None:
+def check_input(file: InputFile, fields: Fields) -> None:
     """``UsageError`` if ``fields`` does not say what reading a file needs, or contradicts it.
 
     Of a damaged file nothing is said: reading it will.
@@ -84,7 +84,7 @@ def check(file: InputFile, fields: Fields) -> None:
             raise
 
 
-def cut(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """The slices of a file, in order, of about ``target`` bytes of text; the whole file where it can't be cut."""
     cutter = FORMATS[file.base].cut
     if cutter is None or file.size == 0:
@@ -107,9 +107,9 @@ def _is_damage(error: Exception) -> bool:
     return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
 
 
-def _told(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
     """What an exception says, in a line; Arrow's are sentences, of others the name is half of it."""
-    first = told(error)
+    first = reason_of(error)
     if isinstance(error, OSError | pa.ArrowException):
         return first or type(error).__name__
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

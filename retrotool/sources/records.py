@@ -1,4 +1,4 @@
-"""What a source gives: documents, and rows set aside; and where in a row they are found."""
+"""What a source gives: documents and rejected rows; and where in a row they are found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fields:
     With ``key`` and ``value`` (both or none) a row is a key-value record and ``text`` is not read. ``tokens`` names the
     field of token ids in rows that are tokenised already. ``separator`` cuts ``.txt`` files into documents.
     ``token_dtype`` and ``end_of_document`` describe plain token files. ``max_document`` is in bytes of UTF-8: what is
-    longer is set aside.
+    longer is rejected.
     """
 
     text: str = "text"
@@ -78,7 +78,7 @@ class Document(NamedTuple):
     tokens: npt.NDArray[Any] | None = None
 
 
-class SetAside(NamedTuple):
+class Rejected(NamedTuple):
     """A row that is not chunked.
 
     ``line`` is its line or row from 1, relative to the range read (0: the whole file); ``offset`` the byte offset of
@@ -106,7 +106,7 @@ def excerpt(data: bytes | str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def told(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What a library's exception says, in a line, without what it quotes: that may be of the input."""
     if isinstance(error, UnicodeDecodeError):
         return f"invalid UTF-8 at byte {error.start:,}"
@@ -145,7 +145,7 @@ def find(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-Maker = Callable[[Mapping[str, Any], int, int, int], Document | SetAside]
+Maker = Callable[[Mapping[str, Any], int, int, int], Document | Rejected]
 """From a row, its line, position and offset to a document, or why it is none."""
 
 
@@ -154,7 +154,7 @@ def maker(fields: Fields, source: str) -> Maker:
     text_name, id_name, limit = fields.text, fields.id, fields.max_document // 4
     plain = not fields.keep and fields.key is None and fields.tokens is None and "." not in text_name + id_name
 
-    def make(row: Mapping[str, Any], line: int, position: int, offset: int) -> Document | SetAside:
+    def make(row: Mapping[str, Any], line: int, position: int, offset: int) -> Document | Rejected:
         if plain:
             text, identifier = row.get(text_name), row.get(id_name)
             if type(identifier) is int:
@@ -169,12 +169,12 @@ def maker(fields: Fields, source: str) -> Maker:
 
 def document_of(
     row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int, offset: int = -1
-) -> Document | SetAside:
+) -> Document | Rejected:
     """Make a document of a row, or say why not."""
     try:
         return _document(row, fields, source, line, position)
     except BadRow as bad:
-        return SetAside(line, str(bad), offset)
+        return Rejected(line, str(bad), offset)
 
 
 def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int) -> Document:
@@ -204,7 +204,7 @@ def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, po
     try:
         kept = tuple(as_text(find(row, name)) for name in fields.keep) if fields.keep else ()
     except (TypeError, ValueError) as error:
-        raise BadRow(f"a kept field can't be written: {told(error)}") from error
+        raise BadRow(f"a kept field can't be written: {reason_of(error)}") from error
     return Document(identifier, text, own if isinstance(own, str) else source, position, line, kept, value, tokens)
 
 

@@ -25,11 +25,11 @@ from retrotool.sources.records import (
     TOKEN_BYTES,
     Document,
     Fields,
-    SetAside,
+    Rejected,
     column_names,
     maker,
     no_column,
-    told,
+    reason_of,
     too_many_tokens,
 )
 
@@ -157,7 +157,7 @@ def _value(one: pa.Array, place: int, unreadable: dict[int, str]) -> Any:
     except UnicodeDecodeError as error:
         unreadable.setdefault(place, f"invalid UTF-8 at byte {error.start:,} of a value")
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        unreadable.setdefault(place, f"a value can't be read: {told(error)}")
+        unreadable.setdefault(place, f"a value can't be read: {reason_of(error)}")
     return None
 
 
@@ -207,28 +207,28 @@ def wanted(fields: Fields) -> list[str]:
     return list(dict.fromkeys([*needed(fields), fields.id, "source", *fields.keep]))
 
 
-def missing(schema: pa.Schema, fields: Fields) -> SetAside | None:
+def missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
     """Why no row of a table can be a document, for a row without a number, or None."""
     for name in needed(fields):
         if steps(schema, name) is None:
-            return SetAside(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
+            return Rejected(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
 
 
-def rows_of(
+def documents_of_batch(
     batch: pa.RecordBatch, fields: Fields, source: str, line: int, position: int
-) -> Iterator[Document | SetAside]:
+) -> Iterator[Document | Rejected]:
     """Documents of a batch; its first row has ``line`` in what is read, and ``position`` in the file, both from 1."""
     arrays = {}
     for name in wanted(fields):
         if (array := column(batch, name)) is not None:
             arrays[name] = plain(array)
-    for start, end in windows(arrays, batch.num_rows):
+    for start, end in row_windows(arrays, batch.num_rows):
         window = {name: array.slice(start, end - start) for name, array in arrays.items()}
         yield from _window(window, fields, source, line + start, position + start)
 
 
-def windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
+def row_windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows of about ``WINDOW_BYTES`` of text."""
     total = np.zeros(rows, np.int64)
     for array in arrays.values():
@@ -244,7 +244,7 @@ def windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]
 
 def _window(
     arrays: dict[str, pa.Array], fields: Fields, source: str, line: int, position: int
-) -> Iterator[Document | SetAside]:
+) -> Iterator[Document | Rejected]:
     """Return the documents of a window, whose columns become Python's values all at once."""
     reasons: dict[int, str] = {}
     columns: list[list[Any]] = []
@@ -254,7 +254,7 @@ def _window(
     make, names = maker(fields, source), tuple(arrays)
     for i, row in enumerate(zip(*columns, strict=True)):
         if i in reasons:
-            yield SetAside(line + i, reasons[i])
+            yield Rejected(line + i, reasons[i])
         else:
             yield make(dict(zip(names, row, strict=True)), line + i, position + i, -1)
 

@@ -1,46 +1,51 @@
-"""Files of token ids: Megatron's (see ``megatron``), and plain ones: ``.bin``, ``.u16``, ``.u32`` and ``.npy``.
+r"""Files of token ids: Megatron's ``.bin``, and plain ones: ``.bin``, ``.u16``, ``.u32`` and ``.npy``.
 
 A plain file is nothing but ids, little-endian: uint16 in ``.u16``, uint32 in ``.u32``, of ``Fields.token_dtype`` in
 ``.bin``; an ``.npy`` file (numpy's format, versions 1 and 2) is a one-dimensional array of integers, and one without
-numpy's header is read as ``.bin``. Where documents are, one of two things says:
+numpy's header is read as ``.bin``. Where documents are, one of three things says:
 
-* ``NAME.offsets.npy`` beside the file (``NAME`` without its suffix): integers [documents + 1], the token with which
-  each document begins, and at last the number of tokens. Slices are runs of documents.
+* ``NAME.idx``, the index of Megatron-LM, megatron-core, Megatron-DeepSpeed, GPT-NeoX and NeMo
+  (``core/datasets/indexed_dataset.py``), little-endian. Slices are runs of documents::
+
+      "MMIDIDX\0\0"  version u64 = 1  dtype u8  sequences n u64  boundaries d u64
+      lengths i32[n]  pointers i64[n] (bytes)  boundaries i64[d]  and, if multimodal, modes i8[n]
+
+  d is one more than there are documents. Documents are ranges of sequences, sequences ranges of the ``.bin``. Sequences
+  of a mode other than 0 are not text; their documents are rejected, as are those whose sequences do not follow one
+  another.
+* ``NAME.offsets.npy`` (``NAME`` without its suffix): integers [documents + 1], the token with which each document
+  begins, and at last the number of tokens. Slices are runs of documents.
 * ``Fields.end_of_document``: the id that stands after each document, and belongs to none. A file may also begin with
   it. Slices are byte ranges; a document belongs to the range that it begins in.
 
-Cost: the file is read in blocks of 8 MiB and searched by numpy, never token by token; see ``token_ranges`` for
-documents.
+Each of them gives ``Ranges`` of the file, block by block, and one reader makes documents of them. Positions come from
+files that may be damaged: nothing is read outside the file, and the first document that leads there rejects the rest.
+
+Cost: reading at the disk's rate (twice from the page cache where marks are searched for), about 4 µs a document, and
+BLAKE2b over four bytes a token for the id, which is most of it. Memory: a block, a window of the index, a document.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.files import OFFSETS, WHOLE, InputFile, Slice
-from retrotool.sources.megatron import cut_megatron, open_index, read_megatron
-from retrotool.sources.records import Document, Fields, SetAside, excerpt, told
-from retrotool.sources.token_ranges import (
-    BLOCK_BYTES,
-    OnDisk,
-    Ranges,
-    Tokens,
-    cut_documents,
-    document,
-    documents,
-    leading,
-    load,
-    over,
-)
+from retrotool.sources.records import TOKEN_BYTES, Document, Fields, Rejected, excerpt, reason_of, tokens_id
 
+BLOCK_BYTES = 1 << 20
+WINDOW_DOCUMENTS = 1 << 14
+WINDOW_SEQUENCES = 1 << 20
 _NUMPY = b"\x93NUMPY"
 _DESCRIPTION = b"'descr'"
 _NUMPY_HEAD_BYTES = 64
@@ -48,78 +53,352 @@ _NUMPY_HEAD_BYTES = 64
 _ALIGNED = 8
 """Byte ranges begin at multiples of the widest type: which it is, is not known when they are cut."""
 _SUFFIX_DTYPES = {".u16": "<u2", ".u32": "<u4"}
+_MEGATRON = b"MMIDIDX\0\0"
+_MEGATRON_HEADER = "<QBQQ"
+_MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
+"""By code; 6 and 7 are floats, 9 and 10 DeepSpeed's."""
+
+Tokens = npt.NDArray[np.integer[Any]]
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where a plain file's tokens are: ``count`` of ``dtype`` from byte ``begin``; ``dtype`` None: it does not say.
+class OnDisk:
+    """An array of integers in a file, of which a part is read where it is asked for.
 
-    ``told`` is how many there should be; ``by`` what says the type.
+    Mapped into memory, a file that becomes shorter while it is read would end the process.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    offset: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> Tokens:
+        start, stop, _ = part.indices(self.count)
+        count = max(0, stop - start)
+        found: Tokens = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
+        if len(found) < count:
+            raise InputError(f"{self.path.name} became shorter while it was read")
+        return found
+
+    def at(self, place: int) -> int:
+        """Return one of the numbers; negative places count from the end."""
+        place = place if place >= 0 else self.count + place
+        return int(self[place : place + 1][0])
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronIndex:
+    """Where sequences are: ``lengths`` in tokens, ``pointers`` in bytes, ``modes`` (0 is text; None: all is text).
+
+    ``boundaries`` [documents + 1] are the sequences that documents begin with.
+    """
+
+    dtype: np.dtype[Any]
+    lengths: OnDisk
+    pointers: OnDisk
+    boundaries: OnDisk
+    modes: OnDisk | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenArray:
+    """Where a file's tokens are: from byte ``begin``, of ``dtype``, which ``by`` says (None: nothing does).
+
+    ``expected`` is how many there should be, if the file says so.
     """
 
     dtype: np.dtype[Any] | None
     begin: int
-    told: int | None = None
-    by: str = ""
+    by: str
+    expected: int | None = None
+    index: MegatronIndex | None = None
+
+
+class Ranges(NamedTuple):
+    """Where consecutive documents are: ``begins`` and ``ends`` int64 [documents], bytes of the file, inside of it.
+
+    ``reasons``: why some of them, by place, are not documents.
+    """
+
+    begins: Places
+    ends: Places
+    reasons: dict[int, str]
 
 
 def check_tokens(file: InputFile, fields: Fields) -> None:
     """Raise ``UsageError`` if neither a token file nor ``fields`` say how it is to be read, or they contradict it."""
     if file.path.endswith(".idx"):
         return  # without its tokens there is nothing to be read
-    layout = _layout(file)
-    if layout.dtype is None or layout.told in (None, (file.size - layout.begin) / layout.dtype.itemsize):
-        _settled(file, fields, layout)  # else it is damaged, and what its header says means nothing
+    array = _open_array(file)
+    if array.dtype is None or array.expected in (None, (file.size - array.begin) / array.dtype.itemsize):
+        _agreed_dtype(file, fields, array)  # else it is damaged, and what its header says means nothing
 
 
-def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
-    """Documents of a file of token ids, or of a range of it."""
+def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+    """Return documents of a file of token ids, or of a range of it.
+
+    Positions are byte offsets if marks end the documents, otherwise their numbers in the file, from 1.
+    """
     if file.path.endswith(".idx"):
         raise InputError(f"{Path(file.path).with_suffix('.bin').name} is missing: an index has no tokens")
-    layout = _layout(file)
+    array = _open_array(file)
     try:
-        dtype = _settled(file, fields, layout)
+        dtype = _agreed_dtype(file, fields, array)
     except UsageError as error:
         # Such a file is refused before the work, unless it was damaged then.
         raise InputError(str(error)) from error
-    if _is_megatron(file):
-        return read_megatron(file, fields, where)
+    if array.index is not None:
+        return _documents(_by_index(file, array.index, where), file, fields, dtype, where.start)
     if _offsets(file).is_file():
-        return _read_offsets(file, fields, where, layout, dtype)
-    return _read_marked(file, fields, where, layout, dtype)
+        return _documents(_by_offsets(file, array, dtype, where), file, fields, dtype, where.start)
+    return _documents(_by_marks(file, fields, array, dtype, where), file, fields, dtype, None)
 
 
 def cut_tokens(file: InputFile, fields: Fields, target: int) -> list[Slice]:
-    """Runs of documents, or byte ranges, of about ``target`` bytes."""
+    """Return runs of documents, or byte ranges, of about ``target`` bytes."""
     del fields
     if file.path.endswith(".idx") or file.size <= target:
         return [WHOLE]
-    if _is_megatron(file):
-        return cut_megatron(file, target)
-    layout = _layout(file)
-    if _offsets(file).is_file():
-        offsets = _open_offsets(file)
-        width = 1 if layout.dtype is None else layout.dtype.itemsize
-        scale = (file.size - layout.begin) / max(offsets.at(-1) * width, 1)
-        return cut_documents(len(offsets) - 1, lambda i: int(offsets.at(i) * width * scale), file.size, target)
-    steps = (file.size - layout.begin) // _ALIGNED
+    array = _open_array(file)
     count = -(-file.size // target)
-    edges = sorted({layout.begin + _ALIGNED * (steps * i // count) for i in range(count)})
-    return [Slice(a, b, 0 if a == layout.begin else a, b) for a, b in itertools.pairwise([*edges, file.size])]
+    if array.index is None and not _offsets(file).is_file():
+        steps = (file.size - array.begin) // _ALIGNED
+        edges = sorted({array.begin + _ALIGNED * (steps * i // count) for i in range(count)})
+        return [Slice(a, b, 0 if a == array.begin else a, b) for a, b in itertools.pairwise([*edges, file.size])]
+    total, begin = _beginnings(file, array)
+    if total < 2:
+        return [WHOLE]
+    places = {bisect.bisect_left(range(total), file.size * i // count, key=begin) for i in range(1, count)}
+    return [Slice(a, b, a, b) for a, b in itertools.pairwise(sorted(places | {0, total}))]
 
 
-def _is_megatron(file: InputFile) -> bool:
-    return file.path.endswith(".bin") and Path(file.path).with_suffix(".idx").is_file()
+def _beginnings(file: InputFile, array: TokenArray) -> tuple[int, Callable[[int], int]]:
+    """Return the number of documents, and how to find about how many bytes are before one."""
+    if array.index is None:
+        offsets = _open_offsets(file)
+        scale = (file.size - array.begin) / max(offsets.at(-1), 1)
+        return len(offsets) - 1, lambda number: int(offsets.at(number) * scale)
+    index = array.index
+
+    def begin(number: int) -> int:
+        sequence = index.boundaries.at(number)
+        return index.pointers.at(sequence) if 0 <= sequence < len(index.pointers) else file.size
+
+    return len(index.boundaries) - 1, begin
+
+
+def _documents(
+    found: Iterable[Ranges | Rejected], file: InputFile, fields: Fields, dtype: np.dtype[Any], before: int | None
+) -> Iterator[Document | Rejected]:
+    """Return the documents that are in ranges of the file.
+
+    ``before``: how many are before the first, if positions are numbers; None: positions are bytes.
+    """
+    line = 0
+    with Path(file.path).open("rb", BLOCK_BYTES) as stream:
+        try:
+            for ranges in found:
+                if isinstance(ranges, Rejected):
+                    yield ranges
+                    continue
+                places = zip(ranges.begins.tolist(), ranges.ends.tolist(), strict=True)
+                for i, (begin, end) in enumerate(places):
+                    line += 1
+                    position, offset, marks = (begin, begin, 0) if before is None else (before + line, -1, 1)
+                    # The mark that may be at the end is not the document's.
+                    count = (end - begin) // dtype.itemsize - marks
+                    if reason := ranges.reasons.get(i) or _over(count, fields):
+                        yield Rejected(line, reason, offset)
+                        continue
+                    stream.seek(begin)
+                    tokens = _native(stream.read(end - begin), dtype, end - begin)
+                    yield _document(tokens, fields, file.name, line, position, offset)
+        except InputError as error:
+            raise InputError(str(error), line + 1) from error
+
+
+def _document(
+    tokens: Tokens, fields: Fields, source: str, line: int, position: int, offset: int
+) -> Document | Rejected:
+    """Return a document of its tokens, without the one end mark that it may have, or why it is none."""
+    if fields.end_of_document is not None and len(tokens) and tokens[-1] == fields.end_of_document:
+        tokens = tokens[:-1]
+        if not len(tokens):
+            return Rejected(line, f"no tokens before its end mark {fields.end_of_document}", offset)
+    if not len(tokens):
+        return Rejected(line, "no tokens", offset)
+    if too_long := _over(len(tokens), fields):
+        return Rejected(line, too_long, offset)
+    if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
+        return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
+    return Document(tokens_id(tokens), "", source, position, line, (None,) * len(fields.keep), None, tokens)
+
+
+def _over(count: int, fields: Fields) -> str | None:
+    """Return why a document of so many tokens is over the limit, or None."""
+    if count * TOKEN_BYTES <= fields.max_document:
+        return None
+    return f"{count:,} tokens, {TOKEN_BYTES} bytes each, are more than --max-document {fields.max_document:,}"
+
+
+def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:
+    """Return token ids in the machine's byte order; ``InputError`` if ``size`` bytes were asked for, and more came."""
+    if len(data) < size:
+        raise InputError("the file became shorter while it was read")
+    tokens: Tokens = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
+    return tokens if dtype.isnative else tokens.astype(dtype.newbyteorder("="))
+
+
+def _by_marks(
+    file: InputFile, fields: Fields, array: TokenArray, dtype: np.dtype[Any], where: Slice
+) -> Iterator[Ranges]:
+    """Return what is between marks, from the first document that begins in a range of bytes."""
+    last = file.size if where.last is None else where.last
+    width = dtype.itemsize
+    size = array.begin + (file.size - array.begin) // width * width
+    # A document begins after a mark, or with the file; whether one begins with the range, the token before says.
+    place = array.begin if where.first == 0 else where.first - width
+    mark = np.array([place - width] if where.first == 0 else [], np.int64)
+    with Path(file.path).open("rb", buffering=0) as stream:
+        while place < size and (mark[0] + width if len(mark) else place) < last:
+            stream.seek(place)
+            block = stream.read(min(BLOCK_BYTES // width * width, size - place))
+            tokens = _native(block, dtype, width)
+            found = place + width * np.flatnonzero(tokens == fields.end_of_document)
+            edges = np.concatenate([mark, found])
+            begins, ends = edges[:-1] + width, edges[1:]
+            # A mark before the first document ends none.
+            own = (begins < last) & ((begins > array.begin) | (ends > begins))
+            yield Ranges(begins[own], ends[own], {})
+            mark = edges[-1:]
+            place += len(tokens) * width
+    if len(mark) and mark[0] + width < min(last, size):
+        yield Ranges(mark + width, np.array([size]), {})
+    if last >= file.size:
+        _check_end(file, array, dtype)
+
+
+def _by_number(total: int, ranges: Callable[[int, int], tuple[Ranges, str]], where: Slice) -> Iterator[Ranges]:
+    """Return where the documents of a slice of ``total`` are.
+
+    ``ranges`` gives documents from the first to before the second number, or fewer, and what is wrong with the document
+    after the last of them, or "".
+    """
+    end = total if where.end is None else where.end
+    if end > total:
+        raise InputError(f"{total:,} documents are listed, {end:,} were when it was planned")
+    start = where.start
+    while start < end:
+        found, broken = ranges(start, min(start + WINDOW_DOCUMENTS, end))
+        yield found
+        start += len(found.begins)
+        if broken:
+            left = f"the rest of {total:,} documents is lost"
+            raise InputError(f"broken off after document {start:,}: the next {broken}; {left}")
+
+
+def _by_offsets(file: InputFile, array: TokenArray, dtype: np.dtype[Any], where: Slice) -> Iterator[Ranges | Rejected]:
+    offsets = _open_offsets(file)
+    have = (file.size - array.begin) // dtype.itemsize
+    total = len(offsets) - 1
+
+    def ranges(start: int, stop: int) -> tuple[Ranges, str]:
+        places = offsets[start : stop + 1]
+        places = places if places.itemsize == 8 else places.astype(np.int64)
+        # One more than there are tokens stands for all places outside; no product below can overflow.
+        edges = places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
+        good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= have))
+        bounds = array.begin + edges[: good + 1] * dtype.itemsize
+        broken = f"spans tokens {places[good]:,} to {places[good + 1]:,} of {have:,}" if good < stop - start else ""
+        return Ranges(bounds[:-1], bounds[1:], {}), broken
+
+    if where.start == 0 and 0 < offsets.at(0) <= have:
+        yield Rejected(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
+    yield from _by_number(total, ranges, where)
+    if where.end in (None, total):
+        if 0 <= offsets.at(-1) < have:
+            yield Rejected(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
+        _check_end(file, array, dtype)
+
+
+def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[Ranges | Rejected]:
+    sequences, documents = len(index.lengths), max(0, len(index.boundaries) - 1)
+    first, last = (index.boundaries.at(0), index.boundaries.at(-1)) if documents else (sequences, sequences)
+    if where.start == 0 and first > 0:
+        yield Rejected(0, f"the first {first:,} of {sequences:,} sequences belong to no document")
+    yield from _by_number(documents, lambda start, stop: _ranges_of_index(index, start, stop, file.size), where)
+    if where.end not in (None, documents):
+        return
+    if 0 <= last < sequences:
+        yield Rejected(0, f"the last {sequences - last:,} of {sequences:,} sequences belong to no document")
+    reach = index.pointers.at(-1) + index.lengths.at(-1) * index.dtype.itemsize if sequences else 0
+    if 0 <= reach < file.size:
+        yield Rejected(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
+
+
+def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> tuple[Ranges, str]:
+    """Return where documents ``start`` to ``stop`` are; fewer where they have many sequences."""
+    edges = index.boundaries[start : stop + 1].astype(np.int64)
+    good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= len(index.lengths)))
+    broken = ""
+    if good < len(edges) - 1:
+        broken = f"spans sequences {edges[good]:,} to {edges[good + 1]:,} of {len(index.lengths):,}"
+    low, high = (int(edges[0]), int(edges[good])) if good else (0, 0)
+    if high - low > WINDOW_SEQUENCES and good > 1:
+        return _ranges_of_index(index, start, start + good // 2, size)
+    width = index.dtype.itemsize
+    lengths, begins = index.lengths[low:high].astype(np.int64), index.pointers[low:high].astype(np.int64)
+    negative = (lengths < 0) | (begins < 0)
+    # Whatever the index says, no product or sum below can overflow.
+    begins = begins.clip(0, size + 1)
+    ends = begins + lengths.clip(0, size // width + 1) * width
+    outside = np.flatnonzero(negative | (ends > size))
+    if len(outside):
+        place = int(outside[0])
+        why = "has a negative length or place" if negative[place] else f"is beyond the end of the file, {size:,} bytes"
+        broken = f"has sequence {low + place:,}, which {why}"
+        good = int(np.searchsorted(edges[1 : good + 1] - low, place, side="right"))
+    first, last = edges[:good] - low, edges[1 : good + 1] - low
+    begin = np.append(begins, 0)[first]
+    end = np.where(last > first, np.append(0, ends)[last], begin)
+    return Ranges(begin, end, _unusable(index, low, first, last, begins, ends)), broken
+
+
+def _unusable(
+    index: MegatronIndex, low: int, first: Places, last: Places, begins: Places, ends: Places
+) -> dict[int, str]:
+    """Return why documents, by place, can't be read although all of their sequences are in the file."""
+    count = int(last[-1]) if len(last) else 0
+    apart = np.append(False, begins[1:count] != ends[: max(count - 1, 0)])[:count]
+    apart[first[first < count]] = False
+    modal = np.zeros(count, bool) if index.modes is None else index.modes[low : low + count] != 0
+    reasons: dict[int, str] = {}
+    for wrong, why in ((apart, "does not follow the one before it"), (modal, "is no text: its mode is not 0")):
+        for sequence in np.flatnonzero(wrong).tolist():
+            document = int(np.searchsorted(last, sequence, side="right"))
+            reasons.setdefault(document, f"its sequence {low + sequence:,} {why}")
+    return reasons
+
+
+def _leading(good: npt.NDArray[np.bool_]) -> int:
+    """Return how many are true before the first that is not."""
+    return len(good) if good.all() else int(np.argmin(good))
 
 
 def _offsets(file: InputFile) -> Path:
     return Path(file.path).with_suffix(OFFSETS)
 
 
-def _layout(file: InputFile) -> Layout:
+def _open_array(file: InputFile) -> TokenArray:
     path = Path(file.path)
-    if _is_megatron(file):
-        return Layout(open_index(path.with_suffix(".idx")).dtype, 0, by="index")
+    if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
+        index = open_megatron_index(path.with_suffix(".idx"))
+        return TokenArray(index.dtype, 0, "index", index=index)
     with path.open("rb") as stream:
         head = stream.read(_NUMPY_HEAD_BYTES)
         if not head.startswith(_NUMPY):
@@ -128,11 +407,11 @@ def _layout(file: InputFile) -> Layout:
                     f"the numpy header of {path.name} is damaged: it begins otherwise", excerpt=excerpt(head[:6])
                 )
             suffix = _SUFFIX_DTYPES.get(path.suffix.lower())
-            return Layout(np.dtype(suffix) if suffix else None, 0, by="suffix")
+            return TokenArray(np.dtype(suffix) if suffix else None, 0, "suffix")
     shape, dtype, begin = _numpy_header(path)
     if len(shape) != 1 or dtype.kind not in "iu":
         raise InputError(f"an array of {dtype.name} of shape {list(shape)}, not token ids in one dimension")
-    return Layout(dtype, begin, shape[0], by="header")
+    return TokenArray(dtype, begin, "header", shape[0])
 
 
 def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
@@ -149,18 +428,59 @@ def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         except Exception as error:  # a header is parsed as Python, and damaged ones fail in as many ways
             if isinstance(error, OSError):
                 raise
-            problem = told(error) or type(error).__name__
+            problem = reason_of(error) or type(error).__name__
             raise InputError(f"the numpy header of {path.name} is damaged: {problem}") from error
     raise InputError(f"{path.name} is of numpy's format version {version[0]}.{version[1]}, which is not known")
 
 
-def _settled(file: InputFile, fields: Fields, layout: Layout) -> np.dtype[Any]:
+def _open_offsets(file: InputFile) -> OnDisk:
+    path = _offsets(file)
+    shape, dtype, begin = _numpy_header(path)
+    if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 1:
+        raise InputError(f"{path.name} is no list of places: {dtype.name} of shape {list(shape)}")
+    size = path.stat().st_size
+    if size != begin + shape[0] * dtype.itemsize:
+        raise InputError(f"{path.name} is damaged: {shape[0]:,} places do not make its {size:,} bytes")
+    return OnDisk(path, dtype, begin, shape[0])
+
+
+def open_megatron_index(path: Path) -> MegatronIndex:
+    """Open an index; ``InputError`` if its header and its size do not agree."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(len(_MEGATRON) + struct.calcsize(_MEGATRON_HEADER))
+    if not head.startswith(_MEGATRON):
+        raise InputError(f"{path.name} is no index of Megatron's: it begins otherwise", excerpt=excerpt(head[:9]))
+    try:
+        version, code, sequences, boundaries = struct.unpack_from(_MEGATRON_HEADER, head, len(_MEGATRON))
+    except struct.error:
+        raise InputError(f"{path.name} ends inside its header, at {len(head)} bytes") from None
+    if version != 1:
+        raise InputError(f"{path.name} has version {version}, of which nothing is known")
+    if code not in _MEGATRON_DTYPES:
+        raise InputError(f"{path.name} holds no token ids: its type code is {code}")
+    pointers = len(head) + 4 * sequences
+    edges = pointers + 8 * sequences
+    modes = edges + 8 * boundaries
+    if size not in (modes, modes + sequences):
+        counts = f"{sequences:,} sequences and {boundaries:,} boundaries of documents"
+        raise InputError(f"{path.name} is damaged: {counts} take {modes:,} bytes, it has {size:,}")
+    return MegatronIndex(
+        np.dtype(_MEGATRON_DTYPES[code]),
+        OnDisk(path, np.dtype("<i4"), len(head), sequences),
+        OnDisk(path, np.dtype("<i8"), pointers, sequences),
+        OnDisk(path, np.dtype("<i8"), edges, boundaries),
+        OnDisk(path, np.dtype("i1"), modes, sequences) if size > modes else None,
+    )
+
+
+def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtype[Any]:
     """The type of the tokens.
 
     ``UsageError`` if nobody says it, or where documents end, or if one contradicts another.
     """
     given = _given_dtype(fields)
-    dtype = layout.dtype or given
+    dtype = array.dtype or given
     if dtype is None:
         raise UsageError(
             f"{file.name} does not say how its tokens are stored",
@@ -169,15 +489,15 @@ def _settled(file: InputFile, fields: Fields, layout: Layout) -> np.dtype[Any]:
     # Ids are never negative, so whether the type has a sign makes no difference.
     if given is not None and given.itemsize != dtype.itemsize:
         raise UsageError(
-            f"{file.name} holds {dtype.name} by its {layout.by}, not the {given.name} of --token-dtype",
+            f"{file.name} holds {dtype.name} by its {array.by}, not the {given.name} of --token-dtype",
             "Leave --token-dtype out for this file, or give it another name if its suffix is wrong.",
         )
-    if fields.end_of_document is None and not (_is_megatron(file) or _offsets(file).is_file()):
+    mark = fields.end_of_document
+    if mark is None and array.index is None and not _offsets(file).is_file():
         raise UsageError(
             f"{file.name} does not say where its documents end",
             f"Give --end-of-document with the id that stands after each, or put {_offsets(file).name} beside it.",
         )
-    mark = fields.end_of_document
     if mark is not None and not np.iinfo(dtype).min <= mark <= np.iinfo(dtype).max:
         raise UsageError(
             f"{file.name} holds {dtype.name}, which --end-of-document {mark} does not fit",
@@ -198,103 +518,10 @@ def _given_dtype(fields: Fields) -> np.dtype[Any] | None:
     return dtype
 
 
-def _tail(file: InputFile, layout: Layout, dtype: np.dtype[Any], line: int) -> None:
-    """Raise ``InputError`` if the file ends inside a token, or has not the tokens that its header tells."""
-    have, left = divmod(file.size - layout.begin, dtype.itemsize)
-    if layout.told is not None and (have, left) != (layout.told, 0):
-        raise InputError(f"its header tells {layout.told:,} tokens, it has {have:,} and {left} bytes", line)
+def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:
+    """Raise ``InputError`` if the file ends inside a token, or does not have the tokens that its header says."""
+    have, left = divmod(file.size - array.begin, dtype.itemsize)
+    if array.expected is not None and (have, left) != (array.expected, 0):
+        raise InputError(f"its header tells {array.expected:,} tokens, it has {have:,} and {left} bytes")
     if left:
-        raise InputError(f"broken off inside a token: {left} bytes after token {have:,}", line)
-
-
-def _open_offsets(file: InputFile) -> OnDisk:
-    path = _offsets(file)
-    shape, dtype, begin = _numpy_header(path)
-    if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 1:
-        raise InputError(f"{path.name} is no list of places: {dtype.name} of shape {list(shape)}")
-    size = path.stat().st_size
-    if size != begin + shape[0] * dtype.itemsize:
-        raise InputError(f"{path.name} is damaged: {shape[0]:,} places do not make its {size:,} bytes")
-    return OnDisk(path, dtype, begin, shape[0])
-
-
-def _read_offsets(
-    file: InputFile, fields: Fields, where: Slice, layout: Layout, dtype: np.dtype[Any]
-) -> Iterator[Document | SetAside]:
-    """Documents of a range of documents; positions are their numbers in the file, from 1."""
-    offsets = _open_offsets(file)
-    have = (file.size - layout.begin) // dtype.itemsize
-    total = len(offsets) - 1
-
-    def ranges(start: int, stop: int) -> Ranges:
-        places = offsets[start : stop + 1]
-        places = places if places.itemsize == 8 else places.astype(np.int64)
-        # One more than there are tokens stands for all places outside; no product below can overflow.
-        edges = places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
-        good = leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= have))
-        bounds = layout.begin + edges[: good + 1] * dtype.itemsize
-        broken = f"spans tokens {places[good]:,} to {places[good + 1]:,} of {have:,}" if good < stop - start else ""
-        return Ranges(bounds[:-1], bounds[1:], broken=broken)
-
-    if where.start == 0 and 0 < offsets.at(0) <= have:
-        yield SetAside(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
-    yield from documents(file, dtype, total, ranges, fields, where)
-    if where.end in (None, total):
-        if 0 <= offsets.at(-1) < have:
-            yield SetAside(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
-        _tail(file, layout, dtype, total - where.start + 1)
-
-
-def _read_marked(
-    file: InputFile, fields: Fields, where: Slice, layout: Layout, dtype: np.dtype[Any]
-) -> Iterator[Document | SetAside]:
-    """Documents that begin in a range of bytes; positions are byte offsets in the file."""
-    last = file.size if where.last is None else where.last
-    line = 1
-    for begin, tokens in _marked(file, fields, where, layout, dtype):
-        if begin >= last:
-            return
-        if isinstance(tokens, str):
-            yield SetAside(line, tokens, begin)
-        elif not len(tokens) and begin == layout.begin:
-            continue  # the mark stands before documents, too
-        else:
-            found = document(tokens, fields, file.name, line, begin, strip=False)
-            yield found._replace(offset=begin) if isinstance(found, SetAside) else found
-        line += 1
-    if last >= file.size:
-        _tail(file, layout, dtype, line)
-
-
-def _marked(
-    file: InputFile, fields: Fields, where: Slice, layout: Layout, dtype: np.dtype[Any]
-) -> Iterator[tuple[int, Tokens | str]]:
-    """What lies between marks, with its place, from the first that may begin in a range; or why it is too long."""
-    last = file.size if where.last is None else where.last
-    width = dtype.itemsize
-    # Whether a document begins at the range's first byte, the token before tells.
-    place = layout.begin if where.first == 0 else where.first - width
-    inside = where.first != 0
-    begin, held, pieces = place, 0, list[Tokens]()
-    size = layout.begin + (file.size - layout.begin) // width * width
-    with Path(file.path).open("rb", buffering=0) as stream:
-        while place < size and begin < last and not (inside and place >= last):
-            block = load(stream, dtype, place, min(place + BLOCK_BYTES // width * width, size))
-            at = 0
-            for mark in np.flatnonzero(block == fields.end_of_document).tolist():
-                held += mark - at
-                if inside:
-                    inside = False
-                elif too_long := over(held, fields):
-                    yield begin, too_long
-                else:
-                    yield begin, np.concatenate([*pieces, block[at:mark]]) if pieces else block[at:mark]
-                begin, held, pieces, at = place + (mark + 1) * width, 0, [], mark + 1
-            held += len(block) - at
-            if inside or over(held, fields):
-                pieces = []
-            elif at < len(block):
-                pieces.append(block[at:])
-            place += len(block) * width
-    if held and not inside and place >= size:
-        yield begin, over(held, fields) or np.concatenate(pieces)
+        raise InputError(f"broken off inside a token: {left} bytes after token {have:,}")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
-from retrotool.sources.records import BadRow, Document, Fields, SetAside, document_of, excerpt, told
+from retrotool.sources.records import BadRow, Document, Fields, Rejected, document_of, excerpt, reason_of
 from retrotool.sources.streams import BrokenStream
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"
 """Bytes that text does not have; of a hundred compressed bytes about ten are among them."""
 
 
-def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | SetAside]:
+def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Return documents of an archive's records; lines are records from 1, positions byte offsets."""
     del where
     limit = _HTML_OVERHEAD * fields.max_document + (1 << 20)
@@ -75,7 +75,7 @@ def read(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | S
             if getattr(error, "errno", None) is not None:
                 raise
             raise InputError(
-                f"broken off after record {number:,}, at byte {offset:,}: {told(error)}", number + 1
+                f"broken off after record {number:,}, at byte {offset:,}: {reason_of(error)}", number + 1
             ) from error
 
 
@@ -122,7 +122,7 @@ def _check_size(record: WarcRecord) -> None:
         raise BrokenStream("a record's Content-Length is not a size" if length else "a record has no Content-Length")
 
 
-def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: int) -> Document | SetAside:
+def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: int) -> Document | Rejected:
     """Return the document of a record, or why it has none; ``BrokenStream`` if the file ends inside it."""
     offset = record.stream_pos
     uri = (record.headers.get("WARC-Target-URI") or "").strip("<>")
@@ -130,11 +130,11 @@ def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: in
     try:
         row = _page(record, limit)
     except BadRow as bad:
-        found: Document | SetAside = SetAside(number, str(bad), offset)
+        found: Document | Rejected = Rejected(number, str(bad), offset)
     else:
         row |= {"id": uri or identifier or None, "uri": uri or None, "record_id": identifier or None}
         found = document_of(row, fields, source, number, offset, offset)
-    return found._replace(excerpt=excerpt(uri or identifier)) if isinstance(found, SetAside) else found
+    return found._replace(excerpt=excerpt(uri or identifier)) if isinstance(found, Rejected) else found
 
 
 def _skip(record: WarcRecord) -> None:
@@ -225,7 +225,7 @@ def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
         try:
             return str(extract_plain_text(text, preserve_formatting=True, main_content=True))
         except ValueError as error:
-            raise BadRow(f"it can't be parsed as HTML: {told(error)}") from error
+            raise BadRow(f"it can't be parsed as HTML: {reason_of(error)}") from error
 
     return decode, extract
 

@@ -57,11 +57,11 @@ def inject(base: Path, source: Path) -> list[dict[str, Any]]:
 
 
 def mount(base: Path, source: Path) -> list[dict[str, Any]]:
-    """Fill a real file system of half a MiB, then make it larger. Needs a mount namespace of its own."""
+    """Fill a real file system of 384 KiB, then make it larger. Needs a mount namespace of its own."""
     folder = base.with_name("mounted")
     folder.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", folder], stderr=subprocess.DEVNULL
+        ["mount", "-t", "tmpfs", "-o", "size=384k", "none", folder], stderr=subprocess.DEVNULL
     ).returncode:
         return []
     shutil.copytree(base, folder / "store")

@@ -10,7 +10,7 @@ import retrotool
 from retrotool import api
 from retrotool.chunk import part_writer, quarantine
 from retrotool.chunk import stage as chunk_stage
-from retrotool.sources import Document, Fields, SetAside
+from retrotool.sources import Document, Fields, Rejected
 from retrotool.store.paths import FileName
 
 
@@ -42,7 +42,7 @@ def test_reasons_that_differ_in_numbers_only_are_held_once_they_are_many(monkeyp
     bad = quarantine.Quarantine()
     bad.open("rows.jsonl")
     for i in range(10):
-        bad.append(SetAside(i, f"not JSON: column {i:,}"))
+        bad.append(Rejected(i, f"not JSON: column {i:,}"))
     assert len(bad._reasons) == 4
     (tmp_path / "quarantine").mkdir()
     entry = bad.write(tmp_path, FileName.new("0123abcd", "quarantine", "x", "parquet"))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.chunk.chunker import cut_chunks, text_hash, tokenise
-from retrotool.sources import Document, SetAside
+from retrotool.sources import Document, Rejected
 
 token_lists = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=40), max_size=12)
 lengths_of_chunks = st.integers(1, 9)
@@ -60,7 +60,7 @@ def document(text: str, line: int = 1, value: str | None = None, tokens: np.ndar
 
 
 def test_documents_without_a_token_are_set_aside_with_their_line():
-    bad: list[SetAside] = []
+    bad: list[Rejected] = []
     found = tokenise([document("ab", 1), document("  ", 2), document("c", 3)], Letters(), 256, 4, bad.append)
     assert [(row.line, row.reason) for row in bad] == [(2, "text without a token")]
     assert [d.line for d in found.documents] == [1, 3]
@@ -77,7 +77,7 @@ def test_a_key_that_is_longer_than_a_chunk_is_cut_and_counted():
 
 
 def test_a_record_with_half_of_it_empty_is_set_aside():
-    bad: list[SetAside] = []
+    bad: list[Rejected] = []
     found = tokenise(
         [document("a", 1, " "), document(" ", 2, "b"), document("c", 3, "d")], Letters(), 256, 4, bad.append
     )
@@ -86,7 +86,7 @@ def test_a_record_with_half_of_it_empty_is_set_aside():
 
 
 def test_token_ids_that_the_tokenizer_has_not_are_set_aside():
-    bad: list[SetAside] = []
+    bad: list[Rejected] = []
     arrays = [np.array([1, 2]), np.array([3, 256]), np.array([255])]
     batch = [document("", line, tokens=tokens) for line, tokens in enumerate(arrays, 1)]
     found = tokenise(batch, Letters(), 256, 4, bad.append)

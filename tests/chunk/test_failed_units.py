@@ -22,7 +22,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Reading the second input raises."""
-    read = sources.read
+    read = sources.read_input
 
     def wrong(file, *arguments):
         rows = read(file, *arguments)
@@ -31,7 +31,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             raise error
         yield from rows
 
-    monkeypatch.setattr(sources, "read", wrong)
+    monkeypatch.setattr(sources, "read_input", wrong)
 
 
 class Panic(BaseException):
@@ -69,12 +69,12 @@ def test_errors_of_the_system_are_no_reason_to_give_an_input_up(inputs, tmp_path
 KILLER = """
 import os, signal, sys
 from retrotool import sources
-read = sources.read
+read = sources.read_input
 def wrong(file, *arguments):
     if file.path.endswith("1.jsonl"):
         os.kill(os.getpid(), signal.SIGKILL)
     return read(file, *arguments)
-sources.read = wrong
+sources.read_input = wrong
 """
 
 

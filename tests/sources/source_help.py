@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zstandard
 
-from retrotool.sources import Document, Fields, InputFile, SetAside, Slice, find_inputs, read
+from retrotool.sources import Document, Fields, InputFile, Rejected, Slice, find_inputs, read_input
 from retrotool.sources.lines import lines_before
 
 DEFAULT = Fields()
@@ -34,16 +34,16 @@ def input_of(path: Path, data: bytes | None = None) -> InputFile:
     return replace(file, name=Path(file.path).name)
 
 
-def rows_of(path: Path, data: bytes | None = None, **fields: object) -> list[Document | SetAside]:
-    return list(read(input_of(path, data), Fields(**fields)))
+def rows_of(path: Path, data: bytes | None = None, **fields: object) -> list[Document | Rejected]:
+    return list(read_input(input_of(path, data), Fields(**fields)))
 
 
-def read_slices(file: InputFile, slices: list[Slice], fields: Fields = DEFAULT) -> list[Document | SetAside]:
+def read_slices(file: InputFile, slices: list[Slice], fields: Fields = DEFAULT) -> list[Document | Rejected]:
     """Rows of all slices, with lines counted from the file's beginning."""
-    found: list[Document | SetAside] = []
+    found: list[Document | Rejected] = []
     for where in slices:
         before = lines_before(file, where, fields)
-        found += [row._replace(line=row.line + before) for row in read(file, fields, where)]
+        found += [row._replace(line=row.line + before) for row in read_input(file, fields, where)]
     return found
 
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
-from retrotool.sources import WHOLE, Document, Fields, SetAside, cut, find_inputs, read
+from retrotool.sources import WHOLE, Document, Fields, Rejected, cut_input, find_inputs, read_input
 
 ROWS = [{"id": f"d{i}", "text": f"text {i} " * (i % 7 + 1), "n": i, "tags": ["x", str(i)]} for i in range(50)]
 TABLE = pa.Table.from_pylist(ROWS)
@@ -69,14 +69,14 @@ STREAMS = ("stream.arrow", "lz4.arrow", "old.arrow", "dictionary.arrow")
 def test_files_and_streams_give_what_parquet_gives(tmp_path, name):
     WRITERS[name](tmp_path / name)
     pq.write_table(TABLE, tmp_path / "same.parquet")
-    expected = [row._replace(source=name) for row in read(input_of(tmp_path / "same.parquet"), KEEP)]
+    expected = [row._replace(source=name) for row in read_input(input_of(tmp_path / "same.parquet"), KEEP)]
     file = input_of(tmp_path / name)
-    assert list(read(file, KEEP)) == expected
-    slices = cut(file, Fields(), file.size // 3)
+    assert list(read_input(file, KEEP)) == expected
+    slices = cut_input(file, Fields(), file.size // 3)
     assert len(slices) == 1 if name in STREAMS else len(slices) in (2, 3)
     together = []
     for where in slices:
-        found = list(read(file, KEEP, where))
+        found = list(read_input(file, KEEP, where))
         assert where == WHOLE or len(found) == where.last - where.first
         together += [row._replace(line=row.line + where.first) for row in found]
     assert together == expected
@@ -95,9 +95,9 @@ def test_text_of_every_layout_is_read(tmp_path, kind):
         column = pa.compute.run_end_encode(pa.array(values))
     else:
         column = pa.array(values).cast(kind)
-    found = list(read(input_of(write_file(tmp_path / "t.arrow", pa.table({"text": column}))), Fields()))
+    found = list(read_input(input_of(write_file(tmp_path / "t.arrow", pa.table({"text": column}))), Fields()))
     assert texts_of(found) == values
-    assert found[1] == SetAside(2, "'text' is null")
+    assert found[1] == Rejected(2, "'text' is null")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_invalid_utf8_rejects_the_rest_from_its_batch_on(tmp_path, kind):
     path = write_file(tmp_path / "broken.arrow", table, rows=2)
     data = path.read_bytes()
     path.write_bytes(data.replace(b"b?d", b"b\xffd"))
-    *found, last = read(input_of(path), Fields(keep=("meta",)))
+    *found, last = read_input(input_of(path), Fields(keep=("meta",)))
     assert [texts_of(found), last.damage] in ([["good", "fine"], True], [[], True])
     assert (last.line, "UTF" in last.reason) == (len(found) + 1, True)
 
@@ -119,9 +119,9 @@ def test_invalid_utf8_deep_in_a_kept_field_is_damage_where_it_is_asked_for(tmp_p
     path = write_file(tmp_path / "deep.arrow", table, rows=1)
     path.write_bytes(path.read_bytes().replace(b"b?d", b"b\xffd"))
     for keep in ("meta", "meta.a"):
-        one, last = read(input_of(path), Fields(keep=(keep,)))
+        one, last = read_input(input_of(path), Fields(keep=(keep,)))
         assert (one.text, last.damage, last.line) == ("1", True, 2)
-    assert texts_of(read(input_of(path), Fields(keep=("tags",)))) == ["1", "2", "3"]
+    assert texts_of(read_input(input_of(path), Fields(keep=("tags",)))) == ["1", "2", "3"]
 
 
 @given(st.sampled_from(["file", "stream", "lists"]), st.floats(0, 1), st.binary(min_size=1, max_size=8))
@@ -136,8 +136,8 @@ def test_a_damaged_file_never_crashes_and_loses_no_row_in_silence(tmp_path_facto
     data[at : at + len(junk)] = junk
     path.write_bytes(data)
     fields = Fields(keep=("n", "tags", "m"))
-    found = list(read(input_of(path), fields))
-    damage = [row for row in found if isinstance(row, SetAside) and row.damage]
+    found = list(read_input(input_of(path), fields))
+    damage = [row for row in found if isinstance(row, Rejected) and row.damage]
     rows = [row for row in found if row not in damage]
     if not damage:
         # Without a checksum, a length that was changed to a possible one can't be told from a true one.
@@ -155,12 +155,12 @@ def test_of_a_cut_off_file_the_batches_before_come_out(tmp_path, write, compress
     for left in range(len(whole) - 1, 0, -97):
         path = tmp_path / "short.arrow"
         path.write_bytes(whole[:left])
-        *found, last = read(input_of(path), Fields())
+        *found, last = read_input(input_of(path), Fields())
         assert texts_of(found) == [row["text"] for row in ROWS[: len(found)]]
         assert len(found) % 10 == 0
         assert last.damage
         assert last.line in (0, len(found) + 1)
-        assert len(cut(input_of(path), Fields(), 1)) == 1
+        assert len(cut_input(input_of(path), Fields(), 1)) == 1
         counts.add(len(found))
     assert counts == {0, 10, 20, 30, 40, 50}
 
@@ -168,7 +168,7 @@ def test_of_a_cut_off_file_the_batches_before_come_out(tmp_path, write, compress
 @pytest.mark.parametrize("write", [write_file, write_stream])
 def test_a_file_that_becomes_shorter_while_it_is_read_is_damage(tmp_path, write):
     path = write(tmp_path / "a.arrow", pa.table({"text": ["x" * 5000] * 400}), 20)
-    rows = read(input_of(path), Fields())
+    rows = read_input(input_of(path), Fields())
     first = [next(rows) for _ in range(20)]
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
@@ -184,9 +184,9 @@ def test_slices_of_a_file_have_the_rows_that_were_counted(tmp_path, compression,
     columns = {"text": ["x" * (n % 90) + "y" for n in range(95)], **({"n": range(95)} if narrow else {})}
     path = write_file(tmp_path / "a.arrow", pa.table(columns), 10, compression=compression)
     file = input_of(path)
-    slices = cut(file, Fields(), 1)
+    slices = cut_input(file, Fields(), 1)
     assert [(where.first, where.last) for where in slices] == [(n, min(n + 10, 95)) for n in range(0, 95, 10)]
-    together = [row for where in slices for row in read(file, Fields(), where)]
+    together = [row for where in slices for row in read_input(file, Fields(), where)]
     assert [row.text for row in together] == columns["text"]
     assert [row.position for row in together] == list(range(1, 96))
 
@@ -194,9 +194,9 @@ def test_slices_of_a_file_have_the_rows_that_were_counted(tmp_path, compression,
 def test_a_stream_without_its_end_mark_is_told(tmp_path):
     path = write_stream(tmp_path / "open.arrow")
     path.write_bytes(path.read_bytes()[:-8])
-    *found, last = read(input_of(path), Fields())
+    *found, last = read_input(input_of(path), Fields())
     assert len(found) == 50
-    assert last == SetAside(
+    assert last == Rejected(
         51, "broken off after row 50: the stream has no end mark, so its writer was cut off", damage=True
     )
 
@@ -204,7 +204,7 @@ def test_a_stream_without_its_end_mark_is_told(tmp_path):
 def test_what_follows_the_end_of_a_stream_is_told(tmp_path):
     path = write_stream(tmp_path / "two.arrow")
     path.write_bytes(path.read_bytes() * 2)
-    *found, last = read(input_of(path), Fields())
+    *found, last = read_input(input_of(path), Fields())
     assert len(found) == 50
     assert last.reason.endswith("bytes follow the end of the stream")
 
@@ -216,14 +216,14 @@ def test_offsets_that_lead_outside_are_damage(tmp_path):
     assert data.count(offsets) == 1
     for wrong in (struct.pack("<4i", 0, 2**30, 7, 9), struct.pack("<4i", 0, 7, 3, 9), struct.pack("<4i", -5, 3, 7, 9)):
         path.write_bytes(data.replace(offsets, wrong))
-        (row,) = read(input_of(path), Fields())
+        (row,) = read_input(input_of(path), Fields())
         assert row.damage
         assert row.reason.startswith("broken off after row 0: ")
 
 
 def test_feather_version_1_is_refused_with_advice(tmp_path):
     (tmp_path / "one.feather").write_bytes(b"FEA1" + bytes(60) + b"FEA1")
-    (row,) = read(input_of(tmp_path / "one.feather"), Fields())
+    (row,) = read_input(input_of(tmp_path / "one.feather"), Fields())
     assert row.damage
     assert "Feather version 1" in row.reason
     assert "version=2" in row.reason
@@ -231,8 +231,8 @@ def test_feather_version_1_is_refused_with_advice(tmp_path):
 
 def test_what_is_no_arrow_is_set_aside(tmp_path):
     (tmp_path / "no.arrow").write_bytes(b"something else altogether")
-    (row,) = read(input_of(tmp_path / "no.arrow"), Fields())
-    assert isinstance(row, SetAside)
+    (row,) = read_input(input_of(tmp_path / "no.arrow"), Fields())
+    assert isinstance(row, Rejected)
     assert row.damage
 
 
@@ -240,9 +240,9 @@ def test_only_the_columns_that_are_asked_for_are_taken_out(tmp_path):
     path = write_file(tmp_path / "wide.arrow", pa.table({"image": ["?" * 50], "text": ["t"]}))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"?" * 50, b"\xff" * 50))
-    assert texts_of(read(input_of(path), Fields())) == ["t"]
-    (row,) = read(input_of(path), Fields(text="body"))
-    assert row == SetAside(1, "no column 'body' among 2", excerpt="image, text")
+    assert texts_of(read_input(input_of(path), Fields())) == ["t"]
+    (row,) = read_input(input_of(path), Fields(text="body"))
+    assert row == Rejected(1, "no column 'body' among 2", excerpt="image, text")
 
 
 LISTS = [
@@ -255,9 +255,9 @@ LISTS = [
 def test_token_ids_are_taken_over_as_arrays(tmp_path, kind):
     array = pa.array([[9, 9], [1, 2], None, [3, None], [5, 6]], kind)
     path = write_file(tmp_path / "tokens.arrow", pa.table({"input_ids": array}).slice(1), rows=3)
-    found = list(read(input_of(path), Fields(tokens="input_ids")))
+    found = list(read_input(input_of(path), Fields(tokens="input_ids")))
     assert [row.tokens.tolist() for row in found if isinstance(row, Document)] == [[1, 2], [5, 6]]
-    assert found[1:3] == [SetAside(2, "'input_ids' is null"), SetAside(3, "a token id is null")]
+    assert found[1:3] == [Rejected(2, "'input_ids' is null"), Rejected(3, "a token id is null")]
 
 
 # Datasets that were saved to disk
@@ -279,7 +279,7 @@ def test_a_saved_dataset_gives_its_rows_in_order(tmp_path):
     (tmp_path / "corpus" / "tmpabc").write_bytes(b"x")
     files = find_inputs([str(tmp_path / "corpus")])
     assert [file.name for file in files] == [f"corpus/data-0000{i}-of-00003.arrow" for i in range(3)]
-    found = [row.text for file in files for row in read(file, Fields())]
+    found = [row.text for file in files for row in read_input(file, Fields())]
     assert found == datasets.load_from_disk(str(tmp_path / "corpus"))["text"][:] == [f"text {i}" for i in range(20)]
 
 
@@ -289,7 +289,7 @@ def test_the_order_is_that_of_the_state(tmp_path):
     state["_data_files"].reverse()
     (tmp_path / "corpus" / "state.json").write_text(json.dumps(state))
     files = find_inputs([str(tmp_path)])
-    found = [row.text for file in files for row in read(file, Fields())]
+    found = [row.text for file in files for row in read_input(file, Fields())]
     assert found == datasets.load_from_disk(str(tmp_path / "corpus"))["text"][:]
 
 
@@ -297,7 +297,7 @@ def test_a_selection_is_saved_as_its_rows(tmp_path):
     data = datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(20)]})
     data.select([5, 3, 11]).save_to_disk(tmp_path / "selected")
     (file,) = find_inputs([str(tmp_path / "selected")])
-    assert texts_of(read(file, Fields())) == ["text 5", "text 3", "text 11"]
+    assert texts_of(read_input(file, Fields())) == ["text 5", "text 3", "text 11"]
 
 
 def test_splits_are_folders(tmp_path):
@@ -308,7 +308,7 @@ def test_splits_are_folders(tmp_path):
     (tmp_path / "corpus" / "notes.jsonl").write_text('{"text": "no row"}')
     files = find_inputs([str(tmp_path / "corpus")])
     assert [file.name for file in files] == [f"corpus/{split}/data-00000-of-00001.arrow" for split in ("test", "train")]
-    assert [row.text for file in files for row in read(file, Fields())] == ["c", "a", "b"]
+    assert [row.text for file in files for row in read_input(file, Fields())] == ["c", "a", "b"]
 
 
 @pytest.mark.parametrize("key", ["_indices_files", "_indices_data_files"])
@@ -345,6 +345,6 @@ def test_token_ids_of_a_saved_dataset(tmp_path):
     data = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [1]]})
     data.save_to_disk(tmp_path / "tokenized")
     (file,) = find_inputs([str(tmp_path / "tokenized")])
-    found = list(read(file, Fields(tokens="input_ids")))
+    found = list(read_input(file, Fields(tokens="input_ids")))
     assert [row.tokens.tolist() for row in found] == [[1, 2, 3], [4]]
     assert all(isinstance(row.tokens, np.ndarray) for row in found)

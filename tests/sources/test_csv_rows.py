@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from source_help import PACK, input_of, rows_of
 
 from retrotool.errors import InputError
-from retrotool.sources import Document, Fields, SetAside, read, streams
+from retrotool.sources import Document, Fields, Rejected, read_input, streams
 from retrotool.sources.csv_rows import records
 from retrotool.sources.records import content_id
 
@@ -55,13 +55,13 @@ def test_what_the_csv_module_writes_comes_back_at_its_place(table, delimiter, la
 def test_anything_is_read_to_its_end_without_a_crash(folder, pieces):
     data = b"text,id\n" + b"".join(pieces)
     rows = rows_of(folder / "any.csv", data)
-    assert all(row.reason if isinstance(row, SetAside) else row.text for row in rows)
+    assert all(row.reason if isinstance(row, Rejected) else row.text for row in rows)
     lines = [row.line for row in rows]
     assert lines == sorted(set(lines))
     # A line that is not blank begins a row or belongs to the row before it.
     first = next((n for n, line in enumerate(data.split(b"\n")[1:], 2) if line.strip(b"\r")), None)
     assert lines[:1] == ([] if first is None else [first])
-    assert not any(row.damage for row in rows[:-1] if isinstance(row, SetAside))
+    assert not any(row.damage for row in rows[:-1] if isinstance(row, Rejected))
 
 
 @settings(deadline=None, max_examples=150)
@@ -179,7 +179,7 @@ def test_a_quote_that_is_never_closed_in_a_large_file_is_not_held(tmp_path):
 
     file = input_of(tmp_path / "a.csv", b'text\n"' + b"x" * 99 + b"\n" * 1 + (b"y" * 99 + b"\n") * 300_000)
     tracemalloc.start()
-    (row,) = read(file, Fields(max_document=1 << 16))
+    (row,) = read_input(file, Fields(max_document=1 << 16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert row.damage
@@ -189,8 +189,8 @@ def test_a_quote_that_is_never_closed_in_a_large_file_is_not_held(tmp_path):
 def test_rows_do_not_depend_on_blocks(folder):
     data = b"".join(b'"text %d, ""quoted""\nand more",%d\n' % (n, n) for n in range(50))
     file = input_of(folder / "blocks.csv", b"text,id\n" + data)
-    whole = list(read(file, Fields()))
+    whole = list(read_input(file, Fields()))
     assert len(whole) == 50
     for block in itertools.chain(range(1, 20), [100]):
         with patch.object(streams, "BLOCK_BYTES", block):
-            assert list(read(file, Fields())) == whole
+            assert list(read_input(file, Fields())) == whole

@@ -17,7 +17,17 @@ from test_warc import response
 from token_help import write_megatron
 
 from retrotool.errors import UsageError
-from retrotool.sources import WHOLE, Document, Fields, SetAside, check, check_fields, cut, read, told
+from retrotool.sources import (
+    WHOLE,
+    Document,
+    Fields,
+    Rejected,
+    check_fields,
+    check_input,
+    cut_input,
+    read_input,
+    reason_of,
+)
 from retrotool.sources.read import FORMATS, Format
 
 TABLE = pa.table({"text": [f"text {i} " * (i % 5) for i in range(60)], "ids": [[i, 1] for i in range(60)]})
@@ -57,14 +67,14 @@ FILES = {
 }
 
 
-def plan_and_read(path: Path, data: bytes, fields: Fields) -> list[Document | SetAside]:
+def plan_and_read(path: Path, data: bytes, fields: Fields) -> list[Document | Rejected]:
     """The rows of a file read whole, after all that is done with one before the work."""
     file = input_of(path, data)
-    check(file, fields)
-    for where in cut(file, fields, max(1, len(data) // 3)):
-        for row in read(file, fields, where):
-            assert isinstance(row, Document | SetAside)
-    return list(read(file, fields))
+    check_input(file, fields)
+    for where in cut_input(file, fields, max(1, len(data) // 3)):
+        for row in read_input(file, fields, where):
+            assert isinstance(row, Document | Rejected)
+    return list(read_input(file, fields))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -81,7 +91,7 @@ def test_changed_bytes_anywhere_raise_nothing(tmp_path, name):
         if generator.random() < 0.2:
             del data[generator.randrange(1, len(data)) :]
         rows = plan_and_read(tmp_path / name, bytes(data), fields)
-        outcomes.add(any(isinstance(row, SetAside) for row in rows))
+        outcomes.add(any(isinstance(row, Rejected) for row in rows))
     assert True in outcomes
 
 
@@ -103,9 +113,9 @@ def test_whatever_a_library_raises_of_a_file_is_damage_of_it(tmp_path, error):
 
     file = input_of(tmp_path / "a.jsonl", LINES)
     with patch.dict(FORMATS, {"jsonl": Format(fail, fail)}):
-        (row,) = read(file, Fields())
+        (row,) = read_input(file, Fields())
     with patch.dict(FORMATS, {"jsonl": Format(fail, lambda *given: list(fail()))}):
-        assert cut(file, Fields(), 1) == [WHOLE]
+        assert cut_input(file, Fields(), 1) == [WHOLE]
     assert (row.line, row.damage) == (0, True)
     first = "…" if isinstance(error, KeyError) else str(error).partition("\n")[0]  # what it quotes may be the file's
     assert row.reason == f"can't be read: {type(error).__name__}" + (f": {first}" if first else "")
@@ -129,14 +139,14 @@ NAMED = {
 def test_reasons_say_nothing_of_what_the_input_says(tmp_path, name):
     rows = plan_and_read(tmp_path / name, NAMED[name], Fields(end_of_document=7))
     assert rows
-    assert all(isinstance(row, SetAside) for row in rows)
+    assert all(isinstance(row, Rejected) for row in rows)
     assert not any("vict" in row.reason for row in rows), rows
 
 
 @pytest.mark.parametrize("text", ["it's 'victim' here", 'of "vic\'tim"', "b'victim", "name: `victim`, `victim`"])
 def test_what_a_library_quotes_is_left_out(text):
-    assert "vic" not in told(ValueError(text))
-    assert "tim" not in told(ValueError(text))
+    assert "vic" not in reason_of(ValueError(text))
+    assert "tim" not in reason_of(ValueError(text))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def test_what_is_not_the_fault_of_a_file_is_raised_as_it_is(tmp_path, error):
 
     file = input_of(tmp_path / "a.jsonl", LINES)
     with patch.dict(FORMATS, {"jsonl": Format(fail, fail)}):
-        for use in (lambda: list(read(file, Fields())), lambda: cut(file, Fields(), 1)):
+        for use in (lambda: list(read_input(file, Fields())), lambda: cut_input(file, Fields(), 1)):
             with pytest.raises(type(error)) as raised:
                 use()
             assert raised.value is error
@@ -197,8 +207,8 @@ def test_files_beside_that_become_shorter_while_they_are_read_are_damage(tmp_pat
     path = tmp_path / "a.u16"
     path.write_bytes(np.arange(60_000, dtype="<u2").tobytes())
     np.save(tmp_path / "a.offsets.npy", np.arange(60_001))
-    with patch("retrotool.sources.token_ranges.WINDOW_DOCUMENTS", 1000):
-        rows = read(input_of(path), Fields())
+    with patch("retrotool.sources.tokens.WINDOW_DOCUMENTS", 1000):
+        rows = read_input(input_of(path), Fields())
         first = [next(rows) for _ in range(1000)]
         with (tmp_path / "a.offsets.npy").open("r+b") as file:
             file.truncate(4000)
@@ -212,8 +222,8 @@ def test_settings_that_contradict_each_other_are_refused_for_any_file(tmp_path):
     file = input_of(tmp_path / "a.jsonl", LINES)
     for settings in ({"key": "k", "value": "v"}, {"key": "k"}, {"value": "v"}):
         fields = Fields(tokens="ids", **settings)
-        for refuse in (lambda fields=fields: check(file, fields), lambda fields=fields: check_fields(fields)):
+        for refuse in (lambda fields=fields: check_input(file, fields), lambda fields=fields: check_fields(fields)):
             with pytest.raises(UsageError, match="--tokens-field goes with neither"):
                 refuse()
-    check(file, Fields(tokens="ids"))
-    check(file, Fields(key="k", value="v"))
+    check_input(file, Fields(tokens="ids"))
+    check_input(file, Fields(key="k", value="v"))

@@ -8,7 +8,7 @@ import pytest
 from source_help import PACK, input_of, rows_of
 from test_warc import record, response
 
-from retrotool.sources import Document, Fields, SetAside, read
+from retrotool.sources import Document, Fields, Rejected, read_input
 
 LIMIT = 1000
 GOOD = 'good text, with "quotes" and\ttabs'
@@ -71,7 +71,7 @@ def test_rows_are_documents_or_set_aside_with_a_reason(tmp_path, base, packed):
     skipped = base == "txt"  # an empty text between separators is no row
     assert len(found) == len(rows) - skipped
     documents = [row for row in found if isinstance(row, Document)]
-    aside = [row for row in found if isinstance(row, SetAside)]
+    aside = [row for row in found if isinstance(row, Rejected)]
     assert [row.text for row in documents] == [GOOD] * (len(texts) + 1)
     assert len(aside) == len(texts) - skipped
     for row in aside:
@@ -100,7 +100,7 @@ def test_rows_that_are_wrong_by_their_format_are_set_aside_alone(tmp_path, base,
     header, row = (good.split(b"\n", 1)[0] + b"\n", good.split(b"\n", 1)[1]) if base != "jsonl" else (b"", good)
     first, second, third = rows_of(tmp_path / f"a.{base}", header + row + bad.encode() + b"\n" + row)
     assert [first.text, third.text] == [GOOD, GOOD]
-    assert isinstance(second, SetAside)
+    assert isinstance(second, Rejected)
     assert second.reason
     assert (second.offset, second.damage) == (len(header + row), False)
 
@@ -114,7 +114,7 @@ def test_a_file_cut_off_in_the_middle_ends_with_damage(tmp_path, base, kind):
         path = tmp_path / f"a.{base}.{kind}"
         *rows, last = rows_of(path, packed[:size], separator="<|>" if base == "txt" else None)
         assert [row.text.encode() for row in rows] == texts[: len(rows)]
-        assert (type(last), last.damage) == (SetAside, True)
+        assert (type(last), last.damage) == (Rejected, True)
         assert "broken off" in last.reason
 
 
@@ -127,19 +127,19 @@ def test_files_of_something_else_are_never_documents_and_never_crash(tmp_path, b
     if base == "txt" and data[:1] in b'\0"{':
         assert [type(row) for row in rows] == [Document]
     else:
-        assert all(isinstance(row, SetAside) and row.reason for row in rows)
+        assert all(isinstance(row, Rejected) and row.reason for row in rows)
         assert rows or not data.strip()
 
 
 def test_empty_files_say_so(tmp_path):
     for base in [*WRITERS, "warc"]:
-        assert rows_of(tmp_path / f"a.{base}", b"") == [SetAside(0, "the file is empty")]
+        assert rows_of(tmp_path / f"a.{base}", b"") == [Rejected(0, "the file is empty")]
 
 
 def test_pages_are_rows_like_any(tmp_path):
     data = b"".join(response(text, "text/plain") for text in (b"x", b"", b"y" * (LIMIT + 1), b"z"))
     found = rows_of(tmp_path / "a.warc", data, max_document=LIMIT)
-    assert [type(row) for row in found] == [Document, SetAside, SetAside, Document]
+    assert [type(row) for row in found] == [Document, Rejected, Rejected, Document]
     assert [row.line for row in found] == [1, 2, 3, 4]
 
 
@@ -153,7 +153,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, base):
         file = input_of(path, data)
         del data
         tracemalloc.start()
-        found = sum(isinstance(row, Document) for row in read(file, Fields(separator=separator)))
+        found = sum(isinstance(row, Document) for row in read_input(file, Fields(separator=separator)))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert found == rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retrotool.errors import UsageError
-from retrotool.sources import Fields, find_inputs, read, survey
+from retrotool.sources import Fields, find_inputs, read_input, survey
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_names_do_not_depend_on_what_else_is_given(here):
     make("a/n.txt", "b/n.txt", "n.txt", "c/a/n.txt")
     alone = [*names_of("a/n.txt"), *names_of("b"), *names_of("n.txt"), *names_of("c/a/n.txt")]
     assert names_of("a/n.txt", "b", "n.txt", "c/a/n.txt") == alone == ["a/n.txt", "b/n.txt", "n.txt", "c/a/n.txt"]
-    assert [row.id for file in find_inputs(["a/n.txt"]) for row in read(file, Fields())] == ["a/n.txt"]
+    assert [row.id for file in find_inputs(["a/n.txt"]) for row in read_input(file, Fields())] == ["a/n.txt"]
 
 
 def test_inputs_of_one_name_are_told_apart_by_the_folders_around_them(here):

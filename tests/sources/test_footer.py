@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from source_help import input_of
 
-from retrotool.sources import WHOLE, Document, Fields, InputFile, SetAside, check, cut, read
+from retrotool.sources import WHOLE, Document, Fields, InputFile, Rejected, check_input, cut_input, read_input
 
 ROWS = [
     {"id": f"d{i}", "text": f"text é {i} " * (i % 5 + 1), "ids": [1, 2, i], "m": {"a": i, "b.c": None}, "x": i % 2 == 0}
@@ -35,10 +35,10 @@ def fuzz(folder: Path, seed: int, changes: int) -> None:
         path.write_bytes(data)
         file = InputFile(str(path), path.name, len(data), "parquet")
         fields = generator.choice((Fields(keep=("m", "x")), Fields(tokens="ids"), Fields(text="nothing")))
-        check(file, fields)
-        for where in (WHOLE, *cut(file, fields, 500)):
-            for row in read(file, fields, where):
-                assert isinstance(row, Document | SetAside)
+        check_input(file, fields)
+        for where in (WHOLE, *cut_input(file, fields, 500)):
+            for row in read_input(file, fields, where):
+                assert isinstance(row, Document | Rejected)
 
 
 def test_no_changed_byte_of_a_footer_raises_or_ends_the_process(tmp_path):
@@ -54,8 +54,8 @@ def test_column_names_that_are_no_text_are_damage(tmp_path):
     pq.write_table(TABLE, path, store_schema=False, row_group_size=50)
     path.write_bytes(path.read_bytes().replace(b"\x04text", b"\x04t\xffxt"))
     file = input_of(path)
-    assert cut(file, Fields(), 1) == [WHOLE]
-    (row,) = read(file, Fields())
+    assert cut_input(file, Fields(), 1) == [WHOLE]
+    (row,) = read_input(file, Fields())
     assert row.damage
     assert row.reason.startswith("can't be read: UnicodeDecodeError: ")
 
@@ -66,7 +66,7 @@ def test_a_damaged_count_of_rows_sets_no_rows_aside_without_end(tmp_path):
     data = path.read_bytes()
     place = data.rindex(b"\x16\x90\x03")  # 200, the number of the row group's rows
     path.write_bytes(data[:place] + b"\x16\x90\x7f" + data[place + 3 :])
-    (row,) = read(input_of(path), Fields(text="nothing"))
+    (row,) = read_input(input_of(path), Fields(text="nothing"))
     assert row.damage
     assert row.reason.startswith("the footer is damaged: it tells 200 rows, its row groups ")
 

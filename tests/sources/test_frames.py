@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of, read_slices, zstd
 
-from retrotool.sources import WHOLE, Fields, SetAside, Slice, cut, read, streams
+from retrotool.sources import WHOLE, Fields, Rejected, Slice, cut_input, read_input, streams
 from retrotool.sources.frames import Frame, frames_of
 
 SKIPPABLE = struct.pack("<II", 0x184D2A5A, 3) + b"abc"
@@ -84,7 +84,7 @@ def test_an_archive_cut_off_at_any_byte_is_not_cut_into_slices(folder):
 def test_what_does_not_tell_its_sizes_or_is_no_frame_is_not_cut(folder, data):
     file = input_of(folder / "whole.jsonl.zst", data)
     assert frames_of(folder / "whole.jsonl.zst") is None
-    assert cut(file, Fields(), 1) == [WHOLE]
+    assert cut_input(file, Fields(), 1) == [WHOLE]
 
 
 def test_a_header_that_lies_is_found_out_when_its_frame_is_read(folder):
@@ -94,8 +94,8 @@ def test_a_header_that_lies_is_found_out_when_its_frame_is_read(folder):
     file = input_of(folder / "lie.jsonl.zst", b"".join(packed))
     contents = [frame.content for frame in frames_of(folder / "lie.jsonl.zst")]
     assert [content == len(piece) for content, piece in zip(contents, pieces, strict=True)] == [True, False, True]
-    rows = [row for where in cut(file, Fields(), 500) for row in read(file, Fields(), where)]
-    assert any(isinstance(row, SetAside) and row.damage for row in rows)
+    rows = [row for where in cut_input(file, Fields(), 500) for row in read_input(file, Fields(), where)]
+    assert any(isinstance(row, Rejected) and row.damage for row in rows)
 
 
 @given(
@@ -108,9 +108,9 @@ def test_a_header_that_lies_is_found_out_when_its_frame_is_read(folder):
 def test_slices_give_the_rows_of_the_whole(folder, lines, last_end, cuts, target, block):
     data = b"\n".join(lines) + b"\n" * last_end
     file = input_of(folder / "slices.jsonl.zst", SKIPPABLE.join(map(zstd, pieces_of(data, cuts))) or zstd(b""))
-    slices = cut(file, Fields(), target)
+    slices = cut_input(file, Fields(), target)
     with patch.object(streams, "BLOCK_BYTES", block):
-        assert read_slices(file, slices) == list(read(file, Fields()))
+        assert read_slices(file, slices) == list(read_input(file, Fields()))
 
 
 @given(
@@ -122,18 +122,18 @@ def test_slices_give_the_rows_of_the_whole(folder, lines, last_end, cuts, target
 def test_slices_of_separated_text_give_the_documents_of_the_whole(folder, pieces, cuts, separator, target):
     file = input_of(folder / "slices.txt.zst", b"".join(map(zstd, pieces_of(b"".join(pieces), cuts))) or zstd(b"x"))
     fields = Fields(separator=separator, max_document=40)
-    assert read_slices(file, cut(file, fields, target), fields) == list(read(file, fields))
+    assert read_slices(file, cut_input(file, fields, target), fields) == list(read_input(file, fields))
 
 
 def test_slices_are_of_about_the_size_asked_for(folder):
     pieces = [b"x" * 999 + b"\n"] * 100
     file = input_of(folder / "size.jsonl.zst", b"".join(map(zstd, pieces)))
-    slices = cut(file, Fields(), 10_000)
+    slices = cut_input(file, Fields(), 10_000)
     assert [where.last - where.first for where in slices] == [10_000] * 10
     assert (slices[0].start, slices[-1].end) == (0, file.size)
     assert all(one.end == two.start and one.last == two.first for one, two in itertools.pairwise(slices))
-    assert cut(file, Fields(), 100_000) == [WHOLE]
-    assert cut(input_of(folder / "one.jsonl.zst", zstd(LINES)), Fields(), 10) == [WHOLE]
+    assert cut_input(file, Fields(), 100_000) == [WHOLE]
+    assert cut_input(input_of(folder / "one.jsonl.zst", zstd(LINES)), Fields(), 10) == [WHOLE]
     assert isinstance(slices[0], Slice)
 
 
@@ -141,9 +141,9 @@ def test_damage_in_a_frame_takes_only_what_is_cut_with_it(folder):
     frames = [zstd(LINES[i : i + 500]) for i in range(0, len(LINES), 500)]
     frames[2] = frames[2][:20] + bytes(byte ^ 0xFF for byte in frames[2][20:40]) + frames[2][40:]
     file = input_of(folder / "damaged.jsonl.zst", b"".join(frames))
-    slices = cut(file, Fields(), 500)
-    rows = [list(read(file, Fields(), where)) for where in slices]
-    broken = [bool(found) and isinstance(found[-1], SetAside) and found[-1].damage for found in rows]
+    slices = cut_input(file, Fields(), 500)
+    rows = [list(read_input(file, Fields(), where)) for where in slices]
+    broken = [bool(found) and isinstance(found[-1], Rejected) and found[-1].damage for found in rows]
     assert broken[2]
     # The slice before it may lack the end of its last line.
     assert not any(broken[:1] + broken[3:])

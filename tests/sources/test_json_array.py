@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_help import BOM, input_of, rows_of
 
-from retrotool.sources import Document, Fields, SetAside, read, streams
+from retrotool.sources import Document, Fields, Rejected, read_input, streams
 from retrotool.sources.json_array import BrokenSyntax, elements
 
 texts = st.text(st.sampled_from('ab"\\{}[],:\n é🎈/'), min_size=1, max_size=15)
@@ -54,7 +54,7 @@ def test_an_array_cut_off_anywhere_gives_what_came_before_and_says_where(folder,
     whole = json.dumps(items).encode()
     size = data.draw(st.integers(1, len(whole) - 1))
     *rows, last = rows_of(folder / "cut.json", whole[:size])
-    assert (type(last), last.damage, last.line) == (SetAside, True, len(rows) + 1)
+    assert (type(last), last.damage, last.line) == (Rejected, True, len(rows) + 1)
     assert last.reason.startswith(f"broken off after element {len(rows)}: ")
     complete = sum(len(json.dumps(items[:n])) - 1 <= size for n in range(1, len(items) + 1))
     assert [row.text for row in rows] == [item["text"] for item in items[:complete]]
@@ -68,10 +68,10 @@ def test_no_change_of_a_byte_is_silent_or_a_crash(folder, items, layout, data):
     try:
         now = json.loads(bytes(whole))
     except (ValueError, UnicodeDecodeError):
-        assert any(isinstance(row, SetAside) for row in rows)
+        assert any(isinstance(row, Rejected) for row in rows)
         return
     if isinstance(now, list):
-        assert len(rows) == len(now) or (isinstance(rows[-1], SetAside) and "lone surrogate" in rows[-1].reason)
+        assert len(rows) == len(now) or (isinstance(rows[-1], Rejected) and "lone surrogate" in rows[-1].reason)
 
 
 BAD_ELEMENTS = {
@@ -160,7 +160,7 @@ def test_an_element_over_the_limit_rejects_the_rest(block):
 def test_what_has_no_end_is_not_held(tmp_path, rest):
     file = input_of(tmp_path / "a.json", b'[{"text": "one"}, ' + rest)
     tracemalloc.start()
-    one, last = read(file, Fields(max_document=1 << 16))
+    one, last = read_input(file, Fields(max_document=1 << 16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (one.text, last.damage) == ("one", True)
@@ -187,4 +187,4 @@ def test_runs_of_backslashes_across_blocks_are_read(tmp_path, count):
     file = input_of(tmp_path / "a.json", json.dumps(items).encode())
     for block in (7, 1000):
         with patch.object(streams, "BLOCK_BYTES", block):
-            assert [row.text for row in read(file, Fields())] == [item["text"] for item in items]
+            assert [row.text for row in read_input(file, Fields())] == [item["text"] for item in items]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from source_help import BOM, PACK, byte_ranges, input_of, read_slices, rows_of
 
 from retrotool.errors import InputError
-from retrotool.sources import WHOLE, Document, Fields, SetAside, Slice, cut, read, streams
+from retrotool.sources import WHOLE, Document, Fields, Rejected, Slice, cut_input, read_input, streams
 from retrotool.sources.lines import JSON_OVERHEAD, count_lines, cut_lines
 from retrotool.sources.records import content_id
 
@@ -55,7 +55,7 @@ def places(data: bytes) -> list[tuple[int, int, bytes]]:
 def test_every_row_comes_out_once_whatever_the_slices_and_blocks(folder, data, cuts, block):
     file = input_of(folder / "slices.jsonl", data)
     with patch.object(streams, "BLOCK_BYTES", block):
-        whole = list(read(file, Fields()))
+        whole = list(read_input(file, Fields()))
         assert not file.size or read_slices(file, byte_ranges(file.size, cuts)) == whole
 
 
@@ -63,9 +63,9 @@ def test_every_row_comes_out_once_whatever_the_slices_and_blocks(folder, data, c
 def test_rows_are_the_lines_that_are_not_blank_at_their_own_place(folder, data, block):
     file = input_of(folder / "places.jsonl", data)
     with patch.object(streams, "BLOCK_BYTES", block):
-        found = list(read(file, Fields()))
+        found = list(read_input(file, Fields()))
     if not data:
-        assert found == [SetAside(0, "the file is empty")]
+        assert found == [Rejected(0, "the file is empty")]
         return
     expected = [(n, offset, line) for n, offset, line in places(data) if line.removeprefix(BOM).strip()]
     assert [(row.line, row[3] if isinstance(row, Document) else row.offset) for row in found] == [
@@ -133,7 +133,7 @@ def test_separated_text_comes_out_once_whatever_the_slices(folder, pieces, separ
     file = input_of(folder / "separated.txt", b"".join(pieces) or b"x")
     fields = Fields(separator=separator, max_document=20)
     with patch.object(streams, "BLOCK_BYTES", block):
-        whole = list(read(file, fields))
+        whole = list(read_input(file, fields))
         assert read_slices(file, byte_ranges(file.size, cuts), fields) == whole
 
 
@@ -143,17 +143,17 @@ def test_separated_documents_have_offsets_and_ids_of_their_text(tmp_path):
     assert rows == [
         Document(content_id("one"), "one", "a.txt", 0, 1, (None,)),
         Document(content_id("zwei ü"), "zwei ü", "a.txt", 26, 4, (None,)),
-        SetAside(5, "text has 50 bytes, more than --max-document 40", 40, "x" * 50),
+        Rejected(5, "text has 50 bytes, more than --max-document 40", 40, "x" * 50),
         Document(content_id("last"), "last", "a.txt", 97, 6, (None,)),
     ]
 
 
 def test_only_what_can_be_read_in_slices_is_cut(tmp_path):
     text = input_of(tmp_path / "a.txt", b"a\n\nb" * 100)
-    assert cut(text, Fields(), 50) == [WHOLE]
-    assert len(cut(text, Fields(separator="\n\n"), 50)) == 8
-    assert cut(input_of(tmp_path / "a.csv", b"text\nx\n" * 100), Fields(), 50) == [WHOLE]
-    slices = cut(input_of(tmp_path / "a.jsonl", b"{}\n" * 100), Fields(), 100)
+    assert cut_input(text, Fields(), 50) == [WHOLE]
+    assert len(cut_input(text, Fields(separator="\n\n"), 50)) == 8
+    assert cut_input(input_of(tmp_path / "a.csv", b"text\nx\n" * 100), Fields(), 50) == [WHOLE]
+    slices = cut_input(input_of(tmp_path / "a.jsonl", b"{}\n" * 100), Fields(), 100)
     assert slices == [Slice(0, 100, 0, 100), Slice(100, 200, 100, 200), Slice(200, 300, 200, 300)]
 
 
@@ -167,7 +167,7 @@ def test_lines_over_the_limit_are_set_aside_and_what_follows_is_read(folder, lin
     data = b"\n".join(lines) + b"\n" * last_end
     file = input_of(folder / "long.jsonl", data)
     with patch("retrotool.sources.lines.line_limit", lambda fields: 64), patch.object(streams, "BLOCK_BYTES", block):
-        whole = list(read(file, Fields()))
+        whole = list(read_input(file, Fields()))
         assert read_slices(file, byte_ranges(file.size, cuts)) == whole
     expected = ["line of" if len(line) > 64 else "not JSON" for line in lines]
     assert [row.reason[: len(start)] for row, start in zip(whole, expected, strict=True)] == expected
@@ -201,7 +201,7 @@ def test_very_many_lines_of_nothing_are_no_rows(tmp_path):
 
 def test_very_many_empty_documents_are_each_set_aside(tmp_path):
     file = input_of(tmp_path / "a.jsonl", b'{"text":""}\n' * MANY)
-    assert Counter(row.reason for row in read(file, Fields())) == {"'text' is empty": MANY}
+    assert Counter(row.reason for row in read_input(file, Fields())) == {"'text' is empty": MANY}
 
 
 STRANGE = {
@@ -236,7 +236,7 @@ def test_equal_keys_and_large_numbers_are_what_orjson_makes_of_them(tmp_path):
 
 def test_a_reader_that_stops_early_leaves_no_thread(tmp_path):
     file = input_of(tmp_path / "a.jsonl", b'{"text": "x"}\n' * 500_000)
-    rows = read(file, Fields())
+    rows = read_input(file, Fields())
     next(rows)
     assert "retrotool-read" in {thread.name for thread in threading.enumerate()}
     rows.close()

@@ -11,20 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of
-from token_help import (
-    CODES,
-    CORPUS,
-    MARK,
-    blocks,
-    comparable,
-    corpora,
-    ids_of,
-    write_fairseq,
-    write_megatron,
-    write_torchnet,
-)
+from token_help import CODES, CORPUS, MARK, blocks, comparable, corpora, ids_of, write_megatron
 
-from retrotool.sources import Document, Fields, SetAside, cut, find_inputs, megatron, read, token_ranges
+from retrotool.sources import Document, Fields, Rejected, cut_input, find_inputs, read_input, tokens
 from retrotool.sources.records import tokens_id
 
 
@@ -33,18 +22,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("megatron")
 
 
-@given(corpora, st.sampled_from(sorted(CODES)), st.sampled_from([write_megatron, write_torchnet]), blocks)
-def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, write, block):
-    write(folder / "data", corpus, dtype)
+@given(corpora, st.sampled_from(sorted(CODES)), blocks)
+def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, block):
+    write_megatron(folder / "data", corpus, dtype)
     file = input_of(folder / "data.idx")
     expected = [list(itertools.chain(*document)) for document in corpus]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_ranges, "BLOCK_BYTES", block)
-        patch.setattr(token_ranges, "WINDOW_DOCUMENTS", 3)
-        patch.setattr(megatron, "WINDOW_SEQUENCES", 4)
-        found = list(read(file, Fields(keep=("a",))))
+        patch.setattr(tokens, "BLOCK_BYTES", block)
+        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
+        patch.setattr(tokens, "WINDOW_SEQUENCES", 4)
+        found = list(read_input(file, Fields(keep=("a",))))
     if not file.size:
-        assert found == [SetAside(0, "the file is empty")]
+        assert found == [Rejected(0, "the file is empty")]
         return
     assert ids_of(found) == expected
     for number, row in enumerate(found, 1):
@@ -56,22 +45,14 @@ def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, write, bl
             assert row.reason == "no tokens"
 
 
-@given(corpora, st.sampled_from([write_megatron, write_torchnet, write_fairseq]), st.integers(1, 60))
-def test_slices_of_an_indexed_dataset_are_the_whole(folder, corpus, write, target):
-    write(folder / "sliced", corpus, "<u2")
+@given(corpora, st.integers(1, 60))
+def test_slices_of_an_indexed_dataset_are_the_whole(folder, corpus, target):
+    write_megatron(folder / "sliced", corpus, "<u2")
     file = input_of(folder / "sliced.bin")
-    slices = cut(file, Fields(), target)
+    slices = cut_input(file, Fields(), target)
     assert slices[0].first == 0
-    together = [row for where in slices for row in read(file, Fields(), where)]
-    assert comparable(together) == comparable(read(file, Fields()))
-
-
-@given(corpora)
-def test_a_sequence_is_a_document_where_the_index_has_none(folder, corpus):
-    write_fairseq(folder / "fairseq", corpus, "<i4")
-    file = input_of(folder / "fairseq")
-    if file.size:
-        assert ids_of(read(file, Fields())) == [sequence for document in corpus for sequence in document]
+    together = [row for where in slices for row in read_input(file, Fields(), where)]
+    assert comparable(together) == comparable(read_input(file, Fields()))
 
 
 def test_index_tokens_and_prefix_name_one_input(tmp_path):
@@ -89,12 +70,11 @@ def test_a_fingerprint_covers_the_index(tmp_path):
     assert input_of(tmp_path / "c").fingerprint() != before
 
 
-@pytest.mark.parametrize("write", [write_megatron, write_torchnet])
-def test_exactly_one_end_mark_is_stripped(tmp_path, write):
-    write(tmp_path / "c", [[[1, 2, MARK]], [[3]], [[4, MARK, MARK]], [[MARK]], [[MARK, 5]]], "<i4")
-    found = list(read(input_of(tmp_path / "c"), Fields(end_of_document=MARK)))
+def test_exactly_one_end_mark_is_stripped(tmp_path):
+    write_megatron(tmp_path / "c", [[[1, 2, MARK]], [[3]], [[4, MARK, MARK]], [[MARK]], [[MARK, 5]]], "<i4")
+    found = list(read_input(input_of(tmp_path / "c"), Fields(end_of_document=MARK)))
     assert ids_of(found) == [[1, 2], [3], [4, MARK], [], [MARK, 5]]
-    assert found[3] == SetAside(4, "no tokens before its end mark 9")
+    assert found[3] == Rejected(4, "no tokens before its end mark 9")
 
 
 def test_sequences_that_do_not_follow_one_another_are_rejected(tmp_path):
@@ -103,29 +83,29 @@ def test_sequences_that_do_not_follow_one_another_are_rejected(tmp_path):
     places = 34 + 4 * 5
     index[places : places + 24] = np.array([4, 2, 0], "<i8").tobytes()  # of the first three, in bytes
     (tmp_path / "c.idx").write_bytes(index)
-    first, *others = read(input_of(tmp_path / "c"), Fields())
-    assert first == SetAside(1, "its sequence 1 does not follow the one before it")
+    first, *others = read_input(input_of(tmp_path / "c"), Fields())
+    assert first == Rejected(1, "its sequence 1 does not follow the one before it")
     assert ids_of(others) == [[1, 2], [6, 7]]
 
 
 def test_what_is_no_text_is_set_aside(tmp_path):
     write_megatron(tmp_path / "c", [[[1], [2]], [[3]], [[4], [5]]], "<u2", bytes([0, 0, 0, 0, 1]))
-    found = list(read(input_of(tmp_path / "c"), Fields()))
+    found = list(read_input(input_of(tmp_path / "c"), Fields()))
     assert ids_of(found) == [[1, 2], [3], []]
-    assert found[2] == SetAside(3, "its sequence 4 is no text: its mode is not 0")
+    assert found[2] == Rejected(3, "its sequence 4 is no text: its mode is not 0")
 
 
 def test_negative_ids_are_set_aside(tmp_path):
     write_megatron(tmp_path / "c", [[[1, -2]], [[3]]], "<i4")
-    found = list(read(input_of(tmp_path / "c"), Fields()))
-    assert found[0] == SetAside(1, "a negative token id at token 1")
+    found = list(read_input(input_of(tmp_path / "c"), Fields()))
+    assert found[0] == Rejected(1, "a negative token id at token 1")
     assert ids_of(found) == [[], [3]]
 
 
 def test_documents_over_the_limit_are_set_aside_unread(tmp_path):
     write_megatron(tmp_path / "c", [[[1] * 26], [[2] * 25], [[3] * 10, [3] * 20]], "<u2")
-    found = list(read(input_of(tmp_path / "c"), Fields(max_document=100)))
-    assert found[0] == SetAside(1, "26 tokens, 4 bytes each, are more than --max-document 100")
+    found = list(read_input(input_of(tmp_path / "c"), Fields(max_document=100)))
+    assert found[0] == Rejected(1, "26 tokens, 4 bytes each, are more than --max-document 100")
     assert ids_of(found) == [[], [2] * 25, []]
 
 
@@ -155,37 +135,37 @@ def test_a_document_that_leads_outside_rejects_the_rest(tmp_path, offset, value,
     index = bytearray((tmp_path / "c.idx").read_bytes())
     index[offset : offset + len(value)] = value
     (tmp_path / "c.idx").write_bytes(index)
-    *found, last = read(input_of(tmp_path / "c"), Fields())
+    *found, last = read_input(input_of(tmp_path / "c"), Fields())
     lost = f"broken off after document {row - 1}: the next {reason}; the rest of 3 documents is lost"
-    assert last == SetAside(row, lost, damage=True)
+    assert last == Rejected(row, lost, damage=True)
     assert ids_of(found) == [[1, 2, 3], [4], [5, 6]][: row - 1]
 
 
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8), st.sampled_from([write_megatron, write_torchnet]))
-def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(folder, place, junk, write):
-    write(folder / "junk", CORPUS, "<u2")
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8))
+def test_a_damaged_index_never_leads_outside_and_loses_no_document_in_silence(folder, place, junk):
+    write_megatron(folder / "junk", CORPUS, "<u2")
     path = folder / "junk.idx"
     index = bytearray(path.read_bytes())
     place %= len(index)
     index[place : place + len(junk)] = junk[: len(index) - place]
     path.write_bytes(index)
-    found = list(read(input_of(folder / "junk"), Fields()))
+    found = list(read_input(input_of(folder / "junk"), Fields()))
     rows = [row for row in found if row.line]
-    assert len(rows) == 3 or any(row.damage for row in found if isinstance(row, SetAside))
+    assert len(rows) == 3 or any(row.damage for row in found if isinstance(row, Rejected))
     allowed = {1, 2, 3, 4, 5, 6} | set(np.frombuffer((folder / "junk.bin").read_bytes(), "u1").tolist())
     for row in found:
         if isinstance(row, Document):
             assert set(row.tokens.astype("<u8").view("u1").tolist()) <= allowed | {0, 255}
 
 
-@given(st.integers(0, 200), st.sampled_from([write_megatron, write_torchnet]))
-def test_a_cut_off_index_is_damage(folder, left, write):
-    write(folder / "short", CORPUS, "<u2")
+@given(st.integers(0, 200))
+def test_a_cut_off_index_is_damage(folder, left):
+    write_megatron(folder / "short", CORPUS, "<u2")
     path = folder / "short.idx"
     index = path.read_bytes()
     path.write_bytes(index[: min(left, len(index) - 1)])
-    (row,) = read(input_of(folder / "short"), Fields())
-    assert isinstance(row, SetAside)
+    (row,) = read_input(input_of(folder / "short"), Fields())
+    assert isinstance(row, Rejected)
     assert row.damage
     assert "short.idx" in row.reason
 
@@ -194,7 +174,7 @@ def test_an_index_cut_off_to_the_size_of_one_without_documents_is_damage(tmp_pat
     write_megatron(tmp_path / "c", CORPUS, "<u2")
     index = (tmp_path / "c.idx").read_bytes()
     (tmp_path / "c.idx").write_bytes(index[: 26 + 12 * 4])
-    (row,) = read(input_of(tmp_path / "c"), Fields())
+    (row,) = read_input(input_of(tmp_path / "c"), Fields())
     assert row.damage
     assert "c.idx is damaged" in row.reason
 
@@ -204,7 +184,7 @@ def test_of_a_cut_off_file_the_documents_before_come_out(tmp_path, kept):
     write_megatron(tmp_path / "c", CORPUS, "<u2")
     path = tmp_path / "c.bin"
     path.write_bytes(path.read_bytes()[:kept])
-    *found, last = read(input_of(path), Fields())
+    *found, last = read_input(input_of(path), Fields())
     whole = sum(end <= kept for end in (6, 8, 12))
     assert ids_of(found) == [[1, 2, 3], [4], [5, 6]][:whole]
     assert last.damage
@@ -218,7 +198,7 @@ def test_what_belongs_to_no_document_is_told(tmp_path):
     index[EDGES : EDGES + 32] = np.array([1, 2, 3, 3], "<i8").tobytes()
     (tmp_path / "c.idx").write_bytes(index)
     (tmp_path / "c.bin").write_bytes((tmp_path / "c.bin").read_bytes() + b"xy")
-    found = list(read(input_of(tmp_path / "c"), Fields()))
+    found = list(read_input(input_of(tmp_path / "c"), Fields()))
     assert [row.reason for row in found if not row.line] == [
         "the first 1 of 4 sequences belong to no document",
         "the last 1 of 4 sequences belong to no document",
@@ -227,9 +207,6 @@ def test_what_belongs_to_no_document_is_told(tmp_path):
 
 
 def test_other_indexes_are_refused(tmp_path):
-    write_torchnet(tmp_path / "fairseq", CORPUS, "<i4")
-    index = (tmp_path / "fairseq.idx").read_bytes()
-    (tmp_path / "fairseq.idx").write_bytes(index[:48] + index[56:-32])  # fairseq's has no documents
     write_megatron(tmp_path / "floats", CORPUS, "<u4")
     index = bytearray((tmp_path / "floats.idx").read_bytes())
     index[17] = 7
@@ -237,14 +214,15 @@ def test_other_indexes_are_refused(tmp_path):
     index[9] = 2
     (tmp_path / "version.idx").write_bytes(index)
     (tmp_path / "git.idx").write_bytes(b"\xfftOc" + bytes(100))
-    for name in ("version", "git"):
+    (tmp_path / "older.idx").write_bytes(b"TNTIDX\0\0" + bytes(100))
+    for name in ("version", "git", "older"):
         (tmp_path / f"{name}.bin").write_bytes(b"xx")
     (tmp_path / "alone.idx").write_bytes(b"x")
-    reasons = {file.name: [row.reason for row in read(file, Fields())] for file in find_inputs([str(tmp_path)])}
+    reasons = {file.name: [row.reason for row in read_input(file, Fields())] for file in find_inputs([str(tmp_path)])}
     assert {Path(name).name: reason for name, (reason,) in reasons.items()} == {
         "alone.idx": "alone.bin is missing: an index has no tokens",
-        "fairseq.bin": "fairseq.idx was written by fairseq, with ids one higher than the tokenizer's and no documents",
         "floats.bin": "floats.idx holds no token ids: its type code is 7",
         "git.bin": "git.idx is no index of Megatron's: it begins otherwise",
+        "older.bin": "older.idx is no index of Megatron's: it begins otherwise",
         "version.bin": "version.idx has version 2, of which nothing is known",
     }

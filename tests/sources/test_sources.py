@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from source_help import BOM, PACK, input_of, rows_of, zstd
 
-from retrotool.sources import Document, Fields, SetAside, find_inputs, read
+from retrotool.sources import Document, Fields, Rejected, find_inputs, read_input
 from retrotool.sources.lines import count_lines
 from retrotool.sources.records import content_id, find
 
@@ -73,7 +73,7 @@ def test_formats_give_equal_documents(tmp_path, name):
 def test_offsets_in_compressed_files_are_those_of_what_they_hold(tmp_path, name):
     WRITERS[name](tmp_path / name)
     file = input_of(tmp_path / name)
-    found = list(read(file, Fields()))
+    found = list(read_input(file, Fields()))
     assert [PLAIN[row.position :].split(b"\n")[0] for row in found] == [json.dumps(row).encode() for row in ROWS]
     assert [row.line for row in found] == count_lines(file, [row.position for row in found]) == [1, 2, 3]
 
@@ -83,7 +83,9 @@ def test_a_text_file_is_one_document_named_by_its_path(tmp_path):
     inner.parent.mkdir(parents=True)
     inner.write_bytes(BOM + "línea\r\n".encode())
     (file,) = find_inputs([str(tmp_path / "books")])
-    assert list(read(file, Fields(keep=("k",)))) == [Document("books/a/one.txt", "línea\r\n", "books/a", 0, 0, (None,))]
+    assert list(read_input(file, Fields(keep=("k",)))) == [
+        Document("books/a/one.txt", "línea\r\n", "books/a", 0, 0, (None,))
+    ]
     (document,) = rows_of(inner)
     assert (document.id, document.source) == ("one.txt", "one.txt")
 
@@ -101,7 +103,7 @@ def test_ids_are_strings_whole_numbers_or_made_of_the_text(tmp_path, given, expe
 def test_other_ids_are_set_aside(tmp_path, given):
     line = json.dumps({"id": given, "text": "t"})
     (row,) = rows_of(tmp_path / "ids.jsonl", line.encode())
-    assert row == SetAside(1, "'id' is neither a string nor a whole number", 0, line)
+    assert row == Rejected(1, "'id' is neither a string nor a whole number", 0, line)
 
 
 def test_fields_are_found_by_the_names_given(tmp_path):

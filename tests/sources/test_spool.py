@@ -17,7 +17,7 @@ import pytest
 from source_help import PACK, read_slices
 
 from retrotool.errors import StorageError, UsageError
-from retrotool.sources import Fields, InputFile, cut, find_inputs, read
+from retrotool.sources import Fields, InputFile, cut_input, find_inputs, read_input
 from retrotool.sources.spool import is_spooled, spool
 
 LINES = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(1000))
@@ -49,9 +49,9 @@ def test_a_stream_becomes_an_input_that_can_be_cut(scratch, step):
         (file,) = find_inputs(["-"], spooled)
         assert (file.name, file.format, file.size) == ("stdin.jsonl", "jsonl", len(LINES))
         assert is_spooled(file)
-        slices = cut(file, Fields(), 5000)
+        slices = cut_input(file, Fields(), 5000)
         assert len(slices) > 2
-        whole = list(read(file, Fields()))
+        whole = list(read_input(file, Fields()))
         assert [row.text for row in whole] == TEXTS
         assert read_slices(file, slices) == whole
         fingerprint = file.fingerprint()
@@ -65,13 +65,13 @@ def test_a_stream_becomes_an_input_that_can_be_cut(scratch, step):
 def test_compressed_streams_are_read_as_such_files(kind, step):
     with spool(Pipe(PACK[kind](LINES[:500]) + PACK[kind](LINES[500:]), step)) as file:
         assert file.format == f"jsonl.{kind}"
-        assert [row.text for row in read(file, Fields())] == TEXTS
+        assert [row.text for row in read_input(file, Fields())] == TEXTS
 
 
 @pytest.mark.parametrize("kind", PACK)
 def test_a_stream_that_is_cut_off_is_damage(kind):
     with spool(io.BytesIO(PACK[kind](LINES)[:-5])) as file:
-        *rows, last = read(file, Fields())
+        *rows, last = read_input(file, Fields())
     assert [row.text for row in rows] == TEXTS[: len(rows)]
     assert last.damage
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from source_help import PACK, input_of, rows_of, zstd
 
 from retrotool.read_ahead import ahead
-from retrotool.sources import Fields, SetAside, read, streams
+from retrotool.sources import Fields, Rejected, read_input, streams
 from retrotool.sources.streams import BrokenStream
 
 KINDS = sorted(PACK)
@@ -55,7 +55,7 @@ def test_a_file_cut_off_at_any_byte_gives_all_whole_lines_before_and_then_says_s
     with patch.object(streams, "BLOCK_BYTES", block):
         for size in range(1, len(packed)):
             file = input_of(folder / f"cut.jsonl.{kind}", packed[:size])
-            *rows, last = read(file, Fields())
+            *rows, last = read_input(file, Fields())
             whole = bytes_of_prefix(kind, packed[:size]).count(b"\n")
             assert [row.text for row in rows] == [json.loads(line)["text"] for line in LINES[:whole]]
             assert last.damage
@@ -120,21 +120,21 @@ def test_members_and_the_zeros_between_and_after_them_are_read_as_one(folder, ki
 @pytest.mark.parametrize("junk", [b"x", b"\0\0junk", b"\xff" * 70_000, b'{"text": "not packed"}\n'])
 def test_junk_after_the_last_member_is_told_after_all_lines(folder, kind, junk):
     file = input_of(folder / f"junk.jsonl.{kind}", PACK[kind](PLAIN) + junk)
-    *rows, last = read(file, Fields())
+    *rows, last = read_input(file, Fields())
     assert len(rows) == len(LINES)
-    assert (type(last), last.damage, last.line) == (SetAside, True, len(LINES) + 1)
+    assert (type(last), last.damage, last.line) == (Rejected, True, len(LINES) + 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("data", [b"\0" * 100, b"plain text", b"x"])
 def test_what_is_not_compressed_at_all_is_damage(folder, kind, data):
-    (row,) = read(input_of(folder / f"not.jsonl.{kind}", data), Fields())
-    assert (type(row), row.damage) == (SetAside, True)
+    (row,) = read_input(input_of(folder / f"not.jsonl.{kind}", data), Fields())
+    assert (type(row), row.damage) == (Rejected, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_archive_of_nothing_has_no_rows(folder, kind):
-    assert list(read(input_of(folder / f"nothing.jsonl.{kind}", PACK[kind](b"")), Fields())) == []
+    assert list(read_input(input_of(folder / f"nothing.jsonl.{kind}", PACK[kind](b"")), Fields())) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +158,7 @@ def test_a_wrong_checksum_is_reported_after_the_lines_before_it(folder):
     lines = [json.dumps({"text": f"{i} {random.Random(i).getrandbits(99)}"}).encode() for i in range(20_000)]
     packed = bytearray(zstd(b"\n".join(lines)))
     packed[-1] ^= 1
-    *rows, last = read(input_of(folder / "checksum.jsonl.zst", bytes(packed)), Fields())
+    *rows, last = read_input(input_of(folder / "checksum.jsonl.zst", bytes(packed)), Fields())
     assert 15_000 < len(rows) < 20_000
     assert [row.text for row in rows] == [json.loads(line)["text"] for line in lines[: len(rows)]]
     assert (last.damage, last.line) == (True, len(rows) + 1)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.sources import WHOLE, Document, Fields, SetAside, cut, find_inputs, parquet, read, rows
+from retrotool.sources import WHOLE, Document, Fields, Rejected, cut_input, find_inputs, parquet, read_input, rows
 from retrotool.sources.records import content_id, document_of, tokens_id
 
 texts = st.none() | st.text(st.characters(codec="utf-8"), max_size=12) | st.just("x" * 40)
@@ -70,7 +70,7 @@ def write(path: Path, table: pa.Table, **options: Any):
     return input_of(path)
 
 
-def row_by_row(content: list[dict[str, Any]], fields: Fields, name: str) -> list[Document | SetAside]:
+def row_by_row(content: list[dict[str, Any]], fields: Fields, name: str) -> list[Document | Rejected]:
     """What the rows are, one at a time, by the rule for a row."""
     return [document_of(row, fields, name, n, n) for n, row in enumerate(content, 1)]
 
@@ -84,11 +84,11 @@ def test_columns_give_what_rows_would(folder, content, fields, text_type, group,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "WINDOW_BYTES", window_bytes)
         patch.setattr(rows, "WINDOW_ROWS", window_rows)
-        found = list(read(file, fields))
+        found = list(read_input(file, fields))
     expected = row_by_row(content, fields, file.name)
     for row, same in zip(found, expected, strict=True):
-        if isinstance(row, SetAside) and "max-document" in row.reason:
-            assert isinstance(same, SetAside)
+        if isinstance(row, Rejected) and "max-document" in row.reason:
+            assert isinstance(same, Rejected)
             assert row.reason == same.reason
         else:
             # A field of a null struct is null, where a row has none.
@@ -98,12 +98,12 @@ def test_columns_give_what_rows_would(folder, content, fields, text_type, group,
 @given(records, st.integers(1, 5), st.integers(1, 2000))
 def test_slices_are_the_whole(folder, content, group, target):
     file = write(folder / "slices.parquet", pa.Table.from_pylist(content, schema=SCHEMA), row_group_size=group)
-    whole = list(read(file, Fields()))
-    slices = cut(file, Fields(), target)
+    whole = list(read_input(file, Fields()))
+    slices = cut_input(file, Fields(), target)
     assert (slices[0].start, slices[0].first) == (0, 0)
     together = []
     for where in slices:
-        found = list(read(file, Fields(), where))
+        found = list(read_input(file, Fields(), where))
         assert [row.line for row in found] == list(range(1, len(found) + 1))
         if where != WHOLE:
             assert len(found) == where.last - where.first
@@ -114,11 +114,11 @@ def test_slices_are_the_whole(folder, content, group, target):
 def test_ids_may_be_whole_numbers_and_missing_ones_are_made_of_the_text(tmp_path):
     for kind in (pa.int8(), pa.uint64(), pa.int64()):
         table = pa.table({"id": pa.array([1, None], kind), "text": ["a", "b"]})
-        found = list(read(write(tmp_path / "ids.parquet", table), Fields()))
+        found = list(read_input(write(tmp_path / "ids.parquet", table), Fields()))
         assert [row.id for row in found] == ["1", content_id("b")]
     for column in ([1.5], [True], [[]], [{"a": 1}]):
-        (row,) = read(write(tmp_path / "ids.parquet", pa.table({"id": column, "text": ["a"]})), Fields())
-        assert row == SetAside(1, "'id' is neither a string nor a whole number")
+        (row,) = read_input(write(tmp_path / "ids.parquet", pa.table({"id": column, "text": ["a"]})), Fields())
+        assert row == Rejected(1, "'id' is neither a string nor a whole number")
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())])
@@ -136,12 +136,12 @@ def test_invalid_utf8_spoils_its_own_row_only(tmp_path, kind):
     else:
         column = raw
     file = write(tmp_path / "broken.parquet", pa.table({"text": column, "id": ["1", "2", "3"]}))
-    found = list(read(file, Fields()))
+    found = list(read_input(file, Fields()))
     assert [row.text for row in found if isinstance(row, Document)] == ["good", "gööd"]
-    assert found[1] == SetAside(2, "invalid UTF-8 at byte 1 of a value")
+    assert found[1] == Rejected(2, "invalid UTF-8 at byte 1 of a value")
     # As a kept value it spoils the row, too: it could not be kept.
-    kept = list(read(file, Fields(text="id", keep=("text",))))
-    assert [type(row) for row in kept] == [Document, SetAside, Document]
+    kept = list(read_input(file, Fields(text="id", keep=("text",))))
+    assert [type(row) for row in kept] == [Document, Rejected, Document]
 
 
 def test_kept_values_are_text_as_they_are_and_json_else(tmp_path):
@@ -159,7 +159,7 @@ def test_kept_values_are_text_as_they_are_and_json_else(tmp_path):
         }
     )
     keep = ("when", "day", "price", "tags", "real", "flag", "tree", "tree.a", "tree.a.b", "kind", "tree.x", "text.x")
-    (row,) = read(write(tmp_path / "kept.parquet", table), Fields(keep=keep))
+    (row,) = read_input(write(tmp_path / "kept.parquet", table), Fields(keep=keep))
     assert row.kept == (
         "2023-11-14 22:13:20.123456789", "2020-02-03", '"1.50"', '["x",null]', "1.5", "true",
         '{"a":{"b":"c"}}', '{"b":"c"}', "c", "k", None, None,
@@ -168,7 +168,7 @@ def test_kept_values_are_text_as_they_are_and_json_else(tmp_path):
 
 def test_a_time_that_python_has_not_is_kept_as_arrow_writes_it(tmp_path):
     table = pa.table({"text": ["a", "b"], "when": pa.array([2**55, 0], pa.timestamp("ms"))})
-    found = list(read(write(tmp_path / "far.parquet", table), Fields(keep=("when",))))
+    found = list(read_input(write(tmp_path / "far.parquet", table), Fields(keep=("when",))))
     assert [type(row) for row in found][1] is Document
     assert found[1].kept == ("1970-01-01 00:00:00.000",)
 
@@ -182,7 +182,7 @@ def test_a_whole_name_goes_before_a_path_and_maps_are_followed(tmp_path):
         }
     )
     fields = Fields(text="meta.text", id="meta.url", keep=("labels.lang", "labels.none"))
-    (row,) = read(write(tmp_path / "names.parquet", table), fields)
+    (row,) = read_input(write(tmp_path / "names.parquet", table), fields)
     assert (row.id, row.text, row.kept) == ("whole", "in", ("en", None))
 
 
@@ -197,13 +197,13 @@ def test_of_a_struct_only_the_fields_that_are_asked_for_are_read(tmp_path):
 
 def test_a_missing_column_sets_every_row_aside(tmp_path):
     file = write(tmp_path / "other.parquet", pa.table({"body": ["a", "b"], "n": [1, 2]}), row_group_size=1)
-    rows = [SetAside(line, "no column 'text' among 2", excerpt="body, n") for line in (1, 2)]
-    assert list(read(file, Fields())) == rows
+    rows = [Rejected(line, "no column 'text' among 2", excerpt="body, n") for line in (1, 2)]
+    assert list(read_input(file, Fields())) == rows
 
 
 def test_key_value_rows(tmp_path):
     table = pa.table({"q": ["k", None, "k3"], "a": ["v", "v2", None], "id": ["1", "2", "3"]})
-    found = list(read(write(tmp_path / "pairs.parquet", table), Fields(key="q", value="a")))
+    found = list(read_input(write(tmp_path / "pairs.parquet", table), Fields(key="q", value="a")))
     assert (found[0].text, found[0].value) == ("k", "v")
     assert [row.reason for row in found[1:]] == ["'q' is null", "'a' is null"]
 
@@ -220,24 +220,24 @@ def test_token_ids_are_taken_over_as_arrays(tmp_path, kind):
         rows_ += [[]]
     array = pa.array(rows_, kind)
     file = write(tmp_path / "tokens.parquet", pa.table({"input_ids": array}))
-    found = list(read(file, Fields(tokens="input_ids")))
+    found = list(read_input(file, Fields(tokens="input_ids")))
     assert [row.tokens.tolist() for row in found if isinstance(row, Document)] == [[1, 2], [5, 6]]
     assert found[0].id == tokens_id(np.array([1, 2]))
     assert (found[0].text, found[0].tokens.dtype.kind in "iu") == ("", True)
-    assert found[1:3] == [SetAside(2, "'input_ids' is null"), SetAside(3, "a token id is null")]
-    assert found[4:] in ([], [SetAside(5, "'input_ids' is empty")])
+    assert found[1:3] == [Rejected(2, "'input_ids' is null"), Rejected(3, "a token id is null")]
+    assert found[4:] in ([], [Rejected(5, "'input_ids' is empty")])
 
 
 def test_what_is_no_list_of_ids_is_set_aside(tmp_path):
     for column in ([[1.0, 2.0]], ["text"], [[["a"]]], [7]):
-        (row,) = read(write(tmp_path / "odd.parquet", pa.table({"ids": column})), Fields(tokens="ids"))
-        assert row == SetAside(1, "'ids' is not a list of token ids")
-    (row,) = read(write(tmp_path / "odd.parquet", pa.table({"ids": [[1, -1]]})), Fields(tokens="ids"))
-    assert row == SetAside(1, "'ids' has a negative token id")
-    (row,) = read(
+        (row,) = read_input(write(tmp_path / "odd.parquet", pa.table({"ids": column})), Fields(tokens="ids"))
+        assert row == Rejected(1, "'ids' is not a list of token ids")
+    (row,) = read_input(write(tmp_path / "odd.parquet", pa.table({"ids": [[1, -1]]})), Fields(tokens="ids"))
+    assert row == Rejected(1, "'ids' has a negative token id")
+    (row,) = read_input(
         write(tmp_path / "odd.parquet", pa.table({"ids": [[1] * 26]})), Fields(tokens="ids", max_document=100)
     )
-    assert row == SetAside(1, "'ids' has 104 bytes of token ids, more than --max-document 100")
+    assert row == Rejected(1, "'ids' has 104 bytes of token ids, more than --max-document 100")
 
 
 @pytest.mark.parametrize("count", [25, 26, 10_000])
@@ -249,7 +249,7 @@ def test_the_limit_on_token_ids_is_the_same_in_every_format(tmp_path, count):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
     for suffix in ("parquet", "arrow", "jsonl", "json"):
-        first, second = read(input_of(tmp_path / f"a.{suffix}"), fields)
+        first, second = read_input(input_of(tmp_path / f"a.{suffix}"), fields)
         assert second.tokens.tolist() == [7] * 25
         if count == 25:
             assert first.tokens.tolist() == [7] * 25
@@ -271,15 +271,15 @@ def test_rows_before_a_damaged_page_come_out_and_the_rest_is_counted(tmp_path, c
     place = data.index(content[4500].encode())
     data[place - 4 : place + 4] = b"\xff" * 8
     path.write_bytes(data)
-    *good, last = read(input_of(path), Fields())
+    *good, last = read_input(input_of(path), Fields())
     assert [row.text for row in good] == content[: len(good)]
     assert len(good) == 4500
     assert last.damage
     assert last.line == len(good) + 1
     assert f"broken off after row {len(good):,}, {6000 - len(good):,} rows are lost" in last.reason
-    (first, second) = cut(input_of(path), Fields(), 1)
-    assert len(list(read(input_of(path), Fields(), first))) == 3000
-    assert list(read(input_of(path), Fields(), second))[-1].line == len(good) - 3000 + 1
+    (first, second) = cut_input(input_of(path), Fields(), 1)
+    assert len(list(read_input(input_of(path), Fields(), first))) == 3000
+    assert list(read_input(input_of(path), Fields(), second))[-1].line == len(good) - 3000 + 1
 
 
 def test_a_single_flipped_bit_is_found_by_the_checksum(tmp_path):
@@ -288,7 +288,7 @@ def test_a_single_flipped_bit_is_found_by_the_checksum(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"plain text") + 500] ^= 1
     path.write_bytes(data)
-    (row,) = read(input_of(path), Fields())
+    (row,) = read_input(input_of(path), Fields())
     assert row.damage
     assert "50 rows are lost" in row.reason
 
@@ -299,28 +299,28 @@ def test_a_cut_off_file_is_one_damage_and_one_slice(tmp_path, left):
     write(path, pa.table({"text": ["some text"] * 500}), row_group_size=100)
     path.write_bytes(path.read_bytes()[:left])
     file = input_of(path)
-    assert cut(file, Fields(), 1) == [WHOLE]
-    (row,) = read(file, Fields())
-    assert isinstance(row, SetAside)
+    assert cut_input(file, Fields(), 1) == [WHOLE]
+    (row,) = read_input(file, Fields())
+    assert isinstance(row, Rejected)
     assert row.damage == bool(left)
 
 
 def test_a_table_without_rows_has_none(tmp_path):
     file = write(tmp_path / "none.parquet", pa.table({"text": pa.array([], pa.string())}))
-    assert list(read(file, Fields())) == []
-    assert cut(file, Fields(), 1) == [WHOLE]
+    assert list(read_input(file, Fields())) == []
+    assert cut_input(file, Fields(), 1) == [WHOLE]
 
 
 def test_long_rows_make_small_batches(tmp_path):
     file = write(tmp_path / "long.parquet", pa.table({"text": ["x" * 900_000 + str(i) for i in range(40)]}))
     sizes = []
-    real = rows.rows_of
+    real = rows.documents_of_batch
 
     def spy(batch, *rest):
         sizes.append(batch.num_rows)
         return real(batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "rows_of", spy)
-        assert len(list(read(file, Fields()))) == 40
+        patch.setattr(rows, "documents_of_batch", spy)
+        assert len(list(read_input(file, Fields()))) == 40
     assert max(sizes) <= parquet.BATCH_BYTES // 900_000

@@ -11,19 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from source_help import input_of
-from token_help import MARK, blocks, comparable, ids_of, sequences, write_megatron, write_torchnet
+from token_help import MARK, blocks, comparable, ids_of, sequences, write_megatron
 
 from retrotool.errors import UsageError
 from retrotool.sources import (
     Document,
     Fields,
-    SetAside,
+    Rejected,
     Slice,
-    check,
-    cut,
+    check_input,
+    cut_input,
     find_inputs,
-    read,
-    token_ranges,
+    read_input,
     tokens,
 )
 from retrotool.sources.records import tokens_id
@@ -63,11 +62,11 @@ def test_marks_end_documents_whole_or_in_slices(folder, ids, dtype, kind, block,
     fields = Fields(token_dtype=np.dtype(dtype).name if kind == "bin" else None, end_of_document=MARK)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "BLOCK_BYTES", block)
-        whole = list(read(file, fields))
-        slices = cut(file, Fields(), target)
-        together = [row for where in slices for row in read(file, fields, where)]
+        whole = list(read_input(file, fields))
+        slices = cut_input(file, Fields(), target)
+        together = [row for where in slices for row in read_input(file, fields, where)]
     if not file.size:
-        assert whole == [SetAside(0, "the file is empty")]
+        assert whole == [Rejected(0, "the file is empty")]
         return
     expected = split(ids)
     assert ids_of(whole) == [document for _, document in expected]
@@ -81,12 +80,12 @@ def test_marks_end_documents_whole_or_in_slices(folder, ids, dtype, kind, block,
 def test_long_documents_are_cut_into_several_slices(tmp_path):
     path = tmp_path / "long.u16"
     path.write_bytes(np.array([1] * 99 + [MARK] + [2] * 899 + [MARK, 3], "<u2").tobytes())
-    slices = cut(input_of(path), Fields(), 100)
+    slices = cut_input(input_of(path), Fields(), 100)
     assert len(slices) == 21
     fields = Fields(end_of_document=MARK)
-    assert [len(list(read(input_of(path), fields, where))) for where in slices].count(1) == 3
-    over = list(read(input_of(path), Fields(end_of_document=MARK, max_document=3000)))
-    assert over[1] == SetAside(2, "899 tokens, 4 bytes each, are more than --max-document 3,000", 200)
+    assert [len(list(read_input(input_of(path), fields, where))) for where in slices].count(1) == 3
+    over = list(read_input(input_of(path), Fields(end_of_document=MARK, max_document=3000)))
+    assert over[1] == Rejected(2, "899 tokens, 4 bytes each, are more than --max-document 3,000", 200)
     assert [len(ids) for ids in ids_of(over)] == [99, 0, 1]
 
 
@@ -102,10 +101,10 @@ def test_offsets_beside_a_file_say_where_its_documents_are(folder, corpus, kind,
     file = input_of(path)
     fields = Fields(token_dtype="uint32", end_of_document=MARK)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_ranges, "BLOCK_BYTES", block)
-        patch.setattr(token_ranges, "WINDOW_DOCUMENTS", 3)
-        whole = list(read(file, fields))
-        together = [row for where in cut(file, fields, 16) for row in read(file, fields, where)]
+        patch.setattr(tokens, "BLOCK_BYTES", block)
+        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
+        whole = list(read_input(file, fields))
+        together = [row for where in cut_input(file, fields, 16) for row in read_input(file, fields, where)]
     if file.size:
         assert ids_of(whole) == [ids[:-1] if ids[-1:] == [MARK] else ids for ids in corpus]
         assert comparable(together) == comparable(whole)
@@ -119,21 +118,21 @@ def test_offsets_that_lead_outside_reject_the_rest(tmp_path, places, reason):
     path = tmp_path / "c.u16"
     path.write_bytes(np.arange(10, dtype="<u2").tobytes())
     np.save(tmp_path / "c.offsets.npy", np.array(places))
-    first, found, last = read(input_of(path), Fields())
-    assert first == SetAside(0, "the first 1 of 10 tokens belong to no document")
+    first, found, last = read_input(input_of(path), Fields())
+    assert first == Rejected(0, "the first 1 of 10 tokens belong to no document")
     assert found.tokens.tolist() == [1, 2]
     lost = f"broken off after document 1: the next spans {reason} of 10; the rest of 3 documents is lost"
-    assert last == SetAside(2, lost, damage=True)
+    assert last == Rejected(2, lost, damage=True)
 
 
 def test_of_a_cut_off_plain_file_the_documents_before_come_out(tmp_path):
     path = tmp_path / "c.u16"
     path.write_bytes(np.arange(10, dtype="<u2").tobytes()[:-1])
-    *found, last = read(input_of(path), Fields(end_of_document=5))
+    *found, last = read_input(input_of(path), Fields(end_of_document=5))
     assert ids_of(found) == [[0, 1, 2, 3, 4], [6, 7, 8]]
-    assert last == SetAside(3, "broken off inside a token: 1 bytes after token 9", damage=True)
+    assert last == Rejected(3, "broken off inside a token: 1 bytes after token 9", damage=True)
     np.save(tmp_path / "c.offsets.npy", np.array([0, 4, 8, 10]))
-    *found, last = read(input_of(path), Fields())
+    *found, last = read_input(input_of(path), Fields())
     assert ids_of(found) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert (last.line, last.damage) == (3, True)
     assert "the next spans tokens 8 to 10 of 9" in last.reason
@@ -143,7 +142,6 @@ CUT_OFF = {
     "plain": lambda path, corpus: np.save(path.with_suffix(".offsets.npy"), np.cumsum([0, *map(len, corpus)])),
     "numpy": lambda path, corpus: np.save(path.with_suffix(".offsets.npy"), np.cumsum([0, *map(len, corpus)])),
     "Megatron": lambda path, corpus: write_megatron(path, [[document] for document in corpus], "<u2"),
-    "older": lambda path, corpus: write_torchnet(path, [[document] for document in corpus], "<u2"),
 }
 
 
@@ -168,14 +166,14 @@ def test_a_file_cut_off_anywhere_is_damage_however_it_is_sliced(folder, corpus, 
     if not file.size:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_ranges, "WINDOW_DOCUMENTS", 3)
-        whole = list(read(file, Fields()))
-        slices = cut(file, Fields(), target)
-        together = [row for where in slices for row in read(file, Fields(), where)]
+        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
+        whole = list(read_input(file, Fields()))
+        slices = cut_input(file, Fields(), target)
+        together = [row for where in slices for row in read_input(file, Fields(), where)]
     assert [row.tokens.tolist() for row in together if isinstance(row, Document)] == [
         row.tokens.tolist() for row in whole if isinstance(row, Document)
     ]
-    assert any(row.damage for row in together if isinstance(row, SetAside)) == (file.size < len(data))
+    assert any(row.damage for row in together if isinstance(row, Rejected)) == (file.size < len(data))
     ends = begin + np.cumsum([len(document) for document in corpus]) * 2
     before = sum(1 for end in ends if end <= file.size)
     assert ids_of(whole[:before]) == corpus[:before]
@@ -189,7 +187,7 @@ def test_each_slice_rejects_the_documents_that_it_lost(tmp_path):
     np.save(tmp_path / "c.offsets.npy", np.arange(0, 101, 5))
     file = input_of(path)
     slices = [Slice(a, b, a, b) for a, b in ((0, 8), (8, 14), (14, 20))]
-    first, second, third = ([*read(file, Fields(), where)] for where in slices)
+    first, second, third = ([*read_input(file, Fields(), where)] for where in slices)
     assert ids_of(first) == [list(range(i, i + 5)) for i in range(0, 40, 5)]
     assert ids_of(second) == [list(range(40, 45)), list(range(45, 50)), []]
     assert [(row.line, row.damage) for row in (second[-1], *third)] == [(3, True), (1, True)]
@@ -200,8 +198,8 @@ def test_a_list_of_fewer_documents_than_when_it_was_planned_is_damage(tmp_path):
     path = tmp_path / "c.u16"
     path.write_bytes(np.arange(10, dtype="<u2").tobytes())
     np.save(tmp_path / "c.offsets.npy", np.array([0, 5, 10]))
-    (row,) = read(input_of(path), Fields(), Slice(2, 3, 2, 3))
-    assert row == SetAside(0, "2 documents are listed, 3 were when it was planned", damage=True)
+    (row,) = read_input(input_of(path), Fields(), Slice(2, 3, 2, 3))
+    assert row == Rejected(1, "2 documents are listed, 3 were when it was planned", damage=True)
 
 
 @pytest.mark.parametrize("dtype", ["i1", "u1", "<i2", ">u4", "<u8"])
@@ -209,7 +207,7 @@ def test_places_may_be_of_any_integer_type(tmp_path, dtype):
     path = tmp_path / "c.u16"
     path.write_bytes(np.arange(300, dtype="<u2").tobytes())
     np.save(tmp_path / "c.offsets.npy", np.array([0, 100, 120], dtype))
-    *found, last = read(input_of(path), Fields())
+    *found, last = read_input(input_of(path), Fields())
     assert ids_of(found) == [list(range(100)), list(range(100, 120))]
     assert last.reason == "the last 180 of 300 tokens belong to no document"
 
@@ -218,22 +216,22 @@ def test_of_a_cut_off_array_the_documents_before_come_out(tmp_path):
     np.save(tmp_path / "c.npy", np.arange(10, dtype="<i8"))
     data = (tmp_path / "c.npy").read_bytes()
     (tmp_path / "c.npy").write_bytes(data[:-20])
-    *found, last = read(input_of(tmp_path / "c.npy"), Fields(end_of_document=3))
+    *found, last = read_input(input_of(tmp_path / "c.npy"), Fields(end_of_document=3))
     assert ids_of(found) == [[0, 1, 2], [4, 5, 6]]
-    assert last == SetAside(3, "its header tells 10 tokens, it has 7 and 4 bytes", damage=True)
+    assert last == Rejected(3, "its header tells 10 tokens, it has 7 and 4 bytes", damage=True)
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 2), int), np.zeros(3), np.array(["a"]), np.array(1)])
 def test_arrays_that_are_no_token_ids_are_set_aside(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
-    (row,) = read(input_of(tmp_path / "a.npy"), Fields(end_of_document=0))
+    (row,) = read_input(input_of(tmp_path / "a.npy"), Fields(end_of_document=0))
     assert row.damage
     assert "not token ids in one dimension" in row.reason
 
 
 def test_big_endian_arrays_come_out_in_the_machine_order(tmp_path):
     np.save(tmp_path / "a.npy", np.array([1, 258, 0, 3], ">u2"))
-    found = list(read(input_of(tmp_path / "a.npy"), Fields(end_of_document=0)))
+    found = list(read_input(input_of(tmp_path / "a.npy"), Fields(end_of_document=0)))
     assert ids_of(found) == [[1, 258], [3]]
     assert all(row.tokens.dtype.isnative for row in found)
     assert found[0].id == tokens_id(np.array([1, 258]))
@@ -254,9 +252,9 @@ def test_what_must_be_given_is_named_before_the_work_and_ends_reading(tmp_path, 
     (tmp_path / name).write_bytes(b"\1\0")
     file = input_of(tmp_path / name)
     with pytest.raises(UsageError, match=message) as caught:
-        check(file, fields)
+        check_input(file, fields)
     assert "--" in caught.value.advice
-    (row,) = read(file, fields)
+    (row,) = read_input(file, fields)
     assert row.damage
     assert message in row.reason
 
@@ -281,12 +279,12 @@ def test_a_type_that_the_file_contradicts_is_refused(tmp_path, name, write, by):
     write(tmp_path / name)
     file = input_of(tmp_path / name)
     for same in (None, "uint16", "int16"):
-        check(file, Fields(token_dtype=same, end_of_document=3))
-        assert any(isinstance(row, Document) for row in read(file, Fields(token_dtype=same, end_of_document=3)))
+        check_input(file, Fields(token_dtype=same, end_of_document=3))
+        assert any(isinstance(row, Document) for row in read_input(file, Fields(token_dtype=same, end_of_document=3)))
     other = Fields(token_dtype="uint32", end_of_document=3)
     with pytest.raises(UsageError, match=f"{name} holds uint16 by its {by}, not the uint32 of --token-dtype"):
-        check(file, other)
-    (row,) = read(file, other)
+        check_input(file, other)
+    (row,) = read_input(file, other)
     assert row.damage
     assert "not the uint32 of --token-dtype" in row.reason
 
@@ -298,10 +296,10 @@ def test_an_end_mark_that_the_type_has_not_is_refused(tmp_path, name, write):
     write(tmp_path / name)
     file = input_of(tmp_path / name)
     dtype = "uint16" if name == "d.bin" else None
-    check(file, Fields(token_dtype=dtype, end_of_document=65535))
+    check_input(file, Fields(token_dtype=dtype, end_of_document=65535))
     for mark in (65536, 70_000, -1):
         with pytest.raises(UsageError, match=f"holds uint16, which --end-of-document {mark} does not fit"):
-            check(file, Fields(token_dtype=dtype, end_of_document=mark))
+            check_input(file, Fields(token_dtype=dtype, end_of_document=mark))
 
 
 def test_offsets_are_no_input(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from source_help import PACK, input_of, rows_of, zstd
 
 from retrotool.errors import UsageError
-from retrotool.sources import Document, Fields, SetAside, read, streams
+from retrotool.sources import Document, Fields, Rejected, read_input, streams
 
 PAGE = (
     "<html><head><title>T</title><script>var hidden = 1</script></head><body><main><h1>Größe</h1>"
@@ -209,7 +209,7 @@ def test_what_is_no_record_breaks_off_the_rest(tmp_path, junk):
     good = response(b"good", "text/plain")
     first, last = rows_of(tmp_path / "a.warc", good + junk + good)
     assert isinstance(first, Document)
-    assert (type(last), last.damage, last.line) == (SetAside, True, 2)
+    assert (type(last), last.damage, last.line) == (Rejected, True, 2)
     assert last.reason.startswith("broken off after record ")
 
 
@@ -220,7 +220,7 @@ def test_a_length_may_begin_with_zeros(tmp_path):
 
 def test_the_same_page_twice_keeps_one_id(tmp_path):
     file = input_of(tmp_path / "a.warc", response(b"then", "text/plain") + response(b"now", "text/plain"))
-    assert [row.id for row in read(file, Fields())] == ["http://a.example/"] * 2
+    assert [row.id for row in read_input(file, Fields())] == ["http://a.example/"] * 2
 
 
 def test_bytes_changed_anywhere_lose_no_record_in_silence(tmp_path):
@@ -231,5 +231,5 @@ def test_bytes_changed_anywhere_lose_no_record_in_silence(tmp_path):
     for place in range(len(data)):
         for byte in (0, 10, ord("x"), data[place] ^ 0x80):
             rows = rows_of(tmp_path / "a.warc", data[:place] + bytes([byte]) + data[place + 1 :])
-            broken = any(isinstance(row, SetAside) and row.damage for row in rows)
+            broken = any(isinstance(row, Rejected) and row.damage for row in rows)
             assert broken or len(rows) >= 3

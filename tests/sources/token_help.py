@@ -38,30 +38,6 @@ def write_megatron(prefix: Path, corpus: Sequence, dtype: str, modes: bytes | No
     )
 
 
-def write_torchnet(prefix: Path, corpus: Sequence, dtype: str) -> None:
-    """The layout of the older index."""
-    flat = [sequence for document in corpus for sequence in document]
-    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in flat))
-    longs = [
-        np.arange(len(flat) + 1), np.cumsum([0, *map(len, flat)]), np.array([len(s) for s in flat]),
-        np.cumsum([0, *map(len, corpus)]),
-    ]  # fmt: skip
-    prefix.with_suffix(".idx").write_bytes(
-        b"TNTIDX\0\0"
-        + struct.pack("<QQQ", 1, CODES[dtype], np.dtype(dtype).itemsize)
-        + struct.pack("<QQQ", len(flat), len(flat), len(longs[3]))
-        + b"".join(part.astype("<i8").tobytes() for part in longs)
-    )
-
-
-def write_fairseq(prefix: Path, corpus: Sequence, dtype: str) -> None:
-    """fairseq's memory-mapped index, which has no documents: a document is a sequence."""
-    write_megatron(prefix, corpus, dtype)
-    index = prefix.with_suffix(".idx").read_bytes()
-    count = sum(map(len, corpus))
-    prefix.with_suffix(".idx").write_bytes(index[:26] + index[34 : 34 + 12 * count])
-
-
 def ids_of(rows) -> list[list[int]]:
     """Ids of each row, [] for one set aside."""
     return [row.tokens.tolist() if isinstance(row, Document) else [] for row in rows]

@@ -300,7 +300,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, module: object, name: str, work: Cal
     monkeypatch.setattr(module, name, called)
 
 
-@pytest.mark.parametrize("at", ["_holds", "_shard_holds", "_table_holds", "look_again"])
+@pytest.mark.parametrize("at", ["_part_holds", "_shard_holds", "_table_holds", "_other_files"])
 def test_an_erase_goes_on_beside_another(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -361,6 +361,6 @@ def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: py
 
     monkeypatch.setattr(tables, "read_ids", noted)
     assert [task.key for task in stage.tasks(store)] == [task.key for task in tasks]
-    holding = {path for task in tasks if "table" in task.inputs for path in task.inputs["paths"]}
+    holding = {path for task in tasks if task.label.startswith("neighbours") for path in task.inputs["paths"]}
     assert set(looked_at) == holding
     assert 0 < len(holding) < sum(len(store.state.group("neighbours", name)) for name in ("main", "nearest"))
