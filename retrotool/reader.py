@@ -33,7 +33,7 @@ from retrotool.store.ids import split_id
 from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
 _KEPT_ROW_GROUPS = 64
 _KEPT_PARTS = 8
@@ -85,7 +85,7 @@ class Reader:
     def _open_view(self) -> None:
         store = self._store
         self._tombstones = read_tombstones(store)
-        self._tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        self._tokenizer = stored_tokenizer(store)
         # Caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
         self._documents = lru_cache(_KEPT_PARTS)(

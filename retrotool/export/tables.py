@@ -32,7 +32,7 @@ from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
 Ids = npt.NDArray[np.int64]
 
@@ -102,7 +102,7 @@ def open_tables(store: Store, name: str, k: int | None = None) -> ExportedTables
     for (table, _), database in zip(members_of(store, name), reader.databases, strict=True):
         for part in tabled:
             check_table(store, parts.part_entry(store, "neighbours", part, table), table, database)
-    tokenizer = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+    tokenizer = stored_tokenizer(store)
     return ExportedTables(store, reader, tokenizer, read_tombstones(store), frozenset(tabled), k)
 
 

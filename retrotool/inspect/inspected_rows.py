@@ -24,7 +24,7 @@ from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import stored_tokenizer
 from retrotool.tokenizers.split import Split, split_texts
 
 MARKED_FROM = 5
@@ -155,14 +155,14 @@ class Inspector:
     def __init__(self, reader: NeighbourReader, k: int | None = None) -> None:
         self._reader, self._k = reader, k
         self._store = reader.store
-        self._tokenizer = _tokenizer(reader.store)
+        self._tokenizer = stored_tokenizer(reader.store)
         own = reader.store.identity
         known = {own.tokenizer.sha256: self._tokenizer}
         self._tokenizers = []
         for database in reader.databases:
             sha256 = database.identity.tokenizer.sha256
             if sha256 not in known:
-                known[sha256] = _tokenizer(database)
+                known[sha256] = stored_tokenizer(database)
             self._tokenizers.append(known[sha256])
         self.comparable = tuple(
             tokenizer is self._tokenizer and own.chunk_length <= _LONGEST for tokenizer in self._tokenizers
@@ -254,10 +254,6 @@ def _trimmed(split: Split) -> Split:
         return split
     low = len(split.run) - len(split.run.lstrip())
     return Split(split.before + split.run[:low], run, split.run[low + len(run) :] + split.after)
-
-
-def _tokenizer(store: Store) -> Tokenizer:
-    return Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
 
 
 def _places_in(rows: Ids, groups: list[int]) -> Ids:

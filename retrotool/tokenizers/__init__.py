@@ -9,7 +9,7 @@ from __future__ import annotations
 from retrotool.tokenizers.equivalence import Findings
 from retrotool.tokenizers.fast import FastTokenizer, TokensDiffer, library_versions
 from retrotool.tokenizers.find import BUNDLED, bundled_model, find_tokenizer, resolve_model
-from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile
+from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, stored_tokenizer
 
 __all__ = [
     "BUNDLED",
@@ -22,4 +22,5 @@ __all__ = [
     "find_tokenizer",
     "library_versions",
     "resolve_model",
+    "stored_tokenizer",
 ]

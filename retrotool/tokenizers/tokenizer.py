@@ -26,6 +26,8 @@ from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
 if TYPE_CHECKING:
     import tokenizers
 
+    from retrotool.store.store import Store
+
 _CONTINUATION = "##"
 _HELD = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -232,6 +234,11 @@ class Tokenizer:
 
 
 @functools.cache
+def stored_tokenizer(store: Store) -> Tokenizer:
+    """Load the tokenizer of a store."""
+    return Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+
+
 def byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a byte-level BPE vocabulary (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

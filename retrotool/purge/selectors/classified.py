@@ -30,7 +30,7 @@ from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.store import parts
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import stored_tokenizer
 
 _BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
 
@@ -78,8 +78,7 @@ class ClassifierMatcher(Matcher):
 
     def __init__(self, store: Store, classifier: Classifier, label: int, above: float) -> None:
         self.block_rows = _BLOCK_ROWS[classifier.device.split(":")[0]]
-        own = store.identity.tokenizer
-        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+        self._tokenizer = stored_tokenizer(store)
         self._store, self._classifier, self._label, self._above = store, classifier, label, above
 
     def __call__(self, block: TextBlock) -> BlockHits:

@@ -34,7 +34,8 @@ from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.store import parts
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Chunks
+from retrotool.store.ids import places_by_part, row_of
+from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.store import Store
 
 GRAM = 8
@@ -74,9 +75,8 @@ def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
     tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
     n_tokens = np.zeros(len(ids), np.int64)
     known = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
-    for part in np.unique(ids >> PART_SHIFT).tolist():
-        places = np.flatnonzero(ids >> PART_SHIFT == part)
-        rows = ids[places] - (part << PART_SHIFT)
+    for part, places in places_by_part(ids):
+        rows = row_of(ids[places])
         if rows[-1] >= known.get(part, 0):
             strange = ids[places[np.searchsorted(rows, known.get(part, 0))]]
             raise UsageError(f"the store has no chunk {strange}", "Nothing was purged.")

@@ -26,7 +26,7 @@ from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import stored_tokenizer
 from retrotool.tokenizers.fold import Folder
 
 Offsets = npt.NDArray[np.int64]
@@ -39,8 +39,7 @@ class Decoder:
     """Decodes chunks of a store, folded if its tokenizer is not lossless. Several threads may use it."""
 
     def __init__(self, store: Store) -> None:
-        own = store.identity.tokenizer
-        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+        self._tokenizer = stored_tokenizer(store)
         self.lossless = self._tokenizer.lossless
         self._folder = None if self.lossless else Folder(self._tokenizer)
 

@@ -46,7 +46,7 @@ from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_file
 from retrotool.store import parts
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import stored_tokenizer
 
 Vectors = npt.NDArray[np.float32]
 
@@ -141,8 +141,7 @@ def _embed_whole(encoder: Encoder, text: str) -> Vectors:
 def _embed_pieces(store: Store, encoder: Encoder, text: str) -> Vectors:
     """The vectors of the chunks of a text, float32 [q, d], as ``chunk`` and ``embed`` would make them."""
     own = store.identity
-    tokenizer = Tokenizer(TokenizerFile(own.tokenizer.name, store.tokenizer_json()))
-    ids, lengths = tokenizer.encode_flat([text])
+    ids, lengths = stored_tokenizer(store).encode_flat([text])
     if not len(ids):
         raise UsageError("--like: the store's tokenizer finds no token in the text")
     cut = cut_chunks(ids, lengths, own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes))

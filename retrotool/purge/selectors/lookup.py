@@ -36,7 +36,8 @@ from retrotool.chunk import hash_partitions
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.where import Where
 from retrotool.store import parts, schemas
-from retrotool.store.parts import PART_SHIFT, Chunks
+from retrotool.store.ids import split_id
+from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -65,7 +66,7 @@ class Lookup:
     def select(self, store: Store, *, missing_ok: bool, report: Report) -> Ids:
         """Chunk ids, ascending; ``missing_ok``: what the store does not have is left out, else a ``UsageError``."""
         if self.kind == "ids":
-            return select_ids(store, self.lines, missing_ok=missing_ok)
+            return select_ids(store, self.lines)
         if self.kind == "documents":
             return select_documents(store, self.lines, missing_ok=missing_ok, report=report)
         if self.kind == "duplicates":
@@ -73,13 +74,9 @@ class Lookup:
         return select_where(store, self.lines[0], report)
 
 
-def select_ids(store: Store, lines: Sequence[str], *, missing_ok: bool = False) -> Ids:
-    """Chunk ids given as text, one a line; ``UsageError`` names the first that is no chunk of the store.
-
-    ``missing_ok``: those of parts that a ``chunk`` took back are left out.
-    """
+def select_ids(store: Store, lines: Sequence[str]) -> Ids:
+    """Return chunk ids given as text, one a line; ``UsageError`` names the first that is not a chunk of the store."""
     found = []
-    given = int(store.state.records.get("parts", 0)) if missing_ok else 0
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -88,9 +85,8 @@ def select_ids(store: Store, lines: Sequence[str], *, missing_ok: bool = False) 
         if re.fullmatch(r"[0-9]{1,19}", line.strip()) is None:
             raise UsageError(f"line {number}: {line.strip()[:40]!r} is not a chunk id", "Nothing was purged.")
         chunk = int(line)
-        if chunk >> PART_SHIFT < given and chunk >> PART_SHIFT not in sizes:
-            continue
-        if not 0 <= chunk & ((1 << PART_SHIFT) - 1) < sizes.get(chunk >> PART_SHIFT, 0):
+        part, row = split_id(chunk)
+        if row >= sizes.get(part, 0):
             raise UsageError(f"line {number}: the store has no chunk {chunk}", "Nothing was purged.")
         found.append(chunk)
     return np.unique(np.array(found, np.int64))

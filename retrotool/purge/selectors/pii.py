@@ -37,7 +37,7 @@ from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.patterns import Pattern, compiled, find_all
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import stored_tokenizer
 
 AROUND = 40
 """Bytes before and behind a candidate that its check is given, of the same document."""
@@ -330,9 +330,7 @@ class PersonalData(Selector):
 
     def open(self, store: Store) -> Matcher:
         """Compile the patterns; ``UsageError`` for a kind that is none."""
-        own = store.identity.tokenizer
-        tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
-        return PersonalDataMatcher(self.kinds, folded=not tokenizer.lossless)
+        return PersonalDataMatcher(self.kinds, folded=not stored_tokenizer(store).lossless)
 
 
 class PersonalDataMatcher(Matcher):

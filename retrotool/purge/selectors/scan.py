@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +62,8 @@ class ScanHits:
     @classmethod
     def joined(cls, several: list[ScanHits]) -> ScanHits:
         """All of several."""
-        none = np.zeros(0, np.int64)
-        empty = cls(none, none.astype(np.int16), none.astype(np.int32), none, none, none.astype(np.float32))
-        names = cls.__dataclass_fields__
-        arrays: list[npt.NDArray[Any]] = [
-            np.concatenate([getattr(some, name) for some in (empty, *several)]) for name in names
-        ]
-        return cls(*arrays)
+        empty = schemas.SCANS_SCHEMA.empty_table()
+        return cls.of_table(pa.concat_tables([empty, *(some.as_table() for some in several)]))
 
     def as_table(self) -> pa.Table:
         """Return them as they are stored."""
@@ -97,43 +91,32 @@ class ScanStage:
 
     def plan(self, store: Store) -> list[Task]:
         """One task a part that is not scanned, or was rewritten since; ``UsageError`` if a selector lacks files."""
-        scan = self.scan(store)
         tasks = []
-        for part in store.state.parts():
-            chunks = parts.part_entry(store, "chunks", part)
-            more = self._reads(store, part)
-            old = store.state.part_file(KIND, part, scan)
-            if old is not None and _is_of(old, chunks.path, more):
-                continue
-            key = task_key(self.name, {"scan": scan}, [chunks.path, *more])
+        for part, reads, old in self._unscanned(store):
+            key = task_key(self.name, {"scan": self.scan(store)}, reads)
             if not staging.is_staged(store.root, key):
-                inputs = {"part": part, "path": chunks.path, "more": more, "replaces": old.path if old else None}
-                tasks.append(Task(key, f"part {part}", chunks.rows, inputs, claimed=self.shard is not None))
+                inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
+                rows = parts.part_entry(store, "chunks", part).rows
+                tasks.append(Task(key, f"part {part}", rows, inputs, claimed=self.shard is not None))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def is_done(self, store: Store) -> bool:
         """Whether what this scan found is committed for every part, as it is now: staged tasks are not, yet."""
+        return next(self._unscanned(store), None) is None
+
+    def _unscanned(self, store: Store) -> Iterator[tuple[int, list[str], FileEntry | None]]:
+        """Parts that are not scanned as they are now, the files that are read of each, and what was found before."""
         scan = self.scan(store)
         for part in store.state.parts():
-            found = store.state.part_file(KIND, part, scan)
-            path = parts.part_entry(store, "chunks", part).path
-            if found is None or not _is_of(found, path, self._reads(store, part)):
-                return False
-        return True
-
-    def _reads(self, store: Store, part: int) -> list[str]:
-        """Paths of the files of a part that are looked at besides its chunks."""
-        return sorted({path for selector in self.selectors for path in selector.reads(store, part)})
+            more = {path for selector in self.selectors for path in selector.reads(store, part)}
+            reads = [parts.part_entry(store, "chunks", part).path, *sorted(more)]
+            old = store.state.part_file(KIND, part, scan)
+            if old is None or (old.about or {})["reads"] != reads:
+                yield part, reads, old
 
     def open(self, store: Store) -> ScanWorker:
         """Get the matchers ready."""
         return ScanWorker(store, self)
-
-
-def _is_of(found: FileEntry, path: str, more: list[str]) -> bool:
-    """Whether what was found is of these files."""
-    about = found.about or {}
-    return about.get("of") == path and about.get("more", []) == more
 
 
 class ScanWorker:
@@ -156,14 +139,11 @@ class ScanWorker:
             found.append(some)
             report(rows)
         name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
-        more = list(task.inputs["more"])
-        about = {"of": task.inputs["path"], "names": [list(one.names) for one in self._selectors]}
-        about |= {"more": more} if more else {}
+        about = {"reads": task.inputs["reads"], "names": [list(one.names) for one in self._selectors]}
         entry = parts.write_parquet(store.root, name, ScanHits.joined(found).as_table(), about=about)
-        replaced = task.inputs["replaces"]
         settings = {"scan": self._scan, "selectors": [one.kind for one in self._selectors]}
-        reads, remove = (str(task.inputs["path"]), *more), (replaced,) if replaced else ()
-        return Staged(task.key, "select", run, settings, reads, (entry,), remove)
+        reads, replaced = tuple(task.inputs["reads"]), tuple(task.inputs["replaces"])
+        return Staged(task.key, "select", run, settings, reads, (entry,), replaced)
 
     def _side_by_side(self, blocks: Iterator[TextBlock]) -> Iterator[tuple[int, ScanHits]]:
         """Rows and what was found of each block, in order; one block more than there are threads is held."""
@@ -204,7 +184,7 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> ScanHits:
         )  # fmt: skip
     found = ScanHits.joined(every)
     order = np.argsort(found.chunks, kind="stable")
-    return ScanHits(*(getattr(found, name)[order] for name in ScanHits.__dataclass_fields__))
+    return ScanHits(*(getattr(found, name)[order] for name in schemas.SCANS_SCHEMA.names))
 
 
 def read_scan(store: Store, stage: ScanStage) -> tuple[ScanHits, list[list[str]]]:

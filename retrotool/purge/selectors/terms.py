@@ -36,7 +36,7 @@ from retrotool.purge.selectors.document_text import Offsets, TextBlock
 from retrotool.purge.selectors.normalize import Normal, is_word, normalised
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_lines
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile
+from retrotool.tokenizers import Tokenizer, stored_tokenizer
 from retrotool.tokenizers.fold import Folder
 
 _BATCH = 1000
@@ -71,8 +71,7 @@ class Terms(Selector):
 
     def open(self, store: Store) -> Matcher:
         """Fold the terms as the text is; ``UsageError`` if the tokenizer leaves nothing of one that can be found."""
-        own = store.identity.tokenizer
-        tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
+        tokenizer = stored_tokenizer(store)
         if tokenizer.lossless:
             return TermMatcher(self.terms)
         return TermMatcher(folded_terms(tokenizer, self.terms), folded=True)
