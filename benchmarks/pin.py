@@ -309,8 +309,10 @@ class Session:
     def export(self, store: Path, output: Path, table: str) -> None:
         """Export chunks with their neighbours as Parquet, and keep a digest of each column in the order of chunks."""
         self.step("export", *self.spelling.export(store, output, table))
-        exported = pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("*.parquet")))
-        exported = exported.sort_by(exported.column_names[0])
+        files = sorted(output.glob("*.parquet"))
+        if not files:
+            return
+        exported = pa.concat_tables(pq.read_table(path) for path in files).sort_by("chunk")
         columns: dict[str, Any] = {}
         for column in exported.column_names:
             digest = Digest()
@@ -424,7 +426,7 @@ def ask(session: Session, store: Path, queries: Path) -> None:
     for index in ("exact", "lists"):
         for question in QUESTIONS:
             found = session.step(f"search {index}: {question}", "search", store, question, "--index", index, "--json")
-            results = [(one["id"], round(one["distance"], 5)) for one in json.loads(found)["results"]]
+            results = [(one["id"], round(one["distance"], 5)) for one in json.loads(found).get("results", [])]
             session.recording.content.setdefault("search", {})[f"{index}: {question}"] = results
     session.step("leakage", "leakage", store, "--evaluation", queries, "--index", "exact")
     session.step("inspect", "inspect", queries, "--chunk", 3, "--name", "exact", "--json")

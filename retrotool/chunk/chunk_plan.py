@@ -42,7 +42,7 @@ _LEAST_UNIT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class InputPiece:
     """A file, by its number in the plan, or a slice of one; ``weight``: bytes of input."""
 
     file: int
@@ -51,7 +51,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ChunkPlan:
     """The content of a plan file.
 
     ``fingerprints`` and ``places`` are keyed hashes of the files' content and path. ``fast``: whether the fast
@@ -64,7 +64,7 @@ class Plan:
     places: tuple[str, ...]
     fields: Fields
     part_size: int
-    units: tuple[tuple[Piece, ...], ...]
+    units: tuple[tuple[InputPiece, ...], ...]
     fast: bool = True
     allow_purged: bool = False
     read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ChunkSettings:
     """How inputs are to be chunked."""
 
     fields: Fields
@@ -85,12 +85,14 @@ class Wanted:
     findings: Findings | None = None
 
 
-def cut_units(files: Sequence[InputFile], fields: Fields, part_size: int, chunk_length: int) -> list[tuple[Piece, ...]]:
+def cut_units(
+    files: Sequence[InputFile], fields: Fields, part_size: int, chunk_length: int
+) -> list[tuple[InputPiece, ...]]:
     """Cut files into units of about a part, or a 16th of everything if that is less (but not below 8 MiB)."""
     whole = sum(map(text_bytes, files))
     target = max(_LEAST_UNIT_BYTES, min(part_size * chunk_length * BYTES_PER_TOKEN, whole // _SPREAD))
-    units: list[tuple[Piece, ...]] = []
-    small: list[Piece] = []
+    units: list[tuple[InputPiece, ...]] = []
+    small: list[InputPiece] = []
     gathered = 0
 
     def close() -> None:
@@ -105,11 +107,11 @@ def cut_units(files: Sequence[InputFile], fields: Fields, part_size: int, chunk_
         if gathered + size > target:
             close()
         if size <= target:
-            small.append(Piece(number, file.size))
+            small.append(InputPiece(number, file.size))
             gathered += size
         else:
             slices = sources.cut_input(file, fields, target)
-            units += [(Piece(number, file.size // len(slices), where),) for where in slices]
+            units += [(InputPiece(number, file.size // len(slices), where),) for where in slices]
     close()
     return units
 
@@ -119,7 +121,7 @@ def text_bytes(file: InputFile) -> int:
     return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
 
 
-def changed_inputs(store: Store, files: Sequence[InputFile], wanted: Wanted) -> list[InputFile]:
+def changed_inputs(store: Store, files: Sequence[InputFile], wanted: ChunkSettings) -> list[InputFile]:
     """Those of ``files`` that were planned before, with other content."""
     known = known_inputs(store, store.refresh(), wanted)
     hashes = hashes_of(store, files, wanted.fields)
@@ -130,7 +132,7 @@ def changed_inputs(store: Store, files: Sequence[InputFile], wanted: Wanted) -> 
     ]
 
 
-def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Wanted) -> tuple[str | None, int]:
+def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: ChunkSettings) -> tuple[str | None, int]:
     """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
     hashes = hashes_of(store, files, wanted.fields)
     n_known = 0
@@ -150,7 +152,7 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Want
         chosen = [file for file, _ in new.values()]
         chosen_places = tuple(place for _, place in new.values())
         units = cut_units(chosen, wanted.fields, wanted.part_size, store.identity.chunk_length)
-        plan = Plan(
+        plan = ChunkPlan(
             tuple(chosen), tuple(new), chosen_places, wanted.fields, wanted.part_size, tuple(units),
             fast=may_be_fast(state, chosen), allow_purged=wanted.allow_purged,
             read_before={
@@ -171,7 +173,7 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Want
     return (plan_id if f"plan:{plan_id}" in state.records else None), n_known
 
 
-def draft_of(store: Store, run: Run, state: State, plan_id: str, plan: Plan) -> Draft:
+def draft_of(store: Store, run: Run, state: State, plan_id: str, plan: ChunkPlan) -> Draft:
     """The commit of a new plan."""
     entry = write_plan(store, run, plan_id, plan)
     record = {
@@ -238,7 +240,7 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
     return found
 
 
-def _refuse_changed(changed: Sequence[InputFile], wanted: Wanted) -> None:
+def _refuse_changed(changed: Sequence[InputFile], wanted: ChunkSettings) -> None:
     if not changed or wanted.add_changed:
         return
     more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
@@ -249,13 +251,13 @@ def _refuse_changed(changed: Sequence[InputFile], wanted: Wanted) -> None:
     )
 
 
-def write_plan(store: Store, run: Run, plan_id: str, plan: Plan) -> FileEntry:
+def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:
     """Write a plan file."""
     fields = {**asdict(plan), "read_before": {str(number): plans for number, plans in plan.read_before.items()}}
-    return write_json(store.root, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
+    return write_json_file(store.root, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
 
 
-def write_json(root: Path, name: FileName, content: Mapping[str, Any], rows: int) -> FileEntry:
+def write_json_file(root: Path, name: FileName, content: Mapping[str, Any], rows: int) -> FileEntry:
     """Write a small JSON file through the store's door."""
 
     def write(path: Path) -> int:
@@ -265,7 +267,7 @@ def write_json(root: Path, name: FileName, content: Mapping[str, Any], rows: int
     return atomic.write_file(root, name, write)
 
 
-def read_json(store: Store, entry: FileEntry) -> dict[str, Any]:
+def read_json_file(store: Store, entry: FileEntry) -> dict[str, Any]:
     """Read a small JSON file of the store's view, checked against its sum."""
     path = store.path(entry)
     if atomic.file_sha256(path) != entry.sha256:
@@ -274,17 +276,17 @@ def read_json(store: Store, entry: FileEntry) -> dict[str, Any]:
     return content
 
 
-def read_plan(store: Store, entry: FileEntry) -> Plan:
+def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     """Inverse of writing a plan."""
-    content = read_json(store, entry)
-    return Plan(
+    content = read_json_file(store, entry)
+    return ChunkPlan(
         files=tuple(InputFile(**file) for file in content["files"]),
         fingerprints=tuple(content["fingerprints"]),
         places=tuple(content["places"]),
         fields=Fields(**{**content["fields"], "keep": tuple(content["fields"]["keep"])}),
         part_size=int(content["part_size"]),
         units=tuple(
-            tuple(Piece(p["file"], p["weight"], Slice(**p["where"])) for p in unit) for unit in content["units"]
+            tuple(InputPiece(p["file"], p["weight"], Slice(**p["where"])) for p in unit) for unit in content["units"]
         ),
         fast=bool(content["fast"]),
         allow_purged=bool(content["allow_purged"]),
@@ -304,7 +306,7 @@ class KnownInputs:
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def known_inputs(store: Store, state: State, wanted: Wanted) -> KnownInputs:
+def known_inputs(store: Store, state: State, wanted: ChunkSettings) -> KnownInputs:
     """Inputs that need not be read again.
 
     Not those of plans that left documents out because they had been purged, if these are wanted now; nor, if changed
@@ -316,7 +318,7 @@ def known_inputs(store: Store, state: State, wanted: Wanted) -> KnownInputs:
         for slot in group:
             entry = group.get(slot)
             assert entry is not None
-            content = read_json(store, entry)
+            content = read_json_file(store, entry)
             for place in (*content["places"], *content.get("given_up", ())):
                 known.readers[place] = (*known.readers.get(place, ()), slot)
             if wanted.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
@@ -327,7 +329,7 @@ def known_inputs(store: Store, state: State, wanted: Wanted) -> KnownInputs:
     return known
 
 
-def parts_of(state: State, plan_id: str) -> range:
+def parts_of_plan(state: State, plan_id: str) -> range:
     """Numbers of the parts that a plan gave; as plans are worked in order, they follow those of the plans before."""
     record = state.records[f"plan:{plan_id}"]
     before = [r for r in state.with_prefix("plan:").values() if r["order"] < record["order"]]
@@ -335,7 +337,7 @@ def parts_of(state: State, plan_id: str) -> range:
     return range(first, first + record["parts"])
 
 
-def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, Plan]]:
+def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, ChunkPlan]]:
     """Id, file and content of the plans that are not finished, in their order."""
     for plan_id in unfinished_plans(store.state):
         entry = store.state.file("plans", plan_id)

@@ -21,7 +21,7 @@ from retrotool.store.blocked import Hashes, keyed_tokens
 NOTHING_LEFT = "text without a token"
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """What turns texts into tokens."""
 
     def encode_flat(self, texts: Sequence[str], /) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -77,7 +77,11 @@ class Cut:
 
 
 def tokenise(
-    documents: list[Document], encoder: Encoder, vocabulary: int, chunk_length: int, bad: Callable[[Rejected], object]
+    documents: list[Document],
+    encoder: TextEncoder,
+    vocabulary: int,
+    chunk_length: int,
+    bad: Callable[[Rejected], object],
 ) -> Tokens:
     """Tokens of a batch of documents of one kind; those without a token, or with one that is none, go to ``bad``."""
     if documents[0].tokens is not None:

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
-from retrotool.chunk.chunk_plan import Plan, parts_of, read_plan, unfinished_plans, write_json
+from retrotool.chunk.chunk_plan import ChunkPlan, parts_of_plan, read_plan, unfinished_plans, write_json_file
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.known_documents import chunks_of_purges, documents_within
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
@@ -147,7 +147,7 @@ def _finishing(
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
     free = chunks_of_purges(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, parts_of(store.state, plan_id), tombstones, range_rows, free=free)
+    places, by_text = find_duplicates(store, parts_of_plan(store.state, plan_id), tombstones, range_rows, free=free)
     found = read_repeats(store, tombstones, places, by_text)
     counts = DuplicateCounts()
     add: list[FileEntry] = []
@@ -163,7 +163,7 @@ def _finishing(
             raise _refusal(store, plan, examples, counts)
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
-    add.append(write_json(store.root, name, known, len(known["fingerprints"])))
+    add.append(write_json_file(store.root, name, known, len(known["fingerprints"])))
     joined, parted = join_quarantines(store, run, plan_id)
     draft = Draft(
         "finish", {"duplicates": duplicates}, add=(*add, *joined), remove=(entry.path, *parted),
@@ -203,7 +203,7 @@ def find_duplicates(
 
 
 def _set_aside(
-    store: Store, run: Run, plan_id: str, plan: Plan, found: Iterator[PartRepeats], counts: DuplicateCounts
+    store: Store, run: Run, plan_id: str, plan: ChunkPlan, found: Iterator[PartRepeats], counts: DuplicateCounts
 ) -> list[FileEntry]:
     """Write tombstones and quarantine of what was found, part by part, and count it."""
     chunks: list[npt.NDArray[np.int64]] = []
@@ -224,7 +224,7 @@ def _set_aside(
     return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
 
 
-def _refusal(store: Store, plan: Plan, examples: list[PartRepeats], counts: DuplicateCounts) -> DuplicatesError:
+def _refusal(store: Store, plan: ChunkPlan, examples: list[PartRepeats], counts: DuplicateCounts) -> DuplicatesError:
     rows = [row for table in locate(plan, iter(examples)) for row in table.to_pylist()][:_EXAMPLES]
     places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
     return DuplicatesError(
@@ -235,7 +235,7 @@ def _refusal(store: Store, plan: Plan, examples: list[PartRepeats], counts: Dupl
     )
 
 
-def _known(store: Store, plan_id: str, plan: Plan) -> dict[str, Any]:
+def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
     """What stays of a plan's inputs, but for those that were given up: these may be added later."""
     given_up: set[str] = set()
     for quarantine in quarantine_files(store.state, plan_id):
@@ -338,7 +338,7 @@ def _read_part(store: Store, tombstones: Tombstones, part: int, docs: Places, by
     )
 
 
-def locate(plan: Plan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
+def locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
     """Tables of quarantine rows for documents that repeat, in order."""
     files = {file.name: file for file in plan.files}
     waiting: list[pa.Table] = []

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import EXACT, Wanted, cut_units, hashes_of, known_inputs, text_bytes
+from retrotool.chunk.chunk_plan import EXACT, ChunkSettings, cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.chunk.run import (
     CHUNK_LENGTH,
     ChunkOptions,
     check_chunk_length,
-    check_identity,
     check_options,
+    check_store_identity,
     find_readable,
 )  # fmt: skip
 from retrotool.errors import UsageError
@@ -89,8 +89,10 @@ def estimate(
     known = 0
     if (Path(root) / "store.json").exists():
         store = Store.open(root)
-        check_identity(store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length)
-        wanted = Wanted(options.fields, options.part_size, options.allow_purged, options.add_changed)
+        check_store_identity(
+            store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length
+        )
+        wanted = ChunkSettings(options.fields, options.part_size, options.allow_purged, options.add_changed)
         fingerprints = known_inputs(store, store.state, wanted).fingerprints
         hashes = hashes_of(store, files, options.fields)
         new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from retrotool.chunk.chunk_plan import parts_of
+from retrotool.chunk.chunk_plan import parts_of_plan
 from retrotool.store import parts, schemas
 from retrotool.store.restored import standing_purges
 from retrotool.store.store import Store
@@ -32,7 +32,7 @@ class KnownDocuments:
     def __init__(self, store: Store, name: str, plans: Sequence[str], without: Tombstones | None = None) -> None:
         live = set(store.state.parts())
         found = [np.zeros(0, _HASHES)]
-        for part in (part for plan in plans for part in parts_of(store.state, plan) if part in live):
+        for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
             table = parts.read_documents(store, part, ["key", "text_hash", "input"])
             wanted = pc.and_(pc.equal(table["input"], name), pc.is_valid(table["text_hash"]))
             doc = np.flatnonzero(wanted.fill_null(False).to_numpy())

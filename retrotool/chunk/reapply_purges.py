@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.chunk.chunk_plan import parts_of, read_plan
+from retrotool.chunk.chunk_plan import parts_of_plan, read_plan
 from retrotool.errors import ConflictError, ErasedError, LostRunError
 from retrotool.store import blocked, disk, parts, paths
 from retrotool.store.atomic import FileEntry
@@ -99,7 +99,7 @@ def _find(store: Store, plan_id: str, lists: Mapping[str, Hashes]) -> dict[str, 
     every = Blocked(secret, np.unique(np.concatenate(list(lists.values()))))
     tombstones = read_tombstones(store)
     found: dict[str, _Found] = {}
-    for part in parts_of(store.state, plan_id):
+    for part in parts_of_plan(store.state, plan_id):
         table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks", "n_tokens"])
         table = table.filter(pa.array(_are_whole(table, tombstones.rows(part))))
         tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table)

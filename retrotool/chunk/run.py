@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from retrotool import engine, sources
 from retrotool.chunk.chunk_plan import (
-    Wanted,
+    ChunkSettings,
     changed_inputs,
     commit_plan,
     known_findings,
@@ -106,7 +106,7 @@ def chunk(
         changed: frozenset[str] = frozenset()
         if files:
             findings = _findings(store, files, loaded, chosen)
-            wanted = Wanted(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
+            wanted = ChunkSettings(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
             if chosen.add_changed:
                 changed = frozenset(file.path for file in changed_inputs(store, files, wanted))
             if changed and plans:
@@ -290,11 +290,11 @@ def open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None) 
     else:
         store = Store.open(root)
         loaded = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
-    check_identity(store, tokenizer, loaded, chunk_length)
+    check_store_identity(store, tokenizer, loaded, chunk_length)
     return store, loaded
 
 
-def check_identity(store: Store, name: str | None, tokenizer: Tokenizer | None, chunk_length: int | None) -> None:
+def check_store_identity(store: Store, name: str | None, tokenizer: Tokenizer | None, chunk_length: int | None) -> None:
     """``UsageError`` if the store goes by another tokenizer or chunk length than what was asked for."""
     own = store.identity
     wanted = own.tokenizer.sha256 if tokenizer is None else tokenizer.identity.sha256

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from retrotool import sources
 from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import EXPANSION, Piece, Plan, known_findings, open_plans, read_plan
+from retrotool.chunk.chunk_plan import EXPANSION, ChunkPlan, InputPiece, known_findings, open_plans, read_plan
 from retrotool.chunk.chunker import Tokens
 from retrotool.chunk.known_documents import KnownDocuments, chunks_of_purges
 from retrotool.chunk.part_writer import PartWriter
@@ -104,7 +104,7 @@ class ChunkWorker:
         self._store, self._stage = store, stage
         self._exact = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
         self._fast: tuple[bool, FastTokenizer] | None = None
-        self._plan: tuple[str, Plan] | None = None
+        self._plan: tuple[str, ChunkPlan] | None = None
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Read, tokenise and write one unit."""
@@ -123,7 +123,7 @@ class ChunkWorker:
         counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
         return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts, slots))
 
-    def _read_plan(self, plan_id: str, path: str) -> Plan:
+    def _read_plan(self, plan_id: str, path: str) -> ChunkPlan:
         if self._plan is None or self._plan[0] != path:
             entry = self._store.state.file("plans", plan_id)
             if entry is None or entry.path != path:
@@ -133,14 +133,14 @@ class ChunkWorker:
             self._plan = (path, read_plan(self._store, entry))
         return self._plan[1]
 
-    def _encoder(self, plan: Plan) -> FastTokenizer:
+    def _encoder(self, plan: ChunkPlan) -> FastTokenizer:
         if self._fast is None or self._fast[0] != plan.fast:
             known = known_findings(self._store.state)
             fast = FastTokenizer(self._exact, check=self._stage.check, use_tokie=plan.fast, findings=known)
             self._fast = (plan.fast, fast)
         return self._fast[1]
 
-    def _block_list(self, plan: Plan) -> Blocked | None:
+    def _block_list(self, plan: ChunkPlan) -> Blocked | None:
         if plan.allow_purged:
             return None
         # Anew for every unit: what was purged while the one before was read must not come back.
@@ -154,7 +154,7 @@ class _Unit:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        plan: ChunkPlan,
         encoder: FastTokenizer,
         blocked: Blocked | None,
         writer: PartWriter,
@@ -167,7 +167,7 @@ class _Unit:
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut"), 0)
         self.counts |= {"compared": -encoder.compared, "exact": -encoder.judged}
 
-    def chunk(self, piece: Piece, stage: ChunkStage) -> None:
+    def chunk(self, piece: InputPiece, stage: ChunkStage) -> None:
         """Read a piece to its end."""
         file = self._plan.files[piece.file]
         weight = piece.weight
@@ -242,7 +242,7 @@ class _Unit:
         self._writer.add(name, found, hashes)
 
 
-def _rows(plan: Plan, piece: Piece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
+def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
     """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
     file = plan.files[piece.file]
     given_up = stage.skip_missing or (stage.skip_stdin and is_spooled(file))

@@ -26,7 +26,7 @@ def render(template: str, **context: object) -> str:
     return _TEMPLATES.get_template(template).render(context)
 
 
-def write(file: str | Path, template: str, **context: object) -> None:
+def write_page(file: str | Path, template: str, **context: object) -> None:
     """Write a template's HTML to ``file``, which stays as it was after an error.
 
     Values of ``context`` may be iterators: the page is written piece by piece, and not held in memory.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retrotool.chunk.chunk_plan import read_json
+from retrotool.chunk.chunk_plan import read_json_file
 from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts
 from retrotool.errors import CorruptError
@@ -115,7 +115,7 @@ def describe(
 
 def _read_measured(store: Store, entry: FileEntry, name: str) -> dict[str, Any]:
     try:
-        return dict(read_json(store, entry))
+        return dict(read_json_file(store, entry))
     except CorruptError as error:
         raise CorruptError(
             str(error), f"Measure it anew: {command_line('index', store.root, name=name)} --mend"

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.choice import parse_factory
-from retrotool.chunk.chunk_plan import write_json
+from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.index.generations import generation_of, index_key, shards, trained_entry
@@ -111,7 +111,7 @@ def _measure(
         generation, trained_file, entries, shards_digest(store.state, name, generation), found, moved, target
     )
     content = {**record, **found.as_json()}
-    file = write_json(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve))
+    file = write_json_file(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve))
 
     def build(state: State) -> Draft:
         gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)

@@ -148,7 +148,7 @@ def _inspect(
         for _ in blocks:
             pass
     else:
-        pages.write(page, "inspect.html", blocks=blocks)
+        pages.write_page(page, "inspect.html", blocks=blocks)
     return replace(blocks.result, chunks=tuple(blocks.kept))
 
 

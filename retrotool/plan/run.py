@@ -143,7 +143,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PlanRequest:
     """What to plan: so many tokens, an encoder, machines, the settings of the commands, and rates that are known."""
 
     tokens: int
@@ -181,13 +181,13 @@ def plan(
         cores=own_cores() if cores is None else cores,
         memory=memory.of_machine() if memory_per_host is None else memory_per_host,
     )
-    request = Request(
+    request = PlanRequest(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )
     return _plan(request)
 
 
-def _plan(request: Request) -> Plan:
+def _plan(request: PlanRequest) -> Plan:
     _check(request)
     documents = -(-request.tokens // request.tokens_per_document)
     n = count_chunks(request.tokens, documents, request.chunk_length)
@@ -224,7 +224,7 @@ def _parts(n: int) -> int:
     return -(-n // PART_SIZE)
 
 
-def _check(request: Request) -> None:
+def _check(request: PlanRequest) -> None:
     machines = request.machines
     for option, value, least, most in (
         ("--tokens", request.tokens, 1, _MOST_TOKENS),
@@ -243,7 +243,7 @@ def _check(request: Request) -> None:
         raise UsageError(f"--target-recall {request.target_recall} is not above 0 and at most 1")
 
 
-def _files(request: Request, documents: int, n: int, choice: IndexChoice) -> tuple[Files, ...]:
+def _files(request: PlanRequest, documents: int, n: int, choice: IndexChoice) -> tuple[Files, ...]:
     vector, saved = 2 * choice.d, NEIGHBOUR_BYTES * request.saved
     tokens = TOKEN_HUNDREDTHS * request.tokens // 100
     return (
@@ -267,7 +267,7 @@ def _sample(n: int, choice: IndexChoice) -> int:
     return sample_size(n, choice, None) if choice.nlist else 0
 
 
-def _index(request: Request, n: int, choice: IndexChoice) -> IndexPlan:
+def _index(request: PlanRequest, n: int, choice: IndexChoice) -> IndexPlan:
     memory = _index_bytes(n, choice)
     return IndexPlan(
         factory=choice.factory,
@@ -287,7 +287,7 @@ def _index(request: Request, n: int, choice: IndexChoice) -> IndexPlan:
 class _Work:
     """The stages of a plan. ``rates.used`` are the rates that were asked for, in the order of the stages."""
 
-    def __init__(self, request: Request, n: int, choice: IndexChoice, files: dict[str, int]) -> None:
+    def __init__(self, request: PlanRequest, n: int, choice: IndexChoice, files: dict[str, int]) -> None:
         self._request, self._machines = request, request.machines
         self._n, self._choice, self._files = n, choice, files
         self._device = "GPU" if request.machines.gpus else "core"
@@ -365,7 +365,7 @@ class _Work:
         return min(1.0, -(-_parts(self._n) // workers) * PART_SIZE / self._n)
 
 
-def _assumptions(request: Request, choice: IndexChoice) -> tuple[str, ...]:
+def _assumptions(request: PlanRequest, choice: IndexChoice) -> tuple[str, ...]:
     found = [
         f"{request.tokens_per_document:,} tokens a document, the last chunk of each half full",
         f"{TEXT_BYTES} bytes of text a token",

@@ -9,7 +9,7 @@ import secrets
 
 import numpy as np
 
-from retrotool.chunk.chunk_plan import write_json
+from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.errors import ConflictError, LostRunError
 from retrotool.purge.select import Selection
 from retrotool.purge.selectors.scan import scan_files
@@ -67,4 +67,4 @@ def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: 
         add.append(blocked.write_blocked(root, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
     # Last: it must not stay if another can't be written.
     literal = {"kind": selection.request.kind, "literal": selection.request.literal}
-    add.append(write_json(root, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
+    add.append(write_json_file(root, FileName.new(run.id, "selectors", purge, "json"), literal, 1))

@@ -142,7 +142,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     with result_file.written(targets["json"]) as scratch:
         scratch.write_bytes(data)
     commit = _commit_receipt(store, receipt, sha256)
-    pages.write(
+    pages.write_page(
         targets["html"], "receipt.html", receipt=receipt, state=STATES[receipt.state], verdict=verdict(receipt),
         digest=sha256, commit=commit, listed=_LISTED,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from conftest import make_rows
 
 import retrotool
 from retrotool import api
-from retrotool.chunk.chunk_plan import Wanted, commit_plan
+from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
 from retrotool.chunk.chunk_result import MaxBad
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
@@ -155,7 +155,7 @@ def test_without_inputs_what_was_begun_is_finished(tmp_path):
     opened = Store.open(store)
     with Run(opened.root) as run:
         found = find_inputs([str(write_rows(tmp_path / "more.jsonl", ROWS[3:9]))])
-        commit_plan(opened, run, found, Wanted(Fields(), 1 << 20))
+        commit_plan(opened, run, found, ChunkSettings(Fields(), 1 << 20))
     assert run_chunk(store).exit_code == 0
     assert (api.info(store).documents, api.info(store).unfinished) == (9, 0)
 

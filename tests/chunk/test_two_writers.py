@@ -11,7 +11,7 @@ from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
 
 from retrotool import api
-from retrotool.chunk.chunk_plan import write_json
+from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.chunk.stage import ChunkStage
 from retrotool.engine import task
 from retrotool.errors import ErasedError
@@ -102,7 +102,7 @@ def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source
     run_chunk(root, source)
     store, run, is_alive = Store.open(root), Run(root), runs.is_alive
     run.__enter__()
-    entry = write_json(root, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
+    entry = write_json_file(root, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
 
     def commit_and_end(*arguments, **options):
         monkeypatch.undo()

@@ -48,7 +48,7 @@ def test_a_name_that_is_missing_is_an_error() -> None:
 
 def test_a_page_is_written_piece_by_piece_and_whole_or_not_at_all(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    pages.write(page, "example.html", text="\udcff", many=iter(range(998, 1002)))
+    pages.write_page(page, "example.html", text="\udcff", many=iter(range(998, 1002)))
     text = page.read_bytes().decode()
     assert read(text).of_tag("b") == ["998", "999", "1,000", "1,001"] and "\\udcff" in text
 
@@ -57,13 +57,13 @@ def test_a_page_is_written_piece_by_piece_and_whole_or_not_at_all(tmp_path: Path
         (scratch,) = tmp_path.glob(".page.html.*")
         assert scratch.stat().st_size > 500_000, "what was read first is not held in memory"
 
-    pages.write(page, "example.html", text="", many=many())
-    pages.write(page, "example.html", text="\udcff", many=iter(range(998, 1002)))
+    pages.write_page(page, "example.html", text="", many=many())
+    pages.write_page(page, "example.html", text="\udcff", many=iter(range(998, 1002)))
 
     def breaks() -> object:
         yield 1
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match=r"page\.html can't be written: No space left on device"):
-        pages.write(page, "example.html", text="", many=breaks())
+        pages.write_page(page, "example.html", text="", many=breaks())
     assert page.read_bytes().decode() == text and [one.name for one in tmp_path.iterdir()] == ["page.html"]

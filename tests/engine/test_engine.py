@@ -18,7 +18,7 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 from retrotool import api, engine
-from retrotool.chunk.chunk_plan import write_json
+from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine import progress as engine_progress
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, perform_reporting, task_key
@@ -73,7 +73,7 @@ class TouchWorker:
             raise StorageError("no space left")
         if kind == "kill" or (kind == "die" and attempt == 0):
             os.kill(os.getpid(), signal.SIGKILL)
-        entry = write_json(self.store.root, FileName.new(run, "selectors", f"t{n}", "json"), {"n": n}, 1)
+        entry = write_json_file(self.store.root, FileName.new(run, "selectors", f"t{n}", "json"), {"n": n}, 1)
         report(1)
         return Staged(task.key, "touch", run, add=(entry,))
 
