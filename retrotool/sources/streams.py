@@ -11,10 +11,10 @@ Cost: zstd about 500 MB/s, gzip 250, xz 100, bzip2 30, of decompressed text and 
 ``_PIECE_BYTES`` expand to (at most about 32 MiB), and of the window that a frame asks for (zstd up to 2 GiB, as
 archives made with ``--long=31`` do).
 
-``frames_of`` finds where the frames of a zstd archive begin and end, which is where a large archive can be cut: a chunk
-of one takes less than half the time with two workers. It walks the headers of frames and blocks (RFC 8878) without
-decompressing: one read of 3 bytes a block, which holds up to 128 KiB of text, so about 20 ms a GB of text once the
-headers are in the page cache. Seek tables and dictionaries are not read.
+``frames_of`` finds where the frames of a zstd archive begin and end, which is where a large archive can be cut for
+several workers. It walks the headers of frames and blocks (RFC 8878) without decompressing: one read of 3 bytes a
+block, which holds up to 128 KiB of text, so about 20 ms a GB of text once the headers are in the page cache. Seek
+tables and dictionaries are not read.
 """
 
 from __future__ import annotations
