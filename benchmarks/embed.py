@@ -72,7 +72,7 @@ def make_model(name: str, folder: Path) -> str:
 
 def flops(encoder: Encoder, rows: Rows) -> float:
     """Multiplications and additions of the forward of some rows: products with weights, and attention."""
-    from retrotool.encoder.identity import read_config
+    from retrotool.encoder.encoder_identity import read_config
 
     config = read_config(encoder._path)
     d, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -82,7 +82,8 @@ def flops(encoder: Encoder, rows: Rows) -> float:
 
 def peak(device: str, dtype: str) -> float:
     """Floating-point operations a second of matrix products, the best of some shapes; on a CPU one a core at a time."""
-    from retrotool.encoder.packed import Dense, OneDnnDense, has_onednn
+    from retrotool.encoder.packed import Dense, OneDnnDense
+    from retrotool.onednn import has_onednn
 
     kind = getattr(torch, dtype)
     cpu = device == "cpu"
@@ -147,7 +148,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
     verify = Encoder.verify
 
     def paced(self: Encoder, *_: Any) -> None:
-        self._runner = Paced(self, rate or 0.0)
+        self._runner = Paced(self, rate or 0.0)  # type: ignore[assignment]
         self.work.lanes, self.cosine = 1, 1.0
         self.use_fast_tokenizer()
 

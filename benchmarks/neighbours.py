@@ -48,7 +48,7 @@ def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64]
     from retrotool.index.searching import start_search
 
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
-    shard = lists.read(folder / "ivf.faiss")
+    shard = lists.read_lists(folder / "ivf.faiss")
     asked = Queries.plain(np.ascontiguousarray(vectors[:queries]))
     found: list[npt.NDArray[np.int64]] = []
     seconds = 0.0
@@ -132,7 +132,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     trained = Trained(vectors.shape[1], Whole(vectors.shape[1], "float32"), centroids.numpy(), nlist=arguments.nlist)
     index = to_faiss(trained)
     lists.fill(index, assign(rows, centroids)[1].numpy(), np.arange(len(vectors)), vectors.view(np.uint8))
-    lists.write(index, folder / "ivf.faiss")
+    lists.write_lists(index, folder / "ivf.faiss")
     queries = min(arguments.queries or len(vectors), len(vectors))
     print(f"{len(vectors):,} vectors of {vectors.shape[1]}, {arguments.nlist:,} lists, {arguments.nprobe} probed, "
           f"{queries:,} queries for {K}")  # fmt: skip

@@ -42,7 +42,7 @@ _CODE = re.compile(r"float16|float32|sq8|(o?)pq([1-9]\d*)")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class IndexChoice:
     """An index for vectors of ``d`` dimensions.
 
     ``nlist`` 0: no lists. ``code``: float16, float32, sq8 or pqM, of ``rotated`` dimensions after a rotation (0: there
@@ -101,7 +101,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class IndexWishes:
     """What a person asked for; None: choose. ``memory`` is in bytes."""
 
     target: float = 0.95
@@ -111,9 +111,9 @@ class Wanted:
     factory: str | None = None
 
 
-def choose(n: int, d: int, wanted: Wanted | None = None) -> Choice:
+def choose_index(n: int, d: int, wanted: IndexWishes | None = None) -> IndexChoice:
     """The index for n vectors of d dimensions; ``UsageError`` for a wish that can't be had."""
-    wanted = wanted or Wanted()
+    wanted = wanted or IndexWishes()
     if wanted.factory is not None:
         if wanted.nlist is not None or wanted.code is not None:
             raise UsageError("--factory says all that --nlist and --code would", "Give it alone.")
@@ -126,7 +126,7 @@ def choose(n: int, d: int, wanted: Wanted | None = None) -> Choice:
         return _check(n, chosen)
     if nlist:
         return _check(n, _code(n, d, nlist, wanted))
-    return Choice(d, why="as asked" if wanted.nlist is not None else "few enough for exact search")
+    return IndexChoice(d, why="as asked" if wanted.nlist is not None else "few enough for exact search")
 
 
 def count_lists(n: int) -> int:
@@ -140,7 +140,7 @@ def _lists_of(nlist: int) -> str:
     return f"{nlist:,} list" if nlist == 1 else f"{nlist:,} lists"
 
 
-def _lists(n: int, d: int, wanted: Wanted) -> int:
+def _lists(n: int, d: int, wanted: IndexWishes) -> int:
     fits = wanted.memory is None or n * (2 * d + ID_BYTES) <= wanted.memory
     if n <= FLAT_LIMIT and (fits or n < LEAST_FOR_PRODUCT):
         return 0
@@ -150,11 +150,11 @@ def _lists(n: int, d: int, wanted: Wanted) -> int:
     return nlist
 
 
-def _code(n: int, d: int, nlist: int, wanted: Wanted) -> Choice:
-    def fits(choice: Choice) -> bool:
+def _code(n: int, d: int, nlist: int, wanted: IndexWishes) -> IndexChoice:
+    def fits(choice: IndexChoice) -> bool:
         return wanted.memory is None or n * choice.bytes_per_vector + choice.trained_bytes <= wanted.memory
 
-    whole = Choice(d, nlist)
+    whole = IndexChoice(d, nlist)
     if n < LEAST_FOR_PRODUCT:
         ladder = [replace(whole, code="sq8")]
     else:
@@ -182,7 +182,7 @@ def _pieces(d: int) -> list[int]:
     return [m for m in dict.fromkeys(found) if m >= _SHORTEST]
 
 
-def parse_factory(text: str, d: int) -> Choice:
+def parse_factory(text: str, d: int) -> IndexChoice:
     """The index that a faiss string names; ``UsageError`` if it is not one of those that retrotool makes."""
     match = _FACTORY.fullmatch(text.replace(" ", ""))
     if match is None:
@@ -196,20 +196,20 @@ def parse_factory(text: str, d: int) -> Choice:
     if (opq and not pieces) or (opq and int(opq) != int(pieces)):
         raise UsageError(f"--factory {text!r}: OPQ{opq} is the rotation for PQ{opq}")
     turned = int(rotated or d) if opq else 0
-    return Choice(d, int(nlist or 0), code, turned, "as asked")
+    return IndexChoice(d, int(nlist or 0), code, turned, "as asked")
 
 
-def _parse_code(text: str, d: int) -> Choice:
+def _parse_code(text: str, d: int) -> IndexChoice:
     match = _CODE.fullmatch(text.lower())
     if match is None:
         known = "float16, float32, sq8, pqM and opqM, such as opq64"
         raise UsageError(f"--code {text!r} is not known", f"Known are {known}.")
     if match[2] is None:
-        return Choice(d, code=text.lower())
-    return Choice(d, code=f"pq{int(match[2])}", rotated=d if match[1] else 0)
+        return IndexChoice(d, code=text.lower())
+    return IndexChoice(d, code=f"pq{int(match[2])}", rotated=d if match[1] else 0)
 
 
-def _check(n: int, choice: Choice) -> Choice:
+def _check(n: int, choice: IndexChoice) -> IndexChoice:
     """A choice that can be trained with n vectors; ``UsageError`` otherwise."""
     name = choice.factory
     if not choice.nlist and choice.code not in ("float16", "float32"):

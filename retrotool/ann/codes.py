@@ -11,7 +11,7 @@ are equally near, up to float32, either may be named.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,24 +23,6 @@ Codes = npt.NDArray[np.uint8]
 CENTROIDS = 256
 """Centroids of a piece: a code is a byte."""
 _ENCODE_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
-
-
-class Codec(Protocol):
-    """How vectors of ``d`` dimensions are coded, in ``size`` bytes."""
-
-    @property
-    def d(self) -> int:
-        """Dimensions."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of a code."""
-
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Codes, uint8 [n, size], of float32 [n, d]."""
-
-    def decode(self, codes: Codes) -> torch.Tensor:
-        """What codes [n, size] stand for, float32 [n, d]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +132,10 @@ class Product:
         return torch.arange(0, CENTROIDS * self.size, CENTROIDS, dtype=torch.int32)
 
 
+Codec = Whole | Scalar | Product
+"""How vectors of ``d`` dimensions are coded, in ``size`` bytes."""
+
+
 def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The nearest of each piece's centroids ``table`` [M, 256, d / M], uint8 [n, M], for float32 [n, d]."""
     import torch
@@ -166,7 +152,7 @@ def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-def same(one: Codec, other: Codec) -> bool:
+def is_same_codec(one: Codec, other: Codec) -> bool:
     """Whether two codecs are the same to the bit."""
 
     def fields(codec: Any) -> list[Any]:

@@ -81,7 +81,6 @@ class Queries:
         return cls(vectors, Excluded.nothing(len(vectors)))
 
     def __len__(self) -> int:
-        """Queries."""
         return len(self.vectors)
 
     def take(self, rows: Ids) -> Queries:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,26 +30,6 @@ _KEPT_JOINED = 8
 Ids = npt.NDArray[np.int64]
 
 
-class Lists(Protocol):
-    """Lists of codes that can be searched; an index without lists has one, 0."""
-
-    @property
-    def trained(self) -> Trained:
-        """What they are trained to."""
-
-    def __len__(self) -> int:
-        """Vectors in all lists."""
-
-    def size(self, number: int) -> int:
-        """Vectors in a list."""
-
-    def ids(self, number: int) -> Ids:
-        """Chunk ids of a list, int64 [n], ascending."""
-
-    def codes(self, number: int) -> Codes:
-        """Codes of a list, uint8 [n, size]."""
-
-
 class OneList:
     """Vectors, float16 [n, d], with ids [n], as an index without lists has them."""
 
@@ -58,7 +38,6 @@ class OneList:
         self._ids, self._vectors = ids, vectors
 
     def __len__(self) -> int:
-        """Vectors."""
         return len(self._ids)
 
     def size(self, number: int) -> int:
@@ -87,7 +66,7 @@ class SomeLists:
     """
 
     def __init__(self, lists: Lists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
-        self.trained = lists.trained
+        self.trained: Trained = lists.trained
         self._lists, self._wanted = lists, wanted
         numbers = range(max(lists.trained.nlist, 1))
         self.whole = np.array([lists.size(number) for number in numbers], np.int64)
@@ -97,7 +76,6 @@ class SomeLists:
         self._list = lru_cache(_KEPT_LISTS)(self._read_list)
 
     def __len__(self) -> int:
-        """Vectors in all lists."""
         return int(self.sizes.sum())
 
     def size(self, number: int) -> int:
@@ -113,7 +91,6 @@ class SomeLists:
         return self._lists.codes(number)[self._list(number)[1]]
 
     def _read_list(self, number: int) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Ids of a list that are wanted, and their rows."""
         ids = self._lists.ids(number)
         rows = np.flatnonzero(self._wanted(ids))
         return ids[rows], rows
@@ -126,13 +103,12 @@ class JoinedLists:
     """
 
     def __init__(self, shards: Sequence[Lists]) -> None:
-        self.trained = shards[0].trained
+        self.trained: Trained = shards[0].trained
         self._shards = shards
         self._joined = lru_cache(_KEPT_JOINED)(self._join)
         self._codes = lru_cache(_KEPT_JOINED)(self._join_codes)
 
     def __len__(self) -> int:
-        """Vectors in all lists."""
         return sum(map(len, self._shards))
 
     def size(self, number: int) -> int:
@@ -176,7 +152,6 @@ class InvertedLists:
         self._flat: Any = faiss.downcast_index(inner.index) if self._inverted is None else None
 
     def __len__(self) -> int:
-        """Vectors in all lists."""
         return int(self._index.ntotal)
 
     @property
@@ -232,6 +207,10 @@ class InvertedLists:
         return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
 
 
+Lists = OneList | SomeLists | JoinedLists | InvertedLists
+"""Lists of codes that can be searched; an index without lists has one, 0."""
+
+
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
     """Put codes [n, size] of chunk ids [n] into the lists ``numbers`` [n] of an index, in this order in each list."""
     import faiss
@@ -256,8 +235,11 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
     index.ntotal = inner.ntotal
 
 
-def write(index: Any, path: Path) -> int:
-    """Write an index to a path; return how many vectors it holds. Use through the store's door only, with ``check``."""
+def write_lists(index: Any, path: Path) -> int:
+    """Write an index to a path; return how many vectors it holds.
+
+    Use through the store's door only, with ``check_written``.
+    """
     import faiss
 
     library: Any = faiss  # type checkers miss some of its names
@@ -280,11 +262,11 @@ def write(index: Any, path: Path) -> int:
     return int(index.ntotal)
 
 
-def check(index: Any, path: Path) -> None:
+def check_written(index: Any, path: Path) -> None:
     """``StorageError`` unless the file holds what ``index`` does: the same training, and the same in every list."""
     meant = _lists(index, path)
     try:
-        found = read(path)
+        found = read_lists(path)
     except CorruptError as error:
         raise _not_written(path) from error
     if (
@@ -306,14 +288,14 @@ def _not_written(path: Path) -> StorageError:
     )
 
 
-def read(path: Path, trained: Trained | None = None) -> InvertedLists:
+def read_lists(path: Path, trained: Trained | None = None) -> InvertedLists:
     """Map an index file. ``CorruptError`` if faiss can't read it, or it is of another kind or other training.
 
     With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
     """
     import faiss
 
-    found = _lists(open_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
+    found = _lists(open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
     if trained is None:
         return found
     if not same_training(found.trained, trained):
@@ -322,7 +304,7 @@ def read(path: Path, trained: Trained | None = None) -> InvertedLists:
     return found
 
 
-def open_index(path: Path, flags: int = 0) -> Any:
+def open_faiss(path: Path, flags: int = 0) -> Any:
     """A faiss index from a file; ``CorruptError`` if faiss can't read it."""
     import faiss
 
@@ -331,11 +313,6 @@ def open_index(path: Path, flags: int = 0) -> Any:
     except (RuntimeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
-
-
-def read_trained(path: Path) -> Trained:
-    """What an index file is trained to; ``CorruptError`` if it is of another kind."""
-    return read(path).trained
 
 
 def _lists(index: Any, path: Path) -> InvertedLists:

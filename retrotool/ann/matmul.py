@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from retrotool.onednn import has_onednn
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,7 +40,7 @@ class Table:
         on_cpu = table.device.type == "cpu"
         self._dtype = torch.bfloat16 if rough and on_cpu and has_bfloat16() else torch.float32
         self._packed: Any = None
-        if on_cpu and has_onednn():
+        if on_cpu and has_onednn(self._dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(table.to(self._dtype).contiguous(), None)
             self._bias = bias.to(self._dtype)
         else:
@@ -204,21 +206,6 @@ def _use_one_thread() -> None:
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-
-
-@lru_cache(1)
-def has_onednn() -> bool:
-    """Whether oneDNN's products can be had; its operators have no promise to stay."""
-    import torch
-
-    try:
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            return False
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 8), None)
-        found = torch.ops.mkldnn._linear_pointwise(torch.ones(2, 8), packed, torch.ones(16), "none", [], "")
-        return bool((found == 9).all())
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
 
 
 @lru_cache(1)

@@ -252,8 +252,6 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some rows of a list."""
-
     number: int
     low: int
     high: int
@@ -335,7 +333,6 @@ class _ByList:
         self._rows = torch.from_numpy(order // max(probed.shape[1], 1)).to(device)
 
     def __iter__(self) -> Iterator[int]:
-        """The lists that any row names."""
         return iter(self._bounds)
 
     def rows(self, number: int) -> torch.Tensor | None:

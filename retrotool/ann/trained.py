@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann.codes import Codec, Product, Scalar, Whole, same
+from retrotool.ann.codes import Codec, Product, Scalar, Whole, is_same_codec
 from retrotool.ann.kmeans import assign
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def same_training(one: Trained, other: Trained) -> bool:
 
     beside = one.nlist == other.nlist and 0 in (_rows(one), _rows(other))
     return (
-        same(one.codec, other.codec)
+        is_same_codec(one.codec, other.codec)
         and equal(one.rotation, other.rotation)
         and (beside or equal(one.centroids, other.centroids))
     )

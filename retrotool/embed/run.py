@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from retrotool import engine, interrupts
-from retrotool.embed.counting import command_line, count_keys_of
-from retrotool.embed.search_scope import embedded_parts
+from retrotool import engine
+from retrotool.cli.command_lines import command_line
+from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
-from retrotool.embed.stored_fidelity import draw, measure
+from retrotool.embed.stored_fidelity import draw, measure_fidelity
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
-from retrotool.errors import ErasedError, RetrotoolError, UsageError
-from retrotool.store import claims
+from retrotool.engine.progress import counting
+from retrotool.errors import ErasedError, RetrotoolError
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -107,8 +104,7 @@ def embed(
     """
     store = Store.open(root)
     batch_tokens_of("cpu", batch_tokens)
-    if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"--shard {shard[0]}/{shard[1]}: of n jobs this is one from 0 to n - 1")
+    engine.check_shard(shard)
     found = find_devices(devices, dtype)
     identity = find_encoder(encoder, pooling=pooling, name=name)[1]
     if name is None:
@@ -118,9 +114,7 @@ def embed(
     with writing(store) as run:
         _tell_where(store, run, identity)
         engine.execute(stage, store, run, workers=len(found), enough=done)
-        store.refresh()
-        held = claims.held(store.root, run.id)
-        elsewhere = sum(task.key in held for task in stage.plan(store))
+        elsewhere = engine.count_elsewhere(stage, store, run)
         checked = _check(store, run, encoder, identity, found[0]) if check else None
     state = store.refresh()
     made = [part for path, part in done.parts.items() if state.has(path)]
@@ -185,13 +179,8 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
             sample = draw(store, reference)
     if not len(sample.ids):
         return None
-    with tqdm(total=len(sample.ids), unit="chunk", desc="check", disable=None, delay=2, file=sys.stderr) as bar:
-
-        def report(rows: int) -> None:
-            interrupts.check()
-            bar.update(rows)
-
-        fidelity = measure(sample, reference, report)
+    with counting("check", "chunk", len(sample.ids)) as report:
+        fidelity = measure_fidelity(sample, reference, report)
     reference.close()
     worst = int(sample.ids[fidelity.worst])
     record = {

@@ -70,15 +70,12 @@ class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
         self.counts = {part: count_living_keys(store, part, tombstones) for part in numbers}
 
     def __getitem__(self, part: int) -> npt.NDArray[np.int64]:
-        """Searchable rows of a part, ascending."""
         return searchable_rows(self._store, part, self._tombstones)
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the parts."""
         return iter(self.counts)
 
     def __len__(self) -> int:
-        """Count the parts."""
         return len(self.counts)
 
     def draw(self, size: int, seed: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
@@ -108,6 +105,12 @@ def count_living_keys(store: Store, part: int, tombstones: Tombstones) -> int:
     if keys == parts.part_entry(store, "chunks", part).rows:
         return keys - len(purged)
     return keys - int(parts.read_key(store, part)[purged].sum()) if len(purged) else keys
+
+
+def count_keys_of(store: Store, numbers: Iterable[int]) -> int:
+    """Keys of some parts that are neither purged nor erased."""
+    tombstones = read_tombstones(store)
+    return sum(count_living_keys(store, part, tombstones) for part in numbers)
 
 
 def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int:
@@ -198,14 +201,14 @@ def has_commit(store: Store, number: int, head: str) -> bool:
     return commit is not None and commit.sha256.startswith(head)
 
 
-def erased_purges(store: Store) -> list[str]:
+def purges_erased(store: Store) -> list[str]:
     """Ids of the purges of which nothing is left."""
     return [purge for purge, record in store.state.with_prefix("purge:").items() if record.get("erased")]
 
 
 def erased_chunks(store: Store) -> Tombstones:
     """The chunks that were erased, copies of others that repeat them included."""
-    found = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in erased_purges(store))]
+    found = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in purges_erased(store))]
     return Tombstones(np.unique(np.concatenate(found)))
 
 

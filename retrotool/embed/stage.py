@@ -64,7 +64,7 @@ class EmbedStage:
         """One task a part; ``UsageError`` if the name is taken by another encoder."""
         record = store.state.records.get(f"encoder:{self.identity.name}")
         if record is not None:
-            check_identity(record, self.identity)
+            check_encoder_identity(record, self.identity)
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
         staged = staging.staged_keys(store.root)
@@ -87,7 +87,7 @@ class EmbedStage:
         return EmbedWorker(store, self)
 
 
-def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
+def check_encoder_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
     """``UsageError`` if the store's encoder of a name is not the one that is to be used under it."""
     if record["sha256"] != identity.sha256:
         raise UsageError(
@@ -96,7 +96,7 @@ def check_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None
         )
 
 
-def blocks_of(rows: int, most: int) -> Iterator[tuple[int, int]]:
+def row_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of the blocks of a part: of ``most`` rows, fewer at both ends, of whole row groups if large.
 
     Nothing is computed until the first block is there, and nothing while the last one is written.
@@ -170,7 +170,7 @@ class EmbedWorker:
         self._store.refresh()
         # The same model from another place is the same encoder: the record that was first stays.
         record = self._store.state.records.get(key) or identity.as_json()
-        check_identity(record, identity)
+        check_encoder_identity(record, identity)
         # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
         entry = replace(entry, about={"cosine": self.encoder.cosine})
         reads = (str(task.inputs["path"]),)
@@ -223,7 +223,6 @@ class EmbedWorker:
         self._begun = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
-        """Embed a part and write its file."""
         entry = parts.part_entry(self._store, "chunks", part)
         dimension = self.encoder.identity.dimension
         with_vector: deque[npt.NDArray[np.bool_]] = deque()
@@ -251,14 +250,13 @@ class EmbedWorker:
         """A part's chunks, block by block; at most two row groups more than a block are held."""
         least, most = _BLOCK_ROWS
         held, first = None, 0
-        for start, stop in blocks_of(rows, min(max(self.encoder.batch_tokens, least), most)):
+        for start, stop in row_blocks(rows, min(max(self.encoder.batch_tokens, least), most)):
             if held is None or stop > first + len(held):
                 groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
                 held, first = parts.read_chunks(self._store, part, groups), groups[0] * ROW_GROUP
             yield held.between(start - first, stop - first)
 
     def _not_finite(self, part: int, row: int) -> NotFiniteError:
-        """What says which chunk it is."""
         chunks = parts.read_chunks(self._store, part, [row // ROW_GROUP])
         document = parts.read_documents(self._store, part, ["id"])["id"][int(chunks.doc[row % ROW_GROUP])].as_py()
         chunk = int(parts.chunk_ids(part, np.array([row]))[0])

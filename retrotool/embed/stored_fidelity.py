@@ -64,7 +64,6 @@ def draw(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 0) -> S
 def _draw(
     store: Store, encoder: Encoder, texts: EncoderRows, part: int, wanted: int, rng: np.random.Generator
 ) -> Sample:
-    """Draw up to ``wanted`` chunks of a part."""
     rows = parts.part_entry(store, "chunks", part).rows
     groups = sorted(rng.permutation(-(-rows // ROW_GROUP))[:_GROUPS].tolist())
     chunks = parts.read_chunks(store, part, groups)
@@ -79,7 +78,7 @@ def _draw(
     )
 
 
-def measure(sample: Sample, reference: Encoder, report: Callable[[int], object] = lambda _: None) -> Fidelity:
+def measure_fidelity(sample: Sample, reference: Encoder, report: Callable[[int], object] = lambda _: None) -> Fidelity:
     """Hold a sample's stored vectors against those of ``reference``, which is ``transformers`` in float32."""
     true = reference.embed(sample.rows, report)
     return compare(sample.vectors, true, sample.document)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import find_devices
 from retrotool.encoder.encoder import Encoder
+from retrotool.encoder.encoder_identity import EncoderIdentity, find_encoder, plain_name
 from retrotool.encoder.fidelity import Fidelity, compare, cosines
-from retrotool.encoder.identity import EncoderIdentity, find_encoder, plain_name
 
 __all__ = [
     "Encoder",

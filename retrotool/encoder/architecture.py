@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from retrotool.encoder.identity import OFFSET_POSITIONS
+from retrotool.encoder.encoder_identity import OFFSET_POSITIONS
 
 if TYPE_CHECKING:
     import torch
@@ -120,19 +120,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A model's weights in float32 by our own names: ``word``, ``place``, ``norm.weight``, ``3.query.bias``..."""
-
-    tensors: Mapping[str, torch.Tensor]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """One of them."""
-        return self.tensors[name]
-
-    def __contains__(self, name: str) -> bool:
-        """Whether the model has it."""
-        return name in self.tensors
+Weights = Mapping[str, "torch.Tensor"]
+"""A model's weights in float32 by our own names: ``word``, ``place``, ``norm.weight``, ``3.query.bias``..."""
 
 
 def read_weights(path: Path, shape: Architecture) -> Weights:
@@ -154,7 +143,7 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
         raise NotPackedError(f"it has no weight {missing}")
     if shape.buckets and "distance" not in tensors:
         raise NotPackedError(f"it has no weight {_RELATIVE}")
-    return Weights(tensors)
+    return tensors
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -175,7 +164,6 @@ def _plain(key: str) -> str:
 
 
 def _names(shape: Architecture) -> dict[str, str]:
-    """Our names of all weights, with those in the file."""
     stem, within = _LAYERS.get(shape.family, ("encoder.layer", _BERT))
     names = {"segment": _SEGMENT, "distance": _RELATIVE}
     for own, theirs in _BERT_EMBEDDINGS.items():

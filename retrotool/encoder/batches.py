@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.errors import UsageError
 from retrotool.ranges import expand_ranges, positions_within
 
 
@@ -24,7 +25,6 @@ class Rows:
     lengths: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
-        """How many rows."""
         return len(self.lengths)
 
     @classmethod
@@ -66,6 +66,16 @@ class Rows:
     def positions(self) -> npt.NDArray[np.int32]:
         """Place of every token in its row, int32 [tokens]."""
         return positions_within(self.lengths).astype(np.int32)
+
+
+def check_vocabulary(what: str, ids: npt.NDArray[Any], vocabulary: int | None) -> None:
+    """``UsageError`` for a token id that a model of so many tokens has no vector of, which a GPU would not survive."""
+    highest = int(ids.max(initial=0))
+    if vocabulary is not None and highest >= vocabulary:
+        raise UsageError(
+            f"{what}: its tokenizer gives the token {highest}, its model has {vocabulary:,}",
+            "Take the tokenizer.json that was made with the model.",
+        )
 
 
 def concatenate(blocks: Iterable[Rows]) -> Rows:

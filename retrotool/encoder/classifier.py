@@ -28,9 +28,9 @@ import numpy.typing as npt
 
 from retrotool import interrupts
 from retrotool.encoder import devices
-from retrotool.encoder.batches import Rows, batches
-from retrotool.encoder.identity import check_model, hash_model, longest_row
-from retrotool.errors import AbortError, RetrotoolError, UsageError
+from retrotool.encoder.batches import Rows, batches, check_vocabulary
+from retrotool.encoder.encoder_identity import check_model, hash_model, longest_row
+from retrotool.errors import UsageError
 from retrotool.ranges import positions_within
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
@@ -140,33 +140,17 @@ class Classifier:
         if room < 1:
             raise UsageError(f"{self._what} takes {self.identity.max_tokens} tokens: none is left for text")
         ids, lengths = self._tokenizer.encode_flat(texts)
-        self._check_tokens(ids)
+        check_vocabulary(self._what, ids, self._vocabulary)
         windows, first = _windows(lengths, room)
         rows = Rows(ids.astype(np.int32), windows).framed(self._before, self._after, self.identity.max_tokens)
         found = np.zeros(len(rows), np.float32)  # a text of no token at all has no score
         most = len(rows) if self._padding is not None else 1
-        try:
-            with self._one_thread():
-                for which in batches(rows.lengths, self.batch_tokens, most_rows=max(most, 1), padded=True):
-                    interrupts.check()
-                    found[which] = self._score(rows.take(which), label)
-        except RuntimeError as error:
-            if not devices.is_lost(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise AbortError(
-                f"{self.device} is lost: {reason}", "Run the same command again; what is finished is kept."
-            ) from error
+        with devices.checking_device(self.device), self._one_thread():
+            for which in batches(rows.lengths, self.batch_tokens, most_rows=max(most, 1), padded=True):
+                interrupts.check()
+                found[which] = self._score(rows.take(which), label)
         # NaN wins, as it should.
         return np.maximum.reduceat(found, first) if len(first) else found
-
-    def _check_tokens(self, ids: npt.NDArray[np.uint32]) -> None:
-        highest = int(ids.max(initial=0))
-        if self._vocabulary is not None and highest >= self._vocabulary:
-            raise UsageError(
-                f"{self._what}: its tokenizer gives the token {highest}, its model has {self._vocabulary:,}",
-                "Take the tokenizer.json that was made with the model.",
-            )
 
     @contextlib.contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -187,13 +171,7 @@ class Classifier:
         try:
             return self._forward(rows, label)
         except Exception as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            if len(rows) == 1:
-                raise RetrotoolError(
-                    f"{self._what}: {self.device} has no memory for a row of {len(rows.ids)} tokens",
-                    "Free some of it, or use another device (--device cpu).",
-                ) from error
+            devices.check_divisible(error, self._what, self.device, len(rows), len(rows.ids))
         devices.release_memory(self.device)
         self.batch_tokens = max(self.batch_tokens // 2, 1)
         halves = np.array_split(np.arange(len(rows)), 2)

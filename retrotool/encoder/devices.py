@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from retrotool.errors import UsageError
+from retrotool.errors import AbortError, RetrotoolError, UsageError
 
 DTYPES = ("float32", "float16", "bfloat16")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -103,6 +105,32 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def check_divisible(error: Exception, what: str, device: str, rows: int, tokens: int) -> None:
+    """Return if what ``error`` ended, a batch of ``rows`` rows and ``tokens`` tokens, can be computed in smaller ones.
+
+    Raises ``error`` unless memory ran out; ``RetrotoolError`` that names ``what`` if the batch is a single row.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if rows == 1:
+        raise RetrotoolError(
+            f"{what}: {device} has no memory for a row of {tokens} tokens",
+            "Free some of it, or use another device (--device cpu).",
+        ) from error
+
+
+@contextmanager
+def checking_device(device: str) -> Iterator[None]:
+    """``AbortError`` if the device can't be used any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        reason, advice = str(error).splitlines()[0], "Run the same command again; what is finished is kept."
+        raise AbortError(f"{device} is lost: {reason}", advice) from error
 
 
 def is_lost(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from retrotool.encoder import devices
-from retrotool.encoder.ahead import ahead
 from retrotool.encoder.architecture import NotPackedError
-from retrotool.encoder.batches import Rows, batches
+from retrotool.encoder.batches import Rows, batches, check_vocabulary
+from retrotool.encoder.encoder_identity import find_encoder, read_config
 from retrotool.encoder.fidelity import cosines
-from retrotool.encoder.identity import find_encoder, read_config
-from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
+from retrotool.errors import NotFiniteError, UsageError
+from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -220,13 +220,11 @@ class Encoder:
         self.work = Work(lanes=self._runner.lanes)
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
-        """Whether the packed forward gives the true vectors in float32."""
         return (
             self.dtype != "float32" and self._other("float32", "packed")._cosine(rows, true) > LEAST_COSINE["float32"]
         )
 
     def _other(self, dtype: str, forward: str) -> Encoder:
-        """The same encoder on the same device in another way."""
         pooling = self.identity.pooling
         other = Encoder(self._spec, self.device, dtype, pooling=pooling, forward=forward, say=self.say)
         if other.identity.sha256 != self.identity.sha256:
@@ -269,19 +267,17 @@ class Encoder:
         ``AbortError`` if the device can't be used any more.
         """
         flying: deque[tuple[_Batch, Handle | None]] = deque()
-        try:
-            with ahead(blocks, 1) as made, ahead(self._batches(made), 2) as batched:
-                for batch in batched:
-                    flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
-                    while len(flying) > self._runner.depth:
-                        yield from self._land(*flying.popleft(), report)
-                while flying:
+        with (
+            devices.checking_device(self.device),
+            closing(ahead(blocks, 1)) as made,
+            closing(ahead(self._batches(made), 2)) as batched,
+        ):
+            for batch in batched:
+                flying.append((batch, None if batch.ready is None else self._runner.submit(batch.ready)))
+                while len(flying) > self._runner.depth:
                     yield from self._land(*flying.popleft(), report)
-        except RuntimeError as error:
-            if not devices.is_lost(error):
-                raise
-            reason, advice = str(error).splitlines()[0], "Run the same command again; what is finished is kept."
-            raise AbortError(f"{self.device} is lost: {reason}", advice) from error
+            while flying:
+                yield from self._land(*flying.popleft(), report)
 
     @contextmanager
     def stream(
@@ -298,7 +294,7 @@ class Encoder:
                 raise _Left
             report(rows)
 
-        with ahead(self.vectors(blocks, told), 1) as coming:
+        with closing(ahead(self.vectors(blocks, told), 1)) as coming:
             try:
                 yield coming
             finally:
@@ -310,7 +306,7 @@ class Encoder:
         for rows in blocks:
             block = _Block(np.zeros((len(rows), self.identity.dimension), np.float16), first)
             framed = rows.framed(self._before, self._after, self.identity.max_tokens)
-            self._check_tokens(framed)
+            check_vocabulary(f"encoder {self._spec!r}", framed.ids, self._vocabulary)
             tokens, left = self.batch_tokens, deque(self._cut(framed.lengths, self.batch_tokens))
             while left:
                 if self.batch_tokens < tokens:  # memory ran out meanwhile
@@ -322,17 +318,7 @@ class Encoder:
             yield _Batch(block, np.flatnonzero(framed.lengths == 0), framed, None)
             first += len(rows)
 
-    def _check_tokens(self, rows: Rows) -> None:
-        """``UsageError`` for a token that the model has no vector of, which a GPU would not survive."""
-        highest = int(rows.ids.max(initial=0))
-        if self._vocabulary is not None and highest >= self._vocabulary:
-            raise UsageError(
-                f"encoder {self._spec!r}: its tokenizer gives the token {highest}, its model has {self._vocabulary:,}",
-                "Take the tokenizer.json that was made with the model.",
-            )
-
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
-        """Places of the rows of each batch of up to so many tokens."""
         return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
 
     def _ready(self, rows: Rows, tokens: int) -> Ready:
@@ -361,13 +347,8 @@ class Encoder:
             self.work.seconds += seconds
             return vectors
         except Exception as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            if len(rows) == 1:
-                raise RetrotoolError(
-                    f"encoder {self.identity.name}: {self.device} has no memory for a row of {len(rows.ids)} tokens",
-                    "Free some of it, or use another device.",
-                ) from error
+            what = f"encoder {self.identity.name}"
+            devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
         devices.release_memory(self.device)
         if _LEAST_TOKENS < len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving, or is small
             while self.batch_tokens >= len(rows.ids):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 from retrotool.encoder.architecture import Architecture, architecture_of, read_weights
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
-from retrotool.encoder.identity import EncoderIdentity
+from retrotool.encoder.encoder_identity import EncoderIdentity
 from retrotool.encoder.packed import Layer, PackedBert
 from retrotool.errors import UsageError
 
@@ -35,29 +35,11 @@ _PROGRAMS = 32
 """Programs that may be compiled: for each size of batch (halved out of memory) one for each longest row."""
 
 
-class Forward(Protocol):
-    """A loaded model on a device."""
-
-    padded: bool
-    """Whether a batch's rows are padded to its longest."""
-
-    def most_rows(self, batch_tokens: int) -> int:
-        """Rows a batch may have."""
-
-    def least_tokens(self, batch_tokens: int) -> int:
-        """Tokens from which on a batch is computed as most are."""
-
-    def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
-        """A batch of framed rows, longest first, ready for the device."""
-
-    def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
-        """Vectors, float32 [at least n, d]."""
-
-
 class PackedForward:
     """``PackedBert`` with its batches. ``constant``: attention by ``varlen``, in constant shapes, compiled."""
 
     padded = False
+    """Whether a batch's rows are padded to its longest."""
 
     def __init__(
         self,
@@ -79,7 +61,7 @@ class PackedForward:
         self._say = say
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
-        """Ids, places and spans; see ``Forward``."""
+        """A batch of framed rows, longest first, ready for the device: ids, places and spans."""
         ids, places = rows.ids, _places(rows, self._padding)
         if not self.constant:
             lengths, counts = np.unique(-rows.lengths, return_counts=True)
@@ -95,14 +77,14 @@ class PackedForward:
         filled = np.zeros((2, room), np.int32)
         filled[0, :total], filled[1, :total] = ids, places
         filler = np.arange(total + longest, room, longest)
-        spans = np.full(rows_of(room) + room // _LONGEST + 2, room, np.int32)
+        spans = np.full(rows_in_batch(room) + room // _LONGEST + 2, room, np.int32)
         spans[0] = 0
         spans[1 : len(ends) + 1] = ends
         spans[len(ends) + 1 : len(ends) + 1 + len(filler)] = filler
         return {"ids": filled[0], "places": filled[1], "spans": spans}, {"longest": longest, "whole": True}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
-        """Vectors of a batch; see ``Forward``."""
+        """Vectors of a batch, float32 [at least n, d]."""
         pooled = None
         if self.constant and more["whole"] and not self.why_eager:
             pooled = self._compiled_or_none(tensors, more)
@@ -132,12 +114,12 @@ class PackedForward:
             return None
 
     def least_tokens(self, batch_tokens: int) -> int:
-        """More than half of a batch of constant shape: less is not filled up."""
+        """Tokens from which on a batch is computed as most are: half of a constant shape, as less is not filled up."""
         return batch_tokens // 2 + 1 if self.constant else 0
 
     def most_rows(self, batch_tokens: int) -> int:
-        """As many as its constant shape has room for."""
-        return rows_of(batch_tokens) if self.constant else sys.maxsize
+        """Rows a batch may have: as many as its constant shape has room for."""
+        return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
 
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
@@ -148,7 +130,7 @@ def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
     return compiled
 
 
-def rows_of(batch_tokens: int) -> int:
+def rows_in_batch(batch_tokens: int) -> int:
     """Rows that a batch of constant shape has room for."""
     return max(1, batch_tokens // _SHORTEST)
 
@@ -200,14 +182,14 @@ class PaddedForward:
         return 0
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
-        """Padded ids and their mask; see ``Forward``."""
+        """A batch of framed rows, longest first, ready for the device: padded ids and their mask."""
         used = np.arange(rows.lengths[0]) < rows.lengths[:, None]
         ids = np.zeros(used.shape, np.int64)
         ids[used] = rows.ids
         return {"ids": ids, "mask": used.astype(np.int64)}, {}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:  # noqa: ARG002
-        """Vectors of a batch; see ``Forward``."""
+        """Vectors of a batch, float32 [n, d]."""
         mask = tensors["mask"]
         hidden = self._model(input_ids=tensors["ids"], attention_mask=mask).last_hidden_state.float()
         if self._pooling == "cls":
@@ -216,6 +198,10 @@ class PaddedForward:
             weight = mask.unsqueeze(-1).float()
             pooled = (hidden * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
+
+
+Forward = PackedForward | PaddedForward
+"""A loaded model on a device."""
 
 
 def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:

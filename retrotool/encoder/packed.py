@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from retrotool.encoder.architecture import Architecture, Weights
+from retrotool.onednn import has_onednn
 
 Spans = torch.Tensor | list[tuple[int, int]]
 """Where rows lie: int32 [n + 1] places where they begin and end, or runs of equal rows as (rows, length)."""
@@ -67,21 +68,6 @@ class OneDnnDense(torch.nn.Module):
             x.to(self.dtype), self.weight, self.bias, self.post, [], self.algorithm
         )
         return y
-
-
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN can multiply this type quickly here."""
-    try:
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            return False
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-        if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-            return False
-        x = torch.ones(2, 16)
-        return bool(torch.isfinite(OneDnnDense(torch.ones(16, 16), torch.ones(16), dtype)(x)).all())
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False  # its operators have no promise to stay
 
 
 class Norm(torch.nn.Module):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,33 +36,15 @@ class Ready:
     rows: int
 
 
-class Handle(Protocol):
-    """A batch in flight."""
-
-    def __call__(self) -> tuple[Vectors, float]:
-        """Its vectors, float16 [n, d], and the seconds the device was at it; raises what went wrong."""
-
-
-class Runner(Protocol):
-    """A device at work on batches."""
-
-    depth: int
-    """Batches to keep in flight."""
-    lanes: int
-    """Batches that are computed at a time."""
-
-    def ready(self, arrays: Arrays, rows: int) -> Ready:
-        """Get a batch ready for ``submit``; may run in another thread."""
-
-    def submit(self, ready: Ready) -> Handle:
-        """Begin with a batch."""
-
-    def close(self) -> None:
-        """Let go of threads and memory."""
+Handle = Callable[[], tuple[Vectors, float]]
+"""A batch in flight: gives its vectors, float16 [n, d], and the seconds that it took; raises what went wrong."""
 
 
 class CpuRunner:
-    """One thread a core, each with batches of its own."""
+    """One thread a core, each with batches of its own.
+
+    ``depth`` batches are to be kept in flight, of which ``lanes`` are computed at a time.
+    """
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
@@ -80,11 +63,11 @@ class CpuRunner:
         torch.set_num_threads(before)
 
     def ready(self, arrays: Arrays, rows: int) -> Ready:
-        """See ``Runner``."""
+        """Get a batch ready for ``submit``; may run in another thread."""
         return Ready({name: torch.from_numpy(array) for name, array in arrays[0].items()}, arrays[1], rows)
 
     def submit(self, ready: Ready) -> Handle:
-        """See ``Runner``."""
+        """Begin with a batch."""
         future: Future[tuple[Vectors, float]] = self._pool.submit(self._compute, ready)
         return future.result
 
@@ -95,12 +78,12 @@ class CpuRunner:
         return vectors, time.perf_counter() - start
 
     def close(self) -> None:
-        """See ``Runner``."""
+        """Let go of threads and memory."""
         self._pool.shutdown()
 
 
 class CudaRunner:
-    """One GPU: copies on a stream of their own, from and to pinned memory."""
+    """One GPU: copies on a stream of their own, from and to pinned memory; see ``CpuRunner``."""
 
     depth = 3
     lanes = 1
@@ -110,11 +93,11 @@ class CudaRunner:
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def ready(self, arrays: Arrays, rows: int) -> Ready:
-        """See ``Runner``."""
+        """Get a batch ready for ``submit``; may run in another thread."""
         return Ready({n: torch.from_numpy(a).pin_memory() for n, a in arrays[0].items()}, arrays[1], rows)
 
     def submit(self, ready: Ready) -> Handle:
-        """See ``Runner``."""
+        """Begin with a batch."""
         try:
             return self._submit(ready)
         except Exception as error:
@@ -146,7 +129,7 @@ class CudaRunner:
         return handle
 
     def close(self) -> None:
-        """See ``Runner``."""
+        """Let go of threads and memory."""
         torch.cuda.synchronize(self._device)
 
 
@@ -161,3 +144,7 @@ def _failed(error: Exception) -> Handle:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+Runner = CpuRunner | CudaRunner
+"""A device at work on batches."""

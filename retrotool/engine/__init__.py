@@ -1,6 +1,6 @@
 """Who runs tasks: this process, or local worker processes."""
 
-from retrotool.engine.run import execute
-from retrotool.engine.task import perform
+from retrotool.engine.run import count_elsewhere, execute
+from retrotool.engine.task import check_shard, perform
 
-__all__ = ["execute", "perform"]
+__all__ = ["check_shard", "count_elsewhere", "execute", "perform"]

@@ -9,14 +9,34 @@ import contextlib
 import io
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from tqdm import tqdm
 
+from retrotool import interrupts
+
 _DELAY_SECONDS = 2.0
 _TICK_SECONDS = 1.0
 _LOG_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal while this process does ``what``; give a function that takes how many units are done.
+
+    That function raises ``KeyboardInterrupt`` after a Ctrl-C. ``unit`` "B": bytes.
+    """
+    with tqdm(
+        total=total, unit=unit, unit_scale=unit == "B", desc=what, disable=None, delay=_DELAY_SECONDS, file=sys.stderr
+    ) as bar:
+
+        def report(done: int) -> None:
+            interrupts.check()
+            bar.update(done)
+
+        yield report
 
 
 class Progress:

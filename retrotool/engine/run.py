@@ -61,6 +61,13 @@ class Failures:
         return False
 
 
+def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
+    """How many tasks of a stage other running commands are at, by the newest commit."""
+    store.refresh()
+    held = claims.held(store.root, run.id)
+    return sum(task.key in held for task in stage.plan(store))
+
+
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
     """Do all of a stage's work on a store, and commit it; less if a finished task is ``enough``.
 

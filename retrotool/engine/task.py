@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import orjson
 
 from retrotool import interrupts
-from retrotool.errors import ErasedError
+from retrotool.errors import ErasedError, UsageError
 from retrotool.store import claims, staging
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -113,6 +113,12 @@ def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> s
     """Name of a task: 32 hexadecimal digits from what it does and what it reads, not from who runs it or when."""
     fields = [stage, dict(settings), list(reads)]
     return hashlib.blake2b(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def check_shard(shard: tuple[int, int] | None) -> None:
+    """``UsageError`` unless ``shard`` (i, n) is a job i of n, from 0."""
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"--shard {shard[0]}/{shard[1]}: of n jobs this is one from 0 to n - 1")
 
 
 def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:

@@ -7,7 +7,6 @@ is purged later stays in an export; the commits say how old it is.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,11 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import orjson
-from tqdm import tqdm
 
-from retrotool import interrupts
 from retrotool.cli.command_lines import embed_command, table_command
 from retrotool.embed.search_scope import count_living_keys
+from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.export.atomic_dir import check_place, new_folder
 from retrotool.export.tables import ExportedTables, open_tables, write_parquet
@@ -79,12 +77,7 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
     if not total:
         raise UsageError(f"{root} has no chunk that is not purged: there is nothing to export")
     with new_folder(target) as folder:
-        with tqdm(total=total, unit="chunk", desc="export", disable=None, delay=2, file=sys.stderr) as bar:
-
-            def report(n: int) -> None:
-                interrupts.check()
-                bar.update(n)
-
+        with counting("export", "chunk", total) as report:
             counts = write_parquet(opened, folder, report)
         disk.write(folder / TOKENIZER, store.tokenizer_json())
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}

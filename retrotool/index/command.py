@@ -21,7 +21,7 @@ from retrotool.errors import UsageError
 if TYPE_CHECKING:
     from retrotool.index.index_result import IndexResult
     from retrotool.index.recall import Recall
-    from retrotool.index.run import Dropped, Planned
+    from retrotool.index.run import Dropped
 
 EPILOG = """\b
 Examples:
@@ -83,7 +83,7 @@ def command(
     left out; how many lists are probed, and how many candidates ranked, is chosen by it.
     """
     with output.errors(as_json):
-        from retrotool.ann.choice import Wanted
+        from retrotool.ann.choice import IndexWishes
         from retrotool.index import run as index_run
 
         other = {"tune": tune, "retrain": retrain, "merge": merge, "mend": mend, "default": default}
@@ -103,40 +103,21 @@ def command(
             found = index_run.evaluate(store, name=name, queries=queries, devices=devices, memory=size)
             output.show(found, as_json, _text)
             return
-        wanted = Wanted(memory=size, nlist=nlist, code=code, factory=factory)
+        wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory)
         options = index_run.Options(
             wanted, shard_size, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default
         )
-        if not as_json:
-            planned = index_run.estimate(
-                store, name=name, encoder=encoder, target_recall=target_recall, options=options
-            )
-            if planned is not None and planned.choice.nlist:
-                output.note(_planned(planned))
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
-        left = [f"{output.count(result.not_embedded, 'chunk')} without embeddings"] if result.not_embedded else []
-        left += [f"{output.count(result.lacking, 'chunk')} taken back after a purge"] if result.lacking else []
-        if left:
-            output.note(f"Not indexed: {', '.join(left)}. Next:")
+        if result.not_embedded:
+            output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
             output.note("\n".join(f"  {command}" for command in result.next))
 
 
 def _refuse(option: str, **others: object) -> None:
-    """``UsageError`` if an option is given with others that it has nothing to do with."""
     given = [f"--{name.replace('_', '-')}" for name, on in others.items() if on not in (None, False)]
     if given:
         raise UsageError(f"{option} and {given[0]} are two things to do", "Give one of them.")
-
-
-def _planned(planned: Planned) -> str:
-    choice = planned.choice
-    size = planned.vectors * choice.bytes_per_vector + choice.trained_bytes
-    seconds = f", in about {planned.seconds:,.0f} s" if planned.seconds >= 2 else ""
-    return (
-        f"To be trained for {output.count(planned.vectors, 'vector')}: {choice.describe()} ({choice.why}). "
-        f"{choice.bytes_per_vector:,} bytes a vector, {output.size(size)} in all{seconds}."
-    )
 
 
 def _dropped(result: Dropped) -> str:

@@ -56,7 +56,6 @@ class ExactDatabase:
         return AllowedChunks(self.store, self._allows)
 
     def _read_rows(self, part: int) -> npt.NDArray[np.int64]:
-        """Rows of a part that are searched, ascending."""
         rows = searchable_rows(self.store, part, self.tombstones)
         return rows if self._allows is None else rows[self._allowed.rows(part)[rows]]
 
@@ -68,14 +67,6 @@ class ExactDatabase:
     def held(self) -> list[int]:
         """Numbers of the parts that are searched, ascending."""
         return embedded_parts(self.store, self.encoder)
-
-    def incomplete(self) -> set[int]:
-        """Numbers of the parts of which not all can be found that is living: none."""
-        return set()
-
-    def lacking(self) -> int:
-        """How many living keys these are."""
-        return 0
 
     def reads(self) -> list[str]:
         """Paths of the files that are searched, which an erase replaces."""
@@ -140,7 +131,6 @@ def merged(one: Best, other: Best, k: int) -> Best:
 
 
 def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Where an id of a row [q, n] was there before in the row."""
     order = np.argsort(ids, axis=1, kind="stable")
     ascending = np.take_along_axis(ids, order, 1)
     again = np.zeros(ids.shape, np.bool_)

@@ -61,7 +61,6 @@ class Truth:
     share: float = 1.0
 
     def __len__(self) -> int:
-        """Queries."""
         return len(self.ids)
 
 

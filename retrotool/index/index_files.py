@@ -23,10 +23,8 @@ from retrotool.index.generations import SHARD, shards, trained_entry
 from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_slot
-from retrotool.store.restored import lacking_chunks, lacking_parts
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
 
 RECALL = "recall"
 """Slot of what was measured."""
@@ -59,7 +57,7 @@ def shards_digest(state: State, name: str, generation: int | None = None) -> str
     return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
 
 
-def parts_of(entry: FileEntry) -> list[int]:
+def parts_in_shard(entry: FileEntry) -> list[int]:
     """Numbers of the parts that a shard holds."""
     return [int(part) for part in (entry.about or {})["parts"]]
 
@@ -69,35 +67,12 @@ def fit_of(entry: FileEntry) -> list[list[float]]:
     return [list(map(float, fit)) for fit in (entry.about or {})["fit"]]
 
 
-def commits_of(entry: FileEntry) -> list[int | None]:
-    """For each part that a shard holds: the commit whose tombstones were left out; None where nobody knows."""
-    return list((entry.about or {}).get("commits", [None] * len(parts_of(entry))))
-
-
 def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
     """Numbers of the parts that the shards of an index hold, ascending."""
-    return sorted(part for entry in shards(state, name, generation).values() for part in parts_of(entry))
+    return sorted(part for entry in shards(state, name, generation).values() for part in parts_in_shard(entry))
 
 
-def incomplete_parts(state: State, name: str, generation: int | None = None) -> set[int]:
-    """Parts of which the shards of an index lack chunks that were purged when they were written, and taken back since.
-
-    The next ``index`` codes these shards anew.
-    """
-    found = shards(state, name, generation).values()
-    return set().union(*(lacking_parts(state, entry) for entry in found))
-
-
-def count_lacking(store: Store, name: str) -> int:
-    """How many living keys the shards of an index lack of the parts that they hold."""
-    entries = shards(store.state, name).values()
-    if not any(lacking_parts(store.state, entry) for entry in entries):
-        return 0
-    tombstones = read_tombstones(store)
-    return sum(len(lacking_chunks(store, entry, tombstones)) for entry in entries)
-
-
-def windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
+def part_windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
     """(number, parts) of each window: consecutive parts with up to ``shard_rows`` keys, or a single larger one."""
     number, window, rows = 0, list[int](), 0
     for part in store.state.parts():
@@ -136,14 +111,14 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
         raise CorruptError(str(error), advice) from error
     if atomic.file_sha256(path) != entry.sha256:
         raise CorruptError(f"{path}: its SHA-256 is not what the log says", advice)
-    return entry, lists.read_trained(path)
+    return entry, lists.read_lists(path).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; ``ErasedError`` if it was erased since the store was opened, ``CorruptError`` if it is broken."""
     path = store.path(entry)
     try:
-        shard = lists.read(path, trained)
+        shard = lists.read_lists(path, trained)
     except CorruptError:
         store.path(entry)  # unlinked just now?
         raise
@@ -205,9 +180,9 @@ def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | 
         return atomic.write_file(
             root,
             name,
-            lambda path: lists.write(index, path),
+            lambda path: lists.write_lists(index, path),
             about=about,
-            check=lambda path, _: lists.check(index, path),
+            check=lambda path, _: lists.check_written(index, path),
         )
     except OSError as error:
         if error.errno != errno.EFBIG:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.chunk.chunk_plan import read_json_file
-from retrotool.embed.counting import command_line, embed_command
+from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts
 from retrotool.errors import CorruptError
 from retrotool.index.generations import generation_of, held_vectors, index_key, shards, trained_entry
-from retrotool.index.index_files import RECALL, count_lacking, encoder_of
+from retrotool.index.index_files import RECALL, encoder_of
 from retrotool.index.recall import Recall
 from retrotool.index.staleness import Drift, drift
 from retrotool.store.atomic import FileEntry
@@ -31,8 +31,8 @@ class IndexResult:
     In memory a vector takes ``bytes_per_vector``, its code and id, and all of them ``trained_bytes`` besides; a re-rank
     reads the embeddings, ``embedding_bytes`` on the disk. ``added`` vectors are of this run. ``curve`` is what was
     measured, ``groups`` the recall@10 by source. ``due`` says why to train anew; "": there is no reason. ``elsewhere``
-    shards are left to other runs. ``not_embedded`` keys are in no shard, for they have no embeddings, and ``lacking``
-    keys are not, for they were purged and taken back; ``next`` are the commands that change that.
+    shards are left to other runs. ``not_embedded`` keys are in no shard, for they have no embeddings;
+    ``next`` are the commands that change that.
     """
 
     name: str
@@ -67,8 +67,14 @@ class IndexResult:
     groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
     elsewhere: int = 0
     not_embedded: int = 0
-    lacking: int = 0
     next: tuple[str, ...] = ()
+
+
+def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:
+    """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
+    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
+    found = [embed_command(store, root, encoder)] if left else []
+    return found if index is None else [*found, command_line("index", root, name=index)]
 
 
 def describe(
@@ -81,9 +87,7 @@ def describe(
     encoder = encoder_of(store, name) or ""
     entries = shards(state, name)
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store)) if encoder else 0
-    lacking = count_lacking(store, name)
-    todo = [embed_command(store, root, encoder)] if left else []
-    todo += [command_line("index", root, name=name)] if left or lacking else []
+    todo = commands_to_index(store, root, encoder, name) if left else []
     measured = state.file("index", RECALL, name)
     content = _read_measured(store, measured, name) if measured is not None else {}
     about = (entry.about or {}) if (entry := trained_entry(state, name)) is not None else {}
@@ -105,7 +109,7 @@ def describe(
         retrain=f"{command_line('index', root, name=name)} --retrain",
         curve=tuple(Recall(**point) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
-        elsewhere=elsewhere, not_embedded=left, lacking=lacking, next=tuple(todo), **{**shown, "vectors": now},
+        elsewhere=elsewhere, not_embedded=left, next=tuple(todo), **{**shown, "vectors": now},
     )  # fmt: skip
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from retrotool import interrupts
 from retrotool.ann.choice import parse_factory
 from retrotool.chunk.chunk_plan import write_json_file
+from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.index.generations import generation_of, index_key, shards, trained_entry
 from retrotool.index.ground_truth import QUERIES, find_truth
 from retrotool.index.index_files import RECALL, held_parts, read_shards, read_trained, shards_digest
-from retrotool.index.recall import Measurement, Searched, measure
+from retrotool.index.recall import Measurement, Searched, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.index.staleness import Drift, drift, trained_on
@@ -72,7 +70,6 @@ class _ChangedError(Exception):
 
 
 def _reads(state: State, name: str, generation: int) -> list[str]:
-    """Paths of what measuring reads."""
     trained = trained_entry(state, name, generation)
     encoder = str((trained.about or {})["encoder"]) if trained else ""
     vectors = (state.part_file("embeddings", part, encoder) for part in held_parts(state, name, generation))
@@ -100,19 +97,14 @@ def _measure(
     numbers = held_parts(store.state, name, generation)
     record = store.state.records.get(index_key(name), {})
     at = Point(int(record["nprobe"]), int(record["depth"])) if keep and record else None
-    with tqdm(total=len(numbers), unit="part", desc="exact search", disable=None, delay=2, file=sys.stderr) as bar:
-
-        def told(n: int) -> None:
-            interrupts.check()
-            bar.update(n)
-
-        truth = find_truth(store, encoder, numbers, told, queries=queries, device=device, room=room)
+    with counting("exact search", "part", len(numbers)) as report:
+        truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
     give_back()
-    with tqdm(unit="point", desc="recall", disable=None, delay=2, file=sys.stderr) as bar:
-        found = measure(
+    with counting("recall", "point") as report:
+        found = measure_recall(
             truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
             groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
-            report=bar.update, device=device, room=room,
+            report=report, device=device, room=room,
         )  # fmt: skip
     moved = drift(store.state, name, generation)
     record = _record(
@@ -149,7 +141,6 @@ def _record(
     moved: Drift,
     target: float,
 ) -> dict[str, Any]:
-    """The record ``index:<name>``, see ``docs/format.md``."""
     about = trained_file.about or {}
     point = found.point
     choice = parse_factory(str(about["factory"]), int(about["dimension"]))

@@ -91,13 +91,13 @@ class Measurement:
         return asdict(self)
 
 
-def probes(nlist: int) -> list[int]:
+def probe_grid(nlist: int) -> list[int]:
     """The ``nprobe`` of a curve: powers of two and what is halfway, up to all lists."""
     grid = sorted({n for i in range(31) for n in (1 << i, 3 << i)})
     return [n for n in grid if n < nlist] + [max(nlist, 1)]
 
 
-def measure(
+def measure_recall(
     truth: Truth,
     database: Searched,
     target: float,
@@ -113,7 +113,7 @@ def measure(
     ``room``: bytes for each of distances and candidates. ``report`` is told of each ``nprobe``.
     """
     whole = isinstance(database.trained.codec, Whole)
-    grid, depths = probes(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
+    grid, depths = probe_grid(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
     if at is not None:
         grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
         depths = tuple(sorted({*depths, at.depth}))
@@ -267,7 +267,6 @@ def _which(wanted: Ids, found: Ids) -> Masks:
 
 
 def _joined(blocks: list[Any]) -> Hits | Masks:
-    """What was found in blocks of queries as one."""
     if not blocks:
         return np.zeros(0), np.zeros(0)
     if isinstance(blocks[0], tuple):
@@ -276,7 +275,6 @@ def _joined(blocks: list[Any]) -> Hits | Masks:
 
 
 def _ranked(distances: npt.NDArray[np.float32], candidates: Ids, depth: int) -> Best:
-    """The nearest of the first ``depth`` candidates."""
     order = np.argsort(distances[:, :depth], axis=1, kind="stable")[:, :DEPTH]
     return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1))
 
@@ -304,7 +302,6 @@ def _by_group(
     groups: npt.NDArray[np.object_],
     sampled: bool,
 ) -> dict[str, tuple[float, float, int]]:
-    """Recall, its error and the number of queries of the groups with most queries."""
     hits, possible = by_query
     names, counts = np.unique(groups.astype(str), return_counts=True)
     found = {}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from retrotool import engine, interrupts
-from retrotool.ann.choice import Choice, Wanted, parse_factory
-from retrotool.embed.counting import command_line
+from retrotool import engine
+from retrotool.ann.choice import IndexWishes, parse_factory
+from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
+from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index.generations import (
     DEFAULT,
@@ -28,14 +24,20 @@ from retrotool.index.generations import (
     trained_entry,
 )
 from retrotool.index.ground_truth import QUERIES
-from retrotool.index.index_files import broken_shards, encoder_of, measured_whole, parts_of, read_trained, shards_digest
+from retrotool.index.index_files import (
+    broken_shards,
+    encoder_of,
+    measured_whole,
+    parts_in_shard,
+    read_trained,
+    shards_digest,
+)
 from retrotool.index.index_result import IndexResult, describe
 from retrotool.index.measure_recall import measure_until_committed
 from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on
-from retrotool.index.training import build_seconds, sample_size
-from retrotool.store import atomic, claims, parts
+from retrotool.store import atomic, parts
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
@@ -58,19 +60,10 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """The index that ``vectors`` would be put in, and about how long that takes here."""
-
-    choice: Choice
-    vectors: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Options:
     """How to go about it; see ``retrotool index --help``."""
 
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: IndexWishes = field(default_factory=IndexWishes)
     shard_rows: int | None = None
     devices: str = "auto"
     shard: tuple[int, int] | None = None
@@ -125,7 +118,7 @@ def index(
             _check_embeddings(store, stage)
         _execute(stage, store, run)
         _check_training(store, stage, wanted)  # another run may have trained it
-        elsewhere = _elsewhere(stage, store, run)
+        elsewhere = engine.count_elsewhere(stage, store, run)
         record = store.state.records.get(index_key(name))
         made = {
             "files": shards_digest(store.state, name, generation), "target": wanted.target, "generation": generation,
@@ -189,24 +182,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
 
 
-def estimate(
-    root: str | Path, *, name: str | None, encoder: str | None, target_recall: float | None, options: Options
-) -> Planned | None:
-    """What ``index`` would train; None if it is trained already."""
-    _check(options, target_recall)
-    store = Store.open(root)
-    name = default_index(store.state) if name is None else name
-    if trained_entry(store.state, name) is not None and not options.retrain:
-        return None
-    wanted = _wanted(store, name, options, target_recall)
-    choice, n = choose_for(store, pick_encoder(store, encoder or encoder_of(store, name)), wanted)
-    if not choice.nlist:
-        return Planned(choice, n, 0.0)
-    device = find_devices(options.devices)[0]
-    return Planned(choice, n, build_seconds(choice, n, sample_size(n, choice, wanted.memory), device))
-
-
-def _wanted(store: Store, name: str, options: Options, target: float | None) -> Wanted:
+def _wanted(store: Store, name: str, options: Options, target: float | None) -> IndexWishes:
     """What is wanted of an index: what is said, else what was said of the one that it has."""
     wanted = options.wanted
     if target is None:
@@ -219,11 +195,9 @@ def _wanted(store: Store, name: str, options: Options, target: float | None) -> 
 
 
 def _check(options: Options, target: float | None) -> None:
-    """``UsageError`` for values that can't be, or not together."""
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
-    if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
-        raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: of n jobs this is one from 0 to n - 1")
+    engine.check_shard(options.shard)
     if options.merge and options.mend:
         raise UsageError("--merge and --mend are two things to do", "Mend first, then merge.")
     if not options.retrain:
@@ -239,7 +213,6 @@ def _check(options: Options, target: float | None) -> None:
 
 
 def _check_there(store: Store, name: str, options: Options) -> None:
-    """``UsageError`` for what can only be done with an index that is there."""
     asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
     if asked and name not in store.state.names("index"):
         raise _no_index(store, name, asked[0])
@@ -248,7 +221,7 @@ def _check_there(store: Store, name: str, options: Options) -> None:
 def _check_embeddings(store: Store, stage: IndexStage) -> None:
     """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
     held = {part for entry in shards(store.state, stage.index).values() if entry.path in stage.broken
-            for part in parts_of(entry)}  # fmt: skip
+            for part in parts_in_shard(entry)}  # fmt: skip
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
         entry = parts.part_entry(store, "embeddings", part, stage.encoder)
         path = store.path(entry)
@@ -267,7 +240,7 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
     )
 
 
-def _check_training(store: Store, stage: IndexStage, wanted: Wanted) -> None:
+def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> None:
     """``UsageError`` if another index was asked for than the one that is trained."""
     trained = trained_entry(store.state, stage.index, stage.generation)
     if trained is None:
@@ -316,23 +289,8 @@ def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
 def _execute(stage: IndexStage, store: Store, run: Run) -> None:
     """Do what there is to do; while another run trains the index, wait for it."""
     engine.execute(stage, store, run, workers=len(stage.devices))
-    with _waiting(stage) as bar:
+    with counting(f"waiting for another run that trains {stage.index!r}", "s") as waited:
         while trained_entry(store.refresh(), stage.index, stage.generation) is None:
-            interrupts.check()
             time.sleep(_POLL_SECONDS)
-            bar.update(1)
+            waited(1)
             engine.execute(stage, store, run, workers=len(stage.devices))
-
-
-@contextlib.contextmanager
-def _waiting(stage: IndexStage) -> Iterator[tqdm[Any]]:
-    text = f"waiting for another run that trains {stage.index!r}"
-    with tqdm(unit="s", desc=text, disable=None, delay=2, file=sys.stderr) as bar:
-        yield bar
-
-
-def _elsewhere(stage: IndexStage, store: Store, run: Run) -> int:
-    """Shards that other living runs are at."""
-    store.refresh()
-    held = claims.held(store.root, run.id)
-    return sum(task.key in held for task in stage.plan(store))

@@ -25,8 +25,8 @@ from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import read_part_vectors
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.index.generations import default_index, index_key, shards
-from retrotool.index.index_files import count_lacking, held_parts, incomplete_parts, parts_of, read_shards, read_trained
-from retrotool.index.source_filter import AllowedChunks, probes
+from retrotool.index.index_files import held_parts, parts_in_shard, read_shards, read_trained
+from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.memory import of_machine as memory_of_machine
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import part_of, row_of
@@ -72,7 +72,6 @@ def pick_index(store: Store, name: str | None = None) -> str:
 
 
 def _how_to_make(store: Store, name: str) -> str:
-    """What leads to an index of a name, from what the store has."""
     index = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
     if not store.state.parts():
         return f"It has no chunks yet: retrotool chunk {store.root} INPUT..., then retrotool embed and {index}"
@@ -183,14 +182,6 @@ class Database:
         """Numbers of the parts that are searched, ascending."""
         return held_parts(self.store.state, self.name)
 
-    def incomplete(self) -> set[int]:
-        """Numbers of the parts of which the index lacks chunks that were purged, and taken back since."""
-        return incomplete_parts(self.store.state, self.name)
-
-    def lacking(self) -> int:
-        """How many living keys these are."""
-        return count_lacking(self.store, self.name)
-
     def reads(self) -> list[str]:
         """Paths of the files that are searched, which an erase replaces."""
         return [entry.path for entry in shards(self.store.state, self.name).values()]
@@ -220,7 +211,7 @@ class Database:
             return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
         best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
         some = [self._allowed_in(shard) for shard in shards]
-        for probed, rows in probes(self.trained, queries.vectors, nprobe, some):
+        for probed, rows in probes_by_query(self.trained, queries.vectors, nprobe, some):
             found = self._search_further(queries.take(rows), k, probed, depth, some, all_parts=only is None)
             best.ids[rows], best.distances[rows] = found.ids, found.distances
         return best
@@ -289,7 +280,7 @@ class Database:
 
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
         entries = shards(self.store.state, self.name).values()
-        wanted = [not set(parts_of(entry)).isdisjoint(numbers) for entry in entries]
+        wanted = [not set(parts_in_shard(entry)).isdisjoint(numbers) for entry in entries]
         return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
 
 

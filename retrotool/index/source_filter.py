@@ -94,7 +94,7 @@ def _coded(column: pa.ChunkedArray) -> pa.DictionaryArray:
     return coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
 
 
-def probes(
+def probes_by_query(
     trained: Trained, vectors: npt.NDArray[np.float32], nprobe: int, some: Sequence[SomeLists]
 ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     """(lists to probe, queries) of queries [q, d], which search ``some`` of what the lists hold.

@@ -2,9 +2,9 @@
 
 Only keys are indexed, trained on and counted. The first task trains (``stages.training``); then each window of parts is
 a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
-the same training; ``merge`` joins those of a window. A shard that was written while chunks were purged which were taken
-back since is coded anew. Which index it is is chosen once, from the vectors that are there
-(``ann.choice``), and kept with the training.
+the same training; ``merge`` joins those of a window. What is purged is coded too until it is erased, since a purge can
+be undone; a search masks it. Which index it is is chosen once, from the vectors that are there (``ann.choice``), and
+kept with the training.
 
 The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import lists
-from retrotool.ann.choice import Choice, Wanted, choose
+from retrotool.ann.choice import IndexChoice, IndexWishes, choose_index
 from retrotool.ann.lists import Ids
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed.search_scope import (
@@ -38,27 +38,25 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.index.generations import index_key, shards, trained_entry
 from retrotool.index.index_files import (
     check_sum,
-    commits_of,
     encoder_of,
     fit_of,
     free_slot,
     held_parts,
-    parts_of,
+    part_windows,
+    parts_in_shard,
     read_shard,
     read_trained,
-    windows,
     write_index,
 )
-from retrotool.index.staleness import ranges
+from retrotool.index.staleness import consecutive_ranges
 from retrotool.index.training import check_finite, train
 from retrotool.memory import give_back
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_slot
-from retrotool.store.restored import lacking_parts
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 
 SHARD_ROWS = 1 << 20
 _LISTS_IN_A_SHARD = 16
@@ -78,7 +76,7 @@ class IndexStage:
 
     index: str
     encoder: str
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: IndexWishes = field(default_factory=IndexWishes)
     generation: int = 0
     shard_rows: int | None = None
     devices: tuple[str, ...] = ("cpu",)
@@ -123,7 +121,7 @@ class IndexStage:
         there = set(embedded_parts(store, self.encoder))
         taken = shards(store.state, self.index, self.generation)
         tasks = []
-        for window, numbers in windows(store, int(about["shard_rows"])):
+        for window, numbers in part_windows(store, int(about["shard_rows"])):
             new = [part for part in numbers if part in there and part not in held]
             if new:
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
@@ -138,8 +136,8 @@ class IndexStage:
         there = set(embedded_parts(store, self.encoder))
         tasks = []
         for slot, entry in shards(store.state, self.index, self.generation).items():
-            if entry.path in self.broken or lacking_parts(store.state, entry):
-                numbers = [part for part in parts_of(entry) if part in there]
+            if entry.path in self.broken:
+                numbers = [part for part in parts_in_shard(entry) if part in there]
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
                 key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
                 inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
@@ -153,7 +151,7 @@ class IndexStage:
             found.setdefault(window, []).append((slot, entry))
         tasks = []
         for window, some in found.items():
-            if len(some) > 1 and not any(lacking_parts(store.state, entry) for _, entry in some):
+            if len(some) > 1:
                 paths = [entry.path for _, entry in some]
                 key = task_key("index", {"name": self.index, "merge": window}, paths)
                 inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
@@ -172,16 +170,16 @@ def superseded(name: str) -> ConflictError:
     )
 
 
-def choose_for(store: Store, encoder: str, wanted: Wanted) -> tuple[Choice, int]:
+def choose_for(store: Store, encoder: str, wanted: IndexWishes) -> tuple[IndexChoice, int]:
     """The index that suits what is embedded, and of how many vectors that is."""
     numbers = embedded_parts(store, encoder)
     tombstones = read_tombstones(store)
     n = sum(count_living_keys(store, part, tombstones) for part in numbers)
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
-    return choose(n, d, wanted), n
+    return choose_index(n, d, wanted), n
 
 
-def default_shard_rows(choice: Choice, memory: int | None) -> int:
+def default_shard_rows(choice: IndexChoice, memory: int | None) -> int:
     """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
     rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
     return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
@@ -220,7 +218,7 @@ class IndexWorker:
         slot = generation_slot("trained", stage.generation)
         about = {
             "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
-            "trained_parts": ranges(list(rows)),
+            "trained_parts": consecutive_ranges(list(rows)),
             "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory),
             "asked": _asked(stage), **trained.about(),
         }  # fmt: skip
@@ -232,13 +230,13 @@ class IndexWorker:
     def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
         entry, trained = read_trained(store, stage.index, stage.generation)
-        tombstones, commit = read_tombstones(store), store.state.number
+        set_aside = read_set_aside(store)
         numbers = list(task.inputs["parts"])
         coded = _Coded(trained, self._device, sum(count_keys(store, part) for part in numbers))
         for part in numbers:
-            coded.add_part(store, stage.encoder, part, tombstones, report)
+            coded.add_part(store, stage.encoder, part, set_aside, report)
         slot = task.inputs["slot"]
-        about = {"parts": numbers, "commits": [commit] * len(numbers), "fit": coded.fit}
+        about = {"parts": numbers, "fit": coded.fit}
         written = self._write(run, slot, *coded.all(), trained, about)
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
@@ -324,16 +322,16 @@ class _Coded:
         """Vectors of each part, and their mean squared distances to their centroids and, of residuals, to their codes.
         """
 
-    def add_part(self, store: Store, encoder: str, part: int, tombstones: Tombstones, report: Report) -> None:
-        """Code the searchable vectors of a part."""
+    def add_part(self, store: Store, encoder: str, part: int, set_aside: Tombstones, report: Report) -> None:
+        """Code the vectors of a part that are not erased, purged ones too: a purge can be undone."""
         import torch
 
-        searchable = searchable_rows(store, part, tombstones)
+        coded = searchable_rows(store, part, set_aside)
         vectors = read_part_vectors(store, encoder, part)
         block = _BLOCK_ROWS[self._device.split(":")[0]]
         errors = np.zeros(2)
-        for start in range(0, len(searchable), block):
-            rows = searchable[start : start + block]
+        for start in range(0, len(coded), block):
+            rows = coded[start : start + block]
             some = vectors[rows]
             check_finite(store, some, part, rows)
             numbers, codes, *off = self._trained.encode(torch.from_numpy(some).to(self._device).float())
@@ -344,8 +342,8 @@ class _Coded:
             self._n += len(rows)
             errors += off
             report(len(rows))
-        self.fit.append([len(searchable), *(errors / max(len(searchable), 1)).tolist()])
-        report(count_keys(store, part) - len(searchable))
+        self.fit.append([len(coded), *(errors / max(len(coded), 1)).tolist()])
+        report(count_keys(store, part) - len(coded))
 
     def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
         """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
@@ -361,10 +359,7 @@ def _imbalance(numbers: Ids, nlist: int) -> float:
 
 
 def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
-    """What the log keeps of several shards as one: the parts, ascending, and of each the commit and the fit."""
-    fits = {part: fit for entry in entries for part, fit in zip(parts_of(entry), fit_of(entry), strict=True)}
-    commits = {part: commit for e in entries for part, commit in zip(parts_of(e), commits_of(e), strict=True)}
+    """What the log keeps of several shards as one: the parts, ascending, and the fit of each."""
+    fits = {part: fit for entry in entries for part, fit in zip(parts_in_shard(entry), fit_of(entry), strict=True)}
     numbers = sorted(fits)
-    return {
-        "parts": numbers, "commits": [commits[part] for part in numbers], "fit": [fits[part] for part in numbers],
-    }  # fmt: skip
+    return {"parts": numbers, "fit": [fits[part] for part in numbers]}

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.index.generations import shards, trained_entry
-from retrotool.index.index_files import fit_of, parts_of
+from retrotool.index.index_files import fit_of, parts_in_shard
 from retrotool.store.atomic import FileEntry
 from retrotool.store.state import State
 
@@ -45,7 +45,7 @@ class Drift:
     due: str = ""
 
 
-def ranges(numbers: Sequence[int]) -> list[list[int]]:
+def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:
     """Ascending numbers as [first, last] of what is consecutive: a few for the log."""
     found: list[list[int]] = []
     for number in numbers:
@@ -69,7 +69,7 @@ def drift(state: State, name: str, generation: int | None = None) -> Drift:
     if entry is None:
         return Drift(0, vectors)
     about, seen = entry.about or {}, trained_on(entry)
-    fits = [(part in seen, *fit) for one in entries for part, fit in zip(parts_of(one), fit_of(one), strict=True)]
+    fits = [(part in seen, *fit) for one in entries for part, fit in zip(parts_in_shard(one), fit_of(one), strict=True)]
     table = np.array(fits, np.float64).reshape(-1, 4)
     old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]
     error, code_error = (

@@ -8,7 +8,6 @@ a CPU.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import product_quantizer
-from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, Choice
+from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
@@ -33,11 +32,6 @@ _SEED = 0
 _KMEANS_SHARE = 0.8
 _MEASURED = 1 << 12
 _LEAST_CODE_SAMPLE = 16 * 256
-_PROBE = 2048
-_THIN = 8
-"""How much slower the thin products of codes are than square ones."""
-_BESIDES = 1.4
-"""What comes to products, relatively: reading, the nearest of each row, sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +56,7 @@ class Training:
         }  # fmt: skip
 
 
-def sample_size(n: int, choice: Choice, memory: int | None) -> int:
+def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
     """Vectors to train on."""
     most = max(SAMPLES_A_LIST * choice.nlist, product_quantizer.SAMPLE)
     if memory is not None:
@@ -70,32 +64,18 @@ def sample_size(n: int, choice: Choice, memory: int | None) -> int:
     return min(n, most)
 
 
-def _code_sample(choice: Choice, memory: int | None) -> int:
+def _code_sample(choice: IndexChoice, memory: int | None) -> int:
     """Vectors to learn codes from; as float32, and three times over, they take a quarter of the memory."""
     if memory is None:
         return product_quantizer.SAMPLE
     return min(product_quantizer.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
 
 
-def build_seconds(choice: Choice, n: int, sample: int, device: str = "cpu") -> float:
-    """About how long training and coding n vectors take, by the rate of a matrix product that is timed for it."""
-    import torch
-
-    one = torch.ones(_PROBE, _PROBE, device=device)
-    one @ one
-    start = time.perf_counter()
-    float((one @ one)[0, 0])
-    rate = 2 * _PROBE**3 / (time.perf_counter() - start)
-    lists = 2 * choice.nlist * choice.coded * (sample * ITERATIONS + n)
-    codes = 2 * 256 * choice.coded * n if choice.pieces else 0
-    return (lists + _THIN * codes) / rate * _BESIDES
-
-
 def train(
     store: Store,
     encoder: str,
     rows: SearchableRows,
-    choice: Choice,
+    choice: IndexChoice,
     *,
     memory: int | None = None,
     device: str = "cpu",
@@ -144,11 +124,11 @@ def train(
     return found
 
 
-def _whole(choice: Choice) -> Whole:
+def _whole(choice: IndexChoice) -> Whole:
     return Whole(choice.coded, choice.code)
 
 
-def _codec(choice: Choice, residuals: torch.Tensor) -> Codec:
+def _codec(choice: IndexChoice, residuals: torch.Tensor) -> Codec:
     if choice.pieces:
         return Product(product_quantizer.train_product(residuals, choice.pieces, seed=_SEED).cpu().numpy())
     return Scalar.train(residuals) if choice.code == "sq8" else _whole(choice)

@@ -57,8 +57,7 @@ def _text(info: Info) -> str:
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"
         kind = index.get("kind", "unfinished")
-        lacking = f"; lacks {output.count(index['lacking'], 'chunk')} taken back" if "lacking" in index else ""
-        lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}{lacking}")
+        lines.append(f"  index       {name}: {output.count(index['vectors'], 'vector')}, {kind}, {recall}")
     lines += [f"  neighbours  {name}: {_neighbours(info, name)}" for name in info.neighbours]
     for one in info.dependents:
         lines.append(f"  used by     {one.path}, neighbours {one.table}, since {one.since[:10]}")
@@ -75,7 +74,6 @@ def _text(info: Info) -> str:
 
 
 def _after(purge: dict[str, Any]) -> str:
-    """What became of a purge."""
     if "restored" in purge:
         return f" and taken back ({purge['restored_reason']})"
     return " and erased" if purge["erased"] else ""

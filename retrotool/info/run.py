@@ -221,12 +221,6 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
     return named(filters, store, databases, _LOOKED_AT)
 
 
-def _count_lacking(store: Store, name: str) -> int:
-    from retrotool.index.index_files import count_lacking
-
-    return count_lacking(store, name)
-
-
 def _index(store: Store, name: str) -> dict[str, Any]:
     record = dict(store.state.records.get(f"index:{name}", {}))
     record.pop("curve", None)
@@ -234,11 +228,9 @@ def _index(store: Store, name: str) -> dict[str, Any]:
     entries = list(shards(store.state, name).values())
     # The record keeps what was measured; an erase has taken vectors away since.
     vectors = sum(entry.rows for entry in entries)
-    lacking = {"lacking": n} if _has_undone(store) and (n := _count_lacking(store, name)) else {}
     return {
         **record,
         "vectors": vectors,
-        **lacking,
         "trained": trained.path if trained else None,
         "shards": [e.path for e in entries],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,13 +74,11 @@ def command(
         if log:
             _check_log(store, head, as_json)
             return
-        from tqdm import tqdm
-
+        from retrotool.engine.progress import counting
         from retrotool.info import verify_run
 
-        total = verify_run.bytes_to_verify(store)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, delay=2, file=sys.stderr) as bar:
-            found = verify_run.verify(store, bar.update)
+        with counting("verify", "B", verify_run.bytes_to_verify(store)) as report:
+            found = verify_run.verify(store, report)
         output.show(_shown(found), as_json, _text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)

@@ -60,6 +60,6 @@ def _read_lists(store: Store, entry: FileEntry) -> Iterator[tuple[Any, Callable[
     trained = None
     with contextlib.suppress(CorruptError):
         trained = read_trained(store, name.name, generation_in(name.slot))[1]
-    shard = lists.read(store.path(entry), trained)
+    shard = lists.read_lists(store.path(entry), trained)
     for number in shard.numbers:
         yield shard.ids(number), functools.partial(shard.may_stand_for, number)

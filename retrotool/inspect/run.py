@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from retrotool import interrupts
 from retrotool.cli import pages
 from retrotool.cli.command_lines import table_command
 from retrotool.cli.result_file import check_file
 from retrotool.embed.search_scope import SearchableRows
+from retrotool.engine.progress import counting
 from retrotool.errors import ErasedError, UsageError
 from retrotool.index.generations import index_key
 from retrotool.inspect.inspected_rows import MARKED_FROM, InspectedChunk, Inspector
@@ -163,14 +161,13 @@ class _Blocks:
         self.kept: list[InspectedChunk] = []
 
     def __iter__(self) -> Iterator[list[InspectedChunk]]:
-        with tqdm(total=len(self._ids), unit="chunk", desc="inspect", disable=None, delay=2, file=sys.stderr) as bar:
+        with counting("inspect", "chunk", len(self._ids)) as report:
             for block in self._inspector.blocks(self._ids):
-                interrupts.check()
                 self.result = self.result.adding(block)
                 if self._keep:
                     self.kept += block
                 yield block
-                bar.update(len(block))
+                report(len(block))
 
 
 def _tables(reader: NeighbourReader, inspector: Inspector) -> Iterator[TableRead]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from retrotool import interrupts
 from retrotool.cli.result_file import check_file, written
 from retrotool.embed.search_scope import count_living_keys, embedded_parts, is_same_directory
+from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.index.searching import Database
 from retrotool.leakage.measure import NEIGHBOURS, Leaks, find_leaks
@@ -88,16 +86,8 @@ def leakage(
     total = sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, database.encoder))
     within = is_same_directory(store, database.store)
     found: list[Leaks] = []
-    with (
-        _writing(output, database, store) as write,
-        tqdm(total=total, unit="chunk", desc="leakage", disable=None, delay=2, file=sys.stderr) as bar,
-    ):
-
-        def count(n: int) -> None:
-            interrupts.check()
-            bar.update(n)
-
-        for leaks in find_leaks(store, database, within=within, k=neighbours, report=count):
+    with _writing(output, database, store) as write, counting("leakage", "chunk", total) as report:
+        for leaks in find_leaks(store, database, within=within, k=neighbours, report=report):
             write(leaks)
             found.append(leaks)
     return _result(found, store, database, neighbours, output)

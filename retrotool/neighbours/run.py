@@ -13,13 +13,14 @@ from typing import Any
 
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
-from retrotool.embed.counting import SAVED, K, command_line, commands_to_index, count_keys_of, embed_command
-from retrotool.embed.search_scope import count_left, count_living_keys, embedded_parts, pick_encoder
+from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
+from retrotool.embed.search_scope import count_keys_of, count_left, count_living_keys, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.engine.task import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
 from retrotool.index.generations import index_key
+from retrotool.index.index_result import commands_to_index
 from retrotool.index.searching import pick_index
 from retrotool.neighbours import weighted
 from retrotool.neighbours.dependents import register_dependent
@@ -27,7 +28,6 @@ from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
 from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.neighbours.weighted import WeightedTable
-from retrotool.store import claims
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
@@ -124,8 +124,7 @@ def neighbours(
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
     if saved > 1000:
         raise UsageError(f"--saved {saved} is more than 1000")
-    if search.shard is not None and not 0 <= search.shard[0] < search.shard[1]:
-        raise UsageError(f"--shard {search.shard[0]}/{search.shard[1]}: of n jobs this is one from 0 to n - 1")
+    engine.check_shard(search.shard)
     check_name(name, "--name")
     devices = tuple(find_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
@@ -196,13 +195,10 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
     aware = _register(store, stage, record)
     engine.execute(stage, store, run, workers=len(stage.devices))
     _check_claim(store, stage, record)
-    store.refresh()
-    held = claims.held(store.root, run.id)
-    elsewhere = sum(task.key in held for task in stage.plan(store))
+    elsewhere = engine.count_elsewhere(stage, store, run)
     database = stage.open_database(store)
     rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
-    lacking = database.lacking()
-    not_indexed = count_left(database.store, database.held(), database.tombstones) + lacking
+    not_indexed = count_left(database.store, database.held(), database.tombstones)
     commands = []
     if not_indexed:
         index = None if stage.index == NO_INDEX else stage.index

@@ -102,7 +102,7 @@ class NeighboursStage:
         known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
         version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
-        held, incomplete, checked = database.held(), database.incomplete(), set[tuple[Any, Any]]()
+        held, checked = database.held(), set[tuple[Any, Any]]()
         tasks = []
         for part in embedded_parts(store, database.encoder):
             old, mode, new = store.state.part_file("neighbours", part, self.table), WHOLE, held
@@ -113,7 +113,7 @@ class NeighboursStage:
             settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
             weight = count_keys(store, part)
             if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
-                mode, new = _lacks(old, database.store.state, held, incomplete)
+                mode, new = _lacks(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
                     found = gaps.find(part, old)
@@ -210,18 +210,17 @@ def probed_by(database: AnyDatabase) -> int:
     return min(database.point.nprobe, database.trained.nlist)
 
 
-def _lacks(entry: FileEntry, database: State, held: list[int], incomplete: set[int]) -> tuple[str, list[int]]:
+def _lacks(entry: FileEntry, database: State, held: list[int]) -> tuple[str, list[int]]:
     """What is to be searched for a table that is of the same index, and in which parts.
 
-    Parts that the index itself has not whole, ``incomplete``, are left for when it has: a table does not say that it
-    was sought there. Where neighbours are judged by their tokens, also by those of what follows them, one that was
+    Where neighbours are judged by their tokens, also by those of what follows them, one that was
     judged while that was purged must not stay.
     """
     before, now = set(parts_in(entry)), set(held)
     missed = missed_parts(database, _commit(entry)[0])
     if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
         return WHOLE, held
-    new = sorted((now - before | missed & now) - incomplete)
+    new = sorted(now - before | missed & now)
     return (WHOLE if set(new) == now else MORE if new else FEW), new
 
 

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from retrotool import interrupts
 from retrotool.embed.search_scope import (
     erased_chunks,
-    erased_purges,
     is_same_directory,
     purges,
+    purges_erased,
     searchable_rows,
 )
 from retrotool.neighbours.filters import AnyDatabase
@@ -131,7 +131,7 @@ def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
 
 def erased_of(store: Store, database: AnyDatabase) -> str:
     """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
-    if is_same_directory(store, database.store) or not (erased := erased_purges(database.store)):
+    if is_same_directory(store, database.store) or not (erased := purges_erased(database.store)):
         return ""
     return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
 

@@ -28,7 +28,7 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.task import Report, Task
 from retrotool.index.exact import merged
-from retrotool.index.staleness import ranges
+from retrotool.index.staleness import consecutive_ranges
 from retrotool.memory import give_back
 from retrotool.neighbours.filters import AnyDatabase, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
@@ -103,7 +103,7 @@ class NeighboursWorker:
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": purges(database.store),
-            "searched": ranges(sorted(set(database.held()) - database.incomplete())),
+            "searched": consecutive_ranges(database.held()),
             "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
         if task.inputs["mode"] != WHOLE:

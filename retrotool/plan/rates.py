@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retrotool.encoder.identity import read_config
+from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 
 WIDE = 768

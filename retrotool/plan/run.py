@@ -37,7 +37,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from retrotool import memory
-from retrotool.ann.choice import ITERATIONS, Choice, Wanted, choose
+from retrotool.ann.choice import ITERATIONS, IndexChoice, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk.run import CHUNK_LENGTH, PART_SIZE, check_chunk_length
 from retrotool.cli.command_lines import SAVED
@@ -191,7 +191,7 @@ def _plan(request: PlanRequest) -> Plan:
     _check(request)
     documents = -(-request.tokens // request.tokens_per_document)
     n = count_chunks(request.tokens, documents, request.chunk_length)
-    choice = choose(n, request.encoder.hidden, Wanted(target=request.target_recall))
+    choice = choose_index(n, request.encoder.hidden, IndexWishes(target=request.target_recall))
     files = _files(request, documents, n, choice)
     work = _Work(request, n, choice, {one.kind: one.bytes for one in files})
     stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.neighbours())
@@ -243,7 +243,7 @@ def _check(request: PlanRequest) -> None:
         raise UsageError(f"--target-recall {request.target_recall} is not above 0 and at most 1")
 
 
-def _files(request: PlanRequest, documents: int, n: int, choice: Choice) -> tuple[Files, ...]:
+def _files(request: PlanRequest, documents: int, n: int, choice: IndexChoice) -> tuple[Files, ...]:
     vector, saved = 2 * choice.d, NEIGHBOUR_BYTES * request.saved
     tokens = TOKEN_HUNDREDTHS * request.tokens // 100
     return (
@@ -255,19 +255,19 @@ def _files(request: PlanRequest, documents: int, n: int, choice: Choice) -> tupl
     )
 
 
-def _shards(n: int, choice: Choice) -> int:
+def _shards(n: int, choice: IndexChoice) -> int:
     return -(-n // default_shard_rows(choice, None))
 
 
-def _index_bytes(n: int, choice: Choice) -> int:
+def _index_bytes(n: int, choice: IndexChoice) -> int:
     return n * choice.bytes_per_vector + choice.trained_bytes + LIST_BYTES * choice.nlist * _shards(n, choice)
 
 
-def _sample(n: int, choice: Choice) -> int:
+def _sample(n: int, choice: IndexChoice) -> int:
     return sample_size(n, choice, None) if choice.nlist else 0
 
 
-def _index(request: PlanRequest, n: int, choice: Choice) -> IndexPlan:
+def _index(request: PlanRequest, n: int, choice: IndexChoice) -> IndexPlan:
     memory = _index_bytes(n, choice)
     return IndexPlan(
         factory=choice.factory,
@@ -287,7 +287,7 @@ def _index(request: PlanRequest, n: int, choice: Choice) -> IndexPlan:
 class _Work:
     """The stages of a plan. ``rates.used`` are the rates that were asked for, in the order of the stages."""
 
-    def __init__(self, request: PlanRequest, n: int, choice: Choice, files: dict[str, int]) -> None:
+    def __init__(self, request: PlanRequest, n: int, choice: IndexChoice, files: dict[str, int]) -> None:
         self._request, self._machines = request, request.machines
         self._n, self._choice, self._files = n, choice, files
         self._device = "GPU" if request.machines.gpus else "core"
@@ -365,7 +365,7 @@ class _Work:
         return min(1.0, -(-_parts(self._n) // workers) * PART_SIZE / self._n)
 
 
-def _assumptions(request: PlanRequest, choice: Choice) -> tuple[str, ...]:
+def _assumptions(request: PlanRequest, choice: IndexChoice) -> tuple[str, ...]:
     found = [
         f"{request.tokens_per_document:,} tokens a document, the last chunk of each half full",
         f"{TEXT_BYTES} bytes of text a token",

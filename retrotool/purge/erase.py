@@ -40,7 +40,7 @@ from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError
 from retrotool.index.generations import all_shards
-from retrotool.index.index_files import check_sum, parts_of, write_index
+from retrotool.index.index_files import check_sum, parts_in_shard, write_index
 from retrotool.store import parts, staging, tables, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
@@ -133,7 +133,7 @@ def _other_files(store: Store, victims: Tombstones) -> Iterator[tuple[FileEntry,
         return
     for name in state.names("index"):
         for entry in all_shards(state, name).values():
-            if not wanted.isdisjoint(parts_of(entry)):
+            if not wanted.isdisjoint(parts_in_shard(entry)):
                 yield entry, functools.partial(_shard_holds, store, entry, victims)
     for name in state.names("neighbours"):
         for entry in state.group("neighbours", name).entries():
@@ -162,7 +162,7 @@ def _part_holds(store: Store, part: int, rows: Rows) -> bool:
 
 
 def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    shard = lists.read(store.path(entry))
+    shard = lists.read_lists(store.path(entry))
     return any(victims.contains(shard.ids(number)).any() for number in shard.numbers)
 
 
@@ -254,7 +254,7 @@ class EraseWorker:
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
         check_sum(self._store, name.name, entry)
-        index = lists.without(lists.read(self._store.path(entry)), self._victims.contains)
+        index = lists.without(lists.read_lists(self._store.path(entry)), self._victims.contains)
         return write_index(self._store.root, index, name, entry.about)
 
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from retrotool import engine, memory
-from retrotool.embed.search_scope import erased_purges
+from retrotool.embed.search_scope import purges_erased
 from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.index.index_files import measured_files
@@ -104,7 +104,7 @@ def erase(
         return EraseResult(
             wanted, unerased, planned.unerased_share, erased, copied, rewritten, state.number,
             (ELSEWHERE,) if erased and state.names("index") else (),
-            tuple(dependents(store)) if erased_purges(store) else (),
+            tuple(dependents(store)) if purges_erased(store) else (),
         )  # fmt: skip
 
     return until_not_overtaken(store, attempt)

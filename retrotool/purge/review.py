@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.index.generations import all_shards
-from retrotool.index.index_files import parts_of
+from retrotool.index.index_files import parts_in_shard
 from retrotool.purge.erase import part_files
 from retrotool.purge.purged_chunks import Ids
 from retrotool.purge.select import Selection
@@ -149,7 +149,7 @@ def _touched(store: Store, selection: Selection) -> Touched:
         entry
         for name in state.names("index")
         for entry in all_shards(state, name).values()
-        if not wanted.isdisjoint(parts_of(entry))
+        if not wanted.isdisjoint(parts_in_shard(entry))
     ]
     groups = [state.group("neighbours", name) for name in state.names("neighbours")]
     tables = [entry for group in groups for entry in group.entries()]

@@ -10,17 +10,16 @@ of a job that dies.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from retrotool import engine
 from retrotool.cli.result_file import check_file, written
-from retrotool.embed.search_scope import erased_purges
+from retrotool.embed.search_scope import purges_erased
+from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.commit import commit_purge
@@ -35,7 +34,6 @@ from retrotool.purge.review import Review, review
 from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import ScanStage
-from retrotool.store import claims
 from retrotool.store.session import writing
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -112,8 +110,8 @@ def purge(
             with writing(store) as run:
                 engine.execute(request.scan, store, run)
         total = len(request.lookups) * len(store.state.parts())
-        with tqdm(total=total, unit="part", desc="select", disable=None, delay=2, file=sys.stderr) as bar:
-            selection = select(store, request, erase=erase, report=bar.update)
+        with counting("select", "part", total) as report:
+            selection = select(store, request, erase=erase, report=report)
         planned = _planned(store, selection, dry_run)
         if dry_run:
             if out is not None:
@@ -186,7 +184,7 @@ def _carry_out(
         planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
         commit=state.number,
         not_reached=(ELSEWHERE,) if erased and state.names("index") else (),
-        dependents=tuple(dependents(store)) if erase and erased_purges(store) else (),
+        dependents=tuple(dependents(store)) if erase and purges_erased(store) else (),
     )  # fmt: skip
 
 
@@ -213,8 +211,7 @@ class ScanResult:
 
 def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:
     """Scan the parts of job ``shard`` (i, n), i from 0, and then those that no other job has begun."""
-    if not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"--shard {shard[0]}/{shard[1]}: of n jobs this is one from 0 to n - 1")
+    engine.check_shard(shard)
     store = Store.open(root)
     scanned = selectors.read(store).scanned
     if not scanned:
@@ -232,7 +229,5 @@ def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> Scan
 
     with writing(store) as run:
         engine.execute(stage, store, run, enough=count)
-        store.refresh()
-        held = claims.held(store.root, run.id)
-        elsewhere = sum(task.key in held for task in stage.plan(store))
+        elsewhere = engine.count_elsewhere(stage, store, run)
     return ScanResult(parts, len(store.state.parts()), elsewhere, stage.is_done(store), store.state.number)

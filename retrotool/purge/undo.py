@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from retrotool.embed.search_scope import find_documents, is_same_directory, searchable_rows
 from retrotool.errors import ConflictError, LostRunError, UsageError
-from retrotool.index.staleness import ranges
+from retrotool.index.staleness import consecutive_ranges
 from retrotool.neighbours.stage import database_of, parts_in
 from retrotool.purge.purged_chunks import Ids, documents_ended, in_store
 from retrotool.store import disk, parts, paths, schemas, tables
@@ -161,7 +161,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         own = np.unique(found.chunks >> PART_SHIFT).tolist()
         after = {
             **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
-            "parts": ranges(own), "repeats": found.repeats,
+            "parts": consecutive_ranges(own), "repeats": found.repeats,
         }  # fmt: skip
         return Draft(
             "restore", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),

@@ -1,7 +1,7 @@
 """``purge --restore``: take a purge back, and say what was made while its chunks were purged.
 
-Indexes and tables that lack the chunks are not brought up to date here: that takes what they
-took. The result names each with the command that does it. An index goes first: neighbours are found in it.
+Tables that lack the chunks are not brought up to date here: that takes what they took. The result names each with the
+command that does it. An index has the chunks all the time, until they are erased.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from retrotool.embed.counting import command_line, neighbours_command
+from retrotool.cli.command_lines import neighbours_command
 from retrotool.errors import RetrotoolError
-from retrotool.index.index_files import count_lacking
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.stage import members_of
 from retrotool.neighbours.weighted import mixtures_with
@@ -20,15 +19,6 @@ from retrotool.purge.erase_run import until_not_overtaken
 from retrotool.purge.select import signed
 from retrotool.store.session import writing
 from retrotool.store.store import Store
-
-
-@dataclass(frozen=True, slots=True)
-class IndexLacks:
-    """An index that lacks some of the living ``chunks``, and what completes it."""
-
-    name: str
-    chunks: int
-    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +40,8 @@ class RestoreResult:
     """What ``restore`` did: the chunks that are living again, whole ``documents`` and ``tokens`` among them.
 
     ``still_purged`` chunks of the purge are not, as the purges ``named_by`` name them, or they repeat others.
-    ``repeats`` are documents whose id another living document has, since it was let in meanwhile. ``indexes`` and
-    ``tables`` lack what is living again until their commands are run, in this order.
+    ``repeats`` are documents whose id another living document has, since it was let in meanwhile. ``tables`` lack
+    what is living again until their commands are run.
     """
 
     purge: str
@@ -62,7 +52,6 @@ class RestoreResult:
     commit: int
     named_by: tuple[str, ...] = ()
     repeats: int = 0
-    indexes: tuple[IndexLacks, ...] = field(default=())
     tables: tuple[TablesLack, ...] = field(default=())
 
 
@@ -85,13 +74,7 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
 
         done = until_not_overtaken(store, attempt)
     store.refresh()
-    return replace(done, indexes=tuple(lacking_indexes(store, root)), tables=tuple(lacking_tables(store, root)))
-
-
-def lacking_indexes(store: Store, root: str | Path) -> list[IndexLacks]:
-    """The indexes of a store that lack chunks which were taken back."""
-    counts = {name: count_lacking(store, name) for name in store.state.names("index")}
-    return [IndexLacks(name, n, command_line("index", root, name=name)) for name, n in counts.items() if n]
+    return replace(done, tables=tuple(lacking_tables(store, root)))
 
 
 def lacking_tables(store: Store, root: str | Path) -> list[TablesLack]:

@@ -28,10 +28,6 @@ def _text(result: RestoreResult) -> str:
         lines.append(
             f"There twice now: {output.count(result.repeats, 'document')}, as another with its id has come since."
         )
-    lines += [
-        f"Index {one.name!r} lacks {output.count(one.chunks, 'chunk')} taken back. Add: {one.command}"
-        for one in result.indexes
-    ]
     return "\n".join([*lines, *map(_tables, result.tables)])
 
 

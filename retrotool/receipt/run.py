@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,11 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from tqdm import tqdm
 
-from retrotool import interrupts
 from retrotool.cli import output, pages, result_file
-from retrotool.engine.task import Report
+from retrotool.engine.progress import counting
 from retrotool.errors import StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase_run import until_not_overtaken
@@ -166,14 +163,14 @@ def _check(store: Store, purge: str) -> Receipt:
     record = store.state.records[f"purge:{purge}"]
     chunks = read_tombstones(store, purge).ids
     there = in_store(store, chunks)
-    with _progress("log", 1, "log") as report:
+    with counting("log", "log", 1) as report:
         history, log = _read_log(store, purge)
         report(1)
-    with _progress("files", total_bytes(store), "B") as report:
+    with counting("files", "B", total_bytes(store)) as report:
         erasure = check_files(Purged(store, Tombstones(there), history), report)
     ways = read_paths(store, chunks)
     taken = []
-    with _progress("read paths", len(ways), "path") as report:
+    with counting("read paths", "path", len(ways)) as report:
         for take in ways:
             taken.append(take())
             report(1)
@@ -246,16 +243,3 @@ def _commit_receipt(store: Store, receipt: Receipt, sha256: str) -> int | None:
     with contextlib.suppress(StorageError, PermissionError), writing(store) as run:
         return store.commit(run, build).number
     return None
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int, unit: str) -> Iterator[Report]:
-    with tqdm(
-        total=total, unit=unit, unit_scale=unit == "B", desc=title, disable=None, delay=2, file=sys.stderr
-    ) as bar:
-
-        def advance(n: int) -> None:
-            interrupts.check()
-            bar.update(n)
-
-        yield advance

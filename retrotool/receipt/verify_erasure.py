@@ -194,7 +194,7 @@ def _check_index(purged: Purged, entry: FileEntry) -> Flags:
         return np.array([not purged.history.is_after(entry.path)])
     if not slot.startswith("shard-"):
         return _NOTHING
-    shard = lists.read(purged.store.path(entry))
+    shard = lists.read_lists(purged.store.path(entry))
     if not shard.is_whole():
         raise CorruptError(f"{entry.path} holds other numbers of ids and of codes than it says")
     return np.concatenate([_NOTHING, *(purged.chunks.contains(shard.ids(number)) for number in shard.numbers)])

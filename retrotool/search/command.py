@@ -50,13 +50,12 @@ class Results:
     """What a search gives.
 
     ``missing`` is what could not be searched, None: nothing. ``not_indexed`` chunks are in no shard yet; ``next`` are
-    the commands that change that. ``lacking`` were purged when their shard was written, and taken back since.
+    the commands that change that.
     """
 
     results: list[Found]
     missing: Missing | None = None
     not_indexed: int = 0
-    lacking: int = 0
     next: tuple[str, ...] = ()
 
 
@@ -86,8 +85,8 @@ def command(
     """Show the chunks nearest to a text, with their continuations."""
     with output.errors(as_json):
         _leave_pandas_out()
-        from retrotool.embed.counting import commands_to_index
         from retrotool.embed.search_scope import count_left
+        from retrotool.index.index_result import commands_to_index
         from retrotool.reader import open_store
 
         if not text.strip():
@@ -101,7 +100,7 @@ def command(
                     text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
                 )
                 database = reader.database(index, allow_missing=allow_missing_shards)
-                missing, lacking = _missing(database), database.lacking()
+                missing = _missing(database)
                 left = count_left(database.store, database.held(), database.tombstones)
                 then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
                 break
@@ -112,16 +111,11 @@ def command(
             Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
             for n in found
         ]
-        output.show(Results(results, missing, left, lacking, tuple(then)), as_json, _text)
+        output.show(Results(results, missing, left, tuple(then)), as_json, _text)
         if left:
             are = "is" if left == 1 else "are"
             output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:")
             output.note("\n".join(f"  {command}" for command in then))
-        if lacking:
-            complete = shlex.join(["retrotool", "index", str(store), "--name", database.name])
-            output.note(
-                f"Not searched: {output.count(lacking, 'chunk')} taken back since the index was made. Add: {complete}"
-            )
         if missing is not None:
             mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", database.name])
             output.note(

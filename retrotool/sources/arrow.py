@@ -123,7 +123,7 @@ def _is_ended(source: pa.NativeFile, start: int) -> bool:
 
 
 def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:
-    ways = [rows.steps(schema, name) for name in rows.wanted(fields)]
+    ways = [rows.steps(schema, name) for name in fields.wanted]
     needed = sorted({int(way[0]) for way in ways if way})
     # An empty choice would mean all columns; names stay whole for what is said of a missing one.
     if rows.missing(schema, fields):

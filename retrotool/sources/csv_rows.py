@@ -24,7 +24,7 @@ from typing import NamedTuple
 from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.files import InputFile, Slice
-from retrotool.sources.lines import BOM, HEAD_BYTES
+from retrotool.sources.lines import HEAD_BYTES, cut_lines
 from retrotool.sources.records import Document, Fields, Rejected, column_names, document_of, excerpt, no_column
 from retrotool.sources.streams import BrokenStream
 
@@ -61,8 +61,8 @@ def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[D
     if header.problem:
         raise InputError(f"header row: {header.problem}", header.line, excerpt(header.head))
     problem = _missing(names, fields)
-    used = _used_columns(names, fields)
-    required = {fields.text, fields.key, fields.value, fields.tokens}
+    required, wanted = fields.required, fields.wanted
+    used = [(name, place) for place, name in enumerate(names) if name in wanted]
     row = None
     for row in rows:
         reason = row.problem
@@ -81,18 +81,12 @@ def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[D
 
 def _missing(names: Sequence[str], fields: Fields) -> str:
     """Return what is wrong with the header, for every row; "" if nothing."""
-    text = (fields.key, fields.value) if fields.key is not None else (fields.tokens or fields.text,)
-    for name in text:
+    for name in fields.required:
         if name not in names:
             return no_column(name, len(names))
     counts = Counter(names)
-    twice = next((name for name in (*text, fields.id, "source", *fields.keep) if counts[str(name)] > 1), None)
-    return f"column {twice!r} is there {counts[str(twice)]} times" if twice is not None else ""
-
-
-def _used_columns(names: Sequence[str], fields: Fields) -> list[tuple[str, int]]:
-    wanted = {fields.text, fields.key, fields.value, fields.tokens, fields.id, "source", *fields.keep}
-    return [(name, place) for place, name in enumerate(names) if name in wanted]
+    twice = next((name for name in fields.wanted if counts[name] > 1), None)
+    return f"column {twice!r} is there {counts[twice]} times" if twice is not None else ""
 
 
 def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Record]:
@@ -131,7 +125,7 @@ class _Lines:
     """
 
     def __init__(self, stream: Iterator[bytes], limit: int) -> None:
-        self._stream, self._limit = stream, limit
+        self._lines, self._limit = cut_lines(stream, 0, None, limit), limit
         self._begins = True
         self._next, self._place = 1, 0
         self.line, self.offset = 1, 0
@@ -145,40 +139,16 @@ class _Lines:
 
     def texts(self) -> Iterator[str]:
         """Return each line with its end."""
-        for line in self._lines():
+        for line in self._lines:
             if self._begins:
-                self._begins, self.head = False, line[:HEAD_BYTES]
+                self._begins, self.head = False, (line.data or line.head)[:HEAD_BYTES]
+            place = line.offset - self.offset
+            if line.data is None or place + len(line.data) > self._limit:
+                raise _TooLong(f"a record of more than {self._limit:,} bytes, or a quote that is never closed")
+            self._next, self._place = line.number + 1, line.offset + (line.size or len(line.data)) + 1
             try:
-                text = line.decode()
+                text = line.data.decode()
             except UnicodeDecodeError as error:
-                place = self._place - self.offset + error.start
-                self.problem = self.problem or f"invalid UTF-8 at byte {place:,} of the record"
-                text = line.decode("utf-8", "replace")
-            self._next += 1
-            self._place += len(line) + 1
-            if self._place - self.offset > self._limit + 1:
-                raise self._too_long()
+                self.problem = self.problem or f"invalid UTF-8 at byte {place + error.start:,} of the record"
+                text = line.data.decode("utf-8", "replace")
             yield text + "\n"
-
-    def _lines(self) -> Iterator[bytes]:
-        held: list[bytes] = []
-        size = 0
-        for block in self._stream:
-            *lines, rest = block.split(b"\n")
-            if lines:
-                lines[0] = b"".join([*held, lines[0]])
-                if self._place == 0 and lines[0].startswith(BOM):
-                    lines[0], self._place, self.offset = lines[0].removeprefix(BOM), len(BOM), len(BOM)
-                yield from lines
-                held, size = [], 0
-            held.append(rest)
-            size += len(rest)
-            if self._place + size - self.offset > self._limit:
-                self.head = self.head or b"".join(held)[:HEAD_BYTES]
-                raise self._too_long()
-        if size:
-            last = b"".join(held)
-            yield last.removeprefix(BOM) if self._place == 0 else last
-
-    def _too_long(self) -> _TooLong:
-        return _TooLong(f"a record of more than {self._limit:,} bytes, or a quote that is never closed")

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from retrotool.errors import InputError
-from retrotool.sources import frames, streams
+from retrotool.sources import streams
 from retrotool.sources.files import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Maker, Rejected, content_id, excerpt, maker
 from retrotool.sources.streams import BrokenStream
@@ -137,12 +137,29 @@ def cut_byte_ranges(file: InputFile, fields: Fields, target: int) -> list[Slice]
     """Slices of about ``target`` bytes of text: byte ranges of a plain file, frames of a zstd archive."""
     del fields
     if file.compression == "zst":
-        return frames.cut_frames(file, target)
+        return _cut_frames(file, target)
     if file.compression or file.size <= target:
         return [WHOLE]
     ranges = -(-file.size // target)
     cuts = [file.size * i // ranges for i in range(ranges + 1)]
     return [Slice(start, end, start, end) for start, end in itertools.pairwise(cuts)]
+
+
+def _cut_frames(file: InputFile, target: int) -> list[Slice]:
+    """Return slices of whole frames with about ``target`` bytes of text each; the whole file if it can't be cut."""
+    found = streams.frames_of(Path(file.path))
+    if not found or sum(frame.content for frame in found) <= target:
+        return [WHOLE]
+    slices = []
+    start = first = text = 0
+    for frame, after in zip(found, [*found[1:], None], strict=True):
+        text += frame.content
+        end = file.size if after is None else after.offset
+        # A slice ends where the next frame would take it further from the target than it is without.
+        if after is None or text - first + after.content / 2 >= target:
+            slices.append(Slice(start, end, first, text))
+            start, first = end, text
+    return slices if len(slices) > 1 else [WHOLE]
 
 
 class Held:
@@ -277,16 +294,14 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
     """
     if where.first == 0:
         return 0
-    separator = fields.separator.encode() if fields.separator and file.base == "txt" else b"\n"
+    if not fields.separator or file.base != "txt":
+        numbers = count_lines(file, [where.first])
+        if not numbers:
+            raise InputError("lines can't be counted: the file became shorter")
+        return numbers[0]
     try:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-            if separator != b"\n":
-                return sum(1 for _ in cut_lines(stream, 0, where.first, 0, separator))
-            count, left = 1, where.first
-            while left and (block := next(stream, b"")):
-                count += block.count(b"\n", 0, left)
-                left -= min(left, len(block))
-            return count
+            return sum(1 for _ in cut_lines(stream, 0, where.first, 0, fields.separator.encode()))
     except BrokenStream as error:
         raise _uncountable(error) from error
 

@@ -79,7 +79,7 @@ def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
     """Paths of the columns to read; of a struct only the fields that are asked for."""
     schema = table.schema_arrow
     found = []
-    for name in rows.wanted(fields):
+    for name in fields.wanted:
         way = rows.steps(schema, name)
         if way is not None:
             # A key of a map is no column of its own.

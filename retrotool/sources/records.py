@@ -42,6 +42,20 @@ class Fields:
     end_of_document: int | None = None
     max_document: int = MAX_DOCUMENT_BYTES
 
+    @property
+    def required(self) -> list[str]:
+        """Names of the fields that a row must have."""
+        if self.tokens is not None:
+            return [self.tokens]
+        if self.key is not None and self.value is not None:
+            return [self.key, self.value]
+        return [self.text]
+
+    @property
+    def wanted(self) -> list[str]:
+        """Names of the fields that are read, each once."""
+        return list(dict.fromkeys([*self.required, self.id, "source", *self.keep]))
+
     def reading(self, base: str) -> tuple[object, ...]:
         """The settings that decide which documents the rows of an input of format ``base`` are, without compression.
 

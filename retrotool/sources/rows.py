@@ -193,23 +193,9 @@ def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
     return places[:-1], places[1:]
 
 
-def needed(fields: Fields) -> list[str]:
-    """Names of the fields that must be there."""
-    if fields.tokens is not None:
-        return [fields.tokens]
-    if fields.key is not None and fields.value is not None:
-        return [fields.key, fields.value]
-    return [fields.text]
-
-
-def wanted(fields: Fields) -> list[str]:
-    """Names of the fields that are read, each once."""
-    return list(dict.fromkeys([*needed(fields), fields.id, "source", *fields.keep]))
-
-
 def missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
     """Why no row of a table can be a document, for a row without a number, or None."""
-    for name in needed(fields):
+    for name in fields.required:
         if steps(schema, name) is None:
             return Rejected(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
@@ -220,7 +206,7 @@ def documents_of_batch(
 ) -> Iterator[Document | Rejected]:
     """Documents of a batch; its first row has ``line`` in what is read, and ``position`` in the file, both from 1."""
     arrays = {}
-    for name in wanted(fields):
+    for name in fields.wanted:
         if (array := column(batch, name)) is not None:
             arrays[name] = plain(array)
     for start, end in row_windows(arrays, batch.num_rows):
@@ -249,7 +235,7 @@ def _window(
     reasons: dict[int, str] = {}
     columns: list[list[Any]] = []
     for name, array in arrays.items():
-        within = _limited(array, name, fields, reasons) if name in needed(fields) else array
+        within = _limited(array, name, fields, reasons) if name in fields.required else array
         columns.append((token_rows if name == fields.tokens else values)(within, reasons))
     make, names = maker(fields, source), tuple(arrays)
     for i, row in enumerate(zip(*columns, strict=True)):

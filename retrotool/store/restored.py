@@ -2,15 +2,16 @@
 
 The record of such a purge says between which commits its chunks were purged, and which parts have any. Whatever was
 made of the store says of which commit it is; so the log tells what lacks something, and no file is read for it. Which
-chunks they were stands in ``restored/``, for whoever has a view from before, and to count them.
+chunks they were is stored in ``restored/``, for readers that have a view from before. An index lacks nothing: it holds
+purged chunks until they are erased.
 
-Nothing here brings anything up to date: that is done by ``index``, ``neighbours`` and ``neighbours --materialise``.
+Nothing here brings anything up to date: that is done by ``neighbours`` and ``neighbours --materialise``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,6 @@ import numpy.typing as npt
 
 from retrotool.errors import ConflictError
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import PART_SHIFT
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import KEPT, Tombstones, may_name, read_tombstones
@@ -77,55 +76,10 @@ def _parts(record: Record) -> set[int]:
     return {part for first, last in record["parts"] for part in range(first, last + 1)}
 
 
-def lacking_parts(state: State, shard: FileEntry) -> set[int]:
-    """Parts of which a shard of an index has not all keys, since some were purged when it was written."""
-    commits = _commits(shard)
-    missed = {commit: missed_parts(state, commit) for commit in set(commits.values())}
-    return {part for part, commit in commits.items() if part in missed[commit]}
-
-
-def _commits(shard: FileEntry) -> dict[int, int | None]:
-    """For each part that a shard holds, the commit whose tombstones were left out; None: nobody knows which."""
-    about = shard.about or {}
-    numbers = [int(part) for part in about.get("parts", ())]
-    commits = about.get("commits", ())
-    return dict(zip(numbers, commits if len(commits) == len(numbers) else [None] * len(numbers), strict=True))
-
-
-def lacking_chunks(store: Store, shard: FileEntry, tombstones: Tombstones) -> npt.NDArray[np.int64]:
-    """Ids of the living keys that a shard lacks, ascending; reads what was taken back, and which chunks are keys.
-
-    Of a shard that does not say of which commit it is, those that it may lack.
-    """
-    if not (lacking := lacking_parts(store.state, shard)):
-        return np.zeros(0, np.int64)
-    commits = _commits(shard)
-    found = [np.zeros(0, np.int64)]
-    for purge, record in restored_purges(store.state).items():
-        ids = restored_chunks(store, purge)
-        for part in sorted(_parts(record) & lacking):
-            commit = commits[part]
-            if commit is None or record["commit"] <= commit < record["restored"]:
-                found.append(ids[ids >> PART_SHIFT == part])
-    ids = np.unique(np.concatenate(found))
-    ids = ids[~tombstones.contains(ids)]
-    return ids[_are_keys(store, ids, lacking)]
-
-
 def restored_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:
     """The chunks that a purge had, before it was taken back; ascending."""
     entry = store.state.file(KEPT, purge)
     return np.zeros(0, np.int64) if entry is None else parts.read_parquet(store, entry)["chunk"].to_numpy()
-
-
-def _are_keys(store: Store, ids: npt.NDArray[np.int64], numbers: Collection[int]) -> npt.NDArray[np.bool_]:
-    keys = np.ones(len(ids), np.bool_)
-    for part in numbers:
-        entry = parts.part_entry(store, "chunks", part)
-        mine = ids >> PART_SHIFT == part
-        if mine.any() and parts.n_keys(entry) < entry.rows:
-            keys[mine] = parts.read_key(store, part)[ids[mine] - (part << PART_SHIFT)]
-    return keys
 
 
 def tombstones_naming(store: Store, victims: Tombstones) -> list[str]:

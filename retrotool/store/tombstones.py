@@ -108,6 +108,14 @@ def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
 
 
+def read_set_aside(store: Store) -> Tombstones:
+    """The chunks that ``chunk`` left out as repeats of others: those of tombstones that are no purge's."""
+    purges = store.state.with_prefix("purge:")
+    slots = [slot for slot in store.state.group("tombstones") if slot.partition(".")[0] not in purges]
+    found = [np.zeros(0, np.int64), *(read_tombstones(store, slot).ids for slot in slots)]
+    return Tombstones(np.unique(np.concatenate(found)))
+
+
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
     """The ids of a file; from what is kept of them if the purge was taken back since the view was opened.
 

@@ -26,7 +26,7 @@ from retrotool.store.log import Commit
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.store.verify_log import check_log, same
+from retrotool.store.verify_log import check_log, same_state
 from retrotool.store.verify_references import Lists
 
 Report = Callable[[int], object]
@@ -125,7 +125,7 @@ def _check_log(checked: Checked) -> None:
     with checked.noting("log"):
         found = check_log(store.root, store.genesis, store.state.number, note)
         checked.problems += found.problems
-        if not found.problems and not same(found.state, store.state):
+        if not found.problems and not same_state(found.state, store.state):
             checked.problems.append("the open state is not the fold of the log: commits are missing")
 
 

@@ -27,7 +27,7 @@ from retrotool.store.log import Commit
 from retrotool.store.state import State, decode_checkpoint
 from retrotool.store.store import checkpoint_files
 
-_ENTRY = re.compile(r"\d{8}|[1-9]\d{8,}")
+_ENTRY = re.compile(r"(\d{8}|[1-9]\d{8,})\.json")
 
 
 @dataclass(slots=True)
@@ -64,17 +64,15 @@ def check_log(
     # Listed before the log is: a checkpoint is of a commit that is there.
     checkpoints = sorted(checkpoint_files(root))
     end = log.last_number(root) if last is None else last
-    chain = _Chain(root, genesis, end, note)
-    found = LogFound(State(-1, genesis or ""), chain.problems, chain.hashes)
-    chain.problems += _strangers(root)
-    commits = chain.commits()
+    found = LogFound(State(-1, genesis or ""), _not_entries(root))
+    commits = _linked_commits(root, genesis, end, found, note)
     folding = True
     for number, path in [*checkpoints, (end, None)]:
         if folding and number <= end:
             try:
                 found.state = found.state.fold(itertools.islice(commits, number - found.state.number))
             except CorruptError as error:
-                chain.problems.append(str(error))
+                found.problems.append(str(error))
             folding = found.state.number == number
         if path is not None and (last is None or number <= end):
             folded = found.state if folding and found.state.number == number else None
@@ -84,67 +82,60 @@ def check_log(
     return found
 
 
-class _Chain:
-    """The entries one after another: what is wrong with them, their hashes, and the commits before the first fault."""
-
-    def __init__(self, root: Path, genesis: str | None, end: int, note: Callable[[Commit], None]) -> None:
-        self.problems: list[str] = []
-        self.hashes: list[bytes] = []
-        self._root, self._genesis, self._end, self._note = root, genesis, end, note
-
-    def commits(self) -> Iterator[Commit]:
-        """Commits up to the first fault; going on reads the others, too."""
-        whole, parent = True, self._genesis
-        doubtful: int | None = None  # an entry that is no child of the one before it, until it is known which is wrong
-        for number in range(self._end + 1):
-            commit = self._read(number)
-            linked = commit is not None and parent is not None and commit.parent == parent
-            if doubtful is not None:
-                self._blame(doubtful, vouched=linked)
-                doubtful = None
-            if commit is not None and parent is not None and not linked:
-                doubtful = number
-            whole = whole and linked
-            parent = None if commit is None else commit.sha256
-            self.hashes.append(bytes.fromhex(parent or ""))
-            if whole and commit is not None:
-                self._note(commit)
-                yield commit
+def _linked_commits(
+    root: Path, genesis: str | None, end: int, found: LogFound, note: Callable[[Commit], None]
+) -> Iterator[Commit]:
+    """Yield the commits before the first fault; the rest is read too, for what is wrong with it."""
+    whole, parent = True, genesis
+    doubtful: int | None = None  # an entry that is no child of the one before it, until it is known which is wrong
+    for number in range(end + 1):
+        commit = _read_entry(root, number, found)
+        linked = commit is not None and parent is not None and commit.parent == parent
         if doubtful is not None:
-            self._blame(doubtful, vouched=False)
-
-    def _read(self, number: int) -> Commit | None:
-        try:
-            commit = log.read(self._root, number)
-        except CorruptError as error:
-            self.problems.append(str(error))
-            return None
-        except OSError as error:
-            self.problems.append(f"{log.commit_path(self._root, number)} can't be read: {error.strerror}")
-            return None
-        if commit is None:
-            self.problems.append(f"{log.commit_path(self._root, number)} is missing, and there are commits after it")
-        return commit
-
-    def _blame(self, number: int, *, vouched: bool) -> None:
-        """Note that an entry is no child of the one before; ``vouched``: the next is its child, so it is genuine."""
-        path = log.commit_path(self._root, number)
-        before = f"commit {number - 1}" if number else "store.json"
-        why = f"{before} was edited or replaced" if vouched else f"it or {before} was edited, replaced or reordered"
-        what = "the commit before it" if number else "store.json"
-        self.problems.append(f"{path}: is no child of {what}: {why}")
+            found.problems.append(_not_child(root, doubtful, vouched=linked))
+        doubtful = number if commit is not None and parent is not None and not linked else None
+        whole = whole and linked
+        parent = None if commit is None else commit.sha256
+        found.hashes.append(bytes.fromhex(parent or ""))
+        if whole and commit is not None:
+            note(commit)
+            yield commit
+    if doubtful is not None:
+        found.problems.append(_not_child(root, doubtful, vouched=False))
 
 
-def _strangers(root: Path) -> list[str]:
-    """What lies among the entries and is none: a copy, or one under another spelling of its number."""
+def _read_entry(root: Path, number: int, found: LogFound) -> Commit | None:
+    path = log.commit_path(root, number)
+    try:
+        commit = log.read(root, number)
+    except CorruptError as error:
+        found.problems.append(str(error))
+        return None
+    except OSError as error:
+        found.problems.append(f"{path} can't be read: {error.strerror}")
+        return None
+    if commit is None:
+        found.problems.append(f"{path} is missing, and there are commits after it")
+    return commit
+
+
+def _not_child(root: Path, number: int, *, vouched: bool) -> str:
+    """Return that an entry is no child of the one before; ``vouched``: the next is its child, so it is genuine."""
+    before = f"commit {number - 1}" if number else "store.json"
+    why = f"{before} was edited or replaced" if vouched else f"it or {before} was edited, replaced or reordered"
+    what = "the commit before it" if number else "store.json"
+    return f"{log.commit_path(root, number)}: is no child of {what}: {why}"
+
+
+def _not_entries(root: Path) -> list[str]:
+    """Return what is in the log's folder and is not an entry: a copy, or another spelling of a number."""
     folder = root / "log"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    strange = [name for name in names if not name.startswith(TEMPORARY) and not _is_entry(name)]
-    return [f"{folder / name} is no entry of the log" for name in strange]
-
-
-def _is_entry(name: str) -> bool:
-    return name.endswith(".json") and _ENTRY.fullmatch(name.removesuffix(".json")) is not None
+    return [
+        f"{folder / name} is no entry of the log"
+        for name in names
+        if not name.startswith(TEMPORARY) and not _ENTRY.fullmatch(name)
+    ]
 
 
 def _check_checkpoint(found: LogFound, path: Path, number: int, folded: State | None) -> None:
@@ -162,13 +153,13 @@ def _check_checkpoint(found: LogFound, path: Path, number: int, folded: State | 
     if state.number != number:
         found.problems.append(f"{path}: says that it is of commit {state.number}; remove it")
     elif folded is not None:
-        if not same(state, folded):
+        if not same_state(state, folded):
             found.problems.append(f"{path}: the checkpoint of commit {number} is not the fold of the log; remove it")
     elif number >= len(found.hashes) or found.hashes[number].hex() != state.head:
         found.problems.append(f"{path}: the log has no such commit {number} as the checkpoint was made at")
 
 
-def same(one: State, other: State) -> bool:
+def same_state(one: State, other: State) -> bool:
     """Whether two states say the same of all files and records, and were made by the same commit."""
 
     def contents(state: State) -> tuple[Any, ...]:

@@ -21,10 +21,10 @@ from retrotool.store.checked import Checked, Ids, check_ids, is_within
 from retrotool.store.digest import lines_digest
 from retrotool.store.ids import join_id, row_of, slice_of_part, split_id
 from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
-from retrotool.store.restored import lacking_chunks, restored_chunks, restored_purges
+from retrotool.store.restored import restored_chunks, restored_purges
 from retrotool.store.store import Store
 from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
-from retrotool.store.tombstones import KEPT, Tombstones
+from retrotool.store.tombstones import KEPT
 from retrotool.store.verify_text import check_text
 
 Fits = Callable[[int, npt.NDArray[np.float16]], bool]
@@ -150,7 +150,7 @@ def _check_vectors(
 
 
 def check_index(checked: Checked, name: str, read_lists: Lists) -> None:
-    """Shards hold the vectors of all chunks of their parts that have one and are not purged, and of no other."""
+    """Check that shards hold all embedded chunks of their parts that are not purged, and no erased one."""
     everything: dict[int, set[int]] = {}
     for slot in checked.store.state.group("index", name):
         entry = checked.store.state.file("index", slot, name)
@@ -174,7 +174,6 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
     if not check_ids(checked, ids, entry.path):
         return
     encoder = _encoder_of_index(checked.store, name, generation_in(FileName.parse(entry.path).slot))
-    again = Tombstones(lacking_chunks(checked.store, entry, checked.tombstones))  # the next ``index`` adds them
     expected = lacking = unembedded = 0
     for part in covered:
         if not (0 <= part < len(checked.rows) and checked.rows[part]):
@@ -189,7 +188,6 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         # An erase takes parts and shards one after another.
         unembedded += int((~checked.erasing().contains(own[~embedded[rows]])).sum())
         embedded[checked.tombstones.rows(part)] = False
-        embedded[again.rows(part)] = False
         vectors_of = checked.store.state.part_file("embeddings", part, encoder)
         embedded[checked.zeros.get(vectors_of.path if vectors_of else "", np.zeros(0, np.int64))] = False
         embedded[rows] = False

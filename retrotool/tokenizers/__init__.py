@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
+from retrotool.tokenizers.equivalence import Findings
 from retrotool.tokenizers.fast import FastTokenizer, TokensDiffer, library_versions
 from retrotool.tokenizers.find import BUNDLED, bundled_model, find_tokenizer, resolve_model
-from retrotool.tokenizers.guard import Findings
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, stored_tokenizer
 
 __all__ = [

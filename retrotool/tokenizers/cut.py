@@ -86,7 +86,7 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
     return "it puts a space before every text" if steps[-1].get("add_prefix_space", True) else ""
 
 
-def cut(texts: Iterable[str], least: int, most: int) -> tuple[list[str], list[int]]:
+def cut_texts(texts: Iterable[str], least: int, most: int) -> tuple[list[str], list[int]]:
     """Pieces of all texts, in order, and how many each text has (at least one).
 
     A piece has between ``least`` (1 or more) and ``most`` characters, but for the last of a text and where there is no
@@ -114,12 +114,12 @@ def cut(texts: Iterable[str], least: int, most: int) -> tuple[list[str], list[in
 def cut_some(
     texts: Sequence[str], chosen: npt.NDArray[np.bool_], least: int, most: int
 ) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """As ``cut``, of those texts [n] that are chosen; the others stay whole."""
+    """As ``cut_texts``, of those texts [n] that are chosen; the others stay whole."""
     pieces: list[str] = []
     counts = np.ones(len(texts), np.int64)
     for i, (text, long) in enumerate(zip(texts, chosen.tolist(), strict=True)):
         if long:
-            some, _ = cut([text], least, most)
+            some, _ = cut_texts([text], least, most)
             counts[i] = len(some)
             pieces += some
         else:

@@ -4,7 +4,7 @@
 split otherwise, and it cuts a text of 10,000 bytes or more where that changes tokens. So
 
 * it is given pieces of at most 2,400 characters, cut where no token can reach across (``retrotool.tokenizers.cut``);
-* a guard (``retrotool.tokenizers.guard``) sends pieces that it is not known to get right to ``tokenizers``;
+* a guard (``retrotool.tokenizers.equivalence``) sends pieces that it is not known to get right to ``tokenizers``;
 * a judge compares the first texts and then a random sample with ``tokenizers``, and raises ``TokensDiffer``.
 
 It is used for byte-level BPE with the well-known patterns and for BERT's WordPiece. Not for Unigram models, which it
@@ -29,8 +29,8 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut, cut_some, why_not_cut
-from retrotool.tokenizers.guard import Encode, Findings, Flat, Guard, Pair
+from retrotool.tokenizers.cut import cut_some, cut_texts, why_not_cut
+from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE = 2_400
@@ -116,7 +116,7 @@ class FastTokenizer:
         self, texts: Sequence[str]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """As ``encode_flat``, with which texts [n] the fast tokenizer alone did; not compared."""
-        pieces, n_pieces = cut(texts, _PIECE * 3 // 4, _PIECE)
+        pieces, n_pieces = cut_texts(texts, _PIECE * 3 // 4, _PIECE)
         done = [self._encode_pieces(some) for some in _groups(pieces)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
         if len(pieces) == len(texts):
@@ -156,7 +156,6 @@ class FastTokenizer:
         return unsure
 
     def _sample(self, n: int) -> list[int]:
-        """Places of the texts to compare, of n."""
         chosen = self._random.random(n) < self._check
         chosen[: max(self._first - self._seen, 0)] = True
         return np.flatnonzero(chosen).tolist()
@@ -199,7 +198,6 @@ def _version() -> str:
 
 
 def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
-    """The fast tokenizer's encoding, or why there is none."""
     why = why_not_cut(orjson.loads(tokenizer.file.content))
     if why:
         return None, f"tokie is not used: {why}"
@@ -212,7 +210,6 @@ def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
 
 
 def _read(content: bytes) -> Encode:
-    """What tokie makes of a ``tokenizer.json``."""
     import tokie
 
     with tempfile.NamedTemporaryFile(suffix=".json") as file:

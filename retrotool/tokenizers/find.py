@@ -74,14 +74,13 @@ def _as_json(content: bytes, path: Path, name: str) -> bytes:
     if content.lstrip()[:1] == b"{":
         return content
     if tiktoken_file.looks_like(content):
-        return tiktoken_file.convert(content, name)
+        return tiktoken_file.convert_tiktoken(content, name)
     if path.suffix == ".model":
-        return sentencepiece_file.convert(content, name)
+        return sentencepiece_file.convert_sentencepiece(content, name)
     raise UsageError(f"tokenizer {name!r}: {path} is of no kind that is known", _ADVICE)
 
 
 def _from_directory(path: Path, name: str) -> bytes:
-    """The ``tokenizer.json`` that transformers makes of a directory's own vocabulary files."""
     from transformers import AutoTokenizer
 
     try:

@@ -42,7 +42,7 @@ _ROUNDING = 1e-3
 _ADVICE = "Convert it to a tokenizer.json with the library that the model was trained with, and give that."
 
 
-def convert(content: bytes, name: str) -> bytes:
+def convert_sentencepiece(content: bytes, name: str) -> bytes:
     """The ``tokenizer.json`` of a SentencePiece model; ``UsageError`` if there is none with the same ids."""
     try:
         import sentencepiece

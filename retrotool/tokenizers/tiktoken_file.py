@@ -60,7 +60,7 @@ def looks_like(content: bytes) -> bool:
     return rank.isdigit() and _is_base64(token)
 
 
-def convert(content: bytes, name: str) -> bytes:
+def convert_tiktoken(content: bytes, name: str) -> bytes:
     """The ``tokenizer.json`` of an encoding's file; ``name`` (or its path's last part) says which encoding it is."""
     stem = Path(name).name.partition(".")[0]
     encoding = ENCODINGS.get(stem)

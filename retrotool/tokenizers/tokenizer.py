@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from retrotool.errors import UsageError
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.tokenizers.cut import cut, slices, why_not_cut
+from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
 
 if TYPE_CHECKING:
     import tokenizers
@@ -85,7 +85,6 @@ class Tokenizer:
         return self._tokenizer
 
     def _gives_back(self, text: str) -> bool:
-        """Whether the library decodes a text's tokens to the same text."""
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.decode(tokens, skip_special_tokens=False) == text
 
@@ -103,7 +102,7 @@ class Tokenizer:
         """
         counts = [1] * len(texts)
         if self._may_cut and any(len(text) > _HELD for text in texts):
-            texts, counts = cut(texts, _HELD // 4, _HELD // 2)
+            texts, counts = cut_texts(texts, _HELD // 4, _HELD // 2)
         ids: list[npt.NDArray[np.uint32]] = []
         lengths: list[int] = []
         for run in slices(texts, _HELD):
@@ -230,7 +229,6 @@ class Tokenizer:
         return ours == self._tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
 
     def _gaps(self) -> npt.NDArray[np.int64]:
-        """Ids below the highest that no token has."""
         used = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
         return np.setdiff1d(np.arange(self.vocabulary), used)
 

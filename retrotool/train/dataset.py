@@ -32,7 +32,7 @@ from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.train.epoch import Turns, is_distributed, own_rank, read_epoch
 from retrotool.train.order import Order, Share, Span
-from retrotool.train.sequences import Layout
+from retrotool.train.sequences import SequenceLayout
 from retrotool.train.training_rows import TrainingReader
 
 Item = dict[str, torch.Tensor]
@@ -177,7 +177,6 @@ class RetroDataset(IterableDataset[Item]):
         return sum(map(reader.rows.has_text, parts)), len(parts)
 
     def __len__(self) -> int:
-        """Count what this rank reads of the epoch (or of what was left of it): sequences, or batches."""
         n = len(self._share(self._at))
         return n if self.batch_size is None else -(-n // self.batch_size)
 
@@ -270,7 +269,6 @@ class RetroDataset(IterableDataset[Item]):
             self._tell(loaded=True)
 
     def __iter__(self) -> Iterator[Item]:
-        """Read what is left of the epoch, or this worker's share of it."""
         worker = get_worker_info()
         if worker is not None:
             if self._missed():
@@ -321,16 +319,15 @@ class RetroDataset(IterableDataset[Item]):
             self._at = _Start(start.spans, start.first, position + 1)
             yield {key: value[i] for key, value in tensors.items()}
 
-    def _sequences(self) -> Layout:
-        """The layout of the epoch."""
+    def _sequences(self) -> SequenceLayout:
         if self._layout.commit != self._commit:
             self._layout = self._lay_out(Store.open(self.path), self._commit)
         return self._layout
 
-    def _lay_out(self, store: Store, commit: int) -> Layout:
-        return Layout.of(store, commit, self.sequence_length // self.chunk_length, packed=self.packed)
+    def _lay_out(self, store: Store, commit: int) -> SequenceLayout:
+        return SequenceLayout.of(store, commit, self.sequence_length // self.chunk_length, packed=self.packed)
 
-    def _order(self, layout: Layout) -> Order:
+    def _order(self, layout: SequenceLayout) -> Order:
         mixed = self.shuffle_blocks if self.shuffle else _IN_ORDER
         return Order(layout.counts, self.seed if self.shuffle else None, self._epoch, mixed)
 
@@ -342,7 +339,6 @@ class RetroDataset(IterableDataset[Item]):
         return (self.batch_size or 1) if self.drop_last else 0
 
     def _settings(self) -> dict[str, Any]:
-        """What decides the order."""
         found: dict[str, Any] = {
             "sequence_length": self.sequence_length,
             "packed": self.packed,
@@ -351,7 +347,6 @@ class RetroDataset(IterableDataset[Item]):
         return {**found, "seed": self.seed, "shuffle_blocks": self.shuffle_blocks} if self.shuffle else found
 
     def _after(self, batch: Mapping[str, torch.Tensor]) -> _Start:
-        """Where a rank is that has read up to a batch."""
         cursor = batch["cursor"].reshape(-1, 3)
         epoch, workers = int(cursor[0, 0]), int(cursor[0, 2])
         if epoch != self._epoch:

@@ -18,7 +18,7 @@ import torch
 
 from retrotool.errors import UsageError
 from retrotool.train.order import Order, Share
-from retrotool.train.sequences import EMPTY, Layout
+from retrotool.train.sequences import EMPTY, SequenceLayout
 from retrotool.train.training_rows import TrainingReader, TrainingRows
 
 Ids = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class Window:
 
 
 def read_epoch(
-    reader: TrainingReader, layout: Layout, order: Order, share: Share, turns: Turns, consumed: int
+    reader: TrainingReader, layout: SequenceLayout, order: Order, share: Share, turns: Turns, consumed: int
 ) -> Iterator[Window]:
     """The windows of one worker, of which it has had what is before the place ``consumed``."""
     coming = _wanted(order, share, turns, consumed)

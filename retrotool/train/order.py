@@ -34,7 +34,7 @@ def permutation(n: int, *seed: int) -> Ids:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WindowPart:
     """Some sequences that are read together: ``block`` and ``sequence`` (its number in the block), both [n].
 
     ``first`` is the place of the first of them in what a rank reads.
@@ -56,10 +56,9 @@ class Order:
         self._ends = np.cumsum(sizes)
 
     def __len__(self) -> int:
-        """Count the sequences."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def pieces(self, spans: Sequence[Span], skip: int = 0) -> Iterator[Piece]:
+    def pieces(self, spans: Sequence[Span], skip: int = 0) -> Iterator[WindowPart]:
         """The sequences in ``spans``, in this order, without the first ``skip`` of them; window by window."""
         done = 0
         for start, stop in spans:
@@ -70,7 +69,7 @@ class Order:
                 block, sequence = self._window(window)
                 offset = int(self._ends[window]) - len(block)
                 some = slice(place - offset, end - offset)
-                yield Piece(done + place - start, block[some], sequence[some])
+                yield WindowPart(done + place - start, block[some], sequence[some])
                 place = end
             done += stop - start
 
@@ -91,7 +90,7 @@ def length(spans: Sequence[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def cut(spans: Sequence[Span], low: int, high: int) -> list[Span]:
+def cut_spans(spans: Sequence[Span], low: int, high: int) -> list[Span]:
     """The places ``low`` to ``high`` − 1 of what ``spans`` have, one span after the other."""
     found, done = [], 0
     for start, stop in spans:
@@ -117,7 +116,6 @@ class Share:
     whole: int
 
     def __len__(self) -> int:
-        """How many sequences a rank reads, an empty one included."""
         total = length(self.spans)
         if self.whole:
             return total // (self.world_size * self.whole) * self.whole
@@ -126,7 +124,7 @@ class Share:
     def of(self, rank: int) -> list[Span]:
         """The spans of a rank."""
         total = len(self) * self.world_size if self.whole else length(self.spans)
-        return cut(self.spans, rank * total // self.world_size, (rank + 1) * total // self.world_size)
+        return cut_spans(self.spans, rank * total // self.world_size, (rank + 1) * total // self.world_size)
 
     @property
     def own(self) -> list[Span]:
@@ -140,6 +138,6 @@ class Share:
 
     def left(self, consumed: int) -> list[Span]:
         """What is left for all ranks, once each has read ``consumed`` sequences; what was to be left out, too."""
-        each = [cut(self.of(rank), consumed, len(self)) for rank in range(self.world_size)]
-        tail = cut(self.spans, len(self) * self.world_size, length(self.spans)) if self.whole else []
+        each = [cut_spans(self.of(rank), consumed, len(self)) for rank in range(self.world_size)]
+        tail = cut_spans(self.spans, len(self) * self.world_size, length(self.spans)) if self.whole else []
         return [span for spans in (*each, tail) for span in spans]

@@ -59,7 +59,7 @@ def _firsts(doc: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SequenceLayout:
     """The sequences of a store as of one commit, in blocks; ``size`` is in slots.
 
     Of each block, in the order of ids: ``part``, ``group`` (its number in the part) and ``counts``, how many sequences
@@ -78,7 +78,7 @@ class Layout:
     """Tokens of all living chunks."""
 
     @classmethod
-    def of(cls, store: Store, commit: int, size: int, *, packed: bool) -> Layout:
+    def of(cls, store: Store, commit: int, size: int, *, packed: bool) -> SequenceLayout:
         """The layout of a store as it was after ``commit``; ``UsageError`` if that can't be told any more."""
         then = store.at(commit)
         tombstones = read_tombstones(then)

@@ -21,7 +21,7 @@ from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.train.sequences import EMPTY, Layout
+from retrotool.train.sequences import EMPTY, SequenceLayout
 
 Ids = npt.NDArray[np.int64]
 NOTHING = -1
@@ -98,7 +98,7 @@ class TrainingReader:
         self._open()
         return self._commits() != before
 
-    def check_tables(self, layout: Layout) -> None:
+    def check_tables(self, layout: SequenceLayout) -> None:
         """``UsageError`` unless all parts of a layout that are still there have neighbours."""
         reader = self.rows.reader
         missing = sorted(set(layout.parts()) & set(self.store.state.parts()) - set(reader.parts()))
@@ -112,7 +112,7 @@ class TrainingReader:
             "Compute them: " + "; ".join(commands),
         )
 
-    def read(self, layout: Layout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
+    def read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         """Rows, and which of them stand in the slots of some sequences: ``sequence`` [n] of ``block`` [n].
 
         int64 [n, slots], −1: empty. Where a file was erased, or made anew, since the view was taken, a new one is.
@@ -126,7 +126,7 @@ class TrainingReader:
                     raise
                 self.check_tables(layout)
 
-    def _read(self, layout: Layout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
+    def _read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         wanted = np.unique(block)
         known = set(self.store.state.parts())  # a part can have been taken back, and has empty slots then
         wanted = wanted[[int(part) in known for part in layout.part[wanted]]]

@@ -6,34 +6,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.ann.choice import DEFAULT_CODE, FLAT_LIMIT, ID_BYTES, Wanted, choose, count_lists, parse_factory
+from retrotool.ann.choice import (
+    DEFAULT_CODE,
+    FLAT_LIMIT,
+    ID_BYTES,
+    IndexWishes,
+    choose_index,
+    count_lists,
+    parse_factory,
+)
 from retrotool.errors import UsageError
 
 
 @pytest.mark.parametrize(
     ("n", "d", "wanted", "factory"),
     [
-        (0, 384, Wanted(), "SQfp16"),
-        (1, 384, Wanted(), "SQfp16"),
-        (FLAT_LIMIT, 384, Wanted(), "SQfp16"),
-        (48_000, 384, Wanted(), "OPQ64,IVF1024,PQ64"),
-        (10**9, 768, Wanted(), "OPQ64,IVF131072,PQ64"),
-        (10**6, 32, Wanted(), "IVF4096,SQfp16"),
-        (10**6, 312, Wanted(), "OPQ52,IVF4096,PQ52"),
-        (10**6, 300, Wanted(), "OPQ60,IVF4096,PQ60"),
-        (10**6, 97, Wanted(), "IVF4096,SQ8"),
-        (10**6, 384, Wanted(target=0.9995), "IVF4096,SQfp16"),
-        (10**6, 384, Wanted(memory=10**12), "IVF4096,SQfp16"),
-        (10**6, 384, Wanted(memory=50 * 10**6), "OPQ32,IVF1024,PQ32"),
-        (10**6, 384, Wanted(code="pq32"), "IVF4096,PQ32"),
-        (10**6, 384, Wanted(nlist=100), "OPQ64,IVF100,PQ64"),
-        (100, 384, Wanted(nlist=4), "IVF4,SQ8"),
-        (10**6, 384, Wanted(nlist=0), "SQfp16"),
-        (10**6, 384, Wanted(factory="OPQ32_256, IVF9, PQ32"), "OPQ32_256,IVF9,PQ32"),
+        (0, 384, IndexWishes(), "SQfp16"),
+        (1, 384, IndexWishes(), "SQfp16"),
+        (FLAT_LIMIT, 384, IndexWishes(), "SQfp16"),
+        (48_000, 384, IndexWishes(), "OPQ64,IVF1024,PQ64"),
+        (10**9, 768, IndexWishes(), "OPQ64,IVF131072,PQ64"),
+        (10**6, 32, IndexWishes(), "IVF4096,SQfp16"),
+        (10**6, 312, IndexWishes(), "OPQ52,IVF4096,PQ52"),
+        (10**6, 300, IndexWishes(), "OPQ60,IVF4096,PQ60"),
+        (10**6, 97, IndexWishes(), "IVF4096,SQ8"),
+        (10**6, 384, IndexWishes(target=0.9995), "IVF4096,SQfp16"),
+        (10**6, 384, IndexWishes(memory=10**12), "IVF4096,SQfp16"),
+        (10**6, 384, IndexWishes(memory=50 * 10**6), "OPQ32,IVF1024,PQ32"),
+        (10**6, 384, IndexWishes(code="pq32"), "IVF4096,PQ32"),
+        (10**6, 384, IndexWishes(nlist=100), "OPQ64,IVF100,PQ64"),
+        (100, 384, IndexWishes(nlist=4), "IVF4,SQ8"),
+        (10**6, 384, IndexWishes(nlist=0), "SQfp16"),
+        (10**6, 384, IndexWishes(factory="OPQ32_256, IVF9, PQ32"), "OPQ32_256,IVF9,PQ32"),
     ],
 )
-def test_the_index_that_is_chosen(n: int, d: int, wanted: Wanted, factory: str) -> None:
-    chosen = choose(n, d, wanted)
+def test_the_index_that_is_chosen(n: int, d: int, wanted: IndexWishes, factory: str) -> None:
+    chosen = choose_index(n, d, wanted)
     assert chosen.factory == factory
     assert chosen.why and parse_factory(factory, d).factory == factory
 
@@ -41,16 +49,17 @@ def test_the_index_that_is_chosen(n: int, d: int, wanted: Wanted, factory: str) 
 @pytest.mark.parametrize(
     "wanted",
     [
-        Wanted(factory="HNSW32"), Wanted(factory="IVF4,PQ0"), Wanted(factory="IVF0,Flat"),
-        Wanted(factory="OPQ8,IVF4,PQ16"),
-        Wanted(factory="OPQ8_0,IVF4,PQ8"), Wanted(factory="PQ16"), Wanted(factory="IVF4,PQ7"), Wanted(code="pq0"),
-        Wanted(code="lsh"), Wanted(nlist=10**9), Wanted(nlist=-1), Wanted(nlist=0, code="pq64"),
-        Wanted(factory="Flat", nlist=4), Wanted(factory=""),
+        IndexWishes(factory="HNSW32"), IndexWishes(factory="IVF4,PQ0"), IndexWishes(factory="IVF0,Flat"),
+        IndexWishes(factory="OPQ8,IVF4,PQ16"),
+        IndexWishes(factory="OPQ8_0,IVF4,PQ8"), IndexWishes(factory="PQ16"), IndexWishes(factory="IVF4,PQ7"),
+        IndexWishes(code="pq0"),
+        IndexWishes(code="lsh"), IndexWishes(nlist=10**9), IndexWishes(nlist=-1), IndexWishes(nlist=0, code="pq64"),
+        IndexWishes(factory="Flat", nlist=4), IndexWishes(factory=""),
     ],
 )  # fmt: skip
-def test_a_wish_that_can_not_be_had_is_refused(wanted: Wanted) -> None:
+def test_a_wish_that_can_not_be_had_is_refused(wanted: IndexWishes) -> None:
     with pytest.raises(UsageError) as error:
-        choose(10**6, 384, wanted)
+        choose_index(10**6, 384, wanted)
     assert str(error.value) and error.value.exit_code == 2
 
 
@@ -63,10 +72,10 @@ def test_lists_have_enough_vectors(n: int) -> None:
 
 @given(st.integers(0, 10**11), st.integers(1, 2048), st.integers(1, 10**13))
 def test_what_is_chosen_for_a_memory_fits_it_or_says_that_it_does_not(n: int, d: int, memory: int) -> None:
-    chosen = choose(n, d, Wanted(memory=memory))
+    chosen = choose_index(n, d, IndexWishes(memory=memory))
     if chosen.nlist:
         size = n * chosen.bytes_per_vector + chosen.trained_bytes
         assert size <= memory or "from disk" in chosen.why
-    default = choose(n, d)
+    default = choose_index(n, d)
     short = [m for m in range(4, DEFAULT_CODE + 1) if d % m == 0 and m <= d // 2]
     assert not default.pieces or not short or default.bytes_per_vector <= DEFAULT_CODE + ID_BYTES

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from retrotool.ann import lists
-from retrotool.ann.choice import Choice, parse_factory
-from retrotool.ann.codes import Product, Scalar, Whole, same
+from retrotool.ann.choice import IndexChoice, parse_factory
+from retrotool.ann.codes import Product, Scalar, Whole, is_same_codec
 from retrotool.ann.excluded import Queries
 from retrotool.ann.kmeans import kmeans
 from retrotool.ann.product_quantizer import train_product, train_rotation
@@ -41,7 +41,7 @@ def clustered(n: int, seed: int, d: int = D) -> np.ndarray:
 
 def trained_as(factory: str, vectors: np.ndarray) -> Trained:
     """Trained step by step, as ``stages.training`` does for a store."""
-    choice: Choice = parse_factory(factory, vectors.shape[1])
+    choice: IndexChoice = parse_factory(factory, vectors.shape[1])
     rows = torch.from_numpy(vectors.astype(np.float32))
     if not choice.nlist:
         return Trained(choice.d, Whole(choice.d, choice.code))
@@ -103,11 +103,11 @@ def test_what_is_written_is_what_faiss_writes_and_reads(tmp_path: Path, factory:
     vectors, ids = clustered(2000, 2), (np.int64(3) << 32) + np.arange(2000) * 2
     trained = trained_as(factory, vectors)
     index = filled(trained, vectors, ids)
-    assert lists.write(index, tmp_path / "ours") == 2000
+    assert lists.write_lists(index, tmp_path / "ours") == 2000
     faiss.write_index(index, str(tmp_path / "theirs"))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    lists.check(index, tmp_path / "ours")
-    found = lists.read(tmp_path / "ours")
+    lists.check_written(index, tmp_path / "ours")
+    found = lists.read_lists(tmp_path / "ours")
     assert same_training(found.trained, trained) and len(found) == 2000 and found.is_whole()
     assert sorted(i for number in found.numbers for i in found.ids(number).tolist()) == ids.tolist()
     numbers, codes, _, _ = trained.encode(torch.from_numpy(vectors.astype(np.float32)))
@@ -128,14 +128,14 @@ def test_search_gives_what_faiss_gives(tmp_path: Path, factory: str) -> None:
     vectors, queries = clustered(2000, 2), clustered(64, 3).astype(np.float32)
     trained = trained_as(factory, vectors)
     path = tmp_path / "x.faiss"
-    lists.write(filled(trained, vectors, np.arange(2000)), path)
+    lists.write_lists(filled(trained, vectors, np.arange(2000)), path)
     for nprobe in (1, 4, 12):
         reference = faiss.read_index(str(path))
         if trained.centroids is not None:
             faiss.extract_index_ivf(reference).nprobe = nprobe
         _, ids = reference.search(queries, 10)
         search = Search(trained, Queries.plain(queries), nprobe, 10, nothing_banned)
-        search.add(lists.read(path))
+        search.add(lists.read_lists(path))
         assert (search.candidates == ids).mean() > 0.98
         assert search.scanned > 0
 
@@ -145,9 +145,9 @@ def test_candidates_are_ranked_by_their_own_vectors(tmp_path: Path, factory: str
     vectors, queries = clustered(1500, 4), clustered(40, 5).astype(np.float32)
     trained = trained_as(factory, vectors)
     path = tmp_path / "x.faiss"
-    lists.write(filled(trained, vectors, np.arange(1500)), path)
+    lists.write_lists(filled(trained, vectors, np.arange(1500)), path)
     search = Search(trained, Queries.plain(queries), 12, 400, nothing_banned)
-    search.add(lists.read(path))
+    search.add(lists.read_lists(path))
     best = rerank(queries, search.candidates, lambda ids: vectors[ids], 10)
     exact = ((queries[:, None] - vectors[None].astype(np.float32)) ** 2).sum(-1)
     order = np.argsort(exact, axis=1)[:, :10]
@@ -160,19 +160,19 @@ def test_a_shard_without_its_quantizer_is_searched_with_that_of_the_training(tmp
     vectors, queries = clustered(1500, 6), clustered(30, 7).astype(np.float32)
     trained = trained_as(factory, vectors)
     for name, quantizer in (("with", True), ("without", False)):
-        lists.write(filled(trained, vectors, np.arange(1500), quantizer=quantizer), tmp_path / name)
+        lists.write_lists(filled(trained, vectors, np.arange(1500), quantizer=quantizer), tmp_path / name)
     assert (tmp_path / "without").stat().st_size < (tmp_path / "with").stat().st_size
-    found = lists.read(tmp_path / "without")
+    found = lists.read_lists(tmp_path / "without")
     assert not found.holds_quantizer and found.trained.nlist == 12
     candidates = []
     for name in ("with", "without"):
         search = Search(trained, Queries.plain(queries), 3, 20, nothing_banned)
-        search.add(lists.read(tmp_path / name, trained))
+        search.add(lists.read_lists(tmp_path / name, trained))
         candidates.append(search.candidates)
     assert np.array_equal(*candidates)
     other = trained_as(factory, clustered(1500, 99))
     with pytest.raises(CorruptError, match="not made by the training"):
-        lists.read(tmp_path / "with", other)
+        lists.read_lists(tmp_path / "with", other)
 
 
 @pytest.mark.parametrize("factory", KINDS)
@@ -181,10 +181,10 @@ def test_without_takes_the_banned_out_and_keeps_the_rest(tmp_path: Path, factory
     trained = trained_as(factory, vectors)
     for quantizer in (True, False):
         path = tmp_path / f"{quantizer}"
-        lists.write(filled(trained, vectors, np.arange(600), quantizer=quantizer), path)
-        before = lists.read(path)
-        lists.write(lists.without(before, lambda ids: ids % 3 == 0), tmp_path / f"{quantizer}-after")
-        after = lists.read(tmp_path / f"{quantizer}-after")
+        lists.write_lists(filled(trained, vectors, np.arange(600), quantizer=quantizer), path)
+        before = lists.read_lists(path)
+        lists.write_lists(lists.without(before, lambda ids: ids % 3 == 0), tmp_path / f"{quantizer}-after")
+        after = lists.read_lists(tmp_path / f"{quantizer}-after")
         assert len(after) == 400 and after.holds_quantizer == before.holds_quantizer
         for number in before.numbers:
             kept = before.ids(number) % 3 != 0
@@ -195,17 +195,17 @@ def test_without_takes_the_banned_out_and_keeps_the_rest(tmp_path: Path, factory
 def test_a_file_that_is_no_index_is_corrupt(tmp_path: Path) -> None:
     (tmp_path / "x.faiss").write_bytes(b"not an index")
     with pytest.raises(CorruptError, match=r"x\.faiss"):
-        lists.read(tmp_path / "x.faiss")
+        lists.read_lists(tmp_path / "x.faiss")
     for name, factory in (("y", "HNSW4"), ("z", "IVF4,PQ4x4"), ("w", "PCA8,IVF4,Flat"), ("v", "IVF4_HNSW4,Flat")):
         index = faiss.index_factory(D, factory)
         index.train(clustered(400, 1).astype(np.float32))
         faiss.write_index(index, str(tmp_path / name))
         if name == "w":  # a rotation with a mean taken off is no rotation
             with pytest.raises(CorruptError, match="no index that retrotool made"):
-                lists.read(tmp_path / name)
+                lists.read_lists(tmp_path / name)
             continue
         with pytest.raises(CorruptError, match="no index that retrotool made"):
-            lists.read(tmp_path / name)
+            lists.read_lists(tmp_path / name)
 
 
 def test_indexes_that_faiss_trained_are_understood() -> None:
@@ -223,7 +223,7 @@ def test_indexes_that_faiss_trained_are_understood() -> None:
         trained = of_faiss(index)
         assert trained is not None and trained.nlist == 12
         back = of_faiss(to_faiss(trained))
-        assert back is not None and same_training(trained, back) and same(trained.codec, back.codec)
+        assert back is not None and same_training(trained, back) and is_same_codec(trained.codec, back.codec)
         assert inner.code_size == trained.codec.size
 
 
@@ -291,8 +291,8 @@ def test_no_vector_can_be_made_of_what_a_training_keeps(code: str) -> None:
 def test_of_some_lists_only_what_is_wanted_is_seen_and_found(factory: str, tmp_path: Path) -> None:
     vectors, ids = clustered(2000, 5), np.arange(2000) * 3 + 7
     trained = trained_as(factory, vectors)
-    lists.write(filled(trained, vectors, ids), tmp_path / "index.faiss")
-    whole = lists.read(tmp_path / "index.faiss")
+    lists.write_lists(filled(trained, vectors, ids), tmp_path / "index.faiss")
+    whole = lists.read_lists(tmp_path / "index.faiss")
     some = lists.SomeLists(whole, lambda asked: asked % 2 == 0)
     assert len(some) == (ids % 2 == 0).sum() and some.whole.sum() == 2000
     for number in whole.numbers:

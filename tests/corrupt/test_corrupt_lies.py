@@ -82,16 +82,16 @@ class Liar:
     def in_shard(self, ids: Change, vectors: Change, **about: Any) -> None:
         """The vectors of all parts, changed."""
         old = self.old("index", "main", "shard-0000")
-        found = lists.read(self.store.path(old))
+        found = lists.read_lists(self.store.path(old))
         index = flat(ids(found.ids(0).copy()), vectors(found.codes(0).view(np.float16).copy()))
-        write = lambda path: lists.write(index, path)  # noqa: E731
+        write = lambda path: lists.write_lists(index, path)  # noqa: E731
         told = {**old.about, **about}
         self.commit(atomic.write_file(self.store.root, self.name(old), write, about=told), old)
 
     def shard(self, ids: np.ndarray) -> None:
         old = self.old("index", "main", "shard-0000")
         index = flat(ids, np.ones((len(ids), 32), np.float16))
-        write = lambda path: lists.write(index, path)  # noqa: E731
+        write = lambda path: lists.write_lists(index, path)  # noqa: E731
         self.commit(atomic.write_file(self.store.root, self.name(old), write, about=old.about), old)
 
     def tombstone(self, *ids: int) -> None:

@@ -23,7 +23,7 @@ import pytest
 from conftest import Shared, make_rows, write_jsonl
 
 from retrotool import api
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.chunk import run as chunk_run
 from retrotool.chunk.deduplicate import finish_plans
 from retrotool.errors import UsageError
@@ -165,7 +165,7 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
 
 
 def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> object:
-    wanted = Wanted(nlist=4, code="sq8")
+    wanted = IndexWishes(nlist=4, code="sq8")
     return api.index(store, name="lists", options=Options(wanted, shard_rows=shard_rows, **options))
 
 

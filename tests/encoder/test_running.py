@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from families import make_family, rows_of_all_lengths
 
 from retrotool.encoder import Encoder, Rows
-from retrotool.encoder.ahead import ahead
 from retrotool.errors import AbortError, NotFiniteError, RetrotoolError, UsageError
+from retrotool.read_ahead import ahead
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +193,12 @@ def test_ahead_makes_no_more_than_it_may_and_closes_what_it_takes_from() -> None
         finally:
             closed.set()
 
-    with ahead(items(), 2) as coming:
+    with closing(ahead(items(), 2)) as coming:
         assert next(coming) == 0
         time.sleep(0.05)
         assert len(made) <= 5
     assert closed.is_set()
-    with ahead(iter(range(50)), 3) as coming:
+    with closing(ahead(iter(range(50)), 3)) as coming:
         assert list(coming) == list(range(50))
 
 

@@ -188,8 +188,8 @@ def test_heads_that_flash_attention_has_not_take_the_other_way(
     heads: int, fits: bool, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     from retrotool.encoder.architecture import architecture_of
+    from retrotool.encoder.encoder_identity import read_config
     from retrotool.encoder.forwards import _fits_flash
-    from retrotool.encoder.identity import read_config
 
     path = make_family("bert", tmp_path / "bert", tiny_encoder, num_attention_heads=heads)
     assert _fits_flash(architecture_of(read_config(path))) == fits

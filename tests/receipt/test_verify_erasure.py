@@ -158,7 +158,7 @@ def shard_again(now: Store, _: FileEntry, then: FileEntry, before: Store, row: i
     """The shard as it was, without the purged chunks but one."""
     (name,) = now.state.with_prefix("purge:")
     others = np.setdiff1d(read_tombstones(now, name).ids, [row])
-    return lists.without(lists.read(before.path(then)), lambda ids: np.isin(ids, others))
+    return lists.without(lists.read_lists(before.path(then)), lambda ids: np.isin(ids, others))
 
 
 FORGED = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from source_help import input_of, read_slices, zstd
 
 from retrotool.sources import WHOLE, Fields, Rejected, Slice, cut_input, read_input, streams
-from retrotool.sources.frames import Frame, frames_of
+from retrotool.sources.streams import Frame, frames_of
 
 SKIPPABLE = struct.pack("<II", 0x184D2A5A, 3) + b"abc"
 NO_SIZE = zstandard.ZstdCompressor(write_content_size=False)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_help import PACK, input_of, rows_of, zstd
 
+from retrotool.read_ahead import ahead
 from retrotool.sources import Fields, Rejected, read_input, streams
 from retrotool.sources.streams import BrokenStream
 
@@ -205,7 +206,7 @@ def test_blocks_before_an_error_come_first_and_the_error_once():
         yield b"two"
         raise BrokenStream("here")
 
-    stream = streams.ahead(source())
+    stream = ahead(source(), 4, patience=2.0)
     assert [next(stream), next(stream)] == [b"one", b"two"]
     with pytest.raises(BrokenStream, match="here"):
         next(stream)
@@ -228,28 +229,27 @@ def test_a_stream_left_early_ends_its_thread_and_closes_its_file(folder, taken):
         finally:
             closed.set()
 
-    stream = streams.ahead(source())
+    stream = ahead(source(), 4, patience=2.0)
     for _ in range(taken):
         next(stream)
     stream.close()
     assert closed.is_set() == (taken > 0)
-    assert "retrotool-read" not in {thread.name for thread in threading.enumerate()}
+    assert "retrotool-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_stream_left_while_its_thread_stands_in_a_read_is_left_soon(monkeypatch):
-    monkeypatch.setattr(streams, "_PATIENCE_SECONDS", 0.2)
+def test_a_stream_left_while_its_thread_stands_in_a_read_is_left_soon():
     released = threading.Event()
 
     def source():
         yield b"one"
         released.wait(60)
 
-    stream = streams.ahead(source())
+    stream = ahead(source(), 4, patience=0.2)
     assert next(stream) == b"one"
     begun = time.monotonic()
     stream.close()
     assert time.monotonic() - begun < 5
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "retrotool-read")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "retrotool-ahead")
     assert thread.daemon  # so that it can't hold up the end of the process
     released.set()
     thread.join()

@@ -162,7 +162,7 @@ def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_co
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
     store = Store.open(store_copy)
-    found = [lists.read(store.path(entry)) for entry in shards(store.state, "main").values()]
+    found = [lists.read_lists(store.path(entry)) for entry in shards(store.state, "main").values()]
     ids = np.concatenate([shard.ids(number) for shard in found for number in shard.numbers])
     assert not np.isin(victims, ids).any()
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())

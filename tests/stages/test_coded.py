@@ -24,7 +24,7 @@ from oracle import read_plain
 import retrotool
 from retrotool import api
 from retrotool import app as command_line
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
@@ -41,8 +41,8 @@ pytestmark = pytest.mark.slow
 
 SOURCES = ("books", "forum", "manual")
 PER_SOURCE = 4200
-CODED = Wanted(factory="OPQ16,IVF64,PQ16")
-PLAIN = Wanted(nlist=32, code="sq8")
+CODED = IndexWishes(factory="OPQ16,IVF64,PQ16")
+PLAIN = IndexWishes(nlist=32, code="sq8")
 FEW = 200
 """Queries of a recall that nothing here depends on."""
 
@@ -190,9 +190,9 @@ def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) ->
     low = api.index(built_copy, target_recall=0.7, options=Options(queries=FEW))
     again = api.index(built_copy, options=Options(queries=FEW))
     assert (again.target, again.commit) == (0.7, low.commit)
-    anew = api.index(built_copy, options=Options(Wanted(memory=10**9), retrain=True, queries=FEW))
+    anew = api.index(built_copy, options=Options(IndexWishes(memory=10**9), retrain=True, queries=FEW))
     assert (anew.target, anew.factory) == (0.7, CODED.factory)
-    other = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True, queries=FEW))
+    other = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
     assert other.factory == "IVF8,SQ8"
     third = api.index(built_copy, options=Options(retrain=True, queries=FEW))
     assert third.factory == "IVF8,SQ8"
@@ -301,7 +301,7 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
     assert not any((built_copy / path).exists() for path in (*old["shards"], old["trained"]))
     assert api.verify(built_copy).problems == []
-    third = api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True, queries=FEW))
+    third = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
     assert third.factory == "IVF8,SQ8" and api.info(built_copy).indexes["main"]["generation"] == 2
     assert api.verify(built_copy).problems == []
 
@@ -427,7 +427,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
-    api.index(built_copy, name="exact", options=Options(Wanted(nlist=0), default=True, queries=FEW))
+    api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), default=True, queries=FEW))
     assert Database(Store.open(built_copy)).name == "exact"
     assert Database(Store.open(built_copy), "main").name == "main"
     with pytest.raises(UsageError, match="no index 'nought'"):
@@ -438,13 +438,13 @@ def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="no index 'exact'"):
         index_run.drop(built_copy, name="exact")
     assert api.verify(built_copy).problems == []
-    again = api.index(built_copy, name="exact", options=Options(Wanted(nlist=0), queries=FEW))
+    again = api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), queries=FEW))
     assert again.recall_at_10 == 1.0 and api.verify(built_copy).problems == []
 
 
 def test_an_index_that_is_there_is_not_another_one_in_silence(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="trained already, as OPQ16,IVF64,PQ16") as error:
-        api.index(built_copy, options=Options(Wanted(nlist=32), queries=FEW))
+        api.index(built_copy, options=Options(IndexWishes(nlist=32), queries=FEW))
     assert "--retrain" in error.value.advice
     with pytest.raises(UsageError, match="two things"):
         api.index(built_copy, options=Options(merge=True, retrain=True, queries=FEW))
@@ -468,7 +468,7 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
     vectors[7, 3] = np.nan
     np.save(path, vectors)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
-        api.index(copy, options=Options(Wanted(factory="IVF64,SQ8"), queries=FEW))
+        api.index(copy, options=Options(IndexWishes(factory="IVF64,SQ8"), queries=FEW))
     assert "main" not in Store.open(copy).state.with_prefix("index:")
 
 
@@ -490,7 +490,7 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
 def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrotool.ann.choice.FLAT_LIMIT", 5000)
     monkeypatch.setattr("retrotool.ann.choice.DEFAULT_CODE", 16)
-    result = api.index(copy, options=Options(Wanted(memory=memory), queries=FEW))
+    result = api.index(copy, options=Options(IndexWishes(memory=memory), queries=FEW))
     size = result.vectors * result.bytes_per_vector + result.trained_bytes
     assert size <= memory or result.factory.endswith("PQ8")
     assert ("read from disk" in result.why) == (size > memory)
@@ -516,9 +516,9 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
         api.embed(store, encoder=str(tiny_encoder))
     for name, wanted in (
-        ("main", Wanted()),
-        ("lists", Wanted(nlist=min(n, 4))),
-        ("half", Wanted(nlist=1, code="float16")),
+        ("main", IndexWishes()),
+        ("lists", IndexWishes(nlist=min(n, 4))),
+        ("half", IndexWishes(nlist=1, code="float16")),
     ):
         result = api.index(store, name=name, options=Options(wanted, queries=FEW))
         assert result.vectors == n
@@ -528,7 +528,7 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         assert api.verify(store).problems == []
     if n > 1:
         with pytest.raises(UsageError, match="product codes need 9,984 vectors"):
-            api.index(store, name="coded", options=Options(Wanted(nlist=1, code="pq8"), queries=FEW))
+            api.index(store, name="coded", options=Options(IndexWishes(nlist=1, code="pq8"), queries=FEW))
 
 
 def test_a_store_without_vectors_has_an_empty_index(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -554,7 +554,7 @@ def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypa
 
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert len(files(Store.open(built_copy).state)) >= 2 and begun is not None
-    api.index(built_copy, options=Options(Wanted(nlist=8, code="sq8"), retrain=True, queries=FEW))
+    api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
     other = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"
     assert api.verify(built_copy).problems == []

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.train.order import Order, Share, cut, length
+from retrotool.train.order import Order, Share, cut_spans, length
 from retrotool.train.sequences import slots_of
 
 COUNTS = st.lists(st.integers(0, 9), max_size=40).map(lambda counts: np.array(counts, np.int64))
@@ -91,7 +91,7 @@ def places(spans: list[tuple[int, int]]) -> list[int]:
 
 @given(SPANS, st.integers(0, 70), st.integers(0, 70))
 def test_cutting_spans_is_cutting_their_places(spans: list[tuple[int, int]], low: int, high: int) -> None:
-    assert places(cut(spans, low, high)) == places(spans)[low:high]
+    assert places(cut_spans(spans, low, high)) == places(spans)[low:high]
     assert length(spans) == len(places(spans))
 
 

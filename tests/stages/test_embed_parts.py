@@ -45,7 +45,7 @@ def sums(store: Path) -> dict[str, str]:
 
 @given(st.integers(0, 200_000), st.integers(1, 70_000))
 def test_blocks_are_all_rows_in_order_and_lie_well_in_row_groups(rows: int, most: int) -> None:
-    found = list(embed_stage.blocks_of(rows, most))
+    found = list(embed_stage.row_blocks(rows, most))
     assert [stop for _, stop in found[:-1]] == [start for start, _ in found[1:]]
     assert (found[0][0], found[-1][1]) == (0, rows) if rows else not found
     assert all(0 < stop - start <= most for start, stop in found)

@@ -190,7 +190,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
 
 
 def shard_ids(store: Store) -> np.ndarray:
-    return lists.read(store.path(store.state.file("index", "shard-0000", "main"))).ids(0)
+    return lists.read_lists(store.path(store.state.file("index", "shard-0000", "main"))).ids(0)
 
 
 def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: Path) -> None:

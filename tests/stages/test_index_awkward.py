@@ -13,7 +13,7 @@ from oracle import read_plain
 
 import retrotool.reader
 from retrotool import api
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.ann.excluded import Queries
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index import run as index_run
@@ -21,7 +21,7 @@ from retrotool.index.run import Options
 from retrotool.index.searching import Database, Point
 from retrotool.store.store import Store
 
-LISTS = Options(Wanted(nlist=16, code="sq8"), 150)
+LISTS = Options(IndexWishes(nlist=16, code="sq8"), 150)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_copies_are_found_though_they_are_fewer_than_lists(tmp_path: Path, tiny_
     inputs = [str(write_jsonl(tmp_path / "copies.jsonl", rows))]
     api.chunk(store, inputs, tokenizer=str(tiny_encoder), duplicates="keep")
     api.embed(store, encoder=str(tiny_encoder))
-    api.index(store, options=Options(Wanted(nlist=8, code="sq8")))
+    api.index(store, options=Options(IndexWishes(nlist=8, code="sq8")))
     reader = retrotool.open(store)
     for i in range(different):
         found = reader.search(make_text(i, 30), k=5)

@@ -14,7 +14,7 @@ from conftest import make_rows, write_jsonl
 import retrotool
 from retrotool import api
 from retrotool.ann import lists
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.errors import CorruptError, StorageError
@@ -44,10 +44,10 @@ def embedded(built_store: Path, tmp_path: Path, corpus: Path, tiny_encoder: Path
 @pytest.mark.parametrize("nlist", [0, 8])
 def test_what_is_written_is_what_faiss_writes(tmp_path: Path, nlist: int) -> None:
     index = make_index(nlist)
-    assert lists.write(index, tmp_path / "ours") == 500
+    assert lists.write_lists(index, tmp_path / "ours") == 500
     faiss.write_index(index, str(tmp_path / "theirs"))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    lists.check(index, tmp_path / "ours")
+    lists.check_written(index, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("nlist", [0, 8])
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_what_was_meant_does_not_pass(tmp_path: Path, nlist: 
         return 500
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="not what was written") as error:
-        patch.setattr(lists, "write", spoil)
+        patch.setattr(lists, "write_lists", spoil)
         write_index(tmp_path, index, FileName.new("0" * 8, "index", "shard-0000", "faiss", "main"), {"parts": [3]})
     assert "disk" in error.value.advice
     assert not list((tmp_path / "index" / "main").iterdir())
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embe
 def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    api.index(store_copy, name="ivf", options=Options(Wanted(nlist=8, code="float16")))
+    api.index(store_copy, name="ivf", options=Options(IndexWishes(nlist=8, code="float16")))
     api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
     api.embed(store_copy, encoder=str(tiny_encoder))
     for name, places in (("main", (0, -20)), ("ivf", (0, 200, -20))):

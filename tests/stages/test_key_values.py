@@ -17,7 +17,7 @@ from oracle import brute_force, read_plain, saved_neighbours
 import retrotool
 from retrotool import api
 from retrotool.ann import lists
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.embed.stage import EmbedStage
 from retrotool.engine.task import Task
 from retrotool.index.run import Options
@@ -105,7 +105,7 @@ def test_keys_have_vectors_and_values_have_zeros(mixed: Path) -> None:
 def test_the_index_holds_the_keys_and_nothing_else(mixed: Path) -> None:
     store = read_plain(mixed)
     shards = api.info(mixed).indexes["main"]["shards"]
-    found = np.concatenate([lists.read(mixed / path).ids(0) for path in shards])
+    found = np.concatenate([lists.read_lists(mixed / path).ids(0) for path in shards])
     assert np.array_equal(np.sort(found), store.ids[key_column(mixed)])
 
 
@@ -120,7 +120,7 @@ def test_neighbours_over_a_mixed_store_are_those_of_brute_force(mixed: Path) -> 
 def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: Path) -> None:
     keys = int(key_column(mixed_copy).sum())
     largest = max(int(part["chunks"]["rows"]) for part in api.info(mixed_copy).parts)
-    options = Options(Wanted(nlist=4, code="float16"), keys)
+    options = Options(IndexWishes(nlist=4, code="float16"), keys)
     assert keys > largest, "all keys fit one shard, and all chunks do not"
     result = api.index(mixed_copy, name="ivf", target_recall=1.0, options=options)
     assert (result.vectors, result.shards) == (keys, 1)
@@ -129,7 +129,7 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
     path = mixed_copy / api.info(mixed_copy).indexes["ivf"]["trained"]
     # Centroids of keys are no nearer to zero, where all values lie, than keys are.
     vectors = read_plain(mixed_copy).vectors[key_column(mixed_copy)]
-    centroids = lists.read_trained(path).centroids
+    centroids = lists.read_lists(path).trained.centroids
     assert centroids is not None
     mean = vectors.mean(axis=0)
     assert (((centroids - mean) ** 2).sum(1) <= ((vectors - mean) ** 2).sum(1).max()).all()
@@ -142,7 +142,7 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
 def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_came_later(
     mixed_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    options = Options(Wanted(nlist=4, code="float16"))
+    options = Options(IndexWishes(nlist=4, code="float16"))
     before = api.index(mixed_copy, name="ivf", options=options)
     keys = np.flatnonzero(key_column(mixed_copy))
     read = read_plain(mixed_copy)

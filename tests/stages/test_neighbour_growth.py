@@ -12,7 +12,7 @@ from oracle import brute_force, read_plain, saved_neighbours
 from test_index_rivals import at_once
 
 from retrotool import api
-from retrotool.ann.choice import Wanted
+from retrotool.ann.choice import IndexWishes
 from retrotool.errors import UsageError
 from retrotool.index.exact import ExactDatabase, merged
 from retrotool.index.run import Options
@@ -98,8 +98,8 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
 
     def build() -> None:
         if index is not None:
-            wanted = Wanted(nlist=8, code="sq8") if how == "lists" else Wanted()
-            api.index(store, name=index, target_recall=1.0, options=Options(wanted if fresh else Wanted(), 70))
+            wanted = IndexWishes(nlist=8, code="sq8") if how == "lists" else IndexWishes()
+            api.index(store, name=index, target_recall=1.0, options=Options(wanted if fresh else IndexWishes(), 70))
 
     fresh = True
     options = EXACT if index is None else None
@@ -147,7 +147,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
 
 
 def test_little_memory_gives_the_same(store: Path) -> None:
-    api.index(store, name="lists", target_recall=1.0, options=Options(Wanted(nlist=8, code="sq8"), 70))
+    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8"), 70))
     api.neighbours(store, name="much", index="lists")
     api.neighbours(store, name="little", index="lists", search=SearchOptions(memory=1 << 20))
     api.neighbours(store, name="exact", search=SearchOptions(exact=True, memory=1 << 20))
@@ -196,12 +196,12 @@ def test_an_index_that_probes_more_lists_since_gives_what_it_gives_at_once(store
         with writing(opened) as run:
             opened.commit(run, more)
 
-    wanted = Options(Wanted(nlist=8, code="sq8"), 70)
+    wanted = Options(IndexWishes(nlist=8, code="sq8"), 70)
     api.index(store, options=wanted)
     probe(1)
     api.neighbours(store)
     grow(store, tiny_encoder, 20, 80)
-    api.index(store, options=Options(Wanted(), 70))
+    api.index(store, options=Options(IndexWishes(), 70))
     probe(4)
     database = Database(Store.open(store), thorough=True)
     assert database.point.nprobe == 7

@@ -37,7 +37,7 @@ def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> N
     assert verified(store_copy) != before and near(store_copy) != found
     result = back(store_copy, purged.purge)
     assert (result.chunks, result.documents, result.tokens) == (purged.chunks, purged.documents, purged.tokens)
-    assert (result.still_purged, result.named_by, result.repeats, result.indexes, result.tables) == (0, (), 0, (), ())
+    assert (result.still_purged, result.named_by, result.repeats, result.tables) == (0, (), 0, ())
     assert verified(store_copy) == before
     assert near(store_copy) == found
     assert [n.id for n in retrotool.open(store_copy).search(text, 20, encoder=encoder)] == hits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -16,15 +15,13 @@ from restore_help import assert_exact, back, exact, near, purge, verified
 
 import retrotool
 from retrotool import RetroDataset, api
-from retrotool.ann.choice import Wanted
-from retrotool.index import stage as index_stage
+from retrotool.ann.choice import IndexWishes
 from retrotool.index.run import Options
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.purge.undo_text import show_restored
-from retrotool.store.atomic import FileEntry
-from retrotool.store.paths import FileName
 from retrotool.store.restored import restored_chunks
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 
 
 def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Path) -> None:
@@ -86,37 +83,21 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
     assert_exact(store_copy, tmp_path / "scratch", "other")
 
 
-def test_an_index_made_meanwhile_is_completed(store_copy: Path, tmp_path: Path) -> None:
-    wanted = Options(Wanted(nlist=4, code="sq8"), shard_rows=150)
+def test_an_index_made_meanwhile_lacks_nothing(store_copy: Path, tmp_path: Path) -> None:
+    wanted = Options(IndexWishes(nlist=4, code="sq8"), shard_rows=150)
     purged = purge(store_copy, "doc-7", "doc-100")
-    api.index(store_copy, name="lists", options=wanted)
+    assert api.index(store_copy, name="lists", options=wanted).vectors == 366
     api.neighbours(store_copy, name="lists", index="lists")
-    shards = api.info(store_copy).indexes["lists"]["shards"]
-    assert len(shards) > 2
-    result = back(store_copy, purged.purge)
-    (lacks,) = result.indexes
-    assert (lacks.name, lacks.chunks) == ("lists", purged.chunks)
-    assert lacks.command == f"retrotool index {store_copy} --name lists"
-    assert api.info(store_copy).indexes["lists"]["lacking"] == purged.chunks
-    assert "lacking" not in api.info(store_copy).indexes["main"]
-    assert verified(store_copy), "it is known what it lacks"
-    reader = retrotool.open(store_copy)
-    assert reader.database("lists").lacking() == purged.chunks
-    # Searched before the index is complete, tables are not taken for complete afterwards.
-    early = api.neighbours(store_copy, name="lists", index="lists")
-    assert early.not_indexed == purged.chunks and any("index" in command for command in early.next)
+    assert not np.isin(saved_neighbours(store_copy, "lists")[0], read_tombstones(Store.open(store_copy)).ids).any()
+    assert api.index(store_copy, name="lists", options=Options(merge=True)).vectors == 366
+    back(store_copy, purged.purge)
+    assert verified(store_copy)
     assert api.info(store_copy).neighbours["lists"]["behind"]
-    merged = api.index(store_copy, name="lists", options=Options(merge=True))
-    assert merged.added == purged.chunks
-    assert 0 < len(set(shards) - set(api.info(store_copy).indexes["lists"]["shards"])) < len(shards)
-    assert "lacking" not in api.info(store_copy).indexes["lists"]
     done = api.neighbours(store_copy, name="lists", index="lists")
     assert done.queries > 0 and done.not_indexed == 0
     assert "behind" not in api.info(store_copy).neighbours["lists"]
     assert api.neighbours(store_copy, name="lists", index="lists").queries == 0
     assert verified(store_copy)
-    point = Store.open(store_copy).state.records["index:lists"]
-    assert point["vectors"] == 366
     ids, true = saved_neighbours(store_copy, "lists")[0], exact(store_copy, tmp_path / "scratch")[0]
     again = restored_chunks(Store.open(store_copy), purged.purge)
     common = [len(set(row) & set(also)) for row, also in zip(ids.tolist(), true.tolist(), strict=True)]
@@ -124,22 +105,21 @@ def test_an_index_made_meanwhile_is_completed(store_copy: Path, tmp_path: Path) 
     assert np.isin(ids, again).sum() > 0.95 * np.isin(true, again).sum() > 0
 
 
-def test_an_index_of_which_nobody_knows_the_commit_is_made_anew(
-    store_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = index_stage.write_index
-
-    def forgetting(root: Path, made: Any, name: FileName, about: dict[str, Any]) -> FileEntry:
-        return written(root, made, name, {key: value for key, value in about.items() if key != "commits"})
-
-    monkeypatch.setattr(index_stage, "write_index", forgetting)
-    purged = purge(store_copy, "doc-7")
-    api.index(store_copy, name="old", options=Options(Wanted(nlist=4, code="sq8")))
-    monkeypatch.setattr(index_stage, "write_index", written)
-    assert back(store_copy, purged.purge).indexes[0].chunks == purged.chunks
-    assert api.index(store_copy, name="old").vectors == 366
-    assert "lacking" not in api.info(store_copy).indexes["old"]
-    assert verified(store_copy)
+def test_an_index_holds_what_is_purged_until_it_is_erased_and_no_repeats(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = make_rows(12, words=200)
+    store = tmp_path / "store"
+    file = write_jsonl(tmp_path / "one.jsonl", [*rows, {**rows[3], "id": "again"}])
+    api.chunk(store, [str(file)], tokenizer=str(tiny_encoder))
+    api.embed(store, encoder=str(tiny_encoder))
+    living = sum(len(retrotool.open(store).chunk_ids(part)) for part in retrotool.open(store).parts())
+    purged = purge(store, "doc-5")
+    assert api.index(store, options=Options(IndexWishes(nlist=4, code="sq8"))).vectors == living
+    assert purge(store, "doc-6", erase=True).erased
+    assert purge(store, "doc-5", erase=True).erased
+    (vectors,) = [one["vectors"] for one in api.info(store).indexes.values()]
+    left = sum(len(retrotool.open(store).chunk_ids(part)) for part in retrotool.open(store).parts())
+    assert vectors == left < living - purged.chunks
+    assert verified(store)
 
 
 def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -166,14 +146,10 @@ def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_pa
 def test_another_purge_is_erased_in_between(store_copy: Path) -> None:
     one = purge(store_copy, "doc-7")
     other = purge(store_copy, "doc-8", erase=True)
-    api.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
     assert back(store_copy, one.purge).chunks == one.chunks
     assert purge(store_copy, "doc-9", erase=True).erased
     shown = api.info(store_copy)
     assert not shown.purges[one.purge]["erased"] and shown.purges[other.purge]["erased"]
-    assert shown.indexes["lists"]["lacking"] == one.chunks, "an erase does not make it whole"
-    api.index(store_copy, name="lists")
-    assert "lacking" not in api.info(store_copy).indexes["lists"]
     assert verified(store_copy)
 
 
@@ -247,7 +223,6 @@ def test_what_it_did_is_shown(store_copy: Path, capsys: pytest.CaptureFixture[st
     chunks = retrotool.open(store_copy).document("doc-7")
     two = api.purge(store_copy, api.Selectors(chunk=(chunks[0],)), reason="test").purge
     one = api.purge(store_copy, api.Selectors(chunk=tuple(chunks)), reason="test").purge
-    api.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
     api.neighbours(store_copy, name="other")
     result = back(store_copy, one)
     show_restored(result, as_json=False)
@@ -255,21 +230,15 @@ def test_what_it_did_is_shown(store_copy: Path, capsys: pytest.CaptureFixture[st
     n = len(chunks) - 1
     assert f"Took purge {one} back: {n} chunks, 1 whole document, are living again" in text
     assert f"Still purged: 1 chunk of it: {two} took them, too." in text
-    assert f"Index 'lists' lacks {n} chunks taken back. Add: retrotool index {store_copy} --name lists" in text
     assert f"retrotool neighbours {store_copy} --name other --index main" in text
     show_restored(result, as_json=True)
-    assert orjson.loads(capsys.readouterr().out)["indexes"][0]["name"] == "lists"
+    assert orjson.loads(capsys.readouterr().out)["tables"][0]["table"] == "other"
 
 
-def test_info_and_search_say_what_is_lacking(store_copy: Path, cli: Cli) -> None:
+def test_info_says_what_is_lacking(store_copy: Path, cli: Cli) -> None:
     purged = purge(store_copy, "doc-7")
-    api.index(store_copy, name="lists", options=Options(Wanted(nlist=4, code="sq8")))
     api.neighbours(store_copy, name="other")
     back(store_copy, purged.purge)
     told = cli("info", store_copy).stdout
-    assert f"lacks {purged.chunks} chunks taken back" in told and "lacks chunks taken back, in 4 parts" in told
+    assert "lacks chunks taken back, in 4 parts" in told
     assert "purged and taken back (it was another one): test" in told
-    searched = cli("search", store_copy, "river mountain", "--index", "lists", "--json")
-    assert orjson.loads(searched.stdout)["lacking"] == purged.chunks
-    assert f"retrotool index {store_copy} --name lists" in searched.stderr
-    assert "lacking" not in cli("search", store_copy, "river mountain").stderr

@@ -20,7 +20,7 @@ from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.index.source_filter import AllowedChunks, find_sources, probes, source_names
+from retrotool.index.source_filter import AllowedChunks, find_sources, probes_by_query, source_names
 from retrotool.neighbours.filters import Filters
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store.store import Store
@@ -64,8 +64,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> lists.InvertedLists:
     index = to_faiss(trained)
     lists.fill(index, numbers.numpy(), np.arange(2000), codes.numpy())
     path = tmp_path_factory.mktemp("lists") / "index.faiss"
-    lists.write(index, path)
-    return lists.read(path)
+    lists.write_lists(index, path)
+    return lists.read_lists(path)
 
 
 @given(arrays(np.bool_, 2000, elements=st.booleans()), st.integers(1, 12), st.integers(0, 2000))
@@ -77,7 +77,7 @@ def test_lists_are_probed_until_they_hold_as_much(
     queries = np.random.default_rng(6).normal(size=(40, 8)).astype(np.float32)
     order = nearest_lists(whole.trained.centroids, torch.from_numpy(queries), 12)
     seen = np.zeros(40, np.int64)
-    for probed, rows in probes(whole.trained, queries, nprobe, some):
+    for probed, rows in probes_by_query(whole.trained, queries, nprobe, some):
         seen[rows] += 1
         for row in rows.tolist():
             held = sum(int(one.sizes[order[row, :probed]].sum()) for one in some)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.cut import cut, cut_some, slices
+from retrotool.tokenizers.cut import cut_some, cut_texts, slices
 
 CUTTABLE = [kind for kind in awkward.KINDS if kind != "unigram"]
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -18,7 +18,7 @@ sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[
 @given(texts=st.lists(awkward.texts, max_size=6), limits=sizes)
 def test_pieces_are_the_texts_in_order(texts, limits):
     least, most = limits
-    pieces, counts = cut(texts, least, most)
+    pieces, counts = cut_texts(texts, least, most)
     assert len(counts) == len(texts)
     ends = np.cumsum(counts)
     assert ["".join(pieces[end - n : end]) for end, n in zip(ends, counts, strict=True)] == texts
@@ -30,14 +30,14 @@ def test_pieces_are_the_texts_in_order(texts, limits):
 @given(text=awkward.texts, limits=sizes)
 def test_tokens_of_the_pieces_are_those_of_the_text(kind, text, limits):
     tokenizer = loaded(kind)
-    pieces, _ = cut([text], *limits)
+    pieces, _ = cut_texts([text], *limits)
     assert [token for tokens in tokenizer.encode_batch(pieces) for token in tokens] == tokenizer.encode_batch([text])[0]
 
 
 @pytest.mark.parametrize("kind", CUTTABLE)
 def test_real_text_is_cut_often_and_keeps_its_tokens(kind):
     tokenizer = loaded(kind)
-    pieces, counts = cut(awkward.TOPICS, 10, 40)
+    pieces, counts = cut_texts(awkward.TOPICS, 10, 40)
     assert len(pieces) > sum(map(len, awkward.TOPICS)) / 200
     flat, _ = tokenizer.encode_flat(pieces)
     assert np.array_equal(flat, tokenizer.encode_flat(awkward.TOPICS)[0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.guard import Guard, differing
+from retrotool.tokenizers.equivalence import Guard, differing
 
 
 @pytest.fixture(scope="module")

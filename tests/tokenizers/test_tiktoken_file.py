@@ -43,7 +43,7 @@ def encodings() -> dict[str, tuple[Tokenizer, tiktoken.Encoding]]:
             patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, ranks=ranks, **__: ranks)
             shipped = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS[name]()
         shipped.pop("explicit_n_vocab", None)
-        content = tiktoken_file.convert(file_of(ranks), f"some/folder/{name}.tiktoken")
+        content = tiktoken_file.convert_tiktoken(file_of(ranks), f"some/folder/{name}.tiktoken")
         found[name] = (Tokenizer(TokenizerFile(name, content)), tiktoken.Encoding(**shipped))
     return found
 

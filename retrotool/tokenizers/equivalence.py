@@ -1,11 +1,14 @@
-"""Which texts a fast tokenizer is known to get right, found out by comparing it with an exact one.
+r"""Which texts a fast tokenizer is known to get right, found out by comparing it with an exact one.
 
 Nothing is assumed of the fast one but that it works along a text, from a few neighbouring characters at a time, as
 the splitting rules of ``retrotool.tokenizers.cut`` do. On that ground a guard knows
 
 * *needles*: ASCII pairs, characters and added tokens that the two treat differently, found when it is made, by
   trying all 128 × 128 pairs; and tokens of 250 bytes or more;
-* *runs*: long runs of one character between two others, see ``retrotool.tokenizers.runs``;
+* *runs*: long runs of one character between two others, each at its least length. Splitting rules such as
+  ``\s*[\r\n]+`` join white space of any length with the newline after it. Whether an implementation gets that right no
+  pair of characters shows, and tokens show it at some lengths only. So runs of many lengths are tried, in all
+  surroundings of a few kinds of characters;
 * *code points*: above ASCII, each in a table of 1.1 MB as unknown, safe or unsafe; an unknown one is tried in
   several surroundings when it first occurs. One that Python's own Unicode tables do not know is unsafe untried: what
   the two libraries take it for is a matter of their age.
@@ -19,16 +22,15 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-from retrotool.tokenizers.runs import Run, unlike_runs
 
 Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Flat]
@@ -53,13 +55,39 @@ _WORDS = ("'s", "'LL", "'re", "the", "don't", "Ing", "   ", "\n\n", "\r\n", "\t\
 _STRANGE = "éßÅİſжЖѣאשعلى一龍あア한각ไ์िक्ষ𐍈𝒳🎈👩🏽£—…“’«»\u00a0\u2003\u3000\u2028\u200d\ufe0f\u0301\u0327\u0345٣²½Ⅳ①￼"
 
 
+_KINDS = {
+    " ": " ", "\n": r"\n", "\r": r"\r", "\t": r"\t", "a": r"[^\W\d_]", "1": r"\d", ".": r"[^\w\s]", "-": r"[^\w\s]",
+}  # fmt: skip
+"""Characters that are tried, and what they stand for at the ends of a run."""
+_SHORT = (*range(1, 10), 12, 15, 16, 17, 20, 24, 31, 32, 33)
+_LONG = (40, 48, 63, 64, 65, 80, 96, 127, 128, 129, 200, 256)
+_BYTES_A_CHARACTER = 3
+"""Of white space in UTF-8, at most."""
+
+
+class TokenRun(NamedTuple):
+    """``length`` or more of one character after one and before another."""
+
+    before: str
+    inside: str
+    length: int
+    after: str
+
+    def pattern(self, *, ascii_only: bool) -> re.Pattern[str]:
+        """Where the run is in a text; outside ASCII a run of white space may be of any kinds, in as many bytes."""
+        inside, length = re.escape(self.inside), self.length
+        if self.inside.isspace() and not ascii_only:
+            inside, length = r"\s", -(-length // _BYTES_A_CHARACTER)
+        return re.compile(f"{_KINDS[self.before]}{inside}{{{length},}}{_KINDS[self.after]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Findings:
     """What a guard found when it was made, by the libraries named in ``versions``: it need not be found out again."""
 
     versions: str
     needles: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
     frames: tuple[str, str]
     why: str
 
@@ -67,7 +95,7 @@ class Findings:
     def from_json(cls, fields: Mapping[str, Any]) -> Findings:
         """Inverse of ``dataclasses.asdict``, also of what JSON made of that."""
         first, second = fields["frames"]
-        runs = tuple(Run(*run) for run in fields.get("runs", ()))
+        runs = tuple(TokenRun(*run) for run in fields.get("runs", ()))
         needles, why = tuple(fields["needles"]), str(fields["why"])
         return cls(str(fields["versions"]), needles, runs, (str(first), str(second)), why)
 
@@ -103,7 +131,7 @@ class Guard:
         self._states[:128] = _SAFE
         self._states[0xD800:0xE000] = _UNSAFE
         self.needles: tuple[str, ...] = ()
-        self.runs: tuple[Run, ...] = ()
+        self.runs: tuple[TokenRun, ...] = ()
         self.frames = ("", "")
         self.why = ""
         if findings is not None:
@@ -133,7 +161,7 @@ class Guard:
         if len(missed):
             self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, as {odd[missed[0]][:40]!a}"
 
-    def _look_for(self, runs: tuple[Run, ...]) -> None:
+    def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
         self.runs = runs
         self._patterns = {plain: [run.pattern(ascii_only=plain) for run in runs] for plain in (False, True)}
 
@@ -172,7 +200,6 @@ class Guard:
         return unsure
 
     def _differing(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Which texts [n] are split differently."""
         return differing(*(encode(texts) for encode in self._split))
 
     def _differing_somehow(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -323,7 +350,6 @@ def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, 
 
 
 def _odd_texts(longest: int, added: Sequence[str]) -> list[str]:
-    """Random texts of all kinds of characters, and runs of them around lengths that may matter."""
     draw = random.Random(0)  # noqa: S311
     letters = [chr(code) for code in range(128)]
     often = [*" \n\t'.,-_()/", *"sStTrReEvVlLmMdD0123456789abcXYZ", *_WORDS, *added[:8]]
@@ -345,3 +371,29 @@ def differing(one: Flat, other: Flat) -> npt.NDArray[np.bool_]:
         length = one[1][i]
         wrong[i] = not np.array_equal(one[0][starts[i] : starts[i] + length], other[0][others[i] : others[i] + length])
     return np.asarray(wrong, bool)
+
+
+def unlike_runs(
+    differing: Callable[[Sequence[str]], npt.NDArray[np.bool_]], known: Callable[[str], bool]
+) -> tuple[TokenRun, ...]:
+    """Runs that ``differing`` tells apart, each at its least length; what is ``known`` by other signs is left out."""
+    least = []
+    ways = [way for way in itertools.product(_KINDS, repeat=3) if way[1] not in (way[0], way[2])]
+    tried = {way: [(n, text) for n, text in _run_texts(*way) if not known(text)] for way in ways}
+    # All lengths in one text first; of what that shows, each by itself.
+    wrong = differing(["".join(text for _, text in tried[way]) for way in ways])
+    for way in itertools.compress(ways, wrong):
+        alone = differing([text for _, text in tried[way]])
+        if alone.any():
+            least.append(
+                TokenRun(way[0], way[1], min(n for (n, _), bad in zip(tried[way], alone, strict=True) if bad), way[2])
+            )
+    return tuple(least)
+
+
+def _run_texts(before: str, inside: str, after: str) -> list[tuple[int, str]]:
+    return [
+        (length, f"x{before * left}{inside * length}{after * right}y ")
+        for length in (*_SHORT, *_LONG)
+        for left, right in (((1, 1), (1, 2), (2, 1)) if length in _SHORT else ((1, 1),))
+    ]

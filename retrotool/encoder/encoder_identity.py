@@ -157,7 +157,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    """What a JSON file holds; None if there is no such file."""
     try:
         return orjson.loads(path.read_bytes())
     except FileNotFoundError:
