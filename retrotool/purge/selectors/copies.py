@@ -2,22 +2,20 @@
 
 A **place** is a chunk and the one that follows it in its document, or a chunk that none follows. The rule, exactly:
 
-1. Of each given chunk (a victim) the different runs of 8 tokens are taken. A place is a copy if it has ``share`` of
-   them or more, in any order. Such a run may begin in the place's first chunk and end in its second if the first is
-   full. It lies across no other border: not of documents, of key and value, and not beside what is erased.
+1. Of each given chunk (a victim) the different runs of 8 tokens are taken. A place is a copy if it has half of them or
+   more, in any order. Such a run may begin in the place's first chunk and end in its second if the first is full. It
+   lies across no other border: not of documents, of key and value, and not beside what is erased.
 2. Of the place's two chunks those are selected that hold at least 4 of the 8 tokens of one of these runs.
-3. Of a victim with fewer than ``fewest`` different runs (as it has fewer than 8 tokens, or repeats itself) a copy is a
-   chunk of the same tokens, no more and no fewer.
+3. Of a victim with fewer than 8 different runs (as it has fewer than 15 tokens, or repeats itself) a copy is a chunk of
+   the same tokens, no more and no fewer.
 
-So with a share of one half all of these are found, of a victim of 23 tokens or more whose runs all differ: a copy
-verbatim, wherever it begins in its first chunk; one with any one token exchanged, left out or put in; and one of which
-a half is there. A victim made of few different runs is found wherever half of these occur: a line of dashes selects
-every line of eight dashes, unless ``fewest`` says otherwise. Victims themselves are found again; of erased ones there
-is nothing to find. Text that was changed in every line, or put into other words, is not found, and neither is what
-another store holds.
+So all of these are found, of a victim of 23 tokens or more whose runs all differ: a copy verbatim, wherever it begins
+in its first chunk; one with any one token exchanged, left out or put in; and one of which a half is there. Victims
+themselves are found again; of erased ones there is nothing to find. Text that was changed in every line, or put into
+other words, is not found, and neither is what another store holds.
 
-Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is found; see ``grams`` for why. Memory:
-``grams``, some 12 kB a victim.
+Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams`` for why. Memory:
+``ngrams``, some 12 kB a victim.
 """
 
 from __future__ import annotations
@@ -56,17 +54,13 @@ class NearDuplicates(Selector):
 
     kind: ClassVar[str] = "near-duplicates-of"
     chunks: tuple[int, ...]
-    share: float = COPIED
-    fewest: int = FEWEST
 
     def open(self, store: Store) -> CopyMatcher:
         """Read the victims; ``UsageError`` if the store has not all of them, or none has tokens any more."""
-        if not 0 < self.share <= 1:
-            raise UsageError(f"a share of {self.share} is not above 0 and up to 1")
         tokens, n_tokens = read_victims(store, np.unique(np.array(self.chunks, np.int64)))
         if not n_tokens.any():
             raise UsageError("none of the chunks has any tokens left: nothing tells what a copy of them is")
-        return CopyMatcher(tokens, n_tokens, self.share, self.fewest)
+        return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
 
 
 def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:

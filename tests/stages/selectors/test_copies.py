@@ -227,7 +227,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     store = store_of(tmp_path / "s", tiny_encoder, [[t % 150 + 5 for t in d] for d in documents], part_size=70)
     assert len(store.state.parts()) > 2
     selector = NearDuplicates((0,))
-    assert selector.literal() == {"chunks": (0,), "share": 0.5, "fewest": 8} and selector.kind == "near-duplicates-of"
+    assert selector.literal() == {"chunks": (0,)} and selector.kind == "near-duplicates-of"
     found = scanned(store, selector.open(store), rows=16)
     assert found == scanned(store, selector.open(store)) and found[0] == 0 and len(found) >= 64
     store = purge(store, found[3])
@@ -244,8 +244,5 @@ def test_what_can_not_be_asked(tmp_path: Path, tiny_encoder: Path) -> None:
     for strange in (1, 1 << 32, -1):
         with pytest.raises(UsageError, match=f"no chunk {strange}"):
             NearDuplicates((0, strange)).open(store)
-    for share in (0.0, -1.0, 1.5):
-        with pytest.raises(UsageError, match="share"):
-            NearDuplicates((0,), share).open(store)
     with pytest.raises(UsageError):
         NearDuplicates(()).open(store)
