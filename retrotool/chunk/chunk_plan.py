@@ -2,30 +2,37 @@
 
 Units are cut from the inputs alone (a file, a run of small files, a slice of a large one), never from the number of
 workers; so chunk ids are decided when the plan is committed. Inputs that the store has, or has planned, are
-recognised by their fingerprints and left out; one that was changed in its place is refused, or read again.
+recognised by their fingerprints and left out; one that was changed in its place is refused, or read again. Of an input
+that is read again the documents that the store has are skipped.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
+import pyarrow.compute as pc
 
 from retrotool import sources
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
-from retrotool.store import atomic
+from retrotool.store import atomic, parts, schemas
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
+from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.staging import PLAN_COUNTS
 from retrotool.store.state import State
 from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Findings
 
 BYTES_PER_TOKEN = 4
@@ -39,6 +46,7 @@ SMALL_PLAN = 12 << 20
 """Bytes of text below which starting the fast tokenizer costs more than it saves."""
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
+_HASHES = np.dtype(f"S{2 * schemas.HASH_BYTES}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,3 +362,50 @@ def unfinished_plans(state: State) -> list[str]:
     """Ids of the plans that are not finished, in their order."""
     plans = state.with_prefix("plan:")
     return sorted((plan for plan in plans if not plans[plan]["finished"]), key=lambda plan: int(plans[plan]["order"]))
+
+
+class KnownDocuments:
+    """The documents of the input ``name`` that ``plans`` read, by their keys and text hashes, 32 bytes each.
+
+    Of an input that changed, and is read again, these are skipped.
+    Documents that are erased, also in part, are unknown: the block list keeps them out. ``without``: so are those of
+    which every chunk is in it, as purged documents are where they may be added again.
+    """
+
+    def __init__(self, store: Store, name: str, plans: Sequence[str], without: Tombstones | None = None) -> None:
+        live = set(store.state.parts())
+        found = [np.zeros(0, _HASHES)]
+        for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
+            table = parts.read_documents(store, part, ["key", "text_hash", "input"])
+            wanted = pc.and_(pc.equal(table["input"], name), pc.is_valid(table["text_hash"]))
+            doc = np.flatnonzero(wanted.fill_null(False).to_numpy())
+            if without is not None:
+                doc = np.setdiff1d(doc, documents_within(store, part, without), assume_unique=True)
+            hashes = [parts.from_fixed_binary(table[column], np.dtype(np.uint8)) for column in ("key", "text_hash")]
+            found.append(np.hstack(hashes)[doc].view(_HASHES).reshape(-1))
+        self._sorted = np.sort(np.concatenate(found))
+
+    def hold(self, hashes: Sequence[tuple[bytes, bytes]]) -> npt.NDArray[np.bool_]:
+        """Which documents, given by key and text hash [n], are known."""
+        wanted = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), _HASHES)
+        place = np.searchsorted(self._sorted, wanted)
+        known = np.zeros(len(wanted), np.bool_)
+        inside = place < len(self._sorted)
+        known[inside] = self._sorted[place[inside]] == wanted[inside]
+        return known
+
+
+def chunks_of_purges(store: Store) -> Tombstones:
+    """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
+    ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
+    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
+
+
+def documents_within(store: Store, part: int, chunks: Tombstones) -> npt.NDArray[np.int64]:
+    """The docs of a part of which every chunk is in ``chunks``, ascending."""
+    rows = chunks.rows(part)
+    if not len(rows):
+        return rows
+    table = parts.read_documents(store, part, ["first_row", "n_chunks"])
+    first, n_chunks = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
+    return np.flatnonzero(np.searchsorted(rows, first + n_chunks) - np.searchsorted(rows, first) == n_chunks)

@@ -10,7 +10,7 @@ the order in which units were finished nor the number of workers. The rule, of w
 
 Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
 fewer plans gives the same documents. Memory: as ``hash_partitions`` says, then one part that holds a repeat at a
-time. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone. Of ids that repeat, inputs
+time. What grows with the repeats: 17 bytes a document and 8 a chunk, as for every tombstone. Of ids that repeat, inputs
 of lines that are not large are read again, to turn byte offsets into line numbers.
 """
 
@@ -30,9 +30,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
-from retrotool.chunk.chunk_plan import ChunkPlan, parts_of_plan, read_plan, unfinished_plans, write_json_file
+from retrotool.chunk.chunk_plan import (
+    ChunkPlan,
+    chunks_of_purges,
+    documents_within,
+    parts_of_plan,
+    read_plan,
+    unfinished_plans,
+    write_json_file,
+)
 from retrotool.chunk.hash_partitions import Places
-from retrotool.chunk.known_documents import chunks_of_purges, documents_within
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
 from retrotool.errors import ConflictError, DuplicatesError, ErasedError, InputError
@@ -349,27 +356,21 @@ def locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
 
 
 def _by_input(found: Iterator[PartRepeats]) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
-    """Positions of one input after another, at most a million and those of a part at a time."""
-    name = ""
-    gathered: list[tuple[npt.NDArray[np.int64], Flags]] = []
-    for repeats in found:
-        runs = pc.run_end_encode(repeats.inputs)
-        start = 0
-        for value, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
-            if gathered and (value != name or sum(len(flags) for _, flags in gathered) >= _LOCATED_ROWS):
-                yield (name, *_joined(gathered))
-                gathered = []
-            name = value
-            gathered.append((repeats.positions[start:end], repeats.by_text[start:end]))
-            start = end
-    if gathered:
-        yield (name, *_joined(gathered))
+    """Ascending positions of one input after another, at most a million at a time."""
+    for name, some in itertools.groupby(itertools.chain.from_iterable(map(_runs, found)), lambda run: run[0]):
+        positions, by_text = (np.concatenate(column) for column in zip(*(run[1:] for run in some), strict=True))
+        order = np.argsort(positions, kind="stable")
+        for start in range(0, len(order), _LOCATED_ROWS):
+            rows = order[start : start + _LOCATED_ROWS]
+            yield name, positions[rows], by_text[rows]
 
 
-def _joined(gathered: list[tuple[npt.NDArray[np.int64], Flags]]) -> tuple[npt.NDArray[np.int64], Flags]:
-    positions, by_text = (np.concatenate(column) for column in zip(*gathered, strict=True))
-    order = np.argsort(positions, kind="stable")
-    return positions[order], by_text[order]
+def _runs(repeats: PartRepeats) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
+    runs = pc.run_end_encode(repeats.inputs)
+    for name, (start, end) in zip(
+        runs.values.to_pylist(), itertools.pairwise([0, *runs.run_ends.to_pylist()]), strict=True
+    ):
+        yield name, repeats.positions[start:end], repeats.by_text[start:end]
 
 
 def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], by_text: Flags) -> pa.Table:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from retrotool.errors import InputError
 from retrotool.sources import Rejected
 from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
@@ -46,7 +47,8 @@ class Quarantine:
         self._line, self._offset = array("q"), array("q")
         self._excerpts: list[str] = []
         self._damage: set[int] = set()
-        self._first = 0
+        self._lines_before: Callable[[], int] = int
+        self._before: int | None = None
 
     def __len__(self) -> int:
         """Rows gathered."""
@@ -57,10 +59,14 @@ class Quarantine:
         """How many of the rows stand for the rest of a broken file."""
         return len(self._damage)
 
-    def open(self, path: str) -> None:
-        """From now on rows are of the input at ``path``."""
+    def open(self, path: str, lines_before: Callable[[], int] = int) -> None:
+        """From now on rows are of the input at ``path``, or of a range of it.
+
+        ``lines_before()`` counts the lines before that range, or raises ``InputError``; it is called at the first row
+        that has a line number.
+        """
         self._inputs.append(path)
-        self._first = len(self)
+        self._lines_before, self._before = lines_before, None
 
     def append(self, row: Rejected) -> None:
         """Gather a row of the open input."""
@@ -73,23 +79,17 @@ class Quarantine:
         if len(self._reasons) >= REASONS and reason not in self._reasons:
             reason = without_numbers(reason)
         self._reason.append(self._reasons.setdefault(reason, len(self._reasons)))
-        self._line.append(row.line)
+        self._line.append(self._line_of(row))
         self._offset.append(row.offset)
 
-    def needs_lines(self) -> bool:
-        """Whether any row of the open input has a line number, relative to the range that was read."""
-        return any(self._line[i] for i in range(self._first, len(self)))
-
-    def shift_lines(self, before: int) -> None:
-        """Add the number of lines before the range that was read to the line numbers of the open input."""
-        for i in range(self._first, len(self)):
-            if self._line[i]:
-                self._line[i] += before
-
-    def forget_lines(self) -> None:
-        """Set the line numbers of the open input to 0, not known."""
-        for i in range(self._first, len(self)):
-            self._line[i] = 0
+    def _line_of(self, row: Rejected) -> int:
+        """The line of a row in its input; 0: not known."""
+        if row.line and self._before is None:
+            try:
+                self._before = self._lines_before()
+            except InputError:
+                self._before = -1  # damaged before that: the offsets still give the places
+        return 0 if not row.line or self._before == -1 else row.line + (self._before or 0)
 
     def write(self, root: Path, name: FileName) -> FileEntry | None:
         """Write what was gathered; None if that is nothing."""

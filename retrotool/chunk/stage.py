@@ -9,6 +9,7 @@ documents on the block list are left out. Documents that repeat are found when t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -19,13 +20,21 @@ import numpy.typing as npt
 
 from retrotool import sources
 from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import EXPANSION, ChunkPlan, InputPiece, known_findings, open_plans, read_plan
+from retrotool.chunk.chunk_plan import (
+    EXPANSION,
+    ChunkPlan,
+    InputPiece,
+    KnownDocuments,
+    chunks_of_purges,
+    known_findings,
+    open_plans,
+    read_plan,
+)
 from retrotool.chunk.chunker import Tokens
-from retrotool.chunk.known_documents import KnownDocuments, chunks_of_purges
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
-from retrotool.errors import ErasedError, InputError, TaskError
+from retrotool.errors import ErasedError, TaskError
 from retrotool.sources import Document, Rejected
 from retrotool.sources.lines import lines_before
 from retrotool.sources.spool import is_spooled
@@ -171,7 +180,7 @@ class _Unit:
         """Read a piece to its end."""
         file = self._plan.files[piece.file]
         weight = piece.weight
-        self.bad.open(file.path)
+        self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self._plan.fields))
         known = self._known_documents(piece.file)
         done = characters = 0
         for batch in _batches(_rows(self._plan, piece, self.bad, stage)):
@@ -185,11 +194,6 @@ class _Unit:
             self._report(max(0, ahead - done))
             done = max(done, ahead)
         self._report(weight - done)
-        if piece.where.first and self.bad.needs_lines():
-            try:
-                self.bad.shift_lines(lines_before(file, piece.where, self._plan.fields))
-            except InputError:
-                self.bad.forget_lines()  # damaged before this slice: the offsets still tell the places
 
     def _known_documents(self, file: int) -> KnownDocuments | None:
         """Documents that the store has of a file that is read again."""

@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import PerWorker, Stage, Task, Update, Worker, perform_reporting
@@ -88,36 +88,8 @@ def _do(task: Task) -> Staged | None:
     return perform_reporting(worker, root, task, run, update)
 
 
-class Pool(Protocol):
-    """Workers that are given tasks; a context manager, which kills tasks that have begun if it is left by an error."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether a worker has no task."""
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a task was begun that ``finished`` has not given."""
-
-    def begin(self, task: Task) -> None:
-        """Give a task to an idle worker."""
-
-    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
-        """Wait for tasks to end, ``WAIT_SECONDS`` at most, and give those that have."""
-
-
-@contextlib.contextmanager
-def open_pool(stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> Iterator[Pool]:
-    """So many worker processes, or this process if it is one."""
-    if workers == 1:
-        yield _Here(stage, store, run, progress)
-        return
-    with _Processes(stage, store, run, workers, progress) as pool:
-        yield pool
-
-
 class _Here:
-    """A pool of this process alone: a task is done when it is begun."""
+    """A pool of this process alone, as ``_Processes`` is of several: a task is done when it is begun."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
         self._worker, self._arguments, self._progress = stage.open(store), (store.root, run.id), progress
@@ -146,7 +118,7 @@ class _Here:
 
 
 class _Processes:
-    """Worker processes, each a pool of one; a context manager."""
+    """Worker processes, each a pool of one; a context manager, which kills begun tasks if it is left by an error."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -163,10 +135,12 @@ class _Processes:
 
     @property
     def is_idle(self) -> bool:
+        """Whether a worker has no task."""
         return bool(self._idle)
 
     @property
     def is_busy(self) -> bool:
+        """Whether a task was begun that ``finished`` has not given."""
         return bool(self._busy)
 
     def begin(self, task: Task) -> None:
@@ -185,7 +159,10 @@ class _Processes:
             self._listening[-1].start()
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
-        """Wait for tasks to end, and give those that have; a worker that was killed will be started again."""
+        """Wait for tasks to end, ``WAIT_SECONDS`` at most, and give those that have.
+
+        A worker that was killed will be started again.
+        """
         done, _ = concurrent.futures.wait(self._busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
         for future in done:
             number, task = self._busy.pop(future)
@@ -208,6 +185,16 @@ class _Processes:
                 process.terminate()
         for thread in self._listening:
             thread.join(_LISTEN_SECONDS)
+
+
+@contextlib.contextmanager
+def open_pool(stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> Iterator[_Here | _Processes]:
+    """So many worker processes, or this process if it is one."""
+    if workers == 1:
+        yield _Here(stage, store, run, progress)
+        return
+    with _Processes(stage, store, run, workers, progress) as pool:
+        yield pool
 
 
 @contextlib.contextmanager
