@@ -67,9 +67,9 @@ class PackedForward:
         if not self.constant:
             lengths, counts = np.unique(-rows.lengths, return_counts=True)
             groups = [(int(n), int(-length)) for length, n in zip(lengths, counts, strict=True)]
-            if filler := _bucket(len(ids)) - len(ids):
-                groups.append((filler, 1))
-                ids, places = (np.pad(tokens, (0, filler)) for tokens in (ids, places))
+            if extra := _bucket(len(ids)) - len(ids):
+                groups.append((extra, 1))
+                ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
         longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
         ends = np.cumsum(rows.lengths)
