@@ -44,6 +44,7 @@ _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4
 """Of the sets that have a gram so many are compared first, and then so many times more each time."""
 _AT_ONCE = 1 << 18
+_SLICE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,14 @@ class GramSets:
 
         With each comes its hash, and how many of these, at least, a place must have to have enough of a set with it.
         """
-        hashes = gram_hashes(tokens, self.n)
-        least = self._table.take((hashes >> self._shift).astype(np.intp))
-        at = np.flatnonzero(least != 0)
-        return at, hashes[at], least[at]
+        found = []
+        for first in range(0, max(len(tokens), 1), _SLICE_TOKENS):  # whose hashes stay in the cache
+            hashes = gram_hashes(tokens[first : first + _SLICE_TOKENS + self.n - 1], self.n)
+            least = self._table.take((hashes >> self._shift).astype(np.intp))
+            at = np.flatnonzero(least != 0)
+            found.append((at + first, hashes[at], least[at]))
+        at, hashes, least = (np.concatenate(column) for column in zip(*found, strict=True))
+        return at, hashes, least
 
     def identify(self, tokens: Tokens, at: Ints, hashes: Hashes) -> tuple[Ints, Ints]:
         """Of the places ``at`` [h] in ``tokens`` those where a gram of any set begins, and which: int64 [g] both.
