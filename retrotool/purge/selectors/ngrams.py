@@ -186,11 +186,8 @@ class GramSets:
             last = np.minimum(last, first + more)
             for some in _bounded(last - first):
                 of, which = pairs_of_ranges(first[some], last[some])
-                pairs = np.sort(place[some][of] * len(self.size) + self._owners[which])
-                new = np.flatnonzero(np.diff(pairs, prepend=-1))
-                best = _best(pairs[new] // len(self.size), np.diff(new, append=len(pairs)))
-                yield from self._count(entries, there, closed, pairs[new[best]])
-                yield from self._count(entries, there, closed, pairs[new[~best]])
+                pairs = distinct(place[some][of] * len(self.size) + self._owners[which])
+                yield from self._count(entries, there, closed, pairs)
             done, more = done + more, more * _MORE_SETS
 
     def _count(self, entries: Ints, there: Ints, closed: Flags, pairs: Ints) -> Iterator[Shared]:
@@ -236,15 +233,6 @@ def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
     sizes = np.array([high - low for low, high in kept], np.int64)
     _, which = pairs_of_ranges(*np.array(kept, np.int64).reshape(-1, 2).T)
     return np.repeat(np.arange(len(kept)), sizes), gram[which]
-
-
-def _best(place: Ints, votes: Ints) -> Flags:
-    """Of each place (ascending, [n]) the one with most votes: bool [n]."""
-    best = np.zeros(len(place), np.bool_)
-    starts = np.flatnonzero(np.diff(place, prepend=-1))
-    if len(starts):
-        best[np.maximum.reduceat(votes << 32 | np.arange(len(place)), starts) & 0xFFFFFFFF] = True
-    return best
 
 
 def _bounded(cost: Ints) -> Iterator[slice]:
