@@ -36,7 +36,7 @@ from retrotool.store import parts
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 
 NAMED = 3
 
@@ -52,23 +52,12 @@ class SameText:
 NO_TEXT = SameText(0, ())
 
 
-def set_aside(store: Store) -> Ids:
-    """The chunks that plans made tombstones: of documents that repeat, and of parts that were taken back; ascending."""
-    plans = set(store.state.with_prefix("plan:"))
-    found = [
-        read_tombstones(store, slot).ids
-        for slot in store.state.group("tombstones")
-        if slot.partition(".")[0] in plans  # the others are of purges
-    ]
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
-
-
 def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
 
     Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
     """
-    repeats = Tombstones(in_store(store, set_aside(store)))
+    repeats = Tombstones(in_store(store, read_set_aside(store).ids))
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
@@ -134,7 +123,7 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
     """The documents with a live chunk beside ``chunks`` and the text of one of these that was set aside."""
-    aside = in_store(store, np.intersect1d(chunks, set_aside(store)))
+    aside = in_store(store, np.intersect1d(chunks, read_set_aside(store).ids))
     texts = values_of(store, aside, "text_hash")
     if not len(texts):
         return NO_TEXT

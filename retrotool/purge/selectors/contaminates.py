@@ -25,14 +25,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.ngrams import (
     Flags,
     GramSets,
-    Hashes,
     Ints,
     Tokens,
     distinct_rows,
@@ -52,8 +50,6 @@ GRAM = 13
 """Tokens of the runs that are compared."""
 SIMILAR = 0.8
 """The Jaccard similarity of a document that goes."""
-
-_SLICE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +156,7 @@ class ContaminationMatcher(Matcher):
 
     def _find(self, text: _Grams, alike: Flags) -> None:
         """Mark the documents that are similar in ``alike`` [d], which also closes them."""
-        at, hashes, least = self._likely(text)
+        at, hashes, least = self._sets.likely(text.flat)
         row = at // text.length
         begins = at - row * text.length < text.begin[row]
         at, hashes, least = at[begins], hashes[begins], least[begins]
@@ -177,15 +173,6 @@ class ContaminationMatcher(Matcher):
             for place, both, theirs in zip(*(column.tolist() for column in columns), strict=True):
                 if not alike[place]:
                     alike[place] = self._is_similar(text, place, both, theirs, sizes)
-
-    def _likely(self, text: _Grams) -> tuple[Ints, Hashes, npt.NDArray[np.uint8]]:
-        """``GramSets.likely`` of all tokens, a slice at a time."""
-        found = []
-        for first in range(0, len(text.flat), _SLICE_TOKENS):
-            at, hashes, least = self._sets.likely(text.flat[first : first + _SLICE_TOKENS + self._sets.n - 1])
-            found.append((at + first, hashes, least))
-        at, hashes, least = (np.concatenate(column) for column in zip(*found, strict=True))
-        return at, hashes, least
 
     def _is_similar(self, text: _Grams, document: int, both: int, theirs: int, sizes: dict[int, int]) -> bool:
         """Whether a document with ``both`` grams of the ``theirs`` of a set has the similarity.

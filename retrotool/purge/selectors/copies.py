@@ -20,7 +20,6 @@ Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,8 +43,6 @@ FEWEST = 8
 """Different runs that a chunk must have for less than an equal chunk to be a copy of it."""
 
 _HELD = GRAM // 2
-_SLICE_ROWS = 1 << 10
-_GATHERED = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,42 +100,31 @@ class CopyMatcher(Matcher):
         chunks = block.chunks
         selected = np.zeros(len(block), np.bool_)
         if self._sets is not None:
-            for gathered in self._gather(chunks, self._sets):
-                _select(self._sets, selected, *gathered)
+            _select(self._sets, selected, *_find_grams(self._sets, chunks))
         if self._whole:
             rows = np.flatnonzero(np.isin(chunks.n_tokens, self._lengths) & np.isin(chunks.tokens[:, 0], self._firsts))
             keys = _keys(chunks.tokens[rows], chunks.n_tokens[rows])
             selected[rows[[key in self._whole for key in keys]]] = True
         return BlockHits.whole(np.flatnonzero(selected))
 
-    def _gather(self, chunks: Chunks, sets: GramSets) -> Iterator[tuple[Ints, Ints, Flags, Flags]]:
-        """The grams of a block: place (its first row), gram, and whether the first or the second row holds it, [e].
 
-        All of a place come together.
-        """
-        length = chunks.tokens.shape[1]
-        n_tokens = chunks.n_tokens.astype(np.int64)
-        follow = follows(chunks, n_tokens)
-        beyond = np.where(follow & (n_tokens == length), np.append(n_tokens[1:], 0), 0)
-        waiting: list[tuple[Ints, ...]] = []
-        for first in range(0, len(chunks), _SLICE_ROWS):
-            last = min(first + _SLICE_ROWS, len(chunks))
-            # Of the row behind the slice, too: it is the second of the slice's last place.
-            flat = np.ascontiguousarray(chunks.tokens[first : last + 1]).reshape(-1)
-            at, gram = sets.identify(flat, *_enough(*sets.likely(flat), length))
-            row, start = np.divmod(at, length)
-            row += first
-            whole = start + GRAM <= n_tokens[row]
-            begins = (whole | (start + GRAM <= n_tokens[row] + beyond[row])) & (row < last)
-            follows_on = whole & (row > first)
-            follows_on[follows_on] = follow[row[follows_on] - 1]
-            waiting.append((row[begins], gram[begins], start[begins], row[begins]))
-            waiting.append((row[follows_on] - 1, gram[follows_on], start[follows_on], row[follows_on]))
-            if sum(len(some[0]) for some in waiting) > _GATHERED or last == len(chunks):
-                place, gram, start, row = (np.concatenate(column) for column in zip(*waiting, strict=True))
-                second = row > place
-                yield place, gram, ~second & (length - start >= _HELD), second | (start + GRAM - length >= _HELD)
-                waiting = []
+def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flags]:
+    """The grams of a block: place (its first row), gram, and whether the first or the second row holds it, [e]."""
+    length = chunks.tokens.shape[1]
+    n_tokens = chunks.n_tokens.astype(np.int64)
+    follow = follows(chunks, n_tokens)
+    beyond = np.where(follow & (n_tokens == length), np.append(n_tokens[1:], 0), 0)
+    flat = np.ascontiguousarray(chunks.tokens).reshape(-1)
+    at, gram = sets.identify(flat, *_enough(*sets.likely(flat), length))
+    row, start = np.divmod(at, length)
+    whole = start + GRAM <= n_tokens[row]
+    begins = whole | (start + GRAM <= n_tokens[row] + beyond[row])
+    follows_on = whole & (row > 0)
+    follows_on[follows_on] = follow[row[follows_on] - 1]
+    place = np.concatenate([row[begins], row[follows_on] - 1])
+    gram, start = (np.concatenate([some[begins], some[follows_on]]) for some in (gram, start))
+    second = np.arange(len(place)) >= int(begins.sum())
+    return place, gram, ~second & (length - start >= _HELD), second | (start + GRAM - length >= _HELD)
 
 
 def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int) -> tuple[Ints, Hashes]:
@@ -152,7 +138,7 @@ def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int)
 
 
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
-    """Mark the rows of copies in ``selected`` [n]; the rest [e] is of ``_gather``."""
+    """Mark the rows of copies in ``selected`` [n]; the rest [e] is of ``_find_grams``."""
     if not len(place):
         return
     low = int(place.min())

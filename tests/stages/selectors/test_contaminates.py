@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.purge.selectors import contaminates, ngrams
+from retrotool.purge.selectors import ngrams
 from retrotool.purge.selectors.contaminates import Contaminates, ContaminationMatcher, read_evaluation
 from retrotool.purge.selectors.ngrams import GramSets
 from retrotool.store import parts
@@ -84,7 +84,7 @@ def test_it_selects_what_the_rule_selects(
     evaluation, documents, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
-        patch.setattr(contaminates, "_SLICE_TOKENS", slices)
+        patch.setattr(ngrams, "_SLICE_TOKENS", slices)
         patch.setattr(ngrams, "_AT_ONCE", slices)
         hits = matcher_of(evaluation, n, share)(block_of(documents, length, erased))
     assert hits.rows.tolist() == by_rule(evaluation, documents, length, set(erased), n, share)

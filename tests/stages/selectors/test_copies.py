@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors import copies, ngrams
+from retrotool.purge.selectors import ngrams
 from retrotool.purge.selectors.copies import GRAM, CopyMatcher, NearDuplicates
 from retrotool.purge.selectors.document_text import TextBlock
 
@@ -93,7 +93,7 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, lis
 def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: int, weak: bool, fewest: int) -> None:
     victims, documents, length, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copies, "_SLICE_ROWS", slices)
+        patch.setattr(ngrams, "_SLICE_TOKENS", slices)
         patch.setattr(ngrams, "_AT_ONCE", slices)
         patch.setattr(ngrams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
         block = block_of(documents, length, erased)
