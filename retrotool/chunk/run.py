@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from retrotool.sources.spool import is_spooled, spool
 from retrotool.store import folding, runs, schemas
 from retrotool.store.runs import Run
 from retrotool.store.session import writing
-from retrotool.store.staging import PLAN_COUNTS, Staged
+from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.tokenizers import (
     BUNDLED,
@@ -226,11 +227,17 @@ def _work(
     """Work all units; why it stopped before, or "". ``changed``: inputs that will be read again."""
     skip_stdin = not runs.others(store.root, run.id)  # of another run it may still be there
     stage = ChunkStage(options.skip_missing, changed, options.check, skip_stdin)
-    watch = _Watch(store, plans, options.max_bad)
-    if (reason := watch.reason()) and unfinished_units(store):
+    store.refresh()
+    counts = Counter(counts_of(store, plans))
+
+    def is_enough(staged: Staged) -> bool:
+        counts.update(staged.unit.counts if staged.unit is not None else {})
+        return bool(options.max_bad.exceeded(counts))
+
+    if (reason := options.max_bad.exceeded(counts)) and _has_units(store):
         return reason
     try:
-        engine.execute(stage, store, run, workers=options.workers, enough=watch)
+        engine.execute(stage, store, run, workers=options.workers, enough=is_enough)
     except TokensDiffer as error:
         use_exact_tokenizer(store, run, error.summary)
         folding.fold(store, run)  # removes the units that are void now
@@ -240,33 +247,14 @@ def _work(
             "What was committed before passed its samples. To be sure of it, chunk its inputs into another store with "
             "--exact-tokenizer and compare the contents that retrotool verify prints.",
         ) from error
-    return watch.reason() if unfinished_units(store) else ""
+    return options.max_bad.exceeded(counts) if _has_units(store) else ""
 
 
-def unfinished_units(store: Store) -> bool:
+def _has_units(store: Store) -> bool:
     """Whether a plan has units that are not done."""
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in unfinished_plans(state)]
     return any(record["done"] < record["units"] for record in records)
-
-
-class _Watch:
-    """Counts what is set aside, and says when it is too much."""
-
-    def __init__(self, store: Store, plans: Sequence[str], limit: MaxBad) -> None:
-        store.refresh()
-        self._counts = counts_of(store, plans)
-        self._limit = limit
-
-    def reason(self) -> str:
-        """Why the run must stop; "" if it may go on."""
-        return self._limit.exceeded(self._counts)
-
-    def __call__(self, staged: Staged) -> bool:
-        if staged.unit is not None:
-            for name in PLAN_COUNTS:
-                self._counts[name] += staged.unit.counts.get(name, 0)
-        return bool(self.reason())
 
 
 def check_chunk_length(chunk_length: int | None) -> None:
