@@ -26,6 +26,7 @@ from chunk_helpers import (
 )
 
 from retrotool import api
+from retrotool.chunk import chunk_plan
 from retrotool.sources import streams
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -243,3 +244,14 @@ def test_duplicates_are_placed_in_their_own_file_of_several_with_one_name(store,
     assert run_chunk(store, *paths).exit_code == 3
     assert quarantine(store) == [(str(paths[1]), 1, "duplicate document id")]
     assert verified(store).content == content([*BEFORE, *GOOD, {"id": "c", "text": "More."}])
+
+
+def test_lines_are_those_of_the_file_in_each_range_of_it(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", 1000)
+    rows = [{"id": f"row-{i}", "text": f"Row {i} of many, " * 5} for i in range(200)]
+    bad = [3, 4, 99, 150, 199]
+    for i in bad:
+        del rows[i]["text"]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert run_chunk(store, path).exit_code == 3
+    assert quarantine(store) == [(str(path), i + 1, "no field 'text'") for i in bad]
