@@ -44,8 +44,7 @@ def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64]
     from retrotool.ann import lists
     from retrotool.ann.excluded import Queries
     from retrotool.ann.ranking import rerank
-    from retrotool.ann.search import SPARE, nothing_banned
-    from retrotool.index.searching import start_search
+    from retrotool.ann.search import SPARE, Search, nothing_banned
 
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     shard = lists.read_lists(folder / "ivf.faiss")
@@ -56,7 +55,9 @@ def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64]
         start = time.perf_counter()
         found = []
         for some in Queries.plain(asked.vectors[:rows]).blocks(BLOCK):
-            candidates = start_search(shard.trained, [shard], some, nprobe, K + SPARE, nothing_banned).candidates
+            search = Search(shard.trained, some, nprobe, K + SPARE, nothing_banned, rough=True)
+            search.add(shard)
+            candidates = search.candidates
             found.append(rerank(some.vectors, candidates, lambda ids: vectors[ids], K).ids)
         seconds = time.perf_counter() - start
     return np.concatenate(found), queries / seconds

@@ -21,7 +21,7 @@ from retrotool.purge.erase_run import erase
 from retrotool.purge.retrain_indexes import retrain_indexes
 from retrotool.purge.run import purge, scan
 from retrotool.purge.select import Selectors, kinds_of
-from retrotool.purge.undo_run import restore
+from retrotool.purge.undo import restore
 from retrotool.reader import Chunk, Reader, open_store
 from retrotool.receipt.run import VerifiedPurge, verify_purge
 

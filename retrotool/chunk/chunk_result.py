@@ -20,7 +20,6 @@ from retrotool.errors import ErasedError, UsageError
 from retrotool.sources import InputFile
 from retrotool.store import parts, staging
 from retrotool.store.staging import PLAN_COUNTS, Unit
-from retrotool.store.state import State
 from retrotool.store.store import Store
 
 _LEAST_ROWS = 1000
@@ -44,26 +43,13 @@ class RejectedReason:
 
 
 @dataclass(frozen=True, slots=True)
-class PurgedAgain:
-    """A purge that took so many documents of these inputs, too, which were read before it was made.
-
-    ``erased``: it was erased before, so that these documents are what is left to erase of it.
-    """
-
-    purge: str
-    documents: int
-    erased: bool
-
-
-@dataclass(frozen=True, slots=True)
 class ChunkResult:
     """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
 
     ``stopped`` says why not all was done, ``exceeded`` that more was set aside than was allowed though all was done; ""
     if not. ``duplicates`` are documents left out for their text, ``known_documents`` those that the store has of an
-    input that was read again, ``blocked`` those that were purged once; ``purged_again`` tells of these the ones that
-    were in the store before that. Of ``compared`` documents the fast
-    tokenizer's tokens were held against those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
+    input that was read again, ``blocked`` those that were purged once. Of ``compared`` documents the fast tokenizer's
+    tokens were compared with those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
     """
 
     documents: int
@@ -84,7 +70,6 @@ class ChunkResult:
     exceeded: str = ""
     reasons: tuple[RejectedReason, ...] = ()
     duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
-    purged_again: tuple[PurgedAgain, ...] = ()
 
 
 def waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
@@ -135,15 +120,6 @@ def result_of(
         exceeded=exceeded,
         reasons=reasons,
         duplicates_by_source=dict(repeating),
-        purged_again=_purged_again(state, plans),
-    )
-
-
-def _purged_again(state: State, plans: Sequence[str]) -> tuple[PurgedAgain, ...]:
-    found = [taken for plan in plans for taken in state.records[f"plan:{plan}"].get("purged", {}).items()]
-    return tuple(
-        PurgedAgain(purge, n, bool(was_erased) and not state.records[f"purge:{purge}"]["erased"])
-        for purge, (n, was_erased) in found
     )
 
 

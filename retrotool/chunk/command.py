@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,7 +12,7 @@ from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, une
 from retrotool.errors import EXIT_SET_ASIDE
 
 if TYPE_CHECKING:
-    from retrotool.chunk.chunk_result import ChunkResult, PurgedAgain, RejectedReason
+    from retrotool.chunk.chunk_result import ChunkResult, RejectedReason
     from retrotool.chunk.estimate import Estimate
 
 EPILOG = """\b
@@ -162,12 +160,12 @@ def command(
             output.show(estimate, as_json, estimate_text)
             return
         result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
-        output.show(result, as_json, lambda result: _text(store, result))
+        output.show(result, as_json, _text)
         if result.set_aside or result.stopped:
             raise typer.Exit(EXIT_SET_ASIDE)
 
 
-def _text(store: Path, result: ChunkResult) -> str:
+def _text(result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
         lines.append(f"{output.count(result.known_inputs, 'input')} skipped: in the store already.")
@@ -190,7 +188,6 @@ def _text(store: Path, result: ChunkResult) -> str:
         lines.append(f"{output.count(result.known_documents, 'document')} skipped: in the store already.")
     if result.blocked:
         lines.append(f"{output.count(result.blocked, 'document')} left out: purged before (--allow-purged adds them).")
-    lines += [_purged_again(store, again) for again in result.purged_again]
     if result.keys_cut:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
     if result.set_aside:
@@ -216,14 +213,6 @@ def _text(store: Path, result: ChunkResult) -> str:
             "--changed add adds it."
         )
     return "\n".join(lines)
-
-
-def _purged_again(store: Path, again: PurgedAgain) -> str:
-    what = f"Of these, {output.count(again.documents, 'document')}, read before purge {again.purge}, which has them now"
-    if again.erased:
-        erase = shlex.join(["retrotool", "purge", str(store), again.purge, "--erase"])
-        return f"{what}, and was erased before. Erase them, too: {erase}"
-    return f"{what}."
 
 
 def _reason(one: RejectedReason) -> str:

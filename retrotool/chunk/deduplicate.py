@@ -8,8 +8,6 @@ the order in which units were finished nor the number of workers. The rule, of w
 2. By text, among the documents that do not repeat an id and are whole (no chunk purged or erased). Of those with one
    text the one with the lowest chunk id is the first; the others repeat it.
 
-What was purged while the plan was open is purged in the plan, too, before that: see ``purge_again``.
-
 Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
 fewer plans gives the same documents. Memory: as ``hash_partitions`` says, then one part that holds a repeat at a
 time. What grows with the repeats: 8 bytes a document and 8 a chunk, as for every tombstone. Of ids that repeat, inputs
@@ -36,7 +34,6 @@ from retrotool.chunk.chunk_plan import ChunkPlan, parts_of_plan, read_plan, unfi
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.known_documents import chunks_of_purges, documents_within
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
-from retrotool.chunk.reapply_purges import purge_again
 from retrotool.chunk.stage import GIVEN_UP
 from retrotool.errors import ConflictError, DuplicatesError, ErasedError, InputError
 from retrotool.sources import InputFile
@@ -106,8 +103,7 @@ def finish_plans(
 
     ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
     ``fail`` raises ``DuplicatesError`` if there are any, and leaves the plan as it is: the next call finishes it. Of a
-    plan that another process finishes meanwhile only its record has the counts. Whatever is done with repeats, what was
-    purged meanwhile does not stay in the plan under another name.
+    plan that another process finishes concurrently only its record has the counts.
     """
     finished: dict[str, DuplicateCounts] = {}
     for plan_id in unfinished_plans(store.refresh()):
@@ -126,8 +122,7 @@ def _finish(
 ) -> DuplicateCounts | None:
     while True:
         try:
-            purge_again(store, run, plan_id)
-            seen = store.state
+            seen = store.refresh()
             if not seen.has(entry.path):
                 return None  # another process finished it
             draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)

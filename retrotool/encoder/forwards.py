@@ -31,6 +31,7 @@ _SHORTEST = 16
 """Mean length of rows that a batch of constant shape has room for; of shorter ones fewer tokens go into it."""
 _LONGEST = 128
 """The longest row that attention is told of is this or a power of two times this, so that it is compiled for few."""
+_LEAST_STEP = 16
 _PROGRAMS = 32
 """Programs that may be compiled: for each size of batch (halved out of memory) one for each longest row."""
 
@@ -66,6 +67,9 @@ class PackedForward:
         if not self.constant:
             lengths, counts = np.unique(-rows.lengths, return_counts=True)
             groups = [(int(n), int(-length)) for length, n in zip(lengths, counts, strict=True)]
+            if extra := _bucket(len(ids)) - len(ids):
+                groups.append((extra, 1))
+                ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
         longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
         ends = np.cumsum(rows.lengths)
@@ -120,6 +124,15 @@ class PackedForward:
     def most_rows(self, batch_tokens: int) -> int:
         """Rows a batch may have: as many as its constant shape has room for."""
         return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
+
+
+def _bucket(tokens: int) -> int:
+    """Return the number of tokens that a batch is filled up to, at most a sixteenth more, with rows of one token.
+
+    oneDNN keeps kernels, some megabytes, for every shape that it meets: without this memory would grow with the corpus.
+    """
+    step = max(_LEAST_STEP, 1 << max(tokens.bit_length() - 5, 0))
+    return -(-tokens // step) * step
 
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:

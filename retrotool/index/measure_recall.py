@@ -49,15 +49,12 @@ def measure_until_committed(
     while True:
         if trained_entry(store.state, name, generation) is None:
             raise superseded(name)
-        reads = _reads(store.state, name, generation)
+        seen = store.state.number
         try:
             return _measure(store, run, name, generation, target, queries, keep, device, memory)
-        except (_ChangedError, ErasedError):
-            store.refresh()
-        except CorruptError:
+        except (_ChangedError, ErasedError, CorruptError):
             # A file that is unlinked between being looked up and being read looks broken.
-            state = store.refresh()
-            if all(state.has(path) for path in reads):
+            if store.refresh().number == seen:
                 raise
 
 
@@ -67,14 +64,6 @@ _ENOUGH = 50
 
 class _ChangedError(Exception):
     """Another process has changed what was measured."""
-
-
-def _reads(state: State, name: str, generation: int) -> list[str]:
-    trained = trained_entry(state, name, generation)
-    encoder = str((trained.about or {})["encoder"]) if trained else ""
-    vectors = (state.part_file("embeddings", part, encoder) for part in held_parts(state, name, generation))
-    entries = [trained, *shards(state, name, generation).values(), *vectors]
-    return [entry.path for entry in entries if entry is not None]
 
 
 def _measure(

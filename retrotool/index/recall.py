@@ -26,10 +26,10 @@ import numpy.typing as npt
 from retrotool.ann.codes import Whole
 from retrotool.ann.lists import Ids, InvertedLists
 from retrotool.ann.ranking import Best, exact_distances
-from retrotool.ann.search import ROOM, SPARE
+from retrotool.ann.search import ROOM, SPARE, Search
 from retrotool.ann.trained import Trained
 from retrotool.index.ground_truth import DEPTH, Truth, budget_on
-from retrotool.index.searching import TUNED_K, Point, Vectors, rows_in, start_search
+from retrotool.index.searching import TUNED_K, Point, Vectors, rows_in
 
 Floats = npt.NDArray[np.float64]
 Hits = tuple[Floats, Floats]
@@ -181,10 +181,11 @@ class _Curve:
         first = 0
         for queries in self._truth.queries.blocks(rows_in(self._room, deepest, self._database.trained.d)):
             start = time.perf_counter()
-            search = start_search(
-                self._database.trained, self._database.shards, queries, nprobe, deepest, self._database.banned,
-                device=self._device, room=self._room,
+            search = Search(
+                self._database.trained, queries, nprobe, deepest, self._database.banned, device=self._device,
+                room=self._room, rough=True,
             )  # fmt: skip
+            search.add(*self._database.shards)
             candidates = search.candidates
             scanned += search.scanned
             searched += time.perf_counter() - start

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Queries
 from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
-from retrotool.ann.ranking import Best, Fetch, rerank
-from retrotool.ann.search import ROOM, SPARE, Banned, Search
+from retrotool.ann.ranking import Best, rerank
+from retrotool.ann.search import ROOM, SPARE, Search
 from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import read_part_vectors
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
@@ -235,11 +235,12 @@ class Database:
         self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
     ) -> Best:
         by_vectors = self._by_vectors(len(queries), nprobe)
-        search = start_search(
-            self.trained, shards, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth,
-            self.tombstones.contains, device=self._device, room=self.room,
-            vectors=self.vectors if by_vectors else None, beyond=beyond,
+        search = Search(
+            self.trained, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth, self.tombstones.contains,
+            device=self._device, room=self.room, vectors=self.vectors if by_vectors else None, rough=True,
+            beyond=beyond,
         )  # fmt: skip
+        search.add(*shards)
         return rerank(queries.vectors, search.candidates, self.vectors, k)
 
     def _by_vectors(self, queries: int, nprobe: int) -> bool:
@@ -282,27 +283,6 @@ class Database:
         entries = shards(self.store.state, self.name).values()
         wanted = [not set(parts_in_shard(entry)).isdisjoint(numbers) for entry in entries]
         return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
-
-
-def start_search(
-    trained: Trained,
-    shards: Iterable[Lists],
-    queries: Queries,
-    nprobe: int,
-    depth: int,
-    banned: Banned,
-    *,
-    device: str = "cpu",
-    room: int = ROOM,
-    vectors: Fetch | None = None,
-    beyond: int = 0,
-) -> Search:
-    """The ``depth`` candidates that queries find in ``nprobe`` lists of all shards, by ``vectors`` or by codes."""
-    search = Search(
-        trained, queries, nprobe, depth, banned, device=device, room=room, vectors=vectors, rough=True, beyond=beyond
-    )
-    search.add(*shards)
-    return search
 
 
 def room_in(memory: int | None) -> int:

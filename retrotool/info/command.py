@@ -86,8 +86,7 @@ def _neighbours(info: Info, name: str) -> str:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
         return f"a mixture of {of} for {rows}{made}"
     words = _left_out(about.get("filters", {}))
-    behind = f"; lacks chunks taken back, in {output.count(about['behind'], 'part')}" if "behind" in about else ""
-    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "") + behind
+    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "")
 
 
 def _materialised(about: dict[str, Any]) -> str:

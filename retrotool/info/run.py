@@ -138,11 +138,6 @@ def _shape(store: Store) -> Shape:
     return shape_of(store, read_tombstones(store))
 
 
-def _has_undone(store: Store) -> bool:
-    """Whether a purge of a store was undone, so that what was made in between may lack its chunks."""
-    return any("restored" in record for record in store.state.with_prefix("purge:").values())
-
-
 def _part(store: Store, part: int) -> dict[str, Any]:
     state, slot = store.state, part_slot(part)
 
@@ -182,9 +177,6 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
     """Tables, with what is left out of them in names, and mixtures of them."""
     found = _covered(store, keys, "neighbours:", "neighbours")
     for name, about in list(found.items()):
-        lacks_nothing = about.get("within") and not _has_undone(store)
-        if not lacks_nothing and (tabled := _count_behind(store, name)):
-            found[name] = {**about, "behind": tabled}
         if about.get("text"):
             from retrotool.store.tables import text_size
 
@@ -200,12 +192,6 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
         elif "filters" in about:
             found[name] = {**about, "filters": _filters(store, name)}
     return found
-
-
-def _count_behind(store: Store, name: str) -> int | None:
-    from retrotool.purge.undo_run import count_behind
-
-    return count_behind(store, name)
 
 
 def _filters(store: Store, table: str) -> dict[str, Any]:

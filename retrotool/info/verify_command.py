@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,28 +22,6 @@ Examples:
   retrotool verify store --log
 
 Exit codes: 0 all is well, 12 something is not, or so much was erased meanwhile that it can't be told."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What is shown of a verification."""
-
-    ok: bool
-    commit: int
-    files: int
-    bytes: int
-    documents: int
-    chunks: int
-    tokens: int
-    content: str
-    ids: str
-    tombstones: str
-    embeddings: str
-    indexes: str
-    neighbours: str
-    materialised: str
-    problems: list[str]
-    foreign: list[str]
 
 
 def command(
@@ -79,7 +56,7 @@ def command(
 
         with counting("verify", "B", verify_run.bytes_to_verify(store)) as report:
             found = verify_run.verify(store, report)
-        output.show(_shown(found), as_json, _text)
+        output.show(found, as_json, _text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)
 
@@ -104,12 +81,7 @@ def _log_text(found: LogVerification) -> str:
     return "\n".join(lines)
 
 
-def _shown(found: Verification) -> Verified:
-    fields = {name: getattr(found, name) for name in Verified.__slots__}
-    return Verified(**fields)
-
-
-def _text(found: Verified) -> str:
+def _text(found: Verification) -> str:
     lines = [
         f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}: "
         + ("all is well." if found.ok else "NOT well.")

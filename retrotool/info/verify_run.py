@@ -38,7 +38,7 @@ def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -
         try:
             return verify_store(Store.open(root), counted, _read_lists)
         except CorruptError as error:
-            return Verification(-1, [f"{error}. {error.advice}".removesuffix(" ")])
+            return Verification(False, -1, [f"{error}. {error.advice}".removesuffix(" ")])
         except ErasedError:
             if attempt == ATTEMPTS - 1:
                 raise

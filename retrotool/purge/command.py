@@ -14,8 +14,6 @@ from retrotool.cli.options import Device, Json, StoreArgument, arg, opt, parse_s
 from retrotool.errors import UsageError
 from retrotool.purge import purge_text
 from retrotool.purge import selector_options as by
-from retrotool.purge.review_text import show_scanned
-from retrotool.purge.undo_text import show_restored
 
 if TYPE_CHECKING:
     from retrotool.purge.erase_run import EraseResult
@@ -126,7 +124,7 @@ def command(
     """
     with output.errors(as_json):
         from retrotool.purge import affected as find_affected
-        from retrotool.purge import erase_run, retrain_indexes, undo_run
+        from retrotool.purge import erase_run, retrain_indexes, undo
         from retrotool.purge import run as purge_run
         from retrotool.purge.select import Selectors, kinds_of
 
@@ -151,12 +149,12 @@ def command(
         if verify:
             _write_receipt(context, store=store, purge=named[0], out=out or Path(), as_json=as_json)
         elif restore:
-            show_restored(undo_run.restore(store, named[0], reason=_given(reason), who=who), as_json)
+            purge_text.show_restored(undo.restore(store, named[0], reason=_given(reason), who=who), as_json)
         elif affected is not None:
             found = find_affected.affected(store, affected, named, out=out)
             output.show(found, as_json, purge_text.affected)
         elif shard is not None:
-            show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            purge_text.show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:
             confirm = _Confirm(yes, erase)
             if named or older_than is not None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.errors import ConflictError, LostRunError
+from retrotool.purge.same_text import find_in_open_plans, parts_of_open_plans
 from retrotool.purge.select import Selection
 from retrotool.purge.selectors.scan import scan_files
 from retrotool.store import blocked, disk, paths
@@ -26,7 +27,8 @@ from retrotool.store.tombstones import tombstone_paths, write_tombstones
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
     """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
 
-    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made. Copies are
+    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made, or copies of
+    what it has, in a plan that is not finished. Copies are
     written down too, though they are tombstones already: once their originals are erased nothing else tells them.
     What was scanned for it goes.
     """
@@ -39,6 +41,9 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen:
             raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
+        new = [part for part in parts_of_open_plans(store) if part not in selection.open_parts]
+        if len(find_in_open_plans(store, new, selection.chunks, selection.blocked)):
+            raise ConflictError("copies were chunked while this purge selected", "Run the same command again.")
         counts = {"chunks": len(selection.live), "documents": selection.documents, "tokens": selection.tokens}
         totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
         hashed = store.identity.keyed_hash(request.literal)

@@ -1,24 +1,30 @@
-"""What ``retrotool purge`` shows of a purge and of an erase, and asks before."""
+"""What ``retrotool purge`` shows of a purge, a share of its scan, an erase and an undo, and asks before."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrotool.cli import output
 from retrotool.errors import UsageError
-from retrotool.purge.review_text import lines_of
 
 if TYPE_CHECKING:
     from retrotool.neighbours.dependents import Dependent
     from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
     from retrotool.purge.erase_run import EraseResult
-    from retrotool.purge.run import PurgeResult
+    from retrotool.purge.review import Count, Example, Touched
+    from retrotool.purge.run import PurgeResult, ScanResult
+    from retrotool.purge.select import Match
+    from retrotool.purge.undo import RestoreResult
 
 _LISTED = 3
 _PARTS = 20
+_AROUND, _SHOWN = 60, 160
+_FIGURES = {"like": "distance", "classifier": "score"}
+"""What selectors measure."""
 
 
 def warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
@@ -52,7 +58,7 @@ def purged(store: Path, result: PurgeResult, erase: bool) -> str:
         lines = [f"Would purge {what}{before}. Nothing was purged."]
         if erase:
             lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies(result)}.")
-        return "\n".join([*lines, *lines_of(store, result), *_same_text(store, result)])
+        return "\n".join([*lines, *_review(store, result), *_same_text(store, result)])
     lines = []
     if not result.purge and not result.erased:
         lines.append(f"Nothing to purge{before}.")
@@ -155,3 +161,93 @@ def _not_found(one: AskedPurge) -> list[str]:
             "that were searched again named before is no longer known."
         ]
     return []
+
+
+def _review(store: Path, result: PurgeResult) -> list[str]:
+    """The selection by selector, source and document, examples, what an erase would rewrite, and what to run then."""
+    lines = [_match(match) for match in result.matches if len(result.matches) > 1]
+    review = result.review
+    if review is None or not result.chunks:
+        return lines
+    lines += _counts("by source", review.sources)
+    lines += _counts("by document", review.documents)
+    lines.append("  examples")
+    lines += [_marked(example) for example in review.examples]
+    lines.append(f"  an erase would rewrite {_rewritten(review.touched)}")
+    if result.out:
+        command = shlex.join(["retrotool", "purge", str(store), "--ids", result.out])
+        lines.append(f"Purge just these chunks: {output.one_line(command)} --reason ...")
+    return lines
+
+
+def _match(match: Match) -> str:
+    name = f", {match.name}" if match.name else ""
+    return f"  --{match.selector}{name}: {output.count(match.chunks, 'chunk')}"
+
+
+def _counts(title: str, counts: Sequence[Count]) -> list[str]:
+    width = max(len(f"{one.chunks:,}") for one in counts)
+    return [f"  {title}", *(f"    {one.chunks:>{width},}  {output.one_line(one.name or '(none)')}" for one in counts)]
+
+
+def _marked(example: Example) -> str:
+    """A chunk's text around the match, which stands in [[...]]."""
+    text, begin, end = example.text, example.begin, example.end
+    if end > begin:
+        low, high = max(begin - _AROUND, 0), min(end + _AROUND, len(text))
+        shown = f"{text[low:begin]}[[{text[begin:end]}]]{text[end:high]}"
+        shown = ("…" if low else "") + shown + ("…" if high < len(text) else "")
+    else:
+        shown = text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
+    figure = "" if example.figure is None else f", {_FIGURES.get(example.selector, 'figure')} {example.figure:.4f}"
+    return f"    {example.chunk} of {output.one_line(example.document)}{figure}: {output.one_line(shown)}"
+
+
+def _rewritten(touched: Touched) -> str:
+    what = [output.count(touched.parts, "part")]
+    what += [output.count(touched.shards, "index shard")] if touched.shards else []
+    rows = output.count(touched.rows, "row")
+    what += [f"{output.count(touched.tables, 'table')} of neighbours ({rows})"] if touched.tables else []
+    time = f"about {touched.seconds:,.0f} s" if touched.seconds >= 1 else "less than a second"
+    return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
+
+
+def show_scanned(result: ScanResult, as_json: bool) -> None:
+    """Show what a share of a scan did, and how to go on."""
+    output.show(result, as_json, _scanned)
+
+
+def _scanned(result: ScanResult) -> str:
+    lines = [f"Scanned {result.parts:,} of {output.count(result.of, 'part')}. Nothing was purged."]
+    if result.elsewhere:
+        are = "is" if result.elsewhere == 1 else "are"
+        lines.append(f"{output.count(result.elsewhere, 'part')} {are} left to runs that are at work.")
+    if result.done:
+        lines.append("All are scanned. Go on with the same command, without --shard.")
+    else:
+        lines.append("When all jobs have ended, go on with the same command, without --shard: it scans what is left.")
+    return "\n".join(lines)
+
+
+def show_restored(result: RestoreResult, as_json: bool) -> None:
+    """Show what an undo did, and what has to be run after it."""
+    output.show(result, as_json, _restored)
+
+
+def _restored(result: RestoreResult) -> str:
+    again = "is live again" if result.chunks == 1 else "are live again"
+    lines = [
+        f"Undid purge {result.purge}: {output.count(result.chunks, 'chunk')}, "
+        f"{output.count(result.documents, 'whole document')}, {again} (commit {result.commit})."
+    ]
+    if result.still_purged:
+        by = f": {', '.join(result.named_by)} took them, too" if result.named_by else ", as they repeat others"
+        lines.append(f"Still purged: {output.count(result.still_purged, 'chunk')} of it{by}.")
+    if result.repeats:
+        lines.append(
+            f"There twice now: {output.count(result.repeats, 'document')}, as another with its id has come since."
+        )
+    if result.next:
+        lines.append("Neighbours that were found while it was purged lack what it had. Bring them up to date:")
+        lines += [f"  {command}" for command in result.next]
+    return "\n".join(lines)

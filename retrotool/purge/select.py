@@ -20,7 +20,7 @@ import pyarrow as pa
 from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
 from retrotool.purge.purged_chunks import Ids, count_unerased, documents_ended, in_store
-from retrotool.purge.same_text import find_copies
+from retrotool.purge.same_text import find_copies, find_in_open_plans, parts_of_open_plans
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
@@ -206,7 +206,8 @@ class Selection:
     how many of them the store does not have yet.
 
     For an erase ``copies`` are the chunks, and ``copied`` the number, of documents that repeat one selected and are
-    tombstones for that; ``unerased`` counts the chunks of all that still have tokens.
+    tombstones for that; ``unerased`` counts the chunks of all that still have tokens. ``open_parts`` are the parts of
+    open plans that were searched for copies, which are among ``chunks``.
     """
 
     request: Request
@@ -222,6 +223,7 @@ class Selection:
     copies: Ids
     copied: int = 0
     unerased: int = 0
+    open_parts: tuple[int, ...] = ()
 
 
 def same_selector(store: Store, request: Request) -> dict[str, bool]:
@@ -254,6 +256,8 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     if request.whole_documents:
         chunks = widen(store, chunks)
     hashes = hashes_to_block(store, in_store(store, chunks))  # earlier purges have blocked what they named
+    open_parts = parts_of_open_plans(store)
+    chunks = np.union1d(chunks, find_in_open_plans(store, open_parts, chunks, hashes))
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
         begun = [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
@@ -264,7 +268,7 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     return Selection(
         request, store.state, tuple(matches), found, chunks, live, documents, tokens, hashes,
         len(read_blocked(store).lacks(hashes)), copies, copied,
-        count_unerased(store, np.union1d(chunks, copies)) if erase else 0,
+        count_unerased(store, np.union1d(chunks, copies)) if erase else 0, tuple(open_parts),
     )  # fmt: skip
 
 

@@ -1,48 +1,44 @@
-"""``purge --restore``: taking a purge back, in one commit, as long as nothing of it was erased.
+"""``purge --restore``: undo a purge, in one commit, as long as nothing of it was erased.
 
-The purge's tombstones and its block list leave the state. Its selector file goes, too: nothing needs it any more, and
-it may name persons. Which chunks it had is kept (``restored/``): whoever has a view from before still has its
+The purge's tombstones and its block list leave the state, and so does its selector file: nothing needs it any more, and
+it may name persons. Which chunks it had is kept (``restored/``): a reader with a view from before still has its
 tombstones. What another purge names, or a ``chunk`` set aside, stays a tombstone.
 
-What was made while the chunks were purged lacks them. Nothing of it is touched here: the record says between which
-commits they were purged (``store.restored``), and by that ``index``, ``neighbours`` and ``neighbours --materialise``
-find what they have to do again; ``behind`` says which tables these are.
+Embeddings and indexes have the chunks, as a purge takes nothing out of them and is masked in a search. Neighbours that
+were found while the purge stood lack them: ``neighbours`` finds these tables by the commits between which it stood
+(``store.restored``), and the result names the commands.
 
-Cost: the chunks' lengths in the parts that have any, and the keys of all documents, to see whether a document was
-let in again meanwhile. Memory: one part, and the tombstones.
+Cost: the chunks' lengths in the parts that have any, and the ids of all documents, to see whether a document came in
+again since. Memory: one part, and the tombstones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from retrotool.embed.search_scope import find_documents, is_same_directory, searchable_rows
+from retrotool.cli.command_lines import neighbours_command, table_command
+from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, LostRunError, UsageError
 from retrotool.index.staleness import consecutive_ranges
-from retrotool.neighbours.stage import database_of, parts_in
+from retrotool.neighbours.dependents import dependents
+from retrotool.purge.erase_run import until_not_overtaken
 from retrotool.purge.purged_chunks import Ids, documents_ended, in_store
-from retrotool.store import disk, parts, paths, schemas, tables
+from retrotool.purge.select import signed
+from retrotool.store import disk, parts, paths, schemas
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import distinct_parts
 from retrotool.store.log import Draft
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.paths import FileName
-from retrotool.store.restored import (
-    PREFIX,
-    is_restored,
-    missed_parts,
-    restored_chunks,
-    restored_purges,
-    standing_purges,
-    stands_for_restored,
-)
+from retrotool.store.restored import PREFIX, is_restored, missed_parts, standing_purges
 from retrotool.store.runs import Run
+from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones, tombstone_paths, write_tombstones
 
 _NAMED = 20
@@ -52,19 +48,76 @@ _NAMED = 20
 class Restorable:
     """What taking a purge back gives, on ``state``.
 
-    ``chunks`` are those that the purge has, and ``living`` those that are living again; ``documents`` and ``tokens``
+    ``chunks`` are those that the purge has, and ``live`` those that are live again; ``documents`` and ``tokens``
     count what these add to the totals. ``named_by`` are other purges that name some of the rest. ``repeats`` counts the
-    documents whose id another living one has: it was let in while this one was purged.
+    documents whose id another live one has: it was let in while this one was purged.
     """
 
     purge: str
     chunks: Ids
-    living: Ids
+    live: Ids
     documents: int
     tokens: int
     named_by: tuple[str, ...]
     repeats: int
     state: State
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What ``restore`` did: the chunks that are live again, whole ``documents`` and ``tokens`` among them.
+
+    ``still_purged`` chunks of the purge are not, as the purges ``named_by`` name them, or they repeat others.
+    ``repeats`` are documents whose id another live document has, which came in since. ``next`` are the commands that
+    bring neighbours up to date which were found while the purge stood, or may have been, in stores that use this one.
+    """
+
+    purge: str
+    chunks: int
+    documents: int
+    tokens: int
+    still_purged: int
+    commit: int
+    named_by: tuple[str, ...] = ()
+    repeats: int = 0
+    next: tuple[str, ...] = ()
+
+
+def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> RestoreResult:
+    """Undo the purge ``purge``; ``UsageError`` if there is none, it was undone before, or an erase of it was begun.
+
+    ``reason`` and ``who`` (None: the user of this process) stay in the log.
+    """
+    who = signed(reason, who)
+    store = Store.open(root)
+    with writing(store) as run:  # which takes away what one that was killed left of the files
+
+        def attempt() -> RestoreResult:
+            found = weigh(store, purge)
+            state = commit_restore(store, run, found, reason, who)
+            return RestoreResult(
+                purge, len(found.live), found.documents, found.tokens, len(found.chunks) - len(found.live),
+                int(state.records[PREFIX + purge]["restored"]), found.named_by, found.repeats,
+            )  # fmt: skip
+
+        done = until_not_overtaken(store, attempt)
+    store.refresh()
+    return replace(done, next=tuple(_refills(store)))
+
+
+def _refills(store: Store) -> list[str]:
+    """The commands that bring neighbours up to date which lack something that was undone, or may do."""
+    found = []
+    for table in store.state.names("neighbours"):
+        entries = store.state.group("neighbours", table).entries()
+        commits = {(entry.about or {}).get("commit") for entry in entries}
+        record = store.state.records[f"neighbours:{table}"]
+        if not record.get("within", record["database"] == store.identity.uuid):
+            # Its rows of what was purged may be empty.
+            found.append(neighbours_command(record["path"], store.root, table, record))
+        elif any(missed_parts(store.state, commit) for commit in commits):
+            found.append(table_command(store, table, store))
+    return [*found, *(one.command for one in dependents(store))]
 
 
 def check_restorable(store: Store, purge: str) -> None:
@@ -97,10 +150,10 @@ def weigh(store: Store, purge: str) -> Restorable:
     others = {slot: read_tombstones(store, slot).ids for slot in slots}
     standing = standing_purges(store.state)
     after, of_purges = _joined(others), _joined({s: i for s, i in others.items() if s.partition(".")[0] in standing})
-    living: list[Ids] = [np.zeros(0, np.int64)]
+    live: list[Ids] = [np.zeros(0, np.int64)]
     documents = tokens = 0
     keys = [pa.chunked_array([], pa.binary(schemas.HASH_BYTES))]
-    for part in np.unique(own >> PART_SHIFT).tolist():
+    for part in distinct_parts(own):
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
         rows = _rows(own, part)
@@ -112,9 +165,9 @@ def weigh(store: Store, purge: str) -> Restorable:
         rows = np.setdiff1d(rows[n_tokens[rows] > 0], after.rows(part))
         tokens += int(n_tokens[rows].sum())
         documents += documents_ended(doc, n_tokens, after.rows(part), rows)
-        living.append(parts.chunk_ids(part, rows))
+        live.append(parts.chunk_ids(part, rows))
         keys.append(parts.read_documents(store, part, ["key"])["key"].take(pa.array(np.unique(doc[rows]))))
-    again = np.concatenate(living)
+    again = np.concatenate(live)
     left = np.setdiff1d(own, again)
     named_by = [slot for slot, ids in others.items() if slot in standing and np.isin(left, ids).any()]
     return Restorable(
@@ -148,7 +201,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
     """
     purge, record = found.purge, found.state.records[PREFIX + found.purge]
     seen = tombstone_paths(found.state)
-    touched = np.unique(found.chunks >> PART_SHIFT).tolist()
+    touched = distinct_parts(found.chunks)
     reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
 
@@ -156,9 +209,9 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or taken back, meanwhile", "Run the same command again.")
         gone = [state.file(kind, slot) for kind, slot in _files(purge)]
-        counts = {"chunks": len(found.living), "documents": found.documents, "tokens": found.tokens}
+        counts = {"chunks": len(found.live), "documents": found.documents, "tokens": found.tokens}
         totals = {name: n + counts.get(name, 0) for name, n in state.records["totals"].items()}
-        own = np.unique(found.chunks >> PART_SHIFT).tolist()
+        own = distinct_parts(found.chunks)
         after = {
             **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
             "parts": consecutive_ranges(own), "repeats": found.repeats,
@@ -185,48 +238,3 @@ def _files(purge: str) -> list[tuple[str, str]]:
         ("blocked", purge),
         ("selectors", purge),
     ]
-
-
-def behind(store: Store, table: str) -> list[int]:
-    """Parts whose table ``table`` lacks something that was purged when it was made, and taken back since.
-
-    Of the database, as the log says; or of the store's own chunks, where the database is another store: their rows are
-    empty, which is read. ``UsageError`` if the database is not there.
-    """
-    database, _ = database_of(store, table)
-    if not (restored_purges(store.state) or restored_purges(database.state)):
-        return []
-    within = is_same_directory(store, database)
-    again = missed_parts(database.state, None).intersection(database.state.parts())
-    found = []
-    for part, entry in _tables(store, table):
-        commit = (entry.about or {}).get("commit")
-        missed = missed_parts(database.state, None if commit is None else int(commit))
-        # An index that lacked them was not a place where they were sought.
-        missed |= again.difference(parts_in(entry))
-        if missed or (not within and _has_empty_rows(store, part, entry)):
-            found.append(part)
-    return found
-
-
-def _tables(store: Store, table: str) -> Iterator[tuple[int, FileEntry]]:
-    group = store.state.group("neighbours", table)
-    for slot in group:
-        if (entry := group.get(slot)) is not None:
-            yield int(slot), entry
-
-
-def _has_empty_rows(store: Store, part: int, entry: FileEntry) -> bool:
-    """Whether a chunk of a part that was taken back has no neighbours in a table; those that never had any count."""
-    if (entry.about or {}).get("restored", "") == stands_for_restored(store.state):
-        return False
-    rows = [Tombstones(restored_chunks(store, purge)).rows(part) for purge in restored_purges(store.state)]
-    if not any(map(len, rows)):
-        return False
-    again = np.intersect1d(np.concatenate(rows), searchable_rows(store, part, read_tombstones(store)))
-    for group in np.unique(again // ROW_GROUP).tolist():
-        ids = tables.read_table(store, entry, [group]).ids
-        mine = again[again // ROW_GROUP == group] - group * ROW_GROUP
-        if (ids[mine] == NO_NEIGHBOUR).all(axis=1).any():
-            return True
-    return False

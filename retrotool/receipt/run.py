@@ -28,7 +28,6 @@ from retrotool.errors import StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase_run import until_not_overtaken
 from retrotool.purge.purged_chunks import count_unerased, in_store
-from retrotool.purge.same_text import set_aside
 from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
@@ -38,7 +37,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 from retrotool.store.verify import total_bytes
 from retrotool.store.verify_log import LogFound, check_log
 
@@ -197,7 +196,7 @@ def _check(store: Store, purge: str) -> Receipt:
         verified=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         chunks=len(chunks),
         living=int(record["chunks"]),
-        copies=len(np.intersect1d(chunks, set_aside(store))),
+        copies=len(np.intersect1d(chunks, read_set_aside(store).ids)),
         documents=int(record["documents"]),
         tokens=int(record["tokens"]),
         commits=tuple(history.commits),

@@ -163,41 +163,32 @@ def _cut_frames(file: InputFile, target: int) -> list[Slice]:
 
 
 class Held:
-    """The beginning of a line whose end has not come yet; of one over the limit only its first bytes and its size.
+    """A line that comes in blocks; of one over the limit only its first bytes and its size.
 
     Up to ``gap`` bytes at its front may turn out not to be the line's.
     """
 
-    def __init__(self, limit: int, gap: int = 0) -> None:
+    def __init__(self, limit: int, gap: int) -> None:
         self._limit, self._gap = limit, gap
         self._blocks: list[bytes] = []
         self.size = 0
-        self.head: bytes | None = None
+        self.front = b""
 
-    def add(self, block: bytes, *, keep: bool) -> None:
-        """Hold a block in which no separator ends."""
+    def add(self, block: bytes) -> None:
+        """Hold one more block, in which no separator ends."""
         self.size += len(block)
+        self.front += block[: HEAD_BYTES - len(self.front)]
         self._blocks.append(block)
-        if self.size > self._limit + self._gap or not keep:
-            self.head = self.front(b"")
+        if self.size > self._limit + self._gap:
             self._blocks = []
 
-    def line(self, end: bytes, number: int, offset: int, gap: int) -> Line:
-        """The line that is held, without ``gap`` bytes at its front, and ends with ``end``."""
-        size = self.size + len(end) - gap
-        if self.head is None and size <= self._limit:
-            data = b"".join([*self._blocks, end])[gap:]
-            return Line(number, offset + gap, data.removeprefix(BOM) if offset == 0 else data, size=size)
-        return Line(number, offset + gap, None, self.front(end)[gap:], size)
-
-    def front(self, end: bytes) -> bytes:
-        """The first bytes of what is held and ``end``."""
-        front = self.head or b""
-        for block in (*self._blocks, end):
-            if len(front) >= HEAD_BYTES:
-                break
-            front += block[: HEAD_BYTES - len(front)]
-        return front
+    def line(self, number: int, offset: int, gap: int) -> Line:
+        """Return the line that is held, without ``gap`` bytes at its front."""
+        size = self.size - gap
+        if size > self._limit:
+            return Line(number, offset + gap, None, self.front[gap:], size)
+        data = b"".join(self._blocks)[gap:]
+        return Line(number, offset + gap, data.removeprefix(BOM) if offset == 0 else data, size=size)
 
 
 def overlaps(separator: bytes) -> list[bytes]:
@@ -235,27 +226,27 @@ def cut_lines(
                 yield Line(number, begin, piece)
                 begin += len(piece) + width
                 continue
-            gap = _gap(held.front(piece) + separator, ends) if ends and begin > offset else 0
-            size = held.size + len(piece)
+            held.add(piece)
+            gap = _gap(held.front + separator, ends) if ends and begin > offset else 0
             if begin + gap >= stop:
                 return
             if skip:
                 skip = False
-            elif gap < size or not ends:
+            elif gap < held.size or not ends:
                 number += 1
-                yield held.line(piece, number, begin, gap)
-            begin += size + width
-            if held.size:
-                held = Held(limit, longest_gap)
+                yield held.line(number, begin, gap)
+            begin += held.size + width
+            held = Held(limit, longest_gap)
         keep = max(0, len(rest) - width + 1)
         if keep:
-            held.add(rest[:keep] if width > 1 else rest, keep=not skip)
+            held.add(rest[:keep])
         carry = rest[keep:]
         if begin >= stop or (skip and begin + held.size >= stop):
             return
-    gap = _gap(held.front(carry), ends) if ends and begin > offset else 0
-    if held.size + len(carry) > gap and not skip and begin + gap < stop:
-        yield held.line(carry, number + 1, begin, gap)  # the last line needs no separator
+    held.add(carry)
+    gap = _gap(held.front, ends) if ends and begin > offset else 0
+    if held.size > gap and not skip and begin + gap < stop:
+        yield held.line(number + 1, begin, gap)  # the last line needs no separator
 
 
 def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
@@ -290,7 +281,7 @@ def _uncountable(error: BrokenStream) -> InputError:
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
     """How many lines, or pieces of separated text, come before the first of a range.
 
-    Raises ``InputError`` if the file is damaged before it: then nobody knows.
+    Raises ``InputError`` if the file is damaged before it.
     """
     if where.first == 0:
         return 0

@@ -116,6 +116,21 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
     return np.frombuffer(b"".join(digests), HASH)
 
 
+def blocked_documents(store: Store, several: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which documents of one part are blocked, by their id, text or tokens, bool [d].
+
+    Args:
+        store: of which the part is.
+        several: a block list.
+        chunks: the file of the part's chunks.
+        documents: rows of its documents, not erased, with ``id``, ``text_hash``, ``first_row`` and ``n_chunks``.
+
+    """
+    texts = parts.from_fixed_binary(documents["text_hash"], np.dtype(np.uint8))
+    named = several.holds(documents["id"].to_pylist(), texts)
+    return named | several.contains(stored_tokens(store, chunks, documents))
+
+
 def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashes:
     """Hashes of the tokens of documents of one part, S16 [d]; empty where something of the document is erased.
 

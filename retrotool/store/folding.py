@@ -17,7 +17,7 @@ import orjson
 
 from retrotool.store import disk, parts, paths
 from retrotool.store.atomic import FileEntry
-from retrotool.store.blocked import Blocked, read_hashes, stored_tokens
+from retrotool.store.blocked import Blocked, blocked_documents, read_hashes
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, generation_in
 from retrotool.store.runs import Run
@@ -198,10 +198,7 @@ def _brings_back(store: Store, state: State, unit: Unit) -> bool:
     blocked = Blocked(store.identity.secret, hashes)
     for documents, chunks in unit.parts:
         table = parts.read_parquet(store, documents, ["id", "text_hash", "first_row", "n_chunks"])
-        texts = parts.from_fixed_binary(table["text_hash"], np.dtype(np.uint8))
-        if blocked.holds(table["id"].to_pylist(), texts).any():
-            return True
-        if blocked.contains(stored_tokens(store, chunks, table)).any():
+        if blocked_documents(store, blocked, chunks, table).any():
             return True
     return False
 

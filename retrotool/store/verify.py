@@ -36,9 +36,11 @@ Report = Callable[[int], object]
 class Verification:
     """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them.
 
-    ``foreign`` are paths of files in the store's folders that no command made; they are not checked.
+    ``ok``: there are no problems. ``foreign`` are paths of files in the store's folders that no command made; they are
+    not checked.
     """
 
+    ok: bool
     commit: int
     problems: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
@@ -55,11 +57,6 @@ class Verification:
     files: int = 0
     bytes: int = 0
 
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
 
 def total_bytes(store: Store) -> int:
     """Bytes that ``verify`` will hash."""
@@ -71,7 +68,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
 
     ``ErasedError`` if a newer commit removes files of the view meanwhile; nothing is known then.
     """
-    result = Verification(store.state.number)
+    result = Verification(True, store.state.number)
     checked = Checked(store, result.problems)
     _check_log(checked)
     references.check_records(checked)
@@ -109,11 +106,12 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
             said = store.state.records.get("totals", {}).get(name, 0)
             if found != said:
                 result.problems.append(f"{found:,} living {name} found, the log says {said:,}")
+    result.ok = not result.problems
     return result
 
 
 def _check_log(checked: Checked) -> None:
-    """Fold the whole log anew, hold the open state and the checkpoints against it, and note what was ever recorded."""
+    """Fold the log from its beginning, compare the open state with it, and note all records that were ever set."""
     store = checked.store
 
     def note(commit: Commit) -> None:

@@ -1,4 +1,4 @@
-"""What was purged while a plan was open does not live on in that plan under another name, and can be erased there."""
+"""A purge also takes the copies in a plan that is not finished: they would be repeats of what it takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import make_rows
 
 import retrotool
 from retrotool import api
-from retrotool.purge import erase_run
+from retrotool.purge import run as purge_run
 from retrotool.store import parts
 from retrotool.store.blocked import read_blocked
 from retrotool.store.store import Store
@@ -48,10 +48,11 @@ def text_on_disk(store: Path) -> bool:
 
 
 @pytest.mark.parametrize(("duplicates", "erase"), [("skip", ["--erase"]), ("keep", []), ("fail", ["--erase"])])
-def test_a_copy_of_what_was_purged_is_purged_before_its_plan_is_finished(duplicates, erase, tmp_path):
+def test_a_copy_in_a_plan_that_is_not_finished_is_purged_with_its_original(duplicates, erase, tmp_path):
     store, path = left_open(tmp_path, X, *OTHERS, Y, {"id": "z", "text": "Nobody's but z's."})
     first = purge(store, "--document", "x", *erase)
-    assert "y" in names(store), "until then it is living"
+    assert names(store) == [*(row["id"] for row in OTHERS), "z"]
+    assert text_on_disk(store) == (not erase)
     result = run_chunk(store, path, "--duplicates", duplicates)
     assert result.exit_code == 0, result.output
     assert names(store) == [*(row["id"] for row in OTHERS), "z"]
@@ -59,26 +60,12 @@ def test_a_copy_of_what_was_purged_is_purged_before_its_plan_is_finished(duplica
     assert (found.documents, found.unfinished, found.set_aside) == (5, 0, 0)
     assert verified(store).documents == 5
     assert set(found.purges) == {first}
-    assert (found.purges[first]["documents"], found.purges[first]["erased"]) == (2, False)
-    assert "1 document left out: purged before" in result.stdout
-    assert f"read before purge {first}" in result.stdout
-    assert (f"retrotool purge {store} {first} --erase" in result.stdout) == bool(erase)
-    # The copy is erased with the purge that it is of, whether that was erased before or not.
-    assert text_on_disk(store)
+    assert (found.purges[first]["documents"], found.purges[first]["erased"]) == (2, bool(erase))
     assert run_cli("purge", store, first, "--erase", "--yes").exit_code == 0
     assert not text_on_disk(store)
     assert all(record["erased"] for record in api.info(store).purges.values())
     assert api.verify_purge(store, first, out=tmp_path).receipt.ok
     assert verified(store).documents == 5
-
-
-def test_the_same_purge_with_an_erase_takes_the_copy_after_its_original_was_erased(tmp_path):
-    store, path = left_open(tmp_path, X, *OTHERS, Y)
-    purge(store, "--document", "x", "--erase")
-    run_chunk(store, path)
-    purge(store, "--document", "x", "--erase")
-    assert not text_on_disk(store)
-    assert verified(store).documents == 4
 
 
 def test_a_document_that_was_purged_in_part_stays_and_its_copy_goes(tmp_path):
@@ -124,32 +111,33 @@ def test_what_several_purges_keep_back_stays_until_the_last_is_undone(tmp_path):
         assert verified(store)
 
 
-def test_an_erase_during_which_a_copy_comes_takes_it(tmp_path, monkeypatch):
-    """The plan is finished after the erase has selected, and before it begins."""
-    store, path = left_open(tmp_path, X, *OTHERS, Y)
-    first = purge(store, "--document", "x")
-    erase_chunks = erase_run.erase_chunks
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copy_that_is_committed_while_a_purge_selects_is_taken(copied, tmp_path, monkeypatch):
+    store, _ = left_open(tmp_path, X, *OTHERS, OTHERS[0])
+    more = write_rows(tmp_path / "more.jsonl", [Y if copied else {"id": "w", "text": "Nothing to see."}])
+    commit_purge, selected = purge_run.commit_purge, []
 
-    def overtaken(*arguments):
-        monkeypatch.undo()
-        assert run_chunk(store, path).exit_code == 0
-        return erase_chunks(*arguments)
+    def overtaken(opened, run, selection, *arguments):
+        selected.append(selection)
+        if len(selected) == 1:
+            run_chunk(store, more, "--duplicates", "fail")
+        return commit_purge(opened, run, selection, *arguments)
 
-    monkeypatch.setattr(erase_run, "erase_chunks", overtaken)
-    assert api.erase(store, [first]).erased > 1
-    assert not text_on_disk(store)
-    assert api.info(store).purges[first]["erased"]
-    assert verified(store).documents == 4
+    monkeypatch.setattr(purge_run, "commit_purge", overtaken)
+    result = api.purge(store, api.Selectors(document=("x",)), reason="request 17", confirm=lambda _: True)
+    assert len(selected) == (2 if copied else 1), "it selects again if there are copies"
+    assert result.documents == (2 if copied else 1)
+    assert [name for name in names(store) if name in "xyw"] == ([] if copied else ["w"])
+    assert verified(store)
 
 
-def test_a_plan_that_lets_purged_documents_in_keeps_them_and_one_begun_after_has_none(tmp_path, monkeypatch):
+def test_a_plan_that_lets_purged_documents_in_keeps_them_and_one_begun_after_has_none(tmp_path):
     store, path = tmp_path / "store", write_rows(tmp_path / "rows.jsonl", [X, *OTHERS, Y])
     assert run_chunk(store, path, "--duplicates", "fail", "--allow-purged").exit_code == 1
     purge(store, "--document", "x")
     assert run_chunk(store, path).exit_code == 0
     assert "y" in names(store)
-    # A later plan's units had the block list from their beginning: no document is looked up again.
-    monkeypatch.setattr("retrotool.chunk.reapply_purges._find", None)
+    # A later plan's units have the block list from their beginning.
     later = write_rows(tmp_path / "later.jsonl", [{"id": "late", "text": "Nothing to see."}, {"id": "w", "text": TEXT}])
     result = run_chunk(store, later)
     assert result.exit_code == 0, result.output

@@ -31,7 +31,7 @@ from retrotool.index import run as index_run
 from retrotool.index.run import Options
 from retrotool.info.run import info
 from retrotool.info.verify_run import verify
-from retrotool.purge.undo_run import restore
+from retrotool.purge.undo import restore
 from retrotool.store import disk
 from retrotool.store.blocked import read_blocked
 from retrotool.store.paths import DATA_KINDS

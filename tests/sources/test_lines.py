@@ -238,9 +238,9 @@ def test_a_reader_that_stops_early_leaves_no_thread(tmp_path):
     file = input_of(tmp_path / "a.jsonl", b'{"text": "x"}\n' * 500_000)
     rows = read_input(file, Fields())
     next(rows)
-    assert "retrotool-read" in {thread.name for thread in threading.enumerate()}
+    assert "retrotool-ahead" in {thread.name for thread in threading.enumerate()}
     rows.close()
-    assert "retrotool-read" not in {thread.name for thread in threading.enumerate()}
+    assert "retrotool-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_the_limit_leaves_room_for_json_escapes(tmp_path):

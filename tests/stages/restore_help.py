@@ -15,7 +15,7 @@ import retrotool
 from retrotool import api
 from retrotool.neighbours.run import SearchOptions
 from retrotool.purge.run import PurgeResult
-from retrotool.purge.undo_run import RestoreResult, restore
+from retrotool.purge.undo import RestoreResult, restore
 from retrotool.store import disk
 
 SAME = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "documents", "chunks", "tokens")

@@ -85,11 +85,13 @@ def test_the_next_command_of_two_stores_can_be_run_as_it_stands(
 def test_purged_chunks_are_not_counted(tmp_path: Path, corpus: Path, tiny_encoder: Path, erase: bool) -> None:
     store = tmp_path / "store"
     api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
+    whole = api.info(store).chunks
     purge(store, "doc-3", "doc-50", erase=erase)
     living = api.info(store).chunks
     embedded = api.embed(store, encoder=str(tiny_encoder))
     assert (embedded.chunks, embedded.embedded) == (living, living)
-    assert api.index(store).vectors == living
+    made = api.index(store)
+    assert (made.vectors, made.not_embedded) == (living if erase else whole, 0)
     found = api.neighbours(store)
     assert (found.queries, found.rows) == (living, living)
     purge(store, "doc-7", erase=erase)

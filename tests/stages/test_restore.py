@@ -16,7 +16,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.purge import undo as restoring
 from retrotool.purge.commit import commit_purge
 from retrotool.purge.erase import EraseStage
-from retrotool.purge.undo_run import restore
+from retrotool.purge.undo import restore
 from retrotool.store import folding, parts, staging
 from retrotool.store.blocked import read_blocked
 from retrotool.store.log import Draft
@@ -37,7 +37,8 @@ def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> N
     assert verified(store_copy) != before and near(store_copy) != found
     result = back(store_copy, purged.purge)
     assert (result.chunks, result.documents, result.tokens) == (purged.chunks, purged.documents, purged.tokens)
-    assert (result.still_purged, result.named_by, result.repeats, result.tables) == (0, (), 0, ())
+    assert (result.still_purged, result.named_by, result.repeats) == (0, (), 0)
+    assert not [command for command in result.next if "--queries" not in command], "its own neighbours have them"
     assert verified(store_copy) == before
     assert near(store_copy) == found
     assert [n.id for n in retrotool.open(store_copy).search(text, 20, encoder=encoder)] == hits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from retrotool import RetroDataset, api
 from retrotool.ann.choice import IndexWishes
 from retrotool.index.run import Options
 from retrotool.neighbours.filters import FilterOptions
-from retrotool.purge.undo_text import show_restored
-from retrotool.store.restored import restored_chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -51,8 +50,7 @@ def test_what_was_materialised_meanwhile_is_not_read(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7").purge
     number = Store.open(store_copy).state.number
     assert api.neighbours(store_copy).commit > number, "text of it was taken out"
-    (told,) = back(store_copy, purged).tables
-    assert told.parts > 0
+    assert [command for command in back(store_copy, purged).next if "--queries" not in command]
     again = RetroDataset(store_copy, sequence_length=256, shuffle=False)
     assert [item["neighbours"].tolist() for item in again] == before
     api.neighbours(store_copy)
@@ -66,16 +64,16 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
     purged = purge(store_copy, "doc-7", "doc-30").purge
     api.neighbours(store_copy, name="other")
     api.neighbours(store_copy, k=19, saved=20)  # refills
-    result = back(store_copy, purged)
-    assert sorted(one.table for one in result.tables) == ["main", "other"]
-    assert all(one.parts == 4 for one in result.tables if one.table == "other")
-    assert api.info(store_copy).neighbours["other"]["behind"] == 4
-    for one in result.tables:
-        words = one.command.split()[3:]
+    commands = [command for command in back(store_copy, purged).next if "--queries" not in command]
+    assert len(commands) == 2
+    for command in commands:
+        words = command.split()[3:]
         options = dict(zip(words[::2], words[1::2], strict=True))
-        done = api.neighbours(store_copy, name=options.get("--name", "main"), index=options["--index"])
-        assert done.queries > 0
-        assert "behind" not in api.info(store_copy).neighbours[one.table]
+        again = functools.partial(
+            api.neighbours, store_copy, name=options.get("--name", "main"), index=options["--index"]
+        )
+        assert again().queries > 0
+        assert again().queries == 0
     api.neighbours(store_copy)
     assert near(store_copy) == found == near(store_copy, "other")
     assert {**verified(store_copy), "neighbours": ""} == {**before, "neighbours": ""}
@@ -83,42 +81,47 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
     assert_exact(store_copy, tmp_path / "scratch", "other")
 
 
-def test_an_index_made_meanwhile_lacks_nothing(store_copy: Path, tmp_path: Path) -> None:
-    wanted = Options(IndexWishes(nlist=4, code="sq8"), shard_rows=150)
+@pytest.mark.parametrize("wanted", [IndexWishes(), IndexWishes(nlist=4, code="sq8")], ids=["exact", "lists"])
+def test_an_index_made_meanwhile_has_what_was_purged_and_returns_it_after_the_undo(
+    store_copy: Path, tmp_path: Path, wanted: IndexWishes
+) -> None:
     purged = purge(store_copy, "doc-7", "doc-100")
-    assert api.index(store_copy, name="lists", options=wanted).vectors == 366
-    api.neighbours(store_copy, name="lists", index="lists")
-    assert not np.isin(saved_neighbours(store_copy, "lists")[0], read_tombstones(Store.open(store_copy)).ids).any()
-    assert api.index(store_copy, name="lists", options=Options(merge=True)).vectors == 366
+    chunks = read_tombstones(Store.open(store_copy), purged.purge).ids
+    made = api.index(store_copy, name="made", options=Options(wanted, shard_rows=150))
+    assert made.vectors == 366 and made.shards > 2
+    api.neighbours(store_copy, name="made", index="made")
+    reader = retrotool.open(store_copy)
+    assert not np.isin(saved_neighbours(store_copy, "made")[0], chunks).any()
+    assert not {n.id for n in reader.search("river mountain", 300, index="made")} & set(chunks.tolist())
+    assert made.recall_at_10 > 0.9, "of what is live"
     back(store_copy, purged.purge)
     assert verified(store_copy)
-    assert api.info(store_copy).neighbours["lists"]["behind"]
-    done = api.neighbours(store_copy, name="lists", index="lists")
+    assert set(chunks.tolist()) <= {
+        n.id for n in retrotool.open(store_copy).search("river mountain", 400, index="made")
+    }
+    assert api.index(store_copy, name="made").added == 0
+    done = api.neighbours(store_copy, name="made", index="made")
     assert done.queries > 0 and done.not_indexed == 0
-    assert "behind" not in api.info(store_copy).neighbours["lists"]
-    assert api.neighbours(store_copy, name="lists", index="lists").queries == 0
-    assert verified(store_copy)
-    ids, true = saved_neighbours(store_copy, "lists")[0], exact(store_copy, tmp_path / "scratch")[0]
-    again = restored_chunks(Store.open(store_copy), purged.purge)
+    assert api.neighbours(store_copy, name="made", index="made").queries == 0
+    ids, true = saved_neighbours(store_copy, "made")[0], exact(store_copy, tmp_path / "scratch")[0]
     common = [len(set(row) & set(also)) for row, also in zip(ids.tolist(), true.tolist(), strict=True)]
     assert np.mean(common) > 19.5
-    assert np.isin(ids, again).sum() > 0.95 * np.isin(true, again).sum() > 0
+    assert np.isin(ids, chunks).sum() > 0.95 * np.isin(true, chunks).sum() > 0
 
 
-def test_an_index_holds_what_is_purged_until_it_is_erased_and_no_repeats(tmp_path: Path, tiny_encoder: Path) -> None:
-    rows = make_rows(12, words=200)
+def test_what_was_set_aside_is_not_indexed_and_what_is_erased_leaves_the_index(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    rows = make_rows(8, words=60)
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[3], "id": "again"}])
     store = tmp_path / "store"
-    file = write_jsonl(tmp_path / "one.jsonl", [*rows, {**rows[3], "id": "again"}])
-    api.chunk(store, [str(file)], tokenizer=str(tiny_encoder))
+    api.chunk(store, [str(path)], tokenizer=str(tiny_encoder))
     api.embed(store, encoder=str(tiny_encoder))
-    living = sum(len(retrotool.open(store).chunk_ids(part)) for part in retrotool.open(store).parts())
     purged = purge(store, "doc-5")
-    assert api.index(store, options=Options(IndexWishes(nlist=4, code="sq8"))).vectors == living
-    assert purge(store, "doc-6", erase=True).erased
-    assert purge(store, "doc-5", erase=True).erased
-    (vectors,) = [one["vectors"] for one in api.info(store).indexes.values()]
-    left = sum(len(retrotool.open(store).chunk_ids(part)) for part in retrotool.open(store).parts())
-    assert vectors == left < living - purged.chunks
+    live = api.info(store).chunks
+    assert api.index(store).vectors == live + purged.chunks
+    purge(store, "doc-5", erase=True)
+    assert api.info(store).indexes["main"]["vectors"] == live
     assert verified(store)
 
 
@@ -146,10 +149,12 @@ def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_pa
 def test_another_purge_is_erased_in_between(store_copy: Path) -> None:
     one = purge(store_copy, "doc-7")
     other = purge(store_copy, "doc-8", erase=True)
+    api.index(store_copy, name="lists", options=Options(IndexWishes(nlist=4, code="sq8")))
     assert back(store_copy, one.purge).chunks == one.chunks
     assert purge(store_copy, "doc-9", erase=True).erased
     shown = api.info(store_copy)
     assert not shown.purges[one.purge]["erased"] and shown.purges[other.purge]["erased"]
+    assert shown.indexes["lists"]["vectors"] == shown.chunks
     assert verified(store_copy)
 
 
@@ -174,16 +179,12 @@ def test_neighbours_in_another_store_are_told_and_found_again(store_copy: Path, 
     theirs, ours = purge(store_copy, "doc-7").purge, purge(queries, "doc-9").purge
     api.neighbours(store_copy, queries=queries, name="theirs", saved=19, k=2)
     api.neighbours(store_copy, queries=queries, name="theirs")
-    result = back(queries, ours)
-    (told,) = [one for one in result.tables if one.table == "theirs"]
-    assert told.parts == 1, "their rows are empty"
-    assert f"--queries {queries}" in told.command
-    (told,) = back(store_copy, theirs).tables
-    assert (told.path, told.table, told.there) == (str(queries), "theirs", False), "it is not opened"
+    command = f"retrotool neighbours {store_copy} --queries {queries} --name theirs --index main"
+    assert command in back(queries, ours).next, "rows of theirs are empty"
+    assert command in back(store_copy, theirs).next, "theirs was made while chunks were purged"
     api.neighbours(store_copy, queries=queries, name="theirs")
     assert near(queries, "theirs") == whole
     assert api.neighbours(store_copy, queries=queries, name="theirs").queries == 0
-    assert "behind" not in api.info(queries).neighbours["theirs"]
 
 
 def test_rows_of_queries_alone_are_filled_again(store_copy: Path, tmp_path: Path) -> None:
@@ -219,26 +220,16 @@ def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path
     assert near(store) == whole
 
 
-def test_what_it_did_is_shown(store_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_did_is_shown(store_copy: Path, cli: Cli) -> None:
     chunks = retrotool.open(store_copy).document("doc-7")
     two = api.purge(store_copy, api.Selectors(chunk=(chunks[0],)), reason="test").purge
     one = api.purge(store_copy, api.Selectors(chunk=tuple(chunks)), reason="test").purge
     api.neighbours(store_copy, name="other")
-    result = back(store_copy, one)
-    show_restored(result, as_json=False)
-    text = capsys.readouterr().out
-    n = len(chunks) - 1
-    assert f"Took purge {one} back: {n} chunks, 1 whole document, are living again" in text
+    text = cli("purge", store_copy, one, "--restore", "--reason", "another").stdout
+    assert f"Undid purge {one}: {len(chunks) - 1} chunks, 1 whole document, are live again" in text
     assert f"Still purged: 1 chunk of it: {two} took them, too." in text
-    assert f"retrotool neighbours {store_copy} --name other --index main" in text
-    show_restored(result, as_json=True)
-    assert orjson.loads(capsys.readouterr().out)["tables"][0]["table"] == "other"
-
-
-def test_info_says_what_is_lacking(store_copy: Path, cli: Cli) -> None:
-    purged = purge(store_copy, "doc-7")
-    api.neighbours(store_copy, name="other")
-    back(store_copy, purged.purge)
-    told = cli("info", store_copy).stdout
-    assert "lacks chunks taken back, in 4 parts" in told
-    assert "purged and taken back (it was another one): test" in told
+    assert f"  retrotool neighbours {store_copy} --name other --index main" in text.splitlines()
+    assert f"retrotool neighbours {store_copy} --index main" not in text, "it was found before"
+    shown = cli("purge", store_copy, two, "--restore", "--reason", "another", "--json")
+    assert orjson.loads(shown.stdout)["chunks"] == 1
+    assert "purged and taken back (another): test" in cli("info", store_copy).stdout

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import retrotool
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.undo_run import restore
+from retrotool.purge.undo import restore
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

@@ -13,8 +13,8 @@ So an evaluation text that is quoted within a longer document is not found: that
 among other text is found with ``near-duplicates-of``). Nor is the same text in other words.
 
 Cost: reading, and 1 to 2 µs a chunk where little is found, 4 µs where a tenth of all runs are those of evaluation
-text; in that are 10 ns a token of documents that have 0.8 of an evaluation document's runs, for their own size. See
-``grams``. Memory: ``grams``, 100 bytes a token of the evaluation text.
+text; and 0.4 µs a token of longer documents that have 0.8 of an evaluation document's runs. See ``ngrams``, and for
+memory, 100 bytes a token of the evaluation text.
 """
 
 from __future__ import annotations
@@ -25,20 +25,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.ngrams import (
     Flags,
     GramSets,
-    Hashes,
     Ints,
     Tokens,
-    distinct,
     distinct_rows,
     follows,
-    gram_hashes,
     pairs_of_ranges,
     reach,
 )
@@ -55,30 +51,22 @@ GRAM = 13
 SIMILAR = 0.8
 """The Jaccard similarity of a document that goes."""
 
-_SLICE_TOKENS = 1 << 16
-
 
 @dataclass(frozen=True, slots=True)
 class Contaminates(Selector):
-    """Documents that are like one of the store ``evaluation``, as the module says: of runs of ``n`` tokens."""
+    """Documents that are like one of the store ``evaluation``, as the module says."""
 
     kind: ClassVar[str] = "contaminates"
     evaluation: str
-    n: int = GRAM
-    share: float = SIMILAR
     as_of: str = ""
     """What tells the evaluation store at this commit from itself at another: what was scanned for it holds for one."""
 
     def open(self, store: Store) -> ContaminationMatcher:
         """Read the evaluation text; ``UsageError`` if it has another tokenizer, or nothing is in it."""
-        if not 0 < self.share <= 1:
-            raise UsageError(f"a Jaccard similarity of {self.share} is not above 0 and up to 1")
-        if not 1 <= self.n <= _SLICE_TOKENS:
-            raise UsageError(f"runs of {self.n} tokens are not of 1 to {_SLICE_TOKENS:,}")
         evaluation = Store.open(Path(self.evaluation))
         advice = f"Chunk the evaluation text again, with --tokenizer {store.root / store.identity.tokenizer.file}."
         check_compatible(evaluation, store, "their tokens can't be compared", advice, lengths=False)
-        return read_evaluation(evaluation, self.n, self.share)
+        return read_evaluation(evaluation, GRAM, SIMILAR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +156,7 @@ class ContaminationMatcher(Matcher):
 
     def _find(self, text: _Grams, alike: Flags) -> None:
         """Mark the documents that are similar in ``alike`` [d], which also closes them."""
-        at, hashes, least = self._likely(text)
+        at, hashes, least = self._sets.likely(text.flat)
         row = at // text.length
         begins = at - row * text.length < text.begin[row]
         at, hashes, least = at[begins], hashes[begins], least[begins]
@@ -186,40 +174,18 @@ class ContaminationMatcher(Matcher):
                 if not alike[place]:
                     alike[place] = self._is_similar(text, place, both, theirs, sizes)
 
-    def _likely(self, text: _Grams) -> tuple[Ints, Hashes, npt.NDArray[np.uint8]]:
-        """``GramSets.likely`` of all tokens, a slice at a time."""
-        found = []
-        for first in range(0, len(text.flat), _SLICE_TOKENS):
-            at, hashes, least = self._sets.likely(text.flat[first : first + _SLICE_TOKENS + self._sets.n - 1])
-            found.append((at + first, hashes, least))
-        at, hashes, least = (np.concatenate(column) for column in zip(*found, strict=True))
-        return at, hashes, least
-
     def _is_similar(self, text: _Grams, document: int, both: int, theirs: int, sizes: dict[int, int]) -> bool:
         """Whether a document with ``both`` grams of the ``theirs`` of a set has the similarity.
 
-        ``sizes`` remembers how many different grams documents have: the true number once it was needed, before that
-        less than none, how many have different hashes: at least so many.
+        ``sizes`` remembers how many different grams documents have.
         """
 
         def similar(ours: int) -> bool:
             return both * self._down >= self._up * (ours + theirs - both)
 
-        most = int(text.of_document[document])
-        if similar(most):  # though none of its grams came twice
+        if similar(int(text.of_document[document])):  # though none of its grams came twice
             return True
-        size = sizes.get(document, 0)
-        if not size:
-            places = text.places(document)
-            size = sizes[document] = -len(distinct(_hashes_at(text, places, self._sets.n)))
-        if size < 0 and similar(-size):
+        if document not in sizes:
             windows = np.lib.stride_tricks.sliding_window_view(text.flat, self._sets.n)
-            size = sizes[document] = len(distinct_rows(windows[text.places(document)])[0])
-        return size > 0 and similar(size)
-
-
-def _hashes_at(text: _Grams, places: Ints, n: int) -> Hashes:
-    """Hashes of the grams at places that ascend."""
-    first = int(places[0])
-    hashes: Hashes = gram_hashes(text.flat[first : int(places[-1]) + n], n)[places - first]
-    return hashes
+            sizes[document] = len(distinct_rows(windows[text.places(document)])[0])
+        return similar(sizes[document])

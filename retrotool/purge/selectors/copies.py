@@ -2,27 +2,24 @@
 
 A **place** is a chunk and the one that follows it in its document, or a chunk that none follows. The rule, exactly:
 
-1. Of each given chunk (a victim) the different runs of 8 tokens are taken. A place is a copy if it has ``share`` of
-   them or more, in any order. Such a run may begin in the place's first chunk and end in its second if the first is
-   full. It lies across no other border: not of documents, of key and value, and not beside what is erased.
+1. Of each given chunk (a victim) the different runs of 8 tokens are taken. A place is a copy if it has half of them or
+   more, in any order. Such a run may begin in the place's first chunk and end in its second if the first is full. It
+   lies across no other border: not of documents, of key and value, and not beside what is erased.
 2. Of the place's two chunks those are selected that hold at least 4 of the 8 tokens of one of these runs.
-3. Of a victim with fewer than ``fewest`` different runs (as it has fewer than 8 tokens, or repeats itself) a copy is a
-   chunk of the same tokens, no more and no fewer.
+3. Of a victim with fewer than 8 different runs (as it has fewer than 15 tokens, or repeats itself) a copy is a chunk of
+   the same tokens, no more and no fewer.
 
-So with a share of one half all of these are found, of a victim of 23 tokens or more whose runs all differ: a copy
-verbatim, wherever it begins in its first chunk; one with any one token exchanged, left out or put in; and one of which
-a half is there. A victim made of few different runs is found wherever half of these occur: a line of dashes selects
-every line of eight dashes, unless ``fewest`` says otherwise. Victims themselves are found again; of erased ones there
-is nothing to find. Text that was changed in every line, or put into other words, is not found, and neither is what
-another store holds.
+So all of these are found, of a victim of 23 tokens or more whose runs all differ: a copy verbatim, wherever it begins
+in its first chunk; one with any one token exchanged, left out or put in; and one of which a half is there. Victims
+themselves are found again; of erased ones there is nothing to find. Text that was changed in every line, or put into
+other words, is not found, and neither is what another store holds.
 
-Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is found; see ``grams`` for why. Memory:
-``grams``, some 12 kB a victim.
+Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams`` for why. Memory:
+``ngrams``, some 12 kB a victim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,8 +43,6 @@ FEWEST = 8
 """Different runs that a chunk must have for less than an equal chunk to be a copy of it."""
 
 _HELD = GRAM // 2
-_SLICE_ROWS = 1 << 10
-_GATHERED = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +51,13 @@ class NearDuplicates(Selector):
 
     kind: ClassVar[str] = "near-duplicates-of"
     chunks: tuple[int, ...]
-    share: float = COPIED
-    fewest: int = FEWEST
 
     def open(self, store: Store) -> CopyMatcher:
         """Read the victims; ``UsageError`` if the store has not all of them, or none has tokens any more."""
-        if not 0 < self.share <= 1:
-            raise UsageError(f"a share of {self.share} is not above 0 and up to 1")
         tokens, n_tokens = read_victims(store, np.unique(np.array(self.chunks, np.int64)))
         if not n_tokens.any():
             raise UsageError("none of the chunks has any tokens left: nothing tells what a copy of them is")
-        return CopyMatcher(tokens, n_tokens, self.share, self.fewest)
+        return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
 
 
 def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
@@ -109,42 +100,31 @@ class CopyMatcher(Matcher):
         chunks = block.chunks
         selected = np.zeros(len(block), np.bool_)
         if self._sets is not None:
-            for gathered in self._gather(chunks, self._sets):
-                _select(self._sets, selected, *gathered)
+            _select(self._sets, selected, *_find_grams(self._sets, chunks))
         if self._whole:
             rows = np.flatnonzero(np.isin(chunks.n_tokens, self._lengths) & np.isin(chunks.tokens[:, 0], self._firsts))
             keys = _keys(chunks.tokens[rows], chunks.n_tokens[rows])
             selected[rows[[key in self._whole for key in keys]]] = True
         return BlockHits.whole(np.flatnonzero(selected))
 
-    def _gather(self, chunks: Chunks, sets: GramSets) -> Iterator[tuple[Ints, Ints, Flags, Flags]]:
-        """The grams of a block: place (its first row), gram, and whether the first or the second row holds it, [e].
 
-        All of a place come together.
-        """
-        length = chunks.tokens.shape[1]
-        n_tokens = chunks.n_tokens.astype(np.int64)
-        follow = follows(chunks, n_tokens)
-        beyond = np.where(follow & (n_tokens == length), np.append(n_tokens[1:], 0), 0)
-        waiting: list[tuple[Ints, ...]] = []
-        for first in range(0, len(chunks), _SLICE_ROWS):
-            last = min(first + _SLICE_ROWS, len(chunks))
-            # Of the row behind the slice, too: it is the second of the slice's last place.
-            flat = np.ascontiguousarray(chunks.tokens[first : last + 1]).reshape(-1)
-            at, gram = sets.identify(flat, *_enough(*sets.likely(flat), length))
-            row, start = np.divmod(at, length)
-            row += first
-            whole = start + GRAM <= n_tokens[row]
-            begins = (whole | (start + GRAM <= n_tokens[row] + beyond[row])) & (row < last)
-            follows_on = whole & (row > first)
-            follows_on[follows_on] = follow[row[follows_on] - 1]
-            waiting.append((row[begins], gram[begins], start[begins], row[begins]))
-            waiting.append((row[follows_on] - 1, gram[follows_on], start[follows_on], row[follows_on]))
-            if sum(len(some[0]) for some in waiting) > _GATHERED or last == len(chunks):
-                place, gram, start, row = (np.concatenate(column) for column in zip(*waiting, strict=True))
-                second = row > place
-                yield place, gram, ~second & (length - start >= _HELD), second | (start + GRAM - length >= _HELD)
-                waiting = []
+def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flags]:
+    """The grams of a block: place (its first row), gram, and whether the first or the second row holds it, [e]."""
+    length = chunks.tokens.shape[1]
+    n_tokens = chunks.n_tokens.astype(np.int64)
+    follow = follows(chunks, n_tokens)
+    beyond = np.where(follow & (n_tokens == length), np.append(n_tokens[1:], 0), 0)
+    flat = np.ascontiguousarray(chunks.tokens).reshape(-1)
+    at, gram = sets.identify(flat, *_enough(*sets.likely(flat), length))
+    row, start = np.divmod(at, length)
+    whole = start + GRAM <= n_tokens[row]
+    begins = whole | (start + GRAM <= n_tokens[row] + beyond[row])
+    follows_on = whole & (row > 0)
+    follows_on[follows_on] = follow[row[follows_on] - 1]
+    place = np.concatenate([row[begins], row[follows_on] - 1])
+    gram, start = (np.concatenate([some[begins], some[follows_on]]) for some in (gram, start))
+    second = np.arange(len(place)) >= int(begins.sum())
+    return place, gram, ~second & (length - start >= _HELD), second | (start + GRAM - length >= _HELD)
 
 
 def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int) -> tuple[Ints, Hashes]:
@@ -158,7 +138,7 @@ def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int)
 
 
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
-    """Mark the rows of copies in ``selected`` [n]; the rest [e] is of ``_gather``."""
+    """Mark the rows of copies in ``selected`` [n]; the rest [e] is of ``_find_grams``."""
     if not len(place):
         return
     low = int(place.min())

@@ -20,7 +20,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
@@ -89,11 +88,6 @@ class TextBlock:
     def text(self) -> memoryview:
         """The text of all chunks, one behind the other, in UTF-8."""
         return self._decoded[1]
-
-    def strings(self, starts: Offsets) -> pa.LargeStringArray:
-        """The text cut at ``starts`` [s + 1] as strings [s], without a copy, and unchecked."""
-        offsets = pa.py_buffer(np.ascontiguousarray(starts, np.int64))
-        return pa.LargeStringArray.from_buffers(len(starts) - 1, offsets, pa.py_buffer(self.text))
 
     def rows_of(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
         """Return the rows that spans of bytes [begin, end) touch, [h]: (span, row) of each, both int64 [r].

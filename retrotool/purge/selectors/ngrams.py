@@ -44,6 +44,7 @@ _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4
 """Of the sets that have a gram so many are compared first, and then so many times more each time."""
 _AT_ONCE = 1 << 18
+_SLICE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,14 @@ class GramSets:
 
         With each comes its hash, and how many of these, at least, a place must have to have enough of a set with it.
         """
-        hashes = gram_hashes(tokens, self.n)
-        least = self._table.take((hashes >> self._shift).astype(np.intp))
-        at = np.flatnonzero(least != 0)
-        return at, hashes[at], least[at]
+        found = []
+        for first in range(0, max(len(tokens), 1), _SLICE_TOKENS):  # whose hashes stay in the cache
+            hashes = gram_hashes(tokens[first : first + _SLICE_TOKENS + self.n - 1], self.n)
+            least = self._table.take((hashes >> self._shift).astype(np.intp))
+            at = np.flatnonzero(least != 0)
+            found.append((at + first, hashes[at], least[at]))
+        at, hashes, least = (np.concatenate(column) for column in zip(*found, strict=True))
+        return at, hashes, least
 
     def identify(self, tokens: Tokens, at: Ints, hashes: Hashes) -> tuple[Ints, Ints]:
         """Of the places ``at`` [h] in ``tokens`` those where a gram of any set begins, and which: int64 [g] both.
@@ -181,11 +186,8 @@ class GramSets:
             last = np.minimum(last, first + more)
             for some in _bounded(last - first):
                 of, which = pairs_of_ranges(first[some], last[some])
-                pairs = np.sort(place[some][of] * len(self.size) + self._owners[which])
-                new = np.flatnonzero(np.diff(pairs, prepend=-1))
-                best = _best(pairs[new] // len(self.size), np.diff(new, append=len(pairs)))
-                yield from self._count(entries, there, closed, pairs[new[best]])
-                yield from self._count(entries, there, closed, pairs[new[~best]])
+                pairs = distinct(place[some][of] * len(self.size) + self._owners[which])
+                yield from self._count(entries, there, closed, pairs)
             done, more = done + more, more * _MORE_SETS
 
     def _count(self, entries: Ints, there: Ints, closed: Flags, pairs: Ints) -> Iterator[Shared]:
@@ -231,15 +233,6 @@ def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
     sizes = np.array([high - low for low, high in kept], np.int64)
     _, which = pairs_of_ranges(*np.array(kept, np.int64).reshape(-1, 2).T)
     return np.repeat(np.arange(len(kept)), sizes), gram[which]
-
-
-def _best(place: Ints, votes: Ints) -> Flags:
-    """Of each place (ascending, [n]) the one with most votes: bool [n]."""
-    best = np.zeros(len(place), np.bool_)
-    starts = np.flatnonzero(np.diff(place, prepend=-1))
-    if len(starts):
-        best[np.maximum.reduceat(votes << 32 | np.arange(len(place)), starts) & 0xFFFFFFFF] = True
-    return best
 
 
 def _bounded(cost: Ints) -> Iterator[slice]:

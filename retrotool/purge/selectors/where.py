@@ -64,13 +64,13 @@ class Where:
 
     def _either(self) -> Any:
         result = self._both()
-        while self._word("or"):
+        while self._accept("or"):
             result = pc.or_kleene(result, self._both())
         return result
 
     def _both(self) -> Any:
         result = self._one()
-        while self._word("and"):
+        while self._accept("and"):
             result = pc.and_kleene(result, self._one())
         return result
 
@@ -84,11 +84,11 @@ class Where:
             self._depth -= 1
 
     def _nested(self) -> Any:
-        if self._word("not"):
+        if self._accept("not"):
             return pc.invert(self._one())
-        if self._operator("("):
+        if self._accept("("):
             result = self._either()
-            if not self._operator(")"):
+            if not self._accept(")"):
                 raise self._error("')'")
             return result
         return self._comparison()
@@ -99,15 +99,15 @@ class Where:
             self._place -= 1
             raise self._error("a column")
         column = self._table[name]
-        if self._word("is"):
-            negative = self._word("not")
-            if not self._word("null"):
+        if self._accept("is"):
+            negative = self._accept("not")
+            if not self._accept("null"):
                 raise self._error("null")
             return column.is_valid() if negative else column.is_null()
-        negative = self._word("not")
-        if self._word("in"):
+        negative = self._accept("not")
+        if self._accept("in"):
             result = self._in(column)
-        elif self._word("like"):
+        elif self._accept("like"):
             result = pc.match_like(column.cast(pa.string()), self._literal(str))
         elif negative:
             raise self._error("in or like")
@@ -120,12 +120,12 @@ class Where:
         return pc.invert(result) if negative else result
 
     def _in(self, column: Any) -> Any:
-        if not self._operator("("):
+        if not self._accept("("):
             raise self._error("'('")
         result = _compare(column, "=", self._literal())
-        while self._operator(","):
+        while self._accept(","):
             result = pc.or_kleene(result, _compare(column, "=", self._literal()))
-        if not self._operator(")"):
+        if not self._accept(")"):
             raise self._error("')'")
         return result
 
@@ -144,17 +144,13 @@ class Where:
         self._place += 1
         return self._tokens[self._place - 1]
 
-    def _word(self, word: str) -> bool:
-        return self._accept("keyword", word)
-
-    def _operator(self, operator: str) -> bool:
-        return self._accept("operator", operator)
-
-    def _accept(self, kind: str, text: str) -> bool:
-        if self._place < len(self._tokens) and self._tokens[self._place][:2] == (kind, text):
-            self._place += 1
-            return True
-        return False
+    def _accept(self, word: str) -> bool:
+        """Whether the next token is this keyword or operator, which is then taken."""
+        accepted = self._place < len(self._tokens) and self._tokens[self._place][:2] in (
+            ("keyword", word), ("operator", word),
+        )  # fmt: skip
+        self._place += accepted
+        return accepted
 
     def _error(self, wanted: str) -> UsageError:
         at = self._tokens[self._place][2] if self._place < len(self._tokens) else len(self._expression)

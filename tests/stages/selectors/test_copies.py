@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors import copies, ngrams
+from retrotool.purge.selectors import ngrams
 from retrotool.purge.selectors.copies import GRAM, CopyMatcher, NearDuplicates
 from retrotool.purge.selectors.document_text import TextBlock
 
@@ -93,7 +93,7 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, lis
 def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: int, weak: bool, fewest: int) -> None:
     victims, documents, length, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copies, "_SLICE_ROWS", slices)
+        patch.setattr(ngrams, "_SLICE_TOKENS", slices)
         patch.setattr(ngrams, "_AT_ONCE", slices)
         patch.setattr(ngrams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
         block = block_of(documents, length, erased)
@@ -227,7 +227,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     store = store_of(tmp_path / "s", tiny_encoder, [[t % 150 + 5 for t in d] for d in documents], part_size=70)
     assert len(store.state.parts()) > 2
     selector = NearDuplicates((0,))
-    assert selector.literal() == {"chunks": (0,), "share": 0.5, "fewest": 8} and selector.kind == "near-duplicates-of"
+    assert selector.literal() == {"chunks": (0,)} and selector.kind == "near-duplicates-of"
     found = scanned(store, selector.open(store), rows=16)
     assert found == scanned(store, selector.open(store)) and found[0] == 0 and len(found) >= 64
     store = purge(store, found[3])
@@ -244,8 +244,5 @@ def test_what_can_not_be_asked(tmp_path: Path, tiny_encoder: Path) -> None:
     for strange in (1, 1 << 32, -1):
         with pytest.raises(UsageError, match=f"no chunk {strange}"):
             NearDuplicates((0, strange)).open(store)
-    for share in (0.0, -1.0, 1.5):
-        with pytest.raises(UsageError, match="share"):
-            NearDuplicates((0,), share).open(store)
     with pytest.raises(UsageError):
         NearDuplicates(()).open(store)
