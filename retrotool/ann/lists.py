@@ -336,7 +336,6 @@ class _Mapped:
 
 
 def _view(index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """A read-only array over a faiss index's memory."""
     return np.asarray(_Mapped(index, pointer, shape, dtype)) if all(shape) else np.zeros(shape, dtype)
 
 

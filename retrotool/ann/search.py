@@ -318,8 +318,6 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
 
 
 class _ByList:
-    """For each list the rows of probed [t, p] that name it, ascending."""
-
     def __init__(self, probed: Ids, device: torch.device, *, are_first: bool = False) -> None:
         import torch
 

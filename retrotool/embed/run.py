@@ -62,8 +62,6 @@ class EmbedResult:
 
 
 class _Done:
-    """The parts that a run embedded, by the path of their vectors, how, and sums of what was measured."""
-
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
         self.how: list[dict[str, Any]] = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
-from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder, cosines
 from retrotool.encoder.encoder import LEAST_COSINE
 from retrotool.errors import NotFiniteError, UsageError
@@ -44,6 +43,8 @@ def _load(store: Store, name: str, device: str, forward: str) -> Encoder:
 
 def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
     """Compare an encoder's vectors of a few chunks with those stored; False if there are none to compare."""
+    from retrotool.embed.stage import EncoderRows  # not needed to open a store
+
     name = encoder.identity.name
     for part in embedded_parts(store, name):
         chunks = parts.read_chunks(store, part, [0])

@@ -301,7 +301,6 @@ class Encoder:
                 left.set()
 
     def _batches(self, blocks: Iterable[Rows]) -> Iterator[_Batch]:
-        """The batches of each block, ready for the device, and what ends it."""
         first = 0
         for rows in blocks:
             block = _Block(np.zeros((len(rows), self.identity.dimension), np.float16), first)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import PerWorker, Stage, Task, Update, Worker, perform_reporting
+from retrotool.engine.task import OpenError, PerWorker, Stage, Task, Update, Worker, perform_reporting
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -35,10 +35,6 @@ _LISTEN_SECONDS = 5.0
 
 _worker: tuple[Worker | Exception, Path, str, Update] | None = None
 """What a worker process was opened with; a process pool has no other place for it."""
-
-
-class OpenError(Exception):
-    """A worker process could not be opened, for the reason in ``args[0]``: no task is to blame, none would be done."""
 
 
 def _open_worker(

@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from retrotool import interrupts
-from retrotool.engine.local import OpenError, open_pool
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import GivesUp, Stage, Task
+from retrotool.engine.task import GivesUp, OpenError, Stage, Task
 from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
 from retrotool.store import claims, folding, staging
 from retrotool.store.runs import Run
@@ -121,6 +120,8 @@ def _run_tasks(
     enough: Enough | None,
 ) -> bool:
     """Run tasks in their order, and commit now and then; whether one was enough, once those that had begun are done."""
+    from retrotool.engine.local import open_pool  # multiprocessing is not needed to read a store
+
     if workers > 1 and len(tasks) <= _FEW * workers and not tasks[0].claimed:
         tasks = sorted(tasks, key=lambda task: -task.weight)
     waiting = deque(tasks)

@@ -135,6 +135,10 @@ def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
     return [tasks[place] for place in sorted(range(len(tasks)), key=order)]
 
 
+class OpenError(Exception):
+    """A worker process could not be opened, for the reason in ``args[0]``: no task is to blame, none would be done."""
+
+
 def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
     """Do one task and stage it; None if another process did, or is at it. All that another engine has to call."""
     if staging.is_staged(root, task.key):

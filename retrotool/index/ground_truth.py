@@ -5,7 +5,7 @@ document. Products are float64, and the distances of the nearest are computed on
 
 Cost: queries × vectors distances, and reading every vector once. Above a budget of distances only a random share of the
 vectors is searched, in blocks of ``_BLOCK`` rows: then of a query's true neighbours those are known that lie in the
-sample, and recall is the share of these that is found (see ``stages.recall``).
+sample, and recall is the share of these that is found (see ``index.recall``).
 """
 
 from __future__ import annotations

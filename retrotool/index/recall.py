@@ -1,7 +1,7 @@
 """The true recall of an index, as a curve over operating points, and the cheapest point that holds a target.
 
-Recall@k is the mean share of a query's true k nearest (``stages.truth``) that the index finds; of several at the same
-distance any will do. Points are all of a grid of ``nprobe``, for codes with a grid of re-rank depths. One search a
+Recall@k is the mean share of a query's true k nearest (``index.ground_truth``) that the index finds; of several at the
+same distance any will do. Points are all of a grid of ``nprobe``, for codes with a grid of re-rank depths. One search a
 ``nprobe`` serves all depths: its candidates are ordered by their codes, and a depth takes the first of them.
 
 Where the truth is of a sample, of a query's true neighbours those in the sample are looked for. Which of these are

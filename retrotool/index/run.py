@@ -241,7 +241,6 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
 
 
 def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> None:
-    """``UsageError`` if another index was asked for than the one that is trained."""
     trained = trained_entry(store.state, stage.index, stage.generation)
     if trained is None:
         return

@@ -271,7 +271,6 @@ class Database:
         return AllowedChunks(self.store, self._allows)
 
     def _allowed_in(self, shard: InvertedLists) -> SomeLists:
-        """What of a shard is allowed and living; counted when it is first asked for."""
         if id(shard) not in self._some:
             self._some[id(shard)] = SomeLists(shard, self._is_wanted)
         return self._some[id(shard)]

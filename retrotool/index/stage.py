@@ -1,6 +1,6 @@
 """``index``: codes of a store's vectors in faiss files, by a training of its own.
 
-Only keys are indexed, trained on and counted. The first task trains (``stages.training``); then each window of parts is
+Only keys are indexed, trained on and counted. The first task trains (``index.training``); then each window of parts is
 a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
 the same training; ``merge`` joins those of a window. What is purged is coded too until it is erased, since a purge can
 be undone; a search masks it. Which index it is is chosen once, from the vectors that are there (``ann.choice``), and

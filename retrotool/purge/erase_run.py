@@ -21,9 +21,8 @@ from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.index.index_files import measured_files
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge import purged_chunks as purging
 from retrotool.purge.erase import EraseStage, part_files
-from retrotool.purge.purged_chunks import Ids
+from retrotool.purge.purged_chunks import Ids, count_rows, count_unerased, erased_purges, has_any, in_store
 from retrotool.purge.same_text import find_copies
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
@@ -87,13 +86,11 @@ def erase(
         # Selected again each time: a purge may have been undone since the last attempt.
         wanted = tuple(_wanted(store, purges, older_than))
         chunks = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in wanted)]
-        named = purging.in_store(store, np.unique(np.concatenate(chunks)))
+        named = in_store(store, np.unique(np.concatenate(chunks)))
         copies, copied = find_copies(store, named)
         victims = np.union1d(named, copies)
-        unerased = purging.count_unerased(store, victims)
-        planned = EraseResult(
-            wanted, unerased, unerased / max(purging.count_rows(store), 1), 0, copied, 0, store.state.number
-        )
+        unerased = count_unerased(store, victims)
+        planned = EraseResult(wanted, unerased, unerased / max(count_rows(store), 1), 0, copied, 0, store.state.number)
         if unerased and not confirm(planned):
             return planned
         with writing(store) as run:
@@ -142,7 +139,7 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
         named = read_tombstones(store, purge).ids
         if not len(np.setdiff1d(copies, named)):
             continue
-        own = copies if len(purges) == 1 else find_copies(store, purging.in_store(store, named))[0]
+        own = copies if len(purges) == 1 else find_copies(store, in_store(store, named))[0]
         if len(new := np.setdiff1d(own, named)):
             _name(store, run, purge, new)
 
@@ -182,7 +179,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
 
     ``ConflictError`` if one of the purges was undone before all were erased, or has more chunks by then.
     """
-    chunks = purging.in_store(store, chunks)
+    chunks = in_store(store, chunks)
     victims = Tombstones(chunks)
     workers = _workers(store, victims)
     stage = EraseStage(victims, tuple(purges))
@@ -190,12 +187,12 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     engine.execute(stage, store, run, workers=workers)
 
     def build(state: State) -> Draft | None:
-        done = purging.erased_purges(store, victims)
+        done = erased_purges(store, victims)
         if any(not state.records[PREFIX + p]["erased"] and p not in done for p in purges):
             raise ConflictError("a purge has more chunks than when its erase began", "Run the same command again.")
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
         # What other purges asked for, too, to take some of the victims, may name these.
-        alike = [p for p in standing_purges(state) if purging.has_any(store, p, victims)]
+        alike = [p for p in standing_purges(state) if has_any(store, p, victims)]
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []

@@ -3,7 +3,7 @@
 A file given by its path is named by that path, one found in a folder by the folder's own name and the way from there.
 Links to folders are followed, each folder once; what lies there by its real path is named by that. What can't be an
 input is refused by name, so that nothing is missing in silence: a link to nothing, a pipe or a device, a folder that
-may not be listed. Left out, and told to whoever asks, are files in folders whose suffix is of no known format, and
+may not be listed. Left out, and named in a ``Survey``, are files in folders whose suffix is of no known format, and
 ``.bin`` and ``.npy`` files of which nothing says that they are tokens. Not even that is said of hidden files, of what
 stands beside the rows of a saved dataset, and of a store.
 
@@ -182,7 +182,7 @@ class _Folder:
 
     def _add(self, file: Path) -> None:
         if _token_file(file) != file or file.name.endswith(OFFSETS):
-            return  # told of by what it belongs to
+            return  # it is read with the file that it belongs to
         try:
             regular = stat.S_ISREG(file.stat().st_mode)
         except OSError as error:

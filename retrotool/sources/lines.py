@@ -281,7 +281,7 @@ def _uncountable(error: BrokenStream) -> InputError:
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
     """How many lines, or pieces of separated text, come before the first of a range.
 
-    Raises ``InputError`` if the file is damaged before it: then nobody knows.
+    Raises ``InputError`` if the file is damaged before it.
     """
     if where.first == 0:
         return 0

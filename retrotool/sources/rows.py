@@ -35,6 +35,14 @@ from retrotool.sources.records import (
 
 WINDOW_BYTES = 8 << 20
 WINDOW_ROWS = 4096
+_TEXT = (
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+    pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary,
+)  # fmt: skip
+_LISTS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view,
+    pa.types.is_fixed_size_list,
+)  # fmt: skip
 
 
 def steps(schema: pa.Schema, name: str) -> list[int | str] | None:
@@ -74,24 +82,13 @@ def column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column's values are strings, or bytes that may be."""
-    return _is_string(kind) or _is_bytes(kind)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    variable = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    return bool(variable or pa.types.is_fixed_size_binary(kind))
+    """Return whether a column's values are strings, or bytes that may be."""
+    return any(is_kind(kind) for is_kind in _TEXT)
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column's values are lists, of whatever layout."""
-    large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
-    small = pa.types.is_list(kind) or pa.types.is_list_view(kind)
-    return bool(large or small or pa.types.is_fixed_size_list(kind))
+    """Return whether a column's values are lists, of whatever layout."""
+    return any(is_kind(kind) for is_kind in _LISTS)
 
 
 def plain(array: pa.Array) -> pa.Array:

@@ -111,7 +111,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
 
 
 def _check_log(checked: Checked) -> None:
-    """Fold the whole log anew, hold the open state and the checkpoints against it, and note what was ever recorded."""
+    """Fold the log from its beginning, compare the open state with it, and note all records that were ever set."""
     store = checked.store
 
     def note(commit: Commit) -> None:

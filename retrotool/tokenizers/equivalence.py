@@ -323,7 +323,6 @@ class Guard:
 
 
 def _occurrences(text: str, needle: str) -> npt.NDArray[np.int64]:
-    """Where a needle begins in a text; of those that overlap, the first."""
     places = []
     place = text.find(needle)
     while place >= 0:

@@ -127,7 +127,6 @@ class FastTokenizer:
     def _encode_pieces(
         self, pieces: list[str]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Ids and lengths of pieces, and which of them [n] went to ``tokenizers``."""
         unsure = self._unsure(pieces)
         if not unsure.any():
             return *self._quick(pieces), unsure
@@ -307,14 +306,12 @@ class Crossings:
 
 
 def _all_pairs() -> set[tuple[str, str]]:
-    """Every pair of bytes that can meet where a character ends and another begins."""
     last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
     first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
     return {(a, b) for a in last for b in first}
 
 
 def _pairs(fields: dict[str, Any], pairs: set[tuple[str, str]]) -> Pair:
-    """The two ways to tokenise with tokens that show where text is split, between ``pairs`` of bytes."""
     content = orjson.dumps({**fields, "added_tokens": [], "model": _pairs_model(pairs)})
     return _read(content), Tokenizer(TokenizerFile("pairs of bytes", content)).encode_flat
 

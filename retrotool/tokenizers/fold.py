@@ -75,7 +75,6 @@ class Folder:
     def _by_pieces(
         self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], is_first: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
-        """Put the pieces of the tokens together, then take out spaces."""
         if self._pieces is None:
             decoded = self._tokenizer.decode(tokens, n_tokens)
             _, offsets, data = decoded.buffers()

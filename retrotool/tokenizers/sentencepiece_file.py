@@ -83,7 +83,6 @@ def _score_the_same(model: Any, ids: Sequence[int], others: Sequence[int]) -> bo
 
 
 def _why_not(model: Any) -> str:
-    """What stands in the way of the same ids; "" if nothing is known to."""
     kind, kinds = model.trainer_spec.model_type, {piece.type for piece in model.pieces}
     if kind not in (_UNIGRAM, _BPE):
         return "it is neither a Unigram nor a BPE model"
@@ -164,7 +163,6 @@ def _merges(model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _own_texts(model: Any) -> list[str]:
-    """Texts of the model's own pieces, in random order: what it knows."""
     pieces = [piece.piece for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
     draw = np.random.default_rng(0)
     return ["".join(draw.choice(pieces, 12)).replace(_SPACE, " ") for _ in range(500)] if pieces else []

@@ -1,7 +1,7 @@
 """``retrotool.RetroDataset``: a store and its neighbours as training sequences, for PyTorch.
 
-A sequence is a row of slots for chunks (``stages.sequences``), with the neighbours of the chunk in each slot. Sequences
-come in an order that is decided by the seed and the epoch (``stages.order``), block by block, and each rank reads its
+A sequence is a row of slots for chunks (``train.sequences``), with the neighbours of the chunk in each slot. Sequences
+come in an order that is decided by the seed and the epoch (``train.order``), block by block, and each rank reads its
 own blocks. Positions are decided on the commit on which the epoch began, and content is that of now: what is purged in
 the course of an epoch keeps its slots, which are masked. So training goes on after a purge, without the victims.
 

@@ -109,6 +109,20 @@ def test_an_index_made_meanwhile_has_what_was_purged_and_returns_it_after_the_un
     assert np.isin(ids, chunks).sum() > 0.95 * np.isin(true, chunks).sum() > 0
 
 
+def test_the_recall_of_an_index_is_that_of_live_chunks_where_half_are_purged(store_copy: Path, tmp_path: Path) -> None:
+    api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
+    purged = read_tombstones(Store.open(store_copy))
+    assert len(purged) > 150
+    made = api.index(store_copy, name="half", options=Options(IndexWishes(nlist=8, code="sq8")))
+    assert made.vectors == 366 and made.holds
+    api.neighbours(store_copy, name="half", index="half")
+    ids, true = saved_neighbours(store_copy, "half")[0], exact(store_copy, tmp_path / "scratch")[0]
+    assert not purged.contains(ids).any()
+    live = true[:, 0] >= 0
+    common = [len(set(row) & set(also)) for row, also in zip(ids[live].tolist(), true[live].tolist(), strict=True)]
+    assert len(common) == 366 - len(purged) and np.mean(common) > 19
+
+
 def test_what_was_set_aside_is_not_indexed_and_what_is_erased_leaves_the_index(
     tmp_path: Path, tiny_encoder: Path
 ) -> None:

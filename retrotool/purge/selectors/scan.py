@@ -13,7 +13,6 @@ Memory: a block a thread, and 34 bytes a hit.
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ import orjson
 import pyarrow as pa
 
 from retrotool import interrupts
+from retrotool.encoder.devices import cores
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
 from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
@@ -128,7 +128,7 @@ class ScanWorker:
         self._selectors = stage.selectors
         self._decoder = Decoder(store)
         self._rows = min(matcher.block_rows for matcher in self._matchers)
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = cores()
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Scan one part."""
