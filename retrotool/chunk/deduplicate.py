@@ -48,8 +48,8 @@ from retrotool.sources.files import IN_BYTES
 from retrotool.sources.lines import count_lines
 from retrotool.store import parts, schemas
 from retrotool.store.atomic import FileEntry
+from retrotool.store.ids import distinct_parts, row_of, slice_of_part
 from retrotool.store.log import Draft
-from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
@@ -190,8 +190,7 @@ def find_duplicates(
     by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free, range_rows)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
-        low, high = np.searchsorted(by_id, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
-        docs = by_id[low:high] - (part << PART_SHIFT)
+        docs = row_of(by_id[slice_of_part(by_id, part)])
         purged = tombstones.rows(part)
         if not len(purged):
             return docs
@@ -254,15 +253,12 @@ def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
 
 def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
     """``draft``, if the documents and tombstones it was made from are still all there are."""
-    same = all(_paths(newest, kind) == _paths(seen, kind) for kind in ("documents", "tombstones"))
+    same = all(
+        list(newest.group(kind).entries()) == list(seen.group(kind).entries()) for kind in ("documents", "tombstones")
+    )
     if not same or newest.records["totals"] != seen.records["totals"]:
         raise ConflictError("the store grew while duplicates were searched")
     return draft
-
-
-def _paths(state: State, kind: str) -> list[str]:
-    group = state.group(kind)
-    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
 
 
 def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Handling) -> Mapping[str, Any]:
@@ -311,10 +307,9 @@ class PartRepeats:
 
 def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
     """What the documents at ``places`` (ascending) hold, part by part; those without a living chunk are left out."""
-    for part in np.unique(places >> PART_SHIFT).tolist():
-        start, end = np.searchsorted(places, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
-        docs = places[start:end] - (part << PART_SHIFT)
-        found = _read_part(store, tombstones, part, docs, by_text[start:end])
+    for part in distinct_parts(places):
+        some = slice_of_part(places, part)
+        found = _read_part(store, tombstones, part, row_of(places[some]), by_text[some])
         if len(found.by_text):
             yield found
 
@@ -325,7 +320,7 @@ def _read_part(store: Store, tombstones: Tombstones, part: int, docs: Places, by
     n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"].to_numpy()
     count = table["n_chunks"].to_numpy()
     owner = np.repeat(np.arange(len(docs)), count)
-    rows = table["first_row"].to_numpy()[owner] + np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
+    rows = parts.rows_of_documents(table["first_row"].to_numpy(), count)
     ids = parts.chunk_ids(part, rows)
     alive = ~tombstones.contains(ids) & (n_tokens[rows] > 0)
     living = np.bincount(owner[alive], minlength=len(docs)) > 0

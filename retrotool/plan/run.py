@@ -184,10 +184,6 @@ def plan(
     request = PlanRequest(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )
-    return _plan(request)
-
-
-def _plan(request: PlanRequest) -> Plan:
     _check(request)
     documents = -(-request.tokens // request.tokens_per_document)
     n = count_chunks(request.tokens, documents, request.chunk_length)
