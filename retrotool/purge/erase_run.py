@@ -22,7 +22,7 @@ from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunEr
 from retrotool.index.index_files import measured_files
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase import EraseStage, part_files
-from retrotool.purge.purged_chunks import Ids, count_rows, count_unerased, erased_purges, has_any, in_store
+from retrotool.purge.purged_chunks import Ids, count_rows, count_unerased, erased_purges, has_any
 from retrotool.purge.same_text import find_copies
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
@@ -86,7 +86,7 @@ def erase(
         # Selected again each time: a purge may have been undone since the last attempt.
         wanted = tuple(_wanted(store, purges, older_than))
         chunks = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in wanted)]
-        named = in_store(store, np.unique(np.concatenate(chunks)))
+        named = np.unique(np.concatenate(chunks))
         copies, copied = find_copies(store, named)
         victims = np.union1d(named, copies)
         unerased = count_unerased(store, victims)
@@ -139,7 +139,7 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
         named = read_tombstones(store, purge).ids
         if not len(np.setdiff1d(copies, named)):
             continue
-        own = copies if len(purges) == 1 else find_copies(store, in_store(store, named))[0]
+        own = copies if len(purges) == 1 else find_copies(store, named)[0]
         if len(new := np.setdiff1d(own, named)):
             _name(store, run, purge, new)
 
@@ -179,7 +179,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
 
     ``ConflictError`` if one of the purges was undone before all were erased, or has more chunks by then.
     """
-    chunks = in_store(store, chunks)
     victims = Tombstones(chunks)
     workers = _workers(store, victims)
     stage = EraseStage(victims, tuple(purges))

@@ -21,12 +21,6 @@ def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
     return may_name(store, [purge], chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
 
 
-def in_store(store: Store, chunks: Ids) -> Ids:
-    """Those of ``chunks`` whose part the store has: a ``chunk`` may have taken parts back after they were purged."""
-    there: Ids = chunks[np.isin(chunks >> PART_SHIFT, store.state.parts())]
-    return there
-
-
 def count_rows(store: Store) -> int:
     """All chunks that the parts of a store ever had."""
     state = store.state
@@ -56,12 +50,10 @@ def documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: I
 def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     """Ids of the purges that are not known to be erased and of which nothing is left once ``erased`` chunks are.
 
-    What other purges erased counts, and so does what left the store with its part.
+    What other purges erased counts.
     """
     records = standing_purges(store.state)
-    waiting = {
-        purge: in_store(store, read_tombstones(store, purge).ids) for purge, r in records.items() if not r["erased"]
-    }
+    waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
     left = Tombstones(np.setdiff1d(np.concatenate([np.zeros(0, np.int64), *waiting.values()]), erased.ids))
     before = [
         read_tombstones(store, purge).ids

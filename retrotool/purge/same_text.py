@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import open_plans, parts_of_plan
-from retrotool.purge.purged_chunks import Ids, in_store
+from retrotool.purge.purged_chunks import Ids
 from retrotool.store import parts
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
 from retrotool.store.parts import PART_SHIFT
@@ -57,7 +57,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
 
     Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
     """
-    repeats = Tombstones(in_store(store, read_set_aside(store).ids))
+    repeats = read_set_aside(store)
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
@@ -123,7 +123,7 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
     """The documents with a live chunk beside ``chunks`` and the text of one of these that was set aside."""
-    aside = in_store(store, np.intersect1d(chunks, read_set_aside(store).ids))
+    aside = np.intersect1d(chunks, read_set_aside(store).ids)
     texts = values_of(store, aside, "text_hash")
     if not len(texts):
         return NO_TEXT

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
-from retrotool.purge.purged_chunks import Ids, count_unerased, documents_ended, in_store
+from retrotool.purge.purged_chunks import Ids, count_unerased, documents_ended
 from retrotool.purge.same_text import find_copies, find_in_open_plans, parts_of_open_plans
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
@@ -255,15 +255,14 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
     if request.whole_documents:
         chunks = widen(store, chunks)
-    hashes = hashes_to_block(store, in_store(store, chunks))  # earlier purges have blocked what they named
+    hashes = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
     open_parts = parts_of_open_plans(store)
     chunks = np.union1d(chunks, find_in_open_plans(store, open_parts, chunks, hashes))
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
         begun = [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
         chunks = np.unique(np.concatenate([chunks, *begun]))
-        copies, copied = find_copies(store, in_store(store, chunks))
-    chunks = in_store(store, chunks)
+        copies, copied = find_copies(store, chunks)
     live, documents, tokens = _weigh(store, chunks)
     return Selection(
         request, store.state, tuple(matches), found, chunks, live, documents, tokens, hashes,

@@ -27,7 +27,7 @@ from retrotool.errors import ConflictError, LostRunError, UsageError
 from retrotool.index.staleness import consecutive_ranges
 from retrotool.neighbours.dependents import dependents
 from retrotool.purge.erase_run import until_not_overtaken
-from retrotool.purge.purged_chunks import Ids, documents_ended, in_store
+from retrotool.purge.purged_chunks import Ids, documents_ended
 from retrotool.purge.select import signed
 from retrotool.store import disk, parts, paths, schemas
 from retrotool.store.atomic import FileEntry
@@ -145,7 +145,7 @@ def check_restorable(store: Store, purge: str) -> None:
 def weigh(store: Store, purge: str) -> Restorable:
     """Find out what taking a purge back would give; ``UsageError`` if an erase of it was begun."""
     check_restorable(store, purge)
-    own = in_store(store, read_tombstones(store, purge).ids)
+    own = read_tombstones(store, purge).ids
     slots = [slot for slot in store.state.group("tombstones") if slot != purge]
     others = {slot: read_tombstones(store, slot).ids for slot in slots}
     standing = standing_purges(store.state)

@@ -27,7 +27,7 @@ from retrotool.engine.progress import counting
 from retrotool.errors import StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase_run import until_not_overtaken
-from retrotool.purge.purged_chunks import count_unerased, in_store
+from retrotool.purge.purged_chunks import count_unerased
 from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
@@ -161,12 +161,11 @@ def _check(store: Store, purge: str) -> Receipt:
     _check_purge(store, purge)
     record = store.state.records[f"purge:{purge}"]
     chunks = read_tombstones(store, purge).ids
-    there = in_store(store, chunks)
     with counting("log", "log", 1) as report:
         history, log = _read_log(store, purge)
         report(1)
     with counting("files", "B", total_bytes(store)) as report:
-        erasure = check_files(Purged(store, Tombstones(there), history), report)
+        erasure = check_files(Purged(store, Tombstones(chunks), history), report)
     ways = read_paths(store, chunks)
     taken = []
     with counting("read paths", "path", len(ways)) as report:
@@ -185,7 +184,7 @@ def _check(store: Store, purge: str) -> Receipt:
         store=store.identity.uuid,
         tool=f"retrotool {version('retrotool')}",
         purge=purge,
-        state="erased" if is_erased else "purged" if count_unerased(store, there) == len(there) else "partly erased",
+        state="erased" if is_erased else "purged" if count_unerased(store, chunks) == len(chunks) else "partly erased",
         ok=not problems,
         problems=tuple(problems),
         reason=str(record["reason"]),

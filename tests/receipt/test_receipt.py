@@ -141,7 +141,7 @@ def test_an_erase_that_was_begun_is_not_finished(store: Path, monkeypatch: pytes
             raise OSError("killed")
 
         patched.setattr("retrotool.purge.erase_run.clear", lambda *_: [])
-        patched.setattr("retrotool.purge.erase_run.purging.erased_purges", killed)
+        patched.setattr("retrotool.purge.erase_run.erased_purges", killed)
         api.erase(store, [name])
     found = receipt(store, name)
     assert (found.state, found.ok, found.erased) == ("partly erased", True, "")
