@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from machine import describe
 
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
@@ -65,7 +65,7 @@ def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: 
     key[again < 0.01] = earlier[again < 0.01]
     text[again > 0.9] = earlier[again > 0.9] + np.uint64(1 << 40)
     text[again > 0.98] = 0
-    schema = schemas.documents_schema(())
+    schema = parts.documents_schema(())
     hashes = {"key": parts.fixed_binary(hashed(key)), "text_hash": parts.fixed_binary(hashed(text))}
     columns = [hashes.get(field.name, pa.nulls(rows, field.type)) for field in schema]
     table = pa.table(columns, schema=schema)

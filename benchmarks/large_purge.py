@@ -22,7 +22,7 @@ import orjson
 import pyarrow as pa
 from machine import describe
 
-from retrotool.store import log, parts, schemas
+from retrotool.store import log, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
@@ -59,7 +59,7 @@ def real_part(root: Path, part: int) -> list[FileEntry]:
             names, hashes, hashes, ["made up"] * count, np.arange(count, dtype=np.int32) * DOCUMENT,
             np.full(count, DOCUMENT, np.int32), np.full(count, 64 * DOCUMENT), ["input"] * count, np.arange(count),
         ],
-        schema=schemas.documents_schema(()),
+        schema=parts.documents_schema(()),
     )  # fmt: skip
     found = {"documents": documents, "chunks": chunks}
     return [parts.write_parquet(root, FileName.new(RUN, kind, slot, "parquet"), table) for kind, table in found.items()]

@@ -32,8 +32,8 @@ from retrotool.purge.selectors.patterns import compiled, find_all
 from retrotool.purge.selectors.pii import KINDS, PersonalDataMatcher
 from retrotool.purge.selectors.selector import BlockHits
 from retrotool.purge.selectors.terms import TermMatcher
+from retrotool.store.folding import writing
 from retrotool.store.parts import Chunks
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 CHUNK, ROWS = 280, 1 << 15

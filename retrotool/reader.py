@@ -27,7 +27,7 @@ from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.index.searching import Database, Point
 from retrotool.neighbours.stage import check_table, database_of, members_of
-from retrotool.store import parts, schemas, tables
+from retrotool.store import parts, tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import split_id
 from retrotool.store.parts import ROW_GROUP, Chunks
@@ -199,7 +199,7 @@ class Reader:
         Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
         the order of chunk ids, that is living. The others are read as all chunks are, by their ids (``chunk_ids``).
         """
-        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=schemas.HASH_BYTES).digest()
+        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
             table = self._documents(part)
             for row in table.filter(pc.equal(table["key"], pa.scalar(key, table["key"].type))).to_pylist():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
@@ -75,7 +75,7 @@ def _write_part(
         "n_tokens": [sum(len(tokens) for tokens, _ in chunks) for chunks in cuts],
         "input": ["input"] * len(documents), "position": list(range(len(documents))),
     }  # fmt: skip
-    table = parts.columns_of(columns, schemas.documents_schema(()))
+    table = parts.columns_of(columns, parts.documents_schema(()))
     rows = [chunk for chunks in cuts for chunk in chunks]
     tokens = np.zeros((len(rows), LENGTH), parts.token_dtype(store.identity.tokenizer.token_bytes))
     for row, (piece, _) in enumerate(rows):
@@ -95,4 +95,4 @@ def _write_part(
 
 
 def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=schemas.HASH_BYTES).digest()
+    return hashlib.blake2b(text.encode(), digest_size=parts.HASH_BYTES).digest()

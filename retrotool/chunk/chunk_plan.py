@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from retrotool import sources
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
-from retrotool.store import atomic, parts, schemas
+from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -46,7 +46,7 @@ SMALL_PLAN = 12 << 20
 """Bytes of text below which starting the fast tokenizer costs more than it saves."""
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
-_HASHES = np.dtype(f"S{2 * schemas.HASH_BYTES}")
+_HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.sources import Document, Rejected, excerpt
-from retrotool.store import schemas
+from retrotool.store import parts
 from retrotool.store.blocked import Hashes, keyed_tokens
 
 NOTHING_LEFT = "text without a token"
@@ -155,7 +155,7 @@ def cut_chunks(
 
 def id_hash(identifier: str) -> bytes:
     """The key of a document: BLAKE2b-128 of its id in UTF-8."""
-    return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=schemas.HASH_BYTES).digest()
+    return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=parts.HASH_BYTES).digest()
 
 
 def text_hash(document: Document) -> bytes:
@@ -169,4 +169,4 @@ def text_hash(document: Document) -> bytes:
     else:
         said = document.text if document.value is None else f"{len(document.text)} {document.text}{document.value}"
         data = said.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=schemas.HASH_BYTES).digest()
+    return hashlib.blake2b(data, digest_size=parts.HASH_BYTES).digest()

@@ -46,7 +46,7 @@ from retrotool.errors import ConflictError, DuplicatesError, ErasedError, InputE
 from retrotool.sources import InputFile
 from retrotool.sources.files import IN_BYTES
 from retrotool.sources.lines import count_lines
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import distinct_parts, row_of, slice_of_part
 from retrotool.store.log import Draft
@@ -220,7 +220,7 @@ def _set_aside(
     if first is None:
         return []
     name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
-    aside = parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, itertools.chain([first], tables))
+    aside = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, itertools.chain([first], tables))
     name = FileName.new(run.id, "tombstones", plan_id, "parquet")
     return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
 
@@ -391,4 +391,4 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         "excerpt": [None] * n,
         "damage": [False] * n,
     }
-    return parts.columns_of(columns, schemas.QUARANTINE_SCHEMA)
+    return parts.columns_of(columns, parts.QUARANTINE_SCHEMA)

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from retrotool.chunk.chunker import Cut, Tokens, cut_chunks
 from retrotool.sources import Document
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
@@ -107,7 +107,7 @@ class PartWriter:
     def __init__(self, store: Store, run: str, task: str, keep: Sequence[str], part_size: int) -> None:
         self._store, self._run, self._task, self._part_size = store, run, task, part_size
         self._keep = tuple(keep)
-        self._schema = schemas.documents_schema(keep)
+        self._schema = parts.documents_schema(keep)
         self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
         # One thread: a part's chunks are whole before the next part's are begun, so at most one file is open.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="retrotool-write")

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from retrotool.errors import InputError
 from retrotool.sources import Rejected
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -93,7 +93,7 @@ class Quarantine:
 
     def write(self, root: Path, name: FileName) -> FileEntry | None:
         """Write what was gathered; None if that is nothing."""
-        return parts.write_batches(root, name, schemas.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
+        return parts.write_batches(root, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
 
     def _batches(self) -> Iterator[pa.Table]:
         inputs, reasons = pa.array(self._inputs, pa.string()), pa.array(list(self._reasons), pa.string())
@@ -110,7 +110,7 @@ class Quarantine:
                 pa.array(excerpts + [""] * (stop - start - len(excerpts)), pa.string()),
                 pa.array([i in self._damage for i in range(start, stop)]),
             ]
-            yield pa.table(columns, schema=schemas.QUARANTINE_SCHEMA)
+            yield pa.table(columns, schema=parts.QUARANTINE_SCHEMA)
 
 
 def quarantine_files(state: State, plan_id: str) -> list[FileEntry]:
@@ -127,5 +127,5 @@ def join_quarantines(store: Store, run: Run, plan_id: str) -> tuple[list[FileEnt
         return [], []
     name = FileName.new(run.id, "quarantine", plan_id, "parquet")
     tables = (table for entry in entries for table in parts.read_tables(store, entry))
-    whole = parts.write_batches(store.root, name, schemas.QUARANTINE_SCHEMA, tables)
+    whole = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, tables)
     return [whole], [entry.path for entry in entries]

@@ -35,9 +35,9 @@ from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.files import STANDARD_INPUT
 from retrotool.sources.spool import is_spooled, spool
-from retrotool.store import folding, runs, schemas
+from retrotool.store import folding, parts, runs
+from retrotool.store.folding import writing
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.tokenizers import (
@@ -196,7 +196,7 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
         if value is not None and not _is_utf8(value):
             raise UsageError(f"{value!a} is not UTF-8", "Fields and separators are text.")
     for name in fields.keep:
-        if name in schemas.RESERVED_COLUMNS or not name:
+        if name in parts.RESERVED_COLUMNS or not name:
             raise UsageError(
                 f"--keep {name}: the store has a column of this name already", "Rename the field in the input."
             )

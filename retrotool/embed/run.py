@@ -18,10 +18,10 @@ from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encod
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import counting
 from retrotool.errors import ErasedError, RetrotoolError
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store

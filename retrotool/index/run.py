@@ -38,10 +38,10 @@ from retrotool.index.searching import pick_index
 from retrotool.index.stage import IndexStage, choose_for
 from retrotool.index.staleness import trained_on
 from retrotool.store import atomic, parts
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
 

@@ -28,9 +28,9 @@ from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders
 from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.neighbours.weighted import WeightedTable
+from retrotool.store.folding import writing
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

@@ -16,11 +16,10 @@ from typing import Any
 from retrotool.embed.search_scope import is_same_directory
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.stage import database_of, members_of
-from retrotool.store.compatible import check_compatible
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, check_compatible
 
 MOST_DATABASES = 255
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30

@@ -27,11 +27,11 @@ from retrotool.purge.same_text import find_copies
 from retrotool.purge.selectors import scan
 from retrotool.store import disk, folding, log, paths
 from retrotool.store.clean import clean
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.restored import PREFIX, check_not_restored, standing_purges
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, add_tombstones, read_tombstones

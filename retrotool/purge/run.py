@@ -34,7 +34,7 @@ from retrotool.purge.review import Review, review
 from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import ScanStage
-from retrotool.store.session import writing
+from retrotool.store.folding import writing
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones

@@ -29,14 +29,14 @@ from retrotool.neighbours.dependents import dependents
 from retrotool.purge.erase_run import until_not_overtaken
 from retrotool.purge.purged_chunks import Ids, documents_ended
 from retrotool.purge.select import signed
-from retrotool.store import disk, parts, paths, schemas
+from retrotool.store import disk, parts, paths
 from retrotool.store.atomic import FileEntry
+from retrotool.store.folding import writing
 from retrotool.store.ids import distinct_parts
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.restored import PREFIX, is_restored, missed_parts, standing_purges
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones, tombstone_paths, write_tombstones
@@ -152,7 +152,7 @@ def weigh(store: Store, purge: str) -> Restorable:
     after, of_purges = _joined(others), _joined({s: i for s, i in others.items() if s.partition(".")[0] in standing})
     live: list[Ids] = [np.zeros(0, np.int64)]
     documents = tokens = 0
-    keys = [pa.chunked_array([], pa.binary(schemas.HASH_BYTES))]
+    keys = [pa.chunked_array([], pa.binary(parts.HASH_BYTES))]
     for part in distinct_parts(own):
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()

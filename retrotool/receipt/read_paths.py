@@ -28,7 +28,7 @@ from retrotool.export.tables import open_tables, read_blocks
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.searching import Database
 from retrotool.inspect.run import Choice, inspect
-from retrotool.leakage.measure import find_leaks
+from retrotool.leakage.run import find_leaks
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Reader
 from retrotool.store import parts

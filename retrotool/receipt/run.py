@@ -32,9 +32,9 @@ from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
 from retrotool.store import atomic, identity, paths
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones

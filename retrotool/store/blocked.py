@@ -21,11 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.errors import CorruptError
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import HASH_BYTES, ROW_GROUP
 from retrotool.store.paths import FileName
-from retrotool.store.schemas import HASH_BYTES
 from retrotool.store.store import Store
 
 HASH = np.dtype(f"S{HASH_BYTES}")
@@ -199,7 +198,7 @@ def _keyed(secret: str, domain: bytes, values: Iterable[bytes]) -> Hashes:
 def write_blocked(root: Path, name: FileName, hashes: Hashes) -> FileEntry:
     """Write a purge's hashes, sorted and without repeats."""
     column = parts.fixed_binary(np.unique(hashes).view(np.uint8).reshape(-1, HASH_BYTES))
-    return parts.write_parquet(root, name, pa.table([column], schema=schemas.BLOCKED_SCHEMA))
+    return parts.write_parquet(root, name, pa.table([column], schema=parts.BLOCKED_SCHEMA))
 
 
 def read_blocked(store: Store) -> Blocked:

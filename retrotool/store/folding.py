@@ -3,21 +3,25 @@
 Any process may call ``fold``, which commits what is there, one commit a kind, and takes the entries away. Units of
 ``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend on who finished first.
 Folding twice, or by two processes at once, commits nothing twice.
+
+``writing`` is what every writing command begins with: a run, clean-up, and a fold of what dead runs had finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
-from retrotool.store import disk, parts, paths
+from retrotool.store import disk, folding, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Blocked, blocked_documents, read_hashes
+from retrotool.store.clean import clean
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, generation_in
 from retrotool.store.runs import Run
@@ -236,3 +240,13 @@ def _numbered(state: State, run: Run, tasks: Sequence[Staged], progress: dict[st
     reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
     records = {**progress, "parts": number, "totals": totals}
     return Draft("chunk", {}, reads, tuple(add), (), records, tuple(links))
+
+
+@contextlib.contextmanager
+def writing(store: Store) -> Iterator[Run]:
+    """A run on a store, after cleaning up what dead runs left."""
+    with Run(store.root) as run:
+        clean(store, run)
+        # What dead runs had finished is kept; what an erase has overtaken since must not stay on the disk.
+        folding.fold(store, run)
+        yield run

@@ -7,6 +7,8 @@ without a copy. Reading a part's tokens costs about 0.1 s per million chunks; wr
 Chunks that are no keys (the values of key-value records) are told by a column that a file has only if it holds some:
 at most 0.1 MB per million chunks. Which rows have a vector is decided here, in ``Chunks.embedded`` and
 ``read_embedded``, and nowhere else.
+
+Here also: what columns the Parquet files of a store have, and of what types.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, disk, schemas
+from retrotool.store import atomic, disk, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import PART_SHIFT as PART_SHIFT
 from retrotool.store.ids import chunk_ids as chunk_ids
@@ -137,7 +139,7 @@ def _repeats(schema: pa.Schema) -> bool:
 
 
 def _has_values(schema: pa.Schema) -> bool:
-    return "key" in schema.names and schema.field("key").type == schemas.KEY.type
+    return "key" in schema.names and schema.field("key").type == parts.KEY.type
 
 
 def _count_keys(table: pa.Table) -> int:
@@ -196,7 +198,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
     """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
     own = store.identity
     kind = FileName.parse(entry.path).kind
-    expected = schemas.of_kind(kind, own.chunk_length * own.tokenizer.token_bytes)
+    expected = parts.of_kind(kind, own.chunk_length * own.tokenizer.token_bytes)
     if kind == "chunks":
         _check_key_column(entry, schema)
     # pyarrow leaves out in silence a column that is asked for and not there.
@@ -212,7 +214,7 @@ def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Se
 def _check_key_column(entry: FileEntry, schema: pa.Schema) -> None:
     """The log says whether a chunks file has the column ``key``: a footer that lost it would make keys of values."""
     found = schema.field("key").type if "key" in schema.names else None
-    due = schemas.KEY.type if "keys" in (entry.about or {}) else None
+    due = parts.KEY.type if "keys" in (entry.about or {}) else None
     if found != due:
         raise CorruptError(
             f"{entry.path}: its column 'key' is {found or 'missing'}, the log says {due or 'that it has none'}"
@@ -269,16 +271,14 @@ def chunks_table(
     some = key is not None and not np.all(key)
     return pa.table(
         [*columns, pa.array(key, pa.bool_())] if some else columns,
-        schema=schemas.chunks_schema(binary.type.byte_width, key=some),
+        schema=parts.chunks_schema(binary.type.byte_width, key=some),
     )
 
 
 def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
     """Which documents have the hash of their text for an id, as those have that came without, bool [n]."""
     named = np.zeros(documents.num_rows, np.bool_)
-    may = np.flatnonzero(
-        pc.equal(pc.binary_length(documents["id"]), 2 * schemas.HASH_BYTES).fill_null(False).to_numpy()
-    )
+    may = np.flatnonzero(pc.equal(pc.binary_length(documents["id"]), 2 * parts.HASH_BYTES).fill_null(False).to_numpy())
     ids, hashes = (documents[name].take(pa.array(may)).to_pylist() for name in ("id", "text_hash"))
     named[may] = [hashed is not None and name == hashed.hex() for name, hashed in zip(ids, hashes, strict=True)]
     return named
@@ -341,3 +341,77 @@ def rows_of_documents(first: npt.NDArray[Any], count: npt.NDArray[Any]) -> npt.N
 def columns_of(mapping: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
     """Columns by name as a table of ``schema``."""
     return pa.table([pa.array(mapping[field.name], field.type) for field in schema], schema=schema)
+
+
+HASH_BYTES = 16
+
+RESERVED_COLUMNS = (
+    "id", "key", "text_hash", "source", "first_row", "n_chunks", "n_tokens", "input", "position", "doc", "part",
+)  # fmt: skip
+"""Names that a kept column can't have."""
+
+
+def documents_schema(keep: Sequence[str]) -> pa.Schema:
+    """Schema of a documents file with the kept columns ``keep``."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("key", pa.binary(HASH_BYTES)),
+            ("text_hash", pa.binary(HASH_BYTES)),
+            ("source", pa.string()),
+            ("first_row", pa.int32()),
+            ("n_chunks", pa.int32()),
+            ("n_tokens", pa.int64()),
+            ("input", pa.string()),
+            ("position", pa.int64()),
+            *((name, pa.string()) for name in keep),
+        ]
+    )
+
+
+TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
+BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
+SCANS_SCHEMA = pa.schema(
+    [
+        ("chunks", pa.int64()),
+        ("selectors", pa.int16()),
+        ("labels", pa.int32()),
+        ("begin", pa.int64()),
+        ("end", pa.int64()),
+        ("figures", pa.float32()),
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("input", pa.string()),
+        ("line", pa.int64()),
+        ("offset", pa.int64()),
+        ("reason", pa.string()),
+        ("excerpt", pa.string()),
+        ("damage", pa.bool_()),
+    ]
+)
+
+
+KEY = pa.field("key", pa.bool_(), nullable=False)
+
+
+def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
+    """Schema of a chunks file whose tokens take ``chunk_bytes`` bytes a chunk; ``key``: with the optional column."""
+    names = ("row", "doc", "index", "n_tokens")
+    columns = [*((name, pa.int32()) for name in names), ("tokens", pa.binary(chunk_bytes))]
+    return pa.schema([*columns, KEY] if key else columns)
+
+
+def of_kind(kind: str, chunk_bytes: int) -> pa.Schema:
+    """The columns that a file of this kind has at least; none of kinds whose columns differ."""
+    known = {
+        "documents": documents_schema(()),
+        "chunks": chunks_schema(chunk_bytes),
+        "quarantine": QUARANTINE_SCHEMA,
+        "tombstones": TOMBSTONES_SCHEMA,
+        "restored": TOMBSTONES_SCHEMA,
+        "scans": SCANS_SCHEMA,
+        "blocked": BLOCKED_SCHEMA,
+    }
+    return known.get(kind, pa.schema([]))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from retrotool.errors import CorruptError, ErasedError, LostRunError
+from retrotool.errors import CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.store import atomic, disk, identity, log, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import Identity, TokenizerIdentity
@@ -219,3 +219,23 @@ def _unlink(root: Path, draft: Draft) -> None:
     """Take the links of a draft back that another writer came before."""
     for _, target in draft.links:
         disk.unlink(paths.inside(root, target))
+
+
+def check_compatible(one: Store, other: Store, consequence: str, advice: str, *, lengths: bool = True) -> None:
+    """``UsageError`` unless two stores have one tokenizer and, with ``lengths``, chunks of one length.
+
+    ``consequence`` says what can't be done then, and ``advice`` what to do.
+    """
+    ours, theirs = one.identity, other.identity
+    if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
+        raise UsageError(
+            f"{one.root} and {other.root} have different tokenizers, {ours.tokenizer.name} and "
+            f"{theirs.tokenizer.name}: {consequence}",
+            advice,
+        )
+    if lengths and ours.chunk_length != theirs.chunk_length:
+        raise UsageError(
+            f"{one.root} has chunks of {ours.chunk_length} tokens, {other.root} of {theirs.chunk_length}: "
+            f"{consequence}",
+            advice,
+        )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.errors import CorruptError, ErasedError
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
@@ -61,7 +61,7 @@ class Tombstones:
 def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
     """Write a purge's ids, sorted; the log says between which they lie, so that a look there spares most files."""
     ids = np.sort(ids)
-    table = pa.table([pa.array(ids, pa.int64())], schema=schemas.TOMBSTONES_SCHEMA)
+    table = pa.table([pa.array(ids, pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
     return parts.write_parquet(root, name, table, about={"within": _spans(ids)})
 
 

@@ -2,7 +2,7 @@
 
 Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other: here
 rows, documents and their chunks, keys, padding, tombstones, totals; in ``verify_references`` embeddings, indexes,
-neighbours, block lists and records; in ``verify_text`` the tokens of neighbours. Reports every problem and
+neighbours, block lists and records; and the tokens of neighbours. Reports every problem and
 goes on, unless another process removes files meanwhile: then its caller must begin again on the newest commit. Cost:
 reading every byte of the store once for SHA-256 and its Parquet files and embeddings a second time; memory: one part,
 or the ids of one shard.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import atomic, parts, paths, schemas, staging
+from retrotool.store import atomic, parts, paths, staging
 from retrotool.store import verify_references as references
 from retrotool.store.checked import Checked, check_ids
 from retrotool.store.clean import foreign_files
@@ -193,7 +193,7 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
 
 
 def _key_of(name: str | None) -> bytes | None:
-    return None if name is None else hashlib.blake2b(name.encode(), digest_size=schemas.HASH_BYTES).digest()
+    return None if name is None else hashlib.blake2b(name.encode(), digest_size=parts.HASH_BYTES).digest()
 
 
 def _digest_files(store: Store, kind: str, counts: Callable[[str], bool] = lambda _: True) -> str:

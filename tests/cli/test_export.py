@@ -25,9 +25,9 @@ from retrotool.export.run import ExportResult
 from retrotool.neighbours.run import SearchOptions
 from retrotool.reader import Chunk, Reader
 from retrotool.store import parts, tables
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tables import NeighbourTable
 

@@ -34,8 +34,8 @@ from retrotool.info.verify_run import verify
 from retrotool.purge.undo import restore
 from retrotool.store import disk
 from retrotool.store.blocked import read_blocked
+from retrotool.store.folding import writing
 from retrotool.store.paths import DATA_KINDS
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.verify import Verification
 

@@ -138,13 +138,6 @@ def test_modules_exist(page: Path) -> None:
             assert (ROOT / code.partition("::")[0]).exists(), f"{page}: {code}"
 
 
-def test_the_architecture_names_every_module_of_store_and_ann() -> None:
-    named = set(_CODE.findall(prose(ROOT / "docs" / "architecture.md")))
-    for folder in ("store", "ann"):
-        modules = {f"retrotool.{folder}.{path.stem}" for path in (ROOT / "retrotool" / folder).glob("[!_]*.py")}
-        assert modules - named == set()
-
-
 def test_the_architecture_shows_the_layers_of_the_import_contract() -> None:
     import tomllib
 

@@ -24,9 +24,9 @@ from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, perform_reporting, task_key
 from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
 from retrotool.store import claims, staging
+from retrotool.store.folding import writing
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 

@@ -24,10 +24,10 @@ from retrotool.index.index_files import write_index
 from retrotool.receipt.verify_erasure import CHECKS
 from retrotool.store import disk, parts, vectors
 from retrotool.store.atomic import FileEntry, write_file
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import DATA_KINDS, FileName
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

@@ -13,8 +13,8 @@ from conftest import make_rows, write_jsonl
 
 import retrotool.reader
 from retrotool import api
-from retrotool.neighbours.retrieved import read_text_of
-from retrotool.store import parts, schemas, tables
+from retrotool.neighbours.table_reader import read_text_of
+from retrotool.store import parts, tables
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
@@ -185,13 +185,13 @@ def _large_part(
         sizes.append(min(left, int(rng.integers(1, 41))))
     first = np.cumsum(sizes) - sizes
     names = [f"{number}-{i}" for i in range(len(sizes))]
-    hashes = [hashlib.blake2b(name.encode(), digest_size=schemas.HASH_BYTES).digest() for name in names]
+    hashes = [hashlib.blake2b(name.encode(), digest_size=parts.HASH_BYTES).digest() for name in names]
     columns = {
         "id": names, "key": hashes, "text_hash": hashes,
         "source": ["code"] * len(sizes), "first_row": first, "n_chunks": sizes, "n_tokens": [64 * s for s in sizes],
         "input": ["code"] * len(sizes), "position": range(len(sizes)),
     }  # fmt: skip
-    documents = parts.columns_of(columns, schemas.documents_schema(()))
+    documents = parts.columns_of(columns, parts.documents_schema(()))
     doc = np.repeat(np.arange(len(sizes)), sizes)
     tokens = rng.integers(1, store.identity.tokenizer.vocabulary, (n, 64)).astype(
         parts.token_dtype(store.identity.tokenizer.token_bytes)

@@ -26,8 +26,8 @@ from retrotool.index.index_files import encoder_of, held_parts
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
 from retrotool.store import folding, staging
+from retrotool.store.folding import writing
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 

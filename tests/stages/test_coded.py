@@ -415,9 +415,9 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
         if n:
             ivf.invlists.update_entries(number, 0, n, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
     from retrotool.index.index_files import write_index
+    from retrotool.store.folding import writing
     from retrotool.store.log import Draft
     from retrotool.store.paths import FileName
-    from retrotool.store.session import writing
 
     with writing(store) as run:
         name = FileName.new(run.id, "index", "shard-0000", "faiss", "main")

@@ -20,9 +20,9 @@ import retrotool
 from retrotool import RetroDataset, api
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import tables
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 

@@ -23,7 +23,7 @@ from retrotool.errors import DuplicatesError, RetrotoolError
 from retrotool.info.run import info
 from retrotool.info.verify_run import verify
 from retrotool.sources import Fields, find_inputs
-from retrotool.store.session import writing
+from retrotool.store.folding import writing
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 

@@ -23,8 +23,8 @@ from retrotool.purge.selectors import lookup
 from retrotool.store import folding, parts, tables, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 SECRET, VERSION = make_text(990, 150), make_text(991, 150)

@@ -16,8 +16,8 @@ from retrotool.errors import ErasedError, UsageError
 from retrotool.inspect import run as inspect_run
 from retrotool.inspect.inspected_rows import MARKED_FROM
 from retrotool.inspect.run import Choice, InspectResult
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.tokenizers.split import Split
 

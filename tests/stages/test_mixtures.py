@@ -19,8 +19,8 @@ from retrotool.neighbours import weighted
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.table_reader import NeighbourReader
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)

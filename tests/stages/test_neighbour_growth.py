@@ -18,8 +18,8 @@ from retrotool.index.exact import ExactDatabase, merged
 from retrotool.index.run import Options
 from retrotool.index.searching import Database
 from retrotool.neighbours.run import SearchOptions
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.session import writing
 from retrotool.store.state import State
 from retrotool.store.store import Store
 

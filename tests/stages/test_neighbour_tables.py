@@ -15,7 +15,7 @@ from retrotool import api, engine
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store import folding, staging, tables
-from retrotool.store.session import writing
+from retrotool.store.folding import writing
 from retrotool.store.store import Store
 
 

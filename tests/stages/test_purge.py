@@ -22,7 +22,7 @@ from retrotool.purge.select import select
 from retrotool.purge.selectors.lookup import select_ids, select_where
 from retrotool.reader import Reader
 from retrotool.store import folding, staging
-from retrotool.store.session import writing
+from retrotool.store.folding import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

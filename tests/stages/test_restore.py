@@ -19,10 +19,10 @@ from retrotool.purge.erase import EraseStage
 from retrotool.purge.undo import restore
 from retrotool.store import folding, parts, staging
 from retrotool.store.blocked import read_blocked
+from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.restored import restored_chunks
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones, write_tombstones
 

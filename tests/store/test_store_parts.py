@@ -18,7 +18,7 @@ from store_help import make_store, viewing
 
 from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
-from retrotool.store import parts, schemas, tables, tombstones, vectors
+from retrotool.store import parts, tables, tombstones, vectors
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tables import NeighbourTable
@@ -111,7 +111,7 @@ def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool,
 def test_where_all_chunks_are_keys_nothing_is_said_of_keys(small: Store) -> None:
     columns = ([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"))
     without, given_all = parts.chunks_table(*columns), parts.chunks_table(*columns, np.ones(2, np.bool_))
-    assert without.equals(given_all) and without.schema.equals(schemas.chunks_schema(16))
+    assert without.equals(given_all) and without.schema.equals(parts.chunks_schema(16))
     entry = parts.write_parquet(small.root, name("chunks"), given_all)
     assert entry.about is None
     view = viewing(small, entry)
@@ -166,7 +166,7 @@ def document_tables(draw: st.DrawFn) -> pa.Table:
         pa.int32(): int32,
         pa.int64(): st.integers(-(2**63), 2**63 - 1),
     }
-    schema = schemas.documents_schema(keep)
+    schema = parts.documents_schema(keep)
     rows = draw(st.lists(st.fixed_dictionaries({field.name: by_type[field.type] for field in schema}), max_size=10))
     return parts.columns_of({field.name: [row[field.name] for row in rows] for field in schema}, schema)
 

@@ -41,9 +41,8 @@ from retrotool.purge.selectors.ngrams import (
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
-from retrotool.store.compatible import check_compatible
 from retrotool.store.parts import Chunks
-from retrotool.store.store import Store
+from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import read_tombstones
 
 GRAM = 13

@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 from retrotool.chunk import hash_partitions
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.where import Where
-from retrotool.store import parts, schemas
+from retrotool.store import parts
 from retrotool.store.ids import split_id
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
@@ -97,7 +97,7 @@ def select_documents(
 ) -> Ids:
     """Chunk ids of documents, given by their ids; ``UsageError`` names the first that is not in the store."""
     wanted = {name: number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
-    hashes = [hashlib.blake2b(name.encode(), digest_size=schemas.HASH_BYTES).digest() for name in wanted]
+    hashes = [hashlib.blake2b(name.encode(), digest_size=parts.HASH_BYTES).digest() for name in wanted]
     keys = pa.array(hashes, pa.binary())
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
@@ -181,7 +181,7 @@ def token_hashes(chunks: Chunks, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.
     begin = rows * width
     end = begin + chunks.n_tokens[rows] * chunks.tokens.itemsize
     hashed = [
-        hashlib.blake2b(data[low:high], digest_size=schemas.HASH_BYTES).digest()
+        hashlib.blake2b(data[low:high], digest_size=parts.HASH_BYTES).digest()
         for low, high in zip(begin.tolist(), end.tolist(), strict=True)
     ]
     return np.frombuffer(b"".join(hashed), ">u8").reshape(-1, 2).astype(np.uint64)

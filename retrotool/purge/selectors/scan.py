@@ -29,7 +29,7 @@ from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
 from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
 from retrotool.purge.selectors.selector import Matcher, Selector
-from retrotool.store import parts, schemas, staging
+from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -62,12 +62,12 @@ class ScanHits:
     @classmethod
     def joined(cls, several: list[ScanHits]) -> ScanHits:
         """All of several."""
-        empty = schemas.SCANS_SCHEMA.empty_table()
+        empty = parts.SCANS_SCHEMA.empty_table()
         return cls.of_table(pa.concat_tables([empty, *(some.as_table() for some in several)]))
 
     def as_table(self) -> pa.Table:
         """Return them as they are stored."""
-        return pa.table([getattr(self, name) for name in schemas.SCANS_SCHEMA.names], schema=schemas.SCANS_SCHEMA)
+        return pa.table([getattr(self, name) for name in parts.SCANS_SCHEMA.names], schema=parts.SCANS_SCHEMA)
 
     @classmethod
     def of_table(cls, table: pa.Table) -> ScanHits:
@@ -184,7 +184,7 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> ScanHits:
         )  # fmt: skip
     found = ScanHits.joined(every)
     order = np.argsort(found.chunks, kind="stable")
-    return ScanHits(*(getattr(found, name)[order] for name in schemas.SCANS_SCHEMA.names))
+    return ScanHits(*(getattr(found, name)[order] for name in parts.SCANS_SCHEMA.names))
 
 
 def read_scan(store: Store, stage: ScanStage) -> tuple[ScanHits, list[list[str]]]:

@@ -19,7 +19,7 @@ from retrotool.errors import RetrotoolError, UsageError
 from retrotool.purge.select import select
 from retrotool.purge.selectors import classified
 from retrotool.purge.selectors.scan import read_scan
-from retrotool.store.session import writing
+from retrotool.store.folding import writing
 from retrotool.store.store import Store
 
 ABOVE = 0.9

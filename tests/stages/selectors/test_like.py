@@ -17,7 +17,7 @@ from retrotool.purge.select import select
 from retrotool.purge.selectors import like
 from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.sources import Fields
-from retrotool.store.session import writing
+from retrotool.store.folding import writing
 from retrotool.store.store import Store
 
 TEXT = "a river in the forest, and a bridge over the valley"

@@ -17,8 +17,8 @@ from retrotool.purge.select import select
 from retrotool.purge.selectors import scan
 from retrotool.purge.selectors.patterns import Patterns
 from retrotool.store import claims
+from retrotool.store.folding import writing
 from retrotool.store.runs import Run
-from retrotool.store.session import writing
 from retrotool.store.store import Store
 
 SECRET = "SECRET-0123456789-abcdefghij"
