@@ -157,7 +157,7 @@ def show(label: str, found: dict[str, Any]) -> None:
 
 def write_tables(store: Path, k: int, text: bool = False) -> None:
     """Tables of random neighbours of other chunks of the store."""
-    from retrotool.neighbours.table_reader import read_text_of
+    from retrotool.neighbours.retrieved import read_text_of
     from retrotool.store import parts, tables
     from retrotool.store.log import Draft
     from retrotool.store.paths import FileName, part_slot

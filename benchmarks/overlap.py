@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from retrotool.neighbours.table_reader import read_pieces
+from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones

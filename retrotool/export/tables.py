@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
+from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.stage import check_table, members_of
-from retrotool.neighbours.table_reader import Found, NeighbourReader, Pieces, check_same_tokens
+from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.neighbours.table_reader import NeighbourReader, Pieces, row_groups_of
+from retrotool.neighbours.retrieved import Pieces
+from retrotool.neighbours.table_reader import NeighbourReader, row_groups_of
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP

@@ -35,8 +35,8 @@ from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.index.searching import Database
+from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.stage import check_encoders
-from retrotool.neighbours.table_reader import read_pieces
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.store import parts
 from retrotool.store.store import Store, check_compatible

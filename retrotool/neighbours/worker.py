@@ -5,7 +5,7 @@ document and all tombstones masked before the top-k, and a re-rank by the vector
 the larger the fewer times a list is decoded. What filters by tokens leave out is told of more candidates than are
 saved (``neighbours.filters``).
 
-Tokens of neighbours (``neighbours.table_reader``) that the table before has are copied from it.
+Tokens of neighbours (``neighbours.retrieved``) that the table before has are copied from it.
 
 Memory: the table, 12 bytes a neighbour, twice while it is written; a block of queries with their candidates; one list.
 """
@@ -31,6 +31,7 @@ from retrotool.index.exact import merged
 from retrotool.index.staleness import consecutive_ranges
 from retrotool.memory import give_back
 from retrotool.neighbours.filters import AnyDatabase, Finder
+from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.stage import (
     FEW,
     MORE,
@@ -40,7 +41,6 @@ from retrotool.neighbours.stage import (
     probed_by,
     with_filters,
 )
-from retrotool.neighbours.table_reader import Pieces, Reuse, read_text_of
 from retrotool.neighbours.underfilled import erased_of, few_rows, text_is_current
 from retrotool.store import tables
 from retrotool.store.atomic import FileEntry

@@ -13,7 +13,7 @@ from conftest import make_rows, write_jsonl
 
 import retrotool.reader
 from retrotool import api
-from retrotool.neighbours.table_reader import read_text_of
+from retrotool.neighbours.retrieved import read_text_of
 from retrotool.store import parts, tables
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft

@@ -16,7 +16,7 @@ from test_overlap import by_table
 import retrotool
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.neighbours.table_reader import read_pieces
+from retrotool.neighbours.retrieved import read_pieces
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

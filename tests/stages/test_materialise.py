@@ -17,7 +17,7 @@ from test_neighbour_filters import spied
 import retrotool
 from retrotool import RetroDataset, api, engine
 from retrotool.errors import CorruptError, UsageError
-from retrotool.neighbours import table_reader
+from retrotool.neighbours import retrieved
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.neighbours.table_reader import NeighbourReader, TextReader
@@ -210,13 +210,13 @@ def test_tokens_that_the_table_before_has_are_copied(
     victim = min(held_ids(training, entries(training)["000000"]))
     purge_ids(database, victim)
     asked = []
-    read = table_reader.read_pieces
+    read = retrieved.read_pieces
 
     def counted(store: Any, tombstones: Any, ids: Any, into: Any = None) -> Any:
         asked.append(int((ids >= 0).sum()))
         return read(store, tombstones, ids, into)
 
-    monkeypatch.setattr(table_reader, "read_pieces", counted)
+    monkeypatch.setattr(retrieved, "read_pieces", counted)
     api.neighbours(database, queries=training)
     monkeypatch.undo()
     assert 0 < sum(asked) < entries(training)["000000"].rows
@@ -230,7 +230,7 @@ def test_blocks_of_several_row_groups_and_of_one_give_the_same(
     check_all(store)
     groups = [pq.read_metadata(store / entry.path).row_group(0).num_rows for entry in entries(store).values()]
     assert groups == [8192, 8192]
-    monkeypatch.setattr(table_reader, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(retrieved, "BLOCK_BYTES", 1)
     other = make_large(tmp_path / "other", tiny_encoder, [20_000, 9000], text=True)
     for slot, entry in entries(other).items():
         assert pq.read_table(other / entry.path).equals(pq.read_table(store / entries(store)[slot].path))

@@ -1,0 +1,133 @@
+"""Chunks with their continuations, [N, F], as tokens: what a model is given of a neighbour.
+
+F is the chunk that follows N in its own document; there is none at its end, and none once it is purged. Many ids are
+read at once, row group by row group, each group once.
+
+Cost: the row groups that hold any of the ids, 3 ms each, so many ids at once are cheap, and single ones dear.
+Memory: the tokens asked for, and 16 row groups of one part. The tokens for a whole table are read in blocks of up to
+0.5 GiB; each row group of the database that holds any is read once a block, 0.4 s for every million chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.store import parts, tables
+from retrotool.store.parts import PART_SHIFT, ROW_GROUP
+from retrotool.store.store import Store
+from retrotool.store.tables import NeighbourTable, NeighbourText
+from retrotool.store.tombstones import Tombstones
+
+Ids = npt.NDArray[np.int64]
+
+BLOCK_BYTES = 1 << 29
+_GROUPS_AT_ONCE = 16
+_COPIED = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """``tokens`` [n, 2, chunk_length] of chunks and what follows them, zero-padded; ``n_tokens`` int [n, 2], 0: none.
+
+    Tokens have the type of the store: uint16 or uint32.
+    """
+
+    tokens: npt.NDArray[Any]
+    n_tokens: npt.NDArray[Any]
+
+    @classmethod
+    def none(cls, store: Store, n: int) -> Pieces:
+        """The pieces of n chunks, without any tokens."""
+        own = store.identity
+        tokens = np.zeros((n, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
+        return cls(tokens, np.zeros((n, 2), np.int64))
+
+    def joined(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """[N, F] without the padding between them: tokens [n, 2 · chunk_length] and how many of these count, [n]."""
+        length = self.tokens.shape[2]
+        out = np.concatenate([self.tokens[:, 0], np.zeros_like(self.tokens[:, 0])], 1)
+        place = self.n_tokens[:, :1] + np.arange(length)
+        np.put_along_axis(out, place, self.tokens[:, 1], 1)
+        return out, self.n_tokens.sum(axis=1)
+
+
+def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | None = None) -> Pieces:
+    """The pieces of chunk ids [n], in any order, repeated or not; of −1, and of what is purged or not there, none.
+
+    ``into``: where to put those that there are; the others stay as they are.
+    """
+    found = Pieces.none(store, len(ids)) if into is None else into
+    order = np.flatnonzero((ids >= 0) & ~tombstones.contains(ids))
+    order = order[np.argsort(ids[order], kind="stable")]
+    known = set(store.state.parts())
+    # Row groups that follow one another are read together: each once, and again where it begins with what follows.
+    blocks = ids[order] // (_GROUPS_AT_ONCE * ROW_GROUP)
+    for some in np.split(order, np.flatnonzero(np.diff(blocks)) + 1) if len(order) else ():
+        part = int(ids[some[0]]) >> PART_SHIFT
+        if part in known:
+            _fill(found, some, store, tombstones, part, ids[some] - (part << PART_SHIFT))
+    return found
+
+
+Reuse = Callable[[list[int], Ids, Pieces], Ids]
+"""Puts the pieces of ids [n, k], of rows of some row groups, in their places; returns the ids that it does not have."""
+
+
+def read_text_of(
+    database: Store, tombstones: Tombstones, table: NeighbourTable, k: int, reuse: Reuse | None = None
+) -> Iterator[NeighbourText]:
+    """Yield, by row group, the first k neighbours that are left of each row of a table, with their tokens."""
+    no_rows, own = np.zeros(0, np.int64), database.identity
+    at_once = max(1, BLOCK_BYTES // (2 * k * own.chunk_length * own.tokenizer.token_bytes * ROW_GROUP))
+    groups = range(-(-len(table.ids) // ROW_GROUP))
+    for first in groups[::at_once]:
+        block = groups[first : first + at_once]
+        rows = slice(first * ROW_GROUP, (first + len(block)) * ROW_GROUP)
+        near = NeighbourTable(table.ids[rows], table.distances[rows])
+        near = tables.erase_neighbours(near, no_rows, tombstones.contains)
+        ids, into = near.ids[:, :k], Pieces.none(database, len(near.ids) * k)
+        missing = ids if reuse is None else reuse(list(block), ids, into)
+        read_pieces(database, tombstones, missing.ravel(), into)
+        n_tokens, tokens = into.n_tokens.reshape(-1, k, 2), into.tokens.reshape(-1, k, 2, own.chunk_length)
+        text = NeighbourText(ids, near.distances[:, :k], n_tokens.astype(np.int32), tokens)
+        for start in range(0, len(ids), ROW_GROUP):
+            yield text.rows(slice(start, start + ROW_GROUP))
+
+
+def _fill(found: Pieces, places: Ids, store: Store, tombstones: Tombstones, part: int, rows: Ids) -> None:
+    """Put ascending rows [n] of a part, and the rows that follow them, at ``places`` [n] of what is found."""
+    total = parts.part_entry(store, "chunks", part).rows
+    there = rows < total
+    both = np.stack([np.where(there, rows, 0), np.where(there, np.minimum(rows + 1, total - 1), 0)], 1)
+    groups = np.unique(both // ROW_GROUP)
+    chunks = parts.read_chunks(store, part, groups.tolist())
+    place = np.searchsorted(groups, both // ROW_GROUP) * ROW_GROUP + both % ROW_GROUP
+    index, counts = chunks.index[place].astype(np.int64), chunks.n_tokens[place].astype(np.int64)
+    counts[~there] = 0
+    following = both[:, 1]
+    same = (following > both[:, 0]) & (chunks.doc[place[:, 0]] == chunks.doc[place[:, 1]])
+    ids = parts.chunk_ids(part, following)
+    counts[~(same & may_follow(tombstones, ids, index[:, 1], chunks.key[place[:, 1]])), 1] = 0
+    found.n_tokens[places] = counts
+    for start in range(0, len(rows), _COPIED):
+        some = slice(start, start + _COPIED)
+        tokens = chunks.tokens[place[some]]
+        tokens[counts[some] == 0] = 0
+        found.tokens[places[some]] = tokens
+
+
+def may_follow(
+    tombstones: Tombstones, ids: Ids, index: npt.NDArray[Any], key: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Which chunks (ids, places in their documents, keys or not; all [n]) are the continuation of the chunk before.
+
+    Not the first of a document, none that is purged, and none of a value once its key is purged: that is nobody's.
+    """
+    heads = ids - index
+    follow: npt.NDArray[np.bool_] = (index > 0) & (key | ~tombstones.contains(heads)) & ~tombstones.contains(ids)
+    return follow
