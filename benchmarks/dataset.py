@@ -158,12 +158,12 @@ def show(label: str, found: dict[str, Any]) -> None:
 def write_tables(store: Path, k: int, text: bool = False) -> None:
     """Tables of random neighbours of other chunks of the store."""
     from retrotool.neighbours.retrieved import read_text_of
-    from retrotool.store import parts, tables
+    from retrotool.store import neighbour_tables, parts
     from retrotool.store.log import Draft
+    from retrotool.store.neighbour_tables import NeighbourTable
     from retrotool.store.paths import FileName, part_slot
     from retrotool.store.runs import Run
     from retrotool.store.store import Store
-    from retrotool.store.tables import NeighbourTable
     from retrotool.store.tombstones import read_tombstones
 
     opened = Store.open(store)
@@ -183,7 +183,7 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
             number, own = opened.state.number, opened.identity
             about = {"index": "", "encoder": "", "commit": number, "head": opened.state.head[:16]}
             add.append(
-                tables.write_table(
+                neighbour_tables.write_table(
                     store, name, table, database=uuid, commit=number, path="",
                     about={**about, "text": k} if text else about,
                     text=read_text_of(opened, read_tombstones(opened), table, k) if text else None,

@@ -27,7 +27,7 @@ from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.index.searching import Database, Point
 from retrotool.neighbours.stage import check_table, database_of, members_of
-from retrotool.store import parts, tables
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import split_id
 from retrotool.store.parts import ROW_GROUP, Chunks
@@ -279,8 +279,8 @@ class Reader:
             self._databases[table] = (self if store is self._store else Reader(store), record)
         return self._databases[table]
 
-    def _read_neighbour_rows(self, name: str, part: int, group: int) -> tables.NeighbourTable:
-        return tables.read_table(self._store, self._neighbour_file(name, part), [group])
+    def _read_neighbour_rows(self, name: str, part: int, group: int) -> neighbour_tables.NeighbourTable:
+        return neighbour_tables.read_table(self._store, self._neighbour_file(name, part), [group])
 
     def _find_neighbour_file(self, name: str, part: int) -> FileEntry:
         entry = self._store.state.part_file("neighbours", part, name)

@@ -20,7 +20,7 @@ from retrotool.embed.search_scope import count_living_keys
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.export.atomic_dir import check_place, new_folder
-from retrotool.export.tables import ExportedTables, open_tables, write_parquet
+from retrotool.export.tables import ExportedTables, open_tables, write_export
 from retrotool.neighbours.stage import database_of, members_of
 from retrotool.store import disk
 from retrotool.store.store import Store
@@ -78,7 +78,7 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
         raise UsageError(f"{root} has no chunk that is not purged: there is nothing to export")
     with new_folder(target) as folder:
         with counting("export", "chunk", total) as report:
-            counts = write_parquet(opened, folder, report)
+            counts = write_export(opened, folder, report)
         disk.write(folder / TOKENIZER, store.tokenizer_json())
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         result = ExportResult(

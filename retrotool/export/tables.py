@@ -28,9 +28,9 @@ from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.stage import check_table, members_of
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
@@ -276,7 +276,7 @@ def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataTy
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
-def write_parquet(opened: ExportedTables, folder: Path, report: Report) -> Counts:
+def write_export(opened: ExportedTables, folder: Path, report: Report) -> Counts:
     """Write ``part-<number>.parquet`` for each part that has live chunks: zstd, with page checksums."""
     own = opened.store.identity
     columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())

@@ -178,7 +178,7 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
     found = _covered(store, keys, "neighbours:", "neighbours")
     for name, about in list(found.items()):
         if about.get("text"):
-            from retrotool.store.tables import text_size
+            from retrotool.store.neighbour_tables import text_size
 
             sizes = [text_size(entry) for entry in store.state.group("neighbours", name).entries()]
             found[name] = {**found[name], "text_parts": sum(size >= about["k"] for size in sizes)}

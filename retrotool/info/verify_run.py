@@ -14,8 +14,7 @@ from retrotool.index.index_files import read_trained
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_in
 from retrotool.store.store import Store
-from retrotool.store.verify import Verification, total_bytes
-from retrotool.store.verify import verify as verify_store
+from retrotool.store.verify import Verification, check_store, total_bytes
 
 ATTEMPTS = 5
 """How often ``verify`` begins, when other processes remove what it checks."""
@@ -36,7 +35,7 @@ def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -
             report(n)
 
         try:
-            return verify_store(Store.open(root), counted, _read_lists)
+            return check_store(Store.open(root), counted, _read_lists)
         except CorruptError as error:
             return Verification(False, -1, [f"{error}. {error.advice}".removesuffix(" ")])
         except ErasedError:

@@ -21,9 +21,9 @@ from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.table_reader import NeighbourReader, row_groups_of
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.store import parts
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.tokenizers import stored_tokenizer
 from retrotool.tokenizers.split import Split, split_texts
 

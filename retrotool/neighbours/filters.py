@@ -37,8 +37,8 @@ from retrotool.memory import of_machine as memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import are_near_copies, distinct_grams, has_longer_run
 from retrotool.store import parts
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.store import Store, check_compatible
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import read_tombstones
 
 Rows = npt.NDArray[np.int64]

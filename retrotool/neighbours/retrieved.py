@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.store import parts, tables
+from retrotool.store import neighbour_tables, parts
+from retrotool.store.neighbour_tables import NeighbourTable, NeighbourText
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tables import NeighbourTable, NeighbourText
 from retrotool.store.tombstones import Tombstones
 
 Ids = npt.NDArray[np.int64]
@@ -89,7 +89,7 @@ def read_text_of(
         block = groups[first : first + at_once]
         rows = slice(first * ROW_GROUP, (first + len(block)) * ROW_GROUP)
         near = NeighbourTable(table.ids[rows], table.distances[rows])
-        near = tables.erase_neighbours(near, no_rows, tombstones.contains)
+        near = neighbour_tables.erase_neighbours(near, no_rows, tombstones.contains)
         ids, into = near.ids[:, :k], Pieces.none(database, len(near.ids) * k)
         missing = ids if reuse is None else reuse(list(block), ids, into)
         read_pieces(database, tombstones, missing.ravel(), into)

@@ -264,10 +264,10 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
             "or of other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
-    check_ids(store, entry, table, database)
+    check_neighbour_ids(store, entry, table, database)
 
 
-def check_ids(store: Store, entry: FileEntry, table: str, database: Store) -> None:
+def check_neighbour_ids(store: Store, entry: FileEntry, table: str, database: Store) -> None:
     """``UsageError`` if the ids in a table, of whichever index it is, can't be taken for chunks of ``database``."""
     record = store.state.records[f"neighbours:{table}"]
     part = int(FileName.parse(entry.path).slot)

@@ -25,12 +25,12 @@ import numpy.typing as npt
 from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of
 from retrotool.neighbours.underfilled import text_is_current
-from retrotool.store import parts, tables
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import Ids
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store, check_compatible
-from retrotool.store.tables import ERASED, NO_NEIGHBOUR, NeighbourText
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Block = tuple[int, int]
@@ -141,8 +141,8 @@ class NeighbourReader:
         member = self._members[which]
         entry = parts.part_entry(self.store, "neighbours", part, member.table)
         check_table(self.store, entry, member.table, member.store)
-        table = tables.read_table(self.store, entry, row_groups)
-        table = tables.erase_neighbours(table, _NO_ROWS, member.tombstones.contains)
+        table = neighbour_tables.read_table(self.store, entry, row_groups)
+        table = neighbour_tables.erase_neighbours(table, _NO_ROWS, member.tombstones.contains)
         ids, distances = table.ids, table.distances
         databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
         return Found(ids, distances, databases)
@@ -260,8 +260,8 @@ class TextReader:
         """Fill in what is stored; return which rows have lost a neighbour since."""
         texts, lost = [], np.zeros(len(out.ids), np.bool_)
         for entry, member in zip(entries, self.reader.members, strict=True):
-            text = tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
-            purged, short = tables.text_naming(text, member.tombstones.contains)
+            text = neighbour_tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
+            purged, short = neighbour_tables.text_naming(text, member.tombstones.contains)
             lost |= (purged | (text.ids == ERASED)).any(axis=1)
             if short.any():
                 text = NeighbourText(text.ids, text.distances, np.array(text.n_tokens), np.array(text.tokens))

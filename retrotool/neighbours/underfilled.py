@@ -27,12 +27,12 @@ from retrotool.embed.search_scope import (
     searchable_rows,
 )
 from retrotool.neighbours.filters import AnyDatabase
-from retrotool.store import tables
+from retrotool.store import neighbour_tables
 from retrotool.store.atomic import FileEntry
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.restored import missed_parts, stands_for_restored
 from retrotool.store.store import Store
-from retrotool.store.tables import ERASED, NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Ids = npt.NDArray[np.int64]
@@ -102,14 +102,14 @@ class GapFinder:
         few, holds_erased, stale = 0, False, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
-            ids = tables.read_ids(self._store, entry, [group])
+            ids = neighbour_tables.read_ids(self._store, entry, [group])
             left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
             few += int((left[rows].sum(axis=1) < self._k).sum())
             holds_erased |= self._erased is not None and bool(self._erased.contains(ids).any())
-            if tables.text_size(entry):
-                text = tables.read_text(self._store, entry, [group], tokens=False)
-                purged, short = tables.text_naming(text, self._database.tombstones.contains)
+            if neighbour_tables.text_size(entry):
+                text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
+                purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
                 stale |= bool((purged | short | (text.ids == ERASED)).any())
         return Gaps(few, holds_erased, stale)
 
@@ -126,7 +126,7 @@ def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
     """Return whether a table has the tokens of k neighbours, and none of its database's chunks came back since."""
     commit = (entry.about or {}).get("commit")
     missed = missed_parts(database.state, None if commit is None else int(commit))
-    return tables.text_size(entry) >= k and not missed
+    return neighbour_tables.text_size(entry) >= k and not missed
 
 
 def erased_of(store: Store, database: AnyDatabase) -> str:

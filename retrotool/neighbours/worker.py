@@ -42,13 +42,13 @@ from retrotool.neighbours.stage import (
     with_filters,
 )
 from retrotool.neighbours.underfilled import erased_of, few_rows, text_is_current
-from retrotool.store import tables
+from retrotool.store import neighbour_tables
 from retrotool.store.atomic import FileEntry
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import stands_for_restored
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.tombstones import read_tombstones
 
 _HEAD_DIGITS = 16
@@ -97,7 +97,7 @@ class NeighboursWorker:
                 give_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
-            table = tables.erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
+            table = neighbour_tables.erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
         record = stage.record(store, database)
         commit, head = last_change(database.store)
         about = {
@@ -117,7 +117,7 @@ class NeighboursWorker:
         if stage.text:
             about["text"] = stage.k
             text = read_text_of(database.store, database.tombstones, table, stage.k, self._reuse(database, replaced))
-        entry = tables.write_table(
+        entry = neighbour_tables.write_table(
             store.root, name, table, database=record["database"], commit=commit, path=record["path"], about=about,
             text=text, chunk_bytes=store.identity.chunk_length * store.identity.tokenizer.token_bytes,
         )  # fmt: skip
@@ -141,8 +141,8 @@ class NeighboursWorker:
 
         def copy(groups: list[int], ids: npt.NDArray[np.int64], into: Pieces) -> npt.NDArray[np.int64]:
             k = ids.shape[1]
-            text = tables.read_text(self._store, old, groups).nearest(k)
-            _, short = tables.text_naming(text, database.tombstones.contains)
+            text = neighbour_tables.read_text(self._store, old, groups).nearest(k)
+            _, short = neighbour_tables.text_naming(text, database.tombstones.contains)
             same = text.ids == ids
             n_tokens, tokens = into.n_tokens.reshape(-1, k, 2), into.tokens.reshape(*ids.shape, 2, -1)
             n_tokens[same], tokens[same] = text.n_tokens[same], text.tokens[same]
@@ -189,7 +189,8 @@ class NeighboursWorker:
         """The table to fill, the rows to search for, and a table whose neighbours are kept."""
         store, stage, mode = self._store, self._stage, task.inputs["mode"]
         old = store.state.part_file("neighbours", part, stage.table)
-        table = tables.read_table(store, old) if old is not None and old.path == task.inputs["replaces"] else None
+        known = old is not None and old.path == task.inputs["replaces"]
+        table = neighbour_tables.read_table(store, old) if old is not None and known else None
         if mode == FEW and table is not None:
             table = NeighbourTable(np.array(table.ids), np.array(table.distances))
             return table, few_rows(store, database, part, table.ids, stage.k), None

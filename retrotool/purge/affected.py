@@ -31,8 +31,8 @@ from retrotool import interrupts
 from retrotool.cli.result_file import check_file, written
 from retrotool.embed.search_scope import count_living_keys, is_same_directory
 from retrotool.errors import UsageError
-from retrotool.neighbours.stage import check_ids, database_of, members_of
-from retrotool.store import parts, tables
+from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import Ids, rows_by_part
 from retrotool.store.parts import ROW_GROUP
@@ -204,7 +204,7 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
     """What to look for in a table, and the purges that it is of."""
     entries = {int(FileName.parse(e.path).slot): e for e in store.state.group("neighbours", table).entries()}
     for entry in entries.values():
-        check_ids(store, entry, table, database)
+        check_neighbour_ids(store, entry, table, database)
     within, asked, chunks = is_same_directory(store, database), list[AskedPurge](), [np.zeros(0, np.int64)]
     made = [(entry.about or {}).get("commit") for entry in entries.values()]
     for purge, record in standing_purges(database.state).items():
@@ -237,7 +237,7 @@ def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, 
         for group in range(-(-entry.rows // ROW_GROUP) if entry is not None else 0):
             assert entry is not None
             interrupts.check()
-            ids = tables.read_ids(store, entry, [group])
+            ids = neighbour_tables.read_ids(store, entry, [group])
             rows = slice(group * ROW_GROUP, group * ROW_GROUP + len(ids))
             for places, sought in ((neighbour, table.chunks), (following, table.followed)):
                 hit = sought.contains(ids)

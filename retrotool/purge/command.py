@@ -152,7 +152,7 @@ def command(
             purge_text.show_restored(undo.restore(store, named[0], reason=_given(reason), who=who), as_json)
         elif affected is not None:
             found = find_affected.affected(store, affected, named, out=out)
-            output.show(found, as_json, purge_text.affected)
+            output.show(found, as_json, purge_text.affected_text)
         elif shard is not None:
             purge_text.show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
         else:

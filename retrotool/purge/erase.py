@@ -41,16 +41,16 @@ from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import CorruptError
 from retrotool.index.generations import all_shards
 from retrotool.index.index_files import check_sum, parts_in_shard, write_index
-from retrotool.store import parts, staging, tables, vectors
+from retrotool.store import neighbour_tables, parts, staging, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
 from retrotool.store.identity import Identity
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import check_not_restored, tombstones_naming
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tables import NO_NEIGHBOUR
 from retrotool.store.tombstones import Tombstones
 
 Rows = npt.NDArray[np.int64]
@@ -172,12 +172,12 @@ def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
     for group, mine in row_groups(entry, rows):
         if not (within or len(mine)):
             continue
-        ids = tables.read_ids(store, entry, [group])
+        ids = neighbour_tables.read_ids(store, entry, [group])
         if (ids[mine] != NO_NEIGHBOUR).any() or (within and victims.contains(ids).any()):
             return True
-        if tables.text_size(entry):
-            text = tables.read_text(store, entry, [group], tokens=False)
-            named, followed = tables.text_naming(text, victims.contains)
+        if neighbour_tables.text_size(entry):
+            text = neighbour_tables.read_text(store, entry, [group], tokens=False)
+            named, followed = neighbour_tables.text_naming(text, victims.contains)
             if (text.ids[mine] != NO_NEIGHBOUR).any() or (within and (named | followed).any()):
                 return True
     return False
@@ -264,11 +264,13 @@ class EraseWorker:
 
         def groups() -> Iterator[pa.Table]:
             for group, mine in row_groups(entry, rows):
-                table = tables.erase_neighbours(tables.read_table(store, entry, [group]), mine, banned)
+                table = neighbour_tables.erase_neighbours(
+                    neighbour_tables.read_table(store, entry, [group]), mine, banned
+                )
                 text = None
-                if tables.text_size(entry):
-                    text = tables.erase_text(tables.read_text(store, entry, [group]), mine, banned)
-                yield tables.to_arrow(table, text, schema)
+                if neighbour_tables.text_size(entry):
+                    text = neighbour_tables.erase_text(neighbour_tables.read_text(store, entry, [group]), mine, banned)
+                yield neighbour_tables.to_arrow(table, text, schema)
 
         written = parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP)
         return replace(written, about=entry.about)

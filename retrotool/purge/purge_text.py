@@ -116,7 +116,7 @@ def dependent(one: Dependent) -> str:
     )
 
 
-def affected(result: AffectedResult) -> str:
+def affected_text(result: AffectedResult) -> str:
     """Which training chunks name purged chunks."""
     if not result.purges:
         return "Nothing was purged: there is nothing to look for."

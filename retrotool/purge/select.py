@@ -110,9 +110,9 @@ class Selectors:
         """``UsageError`` for what stands for text, or is written down, and has no UTF-8."""
         for name in ("where", "pattern", "like", "contaminates", "encoder", "label"):
             if (value := getattr(self, name)) is not None:
-                check_text(f"--{name}", str(value))
+                check_selector_text(f"--{name}", str(value))
         for document in self.document:
-            check_text("--document", document)
+            check_selector_text("--document", document)
 
     def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
@@ -343,12 +343,12 @@ def signed(reason: str, who: str | None) -> str:
             who = getpass.getuser()
         except (KeyError, OSError):  # a container's user may have a number and no name
             who = f"user {os.getuid()}"
-    check_text("--reason", reason)
-    check_text("--who", who)
+    check_selector_text("--reason", reason)
+    check_selector_text("--who", who)
     return who
 
 
-def check_text(option: str, text: str) -> None:
+def check_selector_text(option: str, text: str) -> None:
     """``UsageError`` for text that has no UTF-8."""
     try:
         text.encode()

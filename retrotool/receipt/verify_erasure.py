@@ -33,12 +33,12 @@ from retrotool.index.index_files import RECALL
 from retrotool.purge.erase import row_groups, table_schema
 from retrotool.purge.purged_chunks import has_any
 from retrotool.receipt.purge_history import PurgeHistory
-from retrotool.store import atomic, clean, disk, identity, parts, runs, staging, tables, vectors
+from retrotool.store import atomic, clean, disk, identity, neighbour_tables, parts, runs, staging, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText
 from retrotool.store.paths import FileName
 from retrotool.store.store import CHECKPOINT_NAME, Store
-from retrotool.store.tables import NO_NEIGHBOUR, NeighbourText
 from retrotool.store.tombstones import Tombstones
 
 _BLOCK_ROWS = 1 << 16
@@ -207,14 +207,14 @@ def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
         return _NOTHING
     looked_at = [_NOTHING]
     for group, mine in row_groups(entry, rows):
-        table = tables.read_table(purged.store, entry, [group])
+        table = neighbour_tables.read_table(purged.store, entry, [group])
         none = table.ids == NO_NEIGHBOUR
         holds: Flags = (none & ~np.isposinf(table.distances)).any(axis=1)
         holds[mine] |= ~none[mine].all(axis=1)
         if within:
             holds |= purged.chunks.contains(table.ids).any(axis=1)
-        if tables.text_size(entry):
-            holds |= _holds_text(purged, tables.read_text(purged.store, entry, [group]), mine, within=within)
+        if neighbour_tables.text_size(entry):
+            holds |= _holds_text(purged, neighbour_tables.read_text(purged.store, entry, [group]), mine, within=within)
         looked_at.append(holds if within else holds[mine])
     return np.concatenate(looked_at)
 

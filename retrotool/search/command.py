@@ -26,7 +26,7 @@ _ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundChunk:
     """One result."""
 
     id: int
@@ -53,7 +53,7 @@ class Results:
     the commands that change that.
     """
 
-    results: list[Found]
+    results: list[FoundChunk]
     missing: Missing | None = None
     not_indexed: int = 0
     next: tuple[str, ...] = ()
@@ -108,7 +108,9 @@ def command(
                 if attempt + 1 == _ATTEMPTS:
                     raise
         results = [
-            Found(n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None)
+            FoundChunk(
+                n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None
+            )
             for n in found
         ]
         output.show(Results(results, missing, left, tuple(then)), as_json, _text)

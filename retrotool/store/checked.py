@@ -137,7 +137,7 @@ def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | 
     return bool(record.get("within", True))
 
 
-def check_ids(checked: Checked, ids: Ids, what: str) -> bool:
+def check_chunk_ids(checked: Checked, ids: Ids, what: str) -> bool:
     """Note if any of ``ids`` is not a row of a part; whether all are."""
     limit = checked.rows
     part = np.clip(part_of(ids), 0, len(limit) - 1)

@@ -19,7 +19,7 @@ import numpy as np
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.store import atomic, parts, paths, staging
 from retrotool.store import verify_references as references
-from retrotool.store.checked import Checked, check_ids
+from retrotool.store.checked import Checked, check_chunk_ids
 from retrotool.store.clean import foreign_files
 from retrotool.store.digest import PartDigest, hexadecimal, lines_digest, part_digest
 from retrotool.store.log import Commit
@@ -63,7 +63,7 @@ def total_bytes(store: Store) -> int:
     return sum(entry.bytes for entry in store.state.files())
 
 
-def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | None = None) -> Verification:
+def check_store(store: Store, report: Report = lambda _: None, read_lists: Lists | None = None) -> Verification:
     """Check the store at its view. ``read_lists`` reads a shard of an index (given by who knows faiss).
 
     ``ErasedError`` if a newer commit removes files of the view meanwhile; nothing is known then.
@@ -90,7 +90,7 @@ def verify(store: Store, report: Report = lambda _: None, read_lists: Lists | No
         elif checked.broken.isdisjoint(entry.path for entry in entries if entry is not None):
             with checked.noting(f"part {part}"):
                 total += _check_part(checked, part)
-    check_ids(checked, checked.tombstones.ids, "tombstones")
+    check_chunk_ids(checked, checked.tombstones.ids, "tombstones")
     references.check_blocked(checked)
     references.check_restored(checked)
     result.embeddings = _digest_files(store, "embeddings")

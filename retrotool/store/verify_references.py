@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.store import parts, tables, vectors
+from retrotool.store import neighbour_tables, parts, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
-from retrotool.store.checked import Checked, Ids, check_ids, is_within
+from retrotool.store.checked import Checked, Ids, check_chunk_ids, is_within
 from retrotool.store.digest import lines_digest
 from retrotool.store.ids import join_id, row_of, slice_of_part, split_id
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
 from retrotool.store.restored import restored_chunks, restored_purges
 from retrotool.store.store import Store
-from retrotool.store.tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText
 from retrotool.store.tombstones import KEPT
 
 Fits = Callable[[int, npt.NDArray[np.float16]], bool]
@@ -111,7 +111,7 @@ def check_restored(checked: Checked) -> None:
             checked.problems.append(f"{KEPT}/{slot}: there is no purge {slot} that was taken back")
         elif entry is not None and entry.path not in checked.broken:
             with checked.noting(entry.path):
-                check_ids(checked, restored_chunks(checked.store, slot), entry.path)
+                check_chunk_ids(checked, restored_chunks(checked.store, slot), entry.path)
 
 
 def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
@@ -175,7 +175,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *(some for some, _ in lists)]))
     if len(ids) != entry.rows:
         checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
-    if not check_ids(checked, ids, entry.path):
+    if not check_chunk_ids(checked, ids, entry.path):
         return
     encoder = _encoder_of_index(checked.store, name, generation_in(FileName.parse(entry.path).slot))
     expected = lacking = unembedded = 0
@@ -249,14 +249,14 @@ def check_neighbours(checked: Checked) -> tuple[str, str]:
             if entry is None or entry.path in checked.broken:
                 continue
             with checked.noting(entry.path):
-                table = tables.read_table(checked.store, entry)
+                table = neighbour_tables.read_table(checked.store, entry)
                 digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
                 digest.update(np.ascontiguousarray(table.distances, "<f4").data)
                 lines.append(f"{slot_of(entry)} {digest.hexdigest()}")
                 _check_table(checked, entry, name, table)
-                if tables.text_size(entry):
+                if neighbour_tables.text_size(entry):
                     within = is_within(checked.store, entry, _metadata(checked.store, entry))
-                    texts.append(f"{slot_of(entry)} {check_text(checked, entry, table, within=within)}")
+                    texts.append(f"{slot_of(entry)} {check_neighbour_text(checked, entry, table, within=within)}")
     return lines_digest(lines) if lines else "", lines_digest(texts) if texts else ""
 
 
@@ -295,7 +295,7 @@ def _check_table(checked: Checked, entry: FileEntry, name: str, table: Neighbour
         if within and known:
             ids = table.ids[rows]
             ids = ids[ids >= 0]
-            known = check_ids(checked, ids, entry.path)
+            known = check_chunk_ids(checked, ids, entry.path)
             if known and not checked.are_keys(ids).all():
                 found.add("a neighbour is no key")
     if within and known and "encoder" in record and not found:
@@ -352,13 +352,13 @@ def _wrong_distances(
 _SAMPLED_ROWS = 16
 
 
-def check_text(checked: Checked, entry: FileEntry, table: NeighbourTable, *, within: bool) -> str:
+def check_neighbour_text(checked: Checked, entry: FileEntry, table: NeighbourTable, *, within: bool) -> str:
     """Check the tokens of neighbours that a table has; return their digest."""
     digest, found = hashlib.blake2b(digest_size=32), set[str]()
     drawn = np.random.default_rng(int(entry.sha256[:16], 16)).choice(entry.rows, min(entry.rows, _SAMPLED_ROWS), False)
     for group in range(-(-entry.rows // ROW_GROUP)):
         rows = slice(group * ROW_GROUP, (group + 1) * ROW_GROUP)
-        text = tables.read_text(checked.store, entry, [group])
+        text = neighbour_tables.read_text(checked.store, entry, [group])
         for values in (text.ids, text.distances, text.n_tokens, text.tokens):
             digest.update(np.ascontiguousarray(values).data)
         found |= _problems_of_text(text, table.ids[rows])
@@ -395,7 +395,7 @@ def _not_of_chunks(checked: Checked, entry: FileEntry, text: NeighbourText, rows
     mine = text.ids >= 0
     follows = mine & (text.n_tokens[:, :, 1] > 0)
     ids, following = text.ids[mine], text.ids[follows] + 1
-    if not (check_ids(checked, ids, entry.path) and check_ids(checked, following, entry.path)):
+    if not (check_chunk_ids(checked, ids, entry.path) and check_chunk_ids(checked, following, entry.path)):
         return set()
     found: set[str] = set()
     if checked.erased().contains(ids).any() or checked.erased().contains(following).any():

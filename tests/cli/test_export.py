@@ -24,12 +24,12 @@ from retrotool.export import tables as exported
 from retrotool.export.run import ExportResult
 from retrotool.neighbours.run import SearchOptions
 from retrotool.reader import Chunk, Reader
-from retrotool.store import parts, tables
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
+from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
-from retrotool.store.tables import NeighbourTable
 
 EXACT = SearchOptions(exact=True)
 
@@ -232,7 +232,7 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
     record = {"database": uuid, "path": str(root), "within": True, "index": "", "encoder": "tiny", "saved": 3, "k": 2}
     about = {"index": "", "encoder": "tiny", "commit": number, "head": store.state.head[:16], "searched": [[0, 0]]}
     with writing(store) as run:
-        entry = tables.write_table(
+        entry = neighbour_tables.write_table(
             root, FileName.new(run.id, "neighbours", part_slot(0), "parquet", "main"), NeighbourTable(ids, distances),
             database=uuid, commit=number, path=str(root), about=about,
         )  # fmt: skip

@@ -27,8 +27,8 @@ from retrotool.export import run as export_run
 from retrotool.export.atomic_dir import check_place, new_folder
 from retrotool.export.tables import ExportedTables
 from retrotool.neighbours.run import SearchOptions
-from retrotool.store import disk, runs, tables
-from retrotool.store.tables import NeighbourTable
+from retrotool.store import disk, neighbour_tables, runs
+from retrotool.store.neighbour_tables import NeighbourTable
 
 EXACT = SearchOptions(exact=True)
 
@@ -232,7 +232,7 @@ def test_a_flipped_bit_ends_it(store_copy: Path, tmp_path: Path, kind: str, cli:
 def test_a_table_that_names_no_chunk_of_its_database_ends_it(
     built_store: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = tables.read_table
+    true = neighbour_tables.read_table
 
     def lie(*arguments: object) -> NeighbourTable:
         table = true(*arguments)
@@ -240,7 +240,7 @@ def test_a_table_that_names_no_chunk_of_its_database_ends_it(
         ids[3, 1] = chunk
         return NeighbourTable(ids, table.distances)
 
-    monkeypatch.setattr(tables, "read_table", lie)
+    monkeypatch.setattr(neighbour_tables, "read_table", lie)
     with pytest.raises(CorruptError, match=f"the chunk {chunk}, which .* does not have"):
         api.export(built_store, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

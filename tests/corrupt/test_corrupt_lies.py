@@ -15,7 +15,7 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.store import atomic, parts, tables, tombstones, vectors
+from retrotool.store import atomic, neighbour_tables, parts, tombstones, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
@@ -74,10 +74,10 @@ class Liar:
 
     def neighbours(self, ids: Change, distances: Change, database: str | None = None) -> None:
         old = self.old("neighbours", "main")
-        table = tables.read_table(self.store, old)
-        changed = tables.NeighbourTable(ids(table.ids.copy()), distances(table.distances.copy()))
+        table = neighbour_tables.read_table(self.store, old)
+        changed = neighbour_tables.NeighbourTable(ids(table.ids.copy()), distances(table.distances.copy()))
         of = {"database": database or self.store.identity.uuid, "commit": 0, "path": "", "about": old.about}
-        self.commit(tables.write_table(self.store.root, self.name(old), changed, **of), old)
+        self.commit(neighbour_tables.write_table(self.store.root, self.name(old), changed, **of), old)
 
     def in_shard(self, ids: Change, vectors: Change, **about: Any) -> None:
         """The vectors of all parts, changed."""

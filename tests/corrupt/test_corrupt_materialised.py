@@ -11,10 +11,10 @@ import pytest
 from test_corrupt_lies import PART, Liar
 
 from retrotool import api
-from retrotool.store import tables
+from retrotool.store import neighbour_tables
+from retrotool.store.neighbour_tables import NeighbourText
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
-from retrotool.store.tables import NeighbourText
 
 Change = Callable[[NeighbourText], Any]
 
@@ -32,11 +32,11 @@ def lie(store: Path, change: Change) -> list[str]:
     with Run(store) as run:
         liar = Liar(opened, run)
         old = liar.old("neighbours", "main")
-        stored = tables.read_text(opened, old)
+        stored = neighbour_tables.read_text(opened, old)
         copy = NeighbourText(*(np.array(v) for v in (stored.ids, stored.distances, stored.n_tokens, stored.tokens)))
         record = opened.state.records["neighbours:main"]
-        written = tables.write_table(
-            store, liar.name(old), tables.read_table(opened, old), database=record["database"], commit=0,
+        written = neighbour_tables.write_table(
+            store, liar.name(old), neighbour_tables.read_table(opened, old), database=record["database"], commit=0,
             path=record["path"], about=old.about, text=[change(copy) or copy], chunk_bytes=128,
         )  # fmt: skip
         liar.commit(written, old)
@@ -84,7 +84,7 @@ def test_a_lie_about_materialised_neighbours_is_found(store: Path, what: str) ->
 
 def test_text_that_was_erased_and_is_still_there_is_found(store: Path, tmp_path: Path) -> None:
     opened = Store.open(store)
-    before = tables.read_text(opened, opened.state.part_file("neighbours", PART, "main"))
+    before = neighbour_tables.read_text(opened, opened.state.part_file("neighbours", PART, "main"))
     row = int(np.flatnonzero(before.n_tokens[:, 1, 1])[0])
     continuation = int(before.ids[row, 1]) + 1
     (tmp_path / "ids").write_text(f"{continuation}\n")

@@ -17,7 +17,7 @@ import pytest
 import retrotool
 from retrotool import api
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import parts, tables, tombstones
+from retrotool.store import neighbour_tables, parts, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.store import Store
 
@@ -81,7 +81,7 @@ def chunks(store: Store, row_groups: list[int] | None = None) -> list[tuple[Any,
 
 
 def neighbours(store: Store, entry: FileEntry, row_groups: list[int] | None = None) -> list[tuple[Any, ...]]:
-    found = tables.read_table(store, entry, row_groups)
+    found = neighbour_tables.read_table(store, entry, row_groups)
     return exactly(found.ids, found.distances)
 
 

@@ -14,14 +14,14 @@ from conftest import make_rows, write_jsonl
 import retrotool.reader
 from retrotool import api
 from retrotool.neighbours.retrieved import read_text_of
-from retrotool.store import parts, tables
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import Draft
+from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tables import NeighbourTable
 from retrotool.store.tombstones import Tombstones
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
@@ -166,9 +166,9 @@ def _with_text(store: Store, run: Run, state: State, k: int) -> Draft:
     """The commit that gives the tables of a large store the tokens of neighbours."""
     old, add = state.group("neighbours", "main").entries(), []
     for entry in old:
-        name, table = FileName.parse(entry.path), tables.read_table(store, entry)
+        name, table = FileName.parse(entry.path), neighbour_tables.read_table(store, entry)
         add.append(
-            tables.write_table(
+            neighbour_tables.write_table(
                 store.root, FileName.new(run.id, name.kind, name.slot, name.extension, name.name), table,
                 database=store.identity.uuid, commit=0, path="", about={**entry.about, "text": k},
                 text=read_text_of(store, Tombstones(np.zeros(0, np.int64)), table, k), chunk_bytes=128,
@@ -204,6 +204,6 @@ def _large_part(
     distances = np.sort(rng.random((n, saved), np.float32), axis=1)
     name = FileName.new(run.id, "neighbours", part_slot(number), "parquet", "main")
     about = {"index": "", "encoder": "e"}
-    yield tables.write_table(
+    yield neighbour_tables.write_table(
         store.root, name, NeighbourTable(ids, distances), database=store.identity.uuid, commit=0, path="", about=about
     )

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import retrotool
 from retrotool import RetroDataset, api
 from retrotool.errors import CorruptError, UsageError
-from retrotool.store import tables
+from retrotool.store import neighbour_tables
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -97,9 +97,9 @@ def without_text(store: Path) -> None:
                 about = {key: value for key, value in entry.about.items() if key != "text"}
                 gone.append(entry.path)
                 add.append(
-                    tables.write_table(
+                    neighbour_tables.write_table(
                         store, FileName.new(run.id, name.kind, name.slot, name.extension, name.name),
-                        tables.read_table(opened, entry), database="", commit=0, path="", about=about,
+                        neighbour_tables.read_table(opened, entry), database="", commit=0, path="", about=about,
                     )
                 )  # fmt: skip
         opened.commit(run, lambda _: Draft("test", add=tuple(add), remove=tuple(gone)))

@@ -20,7 +20,7 @@ from retrotool import api, engine
 from retrotool.ann import lists
 from retrotool.purge import erase, erase_run
 from retrotool.purge.selectors import lookup
-from retrotool.store import folding, parts, tables, tombstones
+from retrotool.store import folding, neighbour_tables, parts, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
@@ -353,13 +353,13 @@ def test_planning_again_reads_only_what_is_new(store_copy: Path, monkeypatch: py
     tasks = stage.tasks(store)
     assert len(tasks) > 1
     assert ["part" in task.inputs for task in stage.plan(store)] == [True], "the others wait"
-    read, looked_at = tables.read_ids, []
+    read, looked_at = neighbour_tables.read_ids, []
 
     def noted(store: Store, entry: FileEntry, groups: list[int]) -> Any:
         looked_at.append(entry.path)
         return read(store, entry, groups)
 
-    monkeypatch.setattr(tables, "read_ids", noted)
+    monkeypatch.setattr(neighbour_tables, "read_ids", noted)
     assert [task.key for task in stage.tasks(store)] == [task.key for task in tasks]
     holding = {path for task in tasks if task.label.startswith("neighbours") for path in task.inputs["paths"]}
     assert set(looked_at) == holding

@@ -21,7 +21,7 @@ from retrotool.neighbours import retrieved
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.neighbours.table_reader import NeighbourReader, TextReader
-from retrotool.store import folding, staging, tables
+from retrotool.store import folding, neighbour_tables, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
 from retrotool.store.store import Store
@@ -53,8 +53,8 @@ def entries(store: Path, name: str = "main") -> dict[str, FileEntry]:
     return {slot: group.get(slot) for slot in group}
 
 
-def text_of(store: Path, entry: FileEntry) -> tables.NeighbourText:
-    return tables.read_text(Store.open(store), entry)
+def text_of(store: Path, entry: FileEntry) -> neighbour_tables.NeighbourText:
+    return neighbour_tables.read_text(Store.open(store), entry)
 
 
 def held_ids(store: Path, entry: FileEntry) -> set[int]:
@@ -90,7 +90,7 @@ def check_all(store: Path, name: str = "main") -> None:
     opened = Store.open(store)
     reader = NeighbourReader(opened, name)
     for slot, entry in entries(store, name).items():
-        stored = tables.read_text(opened, entry)
+        stored = neighbour_tables.read_text(opened, entry)
         found = reader.read(int(slot), stored.ids.shape[1])
         pieces = reader.pieces(found)
         assert (stored.ids == found.ids).all() and (stored.distances == found.distances).all()
@@ -122,8 +122,8 @@ def test_a_second_run_does_nothing_and_reads_nothing(
 ) -> None:
     database, training = copies
     before = Store.open(training).state.number
-    monkeypatch.setattr(tables, "read_text", None)
-    monkeypatch.setattr(tables, "read_ids", None)
+    monkeypatch.setattr(neighbour_tables, "read_text", None)
+    monkeypatch.setattr(neighbour_tables, "read_ids", None)
     found = api.neighbours(database, queries=training, materialise=True)
     assert (found.commit, found.materialised) == (before, True)
 
@@ -151,7 +151,7 @@ def test_later_runs_keep_the_tokens(copies: tuple[Path, Path], tiny_encoder: Pat
     assert not any((training / entry.path).exists() for entry in before.values())
     check_all(training)
     api.neighbours(database, queries=training, k=3)
-    assert {tables.text_size(entry) for entry in entries(training).values()} == {3}
+    assert {neighbour_tables.text_size(entry) for entry in entries(training).values()} == {3}
     check_all(training)
     assert api.verify(training).problems == []
 
@@ -367,5 +367,5 @@ def test_files_of_other_columns_are_corrupt(stores: tuple[Path, Path]) -> None:
     entry = next(iter(entries(stores[1]).values()))
     other = FileEntry(entry.path, entry.rows, entry.bytes, entry.sha256, {**entry.about, "text": 3})
     with pytest.raises(CorruptError, match="does not have tokens of 3 neighbours"):
-        tables.read_text(opened, other)
-    assert tables.read_text(opened, entry).nearest(1).tokens.shape == (entry.rows, 1, 2, 64)
+        neighbour_tables.read_text(opened, other)
+    assert neighbour_tables.read_text(opened, entry).nearest(1).tokens.shape == (entry.rows, 1, 2, 64)

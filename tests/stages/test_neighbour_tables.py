@@ -14,7 +14,7 @@ import retrotool
 from retrotool import api, engine
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import NeighboursStage
-from retrotool.store import folding, staging, tables
+from retrotool.store import folding, neighbour_tables, staging
 from retrotool.store.folding import writing
 from retrotool.store.store import Store
 
@@ -110,7 +110,7 @@ def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_cop
 def test_a_table_of_which_the_log_says_nothing_is_held_against_its_own_metadata(
     store_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written, foreign = tables.write_table, ""
+    written, foreign = neighbour_tables.write_table, ""
 
     def write(*arguments: object, about: dict[str, object], database: str, **options: object) -> object:
         return written(
@@ -120,7 +120,7 @@ def test_a_table_of_which_the_log_says_nothing_is_held_against_its_own_metadata(
             **options,
         )
 
-    monkeypatch.setattr(tables, "write_table", write)
+    monkeypatch.setattr(neighbour_tables, "write_table", write)
     api.neighbours(store_copy, name="plain")
     reader = retrotool.open(store_copy)
     assert reader.neighbours(int(reader.chunk_ids(0)[0]), "plain")
@@ -231,7 +231,7 @@ def test_what_was_found_before_an_erase_is_not_committed_after_it(store_copy: Pa
     with writing(store) as run:
         (task,) = (task for task in stage.plan(store) if task.inputs["part"] == 0)
         late = stage.open(store)(task, run.id, nothing)
-        assert np.isin(victims, tables.read_table(store, late.add[0]).ids).any()
+        assert np.isin(victims, neighbour_tables.read_table(store, late.add[0]).ids).any()
         purge(store_copy, "doc-115", erase=True)
         staging.stage(store.root, late)
         assert folding.fold(store, run).refused
@@ -247,7 +247,7 @@ def test_nothing_is_read_to_find_that_nothing_is_to_be_done(store_copy: Path, mo
         raise UsageError("reads a table")
 
     for read in ("read_table", "read_ids"):
-        monkeypatch.setattr(tables, read, refuse)
+        monkeypatch.setattr(neighbour_tables, read, refuse)
     assert api.neighbours(store_copy, name="later").queries == 0
     with pytest.raises(UsageError, match="reads a table"):
         api.neighbours(store_copy)

@@ -22,7 +22,7 @@ from retrotool.index.run import Options
 from retrotool.index.searching import Database
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import NeighboursResult, SearchOptions
-from retrotool.store import tables
+from retrotool.store import neighbour_tables
 from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)
@@ -149,8 +149,8 @@ def test_tables_of_several_row_groups_are_looked_through_whole(store: Path, monk
 def test_tables_that_know_of_all_purges_are_not_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purge(store, some(store, 0.4))
     refill(store)
-    monkeypatch.setattr(tables, "read_ids", None)
-    monkeypatch.setattr(tables, "read_table", None)
+    monkeypatch.setattr(neighbour_tables, "read_ids", None)
+    monkeypatch.setattr(neighbour_tables, "read_table", None)
     assert refill(store).queries == 0
 
 

@@ -124,7 +124,7 @@ def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
         for number in range(6):
             commit(store, run, records={"number": number})
     edit(store.root, 2, records={"number": 7})
-    problems = verify.verify(store).problems
+    problems = verify.check_store(store).problems
     assert any("00000003.json: is no child" in problem for problem in problems)
 
 

@@ -18,10 +18,10 @@ from store_help import make_store, viewing
 
 from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
-from retrotool.store import parts, tables, tombstones, vectors
+from retrotool.store import neighbour_tables, parts, tombstones, vectors
+from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
-from retrotool.store.tables import NeighbourTable
 from retrotool.store.tombstones import Tombstones
 
 RUN = "0123abcd"
@@ -225,10 +225,10 @@ def test_vectors_come_back_bit_for_bit(small: Store, matrix: np.ndarray, fortran
 
 
 @st.composite
-def neighbour_tables(draw: st.DrawFn) -> NeighbourTable:
+def drawn_tables(draw: st.DrawFn) -> NeighbourTable:
     """Tables as the search makes them: nearest first, then −1 and +inf."""
     n, saved = draw(st.integers(1, 20)), draw(st.integers(1, 6))
-    found = np.full((n, saved), tables.NO_NEIGHBOUR, np.int64)
+    found = np.full((n, saved), neighbour_tables.NO_NEIGHBOUR, np.int64)
     distances = np.full((n, saved), np.inf, np.float32)
     for row in range(n):
         near = sorted(draw(st.lists(st.floats(0, 4, width=32), max_size=saved)))
@@ -237,13 +237,13 @@ def neighbour_tables(draw: st.DrawFn) -> NeighbourTable:
     return NeighbourTable(found, distances)
 
 
-@given(table=neighbour_tables())
+@given(table=drawn_tables())
 def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
-    entry = tables.write_table(
+    entry = neighbour_tables.write_table(
         small.root, name("neighbours", folder="main"), table, database="uuid", commit=7, path="/db", about={"k": 2}
     )
     assert (entry.rows, entry.about) == (len(table.ids), {"k": 2})
-    read = tables.read_table(viewing(small, entry), entry)
+    read = neighbour_tables.read_table(viewing(small, entry), entry)
     assert (read.ids.dtype, read.distances.dtype) == (np.int64, np.float32)
     assert read.ids.tolist() == table.ids.tolist()
     assert read.distances.tolist() == table.distances.tolist()
@@ -256,12 +256,12 @@ def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
 def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
     found = np.arange(20_000 * 2).reshape(-1, 2)
     table = NeighbourTable(found, found.astype(np.float32))
-    entry = tables.write_table(
+    entry = neighbour_tables.write_table(
         small.root, name("neighbours", folder="main"), table, database="", commit=0, path="", about={}
     )
     view = viewing(small, entry)
-    assert tables.read_table(view, entry, [1]).ids.tolist() == found[8192:16384].tolist()
-    assert tables.read_table(view, entry, [2]).ids.tolist() == found[16384:].tolist()
+    assert neighbour_tables.read_table(view, entry, [1]).ids.tolist() == found[8192:16384].tolist()
+    assert neighbour_tables.read_table(view, entry, [2]).ids.tolist() == found[16384:].tolist()
 
 
 @given(purges=st.lists(st.sets(ids), max_size=4), asked=st.lists(ids | st.just(-1), max_size=24))
