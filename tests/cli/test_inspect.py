@@ -124,7 +124,7 @@ def test_documents_can_not_get_at_the_terminal(hostile: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["info", "STORE"],
+        ["info", "STORE", "--documents"],
         ["search", "STORE", "Then a sentence", "-k", "3"],
         ["neighbours", "STORE", "--only-source", "nobody's"],
     ],

@@ -68,7 +68,8 @@ def test_no_change_of_a_byte_is_silent_or_a_crash(folder, items, layout, data):
     try:
         now = json.loads(bytes(whole))
     except (ValueError, UnicodeDecodeError):
-        assert any(isinstance(row, Rejected) for row in rows)
+        # yajl takes vertical tabs and form feeds for white space.
+        assert any(isinstance(row, Rejected) for row in rows) or {0x0B, 0x0C} & set(whole)
         return
     if isinstance(now, list):
         assert len(rows) == len(now) or (isinstance(rows[-1], Rejected) and "lone surrogate" in rows[-1].reason)

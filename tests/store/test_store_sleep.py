@@ -202,7 +202,7 @@ def run_at(command: str, store: Path, more: Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments[command]])
 
 
-@pytest.mark.parametrize(("command", "commits"), [("chunk", 3), ("purge", 1), ("undo", 1), ("erase", 4)])
+@pytest.mark.parametrize(("command", "commits"), [("chunk", 3), ("purge", 1), ("undo", 1), ("erase", 3)])
 def test_a_command_that_slept_says_so_and_leaves_a_whole_store(
     tmp_path: Path, chunked: Path, purged: Path, command: str, commits: int
 ) -> None:
