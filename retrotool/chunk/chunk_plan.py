@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from retrotool import sources
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
+from retrotool.sources.spool import is_spooled
 from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
@@ -233,7 +234,7 @@ def use_exact_tokenizer(store: Store, run: Run, why: str) -> None:
 
 
 def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[tuple[str, str]]:
-    """Keyed hashes of each file's content and of its path.
+    """Keyed hashes of each file's content and of its path; of standard input, which has no path of its own, of both.
 
     Read otherwise, a file is another input: a wrong --text-field must not shut it out.
     """
@@ -242,7 +243,8 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
         for file in files:
             reading = repr(fields.reading(file.base))
             fingerprint = store.identity.keyed_hash(f"{file.fingerprint(fields)} {reading}")
-            found.append((fingerprint, store.identity.keyed_hash(f"path {file.path} {reading}")))
+            place = f"stdin {fingerprint}" if is_spooled(file) else f"path {file.path} {reading}"
+            found.append((fingerprint, store.identity.keyed_hash(place)))
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
     return found
@@ -331,10 +333,31 @@ def known_inputs(store: Store, state: State, wanted: ChunkSettings) -> KnownInpu
                 known.readers[place] = (*known.readers.get(place, ()), slot)
             if wanted.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
                 continue
-            known.places.update(content["places"])
+            lost = _lost_streams(store, entry) if kind == "plans" else ()
+            known.places.update(set(content["places"]).difference(lost))
             if not wanted.add_changed or content["fields"]["max_document"] >= wanted.fields.max_document:
-                known.fingerprints.update(content["fingerprints"])
+                known.fingerprints.update(set(content["fingerprints"]).difference(lost))
     return known
+
+
+def _lost_streams(store: Store, entry: FileEntry) -> list[str]:
+    """Fingerprints and places of standard input that an open plan has and nobody can read any more."""
+    plan = read_plan(store, entry)
+    rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
+    return [
+        value
+        for file, fingerprint, place in rows
+        if is_spooled(file) and not is_same_stream(store, file, plan.fields, fingerprint)
+        for value in (fingerprint, place)
+    ]
+
+
+def is_same_stream(store: Store, file: InputFile, fields: Fields, fingerprint: str) -> bool:
+    """Return whether standard input can still be read where a plan says, and is what it was: numbers come again."""
+    try:
+        return Path(file.path).stat().st_size == file.size and hashes_of(store, [file], fields)[0][0] == fingerprint
+    except (OSError, UsageError):
+        return False
 
 
 def parts_of_plan(state: State, plan_id: str) -> range:

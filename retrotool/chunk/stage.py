@@ -26,6 +26,7 @@ from retrotool.chunk.chunk_plan import (
     InputPiece,
     KnownDocuments,
     chunks_of_purges,
+    is_same_stream,
     known_findings,
     open_plans,
     read_plan,
@@ -183,7 +184,7 @@ class _Unit:
         self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self._plan.fields))
         known = self._known_documents(piece.file)
         done = characters = 0
-        for batch in _batches(_rows(self._plan, piece, self.bad, stage)):
+        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, stage)):
             if isinstance(batch, Rejected):
                 self.bad.append(batch)
                 continue
@@ -246,17 +247,17 @@ class _Unit:
         self._writer.add(name, found, hashes)
 
 
-def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
+def _rows(store: Store, plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
     """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
     file = plan.files[piece.file]
-    given_up = stage.skip_missing or (stage.skip_stdin and is_spooled(file))
+    given_up = stage.skip_stdin if is_spooled(file) else stage.skip_missing
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
         given_up |= file.path in stage.changed
     except OSError as error:
         problem = error.strerror or str(error)
-    if problem and is_spooled(file):
+    if is_spooled(file) and not is_same_stream(store, file, plan.fields, plan.fingerprints[piece.file]):
         problem = "standard input can't be read twice: pipe it again"
     if problem and given_up:
         bad.append(Rejected(0, f"{GIVEN_UP}: {problem}"))
