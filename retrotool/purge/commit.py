@@ -10,7 +10,7 @@ import secrets
 import numpy as np
 
 from retrotool.chunk.chunk_plan import write_json_file
-from retrotool.errors import ConflictError, LostRunError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError
 from retrotool.purge.same_text import find_in_open_plans, parts_of_open_plans
 from retrotool.purge.select import Selection
 from retrotool.purge.selectors.scan import scan_files
@@ -56,7 +56,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     try:
         _write_purge(store, run, purge, selection, add)
         store.commit(run, build)
-    except (ConflictError, LostRunError):
+    except (ConflictError, CorruptError, ErasedError, LostRunError):
         for entry in add:  # one of them has the selector's text: it must not wait for the next clean-up
             disk.unlink(paths.inside(store.root, entry.path))
         raise

@@ -87,14 +87,16 @@ def erase(
         wanted = tuple(_wanted(store, purges, older_than))
         chunks = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in wanted)]
         named = np.unique(np.concatenate(chunks))
-        copies, copied = find_copies(store, named)
+        left = [purge for purge in wanted if not store.state.records[PREFIX + purge]["erased"]]
+        asked = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in left)]
+        copies, copied = find_copies(store, np.unique(np.concatenate(asked)))
         victims = np.union1d(named, copies)
         unerased = count_unerased(store, victims)
         planned = EraseResult(wanted, unerased, unerased / max(count_rows(store), 1), 0, copied, 0, store.state.number)
         if unerased and not confirm(planned):
             return planned
         with writing(store) as run:
-            _name_copies(store, run, wanted, copies)
+            _name_copies(store, run, left, copies)
             erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, wanted))
             clear(store, run)
         state = store.refresh()

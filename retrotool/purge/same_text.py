@@ -61,7 +61,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
-    selected = Tombstones(chunks)
+    selected, gone = Tombstones(chunks), read_tombstones(store)
     found = [np.zeros(0, np.int64)]
     copied = 0
     for part in repeats.parts():
@@ -75,7 +75,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
         repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
         first, count = first[repeating], count[repeating]
         ids = parts.chunk_ids(part, parts.rows_of_documents(first, count))
-        more = ~selected.contains(ids)
+        more = gone.contains(ids) & ~selected.contains(ids)
         found.append(ids[more])
         copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
     return np.unique(np.concatenate(found)), copied

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from retrotool.store import disk, folding, parts, paths
+from retrotool.errors import ErasedError
+from retrotool.store import disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Blocked, blocked_documents, read_hashes
 from retrotool.store.clean import clean
@@ -183,10 +184,12 @@ def _waiting(
             refused[task.task] = "its plan was changed"
         elif not is_whole(store.root, task):
             refused[task.task] = "its files are gone"
-        elif _brings_back(store, state, task.unit):
-            refused[task.task] = "a document of it was purged meanwhile"
         else:
-            waiting[task.unit.plan, task.unit.index] = task
+            with contextlib.suppress(ErasedError):  # another process has committed, or dropped, it just now
+                if _brings_back(store, state, task.unit):
+                    refused[task.task] = "a document of it was purged meanwhile"
+                else:
+                    waiting[task.unit.plan, task.unit.index] = task
     return waiting
 
 
@@ -248,5 +251,5 @@ def writing(store: Store) -> Iterator[Run]:
     with Run(store.root) as run:
         clean(store, run)
         # What dead runs had finished is kept; what an erase has overtaken since must not stay on the disk.
-        folding.fold(store, run)
+        fold(store, run)
         yield run
