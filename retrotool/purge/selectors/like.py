@@ -182,7 +182,7 @@ class LikeMatcher(Matcher):
 
         # torch widens float16 by the processor's instruction for it, numpy does not
         some = vectors if len(rows) == len(vectors) else vectors[rows]
-        wide = torch.from_numpy(np.ascontiguousarray(some)).float()
+        wide = torch.from_numpy(np.require(some, requirements=("C", "W"))).float()
         norms = torch.einsum("nd,nd->n", wide, wide).numpy()[:, None]
         least = norms + self._norms  # |x|² + |q|², by which rounding is bounded
         # Of d products and sums in float32 each is rounded by 2^-24 of what goes in; this is several times that.
