@@ -260,7 +260,7 @@ def test_two_refills_at_once_share_the_parts(store: Path) -> None:
     purge(store, victims)
     again = ("neighbours", "-k", str(K), "--saved", str(SAVED))
     for code, err in at_once(store, again, again):
-        assert code == 0 and "Traceback" not in err
+        assert code == 0 and "Traceback" not in err, err
     assert refill(store).queries == 0
     assert_as_anew(store, victims)
     assert api.verify(store).problems == []
