@@ -23,7 +23,7 @@ from store_help import (
     live_files,
 )
 
-from retrotool.errors import StorageError
+from retrotool.errors import ErasedError, StorageError
 from retrotool.store import folding
 from retrotool.store.runs import Run
 from retrotool.store.staging import COUNTS
@@ -113,3 +113,21 @@ def test_many_processes_fold_at_once(staged: Store) -> None:
     staged.refresh()
     clean(staged)
     assert_folded_once(staged)
+
+
+def test_a_unit_whose_files_another_process_takes_away_meanwhile_is_left_to_the_next_fold(
+    staged: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the other has folded it: its staged names are unlinked between being looked up and being read."""
+
+    def taken_away(*_: object) -> bool:
+        raise ErasedError("staging/a file was replaced, or erased, after this reader opened the store")
+
+    with Run(staged.root) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(folding, "_brings_back", taken_away)
+            assert not [task for task in folding.fold(staged, run).refused if task.startswith("task-")]
+        folding.fold(staged, run)
+    staged.refresh()
+    assert numbered(staged.state, staged.root) == IN_ORDER
+    assert_whole(staged)
