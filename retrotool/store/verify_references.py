@@ -11,8 +11,9 @@ database is the store itself; a database elsewhere is not read.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -215,29 +216,33 @@ def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, lists: list[
     """Whether some codes of a shard are those of the embeddings."""
     total = sum(len(ids) for ids, _ in lists)
     drawn = np.sort(_draw(entry).choice(total, min(total, _SAMPLED_VECTORS), replace=False))
-    start = place = 0
+    sampled: list[tuple[int, int, Fits]] = []
+    start = 0
     for ids, fits in lists:
-        while place < len(drawn) and drawn[place] < start + len(ids):
-            row = drawn[place] - start
-            stored = _vector(checked, encoder, int(ids[row]))
-            if stored is not None and stored.any() and not fits(int(row), stored):
-                return False
-            place += 1
+        rows = drawn[(drawn >= start) & (drawn < start + len(ids))] - start
+        sampled += [(int(ids[row]), int(row), fits) for row in rows]
         start += len(ids)
-    return True
+    stored = _vectors(checked, encoder, (chunk for chunk, _, _ in sampled))
+    return all(fits(row, stored[chunk]) for chunk, row, fits in sampled if chunk in stored)
 
 
 def _draw(entry: FileEntry) -> np.random.Generator:
     return np.random.default_rng(int(entry.sha256[:16], 16))
 
 
-def _vector(checked: Checked, encoder: str, chunk: int) -> npt.NDArray[np.float16] | None:
-    """The stored vector of a chunk, float16 [d]; None if it can't be had. Zeros if it is erased."""
-    part, row = split_id(chunk)
-    entry = checked.whole("embeddings", part, encoder)
-    if entry is None or row >= entry.rows:
-        return None
-    return np.asarray(vectors.read_vectors(checked.store, entry)[row])
+def _vectors(checked: Checked, encoder: str, chunks: Iterable[int]) -> dict[int, npt.NDArray[np.float16]]:
+    """The stored vectors, float16 [d] each, of chunks; without those that are erased or in a broken file."""
+    found = {}
+    for part, some in itertools.groupby(sorted(set(chunks)), lambda chunk: split_id(chunk)[0]):
+        entry = checked.whole("embeddings", part, encoder)
+        if entry is None:
+            continue
+        matrix = vectors.read_vectors(checked.store, entry)
+        for chunk in some:
+            row = split_id(chunk)[1]
+            if row < entry.rows and matrix[row].any():
+                found[chunk] = np.array(matrix[row])
+    return found
 
 
 def check_neighbours(checked: Checked) -> tuple[str, str]:
@@ -334,14 +339,17 @@ def _wrong_distances(
 ) -> tuple[int, int]:
     """How many of some stored distances are not the exact ones, and how many were looked at."""
     asking = np.flatnonzero((table.ids != NO_NEIGHBOUR).any(axis=1))
+    rows = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False).tolist()
+    named = [chunk for row in rows for chunk in table.ids[row].tolist() if chunk != NO_NEIGHBOUR]
+    stored = _vectors(checked, encoder, [*(join_id(part, row) for row in rows), *named])
     wrong = looked_at = 0
-    for row in _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False):
-        query = _vector(checked, encoder, join_id(part, int(row)))
-        if query is None or not query.any():
+    for row in rows:
+        query = stored.get(join_id(part, row))
+        if query is None:
             continue
         for chunk, distance in zip(table.ids[row].tolist(), table.distances[row].tolist(), strict=True):
-            other = _vector(checked, encoder, chunk) if chunk != NO_NEIGHBOUR else None
-            if other is None or not other.any():  # erased since
+            other = stored.get(chunk)
+            if other is None:  # there is no neighbour, or it was erased since
                 continue
             one, two = query.astype(np.float64), other.astype(np.float64)
             looked_at += 1
