@@ -31,8 +31,9 @@ from retrotool import api
 from retrotool.embed.run import EmbedResult
 from retrotool.embed.stage import EncoderRows
 from retrotool.encoder import Encoder, Rows, compare
-from retrotool.encoder.devices import BATCH_TOKENS, DTYPES, cores, pick_device
+from retrotool.encoder.devices import BATCH_TOKENS, DTYPES, pick_device
 from retrotool.encoder.runners import Handle, Ready
+from retrotool.machine import cores
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
 from retrotool.tokenizers import bundled_model
@@ -83,7 +84,7 @@ def flops(encoder: Encoder, rows: Rows) -> float:
 def peak(device: str, dtype: str) -> float:
     """Floating-point operations a second of matrix products, the best of some shapes; on a CPU one a core at a time."""
     from retrotool.encoder.packed import Dense, OneDnnDense
-    from retrotool.onednn import has_onednn
+    from retrotool.machine import has_onednn
 
     kind = getattr(torch, dtype)
     cpu = device == "cpu"

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from retrotool.onednn import has_onednn
+from retrotool.machine import has_onednn
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from retrotool.cli import output
-from retrotool.cli.result_file import written
+from retrotool.cli.result_files import written
 
 
 def render(template: str, **context: object) -> str:

@@ -5,7 +5,6 @@ torch is imported only where a GPU is asked for.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,11 +85,6 @@ def batch_tokens_of(device: str, asked: int | None) -> int:
     if asked is not None and not 1 <= asked <= MOST_BATCH_TOKENS:
         raise UsageError(f"--batch-tokens {asked} is not between 1 and {MOST_BATCH_TOKENS}")
     return asked or BATCH_TOKENS[device.split(":")[0]]
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from retrotool.encoder.architecture import Architecture, Weights
-from retrotool.onednn import has_onednn
+from retrotool.machine import has_onednn
 
 Spans = torch.Tensor | list[tuple[int, int]]
 """Where rows lie: int32 [n + 1] places where they begin and end, or runs of equal rows as (rows, length)."""

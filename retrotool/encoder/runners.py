@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrotool.encoder.devices import cores
 from retrotool.encoder.forwards import Arrays, Forward
+from retrotool.machine import cores
 
 Vectors = npt.NDArray[np.float16]
 _START_SECONDS = 60.0

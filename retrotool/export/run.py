@@ -1,31 +1,296 @@
-"""``export``: a query store's chunks and neighbours, with text and tokens, for tools that know nothing of stores.
+"""``export``: a query store's live chunks with neighbours, text and tokens, for tools that know nothing of stores.
 
-The output is a folder that is whole or not there (``atomic_dir``): Parquet files, the tokenizer as ``tokenizer.json``,
-and ``export.json``, which has what was exported of what: stores and their commits, the table, k, counts and files. What
-is purged later stays in an export; the commits say how old it is.
+The output is a folder that is whole or not there: Parquet files, the tokenizer as ``tokenizer.json``, and
+``export.json``, which has what was exported of what: stores and their commits, the table, k, counts and files. One view
+of each store is taken, always through the tombstones. What is purged later stays in an export.
+
+Cost: neighbours are anywhere, so looking up those of some chunks touches most row groups of the databases, and reads
+each once. So it is done for as many chunks as give ``HELD_BYTES`` of tokens, not for a row group; a database is
+read about (chunks · k · 2 · bytes a chunk) / ``HELD_BYTES`` times. Memory: some four times ``HELD_BYTES``, a part of
+the database, a part's documents, and a table of 8,192 chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from retrotool.cli.command_lines import embed_command, table_command
-from retrotool.embed.search_scope import count_living_keys
+from retrotool.cli.result_files import check_place, new_folder
+from retrotool.embed.search_scope import count_living_keys, embedded_parts
 from retrotool.engine.progress import counting
-from retrotool.errors import UsageError
-from retrotool.export.atomic_dir import check_place, new_folder
-from retrotool.export.tables import ExportedTables, open_tables, write_export
-from retrotool.neighbours.stage import database_of, members_of
-from retrotool.store import disk
+from retrotool.engine.task import Report
+from retrotool.errors import CorruptError, UsageError
+from retrotool.neighbours.retrieved import Pieces
+from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
+from retrotool.store import disk, parts
+from retrotool.store.ids import Ids
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
+from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
 MANIFEST, TOKENIZER = "export.json", "tokenizer.json"
+
+HELD_BYTES = 128 << 20
+"""Tokens of neighbours that are looked up at once."""
+GROUPS = 16
+"""Row groups of a block."""
+_PARQUET = {
+    "compression": "zstd",
+    "use_dictionary": ["document", "source"],
+    "write_page_checksum": True,
+    "write_page_index": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTables:
+    """The live chunks of ``store`` and, through ``reader``, k neighbours of each; ``tombstones`` are the store's.
+
+    ``tabled`` are the parts that have tables; chunks of others have no neighbours.
+    """
+
+    store: Store
+    reader: NeighbourReader
+    tokenizer: Tokenizer
+    tombstones: Tombstones
+    tabled: frozenset[int]
+    k: int
+
+    def found(self, part: int, row_groups: list[int], rows: int) -> Found:
+        """Return the neighbours, [rows, k], of all rows of some row groups, of purged ones too."""
+        if part in self.tabled:
+            found = self.reader.read(part, self.k, row_groups)
+            if len(found.ids) == rows:
+                return found
+            raise CorruptError(
+                f"the neighbours {self.reader.name!r} of part {part} have {len(found.ids):,} rows, not {rows:,}",
+                f"See what else is wrong: retrotool verify {self.store.root}",
+            )
+        empty = np.full((rows, self.k), NO_NEIGHBOUR, np.int64)
+        return Found(empty, np.full(empty.shape, np.inf, np.float32), np.zeros(empty.shape, np.uint8))
+
+
+def open_tables(store: Store, name: str, k: int | None = None) -> ExportedTables:
+    """Open the table, or mixture of tables, ``name``, with ``k`` neighbours a chunk (default: the table's own).
+
+    ``UsageError`` if it, a database or so many neighbours are not there, if a table is out of date, or if the chunks of
+    a database are of another length or another tokenizer: ids of their tokens would mean something else.
+    """
+    reader = NeighbourReader(store, name)
+    k = reader.k if k is None else k
+    if not 1 <= k <= reader.saved:
+        raise UsageError(
+            f"-k {k} is not between 1 and the {reader.saved} neighbours that {name!r} has of a chunk",
+            "To have more, compute them with a greater --saved: retrotool neighbours",
+        )
+    check_same_tokens(store, reader.databases)
+    tabled = reader.parts()
+    for part in tabled:
+        reader.entries(part)  # ids mean what they meant
+    return ExportedTables(store, reader, stored_tokenizer(store), read_tombstones(store), frozenset(tabled), k)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was exported: chunks, their documents and tokens, pairs of a chunk and a neighbour, chunks with none."""
+
+    chunks: int = 0
+    documents: int = 0
+    tokens: int = 0
+    neighbours: int = 0
+    alone: int = 0
+    _last: tuple[int, int] = (-1, -1)
+
+    def add(self, part: int, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], found: Found) -> None:
+        """Count chunks [n] of a part, in order; the document of the first may have been counted."""
+        if not len(doc):
+            return
+        before = self._last[1] if self._last[0] == part else -1
+        there = found.ids != NO_NEIGHBOUR
+        self.chunks += len(doc)
+        self.documents += int((np.diff(doc, prepend=before) != 0).sum())
+        self.tokens += int(n_tokens.sum())
+        self.neighbours += int(there.sum())
+        self.alone += int((~there.any(axis=1)).sum())
+        self._last = part, int(doc[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """n live chunks of a part: ``ids`` int64 [n], ids and sources of their documents, places in these int32 [n].
+
+    ``tokens`` [n, chunk_length] is zero-padded, of which ``n_tokens`` [n] count; ``found`` their neighbours, [n, k].
+    """
+
+    part: int
+    ids: Ids
+    doc: npt.NDArray[np.int32]
+    documents: pa.ChunkedArray
+    sources: pa.ChunkedArray
+    index: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]
+    n_tokens: npt.NDArray[np.int32]
+    found: Found
+
+    def __len__(self) -> int:
+        """Chunks of the block."""
+        return len(self.ids)
+
+
+def read_blocks(opened: ExportedTables) -> Iterator[tuple[Block, Pieces]]:
+    """Yield all live chunks in the order of their ids, block by block, with [N, F] of their neighbours, [n · k]."""
+    own = opened.store.identity
+    rows = HELD_BYTES // (2 * opened.k * own.chunk_length * own.tokenizer.token_bytes)
+    waiting: list[Block] = []
+    for block in _blocks(opened, rows // ROW_GROUP):
+        if sum(map(len, waiting)) + len(block) > rows:
+            yield from _with_pieces(opened, waiting)
+            waiting = []
+        waiting.append(block)
+    yield from _with_pieces(opened, waiting)
+
+
+def _row_slices(rows: int, most: int) -> Iterator[tuple[list[int], slice]]:
+    """Yield the rows of a part, at most so many row groups at a time: the numbers of these, and the rows."""
+    groups = -(-rows // ROW_GROUP)
+    step = max(1, min(most, GROUPS))
+    for start in range(0, groups, step):
+        stop = min(start + step, groups)
+        yield list(range(start, stop)), slice(start * ROW_GROUP, min(stop * ROW_GROUP, rows))
+
+
+def _blocks(opened: ExportedTables, most: int) -> Iterator[Block]:
+    store = opened.store
+    for part in store.state.parts():
+        documents = parts.read_documents(store, part, ["id", "source"])
+        for groups, some in _row_slices(parts.part_entry(store, "chunks", part).rows, most):
+            chunks = parts.read_chunks(store, part, groups)
+            ids = parts.chunk_ids(part, np.arange(some.start, some.stop))
+            rows = np.flatnonzero((chunks.n_tokens > 0) & ~opened.tombstones.contains(ids))
+            if len(rows):
+                found = opened.found(part, groups, len(chunks)).take(rows)
+                doc = chunks.doc[rows]
+                named = documents.take(pa.array(doc))
+                yield Block(
+                    part, ids[rows], doc, named["id"], named["source"], chunks.index[rows], chunks.tokens[rows],
+                    chunks.n_tokens[rows], found,
+                )  # fmt: skip
+
+
+def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[tuple[Block, Pieces]]:
+    """Blocks with what their neighbours are, looked up for all at once."""
+    if not blocks:
+        return
+    every = [block.found for block in blocks]
+    found = Found(
+        np.concatenate([one.ids for one in every]),
+        np.concatenate([one.distances for one in every]),
+        np.concatenate([one.databases for one in every]),
+    )
+    pieces = opened.reader.pieces(found)
+    wrong = (found.ids != NO_NEIGHBOUR) & (pieces.n_tokens[:, 0] == 0).reshape(found.ids.shape)
+    if wrong.any():
+        place = tuple(np.argwhere(wrong)[0])
+        database = opened.reader.databases[found.databases[place]].root
+        raise CorruptError(
+            f"the neighbours {opened.reader.name!r} name the chunk {found.ids[place]}, which {database} does not have",
+            f"See what is wrong: retrotool verify {opened.store.root}, and: retrotool verify {database}",
+        )
+    start = 0
+    for block in blocks:
+        some = slice(start, start + len(block) * opened.k)
+        yield block, Pieces(pieces.tokens[some], pieces.n_tokens[some])
+        start = some.stop
+
+
+def _schema(k: int, chunk_length: int, token: pa.DataType) -> pa.Schema:
+    """Return the columns of a chunk with k neighbours; ``token`` is the type of token ids."""
+    tokens = pa.list_(pa.list_(token, chunk_length), k)
+    lengths = pa.list_(pa.int32(), k)
+    return pa.schema([
+        ("chunk", pa.int64()), ("document", pa.string()), ("source", pa.string()), ("index", pa.int32()),
+        ("text", pa.string()), ("tokens", pa.list_(token)),
+        ("neighbours", pa.list_(pa.int64(), k)), ("distances", pa.list_(pa.float32(), k)),
+        ("databases", pa.list_(pa.int16(), k)),
+        ("neighbour_tokens", tokens), ("neighbour_lengths", lengths),
+        ("continuation_tokens", tokens), ("continuation_lengths", lengths),
+    ])  # fmt: skip
+
+
+def _table(opened: ExportedTables, block: Block, pieces: Pieces, some: slice, schema: pa.Schema) -> pa.Table:
+    n, k = some.stop - some.start, block.found.ids.shape[1]
+    ids = block.found.ids[some]
+    rows = slice(some.start * k, some.stop * k)
+    tokens = pieces.tokens[rows].reshape(n, k, 2, -1)
+    lengths = pieces.n_tokens[rows].reshape(n, k, 2)
+    databases = np.where(ids == NO_NEIGHBOUR, -1, block.found.databases[some].astype(np.int16))
+    columns = [
+        pa.array(block.ids[some]), block.documents[some.start : some.stop], block.sources[some.start : some.stop],
+        pa.array(block.index[some]), opened.tokenizer.decode_text(block.tokens[some], block.n_tokens[some]),
+        _lists(block.tokens[some], block.n_tokens[some], schema.field("tokens").type),
+        *(_fixed(values, schema.field(name).type) for name, values in (
+            ("neighbours", ids), ("distances", block.found.distances[some]), ("databases", databases),
+            ("neighbour_tokens", tokens[:, :, 0]), ("neighbour_lengths", lengths[:, :, 0]),
+            ("continuation_tokens", tokens[:, :, 1]), ("continuation_lengths", lengths[:, :, 1]),
+        )),
+    ]  # fmt: skip
+    return pa.table(columns, schema=schema)
+
+
+def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """[n, k] or [n, k, l] numbers as fixed-size lists."""
+    sizes = []
+    while pa.types.is_fixed_size_list(kind):
+        sizes.append(kind.list_size)
+        kind = kind.value_type
+    array = pa.array(np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1))
+    for size in reversed(sizes):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array
+
+
+def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """The first ``n_tokens`` [n] of each row of tokens [n, l] as lists."""
+    used = np.arange(tokens.shape[1]) < n_tokens[:, None]
+    offsets = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)]).astype(np.int32)
+    values = pa.array(tokens[used].astype(kind.value_type.to_pandas_dtype()))
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def write_export(opened: ExportedTables, folder: Path, report: Report) -> Counts:
+    """Write ``part-<number>.parquet`` for each part that has live chunks: zstd, with page checksums."""
+    own = opened.store.identity
+    columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())
+    counts, part, writer = Counts(), -1, cast(Any, None)
+    with ExitStack() as files:
+        for block, pieces in read_blocks(opened):
+            counts.add(block.part, block.doc, block.n_tokens, block.found)
+            path = folder / f"part-{block.part:06d}.parquet"
+            if block.part != part:
+                files.close()
+                part, opening = block.part, pq.ParquetWriter(path, columns, **_PARQUET)
+                writer = files.enter_context(opening)
+            for start in range(0, len(block), ROW_GROUP):
+                some = slice(start, min(start + ROW_GROUP, len(block)))
+                table = _table(opened, block, pieces, some, columns)
+                disk.announce("write", path)
+                writer.write_table(table)
+                report(table.num_rows)
+    return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +334,9 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
     target = check_place("OUTPUT", output)
     store = Store.open(root)
     opened = open_tables(store, name, k)
-    for one in (store, *opened.reader.databases):
-        if target.is_relative_to(one.root.resolve()):
-            raise UsageError(f"OUTPUT {output} is in the store {one.root}", "Name a folder outside of it.")
     _check_complete(opened, root)
-    total = opened.total()
+    rows = sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts())
+    total = rows - len(opened.tombstones.ids)
     if not total:
         raise UsageError(f"{root} has no chunk that is not purged: there is nothing to export")
     with new_folder(target) as folder:
@@ -81,21 +344,17 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
             counts = write_export(opened, folder, report)
         disk.write(folder / TOKENIZER, store.tokenizer_json())
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        databases = tuple(
+            ExportedDatabase(number, member.table, member.weight, member.store.identity.uuid, member.store.state.number)
+            for number, member in enumerate(opened.reader.members)
+        )
         result = ExportResult(
             str(output), store.identity.uuid, store.state.number, name, opened.k, store.identity.chunk_length,
-            _databases(opened), counts.chunks, counts.documents, counts.tokens, counts.neighbours, counts.alone,
+            databases, counts.chunks, counts.documents, counts.tokens, counts.neighbours, counts.alone,
             sum(files.values()),
         )  # fmt: skip
         disk.write(folder / MANIFEST, _manifest(result, store, files))
     return result
-
-
-def _databases(opened: ExportedTables) -> tuple[ExportedDatabase, ...]:
-    members = members_of(opened.store, opened.reader.name)
-    return tuple(
-        ExportedDatabase(number, table, weight, database.identity.uuid, database.state.number)
-        for number, ((table, weight), database) in enumerate(zip(members, opened.reader.databases, strict=True))
-    )
 
 
 def _manifest(result: ExportResult, store: Store, files: dict[str, int]) -> bytes:
@@ -115,29 +374,21 @@ def _check_complete(opened: ExportedTables, root: str | Path) -> None:
     missing = [part for part in store.state.parts() if part not in opened.tabled]
     chunks = sum(count_living_keys(store, part, opened.tombstones) for part in missing)
     if chunks:
-        name = opened.reader.name
+        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UsageError(
-            f"{chunks:,} chunks of {root} have no neighbours {name!r} yet: those of parts {_few(missing)}",
+            f"{chunks:,} chunks of {root} have no neighbours {opened.reader.name!r} yet: those of parts {shown}",
             "Compute them: " + ", then: ".join(_commands(opened, root, missing)),
         )
-
-
-def _few(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
 
 
 def _commands(opened: ExportedTables, root: str | Path, missing: Sequence[int]) -> Iterator[str]:
     """Yield the commands that give the missing parts their tables."""
     store, embedded = opened.store, set[str]()
-    for table, _ in members_of(store, opened.reader.name):
-        tabled = {int(slot) for slot in store.state.group("neighbours", table)}
-        if tabled.issuperset(missing):
+    for member in opened.reader.members:
+        if set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
             continue
-        database, record = database_of(store, table)
-        encoder = str(record["encoder"])
-        vectors = {int(slot) for slot in store.state.group("embeddings", encoder)}
-        if encoder not in embedded and not vectors.issuperset(missing):
+        encoder = str(store.state.records[f"neighbours:{member.table}"]["encoder"])
+        if encoder not in embedded and not set(missing).issubset(embedded_parts(store, encoder)):
             yield embed_command(store, root, encoder)
             embedded.add(encoder)
-        yield table_command(store, table, database)
+        yield table_command(store, member.table, member.store)

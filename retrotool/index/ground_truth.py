@@ -30,7 +30,7 @@ from retrotool.embed.search_scope import (
 from retrotool.engine.task import Report
 from retrotool.index.exact import nearest_of
 from retrotool.index.searching import TUNED_K
-from retrotool.memory import give_back
+from retrotool.machine import give_memory_back
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT, chunk_ids
 from retrotool.store.store import Store
@@ -105,7 +105,7 @@ def find_truth(
         report(1)
     if best is None:
         best = Best(np.full((len(ids), DEPTH), np.inf, np.float32), np.full((len(ids), DEPTH), -1, np.int64))
-    give_back()
+    give_memory_back()
     return Truth(ids, asked, _sources(store, ids), best, n, share)
 
 

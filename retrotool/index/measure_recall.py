@@ -18,7 +18,7 @@ from retrotool.index.recall import Measurement, Searched, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.index.staleness import Drift, drift, trained_on
-from retrotool.memory import give_back
+from retrotool.machine import give_memory_back
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import part_of
 from retrotool.store.log import Draft
@@ -88,7 +88,7 @@ def _measure(
     at = Point(int(record["nprobe"]), int(record["depth"])) if keep and record else None
     with counting("exact search", "part", len(numbers)) as report:
         truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
-    give_back()
+    give_memory_back()
     with counting("recall", "point") as report:
         found = measure_recall(
             truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,

@@ -27,7 +27,7 @@ from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.index.generations import default_index, index_key, shards
 from retrotool.index.index_files import held_parts, parts_in_shard, read_shards, read_trained
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
-from retrotool.memory import of_machine as memory_of_machine
+from retrotool.machine import memory_of_machine
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import part_of, row_of
 from retrotool.store.store import Store

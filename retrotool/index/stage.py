@@ -50,7 +50,7 @@ from retrotool.index.index_files import (
 )
 from retrotool.index.staleness import consecutive_ranges
 from retrotool.index.training import check_finite, train
-from retrotool.memory import give_back
+from retrotool.machine import give_memory_back
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_slot
@@ -203,7 +203,7 @@ class IndexWorker:
                 return self._merge(task, run, report)
             return self._write_shard(task, run, report)
         finally:
-            give_back()
+            give_memory_back()
 
     def _train(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store

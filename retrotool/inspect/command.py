@@ -13,8 +13,7 @@ from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
     from retrotool.cli.output import Paragraph
-    from retrotool.inspect.inspected_rows import CommonRun, InspectedChunk, InspectedNeighbour
-    from retrotool.inspect.run import InspectResult, TableRead
+    from retrotool.inspect.run import CommonRun, InspectedChunk, InspectedNeighbour, InspectResult, TableRead
     from retrotool.tokenizers.split import Split
 
 EPILOG = """\b

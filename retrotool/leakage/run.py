@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool.ann.excluded import Excluded, Queries
-from retrotool.cli.result_file import check_file, written
+from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import (
     count_living_keys,
     embedded_parts,

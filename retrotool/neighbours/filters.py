@@ -33,7 +33,7 @@ from retrotool.errors import UsageError
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.searching import Database, rows_in
 from retrotool.index.source_filter import find_sources, source_names
-from retrotool.memory import of_machine as memory_of_machine
+from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import are_near_copies, distinct_grams, has_longer_run
 from retrotool.store import parts

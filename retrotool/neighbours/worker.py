@@ -29,7 +29,7 @@ from retrotool.embed.search_scope import (
 from retrotool.engine.task import Report, Task
 from retrotool.index.exact import merged
 from retrotool.index.staleness import consecutive_ranges
-from retrotool.memory import give_back
+from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import AnyDatabase, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.stage import (
@@ -94,7 +94,7 @@ class NeighboursWorker:
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
             if stage.memory is not None:
-                give_back()
+                give_memory_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
             table = neighbour_tables.erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)

@@ -36,15 +36,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrotool import memory
 from retrotool.ann.choice import ITERATIONS, IndexChoice, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk.run import CHUNK_LENGTH, PART_SIZE, check_chunk_length
 from retrotool.cli.command_lines import SAVED
-from retrotool.encoder.devices import cores as own_cores
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows
 from retrotool.index.training import sample_size
+from retrotool.machine import cores as own_cores
+from retrotool.machine import memory_of_machine
 from retrotool.plan.rates import EncoderShape, Rate, Rates, check_rates, find_shape
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
@@ -179,7 +179,7 @@ def plan(
         gpus=gpus,
         hosts=max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts,
         cores=own_cores() if cores is None else cores,
-        memory=memory.of_machine() if memory_per_host is None else memory_per_host,
+        memory=memory_of_machine() if memory_per_host is None else memory_per_host,
     )
     request = PlanRequest(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}

@@ -28,7 +28,7 @@ import orjson
 from tqdm import tqdm
 
 from retrotool import interrupts
-from retrotool.cli.result_file import check_file, written
+from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import count_living_keys, is_same_directory
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of

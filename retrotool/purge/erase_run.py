@@ -15,11 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from retrotool import engine, memory
+from retrotool import engine
 from retrotool.embed.search_scope import purges_erased
-from retrotool.encoder.devices import cores
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.index.index_files import measured_files
+from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.erase import EraseStage, part_files
 from retrotool.purge.purged_chunks import Ids, count_rows, count_unerased, erased_purges, has_any
@@ -214,7 +214,7 @@ def _workers(store: Store, victims: Tombstones) -> int:
     vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]
     tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
     most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
-    room = memory.of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
+    room = memory_of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
     return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from retrotool import engine
-from retrotool.cli.result_file import check_file, written
+from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import purges_erased
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Queries
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
-from retrotool.export.tables import open_tables, read_blocks
+from retrotool.export.run import open_tables, read_blocks
 from retrotool.index.exact import ExactDatabase
 from retrotool.index.searching import Database
 from retrotool.inspect.run import Choice, inspect

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from retrotool.cli import output, pages, result_file
+from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
 from retrotool.errors import StorageError, UsageError
 from retrotool.neighbours.dependents import Dependent, dependents
@@ -134,11 +134,11 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     _check_purge(store, purge)
     targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
     for path in targets.values():
-        result_file.check_file("--out", path)
+        result_files.check_file("--out", path)
     receipt = until_not_overtaken(store, lambda: _check(store, purge))
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
-    with result_file.written(targets["json"]) as scratch:
+    with result_files.written(targets["json"]) as scratch:
         scratch.write_bytes(data)
     commit = _commit_receipt(store, receipt, sha256)
     pages.write_page(

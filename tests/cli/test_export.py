@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 import retrotool
 from retrotool import api
-from retrotool.export import tables as exported
+from retrotool.export import run as exported
 from retrotool.export.run import ExportResult
 from retrotool.neighbours.run import SearchOptions
 from retrotool.reader import Chunk, Reader

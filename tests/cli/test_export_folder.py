@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 import retrotool
 from retrotool import api
 from retrotool.app import app
+from retrotool.cli import result_files
+from retrotool.cli.result_files import check_place, new_folder
 from retrotool.errors import CorruptError, ErasedError, UsageError
-from retrotool.export import atomic_dir
 from retrotool.export import run as export_run
-from retrotool.export.atomic_dir import check_place, new_folder
-from retrotool.export.tables import ExportedTables
+from retrotool.export.run import ExportedTables
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store import disk, neighbour_tables, runs
 from retrotool.store.neighbour_tables import NeighbourTable
@@ -71,7 +71,7 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_aw
     built_store: Path, tmp_path: Path, empty_folder_there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is killed before it says that it is alive is taken away a minute later.
-    monkeypatch.setattr(atomic_dir, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(result_files, "_SETTLED_SECONDS", -1.0)
     (tmp_path / "there").mkdir()
     output = tmp_path / "there" / "out"
     api.export(built_store, tmp_path / "whole")

@@ -105,7 +105,7 @@ BLINDED = {
     ("index.exact",): {"exact search tiny"},
     ("neighbours.table_reader",): {"neighbours main"},
     ("train.training_rows", "train.sequences"): {"dataset main"},
-    ("export.tables",): {"export main"},
+    ("export.run",): {"export main"},
     ("leakage.run",): {"leakage main"},
 }
 """What returns purged chunks when modules ignore the tombstones."""

@@ -14,8 +14,7 @@ import retrotool
 from retrotool import api
 from retrotool.errors import ErasedError, UsageError
 from retrotool.inspect import run as inspect_run
-from retrotool.inspect.inspected_rows import MARKED_FROM
-from retrotool.inspect.run import Choice, InspectResult
+from retrotool.inspect.run import MARKED_FROM, Choice, InspectResult
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.store import Store
@@ -101,7 +100,7 @@ def test_marks_in_a_chunk_are_the_runs_of_its_neighbours(built_store: Path) -> N
 
 def test_blocks_do_not_show(built_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = api.inspect(built_store, EVERYTHING, k=3)
-    monkeypatch.setattr("retrotool.inspect.inspected_rows._BLOCK", 21)
+    monkeypatch.setattr("retrotool.inspect.run._BLOCK", 21)
     assert api.inspect(built_store, EVERYTHING, k=3) == whole
     without = api.inspect(built_store, EVERYTHING, k=3, keep=False)
     assert without.chunks == () and without.histogram == whole.histogram and without.shown == whole.shown

@@ -24,9 +24,9 @@ import orjson
 import pyarrow as pa
 
 from retrotool import interrupts
-from retrotool.encoder.devices import cores
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
+from retrotool.machine import cores
 from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
 from retrotool.purge.selectors.selector import Matcher, Selector
 from retrotool.store import parts, staging

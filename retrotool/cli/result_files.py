@@ -1,8 +1,8 @@
-"""A folder that is there with all its files, or not at all.
+"""Files and folders outside of a store that commands write: refused before work begins, and there whole or not at all.
 
-It is written beside its place, under a hidden name with the id of the run, and renamed when it is whole: a kill leaves
-nothing under its name. The next run for the same place removes what killed runs left; whether a run is alive is decided
-as in a store (``store.runs``), so two runs at once don't disturb one another.
+They are written beside their place, under a hidden name, and renamed when they are whole. A folder's hidden name has
+the id of a run: the next run for the same place removes what killed runs left; whether a run is alive is decided as in
+a store (``store.runs``), so two runs at once don't disturb one another.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from retrotool.errors import StorageError, UsageError
 from retrotool.store import disk, runs
+from retrotool.store.identity import FILE as IDENTITY
 from retrotool.store.runs import Run
 
 _RUN = re.compile("[0-9a-f]{8}")
@@ -26,11 +27,65 @@ _SETTLED_SECONDS = 60.0
 """For how long at most a folder is without a run while it is created, or finished."""
 
 
+def check_file(option: str, file: str | Path) -> None:
+    """Raise ``UsageError`` if ``file`` can't be written: it has no folder, is something else, or is in a store.
+
+    In a store it might replace one of its files, and an erase would not reach its text.
+    """
+    path = Path(file)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{option} {file}: there is no folder {folder}", "Make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{option} {file}: you may not write into {folder}", "Name a file in another folder.")
+    if path.is_dir():
+        raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
+    _check_outside(option, file, "file")
+
+
+def _check_outside(option: str, path: str | Path, kind: str) -> None:
+    for above in Path(path).resolve().parents:
+        if (above / IDENTITY).exists():
+            raise UsageError(f"{option} {path} is in the store {above}", f"Name a {kind} outside of it.")
+
+
+@contextmanager
+def written(file: str | Path) -> Iterator[Path]:
+    """Yield a path beside ``file`` to write to, which replaces ``file`` at the end, and is removed after an error.
+
+    ``StorageError`` if the disk is full, and the like.
+    """
+    path = Path(file)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        if error.filename is not None and not _is_ours(error.filename, scratch):
+            raise  # it is about another file
+        raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _is_ours(name: object, scratch: Path) -> bool:
+    """Whether an error names ``scratch`` or its folder, of which a user knows nothing."""
+    if not isinstance(name, str | bytes):
+        return False
+    return Path(os.fsdecode(name)).absolute() in (scratch.absolute(), scratch.absolute().parent)
+
+
 def check_place(option: str, path: str | Path) -> Path:
-    """Return the absolute path of a new folder; ``UsageError`` if something is there, or its parent is missing."""
+    """Return the absolute path of a new folder.
+
+    ``UsageError`` if something is there, its parent is missing, or it is in a store, whose erases would not reach it.
+    """
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {target.parent}", "Make it first.")
+    _check_outside(option, path, "folder")
     if not target.exists():
         return target
     if not target.is_dir():
@@ -56,9 +111,14 @@ def new_folder(target: Path) -> Iterator[Path]:
                     disk.fsync(path)
         (scratch / "staging").rmdir()
         disk.fsync_directory(scratch)
-        _put(scratch, target)
+        disk.rename(scratch, target)
         disk.fsync_directory(target.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UsageError(
+                f"{target} was made by another process",
+                "Remove it, or name another folder, and run the command again.",
+            ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
                 f"{target}: no space left; nothing of it was kept", "Free some space and run the same command again."
@@ -70,18 +130,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put(scratch: Path, target: Path) -> None:
-    try:
-        disk.rename(scratch, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UsageError(
-                f"{target} was made by another process",
-                "Remove it, or name another folder, and run the command again.",
-            ) from error
-        raise
 
 
 def _prefix(target: Path) -> str:

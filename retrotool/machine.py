@@ -1,0 +1,70 @@
+"""What this machine has: cores, memory, fast products of matrices by oneDNN; and giving memory back to the system.
+
+The C library keeps what was freed for the next who asks, in pieces that fit what was asked before. Between phases that
+ask for blocks of different sizes that adds up. ``give_memory_back`` costs some milliseconds, and does nothing where the
+C library can't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def memory_of_machine() -> int:
+    """Bytes of memory of this machine, or of the container that this is."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            found = min(found, int(Path(limit).read_text()))
+    return found
+
+
+def give_memory_back() -> None:
+    """Give free memory back to the system, and that of GPUs to other processes."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    arrow = sys.modules.get("pyarrow")
+    if arrow is not None:
+        arrow.default_memory_pool().release_unused()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of ``dtype`` quickly, and rightly, on this CPU.
+
+    torch makes no promise to keep the operators that this takes.
+    """
+    import torch
+
+    try:
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return False
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return False
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 8, dtype=dtype), None)
+        rows, bias = torch.ones(2, 8, dtype=dtype), torch.ones(16, dtype=dtype)
+        return bool((torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "") == 9).all())
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
