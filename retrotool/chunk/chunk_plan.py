@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from retrotool import sources
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
-from retrotool.sources.spool import is_spooled
+from retrotool.sources.inputs import is_spooled
 from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft

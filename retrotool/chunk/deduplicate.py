@@ -44,7 +44,7 @@ from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
 from retrotool.errors import ConflictError, DuplicatesError, ErasedError, InputError
 from retrotool.sources import InputFile
-from retrotool.sources.files import IN_BYTES
+from retrotool.sources.inputs import IN_BYTES
 from retrotool.sources.lines import count_lines
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry

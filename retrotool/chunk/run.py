@@ -33,8 +33,7 @@ from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
-from retrotool.sources.files import STANDARD_INPUT
-from retrotool.sources.spool import is_spooled, spool
+from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
 from retrotool.store import folding, parts, runs
 from retrotool.store.folding import writing
 from retrotool.store.runs import Run

@@ -37,8 +37,8 @@ from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
 from retrotool.sources import Document, Rejected
+from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
-from retrotool.sources.spool import is_spooled
 from retrotool.store import parts, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName

@@ -14,7 +14,7 @@ from retrotool.errors import UsageError
 if TYPE_CHECKING:
     from retrotool.cli.output import Paragraph
     from retrotool.inspect.run import CommonRun, InspectedChunk, InspectedNeighbour, InspectResult, TableRead
-    from retrotool.tokenizers.split import Split
+    from retrotool.tokenizers.tokenizer import Split
 
 EPILOG = """\b
 Examples:

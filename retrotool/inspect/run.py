@@ -35,7 +35,7 @@ from retrotool.store.parts import PART_SHIFT, ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer
-from retrotool.tokenizers.split import Split, split_texts
+from retrotool.tokenizers.tokenizer import Split, split_texts
 
 MARKED_FROM = 5
 """Tokens from which a common run is marked. Of chunks that have nothing to do with one another, taken from manuals, one

@@ -6,8 +6,7 @@ Every row of an input comes out exactly once, as a ``Document`` or as a ``Reject
 a ``Rejected`` for the rest. Memory is bounded by the longest document (``Fields.max_document``) and a few blocks.
 """
 
-from retrotool.sources.files import WHOLE, InputFile, Slice
-from retrotool.sources.finding import Survey, find_inputs, survey
+from retrotool.sources.inputs import WHOLE, InputFile, Slice, Survey, find_inputs, survey
 from retrotool.sources.json_array import names_without
 from retrotool.sources.read import check_fields, check_input, cut_input, read_input
 from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, Rejected, excerpt, reason_of

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from retrotool.errors import InputError
 from retrotool.sources import streams
-from retrotool.sources.files import InputFile, Slice
+from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.lines import HEAD_BYTES, cut_lines
 from retrotool.sources.records import Document, Fields, Rejected, column_names, document_of, excerpt, no_column
 from retrotool.sources.streams import BrokenStream

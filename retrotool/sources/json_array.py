@@ -25,7 +25,7 @@ import orjson
 
 from retrotool.errors import InputError
 from retrotool.sources import lines, streams
-from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.lines import BOM, line_limit
 from retrotool.sources.records import Document, Fields, Rejected, excerpt, find, maker
 from retrotool.sources.streams import BrokenStream

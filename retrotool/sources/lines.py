@@ -28,7 +28,7 @@ import orjson
 
 from retrotool.errors import InputError
 from retrotool.sources import streams
-from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Maker, Rejected, content_id, excerpt, maker
 from retrotool.sources.streams import BrokenStream
 

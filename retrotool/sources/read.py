@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from retrotool.errors import InputError, RetrotoolError, UsageError
-from retrotool.sources import arrow, csv_rows, json_array, lines, parquet, tokens, warc
-from retrotool.sources.files import WHOLE, InputFile, Slice
+from retrotool.sources import columnar, csv_rows, json_array, lines, tokens, warc
+from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Rejected, reason_of
 
 Rows = Iterator[Document | Rejected]
@@ -30,11 +30,11 @@ class Format:
 
 
 FORMATS = {
-    "arrow": Format(arrow.read_arrow_file, arrow.cut_arrow),
+    "arrow": Format(columnar.read_arrow_file, columnar.cut_arrow),
     "csv": Format(csv_rows.read_csv),
     "json": Format(json_array.read_json),
     "jsonl": Format(lines.read_jsonl, lines.cut_byte_ranges),
-    "parquet": Format(parquet.read_parquet_file, parquet.cut_parquet),
+    "parquet": Format(columnar.read_parquet_file, columnar.cut_parquet),
     "tokens": Format(tokens.read_tokens, tokens.cut_tokens),
     "tsv": Format(csv_rows.read_csv),
     "txt": Format(lines.read_txt, lines.cut_text),

@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
-from retrotool.sources.files import OFFSETS, WHOLE, InputFile, Slice
+from retrotool.sources.inputs import OFFSETS, WHOLE, InputFile, Slice
 from retrotool.sources.records import TOKEN_BYTES, Document, Fields, Rejected, excerpt, reason_of, tokens_id
 
 BLOCK_BYTES = 1 << 20

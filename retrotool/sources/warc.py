@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
-from retrotool.sources.files import InputFile, Slice
+from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.records import BadRow, Document, Fields, Rejected, document_of, excerpt, reason_of
 from retrotool.sources.streams import BrokenStream
 

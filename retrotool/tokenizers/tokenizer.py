@@ -4,6 +4,10 @@ Ids are those of the ``tokenizers`` library without special tokens, truncation o
 each token's bytes where the decoder is byte-level BPE or WordPiece: an Arrow ``take`` whose data buffer is the
 text, about 100 MB/s; the table is checked against the library when it is built, and any other decoder goes through
 the library.
+
+``split_texts`` cuts a text around a run of its tokens. A token's text depends on its place, so the run is not decoded
+by itself: what comes before its first and its last token is decoded as the beginning of the whole text, which is cut
+there. A character that the run has only a part of is left outside of it. Each text is decoded three times.
 """
 
 from __future__ import annotations
@@ -245,3 +249,45 @@ def byte_level_alphabet() -> dict[str, int]:
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
     return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+Lengths = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A text in three pieces, of which any may be empty; without a run all of it is ``before``."""
+
+    before: str
+    run: str
+    after: str
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.before + self.run + self.after
+
+
+def split_texts(
+    tokenizer: Tokenizer, tokens: npt.NDArray[Any], n_tokens: Lengths, start: Lengths, stop: Lengths
+) -> list[Split]:
+    """Cut the text of each row of ``tokens`` [n, w], of which ``n_tokens`` [n] count, around tokens [start, stop)."""
+    whole = tokenizer.decode_text(tokens, n_tokens)
+    found = [Split(text, "", "") for text in whole]
+    some = np.flatnonzero(start < stop)
+    heads = tokenizer.decode_text(tokens[some], start[some])
+    tails = tokenizer.decode_text(tokens[some], stop[some])
+    for row, head, tail in zip(some.tolist(), heads, tails, strict=True):
+        text = whole[row]
+        low, inside = _beginning_in(text, head)
+        high = max(low + inside, _beginning_in(text, tail)[0])
+        found[row] = Split(text[: low + inside], text[low + inside : high], text[high:])
+    return found
+
+
+def _beginning_in(text: str, beginning: str) -> tuple[int, bool]:
+    """How much of a text a beginning has, as decoded by itself; and whether it ends inside the next character."""
+    if text.startswith(beginning):
+        return len(beginning), False
+    pairs = enumerate(zip(text, beginning, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(text), len(beginning))), True

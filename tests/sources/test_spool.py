@@ -18,7 +18,7 @@ from source_help import PACK, read_slices
 
 from retrotool.errors import StorageError, UsageError
 from retrotool.sources import Fields, InputFile, cut_input, find_inputs, read_input
-from retrotool.sources.spool import is_spooled, spool
+from retrotool.sources.inputs import is_spooled, spool
 
 LINES = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(1000))
 TEXTS = [f"line {i}" for i in range(1000)]
@@ -126,7 +126,7 @@ def test_a_full_disk_is_reported_with_what_to_do(monkeypatch):
 
 INTERRUPTED = """
 import sys
-from retrotool.sources.spool import spool
+from retrotool.sources.inputs import spool
 print("ready", flush=True)
 with spool(sys.stdin.buffer):
     pass

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.sources import WHOLE, Document, Fields, Rejected, cut_input, find_inputs, parquet, read_input, rows
+from retrotool.sources import WHOLE, Document, Fields, Rejected, columnar, cut_input, find_inputs, read_input
 from retrotool.sources.records import content_id, document_of, tokens_id
 
 texts = st.none() | st.text(st.characters(codec="utf-8"), max_size=12) | st.just("x" * 40)
@@ -82,8 +82,8 @@ def test_columns_give_what_rows_would(folder, content, fields, text_type, group,
     table = table.set_column(1, "text", table["text"].cast(text_type))
     file = write(folder / "columns.parquet", table, row_group_size=group)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "WINDOW_BYTES", window_bytes)
-        patch.setattr(rows, "WINDOW_ROWS", window_rows)
+        patch.setattr(columnar, "WINDOW_BYTES", window_bytes)
+        patch.setattr(columnar, "WINDOW_ROWS", window_rows)
         found = list(read_input(file, fields))
     expected = row_by_row(content, fields, file.name)
     for row, same in zip(found, expected, strict=True):
@@ -190,7 +190,7 @@ def test_of_a_struct_only_the_fields_that_are_asked_for_are_read(tmp_path):
     content = [{"text": "a", "meta": {"url": "u", "image": b"x" * 1000, "deep": {"k": "v"}}}]
     file = write(tmp_path / "nested.parquet", pa.Table.from_pylist(content))
     with pq.ParquetFile(file.path) as table:
-        selected = parquet._selected(table, Fields(keep=("meta.url", "meta.deep.k")))
+        selected = columnar._selected(table, Fields(keep=("meta.url", "meta.deep.k")))
         batch = next(table.iter_batches(columns=selected))
     assert batch.to_pylist() == [{"text": "a", "meta": {"url": "u", "deep": {"k": "v"}}}]
 
@@ -314,13 +314,13 @@ def test_a_table_without_rows_has_none(tmp_path):
 def test_long_rows_make_small_batches(tmp_path):
     file = write(tmp_path / "long.parquet", pa.table({"text": ["x" * 900_000 + str(i) for i in range(40)]}))
     sizes = []
-    real = rows.documents_of_batch
+    real = columnar.documents_of_batch
 
     def spy(batch, *rest):
         sizes.append(batch.num_rows)
         return real(batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "documents_of_batch", spy)
+        patch.setattr(columnar, "documents_of_batch", spy)
         assert len(list(read_input(file, Fields()))) == 40
-    assert max(sizes) <= parquet.BATCH_BYTES // 900_000
+    assert max(sizes) <= columnar.BATCH_BYTES // 900_000

@@ -18,7 +18,7 @@ from retrotool.inspect.run import MARKED_FROM, Choice, InspectResult
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.store import Store
-from retrotool.tokenizers.split import Split
+from retrotool.tokenizers.tokenizer import Split
 
 EVERYTHING = Choice(random=10**9)
 

@@ -18,7 +18,7 @@ from tokenizers import normalizers
 import retrotool
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, find_tokenizer, sentencepiece_file
+from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, find, find_tokenizer
 
 BYTES = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
 MODELS = {
@@ -55,7 +55,7 @@ def models() -> dict[str, tuple[Tokenizer, sentencepiece.SentencePieceProcessor]
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(content)
         found[name] = (
-            Tokenizer(TokenizerFile(name, sentencepiece_file.convert_sentencepiece(content, name))),
+            Tokenizer(TokenizerFile(name, find.convert_sentencepiece(content, name))),
             processor,
         )
     return found
@@ -119,7 +119,7 @@ def test_a_corpus_is_chunked_with_a_model_file(tmp_path: Path):
 )
 def test_models_that_can_not_be_put_so_are_refused(options, said):
     with pytest.raises(UsageError, match=said):
-        sentencepiece_file.convert_sentencepiece(trained(**options), "m")
+        find.convert_sentencepiece(trained(**options), "m")
 
 
 def test_a_model_that_comes_out_otherwise_is_refused(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_model_that_comes_out_otherwise_is_refused(monkeypatch):
     content = trained(**MODELS["bpe"])
     monkeypatch.setattr(normalizers, "Prepend", lambda _: normalizers.Replace("qqq", "qqq"))
     with pytest.raises(UsageError, match="gives other ids than SentencePiece for"):
-        sentencepiece_file.convert_sentencepiece(content, "m")
+        find.convert_sentencepiece(content, "m")
 
 
 def test_pieces_that_are_never_used_are_refused():
@@ -135,7 +135,7 @@ def test_pieces_that_are_never_used_are_refused():
     model.ParseFromString(trained(**MODELS["bpe"]))
     model.pieces[300].type = 5
     with pytest.raises(UsageError, match="marked as unused"):
-        sentencepiece_file.convert_sentencepiece(model.SerializeToString(), "m")
+        find.convert_sentencepiece(model.SerializeToString(), "m")
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"\x0a\xff\xff\xff\xff\x0f", bytes(range(256))])
@@ -150,5 +150,5 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     content = trained(**MODELS["bpe"])
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UsageError, match="is not installed") as caught:
-        sentencepiece_file.convert_sentencepiece(content, "m")
+        find.convert_sentencepiece(content, "m")
     assert caught.value.advice == "Install it with: pip install sentencepiece protobuf"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.split import Split, split_texts
+from retrotool.tokenizers.tokenizer import Split, split_texts
 
 
 def cut(tokenizer: Tokenizer, tokens: list[int], start: int, stop: int) -> Split:

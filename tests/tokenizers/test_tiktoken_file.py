@@ -13,7 +13,7 @@ from hypothesis import given
 from tokenizers import Tokenizer as Library
 
 from retrotool.errors import UsageError
-from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, find_tokenizer, tiktoken_file
+from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, find, find_tokenizer
 from retrotool.tokenizers.tokenizer import byte_level_alphabet
 
 ENCODINGS = ("r50k_base", "p50k_edit", "cl100k_base", "o200k_base")
@@ -43,7 +43,7 @@ def encodings() -> dict[str, tuple[Tokenizer, tiktoken.Encoding]]:
             patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, ranks=ranks, **__: ranks)
             shipped = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS[name]()
         shipped.pop("explicit_n_vocab", None)
-        content = tiktoken_file.convert_tiktoken(file_of(ranks), f"some/folder/{name}.tiktoken")
+        content = find.convert_tiktoken(file_of(ranks), f"some/folder/{name}.tiktoken")
         found[name] = (Tokenizer(TokenizerFile(name, content)), tiktoken.Encoding(**shipped))
     return found
 

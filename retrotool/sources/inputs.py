@@ -1,43 +1,162 @@
-"""Finding input files: behind paths, patterns and folders, each once, by a name that depends on nothing else given.
+"""Input files: finding them, their names, formats, slices and fingerprints; standard input as one of them.
 
 A file given by its path is named by that path, one found in a folder by the folder's own name and the way from there.
-Links to folders are followed, each folder once; what lies there by its real path is named by that. What can't be an
-input is refused by name, so that nothing is missing in silence: a link to nothing, a pipe or a device, a folder that
-may not be listed. Left out, and named in a ``Survey``, are files in folders whose suffix is of no known format, and
-``.bin`` and ``.npy`` files of which nothing says that they are tokens. Not even that is said of hidden files, of what
-stands beside the rows of a saved dataset, and of a store.
+Links to folders are followed, each folder once. What can't be an input is refused by name. Left out, and named in a
+``Survey``, are files in folders whose suffix is of no known format, and ``.bin`` and ``.npy`` files of which nothing
+says that they are tokens; hidden files and stores are left out silently.
 
-A folder that ``datasets`` wrote with ``save_to_disk`` has ``state.json``, which lists the Arrow files, and
-``dataset_info.json``; one of several splits has ``dataset_dict.json``, which lists its subfolders. Files beside the
-listed ones (caches, remains of an interrupted save) are not rows. Versions of ``datasets`` before 2 could save a
-selection of rows beside the whole table; reading on without it would bring back rows that were filtered out, so it is
-refused. Source of the layout: ``Dataset.save_to_disk`` and ``DatasetDict.save_to_disk`` of the package ``datasets``.
+A folder that ``datasets`` wrote with ``save_to_disk`` lists its Arrow files in ``state.json``, one of several splits
+its subfolders in ``dataset_dict.json``; other files in it are not rows. A selection of rows that is saved beside the
+table (``datasets`` before 2) is refused, as reading on would bring back rows that were filtered out.
 
-Cost: a few system calls a file.
+Standard input is copied to a scratch file without a name in the folder for temporary files (``TMPDIR``): the system
+frees it when this process ends, so a ``chunk`` that is killed can't be resumed with it. Worker processes open it
+through ``/proc``. Its first bytes show the compression; its text is JSON lines.
 """
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import itertools
 import os
+import shutil
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import orjson
 
-from retrotool.errors import UsageError
-from retrotool.sources.files import OFFSETS, STANDARD_INPUT, InputFile, input_format, known_formats
+from retrotool.errors import StorageError, UsageError
+from retrotool.sources.records import Fields
+from retrotool.sources.streams import (
+    BLOCK_BYTES,
+    COMPRESSIONS,
+    LONGEST_MAGIC,
+    compression_by_magic,
+    compression_of,
+)  # fmt: skip
 
+FORMATS = {
+    ".arrow": "arrow",
+    ".bin": "tokens",
+    ".feather": "arrow",
+    ".idx": "tokens",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".npy": "tokens",
+    ".parquet": "parquet",
+    ".txt": "txt",
+    ".u16": "tokens",
+    ".u32": "tokens",
+}
+"""Format by suffix."""
+COMPRESSIBLE = ("jsonl", "json", "csv", "tsv", "warc", "txt")
+"""Formats whose files may be compressed as a whole."""
+IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt")
+"""Formats whose documents' positions are byte offsets; in others they are rows from 1."""
+OFFSETS = ".offsets.npy"
+"""What a file has instead of its suffix that says where the documents of the token file beside it begin."""
+_SAMPLES = 256
+_SAMPLE_BYTES = 64 << 10
 _NOTHING_CHANGED = "Check the path; nothing was read or changed."
-
 _INDICES = ("_indices_files", "_indices_data_files")
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_PIPE_ADVICE = "Pipe text into the command, or give a file instead of -."
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A range of an input: bytes [``start``, ``end``) of a file of lines, row groups, batches or documents of another.
+
+    ``first`` is the position of its beginning: byte offset in the decompressed file, or number of rows before; ``last``
+    that of its end. None: to the end of the file.
+    """
+
+    start: int = 0
+    end: int | None = None
+    first: int = 0
+    last: int | None = None
+
+
+WHOLE = Slice()
+STANDARD_INPUT = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """An input: where it is, what it is called in the store (for ``.txt`` also its id), size in bytes, and format.
+
+    ``format`` is the name of a format, and for a compressed file a dot and its compression: ``jsonl.zst``.
+    """
+
+    path: str
+    name: str
+    size: int
+    format: str
+
+    @property
+    def base(self) -> str:
+        """The format without compression."""
+        return self.format.partition(".")[0]
+
+    @property
+    def compression(self) -> str:
+        """The compression: "gz", "zst", "bz2", "xz", or ""."""
+        return self.format.partition(".")[2]
+
+    def fingerprint(self, fields: Fields | None = None) -> str:
+        """BLAKE2b-128 of the content up to 16 MiB, and of size and 256 samples of 64 KiB from start to end above.
+
+        The same for a renamed or copied file, unless it is a text that is one document (``fields`` name no separator).
+        What else decides which documents its rows are is ``Fields.reading``.
+        """
+        digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
+        if self.base == "txt" and not (fields is not None and fields.separator):
+            digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
+        last = max(0, self.size - _SAMPLE_BYTES)
+        with Path(self.path).open("rb") as file:
+            for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+        for beside in self.companions():
+            digest.update(replace(self, path=str(beside), size=beside.stat().st_size, format="").fingerprint().encode())
+        return digest.hexdigest()
+
+    def companions(self) -> list[Path]:
+        """Files beside that say where its documents are."""
+        if self.base != "tokens" or self.path.endswith(".idx"):
+            return []
+        path = Path(self.path)
+        return [beside for suffix in (".idx", OFFSETS) if (beside := path.with_suffix(suffix)).is_file()]
+
+
+def input_format(name: str) -> str | None:
+    """The format a file name stands for, or None."""
+    compression = compression_of(name)
+    stem = name[: -len(compression) - 1] if compression else name
+    base = FORMATS.get(Path(stem.lower()).suffix)
+    if base is None or (compression and base not in COMPRESSIBLE):
+        return None
+    return f"{base}.{compression}" if compression else base
+
+
+def known_formats() -> str:
+    """The suffixes that are understood, for messages."""
+    packed = [suffix for suffix, base in FORMATS.items() if base in COMPRESSIBLE]
+    return f"{', '.join(FORMATS)}; {', '.join(packed)} also with {', '.join(COMPRESSIONS)}"
 
 
 class Survey(NamedTuple):
@@ -292,3 +411,46 @@ def _saved_json(path: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON: {error.msg}", "Save the dataset again.") from error
     return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
+    """Copy a stream to a scratch file that lasts as long as the context. None: there is no stream.
+
+    Raises ``UsageError`` for a stream that is empty, closed or can't be read, ``StorageError`` if the disk is full.
+    """
+    if stream is None or stream.closed:
+        raise UsageError("standard input is closed", _PIPE_ADVICE)
+    if not (_PROC / "self" / "fd").is_dir():
+        raise UsageError("standard input can't be read without /proc", "Give a file instead of -.")
+    with tempfile.TemporaryFile() as file:
+        while block := _read(stream):
+            try:
+                file.write(block)
+                file.flush()
+            except OSError as error:
+                free = shutil.disk_usage(tempfile.gettempdir()).free
+                raise StorageError(
+                    f"standard input can't be kept in {tempfile.gettempdir()}, where {free:,} bytes are free: "
+                    f"{error.strerror}",
+                    "Set TMPDIR to a folder with room for it, or give a file instead of -.",
+                ) from error
+        size = file.tell()
+        if not size:
+            raise UsageError("standard input is empty", _PIPE_ADVICE)
+        file.seek(0)
+        compression = compression_by_magic(file.read(LONGEST_MAGIC))
+        kind = f"jsonl.{compression}" if compression else "jsonl"
+        yield InputFile(str(_PROC / str(os.getpid()) / "fd" / str(file.fileno())), f"stdin.{kind}", size, kind)
+
+
+def is_spooled(file: InputFile) -> bool:
+    """Return whether an input is standard input, which is gone when the process that read it is."""
+    return Path(file.path).is_relative_to(_PROC) and file.name.startswith("stdin.jsonl")
+
+
+def _read(stream: BinaryIO) -> bytes:
+    try:
+        return stream.read(BLOCK_BYTES)
+    except OSError as error:
+        raise UsageError(f"standard input can't be read: {error.strerror or error}", _PIPE_ADVICE) from error
