@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrotool import sources
 from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts
 from retrotool.chunk.quarantine import without_numbers
 from retrotool.errors import ErasedError, UsageError
-from retrotool.sources import InputFile
 from retrotool.store import parts, staging
 from retrotool.store.staging import PLAN_COUNTS, Unit
 from retrotool.store.store import Store
@@ -26,7 +23,6 @@ _LEAST_ROWS = 1000
 """Rows below which a share says nothing, unless they are all."""
 _LOOKED_AT = 64
 """Parts whose columns are looked at."""
-_NAMED = 12
 
 Note = Callable[[str], object]
 
@@ -107,9 +103,7 @@ def result_of(
     units = waiting_units(store, plans)
     reasons, damaged = _reasons(store, plans, units, read_again)
     counts = {**counts_of(store, plans), "set_aside": sum(reason.rows for reason in reasons), "damaged": damaged}
-    repeating = Counter[str]()
-    for counts_of_plan in repeats.values():
-        repeating.update({source: by_text for source, (_, by_text) in counts_of_plan.largest() if by_text})
+    repeating = sum((found.sources for found in repeats.values()), Counter[str]())
     return ChunkResult(
         **counts,
         parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
@@ -199,20 +193,6 @@ class MaxBad:
                 else ""
             )
         return ""
-
-
-def note_missing_fields(result: ChunkResult, files: Sequence[InputFile], note: Note) -> None:
-    """Name the fields of rows that were set aside for the one they lack."""
-    by_path = {file.path: file for file in files}
-    for reason in result.reasons:
-        lacking = re.fullmatch("no field '(.+)'", reason.reason)
-        if lacking is None or reason.input not in by_path:
-            continue
-        names = sources.names_without(by_path[reason.input], lacking[1])
-        if names:
-            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-            listed = ", ".join(map(repr, names[:_NAMED]))
-            note(f"{reason.input}: the first row without {lacking[1]!r} has {listed}{more}.")
 
 
 def note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:

@@ -180,7 +180,7 @@ def _text(result: ChunkResult) -> str:
             f"Tokenised by tokie, of {output.count(result.compared, 'document')} held against tokenizers{exact}."
         )
     if result.duplicates:
-        largest = sorted(result.duplicates_by_source.items(), key=lambda item: -item[1])[:3]
+        largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
         where = ", ".join(f"{source} {n:,}" for source, n in largest)
         what = output.count(result.duplicates, "document")
         lines.append(f"{what} left out, as the same text is in the store already ({where}).")
@@ -216,8 +216,8 @@ def _text(result: ChunkResult) -> str:
 
 
 def _reason(one: RejectedReason) -> str:
-    """A reason; where a column is missing with the names that there are, in place of what the rows say."""
-    return f"{one.reason}: {one.excerpt}" if one.reason.startswith("no column") and one.excerpt else one.reason
+    """A reason; where a field or column is missing with the names that there are."""
+    return f"{one.reason}: {one.excerpt}" if one.reason.startswith(("no column", "no field")) else one.reason
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -57,7 +57,6 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
 
 Handling = Literal["skip", "keep", "fail"]
-LARGEST_SOURCES = 1000
 _COUNTED_SOURCES = 100_000
 _EXAMPLES = 3
 BY_ID = "duplicate document id"
@@ -74,16 +73,16 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(slots=True)
 class DuplicateCounts:
-    """Living documents of a plan that repeat an earlier one, by id or (only) by text, and what they hold.
+    """Live documents of a plan that repeat an earlier one, by id or (only) by text, and what they hold.
 
-    ``sources`` has, for each source, the documents by id and by text. Above 100,000 sources the smallest are dropped.
+    ``sources``: documents by text of each source. Above 100,000 sources the smallest are dropped.
     """
 
     by_id: int = 0
     by_text: int = 0
     chunks: int = 0
     tokens: int = 0
-    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, repeats: PartRepeats) -> None:
         """Count the repeats of one part."""
@@ -92,15 +91,9 @@ class DuplicateCounts:
         self.by_text += texts
         self.chunks += len(repeats.chunks)
         self.tokens += repeats.tokens
-        for (source, text), n in Counter(zip(repeats.sources, repeats.by_text.tolist(), strict=True)).items():
-            ids, before = self.sources.get(source, (0, 0))
-            self.sources[source] = (ids, before + n) if text else (ids + n, before)
+        self.sources.update(itertools.compress(repeats.sources, repeats.by_text.tolist()))
         if len(self.sources) > _COUNTED_SOURCES:
-            self.sources = dict(self.largest(_COUNTED_SOURCES // 2))
-
-    def largest(self, n: int = LARGEST_SOURCES) -> list[tuple[str, tuple[int, int]]]:
-        """The sources with most repeats, most first."""
-        return sorted(self.sources.items(), key=lambda item: (-sum(item[1]), item[0]))[:n]
+            self.sources = Counter(dict(self.sources.most_common(_COUNTED_SOURCES // 2)))
 
 
 def finish_plans(
@@ -275,8 +268,6 @@ def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Ha
         "duplicates": duplicates,
         "duplicates_by_id": counts.by_id,
         "duplicates_by_text": counts.by_text,
-        # Records stand in the log, which can't be edited: no name of a source does.
-        "duplicates_by_source": {store.identity.keyed_hash(name): n for name, n in counts.largest()},
     }
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},

@@ -26,7 +26,6 @@ from retrotool.chunk.chunk_result import (
     MaxBad,
     counts_of,
     note_empty_columns,
-    note_missing_fields,
     result_of,
 )
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
@@ -121,7 +120,6 @@ def chunk(
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
     result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
-    note_missing_fields(result, files, chosen.note)
     note_empty_columns(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
     return result
 

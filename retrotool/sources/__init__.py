@@ -7,7 +7,6 @@ a ``Rejected`` for the rest. Memory is bounded by the longest document (``Fields
 """
 
 from retrotool.sources.inputs import WHOLE, InputFile, Slice, Survey, find_inputs, survey
-from retrotool.sources.json_array import names_without
 from retrotool.sources.read import check_fields, check_input, cut_input, read_input
 from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, Rejected, excerpt, reason_of
 
@@ -25,7 +24,6 @@ __all__ = [
     "cut_input",
     "excerpt",
     "find_inputs",
-    "names_without",
     "read_input",
     "reason_of",
     "survey",

@@ -25,7 +25,16 @@ from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.lines import HEAD_BYTES, cut_lines
-from retrotool.sources.records import Document, Fields, Rejected, column_names, document_of, excerpt, no_column
+from retrotool.sources.records import (
+    Document,
+    Fields,
+    Rejected,
+    column_names,
+    document_of,
+    excerpt,
+    no_column,
+    with_excerpt,
+)
 from retrotool.sources.streams import BrokenStream
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -73,8 +82,7 @@ def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[D
             yield Rejected(row.line, reason or problem, row.offset, head)
             continue
         values = {name: row.fields[place] if name in required else row.fields[place] or None for name, place in used}
-        result = document_of(values, fields, file.name, row.line, row.offset, row.offset)
-        yield result._replace(excerpt=excerpt(row.head)) if isinstance(result, Rejected) else result
+        yield with_excerpt(document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head)
     if problem and row is None:  # a file of something else may look like a header alone
         yield Rejected(header.line, problem, header.offset, column_names(names))
 

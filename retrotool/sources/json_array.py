@@ -25,15 +25,14 @@ import orjson
 
 from retrotool.errors import InputError
 from retrotool.sources import lines, streams
-from retrotool.sources.inputs import WHOLE, InputFile, Slice
+from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.lines import BOM, line_limit
-from retrotool.sources.records import Document, Fields, Rejected, excerpt, find, maker
+from retrotool.sources.records import Document, Fields, Rejected, maker, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 _SPACE = b" \t\r\n"
 _DEEPEST = 1000
 _PIECE_BYTES = 64 << 10
-_NAMED_ROWS = 1000
 _LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
@@ -58,7 +57,7 @@ def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
                     found = make(value, number, number, -1)
                 else:
                     found = Rejected(number, f"not a JSON object but {lines.JSON_TYPES[type(value)]}")
-                yield found._replace(excerpt=excerpt(orjson.dumps(value))) if isinstance(found, Rejected) else found
+                yield found if isinstance(found, Document) else with_excerpt(found, orjson.dumps(value))
     except (BrokenStream, BrokenSyntax) as error:
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
 
@@ -75,33 +74,6 @@ def is_lines(file: InputFile, limit: int) -> bool:
         except (BrokenStream, orjson.JSONDecodeError):
             return False  # a broken stream is met again, and reported, when the file is read
     return True
-
-
-def names_without(file: InputFile, name: str) -> list[str]:
-    """Return the fields of the first of a thousand rows of JSON that lacks the field ``name``; [] if there is none."""
-    limit = line_limit(Fields())
-    with contextlib.ExitStack() as stack:
-        rows: Iterator[Any]
-        if file.base == "jsonl" or (file.base == "json" and is_lines(file, limit)):
-            rows = _parsed(lines.read_lines(file, WHOLE, limit))
-        elif file.base == "json":
-            stream = stack.enter_context(contextlib.closing(streams.blocks(Path(file.path), file.compression)))
-            rows = elements(stream, limit)
-        else:
-            return []
-        with contextlib.suppress(InputError, OSError, BrokenStream, BrokenSyntax):  # reading the rows reports it
-            for row in itertools.islice(rows, _NAMED_ROWS):
-                if isinstance(row, dict) and find(row, name) is None:
-                    return list(row)
-    return []
-
-
-def _parsed(found: Iterator[lines.Line]) -> Iterator[Any]:
-    for line in found:
-        try:
-            yield orjson.loads(line.data or b"")
-        except orjson.JSONDecodeError:
-            yield None
 
 
 def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:

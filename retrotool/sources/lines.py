@@ -29,7 +29,7 @@ import orjson
 from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Maker, Rejected, content_id, excerpt, maker
+from retrotool.sources.records import Document, Fields, Maker, Rejected, content_id, excerpt, maker, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
@@ -73,8 +73,7 @@ def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
     row = _parse(line.data)
     if isinstance(row, str):
         return Rejected(line.number, row, line.offset, excerpt(line.data))
-    found = make(row, line.number, line.offset, line.offset)
-    return found._replace(excerpt=excerpt(line.data)) if isinstance(found, Rejected) else found
+    return with_excerpt(make(row, line.number, line.offset, line.offset), line.data)
 
 
 def _parse(data: bytes) -> dict[str, Any] | str:

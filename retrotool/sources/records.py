@@ -108,7 +108,11 @@ class Rejected(NamedTuple):
 
 
 class BadRow(Exception):  # noqa: N818 - it is a verdict about a row, not a failure
-    """Why a row is no document."""
+    """Why a row is no document; with an excerpt where another one than the row's beginning shows it."""
+
+    def __init__(self, reason: str, excerpt: str = "") -> None:
+        super().__init__(reason)
+        self.excerpt = excerpt
 
 
 def excerpt(data: bytes | str) -> str:
@@ -133,7 +137,7 @@ def no_column(name: str | None, there: int) -> str:
 
 
 def column_names(names: Sequence[str]) -> str:
-    """The first columns of a table, as an excerpt: of a table without a header they are a row's values."""
+    """The first columns of a table, or fields of a row, as an excerpt: without a header they are a row's values."""
     return excerpt(", ".join(names[:_MOST_COLUMNS_NAMED]) + (", ..." if len(names) > _MOST_COLUMNS_NAMED else ""))
 
 
@@ -181,6 +185,13 @@ def maker(fields: Fields, source: str) -> Maker:
     return make
 
 
+def with_excerpt(found: Document | Rejected, beginning: bytes) -> Document | Rejected:
+    """A rejected row with its beginning as excerpt, unless it has one; a document as it is."""
+    if isinstance(found, Document) or found.excerpt:
+        return found
+    return found._replace(excerpt=excerpt(beginning))
+
+
 def document_of(
     row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int, offset: int = -1
 ) -> Document | Rejected:
@@ -188,7 +199,7 @@ def document_of(
     try:
         return _document(row, fields, source, line, position)
     except BadRow as bad:
-        return Rejected(line, str(bad), offset)
+        return Rejected(line, str(bad), offset, bad.excerpt)
 
 
 def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int) -> Document:
@@ -230,8 +241,12 @@ def _text(row: Mapping[str, Any], name: str, limit: int) -> str:
             raise BadRow(f"{name!r} has {size:,} bytes, more than --max-document {limit:,}")
         return text
     if text is None:
-        raise BadRow(f"{name!r} is null" if name in row else f"no field {name!r}")
+        raise _no_value(row, name)
     raise BadRow(f"{name!r} is empty" if text == "" else f"{name!r} is not a string")
+
+
+def _no_value(row: Mapping[str, Any], name: str) -> BadRow:
+    return BadRow(f"{name!r} is null") if name in row else BadRow(f"no field {name!r}", column_names(list(row)))
 
 
 def too_many_tokens(name: str, count: int, limit: int) -> str | None:
@@ -244,7 +259,7 @@ def too_many_tokens(name: str, count: int, limit: int) -> str | None:
 def _tokens(row: Mapping[str, Any], name: str, limit: int) -> npt.NDArray[Any]:
     values = find(row, name)
     if values is None:
-        raise BadRow(f"{name!r} is null" if name in row else f"no field {name!r}")
+        raise _no_value(row, name)
     if isinstance(values, list) and (too_many := too_many_tokens(name, len(values), limit)):
         raise BadRow(too_many)
     try:

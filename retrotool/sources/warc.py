@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
 from retrotool.sources.inputs import InputFile, Slice
-from retrotool.sources.records import BadRow, Document, Fields, Rejected, document_of, excerpt, reason_of
+from retrotool.sources.records import BadRow, Document, Fields, Rejected, document_of, reason_of, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: in
     else:
         row |= {"id": uri or identifier or None, "uri": uri or None, "record_id": identifier or None}
         found = document_of(row, fields, source, number, offset, offset)
-    return found._replace(excerpt=excerpt(uri or identifier)) if isinstance(found, Rejected) else found
+    return with_excerpt(found, (uri or identifier).encode())
 
 
 def _skip(record: WarcRecord) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
@@ -29,7 +29,7 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut_some, cut_texts, why_not_cut
+from retrotool.tokenizers.cut import cut_some, cut_texts, slices, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
@@ -38,6 +38,7 @@ _PIECE = 2_400
 _PART = 256
 """Characters of the parts that a piece is cut into when something in it is not known to come out right."""
 _GROUP = 4 << 20
+"""Characters that are tokenised at a time: what is held for a piece besides its tokens is much more than it."""
 _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
 
 
@@ -117,7 +118,7 @@ class FastTokenizer:
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """As ``encode_flat``, with which texts [n] the fast tokenizer alone did; not compared."""
         pieces, n_pieces = cut_texts(texts, _PIECE * 3 // 4, _PIECE)
-        done = [self._encode_pieces(some) for some in _groups(pieces)]
+        done = [self._encode_pieces(some) for some in slices(pieces, _GROUP)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
         if len(pieces) == len(texts):
             return ids, lengths, ~unsure
@@ -175,18 +176,6 @@ class FastTokenizer:
         offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
         place = offsets[position][0] if position < len(expected) else len(text)
         raise TokensDiffer(_version(), position, ascii(text[max(place - 20, 0) : place + 20]))
-
-
-def _groups(pieces: list[str]) -> Iterator[list[str]]:
-    """Runs of pieces of a few million characters: what is held for a piece besides its tokens is much more than it."""
-    start = size = 0
-    for i, piece in enumerate(pieces):
-        size += len(piece)
-        if size >= _GROUP:
-            yield pieces[start : i + 1]
-            start, size = i + 1, 0
-    if start < len(pieces):
-        yield pieces[start:]
 
 
 def _version() -> str:
