@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from retrotool import sources
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
-from retrotool.store import atomic, parts
+from retrotool.store import atomic, parts, runs
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -65,7 +65,7 @@ class ChunkPlan:
 
     ``fingerprints`` and ``places`` are keyed hashes of the files' content and path. ``fast``: whether the fast
     tokenizer may be used. ``read_before``, by file number: the plans that read an earlier version of the file, whose
-    documents are skipped.
+    documents are skipped. ``owner``: the run that alone can read the standard input among the files, if any is.
     """
 
     files: tuple[InputFile, ...]
@@ -77,10 +77,15 @@ class ChunkPlan:
     fast: bool = True
     allow_purged: bool = False
     read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    owner: str = ""
 
     def weight(self, unit: int) -> int:
         """Bytes of input that a unit reads."""
         return sum(piece.weight for piece in self.units[unit])
+
+    def is_stream(self, unit: int) -> bool:
+        """Whether a unit reads standard input."""
+        return any(is_spooled(self.files[piece.file]) for piece in self.units[unit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +135,9 @@ def text_bytes(file: InputFile) -> int:
     return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
 
 
-def changed_inputs(store: Store, files: Sequence[InputFile], wanted: ChunkSettings) -> list[InputFile]:
+def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], wanted: ChunkSettings) -> list[InputFile]:
     """Those of ``files`` that were planned before, with other content."""
-    known = known_inputs(store, store.refresh(), wanted)
+    known = known_inputs(store, store.refresh(), wanted, runs.others(store.root, run.id))
     hashes = hashes_of(store, files, wanted.fields)
     return [
         file
@@ -144,12 +149,13 @@ def changed_inputs(store: Store, files: Sequence[InputFile], wanted: ChunkSettin
 def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: ChunkSettings) -> tuple[str | None, int]:
     """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
     hashes = hashes_of(store, files, wanted.fields)
+    others = runs.others(store.root, run.id)
     n_known = 0
     plan_id = secrets.token_hex(4)
 
     def build(state: State) -> Draft | None:
         nonlocal n_known
-        known = known_inputs(store, state, wanted)
+        known = known_inputs(store, state, wanted, others)
         new: dict[str, tuple[InputFile, str]] = {}
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
             if fingerprint not in known.fingerprints and fingerprint not in new:
@@ -167,6 +173,7 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Chun
             read_before={
                 number: known.readers[place] for number, place in enumerate(chosen_places) if place in known.readers
             },
+            owner=run.id if any(map(is_spooled, chosen)) else "",
         )  # fmt: skip
         draft = draft_of(store, run, state, plan_id, plan)
         if wanted.findings is not None:
@@ -301,6 +308,7 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
         fast=bool(content["fast"]),
         allow_purged=bool(content["allow_purged"]),
         read_before={int(number): tuple(plans) for number, plans in content["read_before"].items()},
+        owner=content["owner"],
     )
 
 
@@ -316,11 +324,12 @@ class KnownInputs:
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def known_inputs(store: Store, state: State, wanted: ChunkSettings) -> KnownInputs:
+def known_inputs(store: Store, state: State, wanted: ChunkSettings, running: Collection[str] = ()) -> KnownInputs:
     """Inputs that need not be read again.
 
     Not those of plans that left documents out because they had been purged, if these are wanted now; nor, if changed
-    inputs are to be added, those that were read with a smaller limit on the size of a document.
+    inputs are to be added, those that were read with a smaller limit on the size of a document; nor standard input
+    that an open plan has of a run that is not among those ``running``, as no process can read it any more.
     """
     known = KnownInputs()
     for kind in ("inputs", "plans"):
@@ -333,31 +342,14 @@ def known_inputs(store: Store, state: State, wanted: ChunkSettings) -> KnownInpu
                 known.readers[place] = (*known.readers.get(place, ()), slot)
             if wanted.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
                 continue
-            lost = _lost_streams(store, entry) if kind == "plans" else ()
+            lost: set[str] = set()
+            if content.get("owner") and content["owner"] not in running:
+                rows = zip(content["files"], content["fingerprints"], content["places"], strict=True)
+                lost.update(*(hashes for file, *hashes in rows if is_spooled(InputFile(**file))))
             known.places.update(set(content["places"]).difference(lost))
             if not wanted.add_changed or content["fields"]["max_document"] >= wanted.fields.max_document:
                 known.fingerprints.update(set(content["fingerprints"]).difference(lost))
     return known
-
-
-def _lost_streams(store: Store, entry: FileEntry) -> list[str]:
-    """Fingerprints and places of standard input that an open plan has and nobody can read any more."""
-    plan = read_plan(store, entry)
-    rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
-    return [
-        value
-        for file, fingerprint, place in rows
-        if is_spooled(file) and not is_same_stream(store, file, plan.fields, fingerprint)
-        for value in (fingerprint, place)
-    ]
-
-
-def is_same_stream(store: Store, file: InputFile, fields: Fields, fingerprint: str) -> bool:
-    """Return whether standard input can still be read where a plan says, and is what it was: numbers come again."""
-    try:
-        return Path(file.path).stat().st_size == file.size and hashes_of(store, [file], fields)[0][0] == fingerprint
-    except (OSError, UsageError):
-        return False
 
 
 def parts_of_plan(state: State, plan_id: str) -> range:

@@ -29,7 +29,7 @@ EXCERPTS = 1000
 
 REASONS = 10_000
 """Reasons of a unit that are kept with their numbers."""
-_NUMBER = re.compile(r"\d[\d,.]*")
+_NUMBER = re.compile(r"(?<!UTF-)\d[\d,.]*")
 
 
 def without_numbers(reason: str) -> str:

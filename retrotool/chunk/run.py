@@ -30,6 +30,7 @@ from retrotool.chunk.chunk_result import (
 )
 from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
 from retrotool.chunk.stage import ChunkStage
+from retrotool.cli.command_lines import command_line
 from retrotool.errors import AbortError, UsageError
 from retrotool.sources import Fields, InputFile, find_inputs
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
@@ -107,7 +108,7 @@ def chunk(
             findings = _findings(store, files, loaded, chosen)
             wanted = ChunkSettings(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
             if chosen.add_changed:
-                changed = frozenset(file.path for file in changed_inputs(store, files, wanted))
+                changed = frozenset(file.path for file in changed_inputs(store, run, files, wanted))
             if changed and plans:
                 # What the store has of an input is known once no plan is open.
                 _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
@@ -116,6 +117,11 @@ def chunk(
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
+        if not stopped and _has_units(store):
+            chosen.note(
+                "The standard input of another running chunk is left to it, and what was read after it waits for it. "
+                f"If it was killed on another machine, finish in an hour: {command_line('chunk', store.root)}"
+            )
         exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
@@ -222,8 +228,7 @@ def _work(
     store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, changed: frozenset[str] = frozenset()
 ) -> str:
     """Work all units; why it stopped before, or "". ``changed``: inputs that will be read again."""
-    skip_stdin = not runs.others(store.root, run.id)  # of another run it may still be there
-    stage = ChunkStage(options.skip_missing, changed, options.check, skip_stdin)
+    stage = ChunkStage(options.skip_missing, changed, options.check, run.id)
     store.refresh()
     counts = Counter(counts_of(store, plans))
 

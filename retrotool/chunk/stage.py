@@ -26,7 +26,6 @@ from retrotool.chunk.chunk_plan import (
     InputPiece,
     KnownDocuments,
     chunks_of_purges,
-    is_same_stream,
     known_findings,
     open_plans,
     read_plan,
@@ -39,7 +38,7 @@ from retrotool.errors import ErasedError, TaskError
 from retrotool.sources import Document, Rejected
 from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
-from retrotool.store import parts, staging
+from retrotool.store import parts, runs, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
@@ -62,22 +61,25 @@ class ChunkStage:
 
     ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``changed``: paths of inputs
     of which only a change is set aside, as they are read again. Else that is an error. ``check``: the share of
-    documents whose tokens are compared with those of ``tokenizers``. ``skip_stdin``: reject standard input that a
-    killed process had begun to chunk, and which is gone with it.
+    documents whose tokens are compared with those of ``tokenizers``. ``run``: the run that does it; standard input that
+    another one has is left to it as long as it runs, and rejected when it does not.
     """
 
     skip_missing: bool = False
     changed: frozenset[str] = frozenset()
     check: float = 0.001
-    skip_stdin: bool = False
+    run: str = ""
     name: str = "chunk"
     unit: str = "B"
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a unit that is neither committed nor staged, in the order of the plans."""
+        """One task a unit that is neither committed, nor staged, nor another run's, in the order of the plans."""
         tasks = []
         for plan_id, entry, plan in open_plans(store):
+            is_elsewhere = plan.owner not in ("", self.run) and plan.owner in runs.others(store.root, self.run)
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
+                if is_elsewhere and plan.is_stream(index):
+                    continue
                 key = task_key("chunk", {"unit": index}, [entry.path])
                 if not staging.is_staged(store.root, key):
                     first = plan.files[plan.units[index][0].file].path
@@ -184,7 +186,7 @@ class _Unit:
         self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self._plan.fields))
         known = self._known_documents(piece.file)
         done = characters = 0
-        for batch in _batches(_rows(self._store, self._plan, piece, self.bad, stage)):
+        for batch in _batches(_rows(self._plan, piece, self.bad, stage)):
             if isinstance(batch, Rejected):
                 self.bad.append(batch)
                 continue
@@ -247,18 +249,19 @@ class _Unit:
         self._writer.add(name, found, hashes)
 
 
-def _rows(store: Store, plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
+def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
     """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
     file = plan.files[piece.file]
-    given_up = stage.skip_stdin if is_spooled(file) else stage.skip_missing
+    if is_spooled(file) and plan.owner != stage.run:
+        bad.append(Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again"))
+        return
+    given_up = stage.skip_missing
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
         given_up |= file.path in stage.changed
     except OSError as error:
         problem = error.strerror or str(error)
-    if is_spooled(file) and not is_same_stream(store, file, plan.fields, plan.fingerprints[piece.file]):
-        problem = "standard input can't be read twice: pipe it again"
     if problem and given_up:
         bad.append(Rejected(0, f"{GIVEN_UP}: {problem}"))
         return

@@ -10,15 +10,26 @@ import pytest
 from conftest import make_text
 
 import retrotool
-from retrotool import api
+from retrotool import api, engine
+from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
+from retrotool.chunk.deduplicate import finish_plans
+from retrotool.chunk.stage import ChunkStage
 from retrotool.engine import task
+from retrotool.sources import Fields
+from retrotool.sources.inputs import spool
+from retrotool.store.folding import writing
+from retrotool.store.store import Store
+
+
+def stream(word: str) -> io.BytesIO:
+    """Five documents; streams of words of one length have one size."""
+    rows = [{"id": f"{word}{i}", "text": f"{word} {make_text(i, 30)}"} for i in range(5)]
+    return io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def piped(store: Path, word: str, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> api.ChunkResult:
-    """Chunk a stream of five documents; streams of words of one length have one size."""
-    rows = [{"id": f"{word}{i}", "text": f"{word} {make_text(i, 30)}"} for i in range(5)]
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    """Chunk a stream."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream(word)))
     return api.chunk(store, ["-"], tokenizer=str(tiny_encoder))
 
 
@@ -55,3 +66,27 @@ def test_what_was_interrupted_is_read_when_it_is_piped_again(
     piped(store, "river", tiny_encoder, monkeypatch)
     assert is_there(store, "river")
     assert api.verify(store).problems == []
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_the_stream_of_a_running_chunk_is_left_to_it(is_lost: bool, tmp_path: Path, tiny_encoder: Path) -> None:
+    """It need not be readable here: the other may be on another machine."""
+    root, file, notes = tmp_path / "store", tmp_path / "file.jsonl", list[str]()
+    (tmp_path / "first.jsonl").write_bytes(stream("first").getvalue())
+    api.chunk(root, [str(tmp_path / "first.jsonl")], tokenizer=str(tiny_encoder))
+    file.write_bytes(stream("ocean").getvalue())
+    with writing(opened := Store.open(root)) as other:
+        with spool(stream("river")) as spooled:
+            commit_plan(opened, other, [spooled], ChunkSettings(Fields(), 1 << 20))
+            if not is_lost:
+                assert api.chunk(root, [str(file)], note=notes.append).set_aside == 0
+                assert api.info(root).documents == 5, "ids come in the order of the plans"
+                engine.execute(ChunkStage(run=other.id), opened, other)
+                finish_plans(opened, other)
+        if is_lost:
+            assert api.chunk(root, [str(file)], note=notes.append).set_aside == 0
+    assert len(notes) == 1 and notes[0].endswith(f"in an hour: retrotool chunk {root}")
+    if is_lost:  # with its run, which has ended
+        assert api.chunk(root, []).set_aside == 1
+    assert is_there(root, "ocean") and api.info(root).documents == (10 if is_lost else 15)
+    assert api.verify(root).problems == []
