@@ -161,6 +161,11 @@ def test_reasons_are_counted_and_placed(store, tmp_path):
     assert "and 2 other reasons" in lines_said[-1]
 
 
+def test_reasons_that_differ_in_numbers_alone_are_one(store, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [b'{"text": "\xff"}', b'{"text": "a\xff"}'])
+    assert "2  invalid UTF-8 at byte … of the line  first:" in run_chunk(store, path).stdout
+
+
 MANY = [{"id": f"many-{i}", "text": f"Row {i} of {Random(i).randbytes(300).hex()}."} for i in range(2500)]
 
 
