@@ -29,10 +29,10 @@ from machine import describe
 
 from retrotool import api
 from retrotool.embed.run import EmbedResult
-from retrotool.embed.stage import EncoderRows
-from retrotool.encoder import Encoder, Rows, compare
+from retrotool.embed.store_encoder import EncoderRows, compare
+from retrotool.encoder import Encoder, Rows
 from retrotool.encoder.devices import BATCH_TOKENS, DTYPES, pick_device
-from retrotool.encoder.runners import Handle, Ready
+from retrotool.encoder.forwards import Handle, Ready
 from retrotool.machine import cores
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store

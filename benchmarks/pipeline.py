@@ -22,7 +22,7 @@ from machine import describe
 
 import retrotool
 from retrotool import api
-from retrotool.embed.stage import EncoderRows
+from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder
 from retrotool.sources import Document, Fields, find_inputs, read_input
 from retrotool.store.parts import read_chunks

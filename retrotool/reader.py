@@ -8,9 +8,10 @@ writes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.index.searching import Database, Point
-from retrotool.neighbours.stage import check_table, database_of, members_of
-from retrotool.store import neighbour_tables, parts
-from retrotool.store.atomic import FileEntry
+from retrotool.neighbours.stage import members_of
+from retrotool.neighbours.table_reader import Found, NeighbourReader
+from retrotool.store import parts
 from retrotool.store.ids import split_id
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -91,10 +93,9 @@ class Reader:
         self._documents = lru_cache(_KEPT_PARTS)(
             lambda part: parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks"])
         )
-        self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbour_rows)
-        self._neighbour_file = lru_cache(None)(self._find_neighbour_file)
-        self._databases: dict[str, tuple[Reader, Mapping[str, Any]]] = {}
-        self._opened: dict[tuple[str | None, bool], Database] = {}
+        self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbours)
+        self._tables = lru_cache(None)(self._open_tables)
+        self._database = lru_cache(None)(partial(Database, store))
 
     @property
     def path(self) -> Path:
@@ -252,46 +253,34 @@ class Reader:
         return [database.neighbour(i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
     def _near(self, chunk_id: int, name: str, k: int | None) -> list[tuple[Reader, int, float]]:
-        members = members_of(self._store, name)
-        opened = {table: self._database(table) for table, _ in members}
+        reader, databases = self._tables(name)
         if not self.is_living([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
         part, row = split_id(chunk_id)
-        found: list[tuple[float, Reader, int, float]] = []
-        for table, weight in members:
-            database = opened[table][0]
-            rows = self._neighbour_rows(table, part, row // ROW_GROUP)
-            ids, distances = rows.ids[row % ROW_GROUP], rows.distances[row % ROW_GROUP]
-            keep = database.is_searchable(ids)
-            for i, distance in zip(ids[keep], distances[keep], strict=True):
-                found.append((float(distance / np.float32(weight)), database, int(i), float(distance)))
-        found.sort(key=lambda one: one[0])  # stable: of one table they stay in their order
-        most = int(opened[members[0][0]][1]["k"]) if k is None else k
-        return [(database, i, distance) for _, database, i, distance in found[:most]]
+        found, row = self._neighbour_rows(name, part, row // ROW_GROUP), row % ROW_GROUP
+        near = np.flatnonzero(found.ids[row] != NO_NEIGHBOUR)[: reader.k if k is None else k]
+        return [
+            (databases[found.databases[row, i]], int(found.ids[row, i]), float(found.distances[row, i])) for i in near
+        ]
 
     def neighbour(self, chunk_id: int, distance: float) -> Neighbour:
         """A chunk of this store as the neighbour of something."""
         return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id), self.path)
 
-    def _database(self, table: str) -> tuple[Reader, Mapping[str, Any]]:
-        if table not in self._databases:
-            store, record = database_of(self._store, table)
-            self._databases[table] = (self if store is self._store else Reader(store), record)
-        return self._databases[table]
+    def _open_tables(self, name: str) -> tuple[NeighbourReader, list[Reader]]:
+        reader = NeighbourReader(self._store, name)
+        return reader, [self if member.within else Reader(member.store) for member in reader.members]
 
-    def _read_neighbour_rows(self, name: str, part: int, group: int) -> neighbour_tables.NeighbourTable:
-        return neighbour_tables.read_table(self._store, self._neighbour_file(name, part), [group])
-
-    def _find_neighbour_file(self, name: str, part: int) -> FileEntry:
-        entry = self._store.state.part_file("neighbours", part, name)
-        if entry is None:
-            database = self._database(name)[0]._store
-            raise UsageError(
-                f"part {part} has no neighbours {name!r} yet",
-                f"Compute them: {table_command(self._store, name, database)}",
-            )
-        check_table(self._store, entry, name, self._database(name)[0]._store)
-        return entry
+    def _read_neighbours(self, name: str, part: int, group: int) -> Found:
+        """All neighbours that are saved of the rows of a row group, [rows, saved]."""
+        reader, _ = self._tables(name)
+        for member in reader.members:
+            if self._store.state.part_file("neighbours", part, member.table) is None:
+                raise UsageError(
+                    f"part {part} has no neighbours {member.table!r} yet",
+                    f"Compute them: {table_command(self._store, member.table, member.store)}",
+                )
+        return reader.read(part, sys.maxsize, [group])
 
     def search(
         self,
@@ -323,10 +312,7 @@ class Reader:
 
     def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
         """An index of the store, opened once; with ``allow_missing`` its broken shards are left out, and listed."""
-        key = (index, allow_missing)
-        if key not in self._opened:
-            self._opened[key] = Database(self._store, index, allow_missing=allow_missing)
-        return self._opened[key]
+        return self._database(index, allow_missing=allow_missing)
 
     def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
         """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""

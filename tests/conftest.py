@@ -252,7 +252,7 @@ def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             load(encoder, way)
             _loaded[key] = (encoder.forward, encoder.why, encoder._loaded)
             return
-        from retrotool.encoder.runners import CpuRunner
+        from retrotool.encoder.forwards import CpuRunner
 
         encoder.forward, encoder.why, encoder._loaded = _loaded[key]
         encoder._runner = CpuRunner(encoder._loaded)

@@ -26,12 +26,11 @@ def command_line(command: str, root: str | Path, **options: object) -> str:
 
 
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
-    """Return the command that brings tables up to date that were made with ``again``: index, k and saved."""
+    """Return the command that brings tables up to date that were made with ``again``: index, encoder, k and saved."""
     given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
-    index = again["index"] or None
-    line = command_line("neighbours", root, queries=queries, **given, name=name)
     # Named also where it is the usual one: that may have changed.
-    return f"{line} --exact" if index is None else f"{line} {shlex.join(['--index', str(index)])}"
+    how = ["--index", str(again["index"])] if again["index"] else ["--exact", "--encoder", str(again["encoder"])]
+    return f"{command_line('neighbours', root, queries=queries, **given, name=name)} {shlex.join(how)}"
 
 
 def table_command(store: Store, table: str, database: Store | None) -> str:
@@ -39,15 +38,16 @@ def table_command(store: Store, table: str, database: Store | None) -> str:
 
     ``database`` None: the reader of the command has to name it.
     """
-    record = store.state.records[f"neighbours:{table}"]
     root = "DATABASE" if database is None else database.root
-    line = neighbours_command(root, None if database is store else store.root, table, record)
-    several = database is None or len(database.state.names("embeddings")) > 1
-    return f"{line} {shlex.join(['--encoder', record['encoder']])}" if several and not record["index"] else line
+    queries = None if database is store else store.root
+    return neighbours_command(root, queries, table, store.state.records[f"neighbours:{table}"])
 
 
-def embed_command(store: Store, root: str | Path, encoder: str) -> str:
-    """Return the command that embeds what is new in a store with an encoder that it knows."""
+def embed_command(store: Store, encoder: str, into: Store | None = None) -> str:
+    """Return the command that embeds what is new in a store with an encoder that it knows.
+
+    ``into``: in this store instead, under the same name, even if it knows the encoder by another one.
+    """
     from retrotool.encoder import plain_name
     from retrotool.tokenizers import BUNDLED
 
@@ -55,10 +55,12 @@ def embed_command(store: Store, root: str | Path, encoder: str) -> str:
     origin, pooling = str(record["origin"]), str(record["pooling"])
     overridden = bool(record.get("overridden"))
     plain = f"{plain_name(origin)}-{pooling}" if overridden else plain_name(origin)
+    others = {} if into is None else into.state.with_prefix("encoder:")
+    is_known = any(other["sha256"] == record["sha256"] for other in others.values())
     return command_line(
         "embed",
-        root,
+        (into or store).root,
         encoder=None if origin == BUNDLED else origin,
-        name=None if encoder == plain else encoder,
+        name=None if encoder == plain and not is_known else encoder,
         pooling=pooling if overridden else None,
     )

@@ -62,7 +62,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
             separator = ","
     except RetrotoolError as error:
         ending = {"error": str(error), "advice": error.advice, "exit_code": error.exit_code}
-        _note_error(str(error), error.advice)
+        _report(str(error), error.advice, error.exit_code, as_json=False)
         raise typer.Exit(error.exit_code) from None
     finally:
         sys.stdout.write("]" + (f",{_json(ending)[1:]}" if ending else "}") + "\n")
@@ -234,14 +234,10 @@ def errors(as_json: bool) -> Iterator[None]:
 
 
 def _report(message: str, advice: str, exit_code: int, as_json: bool) -> None:
-    _note_error(message, advice)
-    write_json_error(message, advice, exit_code, as_json)
-
-
-def _note_error(message: str, advice: str) -> None:
     note(f"error: {message}")
     if advice:
         note(advice)
+    write_json_error(message, advice, exit_code, as_json)
 
 
 def write_json_error(message: str, advice: str, exit_code: int, as_json: bool) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,25 +20,15 @@ from retrotool.cli import output
 from retrotool.cli.result_files import written
 
 
-def render(template: str, **context: object) -> str:
-    """Return the HTML of a template; a name that ``context`` lacks raises ``jinja2.UndefinedError``."""
-    return _TEMPLATES.get_template(template).render(context)
-
-
 def write_page(file: str | Path, template: str, **context: object) -> None:
     """Write a template's HTML to ``file``, which stays as it was after an error.
 
     Values of ``context`` may be iterators: the page is written piece by piece, and not held in memory.
-    ``StorageError`` if it can't be written.
+    ``StorageError`` if it can't be written; a name that ``context`` lacks raises ``jinja2.UndefinedError``.
     """
     with written(file) as scratch, scratch.open("wb") as page:
-        for piece in _pieces(template, context):
-            page.write(piece)
-
-
-def _pieces(template: str, context: dict[str, object]) -> Iterator[bytes]:
-    for piece in _TEMPLATES.get_template(template).generate(context):
-        yield piece.encode("utf-8", "backslashreplace")  # a path may not be UTF-8
+        for piece in _TEMPLATES.get_template(template).generate(context):
+            page.write(piece.encode("utf-8", "backslashreplace"))  # a path may not be UTF-8
 
 
 def _visible(value: object) -> object:

@@ -13,7 +13,7 @@ from retrotool import engine
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
-from retrotool.embed.stored_fidelity import draw, measure_fidelity
+from retrotool.embed.store_encoder import compare, draw_sample
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import counting
@@ -170,15 +170,15 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     ``RetrotoolError`` if one is of another model.
     """
     reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
-    sample = None
-    while sample is None:
+    while True:
         store.refresh()
         with contextlib.suppress(ErasedError):  # by another process, while it was read
-            sample = draw(store, reference)
-    if not len(sample.ids):
+            sample = draw_sample(store, reference)
+            break
+    if sample is None:
         return None
     with counting("check", "chunk", len(sample.ids)) as report:
-        fidelity = measure_fidelity(sample, reference, report)
+        fidelity = compare(sample.vectors, reference.embed(sample.rows, report), sample.document)
     reference.close()
     worst = int(sample.ids[fidelity.worst])
     record = {

@@ -16,12 +16,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
@@ -31,7 +32,7 @@ from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.tokenizers import Tokenizer, TokenizerFile, TokensDiffer
+from retrotool.tokenizers import TokensDiffer
 
 _BLOCK_ROWS = (256, 1 << 16)
 """Rows of a block, at least and at most."""
@@ -132,7 +133,7 @@ class EmbedWorker:
             raise UsageError(f"encoder {stage.spec!r} was changed just now", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
-        self._begun = (0.0, 0.0, time.perf_counter())
+        self._begun = self._measure()
         self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
@@ -169,15 +170,15 @@ class EmbedWorker:
         key = f"encoder:{identity.name}"
         self._store.refresh()
         # The same model from another place is the same encoder: the record that was first stays.
-        record = self._store.state.records.get(key) or identity.as_json()
+        record = self._store.state.records.get(key) or asdict(identity)
         check_encoder_identity(record, identity)
         # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
         entry = replace(entry, about={"cosine": self.encoder.cosine})
         reads = (str(task.inputs["path"]),)
-        measured = dict(zip(("tokens", "forward", "working"), self._since_begun(), strict=True))
         return Staged(
-            task.key, "embed", run, self.settings(), reads, (entry,), records={key: record}, measured=measured
-        )
+            task.key, "embed", run, self.settings(), reads, (entry,), records={key: record},
+            measured=self._since_begun(),
+        )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """How vectors are made, as a commit keeps it."""
@@ -192,19 +193,18 @@ class EmbedWorker:
 
     def note(self) -> str:
         """Tokens a second of this device, and the share of its time that is forward, in the part at hand."""
-        tokens, forward, working = self._since_begun()
-        rate, share = tokens / max(working, 1e-9), forward / max(working, 1e-9)
+        done = self._since_begun()
+        rate, share = (done[name] / max(done["working"], 1e-9) for name in ("tokens", "forward"))
         return f"{rate:,.0f} tokens/s a device, {100 * share:.0f} % forward"
 
-    def _measure(self) -> tuple[float, float, float]:
+    def _measure(self) -> dict[str, float]:
         """Tokens, seconds of forward and the time."""
         work = self.encoder.work
-        return float(work.tokens), work.seconds / work.lanes, time.perf_counter()
+        return {"tokens": work.tokens, "forward": work.seconds / work.lanes, "working": time.perf_counter()}
 
-    def _since_begun(self) -> tuple[float, float, float]:
-        """Tokens, seconds of forward and seconds since the part at hand was begun."""
-        tokens, forward, seconds = (now - begun for now, begun in zip(self._measure(), self._begun, strict=True))
-        return tokens, forward, seconds
+    def _since_begun(self) -> dict[str, float]:
+        """What was done, and the seconds that it took, since the part at hand was begun."""
+        return {name: now - self._begun[name] for name, now in self._measure().items()}
 
     def _get_ready(self, part: int) -> None:
         """Hold the encoder's forward against transformers, on chunks of the part; then get the fast tokenizer ready."""
@@ -220,7 +220,6 @@ class EmbedWorker:
         self._verified = True
         if self._many:
             self.texts.use_fast_tokenizer()
-        self._begun = (0.0, 0.0, time.perf_counter())
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
@@ -265,24 +264,3 @@ class EmbedWorker:
             f"(row {row} of part {part}, document {document!r})",
             row,
         )
-
-
-class EncoderRows:
-    """A store's chunks as the encoder's own token ids."""
-
-    def __init__(self, store: Store, encoder: Encoder) -> None:
-        own, identity = store.identity.tokenizer, encoder.identity
-        self._encoder = encoder
-        self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
-        self._tokenizer = Tokenizer(TokenizerFile(own.name, store.tokenizer_json()))
-
-    def use_fast_tokenizer(self) -> None:
-        """Get ready for very many chunks."""
-        if not self.straight:
-            self._encoder.use_fast_tokenizer()
-
-    def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
-        """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""
-        if self.straight:
-            return Rows.of_matrix(tokens, n_tokens)
-        return self._encoder.tokenize(self._tokenizer.decode_text(tokens, n_tokens))

@@ -1,24 +1,20 @@
 """The encoder: a frozen BERT that turns chunks into vectors, fast and provably the same as ``transformers`` does.
 
-``find_encoder`` says what an encoder is, ``Encoder`` loads it and embeds, ``compare`` measures how far its vectors are
-from those of ``transformers`` in float32. The BERT family runs through a forward of our own without padding
-(``retrotool.encoder.packed``), every other model through ``transformers``.
+``find_encoder`` says what an encoder is, ``Encoder`` loads it and embeds. The BERT family runs through a forward of our
+own without padding (``retrotool.encoder.packed``), every other model through ``transformers``.
 """
 
 from __future__ import annotations
 
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import find_devices
-from retrotool.encoder.encoder import Encoder
+from retrotool.encoder.encoder import Encoder, cosines
 from retrotool.encoder.encoder_identity import EncoderIdentity, find_encoder, plain_name
-from retrotool.encoder.fidelity import Fidelity, compare, cosines
 
 __all__ = [
     "Encoder",
     "EncoderIdentity",
-    "Fidelity",
     "Rows",
-    "compare",
     "cosines",
     "find_devices",
     "find_encoder",

@@ -5,7 +5,7 @@ Everything is done in numpy over all rows at once: about 20 million tokens a sec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -76,14 +76,6 @@ def check_vocabulary(what: str, ids: npt.NDArray[Any], vocabulary: int | None) -
             f"{what}: its tokenizer gives the token {highest}, its model has {vocabulary:,}",
             "Take the tokenizer.json that was made with the model.",
         )
-
-
-def concatenate(blocks: Iterable[Rows]) -> Rows:
-    """All rows of some blocks."""
-    blocks = list(blocks)
-    if not blocks:
-        return Rows(np.empty(0, np.int32), np.empty(0, np.int64))
-    return Rows(np.concatenate([b.ids for b in blocks]), np.concatenate([b.lengths for b in blocks]))
 
 
 def batches(

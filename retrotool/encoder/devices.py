@@ -71,15 +71,6 @@ def pick_dtype(device: str, dtype: str) -> str:
     return "float16" if device.startswith("cuda") else "float32"
 
 
-def name_of(device: str) -> str:
-    """What a device is: "cpu", or the name of the GPU."""
-    if device == "cpu":
-        return device
-    import torch
-
-    return torch.cuda.get_device_name(device)
-
-
 def batch_tokens_of(device: str, asked: int | None) -> int:
     """Tokens of a batch; ``UsageError`` for more than attention on a GPU can have rows of."""
     if asked is not None and not 1 <= asked <= MOST_BATCH_TOKENS:

@@ -16,24 +16,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from retrotool.encoder import devices
-from retrotool.encoder.architecture import NotPackedError
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
 from retrotool.encoder.encoder_identity import find_encoder, read_config
-from retrotool.encoder.fidelity import cosines
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
-    from retrotool.encoder.forwards import Forward
-    from retrotool.encoder.runners import Handle, Ready
+    from retrotool.encoder.forwards import Forward, Handle, Ready
 
 Vectors = npt.NDArray[np.float16]
 
@@ -92,6 +89,16 @@ def say(message: str) -> None:
     tqdm.write(f"retrotool: {message}", file=sys.stderr)
 
 
+def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Cosine of each row of ``a`` [n, d] with that of ``b``, float64 [n]; two zero rows are alike."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    products = (a * b).sum(1)
+    alike = (a == b).all(axis=1)
+    found: npt.NDArray[np.float64] = np.where(alike, 1.0, products / np.where(lengths > 0, lengths, 1.0))
+    return found
+
+
 class Encoder:
     """A loaded encoder on a device. ``forward`` is the way it takes: "packed" or "transformers"."""
 
@@ -128,8 +135,8 @@ class Encoder:
         self._load(forward)
 
     def _load(self, way: str) -> None:
-        from retrotool.encoder.forwards import PackedForward, PaddedForward
-        from retrotool.encoder.runners import CpuRunner, CudaRunner, Runner
+        from retrotool.encoder.forwards import CpuRunner, CudaRunner, PackedForward, PaddedForward, Runner
+        from retrotool.encoder.packed import NotPackedError
 
         loaded: Forward | None = None
         self.forward, self.why = "packed", ""
@@ -158,7 +165,9 @@ class Encoder:
     @property
     def device_name(self) -> str:
         """What the device is: "cpu", or the name of the GPU."""
-        return devices.name_of(self.device)
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device != "cpu" else self.device
 
     @property
     def tokenizer(self) -> Tokenizer:

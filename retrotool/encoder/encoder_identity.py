@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,6 @@ class EncoderIdentity:
     prompt: str = ""
     lower: bool = False
     overridden: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """The record ``encoder:<name>``."""
-        return asdict(self)
 
 
 def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -> tuple[Path, EncoderIdentity]:

@@ -1,10 +1,14 @@
 """The forward of the BERT family without padding: one long axis of tokens, whatever rows they belong to.
 
+BERT (also MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and MPNet are the same computation. They
+differ in the names of their weights, in where places are numbered from, and MPNet in a bias that attention gets from
+the distance of two tokens. What is any different is found by its configuration, and runs through ``transformers``.
+
 Everything but attention works on single tokens, so rows need not be of one length there. Attention is told where rows
 begin: ``varlen`` hands the whole axis to ``torch.nn.attention.varlen`` (FlashAttention, Dao 2023; half precision on
 CUDA), ``grouped`` runs ``scaled_dot_product_attention`` on rows of equal length together (any device, any type, and
 MPNet's bias). Query, key and value are one product. On a CPU products run in oneDNN with weights laid out for it once
-(1.1 to 1.2 times as fast as MKL on AMD), with bias and activation in the same pass; in half precision there, what lies
+(1.1 to 1.2 times as fast as MKL on AMD), with bias and activation in the same pass; in half precision there, what is
 between the products stays float32, which costs little and keeps recall. Of a model that pools the first token, the
 last layer is computed for that token alone.
 
@@ -14,14 +18,163 @@ Cost of a token: 24·d² multiply-adds a layer for d dimensions, and 4·d a laye
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
-from retrotool.encoder.architecture import Architecture, Weights
+from retrotool.encoder.encoder_identity import OFFSET_POSITIONS
 from retrotool.machine import has_onednn
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+"""Names in ``config.json`` of the activations that the packed forward has."""
+
+_EMBEDDINGS = {
+    "word": "embeddings.word_embeddings.weight",
+    "place": "embeddings.position_embeddings.weight",
+    "segment": "embeddings.token_type_embeddings.weight",
+    "distance": "encoder.relative_attention_bias.weight",
+}
+_BERT = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+_DISTILBERT = {
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "out": "attention.out_lin",
+    "norm1": "sa_layer_norm",
+    "up": "ffn.lin1",
+    "down": "ffn.lin2",
+    "norm2": "output_layer_norm",
+}
+_MPNET = {
+    **_BERT,
+    "query": "attention.attn.q",
+    "key": "attention.attn.k",
+    "value": "attention.attn.v",
+    "out": "attention.attn.o",
+    "norm1": "attention.LayerNorm",
+}
+_LAYERS = {"distilbert": ("transformer.layer", _DISTILBERT), "mpnet": ("encoder.layer", _MPNET)}
+_FAMILY = ("bert", *OFFSET_POSITIONS, "distilbert")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The shape of a model of the family. ``padding``: the token that has no place (None: all have, from 0 on)."""
+
+    family: str
+    layers: int
+    heads: int
+    hidden: int
+    activation: str
+    epsilon: float
+    padding: int | None
+    buckets: int
+    """Kinds of distance between tokens that attention has a bias for; 0: none."""
+
+
+class NotPackedError(Exception):
+    """Why a model does not run through the packed forward."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The shape that a ``config.json`` describes; ``NotPackedError`` if it is not of the family."""
+    family = str(config.get("model_type"))
+    if family not in _FAMILY:
+        raise NotPackedError(f"models of type {family} are not of the BERT family")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise NotPackedError(f"its positions are {config['position_embedding_type']}")
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        raise NotPackedError("it is a decoder")
+    distil = family == "distilbert"
+
+    def field(name: str, otherwise: Any = None) -> Any:
+        value = config.get(name)
+        value = otherwise if value is None else value
+        if value is None:
+            raise NotPackedError(f"its config.json has no {name}")
+        return value
+
+    activation = str(field("activation" if distil else "hidden_act", "gelu"))
+    if activation not in ACTIVATIONS:
+        raise NotPackedError(f"its activation {activation} is not known")
+    heads = int(field("n_heads" if distil else "num_attention_heads"))
+    hidden = int(field("dim" if distil else "hidden_size"))
+    if heads < 1 or hidden % heads:
+        raise NotPackedError(f"{hidden} dimensions are not to be shared by {heads} heads")
+    return Architecture(
+        family=family,
+        layers=int(field("n_layers" if distil else "num_hidden_layers")),
+        heads=heads,
+        hidden=hidden,
+        activation=ACTIVATIONS[activation],
+        epsilon=1e-12 if distil else float(field("layer_norm_eps", 1e-12)),
+        padding=int(field("pad_token_id", 1)) if family in OFFSET_POSITIONS else None,
+        buckets=int(field("relative_attention_num_buckets", 32)) if family == "mpnet" else 0,
+    )
+
+
+Weights = Mapping[str, torch.Tensor]
+"""A model's weights in float32 by our own names: ``word``, ``place``, ``norm.weight``, ``3.query.bias``..."""
+
+
+def read_weights(path: Path, shape: Architecture) -> Weights:
+    """Read a model directory's safetensors; ``NotPackedError`` names a weight that is missing."""
+    wanted = {theirs: own for own, theirs in _names(shape).items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - it is no dict
+                own = wanted.get(_plain(key))
+                if own is not None and own not in tensors:
+                    # A copy: what is mapped changes with the file, or is gone with it.
+                    tensors[own] = opened.get_tensor(key).to(torch.float32, copy=True)
+    optional = ("segment",) if shape.buckets else ("segment", "distance")
+    missing = next((theirs for theirs, own in wanted.items() if own not in tensors and own not in optional), None)
+    if missing is not None:
+        raise NotPackedError(f"it has no weight {missing}")
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that ``transformers`` would read, and no variant beside them; without these, all."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return sorted({path / name for name in orjson.loads(index.read_bytes())["weight_map"].values()})
+    return sorted(path.glob("*.safetensors"))
+
+
+def _plain(key: str) -> str:
+    """A weight's name without what models with a head put before it, and in today's spelling."""
+    for prefix in ("bert.", "roberta.", "distilbert.", "mpnet.", "camembert."):
+        key = key.removeprefix(prefix)
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _names(shape: Architecture) -> dict[str, str]:
+    stem, within = _LAYERS.get(shape.family, ("encoder.layer", _BERT))
+    modules = {"norm": "embeddings.LayerNorm"}
+    for i in range(shape.layers):
+        modules |= {f"{i}.{own}": f"{stem}.{i}.{theirs}" for own, theirs in within.items()}
+    names = {f"{own}.{kind}": f"{theirs}.{kind}" for own, theirs in modules.items() for kind in ("weight", "bias")}
+    return {**_EMBEDDINGS, **names}
+
 
 Spans = torch.Tensor | list[tuple[int, int]]
 """Where rows lie: int32 [n + 1] places where they begin and end, or runs of equal rows as (rows, length)."""

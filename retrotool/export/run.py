@@ -377,11 +377,11 @@ def _check_complete(opened: ExportedTables, root: str | Path) -> None:
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UsageError(
             f"{chunks:,} chunks of {root} have no neighbours {opened.reader.name!r} yet: those of parts {shown}",
-            "Compute them: " + ", then: ".join(_commands(opened, root, missing)),
+            "Compute them: " + ", then: ".join(_commands(opened, missing)),
         )
 
 
-def _commands(opened: ExportedTables, root: str | Path, missing: Sequence[int]) -> Iterator[str]:
+def _commands(opened: ExportedTables, missing: Sequence[int]) -> Iterator[str]:
     """Yield the commands that give the missing parts their tables."""
     store, embedded = opened.store, set[str]()
     for member in opened.reader.members:
@@ -389,6 +389,6 @@ def _commands(opened: ExportedTables, root: str | Path, missing: Sequence[int]) 
             continue
         encoder = str(store.state.records[f"neighbours:{member.table}"]["encoder"])
         if encoder not in embedded and not set(missing).issubset(embedded_parts(store, encoder)):
-            yield embed_command(store, root, encoder)
+            yield embed_command(store, encoder)
             embedded.add(encoder)
         yield table_command(store, member.table, member.store)

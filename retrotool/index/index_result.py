@@ -73,7 +73,7 @@ class IndexResult:
 def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:
     """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
-    found = [embed_command(store, root, encoder)] if left else []
+    found = [embed_command(store, encoder)] if left else []
     return found if index is None else [*found, command_line("index", root, name=index)]
 
 

@@ -181,8 +181,7 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
             from retrotool.store.neighbour_tables import text_size
 
             sizes = [text_size(entry) for entry in store.state.group("neighbours", name).entries()]
-            found[name] = {**found[name], "text_parts": sum(size >= about["k"] for size in sizes)}
-    for name, about in found.items():
+            about = found[name] = {**about, "text_parts": sum(size >= about["k"] for size in sizes)}
         if "mix" in about:
             of = [found[member["table"]] for member in about["mix"] if member["table"] in found]
             found[name] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,26 +47,21 @@ def command(
     with output.errors(as_json):
         if head is not None and not log:
             raise UsageError("--head is a hash of the log", "Give it with --log.")
+        found: LogVerification | Verification
         if log:
-            _check_log(store, head, as_json)
-            return
-        from retrotool.engine.progress import counting
-        from retrotool.info import verify_run
+            from retrotool.info.log_entries import verify_log
 
-        with counting("verify", "B", verify_run.bytes_to_verify(store)) as report:
-            found = verify_run.verify(store, report)
-        output.show(found, as_json, _text)
+            found = verify_log(store, head)
+            output.show(found, as_json, _log_text)
+        else:
+            from retrotool.engine.progress import counting
+            from retrotool.info import verify_run
+
+            with counting("verify", "B", verify_run.bytes_to_verify(store)) as report:
+                found = verify_run.verify(store, report)
+            output.show(found, as_json, _text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)
-
-
-def _check_log(store: Path, head: str | None, as_json: bool) -> None:
-    from retrotool.info import log_entries
-
-    found = log_entries.verify_log(store, head)
-    output.show(found, as_json, _log_text)
-    if not found.ok:
-        raise typer.Exit(CorruptError.exit_code)
 
 
 def _log_text(found: LogVerification) -> str:

@@ -57,7 +57,8 @@ def dependents(database: Store) -> list[Dependent]:
 def register_dependent(database: Store, queries: Store, table: str, again: Mapping[str, Any]) -> bool:
     """Record in a database that ``queries`` has neighbours ``table`` in it; return False if it can't be written.
 
-    ``again``: index, k and saved of the tables. Records of the same store at places where it no longer is are removed.
+    ``again``: index, encoder, k and saved of the tables. Records of the same store at places where it is no more are
+    removed.
     """
     path, uuid = str(queries.root.absolute()), queries.identity.uuid
     place = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()

@@ -154,7 +154,7 @@ def neighbours(
             store.commit(run, mixture.commit)
     first = found[0]
     not_embedded = count_left(store, embedded_parts(store, first.encoder), read_tombstones(store))
-    left = [embed_command(store, queries or root, first.encoder)] if not_embedded else []
+    left = [embed_command(store, first.encoder)] if not_embedded else []
     left += [command for one in found for command in one.commands]
     if left:
         given = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
@@ -213,7 +213,7 @@ def _register(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -
     """Record in another store that its chunks are neighbours now; return False if it can't be written."""
     if record["within"]:
         return True
-    again = {name: record[name] for name in ("index", "k", "saved")}
+    again = {name: record[name] for name in ("index", "encoder", "k", "saved")}
     return register_dependent(Store.open(stage.database), store, stage.table, again)
 
 

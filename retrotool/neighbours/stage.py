@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.cli.command_lines import table_command
+from retrotool.cli.command_lines import embed_command, table_command
 from retrotool.embed.search_scope import (
     count_keys,
     embedded_parts,
@@ -180,7 +180,7 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
     if ours is None:
         raise UsageError(
             f"{store.root} has no embeddings of {database.encoder!r}, which the index was made with",
-            f"Make them with: retrotool embed {store.root} --encoder {database.encoder}",
+            f"Make them with: {embed_command(database.store, database.encoder, store)}",
         )
     if theirs is None or ours["sha256"] != theirs["sha256"]:
         raise UsageError(

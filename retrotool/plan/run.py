@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrotool.ann.choice import ITERATIONS, IndexChoice, IndexWishes, choose_index
+from retrotool.ann.choice import ITERATIONS, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk.run import CHUNK_LENGTH, PART_SIZE, check_chunk_length
 from retrotool.cli.command_lines import SAVED
@@ -185,39 +185,31 @@ def plan(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )
     _check(request)
-    documents = -(-request.tokens // request.tokens_per_document)
-    n = count_chunks(request.tokens, documents, request.chunk_length)
-    choice = choose_index(n, request.encoder.hidden, IndexWishes(target=request.target_recall))
-    files = _files(request, documents, n, choice)
-    work = _Work(request, n, choice, {one.kind: one.bytes for one in files})
+    work = _Work(request)
     stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.neighbours())
     return Plan(
-        tokens=request.tokens,
-        documents=documents,
-        chunks=n,
-        chunk_length=request.chunk_length,
-        parts=_parts(n),
+        tokens=tokens,
+        documents=work.documents,
+        chunks=work.n,
+        chunk_length=chunk_length,
+        parts=work.parts,
         encoder=request.encoder,
-        machines=request.machines,
-        files=files,
-        bytes=sum(one.bytes for one in files),
-        index=_index(request, n, choice),
+        machines=machines,
+        files=work.files,
+        bytes=sum(one.bytes for one in work.files),
+        index=work.index(),
         stages=stages,
         gpu_hours=sum(stage.gpu_hours for stage in stages),
         core_hours=sum(stage.core_hours for stage in stages),
         wall_hours=sum(stage.wall_hours for stage in stages),
         rates=tuple(work.rates.used.values()),
-        assumptions=_assumptions(request, choice),
+        assumptions=work.assumptions(),
     )
 
 
 def count_chunks(tokens: int, documents: int, m: int) -> int:
     """Return how many chunks of up to m tokens so many documents have, whose lengths are spread."""
     return max(documents, -(-(2 * tokens + documents * (m - 1)) // (2 * m)))
-
-
-def _parts(n: int) -> int:
-    return -(-n // PART_SIZE)
 
 
 def _check(request: PlanRequest) -> None:
@@ -239,74 +231,73 @@ def _check(request: PlanRequest) -> None:
         raise UsageError(f"--target-recall {request.target_recall} is not above 0 and at most 1")
 
 
-def _files(request: PlanRequest, documents: int, n: int, choice: IndexChoice) -> tuple[Files, ...]:
-    vector, saved = 2 * choice.d, NEIGHBOUR_BYTES * request.saved
-    tokens = TOKEN_HUNDREDTHS * request.tokens // 100
-    return (
-        Files("documents", DOCUMENT_BYTES * documents, f"{DOCUMENT_BYTES} bytes a document"),
-        Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
-        Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
-        Files("index", _index_bytes(n, choice), f"{choice.bytes_per_vector:,} bytes a chunk, lists, training"),
-        Files("neighbours", saved * n, f"{saved:,} bytes a chunk, {request.saved} saved"),
-    )
-
-
-def _shards(n: int, choice: IndexChoice) -> int:
-    return -(-n // default_shard_rows(choice, None))
-
-
-def _index_bytes(n: int, choice: IndexChoice) -> int:
-    return n * choice.bytes_per_vector + choice.trained_bytes + LIST_BYTES * choice.nlist * _shards(n, choice)
-
-
-def _sample(n: int, choice: IndexChoice) -> int:
-    return sample_size(n, choice, None) if choice.nlist else 0
-
-
-def _index(request: PlanRequest, n: int, choice: IndexChoice) -> IndexPlan:
-    memory = _index_bytes(n, choice)
-    return IndexPlan(
-        factory=choice.factory,
-        kind=choice.describe(),
-        why=choice.why,
-        nlist=choice.nlist,
-        bytes_per_vector=choice.bytes_per_vector,
-        trained_bytes=choice.trained_bytes,
-        sample=_sample(n, choice),
-        sample_bytes=2 * choice.d * _sample(n, choice),
-        shards=_shards(n, choice),
-        memory=memory,
-        hosts=-(-memory // request.machines.memory),
-    )
-
-
 class _Work:
-    """The stages of a plan. ``rates.used`` are the rates that were asked for, in the order of the stages."""
+    """What a request comes to. ``rates.used`` are the rates that were asked for, in the order of the stages."""
 
-    def __init__(self, request: PlanRequest, n: int, choice: IndexChoice, files: dict[str, int]) -> None:
+    def __init__(self, request: PlanRequest) -> None:
         self._request, self._machines = request, request.machines
-        self._n, self._choice, self._files = n, choice, files
-        self._device = "GPU" if request.machines.gpus else "core"
+        self.documents = -(-request.tokens // request.tokens_per_document)
+        self.n = count_chunks(request.tokens, self.documents, request.chunk_length)
+        self.parts = -(-self.n // PART_SIZE)
+        choice = self._choice = choose_index(self.n, request.encoder.hidden, IndexWishes(target=request.target_recall))
+        self._shards = -(-self.n // default_shard_rows(choice, None))
+        self._sample = sample_size(self.n, choice, None) if choice.nlist else 0
+        self._index_bytes = (
+            self.n * choice.bytes_per_vector + choice.trained_bytes + LIST_BYTES * choice.nlist * self._shards
+        )
+        self.files = self._files()
+        self._bytes = {one.kind: one.bytes for one in self.files}
+        self._device = "GPU" if self._machines.gpus else "core"
         self.rates = Rates(request.rates)
+
+    def _files(self) -> tuple[Files, ...]:
+        request, n = self._request, self.n
+        vector, saved = 2 * self._choice.d, NEIGHBOUR_BYTES * request.saved
+        tokens = TOKEN_HUNDREDTHS * request.tokens // 100
+        each = f"{self._choice.bytes_per_vector:,} bytes a chunk, lists, training"
+        return (
+            Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes a document"),
+            Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
+            Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
+            Files("index", self._index_bytes, each),
+            Files("neighbours", saved * n, f"{saved:,} bytes a chunk, {request.saved} saved"),
+        )
+
+    def index(self) -> IndexPlan:
+        """The index that would be chosen."""
+        choice = self._choice
+        return IndexPlan(
+            factory=choice.factory,
+            kind=choice.describe(),
+            why=choice.why,
+            nlist=choice.nlist,
+            bytes_per_vector=choice.bytes_per_vector,
+            trained_bytes=choice.trained_bytes,
+            sample=self._sample,
+            sample_bytes=2 * choice.d * self._sample,
+            shards=self._shards,
+            memory=self._index_bytes,
+            hosts=-(-self._index_bytes // self._machines.memory),
+        )
 
     def chunk(self) -> StagePlan:
         """Let every core take parts; reading the input is not counted."""
         machines = self._machines
         seconds = TEXT_BYTES * self._request.tokens / self.rates.find("chunk", "core")
-        written = sum(self._files[kind] for kind in ("documents", "chunks"))
+        written = sum(self._bytes[kind] for kind in ("documents", "chunks"))
         wall = seconds * self._share(machines.hosts * machines.cores)
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
 
     def embed(self) -> StagePlan:
         """A forward a chunk, and on GPUs getting it ready."""
-        length = self._request.tokens / self._n + SPECIAL_TOKENS
-        seconds = self._n / self.rates.find_embed(self._device, self._request.encoder, length)
-        feed = self._n / self.rates.find("feed", "core") if self._machines.gpus else 0.0
-        return self._spread("embed", seconds, self._files["chunks"], self._files["embeddings"], feed)
+        length = self._request.tokens / self.n + SPECIAL_TOKENS
+        seconds = self.n / self.rates.find_embed(self._device, self._request.encoder, length)
+        feed = self.n / self.rates.find("feed", "core") if self._machines.gpus else 0.0
+        return self._spread("embed", seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
 
     def train(self) -> StagePlan:
         """k-means on a sample, in one process."""
-        choice, sample = self._choice, _sample(self._n, self._choice)
+        choice, sample = self._choice, self._sample
         lists = choice.nlist if choice.nlist <= TWO_LEVELS else 2 * choice.nlist**0.5
         flops = sample * lists * 2.0 * choice.coded * ITERATIONS
         read, written = 2 * choice.d * sample, choice.trained_bytes
@@ -316,18 +307,18 @@ class _Work:
         """The nearest list and the code of every vector."""
         choice = self._choice
         centroids = choice.nlist + (_CENTROIDS if choice.pieces else 0) + (choice.d if choice.rotated else 0)
-        flops = self._n * centroids * 2.0 * choice.coded
-        read, written = self._files["embeddings"], self._files["index"] - choice.trained_bytes
+        flops = self.n * centroids * 2.0 * choice.coded
+        read, written = self._bytes["embeddings"], self._bytes["index"] - choice.trained_bytes
         return self._spread("index: encode", self._products("index", flops), read, written)
 
     def neighbours(self) -> StagePlan:
         """A list-major search of all chunks, and the true distances of the candidates."""
-        choice, n = self._choice, self._n
+        choice, n = self._choice, self.n
         coded = choice.code not in ("float16", "float32")
         scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
         flops = n * (choice.nlist + scanned + min(n, RERANKED) * coded) * 2.0 * choice.coded
-        read = self._files["embeddings"] * (1 + coded) + self._files["index"]
-        return self._spread("neighbours", self._products("neighbours", flops), read, self._files["neighbours"])
+        read = self._bytes["embeddings"] * (1 + coded) + self._bytes["index"]
+        return self._spread("neighbours", self._products("neighbours", flops), read, self._bytes["neighbours"])
 
     def _products(self, stage: str, flops: float) -> float:
         """Seconds that one device takes for so many operations."""
@@ -358,20 +349,21 @@ class _Work:
 
     def _share(self, workers: int) -> float:
         """The share of all chunks that the busiest of some workers has, each taking whole parts."""
-        return min(1.0, -(-_parts(self._n) // workers) * PART_SIZE / self._n)
+        return min(1.0, -(-self.parts // workers) * PART_SIZE / self.n)
 
-
-def _assumptions(request: PlanRequest, choice: IndexChoice) -> tuple[str, ...]:
-    found = [
-        f"{request.tokens_per_document:,} tokens a document, the last chunk of each half full",
-        f"{TEXT_BYTES} bytes of text a token",
-        "tokens of 2 bytes (a vocabulary of up to 65,536), compressed to about half",
-        "ids of documents of about 13 bytes when compressed, and no metadata kept",
-        "every chunk is embedded, indexed and given neighbours, stages one after another",
-        "disks: what the files take to read and write once, a lower bound",
-        "not counted: reading the input, networks, and cores that only drive a GPU",
-    ]
-    if choice.nlist:
-        candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
-        found.insert(4, f"a query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
-    return tuple(found)
+    def assumptions(self) -> tuple[str, ...]:
+        """What was assumed, a phrase each."""
+        choice = self._choice
+        found = [
+            f"{self._request.tokens_per_document:,} tokens a document, the last chunk of each half full",
+            f"{TEXT_BYTES} bytes of text a token",
+            "tokens of 2 bytes (a vocabulary of up to 65,536), compressed to about half",
+            "ids of documents of about 13 bytes when compressed, and no metadata kept",
+            "every chunk is embedded, indexed and given neighbours, stages one after another",
+            "disks: what the files take to read and write once, a lower bound",
+            "not counted: reading the input, networks, and cores that only drive a GPU",
+        ]
+        if choice.nlist:
+            candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
+            found.insert(4, f"a query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
+        return tuple(found)

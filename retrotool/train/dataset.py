@@ -1,9 +1,9 @@
 """``retrotool.RetroDataset``: a store and its neighbours as training sequences, for PyTorch.
 
-A sequence is a row of slots for chunks (``train.sequences``), with the neighbours of the chunk in each slot. Sequences
-come in an order that is decided by the seed and the epoch (``train.order``), block by block, and each rank reads its
-own blocks. Positions are decided on the commit on which the epoch began, and content is that of now: what is purged in
-the course of an epoch keeps its slots, which are masked. So training goes on after a purge, without the victims.
+A sequence is a row of slots for chunks, with the neighbours of the chunk in each slot. Sequences come in an order that
+is decided by the seed and the epoch (``train.order``), block by block, and each rank reads its own blocks. Positions
+are decided on the commit on which the epoch began, and content is that of now: what is purged in the course of an epoch
+keeps its slots, which are masked. So training goes on after a purge, without what was purged.
 
 The order of a rank's sequences depends neither on how many workers a DataLoader has nor on the size of batches: worker
 processes take turns, batch by batch. Each of them reads all blocks of its rank, so a second one adds little: reading
@@ -15,6 +15,7 @@ the store. Cost: see ``docs/performance.md``.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,10 +31,8 @@ from retrotool.embed.search_scope import has_commit
 from retrotool.errors import UsageError
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.train.epoch import Turns, is_distributed, own_rank, read_epoch
-from retrotool.train.order import Order, Share, Span
-from retrotool.train.sequences import SequenceLayout
-from retrotool.train.training_rows import TrainingReader
+from retrotool.train.order import Order, SequenceLayout, Share, Span
+from retrotool.train.training_rows import TrainingReader, Turns, read_epoch
 
 Item = dict[str, torch.Tensor]
 Ids = npt.NDArray[np.int64]
@@ -127,8 +126,8 @@ class RetroDataset(IterableDataset[Item]):
         ):
             if value is not None and value < least:
                 raise UsageError(f"{what}={value} is less than {least}")
-        self._distributed = rank is None and is_distributed()
-        self.rank, self.world_size = own_rank() if rank is None or world_size is None else (rank, world_size)
+        self._distributed = rank is None and _is_distributed()
+        self.rank, self.world_size = _own_rank() if rank is None or world_size is None else (rank, world_size)
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"rank {self.rank} is not one of {self.world_size}")
         self.path, self.name, self.sequence_length = str(store), name, sequence_length
@@ -391,3 +390,27 @@ class _Failing(Iterator[Item]):
 
     def __next__(self) -> Item:
         raise self._error
+
+
+def _is_distributed() -> bool:
+    """Whether ranks are those of ``torch.distributed``."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _own_rank() -> tuple[int, int]:
+    """Rank and number of ranks: of ``torch.distributed``, or the environment, or one."""
+    if _is_distributed():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _number("RANK"), _number("WORLD_SIZE")
+    return 0, 1
+
+
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise UsageError(
+            f"the environment has {variable}={os.environ[variable]!r}, which is no number",
+            "Set it to one, or give rank= and world_size=.",
+        ) from None

@@ -1,13 +1,18 @@
-"""What a training loop reads of some blocks: chunks with their neighbours, as arrays to gather sequences from.
+"""What a training loop reads, window by window: chunks with their neighbours, as arrays to gather sequences from.
 
 Everything is masked here: rows that are purged by now have no tokens and no neighbours, whatever the layout that they
 got their slots by. Tokens stay in the store's type until sequences are gathered, 0.7 KB a row of two neighbours.
 
-Cost: 0.4 µs a row for chunks, and that of ``neighbours.table_reader`` for neighbours.
+The workers of a rank take turns of ``unit`` sequences, counted from the place ``first`` of what the rank reads. So the
+sequences of all workers, turn by turn, are in the rank's order for any number of workers. Each worker reads all windows
+of its rank, one ahead. Cost: 0.4 µs a row for chunks, and that of ``neighbours.table_reader`` for neighbours.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +23,11 @@ from retrotool.cli.command_lines import table_command
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, TextReader, block_rows
 from retrotool.store import parts
+from retrotool.store.ids import Ids
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.train.sequences import EMPTY, SequenceLayout
-
-Ids = npt.NDArray[np.int64]
-NOTHING = -1
+from retrotool.train.order import EMPTY, Order, SequenceLayout, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class TrainingRows:
             "chunk_ids": ids,
             "neighbour_ids": _taken(near.ids, rows),
             "neighbour_databases": _taken(near.databases, rows).astype(np.int64),
-            "documents": np.where(ids == NOTHING, NOTHING, _taken(self.documents, rows)),
+            "documents": np.where(ids == EMPTY, EMPTY, _taken(self.documents, rows)),
         }
 
 
@@ -99,9 +102,9 @@ class TrainingReader:
         return self._commits() != before
 
     def check_tables(self, layout: SequenceLayout) -> None:
-        """``UsageError`` unless all parts of a layout that are still there have neighbours."""
+        """``UsageError`` unless all parts of a layout have neighbours."""
         reader = self.rows.reader
-        missing = sorted(set(layout.parts()) & set(self.store.state.parts()) - set(reader.parts()))
+        missing = sorted(set(layout.parts()) - set(reader.parts()))
         if not missing:
             return
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
@@ -128,8 +131,6 @@ class TrainingReader:
 
     def _read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         wanted = np.unique(block)
-        known = set(self.store.state.parts())  # a part can have been taken back, and has empty slots then
-        wanted = wanted[[int(part) in known for part in layout.part[wanted]]]
         blocks = [(int(layout.part[i]), int(layout.group[i])) for i in wanted]
         rows = self.read_blocks(blocks)
         slots = np.full((len(block), layout.size), EMPTY, np.int64)
@@ -150,7 +151,7 @@ class TrainingReader:
         n = starts[-1] + 1
         near = self.rows.read(blocks, spare=1)
         rows = TrainingRows(
-            np.full(n, NOTHING, np.int64), np.full(n, NOTHING, np.int64), np.zeros(n, np.uint16),
+            np.full(n, EMPTY, np.int64), np.full(n, EMPTY, np.int64), np.zeros(n, np.uint16),
             np.zeros((n, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)), near,
         )  # fmt: skip
         for (part, group), start, stop in zip(blocks, starts[:-1], starts[1:], strict=True):
@@ -160,6 +161,74 @@ class TrainingReader:
             rows.n_tokens[some], rows.tokens[some] = chunks.n_tokens, chunks.tokens
             rows.ids[some] = parts.chunk_ids(part, group * ROW_GROUP + np.arange(stop - start))
         gone = np.flatnonzero(self.tombstones.contains(rows.ids) | (rows.n_tokens == 0))
-        rows.ids[gone], rows.n_tokens[gone], rows.tokens[gone] = NOTHING, 0, 0
+        rows.ids[gone], rows.n_tokens[gone], rows.tokens[gone] = EMPTY, 0, 0
         near.clear(gone)
         return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Which places are worker ``worker``'s, of ``workers``."""
+
+    first: int
+    unit: int
+    worker: int
+    workers: int
+
+    def number(self, places: Ids) -> Ids:
+        """Which turn each of some places is in, [n]."""
+        return (places - self.first) // self.unit
+
+    def mine(self, places: Ids) -> npt.NDArray[np.bool_]:
+        """Which places are this worker's, bool [n]."""
+        mine: npt.NDArray[np.bool_] = self.number(places) % self.workers == self.worker
+        return mine
+
+    def ends(self, place: int) -> bool:
+        """Whether a place is the last of its turn."""
+        return (place + 1 - self.first) % self.unit == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Sequences that were read together: their ``places`` [n] in what a rank reads, ascending, and rows in their slots.
+
+    ``slots`` int64 [n, slots] are places in ``rows``, −1: empty.
+    """
+
+    places: Ids
+    rows: TrainingRows
+    slots: Ids
+
+
+def read_epoch(
+    reader: TrainingReader, layout: SequenceLayout, order: Order, share: Share, turns: Turns, consumed: int
+) -> Iterator[Window]:
+    """The windows of one worker, of which it has had what is before the place ``consumed``."""
+
+    def window(places: Ids, reading: Future[tuple[TrainingRows, Ids]]) -> Window:
+        rows, slots = reading.result()
+        missing = np.full((len(places) - len(slots), layout.size), EMPTY, np.int64)
+        return Window(places, rows, np.concatenate([slots, missing]))
+
+    coming: deque[tuple[Ids, Future[tuple[TrainingRows, Ids]]]] = deque()
+    with ThreadPoolExecutor(1, "retrotool-dataset") as pool:
+        for places, block, sequence in _wanted(order, share, turns, consumed):
+            coming.append((places, pool.submit(reader.read, layout, block, sequence)))
+            if len(coming) > 1:
+                yield window(*coming.popleft())
+        if coming:
+            yield window(*coming.popleft())
+
+
+def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator[tuple[Ids, Ids, Ids]]:
+    """Places, blocks and sequences of one worker, by window; last, where that is its, a place without a sequence."""
+    for piece in order.pieces(share.own, consumed):
+        places = piece.first + np.arange(len(piece.block))
+        mine = turns.mine(places)
+        if mine.any():
+            yield places[mine], piece.block[mine], piece.sequence[mine]
+    last = np.array([len(share) - 1])
+    if share.is_short and last[0] >= consumed and turns.mine(last)[0]:
+        nothing = np.zeros(0, np.int64)
+        yield last, nothing, nothing

@@ -29,11 +29,15 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages._TEMPLATES, "loader", loader)
 
 
+def render(**context: object) -> str:
+    return pages._TEMPLATES.get_template("example.html").render(context)
+
+
 @given(
     st.text(st.one_of(st.sampled_from("<>&\"'\r\n\t\0\x1b\x9b\u202e\u2069\ufffe{%}#x"), st.characters(codec="utf-8")))
 )
 def test_any_text_is_shown_as_itself(text: str) -> None:
-    page = read(pages.render("example.html", text=text, many=[]))
+    page = read(render(text=text, many=[]))
     (tag, about, inside), *_ = [part for part in page.parts if part[0] == "p"]
     assert (tag, about["title"], inside) == ("p", shown(text), shown(text))
     assert page.of_tag("title") == page.of_tag("h1") == [f"About {shown(text)}"]
@@ -43,7 +47,7 @@ def test_any_text_is_shown_as_itself(text: str) -> None:
 
 def test_a_name_that_is_missing_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError, match="many"):
-        pages.render("example.html", text="")
+        render(text="")
 
 
 def test_a_page_is_written_piece_by_piece_and_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrotool.encoder import compare, cosines, find_devices
+from retrotool.embed.store_encoder import compare
+from retrotool.encoder import cosines, find_devices
 from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.errors import UsageError
 
@@ -42,7 +43,6 @@ def test_cosine_and_recall_are_those_of_brute_force() -> None:
 def test_few_vectors_and_none() -> None:
     one = np.ones((1, 4), np.float16)
     assert compare(one, one).recall_at_10 == 1.0
-    assert compare(one[:0], one[:0]).sample == 0
     three = np.eye(3)
     assert compare(three, three).recall_at_10 == 1.0
     assert compare(three, three, np.zeros(3)).recall_at_10 == 1.0, "nothing but own documents"

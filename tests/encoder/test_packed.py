@@ -12,7 +12,7 @@ import pytest
 from families import FAMILIES, make_family, rows_of_all_lengths, with_pooling
 
 from retrotool.encoder import Encoder, cosines
-from retrotool.encoder.architecture import NotPackedError, architecture_of
+from retrotool.encoder.packed import NotPackedError, architecture_of
 from retrotool.errors import UsageError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.encoder.batches import Rows, batches, concatenate
+from retrotool.encoder.batches import Rows, batches
 
 LISTS = st.lists(st.lists(st.integers(0, 1000), max_size=12), max_size=20)
 
@@ -47,11 +47,6 @@ def test_rows_of_a_padded_matrix(lists: list[list[int]]) -> None:
         matrix[i, : len(row)] = row
     lengths = np.array([len(row) for row in lists], np.int32)
     assert as_lists(Rows.of_matrix(matrix, lengths)) == lists
-
-
-@given(st.lists(LISTS, max_size=4))
-def test_blocks_one_after_the_other(blocks: list[list[list[int]]]) -> None:
-    assert as_lists(concatenate(map(Rows.of, blocks))) == [row for block in blocks for row in block]
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 120), st.integers(1, 10), st.booleans())

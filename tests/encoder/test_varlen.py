@@ -93,9 +93,9 @@ def test_the_vectors_are_those_of_transformers(
 def test_whole_batches_have_one_shape_and_all_layers_one_program(
     seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retrotool.encoder import forwards, runners
+    from retrotool.encoder import forwards
 
-    monkeypatch.setattr(runners, "cores", lambda: 1)  # two lanes would both compile at first
+    monkeypatch.setattr(forwards, "cores", lambda: 1)  # two lanes would both compile at first
     programs: list[object] = []
 
     def counting(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
@@ -142,9 +142,9 @@ def test_a_compiler_that_fails_is_done_without(
 def test_memory_that_runs_out_adds_one_shape_a_halving(
     seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retrotool.encoder import forwards, runners
+    from retrotool.encoder import forwards
 
-    monkeypatch.setattr(runners, "cores", lambda: 1)
+    monkeypatch.setattr(forwards, "cores", lambda: 1)
     whole: list[int] = []
 
     def layer(*arguments: object) -> torch.Tensor:
@@ -187,9 +187,9 @@ def test_an_encoder_is_verified_as_it_will_compute(
 def test_heads_that_flash_attention_has_not_take_the_other_way(
     heads: int, fits: bool, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    from retrotool.encoder.architecture import architecture_of
     from retrotool.encoder.encoder_identity import read_config
     from retrotool.encoder.forwards import _fits_flash
+    from retrotool.encoder.packed import architecture_of
 
     path = make_family("bert", tmp_path / "bert", tiny_encoder, num_attention_heads=heads)
     assert _fits_flash(architecture_of(read_config(path))) == fits

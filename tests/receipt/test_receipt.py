@@ -104,7 +104,7 @@ BLINDED = {
     ("index.searching",): {"search main"},
     ("index.exact",): {"exact search tiny"},
     ("neighbours.table_reader",): {"neighbours main"},
-    ("train.training_rows", "train.sequences"): {"dataset main"},
+    ("train.training_rows", "train.order"): {"dataset main"},
     ("export.run",): {"export main"},
     ("leakage.run",): {"leakage main"},
 }

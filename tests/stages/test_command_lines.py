@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import make_rows
+from conftest import make_rows, write_jsonl
 from dataset_help import chunk
 from typer.testing import CliRunner
 
@@ -45,3 +45,29 @@ def test_what_is_advised_brings_a_table_up_to_date_as_it_was_made(
     assert (told["k"], told["saved"], told["index"]) == (3, 7, "" if exact else "main")
     assert told["queries"] == len(late)
     assert len(list(RetroDataset(training, name, 64))) == before + len(late)
+
+
+def test_an_exact_table_is_brought_up_to_date_with_its_encoder_though_the_database_got_another(
+    store_copy: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    training = chunk(tmp_path / "training", tiny_encoder, make_rows(9, first=150))
+    api.neighbours(store_copy, queries=training, search=SearchOptions(exact=True))
+    for store in (store_copy, training):
+        api.embed(store, encoder=str(tiny_encoder), name="another")
+    (dependent,) = api.info(store_copy).dependents
+    done = CliRunner().invoke(app, [*shlex.split(dependent.command)[1:], "--json"])
+    assert (done.exit_code, json.loads(done.stdout)["encoder"], json.loads(done.stdout)["queries"]) == (0, "tiny", 0)
+
+
+def test_queries_that_have_the_encoder_under_another_name_are_told_how_to_get_this_one(
+    store_copy: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    training = tmp_path / "training"
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(9, first=150))
+    api.chunk(training, [str(rows)], tokenizer=str(tiny_encoder))
+    api.embed(training, encoder=str(tiny_encoder), name="another")
+    with pytest.raises(UsageError, match="has no embeddings of 'tiny'") as error:
+        api.neighbours(store_copy, queries=training)
+    advice = error.value.advice.removeprefix("Make them with: ")
+    assert CliRunner().invoke(app, shlex.split(advice)[1:]).exit_code == 0
+    assert api.neighbours(store_copy, queries=training).queries > 0

@@ -104,7 +104,7 @@ def test_an_erase_lists_dependents_and_the_command_takes_ids_out(here: Path) -> 
     assert len(lines) == 2 and "They may name what was erased, which readers mask." in lines[1]
     assert shlex.split(lines[0].rpartition("Take it out there: ")[2]) == [
         "retrotool", "neighbours", "database", "--queries", str(here / "training"), "-k", "1", "--saved", "8",
-        "--name", "exact", "--exact",
+        "--name", "exact", "--exact", "--encoder", "tiny",
     ]  # fmt: skip
     for line in lines:
         done = run(*shlex.split(line.rpartition("Take it out there: ")[2])[1:])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import retrotool
 from retrotool import api
 from retrotool.embed import stage as embed_stage
-from retrotool.embed import stored_fidelity
+from retrotool.embed import store_encoder
 from retrotool.encoder import Encoder, Rows, cosines, find_encoder
 from retrotool.errors import CorruptError, NotFiniteError, RetrotoolError, UsageError
 from retrotool.store import log
@@ -306,7 +306,8 @@ def test_check_tells_how_true_the_stored_vectors_are(
     assert log.read(chunked, result.commit).records == {"fidelity:tiny": result.check}
     store = Store.open(chunked)
     encoder = Encoder(str(tiny_encoder), "cpu", "float32", forward="transformers")
-    sample = stored_fidelity.draw(store, encoder)
+    sample = store_encoder.draw_sample(store, encoder)
+    assert sample is not None
     assert len(set(sample.ids.tolist())) == len(sample.ids) == result.embedded
     true = encoder.embed(sample.rows)
     assert result.check["cosine_min"] == pytest.approx(cosines(sample.vectors, true).min(), abs=1e-6)
@@ -324,10 +325,12 @@ def test_a_sample_is_drawn_from_all_parts_and_no_larger_than_asked(chunked: Path
     api.embed(chunked, encoder=str(tiny_encoder))
     encoder = Encoder(str(tiny_encoder), "cpu", forward="transformers")
     store = Store.open(chunked)
-    sample = stored_fidelity.draw(store, encoder, 50)
+    sample, other = (store_encoder.draw_sample(store, encoder, 50, seed=seed) for seed in (0, 1))
+    assert sample is not None
+    assert other is not None
     assert len(sample.ids) == 50
     assert set((sample.ids >> 32).tolist()) == set(store.state.parts())
-    assert not np.array_equal(sample.ids, stored_fidelity.draw(store, encoder, 50, seed=1).ids)
+    assert not np.array_equal(sample.ids, other.ids)
 
 
 def test_check_finds_vectors_of_another_model(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:

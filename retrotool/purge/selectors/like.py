@@ -38,8 +38,7 @@ from retrotool.ann.ranking import exact_distances
 from retrotool.chunk.chunker import cut_chunks
 from retrotool.cli.command_lines import embed_command
 from retrotool.embed.search_scope import pick_encoder, read_part_vectors
-from retrotool.embed.stage import EncoderRows
-from retrotool.embed.store_encoder import load_encoder
+from retrotool.embed.store_encoder import EncoderRows, load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.document_text import TextBlock
@@ -77,7 +76,7 @@ class Like(Selector):
         if entry is None:
             raise UsageError(
                 f"--like: part {part} has no embeddings of {self.encoder} yet, so what is near in it can't be told",
-                f"Embed it first: {embed_command(store, store.root, self.encoder)}",
+                f"Embed it first: {embed_command(store, self.encoder)}",
             )
         return [entry.path]
 
