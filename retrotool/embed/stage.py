@@ -1,14 +1,11 @@
 """``embed``: every key to a vector of the encoder, one float16 ``.npy`` a part.
 
-A task is a part. If the store's tokenizer is the encoder's, tokens go straight in; otherwise they are decoded to
-text and tokenised again. Erased chunks and values of key-value records get zeros, and cost nothing but their bytes;
-tombstoned chunks are embedded, as long as they are not erased, and so are chunks that the encoder's tokenizer sees no
-token in. The task reads the part's chunks file: if that is erased meanwhile, the commit is refused and the part is done
-again.
+A task is a part. Erased chunks and values of key-value records get zeros, and cost nothing but their bytes; tombstoned
+chunks are embedded, as long as they are not erased, and so are chunks that the encoder's tokenizer sees no token in. If
+the part's chunks file is erased during the task, its commit is refused and the part is done again.
 
 A part goes through block by block: one is read and tokenised, one is computed, one is written, made durable and hashed,
-all at the same time. So memory does not grow with the part, and when the last vectors are there the file nearly is.
-A block is of as many rows as a batch is of tokens, about 64 batches.
+all at the same time. So memory does not grow with the part. A block has about 64 batches.
 """
 
 from __future__ import annotations

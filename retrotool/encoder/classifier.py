@@ -1,17 +1,12 @@
 """A sequence classifier of Hugging Face: texts to the score of one of its labels.
 
-A classifier is a directory as ``AutoModelForSequenceClassification`` saves it, with safetensors weights and a
-``tokenizer.json``. It is checked as an encoder is: pickled weights, code of its own and missing weights are refused.
-The score is what the model was trained to give: with several labels that exclude each other the softmax of its logits;
-with one label, or labels that stand side by side (``problem_type`` is ``multi_label_classification``), the sigmoid of
-the label's own. A model that was trained to give amounts (``regression``) has no such score, and is refused.
-
-A text of more tokens than the model takes is cut into windows that do not overlap, and has the highest of their scores:
-what is in it anywhere counts, but what lies across a border may be missed.
+A classifier is a directory as ``AutoModelForSequenceClassification`` saves it, and is checked as an encoder is. The
+score is the softmax of its logits where labels exclude each other; with one label, or labels that stand side by side
+(``problem_type`` is ``multi_label_classification``), the sigmoid of the label's own. ``regression`` is refused. A text
+of more tokens than the model takes is cut into windows, and has the highest of their scores.
 
 All is computed in float32, on a GPU too, so that which chunks are above a limit does not depend on the device. On a CPU
-callers in several threads compute side by side, a thread each; on a GPU one at a time, while others tokenise. Batches
-are sorted by length; out of memory, a batch is halved.
+callers in several threads compute side by side, a thread each; on a GPU one at a time, while others tokenise.
 """
 
 from __future__ import annotations

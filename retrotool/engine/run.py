@@ -1,13 +1,9 @@
 """Who runs tasks: this process, or local worker processes.
 
 ``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under
-it is simply done again. A failed task is tried three times; the others go on. A stage may say what to stage for one
-that fails for good (``GivesUp``): others would wait for it. Workers are spawned, and get the stage, the store's path
-and a run id: nothing is shared but the store. On Ctrl-C, what is finished is committed and the rest is dropped.
-
-Several runs may do one stage's work at a time: a task that is to be ``claimed`` is left alone while another is at it.
-
-With few tasks the largest are begun first, so that no worker is left alone with one at the end.
+it is simply done again. A failed task is tried three times; the others go on. Several runs may do one stage's work at a
+time: a task that is to be ``claimed`` is left alone while another is at it. With few tasks the largest are begun first,
+so that no worker is left alone with one at the end. On Ctrl-C, what is finished is committed and the rest is dropped.
 """
 
 from __future__ import annotations

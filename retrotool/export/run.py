@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +46,6 @@ MANIFEST, TOKENIZER = "export.json", "tokenizer.json"
 
 HELD_BYTES = 128 << 20
 """Tokens of neighbours that are looked up at once."""
-GROUPS = 16
-"""Row groups of a block."""
 _PARQUET = {
     "compression": "zstd",
     "use_dictionary": ["document", "source"],
@@ -70,10 +68,10 @@ class ExportedTables:
     tabled: frozenset[int]
     k: int
 
-    def found(self, part: int, row_groups: list[int], rows: int) -> Found:
-        """Return the neighbours, [rows, k], of all rows of some row groups, of purged ones too."""
+    def found(self, part: int, group: int, rows: int) -> Found:
+        """Return the neighbours, [rows, k], of all rows of a row group, of purged ones too."""
         if part in self.tabled:
-            found = self.reader.read(part, self.k, row_groups)
+            found = self.reader.read(part, self.k, [group])
             if len(found.ids) == rows:
                 return found
             raise CorruptError(
@@ -115,25 +113,24 @@ class Counts:
     alone: int = 0
     _last: tuple[int, int] = (-1, -1)
 
-    def add(self, part: int, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], found: Found) -> None:
-        """Count chunks [n] of a part, in order; the document of the first may have been counted."""
-        if not len(doc):
-            return
-        before = self._last[1] if self._last[0] == part else -1
-        there = found.ids != NO_NEIGHBOUR
-        self.chunks += len(doc)
-        self.documents += int((np.diff(doc, prepend=before) != 0).sum())
-        self.tokens += int(n_tokens.sum())
+    def add(self, block: Block) -> None:
+        """Count the chunks of a block; the document of the first may have been counted."""
+        before = self._last[1] if self._last[0] == block.part else -1
+        there = block.found.ids != NO_NEIGHBOUR
+        self.chunks += len(block.ids)
+        self.documents += int((np.diff(block.doc, prepend=before) != 0).sum())
+        self.tokens += int(block.n_tokens.sum())
         self.neighbours += int(there.sum())
         self.alone += int((~there.any(axis=1)).sum())
-        self._last = part, int(doc[-1])
+        self._last = block.part, int(block.doc[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """n live chunks of a part: ``ids`` int64 [n], ids and sources of their documents, places in these int32 [n].
+    """The n live chunks of a row group: ``ids`` int64 [n], ids and sources of their documents, places in these [n].
 
-    ``tokens`` [n, chunk_length] is zero-padded, of which ``n_tokens`` [n] count; ``found`` their neighbours, [n, k].
+    ``tokens`` [n, chunk_length] is zero-padded, of which ``n_tokens`` [n] count; ``found`` their neighbours, [n, k],
+    and ``pieces`` [N, F] of these, [n · k].
     """
 
     part: int
@@ -145,56 +142,37 @@ class Block:
     tokens: npt.NDArray[Any]
     n_tokens: npt.NDArray[np.int32]
     found: Found
-
-    def __len__(self) -> int:
-        """Chunks of the block."""
-        return len(self.ids)
+    pieces: Pieces
 
 
-def read_blocks(opened: ExportedTables) -> Iterator[tuple[Block, Pieces]]:
-    """Yield all live chunks in the order of their ids, block by block, with [N, F] of their neighbours, [n · k]."""
-    own = opened.store.identity
-    rows = HELD_BYTES // (2 * opened.k * own.chunk_length * own.tokenizer.token_bytes)
+def read_blocks(opened: ExportedTables) -> Iterator[Block]:
+    """Yield all live chunks in the order of their ids, block by block, none of them empty."""
+    store, k = opened.store, opened.k
+    group_bytes = ROW_GROUP * 2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes
     waiting: list[Block] = []
-    for block in _blocks(opened, rows // ROW_GROUP):
-        if sum(map(len, waiting)) + len(block) > rows:
-            yield from _with_pieces(opened, waiting)
-            waiting = []
-        waiting.append(block)
-    yield from _with_pieces(opened, waiting)
-
-
-def _row_slices(rows: int, most: int) -> Iterator[tuple[list[int], slice]]:
-    """Yield the rows of a part, at most so many row groups at a time: the numbers of these, and the rows."""
-    groups = -(-rows // ROW_GROUP)
-    step = max(1, min(most, GROUPS))
-    for start in range(0, groups, step):
-        stop = min(start + step, groups)
-        yield list(range(start, stop)), slice(start * ROW_GROUP, min(stop * ROW_GROUP, rows))
-
-
-def _blocks(opened: ExportedTables, most: int) -> Iterator[Block]:
-    store = opened.store
     for part in store.state.parts():
         documents = parts.read_documents(store, part, ["id", "source"])
-        for groups, some in _row_slices(parts.part_entry(store, "chunks", part).rows, most):
-            chunks = parts.read_chunks(store, part, groups)
-            ids = parts.chunk_ids(part, np.arange(some.start, some.stop))
+        for group in range(-(-parts.part_entry(store, "chunks", part).rows // ROW_GROUP)):
+            chunks = parts.read_chunks(store, part, [group])
+            ids = parts.chunk_ids(part, group * ROW_GROUP + np.arange(len(chunks)))
             rows = np.flatnonzero((chunks.n_tokens > 0) & ~opened.tombstones.contains(ids))
-            if len(rows):
-                found = opened.found(part, groups, len(chunks)).take(rows)
-                doc = chunks.doc[rows]
-                named = documents.take(pa.array(doc))
-                yield Block(
-                    part, ids[rows], doc, named["id"], named["source"], chunks.index[rows], chunks.tokens[rows],
-                    chunks.n_tokens[rows], found,
-                )  # fmt: skip
+            if not len(rows):
+                continue
+            named = documents.take(pa.array(chunks.doc[rows]))
+            waiting.append(Block(
+                part, ids[rows], chunks.doc[rows], named["id"], named["source"], chunks.index[rows],
+                chunks.tokens[rows], chunks.n_tokens[rows], opened.found(part, group, len(chunks)).take(rows),
+                Pieces.none(store, 0),
+            ))  # fmt: skip
+            if (len(waiting) + 1) * group_bytes > HELD_BYTES:
+                yield from _with_pieces(opened, waiting)
+                waiting = []
+    if waiting:
+        yield from _with_pieces(opened, waiting)
 
 
-def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[tuple[Block, Pieces]]:
+def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]:
     """Blocks with what their neighbours are, looked up for all at once."""
-    if not blocks:
-        return
     every = [block.found for block in blocks]
     found = Found(
         np.concatenate([one.ids for one in every]),
@@ -212,8 +190,8 @@ def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[tuple[
         )
     start = 0
     for block in blocks:
-        some = slice(start, start + len(block) * opened.k)
-        yield block, Pieces(pieces.tokens[some], pieces.n_tokens[some])
+        some = slice(start, start + block.found.ids.size)
+        yield replace(block, pieces=Pieces(pieces.tokens[some], pieces.n_tokens[some]))
         start = some.stop
 
 
@@ -231,19 +209,17 @@ def _schema(k: int, chunk_length: int, token: pa.DataType) -> pa.Schema:
     ])  # fmt: skip
 
 
-def _table(opened: ExportedTables, block: Block, pieces: Pieces, some: slice, schema: pa.Schema) -> pa.Table:
-    n, k = some.stop - some.start, block.found.ids.shape[1]
-    ids = block.found.ids[some]
-    rows = slice(some.start * k, some.stop * k)
-    tokens = pieces.tokens[rows].reshape(n, k, 2, -1)
-    lengths = pieces.n_tokens[rows].reshape(n, k, 2)
-    databases = np.where(ids == NO_NEIGHBOUR, -1, block.found.databases[some].astype(np.int16))
+def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
+    ids = block.found.ids
+    tokens = block.pieces.tokens.reshape(*ids.shape, 2, -1)
+    lengths = block.pieces.n_tokens.reshape(*ids.shape, 2)
+    databases = np.where(ids == NO_NEIGHBOUR, -1, block.found.databases.astype(np.int16))
     columns = [
-        pa.array(block.ids[some]), block.documents[some.start : some.stop], block.sources[some.start : some.stop],
-        pa.array(block.index[some]), opened.tokenizer.decode_text(block.tokens[some], block.n_tokens[some]),
-        _lists(block.tokens[some], block.n_tokens[some], schema.field("tokens").type),
+        pa.array(block.ids), block.documents, block.sources, pa.array(block.index),
+        opened.tokenizer.decode_text(block.tokens, block.n_tokens),
+        _lists(block.tokens, block.n_tokens, schema.field("tokens").type),
         *(_fixed(values, schema.field(name).type) for name, values in (
-            ("neighbours", ids), ("distances", block.found.distances[some]), ("databases", databases),
+            ("neighbours", ids), ("distances", block.found.distances), ("databases", databases),
             ("neighbour_tokens", tokens[:, :, 0]), ("neighbour_lengths", lengths[:, :, 0]),
             ("continuation_tokens", tokens[:, :, 1]), ("continuation_lengths", lengths[:, :, 1]),
         )),
@@ -277,19 +253,17 @@ def write_export(opened: ExportedTables, folder: Path, report: Report) -> Counts
     columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())
     counts, part, writer = Counts(), -1, cast(Any, None)
     with ExitStack() as files:
-        for block, pieces in read_blocks(opened):
-            counts.add(block.part, block.doc, block.n_tokens, block.found)
+        for block in read_blocks(opened):
+            counts.add(block)
             path = folder / f"part-{block.part:06d}.parquet"
             if block.part != part:
                 files.close()
                 part, opening = block.part, pq.ParquetWriter(path, columns, **_PARQUET)
                 writer = files.enter_context(opening)
-            for start in range(0, len(block), ROW_GROUP):
-                some = slice(start, min(start + ROW_GROUP, len(block)))
-                table = _table(opened, block, pieces, some, columns)
-                disk.announce("write", path)
-                writer.write_table(table)
-                report(table.num_rows)
+            table = _table(opened, block, columns)
+            disk.announce("write", path)
+            writer.write_table(table)
+            report(table.num_rows)
     return counts
 
 

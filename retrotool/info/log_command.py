@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
@@ -19,8 +18,6 @@ Examples:
 
 A line has number, time, hash, command, and the files that were added (+), replaced (±) and removed (-), with their
 rows in parentheses. The next entry names the hash. Whether all is as it was: retrotool verify STORE --log"""
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def command(
@@ -48,10 +45,5 @@ def _text(entry: LogEntry) -> str:
     for purge in entry.purges:
         verb = {"erase": "erased ", "restore": "took back "}.get(entry.command, "")
         by = f" by {purge['who']}" if purge["who"] and entry.command != "erase" else ""
-        words += f"; {verb}{purge['purge']}{_CONTROL.sub(_escaped, by)}: {_CONTROL.sub(_escaped, purge['reason'])}"
+        words += f"; {verb}{purge['purge']}" + output.one_line(f"{by}: {purge['reason']}")
     return f"{entry.number:>6}  {entry.time[:19]}  {entry.sha256}  {entry.command:<11} {words}".rstrip()
-
-
-def _escaped(match: re.Match[str]) -> str:
-    """A reason is a person's text: it must neither break the line nor command the terminal."""
-    return match[0].encode("unicode_escape").decode()

@@ -7,7 +7,7 @@ each on its own, so that reading a block gives whole sequences:
 * not packed: every document begins a new sequence, and one that goes on in the next block is cut there.
 
 What is left of a block's last sequence, or not packed of every document's, stays empty. Live are the rows that are no
-tombstones at a commit. Rows never move, so its layout can be made again at any time after.
+tombstones at a commit: rows never move, so its layout can be made again at any time after.
 
 The order is a function of the layout, the seed and the epoch alone, not of ranks, workers or batches: blocks are drawn
 at random, ``mixed`` of them at a time make a window, and all sequences of a window are mixed. Ranks get consecutive

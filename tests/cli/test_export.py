@@ -198,7 +198,6 @@ def small_blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and files are cut everywhere they can be, or nowhere."""
     if request.param != "at once":
         monkeypatch.setattr(exported, "HELD_BYTES", 1)
-        monkeypatch.setattr(exported, "GROUPS", 1)
 
 
 def test_parquet_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks: None) -> None:
@@ -247,7 +246,6 @@ def test_parts_of_several_row_groups_are_cut_anywhere(
     long_parts: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = api.export(long_parts.store, tmp_path / "at once")
-    monkeypatch.setattr(exported, "GROUPS", 1)
     monkeypatch.setattr(exported, "HELD_BYTES", 1)
     by_groups = api.export(long_parts.store, tmp_path / "by groups")
     assert at_once.chunks == by_groups.chunks > 16_700

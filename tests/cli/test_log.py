@@ -96,8 +96,8 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
     chunks = api.info(store).purges
     (name,) = chunks
     assert f"+1 tombstones ({chunks[name]['chunks']})" in purge
-    assert purge.endswith(f"; {name} by {chunks[name]['who']}: request 17\\n\\x1b[31m")
-    assert any(line.endswith(f"; erased {name}: request 17\\n\\x1b[31m") for line in lines if "  erase " in line)
+    assert purge.endswith(f"; {name} by {chunks[name]['who']}: request 17 \\x1b[31m")
+    assert any(line.endswith(f"; erased {name}: request 17 \\x1b[31m") for line in lines if "  erase " in line)
     chunked = next(line for line in lines if "  chunk " in line)
     assert "+1 documents (" in chunked or "documents (120)" in chunked
     rewritten = next(line for line in lines if "  erase " in line)
@@ -112,7 +112,7 @@ def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_pat
     api.restore(copy, name, reason="it was right", who="another\n")
     lines = run("log", copy)[1].splitlines()
     assert lines[-2].endswith(f"; {name} by one: wrong")
-    assert lines[-1].endswith(f"; took back {name} by another\\n: it was right")
+    assert lines[-1].endswith(f"; took back {name} by another : it was right")
 
 
 def test_no_purged_text_is_told(store: Path) -> None:
