@@ -227,7 +227,8 @@ def quick_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     if not request.node.get_closest_marker("spawned"):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "faiss", "pyarrow.parquet", "tokenizers", "retrotool.api"])
+        models = ["transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"]
+        context.set_forkserver_preload(["torch", "faiss", "pyarrow.parquet", "tokenizers", *models, "retrotool.api"])
         quick = SimpleNamespace(get_context=lambda _: context, parent_process=multiprocessing.parent_process)
         monkeypatch.setattr(local, "multiprocessing", quick)
 

@@ -20,41 +20,60 @@ def run_forked(
     arguments: list[str], *, data: bytes = b"", preexec_fn: Callable[[], object] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line with ``data`` on stdin; return its exit code and what it prints."""
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(data)
-        stdin.seek(0)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = _become(arguments, [file.fileno() for file in (stdin, stdout, stderr)], preexec_fn)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                for stream in (sys.stdout, sys.stderr):
-                    with suppress(OSError, ValueError):
-                        stream.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(_wait(child))
+    process = Forked(arguments, data=data, before=preexec_fn)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(["retrotool", *arguments], process.poll() or 0, stdout, stderr)
+
+
+class Forked:
+    """A command line that runs beside this process, with the methods of ``subprocess.Popen`` that tests use."""
+
+    def __init__(self, arguments: list[str], *, data: bytes = b"", before: Callable[[], object] | None = None) -> None:
+        self.returncode: int | None = None
+        self._printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(data)
+            stdin.seek(0)
+            self.pid = os.fork()
+            if self.pid == 0:
+                code = 1
+                try:
+                    code = _become(arguments, [file.fileno() for file in (stdin, *self._printed)], before)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    for stream in (sys.stdout, sys.stderr):
+                        with suppress(OSError, ValueError):
+                            stream.flush()
+                    os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = SECONDS) -> tuple[str, str]:
+        """Wait for its end; return what it printed. It is killed if it does not end in time."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"no end after {timeout} s")
+            time.sleep(0.002)
         printed = []
-        for file in (stdout, stderr):
-            file.seek(0)
-            printed.append(file.read().decode())
-    return subprocess.CompletedProcess(["retrotool", *arguments], code, *printed)
-
-
-def _wait(child: int) -> int:
-    """The status of a child, which is killed if it does not end."""
-    deadline = time.monotonic() + SECONDS
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise TimeoutError(f"no end after {SECONDS} s")
-        time.sleep(0.002)
+        for file in self._printed:
+            with file:
+                file.seek(0)
+                printed.append(file.read().decode())
+        return printed[0], printed[1]
 
 
 def _become(arguments: list[str], descriptors: list[int], preexec_fn: Callable[[], object] | None) -> int:

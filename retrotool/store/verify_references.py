@@ -11,7 +11,6 @@ database is the store itself; a database elsewhere is not read.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
 from retrotool.store.checked import Checked, Ids, check_chunk_ids, is_within
 from retrotool.store.digest import lines_digest
-from retrotool.store.ids import join_id, row_of, slice_of_part, split_id
+from retrotool.store.ids import join_id, row_of, rows_by_part, slice_of_part, split_id
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
@@ -233,15 +232,14 @@ def _draw(entry: FileEntry) -> np.random.Generator:
 def _vectors(checked: Checked, encoder: str, chunks: Iterable[int]) -> dict[int, npt.NDArray[np.float16]]:
     """The stored vectors, float16 [d] each, of chunks; without those that are erased or in a broken file."""
     found = {}
-    for part, some in itertools.groupby(sorted(set(chunks)), lambda chunk: split_id(chunk)[0]):
+    for part, rows in rows_by_part(np.unique(np.fromiter(chunks, np.int64))):
         entry = checked.whole("embeddings", part, encoder)
         if entry is None:
             continue
         matrix = vectors.read_vectors(checked.store, entry)
-        for chunk in some:
-            row = split_id(chunk)[1]
+        for row in rows.tolist():
             if row < entry.rows and matrix[row].any():
-                found[chunk] = np.array(matrix[row])
+                found[join_id(part, row)] = np.array(matrix[row])
     return found
 
 
@@ -408,27 +406,25 @@ def _not_of_chunks(checked: Checked, entry: FileEntry, text: NeighbourText, rows
     found: set[str] = set()
     if checked.erased().contains(ids).any() or checked.erased().contains(following).any():
         found.add("it has tokens of erased chunks")
-    for row, place in np.argwhere(mine[rows]).tolist():
-        near = rows[row], place
-        if not _has_tokens(checked, int(text.ids[near]), text.tokens[near], text.n_tokens[near]):
-            found.add("tokens are not those of the chunks")
+    if not _have_tokens(checked, text.ids[rows], text.tokens[rows], text.n_tokens[rows]):
+        found.add("tokens are not those of the chunks")
     return found
 
 
-def _has_tokens(checked: Checked, chunk: int, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int32]) -> bool:
-    """Whether tokens [2, chunk_length] are those of a chunk and of what follows it; of erased ones none are known."""
-    part, row = split_id(chunk)
-    if checked.whole("chunks", part) is None:
-        return True
-    for place in (0, 1):
-        if not counts[place]:
+def _have_tokens(checked: Checked, ids: Ids, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int32]) -> bool:
+    """Whether tokens [n, k, 2, length] are those of chunks [n, k] and their successors; erased ones are unknown."""
+    present = (ids >= 0)[:, :, None] & (counts > 0)
+    own, counts, tokens = (ids[:, :, None] + np.arange(2))[present], counts[present], tokens[present]
+    follows = np.nonzero(present)[2] == 1
+    at = row_of(own) % ROW_GROUP
+    for first in np.unique(own - at).tolist():
+        some = own - at == first
+        part, row = split_id(first)
+        if checked.whole("chunks", part) is None:
             continue
-        chunks = parts.read_chunks(checked.store, part, [(row + place) // ROW_GROUP])
-        at = (row + place) % ROW_GROUP
-        if place and chunks.index[at] == 0:
-            return False
-        if chunks.n_tokens[at] and not (
-            chunks.n_tokens[at] == counts[place] and (chunks.tokens[at] == tokens[place]).all()
-        ):
+        chunks = parts.read_chunks(checked.store, part, [row // ROW_GROUP])
+        stored = chunks.n_tokens[at[some]]
+        same = (stored == counts[some]) & (chunks.tokens[at[some]] == tokens[some]).all(axis=1)
+        if ((stored > 0) & ~same | follows[some] & (chunks.index[at[some]] == 0)).any():
             return False
     return True

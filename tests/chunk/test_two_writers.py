@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
+from forked import Forked
 
 from retrotool import api
 from retrotool.chunk.chunk_plan import write_json_file
@@ -36,12 +35,11 @@ def cleaned(root: Path) -> None:
 
 def test_two_processes_at_once_make_one_store_of_both_inputs(tmp_path, byte_level_tokenizer):
     inputs = [write_rows(tmp_path / f"{i}.jsonl", make_rows(100, first=90 * i)) for i in (0, 1)]  # 10 are in both
-    options = ["--tokenizer", byte_level_tokenizer, "--part-size", "50", "--workers", "1", "--json"]
+    options = ["--tokenizer", str(byte_level_tokenizer), "--part-size", "50", "--workers", "1", "--json"]
     run_chunk(tmp_path / "both", *inputs, *options[:2])
     for attempt in range(3):
         store = tmp_path / f"store-{attempt}"
-        commands_ = [[sys.executable, "-m", "retrotool", "chunk", store, path, *options] for path in inputs]
-        running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands_]
+        running = [Forked(["chunk", str(store), str(path), *options]) for path in inputs]
         for process in running:
             _, stderr = process.communicate(timeout=120)
             assert (stderr, process.returncode in (0, 3)) == ("", True)

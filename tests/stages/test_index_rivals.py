@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
+from forked import Forked
 
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
@@ -36,17 +35,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pa
 
 def at_once(store: Path, *calls: tuple[object, ...]) -> list[tuple[int, str]]:
     """Exit status and stderr of ``retrotool`` processes that run at the same time."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "retrotool", str(call[0]), str(store), *map(str, call[1:])],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for call in calls
-    ]
-    ended = [(process.communicate()[1], process.returncode) for process in started]
-    return [(code, err) for err, code in ended]
+    started = [Forked([str(call[0]), str(store), *map(str, call[1:])]) for call in calls]
+    printed = [process.communicate()[1] for process in started]
+    return [(process.returncode or 0, err) for process, err in zip(started, printed, strict=True)]
 
 
 def check(store: Path, name: str) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 from conftest import INTERRUPTED, Cli, make_rows, write_jsonl
+from forked import Forked
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import api
+from retrotool.embed.stage import EmbedStage, EmbedWorker
+from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task, own_first
 from retrotool.store import claims, log
 from retrotool.store.runs import Run
@@ -57,11 +59,10 @@ def test_a_job_begins_with_its_own_share_and_then_has_all_the_others(
     assert [t for t in found if t in less] == own_first(less, job, jobs), "whatever else there is to do"
 
 
-def start(store: Path, encoder: Path, *options: str, before: str = "") -> subprocess.Popen[str]:
+def start(store: Path, encoder: Path, *options: str, before: str = "") -> Forked:
     """An ``embed`` in a process of its own; ``before`` is Python that it runs first."""
-    command = ["retrotool", "embed", str(store), "--encoder", str(encoder), "--json", *options]
-    code = f"{before}\nimport sys\nfrom retrotool.app import main\nsys.argv = {command!r}\nmain()"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ["embed", str(store), "--encoder", str(encoder), "--json", *options]
+    return Forked(arguments, before=lambda: exec(before, {}))
 
 
 SLOW = """
@@ -97,9 +98,6 @@ def test_two_jobs_at_once_do_every_part_once(chunked: Path, tiny_encoder: Path, 
 
 
 def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
-    from retrotool.embed.stage import EmbedStage
-    from retrotool.encoder import find_encoder
-
     store = Store.open(chunked)
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1])
     task = stage.plan(store)[2]
@@ -148,34 +146,30 @@ def test_several_devices_give_the_same_files_as_one(chunked: Path, tiny_encoder:
     assert (result.forward, result.device) == ("packed", "cpu")
 
 
-DYING = """
-import os, signal
-from pathlib import Path
-from retrotool.embed.stage import EmbedWorker
-write = EmbedWorker._write
-def dying(self, part, *arguments):
-    if part == 2:
-        try:
-            Path(MARKS).touch(exist_ok=False)
-            os.kill(os.getpid(), signal.SIGKILL)
-        except FileExistsError:
-            pass
-    return write(self, part, *arguments)
-EmbedWorker._write = dying
-"""
+class DyingStage(EmbedStage):
+    """The first process that comes to the end of part 2 kills itself."""
+
+    def open(self, store: Store) -> EmbedWorker:
+        worker = super().open(store)
+        write, mark = worker._write, store.root.parent / "mark"
+
+        def dying(part: int, *arguments: Any) -> Any:
+            if part == 2 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(part, *arguments)
+
+        worker._write = dying  # type: ignore[method-assign]
+        return worker
 
 
-def test_a_process_of_a_device_that_is_killed_is_replaced(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    """Worker processes are spawned, so what they do otherwise is told by a module that Python imports at its start."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(f"MARKS = {str(tmp_path / 'mark')!r}\n{DYING}")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-m", "retrotool", "embed", chunked, "--encoder", tiny_encoder]
-    command += ["--devices", "cpu,cpu", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_a_process_of_a_device_that_is_killed_is_replaced(
+    chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrotool.embed.run.EmbedStage", DyingStage)
+    result = api.embed(chunked, encoder=str(tiny_encoder), devices="cpu,cpu")
     assert (tmp_path / "mark").exists()
-    assert orjson.loads(done.stdout)["elsewhere"] == 0
+    assert result.elsewhere == 0
     assert sorted(embeds(chunked)) == sorted(sums(chunked))
     assert len(sums(chunked)) == len(Store.open(chunked).state.parts())
 
