@@ -23,9 +23,8 @@ from machine import describe
 
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
-from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
 from retrotool.purge.selectors.lookup import select_duplicates
-from retrotool.purge.selectors.selector import Matcher
+from retrotool.purge.selectors.selector import Decoder, Matcher, TextBlock, text_blocks
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store

@@ -27,10 +27,9 @@ from machine import describe
 
 from retrotool import engine
 from retrotool.purge.select import Selectors
-from retrotool.purge.selectors.document_text import Decoder, Offsets, TextBlock, text_blocks
 from retrotool.purge.selectors.patterns import compiled, find_all
 from retrotool.purge.selectors.pii import KINDS, PersonalDataMatcher
-from retrotool.purge.selectors.selector import BlockHits
+from retrotool.purge.selectors.selector import BlockHits, Decoder, Offsets, TextBlock, text_blocks
 from retrotool.purge.selectors.terms import TermMatcher
 from retrotool.store.folding import writing
 from retrotool.store.parts import Chunks

@@ -18,8 +18,8 @@ from retrotool.leakage.run import leakage as leakage
 from retrotool.neighbours.run import neighbours as neighbours
 from retrotool.plan.run import plan as plan
 from retrotool.purge.affected import affected as affected
-from retrotool.purge.erase_run import erase as erase
-from retrotool.purge.retrain_indexes import retrain_indexes as retrain_indexes
+from retrotool.purge.erase import erase as erase
+from retrotool.purge.erase import retrain_indexes as retrain_indexes
 from retrotool.purge.run import purge as purge
 from retrotool.purge.run import scan as scan
 from retrotool.purge.select import Selectors as Selectors

@@ -27,10 +27,10 @@ _SETTLED_SECONDS = 60.0
 """For how long at most a folder is without a run while it is created, or finished."""
 
 
-def check_file(option: str, file: str | Path) -> None:
+def check_file(option: str, file: str | Path, *, new: bool = False) -> None:
     """Raise ``UsageError`` if ``file`` can't be written: it has no folder, is something else, or is in a store.
 
-    In a store it might replace one of its files, and an erase would not reach its text.
+    ``new``: nor may it exist. In a store it might replace one of its files, and an erase would not reach its text.
     """
     path = Path(file)
     folder = path.absolute().parent
@@ -42,6 +42,8 @@ def check_file(option: str, file: str | Path) -> None:
         raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
+    if new and path.exists():
+        raise UsageError(f"{option} {file} exists already", "Name a file that does not.")
     _check_outside(option, file, "file")
 
 

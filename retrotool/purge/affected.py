@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import count_living_keys, is_same_directory
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
+from retrotool.purge.purged_chunks import check_purge
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import Ids, rows_by_part
@@ -39,12 +40,11 @@ from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName
 from retrotool.store.restored import PREFIX, standing_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones
 
 EXAMPLES = 10
 NEVER = int(np.iinfo(np.int64).max)
 """A place among neighbours that there is not."""
-_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,9 @@ class AffectedResult:
     following_in_saved: int
     purged: int
     commit: int
-    purges: tuple[AskedPurge, ...] = field(default=())
-    parts: tuple[PartAffected, ...] = field(default=())
-    examples: tuple[AffectedChunk, ...] = field(default=())
+    purges: tuple[AskedPurge, ...] = ()
+    parts: tuple[PartAffected, ...] = ()
+    examples: tuple[AffectedChunk, ...] = ()
     out: str = ""
 
 
@@ -137,13 +137,13 @@ def affected(
     purge, or all that is asked about is erased, so that nothing can be found.
     """
     if out is not None:
-        check_file("--out", out)
-        if Path(out).exists():
-            raise UsageError(f"--out {out} is there already", "Name a file that is not.")
+        check_file("--out", out, new=True)
     store = Store.open(root)
     members = [(table, *database_of(store, table)) for table, _ in members_of(store, name)]
     k, saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
-    _check_purges([database for _, database, _ in members], purges)
+    for purge in purges:
+        databases = [database for _, database, _ in members]
+        check_purge(next((one for one in databases if PREFIX + purge in one.state.records), databases[0]), purge)
     wanted, asked = [], list[AskedPurge]()
     for table, database, _ in members:
         look, of = _look_for(store, table, database, purges)
@@ -184,37 +184,21 @@ def affected(
     )  # fmt: skip
 
 
-def _check_purges(databases: Sequence[Store], purges: Sequence[str]) -> None:
-    known = [purge for database in databases for purge in standing_purges(database.state)]
-    for purge in purges:
-        if purge in known:
-            continue
-        if any(PREFIX + purge in database.state.records for database in databases):
-            raise UsageError(f"the purge {purge!r} was undone: its chunks are not purged")
-        have = list(dict.fromkeys(known))
-        more = f" and {len(have) - _NAMED:,} more" if len(have) > _NAMED else ""
-        where = " or ".join(str(database.root) for database in databases)
-        raise UsageError(
-            f"there is no purge {purge!r} of {where}",
-            f"There are: {', '.join(have[:_NAMED]) or 'none'}{more}. What they are: retrotool info {where}",
-        )
-
-
 def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Table, list[AskedPurge]]:
     """What to look for in a table, and the purges that it is of."""
     entries = {int(FileName.parse(e.path).slot): e for e in store.state.group("neighbours", table).entries()}
     for entry in entries.values():
         check_neighbour_ids(store, entry, table, database)
-    within, asked, chunks = is_same_directory(store, database), list[AskedPurge](), [np.zeros(0, np.int64)]
+    within, asked = is_same_directory(store, database), list[AskedPurge]()
     made = [(entry.about or {}).get("commit") for entry in entries.values()]
     for purge, record in standing_purges(database.state).items():
         if purges and purge not in purges:
             continue
-        chunks.append(read_tombstones(database, purge).ids)
+        chunks = read_tombstones(database, purge).ids
         since = sum(commit is None or int(commit) >= int(record["commit"]) for commit in made)
         erased = within and bool(record["erased"])
-        asked.append(AskedPurge(purge, str(database.root), len(chunks[-1]), erased, len(entries), since))
-    ids: Ids = np.unique(np.concatenate(chunks))
+        asked.append(AskedPurge(purge, str(database.root), len(chunks), erased, len(entries), since))
+    ids = named_chunks(database, [one.purge for one in asked])
     return _Table(entries, Tombstones(ids), Tombstones(ids[_index_of(database, ids) > 0] - 1)), asked
 
 
@@ -233,9 +217,9 @@ def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, 
     n = parts.part_entry(store, "chunks", part).rows
     neighbour, following = np.full(n, NEVER), np.full(n, NEVER)
     for table in wanted:
-        entry = table.entries.get(part)
-        for group in range(-(-entry.rows // ROW_GROUP) if entry is not None else 0):
-            assert entry is not None
+        if (entry := table.entries.get(part)) is None:
+            continue
+        for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
             ids = neighbour_tables.read_ids(store, entry, [group])
             rows = slice(group * ROW_GROUP, group * ROW_GROUP + len(ids))

@@ -1,4 +1,4 @@
-"""``retrotool purge``: one of the things that it can do, told from the options."""
+"""``retrotool purge``: which of the things that it can do its options mean."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from retrotool.cli import output
 from retrotool.cli.options import Device, Json, StoreArgument, arg, opt, parse_shard
 from retrotool.errors import UsageError
 from retrotool.purge import purge_text
-from retrotool.purge import selector_options as by
 
 if TYPE_CHECKING:
-    from retrotool.purge.erase_run import EraseResult
+    from retrotool.purge.erase import EraseResult
     from retrotool.purge.run import PurgeResult
 
 EPILOG = """\b
@@ -30,8 +29,7 @@ Examples:
   retrotool purge store p1a2b3c4d --verify"""
 
 ASK_ABOVE = 0.01
-_LONGEST_AGE = 12
-"""Digits."""
+_BY = "What to purge (any of these; with --and what all of them mean)"
 _HELP = "See: retrotool purge --help"
 _ALONE = {
     "--verify": ("PURGE", "--out"),
@@ -53,27 +51,67 @@ def command(
     reason: Annotated[
         str | None, opt("Why. Stays in the log for ever, so it must name no person.", metavar="TEXT")
     ] = None,
-    ids: by.Ids = None,
-    chunk: by.Chunk = None,
-    documents: by.Documents = None,
-    document: by.Document = None,
-    where: by.Where = None,
-    pattern: by.Pattern = None,
-    patterns: by.Patterns = None,
-    terms: by.Terms = None,
-    pii: by.Pii = None,
-    near_duplicates_of: by.NearDuplicatesOf = None,
-    contaminates: by.Contaminates = None,
-    duplicates: by.Duplicates = False,
-    like: by.Like = None,
-    within: by.Within = None,
-    encoder: by.Encoder = None,
-    classifier: by.Classifier = None,
-    label: by.Label = None,
-    above: by.Above = None,
-    every: by.Every = False,
-    whole_documents: by.WholeDocuments = False,
-    allow_lossy: by.AllowLossy = False,
+    ids: Annotated[Path | None, opt("Chunk ids, one a line.", metavar="FILE", panel=_BY)] = None,
+    chunk: Annotated[list[int] | None, opt("A chunk id; may be repeated.", metavar="ID", panel=_BY)] = None,
+    documents: Annotated[Path | None, opt("Document ids, one a line.", metavar="FILE", panel=_BY)] = None,
+    document: Annotated[list[str] | None, opt("A document id; may be repeated.", metavar="ID", panel=_BY)] = None,
+    where: Annotated[
+        str | None, opt("Expression over document columns, such as \"source = 'x'\".", metavar="EXPR", panel=_BY)
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        opt("RE2 pattern over the text of documents: the chunks that a match touches.", metavar="RE", panel=_BY),
+    ] = None,
+    patterns: Annotated[Path | None, opt("RE2 patterns, one a line.", metavar="FILE", panel=_BY)] = None,
+    terms: Annotated[
+        Path | None, opt("Words and names, one a line, as whole words.", metavar="FILE", panel=_BY)
+    ] = None,
+    pii: Annotated[
+        str | None,
+        opt("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS", panel=_BY),
+    ] = None,
+    near_duplicates_of: Annotated[
+        Path | None,
+        opt("Copies of these chunks (ids, one a line), also shifted or changed a little.", metavar="FILE", panel=_BY),
+    ] = None,
+    contaminates: Annotated[
+        Path | None,
+        opt("Documents like one of this evaluation store: 13-gram Jaccard of 0.8 or more.", metavar="STORE", panel=_BY),
+    ] = None,
+    duplicates: Annotated[bool, opt("Chunks that repeat one before them.", "--duplicates", panel=_BY)] = False,
+    like: Annotated[
+        str | None,
+        opt(
+            "Chunks near a text, or near any chunk of a file's, by their embeddings; with --within.",
+            metavar="TEXT|FILE",
+            panel=_BY,
+        ),
+    ] = None,
+    within: Annotated[
+        float | None, opt("With --like: squared L2, the distance that search prints.", metavar="DISTANCE", panel=_BY)
+    ] = None,
+    encoder: Annotated[
+        str | None, opt("With --like: by which embeddings, if the store has several.", metavar="NAME", panel=_BY)
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        opt(
+            "Chunks that a sequence classifier, a model directory, gives a label; with --label and --above.",
+            metavar="MODEL",
+            panel=_BY,
+        ),
+    ] = None,
+    label: Annotated[str | None, opt("With --classifier: which of its labels.", metavar="NAME", panel=_BY)] = None,
+    above: Annotated[
+        float | None, opt("With --classifier: the label's score is this or more, up to 1.", metavar="SCORE", panel=_BY)
+    ] = None,
+    every: Annotated[bool, opt("Only what all of these mean.", "--and", panel=_BY)] = False,
+    whole_documents: Annotated[
+        bool, opt("All chunks of the documents that are touched.", "--whole-documents", panel=_BY)
+    ] = False,
+    allow_lossy: Annotated[
+        bool, opt("Look at text also where the tokenizer loses case or spacing.", "--allow-lossy", panel=_BY)
+    ] = False,
     device: Device = "auto",
     shard: Annotated[
         str | None,
@@ -124,9 +162,11 @@ def command(
     """
     with output.errors(as_json):
         from retrotool.purge import affected as find_affected
-        from retrotool.purge import erase_run, retrain_indexes, undo
         from retrotool.purge import run as purge_run
+        from retrotool.purge.erase import erase as erase_purges
+        from retrotool.purge.erase import retrain_indexes
         from retrotool.purge.select import Selectors, kinds_of
+        from retrotool.purge.undo import restore as undo
 
         selectors = Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
@@ -149,17 +189,18 @@ def command(
         if verify:
             _write_receipt(context, store=store, purge=named[0], out=out or Path(), as_json=as_json)
         elif restore:
-            purge_text.show_restored(undo.restore(store, named[0], reason=_given(reason), who=who), as_json)
+            undone = undo(store, named[0], reason=_given(reason), who=who)
+            output.show(undone, as_json, purge_text.restored)
         elif affected is not None:
             found = find_affected.affected(store, affected, named, out=out)
             output.show(found, as_json, purge_text.affected_text)
         elif shard is not None:
-            purge_text.show_scanned(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json)
+            output.show(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json, purge_text.scanned)
         else:
             confirm = _Confirm(yes, erase)
             if named or older_than is not None:
                 age = None if older_than is None else _seconds(older_than)
-                erased = erase_run.erase(store, named, older_than=age, confirm=confirm)
+                erased = erase_purges(store, named, older_than=age, confirm=confirm)
                 done = bool(erased.purges)
                 confirm.stop("Nothing was erased.", as_json)
                 output.show(erased, as_json, lambda result: purge_text.erased(store, result))
@@ -172,7 +213,7 @@ def command(
                 confirm.stop("Nothing was purged.", as_json)
                 output.show(result, as_json, lambda result: purge_text.purged(store, result, erase))
             if retrain_index and done:
-                for sentence in retrain_indexes.retrain_indexes(store):
+                for sentence in retrain_indexes(store):
                     output.note(sentence)
 
 
@@ -230,8 +271,7 @@ def _seconds(age: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
     if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
         raise UsageError(f"--older-than {age!a} is no age", "Give for example 7d, 12h or 2w.")
-    digits = age[:-1].lstrip("0")
-    seconds = int(digits[:_LONGEST_AGE] or "0") * units[age[-1]]
-    if len(digits) > _LONGEST_AGE or seconds > time.time():
+    seconds = float(age[:-1]) * units[age[-1]]
+    if seconds > time.time():
         raise UsageError(f"--older-than {age[:40]}: no purge is older than 1970", "Give for example 7d, 12h or 2w.")
-    return float(seconds)
+    return seconds

@@ -1,59 +1,85 @@
-"""``purge --erase``: rewriting the files that hold purged chunks, so that their bytes are gone.
+"""``purge --erase``: rewrite the files that hold purged chunks, so that their bytes are gone; and train indexes again.
 
 A task is one of
 
 - a part: its documents and chunks, and every encoder's embeddings;
 - a shard of an index;
 - a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
-  exact distances to known vectors tell what a vector was; and the tokens of neighbours that a table has;
-- a quarantine file that has excerpts. All of them go: a row that could not be
-  read may be the victim's, and nothing but reading it tells whose it is.
+  exact distances to known vectors say what a vector was; and the tokens of neighbours that a table has;
+- a quarantine file that has excerpts. All of them are removed: a row that could not be read may belong to what is
+  erased.
 
-Parts come first, and the others when no part holds a victim any more: so a look at the chunks tells whether an erase
-was begun, and a purge of which nothing is erased can still be taken back. A task reads the tombstones of its victims,
-so it is void when these are taken back meanwhile.
+Parts come first, and the others when no part holds an erased chunk any more: so a look at the chunks says whether an
+erase was begun, and a purge of which nothing is erased can still be undone. A task reads the tombstones of its chunks,
+so it is void when these are undone concurrently. What was begun on a view that another commit has overtaken is planned
+again.
 
-Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself: a file that no longer holds a
-victim is left alone, so an interrupted erase simply goes on. The commit removes the old files from the state, then they
-are unlinked. Cost: reading what the victims' parts hold, every shard that has one of these parts, and every neighbour
-table against this store; writing those that hold a victim. Memory: one part, or one shard, a
-process, and some 40 bytes a victim.
+Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself, so an interrupted erase is
+resumed. The commit removes the old files from the state, then they are unlinked. Cost: reading what the parts concerned
+hold, every shard that has one of these parts, and every neighbour table against this store; writing those that hold an
+erased chunk. Memory: one part or shard a process, and some 40 bytes a chunk.
 
-Not reached: bare chunk ids in tombstones, centroids that were trained with the vectors, distances in tables of other
-stores, and anything outside the store.
+Not reached: bare chunk ids in tombstones, centroids and codebooks, which are means over thousands of vectors
+(``retrain_indexes``), distances in tables of other stores, and anything outside the store.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrotool import engine
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
+from retrotool.cli.command_lines import table_command
+from retrotool.embed.search_scope import is_same_directory, purges_erased
 from retrotool.engine.task import Report, Task, check_there, task_key
-from retrotool.errors import CorruptError
-from retrotool.index.generations import all_shards
-from retrotool.index.index_files import check_sum, parts_in_shard, write_index
-from retrotool.store import neighbour_tables, parts, staging, vectors
+from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
+from retrotool.index.generations import all_shards, index_key
+from retrotool.index.index_files import check_sum, measured_files, parts_in_shard, write_index
+from retrotool.index.run import Options, index
+from retrotool.machine import cores, memory_of_machine
+from retrotool.neighbours.dependents import Dependent, dependents
+from retrotool.neighbours.stage import database_of
+from retrotool.purge.purged_chunks import (
+    check_purge,
+    count_rows,
+    erased_purges,
+    find_copies,
+    has_any,
+    unerased,
+    withdrawn,
+)
+from retrotool.purge.selectors import scan
+from retrotool.store import folding, log, neighbour_tables, parts, staging, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
+from retrotool.store.clean import clean
+from retrotool.store.folding import writing
 from retrotool.store.identity import Identity
+from retrotool.store.ids import Ids
+from retrotool.store.log import Draft
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.restored import check_not_restored, tombstones_naming
+from retrotool.store.restored import PREFIX, check_not_restored, standing_purges, tombstones_naming
+from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
+from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones
-
-Rows = npt.NDArray[np.int64]
+from retrotool.store.tombstones import Tombstones, add_tombstones, named_chunks, read_tombstones
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +147,7 @@ class EraseStage:
         return EraseWorker(store, self.victims)
 
 
-def _digest(ids: Rows) -> str:
+def _digest(ids: Ids) -> str:
     """Stands for ids in the name of a task."""
     return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
 
@@ -149,7 +175,7 @@ def part_files(store: Store, part: int) -> list[FileEntry]:
     return [entry for entry in found if entry is not None]
 
 
-def _part_holds(store: Store, part: int, rows: Rows) -> bool:
+def _part_holds(store: Store, part: int, rows: Ids) -> bool:
     """Whether a part's chunks or embeddings still hold any of ``rows``."""
     chunks = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
     if (chunks["n_tokens"].to_numpy()[rows] > 0).any():
@@ -183,7 +209,7 @@ def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
     return False
 
 
-def row_groups(entry: FileEntry, rows: Rows) -> Iterator[tuple[int, Rows]]:
+def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
     """Yield the numbers of the row groups of a file, and which of ``rows`` (ascending) each has, from its first."""
     for group in range(-(-entry.rows // ROW_GROUP)):
         low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
@@ -319,3 +345,221 @@ def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Ide
         new = pc.replace_with_mask(documents[column].combine_chunks(), pa.array(which), pa.array(values, field_.type))
         documents = documents.set_column(place, field_, new)
     return documents
+
+
+ATTEMPTS = 20
+"""How often what another process has overtaken is begun again."""
+ELSEWHERE = (
+    "ids of what was erased, distances to it, and its text if materialised, "
+    "where other stores have neighbours in this one"
+)
+_ROWS_A_WORKER = 1 << 16
+"""Ids of parts that take some times what it takes to start a process."""
+_WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
+"""Memory of a process: this, and so many times the tokens and vectors of a part."""
+_Result = TypeVar("_Result")
+_Planned = TypeVar("_Planned", bound="EraseResult")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EraseResult:
+    """What an erase of ``purges`` did, or is to do.
+
+    ``unerased`` counts the chunks that it has still to take, copies included, and ``unerased_share`` is their share of
+    all chunks that the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of
+    ``copies``, documents that a ``chunk`` had rejected because they repeat one that is erased. ``not_reached`` says
+    what an erase never reaches, and ``dependents`` are the stores with neighbours in this one, which it does not reach.
+    """
+
+    purges: tuple[str, ...] = ()
+    unerased: int
+    unerased_share: float
+    erased: int = 0
+    copies: int
+    files_rewritten: int = 0
+    commit: int
+    not_reached: tuple[str, ...] = ()
+    dependents: tuple[Dependent, ...] = ()
+
+
+def erase(
+    root: str | Path,
+    purges: Sequence[str] = (),
+    *,
+    older_than: float | None = None,
+    confirm: Callable[[EraseResult], bool] = lambda _: True,
+) -> EraseResult:
+    """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
+
+    ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
+    goes on. ``confirm`` is asked before anything is rewritten; False leaves everything as it is.
+    """
+    store = Store.open(root)
+
+    def attempt() -> EraseResult:
+        # Selected again each time: a purge may have been undone since the last attempt.
+        wanted = tuple(_wanted(store, purges, older_than))
+        left = [purge for purge in wanted if not store.state.records[PREFIX + purge]["erased"]]
+        copies, copied = find_copies(store, named_chunks(store, left))
+        victims = np.union1d(named_chunks(store, wanted), copies)
+        n = len(unerased(store, victims))
+        planned = EraseResult(
+            purges=wanted, unerased=n, unerased_share=n / max(count_rows(store), 1), copies=copied,
+            commit=store.state.number,
+        )  # fmt: skip
+        if n and not confirm(planned):
+            return planned
+        with writing(store) as run:
+            _name_copies(store, run, left, copies)
+            return carry_out_erase(store, run, victims, planned)
+
+    return until_not_overtaken(store, attempt)
+
+
+def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
+    """The ids of purges to erase."""
+    for purge in purges:
+        check_purge(store, purge)
+    if older_than is None:
+        return list(dict.fromkeys(purges))
+    before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC)
+    old = [
+        purge
+        for purge, record in standing_purges(store.state).items()
+        if not record["erased"]
+        and (commit := log.read(store.root, int(record["commit"]))) is not None
+        and datetime.fromisoformat(commit.time) < before
+    ]
+    return list(dict.fromkeys([*purges, *old]))
+
+
+def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
+    """Add ``copies`` to the tombstones of each purge that erases them and does not name them yet.
+
+    Once their originals are erased nothing else tells copies: so an erase can be resumed after a kill. Cost: if there
+    are any, that of ``find_copies`` for each purge.
+    """
+    for purge in purges:
+        named = read_tombstones(store, purge).ids
+        if not len(np.setdiff1d(copies, named)):
+            continue
+        own = copies if len(purges) == 1 else find_copies(store, named)[0]
+        if len(new := np.setdiff1d(own, named)):
+            _name(store, run, purge, new)
+
+
+def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
+    """Add to what a purge names; ``ConflictError`` if it was undone, erased or added to by another process."""
+    entry, before = add_tombstones(store, run.id, purge, new)
+
+    def build(state: State) -> Draft:
+        check_not_restored(state, (purge,))
+        if state.records[PREFIX + purge]["erased"]:
+            raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
+        return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))
+
+    with withdrawn(store, [entry]):
+        store.commit(run, build)
+
+
+def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
+    """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
+    for _ in range(ATTEMPTS):
+        seen = store.refresh().number
+        try:
+            return attempt()
+        except (ErasedError, ConflictError, CorruptError):
+            # Between being found and being read a file can be replaced, which then looks like damage.
+            if store.refresh().number == seen:
+                raise
+    return attempt()
+
+
+def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _Planned:
+    """Erase the chunks of the purges of ``planned``, which are tombstones; return it with what was done."""
+    done = until_not_overtaken(store, lambda: erase_chunks(store, run, chunks, planned.purges))
+    clear(store, run)
+    state = store.refresh()
+    return replace(
+        planned, erased=len(chunks), files_rewritten=done, commit=state.number,
+        not_reached=(ELSEWHERE,) if len(chunks) and state.names("index") else (),
+        dependents=tuple(dependents(store)) if purges_erased(store) else (),
+    )  # fmt: skip
+
+
+def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> int:
+    """Erase the chunks of ``purges``, which are tombstones; return how many files were rewritten.
+
+    ``ConflictError`` if one of the purges was undone before all were erased, or has more chunks by then.
+    """
+    victims = Tombstones(chunks)
+    workers = _workers(store, victims)
+    stage = EraseStage(victims, tuple(purges))
+    rewritten = sum(task.weight for task in stage.tasks(store))
+    engine.execute(stage, store, run, workers=workers)
+
+    def build(state: State) -> Draft | None:
+        done = erased_purges(store, victims)
+        if any(not state.records[PREFIX + p]["erased"] and p not in done for p in purges):
+            raise ConflictError("a purge has more chunks than when its erase began", "Run the same command again.")
+        records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
+        # What other purges asked for, too, to take some of the victims, may name these.
+        alike = [p for p in standing_purges(state) if has_any(store, p, victims)]
+        gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
+        # What was measured of an index names the sources of documents: the victims' may be among them.
+        gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
+        # Places in the text of victims, and what was looked for, hashed.
+        gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
+        return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
+
+    store.commit(run, build)
+    return rewritten
+
+
+def _workers(store: Store, victims: Tombstones) -> int:
+    """Processes for an erase: as many as there are cores, half the memory allows, and starting pays for."""
+    several = [part_files(store, part) for part in victims.parts() if store.state.part_file("chunks", part)]
+    rows = [max(entry.rows for entry in files if FileName.parse(entry.path).kind == "chunks") for files in several]
+    if sum(rows) < 2 * _ROWS_A_WORKER:
+        return 1
+    vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]
+    tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
+    most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
+    room = memory_of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
+    return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
+
+
+def clear(store: Store, run: Run) -> None:
+    """Remove what may hold what was erased, and no commit names."""
+    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
+    folding.fold(store, run)
+    clean(store, run, thorough=True)
+
+
+_PLAIN = ("Flat", "SQfp16")
+"""Factories of indexes that learn nothing from vectors."""
+
+
+def retrain_indexes(root: str | Path) -> Iterator[str]:
+    """Train every index anew that has learned anything; what was done, and what to run then, as sentences."""
+    store = Store.open(root)
+    trained = [
+        name
+        for name in store.state.names("index")
+        if str(store.state.records.get(index_key(name), {}).get("factory")) not in _PLAIN
+    ]
+    for name in trained:
+        try:
+            result = index(root, name=name, options=Options(retrain=True))
+        except UsageError as error:  # too few vectors are left for as many lists, perhaps
+            again = shlex.join(["retrotool", "index", str(root), "--name", name, "--retrain"])
+            yield f"Index {name!r} is as it was: {error}. {error.advice} With: {again}"
+        else:
+            yield f"Index {name!r} was trained anew, with {result.vectors:,} vectors."
+    store.refresh()
+    for table, record in store.state.with_prefix("neighbours:").items():
+        if record.get("index") in trained:
+            database = database_of(store, table)[0]
+            if is_same_directory(store, database):
+                again = table_command(store, table, database)
+                yield f"Neighbours {table!r} are of the old training. Compute them anew: {again}"

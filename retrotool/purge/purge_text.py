@@ -14,10 +14,8 @@ from retrotool.errors import UsageError
 if TYPE_CHECKING:
     from retrotool.neighbours.dependents import Dependent
     from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
-    from retrotool.purge.erase_run import EraseResult
-    from retrotool.purge.review import Count, Example, Touched
-    from retrotool.purge.run import PurgeResult, ScanResult
-    from retrotool.purge.select import Match
+    from retrotool.purge.erase import EraseResult
+    from retrotool.purge.run import Count, Example, PurgeResult, ScanResult, Touched
     from retrotool.purge.undo import RestoreResult
 
 _LISTED = 3
@@ -165,7 +163,11 @@ def _not_found(one: AskedPurge) -> list[str]:
 
 def _review(store: Path, result: PurgeResult) -> list[str]:
     """The selection by selector, source and document, examples, what an erase would rewrite, and what to run then."""
-    lines = [_match(match) for match in result.matches if len(result.matches) > 1]
+    lines = [
+        f"  --{', '.join(filter(None, (match.selector, match.name)))}: {output.count(match.chunks, 'chunk')}"
+        for match in result.matches
+        if len(result.matches) > 1
+    ]
     review = result.review
     if review is None or not result.chunks:
         return lines
@@ -178,11 +180,6 @@ def _review(store: Path, result: PurgeResult) -> list[str]:
         command = shlex.join(["retrotool", "purge", str(store), "--ids", result.out])
         lines.append(f"Purge just these chunks: {output.one_line(command)} --reason ...")
     return lines
-
-
-def _match(match: Match) -> str:
-    name = f", {match.name}" if match.name else ""
-    return f"  --{match.selector}{name}: {output.count(match.chunks, 'chunk')}"
 
 
 def _counts(title: str, counts: Sequence[Count]) -> list[str]:
@@ -212,12 +209,8 @@ def _rewritten(touched: Touched) -> str:
     return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
 
 
-def show_scanned(result: ScanResult, as_json: bool) -> None:
-    """Show what a share of a scan did, and how to go on."""
-    output.show(result, as_json, _scanned)
-
-
-def _scanned(result: ScanResult) -> str:
+def scanned(result: ScanResult) -> str:
+    """What a share of a scan did, and how to go on."""
     lines = [f"Scanned {result.parts:,} of {output.count(result.of, 'part')}. Nothing was purged."]
     if result.elsewhere:
         are = "is" if result.elsewhere == 1 else "are"
@@ -229,12 +222,8 @@ def _scanned(result: ScanResult) -> str:
     return "\n".join(lines)
 
 
-def show_restored(result: RestoreResult, as_json: bool) -> None:
-    """Show what an undo did, and what has to be run after it."""
-    output.show(result, as_json, _restored)
-
-
-def _restored(result: RestoreResult) -> str:
+def restored(result: RestoreResult) -> str:
+    """What an undo did, and what has to be run after it."""
     again = "is live again" if result.chunks == 1 else "are live again"
     lines = [
         f"Undid purge {result.purge}: {output.count(result.chunks, 'chunk')}, "

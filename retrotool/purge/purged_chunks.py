@@ -1,19 +1,87 @@
-"""Chunks that purges name: which these are, and what is left of them in the store."""
+"""Chunks that purges name: which these are, what is left of them in the store, and where the same text is besides.
+
+A purge takes the chunks that were selected, and no live document besides. Of an equal text, in another document, the
+rule depends on where that document is:
+
+* It is live, as repeats were kept: it stays, as nobody selected it. If the selected one was rejected as its repeat,
+  the purge reports it (``find_same_text``), as nothing else would be taken then.
+* It was rejected as a repeat by a ``chunk`` that is finished, so no reader returns it: the erase takes it, too
+  (``find_copies``, by id or text). The purge names it before anything is rewritten, as nothing tells it afterwards.
+* A ``chunk`` that is not finished has committed it: the purge takes it (``find_in_open_plans``), by what the purge
+  blocks: id, text or tokens. What is purged would not make the ``chunk`` reject it.
+* A ``chunk`` has read it, and not committed it, or reads it later: the block list keeps it out.
+
+So the tombstones of a purge are all that its erase takes, and its undo and receipt are of; what another purge, or a
+finished ``chunk``, names besides stays a tombstone after an undo.
+
+Cost of ``find_same_text``: nothing, unless a selected chunk was rejected; then one read of the hashes of all documents,
+16 bytes each. Of ``find_copies``: the hashes of ids and texts of all documents of parts with repeats. Of
+``find_in_open_plans``: 3 µs a document of open plans and 1 ns a byte of its tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from retrotool.store import parts
-from retrotool.store.parts import PART_SHIFT
-from retrotool.store.restored import standing_purges
+from retrotool.chunk.chunk_plan import open_plans, parts_of_plan
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
+from retrotool.store import disk, parts, paths
+from retrotool.store.atomic import FileEntry
+from retrotool.store.blocked import Blocked, Hashes, blocked_documents
+from retrotool.store.ids import Ids, rows_by_part
+from retrotool.store.restored import PREFIX, Record, is_restored, standing_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, may_name, read_tombstones
+from retrotool.store.tombstones import Tombstones, may_name, named_chunks, read_set_aside, read_tombstones
 
-Ids = npt.NDArray[np.int64]
+NAMED = 3
+_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SameText:
+    """How many documents there are, and the ids of the first few: they name documents, so keep them out of the log."""
+
+    documents: int
+    first: tuple[str, ...]
+
+
+NO_TEXT = SameText(0, ())
+
+
+def check_purge(store: Store, purge: str) -> Record:
+    """Return the record of a purge; ``UsageError`` if the store has none of this id, or it was undone."""
+    record: Record | None = store.state.records.get(PREFIX + purge)
+    if record is None:
+        standing = standing_purges(store.state)
+        known = sorted(standing, key=lambda one: int(standing[one]["commit"]))
+        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
+        have = f"it has: {', '.join(known[-_LISTED:])}{more}" if known else "it has none"
+        raise UsageError(f"{store.root} has no purge {purge!r}; {have}", f"See: retrotool log {store.root}")
+    if is_restored(record):
+        raise UsageError(
+            f"the purge {purge!r} was undone by commit {record['restored']}: its chunks are not purged",
+            f"See: retrotool log {store.root}",
+        )
+    return record
+
+
+@contextmanager
+def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
+    """Remove files at once if the commit that is to name them fails: some say what was purged."""
+    try:
+        yield
+    except (ConflictError, CorruptError, ErasedError, LostRunError):
+        for entry in entries:
+            disk.unlink(paths.inside(store.root, entry.path))
+        raise
 
 
 def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
@@ -23,21 +91,38 @@ def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
 
 def count_rows(store: Store) -> int:
     """All chunks that the parts of a store ever had."""
-    state = store.state
-    return sum(entry.rows for part in state.parts() if (entry := state.part_file("chunks", part)) is not None)
+    return sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts())
 
 
-def count_unerased(store: Store, chunks: Ids) -> int:
-    """How many of some chunks still have tokens."""
-    count = 0
-    for part in np.unique(chunks >> PART_SHIFT).tolist():
-        n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"]
-        count += int((n_tokens.to_numpy()[chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)] > 0).sum())
-    return count
+def unerased(store: Store, chunks: Ids) -> Ids:
+    """Return those of ascending chunks that still have tokens."""
+    found = [np.zeros(0, np.int64)]
+    for part, rows in rows_by_part(chunks):
+        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
+        found.append(parts.chunk_ids(part, rows[table["n_tokens"].to_numpy()[rows] > 0]))
+    return np.concatenate(found)
 
 
-def documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
-    """How many documents of a part have their last living chunk among ``rows``."""
+def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, int, int]:
+    """Return those of ascending chunks that are not erased and not among ``others``, tombstones, and their weight.
+
+    That is how many documents live by them alone beside ``others``, and how many tokens they have: what they add to the
+    totals of the store, or take from them.
+    """
+    live = [np.zeros(0, np.int64)]
+    documents = tokens = 0
+    for part, rows in rows_by_part(chunks[~others.contains(chunks)]):
+        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
+        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
+        mine = rows[n_tokens[rows] > 0]
+        tokens += int(n_tokens[mine].sum())
+        documents += _documents_ended(doc, n_tokens, others.rows(part), mine)
+        live.append(parts.chunk_ids(part, mine))
+    return np.concatenate(live), documents, tokens
+
+
+def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
+    """How many documents of a part have their last live chunk among ``rows``; those ``before`` are purged."""
     alive = n_tokens > 0
     alive[before] = False
     left = alive.copy()
@@ -54,11 +139,98 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     """
     records = standing_purges(store.state)
     waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
-    left = Tombstones(np.setdiff1d(np.concatenate([np.zeros(0, np.int64), *waiting.values()]), erased.ids))
-    before = [
-        read_tombstones(store, purge).ids
-        for purge, record in records.items()
-        if record["erased"] and may_name(store, [purge], left)
-    ]
-    gone = Tombstones(np.unique(np.concatenate([erased.ids, *before])))
+    left = Tombstones(np.setdiff1d(named_chunks(store, waiting), erased.ids))
+    before = [purge for purge, record in records.items() if record["erased"] and may_name(store, [purge], left)]
+    gone = Tombstones(np.union1d(erased.ids, named_chunks(store, before)))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]
+
+
+def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
+    """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
+
+    Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
+    """
+    repeats = read_set_aside(store)
+    if not len(repeats) or not len(chunks):
+        return np.zeros(0, np.int64), 0
+    wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
+    selected, gone = Tombstones(chunks), read_tombstones(store)
+    found = [np.zeros(0, np.int64)]
+    copied = 0
+    for part in repeats.parts():
+        table = parts.read_documents(store, part, ["key", "text_hash", "first_row", "n_chunks"])
+        alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
+        places = table.filter(pc.or_(*alike))
+        if not places.num_rows:
+            continue
+        first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
+        rows = repeats.rows(part)
+        repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
+        first, count = first[repeating], count[repeating]
+        ids = parts.chunk_ids(part, parts.rows_of_documents(first, count))
+        more = gone.contains(ids) & ~selected.contains(ids)
+        found.append(ids[more])
+        copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
+    return np.unique(np.concatenate(found)), copied
+
+
+def parts_of_open_plans(store: Store) -> list[int]:
+    """Parts of plans that are not finished, and do not let in what was purged."""
+    state = store.state
+    plans = [plan_id for plan_id, _, plan in open_plans(store) if not plan.allow_purged]
+    return [part for plan_id in plans for part in parts_of_plan(state, plan_id)]
+
+
+def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes: Hashes) -> Ids:
+    """Chunks of documents of some parts of open plans that a purge of ``chunks`` blocks by ``hashes``, ascending.
+
+    Not of documents of which some chunks are selected or purged, and some are not: these were selected chunk by chunk.
+    """
+    several = Blocked(store.identity.secret, hashes)
+    purged = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
+    found = [np.zeros(0, np.int64)]
+    for part in numbers if len(hashes) else ():
+        table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks"])
+        table = table.filter(pc.and_(pc.is_valid(table["id"]), pc.is_valid(table["text_hash"])))
+        first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
+        rows = purged.rows(part)
+        n_purged = np.searchsorted(rows, first + count) - np.searchsorted(rows, first)
+        table = table.filter(pa.array((n_purged == 0) | (n_purged == count)))
+        alike = blocked_documents(store, several, parts.part_entry(store, "chunks", part), table)
+        first, count = (table[name].to_numpy()[alike] for name in ("first_row", "n_chunks"))
+        found.append(parts.chunk_ids(part, parts.rows_of_documents(first, count)))
+    return np.concatenate(found)
+
+
+def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
+    """A column of the documents that have any of ``chunks``, without nulls."""
+    found = [pa.array([], pa.binary())]
+    for part, rows in rows_by_part(chunks):
+        table = parts.read_documents(store, part, ["first_row", column])
+        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
+        values = table[column].take(pa.array(docs)).drop_null().cast(pa.binary())
+        found += values.chunks
+    return pa.concat_arrays(found)
+
+
+def find_same_text(store: Store, chunks: Ids) -> SameText:
+    """The documents with a live chunk beside ``chunks`` and the text of one of these that was set aside."""
+    aside = np.intersect1d(chunks, read_set_aside(store).ids)
+    texts = values_of(store, aside, "text_hash")
+    if not len(texts):
+        return NO_TEXT
+    gone = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
+    count = 0
+    named: list[str] = []
+    for part in store.state.parts():
+        hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
+        docs = np.flatnonzero(pc.is_in(hashes.cast(pa.binary()), value_set=texts).to_numpy())
+        if not len(docs):
+            continue
+        same = parts.read_documents(store, part, ["id", "first_row", "n_chunks"]).take(pa.array(docs))
+        first, rows = same["first_row"].to_numpy(), gone.rows(part)
+        n_gone = np.searchsorted(rows, first + same["n_chunks"].to_numpy()) - np.searchsorted(rows, first)
+        live = same.filter(pa.array(n_gone < same["n_chunks"].to_numpy()))
+        count += live.num_rows
+        named += live["id"].slice(0, NAMED - len(named)).to_pylist()
+    return SameText(count, tuple(named))

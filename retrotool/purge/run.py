@@ -1,7 +1,10 @@
-"""``purge``: select, confirm, commit, erase; and ``scan``, one share of the scan of a purge, for a job array.
+"""``purge``: select, confirm, commit, erase; a dry run; and ``scan``, one share of the scan of a purge for a job array.
 
 Another process may purge or erase at the same time. What was selected, or begun to be erased, on a view that another
 commit has overtaken is selected, or planned, again; ``confirm`` is asked again if that changes what it was asked.
+
+The commit has tombstones, and the block list that keeps what was purged from coming back with its input. It costs what
+is purged, not what is stored. A dry run costs the documents of the parts concerned, and a row group an example.
 
 The jobs of an array share the scan of the purge that is to follow, which finds it done as it asks for the same. Each
 job begins with its own share of the parts and continues with what no other has begun, so the others finish the share
@@ -10,74 +13,142 @@ of a job that dies.
 
 from __future__ import annotations
 
+import secrets
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from retrotool import engine
+from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.cli.result_files import check_file, written
-from retrotool.embed.search_scope import purges_erased
 from retrotool.engine.progress import counting
-from retrotool.errors import UsageError
-from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.commit import commit_purge
-from retrotool.purge.erase_run import (
-    ELSEWHERE,
-    clear,
-    erase_chunks,
-    until_not_overtaken,
+from retrotool.errors import ConflictError, UsageError
+from retrotool.index.generations import all_shards
+from retrotool.index.index_files import parts_in_shard
+from retrotool.purge.erase import EraseResult, carry_out_erase, part_files, until_not_overtaken
+from retrotool.purge.purged_chunks import (
+    NO_TEXT,
+    SameText,
+    count_rows,
+    find_in_open_plans,
+    find_same_text,
+    parts_of_open_plans,
+    withdrawn,
 )
-from retrotool.purge.purged_chunks import count_rows
-from retrotool.purge.review import Review, review
-from retrotool.purge.same_text import NO_TEXT, SameText, find_same_text
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
-from retrotool.purge.selectors.scan import ScanStage
+from retrotool.purge.selectors.scan import ScanStage, scan_files
+from retrotool.purge.selectors.selector import Decoder, TextBlock
+from retrotool.store import blocked, parts
+from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
+from retrotool.store.ids import distinct_parts, rows_by_part, split_id
+from retrotool.store.log import Draft
+from retrotool.store.parts import ROW_GROUP
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
+from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import named_chunks, tombstone_paths, write_tombstones
+
+EXAMPLES, LARGEST = 10, 10
+_REWRITTEN = 20e6
+"""Bytes of files that an erase reads and rewrites a second, on a core: ``benchmarks/purging.py``."""
 
 
 @dataclass(frozen=True, slots=True)
-class PurgeResult:
+class Count:
+    """So many of the chunks are of this source, or document."""
+
+    name: str
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A chunk that a selector means: its text, and from which to which character the match lies (both 0: nowhere).
+
+    ``figure``: its distance to what it is like, or its score, where the selector measures one.
+    """
+
+    selector: str
+    chunk: int
+    document: str
+    source: str
+    text: str
+    begin: int
+    end: int
+    figure: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """What an erase would rewrite: so many parts, shards, tables of neighbours; and bytes of files.
+
+    ``rows`` are those of the tables, and ``seconds`` how long all of it may take, by the rates of one core.
+    """
+
+    parts: int
+    shards: int
+    tables: int
+    bytes: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What a selection would take: ``sources`` and ``documents``, those with the most chunks; examples."""
+
+    sources: tuple[Count, ...]
+    documents: tuple[Count, ...]
+    examples: tuple[Example, ...]
+    touched: Touched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PurgeResult(EraseResult):
     """What ``purge`` did, or would do.
 
     ``purge`` is empty if there was nothing to do; ``purges`` are those that an erase was of: this, or, if it did no
     more than go on with them, those by the same selectors before, the newest first. ``unerased`` counts the selected
-    chunks, copies included, that an erase has still to take, and ``unerased_share`` is their share of all chunks that
-    the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of ``copies``, documents
-    that a ``chunk`` had set aside because they repeat one that is erased. ``blocked`` counts the hashes of ids, texts
-    and tokens that were not on the block list before. ``not_reached`` says what an erase never reaches.
-    ``dependents`` are the stores with neighbours in this one, which an erase does not reach. ``same_text``: documents
-    that stay, and have the text of one that was selected and is not live, as a ``chunk`` had rejected it. ``matches``
-    are how many chunks each selector means. A dry run has a ``review``, and ``out`` is the file that it
-    wrote the ids of the ``chunks`` to ("": none was asked for).
+    chunks, copies included, that an erase has still to take. ``blocked`` counts the hashes of ids, texts and tokens
+    that were not on the block list before. ``same_text``: documents that stay, and have the text of one that was
+    selected and is not live, as a ``chunk`` had rejected it. ``matches`` are how many chunks each selector means. A dry
+    run has a ``review``, and ``out`` is the file that it wrote the ids of the ``chunks`` to ("": none was asked for).
     """
 
-    purge: str
+    purge: str = ""
     chunks: int
     documents: int
     tokens: int
     already_purged: int
     share: float
-    unerased: int
-    unerased_share: float
-    erased: int
-    copies: int
-    files_rewritten: int
     blocked: int
     dry_run: bool
-    commit: int
-    examples: tuple[int, ...] = field(default=())
-    not_reached: tuple[str, ...] = field(default=())
-    dependents: tuple[Dependent, ...] = field(default=())
-    matches: tuple[Match, ...] = field(default=())
+    examples: tuple[int, ...]
+    matches: tuple[Match, ...]
     same_text: SameText = NO_TEXT
-    purges: tuple[str, ...] = field(default=())
     review: Review | None = None
     out: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What a share of a scan did: ``parts`` scanned by this run, of ``of`` in the store.
+
+    ``elsewhere`` are parts that other living runs are at. ``done``: all are scanned.
+    """
+
+    parts: int
+    of: int
+    elsewhere: int
+    done: bool
+    commit: int
 
 
 def purge(
@@ -99,10 +170,13 @@ def purge(
     """
     who = signed(reason, who)
     if out is not None:
-        _check_out(out, dry_run)
+        if not dry_run:
+            raise UsageError("--out is for the ids that a dry run selects", "Give --dry-run, too.")
+        check_file("--out", out, new=True)
     store = Store.open(root)
     request = selectors.read(store)
-    agreed: PurgeResult | None = None
+    agreed = (0, 0)
+    """Chunks, and unerased ones, that ``confirm`` has agreed to."""
 
     def attempt() -> PurgeResult:
         nonlocal agreed
@@ -115,28 +189,16 @@ def purge(
         planned = _planned(store, selection, dry_run)
         if dry_run:
             if out is not None:
-                _write_ids(out, selection)
+                with written(out) as path, path.open("w", encoding="ascii") as file:
+                    file.writelines(f"{chunk}\n" for chunk in selection.live.tolist())
             return replace(planned, review=review(store, selection), out=str(out or ""))
-        if (planned.chunks or planned.unerased) and not _is_alike(planned, agreed):
+        if planned.chunks > agreed[0] or planned.unerased > agreed[1]:
             if not confirm(planned):
                 return planned
-            agreed = planned
+            agreed = planned.chunks, planned.unerased
         return _carry_out(store, selection, planned, reason, who, erase)
 
     return until_not_overtaken(store, attempt)
-
-
-def _check_out(out: str | Path, dry_run: bool) -> None:
-    if not dry_run:
-        raise UsageError("--out is for the ids that a dry run selects", "Give --dry-run, too.")
-    check_file("--out", out)
-    if Path(out).exists():
-        raise UsageError(f"--out {out} exists already", "Name a file that does not.")
-
-
-def _write_ids(out: str | Path, selection: Selection) -> None:
-    with written(out) as path, path.open("w", encoding="ascii") as file:
-        file.writelines(f"{chunk}\n" for chunk in selection.live.tolist())
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
@@ -144,69 +206,154 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     state = store.state
     chunks = len(selection.live)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
-    rows = count_rows(store)
     return PurgeResult(
-        "", chunks, selection.documents, selection.tokens,
+        chunks=chunks, documents=selection.documents, tokens=selection.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
-        unerased=selection.unerased, unerased_share=selection.unerased / rows if rows else 0.0,
-        erased=0, copies=selection.copied, files_rewritten=0, blocked=selection.newly_blocked,
-        dry_run=dry_run, commit=state.number, examples=tuple(selection.live[:10].tolist()),
-        matches=selection.matches, same_text=find_same_text(store, selection.chunks),
+        unerased=selection.unerased, unerased_share=selection.unerased / max(count_rows(store), 1),
+        copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=state.number,
+        examples=tuple(selection.live[:10].tolist()), matches=selection.matches,
+        same_text=find_same_text(store, selection.chunks),
     )  # fmt: skip
-
-
-def _is_alike(planned: PurgeResult, agreed: PurgeResult | None) -> bool:
-    """Whether what is planned takes no more than what was agreed to."""
-    return agreed is not None and planned.chunks <= agreed.chunks and planned.unerased <= agreed.unerased
 
 
 def _carry_out(
     store: Store, selection: Selection, planned: PurgeResult, reason: str, who: str, erase: bool
 ) -> PurgeResult:
     """Commit a purge, and erase."""
-    purged, erased, rewritten = "", 0, 0
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
-        # Purges of before there were block lists are made good. An erase needs a purge that names all its chunks, or it
-        # could not be gone on with after a kill.
-        uncovered = erase and not _is_covered(store, selection)
+        purges = tuple(same_selector(store, selection.request))
+        victims = np.union1d(selection.chunks, selection.copies)
+        # An erase needs a purge that names all its chunks, or it could not be resumed after a kill.
+        uncovered = erase and not np.isin(victims, named_chunks(store, purges)).all()
         if planned.chunks or planned.blocked or uncovered:
-            purged = commit_purge(store, run, selection, reason, who)
+            purge = commit_purge(store, run, selection, reason, who)
+            planned, purges = replace(planned, purge=purge), (purge,)
         if erase:
-            victims = np.union1d(selection.chunks, selection.copies)
-            naming = (purged,) if purged else tuple(same_selector(store, selection.request))
-            erased, rewritten = until_not_overtaken(store, lambda: erase_chunks(store, run, victims, naming))
-            clear(store, run)
-    state = store.refresh()
-    records = state.with_prefix("purge:")
-    before = sorted(same_selector(store, selection.request), key=lambda purge: -int(records[purge]["commit"]))
-    of = (purged,) if purged else tuple(before)
-    return replace(
-        planned, purge=purged, purges=of if erased else (), erased=erased, files_rewritten=rewritten,
-        commit=state.number,
-        not_reached=(ELSEWHERE,) if erased and state.names("index") else (),
-        dependents=tuple(dependents(store)) if erase and purges_erased(store) else (),
-    )  # fmt: skip
+            return carry_out_erase(store, run, victims, replace(planned, purges=purges if len(victims) else ()))
+        return replace(planned, commit=store.refresh().number)
 
 
-def _is_covered(store: Store, selection: Selection) -> bool:
-    """Whether purges of the same selector name all chunks of a selection, and all copies."""
-    purges = same_selector(store, selection.request)
-    named = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in purges)]
-    return bool(np.isin(np.union1d(selection.chunks, selection.copies), np.concatenate(named)).all())
+def review(store: Store, selection: Selection) -> Review:
+    """Look at what is live of a selection."""
+    sources, documents = Counter[str](), Counter[str]()
+    for part, rows in rows_by_part(selection.live):
+        table = parts.read_documents(store, part, ["id", "source", "first_row"])
+        places = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
+        numbers, counts = np.unique(places, return_counts=True)
+        some = table.take(numbers)
+        for name, source, n in zip(some["id"].to_pylist(), some["source"].to_pylist(), counts.tolist(), strict=True):
+            sources[source or ""] += n
+            documents[name or ""] += n
+    return Review(_most(sources), _most(documents), tuple(_examples(store, selection)), _touched(store, selection))
 
 
-@dataclass(frozen=True, slots=True)
-class ScanResult:
-    """What a share of a scan did: ``parts`` scanned by this run, of ``of`` in the store.
+def _most(counts: Counter[str]) -> tuple[Count, ...]:
+    return tuple(Count(name, n) for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:LARGEST])
 
-    ``elsewhere`` are parts that other living runs are at. ``done``: all are scanned.
+
+def _examples(store: Store, selection: Selection) -> list[Example]:
+    """Up to ten of each selector, from all over what it means; in the order of their figures, if they have some."""
+    found = selection.found
+    decoder = Decoder(store)
+    examples = []
+    for number, selector in enumerate(selection.request.scanned):
+        places = np.flatnonzero((found.selectors == number) & np.isin(found.chunks, selection.live))
+        places = places[np.argsort(found.figures[places], kind="stable")]
+        for place in places[_spread(len(places))].tolist():
+            span, figure = (int(found.begin[place]), int(found.end[place])), float(found.figures[place])
+            example = _example(store, decoder, selector.kind, int(found.chunks[place]), span)
+            examples.append(example if np.isnan(figure) else replace(example, figure=figure))
+    if not examples:
+        some = selection.live[_spread(len(selection.live))].tolist()
+        examples = [_example(store, decoder, selection.request.kind, chunk, (0, 0)) for chunk in some]
+    return examples
+
+
+def _spread(n: int) -> npt.NDArray[np.int64]:
+    return np.unique(np.linspace(0, n - 1, min(EXAMPLES, n)).astype(np.int64))
+
+
+def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:
+    part, row = split_id(chunk)
+    total = parts.part_entry(store, "chunks", part).rows
+    first, last = max(row - 1, 0), min(row + 1, total - 1)  # beside others its text is as it was when it was scanned
+    groups = range(first // ROW_GROUP, last // ROW_GROUP + 1)
+    chunks = parts.read_chunks(store, part, list(groups))
+    low = groups[0] * ROW_GROUP
+    same = [i for i in range(first - low, last - low + 1) if chunks.doc[i] == chunks.doc[row - low]]
+    few = chunks.between(same[0], same[-1] + 1)
+    block = TextBlock(few, same[0] + low, np.array([0, len(few)]), decoder)
+    place = row - low - same[0]
+    start, stop = int(block.starts[place]), int(block.starts[place + 1])
+    data = bytes(block.text[start:stop])
+    begin, end = (len(data[: max(at, 0)].decode(errors="replace")) for at in span)
+    documents = parts.read_documents(store, part, ["id", "source"]).slice(int(few.doc[place]), 1)
+    text = data.decode(errors="replace")
+    name, source = documents["id"][0].as_py(), documents["source"][0].as_py()
+    return Example(selector, chunk, name or "", source or "", text, begin, min(end, len(text)))
+
+
+def _touched(store: Store, selection: Selection) -> Touched:
+    state = store.state
+    wanted = set(distinct_parts(selection.live))
+    files: list[FileEntry] = [entry for part in wanted for entry in part_files(store, part)]
+    shards = [
+        entry
+        for name in state.names("index")
+        for entry in all_shards(state, name).values()
+        if not wanted.isdisjoint(parts_in_shard(entry))
+    ]
+    groups = [state.group("neighbours", name) for name in state.names("neighbours")]
+    tables = [entry for group in groups for entry in group.entries()]
+    size = sum(entry.bytes for entry in (*files, *shards, *tables))
+    seconds = size / _REWRITTEN if len(selection.live) else 0.0
+    return Touched(len(wanted), len(shards), len(tables), size, sum(entry.rows for entry in tables), seconds)
+
+
+def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
+    """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
+
+    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made, or copies of
+    what it has, in a plan that is not finished. Copies are written, too, though they are tombstones already: once their
+    originals are erased nothing else says which they are. The files of the scan are removed.
     """
+    request = selection.request
+    scan = request.scan.scan(store) if request.scan else None
+    purge = "p" + secrets.token_hex(4)
+    seen = tombstone_paths(selection.state)
+    add: list[FileEntry] = []
 
-    parts: int
-    of: int
-    elsewhere: int
-    done: bool
-    commit: int
+    def build(state: State) -> Draft:
+        if tombstone_paths(state) != seen:
+            raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
+        new = [part for part in parts_of_open_plans(store) if part not in selection.open_parts]
+        if len(find_in_open_plans(store, new, selection.chunks, selection.blocked)):
+            raise ConflictError("copies were chunked while this purge selected", "Run the same command again.")
+        counts = {"chunks": len(selection.live), "documents": selection.documents, "tokens": selection.tokens}
+        totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
+        hashed = store.identity.keyed_hash(request.literal)
+        selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
+        record = {**counts, **selector, "commit": state.number + 1, "erased": False}
+        records = {f"purge:{purge}": record, "totals": totals}
+        gone = scan_files(state, scan) if scan else []
+        return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
+
+    with withdrawn(store, add):
+        _write_purge(store, run, purge, selection, add)
+        store.commit(run, build)
+    return purge
+
+
+def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: list[FileEntry]) -> None:
+    """Write the files of a purge, and note them in ``add``."""
+    root = store.root
+    named = np.union1d(selection.chunks, selection.copies)
+    add.append(write_tombstones(root, FileName.new(run.id, "tombstones", purge, "parquet"), named))
+    if len(selection.blocked):
+        add.append(blocked.write_blocked(root, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
+    # Last: it must not stay if another can't be written.
+    literal = {"kind": selection.request.kind, "literal": selection.request.literal}
+    add.append(write_json_file(root, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
 
 
 def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:

@@ -17,10 +17,10 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
 from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
-from retrotool.purge.purged_chunks import Ids, count_unerased, documents_ended
-from retrotool.purge.same_text import find_copies, find_in_open_plans, parts_of_open_plans
+from retrotool.purge.purged_chunks import find_copies, find_in_open_plans, parts_of_open_plans, unerased, weigh_chunks
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
@@ -33,11 +33,11 @@ from retrotool.purge.selectors.selector import Selector, read_selector_lines
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
 from retrotool.store.blocked import Hashes, read_blocked
-from retrotool.store.parts import PART_SHIFT
-from retrotool.store.restored import standing_purges
+from retrotool.store.ids import Ids, rows_by_part
+from retrotool.store.restored import Record, standing_purges
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones
 
 _ADVICE = "Nothing was purged. See: retrotool purge --help"
 
@@ -226,11 +226,11 @@ class Selection:
     open_parts: tuple[int, ...] = ()
 
 
-def same_selector(store: Store, request: Request) -> dict[str, bool]:
-    """Purges that asked for the same before, and were not undone; and whether they are erased."""
+def same_selector(store: Store, request: Request) -> dict[str, Record]:
+    """Records of the purges that asked for the same before, and were not undone, by their ids; the newest first."""
     wanted = (request.kind, store.identity.keyed_hash(request.literal))
-    records = standing_purges(store.state)
-    return {p: r["erased"] for p, r in records.items() if (r["selector"], r["hash"]) == wanted}
+    same = {p: r for p, r in standing_purges(store.state).items() if (r["selector"], r["hash"]) == wanted}
+    return dict(sorted(same.items(), key=lambda item: -int(item[1]["commit"])))
 
 
 def select(store: Store, request: Request, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
@@ -260,14 +260,14 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     chunks = np.union1d(chunks, find_in_open_plans(store, open_parts, chunks, hashes))
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
-        begun = [read_tombstones(store, purge).ids for purge, erased in earlier.items() if not erased]
-        chunks = np.unique(np.concatenate([chunks, *begun]))
+        chunks = np.union1d(
+            chunks, named_chunks(store, [purge for purge, record in earlier.items() if not record["erased"]])
+        )
         copies, copied = find_copies(store, chunks)
-    live, documents, tokens = _weigh(store, chunks)
     return Selection(
-        request, store.state, tuple(matches), found, chunks, live, documents, tokens, hashes,
-        len(read_blocked(store).lacks(hashes)), copies, copied,
-        count_unerased(store, np.union1d(chunks, copies)) if erase else 0, tuple(open_parts),
+        request, store.state, tuple(matches), found, chunks, *weigh_chunks(store, chunks, read_tombstones(store)),
+        hashes, len(read_blocked(store).lacks(hashes)), copies, copied,
+        len(unerased(store, np.union1d(chunks, copies))) if erase else 0, tuple(open_parts),
     )  # fmt: skip
 
 
@@ -278,29 +278,11 @@ def _matches(selector: Selector, names: list[str], labels: Ids) -> list[Match]:
     return [Match(selector.kind, name, n) for name, n in counted if n or only]
 
 
-def _weigh(store: Store, chunks: Ids) -> tuple[Ids, int, int]:
-    """Those of some chunks that are live, and how many documents and tokens they take from the totals."""
-    tombstones = read_tombstones(store)
-    fresh = chunks[~tombstones.contains(chunks)]
-    live: list[Ids] = [np.zeros(0, np.int64)]
-    documents = tokens = 0
-    for part in np.unique(fresh >> PART_SHIFT).tolist():
-        rows = fresh[fresh >> PART_SHIFT == part] - (part << PART_SHIFT)
-        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
-        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
-        rows = rows[n_tokens[rows] > 0]
-        tokens += int(n_tokens[rows].sum())
-        documents += documents_ended(doc, n_tokens, tombstones.rows(part), rows)
-        live.append(parts.chunk_ids(part, rows))
-    return np.concatenate(live), documents, tokens
-
-
 def widen(store: Store, chunks: Ids) -> Ids:
     """All chunks of the documents of which any of some chunks is, ascending."""
     found = [np.zeros(0, np.int64)]
-    for part in np.unique(chunks >> PART_SHIFT).tolist():
+    for part, rows in rows_by_part(chunks):
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
-        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
         found.append(chunks_of(store, part, np.unique(np.searchsorted(first, rows, side="right") - 1)))
     return np.concatenate(found)
 
@@ -311,18 +293,13 @@ def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
     Reads all row groups of chunks that hold a document that it touches.
     """
-    purges = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
-    purged = Tombstones(np.unique(np.concatenate([chunks, *purges])))
+    purged = Tombstones(np.union1d(chunks, chunks_of_purges(store).ids))
     secret = store.identity.secret
     found = [np.zeros(0, blocked.HASH)]
-    for part in np.unique(chunks >> PART_SHIFT).tolist():
+    for part, rows in rows_by_part(chunks):
         table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks"])
-        first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
-        gone = np.zeros(parts.part_entry(store, "chunks", part).rows, np.int64)
-        gone[purged.rows(part)] = 1
-        rows = chunks[chunks >> PART_SHIFT == part] - (part << PART_SHIFT)
-        docs = np.unique(np.searchsorted(first, rows, side="right") - 1)
-        whole = docs[np.add.reduceat(gone, first)[docs] == count[docs]]
+        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
+        whole = np.intersect1d(docs, documents_within(store, part, purged))
         for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
             found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
         tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table.take(pa.array(docs)))
@@ -357,11 +334,7 @@ def check_selector_text(option: str, text: str) -> None:
 
 
 def kinds_of(text: str | None) -> tuple[str, ...]:
-    """Kinds of personal data as ``--pii`` is given them, "all" or some apart by commas; ``UsageError`` for others."""
+    """Return the kinds of personal data as ``--pii`` is given them, "all" or some apart by commas."""
     if text is None:
         return ()
-    kinds = KINDS if text == "all" else tuple(dict.fromkeys(kind.strip() for kind in text.split(",")))
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"--pii: there is no kind {kind!r}", f"Give all, or some of {', '.join(KINDS)}.")
-    return kinds
+    return KINDS if text == "all" else tuple(dict.fromkeys(kind.strip() for kind in text.split(",")))

@@ -1,12 +1,12 @@
 """``purge --restore``: undo a purge, in one commit, as long as nothing of it was erased.
 
-The purge's tombstones and its block list leave the state, and so does its selector file: nothing needs it any more, and
-it may name persons. Which chunks it had is kept (``restored/``): a reader with a view from before still has its
-tombstones. What another purge names, or a ``chunk`` set aside, stays a tombstone.
+The purge's tombstones and its block list leave the state, and so does its selector file. Which chunks it had is kept
+(``restored/``): a reader with a view from before still has its tombstones. What another purge names, or a ``chunk``
+rejected, stays a tombstone.
 
-Embeddings and indexes have the chunks, as a purge takes nothing out of them and is masked in a search. Neighbours that
-were found while the purge stood lack them: ``neighbours`` finds these tables by the commits between which it stood
-(``store.restored``), and the result names the commands.
+Embeddings and indexes have the chunks, as a purge is masked in a search. Neighbours that were found while the purge
+stood lack them: ``neighbours`` finds these tables by the commits between which it stood (``store.restored``), and the
+result names the commands.
 
 Cost: the chunks' lengths in the parts that have any, and the ids of all documents, to see whether a document came in
 again since. Memory: one part, and the tombstones.
@@ -14,7 +14,6 @@ again since. Memory: one part, and the tombstones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,30 +22,34 @@ import pyarrow as pa
 
 from retrotool.cli.command_lines import neighbours_command, table_command
 from retrotool.embed.search_scope import find_documents
-from retrotool.errors import ConflictError, LostRunError, UsageError
+from retrotool.errors import ConflictError, UsageError
 from retrotool.index.staleness import consecutive_ranges
 from retrotool.neighbours.dependents import dependents
-from retrotool.purge.erase_run import until_not_overtaken
-from retrotool.purge.purged_chunks import Ids, documents_ended
+from retrotool.purge.erase import until_not_overtaken
+from retrotool.purge.purged_chunks import check_purge, has_any, unerased, values_of, weigh_chunks, withdrawn
 from retrotool.purge.select import signed
-from retrotool.store import disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
-from retrotool.store.ids import distinct_parts
+from retrotool.store.ids import Ids, distinct_parts
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.restored import PREFIX, is_restored, missed_parts, standing_purges
+from retrotool.store.restored import PREFIX, missed_parts, standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import KEPT, Tombstones, read_tombstones, tombstone_paths, write_tombstones
-
-_NAMED = 20
+from retrotool.store.tombstones import (
+    KEPT,
+    Tombstones,
+    named_chunks,
+    read_tombstones,
+    tombstone_paths,
+    write_tombstones,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Restorable:
-    """What taking a purge back gives, on ``state``.
+    """What an undo of a purge gives, on ``state``.
 
     ``chunks`` are those that the purge has, and ``live`` those that are live again; ``documents`` and ``tokens``
     count what these add to the totals. ``named_by`` are other purges that name some of the rest. ``repeats`` counts the
@@ -112,7 +115,7 @@ def _refills(store: Store) -> list[str]:
         entries = store.state.group("neighbours", table).entries()
         commits = {(entry.about or {}).get("commit") for entry in entries}
         record = store.state.records[f"neighbours:{table}"]
-        if not record.get("within", record["database"] == store.identity.uuid):
+        if not record["within"]:
             # Its rows of what was purged may be empty.
             found.append(neighbours_command(record["path"], store.root, table, record))
         elif any(missed_parts(store.state, commit) for commit in commits):
@@ -120,84 +123,46 @@ def _refills(store: Store) -> list[str]:
     return [*found, *(one.command for one in dependents(store))]
 
 
-def check_restorable(store: Store, purge: str) -> None:
-    """``UsageError`` if there is no such purge, or it is too late to take it back."""
-    state = store.state
-    record = state.records.get(PREFIX + purge)
-    if record is None:
-        have = sorted(standing_purges(state), key=lambda one: -int(state.records[PREFIX + one]["commit"]))
-        have = [one for one in have if not state.records[PREFIX + one]["erased"]]
-        more = f" and {len(have) - _NAMED:,} more" if len(have) > _NAMED else ""
-        raise UsageError(
-            f"the store has no purge {purge!r}",
-            f"Of its purges it can take back: {', '.join(have[:_NAMED]) or 'none'}{more}. "
-            f"What they are: retrotool info {store.root}",
-        )
-    if record["erased"]:
+def weigh(store: Store, purge: str) -> Restorable:
+    """Find out what an undo of a purge would give; ``UsageError`` if there is none, or an erase of it was begun."""
+    if check_purge(store, purge)["erased"]:
         raise UsageError(
             f"purge {purge} is erased: nothing of its chunks is left",
             f"What its input still has can be chunked again: retrotool chunk {store.root} INPUT... --allow-purged",
         )
-    if is_restored(record):
-        raise UsageError(f"purge {purge} was taken back already, by commit {record['restored']}")
-
-
-def weigh(store: Store, purge: str) -> Restorable:
-    """Find out what taking a purge back would give; ``UsageError`` if an erase of it was begun."""
-    check_restorable(store, purge)
     own = read_tombstones(store, purge).ids
-    slots = [slot for slot in store.state.group("tombstones") if slot != purge]
-    others = {slot: read_tombstones(store, slot).ids for slot in slots}
     standing = standing_purges(store.state)
-    after, of_purges = _joined(others), _joined({s: i for s, i in others.items() if s.partition(".")[0] in standing})
-    live: list[Ids] = [np.zeros(0, np.int64)]
-    documents = tokens = 0
-    keys = [pa.chunked_array([], pa.binary(parts.HASH_BYTES))]
-    for part in distinct_parts(own):
-        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
-        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
-        rows = _rows(own, part)
-        if len(np.setdiff1d(rows[n_tokens[rows] == 0], of_purges.rows(part))):
-            raise UsageError(
-                f"an erase of purge {purge} was begun, so some of its chunks are gone",
-                "Finish it: run the same purge again with --erase.",
-            )
-        rows = np.setdiff1d(rows[n_tokens[rows] > 0], after.rows(part))
-        tokens += int(n_tokens[rows].sum())
-        documents += documents_ended(doc, n_tokens, after.rows(part), rows)
-        live.append(parts.chunk_ids(part, rows))
-        keys.append(parts.read_documents(store, part, ["key"])["key"].take(pa.array(np.unique(doc[rows]))))
-    again = np.concatenate(live)
-    left = np.setdiff1d(own, again)
-    named_by = [slot for slot, ids in others.items() if slot in standing and np.isin(left, ids).any()]
+    others = [slot for slot in store.state.group("tombstones") if slot != purge]
+    of_purges = named_chunks(store, [slot for slot in others if slot.partition(".")[0] in standing])
+    if len(np.setdiff1d(own, np.union1d(unerased(store, own), of_purges))):
+        raise UsageError(
+            f"an erase of purge {purge} was begun, so some of its chunks are gone",
+            "Finish it: run the same purge again with --erase.",
+        )
+    after = Tombstones(named_chunks(store, others))
+    live, documents, tokens = weigh_chunks(store, own, after)
+    left = Tombstones(np.setdiff1d(own, live))
+    named_by = tuple(slot for slot in others if slot in standing and has_any(store, slot, left))
     return Restorable(
-        purge, own, again, documents, tokens, tuple(named_by), _count_repeats(store, keys, after), store.state
-    )
+        purge, own, live, documents, tokens, named_by, _count_repeats(store, live, after), store.state
+    )  # fmt: skip
 
 
-def _joined(several: Mapping[str, Ids]) -> Tombstones:
-    return Tombstones(np.unique(np.concatenate([np.zeros(0, np.int64), *several.values()])))
-
-
-def _rows(ids: Ids, part: int) -> Ids:
-    return Tombstones(ids).rows(part)
-
-
-def _count_repeats(store: Store, keys: list[pa.ChunkedArray], tombstones: Tombstones) -> int:
-    """How many of the documents with ``keys`` have an id that several documents have which are not purged."""
-    wanted = pa.chunked_array([chunk for some in keys for chunk in some.chunks], keys[0].type)
-    if not len(wanted):
+def _count_repeats(store: Store, chunks: Ids, tombstones: Tombstones) -> int:
+    """How many of the documents of ``chunks`` have an id that several documents have which are not purged."""
+    keys = values_of(store, chunks, "key")
+    if not len(keys):
         return 0
-    found = find_documents(store, wanted, tombstones)
+    found = find_documents(store, pa.chunked_array([keys]), tombstones)
     if found.repeats is None or found.document is None:
         return 0
     return len(np.intersect1d(found.document, found.repeats.document))
 
 
 def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: str) -> State:
-    """Take a purge back; the state that this made.
+    """Undo a purge; return the state that this made.
 
-    ``ConflictError`` if another purge was committed, erased or taken back since it was weighed.
+    ``ConflictError`` if another purge was committed, erased or undone since it was weighed.
     """
     purge, record = found.purge, found.state.records[PREFIX + found.purge]
     seen = tombstone_paths(found.state)
@@ -207,14 +172,13 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
 
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
-            raise ConflictError("another purge was committed, or taken back, meanwhile", "Run the same command again.")
-        gone = [state.file(kind, slot) for kind, slot in _files(purge)]
+            raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
+        gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
         counts = {"chunks": len(found.live), "documents": found.documents, "tokens": found.tokens}
         totals = {name: n + counts.get(name, 0) for name, n in state.records["totals"].items()}
-        own = distinct_parts(found.chunks)
         after = {
             **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
-            "parts": consecutive_ranges(own), "repeats": found.repeats,
+            "parts": consecutive_ranges(touched), "repeats": found.repeats,
         }  # fmt: skip
         return Draft(
             "restore", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
@@ -222,19 +186,6 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
             records={PREFIX + purge: after, "totals": totals},
         )  # fmt: skip
 
-    try:
+    with withdrawn(store, add):
         add.append(write_tombstones(store.root, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         return store.commit(run, build)
-    except (ConflictError, LostRunError):
-        for entry in add:
-            disk.unlink(paths.inside(store.root, entry.path))
-        raise
-
-
-def _files(purge: str) -> list[tuple[str, str]]:
-    """Kind and slot of all that leaves the state with a purge."""
-    return [
-        ("tombstones", purge),
-        ("blocked", purge),
-        ("selectors", purge),
-    ]

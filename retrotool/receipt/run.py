@@ -24,13 +24,12 @@ import orjson
 
 from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
-from retrotool.errors import StorageError, UsageError
+from retrotool.errors import StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.erase_run import until_not_overtaken
-from retrotool.purge.purged_chunks import count_unerased
-from retrotool.receipt.purge_history import CommitDigest, PurgeHistory
+from retrotool.purge.erase import until_not_overtaken
+from retrotool.purge.purged_chunks import check_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
-from retrotool.receipt.verify_erasure import Erasure, Purged, check_files
+from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
 from retrotool.store import atomic, identity, paths
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
@@ -39,7 +38,7 @@ from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 from retrotool.store.verify import total_bytes
-from retrotool.store.verify_log import LogFound, check_log
+from retrotool.store.verify_log import check_log
 
 _LISTED = 200
 """Rows of a table on the page; the JSON has all."""
@@ -131,7 +130,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     ``UsageError`` if there is no such purge, or it was undone.
     """
     store = Store.open(root)
-    _check_purge(store, purge)
+    check_purge(store, purge)
     targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
     for path in targets.values():
         result_files.check_file("--out", path)
@@ -148,21 +147,12 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     return VerifiedPurge(receipt, str(targets["json"]), str(targets["html"]), sha256, commit)
 
 
-def _check_purge(store: Store, purge: str) -> None:
-    records = store.state.with_prefix("purge:")
-    if purge not in records:
-        known = f"it has: {', '.join(list(records)[-20:])}" if records else "it has none"
-        raise UsageError(f"{store.root} has no purge {purge!r}; {known}", f"See: retrotool log {store.root}")
-    if "restored" in records[purge]:
-        raise UsageError(f"the purge {purge!r} was undone: its chunks are live", f"See: retrotool log {store.root}")
-
-
 def _check(store: Store, purge: str) -> Receipt:
-    _check_purge(store, purge)
-    record = store.state.records[f"purge:{purge}"]
+    record = check_purge(store, purge)
     chunks = read_tombstones(store, purge).ids
+    history = PurgeHistory(purge)
     with counting("log", "log", 1) as report:
-        history, log = _read_log(store, purge)
+        log = check_log(store.root, identity.read_identity(store.root)[1], store.state.number, history.note)
         report(1)
     with counting("files", "B", total_bytes(store)) as report:
         erasure = check_files(Purged(store, Tombstones(chunks), history), report)
@@ -184,7 +174,7 @@ def _check(store: Store, purge: str) -> Receipt:
         store=store.identity.uuid,
         tool=f"retrotool {version('retrotool')}",
         purge=purge,
-        state="erased" if is_erased else "purged" if count_unerased(store, chunks) == len(chunks) else "partly erased",
+        state="erased" if is_erased else "purged" if len(unerased(store, chunks)) == len(chunks) else "partly erased",
         ok=not problems,
         problems=tuple(problems),
         reason=str(record["reason"]),
@@ -207,12 +197,6 @@ def _check(store: Store, purge: str) -> Receipt:
         dependents=tuple(dependents(store)),
         limits=LIMITS,
     )
-
-
-def _read_log(store: Store, purge: str) -> tuple[PurgeHistory, LogFound]:
-    history = PurgeHistory(purge)
-    _, genesis = identity.read_identity(store.root)
-    return history, check_log(store.root, genesis, store.state.number, history.note)
 
 
 def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:

@@ -3,13 +3,13 @@
 The format is closed. Every file that can hold something of a chunk is named by the log and has a kind, and each kind
 of ``paths.DATA_KINDS`` has a check in ``CHECKS``: it decodes the file and looks at the rows of the purged chunks,
 which must be zero or null, or at the ids of an index and of tables, which must not name one. Every decoded file must
-also have the SHA-256 that the log has for it. Files that left the state must be absent; the directories that held them
-are synced, so that a removed name is not there again after a power cut. What no commit names is not decoded but
-listed, as are symbolic links.
+also have the SHA-256 that the log has for it. Files that left the state (``PurgeHistory``) must be absent; the
+directories that held them are synced, so that a removed name is not there again after a power cut. What no commit names
+is not decoded but listed, as are symbolic links.
 
 Cost: reading what the parts of the purged chunks hold, the ids of all shards, and all neighbour tables of the store,
-twice (once for SHA-256); one walk over its folders. Memory: one part, or the ids of
-one list, and 150 bytes a path that the log ever named.
+twice (once for SHA-256); one walk over its folders. Memory: one part, or the ids of one list, and 150 bytes a path that
+the log ever named.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from os import walk
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,10 @@ from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import RECALL
 from retrotool.purge.erase import row_groups, table_schema
 from retrotool.purge.purged_chunks import has_any
-from retrotool.receipt.purge_history import PurgeHistory
-from retrotool.store import atomic, clean, disk, identity, neighbour_tables, parts, runs, staging, vectors
+from retrotool.store import atomic, clean, disk, identity, neighbour_tables, parts, paths, runs, staging, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
+from retrotool.store.log import Commit
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText
 from retrotool.store.paths import FileName
 from retrotool.store.store import CHECKPOINT_NAME, Store
@@ -95,6 +95,69 @@ class Erasure:
     synced: bool
     unknown: tuple[UnknownFile, ...]
     in_progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitDigest:
+    """A commit that purged or erased: its ``number``, ``kind``, ``time`` (UTC) and ``sha256``, and counts of files."""
+
+    number: int
+    kind: str
+    time: str
+    sha256: str
+    files_added: int
+    files_removed: int
+
+
+class PurgeHistory:
+    """What the log says of ``purge``; ``check_log`` calls ``note`` with each commit, from the first on."""
+
+    def __init__(self, purge: str) -> None:
+        self._record = f"purge:{purge}"
+        self.purged: CommitDigest | None = None
+        self.erased: CommitDigest | None = None
+        """The commit after which nothing of the purge was left."""
+        self.commits: list[CommitDigest] = []
+        """The commit of the purge, and those of all erases from then until it was erased."""
+        self.added: dict[str, int] = {}
+        """Number of the commit that added each live file, by path."""
+        self.removed: set[str] = set()
+        """Paths of all files that ever left the state."""
+        self._slots: set[str] = set()
+
+    def is_after(self, path: str) -> bool:
+        """Return whether a file was added after the erase was done."""
+        return self.erased is not None and self.added.get(path, -1) > self.erased.number
+
+    def is_new(self, path: str) -> bool:
+        """Return whether a file was added after the erase was done, to a slot that no file had before."""
+        return self.is_after(path) and _slot(path) not in self._slots
+
+    def note(self, commit: Commit) -> None:
+        """Take in the next commit."""
+        record = commit.records.get(self._record)
+        digest = CommitDigest(
+            commit.number, commit.kind, commit.time, commit.sha256, len(commit.add), len(commit.remove)
+        )
+        if self.purged is None and record is not None:
+            self.purged = digest
+            self.commits.append(digest)
+        elif self.purged is not None and self.erased is None and commit.kind == "erase":
+            self.commits.append(digest)
+            if record is not None and record["erased"]:
+                self.erased = digest
+        if self.erased is None:
+            self._slots.update(_slot(entry.path) for entry in commit.add)
+        for path in commit.remove:
+            self.added.pop(path, None)
+            self.removed.add(path)
+        for entry in commit.add:
+            self.added[entry.path] = commit.number
+
+
+def _slot(path: str) -> str:
+    """The path of a file without its token."""
+    return path.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,68 +334,40 @@ CHECKS: Mapping[str, _Check] = {
 
 def _check_removed(root: Path, removed: set[str]) -> tuple[tuple[str, ...], bool]:
     """Which files that left the state are still there; and whether their absence is durable."""
-    folders: set[Path] = set()
-    present = []
-    for path in sorted(removed):
-        file = root / path
-        folders.add(file.parent)
-        if file.exists() or file.is_symlink():
-            present.append(path)
+    files = {path: root / path for path in sorted(removed)}
+    present = tuple(path for path, file in files.items() if file.exists() or file.is_symlink())
     try:
-        for folder in sorted(folders):
+        for folder in sorted({file.parent for file in files.values()}):
             if folder.is_dir():
                 disk.fsync_directory(folder)
     except OSError:  # such as of a file system that is mounted read-only
-        return tuple(present), False
-    return tuple(present), True
+        return present, False
+    return present, True
 
 
 def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ...], int]:
-    """Find what lies under a store and is named by no commit; and count the files of work in progress.
+    """Find what is under a store and is named by no commit; and count the files of work in progress.
 
-    Those of ``removed``, which left the state, are not among either.
+    Those of ``removed``, which left the state, are not among either. Symbolic links are not followed.
     """
-    waiting = _waiting(store.root)
+    staged = staging.read_staged(store.root)
+    waiting = {f"staging/{task}.json" for task in staged}.union(*(task.files() for task in staged.values()))
     alive: dict[str, bool] = {}
     unknown: list[UnknownFile] = []
     in_progress = 0
-    for path, relative in _walk(store.root):
-        link = path.is_symlink()
+    for relative, found in sorted(paths.walk_below(store.root), key=itemgetter(0)):
+        link = found.is_symlink()
         if relative in removed or (_is_named(store, relative) and not link):
             continue
-        owner = clean.owner_of(path, relative)
+        owner = clean.owner_of(Path(found), relative)
         if owner is not None and owner not in alive:
             alive[owner] = runs.is_alive(store.root, owner, now=time.time())  # nothing is removed by it
         if not link and (relative in waiting or (owner is not None and alive[owner])):
             in_progress += 1
             continue
-        try:
-            unknown.append(UnknownFile(relative, path.lstat().st_size, link))
-        except FileNotFoundError:
-            continue
+        with contextlib.suppress(FileNotFoundError):
+            unknown.append(UnknownFile(relative, found.stat(follow_symlinks=False).st_size, link))
     return tuple(unknown), in_progress
-
-
-def _waiting(root: Path) -> set[str]:
-    """Paths of finished tasks that wait for their commit, and of what they wrote."""
-    staged = staging.read_staged(root)
-    found = {f"staging/{task}.json" for task in staged}
-    return found.union(path for task in staged.values() for path in task.files())
-
-
-def _walk(root: Path) -> Iterator[tuple[Path, str]]:
-    """All files and symbolic links under a store, in the order of their paths; links are not followed."""
-    for folder, inner, names in walk(root, onerror=_refuse):
-        inner.sort()
-        for name in sorted([*names, *(one for one in inner if (Path(folder) / one).is_symlink())]):
-            path = Path(folder) / name
-            yield path, path.relative_to(root).as_posix()
-
-
-def _refuse(error: OSError) -> None:
-    """Nothing may be said of a folder that can't be read."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 def _is_named(store: Store, relative: str) -> bool:

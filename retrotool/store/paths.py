@@ -138,15 +138,16 @@ def walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
     for name, entry in _list(root, ""):
         if entry.is_dir(follow_symlinks=False):
             if name in FOLDERS:
-                yield from _walk(root, name)
+                yield from walk_below(root, f"{name}/")
         else:
             yield name, entry
 
 
-def _walk(root: Path, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    for name, entry in _list(root / folder, f"{folder}/"):
+def walk_below(root: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All that is below a folder of a store, given as the ``prefix`` of its files' paths, likewise."""
+    for name, entry in _list(root / prefix, prefix):
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(root, name)
+            yield from walk_below(root, f"{name}/")
         else:
             yield name, entry
 

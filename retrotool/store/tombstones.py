@@ -108,12 +108,16 @@ def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
 
 
+def named_chunks(store: Store, slots: Iterable[str]) -> npt.NDArray[np.int64]:
+    """Return the chunks that some files of tombstones, such as those of purges, name: int64, ascending."""
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, slot).ids for slot in slots)]))
+
+
 def read_set_aside(store: Store) -> Tombstones:
     """The chunks that ``chunk`` left out as repeats of others: those of tombstones that are no purge's."""
     purges = store.state.with_prefix("purge:")
     slots = [slot for slot in store.state.group("tombstones") if slot.partition(".")[0] not in purges]
-    found = [np.zeros(0, np.int64), *(read_tombstones(store, slot).ids for slot in slots)]
-    return Tombstones(np.unique(np.concatenate(found)))
+    return Tombstones(named_chunks(store, slots))
 
 
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:

@@ -18,7 +18,7 @@ from test_purge import everything, lines
 import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.purge import erase, erase_run
+from retrotool.purge import erase
 from retrotool.purge.selectors import lookup
 from retrotool.store import folding, neighbour_tables, parts, tombstones
 from retrotool.store.atomic import FileEntry
@@ -96,15 +96,15 @@ def test_processes_share_the_parts_of_a_large_erase(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    execute = erase_run.engine.execute
+    execute = erase.engine.execute
 
     def counted(*arguments: Any, workers: int) -> None:
         asked.append(workers)
         execute(*arguments, workers=workers)
 
-    monkeypatch.setattr(erase_run, "_ROWS_A_WORKER", 2)
-    monkeypatch.setattr(erase_run, "cores", lambda: 2)
-    monkeypatch.setattr(erase_run.engine, "execute", counted)
+    monkeypatch.setattr(erase, "_ROWS_A_WORKER", 2)
+    monkeypatch.setattr(erase, "cores", lambda: 2)
+    monkeypatch.setattr(erase.engine, "execute", counted)
     chunks, bits = zip(*(rows_of(store, part) for part in range(3)), strict=True)
     given = lines(tmp_path / "ids", chunks[0])
     done = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)

@@ -17,7 +17,7 @@ import retrotool
 from retrotool import api
 from retrotool.embed.stage import EmbedStage
 from retrotool.errors import ConflictError, ErasedError, UsageError
-from retrotool.purge.commit import commit_purge
+from retrotool.purge.run import commit_purge
 from retrotool.purge.select import select
 from retrotool.purge.selectors.lookup import select_ids, select_where
 from retrotool.reader import Reader

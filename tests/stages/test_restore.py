@@ -14,8 +14,8 @@ import retrotool
 from retrotool import api
 from retrotool.errors import ConflictError, UsageError
 from retrotool.purge import undo as restoring
-from retrotool.purge.commit import commit_purge
 from retrotool.purge.erase import EraseStage
+from retrotool.purge.run import commit_purge
 from retrotool.purge.undo import restore
 from retrotool.store import folding, parts, staging
 from retrotool.store.blocked import read_blocked
@@ -100,19 +100,18 @@ def test_what_a_chunk_set_aside_stays_so(tmp_path: Path, tiny_encoder: Path) -> 
 
 
 def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> None:
-    with pytest.raises(UsageError, match="no purge 'p0'") as error:
+    with pytest.raises(UsageError, match="no purge 'p0'; it has none"):
         back(store_copy, "p0")
-    assert "none" in error.value.advice
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8", erase=True).purge
-    with pytest.raises(UsageError, match="no purge 'p0'") as error:
+    with pytest.raises(UsageError, match="no purge 'p0'; it has: ") as error:
         back(store_copy, "p0")
-    assert one in error.value.advice and two not in error.value.advice
+    assert one in str(error.value) and two in str(error.value)
     with pytest.raises(UsageError, match="is erased"):
         back(store_copy, two)
     with pytest.raises(UsageError, match="--reason is empty"):
         restore(store_copy, one, reason=" ")
     done = back(store_copy, one)
-    with pytest.raises(UsageError, match=f"already, by commit {done.commit}"):
+    with pytest.raises(UsageError, match=f"was undone by commit {done.commit}"):
         back(store_copy, one)
     assert Store.open(store_copy).state.number == done.commit, "nothing was committed"
 
@@ -227,7 +226,7 @@ def test_an_erase_of_a_purge_that_is_undone_before_its_copies_are_named_is_refus
         purge(with_repeat, "doc-3", "doc-4")
     with (
         once_before("rename", with_repeat / "tombstones", lambda: back(with_repeat, purged)),
-        pytest.raises(UsageError, match="was taken back"),
+        pytest.raises(UsageError, match="was undone"),
     ):
         api.erase(with_repeat, [purged])
     assert verified(with_repeat)
@@ -243,7 +242,7 @@ def test_an_erase_of_a_purge_that_is_undone_leaves_what_another_purge_names(stor
     present = documents_with_text(store_copy)
     with (
         once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)),
-        pytest.raises(UsageError, match="was taken back"),
+        pytest.raises(UsageError, match="was undone"),
     ):
         api.erase(store_copy, [purged])
     assert documents_with_text(store_copy) == present
@@ -256,7 +255,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
     present = documents_with_text(store_copy)
     with (
         once_before("rename", store_copy / "documents", lambda: back(store_copy, one)),
-        pytest.raises(UsageError, match=f"{one}.*was taken back"),
+        pytest.raises(UsageError, match=f"{one}.*was undone"),
     ):
         api.erase(store_copy, [one, two])
     assert documents_with_text(store_copy) == present and verified(store_copy)

@@ -9,7 +9,7 @@ from conftest import make_rows, write_jsonl
 
 from retrotool import api
 from retrotool.errors import RetrotoolError
-from retrotool.purge import purge_text, same_text
+from retrotool.purge import purge_text, purged_chunks
 
 TEXT = "said by several, and by none of them first"
 
@@ -35,7 +35,7 @@ def test_it_is_told_by_a_dry_run_and_by_the_purge(store: Path, erase: bool) -> N
     planned = purge(store, "y", dry_run=True, erase=erase)
     done = purge(store, "y", erase=erase)
     for result in (planned, done):
-        assert (result.chunks, result.same_text) == (0, same_text.SameText(4, ("x", "x2", "x3")))
+        assert (result.chunks, result.same_text) == (0, purged_chunks.SameText(4, ("x", "x2", "x3")))
         told = purge_text.purged(store, result, erase).splitlines()[-1]
         assert told == (
             f"The same text is living in 4 documents: x, x2, x3, …. To take it there: retrotool purge {store} "
@@ -48,7 +48,7 @@ def test_it_is_told_by_a_dry_run_and_by_the_purge(store: Path, erase: bool) -> N
 def test_what_is_selected_too_or_purged_is_not_told(store: Path) -> None:
     purge(store, "x", "x2")
     result = purge(store, "y", "x3", dry_run=True)
-    assert result.same_text == same_text.SameText(1, ("it's x4",))
+    assert result.same_text == purged_chunks.SameText(1, ("it's x4",))
     told = purge_text.purged(store, result, erase=False).splitlines()[-1]
     assert told.startswith("The same text is living as it's x4. ")
     assert told.endswith("""--document 'it'"'"'s x4' --reason ...""")
@@ -60,7 +60,7 @@ def test_keys_are_read_only_if_something_set_aside_is_selected(store: Path, monk
     def refuse(*_: object, **__: object) -> None:
         raise RetrotoolError("looks at parts")
 
-    monkeypatch.setattr(same_text.pc, "is_in", refuse)
+    monkeypatch.setattr(purged_chunks.pc, "is_in", refuse)
     assert purge(store, "doc-1", "x", dry_run=True).same_text.documents == 0
     with pytest.raises(RetrotoolError, match="looks at parts"):
         purge(store, "y", dry_run=True)

@@ -1,18 +1,14 @@
 """``--classifier``: chunks that a sequence classifier gives a label, such as toxic, with a score of ``above`` or more.
 
 The classifier is a local directory (``encoder.classifier``, which says what a score is). It reads the text of each
-chunk on its own, as ``retrotool search`` shows it: decoded from the chunk's tokens, with nothing of its neighbours.
-Where the tokenizer of the store loses case or spacing this is not the text that went in, so ``--allow-lossy`` is
-wanted, as for all that looks at text.
+chunk on its own, decoded from its tokens as ``retrotool search`` shows it. Values of key-value records are looked at as
+keys are; erased chunks have no text.
 
 A scan is named by the model's content (weights, configuration, tokenizer), the label and the limit, and not by the
-model's path: the same model elsewhere goes on with it, another in the same place begins anew.
+model's path: the same model elsewhere resumes it. A score that is no number ends the scan with an error that names the
+chunk, and nothing is purged; parts that were scanned before stay scanned.
 
-A score that is no number ends the scan with an error that names the chunk, and nothing is purged. Parts that were
-scanned before stay scanned. Values of key-value records are looked at as keys are; erased chunks have no text.
-
-Cost: the model's forward in float32, on a GPU where there is one; all else is nothing beside it. Memory: the model, and
-a batch a thread.
+Cost: the model's forward in float32, on a GPU where there is one. Memory: the model, and a batch a thread.
 """
 
 from __future__ import annotations
@@ -26,8 +22,7 @@ import numpy as np
 
 from retrotool.encoder.classifier import Classifier, find_classifier
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.purge.selectors.document_text import TextBlock
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer

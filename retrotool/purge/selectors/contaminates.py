@@ -27,7 +27,6 @@ from typing import ClassVar
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.ngrams import (
     Flags,
     GramSets,
@@ -38,7 +37,7 @@ from retrotool.purge.selectors.ngrams import (
     pairs_of_ranges,
     reach,
 )
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks

@@ -27,9 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.ids import places_by_part, row_of
 from retrotool.store.parts import ROW_GROUP, Chunks
@@ -53,7 +52,7 @@ class NearDuplicates(Selector):
     chunks: tuple[int, ...]
 
     def open(self, store: Store) -> CopyMatcher:
-        """Read the victims; ``UsageError`` if the store has not all of them, or none has tokens any more."""
+        """Read the chunks; ``UsageError`` if none has tokens any more."""
         tokens, n_tokens = read_victims(store, np.unique(np.array(self.chunks, np.int64)))
         if not n_tokens.any():
             raise UsageError("none of the chunks has any tokens left: nothing tells what a copy of them is")
@@ -65,12 +64,8 @@ def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
     own = store.identity
     tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
     n_tokens = np.zeros(len(ids), np.int64)
-    known = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
     for part, places in places_by_part(ids):
         rows = row_of(ids[places])
-        if rows[-1] >= known.get(part, 0):
-            strange = ids[places[np.searchsorted(rows, known.get(part, 0))]]
-            raise UsageError(f"the store has no chunk {strange}", "Nothing was purged.")
         for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows // ROW_GROUP)) + 1):
             read = parts.read_chunks(store, part, [int(rows[some[0]] // ROW_GROUP)])
             row = rows[some] % ROW_GROUP

@@ -3,23 +3,19 @@
 A chunk is meant if the squared L2 distance of its stored vector to the text's, or to any of the text's, is ``within``
 or less: the number that ``retrotool search`` prints. What the text is embedded as:
 
-- A text that is given as such is one query, as ``search`` has it. One that is longer than the encoder takes is refused,
-  as what stands behind its end would count for nothing.
+- A text that is given as such is one query, as for ``search``. One that is longer than the encoder takes is refused.
 - The text of a file is cut into chunks as a document is, by the store's tokenizer and chunk length, and each is a
   query, embedded as the store's own chunks are: so a document's own text finds its chunks at a distance of nothing.
 
-All stored vectors are gone through, not an index. Through an index a search that is widened until the last candidate is
-too far would still miss what lies in lists that it did not probe, and a purge must not miss: its recall would be a
-figure, where this is a fact. It is also no slower: a selection of all that is within a distance has no k, and reading
-the vectors once costs less than decoding text does. Nor does it need an index at all. A part without embeddings is an
-error, not a part in which nothing is near.
+All stored vectors are gone through, not an index, whose lists that were not probed would be missed. It is no slower:
+reading the vectors once costs less than decoding text does. A part without embeddings is an error, not a part in which
+nothing is near. Values of key-value records have no vector, so they are never meant; ``--whole-documents`` takes them
+with their key. Purged chunks are, as long as they are not erased.
 
 A product of float32 rules out what is farther by more than its rounding can be; of the rest the distances are computed
-as ``search`` computes them (``ann.ranking``). Values of key-value records have no vector, so they are never meant;
-``--whole-documents`` takes them with their key. Purged chunks are, as long as they are not erased.
-
-Cost: reading tokens, and 2 bytes a dimension and chunk; at 384 dimensions 0.6 to 1 µs a chunk and core for up to 20
-queries, and 15 ns for each further one. Memory: some 20 MB a thread, or 64 rows times the queries of a long file.
+as ``search`` computes them (``ann.ranking``). Cost: reading tokens, and 2 bytes a dimension and chunk; at 384
+dimensions 0.6 to 1 µs a chunk and core for up to 20 queries, and 15 ns for each further one. Memory: some 20 MB a
+thread, or 64 rows times the queries of a long file.
 """
 
 from __future__ import annotations
@@ -41,8 +37,7 @@ from retrotool.embed.search_scope import pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import EncoderRows, load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import TextBlock
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_file
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock, read_selector_file
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer

@@ -1,21 +1,17 @@
 """Patterns in RE2's syntax, searched in the text of documents: in linear time, whatever the pattern and the text.
 
-Where a pattern matches, the chunks that the match touches are meant, across their borders. One pattern costs next to
-nothing beside decoding; each of many is searched in all text, so a thousand of them are slow, and a list of terms is
-quicker (``terms``).
+Where a pattern matches, the chunks that the match touches are meant, across their borders. Each of many patterns is
+searched in all text, so a thousand of them are slow, and a list of terms is quicker (``terms``).
 
 A document is searched in windows: matches that begin in ``WINDOW`` bytes, and end at most ``OVERLAP`` bytes behind
-them. A search that finds nothing reads a window once. One that finds something may have read all of the window for it,
-as ``x(.*y)?`` does where there is no y; so after ``CROWDED`` matches the rest of the window is searched in narrow
-windows, of ``NARROW`` bytes and ``NARROW_OVERLAP`` behind them. RE2 reads no byte more than 2,000 times, whatever the
-pattern and the text, and of ordinary ones once or twice.
-
-So what is found is what ``finditer`` finds in the whole document, as long as matches have at most ``OVERLAP`` bytes,
-and where they crowd ``NARROW_OVERLAP`` bytes. Of longer ones some are missed, and others end too early, as those of
-``x.*y`` where the last y is far.
+them. A search that finds something may have read all of the window for it, as ``x(.*y)?`` does where there is no y; so
+after ``CROWDED`` matches the rest of the window is searched in narrow windows. RE2 reads no byte more than 2,000 times,
+whatever the pattern and the text, and of ordinary ones once or twice. So what is found is what ``finditer`` finds in
+the whole document, as long as matches have at most ``OVERLAP`` bytes, and where they crowd ``NARROW_OVERLAP`` bytes.
+Some longer ones are missed, and others end too early, as those of ``x.*y`` where the last y is far.
 
 Cost: 0.2 to 1 GB/s a core for what matches nowhere, one or two microseconds a match; RE2 runs without Python's lock.
-What it does not do: find matches of no bytes, which are dropped, or across documents.
+Matches of no bytes are dropped.
 """
 
 from __future__ import annotations
@@ -28,8 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Offsets, TextBlock
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, read_selector_lines
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock, read_selector_lines
 from retrotool.store.store import Store
 
 Pattern = Any

@@ -14,12 +14,11 @@ Kinds, and what is found:
   JSON Web Tokens; blocks of private keys, up to 8 KiB. Not: passwords, and keys without a form of their own, such as
   the secret of an AWS key.
 
-In folded text the same is found without case, keys of the form ``sk-…`` from 40 characters on. Not told any more: keys
-that differ by case, and what a tokenizer has no tokens for, as WordPiece has not for more than 100 letters in a row.
+In folded text the same is found without case, keys of the form ``sk-…`` from 40 characters on; not what a tokenizer has
+no tokens for, as WordPiece has not for more than 100 letters in a row.
 
 How: an RE2 pattern for each kind, a check in Python for each match. Cost: 90 MB/s a core for all kinds, 500 MB/s for
-one, and some 5 µs for each candidate. Memory: hardly any beside the text. What it does not do: names and postal
-addresses, which a form does not tell, and numbers of North America that only spaces divide.
+one, and some 5 µs for each candidate. Not found: names and postal addresses, which have no form of their own.
 """
 
 from __future__ import annotations
@@ -33,14 +32,13 @@ from typing import ClassVar
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import TextBlock
 from retrotool.purge.selectors.patterns import Pattern, compiled, find_all
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
 
 AROUND = 40
-"""Bytes before and behind a candidate that its check is given, of the same document."""
+"""Bytes before and behind a candidate that its check is given, of the same document; of a private key more behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,17 +226,9 @@ def check_card(seen: Candidate) -> tuple[int, int] | None:
             end -= len(groups.pop()) + 1
         digits = "".join(groups)
         if digits.isdigit() and (len(groups) == 1 or [len(g) for g in groups] in _GROUPS):
-            return (0, end) if is_card(digits) else None
+            luhn = sum(sum(divmod(int(d) << place % 2, 10)) for place, d in enumerate(reversed(digits)))
+            return (0, end) if _ISSUERS.fullmatch(digits) and luhn % 10 == 0 else None
     return None
-
-
-def is_card(digits: str) -> bool:
-    """Whether digits can be a card's number."""
-    return bool(_ISSUERS.fullmatch(digits)) and _luhn(digits) % 10 == 0
-
-
-def _luhn(digits: str) -> int:
-    return sum(int(d) if place % 2 == 0 else sum(divmod(2 * int(d), 10)) for place, d in enumerate(reversed(digits)))
 
 
 BLOCK = 8 << 10
@@ -271,10 +261,11 @@ def key_pattern(*, folded: bool) -> str:
 
 
 def check_key(seen: Candidate) -> tuple[int, int] | None:
-    """Apart from other words, and as mixed as what is drawn by chance; a block with its body is ``block_end``."""
+    """Apart from other words, and as mixed as what is drawn by chance; or a block, up to its end."""
     text = seen.text
     if text.startswith("-"):
-        return 0, len(text)
+        end = _block_end(seen.behind)
+        return None if end is None else (0, len(text) + end)
     end = len(text.rstrip("-_"))
     secret = re.split(r"[_-]", text[:end].replace("sk-ant-", "sk-"), maxsplit=1)[-1] if text[:4] != "AIza" else text[4:]
     if re.search(r"[A-Za-z0-9_]\Z", seen.before) or re.match(r"[A-Za-z0-9_]", seen.behind):
@@ -285,22 +276,22 @@ def check_key(seen: Candidate) -> tuple[int, int] | None:
     return (0, end) if telling and (runs >= 16 or text[:3].lower() in ("xox", "eyj")) else None
 
 
-_BODY = re.compile(rb"[A-Za-z0-9+/=\s:,.-]*")
+_BODY = re.compile(r"[A-Za-z0-9+/=\s:,.-]*")
 
 
-def block_end(text: bytes) -> int | None:
+def _block_end(text: str) -> int | None:
     """Where a private key ends whose text follows its BEGIN line; None: there is none in it.
 
     At its END line, or without one where what can belong to it ends.
     """
-    end = text.lower().find(b"-----end")
+    end = text.lower().find("-----end")
     if end >= 0:
-        body, close = text[:end], text.find(b"-----", end + 8)
+        body, close = text[:end], text.find("-----", end + 8)
         end = close + 5 if 0 <= close < end + 60 else end + 8
     else:
         body = _BODY.match(text)[0]  # type: ignore[index]
         end = len(body)
-    return end if sum(map(bytes([c for c in range(128) if chr(c).isalnum()]).__contains__, body)) >= _LEAST else None
+    return end if sum(map(str.isalnum, body)) >= _LEAST else None
 
 
 _FORMS: dict[str, tuple[str, Check]] = {
@@ -317,11 +308,16 @@ KINDS = tuple(_FORMS)
 
 @dataclass(frozen=True, slots=True)
 class PersonalData(Selector):
-    """Finds personal data and keys of some kinds."""
+    """Finds personal data and keys of some ``kinds``; ``UsageError`` for one that there is not."""
 
     kind: ClassVar[str] = "pii"
     reads_text: ClassVar[bool] = True
     kinds: tuple[str, ...] = KINDS
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise UsageError(f"--pii: there is no kind {kind!r}", f"Give all, or some of {', '.join(KINDS)}.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -329,7 +325,7 @@ class PersonalData(Selector):
         return self.kinds
 
     def open(self, store: Store) -> Matcher:
-        """Compile the patterns; ``UsageError`` for a kind that is none."""
+        """Compile the patterns."""
         return PersonalDataMatcher(self.kinds, folded=not stored_tokenizer(store).lossless)
 
 
@@ -337,9 +333,6 @@ class PersonalDataMatcher(Matcher):
     """Finds personal data in blocks."""
 
     def __init__(self, kinds: tuple[str, ...], *, folded: bool = False) -> None:
-        for kind in kinds:
-            if kind not in KINDS:
-                raise UsageError(f"there is no kind of personal data {kind!r}", f"Kinds are {', '.join(KINDS)}.")
         known = {**_FORMS, "key": (key_pattern(folded=folded), check_key)}
         self._folded = folded
         self._searches: list[tuple[Pattern, Check]] = [
@@ -363,19 +356,13 @@ class PersonalDataMatcher(Matcher):
         over = 0
         for begin, end, first, last in zip(*(place.tolist() for place in places), strict=True):
             if begin < over:
-                continue  # within a block that was found
+                continue  # within a block of a private key that was found
+            reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
             before, text, behind = (
                 bytes(block.text[low:high]).decode("ascii", "replace")
-                for low, high in ((max(first, begin - AROUND), begin), (begin, end), (end, min(last, end + AROUND)))
+                for low, high in ((max(first, begin - AROUND), begin), (begin, end), (end, min(last, end + reach)))
             )
             place = check(Candidate(text, before, behind, self._folded))
-            if place is None:
-                continue
-            if check is check_key and text.startswith("-"):
-                tail = block_end(bytes(block.text[end : min(last, end + BLOCK)]))
-                if tail is None:
-                    continue
-                over = end + tail
-                yield begin, over
-            else:
-                yield begin + place[0], begin + place[1]
+            if place is not None:
+                over = begin + place[1]
+                yield begin + place[0], over

@@ -27,8 +27,7 @@ from retrotool import interrupts
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
-from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
-from retrotool.purge.selectors.selector import Matcher, Selector
+from retrotool.purge.selectors.selector import Decoder, Matcher, Selector, TextBlock, text_blocks
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, part_slot

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrotool.purge.selectors.document_text import Decoder, TextBlock
+from retrotool.purge.selectors.selector import Decoder, TextBlock
 from retrotool.store.parts import Chunks
 
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from retrotool import api
 from retrotool.purge.selectors import ngrams
-from retrotool.purge.selectors.document_text import Decoder, TextBlock, text_blocks
-from retrotool.purge.selectors.selector import Matcher
+from retrotool.purge.selectors.selector import Decoder, Matcher, TextBlock, text_blocks
 from retrotool.sources import Fields
 from retrotool.store import parts
 from retrotool.store.parts import Chunks

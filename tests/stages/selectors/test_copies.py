@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
 
+from retrotool import api
 from retrotool.errors import UsageError
 from retrotool.purge.selectors import ngrams
 from retrotool.purge.selectors.copies import GRAM, CopyMatcher, NearDuplicates
-from retrotool.purge.selectors.document_text import TextBlock
+from retrotool.purge.selectors.selector import TextBlock
 
 LENGTH = 64
 
@@ -241,8 +242,9 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
 
 def test_what_can_not_be_asked(tmp_path: Path, tiny_encoder: Path) -> None:
     store = store_of(tmp_path / "s", tiny_encoder, [[5, 6, 7]])
-    for strange in (1, 1 << 32, -1):
-        with pytest.raises(UsageError, match=f"no chunk {strange}"):
-            NearDuplicates((0, strange)).open(store)
+    for strange in (1, 1 << 32):
+        (tmp_path / "ids").write_text(f"0\n{strange}\n")
+        with pytest.raises(UsageError, match=f"line 2: the store has no chunk {strange}"):
+            api.Selectors(near_duplicates_of=tmp_path / "ids").read(store)
     with pytest.raises(UsageError):
         NearDuplicates(()).open(store)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from retrotool import api
 from retrotool.errors import UsageError
 from retrotool.purge.selectors import patterns
-from retrotool.purge.selectors.document_text import Decoder, text_blocks
 from retrotool.purge.selectors.pii import KINDS, PersonalData, PersonalDataMatcher
+from retrotool.purge.selectors.selector import Decoder, text_blocks
 from retrotool.store.store import Store
 
 
@@ -144,7 +144,7 @@ def test_documents_are_apart_and_kinds_are_labels() -> None:
     found = matcher(block)
     assert sorted(zip(found.rows.tolist(), found.labels.tolist(), strict=True)) == [(0, 1), (1, 0), (1, 1), (2, 0)]
     with pytest.raises(UsageError, match="'phon'"):
-        PersonalDataMatcher(("phon",))
+        PersonalData(("phon",))
 
 
 def test_a_private_key_is_found_whole_and_no_longer_than_eight_thousand_bytes() -> None:

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.document_text import Decoder, text_blocks
-from retrotool.purge.selectors.normalize import Normal, normalised
-from retrotool.purge.selectors.terms import TermMatcher, Terms, read_terms
+from retrotool.purge.selectors.selector import Decoder, text_blocks
+from retrotool.purge.selectors.terms import Normal, TermMatcher, Terms, normalised, read_terms
 from retrotool.store.store import Store
 
 
