@@ -1,6 +1,8 @@
-"""Runs of consecutive numbers, many at once, as arrays."""
+"""Runs of consecutive numbers: many at once as arrays, and as [first, last] for the log."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,3 +18,14 @@ def positions_within(lengths: Int64s) -> Int64s:
 def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
     """Return start, start + 1, … for each of ``starts`` [n], as many as its length: int64 [sum of lengths]."""
     return positions_within(lengths) + np.repeat(starts, lengths)
+
+
+def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:
+    """Return ascending numbers as [first, last] of what is consecutive: a few for the log."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return found

@@ -41,6 +41,22 @@ _FACTORY = re.compile(
 _CODE = re.compile(r"float16|float32|sq8|(o?)pq([1-9]\d*)")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexShape:
+    """What an index is, for people: its ``kind`` in words, and ``why`` it is that one.
+
+    ``factory`` is the faiss string. In memory a vector takes ``bytes_per_vector``, its code and id, and all of them
+    ``trained_bytes`` besides: centroids, rotation and tables.
+    """
+
+    factory: str
+    kind: str = "not measured yet"
+    why: str = ""
+    nlist: int = 0
+    bytes_per_vector: int = 0
+    trained_bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class IndexChoice:
     """An index for vectors of ``d`` dimensions.
@@ -93,22 +109,35 @@ class IndexChoice:
             words.insert(0, f"OPQ{self.pieces}" + (f"_{self.rotated}" if self.rotated != self.d else ""))
         return ",".join(words)
 
-    def describe(self) -> str:
-        """The kind of index in words."""
+    def shape(self) -> IndexShape:
+        """What records and results say of it."""
         codes = {"float16": "float16", "float32": "float32", "sq8": "a byte a dimension"}
         code = codes.get(self.code, f"{'rotated ' if self.rotated else ''}product codes of {self.pieces} bytes")
-        return f"{_lists_of(self.nlist)}, {code}" if self.nlist else f"exact, {code}"
+        return IndexShape(
+            factory=self.factory,
+            kind=f"{_lists_of(self.nlist)}, {code}" if self.nlist else f"exact, {code}",
+            why=self.why,
+            nlist=self.nlist,
+            bytes_per_vector=self.bytes_per_vector,
+            trained_bytes=self.trained_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class IndexWishes:
-    """What a person asked for; None: choose. ``memory`` is in bytes."""
+    """What a person asked for; None: choose. ``memory`` is in bytes, ``shard_rows`` are the vectors of a shard."""
 
     target: float = 0.95
     memory: int | None = None
     nlist: int | None = None
     code: str | None = None
     factory: str | None = None
+    shard_rows: int | None = None
+
+    @property
+    def names_index(self) -> bool:
+        """Whether it says, in whole or in part, which index."""
+        return any(one is not None for one in (self.nlist, self.code, self.factory))
 
 
 def choose_index(n: int, d: int, wanted: IndexWishes | None = None) -> IndexChoice:

@@ -19,9 +19,8 @@ from retrotool.cli.options import (
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.index.index_result import IndexResult
     from retrotool.index.recall import Recall
-    from retrotool.index.run import Dropped
+    from retrotool.index.run import Dropped, IndexResult
 
 EPILOG = """\b
 Examples:
@@ -103,10 +102,8 @@ def command(
             found = index_run.evaluate(store, name=name, queries=queries, devices=devices, memory=size)
             output.show(found, as_json, _text)
             return
-        wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory)
-        options = index_run.Options(
-            wanted, shard_size, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default
-        )
+        wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
+        options = index_run.Options(wanted, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default)
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         if result.not_embedded:

@@ -1,17 +1,10 @@
-"""The files of an index: the training, and shards of codes; reading and writing them.
-
-Parts are grouped into *windows*: as many as have up to ``shard_rows`` keys, in the order of their numbers, whether they
-are embedded yet or not. So a part's window does not depend on who asks when, and two runs that index the same part at
-once want the same slot: the second one is refused. What a window's first shard has not, for it was embedded later, goes
-into a further one: ``shard-0003``, ``shard-0003.1``.
-"""
+"""The files of an index: the training, and shards of codes; reading and writing them."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +12,11 @@ from retrotool.ann import lists
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, StorageError
-from retrotool.index.generations import SHARD, shards, trained_entry
-from retrotool.store import atomic, parts
+from retrotool.index.index_records import RECALL, shards, trained_entry
+from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
-from retrotool.store.paths import FileName, generation_slot
-from retrotool.store.state import State
+from retrotool.store.paths import FileName
 from retrotool.store.store import Store
-
-RECALL = "recall"
-"""Slot of what was measured."""
-
-
-def encoder_of(store: Store, name: str) -> str | None:
-    """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
-    trained = trained_entry(store.state, name)
-    return None if trained is None else str((trained.about or {})["encoder"])
-
-
-def measured_files(state: State, name: str) -> list[str]:
-    """Return the path of what was measured of an index, if there is any."""
-    entry = state.file("index", RECALL, name)
-    return [entry.path] if entry is not None else []
 
 
 def measured_whole(store: Store, name: str) -> bool:
@@ -49,51 +26,6 @@ def measured_whole(store: Store, name: str) -> bool:
         return entry is not None and atomic.file_sha256(store.path(entry)) == entry.sha256
     except CorruptError:
         return False
-
-
-def shards_digest(state: State, name: str, generation: int | None = None) -> str:
-    """A short name of the files that are the shards of an index: as good as their contents, for names are of these."""
-    paths = sorted(entry.path for entry in shards(state, name, generation).values())
-    return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
-
-
-def parts_in_shard(entry: FileEntry) -> list[int]:
-    """Numbers of the parts that a shard holds."""
-    return [int(part) for part in (entry.about or {})["parts"]]
-
-
-def fit_of(entry: FileEntry) -> list[list[float]]:
-    """For each part that a shard holds: vectors, and their mean squared distances to centroids and to codes."""
-    return [list(map(float, fit)) for fit in (entry.about or {})["fit"]]
-
-
-def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
-    """Numbers of the parts that the shards of an index hold, ascending."""
-    return sorted(part for entry in shards(state, name, generation).values() for part in parts_in_shard(entry))
-
-
-def part_windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
-    """(number, parts) of each window: consecutive parts with up to ``shard_rows`` keys, or a single larger one."""
-    number, window, rows = 0, list[int](), 0
-    for part in store.state.parts():
-        size = parts.n_keys(parts.part_entry(store, "chunks", part))
-        if window and rows + size > shard_rows:
-            yield number, window
-            number, window, rows = number + 1, [], 0
-        window.append(part)
-        rows += size
-    if window:
-        yield number, window
-
-
-def free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
-    """The next slot of a window: ``shard-0003``, or ``shard-0003.1`` if that is there."""
-    further = 0
-    while True:
-        what = f"{SHARD}{window:04d}" + (f".{further}" if further else "")
-        if generation_slot(what, generation) not in taken:
-            return generation_slot(what, generation)
-        further += 1
 
 
 def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +11,26 @@ from retrotool.ann.choice import parse_factory
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, ErasedError
-from retrotool.index.generations import generation_of, index_key, shards, trained_entry
 from retrotool.index.ground_truth import QUERIES, find_truth
-from retrotool.index.index_files import RECALL, held_parts, read_shards, read_trained, shards_digest
+from retrotool.index.index_files import read_shards, read_trained
+from retrotool.index.index_records import (
+    RECALL,
+    IndexRecord,
+    TrainingRecord,
+    generation_of,
+    held_parts,
+    index_key,
+    index_record,
+    shards,
+    shards_digest,
+    trained_entry,
+    training_record,
+)
 from retrotool.index.recall import Measurement, Searched, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
-from retrotool.index.staleness import Drift, drift, trained_on
+from retrotool.index.staleness import Drift, drift
 from retrotool.machine import give_memory_back
-from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import part_of
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
@@ -40,7 +51,7 @@ def measure_until_committed(
     keep: bool = False,
     device: str = "cpu",
     memory: int | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Measure a generation of an index and commit its record, which makes that the current one.
 
     Again if another process has changed the shards, or erased what was read, meanwhile. ``keep``: at the operating
@@ -51,7 +62,8 @@ def measure_until_committed(
             raise superseded(name)
         seen = store.state.number
         try:
-            return _measure(store, run, name, generation, target, queries, keep, device, memory)
+            _measure(store, run, name, generation, target, queries, keep, device, memory)
+            return
         except (_ChangedError, ErasedError, CorruptError):
             # A file that is unlinked between being looked up and being read looks broken.
             if store.refresh().number == seen:
@@ -76,30 +88,27 @@ def _measure(
     keep: bool,
     device: str,
     memory: int | None,
-) -> dict[str, Any]:
-    trained_file, trained = read_trained(store, name, generation)
-    entries = shards(store.state, name, generation)
-    about = trained_file.about or {}
-    encoder = str(about["encoder"])
-    room = room_in(about["asked"].get("memory") if memory is None else memory)
+) -> None:
+    _, trained = read_trained(store, name, generation)
+    entries, training = shards(store.state, name, generation), training_record(store.state, name, generation)
+    assert training is not None, "it was read"
+    encoder = training.encoder
+    room = room_in(training.asked.memory if memory is None else memory)
     opened = list(read_shards(store, name, trained, generation=generation))
     numbers = held_parts(store.state, name, generation)
-    record = store.state.records.get(index_key(name), {})
-    at = Point(int(record["nprobe"]), int(record["depth"])) if keep and record else None
+    before = index_record(store.state, name)
+    at = Point(before.nprobe, before.depth) if keep and before is not None else None
     with counting("exact search", "part", len(numbers)) as report:
         truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
     give_memory_back()
     with counting("recall", "point") as report:
         found = measure_recall(
             truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
-            groups={"source": truth.sources, "part": _new_or_not(truth.ids, trained_on(trained_file))},
+            groups={"source": truth.sources, "part": _new_or_not(truth.ids, training.parts)},
             report=report, device=device, room=room,
         )  # fmt: skip
-    moved = drift(store.state, name, generation)
-    record = _record(
-        generation, trained_file, entries, shards_digest(store.state, name, generation), found, moved, target
-    )
-    content = {**record, **found.as_json()}
+    record = asdict(_record(store.state, name, generation, training, found, target))
+    content = {**record, **asdict(found)}
     file = write_json_file(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve))
 
     def build(state: State) -> Draft:
@@ -112,7 +121,6 @@ def _measure(
         )
 
     store.commit(run, build)
-    return record
 
 
 def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.object_]:
@@ -122,27 +130,18 @@ def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.ob
 
 
 def _record(
-    generation: int,
-    trained_file: FileEntry,
-    entries: dict[str, FileEntry],
-    digest: str,
-    found: Measurement,
-    moved: Drift,
-    target: float,
-) -> dict[str, Any]:
-    about = trained_file.about or {}
-    point = found.point
-    choice = parse_factory(str(about["factory"]), int(about["dimension"]))
-    return {
-        "encoder": about["encoder"], "kind": choice.describe(), "factory": about["factory"], "why": about["why"],
-        "generation": generation, "nlist": choice.nlist, "nprobe": point.nprobe, "depth": point.depth, "target": target,
-        "vectors": sum(entry.rows for entry in entries.values()), "files": digest,
-        "bytes_per_vector": choice.bytes_per_vector, "trained_bytes": choice.trained_bytes,
-        "recall_at_1": round(point.recall_at_1, 4), "recall_at_10": round(point.recall_at_10, 4),
-        "recall_at_100": round(point.recall_at_100, 4), "recall_error": round(point.error, 4), "holds": found.holds,
-        "queries": found.queries, "share": round(found.share, 4), "rate": round(point.rate, 1),
-        "imbalance": round(moved.imbalance, 3), "due": _due(moved, found, target),
-    }  # fmt: skip
+    state: State, name: str, generation: int, training: TrainingRecord, found: Measurement, target: float
+) -> IndexRecord:
+    point, moved = found.point, drift(state, name, generation)
+    choice = replace(parse_factory(training.factory, training.dimension), why=training.why)
+    return IndexRecord(
+        **asdict(choice.shape()), encoder=training.encoder, generation=generation, vectors=moved.vectors,
+        nprobe=point.nprobe, depth=point.depth, target=target, holds=found.holds,
+        recall_at_1=round(point.recall_at_1, 4), recall_at_10=round(point.recall_at_10, 4),
+        recall_at_100=round(point.recall_at_100, 4), recall_error=round(point.error, 4), queries=found.queries,
+        share=round(found.share, 4), rate=round(point.rate, 1), imbalance=round(moved.imbalance, 3),
+        files=shards_digest(state, name, generation), due=_due(moved, found, target),
+    )  # fmt: skip
 
 
 def _due(moved: Drift, found: Measurement, target: float) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,6 @@ class Measurement:
     vectors: int
     share: float
     groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """For the file that the store keeps."""
-        return asdict(self)
 
 
 def probe_grid(nlist: int) -> list[int]:

@@ -3,49 +3,77 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from retrotool import engine
 from retrotool.ann.choice import IndexWishes, parse_factory
+from retrotool.chunk.chunk_plan import read_json_file
 from retrotool.cli.command_lines import command_line
-from retrotool.embed.search_scope import embedded_parts, pick_encoder
+from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.generations import (
+from retrotool.index.ground_truth import QUERIES
+from retrotool.index.index_files import broken_shards, measured_whole, read_trained
+from retrotool.index.index_records import (
     DEFAULT,
+    RECALL,
+    IndexRecord,
+    ShardRecord,
     default_index,
+    encoder_of,
     generation_of,
     held_vectors,
     index_key,
+    index_record,
     shards,
-    trained_entry,
-)
-from retrotool.index.ground_truth import QUERIES
-from retrotool.index.index_files import (
-    broken_shards,
-    encoder_of,
-    measured_whole,
-    parts_in_shard,
-    read_trained,
     shards_digest,
+    trained_entry,
+    training_record,
 )
-from retrotool.index.index_result import IndexResult, describe
 from retrotool.index.measure_recall import measure_until_committed
-from retrotool.index.searching import pick_index
-from retrotool.index.stage import IndexStage, choose_for
-from retrotool.index.staleness import trained_on
+from retrotool.index.recall import Recall
+from retrotool.index.searching import commands_to_index, pick_index
+from retrotool.index.stage import IndexStage, choose_for, superseded
+from retrotool.index.staleness import Drift, drift
 from retrotool.store import atomic, parts
+from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 
 _POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexResult(IndexRecord):
+    """What ``index`` made: the index as it is now, see ``IndexRecord``.
+
+    A re-rank reads the embeddings, ``embedding_bytes`` on the disk. ``added`` vectors are of this run. ``curve`` is
+    what was measured, ``groups`` the recall@10 by source. ``retrain`` is the command that trains anew. ``elsewhere``
+    shards are left to other runs. ``not_embedded`` keys are in no shard, for they have no embeddings; ``next`` are the
+    commands that change that.
+    """
+
+    name: str
+    added: int
+    shards: int
+    index_bytes: int
+    embedding_bytes: int
+    commit: int
+    retrain: str
+    drift: Drift
+    curve: tuple[Recall, ...] = ()
+    groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
+    elsewhere: int = 0
+    not_embedded: int = 0
+    next: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +92,6 @@ class Options:
     """How to go about it; see ``retrotool index --help``."""
 
     wanted: IndexWishes = field(default_factory=IndexWishes)
-    shard_rows: int | None = None
     devices: str = "auto"
     shard: tuple[int, int] | None = None
     queries: int = QUERIES
@@ -94,17 +121,13 @@ def index(
     check_name(name, "--name")
     _check_there(store, name, options)
     wanted = _wanted(store, name, options, target_recall)
-    chosen = pick_encoder(store, encoder or encoder_of(store, name))
-    generation = generation_of(store.state, name)
-    trained = trained_entry(store.state, name)
-    generation += options.retrain and trained is not None
-    shard_rows = options.shard_rows
-    if options.retrain and shard_rows is None and trained is not None:
-        shard_rows = (trained.about or {})["asked"].get("shard_rows")
+    chosen = pick_encoder(store, encoder or encoder_of(store.state, name))
+    is_trained = trained_entry(store.state, name) is not None
+    generation = generation_of(store.state, name) + (options.retrain and is_trained)
     devices = find_devices(options.devices)
     stage = IndexStage(
-        name, chosen, wanted, generation, shard_rows, tuple(devices), options.shard, options.merge,
-        trained=not options.retrain and trained is not None,
+        name, chosen, wanted, generation, tuple(devices), options.shard, options.merge,
+        trained=is_trained and not options.retrain,
     )  # fmt: skip
     before = 0 if options.retrain else held_vectors(store.state, name, generation)
     with writing(store) as run:
@@ -119,22 +142,16 @@ def index(
         _execute(stage, store, run)
         _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = engine.count_elsewhere(stage, store, run)
-        record = store.state.records.get(index_key(name))
-        made = {
-            "files": shards_digest(store.state, name, generation), "target": wanted.target, "generation": generation,
-            "vectors": held_vectors(store.state, name, generation),
-        }  # fmt: skip
         if not elsewhere and (
-            record is None
-            or options.tune
-            or any(record[key] != made[key] for key in made)
+            options.tune
+            or not _is_measured(store.state, name, generation, wanted.target)
             or (options.mend and not measured_whole(store, name))
         ):
             measure_until_committed(
                 store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
                 memory=wanted.memory,
             )  # fmt: skip
-        if options.default and store.refresh().records.get(DEFAULT) != name and index_key(name) in store.state.records:
+        if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
     return describe(store, root, name, before=before, elsewhere=elsewhere)
 
@@ -150,13 +167,13 @@ def evaluate(
     """Measure the recall of an index at its operating point, which stays; nothing is built."""
     store = Store.open(root)
     name = pick_index(store, name)
-    record = store.state.records[index_key(name)]
+    record = index_record(store.state, name)
+    assert record is not None, "pick_index found it"
     with writing(store) as run:
-        generation, target = generation_of(store.state, name), float(record["target"])
-        device = find_devices(devices)[0]
         measure_until_committed(
-            store, run, name, generation, target, queries=queries, keep=True, device=device, memory=memory
-        )
+            store, run, name, generation_of(store.state, name), record.target, queries=queries, keep=True,
+            device=find_devices(devices)[0], memory=memory,
+        )  # fmt: skip
     return describe(store, root, name)
 
 
@@ -182,16 +199,64 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
 
 
+def describe(
+    store: Store, root: str | Path, name: str, *, before: int | None = None, elsewhere: int = 0
+) -> IndexResult:
+    """The result for an index as it is now; ``before``: vectors that it had then, None: as many."""
+    state = store.refresh()
+    record = index_record(state, name)
+    if record is None:
+        trained = training_record(state, name)
+        if trained is None:
+            raise superseded(name)
+        record = IndexRecord(encoder=trained.encoder, factory=trained.factory, why=trained.why)
+    embedded = embedded_parts(store, record.encoder)
+    left = count_left(store, embedded, read_tombstones(store))
+    entries, vectors = shards(state, name).values(), held_vectors(state, name)
+    measured = state.file("index", RECALL, name)
+    content = {} if measured is None else _read_measured(store, measured, name)
+    vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
+    return IndexResult(
+        **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
+        shards=len(entries), index_bytes=sum(entry.bytes for entry in entries),
+        embedding_bytes=sum(entry.bytes for entry in vector_files), commit=state.number,
+        retrain=f"{command_line('index', root, name=name)} --retrain", drift=drift(state, name),
+        curve=tuple(Recall(**point) for point in content.get("curve", ())),
+        groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
+        elsewhere=elsewhere, not_embedded=left,
+        next=tuple(commands_to_index(store, root, record.encoder, name)) if left else (),
+    )  # fmt: skip
+
+
+def _read_measured(store: Store, entry: FileEntry, name: str) -> dict[str, Any]:
+    try:
+        return dict(read_json_file(store, entry))
+    except CorruptError as error:
+        raise CorruptError(
+            str(error), f"Measure it anew: {command_line('index', store.root, name=name)} --mend"
+        ) from error
+
+
+def _is_measured(state: State, name: str, generation: int, target: float) -> bool:
+    """Whether what the record says of an index is of what is there now."""
+    record = index_record(state, name)
+    return record is not None and (record.files, record.target, record.generation, record.vectors) == (
+        shards_digest(state, name, generation), target, generation, held_vectors(state, name, generation),
+    )  # fmt: skip
+
+
 def _wanted(store: Store, name: str, options: Options, target: float | None) -> IndexWishes:
     """What is wanted of an index: what is said, else what was said of the one that it has."""
-    wanted = options.wanted
+    wanted, record, trained = options.wanted, index_record(store.state, name), training_record(store.state, name)
     if target is None:
-        target = float(store.state.records.get(index_key(name), {}).get("target", wanted.target))
-    trained = trained_entry(store.state, name)
-    before = (trained.about or {})["asked"] if trained is not None and options.retrain else {}
-    if wanted.factory is None and wanted.nlist is None and wanted.code is None:
-        wanted = replace(wanted, factory=before.get("factory"), nlist=before.get("nlist"), code=before.get("code"))
-    return replace(wanted, target=target, memory=before.get("memory") if wanted.memory is None else wanted.memory)
+        target = wanted.target if record is None else record.target
+    before = trained.asked if trained is not None and options.retrain else IndexWishes()
+    if not wanted.names_index:
+        wanted = replace(wanted, factory=before.factory, nlist=before.nlist, code=before.code)
+    return replace(
+        wanted, target=target, memory=before.memory if wanted.memory is None else wanted.memory,
+        shard_rows=before.shard_rows if wanted.shard_rows is None else wanted.shard_rows,
+    )  # fmt: skip
 
 
 def _check(options: Options, target: float | None) -> None:
@@ -221,7 +286,7 @@ def _check_there(store: Store, name: str, options: Options) -> None:
 def _check_embeddings(store: Store, stage: IndexStage) -> None:
     """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
     held = {part for entry in shards(store.state, stage.index).values() if entry.path in stage.broken
-            for part in parts_in_shard(entry)}  # fmt: skip
+            for part in ShardRecord.of(entry).parts}  # fmt: skip
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
         entry = parts.part_entry(store, "embeddings", part, stage.encoder)
         path = store.path(entry)
@@ -241,19 +306,18 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
 
 
 def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> None:
-    trained = trained_entry(store.state, stage.index, stage.generation)
+    trained = training_record(store.state, stage.index, stage.generation)
     if trained is None:
         return
-    about = trained.about or {}
-    if stage.shard_rows is not None and stage.shard_rows != about["shard_rows"]:
+    if wanted.shard_rows not in (None, trained.shard_rows):
         raise UsageError(
-            f"index {stage.index!r} is trained already, with shards of {about['shard_rows']:,} vectors, not "
-            f"{stage.shard_rows:,}",
+            f"index {stage.index!r} is trained already, with shards of {trained.shard_rows:,} vectors, not "
+            f"{wanted.shard_rows:,}",
             "Train it anew with --retrain, or give the new one a name of its own with --name.",
         )
-    if wanted.factory is None and wanted.nlist is None and wanted.code is None:
+    if not wanted.names_index:
         return
-    is_so = parse_factory(str(about["factory"]), int(about["dimension"]))
+    is_so = parse_factory(trained.factory, trained.dimension)
     asked_for = choose_for(store, stage.encoder, wanted)[0]
     # How many lists suit has changed since, perhaps: what was not asked for stays as it is.
     if wanted.factory is None and wanted.nlist is None:
@@ -269,11 +333,11 @@ def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> Non
 
 def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
     """Take away what an interrupted ``--retrain`` began with other settings, or before the store grew."""
-    begun = trained_entry(store.state, stage.index, stage.generation)
+    begun = training_record(store.state, stage.index, stage.generation)
     if begun is None:
         return
-    same = (begun.about or {})["factory"] == choose_for(store, stage.encoder, stage.wanted)[0].factory
-    if same and trained_on(begun) == set(embedded_parts(store, stage.encoder)):
+    same = begun.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
+    if same and begun.parts == set(embedded_parts(store, stage.encoder)):
         return
 
     def build(state: State) -> Draft:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,20 @@ from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
 from retrotool.ann.ranking import Best, rerank
 from retrotool.ann.search import ROOM, SPARE, Search
 from retrotool.ann.trained import Trained
-from retrotool.embed.search_scope import read_part_vectors
+from retrotool.cli.command_lines import command_line, embed_command
+from retrotool.embed.search_scope import count_left, embedded_parts, read_part_vectors
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
-from retrotool.index.generations import default_index, index_key, shards
-from retrotool.index.index_files import held_parts, parts_in_shard, read_shards, read_trained
+from retrotool.index.index_files import read_shards, read_trained
+from retrotool.index.index_records import (
+    IndexRecord,
+    ShardRecord,
+    default_index,
+    held_parts,
+    held_vectors,
+    index_key,
+    index_record,
+    shards,
+)
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.machine import memory_of_machine
 from retrotool.store.atomic import FileEntry
@@ -78,6 +89,13 @@ def _how_to_make(store: Store, name: str) -> str:
     if not store.state.names("embeddings"):
         return f"It has no embeddings yet: retrotool embed {store.root}, then {index}"
     return f"Make it with: {index}"
+
+
+def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:
+    """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
+    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
+    found = [embed_command(store, encoder)] if left else []
+    return found if index is None else [*found, command_line("index", root, name=index)]
 
 
 class Vectors:
@@ -135,10 +153,11 @@ class Database:
         self._allows = allows
         self._some: dict[int, SomeLists] = {}
         self.name = pick_index(store, name)
-        self.record: dict[str, Any] = store.state.records[index_key(self.name)]
-        self.encoder = str(self.record["encoder"])
-        nprobe = int(self.record["nprobe"])
-        self.point = Point(nprobe * 7 // 4 if thorough else nprobe, int(self.record["depth"]))
+        record = index_record(store.state, self.name)
+        assert record is not None, "pick_index found it"
+        self.record: IndexRecord = record
+        self.encoder, nprobe = record.encoder, record.nprobe
+        self.point = Point(nprobe * 7 // 4 if thorough else nprobe, record.depth)
         self.tombstones = read_tombstones(store)
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[tuple[FileEntry, RetrotoolError]] = []
@@ -149,7 +168,7 @@ class Database:
     @property
     def vectors_in_log(self) -> int:
         """How many vectors the index holds, those of broken shards too."""
-        return sum(entry.rows for entry in shards(self.store.state, self.name).values())
+        return held_vectors(self.store.state, self.name)
 
     @property
     def trained(self) -> Trained:
@@ -176,7 +195,7 @@ class Database:
 
         Not the operating point: it changes a little with each part that comes, and each holds the target.
         """
-        return [self.name, self.record["target"], self.record.get("generation", 0)]
+        return [self.name, self.record.target, self.record.generation]
 
     def held(self) -> list[int]:
         """Numbers of the parts that are searched, ascending."""
@@ -280,7 +299,7 @@ class Database:
 
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
         entries = shards(self.store.state, self.name).values()
-        wanted = [not set(parts_in_shard(entry)).isdisjoint(numbers) for entry in entries]
+        wanted = [not set(ShardRecord.of(entry).parts).isdisjoint(numbers) for entry in entries]
         return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
 
 

@@ -6,6 +6,11 @@ the same training; ``merge`` joins those of a window. What is purged is coded to
 be undone; a search masks it. Which index it is is chosen once, from the vectors that are there (``ann.choice``), and
 kept with the training.
 
+Parts are grouped into *windows*: as many as have up to ``shard_rows`` keys, in the order of their numbers, whether they
+are embedded yet or not. So a part's window does not depend on who asks when, and two runs that index the same part at
+once want the same slot: the second one is refused. What a window's first shard has not, for it was embedded later, goes
+into a further one: ``shard-0003``, ``shard-0003.1``.
+
 The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
 
 Memory: the sample while training; the codes of one shard, twice, and 32 bytes a vector while it is written. Vectors are
@@ -14,7 +19,7 @@ read in blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,27 +35,28 @@ from retrotool.embed.search_scope import (
     count_keys,
     count_living_keys,
     embedded_parts,
+    erased_chunks,
     read_part_vectors,
     searchable_rows,
 )
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.generations import index_key, shards, trained_entry
-from retrotool.index.index_files import (
-    check_sum,
+from retrotool.index.index_files import check_sum, read_shard, read_trained, write_index
+from retrotool.index.index_records import (
+    SHARD,
+    ShardRecord,
+    TrainingRecord,
+    as_about,
     encoder_of,
-    fit_of,
-    free_slot,
     held_parts,
-    part_windows,
-    parts_in_shard,
-    read_shard,
-    read_trained,
-    write_index,
+    index_record,
+    shards,
+    trained_entry,
+    training_record,
 )
-from retrotool.index.staleness import consecutive_ranges
-from retrotool.index.training import check_finite, train
+from retrotool.index.training import SEED, check_finite, train
 from retrotool.machine import give_memory_back
+from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_slot
@@ -69,8 +75,8 @@ _BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 class IndexStage:
     """All parts of an encoder's embeddings that a generation of the index ``index`` does not hold.
 
-    ``wanted`` and ``shard_rows`` count when it is trained. ``devices`` are those of the worker processes. ``shard``
-    (i, n): this is job i of n. ``merge``: join the shards of each window instead. ``broken``: paths of shards to be
+    ``wanted`` counts when it is trained. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
+    of n. ``merge``: join the shards of each window instead. ``broken``: paths of shards to be
     coded anew first. ``trained``: the training was there when the command began, so it is not for this run to make.
     """
 
@@ -78,7 +84,6 @@ class IndexStage:
     encoder: str
     wanted: IndexWishes = field(default_factory=IndexWishes)
     generation: int = 0
-    shard_rows: int | None = None
     devices: tuple[str, ...] = ("cpu",)
     shard: tuple[int, int] | None = None
     merge: bool = False
@@ -93,20 +98,21 @@ class IndexStage:
 
     def plan(self, store: Store) -> list[Task]:
         """First the training, if there is none; then one task a new shard, or a merge."""
-        made_with = encoder_of(store, self.index)
+        made_with = encoder_of(store.state, self.index)
         if made_with not in (None, self.encoder):
             raise UsageError(
                 f"index {self.index!r} is of the encoder {made_with!r}, not {self.encoder!r}",
                 "Give the new index a name of its own with --name.",
             )
         trained = trained_entry(store.state, self.index, self.generation)
-        if trained is None:
-            if self.trained or (self.generation and index_key(self.index) not in store.state.records):
+        record = training_record(store.state, self.index, self.generation)
+        if trained is None or record is None:
+            if self.trained or (self.generation and index_record(store.state, self.index) is None):
                 raise superseded(self.index)
             tasks = [self._training(store)]
         else:
             tasks = self._mends(store, trained)
-            tasks += self._merges(store) if self.merge else self._new_shards(store, trained)
+            tasks += self._merges(store) if self.merge else self._new_shards(store, trained, record.shard_rows)
         tasks = [task for task in tasks if not staging.is_staged(store.root, task.key)]
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
@@ -115,18 +121,17 @@ class IndexStage:
         settings = {"name": self.index, "train": self.encoder, "generation": self.generation}
         return Task(task_key("index", settings, []), "training", n, {"train": True}, claimed=True)
 
-    def _new_shards(self, store: Store, trained: FileEntry) -> list[Task]:
-        about = trained.about or {}
+    def _new_shards(self, store: Store, trained: FileEntry, shard_rows: int) -> list[Task]:
         held = set(held_parts(store.state, self.index, self.generation))
         there = set(embedded_parts(store, self.encoder))
         taken = shards(store.state, self.index, self.generation)
         tasks = []
-        for window, numbers in part_windows(store, int(about["shard_rows"])):
+        for window, numbers in _windows(store, shard_rows):
             new = [part for part in numbers if part in there and part not in held]
             if new:
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
                 rows = sum(count_keys(store, part) for part in new)
-                slot = free_slot(taken, window, self.generation)
+                slot = _free_slot(taken, window, self.generation)
                 key = task_key("index", {"name": self.index, "slot": slot}, [trained.path, *paths])
                 inputs = {"slot": slot, "parts": new, "paths": paths}
                 tasks.append(Task(key, slot, rows, inputs, claimed=True))
@@ -137,7 +142,7 @@ class IndexStage:
         tasks = []
         for slot, entry in shards(store.state, self.index, self.generation).items():
             if entry.path in self.broken:
-                numbers = [part for part in parts_in_shard(entry) if part in there]
+                numbers = [part for part in ShardRecord.of(entry).parts if part in there]
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
                 key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
                 inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
@@ -185,6 +190,30 @@ def default_shard_rows(choice: IndexChoice, memory: int | None) -> int:
     return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
 
 
+def _windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
+    """(number, parts) of each window: consecutive parts with up to ``shard_rows`` keys, or a single larger one."""
+    number, window, rows = 0, list[int](), 0
+    for part in store.state.parts():
+        size = parts.n_keys(parts.part_entry(store, "chunks", part))
+        if window and rows + size > shard_rows:
+            yield number, window
+            number, window, rows = number + 1, [], 0
+        window.append(part)
+        rows += size
+    if window:
+        yield number, window
+
+
+def _free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
+    """The next slot of a window: ``shard-0003``, or ``shard-0003.1`` if that is there."""
+    further = 0
+    while True:
+        what = f"{SHARD}{window:04d}" + (f".{further}" if further else "")
+        if generation_slot(what, generation) not in taken:
+            return generation_slot(what, generation)
+        further += 1
+
+
 class IndexWorker:
     """Trains, writes shards and merges them."""
 
@@ -211,19 +240,19 @@ class IndexWorker:
         tombstones = read_tombstones(store)
         rows = SearchableRows(store, embedded_parts(store, stage.encoder), tombstones)
         told = _Shares(task.weight, report)
-        trained = train(
-            store, stage.encoder, rows, choice, memory=stage.wanted.memory, device=self._device, report=told
-        )
+        memory = stage.wanted.memory
+        trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
         told.finish()
         slot = generation_slot("trained", stage.generation)
-        about = {
-            "encoder": stage.encoder, "factory": choice.factory, "why": choice.why, "vectors": n, "dimension": choice.d,
-            "trained_parts": consecutive_ranges(list(rows)),
-            "shard_rows": stage.shard_rows or default_shard_rows(choice, stage.wanted.memory),
-            "asked": _asked(stage), **trained.about(),
-        }  # fmt: skip
+        record = TrainingRecord(
+            encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
+            held=_count_coded(store, rows), trained_parts=consecutive_ranges(list(rows)),
+            shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted,
+            sample=trained.sample, seed=SEED, error=trained.error, code_error=trained.code_error,
+            imbalance=round(trained.imbalance, 3),
+        )  # fmt: skip
         name = FileName.new(run, "index", slot, "faiss", stage.index)
-        entry = write_index(store.root, to_faiss(trained.trained), name, about)
+        entry = write_index(store.root, to_faiss(trained.trained), name, as_about(record))
         settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
         return Staged(task.key, "index", run, settings, add=(entry,))
 
@@ -236,8 +265,7 @@ class IndexWorker:
         for part in numbers:
             coded.add_part(store, stage.encoder, part, set_aside, report)
         slot = task.inputs["slot"]
-        about = {"parts": numbers, "fit": coded.fit}
-        written = self._write(run, slot, *coded.all(), trained, about)
+        written = self._write(run, slot, *coded.all(), trained, ShardRecord(parts=numbers, fit=coded.fit))
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
         replaced = task.inputs.get("replaces")
@@ -251,14 +279,15 @@ class IndexWorker:
         ids: Ids,
         codes: npt.NDArray[Any],
         trained: Trained,
-        about: dict[str, Any],
+        record: ShardRecord,
     ) -> FileEntry:
         quantizer = 0 if trained.centroids is None else trained.centroids.nbytes
         index = to_faiss(trained, quantizer=quantizer <= QUANTIZER_SHARE * (codes.nbytes + ids.nbytes))
         lists.fill(index, numbers, ids, codes)
         if trained.nlist:
-            about = {**about, "imbalance": _imbalance(numbers, trained.nlist)}
-        return write_index(self._store.root, index, FileName.new(run, "index", slot, "faiss", self._stage.index), about)
+            record = replace(record, imbalance=_imbalance(numbers, trained.nlist))
+        name = FileName.new(run, "index", slot, "faiss", self._stage.index)
+        return write_index(self._store.root, index, name, as_about(record))
 
     def _merge(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
@@ -272,24 +301,18 @@ class IndexWorker:
         ids = np.concatenate([shard.ids(i) for shard in found for i in shard.numbers])
         codes = np.concatenate([shard.codes(i) for shard in found for i in shard.numbers])
         order = np.argsort(ids, kind="stable")
-        about = _merged_about(entries)
-        written = self._write(
-            run, task.inputs["merge"], np.concatenate(numbers)[order], ids[order], codes[order], trained, about
-        )
+        slot, record = task.inputs["merge"], _merged(list(map(ShardRecord.of, entries)))
+        written = self._write(run, slot, np.concatenate(numbers)[order], ids[order], codes[order], trained, record)
         report(task.weight)
         old = tuple(entry.path for entry in entries)
         settings = {"name": stage.index, "encoder": stage.encoder, "merge": True}
         return Staged(task.key, "index", run, settings, old, (written,), old)
 
 
-def _asked(stage: IndexStage) -> dict[str, Any]:
-    """What a person asked for, which holds for the next training, too."""
-    wanted = stage.wanted
-    said = {
-        "memory": wanted.memory, "nlist": wanted.nlist, "code": wanted.code, "factory": wanted.factory,
-        "shard_rows": stage.shard_rows,
-    }  # fmt: skip
-    return {key: value for key, value in said.items() if value is not None}
+def _count_coded(store: Store, numbers: Iterable[int]) -> int:
+    """Vectors of parts that shards hold: purged ones too, as a purge can be undone."""
+    left_out = Tombstones(np.union1d(read_set_aside(store).ids, erased_chunks(store).ids))
+    return sum(count_living_keys(store, part, left_out) for part in numbers)
 
 
 class _Shares:
@@ -358,8 +381,7 @@ def _imbalance(numbers: Ids, nlist: int) -> float:
     return round(float(nlist * ((shares**2).sum() - 1 / len(numbers))), 3)
 
 
-def _merged_about(entries: Sequence[FileEntry]) -> dict[str, Any]:
+def _merged(several: Sequence[ShardRecord]) -> ShardRecord:
     """What the log keeps of several shards as one: the parts, ascending, and the fit of each."""
-    fits = {part: fit for entry in entries for part, fit in zip(parts_in_shard(entry), fit_of(entry), strict=True)}
-    numbers = sorted(fits)
-    return {"parts": numbers, "fit": [fits[part] for part in numbers]}
+    fits = {part: fit for one in several for part, fit in zip(one.parts, one.fit, strict=True)}
+    return ShardRecord(parts=sorted(fits), fit=[fits[part] for part in sorted(fits)])

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.index.generations import shards, trained_entry
-from retrotool.index.index_files import fit_of, parts_in_shard
-from retrotool.store.atomic import FileEntry
+from retrotool.index.index_records import ShardRecord, shards, training_record
 from retrotool.store.state import State
 
 Fits = npt.NDArray[np.float64]
@@ -45,40 +43,27 @@ class Drift:
     due: str = ""
 
 
-def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:
-    """Ascending numbers as [first, last] of what is consecutive: a few for the log."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return found
-
-
-def trained_on(entry: FileEntry) -> set[int]:
-    """Parts that a training drew its sample from."""
-    return {part for first, last in (entry.about or {}).get("trained_parts", []) for part in range(first, last + 1)}
-
-
 def drift(state: State, name: str, generation: int | None = None) -> Drift:
     """How far what an index holds has come from what it was trained on."""
-    entry = trained_entry(state, name, generation)
+    trained = training_record(state, name, generation)
     entries = list(shards(state, name, generation).values())
     vectors = sum(entry.rows for entry in entries)
-    if entry is None:
+    if trained is None:
         return Drift(0, vectors)
-    about, seen = entry.about or {}, trained_on(entry)
-    fits = [(part in seen, *fit) for one in entries for part, fit in zip(parts_in_shard(one), fit_of(one), strict=True)]
+    seen, records = trained.parts, [ShardRecord.of(entry) for entry in entries]
+    fits = [(part in seen, *fit) for one in records for part, fit in zip(one.parts, one.fit, strict=True)]
     table = np.array(fits, np.float64).reshape(-1, 4)
     old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]
-    error, code_error = (
-        _ratio(old, new, column, float(about[key])) for column, key in ((1, "error"), (2, "code_error"))
+    found = Drift(
+        int(new[:, 0].sum()),
+        vectors,
+        _ratio(old, new, 1, trained.error),
+        _ratio(old, new, 2, trained.code_error),
+        _imbalance(records, [entry.rows for entry in entries]),
+        vectors / trained.held if trained.held else 1.0,
     )
-    grown = vectors / about["vectors"] if about["vectors"] else 1.0
-    found = Drift(int(new[:, 0].sum()), vectors, error, code_error, _imbalance(entries), grown)
     # An exact index has nothing to fit.
-    return replace(found, due=_due(found, float(about["imbalance"]))) if float(about["error"]) else found
+    return replace(found, due=_due(found, trained.imbalance)) if trained.error else found
 
 
 def _due(found: Drift, imbalance: float) -> str:
@@ -95,10 +80,10 @@ def _due(found: Drift, imbalance: float) -> str:
     return ""
 
 
-def _imbalance(entries: Sequence[FileEntry]) -> float:
+def _imbalance(records: Sequence[ShardRecord], vectors: Sequence[int]) -> float:
     """That of shards, each counted by its vectors."""
-    known = [(float(about["imbalance"]), one.rows) for one in entries if "imbalance" in (about := one.about or {})]
-    known = [(value, rows) for value, rows in known if rows]
+    pairs = zip(records, vectors, strict=True)
+    known = [(one.imbalance, rows) for one, rows in pairs if one.imbalance is not None and rows]
     return float(np.average([v for v, _ in known], weights=[n for _, n in known])) if known else 1.0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ from retrotool.store.store import Store
 if TYPE_CHECKING:
     import torch
 
-_SEED = 0
+SEED = 0
+"""Of all that is drawn."""
 _KMEANS_SHARE = 0.8
 _MEASURED = 1 << 12
 _LEAST_CODE_SAMPLE = 16 * 256
@@ -47,13 +48,6 @@ class Training:
     error: float = 0.0
     code_error: float = 0.0
     imbalance: float = 1.0
-
-    def about(self) -> dict[str, Any]:
-        """What the log keeps."""
-        return {
-            "sample": self.sample, "seed": _SEED, "error": self.error, "code_error": self.code_error,
-            "imbalance": round(self.imbalance, 3),
-        }  # fmt: skip
 
 
 def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
@@ -91,9 +85,9 @@ def train(
     size = sample_size(n, choice, memory)
     sample = torch.from_numpy(draw_vectors(store, encoder, rows, size)).to(device)
     centroids = kmeans(
-        sample, choice.nlist, iterations=ITERATIONS, seed=_SEED, report=lambda share: report(_KMEANS_SHARE * share)
+        sample, choice.nlist, iterations=ITERATIONS, seed=SEED, report=lambda share: report(_KMEANS_SHARE * share)
     )
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     chosen = torch.randperm(len(sample), generator=generator)[: _code_sample(choice, memory)].to(device)
     residuals = sample[chosen].float()
     del sample
@@ -101,7 +95,7 @@ def train(
     residuals.sub_(centroids[assigned])
     rotation = None
     if choice.rotated:
-        rotation = product_quantizer.train_rotation(residuals, choice.pieces, choice.rotated, seed=_SEED)
+        rotation = product_quantizer.train_rotation(residuals, choice.pieces, choice.rotated, seed=SEED)
         residuals, centroids = residuals @ rotation.T, centroids @ rotation.T
     codec = _codec(choice, residuals)
     shares = torch.bincount(assigned, minlength=choice.nlist).double() / len(assigned)
@@ -130,7 +124,7 @@ def _whole(choice: IndexChoice) -> Whole:
 
 def _codec(choice: IndexChoice, residuals: torch.Tensor) -> Codec:
     if choice.pieces:
-        return Product(product_quantizer.train_product(residuals, choice.pieces, seed=_SEED).cpu().numpy())
+        return Product(product_quantizer.train_product(residuals, choice.pieces, seed=SEED).cpu().numpy())
     return Scalar.train(residuals) if choice.code == "sq8" else _whole(choice)
 
 
@@ -145,7 +139,7 @@ def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) ->
     """``size`` searchable vectors, float16, drawn at random over all parts; ``CorruptError`` for one that is not."""
     sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows))).shape[1]), np.float16)
     done = 0
-    for part, chosen in rows.draw(size, _SEED):
+    for part, chosen in rows.draw(size, SEED):
         vectors = read_part_vectors(store, encoder, part)[chosen]
         check_finite(store, vectors, part, chosen)
         sample[done : done + len(chosen)] = vectors

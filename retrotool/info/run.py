@@ -8,13 +8,13 @@ other features need is imported where the log says that the store has them.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrotool.errors import RetrotoolError
-from retrotool.index.generations import shards, trained_entry
+from retrotool.index.index_records import index_record, shards, trained_entry
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
@@ -207,14 +207,13 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:
-    record = dict(store.state.records.get(f"index:{name}", {}))
-    record.pop("curve", None)
+    record = index_record(store.state, name)
     trained = trained_entry(store.state, name)
     entries = list(shards(store.state, name).values())
     # The record keeps what was measured; an erase has taken vectors away since.
     vectors = sum(entry.rows for entry in entries)
     return {
-        **record,
+        **({} if record is None else asdict(record)),
         "vectors": vectors,
         "trained": trained.path if trained else None,
         "shards": [e.path for e in entries],

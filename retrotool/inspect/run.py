@@ -24,7 +24,7 @@ from retrotool.cli.result_files import check_file
 from retrotool.embed.search_scope import SearchableRows
 from retrotool.engine.progress import counting
 from retrotool.errors import ErasedError, UsageError
-from retrotool.index.generations import index_key
+from retrotool.index.index_records import index_record
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.table_reader import Found, NeighbourReader, row_groups_of
 from retrotool.neighbours.token_overlap import longest_common
@@ -430,8 +430,8 @@ def _tables(reader: NeighbourReader, inspector: Inspector) -> Iterator[TableRead
         reader.tables, reader.databases, inspector.comparable, strict=True
     ):
         record = reader.store.state.records[f"neighbours:{table}"]
-        measured = database.state.records.get(index_key(record["index"]), {}).get("recall_at_10")
-        recall = None if measured is None else float(measured)
+        index = index_record(database.state, record["index"])
+        recall = None if index is None else index.recall_at_10
         yield TableRead(
             table, str(database.root), weight, str(record["index"]), str(record["encoder"]), recall, comparable
         )

@@ -19,9 +19,7 @@ from retrotool.encoder import find_devices
 from retrotool.engine.task import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.exact import NO_INDEX
-from retrotool.index.generations import index_key
-from retrotool.index.index_result import commands_to_index
-from retrotool.index.searching import pick_index
+from retrotool.index.searching import commands_to_index, pick_index
 from retrotool.neighbours import weighted
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
@@ -223,7 +221,7 @@ def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str
         if index is not None:
             raise UsageError("--exact searches without an index", "Give --exact or --index.")
         return NO_INDEX
-    if index is None and not store.state.with_prefix(index_key("")) and store.state.names("embeddings"):
+    if index is None and not store.state.with_prefix("index:") and store.state.names("embeddings"):
         encoder = pick_encoder(store, search.encoder)
         tombstones = read_tombstones(store)
         if sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, encoder)) <= FLAT_LIMIT:

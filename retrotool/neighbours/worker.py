@@ -28,7 +28,6 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.task import Report, Task
 from retrotool.index.exact import merged
-from retrotool.index.staleness import consecutive_ranges
 from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import AnyDatabase, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
@@ -42,6 +41,7 @@ from retrotool.neighbours.stage import (
     with_filters,
 )
 from retrotool.neighbours.underfilled import erased_of, few_rows, text_is_current
+from retrotool.ranges import consecutive_ranges
 from retrotool.store import neighbour_tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable

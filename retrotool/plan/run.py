@@ -34,9 +34,9 @@ that are killed, and the recall, which can only be measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from retrotool.ann.choice import ITERATIONS, IndexWishes, choose_index
+from retrotool.ann.choice import ITERATIONS, IndexShape, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk.run import CHUNK_LENGTH, PART_SIZE, check_chunk_length
 from retrotool.cli.command_lines import SAVED
@@ -84,19 +84,13 @@ class Files:
     each: str
 
 
-@dataclass(frozen=True, slots=True)
-class IndexPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexPlan(IndexShape):
     """The index that would be chosen. ``memory`` are bytes to hold all of it, ``hosts`` how many that takes.
 
     ``sample`` are the vectors that it is trained on, on one host, and ``sample_bytes`` what they take there.
     """
 
-    factory: str
-    kind: str
-    why: str
-    nlist: int
-    bytes_per_vector: int
-    trained_bytes: int
     sample: int
     sample_bytes: int
     shards: int
@@ -267,12 +261,7 @@ class _Work:
         """The index that would be chosen."""
         choice = self._choice
         return IndexPlan(
-            factory=choice.factory,
-            kind=choice.describe(),
-            why=choice.why,
-            nlist=choice.nlist,
-            bytes_per_vector=choice.bytes_per_vector,
-            trained_bytes=choice.trained_bytes,
+            **asdict(choice.shape()),
             sample=self._sample,
             sample_bytes=2 * choice.d * self._sample,
             shards=self._shards,

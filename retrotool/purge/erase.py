@@ -47,8 +47,8 @@ from retrotool.cli.command_lines import table_command
 from retrotool.embed.search_scope import is_same_directory, purges_erased
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
-from retrotool.index.generations import all_shards, index_key
-from retrotool.index.index_files import check_sum, measured_files, parts_in_shard, write_index
+from retrotool.index.index_files import check_sum, write_index
+from retrotool.index.index_records import RECALL, ShardRecord, all_shards, index_record
 from retrotool.index.run import Options, index
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
@@ -159,7 +159,7 @@ def _other_files(store: Store, victims: Tombstones) -> Iterator[tuple[FileEntry,
         return
     for name in state.names("index"):
         for entry in all_shards(state, name).values():
-            if not wanted.isdisjoint(parts_in_shard(entry)):
+            if not wanted.isdisjoint(ShardRecord.of(entry).parts):
                 yield entry, functools.partial(_shard_holds, store, entry, victims)
     for name in state.names("neighbours"):
         for entry in state.group("neighbours", name).entries():
@@ -507,7 +507,8 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         alike = [p for p in standing_purges(state) if has_any(store, p, victims)]
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
-        gone += [path for name in state.names("index") for path in measured_files(state, name)] if done else []
+        measured = (state.file("index", RECALL, name) for name in state.names("index"))
+        gone += [entry.path for entry in measured if entry is not None] if done else []
         # Places in the text of victims, and what was looked for, hashed.
         gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
         return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
@@ -543,11 +544,8 @@ _PLAIN = ("Flat", "SQfp16")
 def retrain_indexes(root: str | Path) -> Iterator[str]:
     """Train every index anew that has learned anything; what was done, and what to run then, as sentences."""
     store = Store.open(root)
-    trained = [
-        name
-        for name in store.state.names("index")
-        if str(store.state.records.get(index_key(name), {}).get("factory")) not in _PLAIN
-    ]
+    records = {name: index_record(store.state, name) for name in store.state.names("index")}
+    trained = [name for name, record in records.items() if record is None or record.factory not in _PLAIN]
     for name in trained:
         try:
             result = index(root, name=name, options=Options(retrain=True))

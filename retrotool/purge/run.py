@@ -27,8 +27,7 @@ from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.cli.result_files import check_file, written
 from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.generations import all_shards
-from retrotool.index.index_files import parts_in_shard
+from retrotool.index.index_records import ShardRecord, all_shards
 from retrotool.purge.erase import EraseResult, carry_out_erase, part_files, until_not_overtaken
 from retrotool.purge.purged_chunks import (
     NO_TEXT,
@@ -301,7 +300,7 @@ def _touched(store: Store, selection: Selection) -> Touched:
         entry
         for name in state.names("index")
         for entry in all_shards(state, name).values()
-        if not wanted.isdisjoint(parts_in_shard(entry))
+        if not wanted.isdisjoint(ShardRecord.of(entry).parts)
     ]
     groups = [state.group("neighbours", name) for name in state.names("neighbours")]
     tables = [entry for group in groups for entry in group.entries()]

@@ -23,11 +23,11 @@ import pyarrow as pa
 from retrotool.cli.command_lines import neighbours_command, table_command
 from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.staleness import consecutive_ranges
 from retrotool.neighbours.dependents import dependents
 from retrotool.purge.erase import until_not_overtaken
 from retrotool.purge.purged_chunks import check_purge, has_any, unerased, values_of, weigh_chunks, withdrawn
 from retrotool.purge.select import signed
+from retrotool.ranges import consecutive_ranges
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
 from retrotool.store.ids import Ids, distinct_parts

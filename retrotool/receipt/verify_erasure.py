@@ -29,7 +29,7 @@ import pyarrow as pa
 from retrotool.ann import lists
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.index.index_files import RECALL
+from retrotool.index.index_records import RECALL, SHARD
 from retrotool.purge.erase import row_groups, table_schema
 from retrotool.purge.purged_chunks import has_any
 from retrotool.store import atomic, clean, disk, identity, neighbour_tables, parts, paths, runs, staging, vectors
@@ -255,7 +255,7 @@ def _check_index(purged: Purged, entry: FileEntry) -> Flags:
     slot = FileName.parse(entry.path).slot
     if slot == RECALL:
         return np.array([not purged.history.is_after(entry.path)])
-    if not slot.startswith("shard-"):
+    if not slot.startswith(SHARD):
         return _NOTHING
     shard = lists.read_lists(purged.store.path(entry))
     if not shard.is_whole():

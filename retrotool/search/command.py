@@ -86,7 +86,7 @@ def command(
     with output.errors(as_json):
         _leave_pandas_out()
         from retrotool.embed.search_scope import count_left
-        from retrotool.index.index_result import commands_to_index
+        from retrotool.index.searching import commands_to_index
         from retrotool.reader import open_store
 
         if not text.strip():

@@ -10,8 +10,8 @@ import pytest
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
 from retrotool.app import app
-from retrotool.index.generations import generation_of
 from retrotool.index.index_files import read_trained
+from retrotool.index.index_records import generation_of
 from retrotool.index.run import Options
 from retrotool.store.store import Store
 

@@ -165,8 +165,8 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
 
 
 def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> object:
-    wanted = IndexWishes(nlist=4, code="sq8")
-    return api.index(store, name="lists", options=Options(wanted, shard_rows=shard_rows, **options))
+    wanted = IndexWishes(nlist=4, code="sq8", shard_rows=shard_rows)
+    return api.index(store, name="lists", options=Options(wanted, **options))
 
 
 def drop_if_there(store: Path) -> None:

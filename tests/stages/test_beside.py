@@ -17,12 +17,12 @@ from conftest import make_encoder, make_rows, write_jsonl
 import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
+from retrotool.ann.choice import IndexWishes
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task
 from retrotool.errors import UsageError
-from retrotool.index.generations import shards
-from retrotool.index.index_files import encoder_of, held_parts
+from retrotool.index.index_records import encoder_of, held_parts, shards
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
 from retrotool.store import folding, staging
@@ -49,7 +49,7 @@ def chunked(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
 
 def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None:
     embedding = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], ("cpu",))
-    stage = IndexStage("main", "tiny", shard_rows=40)
+    stage = IndexStage("main", "tiny", IndexWishes(shard_rows=40))
     one, other = Store.open(chunked), Store.open(chunked)
     with writing(one) as run, writing(other) as rival:
         tasks = {task.inputs["part"]: task for task in embedding.plan(one)}
@@ -66,7 +66,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
         refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).refused.values()]
     assert len(refused) == 2, "what nobody else did is kept"
     api.embed(chunked, encoder=str(tiny_encoder))
-    api.index(chunked, options=Options(shard_rows=40))
+    api.index(chunked, options=Options(IndexWishes(shard_rows=40)))
     assert held_parts(Store.open(chunked).state, "main") == [0, 1, 2, 3]
     assert api.verify(chunked).ok
     reader = retrotool.open(chunked)
@@ -97,7 +97,7 @@ def test_an_index_is_gone_on_with_by_the_encoder_it_was_trained_for(
     store = Store.open(chunked)
     with writing(store) as run:
         engine.execute(IndexStage("main", "tiny"), store, run)  # killed before its record was committed
-    assert encoder_of(store, "main") == "tiny"
+    assert encoder_of(store.state, "main") == "tiny"
     with pytest.raises(UsageError, match="is of the encoder 'tiny', not 'other'"):
         api.index(chunked, encoder="other")
     assert api.index(chunked).encoder == "tiny"

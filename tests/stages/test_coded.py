@@ -30,9 +30,8 @@ from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index import ground_truth
 from retrotool.index import run as index_run
-from retrotool.index.generations import shards
-from retrotool.index.index_result import describe
-from retrotool.index.run import Options
+from retrotool.index.index_records import shards
+from retrotool.index.run import Options, describe
 from retrotool.index.searching import Database, Point
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -114,7 +113,7 @@ def copy(made: dict[str, Path], tmp_path: Path) -> Path:
 def built(shared: Shared[Path], made: dict[str, Path]) -> Path:
     def build(folder: Path) -> Path:
         store = Path(shutil.copytree(made["sorted"], folder / "store"))
-        api.index(store, options=Options(CODED, shard_rows=4000))
+        api.index(store, options=Options(dataclasses.replace(CODED, shard_rows=4000)))
         return store
 
     return shared("coded index", build)
@@ -232,9 +231,10 @@ def test_an_operating_point_can_be_given(built: Path) -> None:
     assert (little.ids == plain.ids[exact]).mean() < 0.9
 
 
-def grow(store: Path, made: dict[str, Path], encoder: Path, source: str = "late", n: int = 2500) -> None:
-    """More documents, of clusters that the training did not see."""
-    rows = [{"id": f"{source}-{i}", "text": f"word{i} of {source}", "source": source} for i in range(n)]
+def grow(store: Path, encoder: Path, source: str = "late", first: int = 0, n: int = 2500) -> None:
+    """More documents: of clusters that the training did not see, unless its source is one of those."""
+    numbers = range(first, first + n)
+    rows = [{"id": f"{source}-{i}", "text": f"word{i} of {source}", "source": source} for i in numbers]
     api.chunk(store, [str(write_jsonl(store.parent / f"{source}.jsonl", rows))], part_size=1500)
     with pytest.MonkeyPatch.context() as patch:
         embed_by_id(patch, store, encoder)
@@ -243,7 +243,7 @@ def grow(store: Path, made: dict[str, Path], encoder: Path, source: str = "late"
 def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     built_copy: Path, made: dict[str, Path], tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    grow(built_copy, made, tiny_encoder)
+    grow(built_copy, tiny_encoder)
     before = set(api.info(built_copy).indexes["main"]["shards"])
     result = api.index(built_copy, options=Options())
     assert result.added == 2500 and result.vectors == 3 * PER_SOURCE + 2500
@@ -274,10 +274,24 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     assert refreshed.vectors == 3 * PER_SOURCE + 2500 - len(victims)
 
 
+def test_purged_vectors_that_a_training_left_out_are_no_growth_of_the_index(
+    copy: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    victims = [f"{s}-{i}" for s in SOURCES for i in range(PER_SOURCE) if i % 6]
+    (tmp_path / "ids").write_text("\n".join(victims))
+    api.purge(copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    made = api.index(copy, options=Options(PLAIN, queries=FEW))
+    assert made.vectors == 3 * PER_SOURCE, "a purge can be undone"
+    grow(copy, tiny_encoder, "books", PER_SOURCE, 1500)
+    grown = api.index(copy, options=Options(queries=FEW)).drift
+    assert grown is not None and (grown.new, grown.vectors, grown.due) == (1500, 3 * PER_SOURCE + 1500, "")
+    assert grown.grown == pytest.approx(1 + 1500 / (3 * PER_SOURCE))
+
+
 def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
     built_copy: Path, made: dict[str, Path], tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grow(built_copy, made, tiny_encoder)
+    grow(built_copy, tiny_encoder)
     old = api.info(built_copy).indexes["main"]
 
     class Stop(Exception):
@@ -308,7 +322,7 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
 
 def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     for source in ("late", "other"):
-        grow(built_copy, made, tiny_encoder, source, n=300)
+        grow(built_copy, tiny_encoder, source, n=300)
         result = api.index(built_copy, options=Options(queries=FEW))
     state = Store.open(built_copy).state
     further = [slot for slot in shards(state, "main") if re.fullmatch(r"shard-\d{4}\.\d", slot)]
@@ -329,7 +343,7 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
 def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     """Its codes, or ids, would get a right sum."""
     for source in ("late", "other"):
-        grow(built_copy, made, tiny_encoder, source, n=300)
+        grow(built_copy, tiny_encoder, source, n=300)
         api.index(built_copy, options=Options(queries=FEW))
     further = [slot for slot in shards(Store.open(built_copy).state, "main") if slot.count(".")]
     for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):

@@ -62,7 +62,7 @@ def far(rng: np.random.Generator, n: int) -> np.ndarray:
 @pytest.mark.parametrize("nlist", [0, 8])
 def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, nlist: int) -> None:
     store = build(far)
-    api.index(store, target_recall=1, options=Options(IndexWishes(nlist=nlist, code="float16"), 250))
+    api.index(store, target_recall=1, options=Options(IndexWishes(nlist=nlist, code="float16", shard_rows=250)))
     api.neighbours(store)
     plain = read_plain(store)
     plain.vectors[:, 0] = 0

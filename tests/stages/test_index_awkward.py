@@ -21,7 +21,7 @@ from retrotool.index.run import Options
 from retrotool.index.searching import Database, Point
 from retrotool.store.store import Store
 
-LISTS = Options(IndexWishes(nlist=16, code="sq8"), 150)
+LISTS = Options(IndexWishes(nlist=16, code="sq8", shard_rows=150))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_training_that_is_gone_is_made_anew(lists: Path) -> None:
 
 def test_the_size_of_shards_is_kept_and_not_changed_in_silence(lists: Path) -> None:
     with pytest.raises(UsageError, match="with shards of 150 vectors, not 80"):
-        api.index(lists, name="lists", options=Options(shard_rows=80))
+        api.index(lists, name="lists", options=Options(IndexWishes(shard_rows=80)))
     before = api.info(lists).indexes["lists"]
     api.index(lists, name="lists", options=Options(retrain=True))
     assert len(api.info(lists).indexes["lists"]["shards"]) == len(before["shards"]) > 1

@@ -29,7 +29,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pa
         api.chunk(store, [str(write_jsonl(root / f"{name}.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=8)
         api.embed(store, encoder=str(tiny_encoder), devices="cpu")
         if name == "one":
-            api.index(store, name="lists", options=Options(IndexWishes(nlist=4, code="sq8"), 12))
+            api.index(store, name="lists", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12)))
     return store
 
 
@@ -71,13 +71,13 @@ def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[
         assert code == 0 or (code in (2, 11) and err.startswith("error: ")), err
     assert api.verify(store).problems == []
     name = "new" if "new" in calls[0] else "lists"
-    api.index(store, name=name, options=Options(IndexWishes(nlist=4, code="sq8"), 12))
+    api.index(store, name=name, options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12)))
     check(store, name)
 
 
 def test_several_worker_processes_make_what_one_makes(embedded: Path, tmp_path: Path) -> None:
     one, several = (Path(shutil.copytree(embedded, tmp_path / name)) for name in ("one", "several"))
     for store, devices in ((one, "cpu"), (several, "cpu,cpu")):
-        api.index(store, name="new", options=Options(IndexWishes(nlist=4, code="sq8"), 12, devices))
+        api.index(store, name="new", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12), devices))
         check(store, "new")
     assert api.verify(one).indexes == api.verify(several).indexes

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_what_is_kept_is_what_brute_force_keeps(store: Path, how: str, asked: in
     filters, dropped = FILTERS[asked]
     if how != "exact":
         wanted = IndexWishes(nlist=6, code="float16") if how == "lists" else IndexWishes()
-        api.index(store, target_recall=1, options=Options(wanted, 100))
+        api.index(store, target_recall=1, options=Options(replace(wanted, shard_rows=100)))
     found = api.neighbours(store, saved=6, filters=filters)
     assert found.filters == filters_in(filters)
     truth = oracle(store, store, 6, dropped)
@@ -241,7 +242,7 @@ def test_what_cannot_be_compared_is_refused(
 def test_only_chunks_of_allowed_sources_are_found(store: Path, how: str) -> None:
     if how != "exact":
         wanted = IndexWishes(nlist=6, code="float16") if how == "lists" else IndexWishes()
-        api.index(store, target_recall=1, options=Options(wanted, 100))
+        api.index(store, target_recall=1, options=Options(replace(wanted, shard_rows=100)))
     for name, filters, allowed in (
         ("without", FilterOptions(exclude_sources=("a",)), "bc"),
         ("only", FilterOptions(only_sources=("c",)), "c"),
@@ -311,7 +312,7 @@ def test_growth_and_refills_give_what_a_run_from_scratch_gives(
 ) -> None:
     def build() -> None:
         if how != "exact":
-            api.index(store, target_recall=1, options=Options(wanted, 100))
+            api.index(store, target_recall=1, options=Options(replace(wanted, shard_rows=100)))
 
     wanted = IndexWishes(nlist=6, code="float16") if how == "lists" else IndexWishes()
     build()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,8 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
 
     def build() -> None:
         if index is not None:
-            wanted = IndexWishes(nlist=8, code="sq8") if how == "lists" else IndexWishes()
-            api.index(store, name=index, target_recall=1.0, options=Options(wanted if fresh else IndexWishes(), 70))
+            wanted = IndexWishes(nlist=8, code="sq8") if how == "lists" and fresh else IndexWishes()
+            api.index(store, name=index, target_recall=1.0, options=Options(replace(wanted, shard_rows=70)))
 
     fresh = True
     options = EXACT if index is None else None
@@ -147,7 +148,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
 
 
 def test_little_memory_gives_the_same(store: Path) -> None:
-    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8"), 70))
+    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8", shard_rows=70)))
     api.neighbours(store, name="much", index="lists")
     api.neighbours(store, name="little", index="lists", search=SearchOptions(memory=1 << 20))
     api.neighbours(store, name="exact", search=SearchOptions(exact=True, memory=1 << 20))
@@ -196,12 +197,12 @@ def test_an_index_that_probes_more_lists_since_gives_what_it_gives_at_once(store
         with writing(opened) as run:
             opened.commit(run, more)
 
-    wanted = Options(IndexWishes(nlist=8, code="sq8"), 70)
+    wanted = Options(IndexWishes(nlist=8, code="sq8", shard_rows=70))
     api.index(store, options=wanted)
     probe(1)
     api.neighbours(store)
     grow(store, tiny_encoder, 20, 80)
-    api.index(store, options=Options(IndexWishes(), 70))
+    api.index(store, options=Options(IndexWishes(shard_rows=70)))
     probe(4)
     database = Database(Store.open(store), thorough=True)
     assert database.point.nprobe == 7

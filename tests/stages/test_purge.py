@@ -125,7 +125,7 @@ def canary_store(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, list[str]]:
     from retrotool.ann.choice import IndexWishes
     from retrotool.index.run import Options
 
-    api.index(store, name="ivf", options=Options(IndexWishes(nlist=4, code="float16"), 100))
+    api.index(store, name="ivf", options=Options(IndexWishes(nlist=4, code="float16", shard_rows=100)))
     api.neighbours(store)
     return store, names
 

@@ -267,7 +267,7 @@ def test_two_refills_at_once_share_the_parts(store: Path) -> None:
 
 
 def test_an_index_of_lists_finds_as_many_as_anew(store: Path) -> None:
-    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8"), 70))
+    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8", shard_rows=70)))
     api.neighbours(store, name="lists", index="lists", k=K, saved=SAVED)
     victims = some(store, 0.4)
     purge(store, victims)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_an_index_made_meanwhile_has_what_was_purged_and_returns_it_after_the_un
 ) -> None:
     purged = purge(store_copy, "doc-7", "doc-100")
     chunks = read_tombstones(Store.open(store_copy), purged.purge).ids
-    made = api.index(store_copy, name="made", options=Options(wanted, shard_rows=150))
+    made = api.index(store_copy, name="made", options=Options(replace(wanted, shard_rows=150)))
     assert made.vectors == 366 and made.shards > 2
     api.neighbours(store_copy, name="made", index="made")
     reader = retrotool.open(store_copy)

@@ -26,7 +26,7 @@ def build(root: Path, model: Path, *inputs: list[dict[str, Any]], index: bool = 
         api.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
     api.embed(root, encoder=str(model))
     if index:
-        api.index(root, target_recall=1, options=Options(IndexWishes(nlist=4, code="float16"), 100))
+        api.index(root, target_recall=1, options=Options(IndexWishes(nlist=4, code="float16", shard_rows=100)))
     return root
 
 

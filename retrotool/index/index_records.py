@@ -1,0 +1,191 @@
+"""What the log says of an index: its record, its training and its shards; no file is opened, and no array made.
+
+An index has a *generation*, the number of its training. Files of generation 0 are in the slots ``trained`` and
+``shard-…``, those of a later one in ``trained.g1`` and so on. While the next generation is built, the record names the
+current one, which all readers use; the commit that switches removes the old files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from retrotool.ann.choice import IndexShape, IndexWishes
+from retrotool.store.atomic import FileEntry
+from retrotool.store.paths import generation_in, generation_slot
+from retrotool.store.state import State
+
+SHARD = "shard-"
+"""What slots of shards begin with."""
+RECALL = "recall"
+"""Slot of what was measured."""
+DEFAULT = "default_index"
+"""Key of the record that names the index to take where none is named."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexRecord(IndexShape):
+    """What an index is, and what was measured of it: the record ``index:<name>``, see ``docs/format.md``.
+
+    ``nprobe`` and ``depth`` are its operating point. ``target`` is the recall@10 that was asked for, and ``holds``
+    whether that is reached; ``recall_error`` is half the 95 % interval of what is. The truth of ``queries`` was sought
+    in the ``share`` of the vectors; ``rate`` is in queries a second. ``files`` stands for the shards that were
+    measured. ``due`` says why to train anew; "": there is no reason.
+    """
+
+    encoder: str
+    generation: int = 0
+    vectors: int = 0
+    nprobe: int = 0
+    depth: int = 0
+    target: float = 0.0
+    holds: bool = False
+    recall_at_1: float = 0.0
+    recall_at_10: float = 0.0
+    recall_at_100: float = 0.0
+    recall_error: float = 0.0
+    queries: int = 0
+    share: float = 0.0
+    rate: float = 0.0
+    imbalance: float = 0.0
+    files: str = ""
+    due: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRecord:
+    """What the log says of a training: what was ``asked`` for and chosen, of which vectors, and how it fits these.
+
+    ``vectors`` were live, and ``held`` is what shards of the same parts hold, purged ones too. A ``sample`` of them was
+    drawn from ``trained_parts``, [first, last] of what is consecutive, by ``seed``. ``error`` and ``code_error`` are
+    the sample's mean squared distances to the centroids and, of residuals, to what their codes stand for;
+    ``imbalance`` is nlist · Σ(share of list)², 1 if all lists are as long.
+    """
+
+    encoder: str
+    factory: str
+    why: str
+    dimension: int
+    vectors: int
+    held: int
+    trained_parts: list[list[int]]
+    shard_rows: int
+    asked: IndexWishes
+    sample: int
+    seed: int
+    error: float
+    code_error: float
+    imbalance: float
+
+    @property
+    def parts(self) -> set[int]:
+        """Numbers of the parts that the sample was drawn from."""
+        return {part for first, last in self.trained_parts for part in range(first, last + 1)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """What the log says of a shard: the ``parts`` that it holds, and for each how well the training fits it.
+
+    A ``fit`` is [vectors, mean squared distance to the centroids, and of residuals to their codes]. ``imbalance`` is
+    that of its lists, None without lists.
+    """
+
+    parts: list[int] = field(default_factory=list)
+    fit: list[list[float]] = field(default_factory=list)
+    imbalance: float | None = None
+
+    @classmethod
+    def of(cls, entry: FileEntry) -> ShardRecord:
+        """What the log says of the file of a shard."""
+        return _read(cls, entry.about or {})
+
+
+def as_about(record: TrainingRecord | ShardRecord) -> dict[str, Any]:
+    """A record of a file as the log keeps it: without what was not given."""
+    about = {name: value for name, value in asdict(record).items() if value is not None}
+    if isinstance(record, TrainingRecord):
+        about["asked"] = {name: value for name, value in about["asked"].items() if value is not None}
+        del about["asked"]["target"]  # which the index's record has
+    return about
+
+
+def _read(kind: type[T], found: Mapping[str, Any]) -> T:
+    """A record of what the log has; a field that ``kind`` does not know is left out."""
+    return kind(**{one.name: found[one.name] for one in fields(kind) if one.name in found})  # type: ignore[arg-type]
+
+
+def index_key(name: str) -> str:
+    """Key of an index's record."""
+    return f"index:{name}"
+
+
+def index_record(state: State, name: str) -> IndexRecord | None:
+    """The record of an index; None if there is none yet: it was not measured."""
+    found = state.records.get(index_key(name))
+    return None if found is None else _read(IndexRecord, found)
+
+
+def default_index(state: State) -> str:
+    """The index that is meant where none is named."""
+    return str(state.records.get(DEFAULT, "main"))
+
+
+def generation_of(state: State, name: str) -> int:
+    """The current generation of an index; 0 also if there is none yet."""
+    record = index_record(state, name)
+    return 0 if record is None else record.generation
+
+
+def trained_entry(state: State, name: str, generation: int | None = None) -> FileEntry | None:
+    """The training of an index, of its current generation or of another one."""
+    current = generation_of(state, name) if generation is None else generation
+    return state.file("index", generation_slot("trained", current), name)
+
+
+def training_record(state: State, name: str, generation: int | None = None) -> TrainingRecord | None:
+    """What the log says of the training of an index; None if there is none."""
+    entry = trained_entry(state, name, generation)
+    if entry is None:
+        return None
+    about = entry.about or {}
+    return _read(TrainingRecord, {**about, "asked": IndexWishes(**about["asked"])})
+
+
+def encoder_of(state: State, name: str) -> str | None:
+    """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
+    trained = training_record(state, name)
+    return None if trained is None else trained.encoder
+
+
+def shards(state: State, name: str, generation: int | None = None) -> dict[str, FileEntry]:
+    """Slot → file of the shards of an index, of its current generation or of another one."""
+    current = generation_of(state, name) if generation is None else generation
+    return {slot: entry for slot, entry in all_shards(state, name).items() if generation_in(slot) == current}
+
+
+def all_shards(state: State, name: str) -> dict[str, FileEntry]:
+    """Slot → file of the shards of all generations."""
+    group = state.group("index", name)
+    found = {slot: group.get(slot) for slot in group if slot.startswith(SHARD)}
+    return {slot: entry for slot, entry in found.items() if entry is not None}
+
+
+def shards_digest(state: State, name: str, generation: int | None = None) -> str:
+    """A short name of the files that are the shards of an index: as good as their contents, for names are of these."""
+    paths = sorted(entry.path for entry in shards(state, name, generation).values())
+    return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
+
+
+def held_vectors(state: State, name: str, generation: int | None = None) -> int:
+    """Vectors in the shards of an index."""
+    return sum(entry.rows for entry in shards(state, name, generation).values())
+
+
+def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
+    """Numbers of the parts that the shards of an index hold, ascending."""
+    return sorted(part for entry in shards(state, name, generation).values() for part in ShardRecord.of(entry).parts)
