@@ -21,7 +21,7 @@ import orjson
 import pyarrow.compute as pc
 
 from retrotool import sources
-from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.errors import ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
 from retrotool.store import atomic, parts, runs
@@ -32,7 +32,7 @@ from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.staging import PLAN_COUNTS
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Findings
 
@@ -180,12 +180,7 @@ def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: Chun
             draft = replace(draft, records={**draft.records, GUARD: asdict(wanted.findings)})
         return draft
 
-    while True:
-        try:
-            state = store.commit(run, build)
-            break
-        except ErasedError:
-            continue  # a plan was finished while its fingerprints were read
+    state = retry_overtaken(lambda: store.commit(run, build))  # a plan may be finished while its files are read
     return (plan_id if f"plan:{plan_id}" in state.records else None), n_known
 
 
@@ -286,10 +281,9 @@ def write_json_file(root: Path, name: FileName, content: Mapping[str, Any], rows
 
 def read_json_file(store: Store, entry: FileEntry) -> dict[str, Any]:
     """Read a small JSON file of the store's view, checked against its sum."""
-    path = store.path(entry)
-    if atomic.file_sha256(path) != entry.sha256:
-        raise CorruptError(f"{path} is not what the log says", f"See what else is wrong: retrotool verify {store.root}")
-    content: dict[str, Any] = orjson.loads(path.read_bytes())
+    store.check_sum(entry)
+    with store.reading(entry) as path:
+        content: dict[str, Any] = orjson.loads(path.read_bytes())
     return content
 
 

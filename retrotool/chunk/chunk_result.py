@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts
 from retrotool.chunk.quarantine import without_numbers
@@ -219,7 +218,7 @@ def _note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], k
 
 def _has_column(store: Store, part: int, name: str) -> bool:
     entry = parts.part_entry(store, "documents", part)
-    return name in pq.read_schema(store.path(entry)).names
+    return name in parts.read_schema(store, entry).names
 
 
 def _has_values(store: Store, part: int, name: str) -> bool:

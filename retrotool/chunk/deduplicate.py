@@ -42,7 +42,7 @@ from retrotool.chunk.chunk_plan import (
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
-from retrotool.errors import ConflictError, DuplicatesError, ErasedError, InputError
+from retrotool.errors import ConflictError, DuplicatesError, InputError
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import IN_BYTES
 from retrotool.sources.lines import count_lines
@@ -53,7 +53,7 @@ from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
 
 Handling = Literal["skip", "keep", "fail"]
@@ -120,19 +120,17 @@ def finish_plans(
 def _finish(
     store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
 ) -> DuplicateCounts | None:
-    while True:
-        try:
-            seen = store.refresh()
-            if not seen.has(entry.path):
-                return None  # another process finished it
-            draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)
-        except ErasedError:
-            continue  # the plan was finished, or something erased, meanwhile: look again
-        try:
-            store.commit(run, functools.partial(_unless_changed, seen, draft))
-        except ConflictError:
-            continue  # documents or tombstones were committed meanwhile: search again; clean-up takes the files away
+    def attempt() -> DuplicateCounts | None:
+        seen = store.state
+        if not seen.has(entry.path):
+            return None  # another process finished it
+        draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)
+        # If it is overtaken, clean-up takes the files away.
+        store.commit(run, functools.partial(_unless_changed, seen, draft))
         return counts
+
+    store.refresh()
+    return retry_overtaken(attempt, store.renew)
 
 
 def _finishing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +16,14 @@ from retrotool.embed.store_encoder import compare, draw_sample
 from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import counting
-from retrotool.errors import ErasedError, RetrotoolError
+from retrotool.errors import RetrotoolError
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.tokenizers import BUNDLED
 
 _NOT_ITS_OWN = 0.99
@@ -170,11 +169,8 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     ``RetrotoolError`` if one is of another model.
     """
     reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
-    while True:
-        store.refresh()
-        with contextlib.suppress(ErasedError):  # by another process, while it was read
-            sample = draw_sample(store, reference)
-            break
+    store.refresh()
+    sample = retry_overtaken(lambda: draw_sample(store, reference), store.renew)
     if sample is None:
         return None
     with counting("check", "chunk", len(sample.ids)) as report:

@@ -20,7 +20,7 @@ from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageErr
 from retrotool.store import claims, folding, staging
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 
 ATTEMPTS = 3
 FOLD_SECONDS = 30.0
@@ -58,9 +58,14 @@ class Failures:
 
 def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
     """How many tasks of a stage other running commands are at, by the newest commit."""
-    store.refresh()
     held = claims.held(store.root, run.id)
-    return sum(task.key in held for task in stage.plan(store))
+    return sum(task.key in held for task in plan_tasks(stage, store))
+
+
+def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
+    """The tasks of a stage by the newest commit of a store."""
+    store.refresh()
+    return retry_overtaken(lambda: stage.plan(store), store.renew)
 
 
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
@@ -77,8 +82,7 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: E
         while not ended:
             interrupts.check()
             folding.fold(store, run)
-            store.refresh()
-            tasks = [task for task in stage.plan(store) if task.key not in failures.given_up]
+            tasks = [task for task in plan_tasks(stage, store) if task.key not in failures.given_up]
             if any(task.claimed for task in tasks):
                 held = claims.held(store.root, run.id)
                 tasks = [task for task in tasks if task.key not in held]

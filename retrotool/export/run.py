@@ -74,9 +74,8 @@ class ExportedTables:
             found = self.reader.read(part, self.k, [group])
             if len(found.ids) == rows:
                 return found
-            raise CorruptError(
-                f"the neighbours {self.reader.name!r} of part {part} have {len(found.ids):,} rows, not {rows:,}",
-                f"See what else is wrong: retrotool verify {self.store.root}",
+            raise self.store.corrupt(
+                f"the neighbours {self.reader.name!r} of part {part} have {len(found.ids):,} rows, not {rows:,}"
             )
         empty = np.full((rows, self.k), NO_NEIGHBOUR, np.int64)
         return Found(empty, np.full(empty.shape, np.inf, np.float32), np.zeros(empty.shape, np.uint8))

@@ -22,10 +22,15 @@ from retrotool.store.store import Store
 def measured_whole(store: Store, name: str) -> bool:
     """Whether what was measured of an index is there as the log says."""
     entry = store.state.file("index", RECALL, name)
+    return entry is not None and _is_whole(store, entry)
+
+
+def _is_whole(store: Store, entry: FileEntry) -> bool:
     try:
-        return entry is not None and atomic.file_sha256(store.path(entry)) == entry.sha256
+        store.check_sum(entry)
     except CorruptError:
         return False
+    return True
 
 
 def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
@@ -38,22 +43,17 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
     if entry is None:
         raise CorruptError(f"index {name!r} has no training", advice)
     try:
-        path = store.path(entry)
+        store.check_sum(entry)
+        with store.reading(entry) as path:
+            return entry, lists.read_lists(path).trained
     except CorruptError as error:
         raise CorruptError(str(error), advice) from error
-    if atomic.file_sha256(path) != entry.sha256:
-        raise CorruptError(f"{path}: its SHA-256 is not what the log says", advice)
-    return entry, lists.read_lists(path).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; ``ErasedError`` if it was erased since the store was opened, ``CorruptError`` if it is broken."""
-    path = store.path(entry)
-    try:
+    with store.reading(entry) as path:
         shard = lists.read_lists(path, trained)
-    except CorruptError:
-        store.path(entry)  # unlinked just now?
-        raise
     if len(shard) != entry.rows:
         raise CorruptError(f"{store.root / entry.path} holds {len(shard):,} vectors, the log says {entry.rows:,}")
     return shard
@@ -88,22 +88,15 @@ def _mend(store: Store, name: str) -> str:
 
 def broken_shards(store: Store, name: str) -> list[FileEntry]:
     """Shards of the current generation whose bytes are not, or no more, what the log says; reads all of them."""
-    found = []
-    for entry in shards(store.state, name).values():
-        try:
-            if atomic.file_sha256(store.path(entry)) != entry.sha256:
-                found.append(entry)
-        except CorruptError:
-            found.append(entry)
-    return found
+    return [entry for entry in shards(store.state, name).values() if not _is_whole(store, entry)]
 
 
 def check_sum(store: Store, name: str, entry: FileEntry) -> None:
     """``CorruptError`` if a shard's bytes are not what the log says: what is made of it would be as wrong."""
-    path = store.path(entry)
-    if atomic.file_sha256(path) != entry.sha256:
-        store.path(entry)  # unlinked just now?
-        raise CorruptError(f"{path}: its SHA-256 is not what the log says", f"Make it anew: {_mend(store, name)}")
+    try:
+        store.check_sum(entry)
+    except CorruptError as error:
+        raise CorruptError(str(error), f"Make it anew: {_mend(store, name)}") from error
 
 
 def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from retrotool.ann.choice import parse_factory
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import counting
-from retrotool.errors import CorruptError, ErasedError
+from retrotool.errors import ConflictError
 from retrotool.index.ground_truth import QUERIES, find_truth
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
@@ -36,7 +36,7 @@ from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
 
@@ -57,25 +57,17 @@ def measure_until_committed(
     Again if another process has changed the shards, or erased what was read, meanwhile. ``keep``: at the operating
     point that the record has, which stays. ``memory``: bytes, if not those that it was trained in.
     """
-    while True:
+
+    def attempt() -> None:
         if trained_entry(store.state, name, generation) is None:
             raise superseded(name)
-        seen = store.state.number
-        try:
-            _measure(store, run, name, generation, target, queries, keep, device, memory)
-            return
-        except (_ChangedError, ErasedError, CorruptError):
-            # A file that is unlinked between being looked up and being read looks broken.
-            if store.refresh().number == seen:
-                raise
+        _measure(store, run, name, generation, target, queries, keep, device, memory)
+
+    retry_overtaken(attempt, store.renew)
 
 
 _ENOUGH = 50
 """Queries from new parts below which their recall says nothing."""
-
-
-class _ChangedError(Exception):
-    """Another process has changed what was measured."""
 
 
 def _measure(
@@ -114,7 +106,7 @@ def _measure(
     def build(state: State) -> Draft:
         gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
         if gone or shards(state, name, generation) != entries:
-            raise _ChangedError
+            raise ConflictError(f"the index {name!r} was changed while it was measured", "Run the same command again.")
         settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
         return Draft(
             "index", settings, add=(file,), remove=_replaced(state, name, generation), records={index_key(name): record}

@@ -38,7 +38,7 @@ from retrotool.index.recall import Recall
 from retrotool.index.searching import commands_to_index, pick_index
 from retrotool.index.stage import IndexStage, choose_for, superseded
 from retrotool.index.staleness import Drift, drift
-from retrotool.store import atomic, parts
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
@@ -289,12 +289,10 @@ def _check_embeddings(store: Store, stage: IndexStage) -> None:
             for part in ShardRecord.of(entry).parts}  # fmt: skip
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
         entry = parts.part_entry(store, "embeddings", part, stage.encoder)
-        path = store.path(entry)
-        if atomic.file_sha256(path) != entry.sha256:
-            raise CorruptError(
-                f"{path}: its SHA-256 is not what the log says, so the index can't be mended from it",
-                f"See what else is wrong: retrotool verify {store.root}",
-            )
+        try:
+            store.check_sum(entry)
+        except CorruptError as error:
+            raise store.corrupt(f"{error}, so the index can't be mended from it") from error
 
 
 def _no_index(store: Store, name: str, asked: str) -> UsageError:

@@ -123,10 +123,7 @@ class Vectors:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _nobody(self, chunk: int) -> CorruptError:
-        return CorruptError(
-            f"an index of {self._store.root} names the chunk {chunk}, which is not there",
-            f"See what else is wrong: retrotool verify {self._store.root}",
-        )
+        return self._store.corrupt(f"an index of {self._store.root} names the chunk {chunk}, which is not there")
 
 
 class Database:

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from retrotool.ann import lists
-from retrotool.errors import CorruptError, ErasedError
+from retrotool.errors import CorruptError
 from retrotool.index.index_files import read_trained
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName, generation_in
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.verify import Verification, check_store, total_bytes
-
-ATTEMPTS = 5
-"""How often ``verify`` begins, when other processes remove what it checks."""
 
 
 def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -> Verification:
@@ -26,23 +23,17 @@ def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -
     A store that can't be opened for what is in it is a problem too; ``ErasedError`` if other processes keep removing
     files that were to be checked.
     """
-    for attempt in range(ATTEMPTS):
-        reported = 0
+    reported = 0
 
-        def counted(n: int) -> None:
-            nonlocal reported
-            reported += n
-            report(n)
+    def counted(n: int) -> None:
+        nonlocal reported
+        reported += n
+        report(n)
 
-        try:
-            return check_store(Store.open(root), counted, _read_lists)
-        except CorruptError as error:
-            return Verification(False, -1, [f"{error}. {error.advice}".removesuffix(" ")])
-        except ErasedError:
-            if attempt == ATTEMPTS - 1:
-                raise
-            report(-reported)  # from the beginning, on the newest commit
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        return retry_overtaken(lambda: check_store(Store.open(root), counted, _read_lists), lambda: counted(-reported))
+    except CorruptError as error:
+        return Verification(False, -1, [f"{error}. {error.advice}".removesuffix(" ")])
 
 
 def bytes_to_verify(root: str | Path) -> int:
@@ -59,6 +50,7 @@ def _read_lists(store: Store, entry: FileEntry) -> Iterator[tuple[Any, Callable[
     trained = None
     with contextlib.suppress(CorruptError):
         trained = read_trained(store, name.name, generation_in(name.slot))[1]
-    shard = lists.read_lists(store.path(entry), trained)
+    with store.reading(entry) as path:
+        shard = lists.read_lists(path, trained)
     for number in shard.numbers:
         yield shard.ids(number), functools.partial(shard.may_stand_for, number)

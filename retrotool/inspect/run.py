@@ -23,7 +23,7 @@ from retrotool.cli.command_lines import table_command
 from retrotool.cli.result_files import check_file
 from retrotool.embed.search_scope import SearchableRows
 from retrotool.engine.progress import counting
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import UsageError
 from retrotool.index.index_records import index_record
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.table_reader import Found, NeighbourReader, row_groups_of
@@ -32,7 +32,7 @@ from retrotool.reader import Reader
 from retrotool.store import parts
 from retrotool.store.ids import Ids
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer
 from retrotool.tokenizers.tokenizer import Split, split_texts
@@ -43,8 +43,6 @@ pair in three has a run of 2 tokens ("in the"), 5 % of 3, 1.2 % of 4 ("on the co
 _LONGEST = 64
 _BLOCK = 1 << 13
 """Neighbours that are read at once."""
-_ATTEMPTS = 3
-"""How often it begins, when other processes erase what it reads."""
 _BINS = 8
 
 
@@ -377,13 +375,7 @@ def inspect(
         raise UsageError("give one of --chunk, --document and --random")
     if choice.random is not None and choice.random < 1:
         raise UsageError(f"--random {choice.random}: it is a number of chunks")
-    for attempt in range(_ATTEMPTS):
-        try:
-            return _inspect(Store.open(root), choice, name, k, page, keep)
-        except ErasedError:  # another command put other files in place of those that were being read
-            if attempt + 1 == _ATTEMPTS:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    return retry_overtaken(lambda: _inspect(Store.open(root), choice, name, k, page, keep))
 
 
 def _inspect(

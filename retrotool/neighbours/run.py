@@ -187,7 +187,7 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
 def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) -> DatabaseResult:
     """Do what there is to do for one database."""
     database = stage.open_database(store)
-    todo = _count_queries(store, stage.plan(store))
+    todo = _count_queries(store, engine.plan_tasks(stage, store))
     record = stage.record(store, database)
     store.commit(run, lambda state: stage.claim(state, record))
     aware = _register(store, stage, record)

@@ -25,9 +25,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from retrotool.cli.command_lines import embed_command, table_command
 from retrotool.embed.search_scope import (
     count_keys,
@@ -36,7 +33,7 @@ from retrotool.embed.search_scope import (
     is_same_directory,
 )
 from retrotool.engine.task import Task, Worker, own_first, task_key
-from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.errors import CorruptError, StoreNotFoundError, UsageError
 from retrotool.index.exact import NO_INDEX, ExactDatabase
 from retrotool.index.searching import Database
 from retrotool.neighbours.filters import AnyDatabase, Filters
@@ -286,8 +283,8 @@ def _how(index: str) -> str:
 def _database_in(store: Store, entry: FileEntry) -> str | None:
     """The uuid that a table's own metadata has, for one of which the log says nothing; None if the file is broken."""
     try:
-        metadata = pq.read_schema(store.path(entry)).metadata or {}
-    except pa.ArrowException:
+        metadata = parts.read_schema(store, entry).metadata or {}
+    except CorruptError:
         return None  # reading it will say so
     return str(metadata.get(b"retrotool.database", b"").decode())
 

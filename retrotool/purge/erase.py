@@ -46,8 +46,8 @@ from retrotool.chunk.chunker import id_hash
 from retrotool.cli.command_lines import table_command
 from retrotool.embed.search_scope import is_same_directory, purges_erased
 from retrotool.engine.task import Report, Task, check_there, task_key
-from retrotool.errors import ConflictError, CorruptError, ErasedError, UsageError
-from retrotool.index.index_files import check_sum, write_index
+from retrotool.errors import ConflictError, UsageError
+from retrotool.index.index_files import check_sum, read_shard, write_index
 from retrotool.index.index_records import RECALL, ShardRecord, all_shards, index_record
 from retrotool.index.run import Options, index
 from retrotool.machine import cores, memory_of_machine
@@ -78,7 +78,7 @@ from retrotool.store.restored import PREFIX, check_not_restored, standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, add_tombstones, named_chunks, read_tombstones
 
 
@@ -188,13 +188,13 @@ def _part_holds(store: Store, part: int, rows: Ids) -> bool:
 
 
 def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    shard = lists.read_lists(store.path(entry))
+    shard = read_shard(store, entry)
     return any(victims.contains(shard.ids(number)).any() for number in shard.numbers)
 
 
 def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
     rows = victims.rows(int(FileName.parse(entry.path).slot))
-    within = is_within(store, entry, table_schema(store, entry).metadata)
+    within = is_within(store, entry, parts.read_schema(store, entry).metadata)
     for group, mine in row_groups(entry, rows):
         if not (within or len(mine)):
             continue
@@ -216,11 +216,6 @@ def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
         yield group, rows[low:high] - group * ROW_GROUP
 
 
-def table_schema(store: Store, entry: FileEntry) -> pa.Schema:
-    """The schema of a Parquet file with its metadata; ``CorruptError`` if it can't be read."""
-    return parts.read_parquet(store, entry, row_groups=[]).schema
-
-
 def _has_excerpts(store: Store, entry: FileEntry) -> bool:
     table = parts.read_parquet(store, entry, ["excerpt"])
     return bool(pc.any(pc.greater(pc.binary_length(table["excerpt"]), 0)).as_py())
@@ -237,11 +232,7 @@ class EraseWorker:
         """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
         old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
         check_there(self._store, (*old, *tombstones))
-        try:
-            add = self._rewritten(task, run)
-        except CorruptError:
-            check_there(self._store, old)
-            raise
+        add = self._rewritten(task, run)
         report(task.weight)
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
@@ -280,12 +271,12 @@ class EraseWorker:
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
         check_sum(self._store, name.name, entry)
-        index = lists.without(lists.read_lists(self._store.path(entry)), self._victims.contains)
+        index = lists.without(read_shard(self._store, entry), self._victims.contains)
         return write_index(self._store.root, index, name, entry.about)
 
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
         store, rows = self._store, self._victims.rows(int(name.slot))
-        schema = table_schema(store, entry)
+        schema = parts.read_schema(store, entry)
         banned = self._victims.contains if is_within(store, entry, schema.metadata) else None
 
         def groups() -> Iterator[pa.Table]:
@@ -347,8 +338,6 @@ def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Ide
     return documents
 
 
-ATTEMPTS = 20
-"""How often what another process has overtaken is begun again."""
 ELSEWHERE = (
     "ids of what was erased, distances to it, and its text if materialised, "
     "where other stores have neighbours in this one"
@@ -357,7 +346,6 @@ _ROWS_A_WORKER = 1 << 16
 """Ids of parts that take some times what it takes to start a process."""
 _WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
 """Memory of a process: this, and so many times the tokens and vectors of a part."""
-_Result = TypeVar("_Result")
 _Planned = TypeVar("_Planned", bound="EraseResult")
 
 
@@ -413,7 +401,7 @@ def erase(
             _name_copies(store, run, left, copies)
             return carry_out_erase(store, run, victims, planned)
 
-    return until_not_overtaken(store, attempt)
+    return retry_overtaken(attempt, store.renew)
 
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
@@ -450,6 +438,7 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
 
 def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
     """Add to what a purge names; ``ConflictError`` if it was undone, erased or added to by another process."""
+    check_not_restored(store.state, (purge,))
     entry, before = add_tombstones(store, run.id, purge, new)
 
     def build(state: State) -> Draft:
@@ -462,22 +451,9 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
         store.commit(run, build)
 
 
-def until_not_overtaken(store: Store, attempt: Callable[[], _Result]) -> _Result:
-    """The result of ``attempt``; again on the newest state, as long as it is another process that makes it fail."""
-    for _ in range(ATTEMPTS):
-        seen = store.refresh().number
-        try:
-            return attempt()
-        except (ErasedError, ConflictError, CorruptError):
-            # Between being found and being read a file can be replaced, which then looks like damage.
-            if store.refresh().number == seen:
-                raise
-    return attempt()
-
-
 def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _Planned:
     """Erase the chunks of the purges of ``planned``, which are tombstones; return it with what was done."""
-    done = until_not_overtaken(store, lambda: erase_chunks(store, run, chunks, planned.purges))
+    done = retry_overtaken(lambda: erase_chunks(store, run, chunks, planned.purges), store.renew)
     clear(store, run)
     state = store.refresh()
     return replace(

@@ -28,7 +28,7 @@ from retrotool.cli.result_files import check_file, written
 from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import ShardRecord, all_shards
-from retrotool.purge.erase import EraseResult, carry_out_erase, part_files, until_not_overtaken
+from retrotool.purge.erase import EraseResult, carry_out_erase, part_files
 from retrotool.purge.purged_chunks import (
     NO_TEXT,
     SameText,
@@ -51,7 +51,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import named_chunks, tombstone_paths, write_tombstones
 
 EXAMPLES, LARGEST = 10, 10
@@ -197,7 +197,7 @@ def purge(
             agreed = planned.chunks, planned.unerased
         return _carry_out(store, selection, planned, reason, who, erase)
 
-    return until_not_overtaken(store, attempt)
+    return retry_overtaken(attempt, store.renew)
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:

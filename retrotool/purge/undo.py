@@ -24,7 +24,6 @@ from retrotool.cli.command_lines import neighbours_command, table_command
 from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
-from retrotool.purge.erase import until_not_overtaken
 from retrotool.purge.purged_chunks import check_purge, has_any, unerased, values_of, weigh_chunks, withdrawn
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
@@ -36,7 +35,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.restored import PREFIX, missed_parts, standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import (
     KEPT,
     Tombstones,
@@ -103,7 +102,7 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
                 int(state.records[PREFIX + purge]["restored"]), found.named_by, found.repeats,
             )  # fmt: skip
 
-        done = until_not_overtaken(store, attempt)
+        done = retry_overtaken(attempt, store.renew)
     store.refresh()
     return replace(done, next=tuple(_refills(store)))
 

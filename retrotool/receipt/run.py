@@ -26,7 +26,6 @@ from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
 from retrotool.errors import StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.erase import until_not_overtaken
 from retrotool.purge.purged_chunks import check_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
@@ -35,7 +34,7 @@ from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 from retrotool.store.verify import total_bytes
 from retrotool.store.verify_log import check_log
@@ -134,7 +133,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
     for path in targets.values():
         result_files.check_file("--out", path)
-    receipt = until_not_overtaken(store, lambda: _check(store, purge))
+    receipt = retry_overtaken(lambda: _check(store, purge), store.renew)
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
     with result_files.written(targets["json"]) as scratch:

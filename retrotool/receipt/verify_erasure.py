@@ -26,13 +26,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.ann import lists
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
+from retrotool.index.index_files import read_shard
 from retrotool.index.index_records import RECALL, SHARD
-from retrotool.purge.erase import row_groups, table_schema
+from retrotool.purge.erase import row_groups
 from retrotool.purge.purged_chunks import has_any
-from retrotool.store import atomic, clean, disk, identity, neighbour_tables, parts, paths, runs, staging, vectors
+from retrotool.store import clean, disk, identity, neighbour_tables, parts, paths, runs, staging, vectors
 from retrotool.store.atomic import FileEntry
 from retrotool.store.checked import is_within
 from retrotool.store.log import Commit
@@ -190,13 +190,10 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
                 n, one = int(holds.sum()), kinds[kind]
                 kinds[kind] = replace(one, files=one.files + 1, rows=one.rows + len(holds), left=one.left + n)
                 left |= {entry.path: n} if n else {}
-                if atomic.file_sha256(store.path(entry)) != entry.sha256:
-                    damaged.append(f"{entry.path}: its SHA-256 is not what the log says")
+                store.check_sum(entry)
         except ErasedError:
             raise
         except (RetrotoolError, OSError, LookupError, ValueError, pa.ArrowException) as error:
-            with contextlib.suppress(CorruptError):
-                store.path(entry)  # ``ErasedError`` if it was replaced just now
             damaged.append(f"{entry.path}: can't be checked: {error}")
         report(entry.bytes)
     present, synced = _check_removed(store.root, purged.history.removed)
@@ -257,15 +254,13 @@ def _check_index(purged: Purged, entry: FileEntry) -> Flags:
         return np.array([not purged.history.is_after(entry.path)])
     if not slot.startswith(SHARD):
         return _NOTHING
-    shard = lists.read_lists(purged.store.path(entry))
-    if not shard.is_whole():
-        raise CorruptError(f"{entry.path} holds other numbers of ids and of codes than it says")
+    shard = read_shard(purged.store, entry)
     return np.concatenate([_NOTHING, *(purged.chunks.contains(shard.ids(number)) for number in shard.numbers)])
 
 
 def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
     rows = purged.rows(entry)
-    within = is_within(purged.store, entry, table_schema(purged.store, entry).metadata)
+    within = is_within(purged.store, entry, parts.read_schema(purged.store, entry).metadata)
     if not (within or len(rows)):
         return _NOTHING
     looked_at = [_NOTHING]

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, arg, check_utf8, opt
-from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
+from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.store.store import retry_overtaken
 
 if TYPE_CHECKING:
     from retrotool.index.searching import Database
+    from retrotool.reader import Neighbour
 
 EPILOG = """\b
 Examples:
   retrotool search store "how do I open a file for reading?"
   retrotool search store "file objects" -k 3 --json
   retrotool search store "file objects" --index precise --nprobe 64 --rerank 200"""
-
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +92,19 @@ def command(
         if not text.strip():
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
-        for attempt in range(_ATTEMPTS):
+
+        def attempt() -> tuple[list[Neighbour], Database, int]:
             reader = open_store(_checked(store, text))
-            try:
-                encoder = reader.load_encoder(index, device)
-                found = reader.search(
-                    text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
-                )
-                database = reader.database(index, allow_missing=allow_missing_shards)
-                missing = _missing(database)
-                left = count_left(database.store, database.held(), database.tombstones)
-                then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
-                break
-            except ErasedError:  # another command put other files in place of those that were just found
-                if attempt + 1 == _ATTEMPTS:
-                    raise
+            encoder = reader.load_encoder(index, device)
+            found = reader.search(
+                text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
+            )
+            database = reader.database(index, allow_missing=allow_missing_shards)
+            return found, database, count_left(database.store, database.held(), database.tombstones)
+
+        found, database, left = retry_overtaken(attempt)
+        missing = _missing(database)
+        then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
         results = [
             FoundChunk(
                 n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.errors import CorruptError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import HASH_BYTES, ROW_GROUP
@@ -214,7 +213,5 @@ def read_hashes(store: Store, entry: FileEntry) -> Hashes:
     column = parts.read_parquet(store, entry)["hash"]
     hashes = np.ascontiguousarray(parts.from_fixed_binary(column, np.dtype(np.uint8))).view(HASH).reshape(-1)
     if column.null_count or (hashes[1:] <= hashes[:-1]).any():
-        raise CorruptError(
-            f"{entry.path}: its hashes are not sorted", f"See what else is wrong: retrotool verify {store.root}"
-        )
+        raise store.corrupt(f"{entry.path}: its hashes are not sorted")
     return hashes

@@ -13,6 +13,7 @@ Here also: what columns the Parquet files of a store have, and of what types.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, disk, parts
+from retrotool.store import atomic, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import PART_SHIFT as PART_SHIFT
 from retrotool.store.ids import chunk_ids as chunk_ids
@@ -164,32 +165,39 @@ def read_parquet(
 
     ``optional``: columns to read besides ``columns`` if the file has them.
     """
-    path = store.path(entry)
-    disk.announce("read", path)
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
-            rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            if not file.metadata.num_rows == sum(rows) == entry.rows:
-                raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
-            _check_schema(store, entry, file.schema_arrow, columns)
-            groups = list(range(len(rows)) if row_groups is None else row_groups)
-            present = [name for name in optional if name in file.schema_arrow.names]
-            table = file.read_row_groups(groups, columns=None if columns is None else [*columns, *present])
-            if table.num_rows != (due := sum(rows[group] for group in groups)):
-                raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {due:,}")
-            return table
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CorruptError(f"{path}: {reason}", f"See what else is wrong: retrotool verify {store.root}") from error
+    with _open_parquet(store, entry) as file:
+        path = store.root / entry.path
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        if not file.metadata.num_rows == sum(rows) == entry.rows:
+            raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
+        _check_schema(store, entry, file.schema_arrow, columns)
+        groups = list(range(len(rows)) if row_groups is None else row_groups)
+        present = [name for name in optional if name in file.schema_arrow.names]
+        table = file.read_row_groups(groups, columns=None if columns is None else [*columns, *present])
+        if table.num_rows != (due := sum(rows[group] for group in groups)):
+            raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {due:,}")
+        return table
+
+
+@contextlib.contextmanager
+def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
+    with store.reading(entry) as path:
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
+                yield file
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise store.corrupt(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def read_schema(store: Store, entry: FileEntry) -> pa.Schema:
+    """Read the columns of a Parquet file of the store's view, and its metadata."""
+    return read_parquet(store, entry, row_groups=[]).schema
 
 
 def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """As ``read_parquet``, one row group after another: files that may be larger than memory."""
-    path = store.path(entry)
-    try:
-        groups = pq.read_metadata(path).num_row_groups
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptError(f"{path}: {error}", f"See what else is wrong: retrotool verify {store.root}") from error
+    with _open_parquet(store, entry) as file:
+        groups = file.metadata.num_row_groups
     for group in range(groups):
         yield read_parquet(store, entry, columns, [group])
 
@@ -288,7 +296,7 @@ def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
     """The live file of a part; ``CorruptError`` if it has none."""
     entry = store.state.part_file(kind, part, name)
     if entry is None:
-        raise CorruptError(f"part {part} has no {kind} file", f"See what else is wrong: retrotool verify {store.root}")
+        raise store.corrupt(f"part {part} has no {kind} file")
     return entry
 
 

@@ -13,10 +13,11 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from retrotool.errors import CorruptError, ErasedError, LostRunError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.store import atomic, disk, identity, log, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import Identity, TokenizerIdentity
@@ -27,6 +28,28 @@ from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
 CHECKPOINT_EVERY = 256
 CHECKPOINT_NAME = re.compile(r"(\d+)-[0-9a-f]{16}\.json")
 _BACKOFF_SECONDS = 0.002
+_ATTEMPTS = 20
+"""How often what other processes have overtaken is begun."""
+_Result = TypeVar("_Result")
+
+
+def retry_overtaken(attempt: Callable[[], _Result], renew: Callable[[], object] = lambda: None) -> _Result:
+    """Return ``attempt()``; ``renew`` and try again, up to 20 times, while commits of other processes make it fail.
+
+    A commit that replaces or erases a file under its reader is an ``ErasedError`` (``Store.reading``), one that a
+    draft does not go with a ``ConflictError``. ``renew`` moves to the newest commits, and returns what tells these
+    from older ones: a conflict that comes again although nothing was committed since is raised, as is a
+    ``CorruptError``, which is damage.
+    """
+    seen: object = None
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return attempt()
+        except (ErasedError, ConflictError) as error:
+            before, seen = seen, renew()
+            if isinstance(error, ConflictError) and seen == before:
+                raise
+    return attempt()
 
 
 class Store:
@@ -100,15 +123,38 @@ class Store:
                     f"{entry.path} was replaced, or erased, after this reader opened the store",
                     "Open the store again: run the same command again.",
                 ) from None
-            raise CorruptError(
-                f"{path} is missing", f"See what else is missing: retrotool verify {self.root}"
-            ) from None
+            raise self.corrupt(f"{path} is missing") from None
         if size != entry.bytes:
-            raise CorruptError(
-                f"{path} has {size:,} bytes, the log says {entry.bytes:,}",
-                f"See what else is wrong: retrotool verify {self.root}",
-            )
+            raise self.corrupt(f"{path} has {size:,} bytes, the log says {entry.bytes:,}")
         return path
+
+    @contextlib.contextmanager
+    def reading(self, entry: FileEntry) -> Iterator[Path]:
+        """Give the path of a file of this view to what opens and reads it. Errors are as of ``path``.
+
+        What fails because a newer commit removed the file after it was looked up is an ``ErasedError``, too.
+        """
+        path = self.path(entry)
+        disk.announce("read", path)
+        try:
+            yield path
+        except Exception:
+            self.path(entry)
+            raise
+
+    def check_sum(self, entry: FileEntry) -> None:
+        """Read a file of this view; ``CorruptError`` if its SHA-256 is not what the log says. Errors as of ``path``."""
+        with self.reading(entry) as path:
+            if atomic.file_sha256(path) != entry.sha256:
+                raise self.corrupt(f"{path}: its SHA-256 is not what the log says")
+
+    def corrupt(self, what: str) -> CorruptError:
+        """An error that says ``what`` is wrong, and how to see whether anything else is."""
+        return CorruptError(what, f"See what else is wrong: retrotool verify {self.root}")
+
+    def renew(self) -> int:
+        """Move to the newest commit, and return its number; for ``retry_overtaken``."""
+        return self.refresh().number
 
     def tokenizer_json(self) -> bytes:
         """The tokenizer file's bytes, checked against the hash that the store is bound to."""

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.errors import CorruptError, ErasedError
+from retrotool.errors import ErasedError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 
 _SPANS = 16
 _SMALL, _MOST_SMALL = 256, 1 << 15
@@ -69,7 +69,7 @@ def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.i
     """Write the tombstones of a purge with ``more``; return the new file, and the path of the one that it replaces."""
     before = store.state.group("tombstones").get(purge)
     if before is None:
-        raise CorruptError(f"purge {purge} has no tombstones", f"See what else is wrong: retrotool verify {store.root}")
+        raise store.corrupt(f"purge {purge} has no tombstones")
     ids = np.union1d(read_tombstones(store, purge).ids, more)
     return write_tombstones(store.root, FileName.new(run_id, "tombstones", purge, "parquet"), ids), before.path
 
@@ -137,16 +137,16 @@ def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
 
 
 def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
-    try:
-        ids: npt.NDArray[np.int64] = parts.read_parquet(store, entry)["chunk"].to_numpy()
-    except (ErasedError, CorruptError):
-        # Between being found and being read a file can be gone, which then looks like damage. In the place of one that
-        # was replaced is one with more.
+    def read_newest() -> pa.Table:
         newest = Store.open(store.root)
         kept = newest.state.file(KEPT, slot) or newest.state.file("tombstones", slot)
-        if newest.state.has(entry.path) or kept is None:
-            raise
-        ids = parts.read_parquet(newest, kept)["chunk"].to_numpy()
+        return parts.read_parquet(newest, kept or entry)
+
+    try:
+        table = parts.read_parquet(store, entry)
+    except ErasedError:
+        table = retry_overtaken(read_newest)  # in the place of a file that was replaced is one with more
+    ids: npt.NDArray[np.int64] = table["chunk"].to_numpy()
     return ids
 
 

@@ -54,14 +54,11 @@ def write_vector_blocks(
 
 def read_vectors(store: Store, entry: FileEntry) -> npt.NDArray[np.float16]:
     """Map a part's embeddings, float16 [n, d]; rows of erased chunks are zero. Checks shape and type, not the sum."""
-    path = store.path(entry)
-    advice = f"See what else is wrong: retrotool verify {store.root}"
-    try:
-        vectors: npt.NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{path}: {error}", advice) from error
+    with store.reading(entry) as path:
+        try:
+            vectors: npt.NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise store.corrupt(f"{path}: {error}") from error
     if vectors.dtype != np.float16 or vectors.ndim != 2 or len(vectors) != entry.rows:
-        raise CorruptError(
-            f"{path}: {vectors.dtype} {vectors.shape}, the log says {entry.rows} rows of float16", advice
-        )
+        raise store.corrupt(f"{path}: {vectors.dtype} {vectors.shape}, the log says {entry.rows} rows of float16")
     return vectors

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.store import atomic, parts, paths, staging
+from retrotool.errors import ErasedError, RetrotoolError
+from retrotool.store import parts, paths, staging
 from retrotool.store import verify_references as references
 from retrotool.store.checked import Checked, check_chunk_ids
 from retrotool.store.clean import foreign_files
@@ -142,8 +142,7 @@ def _check_files(checked: Checked, result: Verification, report: Report) -> None
         result.files += 1
         result.bytes += entry.bytes
         try:
-            if atomic.file_sha256(store.path(entry)) != entry.sha256:
-                raise CorruptError(f"{entry.path}: its SHA-256 is not what the log says")
+            store.check_sum(entry)
         except ErasedError:
             raise
         except (RetrotoolError, OSError) as error:

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.cli.command_lines import table_command
-from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.errors import UsageError
 from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, TextReader, block_rows
 from retrotool.store import parts
 from retrotool.store.ids import Ids
 from retrotool.store.parts import ROW_GROUP
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.train.order import EMPTY, Order, SequenceLayout, Share
 
@@ -72,7 +72,7 @@ def _mask(counts: npt.NDArray[Any], length: int) -> npt.NDArray[np.bool_]:
 
 
 class TrainingReader:
-    """A store and its neighbours ``name`` as they are now; ``renew`` takes in what changed since."""
+    """A store and its neighbours ``name`` as they are now."""
 
     def __init__(self, path: str, name: str, k: int | None) -> None:
         self._path, self._name, self._k = path, name, k
@@ -91,15 +91,6 @@ class TrainingReader:
     def k(self) -> int:
         """Neighbours a chunk."""
         return self.rows.k
-
-    def _commits(self) -> list[int]:
-        return [store.state.number for store in (self.store, *self.rows.reader.databases)]
-
-    def renew(self) -> bool:
-        """Move to the newest commits; whether there was any."""
-        before = self._commits()
-        self._open()
-        return self._commits() != before
 
     def check_tables(self, layout: SequenceLayout) -> None:
         """``UsageError`` unless all parts of a layout have neighbours."""
@@ -120,14 +111,12 @@ class TrainingReader:
 
         int64 [n, slots], −1: empty. Where a file was erased, or made anew, since the view was taken, a new one is.
         """
-        while True:
-            try:
-                return self._read(layout, block, sequence)
-            except (CorruptError, ErasedError):
-                # Between being found and being read a file can be gone, which then looks like damage.
-                if not self.renew():
-                    raise
-                self.check_tables(layout)
+
+        def renew() -> None:
+            self._open()
+            self.check_tables(layout)
+
+        return retry_overtaken(lambda: self._read(layout, block, sequence), renew)
 
     def _read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         wanted = np.unique(block)

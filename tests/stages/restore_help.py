@@ -70,15 +70,18 @@ sys.addaudithook(_hook)  # there is no way to remove one
 
 
 @contextmanager
-def once_before(operation: str, folder: Path, strike: Callable[[], object]) -> Iterator[None]:
-    """Call ``strike`` just before the first announced ``operation`` in ``folder``; fail if there is none."""
+def once_before(operation: str, folder: Path, strike: Callable[[], object], slot: str = "") -> Iterator[None]:
+    """Call ``strike`` just before the first announced ``operation`` on a file of ``slot`` in ``folder``.
+
+    Without ``slot``, on any file there. Fail if there is none.
+    """
     global _listener
     done = False
 
     def listener(announced: str, path: str) -> None:
         global _listener
         nonlocal done
-        if announced == operation and Path(path).parent == folder:
+        if announced == operation and Path(path).parent == folder and Path(path).name.startswith(slot):
             _listener, done = None, True
             strike()
 

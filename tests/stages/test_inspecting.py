@@ -282,6 +282,6 @@ def test_when_files_are_erased_meanwhile_it_begins_anew(built_store: Path, monke
 
     monkeypatch.setattr(inspect_run, "_inspect", erased)
     assert api.inspect(built_store, Choice(chunk=0)).shown == 1
-    left[0] = 3
+    left[0] = 20
     with pytest.raises(ErasedError):
         api.inspect(built_store, Choice(chunk=0))

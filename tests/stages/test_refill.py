@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 from oracle import Plain, brute_force, read_plain, saved_neighbours
+from restore_help import once_before
 from test_affected import in_groups_of
 from test_index_rivals import at_once
 
@@ -262,6 +263,20 @@ def test_two_refills_at_once_share_the_parts(store: Path) -> None:
     for code, err in at_once(store, again, again):
         assert code == 0 and "Traceback" not in err, err
     assert refill(store).queries == 0
+    assert_as_anew(store, victims)
+    assert api.verify(store).problems == []
+
+
+@pytest.mark.parametrize("table", range(3))
+def test_a_table_that_another_refill_replaces_between_look_up_and_reading_is_planned_again(
+    store: Path, table: int
+) -> None:
+    victims = some(store, 0.4)
+    purge(store, victims)
+    folder = store / "neighbours" / "main"
+    slots = sorted(path.name.partition("-")[0] for path in folder.iterdir())
+    with once_before("read", folder, lambda: refill(store), slot=slots[table]):
+        assert refill(store).queries == 0
     assert_as_anew(store, victims)
     assert api.verify(store).problems == []
 
