@@ -272,6 +272,34 @@ def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Encoder, "verify", verified)
 
 
+_tables: dict[bytes, Any] = {}
+_findings: dict[bytes, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer's bytes, and where tokie is like it, are found out once a process; where this is tested, always."""
+    if request.path.parent.name == "tokenizers":
+        return
+    from retrotool.tokenizers import Tokenizer, fast
+
+    spell, find_out = Tokenizer._byte_table, fast._guard
+
+    def byte_table(tokenizer: Tokenizer) -> Any:
+        if tokenizer.file.content not in _tables:
+            _tables[tokenizer.file.content] = spell(tokenizer)
+        return _tables[tokenizer.file.content]
+
+    def guard(encode: Any, tokenizer: Tokenizer, findings: fast.Findings | None) -> fast.Guard:
+        content = tokenizer.file.content
+        found = find_out(encode, tokenizer, findings or _findings.get(content))
+        _findings[content] = fast.Findings(fast.library_versions(), found.needles, found.runs, found.frames, found.why)
+        return found
+
+    monkeypatch.setattr(Tokenizer, "_byte_table", byte_table)
+    monkeypatch.setattr(fast, "_guard", guard)
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
+from typing import Any
 
 SECONDS = 300
 
@@ -31,21 +34,22 @@ class Forked:
     def __init__(self, arguments: list[str], *, data: bytes = b"", before: Callable[[], object] | None = None) -> None:
         self.returncode: int | None = None
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(data)
-            stdin.seek(0)
-            self.pid = os.fork()
-            if self.pid == 0:
-                code = 1
-                try:
-                    code = _become(arguments, [file.fileno() for file in (stdin, *self._printed)], before)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    for stream in (sys.stdout, sys.stderr):
-                        with suppress(OSError, ValueError):
-                            stream.flush()
-                    os._exit(code)
+        stdin, given = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(given)
+                code = _become(arguments, [stdin, *(file.fileno() for file in self._printed)], before)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    with suppress(OSError, ValueError):
+                        stream.flush()
+                os._exit(code)
+        os.close(stdin)
+        threading.Thread(target=_give, args=(given, data), daemon=True).start()
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -76,6 +80,11 @@ class Forked:
         return printed[0], printed[1]
 
 
+def _give(pipe: int, data: bytes) -> None:
+    with suppress(BrokenPipeError), open(pipe, "wb") as file:
+        file.write(data)
+
+
 def _become(arguments: list[str], descriptors: list[int], preexec_fn: Callable[[], object] | None) -> int:
     """Be the command line, as far as it can be told; return its exit code."""
     import faiss
@@ -89,6 +98,9 @@ def _become(arguments: list[str], descriptors: list[int], preexec_fn: Callable[[
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        server.ensure_running = lambda: None  # it runs: it is the parent's, of which only the parent may ask that
     # The thread pools of the parent did not survive the fork.
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
