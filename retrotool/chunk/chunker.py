@@ -109,7 +109,6 @@ def tokenise(
 
 
 def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
-    """Tokens that came with the documents."""
     arrays = [document.tokens for document in documents if document.tokens is not None]
     lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
     ids = np.concatenate(arrays) if arrays else np.zeros(0, np.uint32)

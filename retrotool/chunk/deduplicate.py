@@ -1,17 +1,12 @@
 """Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
 
-Which documents repeat is found after chunking, over all parts at once (``hash_partitions``), so it depends on neither
-the order in which units were finished nor the number of workers. The rule, of which the order of chunk ids is a part:
+Which documents repeat is found after chunking, over all parts at once (``hash_partitions``). The rule, of which the
+order of chunk ids is a part, is in the store format: first by id, then by text among the documents that are whole.
+Only documents of the plan are set aside: what an earlier plan kept, stays. Cutting the same inputs into more or fewer
+plans gives the same documents.
 
-1. By id. Of documents with one id the one with the lowest chunk id is the first, whether or not it was purged since
-   (unless the plan allows what was purged), or set aside as a repeat itself; the others repeat it.
-2. By text, among the documents that do not repeat an id and are whole (no chunk purged or erased). Of those with one
-   text the one with the lowest chunk id is the first; the others repeat it.
-
-Only documents of the plan are ever set aside: what an earlier plan kept, stays. Cutting the same inputs into more or
-fewer plans gives the same documents. Memory: as ``hash_partitions`` says, then one part that holds a repeat at a
-time. What grows with the repeats: 17 bytes a document and 8 a chunk, as for every tombstone. Of ids that repeat, inputs
-of lines that are not large are read again, to turn byte offsets into line numbers.
+Memory: as ``hash_partitions`` says, then one part that holds a repeat at a time, 17 bytes a repeat and 8 a chunk of it.
+Of ids that repeat, inputs of lines that are not large are read again, to turn byte offsets into line numbers.
 """
 
 from __future__ import annotations

@@ -188,7 +188,6 @@ class _Sampler:
             sample.cpu += time.process_time() - started
 
     def _count(self, sample: _Sample, batch: list[Document]) -> None:
-        """Tokenise, cut and write a batch, to memory."""
         aside: list[Rejected] = []
         found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, aside.append)
         sample.set_aside += len(aside)
@@ -205,7 +204,6 @@ class _Sampler:
 
 
 def _written(table: pa.Table) -> int:
-    """How many bytes a table takes as a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=parts.ROW_GROUP, compression="zstd")
     return int(sink.getvalue().size)

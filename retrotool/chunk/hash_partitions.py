@@ -2,17 +2,14 @@
 
 Records of a hash and a place gather in memory. Each time there are ``rows`` of them, the repeats among them are
 noted, and one record of each hash goes to a scratch file, ordered by the first bits of its hash: equal hashes are in
-one partition. In the end each partition is read and compared by itself. A hash that half the corpus shares takes one
-record per ``rows`` records, and the result does not depend on the order of anything.
+one partition. In the end each partition is read and compared by itself.
 
-``new`` documents (those of the plan that is being finished) are compared with each other and with all before them.
-Of documents before them only those whose hash may be a new one are compared: a table of the new hashes' first bits
-decides (16 entries a new document, at most 128 Mi; above 8 million new documents more pass than need to).
+``new`` documents are compared with each other and with all before them. Of those before only the ones whose hash may be
+a new one take part: a table of the new hashes' first bits decides (16 entries a new document, at most 128 Mi).
 
-Cost: reads 16 bytes a document of the store (hashes do not compress), writes and reads 24 bytes a compared document.
-Memory: about 80 bytes times ``rows``, the hashes of a part, the table (at most 128 MiB), 8 bytes a repeat found, and
-a few bytes a partition for each time that ``rows`` records were written. Scratch: 24 bytes a compared document in the
-system's temporary folder (``TMPDIR``), none below ``rows`` documents. The file has no name, so nothing is left behind.
+Cost: reads 16 bytes a document of the store, writes and reads 24 bytes a compared document, in a file without a name in
+the folder for temporary files (``TMPDIR``); none below ``rows`` documents. Memory: about 80 bytes times ``rows``, the
+hashes of a part, the table (at most 128 MiB), and 8 bytes a repeat found.
 """
 
 from __future__ import annotations

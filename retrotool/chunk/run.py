@@ -253,7 +253,6 @@ def _work(
 
 
 def _has_units(store: Store) -> bool:
-    """Whether a plan has units that are not done."""
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in unfinished_plans(state)]
     return any(record["done"] < record["units"] for record in records)

@@ -250,7 +250,6 @@ def row_windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, i
 def _window(
     arrays: dict[str, pa.Array], fields: Fields, source: str, line: int, position: int
 ) -> Iterator[Document | Rejected]:
-    """Return the documents of a window, whose columns become Python's values all at once."""
     reasons: dict[int, str] = {}
     columns: list[list[Any]] = []
     for name, array in arrays.items():
@@ -414,7 +413,6 @@ def cut_arrow(file: InputFile, fields: Fields, target: int) -> list[Slice]:
 
 
 def _rows_of_batches(source: pa.NativeFile, schema: pa.Schema, batches: int) -> list[int]:
-    """Return the number of rows of each batch."""
     widths = [kind.bit_width if pa.types.is_primitive(kind) else 1 << 20 for kind in schema.types]
     narrowest = [widths.index(min(widths))] if widths else []
     table = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=narrowest))
@@ -422,7 +420,6 @@ def _rows_of_batches(source: pa.NativeFile, schema: pa.Schema, batches: int) -> 
 
 
 def _record_batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iterator[pa.RecordBatch]:
-    """Return the batches of a range, with the columns that ``fields`` need."""
     head = source.read(len(_FILE))
     if head.startswith(_FEATHER_1):
         advice = "write it again with pyarrow.feather.write_feather(..., version=2)"

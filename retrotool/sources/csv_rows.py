@@ -1,15 +1,11 @@
 """CSV and TSV files: a header row with the columns' names, then a row a document, quoted as in RFC 4180.
 
-Python's ``csv`` reads the records, in strict mode; here each gets its place: the number of its first line (the
-header's is 1) and its byte offset. A row with another number of fields than the header, or with invalid UTF-8, is
-rejected alone. A quote where none may be, one that is never closed, or a record over the limit rejects the rest of the
-file, as the records after it can't be told from its text; no more than the limit is held in memory.
+Python's ``csv`` reads the records, in strict mode; here each gets the number of its first line (the header's is 1) and
+its byte offset. A row with another number of fields than the header, or with invalid UTF-8, is rejected alone. A quote
+where none may be, one that is never closed, or a record over the limit rejects the rest of the file.
 
-An empty field is a missing value, as CSV can't tell them apart; an empty text is rejected as such. A quote inside a
-field that does not begin with one is a quote. Other dialects (semicolons, backslash escapes) are not read. Files
-can't be cut into slices: a newline may be inside quotes.
-
-Cost: about 6 ms a MB of text and 3 µs a row; memory for two records (``Fields.max_document``) and a block.
+An empty field is a missing value. Other dialects (semicolons, backslash escapes) are not read. Files can't be cut into
+slices: a newline may be inside quotes. Cost: about 6 ms a MB of text and 3 µs a row; memory for two records.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 r"""JSON files that are not JSON lines: an array of objects, or objects one after another, printed in any way.
 
 ijson (yajl) reads events, which are put together to one element at a time. An element that is not an object, or that
-has no text, is rejected alone; where the syntax is broken, or a string has bytes that are not UTF-8, the rest of the
-file is rejected, with the number of the element. A lone surrogate (``\ud800``), which yajl would replace by a question
-mark, is broken syntax, as are NaN, infinities and integers beyond 64 bits. The last of equal keys wins. A ``.json``
-file whose first line is a JSON object by itself is read as JSON lines. An object at the top of a file is a document,
-never a container of documents.
+has no text, is rejected alone; where the syntax is broken, the rest of the file is rejected, with the number of the
+element. A lone surrogate (``\ud800``), which yajl would replace by a question mark, is broken syntax. A ``.json`` file
+whose first line is a JSON object by itself is read as JSON lines. An object at the top of a file is a document.
 
 Cost: about 5 ms a MB of text, 40 ms a MB of token ids, and memory for one element (``Fields.max_document``) and a
 block. Files can't be cut into slices.

@@ -1,18 +1,12 @@
 """Lines of a stream: JSON lines, plain text, and the cutting into lines that both share.
 
-A line over the limit is skipped without being held in memory. A range of a file gives the lines that begin in it,
-so that every line belongs to one range; ranges are byte ranges of a plain file, or whole zstd frames. A range's reader
-can't see what comes before it: a line belongs to the range if the separator before it lies wholly inside, or the
-range is the first.
+A range of a file (bytes of a plain file, or whole zstd frames) gives the lines that begin in it, so every line belongs
+to one range: the first range has the file's first line, any other those whose separator before is wholly inside.
+Separators that overlap (two newlines in three) are one gap, so that lines do not depend on where reading began.
 
-Occurrences of a separator that overlap (two newlines in three) are one gap between lines, so that lines do not
-depend on where reading began.
-
-A file of plain text is a document, whose id is the file's name, or documents are between separators. Those have ids
-made of their text, and their byte offset as position; those of nothing but white space are not documents, as blank
-lines are none in JSON lines. A document over ``Fields.max_document`` is never held in memory.
-
-Cost: about 1.2 ms a MB and 0.5 µs a line.
+A file of plain text is a document, whose id is the file's name, or documents are between separators: their id is a hash
+of their text, their position its byte offset. What is nothing but white space is not a row. A line over the limit is
+skipped without being held in memory. Cost: about 1.2 ms a MB and 0.5 µs a line.
 """
 
 from __future__ import annotations
@@ -66,7 +60,6 @@ def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
 
 
 def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
-    """Return the document of a line of JSON, or why it is none."""
     if line.data is None:
         reason = f"line of {line.size:,} bytes, longer than {limit:,}"
         return Rejected(line.number, reason, line.offset, excerpt(line.head))
@@ -77,7 +70,6 @@ def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
 
 
 def _parse(data: bytes) -> dict[str, Any] | str:
-    """Return the object, or why it is none."""
     try:
         row = orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -1,9 +1,8 @@
 """From an input file, or a slice of one, to documents and rejected rows.
 
-Readers raise ``InputError`` where a file breaks off, and libraries whatever their authors thought of where content is
-damaged. Here both become one row: so no file can stop the work on others, neither while it is read nor before, when it
-is checked and cut. What remains an exception is what is not the file's fault: ``OSError`` of the system, memory that
-ran out, and ``UsageError`` for settings that contradict the file.
+Readers raise ``InputError`` where a file breaks off, and libraries all kinds of exceptions where content is damaged.
+Here both become one row, so no file can stop the work on others. What remains an exception is not the file's fault:
+``OSError`` of the system, memory that ran out, and ``UsageError`` for settings that contradict the file.
 """
 
 from __future__ import annotations

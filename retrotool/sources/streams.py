@@ -1,20 +1,15 @@
 """Bytes of an input: plain, or decompressed from gzip, zstd, bzip2 and xz; an incomplete stream is always an error.
 
-``blocks`` gives blocks of at most ``BLOCK_BYTES``, read and decompressed ahead in a thread, so that parsing overlaps
-with both. A stream that ends inside a frame, or is damaged, raises ``BrokenStream`` after what was decompressed
-before: each frame's own end mark is checked, as zstandard's ``stream_reader`` returns a short prefix of a truncated
-file without an error. Archives of several members or frames, with zeros between or after them, are read to the end;
-anything else after a frame is damage. A checksum follows what it covers, so damaged text that decompresses is given
-first.
+``blocks`` are read and decompressed ahead in a thread. A stream that ends inside a frame, or is damaged, raises
+``BrokenStream`` after what was decompressed before: each frame's own end mark is checked, as zstandard's
+``stream_reader`` returns a short prefix of a truncated file without an error. Several members or frames, with zeros
+between or after them, are read to the end; anything else after a frame is damage.
+
+``frames_of`` finds where a large zstd archive can be cut for several workers. It walks the headers of frames and blocks
+(RFC 8878) without decompressing, about 20 ms a GB of text. Seek tables and dictionaries are not read.
 
 Cost: zstd about 500 MB/s, gzip 250, xz 100, bzip2 30, of decompressed text and a core; memory of a few blocks, of what
-``_PIECE_BYTES`` expand to (at most about 32 MiB), and of the window that a frame asks for (zstd up to 2 GiB, as
-archives made with ``--long=31`` do).
-
-``frames_of`` finds where the frames of a zstd archive begin and end, which is where a large archive can be cut for
-several workers. It walks the headers of frames and blocks (RFC 8878) without decompressing: one read of 3 bytes a
-block, which holds up to 128 KiB of text, so about 20 ms a GB of text once the headers are in the page cache. Seek
-tables and dictionaries are not read.
+``_PIECE_BYTES`` expand to (at most about 32 MiB), and of the window that a frame asks for (zstd up to 2 GiB).
 """
 
 from __future__ import annotations

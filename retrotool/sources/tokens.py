@@ -1,28 +1,22 @@
 r"""Files of token ids: Megatron's ``.bin``, and plain ones: ``.bin``, ``.u16``, ``.u32`` and ``.npy``.
 
 A plain file is nothing but ids, little-endian: uint16 in ``.u16``, uint32 in ``.u32``, of ``Fields.token_dtype`` in
-``.bin``; an ``.npy`` file (numpy's format, versions 1 and 2) is a one-dimensional array of integers, and one without
-numpy's header is read as ``.bin``. Where documents are, one of three things says:
+``.bin``; an ``.npy`` file is a one-dimensional array of integers. Where documents are, one of three things says:
 
-* ``NAME.idx``, the index of Megatron-LM, megatron-core, Megatron-DeepSpeed, GPT-NeoX and NeMo
-  (``core/datasets/indexed_dataset.py``), little-endian. Slices are runs of documents::
+* ``NAME.idx``, the index of Megatron-LM, megatron-core, Megatron-DeepSpeed, GPT-NeoX and NeMo, little-endian::
 
       "MMIDIDX\0\0"  version u64 = 1  dtype u8  sequences n u64  boundaries d u64
       lengths i32[n]  pointers i64[n] (bytes)  boundaries i64[d]  and, if multimodal, modes i8[n]
 
-  d is one more than there are documents. Documents are ranges of sequences, sequences ranges of the ``.bin``. Sequences
-  of a mode other than 0 are not text; their documents are rejected, as are those whose sequences do not follow one
-  another.
-* ``NAME.offsets.npy`` (``NAME`` without its suffix): integers [documents + 1], the token with which each document
-  begins, and at last the number of tokens. Slices are runs of documents.
-* ``Fields.end_of_document``: the id that stands after each document, and belongs to none. A file may also begin with
-  it. Slices are byte ranges; a document belongs to the range that it begins in.
+  d is one more than there are documents, which are ranges of sequences. Sequences of a mode other than 0 are not text:
+  their documents are rejected, as are those whose sequences do not follow one another.
+* ``NAME.offsets.npy``: integers [documents + 1], the token with which each document begins, and the number of tokens.
+* ``Fields.end_of_document``: the id that stands after each document, and belongs to none.
 
-Each of them gives ``Ranges`` of the file, block by block, and one reader makes documents of them. Positions come from
-files that may be damaged: nothing is read outside the file, and the first document that leads there rejects the rest.
-
-Cost: reading at the disk's rate (twice from the page cache where marks are searched for), about 4 µs a document, and
-BLAKE2b over four bytes a token for the id, which is most of it. Memory: a block, a window of the index, a document.
+Each gives ``Ranges`` of the file, block by block, and one reader makes documents of them. Slices are runs of documents,
+or byte ranges where marks end them. Nothing is read outside the file: the first document that leads there rejects the
+rest. Cost: the disk's rate, about 4 µs a document, and BLAKE2b over four bytes a token for the id. Memory: a block, a
+window of the index, a document.
 """
 
 from __future__ import annotations
@@ -225,7 +219,6 @@ def _documents(
 def _document(
     tokens: Tokens, fields: Fields, source: str, line: int, position: int, offset: int
 ) -> Document | Rejected:
-    """Return a document of its tokens, without the one end mark that it may have, or why it is none."""
     if fields.end_of_document is not None and len(tokens) and tokens[-1] == fields.end_of_document:
         tokens = tokens[:-1]
         if not len(tokens):
@@ -240,7 +233,6 @@ def _document(
 
 
 def _over(count: int, fields: Fields) -> str | None:
-    """Return why a document of so many tokens is over the limit, or None."""
     if count * TOKEN_BYTES <= fields.max_document:
         return None
     return f"{count:,} tokens, {TOKEN_BYTES} bytes each, are more than --max-document {fields.max_document:,}"
@@ -372,7 +364,6 @@ def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> 
 def _unusable(
     index: MegatronIndex, low: int, first: Places, last: Places, begins: Places, ends: Places
 ) -> dict[int, str]:
-    """Return why documents, by place, can't be read although all of their sequences are in the file."""
     count = int(last[-1]) if len(last) else 0
     apart = np.append(False, begins[1:count] != ends[: max(count - 1, 0)])[:count]
     apart[first[first < count]] = False
@@ -386,7 +377,6 @@ def _unusable(
 
 
 def _leading(good: npt.NDArray[np.bool_]) -> int:
-    """Return how many are true before the first that is not."""
     return len(good) if good.all() else int(np.argmin(good))
 
 

@@ -1,17 +1,14 @@
 """Web archives: WARC files of pages, and WET files of their text.
 
 A response with HTML or plain text gives its text; a conversion record is text already. Requests, metadata and other
-records are not rows. A record's fields are ``text``, ``uri``, ``record_id``, ``date``, ``type``, ``content_type`` and
-``status``; its ``id`` is the target URI, because takedown requests name pages by it, or the record's own id if it has
-none. So of a page that was fetched twice one capture stays and the other is rejected as a duplicate; with
-``--id-field record_id`` both stay.
+records are not rows. The ``id`` is the target URI, because takedown requests name pages by it, or the record's own id
+if it has none; with ``--id-field record_id`` all captures of a page stay.
 
-FastWARC reads records and headers, Resiliparse makes text of HTML; both come with the extra ``warc``. FastWARC accepts
-a record that is cut off, or that has no readable Content-Length; both are checked here, and reject the rest of the
-file. HTTP bodies are decoded here, as FastWARC returns a short prefix of a truncated one without an error: chunked,
-gzip, deflate (with zlib's frame, or raw as some servers send it) and zstd. A body that is text although a coding is
-named is taken as it is: crawlers often leave the header behind. Any other coding, and a body that is cut off, damaged
-or longer than the limit, rejects the record. What scripts load later is not read.
+FastWARC reads records and headers, Resiliparse makes text of HTML. FastWARC accepts a record that is cut off or has no
+readable Content-Length, and returns a short prefix of a truncated HTTP body: so the first two are checked here, and
+reject the rest of the file, and bodies are decoded here (chunked, gzip, deflate, zstd). A body that is text although a
+coding is named is taken as it is: crawlers often leave the header behind. Any other coding, and a body that is cut off,
+damaged or longer than the limit, rejects the record.
 
 Cost: framing 1 ms a MB, HTML about 40 ms a MB; memory for one record (``Fields.max_document``, four times for HTML).
 """
@@ -123,7 +120,6 @@ def _check_size(record: WarcRecord) -> None:
 
 
 def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: int) -> Document | Rejected:
-    """Return the document of a record, or why it has none; ``BrokenStream`` if the file ends inside it."""
     offset = record.stream_pos
     uri = (record.headers.get("WARC-Target-URI") or "").strip("<>")
     identifier = (record.headers.get("WARC-Record-ID") or "").strip("<>")
@@ -138,14 +134,12 @@ def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: in
 
 
 def _skip(record: WarcRecord) -> None:
-    """Pass over a record's content; ``BrokenStream`` if the file ends inside it."""
     size = record.content_length
     if record.consume() < size:
         raise BrokenStream("the file ends inside a record")
 
 
 def _content(record: WarcRecord) -> bytes:
-    """Return a record's content; ``BrokenStream`` if the file ends inside it."""
     content: bytes = record.reader.read(record.content_length)
     if len(content) < record.content_length:
         raise BrokenStream("the file ends inside a record")
@@ -153,7 +147,6 @@ def _content(record: WarcRecord) -> bytes:
 
 
 def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
-    """Return the text of a record, and the fields that say what it is."""
     kind, size = (record.headers.get("WARC-Type") or "").lower(), record.content_length
     problem = f"record of {size:,} bytes, longer than {limit:,}" if size > limit else ""
     if kind == "continuation":
@@ -196,7 +189,6 @@ def _utf8(block: bytes) -> str:
 
 
 def _text(content_type: str, body: bytes) -> str:
-    """Return the text of a page."""
     media, _, parameters = content_type.partition(";")
     media = media.strip().lower()
     if media not in _HTML and media != "text/plain":
@@ -249,7 +241,6 @@ def _dechunked(body: bytes) -> bytes:
 
 
 def _decoded(body: bytes, coding: str, limit: int) -> bytes:
-    """Return the body without a content coding."""
     if coding in _NOT_CODED:
         return body
     if coding not in _CODINGS:

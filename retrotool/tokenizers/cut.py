@@ -14,12 +14,10 @@ Text without such a place stays whole; so does any text of a tokenizer whose rul
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 _CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W_])")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -86,19 +84,21 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
     return "it puts a space before every text" if steps[-1].get("add_prefix_space", True) else ""
 
 
-def cut_texts(texts: Iterable[str], least: int, most: int) -> tuple[list[str], list[int]]:
+def cut_texts(
+    texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None
+) -> tuple[list[str], list[int]]:
     """Pieces of all texts, in order, and how many each text has (at least one).
 
     A piece has between ``least`` (1 or more) and ``most`` characters, but for the last of a text and where there is no
-    place to cut.
+    place to cut. ``chosen`` [n]: which texts are cut; None: all.
     """
     assert least > 0, "an empty piece would never end"
     pieces: list[str] = []
     counts: list[int] = []
-    for text in texts:
+    for text, may_cut in zip(texts, chosen or itertools.repeat(True, len(texts)), strict=True):
         before = len(pieces)
         start = 0
-        while len(text) - start > most:
+        while may_cut and len(text) - start > most:
             place = _CUT.search(text, start + least, start + most)
             if place is None:
                 place = _CUT.search(text, start + most - 1)
@@ -108,22 +108,6 @@ def cut_texts(texts: Iterable[str], least: int, most: int) -> tuple[list[str], l
             start = place.end()
         pieces.append(text[start:] if start else text)
         counts.append(len(pieces) - before)
-    return pieces, counts
-
-
-def cut_some(
-    texts: Sequence[str], chosen: npt.NDArray[np.bool_], least: int, most: int
-) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """As ``cut_texts``, of those texts [n] that are chosen; the others stay whole."""
-    pieces: list[str] = []
-    counts = np.ones(len(texts), np.int64)
-    for i, (text, long) in enumerate(zip(texts, chosen.tolist(), strict=True)):
-        if long:
-            some, _ = cut_texts([text], least, most)
-            counts[i] = len(some)
-            pieces += some
-        else:
-            pieces.append(text)
     return pieces, counts
 
 

@@ -1,21 +1,17 @@
 r"""Which texts a fast tokenizer is known to get right, found out by comparing it with an exact one.
 
-Nothing is assumed of the fast one but that it works along a text, from a few neighbouring characters at a time, as
-the splitting rules of ``retrotool.tokenizers.cut`` do. On that ground a guard knows
+The fast one is assumed to work along a text, from a few neighbouring characters at a time, as the splitting rules of
+``retrotool.tokenizers.cut`` do. On that ground a guard knows
 
-* *needles*: ASCII pairs, characters and added tokens that the two treat differently, found when it is made, by
-  trying all 128 × 128 pairs; and tokens of 250 bytes or more;
+* *needles*: ASCII pairs, characters and added tokens that the two treat differently, found by trying all 128 × 128
+  pairs; and tokens of 250 bytes or more;
 * *runs*: long runs of one character between two others, each at its least length. Splitting rules such as
-  ``\s*[\r\n]+`` join white space of any length with the newline after it. Whether an implementation gets that right no
-  pair of characters shows, and tokens show it at some lengths only. So runs of many lengths are tried, in all
-  surroundings of a few kinds of characters;
-* *code points*: above ASCII, each in a table of 1.1 MB as unknown, safe or unsafe; an unknown one is tried in
-  several surroundings when it first occurs. One that Python's own Unicode tables do not know is unsafe untried: what
-  the two libraries take it for is a matter of their age.
+  ``\s*[\r\n]+`` join white space of any length with the newline after it, so runs of many lengths are tried;
+* *code points* above ASCII, each unknown, safe or unsafe; an unknown one is tried in several surroundings when it first
+  occurs. One that Python's own Unicode tables do not know is unsafe untried.
 
-Making one takes a quarter of a second to a few, by the size of the vocabulary; asking costs about a nanosecond a
-character. A text with none of these is called safe. That is no proof, so random texts are compared as well when the
-guard is made, and the caller compares a sample of what it tokenises.
+Making one takes a quarter of a second to a few; asking costs about a nanosecond a character. A text with none of these
+is called safe. That is no proof, so random texts are compared as well, and the caller compares a sample.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut_some, cut_texts, slices, why_not_cut
+from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
@@ -132,7 +132,7 @@ class FastTokenizer:
         if not unsure.any():
             return *self._quick(pieces), unsure
         # What makes a piece unsure stands in one place of it, most often: only that much need go to `tokenizers`.
-        parts, n_parts = cut_some(pieces, unsure, _PART // 2, _PART)
+        parts, n_parts = cut_texts(pieces, _PART // 2, _PART, unsure.tolist())
         slow = np.repeat(unsure, n_parts)
         slow[slow] = self._unsure([part for part, again in zip(parts, slow.tolist(), strict=True) if again])
         lengths = np.empty(len(parts), np.int64)

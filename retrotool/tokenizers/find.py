@@ -342,7 +342,6 @@ def _splitter(pattern: str) -> dict[str, Any]:
 
 
 def _ends(token: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Where a token can be cut into two others, those of the lowest ranks first."""
     found = [end for end in range(1, len(token)) if token[:end] in ranks and token[end:] in ranks]
     return sorted(found, key=lambda end: (ranks[token[:end]], ranks[token[end:]]))
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.tokenizers.tokenizer import Tokenizer
+from retrotool.tokenizers.tokenizer import Tokenizer, joined_rows
 
 _CONTINUES = "##"
 _SPACE = "▁"
@@ -40,10 +40,7 @@ class Folder:
             self._pieces = self._spell()
 
     def _read_vocabulary(self) -> None:
-        size = self._tokenizer.vocabulary
-        tokens = [""] * size
-        for token, number in self._tokenizer.backend.get_vocab(with_added_tokens=True).items():
-            tokens[number] = token
+        tokens = self._tokenizer.names()
         bare = [token.removeprefix(_CONTINUES) if len(token) > len(_CONTINUES) else token for token in tokens]
         continues = np.array([one != token for one, token in zip(bare, tokens, strict=True)])
         self._begins = np.array([token[:1].isalnum() for token in bare]) & ~continues
@@ -62,15 +59,14 @@ class Folder:
             return self._by_pieces(tokens, n_tokens, is_first)
         used = np.arange(tokens.shape[1]) < n_tokens[:, None]
         ids = tokens[used]  # as narrow as they are: what is new memory to the process costs more than the sums
-        ends = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])
+        begins = np.cumsum(n_tokens, dtype=np.int64) - n_tokens
         space = np.take(self._begins, ids)
         space[1:] &= np.take(self._ends, ids[:-1])
-        firsts = ends[:-1][is_first & (n_tokens > 0)]
+        firsts = begins[is_first & (n_tokens > 0)]
         space[:1] = False
         space[firsts] = False
-        pieces = self._table.take(pa.array(ids + space * np.uint32(len(self._ends))))
-        offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
-        return offsets[ends] - offsets[0], pieces.buffers()[2].slice(int(offsets[0]))
+        starts, data = joined_rows(self._table, ids + space * np.uint32(len(self._ends)), n_tokens)
+        return starts - starts[0], data.slice(int(starts[0]))
 
     def _by_pieces(
         self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], is_first: npt.NDArray[np.bool_]
@@ -81,19 +77,13 @@ class Folder:
             starts = np.frombuffer(offsets, np.int64, count=len(decoded) + 1, offset=8 * decoded.offset)
         else:
             used = np.arange(tokens.shape[1]) < n_tokens[:, None]
-            pieces = self._pieces.take(pa.array(tokens[used]))
-            data = pieces.buffers()[2]
-            offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
-            starts = offsets[np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])]
+            starts, data = joined_rows(self._pieces, tokens[used], n_tokens)
         text = memoryview(data or b"")[int(starts[0]) : int(starts[-1])]
         return folded(text, starts - starts[0], is_first)
 
     def _spell(self) -> pa.Array | None:
         """Bytes of every token of SentencePiece's kind, large_binary [V]; None if the tokenizer is of another kind."""
-        backend = self._tokenizer.backend
-        tokens = [""] * self._tokenizer.vocabulary
-        for token, number in backend.get_vocab(with_added_tokens=True).items():
-            tokens[number] = token
+        tokens = self._tokenizer.names()
         if not any(token.startswith(_SPACE) for token in tokens):
             return None
         byte = [_BYTE.fullmatch(token) for token in tokens]

@@ -75,8 +75,6 @@ class Tokenizer:
         self.is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
         self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None and self._gives_back(_PROBE)
         self._may_cut = not why_not_cut(fields)
-        self._table: pa.Array | None = None
-        self._table_tried = False
 
     @property
     def identity(self) -> TokenizerIdentity:
@@ -172,40 +170,39 @@ class Tokenizer:
 
         With a byte-level tokenizer a chunk can begin or end inside a character; its bytes are given as they are.
         """
-        table = self._byte_table()
-        used = np.arange(tokens.shape[1]) < n_tokens[:, None]
+        table = self._byte_table
         if table is None:
             rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
             texts = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
             return pa.array([text.encode() for text in texts], pa.large_binary())
+        return self._join(table, tokens, n_tokens)
+
+    def _join(self, table: pa.Array, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> pa.LargeBinaryArray:
         ids = tokens.astype(np.int64)
         if self._decoder == "WordPiece":
             ids[:, :1] += self.vocabulary  # the first token of a text is spelled without a space before it
-        pieces = table.take(pa.array(ids[used]))
-        offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
-        ends = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])
-        row_offsets = pa.py_buffer(np.ascontiguousarray(offsets[ends]))
-        return pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), len(tokens), [None, row_offsets, pieces.buffers()[2]]
-        )
+        starts, data = joined_rows(table, ids[np.arange(tokens.shape[1]) < n_tokens[:, None]], n_tokens)
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(tokens), [None, pa.py_buffer(starts), data])
 
     def decode_text(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> list[str]:
         """Like ``decode``, as strings; broken UTF-8 at a chunk's border shows as U+FFFD."""
-        return [value.as_py().decode("utf-8", "replace") for value in self.decode(tokens, n_tokens)]
+        return _as_text(self.decode(tokens, n_tokens))
 
+    @functools.cached_property
     def _byte_table(self) -> pa.Array | None:
         """Bytes of every token, large_binary [V] (WordPiece: [2V], with and without a space); None: use the library."""
-        if not self._table_tried:
-            self._table_tried = True
-            table = self._spell_tokens()
-            if table is not None and self._agrees(table):
-                self._table = table
-        return self._table
+        table = self._spell_tokens()
+        return table if table is not None and self._agrees(table) else None
+
+    def names(self) -> list[str]:
+        """The name in the vocabulary of each id; "" for ids that stand for nothing."""
+        found = [""] * self.vocabulary
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            found[number] = token
+        return found
 
     def _spell_tokens(self) -> pa.Array | None:
-        tokens = [""] * self.vocabulary
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            tokens[number] = token
+        tokens = self.names()
         if self._decoder == "ByteLevel":
             added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
             byte_of = byte_level_alphabet()
@@ -227,14 +224,28 @@ class Tokenizer:
         """Whether the table and the library decode 256 random rows alike."""
         rows = np.random.default_rng(0).integers(0, self.vocabulary, (256, 32))
         rows = rows[np.isin(rows, self._gaps(), invert=True).all(axis=1)]
-        self._table = table
-        ours = self.decode_text(rows, np.full(len(rows), 32))
-        self._table = None
+        ours = _as_text(self._join(table, rows, np.full(len(rows), 32)))
         return ours == self._tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
 
     def _gaps(self) -> npt.NDArray[np.int64]:
         used = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
         return np.setdiff1d(np.arange(self.vocabulary), used)
+
+
+def joined_rows(
+    table: pa.Array, ids: npt.NDArray[Any], n_tokens: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
+    """Join what ``table``, large_binary, has for flat ``ids``, of which each row has ``n_tokens`` [n].
+
+    Returns where in the bytes each row begins and the last ends, int64 [n + 1], and the bytes.
+    """
+    pieces = table.take(pa.array(ids))
+    offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
+    return offsets[np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])], pieces.buffers()[2]
+
+
+def _as_text(decoded: pa.LargeBinaryArray) -> list[str]:
+    return [value.as_py().decode("utf-8", "replace") for value in decoded]
 
 
 @functools.cache
