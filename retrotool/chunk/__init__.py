@@ -1,1 +1,4 @@
-"""Documents to chunks."""
+"""Documents to chunks; the defaults: tokens a chunk, and chunks after which a part is closed."""
+
+CHUNK_LENGTH = 64
+PART_SIZE = 1 << 20

@@ -196,24 +196,15 @@ class MaxBad:
 
 def note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:
     """Name the fields to keep that no row of the ``new`` parts has, and those that inputs read before lack."""
+    old = [part for part in store.state.parts() if part not in new][:_LOOKED_AT] if known else []
     with contextlib.suppress(ErasedError):  # by another process, just now
-        _note_empty_columns(store, new, keep, known, note)
-
-
-def _note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:
-    for name in keep:
-        if new and not any(_has_values(store, part, name) for part in new):
-            note(f"--keep {name}: no row has this field, so its column is empty.")
-    some = [part for part in store.state.parts() if part not in new][:_LOOKED_AT]
-    if known and some:
-        lost = [name for name in keep if not any(_has_column(store, part, name) for part in some)]
+        for name in keep:
+            if new and not any(_has_values(store, part, name) for part in new):
+                note(f"--keep {name}: no row has this field, so its column is empty.")
+        lost = [name for name in keep if old and not any(_has_column(store, part, name) for part in old)]
         if lost:
-            what = (
-                "1 input is in the store already, and stays"
-                if known == 1
-                else (f"{known:,} inputs are in the store already, and stay")
-            )
-            note(f"--keep {', '.join(lost)}: {what} without it.")
+            what = "1 input is" if known == 1 else f"{known:,} inputs are"
+            note(f"--keep {', '.join(lost)}: {what} in the store already, and without it.")
 
 
 def _has_column(store: Store, part: int, name: str) -> bool:

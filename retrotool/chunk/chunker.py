@@ -7,9 +7,9 @@ become one chunk, and its value. Every piece begins a new chunk. Cost beyond the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,9 @@ import numpy.typing as npt
 from retrotool.sources import Document, Rejected, excerpt
 from retrotool.store import parts
 from retrotool.store.blocked import Hashes, keyed_tokens
+from retrotool.tokenizers import FastTokenizer
 
 NOTHING_LEFT = "text without a token"
-
-
-class TextEncoder(Protocol):
-    """What turns texts into tokens."""
-
-    def encode_flat(self, texts: Sequence[str], /) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Token ids of all texts, concatenated, and how many each text has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +72,7 @@ class Cut:
 
 def tokenise(
     documents: list[Document],
-    encoder: TextEncoder,
+    encoder: FastTokenizer,
     vocabulary: int,
     chunk_length: int,
     bad: Callable[[Rejected], object],

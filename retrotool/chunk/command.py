@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from retrotool.chunk import PART_SIZE
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
@@ -104,7 +105,7 @@ def command(
     skip_missing: Annotated[
         bool, opt("Give up inputs of an interrupted run that are gone or changed.", "--skip-missing", panel=_INPUT)
     ] = False,
-    part_size: Annotated[int, opt("Chunks after which a part is closed.", metavar="N", panel=_WORK)] = 1 << 20,
+    part_size: Annotated[int, opt("Chunks after which a part is closed.", metavar="N", panel=_WORK)] = PART_SIZE,
     workers: Annotated[
         int | None, opt("Worker processes. Default: one a core.", metavar="N", panel=_WORK, least=1)
     ] = None,

@@ -91,9 +91,7 @@ class DuplicateCounts:
             self.sources = Counter(dict(self.sources.most_common(_COUNTED_SOURCES // 2)))
 
 
-def finish_plans(
-    store: Store, run: Run, *, duplicates: Handling = "skip", range_rows: int = hash_partitions.ROWS
-) -> dict[str, DuplicateCounts]:
+def finish_plans(store: Store, run: Run, *, duplicates: Handling = "skip") -> dict[str, DuplicateCounts]:
     """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
 
     ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
@@ -106,20 +104,18 @@ def finish_plans(
         entry = store.state.file("plans", plan_id)
         if record["done"] < record["units"] or entry is None:
             break
-        counts = _finish(store, run, plan_id, entry, duplicates, range_rows)
+        counts = _finish(store, run, plan_id, entry, duplicates)
         if counts is not None:
             finished[plan_id] = counts
     return finished
 
 
-def _finish(
-    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
-) -> DuplicateCounts | None:
+def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling) -> DuplicateCounts | None:
     def attempt() -> DuplicateCounts | None:
         seen = store.state
         if not seen.has(entry.path):
             return None  # another process finished it
-        draft, counts = _finishing(store, run, plan_id, entry, duplicates, range_rows)
+        draft, counts = _finishing(store, run, plan_id, entry, duplicates)
         # If it is overtaken, clean-up takes the files away.
         store.commit(run, functools.partial(_unless_changed, seen, draft))
         return counts
@@ -129,26 +125,36 @@ def _finish(
 
 
 def _finishing(
-    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling, range_rows: int
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling
 ) -> tuple[Draft, DuplicateCounts]:
     """The commit that finishes a plan on the store's state, its files written, and what it counts."""
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
     free = chunks_of_purges(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, parts_of_plan(store.state, plan_id), tombstones, range_rows, free=free)
-    found = read_repeats(store, tombstones, places, by_text)
+    places, by_text = find_duplicates(store, parts_of_plan(store.state, plan_id), tombstones, free)
     counts = DuplicateCounts()
-    add: list[FileEntry] = []
-    if duplicates == "skip":
-        add = _set_aside(store, run, plan_id, plan, found, counts)
-    else:
-        examples = []
-        for repeats in found:
-            if counts.by_id + counts.by_text < _EXAMPLES:
-                examples.append(repeats.head(_EXAMPLES))
+    chunks: list[npt.NDArray[np.int64]] = []
+
+    def counted() -> Iterator[PartRepeats]:
+        for repeats in read_repeats(store, tombstones, places, by_text):
             counts.add(repeats)
-        if examples and duplicates == "fail":
-            raise _refusal(store, plan, examples, counts)
+            chunks.append(repeats.chunks)
+            yield repeats
+
+    add: list[FileEntry] = []
+    found = counted()
+    tables = locate(plan, found)
+    first = None if duplicates == "keep" else next(tables, None)
+    if first is not None and duplicates == "skip":
+        name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
+        rows = itertools.chain([first], tables)
+        add.append(parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, rows))
+        name = FileName.new(run.id, "tombstones", plan_id, "parquet")
+        add.append(write_tombstones(store.root, name, np.concatenate(chunks)))
+    for _ in found:  # count what is not located
+        chunks.clear()
+    if first is not None and duplicates == "fail":
+        raise _refusal(store, first.slice(0, _EXAMPLES), counts)
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
     add.append(write_json_file(store.root, name, known, len(known["fingerprints"])))
@@ -164,8 +170,6 @@ def find_duplicates(
     store: Store,
     new_parts: range,
     tombstones: Tombstones,
-    range_rows: int = hash_partitions.ROWS,
-    *,
     free: Tombstones | None = None,
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
     """Documents of ``new_parts`` that repeat one before them, ascending; and which do so by text only.
@@ -173,7 +177,7 @@ def find_duplicates(
     The id of a document of which every chunk is in ``free`` can be given again.
     """
     given_free = None if free is None else functools.partial(documents_within, store, chunks=free)
-    by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free, range_rows)
+    by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free)
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         docs = row_of(by_id[slice_of_part(by_id, part)])
@@ -183,37 +187,14 @@ def find_duplicates(
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
         return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
 
-    texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out, range_rows)
+    texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out)
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)
 
 
-def _set_aside(
-    store: Store, run: Run, plan_id: str, plan: ChunkPlan, found: Iterator[PartRepeats], counts: DuplicateCounts
-) -> list[FileEntry]:
-    """Write tombstones and quarantine of what was found, part by part, and count it."""
-    chunks: list[npt.NDArray[np.int64]] = []
-
-    def counted() -> Iterator[PartRepeats]:
-        for repeats in found:
-            counts.add(repeats)
-            chunks.append(repeats.chunks)
-            yield repeats
-
-    tables = locate(plan, counted())
-    first = next(tables, None)
-    if first is None:
-        return []
-    name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
-    aside = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, itertools.chain([first], tables))
-    name = FileName.new(run.id, "tombstones", plan_id, "parquet")
-    return [aside, write_tombstones(store.root, name, np.concatenate(chunks))]
-
-
-def _refusal(store: Store, plan: ChunkPlan, examples: list[PartRepeats], counts: DuplicateCounts) -> DuplicatesError:
-    rows = [row for table in locate(plan, iter(examples)) for row in table.to_pylist()][:_EXAMPLES]
-    places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
+def _refusal(store: Store, examples: pa.Table, counts: DuplicateCounts) -> DuplicatesError:
+    places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in examples.to_pylist())
     return DuplicatesError(
         f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
         f"{counts.by_text:,} by text only; the first: {places}",
@@ -281,12 +262,6 @@ class PartRepeats:
     positions: npt.NDArray[np.int64]
     sources: list[str]
     tokens: int
-
-    def head(self, n: int) -> PartRepeats:
-        """The first n documents (with all chunks)."""
-        return PartRepeats(
-            self.chunks, self.by_text[:n], self.inputs[:n], self.positions[:n], self.sources[:n], self.tokens
-        )
 
 
 def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool import sources
-from retrotool.chunk import chunker
+from retrotool.chunk import CHUNK_LENGTH, chunker
 from retrotool.chunk.chunk_plan import EXACT, ChunkSettings, cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.chunk.run import (
-    CHUNK_LENGTH,
     ChunkOptions,
     check_chunk_length,
     check_options,
@@ -29,7 +28,7 @@ from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice, streams
 from retrotool.store import parts
 from retrotool.store.store import Store
-from retrotool.tokenizers import BUNDLED, FastTokenizer, Tokenizer, TokenizerFile, find_tokenizer
+from retrotool.tokenizers import BUNDLED, FastTokenizer, Tokenizer, find_tokenizer, stored_tokenizer
 
 _FILES = 24
 _CHARACTERS = 2 << 20
@@ -99,7 +98,7 @@ def estimate(
         known, files = len(files) - len(new), new
         chunk_length = store.identity.chunk_length
         options = replace(options, exact_tokenizer=options.exact_tokenizer or EXACT in store.state.records)
-        loaded = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        loaded = stored_tokenizer(store)
     else:
         loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
     sampler = _Sampler(loaded, chunk_length or CHUNK_LENGTH, options)

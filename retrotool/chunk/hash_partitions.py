@@ -43,7 +43,6 @@ def find_repeats(
     column: Literal["key", "text_hash"],
     new_parts: range,
     leave_out: Callable[[int], npt.NDArray[np.int64]] | None = None,
-    rows: int = ROWS,
 ) -> Places:
     """Return the documents of ``new_parts`` whose hash a document before them has, ascending.
 
@@ -58,7 +57,7 @@ def find_repeats(
     expected = _TABLE_ENTRIES_A_HASH * sum(sizes[part] for part in new) if old else 0
     shift = np.uint64(64 - min(max(expected.bit_length(), low), high))
     maybe_new = np.zeros(1 << (64 - int(shift)), np.bool_)
-    with HashPartitions(sum(sizes.values()), rows) as partitions:
+    with HashPartitions(sum(sizes.values()), ROWS) as partitions:
         for part in new:
             hashes, places = _read_hashes(store, part, column, leave_out)
             maybe_new[hashes[:, 0].astype(np.uint64) >> shift] = True

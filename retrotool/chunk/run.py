@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrotool import engine, sources
+from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.chunk_plan import (
     ChunkSettings,
     changed_inputs,
@@ -44,14 +45,12 @@ from retrotool.tokenizers import (
     FastTokenizer,
     Findings,
     Tokenizer,
-    TokenizerFile,
     TokensDiffer,
     find_tokenizer,
     library_versions,
+    stored_tokenizer,
 )  # fmt: skip
 
-CHUNK_LENGTH = 64
-PART_SIZE = 1 << 20
 Duplicates = Literal["skip", "keep", "fail"]
 
 
@@ -182,8 +181,7 @@ def _findings(
     known = known_findings(store.state)
     new = None
     if known is None or known.versions != library_versions():
-        exact = loaded or Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
-        fast = FastTokenizer(exact)
+        fast = FastTokenizer(loaded or stored_tokenizer(store))
         new, why = fast.findings, fast.why
     else:
         why = known.why

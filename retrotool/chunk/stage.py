@@ -43,7 +43,7 @@ from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
-from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile
+from retrotool.tokenizers import FastTokenizer, stored_tokenizer
 
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
@@ -94,10 +94,7 @@ class ChunkStage:
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
         """An empty unit, whose inputs are set aside: what can't be read must not keep what comes after it waiting."""
         plan_id, index, path = str(task.inputs["plan"]), int(task.inputs["unit"]), str(task.inputs["path"])
-        entry = store.refresh().file("plans", plan_id)
-        if entry is None or entry.path != path:
-            raise ErasedError(f"plan {plan_id} was finished or changed by another process")
-        plan = read_plan(store, entry)
+        plan = _plan_at(store, plan_id, path)
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
         detail = sources.reason_of(error)[:_EXCERPT]
         bad = Quarantine()
@@ -109,19 +106,28 @@ class ChunkStage:
         return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, (), quarantine, counts))
 
 
+def _plan_at(store: Store, plan_id: str, path: str) -> ChunkPlan:
+    entry = store.refresh().file("plans", plan_id)
+    if entry is None or entry.path != path:
+        raise ErasedError(f"plan {plan_id} was finished or changed by another process")
+    return read_plan(store, entry)
+
+
 class ChunkWorker:
     """Chunks units; keeps the last plan it read, and the tokenizer."""
 
     def __init__(self, store: Store, stage: ChunkStage) -> None:
         self._store, self._stage = store, stage
-        self._exact = Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))
+        self._exact = stored_tokenizer(store)
         self._fast: tuple[bool, FastTokenizer] | None = None
         self._plan: tuple[str, ChunkPlan] | None = None
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Read, tokenise and write one unit."""
         path, index, plan_id = str(task.inputs["path"]), int(task.inputs["unit"]), str(task.inputs["plan"])
-        plan = self._read_plan(plan_id, path)
+        if self._plan is None or self._plan[0] != path:
+            self._plan = (path, _plan_at(self._store, plan_id, path))
+        plan = self._plan[1]
         with PartWriter(self._store, run, task.key, plan.fields.keep, plan.part_size) as writer:
             blocked = self._block_list(plan)
             unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
@@ -134,16 +140,6 @@ class ChunkWorker:
         slots = None if blocked is None else blocked.slots
         counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
         return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts, slots))
-
-    def _read_plan(self, plan_id: str, path: str) -> ChunkPlan:
-        if self._plan is None or self._plan[0] != path:
-            entry = self._store.state.file("plans", plan_id)
-            if entry is None or entry.path != path:
-                entry = self._store.refresh().file("plans", plan_id)
-            if entry is None or entry.path != path:
-                raise ErasedError(f"plan {plan_id} was finished or changed by another process")
-            self._plan = (path, read_plan(self._store, entry))
-        return self._plan[1]
 
     def _encoder(self, plan: ChunkPlan) -> FastTokenizer:
         if self._fast is None or self._fast[0] != plan.fast:

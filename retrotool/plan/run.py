@@ -38,7 +38,8 @@ from dataclasses import asdict, dataclass
 
 from retrotool.ann.choice import ITERATIONS, IndexShape, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
-from retrotool.chunk.run import CHUNK_LENGTH, PART_SIZE, check_chunk_length
+from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
+from retrotool.chunk.run import check_chunk_length
 from retrotool.cli.command_lines import SAVED
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows

@@ -18,6 +18,7 @@ import bz2
 import lzma
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -103,17 +104,9 @@ def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
 def _blocks(path: Path, compression: str, start: int, end: int | None) -> Generator[bytes]:
     with path.open("rb") as file:
         file.seek(start)
-        raw = _raw_blocks(file.read, None if end is None else end - start)
+        last = sys.maxsize if end is None else end
+        raw = iter(lambda: file.read(min(BLOCK_BYTES, last - file.tell())), b"")
         yield from unpacked(raw, compression) if compression else raw
-
-
-def _raw_blocks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:
-    while left is None or left > 0:
-        block = read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))
-        if not block:
-            return
-        left = None if left is None else left - len(block)
-        yield block
 
 
 def _texts(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:

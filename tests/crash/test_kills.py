@@ -24,6 +24,7 @@ from conftest import Shared, make_rows, write_jsonl
 
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
+from retrotool.chunk import hash_partitions
 from retrotool.chunk import run as chunk_run
 from retrotool.chunk.deduplicate import finish_plans
 from retrotool.errors import UsageError
@@ -254,8 +255,9 @@ def test_a_plan_whose_finishing_was_killed_is_finished_when_it_is_run_again(tiny
 
     def finish(store: Path) -> None:
         opened = Store.open(store)
-        with writing(opened) as run:
-            finish_plans(opened, run, range_rows=4)
+        with writing(opened) as run, pytest.MonkeyPatch.context() as few:
+            few.setattr(hash_partitions, "ROWS", 4)
+            finish_plans(opened, run)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunk_run, "finish_plans", lambda *_, **__: {})

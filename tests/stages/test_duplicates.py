@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import retrotool
 from retrotool import api, engine
+from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRepeats, finish_plans
 from retrotool.chunk.stage import ChunkStage
@@ -94,7 +96,8 @@ def test_the_first_of_each_stays_however_the_rows_are_cut_into_plans(
     expected: list[tuple[str, int, str]] = []
     stay: list[Row] = []
     for number, rows in enumerate(plans):
-        (counts,) = add(store, folder / f"{number}.jsonl", rows, range_rows=range_rows)
+        with patch.object(hash_partitions, "ROWS", range_rows):
+            (counts,) = add(store, folder / f"{number}.jsonl", rows)
         mine = list(itertools.islice(reasons, len(rows)))
         expected += [(f"{number}.jsonl", line, why) for line, why in enumerate(mine, 1) if why]
         stay += [row for row, why in zip(rows, mine, strict=True) if why is None]
@@ -185,6 +188,7 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
 def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("retrotool.chunk.deduplicate._LOCATED_ROWS", 3)
     monkeypatch.setattr("retrotool.chunk.deduplicate._TABLE_ROWS", 4)
+    monkeypatch.setattr(hash_partitions, "ROWS", 16)
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     draw = np.random.default_rng(0)
     folder = tmp_path / "inputs"
@@ -197,7 +201,7 @@ def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_
     with writing(store) as run:
         commit_plan(store, run, find_inputs([str(folder)]), ChunkSettings(Fields(), 20))
         engine.execute(ChunkStage(), store, run)
-        (counts,) = finish_plans(store, run, range_rows=16).values()
+        (counts,) = finish_plans(store, run).values()
     reasons = iter(first_come([row for rows in inputs for row in rows]))
     expected = [
         (f"{number}.jsonl", line, why)
