@@ -22,10 +22,9 @@ from machine import describe
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.embed.search_scope import own_documents, read_part_vectors, searchable_rows
-from retrotool.index.exact import ExactDatabase
-from retrotool.index.searching import Database
+from retrotool.index.searching import AnyDatabase, Database, ExactDatabase
 from retrotool.index.source_filter import source_names
-from retrotool.neighbours.filters import AnyDatabase, Filters, Finder
+from retrotool.neighbours.filters import Filters, Finder
 from retrotool.store.store import Store
 
 Rows = npt.NDArray[np.int64]
@@ -88,7 +87,7 @@ def recall(store: Store, index: str, n: int) -> None:
 def restricted(store: Store, index: str, allows: Callable[[str], bool], find: Callable[..., tuple[Rows, float]]) -> str:
     database = Database(store, index, allows=allows)
     exact = ExactDatabase(store, database.encoder, allows=allows)
-    lists = [database._allowed_in(shard) for shard in database.shards()]
+    lists = [database._allowed_in(shard) for shard in database.shards]
 
     def near(queries: Queries) -> Best:
         nprobe, depth = database.point.nprobe, database.point.depth_for(K, database.trained)

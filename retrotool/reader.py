@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Queries
-from retrotool.cli.command_lines import table_command
+from retrotool.cli.command_lines import SHOWN, table_command
 from retrotool.embed.search_scope import living, pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
@@ -285,7 +285,7 @@ class Reader:
     def search(
         self,
         text: str,
-        k: int = 5,
+        k: int = SHOWN,
         index: str | None = None,
         encoder: Encoder | None = None,
         *,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from retrotool.errors import UsageError
 
+TARGET_RECALL = 0.95
 FLAT_LIMIT = 1 << 15
 DEFAULT_CODE = 64
 ID_BYTES = 8
@@ -127,7 +128,7 @@ class IndexChoice:
 class IndexWishes:
     """What a person asked for; None: choose. ``memory`` is in bytes, ``shard_rows`` are the vectors of a shard."""
 
-    target: float = 0.95
+    target: float = TARGET_RECALL
     memory: int | None = None
     nlist: int | None = None
     code: str | None = None

@@ -4,8 +4,10 @@ A codec turns float32 rows into rows of bytes and back. ``encode`` runs on the d
 takes and gives host memory. What is encoded is a vector or its residual to its centroid, as the index says.
 
 Product quantisation (Jégou et al. 2011) cuts a vector into M pieces and names for each the nearest of 256 centroids of
-its own. Cost of encoding: 256·d multiply-adds a vector. Sums are in another order than faiss's, so where two centroids
-are equally near, up to float32, either may be named.
+its own, which Lloyd's iterations on a sample give. The rotation before it (OPQ) is that of Ge et al. 2013, the
+non-parametric one: in turn the codes are made for the rotated sample, and the rotation is solved for the codes. Cost of
+encoding, and of an iteration: 256·d multiply-adds a vector; d³ for a rotation. Deterministic from the seed on one
+device. Sums are in another order than faiss's, so where two centroids are equally near, either may be named.
 """
 
 from __future__ import annotations
@@ -23,6 +25,14 @@ Codes = npt.NDArray[np.uint8]
 CENTROIDS = 256
 """Centroids of a piece: a code is a byte."""
 _ENCODE_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
+_ITERATIONS = 8
+_ROTATIONS = 4
+_ROTATION_ROWS = 1 << 14
+_CROSS_ROWS = 1 << 10
+_MOVED = 1 / 64
+"""By how much, relatively, the centroid of a single vector's piece is moved."""
+SAMPLE = 1 << 15
+"""Vectors that training takes at most: 128 a centroid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +132,7 @@ class Product:
         """What codes [n, M] stand for, float32 [n, d]."""
         import torch
 
-        place = torch.from_numpy(codes.astype(np.int32)).add_(self._firsts())
-        flat = torch.from_numpy(self.table).view(-1, self.table.shape[2])
-        return flat.index_select(0, place.view(-1)).view(len(codes), -1)
-
-    def _firsts(self) -> torch.Tensor:
-        import torch
-
-        return torch.arange(0, CENTROIDS * self.size, CENTROIDS, dtype=torch.int32)
+        return _decode(torch.from_numpy(codes.astype(np.int32)), torch.from_numpy(self.table))
 
 
 Codec = Whole | Scalar | Product
@@ -162,3 +165,119 @@ def is_same_codec(one: Codec, other: Codec) -> bool:
         ]
 
     return type(one) is type(other) and fields(one) == fields(other)
+
+
+def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Tensor:
+    """Centroids, float32 [pieces, 256, d / pieces], for float32 [n, d], n ≥ 1.
+
+    With fewer than 256 vectors some centroids stand for none of them. They are rounded to bfloat16, and those of cells
+    with one vector are moved: with the centroid of its list such a one would be the vector, and the table stays in a
+    store when its chunk is erased.
+    """
+    import torch
+
+    table = _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
+    place = encode_pieces(rows, table).int() + _firsts(table)
+    alone = torch.bincount(place.flatten(), minlength=pieces * CENTROIDS).view(pieces, CENTROIDS) <= 1
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(0, 2, table.shape, generator=generator).to(table.device) - 1
+    usual = table.square().mean(2, keepdim=True).sqrt()
+    moved = table + _MOVED * torch.maximum(table.abs(), usual) * signs
+    return torch.where(alone.unsqueeze(2), moved, table).to(torch.bfloat16).float()
+
+
+def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) -> torch.Tensor:
+    """A rotation, float32 [d, d_in] with orthonormal rows, after which pieces of float32 [n, d_in] are coded best.
+
+    With d < d_in the directions of most variance are kept. The sign and order of directions are arbitrary.
+    """
+    import torch
+
+    sample = rows[:_ROTATION_ROWS]
+    rotation = _start(sample, pieces, d, seed)
+    rotated = sample @ rotation.T
+    table = _improve(rotated, _first(rotated, pieces, seed), _ITERATIONS // 2)
+    for _ in range(_ROTATIONS):
+        coded = _decode(encode_pieces(rotated, table), table)
+        left, _, right = torch.linalg.svd(_cross(coded, sample), full_matrices=False)
+        del coded
+        rotation = torch.matmul(left, right).float()
+        rotated = sample @ rotation.T
+        table = _improve(rotated, table, 1)
+    return rotation
+
+
+def _cross(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """oneᵀ · other, float64 [d, d'], of float32 [n, d] and [n, d'], in blocks: float64 takes twice the memory."""
+    import torch
+
+    blocks = zip(torch.split(one, _CROSS_ROWS), torch.split(other, _CROSS_ROWS), strict=True)
+    return sum((a.T.double() @ b.double() for a, b in blocks), start=one.new_zeros((), dtype=torch.float64))
+
+
+def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
+    """The principal directions, dealt out to the pieces so that each has as much variance."""
+    import torch
+
+    if len(rows) < 2 * d:  # too few to tell directions
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.randn(rows.shape[1], rows.shape[1], generator=generator, dtype=torch.float64)
+        turned: torch.Tensor = torch.linalg.qr(random)[0]
+        return turned[:d].float().to(rows.device)
+    mean = rows.mean(0, dtype=torch.float64)
+    variances, directions = torch.linalg.eigh(_cross(rows, rows) / len(rows) - torch.outer(mean, mean))
+    order = torch.argsort(variances, descending=True)[:d].tolist()
+    room = [d // pieces] * pieces
+    weight = [0.0] * pieces
+    dealt: list[list[int]] = [[] for _ in range(pieces)]
+    for direction in order:  # the greedy allotment of the paper, with the sum for the product
+        piece = min((p for p in range(pieces) if room[p]), key=lambda p: weight[p])
+        dealt[piece].append(direction)
+        weight[piece] += float(variances[direction])
+        room[piece] -= 1
+    chosen = torch.tensor([direction for some in dealt for direction in some], device=rows.device)
+    basis: torch.Tensor = directions
+    return basis.T[chosen].float().contiguous()
+
+
+def _first(rows: torch.Tensor, pieces: int, seed: int) -> torch.Tensor:
+    """The pieces of vectors drawn at random; copies where there are fewer than 256."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(rows), generator=generator)[:CENTROIDS]
+    drawn = drawn.repeat(-(-CENTROIDS // len(drawn)))[:CENTROIDS].to(rows.device)
+    return rows[drawn].view(CENTROIDS, pieces, -1).transpose(0, 1).contiguous()
+
+
+def _improve(rows: torch.Tensor, table: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Lloyd's iterations on all pieces; a centroid that is nearest to nothing takes the place of a vector's piece.
+
+    Which vector: the next one in order that no empty centroid of this iteration has taken. Rows are a random sample.
+    """
+    import torch
+
+    pieces, _, width = table.shape
+    for _ in range(iterations):
+        place = encode_pieces(rows, table).int() + _firsts(table)
+        counts = torch.bincount(place.flatten(), minlength=pieces * CENTROIDS)
+        sums = torch.zeros(pieces * CENTROIDS, width, device=rows.device)
+        sums.index_add_(0, place.flatten(), rows.reshape(-1, width))
+        means = sums / counts.clamp_min(1).unsqueeze(1)
+        empty = torch.nonzero(counts == 0).flatten()
+        if len(empty):
+            takes = torch.arange(len(empty), device=rows.device) % len(rows)
+            means[empty] = rows.view(len(rows), pieces, width)[takes, empty // CENTROIDS]
+        table = means.view(table.shape)
+    return table
+
+
+def _decode(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    place = codes.int() + _firsts(table)
+    return table.view(-1, table.shape[2]).index_select(0, place.flatten()).view(len(codes), -1)
+
+
+def _firsts(table: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.arange(0, table.shape[0] * CENTROIDS, CENTROIDS, dtype=torch.int32, device=table.device)

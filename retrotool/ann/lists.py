@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.codes import Codes, Whole
+from retrotool.ann.excluded import Ids
 from retrotool.ann.kmeans import assign
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError, StorageError
@@ -26,8 +27,6 @@ _WRITE_BYTES = 1 << 20
 _TIE = 1e-3
 _KEPT_LISTS = 64
 _KEPT_JOINED = 8
-
-Ids = npt.NDArray[np.int64]
 
 
 class OneList:

@@ -1,16 +1,20 @@
-"""The nearest of some candidates by exact distances, Σ(q − x)², from the vectors themselves, in float32.
+"""The nearest of some vectors: the running k best of every product, and the nearest of candidates by exact distances.
 
-Candidates of all queries are measured in the order of their ids, so that each vector is read, and widened to float32,
-once for all queries that it is a candidate of, and what lies together on disk is read together. faiss subtracts,
-squares and sums pair by pair. Cost: about 2.5 million pairs a second and core at 384 dimensions, bound by reading
-queries from memory. Memory: 40 bytes a candidate, and some megabytes a thread.
+Choosing the k best of every product separately takes longer than the product. So the score of a query's k-th best is a
+limit, and only better scores are looked at. Scores are larger for nearer vectors. ``Heaps`` are faiss's, for float32 on
+a CPU: 12 bytes for each of k entries a query. ``Nearest`` does it in torch, for GPUs and float64: 12 bytes for each of
+``columns_for(k)`` columns a query, and about 40 for each score that passes while it is looked at.
+
+``rerank`` computes Σ(q − x)² from the vectors themselves, in float32. Candidates of all queries are measured in the
+order of their ids, so that each vector is read and widened once, and what lies together on disk is read together. Cost:
+about 2.5 million pairs a second and core at 384 dimensions. Memory: 40 bytes a candidate, some megabytes a thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +22,11 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Ids
 from retrotool.ann.matmul import one_thread_each
 
+if TYPE_CHECKING:
+    import torch
+
 _PAIRS, _MANY_PAIRS = 1 << 12, 1 << 15
+_SPARE_COLUMNS = 32
 
 Fetch = Callable[[Ids], npt.NDArray[np.float16]]
 """Gives the vectors, float16 [n, d], of ids [n], which ascend."""
@@ -34,14 +42,23 @@ class Best:
     distances: npt.NDArray[np.float32]
     ids: Ids
 
+    @classmethod
+    def nothing(cls, q: int, k: int) -> Best:
+        """Of q queries that have found none yet."""
+        return cls(np.full((q, k), np.inf, np.float32), np.full((q, k), -1, np.int64))
+
     def take(self, rows: slice) -> Best:
         """The same for some of the queries."""
         return Best(self.distances[rows], self.ids[rows])
 
+    def put(self, rows: Any, found: Best) -> None:
+        """Replace what some of the queries have found, in place."""
+        self.distances[rows], self.ids[rows] = found.distances, found.ids
+
 
 def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: int) -> Best:
     """The k nearest among candidates [q, c] (−1: none) by their distances from the vectors themselves, float32."""
-    best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
+    best = Best.nothing(len(queries), k)
 
     def rank(rows: slice) -> None:
         distances = _distances(queries[rows], candidates[rows], fetch)
@@ -98,3 +115,161 @@ def _distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) 
         )  # fmt: skip
         distances[pairs] = apart
     return distances.reshape(candidates.shape)
+
+
+class Heaps:
+    """The k nearest of q queries so far, on a CPU. faiss releases the GIL: threads can fill those of other queries."""
+
+    def __init__(self, k: int, q: int) -> None:
+        self._scores = np.full((q, k), -np.inf, np.float32)
+        self._ids = np.full((q, k), -1, np.int64)
+        self._heaps = _over(self._scores, self._ids)
+
+    def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:  # noqa: ARG002
+        """Take in scores [r, n] of some of the queries, ``rows`` [r], and of vectors ``ids`` [n]; −inf: none.
+
+        ``first`` tells nothing here.
+        """
+        import faiss
+
+        asked, offered = rows.numpy(), scores.numpy()
+        self._heaps.addn_query_subset_with_ids(
+            len(asked), faiss.swig_ptr(asked), len(ids), faiss.swig_ptr(offered), faiss.swig_ptr(ids), 0
+        )
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
+        import torch
+
+        scores, ids = self._scores.copy(), self._ids.copy()
+        _over(scores, ids).reorder()
+        scores[ids < 0] = -np.inf  # faiss puts its least number there
+        return torch.from_numpy(scores), torch.from_numpy(ids)
+
+
+def largest(scores: torch.Tensor, k: int) -> Ids:
+    """Columns of the k largest of scores [r, n], the largest first, int64 [r, k]."""
+    if scores.device.type != "cpu":
+        return np.asarray(scores.topk(k).indices.cpu().numpy())
+    import faiss
+
+    offered = scores.float().contiguous().numpy()
+    found, columns = np.empty((len(offered), k), np.float32), np.empty((len(offered), k), np.int64)
+    heaps = _over(found, columns)
+    heaps.heapify()
+    heaps.addn(offered.shape[1], faiss.swig_ptr(offered))
+    heaps.reorder()
+    return columns
+
+
+def _over(scores: Any, ids: Any) -> Any:
+    """Heaps of faiss's over arrays [q, k]."""
+    import faiss
+
+    library: Any = faiss  # type checkers miss some of its names
+    heaps = library.float_minheap_array_t()
+    heaps.nh, heaps.k = scores.shape
+    heaps.val, heaps.ids = faiss.swig_ptr(scores), faiss.swig_ptr(ids)
+    return heaps
+
+
+def columns_for(k: int) -> int:
+    """Columns of the buffer for k nearest."""
+    return k + k // 2 + _SPARE_COLUMNS
+
+
+class Nearest:
+    """The k nearest of q queries so far, in torch.
+
+    The first list that a query meets should be its nearest: its k best are chosen, so that the limit is tight from then
+    on. The kept scores are cut to the k best whenever a query's row of the buffer is full.
+    """
+
+    def __init__(self, k: int, q: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        import torch
+
+        self._k = k
+        self._scores = torch.full((q, columns_for(k)), -torch.inf, dtype=dtype, device=device)
+        self._ids = torch.full((q, columns_for(k)), -1, dtype=torch.int64, device=device)
+        self._used = torch.zeros(q, dtype=torch.int64, device=device)
+        self._limit = torch.full((q,), -torch.inf, dtype=dtype, device=device)
+
+    def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:
+        """Take in scores [r, n] of some of the queries, ``rows`` [r], and of vectors ``ids`` [n]; −inf: none.
+
+        ``first``: most of these queries have found nothing yet.
+        """
+        import torch
+
+        there = torch.from_numpy(ids).to(scores.device)
+        if first:
+            best, columns = scores.topk(min(self._k, len(ids)), sorted=False)
+            self._merge(rows, best, there[columns])
+            return
+        better = torch.gt(scores, self._limit[rows].unsqueeze(1)).view(-1)
+        passed = better.nonzero().view(-1)
+        if len(passed):
+            own = torch.div(passed, len(ids), rounding_mode="floor")
+            self._put(rows, own, scores.reshape(-1)[passed], there[passed - own * len(ids)])
+
+    def _put(self, rows: torch.Tensor, own: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
+        """Add scores [m] of ``ids`` [m] to rows[own], where ``own`` [m] ascends."""
+        import torch
+
+        counts = torch.bincount(own, minlength=len(rows))
+        used = self._used[rows]
+        rank = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own]
+        full = used + counts > self._scores.shape[1]
+        if bool(full.any()):
+            self._cut(rows, full, counts, own, rank, scores, ids)
+            rest = ~full[own]
+            own, rank, scores, ids = own[rest], rank[rest], scores[rest], ids[rest]
+            used, counts = used.clone(), torch.where(full, 0, counts)
+        place = rows[own] * self._scores.shape[1] + used[own] + rank
+        self._scores.view(-1)[place] = scores
+        self._ids.view(-1)[place] = ids
+        more = counts > 0
+        self._used[rows[more]] = (used + counts)[more]
+
+    def _cut(
+        self,
+        rows: torch.Tensor,
+        full: torch.Tensor,
+        counts: torch.Tensor,
+        own: torch.Tensor,
+        rank: torch.Tensor,
+        scores: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> None:
+        """Merge what is new of the rows that are ``full`` bool [r] with what they have."""
+        import torch
+
+        width = int(counts[full].max())
+        line = full.cumsum(0) - 1  # the place of a full row among the full ones
+        of_full = full[own]
+        place = line[own[of_full]] * width + rank[of_full]
+        values = torch.full((int(full.sum()), width), -torch.inf, dtype=scores.dtype, device=scores.device)
+        found = torch.full(values.shape, -1, dtype=torch.int64, device=scores.device)
+        values.view(-1)[place], found.view(-1)[place] = scores[of_full], ids[of_full]
+        self._merge(rows[full], values, found)
+
+    def _merge(self, rows: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
+        """Cut what rows have, and scores [r, n] of ids [r, n] with it, to the k best."""
+        import torch
+
+        if bool(self._used[rows].any()):
+            scores, ids = torch.cat([self._scores[rows], scores], 1), torch.cat([self._ids[rows], ids], 1)
+        scores, columns = scores.topk(min(self._k, scores.shape[1]), sorted=False)
+        kept = scores.shape[1]
+        self._scores[rows] = -torch.inf
+        self._scores[rows, :kept], self._ids[rows, :kept] = scores, ids.gather(1, columns)
+        self._used[rows] = kept
+        if kept == self._k:
+            self._limit[rows] = scores.amin(1)
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
+        import torch
+
+        scores, columns = self._scores.topk(self._k)
+        return scores, torch.where(torch.isneginf(scores), -1, self._ids.gather(1, columns))

@@ -31,12 +31,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann.excluded import Excluded, Mask, Queries
+from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
 from retrotool.ann.kmeans import assign
-from retrotool.ann.lists import Ids, JoinedLists, Lists
+from retrotool.ann.lists import JoinedLists, Lists
 from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
-from retrotool.ann.ranking import Fetch
-from retrotool.ann.topk import Heaps, Nearest, largest
+from retrotool.ann.ranking import Fetch, Heaps, Nearest, largest
 from retrotool.ann.trained import Floats, Trained
 
 if TYPE_CHECKING:

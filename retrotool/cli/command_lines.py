@@ -13,6 +13,10 @@ K = 2
 """Neighbours that reading a table gives, if nothing else is asked for."""
 SAVED = 20
 """Neighbours that are saved."""
+SHOWN = 5
+"""Chunks that a search for a text gives."""
+COMPARED = 10
+"""Neighbours that ``leakage`` compares a chunk with."""
 
 
 def command_line(command: str, root: str | Path, **options: object) -> str:

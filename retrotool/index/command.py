@@ -17,6 +17,7 @@ from retrotool.cli.options import (
     parse_size,
 )
 from retrotool.errors import UsageError
+from retrotool.index.index_records import QUERIES
 
 if TYPE_CHECKING:
     from retrotool.index.recall import Recall
@@ -60,7 +61,7 @@ def command(
     shard: ShardOption = None,
     devices: DevicesOption = "auto",
     encoder: EncoderOption = None,
-    queries: Annotated[int, opt("Random chunks to measure the recall with.", metavar="N", least=1)] = 2000,
+    queries: Annotated[int, opt("Random chunks to measure the recall with.", metavar="N", least=1)] = QUERIES,
     tune: Annotated[
         bool, opt("Measure anew, and take the cheapest operating point that holds the target.", "--tune")
     ] = False,

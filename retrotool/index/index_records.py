@@ -24,6 +24,9 @@ RECALL = "recall"
 DEFAULT = "default_index"
 """Key of the record that names the index to take where none is named."""
 
+QUERIES = 2000
+"""Random chunks that the recall is measured with, unless so many are asked for."""
+
 T = TypeVar("T")
 
 

@@ -11,9 +11,9 @@ from retrotool.ann.choice import parse_factory
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError
-from retrotool.index.ground_truth import QUERIES, find_truth
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
+    QUERIES,
     RECALL,
     IndexRecord,
     TrainingRecord,
@@ -26,7 +26,7 @@ from retrotool.index.index_records import (
     trained_entry,
     training_record,
 )
-from retrotool.index.recall import Measurement, Searched, measure_recall
+from retrotool.index.recall import Measurement, Searched, find_truth, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.index.staleness import Drift, drift

@@ -1,15 +1,14 @@
 """The true recall of an index, as a curve over operating points, and the cheapest point that holds a target.
 
-Recall@k is the mean share of a query's true k nearest (``index.ground_truth``) that the index finds; of several at the
-same distance any will do. Points are all of a grid of ``nprobe``, for codes with a grid of re-rank depths. One search a
-``nprobe`` serves all depths: its candidates are ordered by their codes, and a depth takes the first of them.
+The truth is that of random searchable chunks, by exact search for all others but those of their own document, with
+products in float64: queries × vectors distances. Above a budget of these only a random share of the vectors is
+searched, and of a query's true neighbours those in the sample are looked for. Which of these are among the k nearest of
+all is known by how many the most thorough search finds nearer.
 
-Where the truth is of a sample, of a query's true neighbours those in the sample are looked for. Which of these are
-among the k nearest of all is told by how many the most thorough search has found nearer: recall is then of
-queries × k × share neighbours.
-
-A point costs what its query goes through: codes, and ``_RERANK`` times the candidates that are ranked by their vectors.
-So the choice depends on data alone, not on how busy the machine is. The rates are measured, and are of batches.
+Recall@k is the mean share of a query's true k nearest that the index finds; of several at the same distance any will
+do. Points are a grid of ``nprobe``, for codes with a grid of re-rank depths; one search serves all depths. A point
+costs what its query goes through: codes, and ``_RERANK`` times the candidates that are ranked by their vectors. So the
+choice depends on data alone. The rates are measured, and are of batches.
 """
 
 from __future__ import annotations
@@ -22,20 +21,42 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from retrotool.ann.codes import Whole
-from retrotool.ann.lists import Ids, InvertedLists
+from retrotool.ann.excluded import Excluded, Ids, Queries
+from retrotool.ann.lists import InvertedLists, OneList
 from retrotool.ann.ranking import Best, exact_distances
 from retrotool.ann.search import ROOM, SPARE, Search
 from retrotool.ann.trained import Trained
-from retrotool.index.ground_truth import DEPTH, Truth, budget_on
-from retrotool.index.searching import TUNED_K, Point, Vectors, rows_in
+from retrotool.embed.search_scope import (
+    SearchableRows,
+    document_intervals,
+    find_documents,
+    may_repeat,
+    read_part_vectors,
+)
+from retrotool.engine.task import Report
+from retrotool.index.index_records import QUERIES
+from retrotool.index.searching import TUNED_K, Point, Vectors, nearest_of, rows_in
+from retrotool.machine import give_memory_back
+from retrotool.store import parts
+from retrotool.store.parts import PART_SHIFT, chunk_ids
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Floats = npt.NDArray[np.float64]
 Hits = tuple[Floats, Floats]
 """True neighbours found, and those that there are to find, of each query."""
 Masks = npt.NDArray[np.bool_]
 """Which of a sample's truth was found, for each query."""
+DEPTH = 100
+_SEED = 1
+BUDGET, GPU_BUDGET = 1 << 34, 1 << 40
+"""Distances that a truth may cost: some minutes on two cores, or on a GPU."""
+_BLOCK = 256
+_KNOWN = 2000
+"""True neighbours, among the 10 nearest of all queries, that a sample of the store is to have, whatever that costs."""
 DEPTHS = (20, 30, 50, 100, 200, 400)
 _RERANK = 16
 """What ranking a candidate by its vector costs, in codes that are gone through."""
@@ -307,3 +328,105 @@ def _by_group(
         recall, error = ratio(hits[mine], possible[mine], sampled=sampled)
         found[str(name)] = (recall, error, int(mine.sum()))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Queries, their ``ids`` [q], the ``source`` of their documents [q], and the ``DEPTH`` nearest of each.
+
+    ``share`` is that of the vectors that were searched, of ``vectors`` in all; 1: the nearest are the true ones.
+    """
+
+    ids: Ids
+    queries: Queries
+    sources: npt.NDArray[np.object_]
+    best: Best
+    vectors: int
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def find_truth(
+    store: Store,
+    encoder: str,
+    numbers: list[int],
+    report: Report = lambda _: None,
+    *,
+    queries: int = QUERIES,
+    budget: int | None = None,
+    device: str = "cpu",
+    room: int = ROOM,
+) -> Truth:
+    """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched.
+
+    ``room``: bytes for each of distances and candidates.
+    """
+    tombstones = read_tombstones(store)
+    rows = SearchableRows(store, numbers, tombstones)
+    n = sum(rows.counts.values())
+    drawn = [chunk_ids(part, chosen) for part, chosen in rows.draw(min(queries, n), _SEED)]
+    ids = np.concatenate([np.zeros(0, np.int64), *drawn])
+    if not len(ids):
+        no_queries = Queries.plain(np.zeros((0, 1), np.float32))
+        return Truth(ids, no_queries, np.zeros(0, object), Best.nothing(0, DEPTH), n)
+    asked = _queries(store, encoder, ids, tombstones)
+    most = budget_on(device) if budget is None else budget
+    share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
+    rng = np.random.default_rng(_SEED)
+    best: Best | None = None
+    for part, searchable in rows.items():
+        chosen = searchable
+        if share < 1:
+            blocks = rng.random(-(-len(searchable) // _BLOCK)) < share
+            chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
+        if len(chosen):
+            vectors = read_part_vectors(store, encoder, part)
+            matrix = vectors if len(chosen) == len(vectors) else vectors[chosen]
+            some = OneList(chunk_ids(part, chosen), matrix)
+            best = nearest_of(asked, some, DEPTH, best, precise=True, device=device, room=room)
+        report(1)
+    if best is None:
+        best = Best.nothing(len(ids), DEPTH)
+    give_memory_back()
+    return Truth(ids, asked, _sources(store, ids), best, n, share)
+
+
+def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
+    vectors, intervals, keys = [], [], []
+    repeat = may_repeat(store)
+    for part, rows in _by_part(ids):
+        vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
+        if repeat:
+            keys.append(_of_documents(store, part, rows, "key"))
+        else:
+            intervals.append([ends[rows] for ends in document_intervals(store, part)])
+    if repeat:
+        excluded = find_documents(store, pa.chunked_array(keys), tombstones)
+    else:
+        excluded = Excluded(*np.concatenate(intervals, axis=1))
+    return Queries(np.concatenate(vectors), excluded)
+
+
+def _sources(store: Store, ids: Ids) -> npt.NDArray[np.object_]:
+    found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in _by_part(ids)]
+    return np.array([source or "" for some in found for source in some], object)
+
+
+def _by_part(ids: Ids) -> list[tuple[int, Ids]]:
+    numbers = ids >> PART_SHIFT
+    return [(int(part), ids[numbers == part] - (int(part) << PART_SHIFT)) for part in np.unique(numbers)]
+
+
+def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
+    """A column of the documents that some rows of a part belong to, one value a row."""
+    table = parts.read_documents(store, part, [column, "first_row"])
+    documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
+    found = table[column].combine_chunks().take(pa.array(documents))
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def budget_on(device: str) -> int:
+    """Distances that a truth may cost on a device."""
+    return BUDGET if device == "cpu" else GPU_BUDGET

@@ -15,10 +15,10 @@ from retrotool.embed.search_scope import count_left, embedded_parts, pick_encode
 from retrotool.encoder import find_devices
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.ground_truth import QUERIES
 from retrotool.index.index_files import broken_shards, measured_whole, read_trained
 from retrotool.index.index_records import (
     DEFAULT,
+    QUERIES,
     RECALL,
     IndexRecord,
     ShardRecord,

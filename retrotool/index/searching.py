@@ -1,9 +1,11 @@
-"""Searching an index of a store: candidates from its shards by their codes, ranked by the embeddings themselves.
+"""Searching a store: with an index, candidates by their codes, ranked by the embeddings themselves; or exactly.
 
-Shards and embeddings are memory-mapped: what is in memory is what the system keeps of them. Only exact indexes are read
-whole by faiss. Of a shard the lists that are probed are read, of the embeddings the candidates' vectors. The operating
-point, ``nprobe`` lists and ``depth`` candidates for each 10 neighbours, is the one that the index's record has, unless
-another is given.
+Shards and embeddings are memory-mapped. Of a shard the lists that are probed are read, of the embeddings the
+candidates' vectors. The operating point, ``nprobe`` lists and ``depth`` candidates for each 10 neighbours, is the one
+that the index's record has, unless another is given.
+
+Exact search takes all vectors, part by part. For few vectors it is quicker than making an index, and the truth that
+indexes are compared with. Cost: a matrix product of all queries with all vectors. Memory: blocks of distances.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.codes import Whole
-from retrotool.ann.excluded import Queries
-from retrotool.ann.lists import Ids, InvertedLists, Lists, SomeLists
+from retrotool.ann.excluded import Ids, Queries
+from retrotool.ann.lists import InvertedLists, Lists, OneList, SomeLists
 from retrotool.ann.ranking import Best, rerank
-from retrotool.ann.search import ROOM, SPARE, Search
+from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
 from retrotool.ann.trained import Trained
 from retrotool.cli.command_lines import command_line, embed_command
-from retrotool.embed.search_scope import count_left, embedded_parts, read_part_vectors
+from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
@@ -39,6 +41,7 @@ from retrotool.index.index_records import (
 )
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.machine import memory_of_machine
+from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.ids import part_of, row_of
 from retrotool.store.store import Store
@@ -46,7 +49,9 @@ from retrotool.store.tombstones import read_tombstones
 
 TUNED_K = 10
 """Neighbours that an operating point is for; more of them take more candidates."""
-_KEPT_PARTS = 512
+NO_INDEX = ""
+"""In place of the name of an index."""
+_KEPT_PARTS, _KEPT_ROWS = 512, 64
 _VECTOR_BYTES = 2
 _SHARED_LISTS = 4
 """Queries a list from which on it is worth to read all its vectors."""
@@ -126,12 +131,36 @@ class Vectors:
         return self._store.corrupt(f"an index of {self._store.root} names the chunk {chunk}, which is not there")
 
 
-class Database:
+class _Open:
+    """A store, open for search: at its tombstones, on a device, in ``room`` bytes for each of distances and candidates.
+
+    ``allows``: only chunks of documents whose source it allows are searched, see ``index.source_filter``.
+    """
+
+    def __init__(
+        self, store: Store, encoder: str, device: str, memory: int | None, allows: Callable[[str], bool] | None
+    ) -> None:
+        self.store, self.encoder = store, encoder
+        self.tombstones = read_tombstones(store)
+        self.room = room_in(memory)
+        self._device, self._allows = device, allows
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether only chunks of some sources are searched."""
+        return self._allows is not None
+
+    @cached_property
+    def _allowed(self) -> AllowedChunks:
+        assert self._allows is not None
+        return AllowedChunks(self.store, self._allows)
+
+
+class Database(_Open):
     """An indexed store, open for search. ``record`` is the index's record, see ``docs/format.md``.
 
     Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
     ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the best 2.
-    ``allows``: only chunks of documents whose source it allows are searched, see ``index.source_filter``.
     """
 
     def __init__(
@@ -145,46 +174,32 @@ class Database:
         thorough: bool = False,
         allows: Callable[[str], bool] | None = None,
     ) -> None:
-        self.store = store
-        self._device, self.room = device, room_in(memory)
-        self._allows = allows
-        self._some: dict[int, SomeLists] = {}
         self.name = pick_index(store, name)
         record = index_record(store.state, self.name)
         assert record is not None, "pick_index found it"
+        super().__init__(store, record.encoder, device, memory, allows)
         self.record: IndexRecord = record
-        self.encoder, nprobe = record.encoder, record.nprobe
-        self.point = Point(nprobe * 7 // 4 if thorough else nprobe, record.depth)
-        self.tombstones = read_tombstones(store)
+        self.point = Point(record.nprobe * 7 // 4 if thorough else record.nprobe, record.depth)
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[tuple[FileEntry, RetrotoolError]] = []
         self._allow_missing = allow_missing
-        self._trained: Trained | None = None
-        self._shards: list[InvertedLists] | None = None
+        self._some: dict[int, SomeLists] = {}
 
     @property
     def vectors_in_log(self) -> int:
         """How many vectors the index holds, those of broken shards too."""
         return held_vectors(self.store.state, self.name)
 
-    @property
+    @cached_property
     def trained(self) -> Trained:
         """What the index is trained to."""
-        if self._trained is None:
-            self._trained = read_trained(self.store, self.name)[1]
-        return self._trained
+        return read_trained(self.store, self.name)[1]
 
+    @cached_property
     def shards(self) -> list[InvertedLists]:
         """The index's shards, mapped once; ``CorruptError`` names one that is broken."""
-        if self._shards is None:
-            told = (lambda entry, error: self.missing.append((entry, error))) if self._allow_missing else None
-            self._shards = list(read_shards(self.store, self.name, self.trained, told))
-        return self._shards
-
-    @property
-    def is_restricted(self) -> bool:
-        """Whether only chunks of some sources are searched."""
-        return self._allows is not None
+        told = (lambda entry, error: self.missing.append((entry, error))) if self._allow_missing else None
+        return list(read_shards(self.store, self.name, self.trained, told))
 
     @property
     def settings(self) -> list[Any]:
@@ -219,17 +234,17 @@ class Database:
         ``beyond``: only in lists behind the nearest so many, where there are no sources to be restricted to.
         """
         point = point or self.point
-        shards: Sequence[InvertedLists] = self.shards() if only is None else self._holding(only)
+        shards: Sequence[InvertedLists] = self.shards if only is None else self._holding(only)
         nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
         if self._allows is None:
             if beyond:
                 return self._search(queries, k, nprobe, depth, shards, beyond * wider)
             return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
-        best = Best(np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
+        best = Best.nothing(len(queries), k)
         some = [self._allowed_in(shard) for shard in shards]
         for probed, rows in probes_by_query(self.trained, queries.vectors, nprobe, some):
             found = self._search_further(queries.take(rows), k, probed, depth, some, all_parts=only is None)
-            best.ids[rows], best.distances[rows] = found.ids, found.distances
+            best.put(rows, found)
         return best
 
     def _search_further(
@@ -244,7 +259,7 @@ class Database:
         while nprobe < self.trained.nlist and len(short := np.flatnonzero((best.ids[:, :k] < 0).any(axis=1))):
             nprobe = min(2 * nprobe, self.trained.nlist) if k < held else self.trained.nlist
             more = self._search(queries.take(short), k, nprobe, depth, shards)
-            best.ids[short], best.distances[short] = more.ids, more.distances
+            best.put(short, more)
         return best
 
     def _search(
@@ -281,11 +296,6 @@ class Database:
         depth = point.depth if self._allows is None else 2 * point.depth
         return Point(point.nprobe, depth).depth_for(k, self.trained)
 
-    @cached_property
-    def _allowed(self) -> AllowedChunks:
-        assert self._allows is not None
-        return AllowedChunks(self.store, self._allows)
-
     def _allowed_in(self, shard: InvertedLists) -> SomeLists:
         if id(shard) not in self._some:
             self._some[id(shard)] = SomeLists(shard, self._is_wanted)
@@ -297,7 +307,7 @@ class Database:
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
         entries = shards(self.store.state, self.name).values()
         wanted = [not set(ShardRecord.of(entry).parts).isdisjoint(numbers) for entry in entries]
-        return [shard for shard, is_wanted in zip(self.shards(), wanted, strict=True) if is_wanted]
+        return [shard for shard, is_wanted in zip(self.shards, wanted, strict=True) if is_wanted]
 
 
 def room_in(memory: int | None) -> int:
@@ -308,3 +318,109 @@ def room_in(memory: int | None) -> int:
 def rows_in(room: int, depth: int, d: int) -> int:
     """Queries of d dimensions that can be searched at a time, for ``depth`` candidates, in ``room`` bytes."""
     return max(1, room // (_BYTES_A_CANDIDATE * depth + _BYTES_A_NUMBER * d))
+
+
+class ExactDatabase(_Open):
+    """A store as a database that is searched exactly, with the same methods as ``Database``."""
+
+    name = NO_INDEX
+
+    def __init__(
+        self,
+        store: Store,
+        encoder: str | None = None,
+        *,
+        device: str = "cpu",
+        memory: int | None = None,
+        allows: Callable[[str], bool] | None = None,
+    ) -> None:
+        super().__init__(store, pick_encoder(store, encoder), device, memory, allows)
+        self._rows = lru_cache(_KEPT_ROWS)(self._read_rows)
+
+    def _read_rows(self, part: int) -> npt.NDArray[np.int64]:
+        rows = searchable_rows(self.store, part, self.tombstones)
+        return rows if self._allows is None else rows[self._allowed.rows(part)[rows]]
+
+    @property
+    def settings(self) -> list[Any]:
+        """What decides which neighbours are found, besides the vectors that there are: nothing."""
+        return [NO_INDEX]
+
+    def held(self) -> list[int]:
+        """Numbers of the parts that are searched, ascending."""
+        return embedded_parts(self.store, self.encoder)
+
+    def reads(self) -> list[str]:
+        """Paths of the files that are searched, which an erase replaces."""
+        return [parts.part_entry(self.store, "embeddings", part, self.encoder).path for part in self.held()]
+
+    def candidates_for(self, k: int) -> int:
+        """Candidates that each query takes for k neighbours."""
+        return k + SPARE
+
+    def search(
+        self,
+        queries: Queries,
+        k: int,
+        *,
+        only: Collection[int] | None = None,
+        wider: int = 1,  # noqa: ARG002
+        beyond: int = 0,  # noqa: ARG002
+    ) -> Best:
+        """The k nearest living keys of each query; ``only``: in these parts. There are no lists to search ``wider``."""
+        best: Best | None = None
+        for part in self.held():
+            rows = self._rows(part)
+            if len(rows) and (only is None or part in only):
+                vectors = read_part_vectors(self.store, self.encoder, part)
+                some = OneList(parts.chunk_ids(part, rows), vectors if len(rows) == len(vectors) else vectors[rows])
+                best = nearest_of(queries, some, k, best, device=self._device, room=self.room)
+        return best or Best.nothing(len(queries), k)
+
+
+def nearest_of(
+    queries: Queries,
+    some: OneList,
+    k: int,
+    before: Best | None,
+    *,
+    precise: bool = False,
+    device: str = "cpu",
+    room: int = ROOM,
+) -> Best:
+    """The k nearest among some vectors and those found ``before``; distances are exact, in float32.
+
+    ``precise``: they are also found by products in float64, so that of two as good as equal the nearer is first.
+    """
+    blocks = []
+    for asked in queries.blocks(rows_in(room, k + SPARE, queries.vectors.shape[1])):
+        search = Search(some.trained, asked, 1, k + SPARE, nothing_banned, precise=precise, device=device, room=room)
+        search.add(some)
+        blocks.append(rerank(asked.vectors, search.candidates, some.vectors, k))
+    distances = np.concatenate([block.distances for block in blocks])
+    found = Best(distances, np.concatenate([block.ids for block in blocks]))
+    return found if before is None else merged(before, found, k)
+
+
+def merged(one: Best, other: Best, k: int) -> Best:
+    """The k nearest of two lists a query, [q, ·] each, no id twice."""
+    distances = np.concatenate([one.distances, other.distances], 1)
+    ids = np.concatenate([one.ids, other.ids], 1)
+    repeated = _repeated(ids)
+    distances[repeated], ids[repeated] = np.inf, -1
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))
+
+
+def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    order = np.argsort(ids, axis=1, kind="stable")
+    ascending = np.take_along_axis(ids, order, 1)
+    again = np.zeros(ids.shape, np.bool_)
+    again[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
+    found = np.zeros(ids.shape, np.bool_)
+    np.put_along_axis(found, order, again, 1)
+    return found
+
+
+AnyDatabase = Database | ExactDatabase
+"""A store, open for search: with an index, or exactly."""

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.ann.lists import Ids, SomeLists
+from retrotool.ann.excluded import Ids
+from retrotool.ann.lists import SomeLists
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained
 from retrotool.store import parts

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from retrotool.ann import lists
 from retrotool.ann.choice import IndexChoice, IndexWishes, choose_index
-from retrotool.ann.lists import Ids
+from retrotool.ann.excluded import Ids
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed.search_scope import (
     SearchableRows,

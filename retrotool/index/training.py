@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ann import product_quantizer
+from retrotool.ann import codes
 from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
@@ -52,7 +52,7 @@ class Training:
 
 def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
     """Vectors to train on."""
-    most = max(SAMPLES_A_LIST * choice.nlist, product_quantizer.SAMPLE)
+    most = max(SAMPLES_A_LIST * choice.nlist, codes.SAMPLE)
     if memory is not None:
         most = min(most, max(memory // (4 * choice.d), choice.nlist))
     return min(n, most)
@@ -61,8 +61,8 @@ def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
 def _code_sample(choice: IndexChoice, memory: int | None) -> int:
     """Vectors to learn codes from; as float32, and three times over, they take a quarter of the memory."""
     if memory is None:
-        return product_quantizer.SAMPLE
-    return min(product_quantizer.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
+        return codes.SAMPLE
+    return min(codes.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
 
 
 def train(
@@ -95,7 +95,7 @@ def train(
     residuals.sub_(centroids[assigned])
     rotation = None
     if choice.rotated:
-        rotation = product_quantizer.train_rotation(residuals, choice.pieces, choice.rotated, seed=SEED)
+        rotation = codes.train_rotation(residuals, choice.pieces, choice.rotated, seed=SEED)
         residuals, centroids = residuals @ rotation.T, centroids @ rotation.T
     codec = _codec(choice, residuals)
     shares = torch.bincount(assigned, minlength=choice.nlist).double() / len(assigned)
@@ -124,7 +124,7 @@ def _whole(choice: IndexChoice) -> Whole:
 
 def _codec(choice: IndexChoice, residuals: torch.Tensor) -> Codec:
     if choice.pieces:
-        return Product(product_quantizer.train_product(residuals, choice.pieces, seed=SEED).cpu().numpy())
+        return Product(codes.train_product(residuals, choice.pieces, seed=SEED).cpu().numpy())
     return Scalar.train(residuals) if choice.code == "sq8" else _whole(choice)
 
 

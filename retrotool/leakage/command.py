@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.command_lines import COMPARED
 from retrotool.cli.options import IndexOption, Json, StoreArgument, opt
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def command(
     store: StoreArgument,
     evaluation: Annotated[Path, opt("Store of the evaluation text.", metavar="STORE2")],
     index: IndexOption = None,
-    neighbours: Annotated[int, opt("Neighbours that a chunk is compared with.", metavar="N", least=1, most=100)] = 10,
+    neighbours: Annotated[
+        int, opt("Neighbours that a chunk is compared with.", metavar="N", least=1, most=100)
+    ] = COMPARED,
     file: Annotated[Path | None, opt("Write each chunk's r to a Parquet file.", "--output", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrotool.ann.excluded import Excluded, Queries
+from retrotool.cli.command_lines import COMPARED
 from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import (
     count_living_keys,
@@ -33,16 +34,14 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
-from retrotool.errors import UsageError
 from retrotool.index.searching import Database
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.stage import check_encoders
-from retrotool.neighbours.token_overlap import longest_common
+from retrotool.neighbours.token_overlap import check_comparable, longest_common
 from retrotool.store import parts
-from retrotool.store.store import Store, check_compatible
+from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
-NEIGHBOURS = 10
 _BLOCK = 1 << 12
 
 
@@ -60,9 +59,7 @@ class Leaks:
     distances: npt.NDArray[np.float32]
 
 
-def find_leaks(
-    store: Store, database: Database, *, within: bool, k: int = NEIGHBOURS, report: Report
-) -> Iterator[Leaks]:
+def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPARED, report: Report) -> Iterator[Leaks]:
     """Yield the leaks of all embedded keys of ``store`` in ``database``, in the order of their ids, block by block."""
     tombstones = read_tombstones(store)
     for part in embedded_parts(store, database.encoder):
@@ -107,9 +104,6 @@ _SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-_Write = Callable[[Leaks], object]
-
-
 @dataclass(frozen=True, slots=True)
 class SourceLeakage:
     """Of one source of evaluation text: chunks, their mean r, and the shares with r ≥ 1/2 and r = 1."""
@@ -144,7 +138,7 @@ def leakage(
     *,
     evaluation: str | Path,
     index: str | None = None,
-    neighbours: int = NEIGHBOURS,
+    neighbours: int = COMPARED,
     output: str | Path | None = None,
 ) -> LeakageResult:
     """Compare the chunks of the store ``evaluation`` with the store ``root``.
@@ -154,7 +148,7 @@ def leakage(
     if output is not None:
         check_file("--output", output)
     database, store = Database(Store.open(root), index), Store.open(evaluation)
-    _check_tokenizers(store, database.store)
+    check_comparable(store, database.store, "Chunk the evaluation text again, with the tokenizer of the database.")
     check_encoders(store, database)
     tombstones = read_tombstones(store)
     total = sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, database.encoder))
@@ -167,15 +161,8 @@ def leakage(
     return _result(found, store, database, neighbours, output)
 
 
-def _check_tokenizers(one: Store, other: Store) -> None:
-    advice = "Chunk the evaluation text again, with the tokenizer of the database."
-    check_compatible(one, other, "their tokens can't be compared", advice, lengths=False)
-    if one.identity.chunk_length > 64:
-        raise UsageError(f"{one.root} has chunks of {one.identity.chunk_length} tokens; 64 can be compared")
-
-
 @contextmanager
-def _writing(output: str | Path | None, database: Database, store: Store) -> Iterator[_Write]:
+def _writing(output: str | Path | None, database: Database, store: Store) -> Iterator[Callable[[Leaks], object]]:
     """Write leaks to a file that is there when all is, or not at all."""
     if output is None:
         yield lambda _: None

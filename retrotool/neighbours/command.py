@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.command_lines import SAVED, K
 from retrotool.cli.options import (
     LEAST_MEMORY,
     DevicesOption,
@@ -36,8 +37,8 @@ Examples:
 def command(
     store: StoreArgument,
     queries: Annotated[Path | None, opt("Store of the query chunks. Default: STORE itself.", metavar="STORE2")] = None,
-    k: Annotated[int, opt("Neighbours that reading gives by default.", "-k", metavar="K")] = 2,
-    saved: Annotated[int, opt("Neighbours to save, a reserve against later purges.", metavar="N")] = 20,
+    k: Annotated[int, opt("Neighbours that reading gives by default.", "-k", metavar="K")] = K,
+    saved: Annotated[int, opt("Neighbours to save, a reserve against later purges.", metavar="N")] = SAVED,
     name: Annotated[str, opt("Name of the neighbour tables, which lie in the query store.")] = "main",
     index: IndexOption = None,
     database: Annotated[

@@ -30,24 +30,20 @@ from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.errors import UsageError
-from retrotool.index.exact import ExactDatabase
-from retrotool.index.searching import Database, rows_in
+from retrotool.index.searching import AnyDatabase, rows_in
 from retrotool.index.source_filter import find_sources, source_names
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
-from retrotool.neighbours.token_overlap import are_near_copies, distinct_grams, has_longer_run
+from retrotool.neighbours.token_overlap import are_near_copies, check_comparable, distinct_grams, has_longer_run
 from retrotool.store import parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.store import Store, check_compatible
+from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
 Rows = npt.NDArray[np.int64]
-AnyDatabase = Database | ExactDatabase
 
 MOST = 1 << 12
 """Candidates of a row that are judged at most; and never fewer than four times as many as are saved."""
-LONGEST = 64
-"""Tokens of the longest chunks that can be compared."""
 _QUERY_BLOCK = 1 << 20
 _SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
 """What part of the machine's memory, or of what was given, is for a block of queries."""
@@ -109,15 +105,9 @@ class Filters:
 
     def check(self, queries: Store, database: Store) -> None:
         """``UsageError`` if what the filters compare can't be."""
-        if not self.by_tokens:
-            return
-        advice = "Leave --max-overlap and --exclude-near-copies out (--no-filters), or chunk one of them again."
-        check_compatible(queries, database, "their tokens can't be compared", advice, lengths=False)
-        if queries.identity.chunk_length > LONGEST:
-            raise UsageError(
-                f"{queries.root} has chunks of {queries.identity.chunk_length} tokens; {LONGEST} can be compared",
-                "Leave --max-overlap and --exclude-near-copies out (--no-filters).",
-            )
+        if self.by_tokens:
+            leave_out = "Leave --max-overlap and --exclude-near-copies out (--no-filters)"
+            check_comparable(queries, database, f"{leave_out}, or chunk one of them again.", f"{leave_out}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +235,7 @@ class Finder:
         """
         if self._judge is None:
             return self._database.search(self._ask(rows), self._saved, only=only, beyond=beyond)
-        best = _nothing(len(rows), self._saved)
+        best = Best.nothing(len(rows), self._saved)
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
             short = []
@@ -253,7 +243,7 @@ class Finder:
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
                 kept = _without(found, self._judge.dropped(rows[some], found.ids), self._saved)
-                best.ids[some], best.distances[some] = kept.ids, kept.distances
+                best.put(some, kept)
                 short.append(some[whole & (kept.ids[:, -1] == NO_NEIGHBOUR)])
             if wanted >= self._most:
                 break
@@ -278,12 +268,12 @@ class Finder:
 
     def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
         """The k nearest of each row, judged or not."""
-        best = _nothing(len(rows), k)
+        best = Best.nothing(len(rows), k)
         start = 0
         for some in self._search_blocks(rows, k):
             interrupts.check()
             found = self._database.search(self._ask(some), k, only=only, wider=wider, beyond=beyond)
-            best.ids[start : start + len(some)], best.distances[start : start + len(some)] = found.ids, found.distances
+            best.put(slice(start, start + len(some)), found)
             start += len(some)
         return best
 
@@ -296,10 +286,6 @@ class Finder:
 def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-def _nothing(n: int, k: int) -> Best:
-    return Best(np.full((n, k), np.inf, np.float32), np.full((n, k), NO_NEIGHBOUR, np.int64))
 
 
 def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:

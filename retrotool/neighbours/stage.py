@@ -34,9 +34,8 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.task import Task, Worker, own_first, task_key
 from retrotool.errors import CorruptError, StoreNotFoundError, UsageError
-from retrotool.index.exact import NO_INDEX, ExactDatabase
-from retrotool.index.searching import Database
-from retrotool.neighbours.filters import AnyDatabase, Filters
+from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase
+from retrotool.neighbours.filters import Filters
 from retrotool.neighbours.underfilled import GapFinder
 from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.errors import UsageError
+from retrotool.store.store import Store, check_compatible
+
 Tokens = npt.NDArray[np.integer]
 Lengths = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -29,8 +32,10 @@ GRAM = 8
 COPIED = 0.5
 """The share of a chunk's short runs, each counted once, that are in a near copy of it."""
 
+LONGEST = 64
+"""Tokens of the longest chunks that can be compared: a bit of a word each."""
 _BLOCK = 256
-_WORD = 64
+_WORD = LONGEST
 _STEPS = (32, 16, 8, 4, 2, 1)
 _NO_TOKEN, _NO_OTHER = -1, -2
 """In place of what is no token: they equal nothing, each other neither."""
@@ -49,6 +54,15 @@ class Overlap:
     length: Lengths
     start: Lengths
     other: Lengths
+
+
+def check_comparable(one: Store, other: Store, advice: str, if_too_long: str = "") -> None:
+    """``UsageError``, with advice, unless chunks of ``one`` can be compared with those of the other, token by token."""
+    check_compatible(one, other, "their tokens can't be compared", advice, lengths=False)
+    if one.identity.chunk_length > LONGEST:
+        raise UsageError(
+            f"{one.root} has chunks of {one.identity.chunk_length} tokens; {LONGEST} can be compared", if_too_long
+        )
 
 
 def longest_common(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Overlap:

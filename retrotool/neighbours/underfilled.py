@@ -26,7 +26,7 @@ from retrotool.embed.search_scope import (
     purges_erased,
     searchable_rows,
 )
-from retrotool.neighbours.filters import AnyDatabase
+from retrotool.index.searching import AnyDatabase
 from retrotool.store import neighbour_tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR

@@ -27,9 +27,9 @@ from retrotool.embed.search_scope import (
     searchable_rows,
 )
 from retrotool.engine.task import Report, Task
-from retrotool.index.exact import merged
+from retrotool.index.searching import AnyDatabase, merged
 from retrotool.machine import give_memory_back
-from retrotool.neighbours.filters import AnyDatabase, Finder
+from retrotool.neighbours.filters import Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.stage import (
     FEW,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from retrotool.ann.choice import TARGET_RECALL
 from retrotool.chunk import CHUNK_LENGTH
 from retrotool.cli import output
+from retrotool.cli.command_lines import SAVED
 from retrotool.cli.options import Json, opt, parse_count, parse_size
 from retrotool.errors import UsageError
 
@@ -36,8 +38,10 @@ def command(
     ] = "minilm",
     tokens_per_document: Annotated[int, opt("Tokens of a document, on average.", metavar="N", panel=_CORPUS)] = 700,
     chunk_length: Annotated[int, opt("Tokens a chunk.", metavar="N", panel=_CORPUS)] = CHUNK_LENGTH,
-    neighbours: Annotated[int, opt("Neighbours to save of each chunk.", metavar="N", panel=_CORPUS)] = 20,
-    target_recall: Annotated[float, opt("Recall that the index is chosen for.", metavar="R", panel=_CORPUS)] = 0.95,
+    neighbours: Annotated[int, opt("Neighbours to save of each chunk.", metavar="N", panel=_CORPUS)] = SAVED,
+    target_recall: Annotated[
+        float, opt("Recall that the index is chosen for.", metavar="R", panel=_CORPUS)
+    ] = TARGET_RECALL,
     gpus: Annotated[int, opt("GPUs in all; 0: everything on CPU cores.", metavar="N", panel=_MACHINES)] = 0,
     hosts: Annotated[int | None, opt("Hosts.  [default: one for every 8 GPUs]", metavar="N", panel=_MACHINES)] = None,
     cores: Annotated[

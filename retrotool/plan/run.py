@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from retrotool.ann.choice import ITERATIONS, IndexShape, IndexWishes, choose_index
+from retrotool.ann.choice import ITERATIONS, TARGET_RECALL, IndexShape, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.run import check_chunk_length
@@ -162,7 +162,7 @@ def plan(
     tokens_per_document: int = TOKENS_A_DOCUMENT,
     chunk_length: int = CHUNK_LENGTH,
     saved: int = SAVED,
-    target_recall: float = 0.95,
+    target_recall: float = TARGET_RECALL,
     rates: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan a database of so many tokens.

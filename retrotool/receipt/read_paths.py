@@ -25,11 +25,11 @@ from retrotool.ann.excluded import Queries
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
 from retrotool.export.run import open_tables, read_blocks
-from retrotool.index.exact import ExactDatabase
-from retrotool.index.searching import Database
+from retrotool.index.searching import Database, ExactDatabase
 from retrotool.inspect.run import Choice, inspect
 from retrotool.leakage.run import find_leaks
 from retrotool.neighbours.table_reader import NeighbourReader
+from retrotool.neighbours.token_overlap import LONGEST
 from retrotool.reader import Reader
 from retrotool.store import parts
 from retrotool.store.ids import chunk_ids, part_of, split_id
@@ -42,8 +42,6 @@ _QUERIES, _NEAREST, _BESIDE = 1000, 100, 200
 _ASKED, _INSPECTED = 100, 200
 _SLOTS, _BATCH = 16, 64
 """Chunks of a training sequence, and sequences of a batch."""
-_LEAKAGE_CHUNK = 64
-"""Tokens of the longest chunks that ``leakage`` compares."""
 _NONE = -1
 """Stands for a chunk that was asked for and not returned."""
 
@@ -186,8 +184,8 @@ def _queries(it: _Purged, encoder: str) -> Queries | None:
 
 def _leakage(it: _Purged, name: str) -> Returned:
     """The chunks of the store's first parts compared with their nearest neighbours in it."""
-    if it.store.identity.chunk_length > _LEAKAGE_CHUNK:
-        raise UsageError(f"chunks of more than {_LEAKAGE_CHUNK} tokens can't be compared")
+    if it.store.identity.chunk_length > LONGEST:
+        raise UsageError(f"chunks of more than {LONGEST} tokens can't be compared")
     blocks = find_leaks(it.store, Database(it.store, name), within=True, report=lambda _: None)
     for leaks in itertools.islice(blocks, 1):
         yield np.column_stack([leaks.ids, leaks.neighbours])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
+from retrotool.cli.command_lines import SHOWN
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, arg, check_utf8, opt
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.store.store import retry_overtaken
@@ -62,7 +63,7 @@ class Results:
 def command(
     store: StoreArgument,
     text: Annotated[str, arg("What to search for.", metavar="TEXT")],
-    k: Annotated[int, opt("How many chunks.", "-k", metavar="K", least=1, most=1000)] = 5,
+    k: Annotated[int, opt("How many chunks.", "-k", metavar="K", least=1, most=1000)] = SHOWN,
     index: IndexOption = None,
     nprobe: Annotated[
         int | None, opt("Lists to probe.  [default: as the index was tuned]", metavar="N", least=1, most=1 << 40)

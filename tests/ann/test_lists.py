@@ -11,10 +11,9 @@ import torch
 
 from retrotool.ann import lists
 from retrotool.ann.choice import IndexChoice, parse_factory
-from retrotool.ann.codes import Product, Scalar, Whole, is_same_codec
+from retrotool.ann.codes import Product, Scalar, Whole, is_same_codec, train_product, train_rotation
 from retrotool.ann.excluded import Queries
 from retrotool.ann.kmeans import kmeans
-from retrotool.ann.product_quantizer import train_product, train_rotation
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import Search, nothing_banned
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss

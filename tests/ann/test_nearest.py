@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.ann.excluded import Excluded, Intervals, Mask
-from retrotool.ann.topk import Heaps, Nearest, largest
+from retrotool.ann.ranking import Heaps, Nearest, largest
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32), st.booleans(), st.data())

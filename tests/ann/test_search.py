@@ -137,8 +137,8 @@ def on_gpu() -> bool:
 def test_search_training_and_codes_on_a_gpu_are_those_of_a_cpu(factory: str) -> None:
     import torch
 
+    from retrotool.ann.codes import train_product, train_rotation
     from retrotool.ann.kmeans import assign, kmeans
-    from retrotool.ann.product_quantizer import train_product, train_rotation
 
     vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
     trained = trained_as(factory, vectors)

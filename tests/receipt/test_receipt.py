@@ -101,8 +101,7 @@ def test_what_is_purged_and_not_erased_is_masked_only(store: Path, tmp_path: Pat
 
 BLINDED = {
     ("reader",): {"chunks", "documents", "embeddings tiny", "inspect main"},
-    ("index.searching",): {"search main"},
-    ("index.exact",): {"exact search tiny"},
+    ("index.searching",): {"search main", "exact search tiny"},
     ("neighbours.table_reader",): {"neighbours main"},
     ("train.training_rows", "train.order"): {"dataset main"},
     ("export.run",): {"export main"},

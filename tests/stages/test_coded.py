@@ -28,7 +28,7 @@ from retrotool.ann.choice import IndexWishes
 from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index import ground_truth
+from retrotool.index import recall
 from retrotool.index import run as index_run
 from retrotool.index.index_records import shards
 from retrotool.index.run import Options, describe
@@ -264,7 +264,7 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     api.purge(built_copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test", erase=True)
     assert not any(
         purged & set(shard.ids(number).tolist())
-        for shard in Database(Store.open(built_copy), "main").shards()
+        for shard in Database(Store.open(built_copy), "main").shards
         for number in range(64)
     )
     assert api.verify(built_copy).problems == []
@@ -490,9 +490,7 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
     built_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = api.index(built_copy, target_recall=0.8)
-    monkeypatch.setattr(
-        ground_truth.find_truth, "__kwdefaults__", {**ground_truth.find_truth.__kwdefaults__, "budget": 5_000_000}
-    )
+    monkeypatch.setattr(recall.find_truth, "__kwdefaults__", {**recall.find_truth.__kwdefaults__, "budget": 5_000_000})
     sampled = index_run.evaluate(built_copy, queries=1000)
     assert 0.3 < sampled.share < 0.5 and whole.share == 1
     assert (sampled.nprobe, sampled.depth) == (whole.nprobe, whole.depth)

@@ -15,7 +15,7 @@ from test_neighbour_filters import grow, is_copy, run, spied
 import retrotool
 from retrotool import api, engine
 from retrotool.errors import UsageError
-from retrotool.neighbours import weighted
+from retrotool.neighbours import run as neighbours_run
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.table_reader import NeighbourReader
@@ -294,8 +294,8 @@ def test_databases_that_do_not_go_together_are_refused(
 
 
 def test_at_most_255_databases(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weighted.MOST_DATABASES == 255
-    monkeypatch.setattr(weighted, "MOST_DATABASES", 2)
+    assert neighbours_run.MOST_DATABASES == 255
+    monkeypatch.setattr(neighbours_run, "MOST_DATABASES", 2)
     with pytest.raises(UsageError, match="3 databases are more than a mixture can have, 2"):
         mix(("books", None), ("training", None))
 

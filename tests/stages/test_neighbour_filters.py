@@ -23,9 +23,8 @@ from retrotool import api
 from retrotool.ann.choice import IndexWishes
 from retrotool.app import app
 from retrotool.errors import UsageError
-from retrotool.index.exact import ExactDatabase
 from retrotool.index.run import Options
-from retrotool.index.searching import Database
+from retrotool.index.searching import Database, ExactDatabase
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 

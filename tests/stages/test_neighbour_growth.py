@@ -15,9 +15,8 @@ from test_index_rivals import at_once
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
 from retrotool.errors import UsageError
-from retrotool.index.exact import ExactDatabase, merged
 from retrotool.index.run import Options
-from retrotool.index.searching import Database
+from retrotool.index.searching import Database, ExactDatabase, merged
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft

@@ -18,9 +18,8 @@ from test_index_rivals import at_once
 import retrotool
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
-from retrotool.index.exact import ExactDatabase
 from retrotool.index.run import Options
-from retrotool.index.searching import Database
+from retrotool.index.searching import Database, ExactDatabase
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import NeighboursResult, SearchOptions
 from retrotool.store import neighbour_tables
