@@ -35,7 +35,7 @@ from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.tokenizers import Tokenizer, stored_tokenizer
+from retrotool.tokenizers import stored_tokenizer
 
 _KEPT_ROW_GROUPS = 64
 _KEPT_PARTS = 8
@@ -87,7 +87,8 @@ class Reader:
     def _open_view(self) -> None:
         store = self._store
         self._tombstones = read_tombstones(store)
-        self._tokenizer = stored_tokenizer(store)
+        self.tokenizer = stored_tokenizer(store)
+        """The store's tokenizer."""
         # Caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
         self._documents = lru_cache(_KEPT_PARTS)(
@@ -111,11 +112,6 @@ class Reader:
     def chunk_length(self) -> int:
         """Tokens a chunk."""
         return self._store.identity.chunk_length
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The store's tokenizer."""
-        return self._tokenizer
 
     def refresh(self) -> int:
         """Move to the newest commit, and return its number."""
@@ -165,7 +161,7 @@ class Reader:
         chunks, place = self._row(part, row)
         n = int(chunks.n_tokens[place])
         document = self._documents(part)["id"][int(chunks.doc[place])].as_py()
-        text = self._tokenizer.decode_text(chunks.tokens[place : place + 1], chunks.n_tokens[place : place + 1])[0]
+        text = self.tokenizer.decode_text(chunks.tokens[place : place + 1], chunks.n_tokens[place : place + 1])[0]
         return Chunk(
             chunk_id, document, int(chunks.index[place]), chunks.tokens[place, :n], text, bool(chunks.key[place])
         )
@@ -192,7 +188,7 @@ class Reader:
     def text(self, tokens: npt.NDArray[Any]) -> str:
         """Text of token ids, [n], without padding."""
         row = np.asarray(tokens).reshape(1, -1)
-        return self._tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
+        return self.tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
         """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, was purged or set aside.

@@ -141,24 +141,19 @@ def _cell(value: object) -> str:
 class Paragraph:
     """Text of documents to lay out in lines: white space is a space, and controls are shown as escapes.
 
-    ``indent`` columns are left free before the first line, and ``after`` before the others.
+    It begins with ``fields`` in one style, two spaces apart. ``indent`` columns are left free before the first line,
+    and ``after`` before the others (default: as many).
     """
 
-    def __init__(self, indent: int, after: int) -> None:
+    def __init__(self, *fields: str, indent: int = 0, after: int | None = None, style: str = "") -> None:
         from rich.text import Text
 
-        self.text, self.indent, self.after = Text(), indent, after
+        self.text, self.indent, self.after = Text(), indent, indent if after is None else after
+        self.text.append("  ".join(map(one_line, fields)), style)
 
     def append(self, text: str, style: str = "") -> None:
         """Add some text, in a style of rich such as "bold yellow"."""
         self.text.append(one_line(text), style)
-
-
-def paragraph(*fields: str, indent: int = 0, after: int | None = None, style: str = "") -> Paragraph:
-    """Return a paragraph of fields in one style, two spaces apart; ``after`` is as ``indent`` by default."""
-    made = Paragraph(indent, indent if after is None else after)
-    made.text.append("  ".join(map(one_line, fields)), style)
-    return made
 
 
 def laid_out(paragraphs: Iterable[Paragraph]) -> str:

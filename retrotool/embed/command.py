@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.options import DevicesOption, Json, StoreArgument, opt, parse_shard
+from retrotool.cli.options import DevicesOption, Json, ShardOption, StoreArgument, opt, parse_shard
 
 if TYPE_CHECKING:
     from retrotool.embed.run import EmbedResult
@@ -38,9 +38,7 @@ def command(
         int | None,
         opt("Tokens of a batch: the memory it takes.  [default: 65536 on a GPU, 2048 on a CPU]", metavar="N", least=1),
     ] = None,
-    shard: Annotated[
-        str | None, opt("This is job I of N on the store, from 0: begin with that share of the parts.", metavar="I/N")
-    ] = None,
+    shard: ShardOption = None,
     check: Annotated[
         bool, opt("Hold 2,000 stored vectors against those of transformers in float32.", "--check")
     ] = False,

@@ -215,8 +215,8 @@ class EmbedWorker:
                 raise
             raise self._not_finite(part, int(some[error.row % len(some)])) from error
         self._verified = True
-        if self._many:
-            self.texts.use_fast_tokenizer()
+        if self._many and not self.texts.straight:
+            self.encoder.use_fast_tokenizer()
 
     def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)

@@ -41,12 +41,8 @@ class EncoderRows:
         own, identity = store.identity.tokenizer, encoder.identity
         self._encoder = encoder
         self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
+        """Whether the store's tokens are the encoder's, so that nothing is tokenised."""
         self._tokenizer = stored_tokenizer(store)
-
-    def use_fast_tokenizer(self) -> None:
-        """Get ready for very many chunks."""
-        if not self.straight:
-            self._encoder.use_fast_tokenizer()
 
     def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
         """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""

@@ -26,6 +26,7 @@ from retrotool.encoder import devices
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
 from retrotool.encoder.encoder_identity import check_model, hash_model, longest_row
 from retrotool.errors import UsageError
+from retrotool.machine import give_memory_back
 from retrotool.ranges import positions_within
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
@@ -167,7 +168,7 @@ class Classifier:
             return self._forward(rows, label)
         except Exception as error:
             devices.check_divisible(error, self._what, self.device, len(rows), len(rows.ids))
-        devices.release_memory(self.device)
+        give_memory_back()
         self.batch_tokens = max(self.batch_tokens // 2, 1)
         halves = np.array_split(np.arange(len(rows)), 2)
         return np.concatenate([self._score(rows.take(half), label) for half in halves])

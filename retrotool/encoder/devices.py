@@ -121,11 +121,3 @@ def checking_device(device: str) -> Iterator[None]:
 def is_lost(error: BaseException) -> bool:
     """Whether a device can't be used any more by this process, whatever is asked of it."""
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
-
-
-def release_memory(device: str) -> None:
-    """Give back to the device what torch holds and does not use."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from retrotool.encoder import devices
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
 from retrotool.encoder.encoder_identity import find_encoder, read_config
 from retrotool.errors import NotFiniteError, UsageError
+from retrotool.machine import give_memory_back
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
@@ -123,10 +124,11 @@ class Encoder:
         self.cosine: float | None = None
         """The least cosine with ``transformers`` in float32 that was seen when it was verified."""
         self._spec, self._path, self.say = spec, path, say
-        self._exact = Tokenizer(find_tokenizer(str(path)))
+        self.tokenizer = Tokenizer(find_tokenizer(str(path)))
+        """The encoder's own."""
         self._fast: FastTokenizer | None = None
         try:
-            self._before, self._after = self._exact.special_tokens()
+            self._before, self._after = self.tokenizer.special_tokens()
         except Exception as error:  # the library raises nothing more special
             raise UsageError(
                 f"encoder {spec!r}: its tokenizer can't tokenise: {error}", "Mend tokenizer.json."
@@ -169,15 +171,10 @@ class Encoder:
 
         return torch.cuda.get_device_name(self.device) if self.device != "cpu" else self.device
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The encoder's own."""
-        return self._exact
-
     def use_fast_tokenizer(self) -> None:
         """Get ready to tokenise very many texts: finding out what the fast tokenizer gets right takes seconds."""
         if self._fast is None:
-            self._fast = FastTokenizer(self._exact)
+            self._fast = FastTokenizer(self.tokenizer)
 
     def use_slow_tokenizer(self) -> None:
         """Tokenise by ``tokenizers`` alone from now on."""
@@ -192,14 +189,14 @@ class Encoder:
             texts = [text.lower() for text in texts]
         if self.identity.prompt:
             texts = [self.identity.prompt + text for text in texts]
-        ids, lengths = (self._fast or self._exact).encode_flat(texts)
+        ids, lengths = (self._fast or self.tokenizer).encode_flat(texts)
         return Rows(ids.astype(np.int32), lengths)
 
     def tokenize_query(self, text: str) -> Rows:
         """As ``tokenize``, of one text that may be a chunk's as it is shown: one that begins inside a word."""
         if self.identity.prompt or self.identity.lower:
             return self.tokenize([text])
-        return Rows.of([self._exact.encode_chunk_text(text)])
+        return Rows.of([self.tokenizer.encode_chunk_text(text)])
 
     def verify(self, sample: Rows | None = None) -> None:
         """Hold the chosen way against ``transformers`` in float32, on ``sample`` or on texts of our own.
@@ -357,7 +354,7 @@ class Encoder:
         except Exception as error:
             what = f"encoder {self.identity.name}"
             devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
-        devices.release_memory(self.device)
+        give_memory_back()
         if _LEAST_TOKENS < len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving, or is small
             while self.batch_tokens >= len(rows.ids):
                 self.batch_tokens = max(self.batch_tokens // 2, _LEAST_TOKENS)

@@ -352,7 +352,8 @@ class CudaRunner:
             work.wait_stream(self._copies)
             for tensor in tensors.values():
                 tensor.record_stream(work)
-            begun, ended, arrived = (_event() for _ in range(3))
+            timed = {"enable_timing": True}
+            begun, ended, arrived = (torch.cuda.Event(**timed) for _ in range(3))  # type: ignore[no-untyped-call]
             begun.record(work)
             vectors = self._forward(tensors, ready.more)[: ready.rows].half()
             ended.record(work)
@@ -379,10 +380,6 @@ def _failed(error: Exception) -> Handle:
         raise errors.pop()  # it must not be held by its own traceback
 
     return handle
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 Runner = CpuRunner | CudaRunner

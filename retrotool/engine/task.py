@@ -15,9 +15,8 @@ any order, any machine, twice if need be. Resuming is planning again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -143,29 +142,25 @@ def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) ->
     """Do one task and stage it; None if another process did, or is at it. All that another engine has to call."""
     if staging.is_staged(root, task.key):
         return None
-    with _claimed(root, task.key, run) if task.claimed else contextlib.nullcontext(True) as mine:
-        # It may have been staged, and the claim for it given back, just now.
-        if not mine or (task.claimed and staging.is_staged(root, task.key)):
-            return None
-        try:
-            staged = worker(task, run, report)
-        except (Exception, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the panic of a library in Rust, which no other process knows the class of
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        return staged if staged is not None and staging.stage(root, staged) else None
-
-
-@contextlib.contextmanager
-def _claimed(root: Path, task: str, run: str) -> Iterator[bool]:
-    """Whether the task was to be had; what was had is given back."""
-    if not claims.take(root, task, run):
-        yield False
-        return
+    if not task.claimed:
+        return _do(worker, root, task, run, report)
+    if not claims.take(root, task.key, run):
+        return None
     try:
-        yield True
+        # It may have been staged, and the claim for it given back, just now.
+        return None if staging.is_staged(root, task.key) else _do(worker, root, task, run, report)
     finally:
-        claims.release(root, task, run)
+        claims.release(root, task.key, run)
+
+
+def _do(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
+    try:
+        staged = worker(task, run, report)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the panic of a library in Rust, which no other process knows the class of
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return staged if staged is not None and staging.stage(root, staged) else None
 
 
 def perform_reporting(worker: Worker, root: Path, task: Task, run: str, update: Update) -> Staged | None:

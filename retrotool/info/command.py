@@ -8,8 +8,7 @@ from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, opt
 
 if TYPE_CHECKING:
-    from retrotool.info.corpus_statistics import Shape
-    from retrotool.info.run import Info
+    from retrotool.info.run import Info, Shape
 
 EPILOG = """\b
 Examples:

@@ -8,6 +8,7 @@ be among it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import identity, log
-from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Commit
 from retrotool.store.paths import NAMED_KINDS
 from retrotool.store.verify_log import check_log
@@ -93,11 +93,10 @@ def _entries(root: Path, genesis: str, last: int | None) -> Iterator[LogEntry]:
 def _told(commit: Commit) -> LogEntry:
     added: dict[str, dict[str, int]] = {}
     for entry in commit.add:
-        _count(added, entry)
-    removed: dict[str, int] = {}
-    for path in commit.remove:
-        kind = _kind(path)
-        removed[kind] = removed.get(kind, 0) + 1
+        counts = added.setdefault(_kind(entry.path), {"files": 0, "rows": 0})
+        counts["files"] += 1
+        counts["rows"] += entry.rows
+    removed = dict(Counter(map(_kind, commit.remove)))
     purges: tuple[dict[str, str], ...] = ()
     if commit.kind in _ABOUT:
         found = {key.removeprefix(_PURGE): value for key, value in commit.records.items() if key.startswith(_PURGE)}
@@ -110,12 +109,6 @@ def _told(commit: Commit) -> LogEntry:
         commit.number, commit.time, commit.kind, added, removed, tuple(commit.records), purges, commit.tool,
         commit.parent, commit.sha256,
     )  # fmt: skip
-
-
-def _count(added: dict[str, dict[str, int]], entry: FileEntry) -> None:
-    counts = added.setdefault(_kind(entry.path), {"files": 0, "rows": 0})
-    counts["files"] += 1
-    counts["rows"] += entry.rows
 
 
 def _kind(path: str) -> str:

@@ -2,12 +2,14 @@
 
 All figures follow from the log, so ``info`` opens no other file of most stores, and needs neither numpy nor pyarrow.
 Tombstones are read only for embeddings and neighbours that cover some of the parts, and for key-value records; what
-other features need is imported where the log says that the store has them.
+other features need is imported where the log says that the store has them. The documents' lengths and sources are read
+only where they are asked for: three columns, about ten bytes a document.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,26 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
 
 if TYPE_CHECKING:
-    from retrotool.info.corpus_statistics import Shape
     from retrotool.store.tombstones import Tombstones
 
+READ_DOCUMENTS = 20_000_000
+"""Documents from which on only some parts, spread evenly, are read for lengths and sources, and the counts scaled."""
+LARGEST_SOURCES = 1000
 _LOOKED_AT = 64
 """Parts of a database in which names of sources are looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Live documents by length and by source; ``share`` of them was looked at, the counts are of all, scaled.
+
+    ``lengths`` are rows {tokens, documents}: so many have at least ``tokens`` and less than twice that. ``sources`` are
+    rows {source, documents, chunks, tokens}, most tokens first, at most a thousand.
+    """
+
+    lengths: tuple[dict[str, int], ...] = ()
+    sources: tuple[dict[str, Any], ...] = ()
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +112,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         blocked=_files(store, "blocked"),
         quarantine=_files(store, "quarantine"),
         unfinished=sum(not plan["finished"] for plan in state.with_prefix("plan:").values()),
-        shape=_shape(store) if documents else None,
+        shape=shape_of(store) if documents else None,
         dependents=dependents(store),
     )  # fmt: skip
 
@@ -131,11 +148,42 @@ class _Keys:
         return sum(count_living_keys(self._store, part, self._tombstones) for part in parts)
 
 
-def _shape(store: Store) -> Shape:
-    from retrotool.info.corpus_statistics import shape_of
+def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:
+    """Count the live documents of a store by length and source."""
+    import numpy as np
+    import pyarrow as pa
+
+    from retrotool.store import parts
     from retrotool.store.tombstones import read_tombstones
 
-    return shape_of(store, read_tombstones(store))
+    tombstones = read_tombstones(store)
+    entries = [(part, parts.part_entry(store, "documents", part)) for part in store.state.parts()]
+    total = sum(entry.rows for _, entry in entries)
+    if not total:
+        return Shape()
+    chosen = entries[:: -(-total // read_documents)]
+    share = sum(entry.rows for _, entry in chosen) / total
+    lengths = np.zeros(64, np.int64)
+    sources: dict[str, Any] = {}
+    for part, entry in chosen:
+        table = parts.read_parquet(store, entry, ["source", "first_row", "n_chunks", "n_tokens"])
+        first, n_chunks, purged = table["first_row"].to_numpy(), table["n_chunks"].to_numpy(), tombstones.rows(part)
+        is_live = table["source"].is_valid().to_numpy(zero_copy_only=False)  # erased ones have none
+        is_live &= np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first) < n_chunks
+        table = table.filter(pa.array(is_live))
+        n_tokens = table["n_tokens"].to_numpy()
+        lengths += np.bincount(np.log2(np.maximum(n_tokens, 1)).astype(np.int64), minlength=64)[:64]
+        grouped = table.group_by("source", use_threads=False)
+        for row in grouped.aggregate([("n_tokens", "count"), ("n_chunks", "sum"), ("n_tokens", "sum")]).to_pylist():
+            found = np.array([row["n_tokens_count"], row["n_chunks_sum"], row["n_tokens_sum"]])
+            sources[row["source"]] = sources.get(row["source"], 0) + found
+    largest = Counter({source: int(counts[2]) for source, counts in sources.items()}).most_common(LARGEST_SOURCES)
+    scaled = ((source, map(round, (sources[source] / share).tolist())) for source, _ in largest)
+    return Shape(
+        tuple({"tokens": 2**i, "documents": round(n / share)} for i, n in enumerate(lengths.tolist()) if n),
+        tuple({"source": source, "documents": d, "chunks": c, "tokens": n} for source, (d, c, n) in scaled),
+        share,
+    )
 
 
 def _part(store: Store, part: int) -> dict[str, Any]:
@@ -154,8 +202,7 @@ def _part(store: Store, part: int) -> dict[str, Any]:
 
 
 def _files(store: Store, kind: str) -> list[dict[str, Any]]:
-    group = store.state.group(kind)
-    return [{"path": e.path, "rows": e.rows} for slot in group if (e := group.get(slot)) is not None]
+    return [{"path": entry.path, "rows": entry.rows} for entry in store.state.group(kind).entries()]
 
 
 def _encoders(store: Store, keys: _Keys) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from retrotool.cli.options import Json, StoreArgument, check_utf8, opt
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.cli.output import Paragraph
     from retrotool.inspect.run import CommonRun, InspectedChunk, InspectedNeighbour, InspectResult, TableRead
     from retrotool.tokenizers.tokenizer import Split
 
@@ -62,15 +61,15 @@ def _text(result: InspectResult) -> str:
     return f"{text}\nTo read and search: {output.visible(result.page)}" if result.page else text
 
 
-def _paragraphs(result: InspectResult) -> Iterator[Paragraph]:
+def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
     several = len(result.tables) > 1
-    yield output.paragraph(f"{result.store}, neighbours {result.name!r}: {result.chosen}.")
+    yield output.Paragraph(f"{result.store}, neighbours {result.name!r}: {result.chosen}.")
     for table in result.tables:
-        yield output.paragraph(_table(table, several), indent=2)
+        yield output.Paragraph(_table(table, several), indent=2)
     if result.page:
-        yield output.paragraph(_figures(result))
+        yield output.Paragraph(_figures(result))
     for chunk in result.chunks:
-        yield output.paragraph()
+        yield output.Paragraph()
         yield from _chunk(chunk, several)
 
 
@@ -90,24 +89,24 @@ def _figures(result: InspectResult) -> str:
     )
 
 
-def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[Paragraph]:
+def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
     fields = [f"chunk {chunk.id}", *_from(chunk), output.count(chunk.n_tokens, "token")]
-    yield output.paragraph(*fields, after=6, style="bold")
+    yield output.Paragraph(*fields, after=6, style="bold")
     runs = groupby(chunk.segments(), lambda segment: bool(segment[1]))
     yield _marked([("".join(text for text, _ in some), marked) for marked, some in runs], 3)
     for rank, near in enumerate(chunk.neighbours, 1):
         yield from _neighbour(near, rank, several)
     if not chunk.neighbours:
-        yield output.paragraph(f"({chunk.why_none()})", indent=3)
+        yield output.Paragraph(f"({chunk.why_none()})", indent=3)
 
 
-def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[Paragraph]:
+def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[output.Paragraph]:
     fields = [f"{rank}. distance {near.distance:.4f}", f"chunk {near.id}", *_from(near)]
     if several:
         fields.append(f"database {near.database}")
-    yield output.paragraph(*fields, after=6)
+    yield output.Paragraph(*fields, after=6)
     if near.common is not None and near.common.marked:
-        yield output.paragraph(_position(near.common), indent=3)
+        yield output.Paragraph(_position(near.common), indent=3)
     yield _cut(near.marked_text(), 3)
     if near.continuation is not None:
         yield _cut(near.marked_continuation(), 5, "… ")
@@ -126,13 +125,13 @@ def _position(common: CommonRun) -> str:
     )
 
 
-def _cut(split: Split, indent: int, before: str = "") -> Paragraph:
+def _cut(split: Split, indent: int, before: str = "") -> output.Paragraph:
     return _marked([(before + split.before, False), (split.run, bool(split.run)), (split.after, False)], indent)
 
 
-def _marked(pieces: Iterable[tuple[str, bool]], indent: int) -> Paragraph:
+def _marked(pieces: Iterable[tuple[str, bool]], indent: int) -> output.Paragraph:
     """Put [[ and ]] around the pieces of a text that are marked, and show them in colour."""
-    shown = output.paragraph(indent=indent)
+    shown = output.Paragraph(indent=indent)
     for text, marked in pieces:
         shown.append(f"[[{text}]]" if marked else text, "bold yellow" if marked else "")
     return shown

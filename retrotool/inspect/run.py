@@ -30,8 +30,8 @@ from retrotool.neighbours.table_reader import Found, NeighbourReader, row_groups
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.reader import Reader
 from retrotool.store import parts
-from retrotool.store.ids import Ids
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP
+from retrotool.store.ids import Ids, join_id, rows_by_part, split_id
+from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer
@@ -184,9 +184,7 @@ class Inspector:
 
     def _read(self, ids: Ids) -> _Block:
         found: list[tuple[Any, ...]] = []
-        numbers = ids >> PART_SHIFT
-        for part in np.unique(numbers).tolist():
-            rows = ids[numbers == part] - (part << PART_SHIFT)
+        for part, rows in rows_by_part(ids):
             groups = row_groups_of(rows)
             place = _places_in(rows, groups)
             chunks = parts.read_chunks(self._store, part, groups)
@@ -271,17 +269,14 @@ def _places_in(rows: Ids, groups: list[int]) -> Ids:
 def _find_places(store: Store, ids: Ids) -> list[_Place]:
     """Return the places of live chunks [n], in any order."""
     found: dict[int, _Place] = {}
-    numbers = ids >> PART_SHIFT
-    for part in np.unique(numbers).tolist():
-        some = np.unique(ids[numbers == part])
-        rows = some - (part << PART_SHIFT)
+    for part, rows in rows_by_part(np.unique(ids)):
         groups = row_groups_of(rows)
         entry = parts.part_entry(store, "chunks", part)
         chunks = parts.read_parquet(store, entry, ["doc", "index"], groups).take(_places_in(rows, groups))
         documents = parts.read_documents(store, part, ["id", "source", "n_chunks"]).take(chunks["doc"])
         columns = [documents["id"], documents["source"], chunks["index"], documents["n_chunks"]]
-        for chunk, name, source, index, of in zip(some.tolist(), *(c.to_pylist() for c in columns), strict=True):
-            found[chunk] = _Place(name, source or "", index, of)
+        for row, name, source, index, of in zip(rows.tolist(), *(c.to_pylist() for c in columns), strict=True):
+            found[join_id(part, row)] = _Place(name, source or "", index, of)
     return [found[chunk] for chunk in ids.tolist()]
 
 
@@ -444,10 +439,9 @@ def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids,
             raise UsageError(f"the document {document!r} has no key left: what it has are values of a purged one")
     have = set(reader.parts())
     for chunk in found:
-        if chunk >> PART_SHIFT not in have:
+        if (part := split_id(chunk)[0]) not in have:
             raise UsageError(
-                f"part {chunk >> PART_SHIFT} of {store.root}, which has chunk {chunk}, has no neighbours "
-                f"{reader.name!r} yet",
+                f"part {part} of {store.root}, which has chunk {chunk}, has no neighbours {reader.name!r} yet",
                 "\n".join(f"Compute them: {command}" for command in _commands(store, reader)),
             )
     return np.array(found, np.int64), words
@@ -461,7 +455,7 @@ def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
     known = store.state.parts()
     if not known:
         raise UsageError(f"{store.root} has no chunks", f"Chunk documents: retrotool chunk {store.root} INPUT...")
-    last = int(parts.chunk_ids(known[-1], np.array([parts.part_entry(store, "chunks", known[-1]).rows - 1]))[0])
+    last = join_id(known[-1], parts.part_entry(store, "chunks", known[-1]).rows - 1)
     raise UsageError(f"the store has no chunk {chunk}", f"Ids are part << 32 | row; the last one is {last}.")
 
 

@@ -12,8 +12,7 @@ from retrotool.cli.options import Json, opt, parse_count, parse_size
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.plan.rates import Rate
-    from retrotool.plan.run import Plan
+    from retrotool.plan.run import Plan, Rate
 
 EPILOG = """\b
 Examples:

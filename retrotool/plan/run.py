@@ -1,7 +1,7 @@
 """``plan``: what a database will take, by arithmetic: files, index, GPU-hours, core-hours and hours.
 
 n chunks of up to m tokens are encoded to d dimensions; L = tokens / n + 2 is their mean length with special tokens.
-No corpus and no store is read; the rates are in ``rates.py``.
+No corpus and no store is read. Rates are measured, and are of one core, one GPU, or one host (its file system).
 
 Sizes
     documents     tokens / tokens a document
@@ -27,26 +27,28 @@ Time
     rate, which is a lower bound: each file is read and written once (neighbours reads vectors twice, as queries and to
     re-rank). Parts are the units of work: the one that does most of them is waited for. Stages come one after another.
 
-Not computed: reading the input, networks, cores that only drive a GPU, starting processes, jobs
-that are killed, and the recall, which can only be measured.
+Not computed: what a plan says is not counted, jobs that are killed, and the recall, which can only be measured.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from retrotool.ann.choice import ITERATIONS, TARGET_RECALL, IndexShape, IndexWishes, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.run import check_chunk_length
 from retrotool.cli.command_lines import SAVED
+from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows
 from retrotool.index.training import sample_size
 from retrotool.machine import cores as own_cores
 from retrotool.machine import memory_of_machine
-from retrotool.plan.rates import EncoderShape, Rate, Rates, check_rates, find_shape
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105
@@ -64,6 +66,60 @@ _HOUR = 3600.0
 _MOST_TOKENS = 10**14
 _MOST_BYTES = 10**15
 _MOST = 10**9
+WIDE = 768
+"""Hidden dimensions from which on an encoder is not narrow: smaller matrices don't keep a device busy."""
+_EPYC = "an EPYC with AVX-512 BF16"
+_SSD = "assumed: a local SSD"
+_MOST_SIZE = 1 << 14
+_MOST_RATE = 1e24
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast a stage is: ``value`` in ``unit``, of one ``per`` ("core", "GPU" or "host"), and where that is from."""
+
+    stage: str
+    value: float
+    unit: str
+    per: str
+    source: str
+
+
+TABLE = (
+    Rate("chunk", 21.5e6, "B/s", "core", f"{_EPYC}: text from files to Parquet"),
+    Rate("embed", 3.6e14, "FLOP/s", "GPU", "an H100: 31,600 full chunks of BERT-base"),
+    Rate("embed", 2.0e11, "FLOP/s", "core", _EPYC),
+    Rate("embed narrow", 1.6e14, "FLOP/s", "GPU", "an H100"),
+    Rate("embed narrow", 1.77e11, "FLOP/s", "core", _EPYC),
+    Rate("feed", 6.1e4, "chunks/s", "core", f"{_EPYC}: chunks made ready for a GPU"),
+    Rate("index", 2.1e14, "FLOP/s", "GPU", "an H100: nearest of many centroids"),
+    Rate("index", 8.5e10, "FLOP/s", "core", f"{_EPYC}: nearest of many centroids"),
+    Rate("neighbours", 5.0e13, "FLOP/s", "GPU", "an H100: queries against lists"),
+    Rate("neighbours", 1.5e10, "FLOP/s", "core", "a Xeon: queries against lists"),
+    Rate("read", 2.0e9, "B/s", "host", _SSD),
+    Rate("write", 1.0e9, "B/s", "host", _SSD),
+)
+STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")
+"""Stages whose rate can be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """A BERT of ``layers`` layers of ``hidden`` dimensions, with ``intermediate`` in its feed-forward network."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+
+    def flops_per_token(self, length: float) -> float:
+        """Return the floating-point operations a token of a forward over texts of ``length`` tokens.
+
+        A layer multiplies each token with four matrices hidden × hidden (query, key, value, output) and two hidden ×
+        intermediate, and compares it with ``length`` tokens, twice. A multiplication and its addition are two.
+        """
+        products = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
+        return self.layers * (2.0 * products + 4.0 * length * self.hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +253,9 @@ def plan(
         gpu_hours=sum(stage.gpu_hours for stage in stages),
         core_hours=sum(stage.core_hours for stage in stages),
         wall_hours=sum(stage.wall_hours for stage in stages),
-        rates=tuple(work.rates.used.values()),
+        rates=tuple(work.rates.values()),
         assumptions=work.assumptions(),
     )
-
-
-def count_chunks(tokens: int, documents: int, m: int) -> int:
-    """Return how many chunks of up to m tokens so many documents have, whose lengths are spread."""
-    return max(documents, -(-(2 * tokens + documents * (m - 1)) // (2 * m)))
 
 
 def _check(request: PlanRequest) -> None:
@@ -221,18 +272,24 @@ def _check(request: PlanRequest) -> None:
         if not least <= value <= most:
             raise UsageError(f"{option} {value} is not between {least:,} and {most:,}")
     check_chunk_length(request.chunk_length)
-    check_rates(request.rates)
+    for stage, rate in request.rates.items():
+        if stage not in STAGES:
+            raise UsageError(f"--rate {stage}={rate:g}: {stage!r} is not one of {', '.join(STAGES)}")
+        if not 0 < rate <= _MOST_RATE:
+            raise UsageError(f"--rate {stage}={rate:g} is not above 0 and at most {_MOST_RATE:g}")
     if not 0 < request.target_recall <= 1:
         raise UsageError(f"--target-recall {request.target_recall} is not above 0 and at most 1")
 
 
 class _Work:
-    """What a request comes to. ``rates.used`` are the rates that were asked for, in the order of the stages."""
+    """What a request comes to. ``rates`` are those that were asked for, in the order of the stages."""
 
     def __init__(self, request: PlanRequest) -> None:
         self._request, self._machines = request, request.machines
         self.documents = -(-request.tokens // request.tokens_per_document)
-        self.n = count_chunks(request.tokens, self.documents, request.chunk_length)
+        m = request.chunk_length
+        half_full = -(-(2 * request.tokens + self.documents * (m - 1)) // (2 * m))
+        self.n = max(self.documents, half_full)
         self.parts = -(-self.n // PART_SIZE)
         choice = self._choice = choose_index(self.n, request.encoder.hidden, IndexWishes(target=request.target_recall))
         self._shards = -(-self.n // default_shard_rows(choice, None))
@@ -243,7 +300,7 @@ class _Work:
         self.files = self._files()
         self._bytes = {one.kind: one.bytes for one in self.files}
         self._device = "GPU" if self._machines.gpus else "core"
-        self.rates = Rates(request.rates)
+        self.rates: dict[str, Rate] = {}
 
     def _files(self) -> tuple[Files, ...]:
         request, n = self._request, self.n
@@ -273,7 +330,7 @@ class _Work:
     def chunk(self) -> StagePlan:
         """Let every core take parts; reading the input is not counted."""
         machines = self._machines
-        seconds = TEXT_BYTES * self._request.tokens / self.rates.find("chunk", "core")
+        seconds = TEXT_BYTES * self._request.tokens / self._rate("chunk", "core")
         written = sum(self._bytes[kind] for kind in ("documents", "chunks"))
         wall = seconds * self._share(machines.hosts * machines.cores)
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
@@ -281,8 +338,11 @@ class _Work:
     def embed(self) -> StagePlan:
         """A forward a chunk, and on GPUs getting it ready."""
         length = self._request.tokens / self.n + SPECIAL_TOKENS
-        seconds = self.n / self.rates.find_embed(self._device, self._request.encoder, length)
-        feed = self.n / self.rates.find("feed", "core") if self._machines.gpus else 0.0
+        encoder = self._request.encoder
+        known = _of_table("embed" if encoder.hidden >= WIDE else "embed narrow", self._device)
+        chunks = known.value / (length * encoder.flops_per_token(length))
+        seconds = self.n / self._use(Rate("embed", chunks, "chunks/s", self._device, known.source))
+        feed = self.n / self._rate("feed", "core") if self._machines.gpus else 0.0
         return self._spread("embed", seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
 
     def train(self) -> StagePlan:
@@ -310,9 +370,20 @@ class _Work:
         read = self._bytes["embeddings"] * (1 + coded) + self._bytes["index"]
         return self._spread("neighbours", self._products("neighbours", flops), read, self._bytes["neighbours"])
 
+    def _rate(self, stage: str, per: str) -> float:
+        """The rate of a stage on a device, in the unit of the table."""
+        return self._use(_of_table(stage, per))
+
+    def _use(self, rate: Rate) -> float:
+        given = self._request.rates.get(rate.stage)
+        if given is not None:
+            rate = replace(rate, value=float(given), source="given")
+        self.rates[rate.stage] = rate
+        return rate.value
+
     def _products(self, stage: str, flops: float) -> float:
         """Seconds that one device takes for so many operations."""
-        return flops / self.rates.find(stage, self._device) if flops else 0.0
+        return flops / self._rate(stage, self._device) if flops else 0.0
 
     def _spread(
         self, name: str, seconds: float, read: int, written: int, feed: float = 0.0, *, alone: bool = False
@@ -331,7 +402,7 @@ class _Work:
 
         ``hosts`` is the share of the files that the busiest host reads and writes.
         """
-        disk = read / self.rates.find("read", "host") + written / self.rates.find("write", "host")
+        disk = read / self._rate("read", "host") + written / self._rate("write", "host")
         walls = {**walls, "disk": disk * hosts}
         limit = max(walls, key=walls.__getitem__)
         wall = walls[limit]
@@ -357,3 +428,53 @@ class _Work:
             candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
             found.insert(4, f"a query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
         return tuple(found)
+
+
+def _of_table(stage: str, per: str) -> Rate:
+    return next(rate for rate in TABLE if (rate.stage, rate.per) == (stage, per))
+
+
+_KNOWN = {"minilm": (6, 384), "bert-base": (12, 768), "bert-large": (24, 1024)}
+_FIELDS = {
+    "layers": ("num_hidden_layers", "n_layers"),
+    "hidden": ("hidden_size", "dim"),
+    "intermediate": ("intermediate_size", "hidden_dim"),
+}
+
+
+def find_shape(spec: str) -> EncoderShape:
+    """Return the sizes of the encoder ``spec``: a name, LAYERSxHIDDEN, or a model directory, whose config is read."""
+    path = Path(spec).expanduser()
+    if spec in _KNOWN:
+        layers, hidden = _KNOWN[spec]
+    elif sizes := re.fullmatch(r"(\d{1,4})x(\d{1,4})", spec):
+        layers, hidden = int(sizes[1]), int(sizes[2])
+    elif path.is_dir():
+        return _of_directory(spec, path)
+    else:
+        raise UsageError(
+            f"encoder {spec!r} is not a directory, and not known by name",
+            f"Known are {', '.join(_KNOWN)}; for another one name its directory, or its layers and hidden dimensions, "
+            "such as 12x768.",
+        )
+    if not layers or not hidden:
+        raise UsageError(f"encoder {spec!r}: layers and dimensions are not 0")
+    return EncoderShape(spec, layers, hidden, 4 * hidden)
+
+
+def _of_directory(spec: str, path: Path) -> EncoderShape:
+    file = path / "config.json"
+    if not file.is_file():
+        raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
+    config = read_config(path)
+    return EncoderShape(path.absolute().name, **{size: _size(file, config, names) for size, names in _FIELDS.items()})
+
+
+def _size(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_SIZE:
+        raise UsageError(
+            f"{file}: its {names[0]} is {value!r}, not a number from 1 to {_MOST_SIZE:,}",
+            "Only encoders of the BERT family can be planned; give others as --encoder LAYERSxHIDDEN.",
+        )
+    return value

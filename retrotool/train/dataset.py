@@ -48,9 +48,9 @@ _GATHERED = 16
 """Sequences that are gathered at once where no batch size is given."""
 _IN_ORDER = 4
 """Blocks that are read at once where sequences are not shuffled."""
-_EPOCH, _COMMIT, _CHANGE, _LOADED, _READ = range(5)
-"""Places in what the processes share: the epoch, its commit, a count of changes to them, whether the last change was
-a state that was loaded, and the change since which a worker process has read."""
+_READ = 4
+"""Place, in what the processes share, of the change since which a worker process has read. Before it are the epoch, its
+commit, a count of changes to them, and whether the last change was a state that was loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,16 @@ class RetroDataset(IterableDataset[Item]):
         self.databases = tuple(str(database.root) for database in reader.rows.reader.databases)
         """Paths of the stores that neighbours are chunks of."""
         self.chunk_length = length
-        self._layout = self._lay_out(reader.store, self._agreed(reader.store.state.number))
-        reader.check_tables(self._layout)
         self._shared = torch.zeros(_READ + 1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._change = 0
-        self._epoch, self._commit = 0, self._layout.commit
-        self._begin = self._at = _Start()
         self._finished = -1
+        self._begin_epoch(0, reader)
+
+    def _begin_epoch(self, epoch: int, reader: TrainingReader) -> None:
+        layout = self._lay_out(reader.store, self._agreed(reader.store.state.number))
+        reader.check_tables(layout)
+        self._epoch, self._commit, self._layout = epoch, layout.commit, layout
+        self._begin = self._at = _Start()
         self._tell(loaded=False)
 
     @property
@@ -189,12 +192,7 @@ class RetroDataset(IterableDataset[Item]):
             return
         if epoch < 0:
             raise UsageError(f"epoch {epoch} is less than 0")
-        reader = TrainingReader(self.path, self.name, self.k)
-        layout = self._lay_out(reader.store, self._agreed(reader.store.state.number))
-        reader.check_tables(layout)
-        self._epoch, self._commit, self._layout = epoch, layout.commit, layout
-        self._begin = self._at = _Start()
-        self._tell(loaded=False)
+        self._begin_epoch(epoch, TrainingReader(self.path, self.name, self.k))
 
     def state_dict(self, batch: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
         """Where this rank is: after ``batch``, or after what was read last in this process.
@@ -287,11 +285,14 @@ class RetroDataset(IterableDataset[Item]):
         reader = TrainingReader(self.path, self.name, self.k)
         reader.check_tables(layout)
         begun: dict[str, npt.NDArray[Any]] = {}
-        for window in read_epoch(reader, layout, self._order(layout), share, turns, start.consumed):
+        mixed = self.shuffle_blocks if self.shuffle else _IN_ORDER
+        order = Order(layout.counts, self.seed if self.shuffle else None, self._epoch, mixed)
+        for window in read_epoch(reader, layout, order, share, turns, start.consumed):
             places = window.places
             groups = np.arange(len(places)) // _GATHERED if self.batch_size is None else turns.number(places)
             for some in np.split(np.arange(len(places)), np.flatnonzero(np.diff(groups)) + 1):
-                values = {**window.rows.gathered(window.slots[some]), "cursor": self._cursor(places[some], workers)}
+                cursor = np.stack([np.full_like(some, self._epoch), places[some], np.full_like(some, workers)], 1)
+                values = {**window.rows.gathered(window.slots[some]), "cursor": cursor}
                 if begun:
                     values = {key: np.concatenate([begun[key], value]) for key, value in values.items()}
                 begun = {}
@@ -302,9 +303,6 @@ class RetroDataset(IterableDataset[Item]):
         if begun:
             yield from self._given(start, begun)
         self._finished = self._epoch
-
-    def _cursor(self, positions: Ids, workers: int) -> Ids:
-        return np.stack([np.full_like(positions, self._epoch), positions, np.full_like(positions, workers)], 1)
 
     def _given(self, start: _Start, values: Mapping[str, npt.NDArray[Any]]) -> Iterator[Item]:
         """A batch, or one sequence after the other; where one goes on after each is known before it is given."""
@@ -326,10 +324,6 @@ class RetroDataset(IterableDataset[Item]):
     def _lay_out(self, store: Store, commit: int) -> SequenceLayout:
         return SequenceLayout.of(store, commit, self.sequence_length // self.chunk_length, packed=self.packed)
 
-    def _order(self, layout: SequenceLayout) -> Order:
-        mixed = self.shuffle_blocks if self.shuffle else _IN_ORDER
-        return Order(layout.counts, self.seed if self.shuffle else None, self._epoch, mixed)
-
     def _share(self, start: _Start) -> Share:
         spans = ((0, self._sequences().sequences),) if start.spans is None else start.spans
         return Share(spans, self.rank, self.world_size, self._whole())
@@ -338,11 +332,7 @@ class RetroDataset(IterableDataset[Item]):
         return (self.batch_size or 1) if self.drop_last else 0
 
     def _settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "sequence_length": self.sequence_length,
-            "packed": self.packed,
-            "shuffle": self.shuffle,
-        }
+        found = {"sequence_length": self.sequence_length, "packed": self.packed, "shuffle": self.shuffle}
         return {**found, "seed": self.seed, "shuffle_blocks": self.shuffle_blocks} if self.shuffle else found
 
     def _after(self, batch: Mapping[str, torch.Tensor]) -> _Start:

@@ -49,19 +49,13 @@ def slots_of(living: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *,
     if packed:
         place = np.arange(len(rows))
     else:
-        first = _firsts(doc[rows])  # place, among the rows, of the first of the same document
-        inside = np.arange(len(rows)) - first
+        starts = np.flatnonzero(np.diff(doc[rows], prepend=-1))  # where, among the rows, documents begin
+        inside = positions_within(np.diff(starts, append=len(rows)))
         begins = inside % size == 0
         place = (np.cumsum(begins) - 1) * size + inside % size
     slots = np.full((-(-(int(place[-1]) + 1) // size) if len(rows) else 0, size), EMPTY, np.int32)
     slots.reshape(-1)[place] = rows
     return slots
-
-
-def _firsts(doc: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """For each of n ascending numbers the place of the first that is equal to it."""
-    starts = np.flatnonzero(np.diff(doc, prepend=-1))
-    return np.repeat(starts, np.diff(starts, append=len(doc)))
 
 
 @dataclass(frozen=True, slots=True)

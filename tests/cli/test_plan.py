@@ -19,8 +19,7 @@ from retrotool.cli import output
 from retrotool.cli.options import parse_count, parse_size
 from retrotool.errors import UsageError
 from retrotool.plan.command import _hours, _rate
-from retrotool.plan.rates import STAGES, find_shape
-from retrotool.plan.run import Plan
+from retrotool.plan.run import STAGES, Plan, find_shape
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

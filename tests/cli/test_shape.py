@@ -9,10 +9,9 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 from retrotool import api
-from retrotool.info.corpus_statistics import shape_of
+from retrotool.info.run import shape_of
 from retrotool.store import parts
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_purged_documents_are_not_counted(store, tmp_path, erase):
 
 
 def test_of_a_large_store_parts_spread_over_it_are_read_and_scaled(store):
-    shape = shape_of(store, read_tombstones(store), read_documents=20)
+    shape = shape_of(store, read_documents=20)
     assert 0 < shape.share < 0.6
     total = sum(row["documents"] for row in shape.lengths)
     assert abs(total - 60) <= len(shape.lengths)
