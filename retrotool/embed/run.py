@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,8 @@ class EmbedResult:
 class _Done:
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
-        self.how: list[dict[str, Any]] = []
+        self.how: dict[str, Any] = {}
+        """How vectors were made; of workers that differ the one that is farthest from the true vectors."""
         self.sums = {"tokens": 0.0, "forward": 0.0, "working": 0.0}
         self._first = self._last = 0.0
 
@@ -78,7 +78,8 @@ class _Done:
         self.sums = {name: total + staged.measured[name] for name, total in self.sums.items()}
         for entry in staged.add:
             self.parts[entry.path] = int(FileName.parse(entry.path).slot)
-            self.how.append({**staged.settings, **(entry.about or {})})
+            how = {**staged.settings, **(entry.about or {})}
+            self.how = min(self.how or how, how, key=lambda one: float(one["cosine"]))
         return False
 
 
@@ -129,7 +130,7 @@ def embed(
         busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
         devices=min(len(found), len(made)),
         check=checked,
-        **_how(done.how),
+        **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "cosine") if done.how},
     )
 
 
@@ -153,14 +154,6 @@ def _tell_where(store: Store, run: Run, identity: EncoderIdentity) -> None:
         return Draft("embed", {"encoder": identity.name}, records={key: {**record, "origin": identity.origin}})
 
     store.commit(run, build)
-
-
-def _how(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How all vectors of a run were made; of workers that differ the one that is farthest from the true vectors."""
-    if not made:
-        return {}
-    farthest = min(made, key=lambda one: one["cosine"])
-    return {key: farthest[key] for key in ("device", "dtype", "forward", "why", "cosine")}
 
 
 def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any] | None:

@@ -352,8 +352,10 @@ class CudaRunner:
             work.wait_stream(self._copies)
             for tensor in tensors.values():
                 tensor.record_stream(work)
-            timed = {"enable_timing": True}
-            begun, ended, arrived = (torch.cuda.Event(**timed) for _ in range(3))  # type: ignore[no-untyped-call]
+            begun, ended, arrived = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(3)
+            )
             begun.record(work)
             vectors = self._forward(tensors, ready.more)[: ready.rows].half()
             ended.record(work)

@@ -442,7 +442,7 @@ def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids,
         if (part := split_id(chunk)[0]) not in have:
             raise UsageError(
                 f"part {part} of {store.root}, which has chunk {chunk}, has no neighbours {reader.name!r} yet",
-                "\n".join(f"Compute them: {command}" for command in _commands(store, reader)),
+                _advice(store, reader),
             )
     return np.array(found, np.int64), words
 
@@ -465,7 +465,7 @@ def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[
     if not total:
         raise UsageError(
             f"{store.root} has no chunk with neighbours {reader.name!r}",
-            "\n".join(f"Compute them: {command}" for command in _commands(store, reader)),
+            _advice(store, reader),
         )
     drawn = [parts.chunk_ids(part, some) for part, some in rows.draw(min(size, total), seed)]
     chunks = "chunk" if min(size, total) == 1 else "chunks"
@@ -473,7 +473,6 @@ def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[
     return np.concatenate(drawn), words
 
 
-def _commands(store: Store, reader: NeighbourReader) -> Iterator[str]:
-    """The commands that compute what the reader's tables lack."""
-    for member in reader.members:
-        yield table_command(store, member.table, member.store)
+def _advice(store: Store, reader: NeighbourReader) -> str:
+    commands = (table_command(store, member.table, member.store) for member in reader.members)
+    return "\n".join(f"Compute them: {command}" for command in commands)
