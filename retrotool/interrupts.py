@@ -2,8 +2,9 @@
 
 Python raises ``KeyboardInterrupt`` wherever the main thread happens to be. If that is a finaliser, or code of a library
 that catches everything, it is swallowed, and a run of hours goes on. So the command line keeps in mind that it was
-asked, and whoever does work in steps calls ``check`` between them. Without ``install``, as in a script, Python's own
-way stays.
+asked, and whoever does work in steps calls ``check`` between them. And if that is at the end of an ``__enter__``, what
+was taken there is never given back: a thread that waits for such a lock waits for ever. So there it is raised a moment
+later. Without ``install``, as in a script, Python's own way stays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 from types import FrameType
 
 _asked = threading.Event()
+_LATER_SECONDS = 0.001
 
 
 def install() -> None:
@@ -21,6 +23,7 @@ def install() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
     told = sys.unraisablehook
 
     def without_interrupts(error: sys.UnraisableHookArgs) -> None:
@@ -30,8 +33,11 @@ def install() -> None:
     sys.unraisablehook = without_interrupts
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+def _interrupt(_signal: int, frame: FrameType | None) -> None:
     _asked.set()
+    if frame is not None and frame.f_code.co_name in ("__enter__", "acquire"):
+        signal.setitimer(signal.ITIMER_REAL, _LATER_SECONDS)
+        return
     raise KeyboardInterrupt
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -33,3 +35,29 @@ def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> N
         signal.signal(signal.SIGINT, before)
     assert whole
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+_WHILE_A_LOCK_IS_TAKEN = """
+import signal, threading, time
+from retrotool import interrupts
+
+class Taking(threading.Condition):
+    def __enter__(self):
+        taken = super().__enter__()
+        signal.raise_signal(signal.SIGINT)
+        return taken
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored
+interrupts.install()
+lock = threading.Lock()
+try:
+    with Taking(lock):
+        time.sleep(30)
+except KeyboardInterrupt:
+    print("interrupted", lock.locked())
+"""
+
+
+def test_ctrl_c_while_a_lock_is_taken_does_not_keep_it() -> None:
+    done = subprocess.run([sys.executable, "-c", _WHILE_A_LOCK_IS_TAKEN], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted False\n", "")
