@@ -283,7 +283,7 @@ def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         return
     from retrotool.tokenizers import Tokenizer, fast
 
-    spell, find_out = Tokenizer._byte_table, fast._guard
+    spell, find_out = Tokenizer._byte_table.func, fast._guard
 
     def byte_table(tokenizer: Tokenizer) -> Any:
         if tokenizer.file.content not in _tables:
@@ -296,7 +296,7 @@ def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         _findings[content] = fast.Findings(fast.library_versions(), found.needles, found.runs, found.frames, found.why)
         return found
 
-    monkeypatch.setattr(Tokenizer, "_byte_table", byte_table)
+    monkeypatch.setattr(Tokenizer, "_byte_table", property(byte_table))
     monkeypatch.setattr(fast, "_guard", guard)
 
 
