@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import orjson
 import pyarrow.compute as pc
 
 from retrotool import sources
+from retrotool.chunk import PART_SIZE
 from retrotool.errors import ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
@@ -45,6 +46,9 @@ EXACT = "tokenizers"
 """Record that says why this store is tokenised by ``tokenizers`` alone."""
 SMALL_PLAN = 12 << 20
 """Bytes of text below which starting the fast tokenizer costs more than it saves."""
+Duplicates = Literal["skip", "keep", "fail"]
+_LEAST_ROWS = 1000
+"""Rows below which a share says nothing, unless they are all."""
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
 _HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")
@@ -89,14 +93,57 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkSettings:
-    """How inputs are to be chunked."""
+class MaxBad:
+    """At most ``rows``, or a ``share`` of all rows read; the rest of a damaged file counts as a row. Neither: any."""
 
-    fields: Fields
-    part_size: int
-    allow_purged: bool = False
+    rows: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> MaxBad:
+        """From ``100`` or ``0.5%``; ``UsageError`` for anything else."""
+        if text is None:
+            return cls()
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                if 0 <= share <= 1:
+                    return cls(share=share)
+            elif (rows := int(text)) >= 0:
+                return cls(rows=rows)
+        except ValueError:
+            pass
+        raise UsageError(f"--max-bad {text}: it is a number of rows, such as 100, or a share, such as 0.5%")
+
+    def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
+        """Return why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
+        bad = counts["set_aside"]
+        if self.rows is not None:
+            return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
+        if self.share is not None:
+            read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
+            if read < _LEAST_ROWS and self.share and not last:
+                return ""
+            if bad > self.share * read:
+                return f"{bad:,} of {read:,} rows were set aside, more than --max-bad {100 * self.share:g}%"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOptions:
+    """How ``chunk`` goes about it; see the command's help."""
+
+    fields: Fields = field(default_factory=Fields)
+    part_size: int = PART_SIZE
+    workers: int = 1
+    skip_missing: bool = False
+    duplicates: Duplicates = "skip"
     add_changed: bool = False
-    findings: Findings | None = None
+    allow_purged: bool = False
+    max_bad: MaxBad = field(default_factory=MaxBad)
+    check: float = 0.001
+    exact_tokenizer: bool = False
+    note: Callable[[str], object] = str
 
 
 def cut_units(
@@ -135,10 +182,10 @@ def text_bytes(file: InputFile) -> int:
     return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
 
 
-def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], wanted: ChunkSettings) -> list[InputFile]:
+def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> list[InputFile]:
     """Those of ``files`` that were planned before, with other content."""
-    known = known_inputs(store, store.refresh(), wanted, runs.others(store.root, run.id))
-    hashes = hashes_of(store, files, wanted.fields)
+    known = known_inputs(store, store.refresh(), options, runs.others(store.root, run.id))
+    hashes = hashes_of(store, files, options.fields)
     return [
         file
         for file, (fingerprint, place) in zip(files, hashes, strict=True)
@@ -146,38 +193,40 @@ def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], wanted: C
     ]
 
 
-def commit_plan(store: Store, run: Run, files: Sequence[InputFile], wanted: ChunkSettings) -> tuple[str | None, int]:
+def commit_plan(
+    store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions, findings: Findings | None = None
+) -> tuple[str | None, int]:
     """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
-    hashes = hashes_of(store, files, wanted.fields)
+    hashes = hashes_of(store, files, options.fields)
     others = runs.others(store.root, run.id)
     n_known = 0
     plan_id = secrets.token_hex(4)
 
     def build(state: State) -> Draft | None:
         nonlocal n_known
-        known = known_inputs(store, state, wanted, others)
+        known = known_inputs(store, state, options, others)
         new: dict[str, tuple[InputFile, str]] = {}
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
             if fingerprint not in known.fingerprints and fingerprint not in new:
                 new[fingerprint] = (file, place)
-        _refuse_changed([file for file, place in new.values() if place in known.places], wanted)
+        _refuse_changed([file for file, place in new.values() if place in known.places], options)
         n_known = len(files) - len(new)
         if not new:
             return None
         chosen = [file for file, _ in new.values()]
         chosen_places = tuple(place for _, place in new.values())
-        units = cut_units(chosen, wanted.fields, wanted.part_size, store.identity.chunk_length)
+        units = cut_units(chosen, options.fields, options.part_size, store.identity.chunk_length)
         plan = ChunkPlan(
-            tuple(chosen), tuple(new), chosen_places, wanted.fields, wanted.part_size, tuple(units),
-            fast=may_be_fast(state, chosen), allow_purged=wanted.allow_purged,
+            tuple(chosen), tuple(new), chosen_places, options.fields, options.part_size, tuple(units),
+            fast=may_be_fast(state, chosen), allow_purged=options.allow_purged,
             read_before={
                 number: known.readers[place] for number, place in enumerate(chosen_places) if place in known.readers
             },
             owner=run.id if any(map(is_spooled, chosen)) else "",
         )  # fmt: skip
         draft = draft_of(store, run, state, plan_id, plan)
-        if wanted.findings is not None:
-            draft = replace(draft, records={**draft.records, GUARD: asdict(wanted.findings)})
+        if findings is not None:
+            draft = replace(draft, records={**draft.records, GUARD: asdict(findings)})
         return draft
 
     state = retry_overtaken(lambda: store.commit(run, build))  # a plan may be finished while its files are read
@@ -252,8 +301,8 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
     return found
 
 
-def _refuse_changed(changed: Sequence[InputFile], wanted: ChunkSettings) -> None:
-    if not changed or wanted.add_changed:
+def _refuse_changed(changed: Sequence[InputFile], options: ChunkOptions) -> None:
+    if not changed or options.add_changed:
         return
     more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
     raise UsageError(
@@ -318,7 +367,7 @@ class KnownInputs:
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def known_inputs(store: Store, state: State, wanted: ChunkSettings, running: Collection[str] = ()) -> KnownInputs:
+def known_inputs(store: Store, state: State, options: ChunkOptions, running: Collection[str] = ()) -> KnownInputs:
     """Inputs that need not be read again.
 
     Not those of plans that left documents out because they had been purged, if these are wanted now; nor, if changed
@@ -334,14 +383,14 @@ def known_inputs(store: Store, state: State, wanted: ChunkSettings, running: Col
             content = read_json_file(store, entry)
             for place in (*content["places"], *content.get("given_up", ())):
                 known.readers[place] = (*known.readers.get(place, ()), slot)
-            if wanted.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
+            if options.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
                 continue
             lost: set[str] = set()
             if content.get("owner") and content["owner"] not in running:
                 rows = zip(content["files"], content["fingerprints"], content["places"], strict=True)
                 lost.update(*(hashes for file, *hashes in rows if is_spooled(InputFile(**file))))
             known.places.update(set(content["places"]).difference(lost))
-            if not wanted.add_changed or content["fields"]["max_document"] >= wanted.fields.max_document:
+            if not options.add_changed or content["fields"]["max_document"] >= options.fields.max_document:
                 known.fingerprints.update(set(content["fingerprints"]).difference(lost))
     return known
 

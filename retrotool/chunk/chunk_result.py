@@ -6,20 +6,17 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts
 from retrotool.chunk.quarantine import without_numbers
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import ErasedError
 from retrotool.store import parts, staging
 from retrotool.store.staging import PLAN_COUNTS, Unit
 from retrotool.store.store import Store
 
-_LEAST_ROWS = 1000
-"""Rows below which a share says nothing, unless they are all."""
 _LOOKED_AT = 64
 """Parts whose columns are looked at."""
 
@@ -151,47 +148,6 @@ def _quarantines(
             continue
         for table in parts.read_tables(store, entry, ["input", "line", "reason", "excerpt", "damage"]):
             yield table if plan == plans[-1] else table.filter(pc.invert(pc.is_in(table["input"], again)))
-
-
-@dataclass(frozen=True, slots=True)
-class MaxBad:
-    """At most ``rows``, or a ``share`` of all rows read; the rest of a damaged file counts as a row. Neither: any."""
-
-    rows: int | None = None
-    share: float | None = None
-
-    @classmethod
-    def parse(cls, text: str | None) -> MaxBad:
-        """From ``100`` or ``0.5%``; ``UsageError`` for anything else."""
-        if text is None:
-            return cls()
-        try:
-            if text.endswith("%"):
-                share = float(text[:-1]) / 100
-                if 0 <= share <= 1:
-                    return cls(share=share)
-            elif (rows := int(text)) >= 0:
-                return cls(rows=rows)
-        except ValueError:
-            pass
-        raise UsageError(f"--max-bad {text}: it is a number of rows, such as 100, or a share, such as 0.5%")
-
-    def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
-        """Return why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
-        bad = counts["set_aside"]
-        if self.rows is not None:
-            return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
-        if self.share is not None:
-            read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
-            if read < _LEAST_ROWS and self.share and not last:
-                return ""
-            limit = f"{100 * self.share:g}%"
-            return (
-                f"{bad:,} of {read:,} rows were set aside, more than --max-bad {limit}"
-                if bad > self.share * read
-                else ""
-            )
-        return ""
 
 
 def note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:

@@ -132,8 +132,7 @@ def command(
     with output.errors(as_json):
         from retrotool.chunk import estimate as chunk_estimate
         from retrotool.chunk import run as chunk_run
-        from retrotool.chunk.chunk_result import MaxBad
-        from retrotool.chunk.run import ChunkOptions
+        from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
         from retrotool.sources import Fields
 
         fields = Fields(

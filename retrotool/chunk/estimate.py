@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import CHUNK_LENGTH, chunker
-from retrotool.chunk.chunk_plan import EXACT, ChunkSettings, cut_units, hashes_of, known_inputs, text_bytes
+from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, text_bytes
 from retrotool.chunk.run import (
-    ChunkOptions,
     check_chunk_length,
     check_options,
     check_store_identity,
@@ -91,8 +90,7 @@ def estimate(
         check_store_identity(
             store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length
         )
-        wanted = ChunkSettings(options.fields, options.part_size, options.allow_purged, options.add_changed)
-        fingerprints = known_inputs(store, store.state, wanted).fingerprints
+        fingerprints = known_inputs(store, store.state, options).fingerprints
         hashes = hashes_of(store, files, options.fields)
         new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]
         known, files = len(files) - len(new), new

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from retrotool import engine, sources
-from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
+from retrotool.chunk import CHUNK_LENGTH
 from retrotool.chunk.chunk_plan import (
-    ChunkSettings,
+    ChunkOptions,
+    MaxBad,
     changed_inputs,
     commit_plan,
     known_findings,
@@ -24,7 +25,6 @@ from retrotool.chunk.chunk_plan import (
 )
 from retrotool.chunk.chunk_result import (
     ChunkResult,
-    MaxBad,
     counts_of,
     note_empty_columns,
     result_of,
@@ -33,7 +33,7 @@ from retrotool.chunk.deduplicate import DuplicateCounts, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.cli.command_lines import command_line
 from retrotool.errors import AbortError, UsageError
-from retrotool.sources import Fields, InputFile, find_inputs
+from retrotool.sources import InputFile, find_inputs
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
 from retrotool.store import folding, parts, runs
 from retrotool.store.folding import writing
@@ -50,25 +50,6 @@ from retrotool.tokenizers import (
     library_versions,
     stored_tokenizer,
 )  # fmt: skip
-
-Duplicates = Literal["skip", "keep", "fail"]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkOptions:
-    """How ``chunk`` goes about it; see the command's help."""
-
-    fields: Fields = field(default_factory=Fields)
-    part_size: int = PART_SIZE
-    workers: int = 1
-    skip_missing: bool = False
-    duplicates: Duplicates = "skip"
-    add_changed: bool = False
-    allow_purged: bool = False
-    max_bad: MaxBad = field(default_factory=MaxBad)
-    check: float = 0.001
-    exact_tokenizer: bool = False
-    note: Callable[[str], object] = str
 
 
 def chunk(
@@ -105,14 +86,13 @@ def chunk(
         changed: frozenset[str] = frozenset()
         if files:
             findings = _findings(store, files, loaded, chosen)
-            wanted = ChunkSettings(chosen.fields, chosen.part_size, chosen.allow_purged, chosen.add_changed, findings)
             if chosen.add_changed:
-                changed = frozenset(file.path for file in changed_inputs(store, run, files, wanted))
+                changed = frozenset(file.path for file in changed_inputs(store, run, files, chosen))
             if changed and plans:
                 # What the store has of an input is known once no plan is open.
                 _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
-            plan, known = commit_plan(store, run, files, wanted)
+            plan, known = commit_plan(store, run, files, chosen, findings)
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
@@ -215,11 +195,7 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
 
 
 def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.encode(errors="ignore").decode() == text
 
 
 def _work(

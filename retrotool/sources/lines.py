@@ -304,20 +304,14 @@ def cut_text(file: InputFile, fields: Fields, target: int) -> list[Slice]:
 
 
 def _whole_text(file: InputFile, fields: Fields) -> Document | Rejected:
-    held: list[bytes] = []
-    size = 0
+    held = Held(fields.max_document + len(BOM), 0)
     try:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
             for block in stream:
-                size += len(block)
-                if size <= fields.max_document + len(BOM) or not held:
-                    held.append(block)
+                held.add(block)
     except BrokenStream as error:
-        begin = excerpt(held[0]) if held else ""
-        return Rejected(0, f"broken off after {size:,} bytes: {error}", 0, begin, damage=True)
-    data = b"".join(held)
-    whole = Line(0, 0, data.removeprefix(BOM) if len(data) == size else None, data[:HEAD_BYTES], size)
-    return _text_document(whole, file, fields)
+        return Rejected(0, f"broken off after {held.size:,} bytes: {error}", 0, excerpt(held.front), damage=True)
+    return _text_document(held.line(0, 0, 0), file, fields)
 
 
 def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | Rejected:

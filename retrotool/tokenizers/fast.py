@@ -20,7 +20,7 @@ import functools
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -87,7 +87,7 @@ class FastTokenizer:
         if self._fast is not None:
             known = findings if findings is not None and findings.versions == library_versions() else None
             self._guard = _guard(self._fast, tokenizer, known)
-            self.why = f"tokie {_version()} is not used: {self._guard.why}" if self._guard.why else ""
+            self.why = f"tokie {version('tokie')} is not used: {self._guard.why}" if self._guard.why else ""
         self.engine = "tokenizers" if self.why else "tokie"
 
     @property
@@ -175,14 +175,7 @@ class FastTokenizer:
         position = int(unlike[0]) if len(unlike) else common
         offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
         place = offsets[position][0] if position < len(expected) else len(text)
-        raise TokensDiffer(_version(), position, ascii(text[max(place - 20, 0) : place + 20]))
-
-
-def _version() -> str:
-    try:
-        return version("tokie")
-    except PackageNotFoundError:
-        return "(not installed)"
+        raise TokensDiffer(version("tokie"), position, ascii(text[max(place - 20, 0) : place + 20]))
 
 
 def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
@@ -194,7 +187,7 @@ def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
     except (ImportError, OSError) as error:
         return None, f"tokie can't be imported: {error}"
     except Exception as error:  # whatever it can't read, there is another way
-        return None, f"tokie {_version()} can't load this tokenizer: {error}"
+        return None, f"tokie {version('tokie')} can't load this tokenizer: {error}"
 
 
 def _read(content: bytes) -> Encode:
@@ -216,7 +209,9 @@ def _read(content: bytes) -> Encode:
 
 def library_versions() -> str:
     """Versions of all that a guard's findings depend on."""
-    return f"tokie {_version()}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 5"
+    return (
+        f"tokie {version('tokie')}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 5"
+    )
 
 
 def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:

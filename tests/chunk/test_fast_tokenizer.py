@@ -12,7 +12,7 @@ from conftest import make_rows
 
 from retrotool import api
 from retrotool.chunk import chunk_plan
-from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan, use_exact_tokenizer
+from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan, use_exact_tokenizer
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import ErasedError
 from retrotool.sources import Fields, find_inputs
@@ -156,7 +156,7 @@ def test_what_another_process_staged_with_the_fast_tokenizer_is_refused(tmp_path
     run_chunk(store, tmp_path / "first.jsonl", "--tokenizer", byte_level_tokenizer)
     opened = Store.open(store)
     with Run(opened.root) as run:
-        commit_plan(opened, run, find_inputs([str(source)]), ChunkSettings(Fields(), 1 << 20))
+        commit_plan(opened, run, find_inputs([str(source)]), ChunkOptions(Fields(), 1 << 20))
         tasks = ChunkStage().plan(opened)
         worker = ChunkStage().open(opened)
         use_exact_tokenizer(Store.open(store), run, "for a test")

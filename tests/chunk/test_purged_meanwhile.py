@@ -11,7 +11,7 @@ from conftest import make_rows
 import retrotool
 from retrotool import api
 from retrotool.chunk import chunk_plan
-from retrotool.chunk.chunk_plan import EXACT, ChunkSettings, commit_plan
+from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, commit_plan
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import folding, staging
@@ -27,7 +27,7 @@ def stage_units(store: Path, paths: list[Path], units: list[int], monkeypatch: p
     monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", max(path.stat().st_size for path in paths))
     opened = Store.open(store)
     with Run(opened.root) as run:
-        commit_plan(opened, run, find_inputs(list(map(str, paths))), ChunkSettings(Fields(), 1 << 20))
+        commit_plan(opened, run, find_inputs(list(map(str, paths))), ChunkOptions(Fields(), 1 << 20))
         stage = ChunkStage()
         tasks = stage.plan(opened)
         assert len(tasks) == len(paths)

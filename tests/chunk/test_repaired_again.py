@@ -13,8 +13,7 @@ from conftest import make_rows
 
 from retrotool import api
 from retrotool.chunk import chunk_plan
-from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
-from retrotool.chunk.chunk_result import MaxBad
+from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad, commit_plan
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import staging
@@ -103,7 +102,7 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
     run_chunk(store, names[0])
     opened = Store.open(store)
     with Run(opened.root) as run:
-        commit_plan(opened, run, find_inputs(list(map(str, names))), ChunkSettings(Fields(), 1 << 20))
+        commit_plan(opened, run, find_inputs(list(map(str, names))), ChunkOptions(Fields(), 1 << 20))
         tasks = ChunkStage().plan(opened)
         assert len(tasks) > 5
         staging.stage(opened.root, ChunkStage().open(opened)(tasks[-1], run.id, int))

@@ -12,8 +12,7 @@ from conftest import make_rows
 
 import retrotool
 from retrotool import api
-from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
-from retrotool.chunk.chunk_result import MaxBad
+from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad, commit_plan
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.runs import Run
@@ -155,7 +154,7 @@ def test_without_inputs_what_was_begun_is_finished(tmp_path):
     opened = Store.open(store)
     with Run(opened.root) as run:
         found = find_inputs([str(write_rows(tmp_path / "more.jsonl", ROWS[3:9]))])
-        commit_plan(opened, run, found, ChunkSettings(Fields(), 1 << 20))
+        commit_plan(opened, run, found, ChunkOptions(Fields(), 1 << 20))
     assert run_chunk(store).exit_code == 0
     assert (api.info(store).documents, api.info(store).unfinished) == (9, 0)
 

@@ -11,7 +11,7 @@ from conftest import make_text
 
 import retrotool
 from retrotool import api, engine
-from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
+from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
 from retrotool.chunk.deduplicate import finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.engine import task
@@ -77,7 +77,7 @@ def test_the_stream_of_a_running_chunk_is_left_to_it(is_lost: bool, tmp_path: Pa
     file.write_bytes(stream("ocean").getvalue())
     with writing(opened := Store.open(root)) as other:
         with spool(stream("river")) as spooled:
-            commit_plan(opened, other, [spooled], ChunkSettings(Fields(), 1 << 20))
+            commit_plan(opened, other, [spooled], ChunkOptions(Fields(), 1 << 20))
             if not is_lost:
                 assert api.chunk(root, [str(file)], note=notes.append).set_aside == 0
                 assert api.info(root).documents == 5, "ids come in the order of the plans"

@@ -233,12 +233,12 @@ def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path
     again = write_jsonl(tmp_path / "b.jsonl", [{**long, "year": 1}])
     opened = Store.open(store)
     with writing(opened) as run:
-        from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
+        from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
         from retrotool.chunk.deduplicate import finish_plans
         from retrotool.chunk.stage import ChunkStage
         from retrotool.sources import Fields, find_inputs
 
-        commit_plan(opened, run, find_inputs([str(again)]), ChunkSettings(Fields(), 1000))
+        commit_plan(opened, run, find_inputs([str(again)]), ChunkOptions(Fields(), 1000))
         engine.execute(ChunkStage(), opened, run)
         (tmp_path / "ids").write_text(f"{1 << 32}\n")
         api.purge(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import retrotool
 from retrotool import api, engine
 from retrotool.chunk import hash_partitions
-from retrotool.chunk.chunk_plan import ChunkSettings, commit_plan
+from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRepeats, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
@@ -45,7 +45,7 @@ def add(store: Store, path: Path, rows: list[Row], *, part_size: int = 3, **opti
     only = {"only in": path.name}
     write_jsonl(path, [{"id": name, "text": text, "source": f"s-{name}", **only} for name, text in rows])
     with writing(store) as run:
-        commit_plan(store, run, find_inputs([str(path)]), ChunkSettings(Fields(), part_size, allow_purged=True))
+        commit_plan(store, run, find_inputs([str(path)]), ChunkOptions(Fields(), part_size, allow_purged=True))
         engine.execute(ChunkStage(), store, run)
         return list(finish_plans(store, run, **options).values())
 
@@ -199,7 +199,7 @@ def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_
     for number, rows in enumerate(inputs):
         write_jsonl(folder / f"{number}.jsonl", [{"id": name, "text": text} for name, text in rows])
     with writing(store) as run:
-        commit_plan(store, run, find_inputs([str(folder)]), ChunkSettings(Fields(), 20))
+        commit_plan(store, run, find_inputs([str(folder)]), ChunkOptions(Fields(), 20))
         engine.execute(ChunkStage(), store, run)
         (counts,) = finish_plans(store, run).values()
     reasons = iter(first_come([row for rows in inputs for row in rows]))
