@@ -9,7 +9,7 @@ so that no worker is left alone with one at the end. On Ctrl-C, what is finished
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,29 +33,6 @@ _FEW = 8
 """Tasks a worker up to which they are begun by size."""
 
 
-@dataclass(slots=True)
-class Failures:
-    """Attempts a task took, and the last error of those that are given up."""
-
-    attempts: dict[str, int] = field(default_factory=dict)
-    given_up: dict[str, BaseException] = field(default_factory=dict)
-
-    def note(self, task: Task, error: BaseException) -> bool:
-        """Count a failure; True if the task should be tried again."""
-        if isinstance(error, OpenError):
-            raise error.args[0] from None
-        if isinstance(error, _FATAL):
-            raise error
-        if isinstance(error, ErasedError):
-            return False  # what it read was removed by another process: it is planned again, if it is still to be done
-        self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
-        # What is wrong with the data or the settings will be wrong again.
-        if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
-            return True
-        self.given_up[task.key] = error
-        return False
-
-
 def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
     """How many tasks of a stage other running commands are at, by the newest commit."""
     held = claims.held(store.root, run.id)
@@ -74,90 +51,109 @@ def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: E
     What other live runs are at is left to them. Raises the error of the first task that failed for good, once all the
     others are done; ``TaskError`` if it was no error of ours.
     """
-    failures = Failures()
-    known: dict[str, Task] = {}
-    refused: dict[str, int] = {}
-    ended = False
-    try:
-        while not ended:
-            interrupts.check()
-            folding.fold(store, run)
-            tasks = [task for task in plan_tasks(stage, store) if task.key not in failures.given_up]
-            if any(task.claimed for task in tasks):
-                held = claims.held(store.root, run.id)
-                tasks = [task for task in tasks if task.key not in held]
-            if not tasks:
-                break
-            known.update((task.key, task) for task in tasks)
-            ended = _run_tasks(stage, store, run, tasks, min(workers, len(tasks)), failures, enough)
-            for key in failures.given_up:
-                claims.release(store.root, key, run.id)  # a worker that was killed could not
-            ended |= _give_up(stage, store, run, known, failures, enough)
-            for key, reason in folding.fold(store, run).refused.items():
-                refused[key] = refused.get(key, 0) + 1
-                if refused[key] >= ATTEMPTS:
-                    label = known[key].label if key in known else key
-                    failures.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
-    except KeyboardInterrupt:
-        folding.fold(store, run)
-        raise
-    for key, error in failures.given_up.items():
-        if isinstance(error, RetrotoolError):
-            raise error
-        raise TaskError(
-            f"{stage.name}: {known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
-            "What the other tasks did is committed. Run the same command again to try the rest.",
-        ) from error
+    _Execution(stage, store, run, workers, enough).work()
 
 
-def _run_tasks(
-    stage: Stage,
-    store: Store,
-    run: Run,
-    tasks: Sequence[Task],
-    workers: int,
-    failures: Failures,
-    enough: Enough | None,
-) -> bool:
-    """Run tasks in their order, and commit now and then; whether one was enough, once those that had begun are done."""
-    from retrotool.engine.local import open_pool  # multiprocessing is not needed to read a store
+@dataclass(slots=True)
+class _Execution:
+    """A stage at work: ``attempts`` that tasks took and the last error of those that are ``given_up``, by key."""
 
-    if workers > 1 and len(tasks) <= _FEW * workers and not tasks[0].claimed:
-        tasks = sorted(tasks, key=lambda task: -task.weight)
-    waiting = deque(tasks)
-    ended = False
-    folded = time.monotonic()
-    progress = Progress(stage.name, stage.unit, sum(task.weight for task in tasks))
-    with progress, open_pool(stage, store, run, workers, progress) as pool:
-        while pool.is_busy or (waiting and not ended):
-            while waiting and pool.is_idle and not ended:
+    stage: Stage
+    store: Store
+    run: Run
+    workers: int
+    enough: Enough | None
+    known: dict[str, Task] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, BaseException] = field(default_factory=dict)
+    ended: bool = False
+
+    def work(self) -> None:
+        stage, store, run = self.stage, self.store, self.run
+        refused: Counter[str] = Counter()
+        try:
+            while not self.ended:
                 interrupts.check()
-                pool.begin(waiting.popleft())
-            for task, future in pool.finished():
-                error = future.exception()
-                if error is not None:
-                    if failures.note(task, error):
-                        waiting.appendleft(task)
-                elif enough is not None and (staged := future.result()) is not None:
-                    ended |= enough(staged)
-            interrupts.check()
-            if time.monotonic() - folded > FOLD_SECONDS:
                 folding.fold(store, run)
-                folded = time.monotonic()
-    return ended
+                tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
+                if any(task.claimed for task in tasks):
+                    held = claims.held(store.root, run.id)
+                    tasks = [task for task in tasks if task.key not in held]
+                if not tasks:
+                    break
+                self.known.update((task.key, task) for task in tasks)
+                self._run_tasks(tasks)
+                for key in self.given_up:
+                    claims.release(store.root, key, run.id)  # a worker that was killed could not
+                if isinstance(stage, GivesUp):
+                    self._give_up(stage)
+                for key, reason in folding.fold(store, run).refused.items():
+                    refused[key] += 1
+                    if refused[key] >= ATTEMPTS:
+                        label = self.known[key].label if key in self.known else key
+                        self.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
+        except KeyboardInterrupt:
+            folding.fold(store, run)
+            raise
+        for key, error in self.given_up.items():
+            if isinstance(error, RetrotoolError):
+                raise error
+            raise TaskError(
+                f"{stage.name}: {self.known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
+                "What the other tasks did is committed. Run the same command again to try the rest.",
+            ) from error
 
+    def _run_tasks(self, tasks: Sequence[Task]) -> None:
+        """Run tasks in their order, and commit now and then; if one is enough, only those that have begun."""
+        from retrotool.engine.local import open_pool  # multiprocessing is not needed to read a store
 
-def _give_up(
-    stage: Stage, store: Store, run: Run, known: dict[str, Task], failures: Failures, enough: Enough | None
-) -> bool:
-    """Have the stage stage what is to stand for tasks that failed for good, if it can; whether one was enough."""
-    ended = False
-    if isinstance(stage, GivesUp):
-        for key, error in list(failures.given_up.items()):
-            if isinstance(error, _NOT_THE_DATA):
-                continue
-            staged = stage.give_up(store, known[key], run.id, error)
-            staging.stage(store.root, staged)
-            del failures.given_up[key]
-            ended |= enough is not None and enough(staged)
-    return ended
+        stage, store, run = self.stage, self.store, self.run
+        workers = min(self.workers, len(tasks))
+        if workers > 1 and len(tasks) <= _FEW * workers and not tasks[0].claimed:
+            tasks = sorted(tasks, key=lambda task: -task.weight)
+        waiting = deque(tasks)
+        folded = time.monotonic()
+        progress = Progress(stage.name, stage.unit, sum(task.weight for task in tasks))
+        with progress, open_pool(stage, store, run, workers, progress) as pool:
+            while pool.is_busy or (waiting and not self.ended):
+                while waiting and pool.is_idle and not self.ended:
+                    interrupts.check()
+                    pool.begin(waiting.popleft())
+                for task, future in pool.finished():
+                    error = future.exception()
+                    if error is None:
+                        self._check_enough(future.result())
+                    elif self._note_failure(task, error):
+                        waiting.appendleft(task)
+                interrupts.check()
+                if time.monotonic() - folded > FOLD_SECONDS:
+                    folding.fold(store, run)
+                    folded = time.monotonic()
+
+    def _check_enough(self, staged: Staged | None) -> None:
+        if self.enough is not None and staged is not None:
+            self.ended |= self.enough(staged)
+
+    def _note_failure(self, task: Task, error: BaseException) -> bool:
+        """Count a failure; True if the task should be tried again."""
+        if isinstance(error, OpenError):
+            raise error.args[0] from None
+        if isinstance(error, _FATAL):
+            raise error
+        if isinstance(error, ErasedError):
+            return False  # what it read was removed by another process: it is planned again, if it is still to be done
+        self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
+        # What is wrong with the data or the settings will be wrong again.
+        if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
+            return True
+        self.given_up[task.key] = error
+        return False
+
+    def _give_up(self, stage: GivesUp) -> None:
+        """Stage what is to stand for tasks that failed for good."""
+        for key, error in list(self.given_up.items()):
+            if not isinstance(error, _NOT_THE_DATA):
+                staged = stage.give_up(self.store, self.known[key], self.run.id, error)
+                staging.stage(self.store.root, staged)
+                del self.given_up[key]
+                self._check_enough(staged)

@@ -164,16 +164,12 @@ class Inspector:
         self._store = reader.store
         self._tokenizer = stored_tokenizer(reader.store)
         own = reader.store.identity
-        known = {own.tokenizer.sha256: self._tokenizer}
-        self._tokenizers = []
-        for database in reader.databases:
-            sha256 = database.identity.tokenizer.sha256
-            if sha256 not in known:
-                known[sha256] = stored_tokenizer(database)
-            self._tokenizers.append(known[sha256])
-        self.comparable = tuple(
-            tokenizer is self._tokenizer and own.chunk_length <= _LONGEST for tokenizer in self._tokenizers
-        )
+        alike = [database.identity.tokenizer.sha256 == own.tokenizer.sha256 for database in reader.databases]
+        self._tokenizers = [
+            self._tokenizer if same else stored_tokenizer(database)
+            for same, database in zip(alike, reader.databases, strict=True)
+        ]
+        self.comparable = tuple(same and own.chunk_length <= _LONGEST for same in alike)
         """Of each database, whether its chunks can be compared with those of the query store token by token."""
 
     def blocks(self, ids: Ids) -> Iterator[list[InspectedChunk]]:
