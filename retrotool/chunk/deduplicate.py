@@ -1,7 +1,8 @@
 """Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
 
 Which documents repeat is found after chunking, over all parts at once (``hash_partitions``). The rule, of which the
-order of chunk ids is a part, is in the store format: first by id, then by text among the documents that are whole.
+order of chunk ids is a part, is in the store format: first by id, then by text among the documents that are whole, and
+those that were purged as a whole.
 Only documents of the plan are set aside: what an earlier plan kept, stays. Cutting the same inputs into more or fewer
 plans gives the same documents.
 
@@ -84,7 +85,7 @@ class DuplicateCounts:
         texts = int(repeats.by_text.sum())
         self.by_id += len(repeats.by_text) - texts
         self.by_text += texts
-        self.chunks += len(repeats.chunks)
+        self.chunks += repeats.live
         self.tokens += repeats.tokens
         self.sources.update(itertools.compress(repeats.sources, repeats.by_text.tolist()))
         if len(self.sources) > _COUNTED_SOURCES:
@@ -149,6 +150,7 @@ def _finishing(
         name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
         rows = itertools.chain([first], tables)
         add.append(parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, rows))
+    if chunks and duplicates == "skip":  # of all that repeat, as all are located
         name = FileName.new(run.id, "tombstones", plan_id, "parquet")
         add.append(write_tombstones(store.root, name, np.concatenate(chunks)))
     for _ in found:  # count what is not located
@@ -174,20 +176,28 @@ def find_duplicates(
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
     """Documents of ``new_parts`` that repeat one before them, ascending; and which do so by text only.
 
-    The id of a document of which every chunk is in ``free`` can be given again.
+    ``free`` is for a plan that allows what was purged: the id of a document of which every chunk is in it can be given
+    again, and no purged document repeats a text.
     """
     given_free = None if free is None else functools.partial(documents_within, store, chunks=free)
     by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free)
 
+    def repeat_id(part: int) -> npt.NDArray[np.int64]:
+        return row_of(by_id[slice_of_part(by_id, part)])
+
     def leave_out(part: int) -> npt.NDArray[np.int64]:
-        docs = row_of(by_id[slice_of_part(by_id, part)])
-        purged = tombstones.rows(part)
+        docs, purged = repeat_id(part), tombstones.rows(part)
         if not len(purged):
             return docs
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
         return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
 
     texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out)
+    purged = {part: documents_within(store, part, tombstones) for part in new_parts}
+    if free is None and any(map(len, purged.values())):
+        alike = hash_partitions.find_repeats(store, "text_hash", new_parts, repeat_id)
+        gone = [parts.chunk_ids(part, docs) for part, docs in purged.items()]
+        texts = np.union1d(texts, np.intersect1d(alike, np.concatenate(gone)))
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)
@@ -251,12 +261,14 @@ def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Ha
 
 @dataclass(frozen=True, slots=True)
 class PartRepeats:
-    """Documents of one part that repeat and have a living chunk, in order: n each but for ``chunks``, which are theirs.
+    """Documents of one part that repeat and have a live chunk, in order, n each; and the chunks of all that repeat.
 
-    ``inputs`` and ``positions`` are as in documents; ``by_text``: not by id.
+    ``inputs`` and ``positions`` are as in documents; ``by_text``: not by id. ``chunks`` are those that are not erased:
+    purged ones may be live again. ``live`` counts the others, and ``tokens`` theirs.
     """
 
     chunks: npt.NDArray[np.int64]
+    live: int
     by_text: Flags
     inputs: pa.Array
     positions: npt.NDArray[np.int64]
@@ -265,11 +277,11 @@ class PartRepeats:
 
 
 def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
-    """What the documents at ``places`` (ascending) hold, part by part; those without a living chunk are left out."""
+    """What the documents at ``places`` (ascending) hold, part by part."""
     for part in distinct_parts(places):
         some = slice_of_part(places, part)
         found = _read_part(store, tombstones, part, row_of(places[some]), by_text[some])
-        if len(found.by_text):
+        if len(found.chunks):
             yield found
 
 
@@ -281,11 +293,13 @@ def _read_part(store: Store, tombstones: Tombstones, part: int, docs: Places, by
     owner = np.repeat(np.arange(len(docs)), count)
     rows = parts.rows_of_documents(table["first_row"].to_numpy(), count)
     ids = parts.chunk_ids(part, rows)
-    alive = ~tombstones.contains(ids) & (n_tokens[rows] > 0)
+    left = n_tokens[rows] > 0
+    alive = left & ~tombstones.contains(ids)
     living = np.bincount(owner[alive], minlength=len(docs)) > 0
     table = table.filter(pa.array(living))
     return PartRepeats(
-        ids[alive],
+        ids[left],
+        int(alive.sum()),
         by_text[living],
         table["input"].combine_chunks(),
         table["position"].to_numpy(),

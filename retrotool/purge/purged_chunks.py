@@ -148,13 +148,13 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
 def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
 
-    Of those that a plan set aside all chunks are tombstones; what is erased already has neither id nor hash.
+    Of these a finished plan has named all chunks that were not erased.
     """
     repeats = read_set_aside(store)
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
-    selected, gone = Tombstones(chunks), read_tombstones(store)
+    selected = Tombstones(chunks)
     found = [np.zeros(0, np.int64)]
     copied = 0
     for part in repeats.parts():
@@ -164,11 +164,8 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
         if not places.num_rows:
             continue
         first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
-        rows = repeats.rows(part)
-        repeating = np.searchsorted(rows, first + count) > np.searchsorted(rows, first)
-        first, count = first[repeating], count[repeating]
         ids = parts.chunk_ids(part, parts.rows_of_documents(first, count))
-        more = gone.contains(ids) & ~selected.contains(ids)
+        more = repeats.contains(ids) & ~selected.contains(ids)
         found.append(ids[more])
         copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
     return np.unique(np.concatenate(found)), copied

@@ -107,8 +107,38 @@ def test_what_several_purges_keep_back_stays_until_the_last_is_undone(tmp_path):
     assert "y" not in names(store)
     for one, living in zip(several, (False, True), strict=True):
         assert run_cli("purge", store, one, "--restore", "--reason", "kept after all").exit_code == 0
-        assert ("y" in names(store)) == ("x" in names(store)) == living
+        assert ("x" in names(store)) == living
+        assert "y" not in names(store), "it repeats x"
         assert verified(store)
+
+
+@pytest.mark.parametrize("selected", ["x", "y"])
+def test_an_undo_leaves_one_live_copy_of_a_text(selected, tmp_path):
+    store, path = tmp_path / "store", write_rows(tmp_path / "first.jsonl", [X])
+    assert run_chunk(store, path).exit_code == 0
+    path = write_rows(tmp_path / "rows.jsonl", [*OTHERS, Y, OTHERS[0], {"id": "z", "text": "Nobody's but z's."}])
+    assert run_chunk(store, path, "--duplicates", "fail").exit_code == 1
+    purged = purge(store, "--document", selected)
+    assert run_chunk(store, path).exit_code == 3
+    assert run_cli("purge", store, purged, "--restore", "--reason", "kept after all").exit_code == 0
+    assert names(store) == ["x", *(row["id"] for row in OTHERS), "z"]
+    found = api.info(store)
+    assert (found.documents, found.set_aside) == (6, 1)
+    assert verified(store).documents == 6
+
+
+def test_an_undo_leaves_no_part_of_a_document_that_repeats(tmp_path):
+    version = {"id": "x", "text": " ".join([TEXT] * 6)}
+    store, path = left_open(tmp_path, X, *OTHERS, version)
+    opened = retrotool.open(store)
+    chunk = int(opened.chunk_ids(opened.parts()[-1])[-1])
+    assert opened.chunk(chunk).document == "x" and chunk != 0
+    purged = purge(store, "--chunk", chunk)
+    assert run_chunk(store, path).exit_code == 3
+    assert run_cli("purge", store, purged, "--restore", "--reason", "kept after all").exit_code == 0
+    assert retrotool.open(store).document("x") == [0]
+    assert names(store) == ["x", *(row["id"] for row in OTHERS)]
+    assert verified(store).documents == 5
 
 
 @pytest.mark.parametrize("copied", [True, False])

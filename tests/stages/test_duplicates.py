@@ -220,7 +220,7 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
     for small in range(100):
         sources = ["large", "large", "middle", f"small-{small}"]
         none = np.zeros(4, np.int64)
-        counts.add(PartRepeats(none, np.array([True, False, True, False]), pa.array([""] * 4), none, sources, 0))
+        counts.add(PartRepeats(none, 0, np.array([True, False, True, False]), pa.array([""] * 4), none, sources, 0))
         assert len(counts.sources) <= 10
     assert counts.sources.most_common(2) == [("large", 100), ("middle", 100)]
     assert (counts.by_id, counts.by_text) == (200, 200)
