@@ -15,21 +15,20 @@ Cost: the ids of all tables, with a binary search for each. Memory: a row group,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-from tqdm import tqdm
 
 from retrotool import interrupts
 from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import count_living_keys, is_same_directory
+from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
 from retrotool.purge.purged_chunks import check_purge
@@ -78,15 +77,14 @@ class AffectedChunk:
     used: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PartAffected:
-    """Affected chunks of a part, ``in_k``: with a purged chunk among the first k neighbours; ``in_saved``: among all.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffectedCounts:
+    """Affected chunks, ``in_k``: with a purged chunk among the first k neighbours; ``in_saved``: among all.
 
     Further ones have one only as what follows such a neighbour: ``following_in_k``, ``following_in_saved``. ``purged``
     ones are affected, and purged themselves; they are not among the others, nor among the ``rows``.
     """
 
-    part: int
     rows: int
     in_k: int
     in_saved: int
@@ -95,23 +93,23 @@ class PartAffected:
     purged: int
 
 
-@dataclass(frozen=True, slots=True)
-class AffectedResult:
-    """The chunks with neighbours ``name`` that have chunks of the ``purges`` among them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartAffected(AffectedCounts):
+    """The affected chunks of a part."""
 
-    ``rows`` and the counts are sums of those of the parts. ``examples`` are the first of them, and ``out`` is the file
-    that has all ("": none).
+    part: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffectedResult(AffectedCounts):
+    """The chunks with neighbours ``name`` that have chunks of the ``purges`` among them; the counts are of all parts.
+
+    ``examples`` are the first of them, and ``out`` is the file that has all ("": none).
     """
 
     name: str
     k: int
     saved: int
-    rows: int
-    in_k: int
-    in_saved: int
-    following_in_k: int
-    following_in_saved: int
-    purged: int
     commit: int
     purges: tuple[AskedPurge, ...] = ()
     parts: tuple[PartAffected, ...] = ()
@@ -158,15 +156,17 @@ def affected(
     with ExitStack() as stack:
         file = stack.enter_context(stack.enter_context(written(out)).open("wb")) if out is not None else None
         numbers = sorted({part for one in wanted for part in one.entries})
-        for part in tqdm(numbers, unit="part", desc="read", disable=None, delay=2, file=sys.stderr):
+        report = stack.enter_context(counting("read", "part", len(numbers)))
+        for part in numbers:
             rows, neighbour, following = _rows(store, part, wanted)
             purged = own.contains(parts.chunk_ids(part, rows))
             rows, neighbour, following = rows[~purged], neighbour[~purged], following[~purged]
             near, near_k = neighbour < NEVER, neighbour <= k
             found.append(
                 PartAffected(
-                    part, count_living_keys(store, part, own), int(near_k.sum()), int(near.sum()),
-                    int(((following <= k) & ~near_k).sum()), int((~near).sum()), int(purged.sum()),
+                    part=part, rows=count_living_keys(store, part, own), in_k=int(near_k.sum()),
+                    in_saved=int(near.sum()), following_in_k=int(((following <= k) & ~near_k).sum()),
+                    following_in_saved=int((~near).sum()), purged=int(purged.sum()),
                 )
             )  # fmt: skip
             some = slice(None if file is not None else EXAMPLES - len(examples))
@@ -174,18 +174,15 @@ def affected(
                 if file is not None:
                     file.write(orjson.dumps(asdict(chunk)) + b"\n")
                 examples += [chunk] if len(examples) < EXAMPLES else []
-    counts = {
-        count: sum(getattr(part, count) for part in found)
-        for count in ("rows", "in_k", "in_saved", "following_in_k", "following_in_saved", "purged")
-    }
+            report(1)
+    counts = {one.name: sum(getattr(part, one.name) for part in found) for one in fields(AffectedCounts)}
     return AffectedResult(
-        name, k, saved, **counts, commit=store.state.number, purges=tuple(asked), parts=tuple(found),
+        name=name, k=k, saved=saved, **counts, commit=store.state.number, purges=tuple(asked), parts=tuple(found),
         examples=tuple(examples), out="" if out is None else str(out),
     )  # fmt: skip
 
 
 def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Table, list[AskedPurge]]:
-    """What to look for in a table, and the purges that it is of."""
     entries = {int(FileName.parse(e.path).slot): e for e in store.state.group("neighbours", table).entries()}
     for entry in entries.values():
         check_neighbour_ids(store, entry, table, database)
@@ -203,12 +200,11 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
 
 
 def _index_of(database: Store, ids: Ids) -> npt.NDArray[Any]:
-    """The places of ascending chunks in their documents; 0 where a ``chunk`` has taken the part back."""
-    known, found = set(database.state.parts()), [np.zeros(0, np.int32)]
+    """The places of ascending chunks in their documents."""
+    found = [np.zeros(0, np.int32)]
     for part, rows in rows_by_part(ids):
-        entry = parts.part_entry(database, "chunks", part) if part in known else None
-        table = None if entry is None else parts.read_parquet(database, entry, ["index"])
-        found.append(np.zeros(len(rows), np.int32) if table is None else table["index"].to_numpy()[rows])
+        table = parts.read_parquet(database, parts.part_entry(database, "chunks", part), ["index"])
+        found.append(table["index"].to_numpy()[rows])
     return np.concatenate(found)
 
 
@@ -232,7 +228,6 @@ def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, 
 
 
 def _described(store: Store, part: int, rows: Ids, neighbour: Ids, following: Ids, k: int) -> Iterator[AffectedChunk]:
-    """Affected rows of a part with the documents that they belong to."""
     if not len(rows):
         return
     doc = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc"])["doc"].to_numpy()[rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,7 @@ Examples:
   retrotool purge store p1a2b3c4d --verify"""
 
 ASK_ABOVE = 0.01
-_BY = "What to purge (any of these; with --and what all of them mean)"
+_by = partial(opt, panel="What to purge (any of these; with --and what all of them mean)")
 _HELP = "See: retrotool purge --help"
 _ALONE = {
     "--verify": ("PURGE", "--out"),
@@ -51,66 +52,57 @@ def command(
     reason: Annotated[
         str | None, opt("Why. Stays in the log for ever, so it must name no person.", metavar="TEXT")
     ] = None,
-    ids: Annotated[Path | None, opt("Chunk ids, one a line.", metavar="FILE", panel=_BY)] = None,
-    chunk: Annotated[list[int] | None, opt("A chunk id; may be repeated.", metavar="ID", panel=_BY)] = None,
-    documents: Annotated[Path | None, opt("Document ids, one a line.", metavar="FILE", panel=_BY)] = None,
-    document: Annotated[list[str] | None, opt("A document id; may be repeated.", metavar="ID", panel=_BY)] = None,
+    ids: Annotated[Path | None, _by("Chunk ids, one a line.", metavar="FILE")] = None,
+    chunk: Annotated[list[int] | None, _by("A chunk id; may be repeated.", metavar="ID")] = None,
+    documents: Annotated[Path | None, _by("Document ids, one a line.", metavar="FILE")] = None,
+    document: Annotated[list[str] | None, _by("A document id; may be repeated.", metavar="ID")] = None,
     where: Annotated[
-        str | None, opt("Expression over document columns, such as \"source = 'x'\".", metavar="EXPR", panel=_BY)
+        str | None, _by("Expression over document columns, such as \"source = 'x'\".", metavar="EXPR")
     ] = None,
     pattern: Annotated[
-        str | None,
-        opt("RE2 pattern over the text of documents: the chunks that a match touches.", metavar="RE", panel=_BY),
+        str | None, _by("RE2 pattern over the text of documents: the chunks that a match touches.", metavar="RE")
     ] = None,
-    patterns: Annotated[Path | None, opt("RE2 patterns, one a line.", metavar="FILE", panel=_BY)] = None,
-    terms: Annotated[
-        Path | None, opt("Words and names, one a line, as whole words.", metavar="FILE", panel=_BY)
-    ] = None,
+    patterns: Annotated[Path | None, _by("RE2 patterns, one a line.", metavar="FILE")] = None,
+    terms: Annotated[Path | None, _by("Words and names, one a line, as whole words.", metavar="FILE")] = None,
     pii: Annotated[
-        str | None,
-        opt("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS", panel=_BY),
+        str | None, _by("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS")
     ] = None,
     near_duplicates_of: Annotated[
-        Path | None,
-        opt("Copies of these chunks (ids, one a line), also shifted or changed a little.", metavar="FILE", panel=_BY),
+        Path | None, _by("Copies of these chunks (ids, one a line), also shifted or changed a little.", metavar="FILE")
     ] = None,
     contaminates: Annotated[
         Path | None,
-        opt("Documents like one of this evaluation store: 13-gram Jaccard of 0.8 or more.", metavar="STORE", panel=_BY),
+        _by("Documents like one of this evaluation store: 13-gram Jaccard of 0.8 or more.", metavar="STORE"),
     ] = None,
-    duplicates: Annotated[bool, opt("Chunks that repeat one before them.", "--duplicates", panel=_BY)] = False,
+    duplicates: Annotated[bool, _by("Chunks that repeat one before them.", "--duplicates")] = False,
     like: Annotated[
         str | None,
-        opt(
+        _by(
             "Chunks near a text, or near any chunk of a file's, by their embeddings; with --within.",
             metavar="TEXT|FILE",
-            panel=_BY,
         ),
     ] = None,
     within: Annotated[
-        float | None, opt("With --like: squared L2, the distance that search prints.", metavar="DISTANCE", panel=_BY)
+        float | None, _by("With --like: squared L2, the distance that search prints.", metavar="DISTANCE")
     ] = None,
     encoder: Annotated[
-        str | None, opt("With --like: by which embeddings, if the store has several.", metavar="NAME", panel=_BY)
+        str | None, _by("With --like: by which embeddings, if the store has several.", metavar="NAME")
     ] = None,
     classifier: Annotated[
         str | None,
-        opt(
+        _by(
             "Chunks that a sequence classifier, a model directory, gives a label; with --label and --above.",
             metavar="MODEL",
-            panel=_BY,
         ),
     ] = None,
-    label: Annotated[str | None, opt("With --classifier: which of its labels.", metavar="NAME", panel=_BY)] = None,
+    label: Annotated[str | None, _by("With --classifier: which of its labels.", metavar="NAME")] = None,
     above: Annotated[
-        float | None, opt("With --classifier: the label's score is this or more, up to 1.", metavar="SCORE", panel=_BY)
+        float | None, _by("With --classifier: the label's score is this or more, up to 1.", metavar="SCORE")
     ] = None,
-    every: Annotated[bool, opt("Only what all of these mean.", "--and", panel=_BY)] = False,
-    whole_documents: Annotated[
-        bool, opt("All chunks of the documents that are touched.", "--whole-documents", panel=_BY)
-    ] = False,
+    every: Annotated[bool, _by("Only what all of these mean.", "--and")] = False,
+    whole_documents: Annotated[bool, _by("All chunks of the documents that are touched.", "--whole-documents")] = False,
     allow_lossy: Annotated[
-        bool, opt("Look at text also where the tokenizer loses case or spacing.", "--allow-lossy", panel=_BY)
+        bool, _by("Look at text also where the tokenizer loses case or spacing.", "--allow-lossy")
     ] = False,
     device: Device = "auto",
     shard: Annotated[
@@ -267,7 +259,6 @@ def _given(reason: str | None) -> str:
 
 
 def _seconds(age: str) -> float:
-    """An age such as 7d as seconds."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
     if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
         raise UsageError(f"--older-than {age!a} is no age", "Give for example 7d, 12h or 2w.")

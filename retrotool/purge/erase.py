@@ -102,70 +102,61 @@ class EraseStage:
         ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file that is to be
         read was replaced just now.
         """
-        tasks = list(self._of_parts(store)) or list(self._of_others(store))
+        tasks = list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
         return [task for task in tasks if not staging.is_staged(store.root, task.key)]
 
     def tasks(self, store: Store) -> list[Task]:
         """All that there is to do, also what has to wait."""
-        return [*self._of_parts(store), *self._of_others(store)]
+        return [*self._tasks(store, _parts), *self._tasks(store, _other_files)]
 
-    def _of_parts(self, store: Store) -> Iterator[Task]:
-        reads = self._tombstones(store)
-        for part in self.victims.parts():
-            entries, rows = part_files(store, part), self.victims.rows(part)
-            if self._holds(entries, functools.partial(_part_holds, store, part, rows)):
-                paths = [entry.path for entry in entries]
-                key = task_key("erase", {"victims": _digest(rows)}, paths)
-                yield Task(key, f"part {part}", len(entries), {"part": part, "paths": paths, "reads": reads})
-
-    def _of_others(self, store: Store) -> Iterator[Task]:
-        reads, victims = self._tombstones(store), _digest(self.victims.ids)
-        for entry, holds in _other_files(store, self.victims):
-            if self._holds([entry], holds):
-                key, label = task_key("erase", {"victims": victims}, [entry.path]), entry.path.rpartition("-")[0]
-                yield Task(key, label, 1, {"paths": [entry.path], "reads": reads})
-
-    def _tombstones(self, store: Store) -> list[str]:
-        """Paths of the tombstones of the victims; none if there are no victims."""
+    def _tasks(self, store: Store, units: Callable[[Store, Tombstones], Iterator[_Unit]]) -> Iterator[Task]:
         if not len(self.victims):
-            return []
+            return
         # Other purges may name all victims, so that they stay tombstones.
         check_not_restored(store.state, self.purges)
-        return tombstones_naming(store, self.victims)
-
-    def _holds(self, entries: list[FileEntry], holds: Callable[[], bool]) -> bool:
-        paths = {entry.path for entry in entries}
-        if paths <= self.clean:
-            return False
-        if holds():
-            return True
-        self.clean.update(paths)
-        return False
+        reads = tombstones_naming(store, self.victims)
+        for label, entries, ids, holds in units(store, self.victims):
+            paths = [entry.path for entry in entries]
+            if self.clean.issuperset(paths):
+                continue
+            if holds():
+                digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+                key = task_key("erase", {"victims": digest}, paths)
+                yield Task(key, label, len(paths), {"paths": paths, "reads": reads})
+            else:
+                self.clean.update(paths)
 
     def open(self, store: Store) -> EraseWorker:
         """Nothing to load."""
         return EraseWorker(store, self.victims)
 
 
-def _digest(ids: Ids) -> str:
-    """Stands for ids in the name of a task."""
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+_Unit = tuple[str, list[FileEntry], Ids, Callable[[], bool]]
+"""A label, files that are rewritten together, the victims that concern them, and whether they hold any."""
 
 
-def _other_files(store: Store, victims: Tombstones) -> Iterator[tuple[FileEntry, Callable[[], bool]]]:
-    """The files that belong to no part alone, and what says whether one holds something."""
-    state, wanted = store.state, set(victims.parts())
-    if not wanted:
-        return
+def _parts(store: Store, victims: Tombstones) -> Iterator[_Unit]:
+    for part in victims.parts():
+        rows = victims.rows(part)
+        yield f"part {part}", part_files(store, part), rows, functools.partial(_part_holds, store, part, rows)
+
+
+def _other_files(store: Store, victims: Tombstones) -> Iterator[_Unit]:
+    several = {"index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
+    for entry in files_of_several_parts(store, victims.parts()):
+        holds = functools.partial(several[FileName.parse(entry.path).kind], store, entry, victims)
+        yield entry.path.rpartition("-")[0], [entry], victims.ids, holds
+
+
+def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[FileEntry]:
+    """The files that belong to no part alone, and may hold something of some: shards, tables and quarantine."""
+    state, wanted = store.state, set(numbers)
     for name in state.names("index"):
-        for entry in all_shards(state, name).values():
-            if not wanted.isdisjoint(ShardRecord.of(entry).parts):
-                yield entry, functools.partial(_shard_holds, store, entry, victims)
+        shards = all_shards(state, name).values()
+        yield from (one for one in shards if not wanted.isdisjoint(ShardRecord.of(one).parts))
     for name in state.names("neighbours"):
-        for entry in state.group("neighbours", name).entries():
-            yield entry, functools.partial(_table_holds, store, entry, victims)
-    for entry in state.group("quarantine").entries():
-        yield entry, functools.partial(_has_excerpts, store, entry)
+        yield from state.group("neighbours", name).entries()
+    yield from state.group("quarantine").entries()
 
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
@@ -176,7 +167,6 @@ def part_files(store: Store, part: int) -> list[FileEntry]:
 
 
 def _part_holds(store: Store, part: int, rows: Ids) -> bool:
-    """Whether a part's chunks or embeddings still hold any of ``rows``."""
     chunks = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
     if (chunks["n_tokens"].to_numpy()[rows] > 0).any():
         return True
@@ -216,7 +206,7 @@ def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
         yield group, rows[low:high] - group * ROW_GROUP
 
 
-def _has_excerpts(store: Store, entry: FileEntry) -> bool:
+def _has_excerpts(store: Store, entry: FileEntry, _: Tombstones) -> bool:
     table = parts.read_parquet(store, entry, ["excerpt"])
     return bool(pc.any(pc.greater(pc.binary_length(table["excerpt"]), 0)).as_py())
 
@@ -237,9 +227,9 @@ class EraseWorker:
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
     def _rewritten(self, task: Task, run: str) -> list[FileEntry]:
-        if "part" in task.inputs:
-            return self._part(int(task.inputs["part"]), run)
         name = FileName.parse(task.inputs["paths"][0])
+        if name.kind == "documents":
+            return self._part(int(name.slot), run)
         entry = self._store.state.file(name.kind, name.slot, name.name)
         assert entry is not None, "it was there just now"
         rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[name.kind]
@@ -405,7 +395,6 @@ def erase(
 
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
-    """The ids of purges to erase."""
     for purge in purges:
         check_purge(store, purge)
     if older_than is None:
@@ -495,8 +484,8 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
 
 def _workers(store: Store, victims: Tombstones) -> int:
     """Processes for an erase: as many as there are cores, half the memory allows, and starting pays for."""
-    several = [part_files(store, part) for part in victims.parts() if store.state.part_file("chunks", part)]
-    rows = [max(entry.rows for entry in files if FileName.parse(entry.path).kind == "chunks") for files in several]
+    several = [part_files(store, part) for part in victims.parts()]
+    rows = [parts.part_entry(store, "chunks", part).rows for part in victims.parts()]
     if sum(rows) < 2 * _ROWS_A_WORKER:
         return 1
     vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]

@@ -13,7 +13,7 @@ from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
     from retrotool.neighbours.dependents import Dependent
-    from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
+    from retrotool.purge.affected import AffectedChunk, AffectedCounts, AffectedResult, AskedPurge
     from retrotool.purge.erase import EraseResult
     from retrotool.purge.run import Count, Example, PurgeResult, ScanResult, Touched
     from retrotool.purge.undo import RestoreResult
@@ -87,7 +87,6 @@ def erased(store: Path, result: EraseResult) -> str:
 
 
 def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
-    """What an erase did; nothing if there was none."""
     lines = []
     if result.erased:
         done = f"{output.count(result.files_rewritten, 'file')} rewritten"
@@ -124,13 +123,9 @@ def affected_text(result: AffectedResult) -> str:
         f"the {first} neighbours {result.name!r}, or behind one; "
         f"{result.in_saved + result.following_in_saved:,} among the {saved}."
     ]
-    rows: list[tuple[object, ...]] = [
-        (part.part, part.rows, part.in_k, part.following_in_k, part.in_saved, part.following_in_saved)
-        for part in result.parts[:_PARTS]
-    ]
-    if len(result.parts) > 1:
-        total = (result.rows, result.in_k, result.following_in_k, result.in_saved, result.following_in_saved)
-        rows.append(("all", *total))
+    every: list[tuple[object, AffectedCounts]] = [(part.part, part) for part in result.parts[:_PARTS]]
+    every += [("all", result)] if len(result.parts) > 1 else []
+    rows = [(part, n.rows, n.in_k, n.following_in_k, n.in_saved, n.following_in_saved) for part, n in every]
     lines.append(output.table(rows, ("part", "chunks", first, "behind one", saved, "behind one")))
     if len(result.parts) > _PARTS:
         lines.append(f"  and {output.count(len(result.parts) - _PARTS, 'part')} more, see --json")
@@ -150,7 +145,6 @@ def _affected_chunk(one: AffectedChunk) -> str:
 
 
 def _not_found(one: AskedPurge) -> list[str]:
-    """What tables no longer have of a purge."""
     if one.erased:
         return [f"Purge {one.purge} is erased, from these tables, too: which chunks named it is no longer known."]
     if one.since:

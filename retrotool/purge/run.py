@@ -27,8 +27,7 @@ from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.cli.result_files import check_file, written
 from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.index_records import ShardRecord, all_shards
-from retrotool.purge.erase import EraseResult, carry_out_erase, part_files
+from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.purged_chunks import (
     NO_TEXT,
     SameText,
@@ -218,7 +217,6 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
 def _carry_out(
     store: Store, selection: Selection, planned: PurgeResult, reason: str, who: str, erase: bool
 ) -> PurgeResult:
-    """Commit a purge, and erase."""
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
         purges = tuple(same_selector(store, selection.request))
         victims = np.union1d(selection.chunks, selection.copies)
@@ -293,20 +291,15 @@ def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tu
 
 
 def _touched(store: Store, selection: Selection) -> Touched:
-    state = store.state
-    wanted = set(distinct_parts(selection.live))
-    files: list[FileEntry] = [entry for part in wanted for entry in part_files(store, part)]
-    shards = [
-        entry
-        for name in state.names("index")
-        for entry in all_shards(state, name).values()
-        if not wanted.isdisjoint(ShardRecord.of(entry).parts)
-    ]
-    groups = [state.group("neighbours", name) for name in state.names("neighbours")]
-    tables = [entry for group in groups for entry in group.entries()]
+    numbers = distinct_parts(selection.live)
+    files = [entry for part in numbers for entry in part_files(store, part)]
+    kinds: dict[str, list[FileEntry]] = {"index": [], "neighbours": [], "quarantine": []}
+    for entry in files_of_several_parts(store, numbers):
+        kinds[FileName.parse(entry.path).kind].append(entry)
+    shards, tables, _ = kinds.values()
     size = sum(entry.bytes for entry in (*files, *shards, *tables))
-    seconds = size / _REWRITTEN if len(selection.live) else 0.0
-    return Touched(len(wanted), len(shards), len(tables), size, sum(entry.rows for entry in tables), seconds)
+    seconds = size / _REWRITTEN if numbers else 0.0
+    return Touched(len(numbers), len(shards), len(tables), size, sum(entry.rows for entry in tables), seconds)
 
 
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:

@@ -54,7 +54,7 @@ class Selectors:
     vector is ``within`` of its, as squared L2 (``encoder``: by which embeddings, if the store has several).
     ``classifier`` is a model directory: chunks to which it gives ``label`` with a score of ``above`` or more.
     ``device`` is where these two models run. ``whole_documents`` widens to the documents of what is meant.
-    ``allow_lossy``: text may be looked at folded (``document_text``), where the tokenizer loses case or spacing.
+    ``allow_lossy``: text may be looked at folded (``selectors.selector``), where the tokenizer loses case or spacing.
     """
 
     ids: str | Path | None = None
@@ -162,7 +162,6 @@ class Request:
 
     @property
     def _selectors(self) -> list[tuple[str, dict[str, Any]]]:
-        """Kind and literal of each."""
         several: list[Lookup | Selector] = [*self.lookups, *self.scanned]
         return [(one.kind, one.literal()) for one in several]
 

@@ -1,12 +1,11 @@
 """Check that purged chunks are not returned by any read path.
 
-Each path is taken through the door that its command or class uses: chunks, documents, embeddings and continuations by
-``Reader``, searches by every index and without one, every table of neighbours by the reader that ``inspect`` and
-``export`` share, by ``RetroDataset``, by an export and by ``inspect``, and every index by ``leakage``.
+Each path is taken as its command or class takes it: chunks, documents, embeddings and continuations by ``Reader``,
+searches by every index and without one, every table of neighbours by the reader that ``inspect`` and ``export`` share,
+by ``RetroDataset``, by an export and by ``inspect``, and every index by ``leakage``.
 
 Queries of searches are the chunks' own vectors as long as they are there, and then those of the nearest rows that have
-one: at most 1,000. Exact searches look through the parts of the purged chunks. ``inspect`` shows 200 random chunks,
-and ``leakage`` measures the first block of the store against itself.
+one. Exact searches look through the parts of the purged chunks.
 
 Cost: the chunks of the parts concerned, and three readings of every table of neighbours. Memory: some thousand rows.
 """
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Queries
+from retrotool.chunk.chunk_plan import documents_within
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
 from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
 from retrotool.export.run import open_tables, read_blocks
@@ -32,7 +32,7 @@ from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.neighbours.token_overlap import LONGEST
 from retrotool.reader import Reader
 from retrotool.store import parts
-from retrotool.store.ids import chunk_ids, part_of, split_id
+from retrotool.store.ids import chunk_ids, split_id
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -116,10 +116,9 @@ def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
 
 def _chunks(it: _Purged) -> Returned:
     """By their ids, in the lists of their parts, with tokens and text, and as what follows the chunk before."""
-    reader, present = it.reader, set(it.reader.parts())
-    ids = it.chunks.ids[np.isin(part_of(it.chunks.ids), list(present))]
+    reader, ids = it.reader, it.chunks.ids
     yield _where(reader.is_living(ids), ids)
-    for part in present.intersection(it.chunks.parts()):
+    for part in it.chunks.parts():
         yield reader.chunk_ids(part)
     some = _some(ids, _QUERIES)
     yield _where(reader.tokens(some).any(axis=1), some)
@@ -131,13 +130,10 @@ def _chunks(it: _Purged) -> Returned:
 
 def _documents(it: _Purged) -> Returned:
     """By the ids of documents that have none but purged chunks, as long as these ids are there."""
-    for part in set(it.chunks.parts()).intersection(it.reader.parts()):
-        table = parts.read_documents(it.store, part, ["id", "first_row", "n_chunks"])
-        first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
-        mine = it.chunks.rows(part)
-        whole = np.searchsorted(mine, first + count) - np.searchsorted(mine, first) == count
-        places = np.flatnonzero(whole & (count > 0) & table["id"].is_valid().to_numpy())
-        for name in table["id"].take(_some(places, _QUERIES)).to_pylist():
+    for part in it.chunks.parts():
+        names = parts.read_documents(it.store, part, ["id"])["id"]
+        whole = documents_within(it.store, part, it.chunks)
+        for name in names.take(_some(whole[names.take(whole).is_valid().to_numpy()], _QUERIES)).to_pylist():
             try:
                 yield np.array([it.reader.document(name)], np.int64)
             except UsageError:

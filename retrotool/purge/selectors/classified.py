@@ -89,7 +89,6 @@ class ClassifierMatcher(Matcher):
         return BlockHits.whole(rows[chosen], scores[chosen])
 
     def _no_score(self, block: TextBlock, row: int) -> RetrotoolError:
-        """What says which chunk it is."""
         names = parts.read_documents(self._store, block.part, ["id"])["id"]
         document = names[int(block.chunks.doc[row])].as_py()
         chunk = int(parts.chunk_ids(block.part, np.array([block.first + row]))[0])

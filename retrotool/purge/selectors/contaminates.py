@@ -4,13 +4,12 @@ The rule is that of RETRO (arXiv 2112.04426, section 2.5 and appendix A): the di
 and those of an evaluation document are two sets; where these have a Jaccard similarity |A ∩ B| / |A ∪ B| of 0.8 or
 more, the document goes, with all its chunks. Computed exactly, not estimated from sketches. In detail:
 
-- The evaluation text is a store, chunked with the same tokenizer; how it was cut into chunks is no matter. Its purged
-  chunks do not count; purged chunks of the store that is searched do, as they may still be erased.
+- The evaluation text is a store, chunked with the same tokenizer. Its purged chunks do not count; those of the store
+  that is searched do, as they may still be erased.
 - No run crosses what is purged from the evaluation text, what is erased, or the border of key and value.
 - Of a document without such a run, as it has fewer tokens, a copy is a document of the same tokens.
 
-So an evaluation text that is quoted within a longer document is not found: that is similar to nothing (what has it
-among other text is found with ``near-duplicates-of``). Nor is the same text in other words.
+Not found: an evaluation text that is quoted within a longer document (see ``near-duplicates-of``), or in other words.
 
 Cost: reading, and 1 to 2 µs a chunk where little is found, 4 µs where a tenth of all runs are those of evaluation
 text; and 0.4 µs a token of longer documents that have 0.8 of an evaluation document's runs. See ``ngrams``, and for

@@ -10,9 +10,8 @@ A **place** is a chunk and the one that follows it in its document, or a chunk t
    the same tokens, no more and no fewer.
 
 So all of these are found, of a victim of 23 tokens or more whose runs all differ: a copy verbatim, wherever it begins
-in its first chunk; one with any one token exchanged, left out or put in; and one of which a half is there. Victims
-themselves are found again; of erased ones there is nothing to find. Text that was changed in every line, or put into
-other words, is not found, and neither is what another store holds.
+in its first chunk; one with any one token exchanged, left out or put in; and one of which a half is there; and the
+victims themselves. Text that was changed in every line, or put into other words, is not found.
 
 Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams`` for why. Memory:
 ``ngrams``, some 12 kB a victim.

@@ -38,7 +38,7 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
 _TOKEN = re.compile(
-    r"(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<operator><=|>=|!=|<>|=|<|>|\(|\)|,)"
+    r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<comparison><=|>=|!=|<>|=|<|>)|(?P<mark>[(),])"
     r"|(?P<word>[A-Za-z_][A-Za-z0-9_.-]*)|\"(?P<quoted>[^\"]+)\")"
 )
 _COMPARE = {
@@ -57,8 +57,8 @@ class Where:
     def __init__(self, expression: str) -> None:
         self._expression = expression
         self._tokens = _tokenize(expression)
-        self._place = 0
-        self._table: pa.Table | None = None
+        self._table: Any = None
+        self._place = self._depth = 0
         self.columns = sorted({text for kind, text, _ in self._tokens if kind == "column"})
         if not self._tokens:
             raise UsageError("the expression is empty", _ADVICE)
@@ -97,77 +97,51 @@ class Where:
         self._depth += 1
         if self._depth > _DEPTH:
             raise self._error(f"a nesting of at most {_DEPTH}")
-        try:
-            return self._nested()
-        finally:
-            self._depth -= 1
-
-    def _nested(self) -> Any:
         if self._accept("not"):
-            return pc.invert(self._one())
-        if self._accept("("):
+            result = pc.invert(self._one())
+        elif self._accept("("):
             result = self._either()
-            if not self._accept(")"):
-                raise self._error("')'")
-            return result
-        return self._comparison()
+            self._next("')'", ")")
+        else:
+            result = self._comparison()
+        self._depth -= 1
+        return result
 
     def _comparison(self) -> Any:
-        kind, name, _ = self._next("a column")
-        if kind != "column" or self._table is None:
-            self._place -= 1
-            raise self._error("a column")
-        column = self._table[name]
+        column = self._table[self._next("a column", "column")]
         if self._accept("is"):
             negative = self._accept("not")
-            if not self._accept("null"):
-                raise self._error("null")
+            self._next("null", "null")
             return column.is_valid() if negative else column.is_null()
         negative = self._accept("not")
         if self._accept("in"):
-            result = self._in(column)
+            self._next("'('", "(")
+            result = _compare(column, "=", self._literal())
+            while self._accept(","):
+                result = pc.or_kleene(result, _compare(column, "=", self._literal()))
+            self._next("')'", ")")
         elif self._accept("like"):
-            result = pc.match_like(column.cast(pa.string()), self._literal(str))
+            pattern = self._next("a text in '...'", "text")
+            result = pc.match_like(column.cast(pa.string()), pattern[1:-1].replace("''", "'"))
         elif negative:
             raise self._error("in or like")
         else:
-            kind, operator, _ = self._next("a comparison")
-            if operator not in _COMPARE or kind != "operator":
-                self._place -= 1
-                raise self._error("a comparison")
-            result = _compare(column, operator, self._literal())
+            result = _compare(column, self._next("a comparison", "comparison"), self._literal())
         return pc.invert(result) if negative else result
 
-    def _in(self, column: Any) -> Any:
-        if not self._accept("("):
-            raise self._error("'('")
-        result = _compare(column, "=", self._literal())
-        while self._accept(","):
-            result = pc.or_kleene(result, _compare(column, "=", self._literal()))
-        if not self._accept(")"):
-            raise self._error("')'")
-        return result
+    def _literal(self) -> str | float:
+        text = self._next("a number, or a text in '...'", "number", "text")
+        return text[1:-1].replace("''", "'") if text[0] == "'" else float(text)
 
-    def _literal(self, *kinds: type) -> str | float:
-        kind, text, _ = self._next("a value")
-        if kind == "text":
-            return text[1:-1].replace("''", "'")
-        if kind == "number" and str not in kinds:
-            return float(text)
-        self._place -= 1
-        raise self._error("a text in '...'" if kinds else "a number, or a text in '...'")
-
-    def _next(self, wanted: str) -> tuple[str, str, int]:
-        if self._place >= len(self._tokens):
+    def _next(self, wanted: str, *kinds: str) -> str:
+        """Take the next token, which must be of one of ``kinds``."""
+        if not any(map(self._accept, kinds)):
             raise self._error(wanted)
-        self._place += 1
-        return self._tokens[self._place - 1]
+        return self._tokens[self._place - 1][1]
 
-    def _accept(self, word: str) -> bool:
-        """Whether the next token is this keyword or operator, which is then taken."""
-        accepted = self._place < len(self._tokens) and self._tokens[self._place][:2] in (
-            ("keyword", word), ("operator", word),
-        )  # fmt: skip
+    def _accept(self, kind: str) -> bool:
+        """Whether the next token is of a kind; it is then taken."""
+        accepted = self._place < len(self._tokens) and self._tokens[self._place][0] == kind
         self._place += accepted
         return accepted
 
@@ -177,18 +151,18 @@ class Where:
 
 
 def _tokenize(expression: str) -> list[tuple[str, str, int]]:
-    """(kind, text, offset) of each token."""
+    """(kind, text, offset) of each token; keywords and marks are kinds of their own."""
     tokens = []
     place = 0
-    while expression[place:].strip():
-        place += len(expression[place:]) - len(expression[place:].lstrip())
+    while rest := expression[place:].lstrip():
         match = _TOKEN.match(expression, place)
+        place = len(expression) - len(rest)
         if match is None:
             raise UsageError(f"the expression can't be read at character {place + 1}", _ADVICE)
         kind, text = str(match.lastgroup), match[str(match.lastgroup)]
-        if kind == "word":
-            kind, text = ("keyword", text.lower()) if text.lower() in _KEYWORDS else ("column", text)
-        tokens.append(("column" if kind == "quoted" else kind, text, place))
+        if kind in ("word", "quoted"):
+            kind = text.lower() if kind == "word" and text.lower() in _KEYWORDS else "column"
+        tokens.append((text if kind == "mark" else kind, text, place))
         place = match.end()
     return tokens
 

@@ -218,7 +218,6 @@ def _as_bytes(rows: Tokens) -> npt.NDArray[np.void]:
 
 
 def _hashes_of(grams: Tokens) -> Hashes:
-    """The hash of each of [g, n]."""
     n = grams.shape[1]
     return gram_hashes(np.ascontiguousarray(grams).reshape(-1), n)[::n]
 

@@ -348,7 +348,6 @@ class PersonalDataMatcher(Matcher):
         return BlockHits.joined(found)
 
     def _checked(self, block: TextBlock, pattern: Pattern, check: Check) -> Iterator[tuple[int, int]]:
-        """Where matches of a pattern lie that are what they look like."""
         begins, ends = find_all(pattern, block)
         borders = block.starts[block.documents]
         document = np.searchsorted(borders, begins, side="right")
