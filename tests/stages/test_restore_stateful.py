@@ -76,7 +76,7 @@ class Purging(RuleBasedStateMachine):
     def restore(self, data: st.DataObject) -> None:
         purge = data.draw(st.sampled_from(sorted(self.named)))
         if purge in self.over or self.named[purge] <= self.erased:
-            with pytest.raises(UsageError, match="already" if purge in self.over else "is erased"):
+            with pytest.raises(UsageError, match="was undone" if purge in self.over else "is erased"):
                 restore(self.store, purge, reason="test")
             return
         before = self.purged
