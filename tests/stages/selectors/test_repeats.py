@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from selector_help import purge, random_tokens, store_of
 
 from retrotool import api
-from retrotool.errors import UsageError
 from retrotool.purge.selectors.lookup import select_duplicates, token_hashes
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -82,8 +81,6 @@ def test_what_is_purged_or_erased_is_neither_first_nor_repeats(store: Store) -> 
 def test_a_store_where_nothing_repeats(tmp_path: Path, tiny_encoder: Path) -> None:
     store = store_of(tmp_path / "store", tiny_encoder, [random_tokens(0, 300, 140)])
     assert select_duplicates(store).tolist() == []
-    with pytest.raises(UsageError, match="0 tokens"):
-        select_duplicates(store, shortest=0)
 
 
 @given(st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=20), st.sampled_from(["<u2", "<u4"]))
