@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,9 +30,19 @@ def run_forked(
 
 
 class Forked:
-    """A command line that runs beside this process, with the methods of ``subprocess.Popen`` that tests use."""
+    """A command line that runs beside this process, with the methods of ``subprocess.Popen`` that tests use.
 
-    def __init__(self, arguments: list[str], *, data: bytes = b"", before: Callable[[], object] | None = None) -> None:
+    ``program`` is ``retrotool`` or the path of a script; ``before`` is called before it.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        program: str = "retrotool",
+        data: bytes = b"",
+        before: Callable[[], object] | None = None,
+    ) -> None:
         self.returncode: int | None = None
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         stdin, given = os.pipe()
@@ -40,7 +51,7 @@ class Forked:
             code = 1
             try:
                 os.close(given)
-                code = _become(arguments, [stdin, *(file.fileno() for file in self._printed)], before)
+                code = _become([program, *arguments], [stdin, *(file.fileno() for file in self._printed)], before)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -106,11 +117,16 @@ def _become(arguments: list[str], descriptors: list[int], preexec_fn: Callable[[
     faiss.omp_set_num_threads(1)
     if preexec_fn is not None:
         preexec_fn()
-    sys.argv = ["retrotool", *arguments]
+    sys.argv = arguments
     from retrotool.app import main
 
     try:
-        main()
+        if arguments[0] == "retrotool":
+            main()
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

@@ -19,7 +19,8 @@ from conftest import times
 import retrotool
 from retrotool import api
 
-GIGABYTE = 1 << 30
+HUGE = times(640 << 20, 1 << 30)
+"""Bytes of what is too large for the memory that is allowed."""
 MOST_MEMORY_KB = 600 << 10
 WATCHED = """
 import atexit, sys
@@ -44,8 +45,8 @@ def packed(*pieces: tuple[bytes, int]) -> bytes:
 
 
 GOOD = b'{"id": "good", "text": "A good row at the end."}\n'
-ROWS = times(250_000, 1_000_000)
-NULLS = 200_000
+ROWS = times(100_000, 1_000_000)
+NULLS = times(100_000, 200_000)
 
 
 def nulls(path: Path) -> None:
@@ -54,33 +55,33 @@ def nulls(path: Path) -> None:
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
-    "a document of a gigabyte": (
+    "a huge document": (
         "big.jsonl.zst",
         lambda path: path.write_bytes(
-            packed((b'{"id": "big", "text": "', 1), (b"word ", GIGABYTE // 5), (b'"}\n', 1), (GOOD, 1))
+            packed((b'{"id": "big", "text": "', 1), (b"word ", HUGE // 5), (b'"}\n', 1), (GOOD, 1))
         ),
         1,
         "longer than",
     ),
-    "a text of a gigabyte in a CSV": (
+    "a huge text in a CSV": (
         "big.csv.zst",
-        lambda path: path.write_bytes(packed((b'id,text\ngood,x\nbig,"', 1), (b"word ", GIGABYTE // 5), (b'"\n', 1))),
+        lambda path: path.write_bytes(packed((b'id,text\ngood,x\nbig,"', 1), (b"word ", HUGE // 5), (b'"\n', 1))),
         1,
         "a record of more than",
     ),
-    "a text file of a gigabyte": (
+    "a huge text file": (
         "big.txt.zst",
-        lambda path: path.write_bytes(packed((b"word ", GIGABYTE // 5))),
+        lambda path: path.write_bytes(packed((b"word ", HUGE // 5))),
         1,
         "more than --max-document",
     ),
-    "a line of a gigabyte without an end": (
+    "a huge line without an end": (
         "line.jsonl.zst",
-        lambda path: path.write_bytes(packed((GOOD, 1), (b"x", GIGABYTE))),
+        lambda path: path.write_bytes(packed((GOOD, 1), (b"x", HUGE))),
         1,
         "longer than",
     ),
-    "a bomb": ("bomb.jsonl.zst", lambda path: path.write_bytes(packed((b"\0", GIGABYTE))), 1, "longer than"),
+    "a bomb": ("bomb.jsonl.zst", lambda path: path.write_bytes(packed((b"\0", HUGE))), 1, "longer than"),
     "bytes of zero": (
         "zeros.jsonl",
         lambda path: path.write_bytes(b"\0" * 5000 + b"\n" + GOOD + b"\0\n"),

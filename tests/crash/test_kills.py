@@ -232,6 +232,7 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     blocked = read_blocked(Store.open(tmp_path / "whole")).hashes.tolist()
     assert bool(blocked) == (case.purges != [] and case.name != "restore")
     assert calls > 10
+    known = problems(before)
     draw = random.Random(SEED + number)
     fired = 0
     for attempt in range(KILLS):
@@ -240,7 +241,7 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
             shutil.copytree(before, store)
         killed, _ = in_child(lambda store=store: case.work(store), draw.randint(1, calls))  # type: ignore[misc]
         fired += killed
-        check_between(store, before)
+        check_between(store, before, known)
         in_child(lambda store=store: case.work(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
         assert read_blocked(Store.open(store)).hashes.tolist() == blocked
@@ -269,7 +270,7 @@ def test_a_plan_whose_finishing_was_killed_is_finished_when_it_is_run_again(tiny
     for fatal in range(1, calls + 1, max(1, calls // KILLS)):
         store = shutil.copytree(tmp_path / "before", tmp_path / f"store-{fatal}")
         assert in_child(lambda store=store: finish(store), fatal)[0]  # type: ignore[misc]
-        check_between(store, tmp_path / "before")
+        check_between(store, tmp_path / "before", set())
         in_child(lambda store=store: finish(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
 
@@ -282,12 +283,15 @@ def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, 
     return verify(store), calls
 
 
-def check_between(store: Path, before: Path) -> None:
+def problems(store: Path) -> set[str]:
+    return set(verify(store).problems) if store.exists() else set()
+
+
+def check_between(store: Path, before: Path, known: set[str]) -> None:
     """After the kill the store is as whole as it was: everything that was there before, and nothing half."""
     if not (store / "store.json").exists():
         return
-    found = verify(store)
-    assert set(found.problems) <= (set(verify(before).problems) if before.exists() else set())
+    assert problems(store) <= known
     if before.exists():
         assert Store.open(store).state.number >= Store.open(before).state.number
 

@@ -15,6 +15,7 @@ into the page.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -29,6 +30,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from forked import Forked
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -164,28 +166,40 @@ def run_python(page: Path, step: Step, names: dict[str, Any]) -> str:
 def run_command(source: str) -> tuple[str, int]:
     """Output and exit code of a command.
 
-    Every ``retrotool`` in it runs in this process, which has torch loaded, but those that run beside one another.
+    Every ``retrotool`` in it runs in this process, which has torch loaded, but those that run beside one another, and
+    scripts, which run in forked ones.
     """
     if source.startswith("retrotool ") and not _SHELL.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", source)):
         result = run_retrotool([path for word in shlex.split(source)[1:] for path in _expand(word)])
         return result.output, result.exit_code
+    running: dict[Path, Forked] = {}
     with tempfile.TemporaryDirectory() as calls, tempfile.TemporaryFile() as printed:
-        beside = " & " in source
-        command = ["bash", "-c", source if beside else _CALL + source]
         os.mkfifo(f"{calls}/made")
         made = os.open(f"{calls}/made", os.O_RDWR | os.O_NONBLOCK)
         environment = {**os.environ, "CALLS": calls}
+        command = ["bash", "-c", _CALL + source]
         with subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment) as process:
             while process.poll() is None:
                 if select.select([made], [], [], 0.01)[0]:
-                    for call in os.read(made, 4096).decode().split():
-                        answer(Path(call))
+                    for call in map(Path, os.read(made, 4096).decode().split()):
+                        folder, program, *arguments = (call / "words").read_text().split("\0")[:-1]
+                        if program == "retrotool" and " & " not in source:
+                            with contextlib.chdir(folder):
+                                result = run_retrotool(arguments)
+                            answer(call, result.stdout, result.stderr, result.exit_code)
+                        else:
+                            before = functools.partial(os.chdir, folder)
+                            running[call] = Forked(arguments, program=program, before=before)
+                for call, forked in list(running.items()):
+                    if forked.poll() is not None:
+                        del running[call]
+                        answer(call, *forked.communicate(), forked.returncode)
         os.close(made)
         printed.seek(0)
         return printed.read().decode(), process.returncode
 
 
-_CALL = """retrotool() {
+_CALL = """call() {
   local call code
   call=$(mktemp -d "$CALLS/XXXXXX") && mkfifo "$call/code"
   printf '%s\\0' "$PWD" "$@" > "$call/words"
@@ -195,18 +209,17 @@ _CALL = """retrotool() {
   cat "$call/err" >&2
   return "$code"
 }
+retrotool() { call retrotool "$@"; }
+python() { call "$@"; }
 """
-"""``retrotool`` in a shell, which has ``answer`` do it and waits for the code."""
+"""``retrotool`` and ``python SCRIPT`` in a shell, which has this process do it and waits for the code."""
 
 
-def answer(call: Path) -> None:
-    """Do what a shell has called ``retrotool`` for."""
-    folder, *arguments = (call / "words").read_text().split("\0")[:-1]
-    with contextlib.chdir(folder):
-        result = run_retrotool(arguments)
-    (call / "out").write_text(result.stdout)
-    (call / "err").write_text(result.stderr)
-    (call / "code").write_text(f"{result.exit_code}\n")
+def answer(call: Path, stdout: str, stderr: str, code: int | None) -> None:
+    """Give a shell what it has called for."""
+    (call / "out").write_text(stdout)
+    (call / "err").write_text(stderr)
+    (call / "code").write_text(f"{code}\n")
 
 
 def run_retrotool(arguments: list[str]) -> Result:

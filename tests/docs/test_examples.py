@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from pages import ROOT
 
 import retrotool
@@ -19,13 +20,14 @@ SCRIPT = ROOT / "examples" / "read_store.py"
 DEMO = ROOT / "examples" / "demo.py"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    process = Forked([str(argument) for argument in arguments], program=str(script))
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess([str(script)], process.returncode or 0, stdout, stderr)
 
 
 def test_read_store_prints_a_chunk_and_its_neighbours(built_store: Path) -> None:
-    done = run(built_store)
+    done = run(SCRIPT, built_store)
     assert done.returncode == 0, done.stderr
     reader = retrotool.open(built_store)
     first = int(reader.chunk_ids(reader.parts()[0])[0])
@@ -42,15 +44,15 @@ def test_read_store_leaves_out_what_is_purged(store_copy: Path, tmp_path: Path) 
     takedown = tmp_path / "takedown.txt"
     takedown.write_text(f"{victim}\n{reader.chunk(first).document}\n")
     api.purge(store_copy, api.Selectors(documents=str(takedown)), reason="test")
-    done = run(store_copy)
+    done = run(SCRIPT, store_copy)
     assert done.returncode == 0, done.stderr
     assert f"document {victim}," not in done.stdout
     assert f"chunk {first} of" not in done.stdout
 
 
 def test_read_store_says_what_is_wrong(tmp_path: Path) -> None:
-    assert run().returncode == 1
-    missing = run(tmp_path / "nothing")
+    assert run(SCRIPT).returncode == 1
+    missing = run(SCRIPT, tmp_path / "nothing")
     assert missing.returncode == 10
     assert "is no store" in missing.stderr
     assert "Traceback" not in missing.stderr
@@ -65,7 +67,7 @@ def test_the_demo_leaves_alone_what_it_did_not_make(what: str, tmp_path: Path, b
     elif what == "file":
         place.write_text("three years")
     before = {path: path.stat().st_mtime_ns for path in sorted(place.parent.rglob("*"))}
-    done = subprocess.run([sys.executable, str(DEMO), str(place)], capture_output=True, text=True, timeout=120)
+    done = run(DEMO, place)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"{place} is there, and this demo did not make it. Name a folder that is not there.\n"
     assert {path: path.stat().st_mtime_ns for path in sorted(place.parent.rglob("*"))} == before
