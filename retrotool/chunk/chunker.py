@@ -149,17 +149,3 @@ def cut_chunks(
 def id_hash(identifier: str) -> bytes:
     """The key of a document: BLAKE2b-128 of its id in UTF-8."""
     return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=parts.HASH_BYTES).digest()
-
-
-def text_hash(document: Document) -> bytes:
-    """BLAKE2b-128 of what a document says, whatever its id.
-
-    Of a text its UTF-8; of a key-value record the length of the key in characters, a space, the key and the value; of
-    one that came as tokens these as little-endian uint32.
-    """
-    if document.tokens is not None:
-        data = document.tokens.astype("<u4").tobytes()
-    else:
-        said = document.text if document.value is None else f"{len(document.text)} {document.text}{document.value}"
-        data = said.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=parts.HASH_BYTES).digest()

@@ -79,7 +79,7 @@ def chunk(
             files = find_inputs(inputs, stack.enter_context(spool(sys.stdin.buffer if sys.stdin else None)))
         run = stack.enter_context(writing(store))
         plans = list(unfinished_plans(store.state))
-        _tell_begun(store, run, plans, files, chosen)
+        _tell_begun(store, run, files, chosen)
         if chosen.exact_tokenizer:
             use_exact_tokenizer(store, run, "it was asked for")
         known = 0
@@ -113,9 +113,7 @@ def _has_unfinished(root: Path) -> bool:
     return (root / "store.json").exists() and bool(unfinished_plans(Store.open(root).state))
 
 
-def _tell_begun(
-    store: Store, run: Run, plans: Sequence[str], files: Sequence[InputFile], options: ChunkOptions
-) -> None:
+def _tell_begun(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
     """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
     if runs.others(store.root, run.id):
         return  # they may be at it themselves
@@ -123,8 +121,6 @@ def _tell_begun(
     asked = {file.path for file in files}
     begun: dict[InputFile, None] = {}
     for plan_id, _, plan in open_plans(store):
-        if plan_id not in plans:
-            continue
         left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
         begun.update((plan.files[piece.file], None) for unit in left for piece in unit)
     names = [file.path for file in begun if file.path not in asked and not is_spooled(file)]

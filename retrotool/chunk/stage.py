@@ -38,6 +38,7 @@ from retrotool.errors import ErasedError, TaskError
 from retrotool.sources import Document, Rejected
 from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
+from retrotool.sources.records import content_hash
 from retrotool.store import parts, runs, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
@@ -205,7 +206,10 @@ class _Unit:
         return self._known[1]
 
     def _add(self, name: str, batch: list[Document], known: KnownDocuments | None) -> None:
-        hashes = [(chunker.id_hash(document.id), chunker.text_hash(document)) for document in batch]
+        hashes = [
+            (chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens))
+            for document in batch
+        ]
         if known is not None:
             batch, hashes = self._leave_out("known_documents", known.hold(hashes), batch, hashes)
         if self._blocked is not None and batch:

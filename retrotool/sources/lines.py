@@ -23,7 +23,7 @@ import orjson
 from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Maker, Rejected, content_id, excerpt, maker, with_excerpt
+from retrotool.sources.records import Document, Fields, Maker, Rejected, content_hash, excerpt, maker, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
@@ -326,5 +326,5 @@ def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | R
         return Rejected(piece.number, f"invalid UTF-8 at byte {error.start:,}", piece.offset, excerpt(data))
     folder = file.name.rpartition("/")[0]
     kept = (None,) * len(fields.keep)
-    name = content_id(text) if piece.number else file.name
+    name = content_hash(text).hex() if piece.number else file.name
     return Document(name, text, folder or file.name, piece.offset, piece.number, kept)

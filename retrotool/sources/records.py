@@ -141,14 +141,16 @@ def column_names(names: Sequence[str]) -> str:
     return excerpt(", ".join(names[:_MOST_COLUMNS_NAMED]) + (", ..." if len(names) > _MOST_COLUMNS_NAMED else ""))
 
 
-def content_id(text: str) -> str:
-    """The id of a document that came without: BLAKE2b-128 of its text in UTF-8, so equal wherever the text is."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def content_hash(text: str, value: str | None = None, tokens: npt.NDArray[Any] | None = None) -> bytes:
+    """BLAKE2b-128 of what a document says, whatever its id.
 
-
-def tokens_id(tokens: npt.NDArray[Any]) -> str:
-    """The id of a tokenised document that came without: BLAKE2b-128 of its tokens as little-endian uint32."""
-    return hashlib.blake2b(tokens.astype("<u4", copy=False).data, digest_size=16).hexdigest()
+    Of a text its UTF-8; of a key-value record the length of the key in characters, a space, the key and the value; of
+    one that came as tokens these as little-endian uint32.
+    """
+    if tokens is not None:
+        return hashlib.blake2b(tokens.astype("<u4", copy=False).data, digest_size=16).digest()
+    said = text if value is None else f"{len(text)} {text}{value}"
+    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def find(row: Mapping[str, Any], name: str) -> Any:
@@ -214,11 +216,7 @@ def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, po
         text = _text(row, fields.text, fields.max_document)
     given = find(row, fields.id)
     if given is None:
-        if tokens is not None:
-            identifier = tokens_id(tokens)
-        else:
-            # Of a record both halves, with a mark between that no JSON string can blur.
-            identifier = content_id(text if value is None else f"{len(text)} {text}{value}")
+        identifier = content_hash(text, value, tokens).hex()
     elif isinstance(given, str) and given:
         identifier = given
     elif isinstance(given, int) and not isinstance(given, bool):

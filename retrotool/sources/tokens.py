@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.inputs import OFFSETS, WHOLE, InputFile, Slice
-from retrotool.sources.records import TOKEN_BYTES, Document, Fields, Rejected, excerpt, reason_of, tokens_id
+from retrotool.sources.records import TOKEN_BYTES, Document, Fields, Rejected, content_hash, excerpt, reason_of
 
 BLOCK_BYTES = 1 << 20
 WINDOW_DOCUMENTS = 1 << 14
@@ -229,7 +229,9 @@ def _document(
         return Rejected(line, too_long, offset)
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
         return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
-    return Document(tokens_id(tokens), "", source, position, line, (None,) * len(fields.keep), None, tokens)
+    return Document(
+        content_hash("", None, tokens).hex(), "", source, position, line, (None,) * len(fields.keep), None, tokens
+    )
 
 
 def _over(count: int, fields: Fields) -> str | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
@@ -218,26 +218,20 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
     from tokenizers import decoders
 
     whole: Pair = (fast, tokenizer.encode_flat)
-    split: Pair | None = None
-    strict: Callable[[], Pair] | None = None
     fields = orjson.loads(tokenizer.file.content)
     vocabulary: dict[str, int] = fields["model"]["vocab"]
-    neighbours: set[tuple[str, str]] = set()
-    matters = None
-    if fields["model"]["type"] == "BPE":
-        strict = functools.partial(_pairs, fields, _all_pairs())
-        matters = Crossings(vocabulary).has
+    is_bpe = fields["model"]["type"] == "BPE"
+    strict = functools.partial(_pairs, fields, _all_pairs()) if is_bpe else None
+    matters = Crossings(vocabulary).has if is_bpe else None
     if findings is not None:
         return Guard(whole, whole, strict, matters=matters, findings=findings)
-    if fields["model"]["type"] == "BPE":
-        neighbours = {two for token in vocabulary for two in pairwise(token)}
-        split = _pairs(fields, neighbours)
+    neighbours = {two for token in vocabulary for two in pairwise(token)} if is_bpe else set()
     ascii_of = {letter: chr(byte) for letter, byte in byte_level_alphabet().items() if byte < 128}
     decode = decoders.ByteLevel().decode
     rows = np.random.default_rng(0).integers(0, tokenizer.vocabulary, (1000, 8))
     return Guard(
         whole,
-        split or whole,
+        _pairs(fields, neighbours) if is_bpe else whole,
         strict,
         matters=matters,
         neighbours=[(ascii_of[a], ascii_of[b]) for a, b in sorted(neighbours) if a in ascii_of and b in ascii_of],
@@ -256,37 +250,31 @@ class Crossings:
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         self._vocabulary = vocabulary
-        self._noted = False
-        self._whole: set[bytes] = set()
-        self._ends: set[bytes] = set()
-        self._begins: set[bytes] = set()
 
-    def _note(self) -> None:
+    @functools.cached_property
+    def _found(self) -> tuple[set[bytes], set[bytes], set[bytes]]:
+        """Characters of tokens that have more than one; ends and beginnings of characters that end or begin these."""
         byte_of = byte_level_alphabet()
-        for token in self._vocabulary:
-            if not token.isascii() and len(token) > 1 and all(letter in byte_of for letter in token):
-                self._add(bytes(byte_of[letter] for letter in token))
-        self._noted = True
-
-    def _add(self, token: bytes) -> None:
-        """Note the characters of a token that has more than one; at its ends these may be parts of characters."""
-        starts = [i for i, byte in enumerate(token) if byte & 0xC0 != 0x80]
-        borders = [0, *starts, len(token)] if starts and starts[0] else [*starts, len(token)]
-        pieces = [token[a:b] for a, b in pairwise(borders)]
-        if len(pieces) < 2:
-            return
-        self._whole.update(pieces)
-        self._ends.add(pieces[0])
-        self._begins.add(pieces[-1])
+        whole, ends, begins = set[bytes](), set[bytes](), set[bytes]()
+        for name in self._vocabulary:
+            if name.isascii() or any(letter not in byte_of for letter in name):
+                continue
+            token = bytes(byte_of[letter] for letter in name)
+            starts = [i for i, byte in enumerate(token) if byte & 0xC0 != 0x80]
+            borders = [0, *starts, len(token)] if starts and starts[0] else [*starts, len(token)]
+            pieces = [token[a:b] for a, b in pairwise(borders)]
+            if len(pieces) > 1:
+                whole.update(pieces)
+                ends.add(pieces[0])
+                begins.add(pieces[-1])
+        return whole, ends, begins
 
     def has(self, point: int) -> bool:
         """Whether a token reaches across a border of this character."""
-        if not self._noted:  # most texts have no character that it must be known of
-            self._note()
         data = chr(point).encode()
-        ends = any(data[i:] in self._ends for i in range(1, len(data)))
-        begins = any(data[:i] in self._begins for i in range(1, len(data)))
-        return data in self._whole or ends or begins
+        whole, ends, begins = self._found
+        reaches_in = any(data[i:] in ends for i in range(1, len(data)))
+        return data in whole or reaches_in or any(data[:i] in begins for i in range(1, len(data)))
 
 
 def _all_pairs() -> set[tuple[str, str]]:

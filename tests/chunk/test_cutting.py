@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.chunk.chunker import cut_chunks, text_hash, tokenise
+from retrotool.chunk.chunker import cut_chunks, tokenise
 from retrotool.sources import Document, Rejected
+from retrotool.sources.records import content_hash
 
 token_lists = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=40), max_size=12)
 lengths_of_chunks = st.integers(1, 9)
@@ -97,5 +98,5 @@ def test_token_ids_that_the_tokenizer_has_not_are_set_aside():
 
 @pytest.mark.parametrize(("one", "other"), [(("ab", "c"), ("a", "bc")), (("a", ""), ("", "a"))])
 def test_records_are_told_apart_by_where_the_key_ends(one, other):
-    hashes = {text_hash(document(key, 1, value)) for key, value in (one, other)}
+    hashes = {content_hash(key, value) for key, value in (one, other)}
     assert len(hashes) == 2

@@ -17,7 +17,7 @@ from source_help import PACK, input_of, rows_of
 from retrotool.errors import InputError
 from retrotool.sources import Document, Fields, Rejected, read_input, streams
 from retrotool.sources.csv_rows import records
-from retrotool.sources.records import content_id
+from retrotool.sources.records import content_hash
 
 values = st.text(st.sampled_from('ab",\t\n\r é🎈'), max_size=10)
 tables = st.lists(st.tuples(values, values, values), max_size=8)
@@ -118,7 +118,7 @@ def test_every_row_is_set_aside_if_the_column_is_missing(tmp_path):
 
 def test_empty_fields_are_missing_values(tmp_path):
     (row,) = rows_of(tmp_path / "a.csv", b"text,id,source,k\nx,,,\n", keep=("k",))
-    assert row == Document(content_id("x"), "x", "a.csv", 17, 2, (None,))
+    assert row == Document(content_hash("x").hex(), "x", "a.csv", 17, 2, (None,))
 
 
 def test_key_value_records_are_read(tmp_path):

@@ -18,7 +18,7 @@ from source_help import BOM, PACK, byte_ranges, input_of, read_slices, rows_of
 from retrotool.errors import InputError
 from retrotool.sources import WHOLE, Document, Fields, Rejected, Slice, cut_input, read_input, streams
 from retrotool.sources.lines import JSON_OVERHEAD, count_lines, cut_lines
-from retrotool.sources.records import content_id
+from retrotool.sources.records import content_hash
 
 documents = st.builds(
     lambda text, plain: json.dumps({"text": text}, ensure_ascii=plain).encode(),
@@ -141,10 +141,10 @@ def test_separated_documents_have_offsets_and_ids_of_their_text(tmp_path):
     text = "one<|end|><|end|> \n<|end|>zwei ü<|end|>" + "x" * 50 + "<|end|>last"
     rows = rows_of(tmp_path / "a.txt", text.encode(), separator="<|end|>", max_document=40, keep=("k",))
     assert rows == [
-        Document(content_id("one"), "one", "a.txt", 0, 1, (None,)),
-        Document(content_id("zwei ü"), "zwei ü", "a.txt", 26, 4, (None,)),
+        Document(content_hash("one").hex(), "one", "a.txt", 0, 1, (None,)),
+        Document(content_hash("zwei ü").hex(), "zwei ü", "a.txt", 26, 4, (None,)),
         Rejected(5, "text has 50 bytes, more than --max-document 40", 40, "x" * 50),
-        Document(content_id("last"), "last", "a.txt", 97, 6, (None,)),
+        Document(content_hash("last").hex(), "last", "a.txt", 97, 6, (None,)),
     ]
 
 

@@ -16,7 +16,7 @@ from source_help import BOM, PACK, input_of, rows_of, zstd
 
 from retrotool.sources import Document, Fields, Rejected, find_inputs, read_input
 from retrotool.sources.lines import count_lines
-from retrotool.sources.records import content_id, find
+from retrotool.sources.records import content_hash, find
 
 ROWS = [
     {"id": "a", "text": "one\ntwo", "source": "s", "year": 2001, "tags": ["x", "y"], "note": None},
@@ -65,7 +65,7 @@ def test_formats_give_equal_documents(tmp_path, name):
     assert [(d.id, d.text, d.source, d.kept) for d in found] == [
         ("a", "one\ntwo", "s", ("2001", '["x","y"]', None, None)),
         ("7", "ünïcödé 🎈 \u2028", name, ("2002", "[]", "n", None)),
-        (content_id("no id"), "no id", "s", (None, None, "m", None)),
+        (content_hash("no id").hex(), "no id", "s", (None, None, "m", None)),
     ]
 
 
@@ -92,7 +92,7 @@ def test_a_text_file_is_one_document_named_by_its_path(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("x", "x"), (5, "5"), (-5, "-5"), (0, "0"), (2**63, str(2**63)), (None, content_id("t"))],
+    [("x", "x"), (5, "5"), (-5, "-5"), (0, "0"), (2**63, str(2**63)), (None, content_hash("t").hex())],
 )
 def test_ids_are_strings_whole_numbers_or_made_of_the_text(tmp_path, given, expected):
     found = rows_of(tmp_path / "ids.jsonl", json.dumps({"id": given, "text": "t"}).encode())
