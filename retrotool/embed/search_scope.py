@@ -19,7 +19,7 @@ from retrotool.store import log, parts, vectors
 from retrotool.store.parts import Chunks
 from retrotool.store.restored import restored_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones, stands_for
+from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
@@ -208,8 +208,7 @@ def purges_erased(store: Store) -> list[str]:
 
 def erased_chunks(store: Store) -> Tombstones:
     """The chunks that were erased, copies of others that repeat them included."""
-    found = [np.zeros(0, np.int64), *(read_tombstones(store, purge).ids for purge in purges_erased(store))]
-    return Tombstones(np.unique(np.concatenate(found)))
+    return Tombstones(named_chunks(store, purges_erased(store)))
 
 
 def last_change(store: Store) -> tuple[int, str]:
@@ -221,8 +220,3 @@ def last_change(store: Store) -> tuple[int, str]:
     while (commit := log.read(store.root, number)) is not None and "dependent" in commit.settings:
         number, head = commit.number - 1, commit.parent
     return number, head
-
-
-def purges(store: Store) -> str:
-    """Stands for the tombstones of a store's view: the same for the same purges. The log knows, no file is read."""
-    return stands_for(store.state)

@@ -2,15 +2,9 @@
 
 ``stage.plan(store)`` lists the tasks that are neither committed nor staged. A stage is a small frozen dataclass and
 a task is plain data, so both can be sent anywhere. Where a task runs, ``stage.open(store)`` gives a worker (a model
-may be loaded, once), and ``worker(task, run, report)`` writes new files and returns what to stage. So:
-
-* local processes: ``retrotool.engine.execute``;
-* a job array: job i of n plans, and takes the tasks with ``int(task.key, 16) % n == i`` (keys stay, positions do not);
-  where tasks are ``claimed`` it may go on with the others, for runs leave each other's alone;
-* a Ray cluster: an actor a worker holds ``stage.open(store)``; tasks are mapped over the actors.
-
-In each case ``staging.stage`` makes the result known and any process may ``folding.fold``. Tasks are independent:
-any order, any machine, twice if need be. Resuming is planning again.
+may be loaded, once), and ``worker(task, run, report)`` writes new files and returns what to stage. ``staging.stage``
+makes that known, and any process may ``folding.fold``. Tasks are independent: any order, any machine, twice if need be.
+Resuming is planning again. Local processes, job arrays and clusters differ only in who calls ``perform``.
 """
 
 from __future__ import annotations

@@ -84,8 +84,12 @@ def _neighbours(info: Info, name: str) -> str:
     if "mix" in about:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
         return f"a mixture of {of} for {rows}{made}"
-    words = _left_out(about.get("filters", {}))
-    return f"{about['saved']} saved for {rows}{made}" + (f"; left out: {words}" if words else "")
+    words = ""
+    if filters := about.get("filters"):
+        from retrotool.neighbours.filters import in_words
+
+        words = f"; left out: {in_words(filters)}"
+    return f"{about['saved']} saved for {rows}{made}{words}"
 
 
 def _materialised(about: dict[str, Any]) -> str:
@@ -94,14 +98,6 @@ def _materialised(about: dict[str, Any]) -> str:
     lacking = about["parts"] - about["text_parts"]
     stale = f" ({output.count(lacking, 'part')} without)" if lacking else ""
     return f", {about['k']} materialised{stale}"
-
-
-def _left_out(filters: dict[str, Any]) -> str:
-    if not filters:
-        return ""
-    from retrotool.neighbours.filters import in_words
-
-    return in_words(filters)
 
 
 def _shape(shape: Shape | None) -> list[str]:

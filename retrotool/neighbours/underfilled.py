@@ -22,7 +22,6 @@ from retrotool import interrupts
 from retrotool.embed.search_scope import (
     erased_chunks,
     is_same_directory,
-    purges,
     purges_erased,
     searchable_rows,
 )
@@ -33,7 +32,7 @@ from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.restored import missed_parts, stands_for_restored
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones, stands_for
 
 Ids = npt.NDArray[np.int64]
 Taken = tuple[str, str, str, str]
@@ -64,8 +63,8 @@ class GapFinder:
     def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
         self._store, self._database, self._k, self._text = store, database, k, text
         self.taken: Taken = (
-            purges(database.store),
-            purges(store),
+            stands_for(database.store.state),
+            stands_for(store.state),
             erased_of(store, database),
             # Rows of queries that were taken back are empty where they were purged when the table was made.
             stands_for_restored(store.state),

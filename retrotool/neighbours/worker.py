@@ -22,7 +22,6 @@ from retrotool.embed.search_scope import (
     is_same_directory,
     last_change,
     own_documents,
-    purges,
     read_part_vectors,
     searchable_rows,
 )
@@ -49,7 +48,7 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.restored import stands_for_restored
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
 
@@ -102,7 +101,7 @@ class NeighboursWorker:
         commit, head = last_change(database.store)
         about = {
             "version": task.inputs["version"], **{name: record[name] for name in SAME},
-            "commit": commit, "head": head[:_HEAD_DIGITS], "purges": purges(database.store),
+            "commit": commit, "head": head[:_HEAD_DIGITS], "purges": stands_for(database.store.state),
             "searched": consecutive_ranges(database.held()),
             "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
