@@ -1,15 +1,11 @@
 """Which index suits so many vectors: exact, inverted lists of whole vectors, or inverted lists of codes.
 
-The rules, in their order:
-
 1. What ``--factory``, ``--nlist`` and ``--code`` say.
 2. Up to ``FLAT_LIMIT`` vectors, exact: no index is faster by much, and none is as good.
 3. Lists: a power of two near 4√n, so that finding lists and going through them cost about the same.
-4. Codes: product codes of ``DEFAULT_CODE`` bytes, which with the id are 72 bytes a vector; candidates are re-ranked by
-   the stored embeddings. With ``--memory`` the longest code of the ladder that fits. Whole vectors where they are no
-   longer than a code, and for targets that codes are too coarse for.
-5. A rotation (OPQ) before product codes. Its start, the principal directions dealt out to the pieces, is most of the
-   gain, and costs one decomposition of a d × d matrix.
+4. Codes: product codes of ``DEFAULT_CODE`` bytes, with a rotation (OPQ), whose candidates are re-ranked by the stored
+   embeddings. With ``--memory`` the longest code of the ladder that fits. Whole vectors where they are no longer than
+   a code, and for targets that codes are too coarse for.
 
 No vector is looked at here; nothing but arithmetic.
 """

@@ -1,16 +1,12 @@
 """k-means in torch (Lloyd's iterations): blocked assignment by one matrix product, empty clusters re-seeded.
 
 No centroid is one of the vectors, to the bit: centroids stay in a store when a chunk is erased, so its vector must not
-stand among them (``_blur``). Vectors are shifted by a mean before products and sums, which lose digits where vectors
-have much in common. Vectors may be float16, which halves the memory of a sample; sums are float32, and so are products,
-but those that only choose a vector's cluster during the iterations, which are rough (``ann.matmul``).
+be among them (``_blur``); that of a cluster of one vector is close to it. Vectors may be float16; they are shifted by a
+mean before products and sums, which are float32, but products that only choose a cluster are rough (``ann.matmul``).
 
-Cost of an iteration: 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters there are two levels: √k clusters, each of
-which is cut on its own into as many as its share of the vectors. That costs √k in place of k, for centroids that are
-somewhat worse. Deterministic from the seed on one device up to the order of float sums.
-
-Not done here: assignment in two levels, which would miss the nearest now and then; and hiding what a cluster holds. The
-centroid of a cluster of one vector is close to it.
+Cost of an iteration: 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters there are √k, each of which is cut into as
+many as its share of the vectors: √k in place of k, for centroids that are somewhat worse. Deterministic from the seed
+on one device up to the order of float sums.
 """
 
 from __future__ import annotations

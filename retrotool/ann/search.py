@@ -1,23 +1,14 @@
 """List-major search: queries are grouped by the lists they probe, one matrix product a list, top-k, exact distances.
 
-Against searching query by query this turns matrix–vector into matrix–matrix products. It goes in two steps:
-
-1. ``Search`` chooses candidates by what the codes stand for, or by the vectors themselves, over any number of shards.
-   Both sides of a product are shifted by a mean, which changes no distance: products lose digits where vectors have
-   much in common. Many products may be rounded ones, if the processor has them, as candidates are ranked then.
-2. ``ranking.rerank`` computes Σ(q − x)² from the vectors themselves, which the caller fetches by id.
-
-What a query must not find is masked before the best are taken. Its own document is an interval of chunk ids, and ids
-ascend in a list, so that is an interval of columns, found by binary search (``ann.excluded``).
+``Search`` chooses candidates by what the codes stand for, or by the vectors themselves, over any number of shards:
+their lists are joined. ``ranking.rerank`` then ranks them. Both sides of a product are shifted by a mean, which changes
+no distance: products lose digits where vectors have much in common. What a query must not find is masked before the
+best are taken (``ann.excluded``).
 
 On a CPU every core takes a share of the queries, if the products of a list are large enough for that, and blocks of
-lists are decoded once for all; otherwise one does all, as Python lets only one thread at a time prepare its next
-product. Lists of several shards are joined, which makes wider products. Cost: 2·d operations for each vector in the
-lists that a query probes, at the rate of the matrix products; finding the lists, gathering queries and the heaps take
-as long again.
-
-Memory: queries twice, candidates, and ``room`` bytes for distances and the vectors of lists. What it is not enough for
-is done in more steps.
+lists are decoded once for all. Cost: 2·d operations for each vector in the lists that a query probes; finding the
+lists, gathering queries and the heaps take as long again. Memory: queries twice, candidates, and ``room`` bytes for
+distances and the vectors of lists. What it is not enough for is done in more steps.
 """
 
 from __future__ import annotations

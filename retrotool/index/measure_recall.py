@@ -1,8 +1,13 @@
-"""Measuring an index and committing what was found: its operating point, its recall, and the curve."""
+"""Measuring an index and committing what was found: its operating point, its recall, and whether to train it anew.
+
+Each shard says in the log how far the vectors of each of its parts are from their centroids and codes, on average, and
+how uneven its lists are. Parts that the training saw are compared with those that it did not see.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +21,7 @@ from retrotool.index.index_records import (
     QUERIES,
     RECALL,
     IndexRecord,
+    ShardRecord,
     TrainingRecord,
     generation_of,
     held_parts,
@@ -29,7 +35,6 @@ from retrotool.index.index_records import (
 from retrotool.index.recall import Measurement, Searched, find_truth, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
-from retrotool.index.staleness import Drift, drift
 from retrotool.machine import give_memory_back
 from retrotool.store.ids import part_of
 from retrotool.store.log import Draft
@@ -38,6 +43,17 @@ from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
+
+Fits = npt.NDArray[np.float64]
+"""Vectors of parts, and their mean squared distances to centroids and to codes, [n, 3]."""
+_WORSE = 1.15
+"""A squared distance so many times that of the training: lists or codes are of other text."""
+_UNEVEN = 2.0
+_GROWN = 4.0
+_ENOUGH_NEW = 1000
+"""New vectors below which an average says nothing."""
+_ENOUGH = 50
+"""Queries from new parts below which their recall says nothing."""
 
 
 def measure_until_committed(
@@ -59,60 +75,42 @@ def measure_until_committed(
     """
 
     def attempt() -> None:
-        if trained_entry(store.state, name, generation) is None:
+        training = training_record(store.state, name, generation)
+        if training is None:
             raise superseded(name)
-        _measure(store, run, name, generation, target, queries, keep, device, memory)
+        _, trained = read_trained(store, name, generation)
+        entries, encoder = shards(store.state, name, generation), training.encoder
+        room = room_in(training.asked.memory if memory is None else memory)
+        opened = list(read_shards(store, name, trained, generation=generation))
+        numbers = held_parts(store.state, name, generation)
+        before = index_record(store.state, name)
+        at = Point(before.nprobe, before.depth) if keep and before is not None else None
+        with counting("exact search", "part", len(numbers)) as report:
+            truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
+        give_memory_back()
+        with counting("recall", "point") as report:
+            searched = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
+            groups = {"source": truth.sources, "part": _new_or_not(truth.ids, training.parts)}
+            found = measure_recall(
+                truth, searched, target, at=at, groups=groups, report=report, device=device, room=room
+            )
+        record = asdict(_record(store.state, name, generation, training, found, target))
+        path = FileName.new(run.id, "index", RECALL, "json", name)
+        file = write_json_file(store.root, path, {**record, **asdict(found)}, len(found.curve))
+
+        def build(state: State) -> Draft:
+            gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
+            if gone or shards(state, name, generation) != entries:
+                raise ConflictError(
+                    f"the index {name!r} was changed while it was measured", "Run the same command again."
+                )
+            settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
+            old = _replaced(state, name, generation)
+            return Draft("index", settings, add=(file,), remove=old, records={index_key(name): record})
+
+        store.commit(run, build)
 
     retry_overtaken(attempt, store.renew)
-
-
-_ENOUGH = 50
-"""Queries from new parts below which their recall says nothing."""
-
-
-def _measure(
-    store: Store,
-    run: Run,
-    name: str,
-    generation: int,
-    target: float,
-    queries: int,
-    keep: bool,
-    device: str,
-    memory: int | None,
-) -> None:
-    _, trained = read_trained(store, name, generation)
-    entries, training = shards(store.state, name, generation), training_record(store.state, name, generation)
-    assert training is not None, "it was read"
-    encoder = training.encoder
-    room = room_in(training.asked.memory if memory is None else memory)
-    opened = list(read_shards(store, name, trained, generation=generation))
-    numbers = held_parts(store.state, name, generation)
-    before = index_record(store.state, name)
-    at = Point(before.nprobe, before.depth) if keep and before is not None else None
-    with counting("exact search", "part", len(numbers)) as report:
-        truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
-    give_memory_back()
-    with counting("recall", "point") as report:
-        found = measure_recall(
-            truth, Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains), target, at=at,
-            groups={"source": truth.sources, "part": _new_or_not(truth.ids, training.parts)},
-            report=report, device=device, room=room,
-        )  # fmt: skip
-    record = asdict(_record(store.state, name, generation, training, found, target))
-    content = {**record, **asdict(found)}
-    file = write_json_file(store.root, FileName.new(run.id, "index", RECALL, "json", name), content, len(found.curve))
-
-    def build(state: State) -> Draft:
-        gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
-        if gone or shards(state, name, generation) != entries:
-            raise ConflictError(f"the index {name!r} was changed while it was measured", "Run the same command again.")
-        settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
-        return Draft(
-            "index", settings, add=(file,), remove=_replaced(state, name, generation), records={index_key(name): record}
-        )
-
-    store.commit(run, build)
 
 
 def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.object_]:
@@ -146,15 +144,76 @@ def _due(moved: Drift, found: Measurement, target: float) -> str:
 
 def _replaced(state: State, name: str, generation: int) -> tuple[str, ...]:
     """Paths of what a measurement takes the place of: the one before, and what is of other generations."""
-    group = state.group("index", name)
-    kept = {f.path for f in shards(state, name, generation).values()}
-    trained = trained_entry(state, name, generation)
-    kept |= {trained.path} if trained else set()
-    current = generation_of(state, name)
-    found = []
-    for slot in group:
-        entry = group.get(slot)
-        measured = slot == RECALL
-        if entry is not None and entry.path not in kept and (measured or generation != current):
-            found.append(entry.path)
-    return tuple(found)
+    measured = state.file("index", RECALL, name)
+    old = [measured] if measured is not None else []
+    if generation != generation_of(state, name):
+        kept = [trained_entry(state, name, generation), *shards(state, name, generation).values()]
+        old = [entry for entry in state.group("index", name).entries() if entry not in kept]
+    return tuple(entry.path for entry in old)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """``new`` vectors of ``vectors`` came after the training.
+
+    ``error`` and ``code_error`` are their mean squared distances to centroids and codes, relative to those of the
+    others. ``due``: why to train anew, "" if there is no reason.
+    """
+
+    new: int
+    vectors: int
+    error: float = 1.0
+    code_error: float = 1.0
+    imbalance: float = 1.0
+    grown: float = 1.0
+    due: str = ""
+
+
+def drift(state: State, name: str, generation: int | None = None) -> Drift:
+    """How far what an index holds has come from what it was trained on."""
+    trained = training_record(state, name, generation)
+    entries = list(shards(state, name, generation).values())
+    vectors = sum(entry.rows for entry in entries)
+    if trained is None:
+        return Drift(0, vectors)
+    seen, records = trained.parts, [ShardRecord.of(entry) for entry in entries]
+    fits = [(part in seen, *fit) for one in records for part, fit in zip(one.parts, one.fit, strict=True)]
+    table = np.array(fits, np.float64).reshape(-1, 4)
+    old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]
+    found = Drift(
+        int(new[:, 0].sum()),
+        vectors,
+        _ratio(old, new, 1, trained.error),
+        _ratio(old, new, 2, trained.code_error),
+        _imbalance(records, [entry.rows for entry in entries]),
+        vectors / trained.held if trained.held else 1.0,
+    )
+    # An exact index has nothing to fit.
+    return replace(found, due=_drift_due(found, trained.imbalance)) if trained.error else found
+
+
+def _drift_due(found: Drift, imbalance: float) -> str:
+    if found.new < _ENOUGH_NEW:
+        return ""
+    if found.error > _WORSE:
+        return f"new vectors are {found.error:.2f} times as far from their centroids"
+    if found.code_error > _WORSE:
+        return f"new vectors are {found.code_error:.2f} times as far from their codes"
+    if found.imbalance > _UNEVEN * max(imbalance, 1.0):
+        return f"lists have become uneven: {found.imbalance:.1f} after {imbalance:.1f}"
+    if found.grown > _GROWN:
+        return f"there are {found.grown:.1f} times as many vectors as when it was trained"
+    return ""
+
+
+def _imbalance(records: Sequence[ShardRecord], vectors: Sequence[int]) -> float:
+    """That of shards, each counted by its vectors."""
+    pairs = zip(records, vectors, strict=True)
+    known = [(one.imbalance, rows) for one, rows in pairs if one.imbalance is not None and rows]
+    return float(np.average([v for v, _ in known], weights=[n for _, n in known])) if known else 1.0
+
+
+def _ratio(old: Fits, new: Fits, column: int, sample: float) -> float:
+    """How many times as large it is for ``new`` as for ``old``; without these, as for the training's sample."""
+    before = np.average(old[:, column], weights=old[:, 0]) if old[:, 0].sum() else sample
+    return float(np.average(new[:, column], weights=new[:, 0]) / before) if before and new[:, 0].sum() else 1.0

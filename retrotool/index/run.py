@@ -33,11 +33,10 @@ from retrotool.index.index_records import (
     trained_entry,
     training_record,
 )
-from retrotool.index.measure_recall import measure_until_committed
+from retrotool.index.measure_recall import Drift, drift, measure_until_committed
 from retrotool.index.recall import Recall
 from retrotool.index.searching import commands_to_index, pick_index
 from retrotool.index.stage import IndexStage, choose_for, superseded
-from retrotool.index.staleness import Drift, drift
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing

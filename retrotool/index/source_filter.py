@@ -1,14 +1,11 @@
 """Searching only the chunks of some sources: which chunks these are, and how many lists must be probed for them.
 
-The documents' ``source`` is read once, when the first search needs it, and a bit a chunk is kept, 125 MB for a billion:
-looking ids up is arithmetic, whichever parts they are of. Of lists only the allowed vectors are decoded and compared
-(``ann.lists.SomeLists``), so what is left out costs next to nothing.
+The documents' ``source`` is read once, when the first search needs it, and a bit a chunk is kept, 125 MB for a billion.
+Of lists only the allowed vectors are decoded and compared (``ann.lists.SomeLists``).
 
-Probing as many lists as without restriction would find less: a query's near lists may hold hardly anything that is
-allowed. So each query probes until the lists hold as many allowed vectors as the lists of the operating point hold
-vectors at all, twice as many lists each time; where candidates are chosen by codes, twice as many are ranked. Cost of
-that: a product with the centroids each time. Of 72,000 chunks of five sources, within one of them or without it,
-recall@10 is 0.967 to 1.000 then, and would be 0.515 to 0.956; it is 0.960 without restriction
+A query's near lists may hold hardly anything that is allowed. So each query probes until the lists hold as many allowed
+vectors as the lists of the operating point hold vectors at all; where candidates are chosen by codes, twice as many are
+ranked. Without that recall@10 within one of five sources would be 0.515 to 0.956, not 0.967 to 1.000
 (``benchmarks/neighbour_filters.py``).
 """
 

@@ -1,20 +1,13 @@
 """``index``: codes of a store's vectors in faiss files, by a training of its own.
 
-Only keys are indexed, trained on and counted. The first task trains (``index.training``); then each window of parts is
-a task: find the lists, make the codes, write a faiss file. Parts that are embedded later go into further shards under
-the same training; ``merge`` joins those of a window. What is purged is coded too until it is erased, since a purge can
-be undone; a search masks it. Which index it is is chosen once, from the vectors that are there (``ann.choice``), and
-kept with the training.
+Only keys are indexed, trained on and counted. The first task trains (``index.training``); then each *window* of parts
+is a task: find the lists, make the codes, write a faiss file. A window has up to ``shard_rows`` keys, in the order of
+parts, whether they are embedded yet or not: so two runs that index the same part at once want the same slot, and the
+second one is refused. Parts that are embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of
+a window. What is purged is coded too until it is erased, since a purge can be undone; a search masks it.
 
-Parts are grouped into *windows*: as many as have up to ``shard_rows`` keys, in the order of their numbers, whether they
-are embedded yet or not. So a part's window does not depend on who asks when, and two runs that index the same part at
-once want the same slot: the second one is refused. What a window's first shard has not, for it was embedded later, goes
-into a further one: ``shard-0003``, ``shard-0003.1``.
-
-The coarse quantiser lies in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training.
-
-Memory: the sample while training; the codes of one shard, twice, and 32 bytes a vector while it is written. Vectors are
-read in blocks.
+The coarse quantiser is in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training. Memory: the
+sample while training; the codes of one shard, twice, and 32 bytes a vector while it is written.
 """
 
 from __future__ import annotations

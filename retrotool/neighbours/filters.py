@@ -1,18 +1,13 @@
 """What ``neighbours`` leaves out, besides the own document and what is purged: by common tokens, and by source.
 
 By tokens, a neighbour is judged as a model is given it, [N, F], against the query chunk: a run of common tokens that is
-too long, measured as ``leakage`` measures r (arXiv 2112.04426, section 2.6), or a near copy. That can only be told of
-candidates, so more are searched than are saved. A row that is left with too few, though there were more to find, is
-searched again for twice as many, from twice as many lists, up to ``MOST`` candidates: of a chunk with thousands of
-copies fewer neighbours are saved.
+too long, measured as ``leakage`` measures r, or a near copy. So more candidates are searched than are saved. A row that
+is left with too few, though there were more to find, is searched again for twice as many, from twice as many lists, up
+to ``MOST`` candidates. By source, chunks are left out before the search (``index.source_filter``). Sources are asked
+for by name and kept as keyed hashes. Options that are not given stay as they are for the tables that are there.
 
-By source, chunks are left out before the search (``index.source_filter``). Options that are not given stay as they are
-for the tables that are there, so that a plain run changes nothing. Sources are asked for by name and kept as keyed
-hashes.
-
-Candidates are judged many rows at a time, in the order of their ids, so that the database's tokens are read once for
-millions of them. Cost: some 100,000 candidates a second and core, and the tokens of the database once for each 2 to 16
-million candidates. Memory: 30 bytes for each of these, or a tenth of ``--memory``.
+Candidates are judged in the order of their ids, so that the database's tokens are read once for 2 to 16 million of
+them. Cost: some 100,000 candidates a second and core. Memory: 30 bytes a candidate, or a tenth of ``--memory``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Chunks with their continuations, [N, F], as tokens: what a model is given of a neighbour.
 
 F is the chunk that follows N in its own document; there is none at its end, and none once it is purged. Many ids are
-read at once, row group by row group, each group once.
-
-Cost: the row groups that hold any of the ids, 3 ms each, so many ids at once are cheap, and single ones dear.
+read at once, row group by row group, each group once: 3 ms each, so many ids at once are cheap, and single ones dear.
 Memory: the tokens asked for, and 16 row groups of one part. The tokens for a whole table are read in blocks of up to
 0.5 GiB; each row group of the database that holds any is read once a block, 0.4 s for every million chunks.
 """

@@ -1,16 +1,12 @@
 """Reading neighbour tables: of rows of a part, the living neighbours, nearest first, and their tokens.
 
-A table may be a mixture: a record that names tables of several databases, each with a weight. Nothing of these is
-copied: they are merged when they are read, by squared distance over weight, so that weights can be changed at no cost.
-
-What is read goes through the tombstones of the databases as they were when the reader opened them, so a row can have
-fewer than k neighbours, and never one that was purged. Cost: the row groups that hold the rows; masks by binary search.
+A table may be a mixture: a record that names tables of several databases, each with a weight, which are merged when
+they are read, by squared distance over weight. What is read goes through the tombstones of the databases as they were
+when the reader opened them, so a row can have fewer than k neighbours, and never one that was purged.
 
 Tokens of neighbours are read from the tables where these have them (``TextReader``), else put together from the
-database. A row that lost a neighbour to a purge since is put together, with the next one saved in its place, and a
-continuation that was purged is left out; so both ways give the same. Cost: where nothing was purged, one read a row
-group and table. Other rows cost their row group of the table, and the row groups of the database that their neighbours
-are in (``neighbours.retrieved``). All blocks that are asked for at once share these reads, in the order of ids.
+database; both ways give the same. Cost: one read a row group and table. A row that lost a neighbour to a purge since
+costs the row groups of the database that its neighbours are in (``neighbours.retrieved``).
 """
 
 from __future__ import annotations

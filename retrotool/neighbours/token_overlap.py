@@ -1,15 +1,12 @@
 """What two pieces of text have in common, for many pairs at once: the longest run of tokens, and runs of eight.
 
-It is the longest common substring *s* of a chunk and a neighbour with its continuation, by whose share |s| / 64 RETRO
-tells apart what a model has learnt from what it has copied (arXiv 2112.04426, section 2.6). Exact: for every way to lay
-the shorter piece along the longer one (a diagonal), the tokens that agree are the bits of a word, and the longest run
-of ones in a word is found in 6 steps, as ``x & x >> 1`` leaves the runs one shorter. The same words tell near copies:
-where eight ones follow one another, eight tokens in a row are in both.
+The longest common substring *s* of a chunk and a neighbour and what follows it is RETRO's measure of copying, |s| / 64
+(arXiv 2112.04426, section 2.6). Exact: for every way to lay the shorter piece along the longer one (a diagonal), the
+tokens that agree are the bits of a word, and ``x & x >> 1`` leaves the runs of ones in it one shorter.
 
-Cost: one comparison for each token of one and of the other piece, 64 × 191 for chunks of 64 and pieces of 128; some
-100,000 pairs a second and core. Where the question is only whether there is enough in common, hashes of short runs
-answer it first for most pairs, seven times as fast: they can hold two runs for equal that are not, which is then looked
-at, and never the reverse. Memory: ``_BLOCK`` pairs at a time, 12 kB each.
+Cost: some 100,000 pairs a second and core. Where the question is only whether there is enough in common, hashes of
+short runs answer it first for most pairs, seven times as fast: they can hold two runs for equal that are not, which is
+then looked at, and never the reverse. Memory: ``_BLOCK`` pairs at a time, 12 kB each.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Gaps in tables of neighbours: rows that purges have left with fewer than k, and how many they are.
 
-What is saved beyond the k that are used fills a row by itself, as readers leave out what is purged. So a row is short
-only when fewer than k of all that it has saved are left. The log says of which purges a table knows already: one that
-knows of all is not read. Of others the ids are read once, a row group at a time; a count is kept in memory as long as
-this process lives, since a plan is made several times.
-
-Cost: reading the ids of tables, and a binary search for each of them among the tombstones. Memory: a row group, and the
-tombstones.
+What is saved beyond the k that are used fills a row by itself, so a row is short only when fewer than k of all that it
+has saved are left. The log says of which purges a table knows already: one that knows of all is not read. Of others the
+ids are read once, a row group at a time; a count is kept as long as this process lives, since a plan is made several
+times. Cost: reading the ids of tables, and a binary search for each of them among the tombstones.
 """
 
 from __future__ import annotations
