@@ -13,13 +13,12 @@ device. Sums are in another order than faiss's, so where two centroids are equal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    import torch
+from retrotool.lazy import torch
 
 Codes = npt.NDArray[np.uint8]
 CENTROIDS = 256
@@ -49,16 +48,12 @@ class Whole:
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes, uint8 [n, size], of float32 [n, d]."""
-        import torch
-
         if not len(rows):  # torch has no view of it
             return torch.empty(0, self.size, dtype=torch.uint8, device=rows.device)
         return rows.to(getattr(torch, self.dtype)).contiguous().view(torch.uint8)
 
     def decode(self, codes: Codes) -> torch.Tensor:
         """What codes [n, size] stand for, float32 [n, d]."""
-        import torch
-
         return torch.from_numpy(np.ascontiguousarray(codes).view(self.dtype).astype(np.float32))
 
 
@@ -81,16 +76,12 @@ class Scalar:
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes, uint8 [n, d], of float32 [n, d]."""
-        import torch
-
         least, extent = (torch.from_numpy(a).to(rows.device) for a in (self.least, self.extent))
         share = torch.where(extent == 0, torch.zeros_like(rows), (rows - least) / extent)
         return (share.clamp_(0, 1) * 255).to(torch.uint8)
 
     def decode(self, codes: Codes) -> torch.Tensor:
         """What codes [n, d] stand for, the middles of the steps, float32 [n, d]."""
-        import torch
-
         # A step is 1/255 wide, as in faiss: the last one begins at the largest value.
         share = torch.from_numpy(codes.astype(np.float32)).add_(0.5).div_(255)
         return share.mul_(torch.from_numpy(self.extent)).add_(torch.from_numpy(self.least))
@@ -98,8 +89,6 @@ class Scalar:
     @classmethod
     def train(cls, rows: torch.Tensor, *, seed: int = 0) -> Scalar:
         """The range of each dimension of float32 [n, d], a little widened: its ends are numbers of some vector."""
-        import torch
-
         least, most = rows.amin(0).cpu(), rows.amax(0).cpu()
         generator = torch.Generator().manual_seed(seed)
         below, above = (torch.rand(2, len(least), generator=generator) + 1) * (most - least) / 256
@@ -124,14 +113,10 @@ class Product:
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes, uint8 [n, M], of float32 [n, d]."""
-        import torch
-
         return encode_pieces(rows, torch.from_numpy(self.table).to(rows.device))
 
     def decode(self, codes: Codes) -> torch.Tensor:
         """What codes [n, M] stand for, float32 [n, d]."""
-        import torch
-
         return _decode(torch.from_numpy(codes.astype(np.int32)), torch.from_numpy(self.table))
 
 
@@ -141,8 +126,6 @@ Codec = Whole | Scalar | Product
 
 def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The nearest of each piece's centroids ``table`` [M, 256, d / M], uint8 [n, M], for float32 [n, d]."""
-    import torch
-
     m, _, width = table.shape
     half_norms = table.square().sum(2) / 2
     codes = torch.empty(len(rows), m, dtype=torch.uint8, device=rows.device)
@@ -174,8 +157,6 @@ def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Te
     with one vector are moved: with the centroid of its list such a one would be the vector, and the table stays in a
     store when its chunk is erased.
     """
-    import torch
-
     table = _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
     place = encode_pieces(rows, table).int() + _firsts(table)
     alone = torch.bincount(place.flatten(), minlength=pieces * CENTROIDS).view(pieces, CENTROIDS) <= 1
@@ -191,8 +172,6 @@ def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) ->
 
     With d < d_in the directions of most variance are kept. The sign and order of directions are arbitrary.
     """
-    import torch
-
     sample = rows[:_ROTATION_ROWS]
     rotation = _start(sample, pieces, d, seed)
     rotated = sample @ rotation.T
@@ -209,16 +188,12 @@ def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) ->
 
 def _cross(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """oneᵀ · other, float64 [d, d'], of float32 [n, d] and [n, d'], in blocks: float64 takes twice the memory."""
-    import torch
-
     blocks = zip(torch.split(one, _CROSS_ROWS), torch.split(other, _CROSS_ROWS), strict=True)
     return sum((a.T.double() @ b.double() for a, b in blocks), start=one.new_zeros((), dtype=torch.float64))
 
 
 def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
     """The principal directions, dealt out to the pieces so that each has as much variance."""
-    import torch
-
     if len(rows) < 2 * d:  # too few to tell directions
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(rows.shape[1], rows.shape[1], generator=generator, dtype=torch.float64)
@@ -242,8 +217,6 @@ def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
 
 def _first(rows: torch.Tensor, pieces: int, seed: int) -> torch.Tensor:
     """The pieces of vectors drawn at random; copies where there are fewer than 256."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(rows), generator=generator)[:CENTROIDS]
     drawn = drawn.repeat(-(-CENTROIDS // len(drawn)))[:CENTROIDS].to(rows.device)
@@ -255,8 +228,6 @@ def _improve(rows: torch.Tensor, table: torch.Tensor, iterations: int) -> torch.
 
     Which vector: the next one in order that no empty centroid of this iteration has taken. Rows are a random sample.
     """
-    import torch
-
     pieces, _, width = table.shape
     for _ in range(iterations):
         place = encode_pieces(rows, table).int() + _firsts(table)
@@ -278,6 +249,4 @@ def _decode(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _firsts(table: torch.Tensor) -> torch.Tensor:
-    import torch
-
     return torch.arange(0, table.shape[0] * CENTROIDS, CENTROIDS, dtype=torch.int32, device=table.device)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.lazy import torch
 from retrotool.ranges import expand_ranges
-
-if TYPE_CHECKING:
-    import torch
 
 Ids = npt.NDArray[np.int64]
 
@@ -138,8 +135,6 @@ class Mask:
 
 
 def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
-    import torch
-
     if len(rows):
         scores[torch.from_numpy(rows), torch.from_numpy(columns)] = -torch.inf
 

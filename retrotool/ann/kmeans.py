@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.matmul import Table
-
-if TYPE_CHECKING:
-    import torch
+from retrotool.lazy import torch
 
 TWO_LEVELS = 250_000
 _BLOCK_ROWS = 1 << 12
@@ -41,8 +38,6 @@ def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = Fals
 
     ``rough``: of centroids that are nearly as near, another one may be named.
     """
-    import torch
-
     shift = centroids.mean(0)
     table = centroids - shift
     # argmax of q·c − |c|²/2 is argmin of |q − c|²
@@ -72,8 +67,6 @@ def kmeans(
     farthest from their centroid, in sum: moved to one of the vectors it would keep that one to itself. ``report`` is
     told the share of the work that was just done.
     """
-    import torch
-
     n = len(vectors)
     if not 1 <= k <= n:
         raise ValueError(f"k-means of {n} vectors into {k} clusters")
@@ -93,8 +86,6 @@ def kmeans(
 def _two_levels(
     vectors: torch.Tensor, k: int, iterations: int, seed: int, report: Callable[[float], object]
 ) -> torch.Tensor:
-    import torch
-
     upper = kmeans(vectors, round(k**0.5), iterations=iterations, seed=seed, report=lambda share: report(share / 2))
     index = assign(vectors, upper)[1]
     order = torch.argsort(index, stable=True)
@@ -125,8 +116,6 @@ def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor,
 
     Block by block, so that vectors are read once, and added up while they are in the cache.
     """
-    import torch
-
     k = len(centroids)
     shift = centroids.mean(0)
     table = centroids - shift
@@ -144,8 +133,6 @@ def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor,
 
 def _errors(vectors: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Summed squared distances of each cluster's vectors to its centroid, float32 [k]."""
-    import torch
-
     errors = torch.zeros(len(centroids), device=vectors.device)
     for rows, to in zip(torch.split(vectors, _BLOCK_ROWS), torch.split(index, _BLOCK_ROWS), strict=True):
         errors.index_add_(0, to, (rows.float() - centroids[to]).square().sum(1))
@@ -160,8 +147,6 @@ def _fill_empty(
     A cluster is split again once half of its error is the largest. Copies of one vector have no error: they can't be
     split. What is still empty then goes far away, for a second centroid at copies would be probed in place of theirs.
     """
-    import torch
-
     empty = torch.nonzero(counts == 0).flatten()
     if not len(empty):
         return
@@ -193,8 +178,6 @@ def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Gener
     That is the mean of a cluster of one vector, or of copies of one: what many documents begin with, say. The move is
     too small to change which centroid is nearest. It is rounded, so that who knows the seed can't take it back exactly.
     """
-    import torch
-
     for attempt in range(1, _ATTEMPTS):
         same = torch.from_numpy(_same_rows(centroids, vectors)).to(centroids.device)
         if not len(same):
@@ -206,8 +189,6 @@ def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Gener
 
 def _signs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random signs times the size of each number of ``rows``, or times the usual size in its row if that is larger."""
-    import torch
-
     usual = rows.square().mean(1, keepdim=True).sqrt()
     usual[usual == 0] = 1
     signs = 2 * torch.randint(0, 2, rows.shape, generator=generator).to(rows.device) - 1
@@ -216,7 +197,6 @@ def _signs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> npt.NDArray[np.int64]:
     """Which of ``rows`` [k, d] are among ``others`` [n, d] as float16 has both, int64."""
-    import torch
 
     def halves(some: torch.Tensor) -> list[bytes]:
         half: npt.NDArray[np.float16] = (some.to(torch.float16) + 0).cpu().numpy()  # −0 is 0

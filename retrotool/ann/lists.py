@@ -22,6 +22,7 @@ from retrotool.ann.excluded import Ids
 from retrotool.ann.kmeans import assign
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError, StorageError
+from retrotool.lazy import faiss, torch
 
 _WRITE_BYTES = 1 << 20
 _TIE = 1e-3
@@ -140,8 +141,6 @@ class InvertedLists:
     """The lists of one faiss index, and what it is ``trained`` to. Arrays lie in its memory, and are read-only."""
 
     def __init__(self, index: Any, trained: Trained) -> None:
-        import faiss
-
         self.trained = trained
         self.holds_quantizer = trained.centroids is not None and len(trained.centroids) > 0
         """Whether the centroids lie in the index itself."""
@@ -176,8 +175,6 @@ class InvertedLists:
 
     def may_stand_for(self, number: int, row: int, vector: npt.NDArray[np.float16]) -> bool:
         """Whether a row of a list is what ``vector`` [d] is coded to: among the nearest, up to float32."""
-        import torch
-
         trained = self.trained
         some = trained.rotate(torch.from_numpy(vector.astype(np.float32)[None]))
         codes = self.codes(number)[row : row + 1]
@@ -212,8 +209,6 @@ Lists = OneList | SomeLists | JoinedLists | InvertedLists
 
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
     """Put codes [n, size] of chunk ids [n] into the lists ``numbers`` [n] of an index, in this order in each list."""
-    import faiss
-
     if not len(ids):
         return
     if isinstance(index, faiss.IndexIDMap2):
@@ -239,9 +234,6 @@ def write_lists(index: Any, path: Path) -> int:
 
     Use through the store's door only, with ``check_written``.
     """
-    import faiss
-
-    library: Any = faiss  # type checkers miss some of its names
     with path.open("xb") as file:
         failed: list[BaseException] = []
 
@@ -253,7 +245,7 @@ def write_lists(index: Any, path: Path) -> int:
                 raise
 
         try:
-            library.write_index(index, library.PyCallbackIOWriter(put, _WRITE_BYTES))
+            faiss.write_index(index, faiss.PyCallbackIOWriter(put, _WRITE_BYTES))
         except RuntimeError:
             if failed:  # faiss does not say what the callback raised
                 raise failed[0] from None
@@ -292,8 +284,6 @@ def read_lists(path: Path, trained: Trained | None = None) -> InvertedLists:
 
     With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
     """
-    import faiss
-
     found = _lists(open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
     if trained is None:
         return found
@@ -305,8 +295,6 @@ def read_lists(path: Path, trained: Trained | None = None) -> InvertedLists:
 
 def open_faiss(path: Path, flags: int = 0) -> Any:
     """A faiss index from a file; ``CorruptError`` if faiss can't read it."""
-    import faiss
-
     try:
         return faiss.read_index(str(path), flags)
     except (RuntimeError, MemoryError) as error:

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from retrotool.lazy import faiss, torch
 from retrotool.machine import has_onednn
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,8 +32,6 @@ class Table:
     """A table float32 [k, d] that rows are multiplied by: ``scores(rows)`` is rows · tableᵀ + bias, [n, k]."""
 
     def __init__(self, table: torch.Tensor, bias: torch.Tensor, *, rough: bool = False) -> None:
-        import torch
-
         self._rough = rough
         on_cpu = table.device.type == "cpu"
         self._dtype = torch.bfloat16 if rough and on_cpu and has_bfloat16() else torch.float32
@@ -52,8 +48,6 @@ class Table:
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """The products, [n, k]; of type bfloat16 if they are rough ones."""
-        import torch
-
         if self._packed is None:
             with _tensor_cores() if self._rough else contextlib.nullcontext():
                 return torch.addmm(self._bias, rows, self._table.T)
@@ -83,8 +77,6 @@ class Columns:
 
         They lie in ``scratch``, until it is used again.
         """
-        import torch
-
         asked = torch.index_select(table, 0, rows, out=scratch.take("rows", table.dtype, len(rows), table.shape[1]))
         out = scratch.take("scores", table.dtype, len(rows), high - low)
         return torch.addmm(self._half_norms[low:high], asked, self._vectors[low:high].T, out=out)
@@ -101,8 +93,6 @@ class RoughColumns:
     """
 
     def __init__(self, vectors: torch.Tensor) -> None:
-        import torch
-
         n, d = vectors.shape
         self._vectors = torch.zeros(n + _STEP, _padded(d), dtype=torch.bfloat16)
         self._vectors[:n, :d] = vectors
@@ -113,8 +103,6 @@ class RoughColumns:
     @staticmethod
     def table(asked: torch.Tensor) -> torch.Tensor:
         """Queries, float32 [q, d], as ``scores`` takes them."""
-        import torch
-
         q, d = asked.shape
         found = torch.zeros(q, _padded(d), dtype=torch.bfloat16)
         found[:, :d] = asked
@@ -123,8 +111,6 @@ class RoughColumns:
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
         """Scores, float32 [r, high − low], see ``Columns.scores``."""
-        import torch
-
         r, n = len(rows), high - low
         width = table.shape[1]
         asked = scratch.take("rows", table.dtype, _bucket(r), width)
@@ -152,8 +138,6 @@ class Scratch:
 
     def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         """The tensor ``name``, [rows, columns], with anything in it."""
-        import torch
-
         size = rows * columns
         if name not in self._kept or self._kept[name].numel() < size:
             self._kept[name] = torch.empty(size, dtype=dtype, device=self._device)
@@ -167,8 +151,6 @@ def one_thread_each(n: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]]
 
     Of many small products that is faster than to divide each among the threads.
     """
-    import torch
-
     if n <= 1:
         yield lambda do, items: [do(item) for item in items]
         return
@@ -187,9 +169,6 @@ def one_thread(others: int) -> Iterator[None]:
 
     ``others``: threads that products of other callers have, as torch told before any of these began.
     """
-    import faiss
-    import torch
-
     before = faiss.omp_get_max_threads()
     _use_one_thread()
     try:
@@ -201,9 +180,6 @@ def one_thread(others: int) -> Iterator[None]:
 
 
 def _use_one_thread() -> None:
-    import faiss
-    import torch
-
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
 
@@ -220,8 +196,6 @@ def has_bfloat16() -> bool:
 @contextlib.contextmanager
 def _tensor_cores() -> Iterator[None]:
     """Let a GPU round what goes into products to TF32."""
-    import torch
-
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Ids
 from retrotool.ann.matmul import one_thread_each
-
-if TYPE_CHECKING:
-    import torch
+from retrotool.lazy import faiss, torch
 
 _PAIRS, _MANY_PAIRS = 1 << 12, 1 << 15
 _SPARE_COLUMNS = 32
@@ -83,8 +81,6 @@ def exact_distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fe
 
 def _side_by_side(do: Callable[[slice], None], candidates: Ids) -> None:
     """Do it for some of the queries in each thread."""
-    import torch
-
     threads = torch.get_num_threads() if candidates.size >= _MANY_PAIRS else 1
     share = max(-(-len(candidates) // threads), 1)
     with one_thread_each(threads) as run:
@@ -92,10 +88,6 @@ def _side_by_side(do: Callable[[slice], None], candidates: Ids) -> None:
 
 
 def _distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) -> npt.NDArray[np.float32]:
-    import faiss
-    import torch
-
-    library: Any = faiss  # type checkers miss some of its names
     flat = candidates.ravel()
     distances = np.full(len(flat), np.inf, np.float32)
     order = np.argsort(flat)  # which of the same ids comes first is all the same
@@ -109,7 +101,7 @@ def _distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) 
         vectors = torch.from_numpy(fetch(ids[is_new])).float().numpy()
         query, vector = pairs // candidates.shape[1], np.cumsum(is_new) - 1
         apart = np.empty(len(pairs), np.float32)
-        library.pairwise_indexed_L2sqr(
+        faiss.pairwise_indexed_L2sqr(
             asked.shape[1], len(pairs), faiss.swig_ptr(asked), faiss.swig_ptr(query), faiss.swig_ptr(vectors),
             faiss.swig_ptr(vector), faiss.swig_ptr(apart),
         )  # fmt: skip
@@ -130,8 +122,6 @@ class Heaps:
 
         ``first`` tells nothing here.
         """
-        import faiss
-
         asked, offered = rows.numpy(), scores.numpy()
         self._heaps.addn_query_subset_with_ids(
             len(asked), faiss.swig_ptr(asked), len(ids), faiss.swig_ptr(offered), faiss.swig_ptr(ids), 0
@@ -139,8 +129,6 @@ class Heaps:
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
-        import torch
-
         scores, ids = self._scores.copy(), self._ids.copy()
         _over(scores, ids).reorder()
         scores[ids < 0] = -np.inf  # faiss puts its least number there
@@ -151,8 +139,6 @@ def largest(scores: torch.Tensor, k: int) -> Ids:
     """Columns of the k largest of scores [r, n], the largest first, int64 [r, k]."""
     if scores.device.type != "cpu":
         return np.asarray(scores.topk(k).indices.cpu().numpy())
-    import faiss
-
     offered = scores.float().contiguous().numpy()
     found, columns = np.empty((len(offered), k), np.float32), np.empty((len(offered), k), np.int64)
     heaps = _over(found, columns)
@@ -164,10 +150,7 @@ def largest(scores: torch.Tensor, k: int) -> Ids:
 
 def _over(scores: Any, ids: Any) -> Any:
     """Heaps of faiss's over arrays [q, k]."""
-    import faiss
-
-    library: Any = faiss  # type checkers miss some of its names
-    heaps = library.float_minheap_array_t()
+    heaps = faiss.float_minheap_array_t()
     heaps.nh, heaps.k = scores.shape
     heaps.val, heaps.ids = faiss.swig_ptr(scores), faiss.swig_ptr(ids)
     return heaps
@@ -186,8 +169,6 @@ class Nearest:
     """
 
     def __init__(self, k: int, q: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        import torch
-
         self._k = k
         self._scores = torch.full((q, columns_for(k)), -torch.inf, dtype=dtype, device=device)
         self._ids = torch.full((q, columns_for(k)), -1, dtype=torch.int64, device=device)
@@ -199,8 +180,6 @@ class Nearest:
 
         ``first``: most of these queries have found nothing yet.
         """
-        import torch
-
         there = torch.from_numpy(ids).to(scores.device)
         if first:
             best, columns = scores.topk(min(self._k, len(ids)), sorted=False)
@@ -214,8 +193,6 @@ class Nearest:
 
     def _put(self, rows: torch.Tensor, own: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
         """Add scores [m] of ``ids`` [m] to rows[own], where ``own`` [m] ascends."""
-        import torch
-
         counts = torch.bincount(own, minlength=len(rows))
         used = self._used[rows]
         rank = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own]
@@ -242,8 +219,6 @@ class Nearest:
         ids: torch.Tensor,
     ) -> None:
         """Merge what is new of the rows that are ``full`` bool [r] with what they have."""
-        import torch
-
         width = int(counts[full].max())
         line = full.cumsum(0) - 1  # the place of a full row among the full ones
         of_full = full[own]
@@ -255,8 +230,6 @@ class Nearest:
 
     def _merge(self, rows: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
         """Cut what rows have, and scores [r, n] of ids [r, n] with it, to the k best."""
-        import torch
-
         if bool(self._used[rows].any()):
             scores, ids = torch.cat([self._scores[rows], scores], 1), torch.cat([self._ids[rows], ids], 1)
         scores, columns = scores.topk(min(self._k, scores.shape[1]), sorted=False)
@@ -269,7 +242,5 @@ class Nearest:
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
-        import torch
-
         scores, columns = self._scores.topk(self._k)
         return scores, torch.where(torch.isneginf(scores), -1, self._ids.gather(1, columns))

@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,7 @@ from retrotool.ann.lists import JoinedLists, Lists
 from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
 from retrotool.ann.ranking import Fetch, Heaps, Nearest, largest
 from retrotool.ann.trained import Floats, Trained
-
-if TYPE_CHECKING:
-    import torch
+from retrotool.lazy import torch
 
 ROOM = 1 << 27
 """Bytes for distances and decoded vectors: with more it gets no faster."""
@@ -79,8 +77,6 @@ class Search:
         rough: bool = False,
         beyond: int = 0,
     ) -> None:
-        import torch
-
         self.scanned = 0
         """Codes that were compared with a query, over all queries."""
         self._trained, self._banned, self._depth, self._q = trained, banned, depth, len(queries)
@@ -126,8 +122,6 @@ class Search:
 
     def _table(self, tile: _Tile) -> torch.Tensor:
         """The queries of a tile, less the mean, as products take them."""
-        import torch
-
         shift = self._shift.to(self._device)
         table = None
         for start in range(0, len(tile.rows), _ROWS):
@@ -140,8 +134,6 @@ class Search:
 
     def _start(self, n: int) -> None:
         """Cut the queries into tiles, for a search of about n vectors."""
-        import torch
-
         trained, on_cpu = self._trained, self._device.type == "cpu"
         most = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
         lists = max(trained.nlist, 1)
@@ -184,8 +176,6 @@ class Search:
 
     def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
         """The vectors of pieces of lists, less the mean, without those that are banned."""
-        import torch
-
         ids = np.concatenate([shard.ids(piece.number)[piece.rows] for piece in pieces])
         keep = ~self._banned(ids)
         ends = np.cumsum([len(piece) for piece in pieces])
@@ -205,8 +195,6 @@ class Search:
 
     def _mean(self, shard: Lists) -> torch.Tensor:
         """Roughly the mean of the vectors of a shard, float32 [d]; any would do that is the same for all."""
-        import torch
-
         if self._vectors is None:
             sample = shard.codes(0)[:: max(1, len(shard) // _COLUMNS)]
             return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
@@ -266,8 +254,6 @@ class _Block:
 
 def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
     """The vectors of ids in any order, float32 [n, d]."""
-    import torch
-
     if not len(ids):
         return torch.empty(0, d)
     order = np.argsort(ids)
@@ -309,8 +295,6 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
 
 class _ByList:
     def __init__(self, probed: Ids, device: torch.device, *, are_first: bool = False) -> None:
-        import torch
-
         self.are_first = are_first
         """Whether what these rows find is the first that they find."""
         least = np.min_scalar_type(int(probed.max(initial=0)))  # numbers of 16 bits are sorted several times as fast
@@ -334,8 +318,6 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads
 
     By rough products: which of two lists is the last to be probed is decided by a hair anyway.
     """
-    import torch
-
     table = torch.from_numpy(centroids).to(vectors.device)
     if nprobe == 1:
         return assign(vectors, table)[1].cpu().numpy().reshape(-1, 1)

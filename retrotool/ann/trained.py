@@ -9,16 +9,14 @@ not. An index may be made without its coarse quantiser, to be given one by whoev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.codes import Codec, Product, Scalar, Whole, is_same_codec
 from retrotool.ann.kmeans import assign
-
-if TYPE_CHECKING:
-    import torch
+from retrotool.lazy import faiss, torch
 
 Floats = npt.NDArray[np.float32]
 _FEW = 512
@@ -44,8 +42,6 @@ class Trained:
 
     def rotate(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 [n, d] as the lists and codes have it, [n, codec.d]."""
-        import torch
-
         return rows if self.rotation is None else rows @ torch.from_numpy(self.rotation).to(rows.device).T
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
@@ -53,8 +49,6 @@ class Trained:
 
         That is the sum of squared distances to the centroids, and to what the codes stand for.
         """
-        import torch
-
         rotated = self.rotate(rows)
         if self.centroids is None:
             return torch.zeros(len(rows), dtype=torch.int64), self.codec.encode(rotated), 0.0, 0.0
@@ -95,8 +89,6 @@ def _rows(trained: Trained) -> int:
 
 def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
     """An empty faiss index that is trained so; without ``quantizer`` its coarse quantiser is empty."""
-    import faiss
-
     codec, d = trained.codec, trained.codec.d
     if trained.centroids is None:
         return faiss.IndexIDMap2(_flat(codec))
@@ -123,8 +115,6 @@ def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
 
 
 def _flat(codec: Codec) -> Any:
-    import faiss
-
     if codec == Whole(codec.d, "float32"):
         return faiss.IndexFlatL2(codec.d)
     if codec == Whole(codec.d):
@@ -133,8 +123,6 @@ def _flat(codec: Codec) -> Any:
 
 
 def _rotated(index: Any, trained: Trained) -> Any:
-    import faiss
-
     assert trained.rotation is not None
     matrix: Any = faiss.LinearTransform(trained.d, trained.codec.d, False)
     faiss.copy_array_to_vector(trained.rotation.ravel(), matrix.A)
@@ -148,8 +136,6 @@ def _rotated(index: Any, trained: Trained) -> Any:
 
 def of_faiss(index: Any) -> Trained | None:
     """What a faiss index is trained to; None if it is of a kind that ``to_faiss`` does not make."""
-    import faiss
-
     if index.metric_type != faiss.METRIC_L2:
         return None
     inner: Any = index
@@ -177,8 +163,6 @@ def of_faiss(index: Any) -> Trained | None:
 
 
 def _codec(index: Any) -> Codec | None:
-    import faiss
-
     d = int(index.d)
     if isinstance(index, faiss.IndexIVFPQ):
         pq = index.pq
@@ -192,8 +176,6 @@ def _codec(index: Any) -> Codec | None:
 
 
 def _whole(index: Any) -> Whole | None:
-    import faiss
-
     if isinstance(index, faiss.IndexIVFFlat | faiss.IndexFlat):
         return Whole(int(index.d), "float32")
     scalar = isinstance(index, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)

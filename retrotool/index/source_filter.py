@@ -23,6 +23,7 @@ from retrotool.ann.excluded import Ids
 from retrotool.ann.lists import SomeLists
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained
+from retrotool.lazy import torch
 from retrotool.store import parts
 from retrotool.store.ids import part_of, row_of
 from retrotool.store.store import Store
@@ -99,8 +100,6 @@ def probes_by_query(
 
     A query's lists hold as many vectors that are wanted as its nearest ``nprobe`` lists hold at all, or are all lists.
     """
-    import torch
-
     if trained.centroids is None:
         yield nprobe, np.arange(len(vectors))
         return

@@ -48,6 +48,7 @@ from retrotool.index.index_records import (
     training_record,
 )
 from retrotool.index.training import SEED, check_finite, train
+from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts, staging
@@ -340,8 +341,6 @@ class _Coded:
 
     def add_part(self, store: Store, encoder: str, part: int, set_aside: Tombstones, report: Report) -> None:
         """Code the vectors of a part that are not erased, purged ones too: a purge can be undone."""
-        import torch
-
         coded = searchable_rows(store, part, set_aside)
         vectors = read_part_vectors(store, encoder, part)
         block = _BLOCK_ROWS[self._device.split(":")[0]]

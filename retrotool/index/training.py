@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +21,9 @@ from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.errors import CorruptError
+from retrotool.lazy import torch
 from retrotool.store.ids import join_id
 from retrotool.store.store import Store
-
-if TYPE_CHECKING:
-    import torch
 
 SEED = 0
 """Of all that is drawn."""
@@ -79,8 +76,6 @@ def train(
     if choice.nlist == 0:
         report(1.0)
         return Training(Trained(choice.d, _whole(choice)), 0)
-    import torch
-
     n = sum(rows.counts.values())
     size = sample_size(n, choice, memory)
     sample = torch.from_numpy(draw_vectors(store, encoder, rows, size)).to(device)

@@ -27,6 +27,7 @@ from retrotool.ann.ranking import Best
 from retrotool.errors import UsageError
 from retrotool.index.searching import AnyDatabase, rows_in
 from retrotool.index.source_filter import find_sources, source_names
+from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import are_near_copies, check_comparable, distinct_grams, has_longer_run
@@ -300,8 +301,6 @@ class _Judge:
 
     def dropped(self, rows: Rows, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which candidates [n, c] of rows [n] are left out; of −1 none is."""
-        import torch
-
         own = read_pieces(self._queries, self._tombstones, parts.chunk_ids(self._part, rows))
         tokens, n_tokens = own.tokens[:, 0], own.n_tokens[:, 0]
         distinct = distinct_grams(tokens, n_tokens) if self._filters.near_copies else np.zeros(len(rows), np.uint64)
