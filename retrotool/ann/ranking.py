@@ -49,6 +49,11 @@ class Best:
         """The same for some of the queries."""
         return Best(self.distances[rows], self.ids[rows])
 
+    def nearest(self, k: int) -> Best:
+        """The k nearest of each, where they are in any order; of the same distance the first."""
+        order = np.argsort(self.distances, axis=1, kind="stable")[:, :k]
+        return Best(np.take_along_axis(self.distances, order, 1), np.take_along_axis(self.ids, order, 1))
+
     def put(self, rows: Any, found: Best) -> None:
         """Replace what some of the queries have found, in place."""
         self.distances[rows], self.ids[rows] = found.distances, found.ids
@@ -59,10 +64,9 @@ def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: i
     best = Best.nothing(len(queries), k)
 
     def rank(rows: slice) -> None:
-        distances = _distances(queries[rows], candidates[rows], fetch)
-        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        best.distances[rows, : order.shape[1]] = np.take_along_axis(distances, order, 1)
-        best.ids[rows, : order.shape[1]] = np.take_along_axis(candidates[rows], order, 1)
+        found = Best(_distances(queries[rows], candidates[rows], fetch), candidates[rows]).nearest(k)
+        width = found.ids.shape[1]
+        best.distances[rows, :width], best.ids[rows, :width] = found.distances, found.ids
 
     _side_by_side(rank, candidates)
     return best

@@ -213,7 +213,9 @@ class _Curve:
             first += len(queries)
             # A search for 100 ranks ten times as many candidates, see ``Point.depth_for``; here up to the deepest.
             enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
-            best = {depth: _ranked(distances, candidates, depth) for depth in {*enough.values()}}
+            best = {
+                depth: Best(distances[:, :depth], candidates[:, :depth]).nearest(DEPTH) for depth in {*enough.values()}
+            }
             for point, blocks in judged.items():
                 blocks.append(self._judge(truth, best[enough[point]], point[1]))
             nearer.append(_nearer(truth, best[deepest]))
@@ -290,11 +292,6 @@ def _joined(blocks: list[Any]) -> Hits | Masks:
     if isinstance(blocks[0], tuple):
         return np.concatenate([hits for hits, _ in blocks]), np.concatenate([possible for _, possible in blocks])
     return np.concatenate(blocks)
-
-
-def _ranked(distances: npt.NDArray[np.float32], candidates: Ids, depth: int) -> Best:
-    order = np.argsort(distances[:, :depth], axis=1, kind="stable")[:, :DEPTH]
-    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1))
 
 
 def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:

@@ -408,8 +408,7 @@ def merged(one: Best, other: Best, k: int) -> Best:
     ids = np.concatenate([one.ids, other.ids], 1)
     repeated = _repeated(ids)
     distances[repeated], ids[repeated] = np.inf, -1
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))
+    return Best(distances, ids).nearest(k)
 
 
 def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

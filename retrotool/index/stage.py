@@ -233,10 +233,18 @@ class IndexWorker:
         choice, n = choose_for(store, stage.encoder, stage.wanted)
         tombstones = read_tombstones(store)
         rows = SearchableRows(store, embedded_parts(store, stage.encoder), tombstones)
-        told = _Shares(task.weight, report)
+        reported, done = 0, 0.0
+
+        def told(share: float) -> None:
+            nonlocal reported, done
+            done += share
+            now = min(task.weight, int(done * task.weight))
+            report(now - reported)
+            reported = now
+
         memory = stage.wanted.memory
         trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
-        told.finish()
+        report(task.weight - reported)
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
             encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
@@ -307,25 +315,6 @@ def _count_coded(store: Store, numbers: Iterable[int]) -> int:
     """Vectors of parts that shards hold: purged ones too, as a purge can be undone."""
     left_out = Tombstones(np.union1d(read_set_aside(store).ids, erased_chunks(store).ids))
     return sum(count_living_keys(store, part, left_out) for part in numbers)
-
-
-class _Shares:
-    """Turns shares of the work into whole chunks that sum up to ``total``."""
-
-    def __init__(self, total: int, report: Report) -> None:
-        self._total, self._report = total, report
-        self._done, self._told = 0.0, 0
-
-    def __call__(self, share: float) -> None:
-        self._done += share
-        now = min(self._total, int(self._done * self._total))
-        self._report(now - self._told)
-        self._told = now
-
-    def finish(self) -> None:
-        """Tell what is left."""
-        self._report(self._total - self._told)
-        self._told = self._total
 
 
 class _Coded:

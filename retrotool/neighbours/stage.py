@@ -42,7 +42,7 @@ from retrotool.embed.search_scope import (
     searchable_rows,
 )
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
-from retrotool.errors import CorruptError, StoreNotFoundError, UsageError
+from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, merged
 from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import Filters, Finder
@@ -111,20 +111,19 @@ class NeighboursStage:
         check_encoders(store, database)
         self.filters.check(store, database.store)
         record = self.record(store, database)
-        known = store.state.records.get(self.key, record)
         self._check_database(store.state, record)
         version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
-        held, checked = database.held(), set[tuple[Any, Any]]()
+        held, checked = database.held(), set[tuple[int, str]]()
         tasks = []
         for part in embedded_parts(store, database.encoder):
             old, mode, new = store.state.part_file("neighbours", part, self.table), _WHOLE, held
             if old is not None and _commit(old) not in checked:
-                _check_commit(old, self.table, database.store)
+                check_neighbour_ids(old, self.table, database.store)
                 checked.add(_commit(old))
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
             settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
             weight = count_keys(store, part)
-            if old is not None and _is_of(old, record, known) and (old.about or {}).get("version") == version:
+            if old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
                 mode, new = _lacks(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
@@ -169,10 +168,8 @@ class NeighboursStage:
     def claim(self, state: State, record: dict[str, Any]) -> Draft | None:
         """The commit that makes the name one of ``record``, and removes the tables that are of another index."""
         self._check_database(state, record)
-        known = state.records.get(self.key, record)
-        group = state.group("neighbours", self.table)
-        entries = [entry for slot in group if (entry := group.get(slot)) is not None]
-        others = tuple(entry.path for entry in entries if not _is_of(entry, record, known))
+        entries = state.group("neighbours", self.table).entries()
+        others = tuple(entry.path for entry in entries if not _is_of(entry, record))
         if state.records.get(self.key) == record and not others:
             return None
         settings = {"name": self.table, "index": self.index}
@@ -207,12 +204,6 @@ def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
 
 
-def parts_in(entry: FileEntry) -> list[int]:
-    """Numbers of the parts of the database that a table's neighbours were sought in."""
-    spans = (entry.about or {}).get("searched", [])
-    return [part for first, last in spans for part in range(first, last + 1)]
-
-
 def probed_by(database: AnyDatabase) -> int:
     """Lists that a search of the database probes; 0: it has none, or may probe as many as a query needs."""
     if isinstance(database, ExactDatabase) or database.is_restricted:
@@ -226,7 +217,8 @@ def _lacks(entry: FileEntry, database: State, held: list[int]) -> tuple[str, lis
     Where neighbours are judged by their tokens, also by those of what follows them, one that was
     judged while that was purged must not stay.
     """
-    before, now = set(parts_in(entry)), set(held)
+    spans = (entry.about or {})["searched"]
+    before, now = {part for first, last in spans for part in range(first, last + 1)}, set(held)
     missed = missed_parts(database, _commit(entry)[0])
     if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
         return _WHOLE, held
@@ -240,24 +232,24 @@ def with_filters(filters: Filters) -> dict[str, Any]:
     return {"filters": found} if found else {}
 
 
-def _is_of(entry: FileEntry, record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    """Whether a table is of ``record``'s index and filters.
-
-    One that doesn't say the index is of that of the record that was there, ``known``. No filters are not said.
-    """
-    made = {**known, **(entry.about or {})}
-    return all(made[name] == record[name] for name in _SAME) and Filters.of(entry.about) == Filters.of(record)
-
-
-def _commit(entry: FileEntry) -> tuple[Any, Any]:
+def _is_of(entry: FileEntry, record: Mapping[str, Any]) -> bool:
+    """Whether a table is of ``record``'s index and filters."""
     about = entry.about or {}
-    return about.get("commit"), about.get("head")
+    return all(about[name] == record[name] for name in _SAME) and Filters.of(about) == Filters.of(record)
 
 
-def _check_commit(entry: FileEntry, table: str, database: Store) -> None:
-    """``UsageError`` if the database has not the commit that a table is from."""
-    number, head = _commit(entry)
-    if head is not None and not has_commit(database, int(number), str(head)):
+def _commit(entry: FileEntry) -> tuple[int, str]:
+    """Number, and how the SHA-256 begins, of the database's commit that a table is from."""
+    about = entry.about or {}
+    return int(about["commit"]), str(about["head"])
+
+
+def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
+    """``UsageError`` if the database has not the commit that a table, of whichever index it is, is from.
+
+    Then the ids in it can't be taken for chunks of the database.
+    """
+    if not has_commit(database, *_commit(entry)):
         raise UsageError(
             f"the neighbours {table!r} are not of {database.root} as it is now, but of a copy that went its own way",
             "Put that one back, or compute them anew with a --name of their own.",
@@ -268,38 +260,17 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
     """``UsageError`` if a table is not what its record says, or its ids can't be taken for chunks of ``database``."""
     record = store.state.records[f"neighbours:{table}"]
     part = int(FileName.parse(entry.path).slot)
-    if not _is_of(entry, record, record):
+    if not _is_of(entry, record):
         raise UsageError(
             f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another index, "
             "or of other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
-    check_neighbour_ids(store, entry, table, database)
-
-
-def check_neighbour_ids(store: Store, entry: FileEntry, table: str, database: Store) -> None:
-    """``UsageError`` if the ids in a table, of whichever index it is, can't be taken for chunks of ``database``."""
-    record = store.state.records[f"neighbours:{table}"]
-    part = int(FileName.parse(entry.path).slot)
-    _check_commit(entry, table, database)
-    if _commit(entry)[1] is None and _database_in(store, entry) not in (None, record["database"]):
-        raise UsageError(
-            f"the neighbours {table!r} of part {part} are chunks of another database than {record['path']}",
-            f"Compute them again: {table_command(store, table, database)}",
-        )
+    check_neighbour_ids(entry, table, database)
 
 
 def _how(index: str) -> str:
     return f"the index {index!r}" if index != NO_INDEX else "exact search"
-
-
-def _database_in(store: Store, entry: FileEntry) -> str | None:
-    """The uuid that a table's own metadata has, for one of which the log says nothing; None if the file is broken."""
-    try:
-        metadata = parts.read_schema(store, entry).metadata or {}
-    except CorruptError:
-        return None  # reading it will say so
-    return str(metadata.get(b"retrotool.database", b"").decode())
 
 
 def members_of(store: Store, name: str) -> list[tuple[str, float]]:
@@ -331,7 +302,7 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
             "Name one of these.",
         )
     # By its uuid alone a copy of the database would take itself for it.
-    if record.get("within", record["database"] == store.identity.uuid):
+    if record["within"]:
         return store, record
     try:
         database = Store.open(Path(record["path"]))

@@ -75,36 +75,32 @@ class NeighbourReader:
 
     def __init__(self, store: Store, name: str = "main") -> None:
         self.store, self.name = store, name
-        self._members = []
+        found = []
         for table, weight in members_of(store, name):
             database = database_of(store, table)[0]
-            tombstones = read_tombstones(database)
-            self._members.append(Member(table, weight, database, tombstones, within=database is store))
-        records = [store.state.records[f"neighbours:{member.table}"] for member in self._members]
+            found.append(Member(table, weight, database, read_tombstones(database), within=database is store))
+        self.members: tuple[Member, ...] = tuple(found)
+        """The tables that are read, in the order of ``Found.databases``."""
+        records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
         self.k = int(records[0]["k"])
         """Neighbours that are used, unless more are asked for."""
         self.saved = min(int(record["saved"]) for record in records)
         """The most that can be asked for."""
 
     @property
-    def members(self) -> tuple[Member, ...]:
-        """The tables that are read, in the order of ``Found.databases``."""
-        return tuple(self._members)
-
-    @property
     def databases(self) -> tuple[Store, ...]:
         """The stores that the neighbours are chunks of."""
-        return tuple(member.store for member in self._members)
+        return tuple(member.store for member in self.members)
 
     @property
     def tables(self) -> tuple[tuple[str, float], ...]:
         """The table, and its weight, of the neighbours in each of the ``databases``."""
-        return tuple((member.table, member.weight) for member in self._members)
+        return tuple((member.table, member.weight) for member in self.members)
 
     def entries(self, part: int) -> tuple[FileEntry, ...]:
         """A part's table of each member; ``UsageError`` if its ids can't be taken for chunks of the database."""
         found = []
-        for member in self._members:
+        for member in self.members:
             entry = parts.part_entry(self.store, "neighbours", part, member.table)
             check_table(self.store, entry, member.table, member.store)
             found.append(entry)
@@ -112,7 +108,7 @@ class NeighbourReader:
 
     def parts(self) -> list[int]:
         """Numbers of the parts that have tables of all databases, ascending."""
-        of_each = [set(self.store.state.group("neighbours", member.table)) for member in self._members]
+        of_each = [set(self.store.state.group("neighbours", member.table)) for member in self.members]
         return sorted(int(slot) for slot in set.intersection(*of_each))
 
     def read(self, part: int, k: int | None = None, row_groups: Sequence[int] | None = None) -> Found:
@@ -122,26 +118,23 @@ class NeighbourReader:
         purged is for the caller to leave out.
         """
         k = self.k if k is None else k
-        found = [self._read_member(which, part, row_groups) for which in range(len(self._members))]
+        found: list[tuple[Any, Any, Any]] = []
+        for number, (member, entry) in enumerate(zip(self.members, self.entries(part), strict=True)):
+            table = neighbour_tables.read_table(self.store, entry, row_groups)
+            table = neighbour_tables.erase_neighbours(table, _NO_ROWS, member.tombstones.contains)
+            which = np.where(table.ids == NO_NEIGHBOUR, 0, number).astype(np.uint8)
+            found.append((table.ids, table.distances, which))
         if len(found) == 1:
-            one = found[0]
-            return Found(one.ids[:, :k], one.distances[:, :k], one.databases[:, :k])
-        ids = np.concatenate([one.ids for one in found], 1)
-        distances = np.concatenate([one.distances for one in found], 1)
-        which = np.concatenate([one.databases for one in found], 1)
-        weights = np.array([member.weight for member in self._members], np.float32)
-        order = np.argsort(distances / weights[which], axis=1, kind="stable")[:, :k]
+            return Found(*(values[:, :k] for values in found[0]))
+        ids, distances, which = (np.concatenate(values, 1) for values in zip(*found, strict=True))
+        order = self.order(distances, which)[:, :k]
         return Found(*(np.take_along_axis(values, order, 1) for values in (ids, distances, which)))
 
-    def _read_member(self, which: int, part: int, row_groups: Sequence[int] | None) -> Found:
-        member = self._members[which]
-        entry = parts.part_entry(self.store, "neighbours", part, member.table)
-        check_table(self.store, entry, member.table, member.store)
-        table = neighbour_tables.read_table(self.store, entry, row_groups)
-        table = neighbour_tables.erase_neighbours(table, _NO_ROWS, member.tombstones.contains)
-        ids, distances = table.ids, table.distances
-        databases = np.where(ids == NO_NEIGHBOUR, 0, which).astype(np.uint8)
-        return Found(ids, distances, databases)
+    def order(self, distances: npt.NDArray[np.float32], which: npt.NDArray[Any]) -> Ids:
+        """Columns of neighbours [n, m] of the databases ``which`` [n, m] or [m], by distance over weight, int64."""
+        weights = np.array([member.weight for member in self.members], np.float32)
+        order: Ids = np.argsort(distances / weights[which], axis=1, kind="stable")
+        return order
 
     def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
         """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].
@@ -149,15 +142,15 @@ class NeighbourReader:
         ``into``: where to put those that there are; the others stay as they are.
         """
         ids, which = found.ids.ravel(), found.databases.ravel()
-        into = Pieces.none(self._members[0].store, len(ids)) if into is None else into  # alike in all
-        for number, member in enumerate(self._members):
-            own = np.where(which == number, ids, NO_NEIGHBOUR) if len(self._members) > 1 else ids
+        into = Pieces.none(self.members[0].store, len(ids)) if into is None else into  # alike in all
+        for number, member in enumerate(self.members):
+            own = np.where(which == number, ids, NO_NEIGHBOUR) if len(self.members) > 1 else ids
             read_pieces(member.store, member.tombstones, own, into)
         return into
 
     def pieces_of(self, database: int, ids: Ids) -> Pieces:
         """[N, F] of chunk ids [n] of one of the ``databases``, in its own tokens."""
-        member = self._members[database]
+        member = self.members[database]
         return read_pieces(member.store, member.tombstones, ids)
 
 
@@ -268,9 +261,7 @@ class TextReader:
             out.ids[:], out.n_tokens[:], out.tokens[:] = text.ids, text.n_tokens, text.tokens
             return lost
         which = np.repeat(np.arange(len(texts)), self.k)
-        weights = np.array([member.weight for member in self.reader.members], np.float32)
-        apart = np.concatenate([one.distances for one in texts], 1) / weights[which]
-        order = np.argsort(apart, axis=1, kind="stable")[:, : self.k]
+        order = self.reader.order(np.concatenate([one.distances for one in texts], 1), which)[:, : self.k]
         out.ids[:] = np.take_along_axis(np.concatenate([one.ids for one in texts], 1), order, 1)
         out.databases[:] = np.where(out.ids == NO_NEIGHBOUR, 0, which[order])
         rows = np.arange(len(order))[:, None]

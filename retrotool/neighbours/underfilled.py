@@ -74,7 +74,7 @@ class GapFinder:
         Rows of queries that were purged since only became empty.
         """
         about = entry.about or {}
-        known = about.get("purges"), about.get("erased", ""), about.get("restored", "")
+        known = about["purges"], about.get("erased", ""), about.get("restored", "")
         return known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k
 
     def find(self, part: int, entry: FileEntry) -> Gaps:
@@ -120,8 +120,7 @@ class GapFinder:
 
 def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
     """Return whether a table has the tokens of k neighbours, and none of its database's chunks came back since."""
-    commit = (entry.about or {}).get("commit")
-    missed = missed_parts(database.state, None if commit is None else int(commit))
+    missed = missed_parts(database.state, int((entry.about or {})["commit"]))
     return neighbour_tables.text_size(entry) >= k and not missed
 
 

@@ -185,7 +185,7 @@ def affected(
 def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Table, list[AskedPurge]]:
     entries = {int(FileName.parse(e.path).slot): e for e in store.state.group("neighbours", table).entries()}
     for entry in entries.values():
-        check_neighbour_ids(store, entry, table, database)
+        check_neighbour_ids(entry, table, database)
     within, asked = is_same_directory(store, database), list[AskedPurge]()
     made = [(entry.about or {}).get("commit") for entry in entries.values()]
     for purge, record in standing_purges(database.state).items():

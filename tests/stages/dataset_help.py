@@ -203,7 +203,7 @@ def _large_part(
     ids = (part.astype(np.int64) << 32) + rng.integers(0, np.array(rows)[part])
     distances = np.sort(rng.random((n, saved), np.float32), axis=1)
     name = FileName.new(run.id, "neighbours", part_slot(number), "parquet", "main")
-    about = {"index": "", "encoder": "e"}
+    about = {"index": "", "encoder": "e", "commit": 0, "head": ""}
     yield neighbour_tables.write_table(
         store.root, name, NeighbourTable(ids, distances), database=store.identity.uuid, commit=0, path="", about=about
     )

@@ -107,30 +107,6 @@ def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_cop
     assert reader.neighbours(int(reader.chunk_ids(0)[0])) and reader.neighbours(int(reader.chunk_ids(1)[0]))
 
 
-def test_a_table_of_which_the_log_says_nothing_is_held_against_its_own_metadata(
-    store_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written, foreign = neighbour_tables.write_table, ""
-
-    def write(*arguments: object, about: dict[str, object], database: str, **options: object) -> object:
-        return written(
-            *arguments,
-            about={key: about[key] for key in ("version", "searched")},
-            database=foreign or database,
-            **options,
-        )
-
-    monkeypatch.setattr(neighbour_tables, "write_table", write)
-    api.neighbours(store_copy, name="plain")
-    reader = retrotool.open(store_copy)
-    assert reader.neighbours(int(reader.chunk_ids(0)[0]), "plain")
-    foreign = "another"
-    api.neighbours(store_copy, name="lying")
-    reader.refresh()
-    with pytest.raises(UsageError, match="another database"):
-        reader.neighbours(int(reader.chunk_ids(0)[0]), "lying")
-
-
 @pytest.fixture
 def copied(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, Path]:
     """A store, and its copy."""
