@@ -253,7 +253,6 @@ class _Block:
 
 
 def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
-    """The vectors of ids in any order, float32 [n, d]."""
     if not len(ids):
         return torch.empty(0, d)
     order = np.argsort(ids)

@@ -107,16 +107,15 @@ def count_living_keys(store: Store, part: int, tombstones: Tombstones) -> int:
     return keys - int(parts.read_key(store, part)[purged].sum()) if len(purged) else keys
 
 
-def count_keys_of(store: Store, numbers: Iterable[int]) -> int:
-    """Keys of some parts that are neither purged nor erased."""
-    tombstones = read_tombstones(store)
+def count_keys_of(store: Store, numbers: Iterable[int], tombstones: Tombstones | None = None) -> int:
+    """Keys of some parts that are neither purged nor erased: those that ``tombstones`` has not, None: the store's."""
+    tombstones = read_tombstones(store) if tombstones is None else tombstones
     return sum(count_living_keys(store, part, tombstones) for part in numbers)
 
 
 def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int:
     """Living keys of the parts that are not among ``done``."""
-    left = set(store.state.parts()).difference(done)
-    return sum(count_living_keys(store, part, tombstones) for part in left)
+    return count_keys_of(store, set(store.state.parts()).difference(done), tombstones)
 
 
 def own_documents(store: Store, part: int, database: Store, tombstones: Tombstones, *, within: bool) -> Excluded:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from retrotool.cli.command_lines import embed_command, table_command
 from retrotool.cli.result_files import check_place, new_folder
-from retrotool.embed.search_scope import count_living_keys, embedded_parts
+from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
@@ -345,7 +345,7 @@ def _check_complete(opened: ExportedTables, root: str | Path) -> None:
     """``UsageError`` if some chunks that could have neighbours have no table yet: they would seem to have none."""
     store = opened.store
     missing = [part for part in store.state.parts() if part not in opened.tabled]
-    chunks = sum(count_living_keys(store, part, opened.tombstones) for part in missing)
+    chunks = count_keys_of(store, missing, opened.tombstones)
     if chunks:
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UsageError(

@@ -26,7 +26,7 @@ from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed.search_scope import (
     SearchableRows,
     count_keys,
-    count_living_keys,
+    count_keys_of,
     embedded_parts,
     erased_chunks,
     read_part_vectors,
@@ -112,8 +112,11 @@ class IndexStage:
 
     def _training(self, store: Store) -> Task:
         n = sum(count_keys(store, part) for part in embedded_parts(store, self.encoder))
-        settings = {"name": self.index, "train": self.encoder, "generation": self.generation}
-        return Task(task_key("index", settings, []), "training", n, {"train": True}, claimed=True)
+        key = self._key({"train": self.encoder, "generation": self.generation}, [])
+        return Task(key, "training", n, {"train": True}, claimed=True)
+
+    def _key(self, settings: dict[str, Any], reads: Sequence[str]) -> str:
+        return task_key("index", {"name": self.index, **settings}, reads)
 
     def _new_shards(self, store: Store, trained: FileEntry, shard_rows: int) -> list[Task]:
         held = set(held_parts(store.state, self.index, self.generation))
@@ -126,9 +129,8 @@ class IndexStage:
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
                 rows = sum(count_keys(store, part) for part in new)
                 slot = _free_slot(taken, window, self.generation)
-                key = task_key("index", {"name": self.index, "slot": slot}, [trained.path, *paths])
-                inputs = {"slot": slot, "parts": new, "paths": paths}
-                tasks.append(Task(key, slot, rows, inputs, claimed=True))
+                key = self._key({"slot": slot}, [trained.path, *paths])
+                tasks.append(Task(key, slot, rows, {"slot": slot, "parts": new, "paths": paths}, claimed=True))
         return tasks
 
     def _mends(self, store: Store, trained: FileEntry) -> list[Task]:
@@ -138,7 +140,7 @@ class IndexStage:
             if entry.path in self.broken:
                 numbers = [part for part in ShardRecord.of(entry).parts if part in there]
                 paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
-                key = task_key("index", {"name": self.index, "mend": entry.path}, [trained.path, *paths])
+                key = self._key({"mend": entry.path}, [trained.path, *paths])
                 inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
                 tasks.append(Task(key, f"mend {slot}", entry.rows, inputs, claimed=True))
         return tasks
@@ -152,7 +154,7 @@ class IndexStage:
         for window, some in found.items():
             if len(some) > 1:
                 paths = [entry.path for _, entry in some]
-                key = task_key("index", {"name": self.index, "merge": window}, paths)
+                key = self._key({"merge": window}, paths)
                 inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
                 tasks.append(Task(key, f"merge {window}", sum(entry.rows for _, entry in some), inputs, claimed=True))
         return tasks
@@ -171,9 +173,7 @@ def superseded(name: str) -> ConflictError:
 
 def choose_for(store: Store, encoder: str, wanted: IndexWishes) -> tuple[IndexChoice, int]:
     """The index that suits what is embedded, and of how many vectors that is."""
-    numbers = embedded_parts(store, encoder)
-    tombstones = read_tombstones(store)
-    n = sum(count_living_keys(store, part, tombstones) for part in numbers)
+    n = count_keys_of(store, embedded_parts(store, encoder))
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
     return choose_index(n, d, wanted), n
 
@@ -314,7 +314,7 @@ class IndexWorker:
 def _count_coded(store: Store, numbers: Iterable[int]) -> int:
     """Vectors of parts that shards hold: purged ones too, as a purge can be undone."""
     left_out = Tombstones(np.union1d(read_set_aside(store).ids, erased_chunks(store).ids))
-    return sum(count_living_keys(store, part, left_out) for part in numbers)
+    return count_keys_of(store, numbers, left_out)
 
 
 class _Coded:

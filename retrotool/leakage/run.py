@@ -25,7 +25,7 @@ from retrotool.ann.excluded import Excluded, Queries
 from retrotool.cli.command_lines import COMPARED
 from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import (
-    count_living_keys,
+    count_keys_of,
     embedded_parts,
     is_same_directory,
     own_documents,
@@ -150,8 +150,7 @@ def leakage(
     database, store = Database(Store.open(root), index), Store.open(evaluation)
     check_comparable(store, database.store, "Chunk the evaluation text again, with the tokenizer of the database.")
     check_encoders(store, database)
-    tombstones = read_tombstones(store)
-    total = sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, database.encoder))
+    total = count_keys_of(store, embedded_parts(store, database.encoder))
     within = is_same_directory(store, database.store)
     found: list[Leaks] = []
     with _writing(output, database, store) as write, counting("leakage", "chunk", total) as report:
@@ -183,27 +182,22 @@ def _writing(output: str | Path | None, database: Database, store: Store) -> Ite
 
 
 def _result(
-    found: list[Leaks],
-    store: Store,
-    database: Database,
-    neighbours: int,
-    output: str | Path | None,
+    found: list[Leaks], store: Store, database: Database, neighbours: int, output: str | Path | None
 ) -> LeakageResult:
     length = store.identity.chunk_length
     common = np.concatenate([np.zeros(0, np.int64), *(some.common for some in found)])
     names = np.array([source for some in found for source in some.sources], object)
     edges = np.ceil(np.arange(1, _BINS) * length / _BINS)
-    by_source = [_source(str(name), common[names == name], length) for name in np.unique(names.astype(str))]
+    by_source = []
+    for name in np.unique(names.astype(str)):
+        mine = common[names == name]
+        by_source.append(SourceLeakage(str(name), len(mine), *_shares(mine, length)))
     return LeakageResult(
         str(store.root), str(database.store.root), database.name, len(common), neighbours,
         *_shares(common, length), {f"{a:g}": _share(common <= a * length) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
         tuple(sorted(by_source, key=lambda one: -one.mean)), str(output or ""),
     )  # fmt: skip
-
-
-def _source(name: str, common: npt.NDArray[np.int64], length: int) -> SourceLeakage:
-    return SourceLeakage(name, len(common), *_shares(common, length))
 
 
 def _shares(common: npt.NDArray[np.int64], length: int) -> tuple[float, float, float]:

@@ -263,7 +263,6 @@ class Finder:
         return judged if self._memory is None else min(judged, self._memory // 10 // _BYTES_A_CANDIDATE)
 
     def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
-        """The k nearest of each row, judged or not."""
         best = Best.nothing(len(rows), k)
         start = 0
         for some in self._search_blocks(rows, k):
@@ -293,8 +292,6 @@ def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
 
 
 class _Judge:
-    """Judges candidates of rows of one part by the tokens that they have in common."""
-
     def __init__(self, queries: Store, part: int, database: AnyDatabase, filters: Filters) -> None:
         self._queries, self._part, self._database, self._filters = queries, part, database, filters
         self._tombstones = read_tombstones(queries)

@@ -22,7 +22,6 @@ from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
 from retrotool.embed.search_scope import (
     count_keys_of,
     count_left,
-    count_living_keys,
     embedded_parts,
     is_same_directory,
     pick_encoder,
@@ -196,7 +195,6 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
 
 
 def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) -> DatabaseResult:
-    """Do what there is to do for one database."""
     database = stage.open_database(store)
     todo = _count_queries(store, engine.plan_tasks(stage, store))
     record = stage.record(store, database)
@@ -234,8 +232,7 @@ def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str
         return NO_INDEX
     if index is None and not store.state.with_prefix("index:") and store.state.names("embeddings"):
         encoder = pick_encoder(store, search.encoder)
-        tombstones = read_tombstones(store)
-        if sum(count_living_keys(store, part, tombstones) for part in embedded_parts(store, encoder)) <= FLAT_LIMIT:
+        if count_keys_of(store, embedded_parts(store, encoder)) <= FLAT_LIMIT:
             return NO_INDEX
     if search.encoder is not None:
         raise UsageError("--encoder says what exact search is among; an index is of one encoder", "Give --exact, too.")
@@ -333,7 +330,6 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
 
 
 def _tables_of(store: Store, name: str) -> dict[str, tuple[str, float]]:
-    """Table and weight by the uuid of the database."""
     records = store.state.records
     return {
         str(records[f"neighbours:{table}"]["database"]): (table, weight) for table, weight in members_of(store, name)

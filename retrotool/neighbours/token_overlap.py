@@ -164,7 +164,6 @@ def _runs_in(words: Words, length: int) -> Words:
 
 
 def _bits(words: Words) -> Lengths:
-    """How many ones each word [n] has."""
     ones = np.unpackbits(words.astype("<u8").view(np.uint8).reshape(len(words), 8), axis=1)
     count: Lengths = ones.sum(axis=1, dtype=np.int64)
     return count
