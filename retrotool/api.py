@@ -12,7 +12,7 @@ from retrotool.index.run import index as index
 from retrotool.info.log_entries import log_entries as log_entries
 from retrotool.info.log_entries import verify_log as verify_log
 from retrotool.info.run import info as info
-from retrotool.info.verify_run import verify as verify
+from retrotool.info.verify import verify as verify
 from retrotool.inspect.run import inspect as inspect
 from retrotool.leakage.run import leakage as leakage
 from retrotool.neighbours.run import neighbours as neighbours

@@ -30,9 +30,8 @@ from retrotool.index.searching import Database, Point
 from retrotool.neighbours.stage import members_of
 from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.store import parts
-from retrotool.store.ids import split_id
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP, Chunks
+from retrotool.store.parts import ROW_GROUP, Chunks, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
@@ -75,7 +76,7 @@ def _write_part(
         "n_tokens": [sum(len(tokens) for tokens, _ in chunks) for chunks in cuts],
         "input": ["input"] * len(documents), "position": list(range(len(documents))),
     }  # fmt: skip
-    table = parts.columns_of(columns, parts.documents_schema(()))
+    table = pa.table(columns, schema=parts.documents_schema(()))
     rows = [chunk for chunks in cuts for chunk in chunks]
     tokens = np.zeros((len(rows), LENGTH), parts.token_dtype(store.identity.tokenizer.token_bytes))
     for row, (piece, _) in enumerate(rows):

@@ -29,12 +29,11 @@ from retrotool.store import atomic, parts, runs
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.restored import standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.staging import PLAN_COUNTS
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones, standing_purges
 from retrotool.tokenizers import Findings
 
 BYTES_PER_TOKEN = 4

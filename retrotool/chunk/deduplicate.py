@@ -39,13 +39,14 @@ from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
 from retrotool.errors import ConflictError, DuplicatesError, InputError
+from retrotool.ranges import expand_ranges
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import IN_BYTES
 from retrotool.sources.lines import count_lines
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.ids import distinct_parts, row_of, slice_of_part
 from retrotool.store.log import Draft
+from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State
@@ -291,7 +292,7 @@ def _read_part(store: Store, tombstones: Tombstones, part: int, docs: Places, by
     n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"].to_numpy()
     count = table["n_chunks"].to_numpy()
     owner = np.repeat(np.arange(len(docs)), count)
-    rows = parts.rows_of_documents(table["first_row"].to_numpy(), count)
+    rows = expand_ranges(table["first_row"].to_numpy(), count)
     ids = parts.chunk_ids(part, rows)
     left = n_tokens[rows] > 0
     alive = left & ~tombstones.contains(ids)
@@ -364,4 +365,4 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         "excerpt": [None] * n,
         "damage": [False] * n,
     }
-    return parts.columns_of(columns, parts.QUARANTINE_SCHEMA)
+    return pa.table(columns, schema=parts.QUARANTINE_SCHEMA)

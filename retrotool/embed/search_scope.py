@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Excluded, Ids, Intervals
 from retrotool.errors import UsageError
-from retrotool.store import log, parts, vectors
+from retrotool.store import log, parts
 from retrotool.store.parts import Chunks
-from retrotool.store.restored import restored_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones
+from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones, restored_purges
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
@@ -45,7 +44,7 @@ def embedded_parts(store: Store, encoder: str) -> list[int]:
 
 def read_part_vectors(store: Store, encoder: str, part: int) -> npt.NDArray[np.float16]:
     """A part's embeddings, float16 [n, d], memory-mapped."""
-    return vectors.read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
+    return parts.read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
 
 
 def living(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:

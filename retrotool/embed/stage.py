@@ -23,7 +23,7 @@ from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
-from retrotool.store import parts, staging, vectors
+from retrotool.store import parts, staging
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.paths import FileName, part_slot
@@ -240,7 +240,7 @@ class EmbedWorker:
                     yield found
 
         with self.encoder.stream(blocks(), report) as coming:
-            return vectors.write_vector_blocks(self._store.root, name, entry.rows, dimension, filled(coming))
+            return parts.write_vector_blocks(self._store.root, name, entry.rows, dimension, filled(coming))
 
     def _read(self, part: int, rows: int) -> Iterator[Chunks]:
         """A part's chunks, block by block; at most two row groups more than a block are held."""

@@ -17,7 +17,7 @@ from retrotool import interrupts
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import GivesUp, OpenError, Stage, Task
 from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
-from retrotool.store import claims, folding, staging
+from retrotool.store import folding, runs, staging
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store, retry_overtaken
@@ -35,7 +35,7 @@ _FEW = 8
 
 def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
     """How many tasks of a stage other running commands are at, by the newest commit."""
-    held = claims.held(store.root, run.id)
+    held = runs.claimed_elsewhere(store.root, run.id)
     return sum(task.key in held for task in plan_tasks(stage, store))
 
 
@@ -77,14 +77,14 @@ class _Execution:
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 if any(task.claimed for task in tasks):
-                    held = claims.held(store.root, run.id)
+                    held = runs.claimed_elsewhere(store.root, run.id)
                     tasks = [task for task in tasks if task.key not in held]
                 if not tasks:
                     break
                 self.known.update((task.key, task) for task in tasks)
                 self._run_tasks(tasks)
                 for key in self.given_up:
-                    claims.release(store.root, key, run.id)  # a worker that was killed could not
+                    runs.release_claim(store.root, key, run.id)  # a worker that was killed could not
                 if isinstance(stage, GivesUp):
                     self._give_up(stage)
                 for key, reason in folding.fold(store, run).refused.items():

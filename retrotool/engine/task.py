@@ -19,7 +19,7 @@ import orjson
 
 from retrotool import interrupts
 from retrotool.errors import ErasedError, UsageError
-from retrotool.store import claims, staging
+from retrotool.store import runs, staging
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
@@ -35,7 +35,7 @@ Report = Callable[[int], object]
 class Task:
     """A piece of work: ``key`` names it for ever, ``weight`` is in the stage's unit, ``inputs`` is JSON-like.
 
-    ``claimed``: several runs may be at such tasks, so each claims the one at hand (``retrotool.store.claims``).
+    ``claimed``: several runs may be at such tasks, so each claims the one at hand (``retrotool.store.runs``).
     """
 
     key: str
@@ -138,13 +138,13 @@ def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) ->
         return None
     if not task.claimed:
         return _do(worker, root, task, run, report)
-    if not claims.take(root, task.key, run):
+    if not runs.take_claim(root, task.key, run):
         return None
     try:
         # It may have been staged, and the claim for it given back, just now.
         return None if staging.is_staged(root, task.key) else _do(worker, root, task, run, report)
     finally:
-        claims.release(root, task.key, run)
+        runs.release_claim(root, task.key, run)
 
 
 def _do(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:

@@ -35,9 +35,8 @@ from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours.retrieved import Pieces
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
-from retrotool.store.ids import Ids
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, stored_tokenizer

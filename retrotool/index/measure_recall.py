@@ -36,8 +36,8 @@ from retrotool.index.recall import Measurement, Searched, find_truth, measure_re
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.machine import give_memory_back
-from retrotool.store.ids import part_of
 from retrotool.store.log import Draft
+from retrotool.store.parts import part_of
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.state import State

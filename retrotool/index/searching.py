@@ -43,7 +43,7 @@ from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.machine import memory_of_machine
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.ids import part_of, row_of
+from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 

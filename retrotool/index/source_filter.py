@@ -25,7 +25,7 @@ from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained
 from retrotool.lazy import torch
 from retrotool.store import parts
-from retrotool.store.ids import part_of, row_of
+from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 

@@ -22,7 +22,7 @@ from retrotool.ann.trained import Trained
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.errors import CorruptError
 from retrotool.lazy import torch
-from retrotool.store.ids import join_id
+from retrotool.store.parts import join_id
 from retrotool.store.store import Store
 
 SEED = 0

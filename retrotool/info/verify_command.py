@@ -12,7 +12,7 @@ from retrotool.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
     from retrotool.info.log_entries import LogVerification
-    from retrotool.store.verify import Verification
+    from retrotool.info.verify import Verification
 
 EPILOG = """\b
 Examples:
@@ -55,10 +55,10 @@ def command(
             output.show(found, as_json, _log_text)
         else:
             from retrotool.engine.progress import counting
-            from retrotool.info import verify_run
+            from retrotool.info import verify
 
-            with counting("verify", "B", verify_run.bytes_to_verify(store)) as report:
-                found = verify_run.verify(store, report)
+            with counting("verify", "B", verify.bytes_to_verify(store)) as report:
+                found = verify.verify(store, report)
             output.show(found, as_json, _text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)

@@ -30,8 +30,7 @@ from retrotool.neighbours.table_reader import Found, NeighbourReader, row_groups
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.reader import Reader
 from retrotool.store import parts
-from retrotool.store.ids import Ids, join_id, rows_by_part, split_id
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, Ids, join_id, rows_by_part, split_id
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer

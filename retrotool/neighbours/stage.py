@@ -5,8 +5,8 @@ records, are empty. A table is done again once another index or other filters ar
 trained anew. Once the database has parts that it had not, only these are searched, and what is found is merged with
 what the table has. After purges only the rows are searched again that have fewer than k neighbours left
 (``neighbours.underfilled``); then entries also leave a table of another store that name a chunk which the database has
-erased since. What was taken back after it was purged (``store.restored``) is searched for in the tables that were made
-meanwhile, once the index has it.
+erased since. What was purged and then restored (``store.tombstones``) is searched for in the tables that were made in
+between, once the index has it.
 
 A name is of one database: its record is set with the first task, or before (``claim``), and each table says in the log
 which index, and which commit of the database, it is from. So what two runs wrote under one name is told apart, and so
@@ -54,11 +54,10 @@ from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.restored import missed_parts, stands_for_restored
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones, stands_for
+from retrotool.store.tombstones import missed_parts, read_tombstones, stands_for, stands_for_restored
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")

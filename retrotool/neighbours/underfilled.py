@@ -27,9 +27,8 @@ from retrotool.store import neighbour_tables
 from retrotool.store.atomic import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
-from retrotool.store.restored import missed_parts, stands_for_restored
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones, stands_for
+from retrotool.store.tombstones import Tombstones, missed_parts, read_tombstones, stands_for, stands_for_restored
 
 Ids = npt.NDArray[np.int64]
 Taken = tuple[str, str, str, str]

@@ -34,12 +34,10 @@ from retrotool.neighbours.stage import check_neighbour_ids, database_of, members
 from retrotool.purge.purged_chunks import check_purge
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.ids import Ids, rows_by_part
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, Ids, rows_by_part
 from retrotool.store.paths import FileName
-from retrotool.store.restored import PREFIX, standing_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones
+from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 
 EXAMPLES = 10
 NEVER = int(np.iinfo(np.int64).max)

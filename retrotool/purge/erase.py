@@ -63,23 +63,29 @@ from retrotool.purge.purged_chunks import (
     withdrawn,
 )
 from retrotool.purge.selectors import scan
-from retrotool.store import folding, log, neighbour_tables, parts, staging, vectors
+from retrotool.store import folding, log, neighbour_tables, parts, staging
 from retrotool.store.atomic import FileEntry
-from retrotool.store.checked import is_within
 from retrotool.store.clean import clean
 from retrotool.store.folding import writing
 from retrotool.store.identity import Identity
-from retrotool.store.ids import Ids
 from retrotool.store.log import Draft
-from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR, is_within
+from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.restored import PREFIX, check_not_restored, standing_purges, tombstones_naming
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, add_tombstones, named_chunks, read_tombstones
+from retrotool.store.tombstones import (
+    PREFIX,
+    Tombstones,
+    add_tombstones,
+    check_not_restored,
+    named_chunks,
+    read_tombstones,
+    standing_purges,
+    tombstones_naming,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +178,7 @@ def _part_holds(store: Store, part: int, rows: Ids) -> bool:
         return True
     for name in store.state.names("embeddings"):
         entry = store.state.part_file("embeddings", part, name)
-        if entry is not None and vectors.read_vectors(store, entry)[rows].any():
+        if entry is not None and parts.read_vectors(store, entry)[rows].any():
             return True
     return False
 
@@ -252,11 +258,9 @@ class EraseWorker:
         for name in store.state.names("embeddings"):
             entry = store.state.part_file("embeddings", part, name)
             if entry is not None:
-                matrix = np.array(vectors.read_vectors(store, entry))
+                matrix = np.array(parts.read_vectors(store, entry))
                 matrix[rows] = 0
-                add.append(
-                    vectors.write_vectors(store.root, FileName.new(run, "embeddings", slot, "npy", name), matrix)
-                )
+                add.append(parts.write_vectors(store.root, FileName.new(run, "embeddings", slot, "npy", name), matrix))
         return add
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
@@ -279,8 +283,7 @@ class EraseWorker:
                     text = neighbour_tables.erase_text(neighbour_tables.read_text(store, entry, [group]), mine, banned)
                 yield neighbour_tables.to_arrow(table, text, schema)
 
-        written = parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP)
-        return replace(written, about=entry.about)
+        return parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP, about=entry.about)
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)

@@ -33,13 +33,23 @@ import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import open_plans, parts_of_plan
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
+from retrotool.ranges import expand_ranges
 from retrotool.store import disk, parts, paths
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
-from retrotool.store.ids import Ids, rows_by_part
-from retrotool.store.restored import PREFIX, Record, is_restored, standing_purges
+from retrotool.store.parts import Ids, rows_by_part
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, may_name, named_chunks, read_set_aside, read_tombstones
+from retrotool.store.tombstones import (
+    PREFIX,
+    Record,
+    Tombstones,
+    is_restored,
+    may_name,
+    named_chunks,
+    read_set_aside,
+    read_tombstones,
+    standing_purges,
+)
 
 NAMED = 3
 _LISTED = 20
@@ -86,7 +96,7 @@ def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
 
 def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
     """Whether a purge has any of ``chunks``; its file is read only if it may."""
-    return may_name(store, [purge], chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
+    return may_name(store, purge, chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
 
 
 def count_rows(store: Store) -> int:
@@ -140,7 +150,7 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     records = standing_purges(store.state)
     waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
     left = Tombstones(np.setdiff1d(named_chunks(store, waiting), erased.ids))
-    before = [purge for purge, record in records.items() if record["erased"] and may_name(store, [purge], left)]
+    before = [purge for purge, record in records.items() if record["erased"] and may_name(store, purge, left)]
     gone = Tombstones(np.union1d(erased.ids, named_chunks(store, before)))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]
 
@@ -164,7 +174,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
         if not places.num_rows:
             continue
         first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
-        ids = parts.chunk_ids(part, parts.rows_of_documents(first, count))
+        ids = parts.chunk_ids(part, expand_ranges(first, count))
         more = repeats.contains(ids) & ~selected.contains(ids)
         found.append(ids[more])
         copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
@@ -195,7 +205,7 @@ def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes
         table = table.filter(pa.array((n_purged == 0) | (n_purged == count)))
         alike = blocked_documents(store, several, parts.part_entry(store, "chunks", part), table)
         first, count = (table[name].to_numpy()[alike] for name in ("first_row", "n_chunks"))
-        found.append(parts.chunk_ids(part, parts.rows_of_documents(first, count)))
+        found.append(parts.chunk_ids(part, expand_ranges(first, count)))
     return np.concatenate(found)
 
 

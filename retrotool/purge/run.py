@@ -43,9 +43,8 @@ from retrotool.purge.selectors.selector import Decoder, TextBlock
 from retrotool.store import blocked, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
-from retrotool.store.ids import distinct_parts, rows_by_part, split_id
 from retrotool.store.log import Draft
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, distinct_parts, rows_by_part, split_id
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged

@@ -33,11 +33,10 @@ from retrotool.purge.selectors.selector import Selector, read_selector_lines
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
 from retrotool.store.blocked import Hashes, read_blocked
-from retrotool.store.ids import Ids, rows_by_part
-from retrotool.store.restored import Record, standing_purges
+from retrotool.store.parts import Ids, rows_by_part
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones
+from retrotool.store.tombstones import Record, Tombstones, named_chunks, read_tombstones, standing_purges
 
 _ADVICE = "Nothing was purged. See: retrotool purge --help"
 

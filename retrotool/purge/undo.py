@@ -5,7 +5,7 @@ The purge's tombstones and its block list leave the state, and so does its selec
 rejected, stays a tombstone.
 
 Embeddings and indexes have the chunks, as a purge is masked in a search. Neighbours that were found while the purge
-stood lack them: ``neighbours`` finds these tables by the commits between which it stood (``store.restored``), and the
+stood lack them: ``neighbours`` finds these tables by the commits between which it stood (``store.tombstones``), and the
 result names the commands.
 
 Cost: the chunks' lengths in the parts that have any, and the ids of all documents, to see whether a document came in
@@ -29,18 +29,20 @@ from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
 from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
-from retrotool.store.ids import Ids, distinct_parts
 from retrotool.store.log import Draft
+from retrotool.store.parts import Ids, distinct_parts
 from retrotool.store.paths import FileName
-from retrotool.store.restored import PREFIX, missed_parts, standing_purges
 from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import (
     KEPT,
+    PREFIX,
     Tombstones,
+    missed_parts,
     named_chunks,
     read_tombstones,
+    standing_purges,
     tombstone_paths,
     write_tombstones,
 )

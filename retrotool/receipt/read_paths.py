@@ -32,8 +32,7 @@ from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.neighbours.token_overlap import LONGEST
 from retrotool.reader import Reader
 from retrotool.store import parts
-from retrotool.store.ids import chunk_ids, split_id
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, chunk_ids, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.train.dataset import RetroDataset

@@ -36,7 +36,6 @@ from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
-from retrotool.store.verify import total_bytes
 from retrotool.store.verify_log import check_log
 
 _LISTED = 200
@@ -153,7 +152,7 @@ def _check(store: Store, purge: str) -> Receipt:
     with counting("log", "log", 1) as report:
         log = check_log(store.root, identity.read_identity(store.root)[1], store.state.number, history.note)
         report(1)
-    with counting("files", "B", total_bytes(store)) as report:
+    with counting("files", "B", store.state.bytes()) as report:
         erasure = check_files(Purged(store, Tombstones(chunks), history), report)
     ways = read_paths(store, chunks)
     taken = []

@@ -32,11 +32,10 @@ from retrotool.index.index_files import read_shard
 from retrotool.index.index_records import RECALL, SHARD
 from retrotool.purge.erase import row_groups
 from retrotool.purge.purged_chunks import has_any
-from retrotool.store import clean, disk, identity, neighbour_tables, parts, paths, runs, staging, vectors
+from retrotool.store import clean, disk, identity, neighbour_tables, parts, paths, runs, staging
 from retrotool.store.atomic import FileEntry
-from retrotool.store.checked import is_within
 from retrotool.store.log import Commit
-from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText, is_within
 from retrotool.store.paths import FileName
 from retrotool.store.store import CHECKPOINT_NAME, Store
 from retrotool.store.tombstones import Tombstones
@@ -243,7 +242,7 @@ def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
-    rows, matrix = purged.rows(entry), vectors.read_vectors(purged.store, entry)
+    rows, matrix = purged.rows(entry), parts.read_vectors(purged.store, entry)
     starts = range(0, len(rows), _BLOCK_ROWS)
     return np.concatenate([matrix[rows[start : start + _BLOCK_ROWS]].any(axis=1) for start in starts])
 
@@ -354,7 +353,7 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
         link = found.is_symlink()
         if relative in removed or (_is_named(store, relative) and not link):
             continue
-        owner = clean.owner_of(Path(found), relative)
+        owner = clean.owner_of(relative)
         if owner is not None and owner not in alive:
             alive[owner] = runs.is_alive(store.root, owner, now=time.time())  # nothing is removed by it
         if not link and (relative in waiting or (owner is not None and alive[owner])):

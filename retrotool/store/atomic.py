@@ -77,11 +77,7 @@ def write_file(
     ``write(path)`` writes to the temporary path and returns the number of rows; ``check(path, rows)`` may raise if what
     lies there is not what was meant. On any error the temporary file is removed and nothing else has changed.
     """
-    target = paths.inside(root, name.path)
-    if target.exists():
-        raise FileExistsError(f"{target}: a name is never written twice")
-    with temporary_file(target, name.token) as temporary:
-        disk.announce("write", temporary)
+    with _new_file(root, name) as temporary:
         rows = write(temporary)
         if check is not None:
             check(temporary, rows)
@@ -89,8 +85,6 @@ def write_file(
         disk.fsync(temporary)
         # Hashed after fsync: what is read back is what the commit will promise.
         sha256 = file_sha256(temporary)
-        disk.rename(temporary, target)
-        disk.fsync_directory(target.parent)
     return FileEntry(name.path, rows, size, sha256, about)
 
 
@@ -102,12 +96,8 @@ def write_blocks(
     Each block is made durable, read back and hashed before the next is taken, so a file that takes minutes to make is
     finished in the time of its last block.
     """
-    target = paths.inside(root, name.path)
-    if target.exists():
-        raise FileExistsError(f"{target}: a name is never written twice")
     digest = hashlib.sha256()
-    with temporary_file(target, name.token) as temporary:
-        disk.announce("write", temporary)
+    with _new_file(root, name) as temporary:
         with temporary.open("xb") as file, temporary.open("rb") as written:
             for block in blocks:
                 file.write(block)
@@ -117,9 +107,20 @@ def write_blocks(
                     digest.update(data)
             size = written.tell()
         check(temporary, rows)
+    return FileEntry(name.path, rows, size, digest.hexdigest())
+
+
+@contextmanager
+def _new_file(root: Path, name: FileName) -> Iterator[Path]:
+    """A temporary path, which gets the name once it was written without an error; durable then."""
+    target = paths.inside(root, name.path)
+    if target.exists():
+        raise FileExistsError(f"{target}: a name is never written twice")
+    with temporary_file(target, name.token) as temporary:
+        disk.announce("write", temporary)
+        yield temporary
         disk.rename(temporary, target)
         disk.fsync_directory(target.parent)
-    return FileEntry(name.path, rows, size, digest.hexdigest())
 
 
 def put_if_absent(target: Path, token: str, data: bytes, check: Callable[[], object] = lambda: None) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import HASH_BYTES, ROW_GROUP
@@ -46,22 +47,10 @@ class Blocked:
     def __len__(self) -> int:
         return len(self.hashes)
 
-    def holds(self, ids: Sequence[str], text_hashes: Sequence[bytes] | npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Which of n documents are blocked, by their id or by their text, bool [n].
-
-        Args:
-            ids: their ids.
-            text_hashes: BLAKE2b-128 of their texts, 16 bytes each: a sequence, or an array of n × 16 bytes.
-
-        """
-        blocked = np.zeros(len(ids), np.bool_)
-        if not len(self.hashes) or not len(ids):
-            return blocked
-        if isinstance(text_hashes, np.ndarray):
-            data = text_hashes.tobytes()
-            text_hashes = [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
-        if len(text_hashes) != len(ids):
-            raise ValueError(f"{len(text_hashes):,} text hashes for {len(ids):,} ids")
+    def holds(self, ids: Sequence[str], text_hashes: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of n documents are blocked, by their ids or by their texts' BLAKE2b-128, 16 bytes each: bool [n]."""
+        if not len(self.hashes):
+            return np.zeros(len(ids), np.bool_)
         return self.contains(id_hashes(self._secret, ids)) | self.contains(keyed_texts(self._secret, text_hashes))
 
     def lacks(self, hashes: Hashes) -> Hashes:
@@ -124,7 +113,7 @@ def blocked_documents(store: Store, several: Blocked, chunks: FileEntry, documen
         documents: rows of its documents, not erased, with ``id``, ``text_hash``, ``first_row`` and ``n_chunks``.
 
     """
-    texts = parts.from_fixed_binary(documents["text_hash"], np.dtype(np.uint8))
+    texts = documents["text_hash"].fill_null(bytes(HASH_BYTES)).to_pylist()
     named = several.holds(documents["id"].to_pylist(), texts)
     return named | several.contains(stored_tokens(store, chunks, documents))
 
@@ -142,7 +131,8 @@ def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashe
     hashes = np.zeros(len(first), HASH)
     if not len(first):
         return hashes
-    groups = _row_groups(first, first + rows - 1)
+    low, high = first // ROW_GROUP, (first + rows - 1) // ROW_GROUP
+    groups = np.unique(expand_ranges(low, high - low + 1))
     table = parts.read_parquet(store, chunks, ["n_tokens", "tokens"], groups.tolist(), optional=["key"])
     dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
     tokens = np.ascontiguousarray(parts.from_fixed_binary(table["tokens"], dtype))
@@ -161,14 +151,6 @@ def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashe
             store.identity.secret, tokens.reshape(-1), begin[which, :pieces], count[which, :pieces]
         )
     return hashes
-
-
-def _row_groups(first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Numbers of the row groups that hold any of some spans of rows, ascending."""
-    change = np.zeros(int(last.max()) // ROW_GROUP + 2, np.int64)
-    np.add.at(change, first // ROW_GROUP, 1)
-    np.add.at(change, last // ROW_GROUP + 1, -1)
-    return np.flatnonzero(np.cumsum(change))
 
 
 def _sums(
@@ -203,7 +185,7 @@ def write_blocked(root: Path, name: FileName, hashes: Hashes) -> FileEntry:
 def read_blocked(store: Store) -> Blocked:
     """The block list of the store's view: empty if nothing was purged, or only before there were block lists."""
     group = store.state.group("blocked")
-    found = [read_hashes(store, entry) for slot in group if (entry := group.get(slot)) is not None]
+    found = [read_hashes(store, entry) for entry in group.entries()]
     hashes = np.unique(np.concatenate(found)) if found else np.zeros(0, HASH)
     return Blocked(store.identity.secret, hashes, tuple(group))
 

@@ -31,15 +31,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 from retrotool.errors import CorruptError
-from retrotool.store import claims, disk, log, paths, runs, staging
+from retrotool.store import disk, log, paths, runs, staging
 from retrotool.store.atomic import TEMPORARY
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
 from retrotool.store.store import CHECKPOINT_NAME, Store
 
-_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<run>[0-9a-f]{8})[0-9a-f]{8,16}")
-_RUN_PATH = re.compile(r"staging/run-[0-9a-f]{8}\.json")
-_CLAIM_PATH = re.compile(r"staging/claims/[^/]+-[0-9a-f]{8}")
+_TEMPORARY_PATH = re.compile(rf"(.*/)?{re.escape(TEMPORARY)}(?P<run>[0-9a-f]{{8}})[0-9a-f]{{8,16}}")
+_RUN_PATH = re.compile(r"staging/run-(?P<run>[0-9a-f]{8})\.json")
+_CLAIM_PATH = re.compile(r"staging/claims/[^/]+-(?P<run>[0-9a-f]{8})")
 
 
 def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
@@ -48,33 +48,27 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     ``thorough``: also files that a commit removed and a kill left on the disk, while the run that once wrote them is
     still alive. That reads the whole log if there are files of live runs on their way.
     """
-    candidates = [(path, path.relative_to(store.root).as_posix()) for path in _files(store.root)]
-    owners = {relative: owner_of(path, relative) for path, relative in candidates}
-    now = runs.beat(store.root, run.id)
-    alive = {owner: runs.is_alive(store.root, owner, now=now) for owner in set(owners.values()) if owner is not None}
+    root = store.root
+    # Symbolic links are not followed, and left alone.
+    candidates = [path for path, entry in paths.walk(root) if entry.is_file(follow_symlinks=False)]
+    owners = {path: owner for path in candidates if (owner := owner_of(path)) is not None}
+    now = runs.beat(root, run.id)
+    alive = {owner: runs.is_alive(root, owner, now=now) for owner in set(owners.values())}
     stopped = frozenset(owner for owner in alive if not alive[owner])
     # Not one that was made since: the temporary file of a run that begins is listed before its run file is there.
-    disk.unlink_all(path for path, relative in candidates if _is_run(relative) and owners[relative] in stopped)
-    _remove_temporary(store.root, stopped)
-    disk.unlink_all(staging.broken(store.root))  # their tasks are planned again
-    staged = {path for task in staging.read_staged(store.root).values() for path in task.files()}
+    disk.unlink_all(root / path for path, owner in owners.items() if _RUN_PATH.fullmatch(path) and owner in stopped)
+    _remove_temporary(root, stopped)
+    disk.unlink_all(staging.broken(root))  # their tasks are planned again
+    staged = {path for task in staging.read_staged(root).values() for path in task.files()}
     state = store.refresh()
-    dead: list[Path] = []
-    suspects: list[Path] = []
-    for path, relative in candidates:
-        owner = owners[relative]
-        if owner is None or relative in staged or (_is_data(relative) and state.has(relative)):
-            continue
-        if alive[owner]:
-            suspects.append(path)
-            continue
-        dead.append(path)
-    disk.unlink_all(dead)
-    if not thorough:
-        return len(dead)
-    once = _ever_added(store, [path.relative_to(store.root).as_posix() for path in suspects])
-    disk.unlink_all(paths.inside(store.root, gone) for gone in once)
-    return len(dead) + len(once)
+    unnamed = [path for path in owners if not (path in staged or (_is_data(path) and state.has(path)))]
+    gone = [path for path in unnamed if not alive[owners[path]]]
+    disk.unlink_all(root / path for path in gone)
+    if thorough:
+        once = _ever_added(store, [path for path in unnamed if alive[owners[path]]])
+        disk.unlink_all(paths.inside(root, path) for path in once)
+        gone += once
+    return len(gone)
 
 
 def _remove_temporary(root: Path, dead: Collection[str]) -> None:
@@ -82,29 +76,18 @@ def _remove_temporary(root: Path, dead: Collection[str]) -> None:
     for folder in (root / "log", root / "staging"):
         there = list(folder.iterdir()) if folder.is_dir() else []
         temporary = [path for path in there if path.name.startswith(TEMPORARY)]
-        disk.unlink_all(path for path in temporary if owner_of(path, path.name) in dead)
+        disk.unlink_all(path for path in temporary if owner_of(path.name) in dead)
 
 
-def _files(root: Path) -> list[Path]:
-    """Files that a run may have written; symbolic links are not followed, and left alone."""
-    found = paths.walk(root)
-    return [Path(entry) for path, entry in found if entry.is_file(follow_symlinks=False)]
-
-
-def owner_of(path: Path, relative: str) -> str | None:
-    """The run that wrote a file; None for files that are no business of clean-up."""
-    if match := _TEMPORARY_NAME.fullmatch(path.name):
-        return match["run"]
-    if _is_run(relative):
-        return path.stem.removeprefix("run-")
-    if _CLAIM_PATH.fullmatch(relative):
-        return claims.owner(path.name)
-    if relative.startswith(("log/", "checkpoints/")):
-        return None
+def owner_of(path: str) -> str | None:
+    """The run that wrote the file at a path of a store; None for files that are no business of clean-up."""
+    for pattern in (_TEMPORARY_PATH, _RUN_PATH, _CLAIM_PATH):
+        if match := pattern.fullmatch(path):
+            return match["run"]
     try:
-        return FileName.parse(relative).run
+        return FileName.parse(path).run
     except CorruptError:
-        return None  # a person put it there, or it is a staged entry
+        return None  # a person put it there, or it is a staged entry, or of the log
 
 
 def foreign_files(root: Path) -> list[str]:
@@ -116,24 +99,9 @@ def foreign_files(root: Path) -> list[str]:
         path
         for path, entry in paths.walk(root)
         if "/" in path and not entry.name.startswith(".") and not path.startswith("log/")
-        if not (entry.is_symlink() or _is_ours(path))
+        if not (entry.is_symlink() or owner_of(path) or staging.ENTRY_PATH.fullmatch(path))
+        if not CHECKPOINT_NAME.fullmatch(path.removeprefix("checkpoints/"))
     )
-
-
-def _is_ours(path: str) -> bool:
-    if path.startswith("checkpoints/"):
-        return CHECKPOINT_NAME.fullmatch(path.removeprefix("checkpoints/")) is not None
-    if _is_run(path) or staging.ENTRY_PATH.fullmatch(path) or _CLAIM_PATH.fullmatch(path):
-        return True
-    try:
-        FileName.parse(path)
-    except CorruptError:
-        return False
-    return True
-
-
-def _is_run(relative: str) -> bool:
-    return _RUN_PATH.fullmatch(relative) is not None
 
 
 def _is_data(relative: str) -> bool:

@@ -123,8 +123,7 @@ def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
         if not covered:
             continue
         kind, name, own = _slot(entry.path)
-        group = state.group(kind, name)
-        live = [other for slot in group if (other := group.get(slot)) is not None and other.path not in task.remove]
+        live = [other for other in state.group(kind, name).entries() if other.path not in task.remove]
         for other in (*live, *(e for e in draft.add if _slot(e.path)[:2] == (kind, name))):
             if generation_in(_slot(other.path)[2]) != generation_in(own):
                 continue
@@ -197,8 +196,7 @@ def _brings_back(store: Store, state: State, unit: Unit) -> bool:
     """Whether a unit has documents that are on the block list by now: it was read before they were purged."""
     if unit.blocked is None:
         return False
-    group = state.group("blocked")
-    newer = [entry for slot in group if slot not in unit.blocked and (entry := group.get(slot)) is not None]
+    newer = [entry for slot, entry in state.group("blocked").items() if slot not in unit.blocked]
     if not newer:
         return False
     hashes = np.unique(np.concatenate([read_hashes(store, entry) for entry in newer]))

@@ -9,8 +9,8 @@ Ids may have been purged since: reading gives what is stored, and the reader mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import pyarrow as pa
 from retrotool.errors import CorruptError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.ids import Ids
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
@@ -85,21 +84,22 @@ def write_table(
     ``chunk_bytes``.
     """
     metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.path": path}
-    if text is None:
-        arrow = pa.table(_columns(table)).replace_schema_metadata(metadata)
-        return parts.write_parquet(root, name, arrow, about=about)
     saved = table.ids.shape[1]
     own = [("ids", pa.list_(pa.int64(), saved)), ("distances", pa.list_(pa.float32(), saved))]
-    schema = pa.schema([*own, *text_schema(int(about["text"]), chunk_bytes)], metadata=metadata)
+    more = () if text is None else text_schema(int(about["text"]), chunk_bytes)
+    schema = pa.schema([*own, *more], metadata=metadata)
 
     def groups() -> Iterator[pa.Table]:
+        if text is None:
+            yield to_arrow(table, None, schema)
+            return
         start = 0
         for group in text:
             rows = slice(start, start + len(group.ids))
             yield to_arrow(NeighbourTable(table.ids[rows], table.distances[rows]), group, schema)
             start = rows.stop
 
-    return replace(parts.write_batches(root, name, schema, groups(), row_group=ROW_GROUP), about=about)
+    return parts.write_batches(root, name, schema, groups(), row_group=ROW_GROUP, about=about)
 
 
 def text_schema(k: int, chunk_bytes: int) -> pa.Schema:
@@ -116,17 +116,13 @@ def text_schema(k: int, chunk_bytes: int) -> pa.Schema:
 
 def to_arrow(table: NeighbourTable, text: NeighbourText | None, schema: pa.Schema) -> pa.Table:
     """Return rows as they are written, in the types of ``schema``."""
-    columns = _columns(table)
+    columns = {"ids": _list_array(table.ids), "distances": _list_array(table.distances)}
     if text is not None:
         n = len(text.ids)
         columns |= {"text_ids": _list_array(text.ids), "text_distances": _list_array(text.distances)}
         columns["text_n_tokens"] = _list_array(text.n_tokens.reshape(n, -1))
         columns["text_tokens"] = parts.fixed_binary(text.tokens.reshape(n, -1))
     return pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
-
-
-def _columns(table: NeighbourTable) -> dict[str, pa.Array]:
-    return {"ids": _list_array(table.ids), "distances": _list_array(table.distances)}
 
 
 def _list_array(values: npt.NDArray[Any]) -> pa.Array:
@@ -206,3 +202,14 @@ def _lists(store: Store, entry: FileEntry, arrow: pa.Table, name: str) -> npt.ND
         return flat.reshape(arrow.num_rows, -1)
     except (KeyError, ValueError, AttributeError) as error:  # numpy has no nulls, and those of lists are left out
         raise CorruptError(f"{store.root / entry.path} is no neighbour table: {error}") from error
+
+
+def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | None) -> bool:
+    """Whether the ids in a neighbour table are chunks of the store that it lies in; ``metadata`` is that of its file.
+
+    A copy of a store has the same uuid, and goes its own way: the table's record knows where the database was.
+    """
+    if (metadata or {}).get(b"retrotool.database", b"") != store.identity.uuid.encode():
+        return False
+    record = store.state.records.get(f"neighbours:{FileName.parse(entry.path).name}", {})
+    return bool(record.get("within", True))

@@ -1,20 +1,19 @@
-"""The Parquet files of a part: documents and chunks; and one way to write and read any Parquet file of a store.
+"""The files of a part: documents and chunks in Parquet, embeddings as ``.npy``; and any other Parquet file of a store.
 
-Everything is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine
-in ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them
-without a copy. Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s.
+Parquet is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine in
+ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them without a
+copy. Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s. Embeddings are memory-mapped.
 
-Chunks that are no keys (the values of key-value records) are told by a column that a file has only if it holds some:
-at most 0.1 MB per million chunks. Which rows have a vector is decided here, in ``Chunks.embedded`` and
-``read_embedded``, and nowhere else.
-
-Here also: what columns the Parquet files of a store have, and of what types.
+A chunk's id is the number of its part and its row in 64 bits, ``part << 32 | row``. Chunks that are not keys (the
+values of key-value records) are marked in a column that a file has only if it holds some: at most 0.1 MB per million
+chunks. Which rows have a vector is decided here, in ``Chunks.embedded`` and ``read_embedded``, and nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,333 +25,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, parts
+from retrotool.store import atomic
 from retrotool.store.atomic import FileEntry
-from retrotool.store.ids import PART_SHIFT as PART_SHIFT
-from retrotool.store.ids import chunk_ids as chunk_ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
 _UNIQUE = frozenset(("tokens", "distances"))
-
-
-def token_dtype(token_bytes: int) -> np.dtype[Any]:
-    """Little-endian uint16 or uint32."""
-    return np.dtype("<u2" if token_bytes == 2 else "<u4")
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The chunks of a part, all arrays of length n: ``tokens`` is [n, chunk_length], zero-padded.
-
-    ``key``: searched by and for; False: the value of a key-value record, which is a continuation and nothing else.
-    """
-
-    part: int
-    doc: npt.NDArray[np.int32]
-    index: npt.NDArray[np.int32]
-    n_tokens: npt.NDArray[np.int32]
-    tokens: npt.NDArray[Any]
-    key: npt.NDArray[np.bool_]
-
-    def __len__(self) -> int:
-        """Rows of the part, erased ones too."""
-        return len(self.doc)
-
-    @property
-    def embedded(self) -> npt.NDArray[np.bool_]:
-        """Which rows have a vector, bool [n]: keys that are not erased. A purged row has its own until then."""
-        embedded: npt.NDArray[np.bool_] = _embedded(self.n_tokens, self.key)
-        return embedded
-
-    def between(self, start: int, stop: int) -> Chunks:
-        """Some of the rows, without a copy."""
-        some = slice(start, stop)
-        return Chunks(
-            self.part, self.doc[some], self.index[some], self.n_tokens[some], self.tokens[some], self.key[some]
-        )
-
-    def is_embedded(self, row: int) -> bool:
-        """Whether one row has a vector."""
-        return bool(_embedded(self.n_tokens[row], self.key[row]))
-
-
-def _embedded(n_tokens: Any, key: Any) -> Any:
-    return (n_tokens > 0) & key
-
-
-def write_parquet(
-    root: Path, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
-) -> FileEntry:
-    """Write a table through the store's door; of a chunks table with values, ``about`` will count the keys too."""
-    if _has_values(table.schema):
-        about = {**(about or {}), "keys": _count_keys(table)}
-
-    def write(path: Path) -> int:
-        pq.write_table(
-            table,
-            path,
-            row_group_size=row_group,
-            compression="zstd",
-            use_dictionary=_repeats(table.schema),
-            write_page_checksum=True,
-            write_page_index=True,
-        )
-        return int(table.num_rows)
-
-    return atomic.write_file(root, name, write, about=about, check=_check_rows)
-
-
-def write_batches(
-    root: Path, name: FileName, schema: pa.Schema, batches: Iterable[pa.Table], *, row_group: int | None = None
-) -> FileEntry:
-    """Write tables of one schema as one file, in row groups of their own or of a given size; only one is held.
-
-    Of chunks with values ``about`` will count the keys.
-    """
-    keys = 0
-
-    def write(path: Path) -> int:
-        nonlocal keys
-        rows = 0
-        with pq.ParquetWriter(
-            path,
-            schema,
-            compression="zstd",
-            use_dictionary=_repeats(schema),
-            write_page_checksum=True,
-            write_page_index=True,
-        ) as writer:
-            for batch in batches:
-                writer.write_table(batch, row_group_size=row_group)
-                rows += batch.num_rows
-                keys += _count_keys(batch) if _has_values(schema) else 0
-        return rows
-
-    entry = atomic.write_file(root, name, write, check=_check_rows)
-    return replace(entry, about={"keys": keys}) if _has_values(schema) else entry
-
-
-def _repeats(schema: pa.Schema) -> bool:
-    """Whether a dictionary of values is worth its time: of tokens as a whole and of neighbours it would be as large."""
-    return _UNIQUE.isdisjoint(schema.names)
-
-
-def _has_values(schema: pa.Schema) -> bool:
-    return "key" in schema.names and schema.field("key").type == parts.KEY.type
-
-
-def _count_keys(table: pa.Table) -> int:
-    return int(pc.sum(table["key"]).as_py() or 0)
-
-
-def _check_rows(path: Path, rows: int) -> None:
-    found = pq.read_metadata(path).num_rows
-    if found != rows:
-        raise CorruptError(f"{path}: wrote {rows:,} rows, found {found:,}")
-
-
-def read_parquet(
-    store: Store,
-    entry: FileEntry,
-    columns: Sequence[str] | None = None,
-    row_groups: Sequence[int] | None = None,
-    *,
-    optional: Sequence[str] = (),
-) -> pa.Table:
-    """Read a Parquet file of the store's view; ``CorruptError`` names the file if it is broken.
-
-    ``optional``: columns to read besides ``columns`` if the file has them.
-    """
-    with _open_parquet(store, entry) as file:
-        path = store.root / entry.path
-        rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        if not file.metadata.num_rows == sum(rows) == entry.rows:
-            raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
-        _check_schema(store, entry, file.schema_arrow, columns)
-        groups = list(range(len(rows)) if row_groups is None else row_groups)
-        present = [name for name in optional if name in file.schema_arrow.names]
-        table = file.read_row_groups(groups, columns=None if columns is None else [*columns, *present])
-        if table.num_rows != (due := sum(rows[group] for group in groups)):
-            raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {due:,}")
-        return table
-
-
-@contextlib.contextmanager
-def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
-    with store.reading(entry) as path:
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
-                yield file
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise store.corrupt(f"{path}: {str(error).splitlines()[0]}") from error
-
-
-def read_schema(store: Store, entry: FileEntry) -> pa.Schema:
-    """Read the columns of a Parquet file of the store's view, and its metadata."""
-    return read_parquet(store, entry, row_groups=[]).schema
-
-
-def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """As ``read_parquet``, one row group after another: files that may be larger than memory."""
-    with _open_parquet(store, entry) as file:
-        groups = file.metadata.num_row_groups
-    for group in range(groups):
-        yield read_parquet(store, entry, columns, [group])
-
-
-def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
-    """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
-    own = store.identity
-    kind = FileName.parse(entry.path).kind
-    expected = parts.of_kind(kind, own.chunk_length * own.tokenizer.token_bytes)
-    if kind == "chunks":
-        _check_key_column(entry, schema)
-    # pyarrow leaves out in silence a column that is asked for and not there.
-    wanted = [*(field.name for field in expected), *(columns or ())]
-    for name in wanted:
-        if name not in schema.names:
-            raise CorruptError(f"{entry.path}: it has no column {name!r}")
-        if name in expected.names and schema.field(name).type != expected.field(name).type:
-            found, due = schema.field(name).type, expected.field(name).type
-            raise CorruptError(f"{entry.path}: its column {name!r} is {found}, not {due}")
-
-
-def _check_key_column(entry: FileEntry, schema: pa.Schema) -> None:
-    """The log says whether a chunks file has the column ``key``: a footer that lost it would make keys of values."""
-    found = schema.field("key").type if "key" in schema.names else None
-    due = parts.KEY.type if "keys" in (entry.about or {}) else None
-    if found != due:
-        raise CorruptError(
-            f"{entry.path}: its column 'key' is {found or 'missing'}, the log says {due or 'that it has none'}"
-        )
-
-
-def n_keys(entry: FileEntry) -> int:
-    """How many rows of a chunks file are keys, erased and purged ones too."""
-    return int((entry.about or {}).get("keys", entry.rows))
-
-
-def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:
-    """[n, w] numbers as n fixed-size binaries, without a copy."""
-    data = np.ascontiguousarray(values)
-    width = data.shape[1] * data.dtype.itemsize
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)])
-
-
-def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Inverse of ``fixed_binary``; nulls come back as zeros."""
-    if column.null_count:
-        column = column.fill_null(b"\0" * column.type.byte_width)
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    width = array.type.byte_width // dtype.itemsize
-    if not len(array):
-        return np.zeros((0, width), dtype)
-    numbers = np.frombuffer(
-        array.buffers()[1], dtype, count=len(array) * width, offset=array.offset * array.type.byte_width
-    )
-    return numbers.reshape(-1, width)
-
-
-def chunks_table(
-    doc: Any,
-    index: Any,
-    n_tokens: Any,
-    tokens: npt.NDArray[Any],
-    key: npt.NDArray[np.bool_] | None = None,
-    *,
-    first: int = 0,
-) -> pa.Table:
-    """The table of a chunks file, or of its rows from ``first`` on.
-
-    ``key`` [n] tells which chunks are keys (None: all). If all are, the table has no such column.
-    """
-    binary = fixed_binary(tokens)
-    columns = [
-        pa.array(np.arange(first, first + len(doc)), pa.int32()),
-        *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)),
-        binary,
-    ]
-    some = key is not None and not np.all(key)
-    return pa.table(
-        [*columns, pa.array(key, pa.bool_())] if some else columns,
-        schema=parts.chunks_schema(binary.type.byte_width, key=some),
-    )
-
-
-def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
-    """Which documents have the hash of their text for an id, as those have that came without, bool [n]."""
-    named = np.zeros(documents.num_rows, np.bool_)
-    may = np.flatnonzero(pc.equal(pc.binary_length(documents["id"]), 2 * parts.HASH_BYTES).fill_null(False).to_numpy())
-    ids, hashes = (documents[name].take(pa.array(may)).to_pylist() for name in ("id", "text_hash"))
-    named[may] = [hashed is not None and name == hashed.hex() for name, hashed in zip(ids, hashes, strict=True)]
-    return named
-
-
-def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
-    """The live file of a part; ``CorruptError`` if it has none."""
-    entry = store.state.part_file(kind, part, name)
-    if entry is None:
-        raise store.corrupt(f"part {part} has no {kind} file")
-    return entry
-
-
-def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None) -> Chunks:
-    """Read a part's chunks (or the chunks of some row groups of it)."""
-    entry = part_entry(store, "chunks", part)
-    table = read_parquet(store, entry, ["doc", "index", "n_tokens", "tokens"], row_groups, optional=["key"])
-    dtype = token_dtype(store.identity.tokenizer.token_bytes)
-    doc, index, n_tokens = (table[name].to_numpy() for name in ("doc", "index", "n_tokens"))
-    return Chunks(part, doc, index, n_tokens, from_fixed_binary(table["tokens"], dtype), _key(entry, table))
-
-
-def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
-    """Which rows of a part have a vector (``Chunks.embedded``), bool [n]; without reading their tokens."""
-    entry = part_entry(store, "chunks", part)
-    table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
-    embedded: npt.NDArray[np.bool_] = _embedded(table["n_tokens"].to_numpy(), _key(entry, table))
-    return embedded
-
-
-def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
-    """Which rows of a part are keys, erased and purged ones too, bool [n]; reads nothing where all are."""
-    entry = part_entry(store, "chunks", part)
-    if n_keys(entry) == entry.rows:
-        return np.ones(entry.rows, np.bool_)
-    return _key(entry, read_parquet(store, entry, ["key"]))
-
-
-def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
-    if "key" not in table.schema.names:
-        return np.ones(table.num_rows, np.bool_)
-    if table["key"].null_count:
-        raise CorruptError(f"{entry.path}: its column 'key' has nulls")
-    found: npt.NDArray[np.bool_] = table["key"].to_numpy()
-    return found
-
-
-def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a part's documents."""
-    return read_parquet(store, part_entry(store, "documents", part), columns)
-
-
-def rows_of_documents(first: npt.NDArray[Any], count: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Rows of documents that begin at row ``first`` and have ``count`` chunks, one document after another."""
-    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    rows: npt.NDArray[np.int64] = np.repeat(first.astype(np.int64), count) + within
-    return rows
-
-
-def columns_of(mapping: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
-    """Columns by name as a table of ``schema``."""
-    return pa.table([pa.array(mapping[field.name], field.type) for field in schema], schema=schema)
-
-
 HASH_BYTES = 16
-
+PART_SHIFT = 32
+_ROW_MASK = (1 << PART_SHIFT) - 1
+Ids = npt.NDArray[np.int64]
 RESERVED_COLUMNS = (
     "id", "key", "text_hash", "source", "first_row", "n_chunks", "n_tokens", "input", "position", "doc", "part",
 )  # fmt: skip
@@ -423,3 +106,388 @@ def of_kind(kind: str, chunk_bytes: int) -> pa.Schema:
         "blocked": BLOCKED_SCHEMA,
     }
     return known.get(kind, pa.schema([]))
+
+
+def chunk_ids(part: int, rows: npt.NDArray[Any]) -> Ids:
+    """Return the chunk ids of rows [n] of a part, int64 [n]."""
+    return (np.int64(part) << PART_SHIFT) + rows.astype(np.int64)
+
+
+def join_id(part: int, row: int) -> int:
+    """Return the chunk id of a row of a part."""
+    return (part << PART_SHIFT) | row
+
+
+def split_id(chunk: int) -> tuple[int, int]:
+    """Return the part and the row of a chunk id."""
+    return chunk >> PART_SHIFT, chunk & _ROW_MASK
+
+
+def part_of(ids: Ids) -> Ids:
+    """Return the part of each chunk id, int64 [n]."""
+    return ids >> PART_SHIFT
+
+
+def row_of(ids: Ids) -> Ids:
+    """Return the row of each chunk id in its part, int64 [n]."""
+    return ids & _ROW_MASK
+
+
+def distinct_parts(ids: Ids) -> list[int]:
+    """Return the numbers of the parts that chunk ids, in any order, belong to, ascending."""
+    return [int(part) for part in np.unique(ids >> PART_SHIFT)]
+
+
+def rows_by_part(ids: Ids) -> Iterator[tuple[int, Ids]]:
+    """Yield each part that chunk ids belong to, ascending, and the rows of its ids in their order."""
+    for part in distinct_parts(ids):
+        yield part, row_of(ids[part_of(ids) == part])
+
+
+def places_by_part(ids: Ids) -> Iterator[tuple[int, Ids]]:
+    """Yield each part that chunk ids belong to, ascending, and the places of its ids in ``ids``."""
+    for part in distinct_parts(ids):
+        yield part, np.flatnonzero(part_of(ids) == part)
+
+
+def slice_of_part(ids: Ids, part: int) -> slice:
+    """Return where the ids of a part are in ascending ``ids``, by binary search."""
+    low, high = np.searchsorted(ids, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
+    return slice(int(low), int(high))
+
+
+def token_dtype(token_bytes: int) -> np.dtype[Any]:
+    """Little-endian uint16 or uint32."""
+    return np.dtype("<u2" if token_bytes == 2 else "<u4")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunks of a part, all arrays of length n: ``tokens`` is [n, chunk_length], zero-padded.
+
+    ``key``: searched by and for; False: the value of a key-value record, which is a continuation and nothing else.
+    """
+
+    part: int
+    doc: npt.NDArray[np.int32]
+    index: npt.NDArray[np.int32]
+    n_tokens: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]
+    key: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """Rows of the part, erased ones too."""
+        return len(self.doc)
+
+    @property
+    def embedded(self) -> npt.NDArray[np.bool_]:
+        """Which rows have a vector, bool [n]: keys that are not erased. A purged row has its own until then."""
+        embedded: npt.NDArray[np.bool_] = _embedded(self.n_tokens, self.key)
+        return embedded
+
+    def between(self, start: int, stop: int) -> Chunks:
+        """Some of the rows, without a copy."""
+        some = slice(start, stop)
+        return Chunks(
+            self.part, self.doc[some], self.index[some], self.n_tokens[some], self.tokens[some], self.key[some]
+        )
+
+    def is_embedded(self, row: int) -> bool:
+        """Whether one row has a vector."""
+        return bool(_embedded(self.n_tokens[row], self.key[row]))
+
+
+def _embedded(n_tokens: Any, key: Any) -> Any:
+    return (n_tokens > 0) & key
+
+
+def write_parquet(
+    root: Path, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
+) -> FileEntry:
+    """Write a table through the store's door, as ``write_batches`` does."""
+    return write_batches(root, name, table.schema, [table], row_group=row_group, about=about)
+
+
+def write_batches(
+    root: Path,
+    name: FileName,
+    schema: pa.Schema,
+    batches: Iterable[pa.Table],
+    *,
+    row_group: int | None = None,
+    about: dict[str, Any] | None = None,
+) -> FileEntry:
+    """Write tables of one schema as one file, in row groups of their own or of a given size; only one is held.
+
+    Of a chunks table with values, ``about`` will count the keys, too.
+    """
+    keys = 0
+
+    def write(path: Path) -> int:
+        nonlocal keys
+        rows = 0
+        with pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            use_dictionary=_repeats(schema),
+            write_page_checksum=True,
+            write_page_index=True,
+        ) as writer:
+            for batch in batches:
+                writer.write_table(batch, row_group_size=row_group)
+                rows += batch.num_rows
+                keys += int(pc.sum(batch["key"]).as_py() or 0) if _has_values(schema) else 0
+        return rows
+
+    entry = atomic.write_file(root, name, write, about=about, check=_check_rows)
+    return replace(entry, about={**(about or {}), "keys": keys}) if _has_values(schema) else entry
+
+
+def _repeats(schema: pa.Schema) -> bool:
+    """Whether a dictionary of values is worth its time: of tokens as a whole and of neighbours it would be as large."""
+    return _UNIQUE.isdisjoint(schema.names)
+
+
+def _has_values(schema: pa.Schema) -> bool:
+    return "key" in schema.names and schema.field("key").type == KEY.type
+
+
+def _check_rows(path: Path, rows: int) -> None:
+    found = pq.read_metadata(path).num_rows
+    if found != rows:
+        raise CorruptError(f"{path}: wrote {rows:,} rows, found {found:,}")
+
+
+def read_parquet(
+    store: Store,
+    entry: FileEntry,
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[int] | None = None,
+    *,
+    optional: Sequence[str] = (),
+) -> pa.Table:
+    """Read a Parquet file of the store's view; ``CorruptError`` names the file if it is broken.
+
+    ``optional``: columns to read besides ``columns`` if the file has them.
+    """
+    with _open_parquet(store, entry) as file:
+        path = store.root / entry.path
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        if not file.metadata.num_rows == sum(rows) == entry.rows:
+            raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
+        _check_schema(store, entry, file.schema_arrow, columns)
+        groups = list(range(len(rows)) if row_groups is None else row_groups)
+        present = [name for name in optional if name in file.schema_arrow.names]
+        table = file.read_row_groups(groups, columns=None if columns is None else [*columns, *present])
+        if table.num_rows != (due := sum(rows[group] for group in groups)):
+            raise CorruptError(f"{path}: {table.num_rows:,} rows read, the log says {due:,}")
+        return table
+
+
+@contextlib.contextmanager
+def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
+    with store.reading(entry) as path:
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
+                yield file
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise store.corrupt(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def read_schema(store: Store, entry: FileEntry) -> pa.Schema:
+    """Read the columns of a Parquet file of the store's view, and its metadata."""
+    return read_parquet(store, entry, row_groups=[]).schema
+
+
+def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """As ``read_parquet``, one row group after another: files that may be larger than memory."""
+    with _open_parquet(store, entry) as file:
+        groups = file.metadata.num_row_groups
+    for group in range(groups):
+        yield read_parquet(store, entry, columns, [group])
+
+
+def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
+    """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
+    own = store.identity
+    kind = FileName.parse(entry.path).kind
+    expected = of_kind(kind, own.chunk_length * own.tokenizer.token_bytes)
+    if kind == "chunks":
+        _check_key_column(entry, schema)
+    # pyarrow leaves out in silence a column that is asked for and not there.
+    wanted = [*(field.name for field in expected), *(columns or ())]
+    for name in wanted:
+        if name not in schema.names:
+            raise CorruptError(f"{entry.path}: it has no column {name!r}")
+        if name in expected.names and schema.field(name).type != expected.field(name).type:
+            found, due = schema.field(name).type, expected.field(name).type
+            raise CorruptError(f"{entry.path}: its column {name!r} is {found}, not {due}")
+
+
+def _check_key_column(entry: FileEntry, schema: pa.Schema) -> None:
+    """The log says whether a chunks file has the column ``key``: a footer that lost it would make keys of values."""
+    found = schema.field("key").type if "key" in schema.names else None
+    due = KEY.type if "keys" in (entry.about or {}) else None
+    if found != due:
+        raise CorruptError(
+            f"{entry.path}: its column 'key' is {found or 'missing'}, the log says {due or 'that it has none'}"
+        )
+
+
+def n_keys(entry: FileEntry) -> int:
+    """How many rows of a chunks file are keys, erased and purged ones too."""
+    return int((entry.about or {}).get("keys", entry.rows))
+
+
+def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:
+    """[n, w] numbers as n fixed-size binaries, without a copy."""
+    data = np.ascontiguousarray(values)
+    width = data.shape[1] * data.dtype.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)])
+
+
+def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Inverse of ``fixed_binary``; nulls come back as zeros."""
+    if column.null_count:
+        column = column.fill_null(b"\0" * column.type.byte_width)
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    width = array.type.byte_width // dtype.itemsize
+    if not len(array):
+        return np.zeros((0, width), dtype)
+    numbers = np.frombuffer(
+        array.buffers()[1], dtype, count=len(array) * width, offset=array.offset * array.type.byte_width
+    )
+    return numbers.reshape(-1, width)
+
+
+def chunks_table(
+    doc: Any,
+    index: Any,
+    n_tokens: Any,
+    tokens: npt.NDArray[Any],
+    key: npt.NDArray[np.bool_] | None = None,
+    *,
+    first: int = 0,
+) -> pa.Table:
+    """The table of a chunks file, or of its rows from ``first`` on.
+
+    ``key`` [n] tells which chunks are keys (None: all). If all are, the table has no such column.
+    """
+    binary = fixed_binary(tokens)
+    columns = [
+        pa.array(np.arange(first, first + len(doc)), pa.int32()),
+        *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)),
+        binary,
+    ]
+    some = key is not None and not np.all(key)
+    return pa.table(
+        [*columns, pa.array(key, pa.bool_())] if some else columns,
+        schema=chunks_schema(binary.type.byte_width, key=some),
+    )
+
+
+def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which documents have the hash of their text for an id, as those have that came without, bool [n]."""
+    named = np.zeros(documents.num_rows, np.bool_)
+    may = np.flatnonzero(pc.equal(pc.binary_length(documents["id"]), 2 * HASH_BYTES).fill_null(False).to_numpy())
+    ids, hashes = (documents[name].take(pa.array(may)).to_pylist() for name in ("id", "text_hash"))
+    named[may] = [hashed is not None and name == hashed.hex() for name, hashed in zip(ids, hashes, strict=True)]
+    return named
+
+
+def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
+    """The live file of a part; ``CorruptError`` if it has none."""
+    entry = store.state.part_file(kind, part, name)
+    if entry is None:
+        raise store.corrupt(f"part {part} has no {kind} file")
+    return entry
+
+
+def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None) -> Chunks:
+    """Read a part's chunks (or the chunks of some row groups of it)."""
+    entry = part_entry(store, "chunks", part)
+    table = read_parquet(store, entry, ["doc", "index", "n_tokens", "tokens"], row_groups, optional=["key"])
+    dtype = token_dtype(store.identity.tokenizer.token_bytes)
+    doc, index, n_tokens = (table[name].to_numpy() for name in ("doc", "index", "n_tokens"))
+    return Chunks(part, doc, index, n_tokens, from_fixed_binary(table["tokens"], dtype), _key(entry, table))
+
+
+def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
+    """Which rows of a part have a vector (``Chunks.embedded``), bool [n]; without reading their tokens."""
+    entry = part_entry(store, "chunks", part)
+    table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
+    embedded: npt.NDArray[np.bool_] = _embedded(table["n_tokens"].to_numpy(), _key(entry, table))
+    return embedded
+
+
+def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
+    """Which rows of a part are keys, erased and purged ones too, bool [n]; reads nothing where all are."""
+    entry = part_entry(store, "chunks", part)
+    if n_keys(entry) == entry.rows:
+        return np.ones(entry.rows, np.bool_)
+    return _key(entry, read_parquet(store, entry, ["key"]))
+
+
+def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
+    if "key" not in table.schema.names:
+        return np.ones(table.num_rows, np.bool_)
+    if table["key"].null_count:
+        raise CorruptError(f"{entry.path}: its column 'key' has nulls")
+    found: npt.NDArray[np.bool_] = table["key"].to_numpy()
+    return found
+
+
+def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a part's documents."""
+    return read_parquet(store, part_entry(store, "documents", part), columns)
+
+
+def write_vectors(root: Path, name: FileName, vectors: npt.NDArray[np.float16]) -> FileEntry:
+    """Write ``vectors``, float16 [n, d], through the store's door."""
+    return write_vector_blocks(root, name, vectors.shape[0], vectors.shape[1], [vectors])
+
+
+def write_vector_blocks(
+    root: Path, name: FileName, rows: int, dimension: int, blocks: Iterable[npt.NDArray[np.float16]]
+) -> FileEntry:
+    """As ``write_vectors``, of blocks float16 [m, d] that have ``rows`` rows together; one is held at a time."""
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        header = io.BytesIO()
+        described = {"descr": "<f2", "fortran_order": False, "shape": (rows, dimension)}
+        np.lib.format.write_array_header_1_0(header, described)
+        start = header.getvalue()  # goes with the first block: each is made durable on its own
+        for block in blocks:
+            data = np.ascontiguousarray(block, "<f2")
+            if start:
+                yield start + data.tobytes()
+                start = b""
+            elif len(data):
+                yield data.data.cast("B")
+        if start:
+            yield start
+
+    def check(path: Path, rows: int) -> None:
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):  # there is less than the header says
+            raise CorruptError(f"{path}: it breaks off") from None
+        if found.shape != (rows, dimension) or found.offset + found.nbytes != path.stat().st_size:
+            raise CorruptError(f"{path}: not what was written")
+
+    return atomic.write_blocks(root, name, pieces(), rows, check=check)
+
+
+def read_vectors(store: Store, entry: FileEntry) -> npt.NDArray[np.float16]:
+    """Map a part's embeddings, float16 [n, d]; rows of erased chunks are zero. Checks shape and type, not the sum."""
+    with store.reading(entry) as path:
+        try:
+            vectors: npt.NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise store.corrupt(f"{path}: {error}") from error
+    if vectors.dtype != np.float16 or vectors.ndim != 2 or len(vectors) != entry.rows:
+        raise store.corrupt(f"{path}: {vectors.dtype} {vectors.shape}, the log says {entry.rows} rows of float16")
+    return vectors

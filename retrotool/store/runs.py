@@ -1,4 +1,4 @@
-"""Runs: who is writing to a store, and whether they are still alive.
+"""Runs: who is writing to a store, whether they are still alive, and which tasks they are at.
 
 A run writes ``staging/run-<id>.json`` when it starts and touches it every 30 seconds; every file it writes carries its
 id. Clean-up may remove what a dead run left. A run is dead if its process has ended on the same host, boot and process
@@ -7,6 +7,11 @@ Silence is measured by the clock of the file system: clocks of machines differ.
 
 A run that only slept may be taken for dead. It finds its file removed, and must not commit or stage anything then
 (``beat``); ``store.clean`` says why that is enough.
+
+A claim, the empty file ``staging/claims/<task key>-<run>``, keeps two runs from the same task. A run makes its claim
+first and then looks whether a live run has another: of two that meet, at least the later one sees the other and steps
+back. Nothing but time depends on claims: a task that two runs do is staged once. So minutes of silence of another
+machine's run are enough here.
 """
 
 from __future__ import annotations
@@ -14,9 +19,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import secrets
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -168,3 +175,76 @@ def _exists(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+CLAIM_SILENCE_SECONDS = 300.0
+"""A run of another machine that has not touched its file for so long has lost its claims."""
+_CLAIM_TRIES = 5
+_STEP_BACK_SECONDS = 0.05
+
+
+def claims_folder(root: Path) -> Path:
+    """Where claims lie."""
+    return paths.inside(root, "staging/claims")
+
+
+def claim_owner(name: str) -> str:
+    """The run that made the claim of this name."""
+    return name.rpartition("-")[2]
+
+
+def take_claim(root: Path, task: str, run: str) -> bool:
+    """Claim a task for a run; False if a living run has it."""
+    own = _claim_path(root, task, run)
+    for _ in range(_CLAIM_TRIES):
+        if _has_rival(root, task, run):
+            return False
+        with disk.told(own), contextlib.suppress(FileExistsError):  # a worker of this run that was killed had it
+            disk.make_directory(own.parent)
+            disk.write(own, b"")
+        if not _has_rival(root, task, run):
+            return True
+        disk.unlink(own)
+        time.sleep(random.uniform(0, _STEP_BACK_SECONDS))  # noqa: S311 - both stepped back, perhaps
+    return False
+
+
+def release_claim(root: Path, task: str, run: str) -> None:
+    """Give a claim back."""
+    disk.unlink(_claim_path(root, task, run))
+
+
+def claimed_elsewhere(root: Path, run: str) -> frozenset[str]:
+    """Keys of the tasks that other living runs have claimed."""
+    alive: dict[str, bool] = {run: False}
+    found = set()
+    now = beat(root, run)
+    for name in _claims(root):
+        other = claim_owner(name)
+        if other not in alive:
+            alive[other] = is_alive(root, other, silence=CLAIM_SILENCE_SECONDS, now=now)
+        if alive[other]:
+            found.add(name.rpartition("-")[0])
+    return frozenset(found)
+
+
+def _claim_path(root: Path, task: str, run: str) -> Path:
+    return claims_folder(root) / f"{task}-{run}"
+
+
+def _claims(root: Path) -> list[str]:
+    try:
+        return [path.name for path in claims_folder(root).iterdir()]
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        return []
+
+
+def _has_rival(root: Path, task: str, run: str) -> bool:
+    """Whether another living run has claimed a task."""
+    rivals = [claim_owner(name) for name in _claims(root) if name.startswith(f"{task}-") and claim_owner(name) != run]
+    if not rivals:
+        return False
+    now = beat(root, run)
+    return any(is_alive(root, rival, silence=CLAIM_SILENCE_SECONDS, now=now) for rival in rivals)

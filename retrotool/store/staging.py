@@ -25,6 +25,10 @@ PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "co
 """What is counted of a unit and of a plan."""
 
 
+_STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit")
+"""Fields of ``Staged`` that its entry has; its name has the task."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What a unit of a chunk plan gave: files a part (documents, chunks) under ``staging/``, not yet numbered.
@@ -83,17 +87,7 @@ def stage(root: Path, staged: Staged) -> bool:
     """
     if not is_whole(root, staged):
         raise LostRunError(f"the files of a finished {staged.kind} task are missing: this run was taken for dead")
-    fields = {
-        "kind": staged.kind,
-        "run": staged.run,
-        "settings": staged.settings,
-        "reads": staged.reads,
-        "add": [entry.as_json() for entry in staged.add],
-        "remove": staged.remove,
-        "records": staged.records,
-        "unit": None if staged.unit is None else _unit_json(staged.unit),
-    }
-    data = orjson.dumps(fields)
+    data = orjson.dumps({name: getattr(staged, name) for name in _STORED})
     target, token = staged_path(root, staged.task), paths.new_token(staged.run)
     won = atomic.put_if_absent(target, token, data, lambda: runs.beat(root, staged.run))
     if not won and _content(target) == data:
@@ -114,17 +108,6 @@ def _content(path: Path) -> bytes:
 def is_whole(root: Path, task: Staged) -> bool:
     """Whether all files that a task wrote are there with their sizes."""
     return all(atomic.is_there(root, entry) for entry in task.entries())
-
-
-def _unit_json(unit: Unit) -> dict[str, Any]:
-    return {
-        "plan": unit.plan,
-        "index": unit.index,
-        "parts": [[entry.as_json() for entry in part] for part in unit.parts],
-        "quarantine": unit.quarantine.as_json() if unit.quarantine else None,
-        "counts": unit.counts,
-        "blocked": unit.blocked,
-    }
 
 
 def _unit_from_json(fields: Mapping[str, Any]) -> Unit:

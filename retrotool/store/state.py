@@ -59,9 +59,13 @@ class Group:
         c = self._columns
         return FileEntry(f"{self._prefix}/{c['file'][i]}", c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
 
+    def items(self) -> list[tuple[str, FileEntry]]:
+        """Slots and live files, in the order of the slots."""
+        return [(slot, entry) for slot in self if (entry := self.get(slot)) is not None]
+
     def entries(self) -> list[FileEntry]:
         """All live files, in the order of their slots."""
-        return [entry for slot in self if (entry := self.get(slot)) is not None]
+        return [entry for _, entry in self.items()]
 
     def copy(self) -> Group:
         """A group that can be changed without changing this one."""
@@ -79,11 +83,9 @@ class Group:
 
     def columns(self) -> dict[str, list[Any]]:
         """All live files as columns, for a checkpoint."""
-        entries = [(slot, self.get(slot)) for slot in self]
         rows = [
             (slot, entry.path.rpartition("/")[2], entry.rows, entry.bytes, entry.sha256, entry.about)
-            for slot, entry in entries
-            if entry is not None
+            for slot, entry in self.items()
         ]
         return {name: [row[i] for row in rows] for i, name in enumerate(_COLUMNS)}
 
@@ -121,10 +123,11 @@ class State:
     def files(self) -> Iterator[FileEntry]:
         """Every live file."""
         for group in self.groups.values():
-            for slot in group:
-                entry = group.get(slot)
-                if entry is not None:
-                    yield entry
+            yield from group.entries()
+
+    def bytes(self) -> int:
+        """Bytes of all live files."""
+        return sum(entry.bytes for entry in self.files())
 
     def has(self, path: str) -> bool:
         """Whether the file is live."""

@@ -53,12 +53,15 @@ def retry_overtaken(attempt: Callable[[], _Result], renew: Callable[[], object] 
 
 
 class Store:
-    """An open store. ``state`` is its view; it changes only by ``refresh`` and ``commit``."""
+    """An open store. ``state`` is its view; it changes only by ``refresh`` and ``commit``.
+
+    ``genesis`` is the SHA-256 of ``store.json``, the parent of commit 0.
+    """
 
     def __init__(self, root: Path, identity: Identity, genesis: str, state: State) -> None:
         self.root = root
         self.identity = identity
-        self._genesis = genesis
+        self.genesis = genesis
         self.state = state
 
     @classmethod
@@ -85,11 +88,6 @@ class Store:
         identity.create_identity(Path(root), tokenizer, tokenizer_json, chunk_length)
         return cls.open(root)
 
-    @property
-    def genesis(self) -> str:
-        """SHA-256 of ``store.json``, the parent of commit 0."""
-        return self._genesis
-
     def refresh(self) -> State:
         """Fold the commits made since, and return the state."""
         self.state = self.state.fold(log.read_after(self.root, self.state.number, self.state.head))
@@ -102,12 +100,12 @@ class Store:
         """
         if number == self.state.number:
             return self
-        state = newest_checkpoint(self.root, most=number) or State(-1, self._genesis)
+        state = newest_checkpoint(self.root, most=number) or State(-1, self.genesis)
         commits = log.read_after(self.root, state.number, state.head)
         state = state.fold(itertools.islice(commits, number - state.number))
         if state.number != number:
             raise CorruptError(f"{log.commit_path(self.root, number)} is missing", "Bring it back from a copy.")
-        return Store(self.root, self.identity, self._genesis, state)
+        return Store(self.root, self.identity, self.genesis, state)
 
     def path(self, entry: FileEntry) -> Path:
         """The absolute path of a file of this view, checked against its size.

@@ -1,14 +1,18 @@
-"""Tombstones: the chunks that are purged. Every reader looks through them.
+"""Tombstones: the chunks that are purged, and those of purges that were undone. Every reader looks through them.
 
 A purge is one sorted file of chunk ids; the set of a view is their union, 8 bytes a chunk in memory. When a purge is
-taken back its file leaves the state, and a copy stays in ``restored/``: a view from before still has these tombstones.
+undone its file leaves the state, and a copy stays in ``restored/``: a view from before still has these tombstones.
+
+What was made of the store while such chunks were purged lacks them. The record of an undone purge says between which
+commits they were purged, and in which parts, and whatever is made of the store says of which commit it is: so the log
+alone shows what lacks something (``missed_parts``). An index lacks nothing: it holds purged chunks until an erase.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.errors import ErasedError
+from retrotool.errors import ConflictError, ErasedError
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
-from retrotool.store.ids import distinct_parts, row_of, slice_of_part
+from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -86,25 +90,18 @@ def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
     return found
 
 
-def may_name(store: Store, slots: Iterable[str], wanted: Tombstones) -> bool:
-    """Whether any of some files of tombstones may name any of ``wanted``; no file is read for it."""
-    entries = [store.state.file("tombstones", slot) for slot in slots]
-    return any(entry is not None and _may_name(entry, wanted) for entry in entries)
-
-
-def _may_name(entry: FileEntry, wanted: Tombstones) -> bool:
-    spans = (entry.about or {}).get("within")
-    if spans is None:
-        return True  # of a version that did not say
+def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
+    """Whether a file of tombstones, if there is one, may name any of ``wanted``; it is not read for it."""
+    entry = store.state.file("tombstones", slot)
+    spans = (entry.about or {})["within"] if entry is not None else []
     first, last = np.array(spans, np.int64).reshape(-1, 2).T
     return bool((np.searchsorted(wanted.ids, last, side="right") > np.searchsorted(wanted.ids, first)).any())
 
 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Tombstones of the store's view, or of one purge."""
-    group = store.state.group("tombstones")
-    slots = list(group) if purge is None else [purge]
-    ids = [_read(store, slot, entry) for slot in slots if (entry := group.get(slot)) is not None]
+    group = store.state.group("tombstones").items()
+    ids = [_read(store, slot, entry) for slot, entry in group if purge in (None, slot)]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
 
 
@@ -152,10 +149,77 @@ def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int6
 
 def tombstone_paths(state: State) -> list[str]:
     """Paths of all files of tombstones of a state."""
-    group = state.group("tombstones")
-    return [entry.path for slot in group if (entry := group.get(slot)) is not None]
+    return [entry.path for _, entry in state.group("tombstones").items()]
 
 
 def stands_for(state: State) -> str:
     """Stands for the tombstones of a state: the same for the same purges. The log knows, no file is read."""
     return hashlib.blake2b(" ".join(tombstone_paths(state)).encode(), digest_size=8).hexdigest()
+
+
+PREFIX = "purge:"
+Record = Mapping[str, Any]
+_known: dict[str, Mapping[str, Record]] = {}
+"""Of some states, by their heads: they are asked for every file."""
+_KNOWN = 64
+
+
+def is_restored(record: Record) -> bool:
+    """Whether the purge of a record was taken back."""
+    return "restored" in record
+
+
+def restored_purges(state: State) -> Mapping[str, Record]:
+    """Records, by their ids, of the purges that were taken back."""
+    if state.head not in _known:
+        if len(_known) >= _KNOWN:
+            _known.clear()
+        found = {purge: record for purge, record in state.with_prefix(PREFIX).items() if is_restored(record)}
+        _known[state.head] = found
+    return _known[state.head]
+
+
+def standing_purges(state: State) -> dict[str, Record]:
+    """Records, by their ids, of the purges that were not taken back, the erased ones too."""
+    return {purge: record for purge, record in state.with_prefix(PREFIX).items() if not is_restored(record)}
+
+
+def check_not_restored(state: State, purges: Iterable[str]) -> None:
+    """``ConflictError`` if any of some purges of the store was undone."""
+    for purge in purges:
+        if is_restored(state.records[PREFIX + purge]):
+            raise ConflictError(f"the purge {purge!r} was undone by another process", "Run the same command again.")
+
+
+def stands_for_restored(state: State) -> str:
+    """Another text after each purge that is taken back; "" without any."""
+    purges = " ".join(restored_purges(state))
+    return hashlib.blake2b(purges.encode(), digest_size=8).hexdigest() if purges else ""
+
+
+def missed_parts(state: State, commit: int | None) -> set[int]:
+    """Parts that have chunks which were purged at a commit (None: nobody knows which), and were taken back since."""
+    missed: set[int] = set()
+    for record in restored_purges(state).values():
+        if commit is None or record["commit"] <= commit < record["restored"]:
+            missed.update(part for first, last in record["parts"] for part in range(first, last + 1))
+    return missed
+
+
+def restored_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:
+    """The chunks that a purge had, before it was taken back; ascending."""
+    entry = store.state.file(KEPT, purge)
+    return np.zeros(0, np.int64) if entry is None else parts.read_parquet(store, entry)["chunk"].to_numpy()
+
+
+def tombstones_naming(store: Store, victims: Tombstones) -> list[str]:
+    """Paths of the tombstones of purges that name any victim; ``ConflictError`` if a victim is no tombstone."""
+    purges = standing_purges(store.state)
+    if not read_tombstones(store).contains(victims.ids).all():
+        raise ConflictError("chunks that were to be erased were taken back meanwhile", "Run the same command again.")
+    return [
+        entry.path
+        for slot, entry in store.state.group("tombstones").items()
+        if slot.partition(".")[0] in purges and may_name(store, slot, victims)
+        if read_tombstones(store, slot).contains(victims.ids).any()
+    ]

@@ -28,8 +28,7 @@ import numpy.typing as npt
 
 from retrotool.ranges import positions_within
 from retrotool.store import parts
-from retrotool.store.ids import Ids
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 

@@ -23,8 +23,7 @@ from retrotool.cli.command_lines import table_command
 from retrotool.errors import UsageError
 from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, TextReader, block_rows
 from retrotool.store import parts
-from retrotool.store.ids import Ids
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.train.order import EMPTY, Order, SequenceLayout, Share

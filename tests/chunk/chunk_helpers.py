@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from retrotool import api
 from retrotool.app import app
+from retrotool.info.verify import Verification
 from retrotool.store import parts
 from retrotool.store.store import Store
-from retrotool.store.verify import Verification
 
 LINE_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
 TABLE_FORMATS = (*LINE_FORMATS, "parquet")

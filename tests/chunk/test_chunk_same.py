@@ -15,10 +15,10 @@ from tokenizers import Tokenizer as Library
 from retrotool import api
 from retrotool.chunk import chunk_plan
 from retrotool.chunk import stage as chunk_stage
+from retrotool.info.verify import Verification
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import parts
 from retrotool.store.store import Store
-from retrotool.store.verify import Verification
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
 ROWS = make_rows(90) + make_rows(5) + [{"id": "bad"}] + make_rows(30, first=90)

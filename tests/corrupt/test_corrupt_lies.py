@@ -15,7 +15,7 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.store import atomic, neighbour_tables, parts, tombstones, vectors
+from retrotool.store import atomic, neighbour_tables, parts, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName, part_slot
@@ -69,8 +69,8 @@ class Liar:
 
     def embeddings(self, change: Change) -> None:
         old = self.old("embeddings", "tiny")
-        matrix = np.array(vectors.read_vectors(self.store, old))
-        self.commit(vectors.write_vectors(self.store.root, self.name(old), change(matrix)), old)
+        matrix = np.array(parts.read_vectors(self.store, old))
+        self.commit(parts.write_vectors(self.store.root, self.name(old), change(matrix)), old)
 
     def neighbours(self, ids: Change, distances: Change, database: str | None = None) -> None:
         old = self.old("neighbours", "main")
@@ -301,7 +301,7 @@ def test_every_part_is_looked_at(store_copy: Path) -> None:
         liar = Liar(store, run)
         for part in store.state.parts():
             old = liar.old("embeddings", "tiny", part_slot(part))
-            liar.commit(vectors.write_vectors(store_copy, liar.name(old), np.zeros((1, 32), np.float16)), old)
+            liar.commit(parts.write_vectors(store_copy, liar.name(old), np.zeros((1, 32), np.float16)), old)
     problems = "\n".join(api.verify(store_copy).problems)
     assert all(f"{part_slot(part)}-" in problems for part in store.state.parts())
 

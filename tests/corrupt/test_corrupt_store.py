@@ -16,7 +16,7 @@ from conftest import times
 from retrotool import api
 from retrotool.app import app
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StoreNotFoundError
-from retrotool.store import verify as verifying
+from retrotool.info import verify as verifying
 
 KINDS = {
     "documents": "documents/*",

@@ -31,14 +31,13 @@ from retrotool.errors import UsageError
 from retrotool.index import run as index_run
 from retrotool.index.run import Options
 from retrotool.info.run import info
-from retrotool.info.verify_run import verify
+from retrotool.info.verify import Verification, verify
 from retrotool.purge.undo import restore
 from retrotool.store import disk
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
 from retrotool.store.paths import DATA_KINDS
 from retrotool.store.store import Store
-from retrotool.store.verify import Verification
 
 pytestmark = pytest.mark.slow
 

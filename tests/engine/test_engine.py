@@ -23,7 +23,7 @@ from retrotool.engine import progress as engine_progress
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, perform_reporting, task_key
 from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
-from retrotool.store import claims, staging
+from retrotool.store import runs, staging
 from retrotool.store.folding import writing
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -188,7 +188,7 @@ def test_a_task_that_kills_its_worker_every_time_is_given_up_and_its_claim_with_
             engine.execute(stage, store, run, workers=2)
         assert attempts(tmp_path, 2) == 3
         with Run(store.root) as other:
-            assert claims.held(store.root, other.id) == frozenset()
+            assert runs.claimed_elsewhere(store.root, other.id) == frozenset()
     assert len(store.refresh().group("selectors")) == 5
 
 
@@ -204,11 +204,11 @@ def test_a_claimed_task_is_left_to_the_run_that_is_at_it(store: Store, tmp_path:
     stage = ClaimingStage(str(tmp_path / "marks"))
     task = stage.plan(store)[3]
     with Run(store.root) as other, Run(store.root) as run:
-        assert claims.take(store.root, task.key, other.id)
+        assert runs.take_claim(store.root, task.key, other.id)
         assert engine.perform(stage.open(store), store.root, task, run.id, lambda _: None) is None
         engine.execute(stage, store, run)
         assert [attempts(tmp_path, n) for n in range(6)] == [1, 1, 1, 0, 1, 1]
-        claims.release(store.root, task.key, other.id)
+        runs.release_claim(store.root, task.key, other.id)
         engine.execute(stage, store, run)
     assert len(store.state.group("selectors")) == 6
 
@@ -218,7 +218,7 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
 ) -> None:
     stage = ClaimingStage(str(tmp_path / "marks"))
     task = stage.plan(store)[0]
-    take = claims.take
+    take = runs.take_claim
 
     def late(root: Path, key: str, run: str) -> bool:
         monkeypatch.undo()
@@ -226,7 +226,7 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
             assert engine.perform(stage.open(store), root, task, other.id, lambda _: None)
         return take(root, key, run)
 
-    monkeypatch.setattr(claims, "take", late)
+    monkeypatch.setattr(runs, "take_claim", late)
     with Run(store.root) as run:
         assert engine.perform(stage.open(store), store.root, task, run.id, lambda _: None) is None
     assert attempts(tmp_path, 0) == 1

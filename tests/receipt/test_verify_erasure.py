@@ -22,7 +22,7 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.index.index_files import write_index
 from retrotool.receipt.verify_erasure import CHECKS
-from retrotool.store import disk, parts, vectors
+from retrotool.store import disk, parts
 from retrotool.store.atomic import FileEntry, write_file
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
@@ -82,7 +82,7 @@ def put_back(store: Path, before: Store, kind: str, name: str, chunk: int, forge
             row_group = parts.ROW_GROUP
             entry = parts.write_parquet(store, new, forged, row_group=row_group, about=now.about)
         elif isinstance(forged, np.ndarray):
-            entry = vectors.write_vectors(store, new, forged)
+            entry = parts.write_vectors(store, new, forged)
         else:
             entry = write_index(store, forged, new, now.about)
         opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,)))

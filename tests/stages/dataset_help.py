@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from conftest import make_rows, write_jsonl
 
@@ -191,7 +192,7 @@ def _large_part(
         "source": ["code"] * len(sizes), "first_row": first, "n_chunks": sizes, "n_tokens": [64 * s for s in sizes],
         "input": ["code"] * len(sizes), "position": range(len(sizes)),
     }  # fmt: skip
-    documents = parts.columns_of(columns, parts.documents_schema(()))
+    documents = pa.table(columns, schema=parts.documents_schema(()))
     doc = np.repeat(np.arange(len(sizes)), sizes)
     tokens = rng.integers(1, store.identity.tokenizer.vocabulary, (n, 64)).astype(
         parts.token_dtype(store.identity.tokenizer.token_bytes)

@@ -24,7 +24,7 @@ from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRep
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
 from retrotool.info.run import info
-from retrotool.info.verify_run import verify
+from retrotool.info.verify import verify
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.folding import writing
 from retrotool.store.store import Store

@@ -120,7 +120,7 @@ def test_neighbours_over_a_mixed_store_are_those_of_brute_force(mixed: Path) -> 
 def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: Path) -> None:
     keys = int(key_column(mixed_copy).sum())
     largest = max(int(part["chunks"]["rows"]) for part in api.info(mixed_copy).parts)
-    options = Options(IndexWishes(nlist=4, code="float16"), keys)
+    options = Options(IndexWishes(nlist=4, code="float16", shard_rows=keys))
     assert keys > largest, "all keys fit one shard, and all chunks do not"
     result = api.index(mixed_copy, name="ivf", target_recall=1.0, options=options)
     assert (result.vectors, result.shards) == (keys, 1)

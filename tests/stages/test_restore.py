@@ -22,9 +22,8 @@ from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.restored import restored_chunks
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones, write_tombstones
+from retrotool.store.tombstones import read_tombstones, restored_chunks, write_tombstones
 
 
 def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> None:

@@ -19,7 +19,7 @@ from retrotool import api
 from retrotool.embed.stage import EmbedStage, EmbedWorker
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task, own_first
-from retrotool.store import claims, log
+from retrotool.store import log, runs
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
@@ -102,7 +102,7 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1])
     task = stage.plan(store)[2]
     with Run(store.root) as other:
-        assert claims.take(store.root, task.key, other.id)
+        assert runs.take_claim(store.root, task.key, other.id)
         result = api.embed(chunked, encoder=str(tiny_encoder))
         assert result.elsewhere == 1
         assert result.parts == len(store.state.parts()) - 1

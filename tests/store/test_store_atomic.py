@@ -31,7 +31,7 @@ from store_help import (
 )  # fmt: skip
 
 from retrotool.errors import CorruptError, StorageError
-from retrotool.store import atomic, disk, parts, vectors
+from retrotool.store import atomic, disk, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -110,13 +110,12 @@ def test_a_writer_that_fails_half_way_leaves_nothing(
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_a_truncated_table_is_found_by_the_check(store: Store, monkeypatch: pytest.MonkeyPatch, keep: float) -> None:
-    whole = pq.write_table
+    class Truncated(pq.ParquetWriter):
+        def close(self) -> None:
+            super().close()
+            os.truncate(self.where, int(keep * Path(self.where).stat().st_size))
 
-    def truncated(table: pa.Table, path: Path, **options: object) -> None:
-        whole(table, path, **options)
-        os.truncate(path, int(keep * path.stat().st_size))
-
-    monkeypatch.setattr(pq, "write_table", truncated)
+    monkeypatch.setattr(pq, "ParquetWriter", Truncated)
     name = FileName.new("0123abcd", "tombstones", "p", "parquet")
     with pytest.raises((CorruptError, ValueError)):
         parts.write_parquet(store.root, name, pa.table({"chunk": range(1000)}))
@@ -124,8 +123,11 @@ def test_a_truncated_table_is_found_by_the_check(store: Store, monkeypatch: pyte
 
 
 def test_a_table_that_lacks_rows_is_found_by_the_check(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pq.write_table
-    monkeypatch.setattr(pq, "write_table", lambda table, path, **options: whole(table.slice(1), path, **options))
+    class Lossy(pq.ParquetWriter):
+        def write_table(self, table: pa.Table, **options: object) -> None:
+            super().write_table(table.slice(1), **options)
+
+    monkeypatch.setattr(pq, "ParquetWriter", Lossy)
     name = FileName.new("0123abcd", "tombstones", "p", "parquet")
     with pytest.raises(CorruptError, match="wrote 1,000 rows, found 999"):
         parts.write_parquet(store.root, name, pa.table({"chunk": range(1000)}))
@@ -143,7 +145,7 @@ def test_truncated_vectors_are_found_by_the_check(store: Store, monkeypatch: pyt
     monkeypatch.setattr(disk, "fsync", truncated)
     name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
     with pytest.raises((CorruptError, ValueError, EOFError)):
-        vectors.write_vectors(store.root, name, np.ones((50, 8), np.float16))
+        parts.write_vectors(store.root, name, np.ones((50, 8), np.float16))
     assert files_in(store.root) == set()
 
 
@@ -217,7 +219,7 @@ WRITE_BLOCKS = ["mkdir", "fsync_directory"] * 2 + ["write", "fsync", "fsync", "r
 
 def write_blocks(root: Path, run: str) -> FileEntry:
     name = FileName.new(run, "embeddings", "000000", "npy", "tiny")
-    return vectors.write_vector_blocks(root, name, 53, 4, iter(BLOCKS))
+    return parts.write_vector_blocks(root, name, 53, 4, iter(BLOCKS))
 
 
 def test_a_file_made_of_blocks_is_what_one_made_at_once_is(store: Store) -> None:
@@ -248,7 +250,7 @@ def test_blocks_on_a_full_disk_or_killed_leave_no_file_or_the_whole_one(store: S
 def test_another_number_of_rows_than_was_said_is_no_file(store: Store, rows: int) -> None:
     name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
     with pytest.raises(CorruptError):
-        vectors.write_vector_blocks(store.root, name, rows, 4, iter(BLOCKS))
+        parts.write_vector_blocks(store.root, name, rows, 4, iter(BLOCKS))
     assert files_in(store.root) == set()
 
 
@@ -259,5 +261,5 @@ def test_a_block_that_can_not_be_made_leaves_nothing(store: Store) -> None:
 
     name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
     with pytest.raises(KeyboardInterrupt):
-        vectors.write_vector_blocks(store.root, name, 53, 4, blocks())
+        parts.write_vector_blocks(store.root, name, 53, 4, blocks())
     assert files_in(store.root) == set()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool import api
-from retrotool.store.digest import PartDigest, hexadecimal, part_digest
+from retrotool.info.verify import PartDigest, hexadecimal, part_digest
 from retrotool.store.parts import Chunks
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store

@@ -13,7 +13,8 @@ import pytest
 from store_help import assert_whole, at_step, commit, exit_code, fork, make_store
 
 from retrotool.errors import CorruptError, StorageError
-from retrotool.store import atomic, disk, log, verify
+from retrotool.info import verify
+from retrotool.store import atomic, disk, log
 from retrotool.store.atomic import FileEntry
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName

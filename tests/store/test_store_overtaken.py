@@ -12,7 +12,7 @@ from store_help import Action, at_step, commit, make_store
 
 from retrotool.chunk.chunk_plan import read_json_file, write_json_file
 from retrotool.errors import ConflictError, CorruptError, ErasedError
-from retrotool.store import parts, tombstones, vectors
+from retrotool.store import parts, tombstones
 from retrotool.store.atomic import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.runs import Run
@@ -28,7 +28,7 @@ def write_ids(root: Path, run: str, value: int) -> FileEntry:
 
 def write_matrix(root: Path, run: str, value: int) -> FileEntry:
     name = FileName.new(run, "embeddings", "000000", "npy", "model")
-    return vectors.write_vectors(root, name, np.array([[value]], np.float16))
+    return parts.write_vectors(root, name, np.array([[value]], np.float16))
 
 
 def write_json(root: Path, run: str, value: int) -> FileEntry:
@@ -38,7 +38,7 @@ def write_json(root: Path, run: str, value: int) -> FileEntry:
 KINDS: dict[str, tuple[Write, Read]] = {
     "Parquet": (write_ids, lambda store, entry: parts.read_parquet(store, entry)["chunk"].to_pylist()[0]),
     "Parquet by row group": (write_ids, lambda store, entry: next(parts.read_tables(store, entry))["chunk"][0].as_py()),
-    "vectors": (write_matrix, lambda store, entry: int(vectors.read_vectors(store, entry)[0, 0])),
+    "vectors": (write_matrix, lambda store, entry: int(parts.read_vectors(store, entry)[0, 0])),
     "JSON": (write_json, lambda store, entry: read_json_file(store, entry)["value"]),
 }
 

@@ -18,7 +18,7 @@ from store_help import make_store, viewing
 
 from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
-from retrotool.store import neighbour_tables, parts, tombstones, vectors
+from retrotool.store import neighbour_tables, parts, tombstones
 from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
@@ -168,7 +168,7 @@ def document_tables(draw: st.DrawFn) -> pa.Table:
     }
     schema = parts.documents_schema(keep)
     rows = draw(st.lists(st.fixed_dictionaries({field.name: by_type[field.type] for field in schema}), max_size=10))
-    return parts.columns_of({field.name: [row[field.name] for row in rows] for field in schema}, schema)
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 @given(table=document_tables())
@@ -215,9 +215,9 @@ def test_a_chunk_id_holds_its_part_and_its_row(part: int, rows: list[int]) -> No
 def test_vectors_come_back_bit_for_bit(small: Store, matrix: np.ndarray, fortran: bool) -> None:
     values = matrix.view(np.float16)  # every pattern of bits: infinities, several kinds of nan
     name = FileName.new(RUN, "embeddings", "000000", "npy", "tiny")
-    entry = vectors.write_vectors(small.root, name, np.asfortranarray(values) if fortran else values)
+    entry = parts.write_vectors(small.root, name, np.asfortranarray(values) if fortran else values)
     assert entry.rows == len(values)
-    read = vectors.read_vectors(viewing(small, entry), entry)
+    read = parts.read_vectors(viewing(small, entry), entry)
     assert (read.dtype, read.shape) == (np.float16, values.shape)
     assert read.tobytes() == values.tobytes()
     assert (small.root / entry.path).read_bytes()[:8] == b"\x93NUMPY\1\0"

@@ -29,8 +29,7 @@ from retrotool.errors import UsageError
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.store import parts
-from retrotool.store.ids import places_by_part, row_of
-from retrotool.store.parts import ROW_GROUP, Chunks
+from retrotool.store.parts import ROW_GROUP, Chunks, places_by_part, row_of
 from retrotool.store.store import Store
 
 GRAM = 8

@@ -31,9 +31,9 @@ import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
 from retrotool.errors import UsageError
+from retrotool.ranges import expand_ranges
 from retrotool.store import parts
-from retrotool.store.ids import split_id
-from retrotool.store.parts import Chunks
+from retrotool.store.parts import Chunks, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -276,7 +276,7 @@ def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
     if not len(docs):
         return np.zeros(0, np.int64)
     table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
-    return parts.chunk_ids(part, parts.rows_of_documents(table["first_row"].to_numpy(), table["n_chunks"].to_numpy()))
+    return parts.chunk_ids(part, expand_ranges(table["first_row"].to_numpy(), table["n_chunks"].to_numpy()))
 
 
 def select_duplicates(

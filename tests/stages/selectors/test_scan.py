@@ -16,7 +16,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.purge.select import select
 from retrotool.purge.selectors import scan
 from retrotool.purge.selectors.patterns import Patterns
-from retrotool.store import claims
+from retrotool.store import runs
 from retrotool.store.folding import writing
 from retrotool.store.runs import Run
 from retrotool.store.store import Store
@@ -167,7 +167,7 @@ def test_jobs_share_the_scan_of_a_purge_and_purge_nothing(store: Path, texts: di
     stage = scan.ScanStage((Patterns((SECRET,)),), shard=(1, 2))
     tasks = stage.plan(opened)
     with Run(store) as other:  # another job, at one of the parts
-        assert claims.take(store, tasks[0].key, other.id)
+        assert runs.take_claim(store, tasks[0].key, other.id)
         first = api.scan(store, selectors, (0, 2))
         assert (first.parts, first.of, first.elsewhere, first.done) == (len(tasks) - 1, len(tasks), 1, False)
         assert [task.key for task in stage.plan(opened.refresh() and opened)] == [tasks[0].key]

@@ -12,37 +12,127 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from retrotool.store import neighbour_tables, parts, vectors
+from retrotool.ann.lists import InvertedLists, read_lists
+from retrotool.errors import CorruptError, ErasedError, RetrotoolError
+from retrotool.index.index_files import read_trained
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
-from retrotool.store.checked import Checked, Ids, check_chunk_ids, is_within
-from retrotool.store.digest import lines_digest
-from retrotool.store.ids import join_id, row_of, rows_by_part, slice_of_part, split_id
-from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText
-from retrotool.store.parts import ROW_GROUP
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText, is_within
+from retrotool.store.parts import ROW_GROUP, join_id, part_of, row_of, rows_by_part, slice_of_part, split_id
 from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
-from retrotool.store.restored import restored_chunks, restored_purges
 from retrotool.store.store import Store
-from retrotool.store.tombstones import KEPT
+from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, restored_chunks, restored_purges
 
-Fits = Callable[[int, npt.NDArray[np.float16]], bool]
-"""Tells whether what a list has in a row may stand for a vector [d]."""
-Lists = Callable[[Store, FileEntry], Iterator[tuple[Ids, Fits]]]
-"""Reads the inverted lists of a shard: ids [n] of each, and what fits them."""
-
+Ids = npt.NDArray[np.int64]
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
-_SAMPLED_ROWS = 8
+_SAMPLED_ROWS = 16
 _ROUNDING = 5e-4
 """How far a distance, computed in float32, may be off: this share of the two squared norms."""
 _INFINITE = 0x7C00
 """Bits of a float16, without its sign, from which on it is infinite or no number."""
+
+
+@dataclass(slots=True)
+class Checked:
+    """A store that is being checked: what is wrong with it, and what is known of it by now.
+
+    ``recorded`` are the keys of all records that were ever set; ``broken`` paths of files that can't be read for what
+    they are. ``rows`` are those of each part, by its number. ``zeros`` has, by path of embeddings, the rows whose
+    vector is zero though they are neither erased nor values.
+    """
+
+    store: Store
+    problems: list[str]
+    recorded: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
+    tombstones: Tombstones = field(default_factory=lambda: Tombstones(np.zeros(0, np.int64)))
+    rows: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
+    zeros: dict[str, Ids] = field(default_factory=dict)
+    _with_values: frozenset[int] = frozenset()
+    _keys: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    _purged: tuple[Tombstones, Tombstones] | None = None
+
+    def __post_init__(self) -> None:
+        state = self.store.state
+        entries = {part: entry for part in state.parts() if (entry := state.part_file("chunks", part)) is not None}
+        self.rows = np.zeros(max(entries, default=-1) + 2, np.int64)
+        for part, entry in entries.items():
+            self.rows[part] = entry.rows
+        self._with_values = frozenset(part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows)
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Turn what goes wrong with ``what`` into a problem, and go on: a broken file can break anything that reads it.
+
+        ``ErasedError`` if a newer commit has removed a file as it was read.
+        """
+        try:
+            yield
+        except ErasedError:
+            raise
+        except RetrotoolError as error:
+            self.problems.append(str(error))
+        except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, pa.ArrowException) as error:
+            self.problems.append(f"{what}: can't be checked: {type(error).__name__}: {error}")
+
+    def erasing(self) -> Tombstones:
+        """Chunks that an erase may be at work on, or was interrupted in: those of purges that are not erased yet."""
+        return self._by_state()[0]
+
+    def erased(self) -> Tombstones:
+        """Chunks that no file must hold any more: those of purges that are erased."""
+        return self._by_state()[1]
+
+    def _by_state(self) -> tuple[Tombstones, Tombstones]:
+        if self._purged is None:
+            purges, slots = self.store.state.with_prefix("purge:"), list(self.store.state.group("tombstones"))
+            of = {slot: purges[purge] for slot in slots if (purge := slot.partition(".")[0]) in purges}
+            erased = named_chunks(self.store, [slot for slot, record in of.items() if record.get("erased")])
+            waiting = named_chunks(self.store, [slot for slot, record in of.items() if not record.get("erased")])
+            self._purged = Tombstones(np.setdiff1d(waiting, erased)), Tombstones(erased)
+        return self._purged
+
+    def whole(self, kind: str, part: int, name: str = "") -> FileEntry | None:
+        """A file of a part, if it is there and not broken."""
+        entry = self.store.state.part_file(kind, part, name)
+        return None if entry is None or entry.path in self.broken else entry
+
+    def are_keys(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which ids, all of them rows of parts, are not values of key-value records, bool [n]."""
+        keys = np.ones(len(ids), np.bool_)
+        if not self._with_values:
+            return keys
+        of = part_of(ids)
+        for part in self._with_values.intersection(np.unique(of).tolist()):
+            if self.whole("chunks", part) is None:
+                continue
+            if part not in self._keys:
+                self._keys[part] = np.packbits(parts.read_key(self.store, part))
+            mine = of == part
+            rows = row_of(ids[mine])
+            keys[mine] = (self._keys[part][rows >> 3] << (rows & 7) & 0x80) > 0
+        return keys
+
+
+def check_chunk_ids(checked: Checked, ids: Ids, what: str) -> bool:
+    """Note if any of ``ids`` is not a row of a part; whether all are."""
+    limit = checked.rows
+    part = np.clip(part_of(ids), 0, len(limit) - 1)
+    known = (ids >= 0) & (part_of(ids) < len(limit)) & (row_of(ids) < limit[part])
+    if not known.all():
+        checked.problems.append(f"{what}: {int((~known).sum()):,} ids are no chunks of the store")
+    return bool(known.all())
 
 
 def check_records(checked: Checked) -> None:
@@ -80,11 +170,7 @@ def _check_mixtures(checked: Checked) -> None:
 
 def check_blocked(checked: Checked) -> None:
     """Check that block lists are sorted, and belong to purges."""
-    group = checked.store.state.group("blocked")
-    for slot in group:
-        entry = group.get(slot)
-        if entry is None:
-            continue
+    for slot, entry in checked.store.state.group("blocked").items():
         if f"purge:{slot}" not in checked.store.state.records:
             checked.problems.append(f"{entry.path}: there is no purge {slot}")
         if entry.path not in checked.broken:
@@ -105,11 +191,10 @@ def check_restored(checked: Checked) -> None:
         checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]
         if record.get("erased"):
             checked.problems.append(f"purge {purge} was taken back, and is erased")
-    for slot in state.group(KEPT):
-        entry = state.file(KEPT, slot)
+    for slot, entry in state.group(KEPT).items():
         if slot.partition(".")[0] not in restored:
             checked.problems.append(f"{KEPT}/{slot}: there is no purge {slot} that was taken back")
-        elif entry is not None and entry.path not in checked.broken:
+        elif entry.path not in checked.broken:
             with checked.noting(entry.path):
                 check_chunk_ids(checked, restored_chunks(checked.store, slot), entry.path)
 
@@ -121,7 +206,7 @@ def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_
         entry = checked.whole("embeddings", part, encoder)
         if entry is None:
             continue
-        matrix = vectors.read_vectors(store, entry)
+        matrix = parts.read_vectors(store, entry)
         record = store.state.records.get(f"encoder:{encoder}", {})
         if len(matrix) != len(embedded):
             checked.problems.append(f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
@@ -153,12 +238,11 @@ def _check_vectors(
     return [what for what, found in checks.items() if found]
 
 
-def check_index(checked: Checked, name: str, read_lists: Lists) -> None:
+def check_index(checked: Checked, name: str) -> None:
     """Check that shards hold all embedded chunks of their parts that are not purged, and no erased one."""
     everything: dict[int, set[int]] = {}
-    for slot in checked.store.state.group("index", name):
-        entry = checked.store.state.file("index", slot, name)
-        if entry is None or not slot.startswith("shard-"):
+    for slot, entry in checked.store.state.group("index", name).items():
+        if not slot.startswith("shard-"):
             continue
         covered = set((entry.about or {}).get("parts", ()))
         held = everything.setdefault(generation_in(slot), set())
@@ -167,17 +251,22 @@ def check_index(checked: Checked, name: str, read_lists: Lists) -> None:
         held |= covered
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
-                _check_shard(checked, name, entry, sorted(covered), read_lists)
+                _check_shard(checked, name, entry, sorted(covered))
 
 
-def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[int], read_lists: Lists) -> None:
-    lists = list(read_lists(checked.store, entry))
-    ids = np.sort(np.concatenate([np.zeros(0, np.int64), *(some for some, _ in lists)]))
+def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[int]) -> None:
+    trained, generation = None, generation_in(FileName.parse(entry.path).slot)
+    # A training that is broken is noted as such: its shards are still read, by what they hold of it.
+    with suppress(CorruptError):
+        trained = read_trained(checked.store, name, generation)[1]
+    with checked.store.reading(entry) as path:
+        shard = read_lists(path, trained)
+    ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
     if len(ids) != entry.rows:
         checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
     if not check_chunk_ids(checked, ids, entry.path):
         return
-    encoder = _encoder_of_index(checked.store, name, generation_in(FileName.parse(entry.path).slot))
+    encoder = _encoder_of_index(checked.store, name, generation)
     expected = lacking = unembedded = 0
     for part in covered:
         if not (0 <= part < len(checked.rows) and checked.rows[part]):
@@ -201,7 +290,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         "holds chunks that are erased or no keys": unembedded > 0,
         "holds chunks of parts that it does not list": expected < len(ids),
         f"lacks {lacking:,} chunks of its parts": lacking > 0,
-        "holds other vectors than the embeddings": not _same_vectors(checked, encoder, entry, lists),
+        "holds other vectors than the embeddings": not _same_vectors(checked, encoder, entry, shard),
     }
     checked.problems += [f"{entry.path}: {what}" for what, found in checks.items() if found]
 
@@ -211,18 +300,18 @@ def _encoder_of_index(store: Store, name: str, generation: int) -> str:
     return str(((trained.about if trained else None) or {}).get("encoder", ""))
 
 
-def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, lists: list[tuple[Ids, Fits]]) -> bool:
+def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, shard: InvertedLists) -> bool:
     """Whether some codes of a shard are those of the embeddings."""
-    total = sum(len(ids) for ids, _ in lists)
-    drawn = np.sort(_draw(entry).choice(total, min(total, _SAMPLED_VECTORS), replace=False))
-    sampled: list[tuple[int, int, Fits]] = []
+    drawn = np.sort(_draw(entry).choice(len(shard), min(len(shard), _SAMPLED_VECTORS), replace=False))
+    sampled: list[tuple[int, int, int]] = []
     start = 0
-    for ids, fits in lists:
+    for number in shard.numbers:
+        ids = shard.ids(number)
         rows = drawn[(drawn >= start) & (drawn < start + len(ids))] - start
-        sampled += [(int(ids[row]), int(row), fits) for row in rows]
+        sampled += [(int(ids[row]), number, int(row)) for row in rows]
         start += len(ids)
     stored = _vectors(checked, encoder, (chunk for chunk, _, _ in sampled))
-    return all(fits(row, stored[chunk]) for chunk, row, fits in sampled if chunk in stored)
+    return all(shard.may_stand_for(number, row, stored[chunk]) for chunk, number, row in sampled if chunk in stored)
 
 
 def _draw(entry: FileEntry) -> np.random.Generator:
@@ -236,7 +325,7 @@ def _vectors(checked: Checked, encoder: str, chunks: Iterable[int]) -> dict[int,
         entry = checked.whole("embeddings", part, encoder)
         if entry is None:
             continue
-        matrix = vectors.read_vectors(checked.store, entry)
+        matrix = parts.read_vectors(checked.store, entry)
         for row in rows.tolist():
             if row < entry.rows and matrix[row].any():
                 found[join_id(part, row)] = np.array(matrix[row])
@@ -247,36 +336,32 @@ def check_neighbours(checked: Checked) -> tuple[str, str]:
     """Check the tables of neighbours; return the digest of what they name, and of the tokens that they have of it."""
     lines, texts = [], []
     for name in checked.store.state.names("neighbours"):
-        for slot in checked.store.state.group("neighbours", name):
-            entry = checked.store.state.file("neighbours", slot, name)
-            if entry is None or entry.path in checked.broken:
+        for slot, entry in checked.store.state.group("neighbours", name).items():
+            if entry.path in checked.broken:
                 continue
             with checked.noting(entry.path):
                 table = neighbour_tables.read_table(checked.store, entry)
                 digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
                 digest.update(np.ascontiguousarray(table.distances, "<f4").data)
-                lines.append(f"{slot_of(entry)} {digest.hexdigest()}")
+                lines.append(f"neighbours/{name}/{slot} {digest.hexdigest()}")
                 _check_table(checked, entry, name, table)
                 if neighbour_tables.text_size(entry):
-                    within = is_within(checked.store, entry, _metadata(checked.store, entry))
-                    texts.append(f"{slot_of(entry)} {check_neighbour_text(checked, entry, table, within=within)}")
+                    within = is_within(checked.store, entry, parts.read_schema(checked.store, entry).metadata)
+                    texts.append(
+                        f"neighbours/{name}/{slot} {check_neighbour_text(checked, entry, table, within=within)}"
+                    )
     return lines_digest(lines) if lines else "", lines_digest(texts) if texts else ""
 
 
-def _metadata(store: Store, entry: FileEntry) -> dict[bytes, bytes]:
-    return dict(parts.read_parquet(store, entry, row_groups=[]).schema.metadata or {})
-
-
-def slot_of(entry: FileEntry) -> str:
-    """A file's slot as digests name it."""
-    name = FileName.parse(entry.path)
-    return f"{name.kind}/{name.name}/{name.slot}"
+def lines_digest(lines: Iterable[str]) -> str:
+    """BLAKE2b-256 of sorted lines."""
+    return hashlib.blake2b("".join(f"{line}\n" for line in sorted(lines)).encode(), digest_size=32).hexdigest()
 
 
 def _check_table(checked: Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:
     store, part = checked.store, int(FileName.parse(entry.path).slot)
     record = store.state.records.get(f"neighbours:{name}", {})
-    metadata = _metadata(store, entry)
+    metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
     if database != record.get("database", database):
         checked.problems.append(f"{entry.path}: is of another database than the record of its name")
@@ -355,13 +440,10 @@ def _wrong_distances(
     return wrong, looked_at
 
 
-_SAMPLED_ROWS = 16
-
-
 def check_neighbour_text(checked: Checked, entry: FileEntry, table: NeighbourTable, *, within: bool) -> str:
     """Check the tokens of neighbours that a table has; return their digest."""
     digest, found = hashlib.blake2b(digest_size=32), set[str]()
-    drawn = np.random.default_rng(int(entry.sha256[:16], 16)).choice(entry.rows, min(entry.rows, _SAMPLED_ROWS), False)
+    drawn = _draw(entry).choice(entry.rows, min(entry.rows, _SAMPLED_ROWS), replace=False)
     for group in range(-(-entry.rows // ROW_GROUP)):
         rows = slice(group * ROW_GROUP, (group + 1) * ROW_GROUP)
         text = neighbour_tables.read_text(checked.store, entry, [group])
