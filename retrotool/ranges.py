@@ -1,8 +1,9 @@
-"""Runs of consecutive numbers: many at once as arrays, and as [first, last] for the log."""
+"""Runs of consecutive numbers: many at once as arrays, and as [first, last] for the log; what is among sorted ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,16 @@ def positions_within(lengths: Int64s) -> Int64s:
 def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
     """Return start, start + 1, … for each of ``starts`` [n], as many as its length: int64 [sum of lengths]."""
     return positions_within(lengths) + np.repeat(starts, lengths)
+
+
+def is_in(values: npt.NDArray[Any], ascending: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which of ``values``, of any shape, are among ``ascending`` [n]: bool, by binary search."""
+    if not len(ascending):
+        return np.zeros(values.shape, np.bool_)
+    found: npt.NDArray[np.bool_] = (
+        ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
+    )
+    return found
 
 
 def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:

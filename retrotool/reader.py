@@ -128,7 +128,7 @@ class Reader:
 
     def is_searchable(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which chunk ids can be neighbours and have some, bool [n]: living chunks but values of key-value records."""
-        return self._which(ids, Chunks.is_embedded)
+        return self._which(ids, lambda chunks, row: bool(chunks.between(row, row + 1).embedded[0]))
 
     def _which(
         self, ids: Sequence[int] | npt.NDArray[np.int64], fits: Callable[[Chunks, int], bool]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.ranges import expand_ranges
+from retrotool.ranges import expand_ranges, is_in
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import HASH_BYTES, ROW_GROUP
@@ -33,16 +34,16 @@ HASH = np.dtype(f"S{HASH_BYTES}")
 Hashes = npt.NDArray[np.bytes_]
 
 
+@dataclass(frozen=True, slots=True)
 class Blocked:
-    """A set of keyed hashes; ``hashes`` is S16, sorted, without repeats. False if it is empty.
+    """A set of hashes keyed with ``secret``; ``hashes`` is S16, sorted, without repeats. False if it is empty.
 
     ``slots`` are those of the files that it was read from.
     """
 
-    def __init__(self, secret: str, hashes: Hashes, slots: tuple[str, ...] = ()) -> None:
-        self._secret = secret
-        self.hashes = hashes
-        self.slots = slots
+    secret: str = field(repr=False)
+    hashes: Hashes
+    slots: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -51,7 +52,7 @@ class Blocked:
         """Which of n documents are blocked, by their ids or by their texts' BLAKE2b-128, 16 bytes each: bool [n]."""
         if not len(self.hashes):
             return np.zeros(len(ids), np.bool_)
-        return self.contains(id_hashes(self._secret, ids)) | self.contains(keyed_texts(self._secret, text_hashes))
+        return self.contains(id_hashes(self.secret, ids)) | self.contains(keyed_texts(self.secret, text_hashes))
 
     def lacks(self, hashes: Hashes) -> Hashes:
         """Those of ``hashes`` that are not in the list."""
@@ -59,11 +60,7 @@ class Blocked:
 
     def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of n ``hashes`` are in the list, bool [n]."""
-        if not len(self.hashes):
-            return np.zeros(len(hashes), np.bool_)
-        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        found: npt.NDArray[np.bool_] = self.hashes[place] == hashes
-        return found
+        return is_in(hashes, self.hashes)
 
 
 def id_hashes(secret: str, ids: Iterable[str]) -> Hashes:
@@ -80,14 +77,8 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
     """Hashes of the tokens of d documents of p pieces each (2 for a key-value record, else 1), S16 [d].
 
     BLAKE2b-128, keyed with the store's secret, of ``tokens:`` and, for each piece, how many tokens it has, as 8 bytes,
-    and these, as the store keeps them; all little-endian.
-
-    Args:
-        secret: the store's.
-        tokens: flat, contiguous, of the store's token type.
-        begin: where in ``tokens`` each piece begins, [d, p].
-        count: how many tokens it has, [d, p].
-
+    and these, as the store keeps them; all little-endian. A piece is ``count`` [d, p] of ``tokens`` (flat, contiguous,
+    of the store's token type) from ``begin`` [d, p] on.
     """
     data, width = tokens.view(np.uint8).data, tokens.dtype.itemsize
     copy = _state(secret, b"tokens:").copy
@@ -104,14 +95,10 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
 
 
 def blocked_documents(store: Store, several: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
-    """Which documents of one part are blocked, by their id, text or tokens, bool [d].
+    """Which documents of one part are in a block list, by their id, text or tokens, bool [d].
 
-    Args:
-        store: of which the part is.
-        several: a block list.
-        chunks: the file of the part's chunks.
-        documents: rows of its documents, not erased, with ``id``, ``text_hash``, ``first_row`` and ``n_chunks``.
-
+    ``chunks`` is the file of the part's chunks. ``documents`` are rows of its documents, not erased, with ``id``,
+    ``text_hash``, ``first_row`` and ``n_chunks``.
     """
     texts = documents["text_hash"].fill_null(bytes(HASH_BYTES)).to_pylist()
     named = several.holds(documents["id"].to_pylist(), texts)
@@ -121,11 +108,8 @@ def blocked_documents(store: Store, several: Blocked, chunks: FileEntry, documen
 def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashes:
     """Hashes of the tokens of documents of one part, S16 [d]; empty where something of the document is erased.
 
-    Args:
-        store: of which the part is.
-        chunks: the file of the part's chunks.
-        documents: rows of its documents, with ``first_row`` and ``n_chunks``.
-
+    ``chunks`` is the file of the part's chunks. ``documents`` are rows of its documents, with ``first_row`` and
+    ``n_chunks``.
     """
     first, rows = (documents[name].to_numpy().astype(np.int64) for name in ("first_row", "n_chunks"))
     hashes = np.zeros(len(first), HASH)

@@ -107,8 +107,8 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove)
     reason = state.conflict(joined)
     if reason is None:
-        slots = {_slot(entry.path) for entry in draft.add}
-        reason = next((f"the place of {e.path} is taken" for e in task.add if _slot(e.path) in slots), None)
+        places = {_place(entry) for entry in draft.add}
+        reason = next((f"the place of {e.path} is taken" for e in task.add if _place(e) in places), None)
     known = {**state.records, **draft.records}
     for key, value in task.records.items():
         if known.get(key, value) != value:
@@ -122,19 +122,18 @@ def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
         covered = set((entry.about or {}).get("parts", ()))
         if not covered:
             continue
-        kind, name, own = _slot(entry.path)
+        kind, name, own = _place(entry)
         live = [other for other in state.group(kind, name).entries() if other.path not in task.remove]
-        for other in (*live, *(e for e in draft.add if _slot(e.path)[:2] == (kind, name))):
-            if generation_in(_slot(other.path)[2]) != generation_in(own):
+        for other in (*live, *(e for e in draft.add if _place(e)[:2] == (kind, name))):
+            if generation_in(_place(other)[2]) != generation_in(own):
                 continue
             if not covered.isdisjoint((other.about or {}).get("parts", ())):
                 return f"{other.path} covers the same parts"
     return None
 
 
-def _slot(path: str) -> tuple[str, str, str]:
-    name = FileName.parse(path)
-    return name.kind, name.name, name.slot
+def _place(entry: FileEntry) -> tuple[str, str, str]:
+    return FileName.parse(entry.path).place
 
 
 def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:

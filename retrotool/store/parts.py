@@ -192,10 +192,6 @@ class Chunks:
             self.part, self.doc[some], self.index[some], self.n_tokens[some], self.tokens[some], self.key[some]
         )
 
-    def is_embedded(self, row: int) -> bool:
-        """Whether one row has a vector."""
-        return bool(_embedded(self.n_tokens[row], self.key[row]))
-
 
 def _embedded(n_tokens: Any, key: Any) -> Any:
     return (n_tokens > 0) & key

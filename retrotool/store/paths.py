@@ -54,6 +54,11 @@ class FileName:
         return f"{folder}/{self.slot}-{self.token}.{self.extension}"
 
     @property
+    def place(self) -> tuple[str, str, str]:
+        """Kind, name and slot: what at most one live file has."""
+        return self.kind, self.name, self.slot
+
+    @property
     def run(self) -> str:
         """The id of the run that wrote the file."""
         return self.token[:8]

@@ -6,6 +6,7 @@ A worker calls ``stage`` when its files are whole: what it wrote is then known t
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -90,19 +91,13 @@ def stage(root: Path, staged: Staged) -> bool:
     data = orjson.dumps({name: getattr(staged, name) for name in _STORED})
     target, token = staged_path(root, staged.task), paths.new_token(staged.run)
     won = atomic.put_if_absent(target, token, data, lambda: runs.beat(root, staged.run))
-    if not won and _content(target) == data:
-        won = True  # over NFS a link can succeed and its answer be lost
+    if not won:
+        with contextlib.suppress(FileNotFoundError):  # over NFS a link can succeed and its answer be lost
+            won = target.read_bytes() == data
     if not won:
         for path in staged.files():
             disk.unlink(paths.inside(root, path))
     return won
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
 
 
 def is_whole(root: Path, task: Staged) -> bool:

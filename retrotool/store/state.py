@@ -145,14 +145,13 @@ class State:
             if not self.has(path):
                 return f"{path} has left the store"
         freed = set(change.remove)
-        slots: set[tuple[str, str, str]] = set()
+        places: set[tuple[str, str, str]] = set()
         for entry in change.add:
             name = FileName.parse(entry.path)
-            slot = (name.kind, name.name, name.slot)
             current = self.file(name.kind, name.slot, name.name)
-            if slot in slots or (current is not None and current.path not in freed):
+            if name.place in places or (current is not None and current.path not in freed):
                 return f"the place of {entry.path} is taken"
-            slots.add(slot)
+            places.add(name.place)
         return None
 
     def fold(self, commits: Iterable[Commit]) -> State:

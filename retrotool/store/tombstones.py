@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.errors import ConflictError, ErasedError
+from retrotool.ranges import is_in
 from retrotool.store import parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.parts import distinct_parts, row_of, slice_of_part
@@ -36,22 +38,18 @@ KEPT = "restored"
 """The kind of the files that keep which chunks a purge had that was taken back."""
 
 
+@dataclass(frozen=True, slots=True)
 class Tombstones:
     """A set of chunk ids; ``ids`` is int64, sorted, without repeats."""
 
-    def __init__(self, ids: npt.NDArray[np.int64]) -> None:
-        self.ids = ids
+    ids: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Which of ``ids`` (any shape) are purged."""
-        if not len(self.ids):
-            return np.zeros(ids.shape, np.bool_)
-        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        found: npt.NDArray[np.bool_] = self.ids[place] == ids
-        return found
+        return is_in(ids, self.ids)
 
     def rows(self, part: int) -> npt.NDArray[np.int64]:
         """Purged rows of a part, ascending."""

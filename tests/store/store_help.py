@@ -80,8 +80,7 @@ def contents(state: State) -> tuple[dict[tuple[str, str, str], tuple[Any, ...]],
     """What a state says, whatever its files are called: files by slot, and records."""
     files = {}
     for entry in state.files():
-        name = FileName.parse(entry.path)
-        files[name.kind, name.name, name.slot] = (entry.rows, entry.bytes, entry.sha256, entry.about)
+        files[FileName.parse(entry.path).place] = (entry.rows, entry.bytes, entry.sha256, entry.about)
     return files, dict(state.records)
 
 

@@ -98,7 +98,6 @@ def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool,
     embedded = [n > 0 and is_key for n, is_key, _ in rows]
     chunks = parts.read_chunks(view, 2)
     assert chunks.embedded.tolist() == embedded
-    assert [chunks.is_embedded(row) for row in range(len(rows))] == embedded
     assert parts.read_embedded(view, 2).tolist() == embedded
     assert parts.read_key(view, 2).tolist() == key.tolist()
     assert parts.n_keys(entry) == count_keys(view, 2) == sum(key)
