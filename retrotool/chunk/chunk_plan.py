@@ -375,10 +375,7 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
     """
     known = KnownInputs()
     for kind in ("inputs", "plans"):
-        group = state.group(kind)
-        for slot in group:
-            entry = group.get(slot)
-            assert entry is not None
+        for slot, entry in state.group(kind).items():
             content = read_json_file(store, entry)
             for place in (*content["places"], *content.get("given_up", ())):
                 known.readers[place] = (*known.readers.get(place, ()), slot)

@@ -140,8 +140,7 @@ def _reasons(
 def _quarantines(
     store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
 ) -> Iterator[pa.Table]:
-    group = store.state.group("quarantine")
-    entries = [(slot.partition(".")[0], group.get(slot)) for slot in group]
+    entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
     again = pa.array(read_again, pa.string())
     for plan, entry in (*entries, *((unit.plan, unit.quarantine) for unit in units)):
         if entry is None or plan not in plans:

@@ -115,9 +115,8 @@ class Quarantine:
 
 def quarantine_files(state: State, plan_id: str) -> list[FileEntry]:
     """The quarantine files of a plan's units, or the one of a finished plan; not that of documents that repeat."""
-    group = state.group("quarantine")
-    slots = [slot for slot in group if slot.partition(".")[0] == plan_id and slot != f"{plan_id}.duplicates"]
-    return [entry for slot in slots if (entry := group.get(slot)) is not None]
+    files = state.group("quarantine").items()
+    return [file for slot, file in files if slot.partition(".")[0] == plan_id and slot != f"{plan_id}.duplicates"]
 
 
 def join_quarantines(store: Store, run: Run, plan_id: str) -> tuple[list[FileEntry], list[str]]:

@@ -173,9 +173,7 @@ def shards(state: State, name: str, generation: int | None = None) -> dict[str, 
 
 def all_shards(state: State, name: str) -> dict[str, FileEntry]:
     """Slot → file of the shards of all generations."""
-    group = state.group("index", name)
-    found = {slot: group.get(slot) for slot in group if slot.startswith(SHARD)}
-    return {slot: entry for slot, entry in found.items() if entry is not None}
+    return {slot: entry for slot, entry in state.group("index", name).items() if slot.startswith(SHARD)}
 
 
 def shards_digest(state: State, name: str, generation: int | None = None) -> str:
