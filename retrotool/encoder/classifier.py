@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,10 @@ from retrotool.encoder import devices
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
 from retrotool.encoder.encoder_identity import check_model, hash_model, longest_row
 from retrotool.errors import UsageError
+from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import positions_within
 from retrotool.tokenizers import Tokenizer, find_tokenizer
-
-if TYPE_CHECKING:
-    import torch
 
 Scores = npt.NDArray[np.float32]
 
@@ -104,8 +102,6 @@ class Classifier:
     """A loaded classifier on a device (``auto``: a GPU where there is one). Several threads may use it."""
 
     def __init__(self, identity: ClassifierIdentity, device: str = "auto") -> None:
-        import torch
-
         from retrotool.encoder.forwards import load_pretrained
 
         self._what = f"classifier {str(identity.path)!r}"
@@ -151,8 +147,6 @@ class Classifier:
     @contextlib.contextmanager
     def _one_thread(self) -> Iterator[None]:
         """On a CPU, no threads within products: callers run side by side."""
-        import torch
-
         if self.device != "cpu":
             yield
             return
@@ -174,8 +168,6 @@ class Classifier:
         return np.concatenate([self._score(rows.take(half), label) for half in halves])
 
     def _forward(self, rows: Rows, label: int) -> Scores:
-        import torch
-
         used = np.arange(rows.lengths.max()) < rows.lengths[:, None]
         ids = np.full(used.shape, self._padding or 0, np.int64)
         ids[used] = rows.ids
@@ -188,8 +180,6 @@ class Classifier:
 
     def _scored(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [n, labels] as scores; NaN for a row that has one which is no number, or is infinite."""
-        import torch
-
         if logits.shape[1:] != (len(self.identity.labels),):
             raise UsageError(
                 f"{self._what} gives {tuple(logits.shape[1:])} numbers for {len(self.identity.labels)} labels"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from retrotool.errors import AbortError, RetrotoolError, UsageError
+from retrotool.lazy import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -26,8 +27,6 @@ def check_device(device: str, dtype: str = "auto") -> None:
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
         raise UsageError(f"device {device!r} is not known", "Use auto, cpu, cuda or cuda:N.")
-    import torch
-
     if not torch.cuda.is_available():
         raise UsageError(f"device {device!r}: torch sees no GPU", "Use --device cpu, or install a CUDA build of torch.")
     if int(match[1] or 0) >= torch.cuda.device_count():
@@ -41,8 +40,6 @@ def find_devices(devices: str, dtype: str = "auto") -> list[str]:
     """
     if devices == "auto":
         check_device("cpu", dtype)
-        import torch
-
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
     named = [device.strip() for device in devices.split(",")]
     for device in named:
@@ -58,8 +55,6 @@ def pick_device(device: str) -> str:
     """What ``auto`` stands for: the current GPU where there is one."""
     if device not in ("auto", "cuda"):
         return device
-    import torch
-
     # With its number: which GPU is the current one is a matter of each thread.
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
@@ -80,8 +75,6 @@ def batch_tokens_of(device: str, asked: int | None) -> int:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that the device, or the host, has no memory left."""
-    import torch
-
     signs = ("not enough memory", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):

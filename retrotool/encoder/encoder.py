@@ -26,6 +26,7 @@ from retrotool.encoder import devices
 from retrotool.encoder.batches import Rows, batches, check_vocabulary
 from retrotool.encoder.encoder_identity import find_encoder, read_config
 from retrotool.errors import NotFiniteError, UsageError
+from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
@@ -167,8 +168,6 @@ class Encoder:
     @property
     def device_name(self) -> str:
         """What the device is: "cpu", or the name of the GPU."""
-        import torch
-
         return torch.cuda.get_device_name(self.device) if self.device != "cpu" else self.device
 
     def use_fast_tokenizer(self) -> None:

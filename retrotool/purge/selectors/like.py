@@ -37,6 +37,7 @@ from retrotool.embed.search_scope import pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import EncoderRows, load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
+from retrotool.lazy import torch
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock, read_selector_file
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -147,8 +148,6 @@ class LikeMatcher(Matcher):
     """Finds chunks within a distance of one of ``queries``, float32 [q, d]."""
 
     def __init__(self, store: Store, encoder: str, queries: Vectors, within: float) -> None:
-        import torch
-
         self._store, self._encoder = store, encoder
         self._queries, self._within = queries, np.float32(within)
         self._norms = np.square(queries).sum(1)
@@ -172,8 +171,6 @@ class LikeMatcher(Matcher):
         self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Those of some ``rows`` of vectors [n, d] that are within, and their distances."""
-        import torch
-
         # torch widens float16 by the processor's instruction for it, numpy does not
         some = vectors if len(rows) == len(vectors) else vectors[rows]
         wide = torch.from_numpy(np.require(some, requirements=("C", "W"))).float()
