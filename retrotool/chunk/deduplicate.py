@@ -18,7 +18,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunk_plan import (
     ChunkPlan,
+    Duplicates,
     chunks_of_purges,
     documents_within,
     parts_of_plan,
@@ -53,7 +54,6 @@ from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
 
-Handling = Literal["skip", "keep", "fail"]
 _COUNTED_SOURCES = 100_000
 _EXAMPLES = 3
 BY_ID = "duplicate document id"
@@ -93,7 +93,7 @@ class DuplicateCounts:
             self.sources = Counter(dict(self.sources.most_common(_COUNTED_SOURCES // 2)))
 
 
-def finish_plans(store: Store, run: Run, *, duplicates: Handling = "skip") -> dict[str, DuplicateCounts]:
+def finish_plans(store: Store, run: Run, *, duplicates: Duplicates = "skip") -> dict[str, DuplicateCounts]:
     """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
 
     ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
@@ -112,7 +112,7 @@ def finish_plans(store: Store, run: Run, *, duplicates: Handling = "skip") -> di
     return finished
 
 
-def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling) -> DuplicateCounts | None:
+def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates) -> DuplicateCounts | None:
     def attempt() -> DuplicateCounts | None:
         seen = store.state
         if not seen.has(entry.path):
@@ -127,9 +127,8 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
 
 
 def _finishing(
-    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Handling
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates
 ) -> tuple[Draft, DuplicateCounts]:
-    """The commit that finishes a plan on the store's state, its files written, and what it counts."""
     plan = read_plan(store, entry)
     tombstones = read_tombstones(store)
     free = chunks_of_purges(store) if plan.allow_purged else None
@@ -239,7 +238,7 @@ def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
     return draft
 
 
-def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Handling) -> Mapping[str, Any]:
+def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates) -> Mapping[str, Any]:
     """Records of the plan and the totals, less the duplicates if they are tombstoned."""
     plan, totals = store.state.records[f"plan:{plan_id}"], store.state.records["totals"]
     gone = duplicates == "skip"

@@ -158,7 +158,6 @@ class _Sampler:
         return samples
 
     def _add(self, sample: _Sample, file: InputFile, where: Slice, share: float, characters: int) -> None:
-        """Add documents of a slice, ``share`` bytes of the file, up to a number of characters."""
         started = time.process_time()
         batch: list[Document] = []
         text = bad = 0

@@ -8,10 +8,9 @@ a ``Rejected`` for the rest. Memory is bounded by the longest document (``Fields
 
 from retrotool.sources.inputs import WHOLE, InputFile, Slice, Survey, find_inputs, survey
 from retrotool.sources.read import check_fields, check_input, cut_input, read_input
-from retrotool.sources.records import MAX_DOCUMENT_BYTES, Document, Fields, Rejected, excerpt, reason_of
+from retrotool.sources.records import Document, Fields, Rejected, excerpt, reason_of
 
 __all__ = [
-    "MAX_DOCUMENT_BYTES",
     "WHOLE",
     "Document",
     "Fields",

@@ -172,7 +172,6 @@ def cut_tokens(file: InputFile, fields: Fields, target: int) -> list[Slice]:
 
 
 def _beginnings(file: InputFile, array: TokenArray) -> tuple[int, Callable[[int], int]]:
-    """Return the number of documents, and how to find about how many bytes are before one."""
     if array.index is None:
         offsets = _open_offsets(file)
         scale = (file.size - array.begin) / max(offsets.at(-1), 1)
@@ -251,7 +250,6 @@ def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:
 def _by_marks(
     file: InputFile, fields: Fields, array: TokenArray, dtype: np.dtype[Any], where: Slice
 ) -> Iterator[Ranges]:
-    """Return what is between marks, from the first document that begins in a range of bytes."""
     last = file.size if where.last is None else where.last
     width = dtype.itemsize
     size = array.begin + (file.size - array.begin) // width * width

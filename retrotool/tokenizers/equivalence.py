@@ -16,6 +16,7 @@ is called safe. That is no proof, so random texts are compared as well, and the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
@@ -121,7 +122,6 @@ class Guard:
         findings: Findings | None = None,
     ) -> None:
         self._whole, self._split, self._make_strict = whole, split, strict
-        self._made: Pair | None = None
         self._crossed = matters or (lambda _: True)
         self._states = np.zeros(0x110000, np.uint8)
         self._states[:128] = _SAFE
@@ -237,12 +237,10 @@ class Guard:
             unsafe |= (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
         return places[unsafe]
 
-    @property
+    @functools.cached_property
     def _strict(self) -> Pair:
-        """Made when the first character above ASCII comes: that takes a while."""
-        if self._made is None:
-            self._made = self._split if self._make_strict is None else self._make_strict()
-        return self._made
+        # Made when the first character above ASCII comes: that takes a while.
+        return self._split if self._make_strict is None else self._make_strict()
 
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
         known = np.array([unicodedata.category(chr(point)) != "Cn" for point in points.tolist()], bool)
@@ -264,7 +262,6 @@ class Guard:
 
     @staticmethod
     def _wrong_in(frame: str, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.bool_]:
-        """Which of ``points`` [n] the two tokenizers of ``pair`` treat differently in ``frame``."""
         texts = [frame.format(chr(point)) for point in points.tolist()]
         return differing(*(encode(texts) for encode in pair)) if texts else np.zeros(0, bool)
 
