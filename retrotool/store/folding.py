@@ -30,6 +30,9 @@ from retrotool.store.staging import COUNTS, PLAN_COUNTS, Staged, Unit, is_whole,
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
+Outcome = dict[str, str]
+"""Why tasks, by their keys, are refused; "" for those that are committed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Folded:
@@ -47,14 +50,25 @@ def fold(store: Store, run: Run) -> Folded:
     for task in staged.values():
         what = {"kind": task.kind, "settings": task.settings}
         alike.setdefault(orjson.dumps(what, option=orjson.OPT_SORT_KEYS).decode(), []).append(task)
-    committed: set[str] = set()
-    refused: dict[str, str] = {}
+    outcome: Outcome = {}
     for _, tasks in sorted(alike.items()):
-        done = _fold_units(store, run, tasks) if tasks[0].unit is not None else _fold_files(store, run, tasks)
-        committed |= done.committed
-        refused.update(done.refused)
-    _forget(store, [task for task in staged.values() if task.task in committed or task.task in refused])
-    return Folded(frozenset(committed), refused)
+        outcome |= _commit(store, run, tasks)
+    _forget(store, [staged[task] for task in outcome])
+    refused = {task: reason for task, reason in outcome.items() if reason}
+    return Folded(frozenset(outcome).difference(refused), refused)
+
+
+def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:
+    """Commit tasks of one kind and settings; those that have to wait are not in the outcome."""
+    draft_of = _draft_of_files if tasks[0].unit is None else _draft_of_units
+    outcome: Outcome = {}
+
+    def build(state: State) -> Draft | None:
+        outcome.clear()
+        return draft_of(store, run, state, tasks, outcome)
+
+    store.commit(run, build)
+    return outcome
 
 
 def _forget(store: Store, tasks: Sequence[Staged]) -> None:
@@ -67,29 +81,20 @@ def _forget(store: Store, tasks: Sequence[Staged]) -> None:
         disk.unlink(staged_path(store.root, task.task))
 
 
-def _fold_files(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
-    """Commit tasks of one kind and settings, whose files have their final names."""
-    committed: set[str] = set()
-    refused: dict[str, str] = {}
-
-    def build(state: State) -> Draft | None:
-        committed.clear()
-        refused.clear()
-        draft = Draft(tasks[0].kind, tasks[0].settings)
-        for task in tasks:
-            if task.add and all(state.has(entry.path) for entry in task.add):
-                committed.add(task.task)  # a process was killed between the commit and taking the entry away
-            elif not is_whole(store.root, task):
-                refused[task.task] = "its files are gone"
-            elif (reason := _conflict(state, draft, task)) is not None:
-                refused[task.task] = reason
-            else:
-                committed.add(task.task)
-                draft = _joined(draft, task)
-        return draft if draft.add or draft.remove or draft.records else None
-
-    store.commit(run, build)
-    return Folded(frozenset(committed), refused)
+def _draft_of_files(store: Store, _: Run, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
+    """The commit of tasks whose files have their final names."""
+    draft = Draft(tasks[0].kind, tasks[0].settings)
+    for task in tasks:
+        if task.add and all(state.has(entry.path) for entry in task.add):
+            outcome[task.task] = ""  # a process was killed between the commit and taking the entry away
+        elif not is_whole(store.root, task):
+            outcome[task.task] = "its files are gone"
+        elif reason := _conflict(state, draft, task):
+            outcome[task.task] = reason
+        else:
+            outcome[task.task] = ""
+            draft = _joined(draft, task)
+    return draft if draft.add or draft.remove or draft.records else None
 
 
 def _joined(draft: Draft, task: Staged) -> Draft:
@@ -136,56 +141,43 @@ def _place(entry: FileEntry) -> tuple[str, str, str]:
     return FileName.parse(entry.path).place
 
 
-def _fold_units(store: Store, run: Run, tasks: Sequence[Staged]) -> Folded:
-    """Number and commit the units that are next in the order of their plans; the others wait."""
-    committed: set[str] = set()
-    refused: dict[str, str] = {}
-
-    def build(state: State) -> Draft | None:
-        committed.clear()
-        refused.clear()
-        plans = state.with_prefix("plan:")
-        waiting = _waiting(store, state, tasks, committed, refused)
-        ready: list[Staged] = []
-        progress: dict[str, Any] = {}
-        for plan in sorted(plans, key=lambda plan: plans[plan]["order"]):
-            done = int(plans[plan]["done"])
-            first = len(ready)
-            while (task := waiting.get((plan, done))) is not None:
-                ready.append(task)
-                done += 1
-            if done > plans[plan]["done"]:
-                progress[f"plan:{plan}"] = _advanced(plans[plan], ready[first:], done)
-            if done < plans[plan]["units"]:
-                break
-        if not ready:
-            return None
-        committed.update(task.task for task in ready)
-        return _numbered(state, run, ready, progress)
-
-    store.commit(run, build)
-    return Folded(frozenset(committed), refused)
+def _draft_of_units(store: Store, run: Run, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
+    """The commit of the units that are next in the order of their plans, their parts numbered; the others wait."""
+    plans = state.with_prefix("plan:")
+    waiting = _waiting(store, state, tasks, outcome)
+    ready: list[Staged] = []
+    progress: dict[str, Any] = {}
+    for plan in sorted(plans, key=lambda plan: plans[plan]["order"]):
+        done = int(plans[plan]["done"])
+        first = len(ready)
+        while (task := waiting.get((plan, done))) is not None:
+            ready.append(task)
+            done += 1
+        if done > plans[plan]["done"]:
+            progress[f"plan:{plan}"] = _advanced(plans[plan], ready[first:], done)
+        if done < plans[plan]["units"]:
+            break
+    outcome |= {task.task: "" for task in ready}
+    return _numbered(state, run, ready, progress) if ready else None
 
 
-def _waiting(
-    store: Store, state: State, tasks: Sequence[Staged], committed: set[str], refused: dict[str, str]
-) -> dict[tuple[str, int], Staged]:
+def _waiting(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> dict[tuple[str, int], Staged]:
     """The staged units that can still be committed, by plan and index; what became of the others is noted."""
     waiting = {}
     plans = state.with_prefix("plan:")
     for task in tasks:
         if task.unit is None or task.unit.plan not in plans:
-            refused[task.task] = "its plan is gone"
+            outcome[task.task] = "its plan is gone"
         elif task.unit.index < plans[task.unit.plan]["done"]:
-            committed.add(task.task)
+            outcome[task.task] = ""
         elif not all(map(state.has, task.reads)):
-            refused[task.task] = "its plan was changed"
+            outcome[task.task] = "its plan was changed"
         elif not is_whole(store.root, task):
-            refused[task.task] = "its files are gone"
+            outcome[task.task] = "its files are gone"
         else:
             with contextlib.suppress(ErasedError):  # another process has committed, or dropped, it just now
                 if _brings_back(store, state, task.unit):
-                    refused[task.task] = "a document of it was purged meanwhile"
+                    outcome[task.task] = "a document of it was purged meanwhile"
                 else:
                     waiting[task.unit.plan, task.unit.index] = task
     return waiting

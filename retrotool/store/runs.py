@@ -183,26 +183,16 @@ _CLAIM_TRIES = 5
 _STEP_BACK_SECONDS = 0.05
 
 
-def claims_folder(root: Path) -> Path:
-    """Where claims lie."""
-    return paths.inside(root, "staging/claims")
-
-
-def claim_owner(name: str) -> str:
-    """The run that made the claim of this name."""
-    return name.rpartition("-")[2]
-
-
 def take_claim(root: Path, task: str, run: str) -> bool:
     """Claim a task for a run; False if a living run has it."""
     own = _claim_path(root, task, run)
     for _ in range(_CLAIM_TRIES):
-        if _has_rival(root, task, run):
+        if task in claimed_elsewhere(root, run):
             return False
         with disk.told(own), contextlib.suppress(FileExistsError):  # a worker of this run that was killed had it
             disk.make_directory(own.parent)
             disk.write(own, b"")
-        if not _has_rival(root, task, run):
+        if task not in claimed_elsewhere(root, run):
             return True
         disk.unlink(own)
         time.sleep(random.uniform(0, _STEP_BACK_SECONDS))  # noqa: S311 - both stepped back, perhaps
@@ -215,36 +205,24 @@ def release_claim(root: Path, task: str, run: str) -> None:
 
 
 def claimed_elsewhere(root: Path, run: str) -> frozenset[str]:
-    """Keys of the tasks that other living runs have claimed."""
+    """Keys of the tasks that other live runs have claimed."""
     alive: dict[str, bool] = {run: False}
     found = set()
     now = beat(root, run)
-    for name in _claims(root):
-        other = claim_owner(name)
+    try:
+        names = [path.name for path in paths.inside(root, "staging/claims").iterdir()]
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        return frozenset()
+    for name in names:
+        task, _, other = name.rpartition("-")
         if other not in alive:
             alive[other] = is_alive(root, other, silence=CLAIM_SILENCE_SECONDS, now=now)
         if alive[other]:
-            found.add(name.rpartition("-")[0])
+            found.add(task)
     return frozenset(found)
 
 
 def _claim_path(root: Path, task: str, run: str) -> Path:
-    return claims_folder(root) / f"{task}-{run}"
-
-
-def _claims(root: Path) -> list[str]:
-    try:
-        return [path.name for path in claims_folder(root).iterdir()]
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        return []
-
-
-def _has_rival(root: Path, task: str, run: str) -> bool:
-    """Whether another living run has claimed a task."""
-    rivals = [claim_owner(name) for name in _claims(root) if name.startswith(f"{task}-") and claim_owner(name) != run]
-    if not rivals:
-        return False
-    now = beat(root, run)
-    return any(is_alive(root, rival, silence=CLAIM_SILENCE_SECONDS, now=now) for rival in rivals)
+    return paths.inside(root, f"staging/claims/{task}-{run}")
