@@ -156,8 +156,6 @@ def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstone
     database, one part at a time, and the places of those that are found.
     """
     coded = keys.cast(pa.binary()).combine_chunks().dictionary_encode()
-    if isinstance(coded, pa.ChunkedArray):
-        coded = coded.combine_chunks()
     codes = coded.indices.fill_null(-1).to_numpy().astype(np.int64)
     found = [np.zeros((3, 0), np.int64)]
     for part in database.state.parts():

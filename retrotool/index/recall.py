@@ -41,7 +41,7 @@ from retrotool.index.index_records import QUERIES
 from retrotool.index.searching import TUNED_K, Point, Vectors, nearest_of, rows_in
 from retrotool.machine import give_memory_back
 from retrotool.store import parts
-from retrotool.store.parts import PART_SHIFT, chunk_ids
+from retrotool.store.parts import chunk_ids, rows_by_part
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -254,15 +254,17 @@ class _Curve:
         return self._hits_at(point.nprobe, point.depth)[TUNED_K]
 
     def _hits_at(self, nprobe: int, depth: int) -> dict[int, Hits]:
-        found = self._found[nprobe, depth]
-        return {k: one if isinstance(one, tuple) else self._of_sample(one, k) for k, one in found.items()}
+        hits: dict[int, Hits] = {}
+        for k, found in self._found[nprobe, depth].items():
+            if isinstance(found, tuple):
+                hits[k] = found
+            else:
+                wanted = (self._nearer < k) & (self._truth.best.ids >= 0)
+                hits[k] = (wanted & found).sum(axis=1).astype(np.float64), wanted.sum(axis=1).astype(np.float64)
+        return hits
 
     def _judge(self, truth: Best, found: Best, k: int) -> Hits | Masks:
         return _of_all(truth, found, k) if self._truth.share == 1 else _which(truth.ids, found.ids[:, :k])
-
-    def _of_sample(self, found: Masks, k: int) -> Hits:
-        wanted = (self._nearer < k) & (self._truth.best.ids >= 0)
-        return (wanted & found).sum(axis=1).astype(np.float64), wanted.sum(axis=1).astype(np.float64)
 
 
 def _of_all(truth: Best, found: Best, k: int) -> Hits:
@@ -387,13 +389,15 @@ def find_truth(
     if best is None:
         best = Best.nothing(len(ids), DEPTH)
     give_memory_back()
-    return Truth(ids, asked, _sources(store, ids), best, n, share)
+    found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in rows_by_part(ids)]
+    sources = np.array([source or "" for some in found for source in some], object)
+    return Truth(ids, asked, sources, best, n, share)
 
 
 def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
     vectors, intervals, keys = [], [], []
     repeat = may_repeat(store)
-    for part, rows in _by_part(ids):
+    for part, rows in rows_by_part(ids):
         vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
         if repeat:
             keys.append(_of_documents(store, part, rows, "key"))
@@ -406,22 +410,11 @@ def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Qu
     return Queries(np.concatenate(vectors), excluded)
 
 
-def _sources(store: Store, ids: Ids) -> npt.NDArray[np.object_]:
-    found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in _by_part(ids)]
-    return np.array([source or "" for some in found for source in some], object)
-
-
-def _by_part(ids: Ids) -> list[tuple[int, Ids]]:
-    numbers = ids >> PART_SHIFT
-    return [(int(part), ids[numbers == part] - (int(part) << PART_SHIFT)) for part in np.unique(numbers)]
-
-
 def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
     """A column of the documents that some rows of a part belong to, one value a row."""
     table = parts.read_documents(store, part, [column, "first_row"])
     documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
-    found = table[column].combine_chunks().take(pa.array(documents))
-    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    return table[column].combine_chunks().take(pa.array(documents))
 
 
 def budget_on(device: str) -> int:

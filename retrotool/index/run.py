@@ -118,7 +118,9 @@ def index(
     store = Store.open(root)
     name = default_index(store.state) if name is None else name
     check_name(name, "--name")
-    _check_there(store, name, options)
+    asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
+    if asked and name not in store.state.names("index"):
+        raise _no_index(store, name, asked[0])
     wanted = _wanted(store, name, options, target_recall)
     chosen = pick_encoder(store, encoder or encoder_of(store.state, name))
     is_trained = trained_entry(store.state, name) is not None
@@ -274,12 +276,6 @@ def _check(options: Options, target: float | None) -> None:
             "--retrain is for one run: each job would train anew",
             "On several GPUs of a machine: --devices. On several machines: a new --name, with --shard.",
         )
-
-
-def _check_there(store: Store, name: str, options: Options) -> None:
-    asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
-    if asked and name not in store.state.names("index"):
-        raise _no_index(store, name, asked[0])
 
 
 def _check_embeddings(store: Store, stage: IndexStage) -> None:

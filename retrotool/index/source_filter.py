@@ -42,7 +42,7 @@ class AllowedChunks:
         self._rows = {part: parts.part_entry(store, "chunks", part).rows for part in numbers}
         for part in numbers:
             table = parts.read_documents(store, part, ["source", "n_chunks"])
-            sources = _coded(table["source"])
+            sources = table["source"].combine_chunks().dictionary_encode()
             allowed = np.array([*(allows(name) for name in sources.dictionary.to_pylist()), False])
             # What is erased has no source: −1, the last.
             codes = sources.indices.fill_null(-1).to_numpy()
@@ -86,11 +86,6 @@ def find_sources(
                 return found
             found |= {hashed: name for name in names if (hashed := keyed(name)) in hashes}
     return found
-
-
-def _coded(column: pa.ChunkedArray) -> pa.DictionaryArray:
-    coded = column.combine_chunks().dictionary_encode()
-    return coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
 
 
 def probes_by_query(

@@ -75,7 +75,7 @@ def train(
     """Train the index of ``choice`` on the searchable ``rows`` of parts; ``report`` is told shares of the work."""
     if choice.nlist == 0:
         report(1.0)
-        return Training(Trained(choice.d, _whole(choice)), 0)
+        return Training(Trained(choice.d, Whole(choice.coded, choice.code)), 0)
     n = sum(rows.counts.values())
     size = sample_size(n, choice, memory)
     sample = torch.from_numpy(draw_vectors(store, encoder, rows, size)).to(device)
@@ -113,14 +113,10 @@ def train(
     return found
 
 
-def _whole(choice: IndexChoice) -> Whole:
-    return Whole(choice.coded, choice.code)
-
-
 def _codec(choice: IndexChoice, residuals: torch.Tensor) -> Codec:
     if choice.pieces:
         return Product(codes.train_product(residuals, choice.pieces, seed=SEED).cpu().numpy())
-    return Scalar.train(residuals) if choice.code == "sq8" else _whole(choice)
+    return Scalar.train(residuals) if choice.code == "sq8" else Whole(choice.coded, choice.code)
 
 
 def _code_error(codec: Codec, residuals: torch.Tensor) -> float:

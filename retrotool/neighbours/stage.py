@@ -260,16 +260,12 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
     record = store.state.records[f"neighbours:{table}"]
     part = int(FileName.parse(entry.path).slot)
     if not _is_of(entry, record):
+        how = "exact search" if record["index"] == NO_INDEX else f"the index {record['index']!r}"
         raise UsageError(
-            f"part {part} has no neighbours {table!r} of {_how(record['index'])} yet: its table is of another index, "
-            "or of other filters",
+            f"part {part} has no neighbours {table!r} of {how} yet: its table is of another index, or of other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
     check_neighbour_ids(entry, table, database)
-
-
-def _how(index: str) -> str:
-    return f"the index {index!r}" if index != NO_INDEX else "exact search"
 
 
 def members_of(store: Store, name: str) -> list[tuple[str, float]]:
