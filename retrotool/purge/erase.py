@@ -228,18 +228,16 @@ class EraseWorker:
         """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
         old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
         check_there(self._store, (*old, *tombstones))
-        add = self._rewritten(task, run)
+        name = FileName.parse(old[0])
+        if name.kind == "documents":
+            add = self._part(int(name.slot), run)
+        else:
+            entry = self._store.state.file(name.kind, name.slot, name.name)
+            assert entry is not None, "it was there just now"
+            rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[name.kind]
+            add = [rewrite(entry, FileName.new(run, name.kind, name.slot, name.extension, name.name))]
         report(task.weight)
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
-
-    def _rewritten(self, task: Task, run: str) -> list[FileEntry]:
-        name = FileName.parse(task.inputs["paths"][0])
-        if name.kind == "documents":
-            return self._part(int(name.slot), run)
-        entry = self._store.state.file(name.kind, name.slot, name.name)
-        assert entry is not None, "it was there just now"
-        rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[name.kind]
-        return [rewrite(entry, FileName.new(run, name.kind, name.slot, name.extension, name.name))]
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
         store, rows, slot = self._store, self._victims.rows(part), part_slot(part)
@@ -297,38 +295,28 @@ def erase_documents(
 ) -> pa.Table:
     """Documents after an erase: counts of what is left, and nulls for those of which nothing is.
 
-    Those of which a part is left lose the hash of their text; where that was their id too, they are named anew.
+    Those of which a part is left lose the hash of their text; where that was their id too, they get another id that
+    only the store can make of it, always the same.
     """
     left = np.bincount(doc, weights=n_tokens, minlength=documents.num_rows).astype(np.int64)
     whole = documents["n_tokens"].to_numpy() == left
-    gone = pa.array(left == 0)
-    documents = _named_anew(documents, ~whole & (left > 0) & parts.named_by_text(documents), identity)
+    gone, renamed = pa.array(left == 0), pa.array(~whole & (left > 0) & parts.named_by_text(documents))
+    ids = [identity.keyed_hash(f"erased:{name}") for name in documents["id"].filter(renamed).to_pylist()]
+    names = {"id": ids, "key": [id_hash(name) for name in ids]} if ids else {}
     columns = []
     for schema_field in documents.schema:
-        column = documents[schema_field.name]
-        if schema_field.name == "n_tokens":
+        name, column = schema_field.name, documents[schema_field.name]
+        if name in names:
+            column = pc.replace_with_mask(column.combine_chunks(), renamed, pa.array(names[name], column.type))
+        if name == "n_tokens":
             column = pa.array(left)
-        elif schema_field.name == "text_hash":
+        elif name == "text_hash":
             # The hash of a text that is no longer all there would still tell what it was.
             column = pc.if_else(pa.array(whole), column, pa.scalar(None, column.type))
-        elif schema_field.name not in ("first_row", "n_chunks"):
+        elif name not in ("first_row", "n_chunks"):
             column = pc.if_else(gone, pa.scalar(None, column.type), column)
         columns.append(column)
     return pa.table(columns, schema=documents.schema)
-
-
-def _named_anew(documents: pa.Table, which: npt.NDArray[np.bool_], identity: Identity) -> pa.Table:
-    """Documents with ids for ``which`` of them that only the store can make of those before, always the same."""
-    if not which.any():
-        return documents
-    old = documents["id"].filter(pa.array(which)).to_pylist()
-    ids = [identity.keyed_hash(f"erased:{name}") for name in old]
-    for column, values in (("id", ids), ("key", [id_hash(name) for name in ids])):
-        place = documents.schema.get_field_index(column)
-        field_ = documents.schema.field(place)
-        new = pc.replace_with_mask(documents[column].combine_chunks(), pa.array(which), pa.array(values, field_.type))
-        documents = documents.set_column(place, field_, new)
-    return documents
 
 
 ELSEWHERE = (
