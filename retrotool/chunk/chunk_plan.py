@@ -33,7 +33,7 @@ from retrotool.store.runs import Run
 from retrotool.store.staging import PLAN_COUNTS
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, read_tombstones, standing_purges
+from retrotool.store.tombstones import Tombstones, named_chunks, standing_purges
 from retrotool.tokenizers import Findings
 
 BYTES_PER_TOKEN = 4
@@ -451,8 +451,7 @@ class KnownDocuments:
 
 def chunks_of_purges(store: Store) -> Tombstones:
     """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
-    ids = [read_tombstones(store, purge).ids for purge in standing_purges(store.state)]
-    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
+    return Tombstones(named_chunks(store, standing_purges(store.state)))
 
 
 def documents_within(store: Store, part: int, chunks: Tombstones) -> npt.NDArray[np.int64]:
