@@ -25,8 +25,6 @@ from retrotool.store.store import Store
 _BATCH_ROWS = 1 << 16
 EXCERPTS = 1000
 """Rows of a unit that keep an excerpt."""
-
-
 REASONS = 10_000
 """Reasons of a unit that are kept with their numbers."""
 _NUMBER = re.compile(r"(?<!UTF-)\d[\d,.]*")

@@ -1,7 +1,6 @@
 """Reading input: files to documents, and what can't be read rejected with its place and the reason.
 
-One module a format; ``finding`` finds inputs, ``files`` names their format, ``streams`` decompresses, ``read``
-dispatches.
+One module a format; ``inputs`` finds them and names their format, ``streams`` decompresses, ``read`` dispatches.
 Every row of an input comes out exactly once, as a ``Document`` or as a ``Rejected``; a file that breaks off ends with
 a ``Rejected`` for the rest. Memory is bounded by the longest document (``Fields.max_document``) and a few blocks.
 """

@@ -76,10 +76,10 @@ class Fields:
 class Document(NamedTuple):
     """One document.
 
-    ``position`` is the byte offset of its line in the (decompressed) input, or its row from 1 (``IN_BYTES`` of
-    ``files`` says which formats have offsets). ``line`` is its line or
-    row from 1, relative to the range read. ``value`` is there for a key-value record, whose key is ``text``;
-    ``tokens`` (a 1-d integer array) for one that is tokenised already, whose ``text`` is empty.
+    ``position`` is the byte offset of its line in the (decompressed) input, or its row from 1 (``inputs.IN_BYTES`` has
+    the formats with offsets). ``line`` is its line or row from 1, relative to the range read. ``value`` is there for a
+    key-value record, whose key is ``text``; ``tokens`` (a 1-d integer array) for one that is tokenised already, whose
+    ``text`` is empty.
     """
 
     id: str

@@ -499,13 +499,9 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
 def _given_dtype(fields: Fields) -> np.dtype[Any] | None:
     if fields.token_dtype is None:
         return None
-    try:
-        dtype = np.dtype(fields.token_dtype).newbyteorder("<")
-    except TypeError:
-        dtype = np.dtype(float)
-    if dtype.kind not in "iu":
+    if fields.token_dtype not in np.sctypeDict or np.dtype(fields.token_dtype).kind not in "iu":
         raise UsageError(f"{fields.token_dtype!r} is no type of token ids", "Give --token-dtype uint16 or uint32.")
-    return dtype
+    return np.dtype(fields.token_dtype).newbyteorder("<")
 
 
 def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:
