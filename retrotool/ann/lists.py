@@ -173,27 +173,28 @@ class InvertedLists:
         pointer = self._flat.codes.data() if self._inverted is None else self._inverted.get_codes(number)
         return _view(self._index, pointer, (n, self.trained.codec.size), np.uint8)
 
-    def may_stand_for(self, number: int, row: int, vector: npt.NDArray[np.float16]) -> bool:
-        """Whether a row of a list is what ``vector`` [d] is coded to: among the nearest, up to float32."""
+    def may_stand_for(self, number: int, rows: Ids, vectors: npt.NDArray[np.float16]) -> bool:
+        """Whether rows [n] of a list are what ``vectors`` [n, d] are coded to: among the nearest, up to float32."""
         trained = self.trained
-        some = trained.rotate(torch.from_numpy(vector.astype(np.float32)[None]))
-        codes = self.codes(number)[row : row + 1]
-        scale = _TIE * some.square().sum()  # of which float32 products keep so much
+        some = trained.rotate(torch.from_numpy(vectors.astype(np.float32)))
+        codes = self.codes(number)[rows]
+        scale = _TIE * some.square().sum(1)  # of which float32 products keep so much
         if trained.centroids is not None and len(trained.centroids):
             table = torch.from_numpy(trained.centroids)
-            least = assign(some, table)[0][0]
-            if (some[0] - table[number]).square().sum() > least * (1 + _TIE) + _TIE * scale:
+            least = assign(some, table)[0]
+            if ((some - table[number]).square().sum(1) > least * (1 + _TIE) + _TIE * scale).any():
                 return False
             some = some - table[number] if trained.by_residual else some
         elif trained.by_residual:
             return True  # without its centroids nothing can be said
         best = trained.codec.encode(some).numpy()
-        if np.array_equal(best, codes):
+        other = (best != codes).any(axis=1)
+        if not other.any():
             return True
         if isinstance(trained.codec, Whole):
             return False
-        off = [(trained.codec.decode(one) - some).square().sum() for one in (codes, best)]
-        return bool(off[0] <= off[1] * (1 + _TIE) + _TIE * scale)
+        off = [(trained.codec.decode(one[other]) - some[other]).square().sum(1) for one in (codes, best)]
+        return bool((off[0] <= off[1] * (1 + _TIE) + _TIE * scale[other]).all())
 
     def is_whole(self) -> bool:
         """Whether there are as many ids and codes as the index says that it holds."""

@@ -64,6 +64,8 @@ _BEYOND = 2
 _THOROUGH = 0.999
 _Z = 1.96
 _GROUPS = 1000
+_COMPARED = 256
+"""Queries whose neighbours are compared at a time."""
 _KS = (1, TUNED_K, DEPTH)
 _TIE = 16 * float(np.finfo(np.float32).eps)
 """Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
@@ -284,8 +286,9 @@ def _nearer(truth: Best, deepest: Best) -> Ids:
 
 def _which(wanted: Ids, found: Ids) -> Masks:
     """Which of ``wanted`` [q, t] are among ``found`` [q, f] of the same query, bool [q, t]."""
-    pairs = zip(wanted, found, strict=True)
-    return np.array([np.isin(some, there) & (some >= 0) for some, there in pairs], np.bool_)
+    blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(wanted), 1), _COMPARED)]
+    same = [(wanted[block, :, None] == found[block, None, :]).any(axis=2) for block in blocks]
+    return np.concatenate(same) & (wanted >= 0)
 
 
 def _joined(blocks: list[Any]) -> Hits | Masks:

@@ -302,16 +302,18 @@ def _encoder_of_index(store: Store, name: str, generation: int) -> str:
 
 def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, shard: InvertedLists) -> bool:
     """Whether some codes of a shard are those of the embeddings."""
+    sizes = np.array([shard.size(number) for number in shard.numbers], np.int64)
     drawn = np.sort(_draw(entry).choice(len(shard), min(len(shard), _SAMPLED_VECTORS), replace=False))
-    sampled: list[tuple[int, int, int]] = []
-    start = 0
-    for number in shard.numbers:
-        ids = shard.ids(number)
-        rows = drawn[(drawn >= start) & (drawn < start + len(ids))] - start
-        sampled += [(int(ids[row]), number, int(row)) for row in rows]
-        start += len(ids)
-    stored = _vectors(checked, encoder, (chunk for chunk, _, _ in sampled))
-    return all(shard.may_stand_for(number, row, stored[chunk]) for chunk, number, row in sampled if chunk in stored)
+    numbers = np.searchsorted(sizes.cumsum(), drawn, "right")
+    rows = drawn - (sizes.cumsum() - sizes)[numbers]
+    chunks = [int(shard.ids(number)[row]) for number, row in zip(numbers.tolist(), rows, strict=True)]
+    stored = _vectors(checked, encoder, chunks)
+    known = np.array([chunk in stored for chunk in chunks], np.bool_)
+    for number in np.unique(numbers[known]).tolist():
+        some = np.flatnonzero(known & (numbers == number))
+        if not shard.may_stand_for(number, rows[some], np.stack([stored[chunks[i]] for i in some])):
+            return False
+    return True
 
 
 def _draw(entry: FileEntry) -> np.random.Generator:
