@@ -6,8 +6,6 @@ So a command that needs none of them starts quickly, whichever modules it import
 from __future__ import annotations
 
 import importlib
-from functools import cached_property
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -17,12 +15,10 @@ class LazyModule:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    @cached_property
-    def _module(self) -> ModuleType:
-        return importlib.import_module(self._name)
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        found = getattr(importlib.import_module(self._name), name)
+        setattr(self, name, found)  # to be looked up once
+        return found
 
 
 if TYPE_CHECKING:
