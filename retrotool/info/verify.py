@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
+from retrotool.index.index_records import RECALL
 from retrotool.info import verify_references as references
 from retrotool.info.verify_references import Checked, check_chunk_ids, lines_digest
 from retrotool.store import parts, paths, staging
@@ -89,7 +90,7 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     references.check_blocked(checked)
     references.check_restored(checked)
     result.embeddings = _digest_files(store, "embeddings")
-    result.indexes = _digest_files(store, "index", lambda slot: not slot.startswith("recall"))
+    result.indexes = _digest_files(store, "index", lambda slot: slot != RECALL)
     result.neighbours, result.materialised = references.check_neighbours(checked)
     for name in store.state.names("index"):
         references.check_index(checked, name)

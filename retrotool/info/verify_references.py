@@ -24,16 +24,16 @@ import pyarrow as pa
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import read_trained
+from retrotool.index.index_records import RECALL, SHARD, training_record
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText, is_within
-from retrotool.store.parts import ROW_GROUP, join_id, part_of, row_of, rows_by_part, slice_of_part, split_id
-from retrotool.store.paths import FileName, generation_in, generation_slot, part_slot
+from retrotool.store.parts import ROW_GROUP, Ids, join_id, part_of, row_of, rows_by_part, slice_of_part, split_id
+from retrotool.store.paths import FileName, generation_in, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, restored_chunks, restored_purges
 
-Ids = npt.NDArray[np.int64]
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
 _SAMPLED_ROWS = 16
@@ -144,7 +144,7 @@ def check_records(checked: Checked) -> None:
     for kind, prefix in (("embeddings", "encoder:"), ("index", "index:"), ("neighbours", "neighbours:")):
         for name in state.names(kind):
             key = prefix + name
-            measured = kind == "index" and state.file(kind, "recall", name) is not None
+            measured = kind == "index" and state.file(kind, RECALL, name) is not None
             if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
                 checked.problems.append(f"{kind} {name}: there are files, but the record {key!r} is missing")
     _check_mixtures(checked)
@@ -242,7 +242,7 @@ def check_index(checked: Checked, name: str) -> None:
     """Check that shards hold all embedded chunks of their parts that are not purged, and no erased one."""
     everything: dict[int, set[int]] = {}
     for slot, entry in checked.store.state.group("index", name).items():
-        if not slot.startswith("shard-"):
+        if not slot.startswith(SHARD):
             continue
         covered = set((entry.about or {}).get("parts", ()))
         held = everything.setdefault(generation_in(slot), set())
@@ -266,7 +266,8 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
     if not check_chunk_ids(checked, ids, entry.path):
         return
-    encoder = _encoder_of_index(checked.store, name, generation)
+    about = training_record(checked.store.state, name, generation)
+    encoder = "" if about is None else about.encoder
     expected = lacking = unembedded = 0
     for part in covered:
         if not (0 <= part < len(checked.rows) and checked.rows[part]):
@@ -293,11 +294,6 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         "holds other vectors than the embeddings": not _same_vectors(checked, encoder, entry, shard),
     }
     checked.problems += [f"{entry.path}: {what}" for what, found in checks.items() if found]
-
-
-def _encoder_of_index(store: Store, name: str, generation: int) -> str:
-    trained = store.state.file("index", generation_slot("trained", generation), name)
-    return str(((trained.about if trained else None) or {}).get("encoder", ""))
 
 
 def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, shard: InvertedLists) -> bool:
