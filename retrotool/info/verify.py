@@ -141,7 +141,7 @@ def _check_files(checked: Checked, result: Verification, report: Report) -> None
         except ErasedError:
             raise
         except (RetrotoolError, OSError) as error:
-            checked.problems.append(str(error))
+            checked.problems.append(str(error).removeprefix(f"{store.root}/"))
             checked.broken.add(entry.path)
         report(entry.bytes)
 
