@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -101,6 +102,7 @@ def _become(arguments: list[str], descriptors: list[int], preexec_fn: Callable[[
     import faiss
     import torch
 
+    gc.freeze()  # else a collection would write to, and so copy, all pages that it shares with its parent
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
     sys.stdin = os.fdopen(0, "r", closefd=False)

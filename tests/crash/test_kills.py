@@ -8,6 +8,7 @@ over the calls of an uninterrupted run of the same command. RETROTOOL_KILLS sets
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -76,6 +77,7 @@ def in_child(work: Callable[[], object], fatal: int | None) -> tuple[bool, int]:
         try:
             import torch
 
+            gc.freeze()  # else a collection would copy all pages that are shared with the parent
             torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
             Countdown.start(fatal)
             work()
@@ -283,7 +285,8 @@ def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, 
 
 
 def problems(store: Path) -> set[str]:
-    return set(verify(store).problems) if store.exists() else set()
+    """What verify finds, with paths in the store."""
+    return {problem.replace(f"{store}/", "") for problem in verify(store).problems} if store.exists() else set()
 
 
 def check_between(store: Path, before: Path, known: set[str]) -> None:
