@@ -174,12 +174,14 @@ class _Processes:
         """Shut down; on an error without waiting for tasks that have begun, which are killed."""
         killed = kind is not None
         processes = [process for pool in self._pools.values() for process in (pool._processes or {}).values()]
+        # A pool's own thread must end before this process does, which wakes it by a pipe that it may be closing.
+        threads: list[Any] = [pool._executor_manager_thread for pool in self._pools.values()]
         for pool in self._pools.values():
             pool.shutdown(wait=not killed, cancel_futures=True)
         if killed:
             for process in processes:
                 process.terminate()
-        for thread in self._listening:
+        for thread in filter(None, (*threads, *self._listening)):
             thread.join(_LISTEN_SECONDS)
 
 
