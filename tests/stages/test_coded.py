@@ -39,7 +39,7 @@ from retrotool.store.store import Store
 pytestmark = pytest.mark.slow
 
 SOURCES = ("books", "forum", "manual")
-PER_SOURCE = 4200
+PER_SOURCE = 3400
 CODED = IndexWishes(factory="OPQ16,IVF64,PQ16")
 PLAIN = IndexWishes(nlist=32, code="sq8")
 FEW = 200
