@@ -23,13 +23,21 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     return make_large(tmp_path_factory.mktemp("large") / "store", tiny_encoder, [9000, 400, 333])
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize(("workers", "batch_size"), [(0, 3), (2, 3), (2, None), (3, 1)])
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "persistent"),
+    [
+        (0, 3, False),
+        (2, 3, False),
+        (2, None, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in ((2, 3, True), (2, None, False), (3, 1, False), (3, 1, True))
+        ),
+    ],
+)
 def test_a_stateful_loader_goes_on_where_it_was(
     store: Path, workers: int, batch_size: int | None, persistent: bool
 ) -> None:
-    if persistent and not workers:
-        return
     how: Options = {"batch_size": 2 if batch_size is None else None, "num_workers": workers}
     how["persistent_workers"] = persistent
 
