@@ -98,8 +98,9 @@ def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Tombstones of the store's view, or of one purge."""
-    group = store.state.group("tombstones").items()
-    ids = [_read(store, slot, entry) for slot, entry in group if purge in (None, slot)]
+    group = store.state.group("tombstones")
+    slots: Iterable[str] = group if purge is None else (purge,)
+    ids = [_read(store, slot, entry) for slot in slots if (entry := group.get(slot)) is not None]
     return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,10 @@ from store_help import make_store, viewing
 from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
 from retrotool.store import neighbour_tables, parts, tombstones
+from retrotool.store.atomic import FileEntry
 from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
+from retrotool.store.state import Group
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 
@@ -304,3 +307,20 @@ def test_chunks_of_another_length_than_the_stores_are_corrupt(small: Store, widt
     )
     with pytest.raises(CorruptError, match=entry.path):
         parts.read_chunks(viewing(small, entry), 0)
+
+
+def test_the_tombstones_of_one_purge_are_found_without_looking_at_the_others(small: Store) -> None:
+    several = [
+        tombstones.write_tombstones(small.root, FileName.new(RUN, "tombstones", f"p{i}", "parquet"), np.array([i]))
+        for i in range(30)
+    ]
+    store = viewing(small, *several)
+    get, looked_at = Group.get, list[str]()
+
+    def noting(group: Group, slot: str) -> FileEntry | None:
+        looked_at.append(slot)
+        return get(group, slot)
+
+    with patch.object(Group, "get", noting):
+        assert tombstones.named_chunks(store, ["p7", "p9"]).tolist() == [7, 9]
+    assert looked_at == ["p7", "p9"]
