@@ -22,7 +22,7 @@ Cost of ``find_same_text``: nothing, unless a selected chunk was rejected; then 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +85,16 @@ def check_purge(store: Store, purge: str) -> Record:
 
 @contextmanager
 def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
-    """Remove files at once if the commit that is to name them fails: some say what was purged."""
+    """Remove files at once if the commit that is to name them fails: some say what was purged.
+
+    If the log can't be read after an error they stay, as the commit may have been made; clean-up decides.
+    """
     try:
         yield
     except (ConflictError, CorruptError, ErasedError, LostRunError):
-        for entry in entries:
-            disk.unlink(paths.inside(store.root, entry.path))
+        with suppress(CorruptError):
+            state = store.refresh()
+            disk.unlink_all(paths.inside(store.root, one.path) for one in entries if not state.has(one.path))
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from restore_help import back, near, once_before, purge, verified
 
 import retrotool
 from retrotool import api
-from retrotool.errors import ConflictError, UsageError
+from retrotool.errors import ConflictError, CorruptError, UsageError
 from retrotool.purge import undo as restoring
 from retrotool.purge.erase import EraseStage
 from retrotool.purge.run import commit_purge
 from retrotool.purge.undo import restore
-from retrotool.store import folding, parts, staging
+from retrotool.store import folding, log, parts, staging
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
@@ -322,3 +323,20 @@ def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path)
     ]
     assert {*left, f"purge {purged} was taken back, and is erased"} <= set(problems)
     assert "restored/p0: there is no purge p0 that was taken back" in problems
+
+
+def test_what_is_committed_keeps_its_files_where_the_log_is_damaged_after_it(store_copy: Path) -> None:
+    purged = purge(store_copy, "doc-7").purge
+    append, damaged = log.append, list[Path]()
+
+    def append_before_damage(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool:
+        won = append(root, run, number, parent, draft)
+        damaged.append(log.commit_path(root, number + 1))
+        damaged[-1].write_bytes(b"no commit")
+        return won
+
+    with patch.object(log, "append", append_before_damage), pytest.raises(CorruptError):
+        back(store_copy, purged)
+    damaged[0].unlink()
+    assert "restored" in Store.open(store_copy).state.records[f"purge:{purged}"]
+    assert verified(store_copy)
