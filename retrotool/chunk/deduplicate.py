@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,7 +124,8 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
         return counts
 
     store.refresh()
-    return retry_overtaken(attempt, store.renew)
+    # Another ``chunk`` commits every half minute, for hours: what it overtakes may be overtaken any number of times.
+    return retry_overtaken(attempt, store.renew, sys.maxsize)
 
 
 def _finishing(
@@ -234,7 +236,7 @@ def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
         list(newest.group(kind).entries()) == list(seen.group(kind).entries()) for kind in ("documents", "tombstones")
     )
     if not same or newest.records["totals"] != seen.records["totals"]:
-        raise ConflictError("the store grew while duplicates were searched")
+        raise ConflictError("the store changed while duplicates were searched", "Run the same command again.")
     return draft
 
 

@@ -33,8 +33,10 @@ _ATTEMPTS = 20
 _Result = TypeVar("_Result")
 
 
-def retry_overtaken(attempt: Callable[[], _Result], renew: Callable[[], object] = lambda: None) -> _Result:
-    """Return ``attempt()``; ``renew`` and try again, up to 20 times, while commits of other processes make it fail.
+def retry_overtaken(
+    attempt: Callable[[], _Result], renew: Callable[[], object] = lambda: None, attempts: int = _ATTEMPTS
+) -> _Result:
+    """Return ``attempt()``; ``renew`` and try again, ``attempts`` times in all, while commits of others make it fail.
 
     A commit that replaces or erases a file under its reader is an ``ErasedError`` (``Store.reading``), one that a
     draft does not go with a ``ConflictError``. ``renew`` moves to the newest commits, and returns what tells these
@@ -42,7 +44,7 @@ def retry_overtaken(attempt: Callable[[], _Result], renew: Callable[[], object] 
     ``CorruptError``, which is damage.
     """
     seen: object = None
-    for _ in range(_ATTEMPTS - 1):
+    for _ in range(attempts - 1):
         try:
             return attempt()
         except (ErasedError, ConflictError) as error:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import retrotool
 from retrotool import api, engine
-from retrotool.chunk import hash_partitions
+from retrotool.chunk import deduplicate, hash_partitions
 from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRepeats, finish_plans
 from retrotool.chunk.stage import ChunkStage
@@ -27,6 +27,9 @@ from retrotool.info.run import info
 from retrotool.info.verify import verify
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.folding import writing
+from retrotool.store.log import Draft
+from retrotool.store.runs import Run
+from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
@@ -224,3 +227,24 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
         assert len(counts.sources) <= 10
     assert counts.sources.most_common(2) == [("large", 100), ("middle", 100)]
     assert (counts.by_id, counts.by_text) == (200, 200)
+
+
+def test_a_plan_is_finished_however_often_others_commit_meanwhile(tmp_path: Path, byte_level_tokenizer: Path) -> None:
+    store = make_store(tmp_path / "store", byte_level_tokenizer)
+    find, left = deduplicate.find_duplicates, [50]
+
+    def find_and_be_overtaken(*args: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            with Run(store.root) as run:
+                Store.open(store.root).commit(run, purge_or_undo)
+        return find(*args)
+
+    def purge_or_undo(state: State) -> Draft:
+        totals = state.records["totals"]
+        return Draft("test", records={"totals": {**totals, "tokens": totals["tokens"] + (-1) ** left[0]}})
+
+    with patch.object(deduplicate, "find_duplicates", find_and_be_overtaken):
+        (counts,) = add(store, tmp_path / "a.jsonl", [("one", "a b c"), ("two", "a b c")])
+    assert (left, counts.by_text) == ([0], 1)
+    assert verify(store.root).ok
