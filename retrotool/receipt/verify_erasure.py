@@ -192,7 +192,9 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
                 store.check_sum(entry)
         except ErasedError:
             raise
-        except (RetrotoolError, OSError, LookupError, ValueError, pa.ArrowException) as error:
+        except RetrotoolError as error:
+            damaged.append(str(error).removeprefix(f"{store.root}/"))
+        except (OSError, LookupError, ValueError, pa.ArrowException) as error:
             damaged.append(f"{entry.path}: can't be checked: {error}")
         report(entry.bytes)
     present, synced = _check_removed(store.root, purged.history.removed)

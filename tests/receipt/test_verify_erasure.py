@@ -246,14 +246,17 @@ def test_a_file_that_was_replaced_and_is_there_again_is_found(erased: tuple[Path
 def test_a_file_that_is_not_what_the_log_says_is_found(erased: tuple[Path, str, Store]) -> None:
     store, name, _ = erased
     state = Store.open(store).state
-    for kind in ("embeddings", "neighbours"):
-        path = store / next(entry.path for entry in state.files() if entry.path.startswith(f"{kind}/"))
+    vectors, table = (
+        next(entry.path for entry in state.files() if entry.path.startswith(f"{kind}/"))
+        for kind in ("embeddings", "neighbours")
+    )
+    for path in (store / vectors, store / table):
         data = bytearray(path.read_bytes())
-        data[len(data) - 1 if kind == "embeddings" else len(data) // 2] ^= 1
+        data[len(data) - 1 if path == store / vectors else len(data) // 2] ^= 1
         path.write_bytes(data)
     problems = receipt(store, name).problems
-    assert any(problem.startswith("embeddings/") and "SHA-256" in problem for problem in problems)
-    assert any(problem.startswith("neighbours/") for problem in problems)
+    assert f"{vectors}: its SHA-256 is not what the log says" in problems
+    assert any(problem.startswith(f"{table}: ") for problem in problems)
     lost = store / next(entry.path for entry in state.files() if entry.path.startswith("chunks/"))
     lost.unlink()
     assert any("is missing" in problem for problem in receipt(store, name).problems)
