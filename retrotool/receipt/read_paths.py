@@ -23,7 +23,7 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Queries
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors
-from retrotool.errors import RetrotoolError, StoreNotFoundError, UsageError
+from retrotool.errors import ErasedError, RetrotoolError, StoreNotFoundError, UsageError
 from retrotool.export.run import open_tables, read_blocks
 from retrotool.index.searching import Database, ExactDatabase
 from retrotool.inspect.run import Choice, inspect
@@ -95,6 +95,8 @@ def _take(purged: Tombstones, name: str, way: Callable[[], Returned]) -> ReadPat
             rows, found = rows + len(ids), found + int(purged.contains(ids).sum())
     except (UsageError, StoreNotFoundError) as error:
         return ReadPath(name, 0, 0, str(error))
+    except ErasedError:
+        raise  # another process replaced what was to be read: that is no damage
     except (RetrotoolError, FileNotFoundError) as error:
         return ReadPath(name, 0, 0, f"can't be read: {error}", broken=True)
     return ReadPath(name, rows, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,8 +20,12 @@ from receipt_help import NAMES, REASON, TEXTS, build, purge, receipt, verified
 import retrotool
 from retrotool import api
 from retrotool.errors import CorruptError, StorageError, UsageError
-from retrotool.receipt import run
+from retrotool.receipt import read_paths, run
 from retrotool.store import runs
+from retrotool.store.atomic import write_file
+from retrotool.store.log import Draft
+from retrotool.store.paths import FileName
+from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 
@@ -244,3 +250,27 @@ def test_controls_in_a_reason_are_shown_on_the_page_and_not_obeyed(store: Path) 
     page = Path(verified(store, name).page).read_text()
     assert not set("\x1b\x07\u202e") & set(page)
     assert r"a\x1b[31mb\u202ec" in page
+
+
+def test_tables_that_are_replaced_as_they_are_read_are_checked_again(store: Path) -> None:
+    name, opened, read = purge(store), Store.open(store), read_paths.read_blocks
+    tables = opened.state.group("neighbours", "main").entries()
+
+    def read_and_be_overtaken(*args: Any) -> Any:
+        while tables:
+            entry = tables.pop()
+            data, old = (store / entry.path).read_bytes(), FileName.parse(entry.path)
+            with Run(store) as run:
+                new = FileName.new(run.id, "neighbours", old.slot, old.extension, old.name)
+                written = write_file(store, new, functools.partial(_write, data, entry.rows), about=entry.about)
+                opened.commit(run, lambda _, new=written, old=entry: Draft("test", add=(new,), remove=(old.path,)))
+        return read(*args)
+
+    with patch.object(read_paths, "read_blocks", read_and_be_overtaken):
+        found = receipt(store, name)
+    assert not tables and found.problems == ()
+
+
+def _write(data: bytes, rows: int, path: Path) -> int:
+    path.write_bytes(data)
+    return rows
