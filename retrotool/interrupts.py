@@ -33,12 +33,14 @@ def install() -> None:
     sys.unraisablehook = without_interrupts
 
 
-def _interrupt(_signal: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     _asked.set()
     if frame is not None and frame.f_code.co_name in ("__enter__", "acquire"):
         signal.setitimer(signal.ITIMER_REAL, _LATER_SECONDS)
-        return
-    raise KeyboardInterrupt
+    elif number == signal.SIGALRM:
+        signal.raise_signal(signal.SIGINT)  # which may be blocked by now, as a process is started
+    else:
+        raise KeyboardInterrupt
 
 
 def check() -> None:

@@ -61,3 +61,31 @@ except KeyboardInterrupt:
 def test_ctrl_c_while_a_lock_is_taken_does_not_keep_it() -> None:
     done = subprocess.run([sys.executable, "-c", _WHILE_A_LOCK_IS_TAKEN], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted False\n", "")
+
+
+_BEFORE_A_PROCESS_IS_STARTED = """
+import signal, time
+from retrotool import interrupts
+from retrotool.engine import local
+
+def __enter__():
+    signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored
+interrupts.install()
+interrupts._LATER_SECONDS = 0.2
+whole = False
+try:
+    __enter__()
+    with local._interrupts_put_off():
+        time.sleep(0.5)
+        whole = True
+except KeyboardInterrupt:
+    print("interrupted", whole)
+"""
+
+
+def test_ctrl_c_while_a_lock_is_taken_waits_until_a_process_is_started() -> None:
+    code = [sys.executable, "-c", _BEFORE_A_PROCESS_IS_STARTED]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted True\n", "")
