@@ -276,7 +276,7 @@ def check_key(seen: Candidate) -> tuple[int, int] | None:
     return (0, end) if telling and (runs >= 16 or text[:3].lower() in ("xox", "eyj")) else None
 
 
-_BODY = re.compile(r"[A-Za-z0-9+/=\s:,.-]*")
+_BODY = re.compile(r"[A-Za-z0-9+/=\s:,.-]*", re.ASCII)
 
 
 def _block_end(text: str) -> int | None:
