@@ -225,7 +225,7 @@ def describe(
         curve=tuple(Recall(**point) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left,
-        next=tuple(commands_to_index(store, root, record.encoder, name)) if left else (),
+        next=tuple(commands_to_index(store, record.encoder, name)) if left else (),
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,11 +95,11 @@ def _how_to_make(store: Store, name: str) -> str:
     return f"Make it with: {index}"
 
 
-def commands_to_index(store: Store, root: str | Path, encoder: str, index: str | None) -> list[str]:
+def commands_to_index(store: Store, encoder: str, index: str | None) -> list[str]:
     """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
     found = [embed_command(store, encoder)] if left else []
-    return found if index is None else [*found, command_line("index", root, name=index)]
+    return found if index is None else [*found, command_line("index", store.root, name=index)]
 
 
 class Vectors:

@@ -209,7 +209,7 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
     commands = []
     if not_indexed:
         index = None if stage.index == NO_INDEX else stage.index
-        commands = commands_to_index(database.store, given.path, database.encoder, index)
+        commands = commands_to_index(Store.open(given.path), database.encoder, index)
     return DatabaseResult(
         given.path, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
         named(stage.filters, store, [database.store]), aware, tuple(commands),

@@ -105,7 +105,7 @@ def command(
 
         found, database, left = retry_overtaken(attempt)
         missing = _missing(database)
-        then = commands_to_index(database.store, store, database.encoder, database.name) if left else []
+        then = commands_to_index(database.store, database.encoder, database.name) if left else []
         results = [
             FoundChunk(
                 n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None

@@ -139,6 +139,23 @@ def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
         assert reader.continuation(wrong) is None or wrong == -1
 
 
+def test_a_store_named_by_a_relative_path_is_so_named_in_every_next_command(
+    store_copy: Path,
+    tmp_path: Path,
+    tiny_encoder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=100_000)))])
+    monkeypatch.chdir(store_copy.parent)
+    result, _ = run(capsys, "neighbours", store_copy.name)
+    assert result["next"] == [
+        shlex.join(["retrotool", "embed", store_copy.name, "--encoder", str(tiny_encoder)]),
+        f"retrotool index {store_copy.name}",
+        f"retrotool neighbours {store_copy.name}",
+    ]
+
+
 def test_the_notes_are_on_stderr_and_the_exit_code_is_0(store_copy: Path, tmp_path: Path, cli: Cli) -> None:
     api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=100_000)))])
     for command in ("index", "neighbours"):
