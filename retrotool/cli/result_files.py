@@ -116,7 +116,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         disk.rename(scratch, target)
         disk.fsync_directory(target.parent)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        renamed = error.filename2 is not None
+        if renamed and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UsageError(
                 f"{target} was made by another process",
                 "Remove it, or name another folder, and run the command again.",

@@ -92,6 +92,15 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_aw
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY])
+def test_only_a_place_that_is_taken_was_made_by_another_process(tmp_path: Path, code: int) -> None:
+    damaged = OSError(code, os.strerror(code), str(tmp_path / "store" / "chunks"))
+    with pytest.raises(OSError, match="chunks") as error, new_folder(check_place("OUTPUT", tmp_path / "out")):
+        raise damaged
+    assert error.value is damaged
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None:
     target = check_place("OUTPUT", tmp_path / "out")
     with new_folder(target) as one:
