@@ -217,7 +217,8 @@ def _text(result: ChunkResult) -> str:
 
 def _reason(one: RejectedReason) -> str:
     """A reason; where a field or column is missing with the names that there are."""
-    return f"{one.reason}: {one.excerpt}" if one.reason.startswith(("no column", "no field")) else one.reason
+    is_missing = one.reason.startswith(("no column", "no field"))
+    return f"{one.reason}: {one.excerpt}" if is_missing and one.excerpt else one.reason
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -7,6 +7,8 @@ import json
 import pytest
 from chunk_helpers import run_chunk, write_rows
 
+from retrotool.chunk.quarantine import EXCERPTS
+
 ROWS = [{"id": str(i), "text": f"text {i}", "year": 2000 + i} for i in range(3)]
 
 
@@ -57,3 +59,9 @@ def test_fields_to_keep_of_inputs_that_the_store_has_are_told_of(store, tmp_path
     kept = write_rows(tmp_path / "kept.jsonl", ROWS)
     for _ in range(2):
         assert run_chunk(store, kept, "--keep", "year").stderr == "", "the tutorial does it twice"
+
+
+def test_a_reason_whose_rows_keep_no_excerpt_ends_without_one(store, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("1\n" * EXCERPTS + '{"id": "a"}\n')
+    assert "1  no field 'text' " in run_chunk(store, path).stdout
