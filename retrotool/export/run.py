@@ -146,10 +146,11 @@ class Block:
 def read_blocks(opened: ExportedTables) -> Iterator[Block]:
     """Yield all live chunks in the order of their ids, block by block, none of them empty."""
     store, k = opened.store, opened.k
-    group_bytes = ROW_GROUP * 2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes
-    waiting: list[Block] = []
+    most = HELD_BYTES // (2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes) - ROW_GROUP
+    waiting, held = list[Block](), 0
     for part in store.state.parts():
-        documents = parts.read_documents(store, part, ["id", "source"])
+        # Combined once: ``take`` would copy all chunks of a column each time.
+        documents = parts.read_documents(store, part, ["id", "source"]).combine_chunks()
         for group in range(-(-parts.part_entry(store, "chunks", part).rows // ROW_GROUP)):
             chunks = parts.read_chunks(store, part, [group])
             ids = parts.chunk_ids(part, group * ROW_GROUP + np.arange(len(chunks)))
@@ -162,9 +163,10 @@ def read_blocks(opened: ExportedTables) -> Iterator[Block]:
                 chunks.tokens[rows], chunks.n_tokens[rows], opened.found(part, group, len(chunks)).take(rows),
                 Pieces.none(store, 0),
             ))  # fmt: skip
-            if (len(waiting) + 1) * group_bytes > HELD_BYTES:
+            held += len(rows)
+            if held > most:
                 yield from _with_pieces(opened, waiting)
-                waiting = []
+                waiting, held = [], 0
     if waiting:
         yield from _with_pieces(opened, waiting)
 

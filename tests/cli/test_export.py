@@ -23,6 +23,7 @@ from retrotool import api
 from retrotool.export import run as exported
 from retrotool.export.run import ExportResult
 from retrotool.neighbours.run import SearchOptions
+from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Chunk, Reader
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.folding import writing
@@ -214,6 +215,16 @@ def test_parquet_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks
     assert column.compression == "ZSTD"
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.to_str() == open_once(case.store).tokenizer.backend.to_str()
+
+
+def test_small_parts_are_looked_up_together(built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up, pieces = [], NeighbourReader.pieces
+    monkeypatch.setattr(NeighbourReader, "pieces", lambda self, found: looked_up.append(found) or pieces(self, found))
+    store = Store.open(built_store)
+    row_bytes = 2 * store.identity.chunk_length * store.identity.tokenizer.token_bytes
+    monkeypatch.setattr(exported, "HELD_BYTES", parts.ROW_GROUP * row_bytes * 3 // 2)
+    assert api.export(built_store, tmp_path / "out", k=1).chunks == sum(len(found.ids) for found in looked_up)
+    assert len(looked_up) == 1 < len(store.state.parts())
 
 
 @pytest.fixture(scope="module")
