@@ -350,7 +350,7 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
         fast=bool(content["fast"]),
         allow_purged=bool(content["allow_purged"]),
         read_before={int(number): tuple(plans) for number, plans in content["read_before"].items()},
-        owner=content["owner"],
+        owner=content.get("owner", ""),
     )
 
 

@@ -33,7 +33,9 @@ def neighbours_command(root: str | Path, queries: str | Path | None, name: str, 
     """Return the command that brings tables up to date that were made with ``again``: index, encoder, k and saved."""
     given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
     # Named also where it is the usual one: that may have changed.
-    how = ["--index", str(again["index"])] if again["index"] else ["--exact", "--encoder", str(again["encoder"])]
+    how = ["--index", str(again["index"])] if again["index"] else ["--exact"]
+    if not again["index"] and "encoder" in again:  # records of dependents did not have it before
+        how += ["--encoder", str(again["encoder"])]
     return f"{command_line('neighbours', root, queries=queries, **given, name=name)} {shlex.join(how)}"
 
 

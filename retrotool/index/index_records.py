@@ -156,7 +156,8 @@ def training_record(state: State, name: str, generation: int | None = None) -> T
     if entry is None:
         return None
     about = entry.about or {}
-    return _read(TrainingRecord, {**about, "asked": _read(IndexWishes, about["asked"])})
+    held = about.get("held", about["vectors"])  # a training from before that was counted
+    return _read(TrainingRecord, {**about, "held": held, "asked": _read(IndexWishes, about["asked"])})
 
 
 def encoder_of(state: State, name: str) -> str | None:
