@@ -248,7 +248,7 @@ def _as_text(decoded: pa.LargeBinaryArray) -> list[str]:
     return [value.as_py().decode("utf-8", "replace") for value in decoded]
 
 
-@functools.cache
+@functools.lru_cache(8)
 def stored_tokenizer(store: Store) -> Tokenizer:
     """Load the tokenizer of a store."""
     return Tokenizer(TokenizerFile(store.identity.tokenizer.name, store.tokenizer_json()))

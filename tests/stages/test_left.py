@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
+import weakref
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,17 @@ def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
             with pytest.raises(UsageError, match="no chunk"):
                 ask(wrong)
         assert reader.continuation(wrong) is None or wrong == -1
+
+
+def test_readers_that_are_gone_leave_few_stores_in_memory(built_store: Path) -> None:
+    opened = []
+    for _ in range(20):
+        reader = retrotool.open(built_store)
+        assert reader.text(reader.tokens([0])[0])
+        opened.append(weakref.ref(reader._store))
+        del reader
+    gc.collect()
+    assert sum(store() is not None for store in opened) <= 8
 
 
 def test_a_store_named_by_a_relative_path_is_so_named_in_every_next_command(
