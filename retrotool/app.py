@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from retrotool import interrupts
 from retrotool.cli import output
+from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = {
     "chunk": "retrotool.chunk.command",
@@ -36,6 +37,7 @@ _COMMANDS = {
 """The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
 _HIDDEN = ("receipt",)
 """Commands that others run: ``purge --verify`` runs ``receipt``, which is in a layer above."""
+_WITHOUT_PYARROW = ("info", "log", "plan")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -65,7 +67,13 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command whose help has its options under the headings of their panels."""
+    """A command whose help has its options under the headings of their panels, and which runs without pandas."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if self.name not in _WITHOUT_PYARROW:
+            leave_pandas_out()
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then options panel by panel; those without one come last."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import os
+import pkgutil
 import runpy
 import signal
 import subprocess
@@ -17,6 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import forkserver
 from typing import Any
+
+import retrotool
 
 SECONDS = 300
 
@@ -44,6 +49,7 @@ class Forked:
         data: bytes = b"",
         before: Callable[[], object] | None = None,
     ) -> None:
+        _import_commands()
         self.returncode: int | None = None
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         stdin, given = os.pipe()
@@ -90,6 +96,16 @@ class Forked:
                 file.seek(0)
                 printed.append(file.read().decode())
         return printed[0], printed[1]
+
+
+@functools.cache
+def _import_commands() -> None:
+    """Import all that commands import, once, and not in every process that is forked."""
+    for module in pkgutil.walk_packages(retrotool.__path__, "retrotool."):
+        if module.name != "retrotool.__main__":
+            importlib.import_module(module.name)
+    for library in ("torch", "faiss", "pyarrow.pandas_compat"):
+        importlib.import_module(library)
 
 
 def _give(pipe: int, data: bytes) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import OpenError, PerWorker, Stage, Task, Update, Worker, perform_reporting
+from retrotool.lazy import leave_pandas_out
 from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -41,6 +42,7 @@ def _open_worker(
     stage: Stage, root: Path, run: str, pipe: Connection[tuple[int, int, str], Any], number: int, threads: int
 ) -> None:
     global _worker
+    leave_pandas_out()
     _keep_to_share(number, threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_follow_parent, daemon=True).start()

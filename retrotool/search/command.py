@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
 from retrotool.cli.command_lines import SHOWN
@@ -85,7 +84,6 @@ def command(
 ) -> None:
     """Show the chunks nearest to a text, with their continuations."""
     with output.errors(as_json):
-        _leave_pandas_out()
         from retrotool.embed.search_scope import count_left
         from retrotool.index.searching import commands_to_index
         from retrotool.reader import open_store
@@ -123,33 +121,6 @@ def command(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
             )
-
-
-class _Absent:
-    """Has pandas not be found."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
-        """Raise what an import of a missing module raises."""
-        if fullname == "pandas":
-            raise ModuleNotFoundError(fullname)
-
-
-def _leave_pandas_out() -> None:
-    """Have pyarrow do without pandas in a process that has not imported it yet.
-
-    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It tries only
-    once, and here that is. Others may import pandas afterwards.
-    """
-    if "pyarrow" in sys.modules:
-        return
-    absent = _Absent()
-    sys.meta_path.insert(0, absent)
-    try:
-        import pyarrow as pa
-
-        pa.array([0])
-    finally:
-        sys.meta_path.remove(absent)
 
 
 def _checked(store: Path, text: str) -> Path:

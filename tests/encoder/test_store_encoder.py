@@ -15,10 +15,14 @@ from retrotool.encoder.packed import PackedBert
 from retrotool.store.store import Store
 
 
-def test_a_search_imports_neither_transformers_nor_pandas(built_store: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "printed"), [("search STORE forest", '"results":[{'), ("verify STORE", '"ok":true')]
+)
+def test_neither_transformers_nor_pandas_is_imported(built_store: Path, command: str, printed: str) -> None:
+    arguments = [str(built_store) if word == "STORE" else word for word in command.split()]
     code = (
         "import sys; from retrotool.app import main\n"
-        f"sys.argv = ['retrotool', 'search', {str(built_store)!r}, 'forest', '--json']\n"
+        f"sys.argv = {['retrotool', *arguments, '--json']!r}\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "heavy = ('transformers', 'torch._dynamo', 'pandas', 'pyarrow.dataset')\n"
@@ -26,7 +30,7 @@ def test_a_search_imports_neither_transformers_nor_pandas(built_store: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert '"results":[{' in done.stdout
+    assert printed in done.stdout
 
 
 def test_a_packed_forward_that_gives_other_vectors_than_those_stored_is_not_used(
