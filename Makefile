@@ -56,7 +56,7 @@ nightly: $(STAMP)  ## Every test, also the long ones, 300 examples a property
 	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) --timeout 3600
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --help > $(VENV)/benchmark.log || exit 1; done
 
-torture: $(STAMP)  ## KILLS=n kills a command, 1,000 unless said, hours; SEED=n repeats a run; `make test` runs 5
+torture: $(STAMP)  ## KILLS=n kills a command, 1,000 unless said, hours; SEED=n repeats a run; `make test` runs 3
 	@echo "make torture KILLS=$(KILLS) SEED=$(SEED)"
 	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly RETROTOOL_KILLS=$(KILLS) RETROTOOL_CORPUS_KILLS=$(KILLS) RETROTOOL_SEED=$(SEED) \
 		$(PYTEST) $(PARALLEL) tests/crash tests/corpus tests/corrupt tests/chunk/test_full_disk.py --timeout 0

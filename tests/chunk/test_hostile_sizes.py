@@ -104,7 +104,12 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRITERS)
+LONG = ("a huge text in a CSV", "a huge text file", "a bomb", "a table of nulls")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] if name in LONG else []) for name in WRITERS]
+)
 def test_what_is_made_to_hurt_does_not(name, tmp_path):
     file, write, bad, reason = WRITERS[name]
     path = tmp_path / file

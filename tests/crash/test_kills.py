@@ -42,7 +42,7 @@ from retrotool.store.store import Store
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("RETROTOOL_KILLS", "5"))
+KILLS = int(os.environ.get("RETROTOOL_KILLS", "3"))
 SEED = int(os.environ.get("RETROTOOL_SEED", "2026"))
 
 

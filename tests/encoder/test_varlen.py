@@ -74,7 +74,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 @pytest.mark.parametrize(
-    ("kind", "pooling"), [("bert", "mean"), ("bert", "cls"), ("roberta", "mean"), ("distilbert", "cls")]
+    ("kind", "pooling"),
+    [
+        ("bert", "mean"),
+        pytest.param("bert", "cls", marks=pytest.mark.nightly),
+        pytest.param("roberta", "mean", marks=pytest.mark.nightly),
+        ("distilbert", "cls"),
+    ],
 )
 def test_the_vectors_are_those_of_transformers(
     kind: str, pooling: str, seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

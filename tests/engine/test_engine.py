@@ -258,10 +258,10 @@ def test_progress_subtracts_what_came_to_nothing(store: Store, tmp_path: Path, o
 def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path, tiny_encoder: Path) -> None:
     whole, store = tmp_path / "whole", tmp_path / "store"
     text = " ".join(row["text"] for row in make_rows(200))[:5000]
-    rows = [{"id": str(i), "text": f"{i} {text}"} for i in range(1600)]
+    rows = [{"id": str(i), "text": f"{i} {text}"} for i in range(800)]
     inputs = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows[i::4])) for i in range(4)]
     # The slow tokenizer is at work for a second after the first part is there.
-    options = ["--tokenizer", str(tiny_encoder), "--workers", "2", "--part-size", "500", "--exact-tokenizer"]
+    options = ["--tokenizer", str(tiny_encoder), "--workers", "2", "--part-size", "250", "--exact-tokenizer"]
     command = [sys.executable, "-m", "retrotool", "chunk", str(store), *inputs, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -274,7 +274,7 @@ def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path,
     assert "Traceback" not in errors
     assert api.verify(store).ok
     api.chunk(store, inputs)
-    api.chunk(whole, inputs, tokenizer=str(tiny_encoder), part_size=500)
+    api.chunk(whole, inputs, tokenizer=str(tiny_encoder), part_size=250)
     assert api.verify(store).content == api.verify(whole).content
     assert api.verify(store).ids == api.verify(whole).ids
 

@@ -18,7 +18,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from conftest import Shared, write_jsonl
+from conftest import Shared, times, write_jsonl
 from oracle import read_plain
 
 import retrotool
@@ -42,8 +42,8 @@ SOURCES = ("books", "forum", "manual")
 PER_SOURCE = 3400
 CODED = IndexWishes(factory="OPQ16,IVF64,PQ16")
 PLAIN = IndexWishes(nlist=32, code="sq8")
-FEW = 200
-"""Queries of a recall that nothing here depends on."""
+FEW, SOME = 200, times(600, 2000)
+"""Queries of a recall that nothing here depends on, and of one that is held against another."""
 
 
 def made_up(seed: int, n: int, d: int = 32) -> np.ndarray:
@@ -113,7 +113,7 @@ def copy(made: dict[str, Path], tmp_path: Path) -> Path:
 def built(shared: Shared[Path], made: dict[str, Path]) -> Path:
     def build(folder: Path) -> Path:
         store = Path(shutil.copytree(made["sorted"], folder / "store"))
-        api.index(store, options=Options(dataclasses.replace(CODED, shard_rows=4000)))
+        api.index(store, options=Options(dataclasses.replace(CODED, shard_rows=4000), queries=SOME))
         return store
 
     return shared("coded index", build)
@@ -146,7 +146,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
     results = {}
     for order in ("sorted", "shuffled"):
         store = Path(shutil.copytree(made[order], tmp_path / order))
-        results[order] = api.index(store, options=Options(CODED))
+        results[order] = api.index(store, options=Options(CODED, queries=SOME))
         assert results[order].holds and results[order].recall_at_10 >= 0.95
         assert results[order].bytes_per_vector == 24
         assert abs(true_recall(store) - results[order].recall_at_10) <= 0.015
@@ -155,7 +155,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
     assert abs(results["sorted"].recall_at_10 - results["shuffled"].recall_at_10) <= 0.02
     groups = results["sorted"].groups
     assert set(groups["source"]) == set(SOURCES) and set(groups["part"]) == {"trained on"}
-    assert sum(q for _, _, q in groups["source"].values()) == results["sorted"].queries == 2000
+    assert sum(q for _, _, q in groups["source"].values()) == results["sorted"].queries == SOME
 
 
 def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -> None:
@@ -174,15 +174,17 @@ def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -
 
 def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:
     before = api.info(built_copy).indexes["main"]
-    low = api.index(built_copy, target_recall=0.7)
+    low = api.index(built_copy, target_recall=0.7, options=Options(queries=SOME))
     assert low.shards == len(before["shards"]) and api.info(built_copy).indexes["main"]["shards"] == before["shards"]
     assert (low.nprobe, low.depth) < (before["nprobe"], before["depth"])
-    again = index_run.evaluate(built_copy, queries=2000)
-    assert (again.nprobe, again.depth, again.queries, again.target) == (low.nprobe, low.depth, 2000, 0.7)
+    again = index_run.evaluate(built_copy, queries=SOME)
+    assert (again.nprobe, again.depth, again.queries, again.target) == (low.nprobe, low.depth, SOME, 0.7)
     assert abs(again.recall_at_10 - low.recall_at_10) <= again.recall_error + low.recall_error
     commit = again.commit
-    assert api.index(built_copy, target_recall=0.7).commit == commit, "nothing is left to do"
-    assert api.index(built_copy, target_recall=0.7, options=Options(tune=True)).commit > commit
+    assert api.index(built_copy, target_recall=0.7, options=Options(queries=SOME)).commit == commit, (
+        "nothing is left to do"
+    )
+    assert api.index(built_copy, target_recall=0.7, options=Options(tune=True, queries=FEW)).commit > commit
 
 
 def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) -> None:
@@ -245,14 +247,14 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
 ) -> None:
     grow(built_copy, tiny_encoder)
     before = set(api.info(built_copy).indexes["main"]["shards"])
-    result = api.index(built_copy, options=Options())
+    result = api.index(built_copy, options=Options(queries=SOME))
     assert result.added == 2500 and result.vectors == 3 * PER_SOURCE + 2500
     assert before < set(api.info(built_copy).indexes["main"]["shards"]), "old shards are left alone"
     assert result.drift is not None and result.drift.new == 2500
     assert result.drift.error > 1.15 and "times as far from their centroids" in result.drift.due
     assert "recall@10 of what was added since the training" in result.due, "which says more"
     assert set(result.groups["part"]) == {"trained on", "added since"}
-    fresh = api.index(built_copy, name="fresh", options=Options(CODED))
+    fresh = api.index(built_copy, name="fresh", options=Options(CODED, queries=SOME))
     assert fresh.due == ""
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
     victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
@@ -268,10 +270,11 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
         for number in range(64)
     )
     assert api.verify(built_copy).problems == []
-    assert api.index(built_copy, name="main").vectors == 3 * PER_SOURCE + 2500 - len(victims)
-    refreshed = api.index(built_copy, name="anew", options=Options(CODED))
+    left = 3 * PER_SOURCE + 2500 - len(victims)
+    assert api.index(built_copy, name="main", options=Options(queries=SOME)).vectors == left
+    refreshed = api.index(built_copy, name="anew", options=Options(CODED, queries=SOME))
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "anew")) <= 0.02
-    assert refreshed.vectors == 3 * PER_SOURCE + 2500 - len(victims)
+    assert refreshed.vectors == left
 
 
 def test_purged_vectors_that_a_training_left_out_are_no_growth_of_the_index(
@@ -489,7 +492,7 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
 def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
     built_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = api.index(built_copy, target_recall=0.8)
+    whole = api.index(built_copy, target_recall=0.8, options=Options(queries=1000))
     monkeypatch.setattr(recall.find_truth, "__kwdefaults__", {**recall.find_truth.__kwdefaults__, "budget": 5_000_000})
     sampled = index_run.evaluate(built_copy, queries=1000)
     assert 0.3 < sampled.share < 0.5 and whole.share == 1
