@@ -159,10 +159,10 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
     """Tables of random neighbours of other chunks of the store."""
     from retrotool.neighbours.retrieved import read_text_of
     from retrotool.store import neighbour_tables, parts
+    from retrotool.store.leases import Run
     from retrotool.store.log import Draft
     from retrotool.store.neighbour_tables import NeighbourTable
     from retrotool.store.paths import FileName, part_slot
-    from retrotool.store.runs import Run
     from retrotool.store.store import Store
     from retrotool.store.tombstones import read_tombstones
 
@@ -174,17 +174,20 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
         "database": uuid, "path": str(store), "within": True, "index": "", "encoder": "", "saved": SAVED, "k": k,
     }  # fmt: skip
     add = []
-    with Run(store) as run:
+    with Run(opened.storage) as run:
         for part, rows in zip(opened.state.parts(), sizes.tolist(), strict=True):
             place = np.searchsorted(np.cumsum(sizes), rng.integers(0, sizes.sum(), (rows, SAVED)), side="right")
             ids = (np.array(opened.state.parts())[place] << 32) + rng.integers(0, sizes[place])
             table = NeighbourTable(ids, np.sort(rng.random((rows, SAVED), np.float32), axis=1))
             name = FileName.new(run.id, "neighbours", part_slot(part), "parquet", "main")
             number, own = opened.state.number, opened.identity
-            about = {"index": "", "encoder": "", "commit": number, "head": opened.state.head[:16]}
+            about = {
+                "version": "", "index": "", "encoder": "", "commit": number, "head": opened.state.head[:16],
+                "purges": "", "searched": [],
+            }  # fmt: skip
             add.append(
                 neighbour_tables.write_table(
-                    store, name, table, database=uuid, commit=number, path="",
+                    opened, name, table, database=uuid, commit=number, path="",
                     about={**about, "text": k} if text else about,
                     text=read_text_of(opened, read_tombstones(opened), table, k) if text else None,
                     chunk_bytes=own.chunk_length * own.tokenizer.token_bytes,

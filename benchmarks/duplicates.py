@@ -11,6 +11,7 @@ is to read one of the two columns of hashes with its checksums, and to compare n
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,10 @@ import pyarrow as pa
 from machine import describe
 
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 FIND = """
@@ -56,6 +56,9 @@ print(f"{{time.perf_counter() - start:.1f}} s")
 """
 
 
+EMPTY = hashlib.sha256(b"").hexdigest()
+
+
 def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: np.random.Generator) -> list[FileEntry]:
     """A documents file, and an empty file for the chunks: only its name counts."""
     number = np.arange(before, before + rows, dtype=np.uint64)
@@ -70,10 +73,10 @@ def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: 
     columns = [hashes.get(field.name, pa.nulls(rows, field.type)) for field in schema]
     table = pa.table(columns, schema=schema)
     names = [FileName.new(run.id, kind, part_slot(part), "parquet") for kind in ("documents", "chunks")]
-    chunks = store.root / names[1].path
+    chunks = Path(store.place) / names[1].path
     chunks.parent.mkdir(exist_ok=True)
     chunks.touch()
-    return [parts.write_parquet(store.root, names[0], table), FileEntry(names[1].path, rows, 0, "")]
+    return [parts.write_parquet(store, names[0], table), FileEntry(names[1].path, names[1].slot, rows, 0, EMPTY)]
 
 
 def hashed(numbers: np.ndarray) -> np.ndarray:
@@ -107,7 +110,7 @@ def main() -> None:
         rows = arguments.documents // arguments.parts
         sizes = [rows] * arguments.parts + [arguments.append]
         started = time.perf_counter()
-        with Run(root) as run:
+        with Run(store.storage) as run:
             add = [
                 entry
                 for part, size in enumerate(sizes)

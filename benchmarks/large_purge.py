@@ -23,12 +23,11 @@ import pyarrow as pa
 from machine import describe
 
 from retrotool.store import log, parts
-from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 ROWS, DOCUMENT = 250_000, 100
@@ -36,7 +35,7 @@ RUN = "0123abcd"
 OPEN = """
 import time
 start = time.perf_counter()
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 assert len(read_tombstones(Store.open({root!r}))) == {victims}
@@ -44,7 +43,7 @@ print(time.perf_counter() - start)
 """
 
 
-def real_part(root: Path, part: int) -> list[FileEntry]:
+def real_part(store: Store, part: int) -> list[FileEntry]:
     """The files of a part whose chunks are random tokens."""
     slot, rng = part_slot(part), np.random.default_rng(part)
     row = np.arange(ROWS)
@@ -62,32 +61,35 @@ def real_part(root: Path, part: int) -> list[FileEntry]:
         schema=parts.documents_schema(()),
     )  # fmt: skip
     found = {"documents": documents, "chunks": chunks}
-    return [parts.write_parquet(root, FileName.new(RUN, kind, slot, "parquet"), table) for kind, table in found.items()]
+    return [
+        parts.write_parquet(store, FileName.new(RUN, kind, slot, "parquet"), table) for kind, table in found.items()
+    ]
 
 
 def made_up(part: int) -> list[FileEntry]:
     """The files of a part that nobody will look for."""
-    rows = {"documents": ROWS // DOCUMENT, "chunks": ROWS}
-    return [
-        FileEntry(FileName.new(RUN, kind, part_slot(part), "parquet").path, n, 1000, hashlib.sha256(b"").hexdigest())
-        for kind, n in rows.items()
-    ]
+    rows, slot, empty = (
+        {"documents": ROWS // DOCUMENT, "chunks": ROWS},
+        part_slot(part),
+        hashlib.sha256(b"").hexdigest(),
+    )
+    return [FileEntry(FileName.new(RUN, kind, slot, "parquet").path, slot, n, 1000, empty) for kind, n in rows.items()]
 
 
 def make(root: Path, chunks: int, real: list[int]) -> None:
     """A store of so many chunks, one commit for 100 parts."""
     store = Store.create(root, TokenizerIdentity.of("none", b"{}", 30522, lossless=False), b"{}", 64)
     total = chunks // ROWS
-    with Run(root, RUN):
+    with Run(store.storage, RUN):
         for first in range(0, total, 100):
             numbers = range(first, min(first + 100, total))
             entries = [
-                entry for part in numbers for entry in (real_part(root, part) if part in real else made_up(part))
+                entry for part in numbers for entry in (real_part(store, part) if part in real else made_up(part))
             ]
             n = ROWS * numbers.stop
-            totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n}
+            totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n, "set_aside": 0}
             draft = Draft("chunk", add=tuple(entries), records={"parts": numbers.stop, "totals": totals})
-            assert log.append(root, RUN, store.state.number + 1, store.state.head, draft)
+            assert log.append(store.storage, RUN, store.state.number + 1, store.state.head, draft)
             store.refresh()
 
 

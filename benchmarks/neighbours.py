@@ -133,7 +133,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     trained = Trained(vectors.shape[1], Whole(vectors.shape[1], "float32"), centroids.numpy(), nlist=arguments.nlist)
     index = to_faiss(trained)
     lists.fill(index, assign(rows, centroids)[1].numpy(), np.arange(len(vectors)), vectors.view(np.uint8))
-    lists.write_lists(index, folder / "ivf.faiss")
+    with (folder / "ivf.faiss").open("xb") as file:
+        lists.write_lists(index, file.write)
     queries = min(arguments.queries or len(vectors), len(vectors))
     print(f"{len(vectors):,} vectors of {vectors.shape[1]}, {arguments.nlist:,} lists, {arguments.nprobe} probed, "
           f"{queries:,} queries for {K}")  # fmt: skip

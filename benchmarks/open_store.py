@@ -2,8 +2,8 @@
 
     python benchmarks/open_store.py [--parts 30000] [--runs 5]
 
-Makes a log of one commit a part, each naming five files (documents, keys, chunks, embeddings, neighbours) that need
-not exist: opening reads the log only. The head lies half a checkpoint interval past the last checkpoint. Then times, in
+Makes a log of one commit a part, each naming four files (documents, chunks, embeddings, neighbours) that need not
+exist: opening reads the log only. The head lies half a checkpoint interval past the last checkpoint. Then times, in
 fresh processes, ``Store.open`` alone and the whole process; the floor is to read and parse the checkpoint and the
 commits after it without building a state.
 """
@@ -25,10 +25,11 @@ import orjson
 from machine import describe
 
 from retrotool.store import log
-from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, new_token, part_slot
 from retrotool.store.state import encode_checkpoint
+from retrotool.store.storage import storage_at
 from retrotool.store.store import CHECKPOINT_EVERY, Store
 
 KINDS = (
@@ -37,7 +38,11 @@ KINDS = (
     ("embeddings", "minilm", "npy"),
     ("neighbours", "main", "parquet"),
 )
-
+SEARCHED = {
+    "version": "0" * 16, "index": "main", "encoder": "minilm", "commit": 1, "head": "0" * 16, "purges": "",
+    "searched": [[0, 29_999]],
+}  # fmt: skip
+"""What the log says of a neighbour table."""
 RUN = "0123abcd"
 OPEN = """
 import time
@@ -65,7 +70,7 @@ print(time.perf_counter() - start)
 
 
 def make_store(root: Path, parts: int) -> None:
-    """A store whose log has ``parts`` commits of five files each; written without fsync, which opening does not see."""
+    """A store whose log has ``parts`` commits of four files each; written without fsync, which opening does not see."""
     tokenizer = TokenizerIdentity.of("none", b"{}", 30522, False)
     store = Store.create(root, tokenizer, b"{}", 64)
     (root / "log").mkdir()
@@ -82,11 +87,12 @@ def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.C
     for part in range(first, parts):
         entries = [entry(part, kind, name, ending).as_json() for kind, name, ending in KINDS]
         fields = {
-            "number": part, "uuid": "0", "parent": head, "time": "", "kind": "chunk", "tool": "benchmark",
+            "number": part, "uuid": "0", "parent": head, "time": "2026-01-01T00:00:00.000Z", "kind": "chunk",
+            "tool": "benchmark",
             "settings": {}, "reads": [], "add": entries, "remove": [], "records": {"parts": part + 1},
         }  # fmt: skip
-        log.commit_path(root, part).write_bytes(log.with_checksum(orjson.dumps(fields)))
-        commit = log.read(root, part, head)
+        (root / log.commit_path(part)).write_bytes(log.with_checksum(orjson.dumps(fields)))
+        commit = log.read(storage_at(root), part, head)
         assert commit is not None
         head = commit.sha256
         yield commit
@@ -94,8 +100,10 @@ def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.C
 
 def entry(part: int, kind: str, name: str, ending: str) -> FileEntry:
     """A file that looks like one of a million chunks."""
-    path = FileName.new(RUN, kind, part_slot(part), ending, name).path
-    return FileEntry(path, 1_048_576, 80_000_000 + part, hashlib.sha256(f"{kind}{part}".encode()).hexdigest())
+    slot = part_slot(part)
+    path = FileName.new(RUN, kind, slot, ending, name).path
+    sha256 = hashlib.sha256(f"{kind}{part}".encode()).hexdigest()
+    return FileEntry(path, slot, 1_048_576, 80_000_000 + part, sha256, SEARCHED if kind == "neighbours" else None)
 
 
 def seconds(code: str) -> tuple[float, float]:
@@ -116,7 +124,7 @@ def main() -> None:
         start = time.perf_counter()
         make_store(root, arguments.parts)
         made = time.perf_counter() - start
-        print(f"{arguments.parts:,} commits naming {5 * arguments.parts:,} files, made in {made:.1f} s")
+        print(f"{arguments.parts:,} commits naming {len(KINDS) * arguments.parts:,} files, made in {made:.1f} s")
         code = OPEN.format(root=str(root), parts=arguments.parts, last=arguments.parts - 1)
         floor = FLOOR.format(root=str(root), first=arguments.parts - CHECKPOINT_EVERY // 2, end=arguments.parts)
         ours = [seconds(code) for _ in range(arguments.runs)]

@@ -326,7 +326,7 @@ _VOLATILE = (
     (r"\b[0-9a-f]{64}\b", "HASH"),
     (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID"),
     (r"\d{4}-\d\d-\d\dT[\d:.]+Z?", "TIME"),
-    (r"\b[0-9a-f]{16}\b", "TOKEN"),
+    (r"\b[0-9a-f]{16}([0-9a-f]{8})?\b", "TOKEN"),
     (r"\b[0-9a-f]{12}\b", "HASH"),
     (r"[\d.,]+ (s|ms|min|seconds|minutes|MB/s|kB/s|queries/s|queries a second|chunks/s)\b", r"N \1"),
     (r'"(rate|seconds|tokens_per_second|cosine|query_rate)":[\d.e-]+', r'"\1":N'),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,4 +40,14 @@ def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:
             found[-1][1] = number
         else:
             found.append([number, number])
+    return found
+
+
+def within(spans: Iterable[Sequence[int]], numbers: Iterable[int]) -> set[int]:
+    """Return those of ``numbers`` that are in any [first, last] of ``spans``, which may be far longer."""
+    ascending, found, low = sorted(numbers), set[int](), 0
+    for first, last in sorted(spans, key=tuple):
+        low, high = max(low, bisect_left(ascending, first)), bisect_right(ascending, last)
+        found.update(ascending[low:high])
+        low = max(low, high)
     return found

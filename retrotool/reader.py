@@ -66,14 +66,14 @@ class Neighbour:
     """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does).
 
     For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value. ``database`` is the
-    directory of the store that all of it comes from.
+    store that all of it comes from.
     """
 
     id: int
     distance: float
     chunk: Chunk
     continuation: Chunk | None
-    database: Path
+    database: str
 
 
 class Reader:
@@ -98,9 +98,9 @@ class Reader:
         self._database = lru_cache(None)(partial(Database, store))
 
     @property
-    def path(self) -> Path:
-        """The store's directory."""
-        return self._store.root
+    def path(self) -> str:
+        """The store, as it was opened."""
+        return self._store.place
 
     @property
     def commit(self) -> int:
@@ -138,8 +138,8 @@ class Reader:
         good = ~self._tombstones.contains(numbers) & (numbers >= 0)
         for i in np.flatnonzero(good):
             part, row = split_id(int(numbers[i]))
-            entry = self._store.state.part_file("chunks", part)
-            good[i] = entry is not None and row < entry.rows and fits(*self._row(part, row))
+            live = self._store.state.is_live(part)
+            good[i] = live and row < parts.part_entry(self._store, "chunks", part).rows and fits(*self._row(part, row))
         return good
 
     def _row(self, part: int, row: int) -> tuple[Chunks, int]:
@@ -207,15 +207,21 @@ class Reader:
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
         """Ids of a part's living chunks, ascending; ``is_searchable`` tells the keys among them."""
+        self._check_live(part)
         rows = np.flatnonzero(living(parts.read_chunks(self._store, part), self._tombstones))
         return parts.chunk_ids(part, rows)
 
+    def _check_live(self, part: int) -> None:
+        if not self._store.state.is_live(part):
+            raise UsageError(f"the store has no part {part}, or it is of a chunk command that is not finished")
+
     def embeddings(self, part: int, encoder: str | None = None) -> npt.NDArray[np.float16]:
         """A part's embeddings, float16 [n, d]; row i is that of row i of the part, zero where purged or no key."""
+        self._check_live(part)
         matrix = read_part_vectors(self._store, pick_encoder(self._store, encoder), part)
         purged = self._tombstones.rows(part)
         if not len(purged):
-            return matrix
+            return matrix[:]
         copy = np.array(matrix)
         copy[purged] = 0
         return copy
@@ -232,10 +238,8 @@ class Reader:
             )
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
-    def neighbour_places(
-        self, chunk_id: int, name: str = "main", k: int | None = None
-    ) -> list[tuple[Path, int, float]]:
-        """(directory of the database, id, distance) of a chunk's living neighbours, nearest first.
+    def neighbour_places(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[str, int, float]]:
+        """(place of the database, id, distance) of a chunk's living neighbours, nearest first.
 
         At most k (default: the table's). In a mixture the nearest is that of the least squared distance over weight;
         distances are given as they are.

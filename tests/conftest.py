@@ -11,11 +11,12 @@ import pickle
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import memory_storage
 import pytest
 from forked import run_forked
 from hypothesis import HealthCheck, settings
@@ -69,6 +70,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _storage_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With RETROTOOL_TEST_STORAGE=memory, the process that holds all stores."""
+    if not memory_storage.is_everywhere():
+        yield
+        return
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with memory_storage.memory_server(root):
+        yield
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: it need not be looked through for garbage again."""
     gc.collect()
@@ -95,6 +109,15 @@ def make_rows(n: int, *, first: int = 0, words: int = 150) -> list[dict[str, Any
         }
         for i in range(first, first + n)
     ]
+
+
+def rewrite_sums(path: Path) -> None:
+    """Write the sums of blocks of a store's file that was changed, as if it had been written like this."""
+    from retrotool.store.sums import SUMS, BlockSums
+
+    sums = BlockSums()
+    sums.update(memoryview(path.read_bytes()))
+    path.with_name(path.name + SUMS).write_bytes(sums.content())
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
@@ -50,7 +49,7 @@ def make_store(root: Path, model: Path, *contents: list[Written]) -> Path:
     tokenizer = Tokenizer(file)
     identity = TokenizerIdentity.of("tiny", file.content, tokenizer.vocabulary, False)
     store = Store.create(root, identity, file.content, LENGTH)
-    with Run(root) as run:
+    with Run(store.storage) as run:
         add: list[FileEntry] = []
         totals = {"documents": 0, "chunks": 0, "tokens": 0, "set_aside": 0}
         for number, documents in enumerate(contents):
@@ -90,7 +89,7 @@ def _write_part(
     )
     tables = {"documents": table, "chunks": chunks}
     return [
-        parts.write_parquet(store.root, FileName.new(run.id, kind, part_slot(number), "parquet"), table)
+        parts.write_parquet(store, FileName.new(run.id, kind, part_slot(number), "parquet"), table)
         for kind, table in tables.items()
     ]
 

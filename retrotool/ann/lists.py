@@ -3,8 +3,7 @@
 An index without lists is read as one list. Ids are chunk ids, ascending in every list. A file that is read is mapped,
 and a list is looked up when it is asked for.
 
-faiss writes through a Python file, and what it wrote is read back: on its own it only prints that a disk was full when
-the file was closed. That costs a copy, and one more read of what has just been written.
+faiss writes through a Python function: on its own it only prints that a disk was full when the file was closed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from retrotool.ann.codes import Codes, Whole
 from retrotool.ann.excluded import Ids
 from retrotool.ann.kmeans import assign
 from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
-from retrotool.errors import CorruptError, StorageError
+from retrotool.errors import CorruptError
 from retrotool.lazy import faiss, torch
 
 _WRITE_BYTES = 1 << 20
@@ -137,10 +136,20 @@ class JoinedLists:
         return codes if order is None else codes[order]
 
 
-class InvertedLists:
-    """The lists of one faiss index, and what it is ``trained`` to. Arrays lie in its memory, and are read-only."""
+class Bytes(Protocol):
+    """The bytes of a mapped file, some of which are to be checked before they are read."""
 
-    def __init__(self, index: Any, trained: Trained) -> None:
+    def check(self, start: int, stop: int) -> None:
+        """Raise unless they are what was written."""
+
+
+class InvertedLists:
+    """The lists of one faiss index, and what it is ``trained`` to. Arrays lie in its memory, and are read-only.
+
+    ``file`` is asked about the bytes of a mapped list before it is read.
+    """
+
+    def __init__(self, index: Any, trained: Trained, file: Bytes | None = None) -> None:
         self.trained = trained
         self.holds_quantizer = trained.centroids is not None and len(trained.centroids) > 0
         """Whether the centroids lie in the index itself."""
@@ -148,6 +157,15 @@ class InvertedLists:
         inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
         self._inverted: Any = inner.invlists if trained.centroids is not None else None
         self._flat: Any = faiss.downcast_index(inner.index) if self._inverted is None else None
+        mapped: Any = None if self._inverted is None else faiss.downcast_InvertedLists(self._inverted)
+        self._mapped: Any = mapped if isinstance(mapped, faiss.OnDiskInvertedLists) else None
+        self._file = file
+
+    def _check(self, number: int) -> None:
+        if self._file is not None and self._mapped is not None:
+            place = self._mapped.lists.at(number)
+            size = self._mapped.code_size + np.dtype(np.int64).itemsize
+            self._file.check(place.offset, place.offset + place.capacity * size)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -163,12 +181,14 @@ class InvertedLists:
 
     def ids(self, number: int) -> Ids:
         """Chunk ids of a list, int64 [n], ascending."""
+        self._check(number)
         n = self.size(number)
         pointer = self._index.id_map.data() if self._inverted is None else self._inverted.get_ids(number)
         return _view(self._index, pointer, (n,), np.int64)
 
     def codes(self, number: int) -> Codes:
         """Codes of a list, uint8 [n, size]."""
+        self._check(number)
         n = self.size(number)
         pointer = self._flat.codes.data() if self._inverted is None else self._inverted.get_codes(number)
         return _view(self._index, pointer, (n, self.trained.codec.size), np.uint8)
@@ -230,62 +250,32 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
     index.ntotal = inner.ntotal
 
 
-def write_lists(index: Any, path: Path) -> int:
-    """Write an index to a path; return how many vectors it holds.
+def write_lists(index: Any, write: Callable[[bytes], object]) -> int:
+    """Write an index, piece by piece; return how many vectors it holds."""
+    failed: list[BaseException] = []
 
-    Use through the store's door only, with ``check_written``.
-    """
-    with path.open("xb") as file:
-        failed: list[BaseException] = []
-
-        def put(data: bytes) -> None:
-            try:
-                file.write(data)
-            except BaseException as error:
-                failed.append(error)
-                raise
-
+    def put(data: bytes) -> None:
         try:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(put, _WRITE_BYTES))
-        except RuntimeError:
-            if failed:  # faiss does not say what the callback raised
-                raise failed[0] from None
+            write(data)
+        except BaseException as error:
+            failed.append(error)
             raise
+
+    try:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(put, _WRITE_BYTES))
+    except RuntimeError:
+        if failed:  # faiss does not say what the callback raised
+            raise failed[0] from None
+        raise
     return int(index.ntotal)
 
 
-def check_written(index: Any, path: Path) -> None:
-    """``StorageError`` unless the file holds what ``index`` does: the same training, and the same in every list."""
-    meant = _lists(index, path)
-    try:
-        found = read_lists(path)
-    except CorruptError as error:
-        raise _not_written(path) from error
-    if (
-        len(meant) != len(found)
-        or meant.holds_quantizer != found.holds_quantizer
-        or not same_training(meant.trained, found.trained)
-        or not all(
-            np.array_equal(meant.ids(i), found.ids(i)) and np.array_equal(meant.codes(i), found.codes(i))
-            for i in meant.numbers
-        )
-    ):
-        raise _not_written(path)
-
-
-def _not_written(path: Path) -> StorageError:
-    return StorageError(
-        f"{path}: what lies there is not what was written; what was committed before is untouched",
-        "Look for a full or failing disk, then run the same command again: it goes on where it stopped.",
-    )
-
-
-def read_lists(path: Path, trained: Trained | None = None) -> InvertedLists:
+def read_lists(path: Path, trained: Trained | None = None, file: Bytes | None = None) -> InvertedLists:
     """Map an index file. ``CorruptError`` if faiss can't read it, or it is of another kind or other training.
 
     With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
     """
-    found = _lists(open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path)
+    found = _lists(open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path, file)
     if trained is None:
         return found
     if not same_training(found.trained, trained):
@@ -303,11 +293,11 @@ def open_faiss(path: Path, flags: int = 0) -> Any:
         raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
 
 
-def _lists(index: Any, path: Path) -> InvertedLists:
+def _lists(index: Any, path: Path, file: Bytes | None = None) -> InvertedLists:
     trained = of_faiss(index)
     if trained is None:
         raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
-    lists = InvertedLists(index, trained)
+    lists = InvertedLists(index, trained, file)
     if not lists.is_whole():
         raise CorruptError(f"{path}: it does not hold the {len(lists):,} vectors that it says it does")
     return lists

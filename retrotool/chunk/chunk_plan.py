@@ -8,11 +8,12 @@ that is read again the documents that the store has are skipped.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,16 +23,18 @@ import pyarrow.compute as pc
 
 from retrotool import sources
 from retrotool.chunk import PART_SIZE
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
-from retrotool.store import atomic, parts, runs
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
-from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
+from retrotool.store import leases, parts, schema
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
+from retrotool.store.paths import NAME, FileName
+from retrotool.store.schema import Maybe, Spec
+from retrotool.store.specs import COUNT, PLACE
 from retrotool.store.staging import PLAN_COUNTS
 from retrotool.store.state import State
+from retrotool.store.storage import Sink
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, named_chunks, standing_purges
 from retrotool.tokenizers import Findings
@@ -183,7 +186,7 @@ def text_bytes(file: InputFile) -> int:
 
 def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> list[InputFile]:
     """Those of ``files`` that were planned before, with other content."""
-    known = known_inputs(store, store.refresh(), options, runs.others(store.root, run.id))
+    known = known_inputs(store, store.refresh(), options, leases.others(store.storage, run.id))
     hashes = hashes_of(store, files, options.fields)
     return [
         file
@@ -197,7 +200,7 @@ def commit_plan(
 ) -> tuple[str | None, int]:
     """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
     hashes = hashes_of(store, files, options.fields)
-    others = runs.others(store.root, run.id)
+    others = leases.others(store.storage, run.id)
     n_known = 0
     plan_id = secrets.token_hex(4)
 
@@ -314,41 +317,68 @@ def _refuse_changed(changed: Sequence[InputFile], options: ChunkOptions) -> None
 def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:
     """Write a plan file."""
     fields = {**asdict(plan), "read_before": {str(number): plans for number, plans in plan.read_before.items()}}
-    return write_json_file(store.root, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
+    return write_json_file(store, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
 
 
-def write_json_file(root: Path, name: FileName, content: Mapping[str, Any], rows: int) -> FileEntry:
-    """Write a small JSON file through the store's door."""
+def write_json_file(store: Store, name: FileName, content: Mapping[str, Any], rows: int) -> FileEntry:
+    """Write a small JSON file of a store."""
 
-    def write(path: Path) -> int:
-        path.write_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+    def write(sink: Sink) -> int:
+        sink.write(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
         return rows
 
-    return atomic.write_file(root, name, write)
+    return store.write(name, write)
 
 
-def read_json_file(store: Store, entry: FileEntry) -> dict[str, Any]:
-    """Read a small JSON file of the store's view, checked against its sum."""
+_INPUT = {"path": PLACE, "name": str, "size": COUNT, "format": str}
+_SLICE = {"start": COUNT, "end": Maybe(COUNT), "first": COUNT, "last": Maybe(COUNT)}
+_INPUTS = {"fingerprints": [str], "places": [str], "given_up?": [str], "fields": {"max_document": COUNT}}
+_PLAN = {
+    **_INPUTS, "files": [_INPUT], "part_size": range(1, 1 << 31), "fast": bool, "allow_purged": bool, "owner?": str,
+    "units": [[{"file": COUNT, "weight": COUNT, "where": _SLICE}]],
+    "read_before": {re.compile("[0-9]{1,9}"): [NAME]},
+    "fields": {
+        "text": str, "id": str, "keep": [str], "max_document": COUNT, "end_of_document": Maybe(COUNT),
+        **dict.fromkeys(("key", "value", "tokens", "separator", "token_dtype"), Maybe(str)),
+    },
+}  # fmt: skip
+
+
+def read_json_file(store: Store, entry: FileEntry, spec: Spec) -> dict[str, Any]:
+    """Read a small JSON file of the store's view, checked against its sum and ``spec``."""
     store.check_sum(entry)
-    with store.reading(entry) as path:
-        content: dict[str, Any] = orjson.loads(path.read_bytes())
+    with store.reading(entry) as storage:
+        content: dict[str, Any] = schema.load(storage.get(entry.path), spec, store.where(entry.path))
     return content
+
+
+def _fields_of(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some fields that a dataclass knows."""
+    return {one.name: fields[one.name] for one in dataclasses.fields(kind) if one.name in fields}
 
 
 def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     """Inverse of writing a plan."""
-    content = read_json_file(store, entry)
+    content = read_json_file(store, entry, _PLAN)
+    n = len(content["files"])
+    pieces = [piece["file"] for unit in content["units"] for piece in unit]
+    numbers = [*pieces, *map(int, content["read_before"])]
+    if not (len(content["fingerprints"]) == len(content["places"]) == n and all(content["units"])) or (
+        numbers and max(numbers) >= n
+    ):
+        raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not go together")
     return ChunkPlan(
-        files=tuple(InputFile(**file) for file in content["files"]),
+        files=tuple(InputFile(**_fields_of(InputFile, file)) for file in content["files"]),
         fingerprints=tuple(content["fingerprints"]),
         places=tuple(content["places"]),
-        fields=Fields(**{**content["fields"], "keep": tuple(content["fields"]["keep"])}),
-        part_size=int(content["part_size"]),
+        fields=Fields(**{**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}),
+        part_size=content["part_size"],
         units=tuple(
-            tuple(InputPiece(p["file"], p["weight"], Slice(**p["where"])) for p in unit) for unit in content["units"]
+            tuple(InputPiece(p["file"], p["weight"], Slice(**_fields_of(Slice, p["where"]))) for p in unit)
+            for unit in content["units"]
         ),
-        fast=bool(content["fast"]),
-        allow_purged=bool(content["allow_purged"]),
+        fast=content["fast"],
+        allow_purged=content["allow_purged"],
         read_before={int(number): tuple(plans) for number, plans in content["read_before"].items()},
         owner=content.get("owner", ""),
     )
@@ -376,15 +406,16 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
     known = KnownInputs()
     for kind in ("inputs", "plans"):
         for slot, entry in state.group(kind).items():
-            content = read_json_file(store, entry)
+            content = read_json_file(store, entry, _INPUTS if kind == "inputs" else _PLAN)
             for place in (*content["places"], *content.get("given_up", ())):
                 known.readers[place] = (*known.readers.get(place, ()), slot)
             if options.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
                 continue
             lost: set[str] = set()
             if content.get("owner") and content["owner"] not in running:
-                rows = zip(content["files"], content["fingerprints"], content["places"], strict=True)
-                lost.update(*(hashes for file, *hashes in rows if is_spooled(InputFile(**file))))
+                plan = read_plan(store, entry)
+                rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
+                lost.update(*(hashes for file, *hashes in rows if is_spooled(file)))
             known.places.update(set(content["places"]).difference(lost))
             if not options.add_changed or content["fields"]["max_document"] >= options.fields.max_document:
                 known.fingerprints.update(set(content["fingerprints"]).difference(lost))
@@ -396,6 +427,8 @@ def parts_of_plan(state: State, plan_id: str) -> range:
     record = state.records[f"plan:{plan_id}"]
     before = [r for r in state.with_prefix("plan:").values() if r["order"] < record["order"]]
     first = sum(r["parts"] for r in before)
+    if first + record["parts"] > len(state.group("chunks")):
+        raise CorruptError(f"the record 'plan:{plan_id}' counts parts that are not there")
     return range(first, first + record["parts"])
 
 
@@ -427,7 +460,7 @@ class KnownDocuments:
     """
 
     def __init__(self, store: Store, name: str, plans: Sequence[str], without: Tombstones | None = None) -> None:
-        live = set(store.state.parts())
+        live = set(store.state.all_parts())
         found = [np.zeros(0, _HASHES)]
         for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
             table = parts.read_documents(store, part, ["key", "text_hash", "input"])

@@ -67,7 +67,7 @@ class ChunkResult:
 def waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
     """Units of some plans that are done, and wait for those before them to be committed."""
     done = {plan: int(store.state.records[f"plan:{plan}"]["done"]) for plan in plans}
-    units = [task.unit for task in staging.read_staged(store.root).values() if task.unit is not None]
+    units = [task.unit for task in staging.read_staged(store.storage).values() if task.unit is not None]
     return [unit for unit in units if unit.plan in done and unit.index >= done[unit.plan]]
 
 
@@ -151,7 +151,7 @@ def _quarantines(
 
 def note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Note) -> None:
     """Name the fields to keep that no row of the ``new`` parts has, and those that inputs read before lack."""
-    old = [part for part in store.state.parts() if part not in new][:_LOOKED_AT] if known else []
+    old = [part for part in store.state.all_parts() if part not in new][:_LOOKED_AT] if known else []
     with contextlib.suppress(ErasedError):  # by another process, just now
         for name in keep:
             if new and not any(_has_values(store, part, name) for part in new):

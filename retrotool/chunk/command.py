@@ -11,6 +11,7 @@ from retrotool.chunk import PART_SIZE
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, unescape
 from retrotool.errors import EXIT_SET_ASIDE
+from retrotool.scratch import use_scratch
 
 if TYPE_CHECKING:
     from retrotool.chunk.chunk_result import ChunkResult, RejectedReason
@@ -106,6 +107,10 @@ def command(
         bool, opt("Give up inputs of an interrupted run that are gone or changed.", "--skip-missing", panel=_INPUT)
     ] = False,
     part_size: Annotated[int, opt("Chunks after which a part is closed.", metavar="N", panel=_WORK)] = PART_SIZE,
+    scratch: Annotated[
+        str | None,
+        opt("Folder for scratch files. Default: $RETROTOOL_SCRATCH, or the system's.", metavar="DIR", panel=_WORK),
+    ] = None,
     workers: Annotated[
         int | None, opt("Worker processes. Default: one a core.", metavar="N", panel=_WORK, least=1)
     ] = None,
@@ -135,6 +140,7 @@ def command(
         from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
         from retrotool.sources import Fields
 
+        use_scratch(scratch)
         fields = Fields(
             text=text_field,
             id=id_field,

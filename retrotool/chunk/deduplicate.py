@@ -46,11 +46,10 @@ from retrotool.sources import InputFile
 from retrotool.sources.inputs import IN_BYTES
 from retrotool.sources.lines import count_lines
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
@@ -151,17 +150,17 @@ def _finishing(
     if first is not None and duplicates == "skip":
         name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
         rows = itertools.chain([first], tables)
-        add.append(parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, rows))
+        add.append(parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, rows))
     if chunks and duplicates == "skip":  # of all that repeat, as all are located
         name = FileName.new(run.id, "tombstones", plan_id, "parquet")
-        add.append(write_tombstones(store.root, name, np.concatenate(chunks)))
+        add.append(write_tombstones(store, name, np.concatenate(chunks)))
     for _ in found:  # count what is not located
         chunks.clear()
     if first is not None and duplicates == "fail":
         raise _refusal(store, first.slice(0, _EXAMPLES), counts)
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
-    add.append(write_json_file(store.root, name, known, len(known["fingerprints"])))
+    add.append(write_json_file(store, name, known, len(known["fingerprints"])))
     joined, parted = join_quarantines(store, run, plan_id)
     draft = Draft(
         "finish", {"duplicates": duplicates}, add=(*add, *joined), remove=(entry.path, *parted),
@@ -210,7 +209,7 @@ def _refusal(store: Store, examples: pa.Table, counts: DuplicateCounts) -> Dupli
     return DuplicatesError(
         f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
         f"{counts.by_text:,} by text only; the first: {places}",
-        f"All are in {store.root}, which waits to be told what to do with them. Run the same command again with "
+        f"All are in {store.place}, which waits to be told what to do with them. Run the same command again with "
         "--duplicates skip (the first of each stays) or --duplicates keep (all stay).",
     )
 
@@ -241,8 +240,9 @@ def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
 
 
 def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates) -> Mapping[str, Any]:
-    """Records of the plan and the totals, less the duplicates if they are tombstoned."""
-    plan, totals = store.state.records[f"plan:{plan_id}"], store.state.records["totals"]
+    """Records of the plan, whose parts are live with it, and the totals, less the duplicates if they are tombstoned."""
+    state = store.state
+    plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
     gone = duplicates == "skip"
     change = {
         "documents": -(counts.by_id + counts.by_text) * gone,
@@ -257,7 +257,11 @@ def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Du
     }
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
-        "totals": {name: totals[name] + n for name, n in change.items()},
+        "totals": {
+            name: totals[name] + n + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "set_aside")
+            for name, n in change.items()
+        },
+        "pending": int(state.records.get("pending", 0)) - len(parts_of_plan(state, plan_id)),
     }
 
 

@@ -26,6 +26,8 @@ from retrotool.chunk.run import (
 from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice, streams
 from retrotool.store import parts
+from retrotool.store.identity import is_store
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 from retrotool.tokenizers import BUNDLED, FastTokenizer, Tokenizer, find_tokenizer, stored_tokenizer
 
@@ -85,7 +87,7 @@ def estimate(
         raise UsageError("no input was given", "Name files or folders.")
     files = find_readable(inputs, options)
     known = 0
-    if (Path(root) / "store.json").exists():
+    if is_store(storage_at(root)):
         store = Store.open(root)
         check_store_identity(
             store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length

@@ -8,14 +8,13 @@ one partition. In the end each partition is read and compared by itself.
 a new one take part: a table of the new hashes' first bits decides (16 entries a new document, at most 128 Mi).
 
 Cost: reads 16 bytes a document of the store, writes and reads 24 bytes a compared document, in a file without a name in
-the folder for temporary files (``TMPDIR``); none below ``rows`` documents. Memory: about 80 bytes times ``rows``, the
+the scratch folder (``retrotool.scratch``); none below ``rows`` documents. Memory: about 80 bytes times ``rows``, the
 hashes of a part, the table (at most 128 MiB), and 8 bytes a repeat found.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import StorageError
+from retrotool.scratch import more_scratch, scratch_file, scratch_folder
 from retrotool.store import parts
 from retrotool.store.parts import PART_SHIFT
 from retrotool.store.store import Store
@@ -49,9 +49,8 @@ def find_repeats(
     ``leave_out(part)`` gives the docs of a part that take no part in this, neither as a repeat nor as the first.
     Documents without a hash take none either. ``StorageError`` if the scratch file does not fit on the disk.
     """
-    sizes = {
-        part: parts.part_entry(store, "documents", part).rows for part in store.state.parts() if part < new_parts.stop
-    }
+    numbers = (part for part in store.state.all_parts() if part < new_parts.stop)
+    sizes = {part: parts.part_entry(store, "documents", part).rows for part in numbers}
     new, old = [part for part in sizes if part >= new_parts.start], [part for part in sizes if part < new_parts.start]
     low, high = _TABLE_BITS
     expected = _TABLE_ENTRIES_A_HASH * sum(sizes[part] for part in new) if old else 0
@@ -155,14 +154,14 @@ class HashPartitions:
         bounds = np.searchsorted(records["high"] >> self._shift, self._edges)
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="retrotool-")  # noqa: SIM115 - closed on exit
+                self._file = scratch_file()
             self._written.append(bounds + self._file.seek(0, os.SEEK_END) // RECORD.itemsize)
             self._file.write(np.ascontiguousarray(records).view(np.uint8).data)
             self._file.flush()
         except OSError as error:
             raise StorageError(
-                f"{tempfile.gettempdir()}: {error.strerror}; hashes are compared in a scratch file there",
-                "Run the same command again with TMPDIR set to a folder on a disk that has 24 bytes for each document.",
+                f"{scratch_folder()}: {error.strerror}; hashes are compared in a scratch file there",
+                more_scratch("24 bytes for each document"),
             ) from error
 
     def repeats(self) -> Iterator[Places]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from retrotool.chunk.chunker import Cut, Tokens, cut_chunks
 from retrotool.sources import Document
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
@@ -73,7 +73,7 @@ class _ChunksFile:
                     self._written.result()  # raises what stopped the thread, such as a full disk
 
     def _write(self, schema: pa.Schema) -> FileEntry:
-        return parts.write_batches(self._store.root, self._name, schema, self._given(), row_group=parts.ROW_GROUP)
+        return parts.write_batches(self._store, self._name, schema, self._given(), row_group=parts.ROW_GROUP)
 
     def _given(self) -> Iterator[pa.Table]:
         while (item := self._tables.get()) is not None:
@@ -104,8 +104,8 @@ class _ChunksFile:
 class PartWriter:
     """Gathers the documents of a unit, and closes a part at the first document end after ``part_size`` chunks."""
 
-    def __init__(self, store: Store, run: str, task: str, keep: Sequence[str], part_size: int) -> None:
-        self._store, self._run, self._task, self._part_size = store, run, task, part_size
+    def __init__(self, store: Store, run: str, keep: Sequence[str], part_size: int) -> None:
+        self._store, self._run, self._part_size = store, run, part_size
         self._keep = tuple(keep)
         self._schema = parts.documents_schema(keep)
         self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
@@ -192,18 +192,16 @@ class PartWriter:
         self._column_bytes += self._columns[-1].nbytes
 
     def _new_file(self) -> _ChunksFile:
-        return _ChunksFile(self._store, self._name("chunks", len(self._closed)), self._threads)
+        return _ChunksFile(self._store, self._name("chunks"), self._threads)
 
-    def _name(self, kind: str, part: int) -> FileName:
-        return FileName.new(self._run, "staging", f"{self._task}.{part:04d}.{kind}", "parquet")
+    def _name(self, kind: str) -> FileName:
+        return FileName.new(self._run, kind, "", "parquet")  # the part gets its number when it is committed
 
     def _close_part(self) -> None:
-        number = len(self._closed)
         chunks = self._chunks.close()
         documents = pa.Table.from_batches(self._columns, self._schema).combine_chunks()
         self._columns, self._documents, self._column_bytes = [], 0, 0
-        root = self._store.root
-        entry = parts.write_parquet(root, self._name("documents", number), documents)
+        entry = parts.write_parquet(self._store, self._name("documents"), documents)
         self._closed.append((entry, chunks))
         self._chunks = self._new_file()
 

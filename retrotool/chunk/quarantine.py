@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +15,9 @@ import pyarrow as pa
 from retrotool.errors import InputError
 from retrotool.sources import Rejected
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.leases import Run
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
@@ -89,9 +88,9 @@ class Quarantine:
                 self._before = -1  # damaged before that: the offsets still give the places
         return 0 if not row.line or self._before == -1 else row.line + (self._before or 0)
 
-    def write(self, root: Path, name: FileName) -> FileEntry | None:
+    def write(self, store: Store, name: FileName) -> FileEntry | None:
         """Write what was gathered; None if that is nothing."""
-        return parts.write_batches(root, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
+        return parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
 
     def _batches(self) -> Iterator[pa.Table]:
         inputs, reasons = pa.array(self._inputs, pa.string()), pa.array(list(self._reasons), pa.string())
@@ -124,5 +123,5 @@ def join_quarantines(store: Store, run: Run, plan_id: str) -> tuple[list[FileEnt
         return [], []
     name = FileName.new(run.id, "quarantine", plan_id, "parquet")
     tables = (table for entry in entries for table in parts.read_tables(store, entry))
-    whole = parts.write_batches(store.root, name, parts.QUARANTINE_SCHEMA, tables)
+    whole = parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, tables)
     return [whole], [entry.path for entry in entries]

@@ -35,10 +35,12 @@ from retrotool.cli.command_lines import command_line
 from retrotool.errors import AbortError, UsageError
 from retrotool.sources import InputFile, find_inputs
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
-from retrotool.store import folding, parts, runs
+from retrotool.store import folding, leases, parts
 from retrotool.store.folding import writing
-from retrotool.store.runs import Run
+from retrotool.store.identity import is_store
+from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
+from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
 from retrotool.tokenizers import (
     BUNDLED,
@@ -67,13 +69,13 @@ def chunk(
     ``if __name__ == "__main__":``, as processes are spawned.
     """
     chosen = check_options(replace(options or ChunkOptions(), **changes))
-    if not inputs and not _has_unfinished(Path(root)):
+    if not inputs and not _has_unfinished(storage_at(root)):
         raise UsageError("no input was given, and nothing is left unfinished", "Name files or folders.")
     # Before anything is made: what can't be read must leave nothing behind.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
-    store, loaded = open_or_create(Path(root), tokenizer, chunk_length)
+    store, loaded = open_or_create(storage_at(root), tokenizer, chunk_length)
     repeats: dict[str, DuplicateCounts] = {}
-    before = set(store.state.parts())
+    before = set(store.state.all_parts())
     with contextlib.ExitStack() as stack:
         if STANDARD_INPUT in inputs:
             files = find_inputs(inputs, stack.enter_context(spool(sys.stdin.buffer if sys.stdin else None)))
@@ -99,23 +101,23 @@ def chunk(
         if not stopped and _has_units(store):
             chosen.note(
                 "The standard input of another running chunk is left to it, and what was read after it waits for it. "
-                f"If it was killed on another machine, finish in an hour: {command_line('chunk', store.root)}"
+                f"If it was killed on another machine, finish in an hour: {command_line('chunk', store.place)}"
             )
         exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
     result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
-    note_empty_columns(store, sorted(set(store.state.parts()) - before), chosen.fields.keep, known, chosen.note)
+    note_empty_columns(store, sorted(set(store.state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
     return result
 
 
-def _has_unfinished(root: Path) -> bool:
-    return (root / "store.json").exists() and bool(unfinished_plans(Store.open(root).state))
+def _has_unfinished(storage: Storage) -> bool:
+    return is_store(storage) and bool(unfinished_plans(Store.open(storage).state))
 
 
 def _tell_begun(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
     """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
-    if runs.others(store.root, run.id):
+    if leases.others(store.storage, run.id):
         return  # they may be at it themselves
     store.refresh()
     asked = {file.path for file in files}
@@ -234,20 +236,20 @@ def check_chunk_length(chunk_length: int | None) -> None:
         raise UsageError(f"--chunk-length {chunk_length} is not between 1 and 4096")
 
 
-def open_or_create(root: Path, tokenizer: str | None, chunk_length: int | None) -> tuple[Store, Tokenizer | None]:
-    """The store at ``root``, made if there is none, and its tokenizer if that was loaded.
+def open_or_create(storage: Storage, tokenizer: str | None, chunk_length: int | None) -> tuple[Store, Tokenizer | None]:
+    """The store in a storage, made if there is none, and its tokenizer if that was loaded.
 
     ``UsageError`` if the store goes by another tokenizer or chunk length.
     """
     check_chunk_length(chunk_length)
-    if not _is_utf8(str(root)):
-        raise UsageError(f"{str(root)!a}: a store's path must be UTF-8", "Give the store another name.")
+    if not _is_utf8(storage.place):
+        raise UsageError(f"{storage.place!a}: a store's path must be UTF-8", "Give the store another name.")
     loaded: Tokenizer | None
-    if not (root / "store.json").exists():
+    if not is_store(storage):
         loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
-        store = Store.create(root, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
+        store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
     else:
-        store = Store.open(root)
+        store = Store.open(storage)
         loaded = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
     check_store_identity(store, tokenizer, loaded, chunk_length)
     return store, loaded
@@ -259,12 +261,12 @@ def check_store_identity(store: Store, name: str | None, tokenizer: Tokenizer | 
     wanted = own.tokenizer.sha256 if tokenizer is None else tokenizer.identity.sha256
     if wanted != own.tokenizer.sha256:
         raise UsageError(
-            f"{store.root} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…); "
+            f"{store.place} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…); "
             f"{name!r} is another ({wanted[:12]}…)",
             "Leave --tokenizer out to go on with the store's own, or make a new store.",
         )
     if chunk_length not in (None, own.chunk_length):
         raise UsageError(
-            f"{store.root} has chunks of {own.chunk_length} tokens, not {chunk_length}",
+            f"{store.place} has chunks of {own.chunk_length} tokens, not {chunk_length}",
             "Leave --chunk-length out, or make a new store.",
         )

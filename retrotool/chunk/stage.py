@@ -39,7 +39,7 @@ from retrotool.sources import Document, Rejected
 from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
 from retrotool.sources.records import content_hash
-from retrotool.store import parts, runs, staging
+from retrotool.store import leases, parts, staging
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
@@ -77,12 +77,12 @@ class ChunkStage:
         """One task a unit that is neither committed, nor staged, nor another run's, in the order of the plans."""
         tasks = []
         for plan_id, entry, plan in open_plans(store):
-            is_elsewhere = plan.owner not in ("", self.run) and plan.owner in runs.others(store.root, self.run)
+            is_elsewhere = plan.owner not in ("", self.run) and plan.owner in leases.others(store.storage, self.run)
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
                 if is_elsewhere and plan.is_stream(index):
                     continue
                 key = task_key("chunk", {"unit": index}, [entry.path])
-                if not staging.is_staged(store.root, key):
+                if not staging.is_staged(store.storage, key):
                     first = plan.files[plan.units[index][0].file].path
                     inputs = {"plan": plan_id, "unit": index, "path": entry.path}
                     tasks.append(Task(key, f"unit {index} ({first})", plan.weight(index), inputs))
@@ -102,7 +102,7 @@ class ChunkStage:
         for piece in plan.units[index]:
             bad.open(plan.files[piece.file].path)
             bad.append(Rejected(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
-        quarantine = bad.write(store.root, FileName.new(run, "staging", f"{task.key}.quarantine", "parquet"))
+        quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
         counts = {**dict.fromkeys(PLAN_COUNTS, 0), "set_aside": len(bad), "damaged": bad.damaged}
         return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, (), quarantine, counts))
 
@@ -129,15 +129,15 @@ class ChunkWorker:
         if self._plan is None or self._plan[0] != path:
             self._plan = (path, _plan_at(self._store, plan_id, path))
         plan = self._plan[1]
-        with PartWriter(self._store, run, task.key, plan.fields.keep, plan.part_size) as writer:
+        with PartWriter(self._store, run, plan.fields.keep, plan.part_size) as writer:
             blocked = self._block_list(plan)
             unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
             for piece in plan.units[index]:
                 unit.chunk(piece, self._stage)
             files = writer.close()
             unit.count_tokenised()
-        name = FileName.new(run, "staging", f"{task.key}.quarantine", "parquet")
-        entry = unit.bad.write(self._store.root, name)
+        name = FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet")
+        entry = unit.bad.write(self._store, name)
         slots = None if blocked is None else blocked.slots
         counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
         return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts, slots))

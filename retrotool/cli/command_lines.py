@@ -44,8 +44,8 @@ def table_command(store: Store, table: str, database: Store | None) -> str:
 
     ``database`` None: the reader of the command has to name it.
     """
-    root = "DATABASE" if database is None else database.root
-    queries = None if database is store else store.root
+    root = "DATABASE" if database is None else database.place
+    queries = None if database is store else store.place
     return neighbours_command(root, queries, table, store.state.records[f"neighbours:{table}"])
 
 
@@ -65,7 +65,7 @@ def embed_command(store: Store, encoder: str, into: Store | None = None) -> str:
     is_known = any(other["sha256"] == record["sha256"] for other in others.values())
     return command_line(
         "embed",
-        (into or store).root,
+        (into or store).place,
         encoder=None if origin == BUNDLED else origin,
         name=None if encoder == plain and not is_known else encoder,
         pooling=pooling if overridden else None,

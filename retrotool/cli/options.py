@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +31,7 @@ def arg(help: str, *, metavar: str) -> Any:  # noqa: A002
     return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-StoreArgument = Annotated[Path, arg("Directory of the store.", metavar="STORE")]
+StoreArgument = Annotated[str, arg("Directory of the store.", metavar="STORE")]
 Json = Annotated[bool, opt("Print one JSON object on stdout.", "--json")]
 EncoderOption = Annotated[
     str | None, opt("Encoder whose embeddings to use, if the store has several.", "--encoder", metavar="NAME")

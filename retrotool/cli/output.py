@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import sys
@@ -66,6 +67,13 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
         raise typer.Exit(error.exit_code) from None
     finally:
         sys.stdout.write("]" + (f",{_json(ending)[1:]}" if ending else "}") + "\n")
+
+
+def show_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows below a header as CSV on stdout: RFC 4180 but for its line ends; truth is ``true`` or ``false``."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
 
 
 def _write_json(fields: dict[str, Any]) -> None:

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from retrotool.errors import StorageError, UsageError
-from retrotool.store import disk, runs
+from retrotool.store import disk, leases
 from retrotool.store.identity import FILE as IDENTITY
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
+from retrotool.store.local_storage import LocalStorage
 
 _RUN = re.compile("[0-9a-f]{8}")
 _SETTLED_SECONDS = 60.0
@@ -106,12 +107,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     run = secrets.token_hex(4)
     scratch = target.with_name(f"{_prefix(target)}{run}")
     try:
-        with Run(scratch, run, links=False):
+        with Run(LocalStorage(str(scratch)), run):
             yield scratch
             for path in sorted(scratch.iterdir()):
                 if path.is_file():
                     disk.fsync(path)
-        (scratch / "staging").rmdir()
+        (scratch / "leases").rmdir()
         disk.fsync_directory(scratch)
         disk.rename(scratch, target)
         disk.fsync_directory(target.parent)
@@ -150,8 +151,9 @@ def _clean(target: Path) -> None:
 
 
 def _is_dead(left: Path, run: str, now: float) -> bool:
-    file = runs.run_path(left, run)
+    storage = LocalStorage(str(left))
+    file = left / leases.run_path(run)
     # A run that ends removes its file first: where that is missing after the check, it may have been alive.
-    if file.exists() and not runs.is_alive(left, run, now=now) and file.exists():
+    if file.exists() and not leases.is_alive(storage, run, now=now) and file.exists():
         return True
     return not file.exists() and now - left.stat().st_mtime > _SETTLED_SECONDS

@@ -17,9 +17,8 @@ from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import counting
 from retrotool.errors import RetrotoolError
 from retrotool.store.folding import writing
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
-from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -77,7 +76,7 @@ class _Done:
         self._first = min(self._first or self._last, self._last - staged.measured["working"])
         self.sums = {name: total + staged.measured[name] for name, total in self.sums.items()}
         for entry in staged.add:
-            self.parts[entry.path] = int(FileName.parse(entry.path).slot)
+            self.parts[entry.path] = entry.part
             how = {**staged.settings, **(entry.about or {})}
             self.how = min(self.how or how, how, key=lambda one: float(one["cosine"]))
         return False
@@ -187,7 +186,7 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
             "If the files are whole (retrotool verify), embed anew under another name: "
             + command_line(
                 "embed",
-                store.root,
+                store.place,
                 encoder=None if spec == BUNDLED else spec,
                 name=f"{identity.name}-2",
                 pooling=identity.pooling if identity.overridden else None,

@@ -17,17 +17,19 @@ from retrotool.ann.excluded import Excluded, Ids, Intervals
 from retrotool.errors import UsageError
 from retrotool.store import log, parts
 from retrotool.store.parts import Chunks
+from retrotool.store.storage import is_same
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones, restored_purges
+from retrotool.store.vectors import MappedVectors, read_vectors
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
     """The encoder to use: ``name``, or the only one the store has embeddings of; ``UsageError`` otherwise."""
     names = store.state.names("embeddings")
     if not store.state.parts():
-        raise UsageError("the store has no chunks", f"Chunk documents: retrotool chunk {store.root} INPUT...")
+        raise UsageError("the store has no chunks", f"Chunk documents: retrotool chunk {store.place} INPUT...")
     if not names:
-        raise UsageError("the store has no embeddings", f"Make them with: retrotool embed {store.root}")
+        raise UsageError("the store has no embeddings", f"Make them with: retrotool embed {store.place}")
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
@@ -38,13 +40,13 @@ def pick_encoder(store: Store, name: str | None = None) -> str:
 
 
 def embedded_parts(store: Store, encoder: str) -> list[int]:
-    """Numbers of the parts that have embeddings, ascending."""
-    return [int(slot) for slot in store.state.group("embeddings", encoder)]
+    """Numbers of the live parts that have embeddings, ascending."""
+    return [part for slot in store.state.group("embeddings", encoder) if store.state.is_live(part := int(slot))]
 
 
-def read_part_vectors(store: Store, encoder: str, part: int) -> npt.NDArray[np.float16]:
+def read_part_vectors(store: Store, encoder: str, part: int) -> MappedVectors:
     """A part's embeddings, float16 [n, d], memory-mapped."""
-    return parts.read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
+    return read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
 
 
 def living(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
@@ -139,13 +141,13 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
 
 
 def may_repeat(store: Store) -> bool:
-    """Whether several documents of one id may be living: if they were kept, or not looked for yet. The log knows.
+    """Whether several documents of one id may be living: if they were kept. The log knows.
 
     Also if one was purged, let in again, and the purge then taken back.
     """
     plans = store.state.with_prefix("plan:").values()
     return any(record.get("repeats") for record in restored_purges(store.state).values()) or any(
-        not plan["finished"] or (plan.get("duplicates") == "keep" and plan.get("duplicates_by_id")) for plan in plans
+        plan.get("duplicates") == "keep" and plan.get("duplicates_by_id") for plan in plans
     )
 
 
@@ -184,16 +186,16 @@ def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstone
     return Excluded(first[codes], last[codes], codes, repeats)
 
 
-def is_same_directory(one: Store, other: Store) -> bool:
-    """Whether two stores are one on the disk; a copy has the same uuid, and goes its own way from then on."""
-    return one.root.samefile(other.root)
+def is_same_store(one: Store, other: Store) -> bool:
+    """Whether two stores are one, and not copies; a copy has the same uuid, and goes its own way from then on."""
+    return one.identity.uuid == other.identity.uuid and is_same(one.storage, other.storage)
 
 
 def has_commit(store: Store, number: int, head: str) -> bool:
     """Whether the commit ``number`` of a store's view has a SHA-256 that begins with ``head``: its log, or a copy's."""
     if number == store.state.number:
         return store.state.head.startswith(head)
-    commit = log.read(store.root, number) if number < store.state.number else None
+    commit = log.read(store.storage, number) if number < store.state.number else None
     return commit is not None and commit.sha256.startswith(head)
 
 
@@ -213,6 +215,6 @@ def last_change(store: Store) -> tuple[int, str]:
     Such records are made by searching it. A copy that has none of them is the same database.
     """
     number, head = store.state.number, store.state.head
-    while (commit := log.read(store.root, number)) is not None and "dependent" in commit.settings:
+    while (commit := log.read(store.storage, number)) is not None and "dependent" in commit.settings:
         number, head = commit.number - 1, commit.parent
     return number, head

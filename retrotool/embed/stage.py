@@ -24,11 +24,12 @@ from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
 from retrotool.store import parts, staging
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
+from retrotool.store.vectors import write_vector_blocks
 from retrotool.tokenizers import TokensDiffer
 
 _BLOCK_ROWS = (256, 1 << 16)
@@ -65,8 +66,8 @@ class EmbedStage:
             check_encoder_identity(record, self.identity)
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
-        staged = staging.staged_keys(store.root)
-        for part in store.state.parts():
+        staged = staging.staged_keys(store.storage)
+        for part in store.state.all_parts():
             if done.get(part_slot(part)) is not None:
                 continue
             entry = parts.part_entry(store, "chunks", part)
@@ -240,7 +241,7 @@ class EmbedWorker:
                     yield found
 
         with self.encoder.stream(blocks(), report) as coming:
-            return parts.write_vector_blocks(self._store.root, name, entry.rows, dimension, filled(coming))
+            return write_vector_blocks(self._store, name, entry.rows, dimension, filled(coming))
 
     def _read(self, part: int, rows: int) -> Iterator[Chunks]:
         """A part's chunks, block by block; at most two row groups more than a block are held."""

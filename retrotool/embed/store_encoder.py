@@ -84,7 +84,7 @@ def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
         stored = read_part_vectors(store, name, part)[rows]
         about = parts.part_entry(store, "embeddings", part, name).about or {}
         # Vectors that were computed in bfloat16 are that far from those of float32.
-        half = float(about.get("cosine", 0)) >= LEAST_COSINE["float16"]
+        half = float(about.get("cosine") or 0) >= LEAST_COSINE["float16"]
         least = LEAST_COSINE["float16" if half else "bfloat16"]
         try:
             found = encoder.embed(EncoderRows(store, encoder).rows(chunks.tokens[rows], chunks.n_tokens[rows]))

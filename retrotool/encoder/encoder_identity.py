@@ -17,7 +17,6 @@ from typing import Any
 import orjson
 
 from retrotool.errors import UsageError
-from retrotool.store import atomic
 from retrotool.store.paths import check_name
 from retrotool.tokenizers import BUNDLED, resolve_model
 
@@ -126,8 +125,13 @@ def hash_model(path: Path, files: Iterable[str]) -> hashlib._Hash:
     """A SHA-256 that has taken in some files of a model directory, there or not, and its weights."""
     digest = hashlib.sha256()
     for file in (*(path / name for name in files), *sorted(path.glob("*.safetensors"))):
-        digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file) if file.is_file() else '-'}\n".encode())
+        digest.update(f"{file.relative_to(path)} {_sha256(file) if file.is_file() else '-'}\n".encode())
     return digest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def longest_row(path: Path, config: Mapping[str, Any]) -> int:

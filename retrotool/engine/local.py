@@ -20,26 +20,26 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import OpenError, PerWorker, Stage, Task, Update, Worker, perform_reporting
 from retrotool.lazy import leave_pandas_out
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
+from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
 WAIT_SECONDS = 30.0
 """How long to wait for a task to end before the caller is given its turn."""
 _LISTEN_SECONDS = 5.0
 
-_worker: tuple[Worker | Exception, Path, str, Update] | None = None
+_worker: tuple[Worker | Exception, Storage, str, Update] | None = None
 """What a worker process was opened with; a process pool has no other place for it."""
 
 
 def _open_worker(
-    stage: Stage, root: Path, run: str, pipe: Connection[tuple[int, int, str], Any], number: int, threads: int
+    stage: Stage, storage: Storage, run: str, pipe: Connection[tuple[int, int, str], Any], number: int, threads: int
 ) -> None:
     global _worker
     leave_pandas_out()
@@ -52,10 +52,10 @@ def _open_worker(
     own = stage.of_worker(number) if isinstance(stage, PerWorker) else stage
     opened: Worker | Exception
     try:
-        opened = own.open(Store.open(root))
+        opened = own.open(Store.open(storage))
     except Exception as error:  # a pool would tell of a broken process, and not why
         opened = error
-    _worker = (opened, root, run, lambda *update: pipe.send(update))
+    _worker = (opened, storage, run, lambda *update: pipe.send(update))
 
 
 def _keep_to_share(number: int, threads: int) -> None:
@@ -80,17 +80,17 @@ def _follow_parent() -> None:
 
 def _do(task: Task) -> Staged | None:
     assert _worker is not None
-    worker, root, run, update = _worker
+    worker, storage, run, update = _worker
     if isinstance(worker, Exception):
         raise OpenError(worker)
-    return perform_reporting(worker, root, task, run, update)
+    return perform_reporting(worker, storage, task, run, update)
 
 
 class _Here:
     """A pool of this process alone, as ``_Processes`` is of several: a task is done when it is begun."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
-        self._worker, self._arguments, self._progress = stage.open(store), (store.root, run.id), progress
+        self._worker, self._arguments, self._progress = stage.open(store), (store.storage, run.id), progress
         self._done: list[tuple[Task, Future[Staged | None]]] = []
 
     @property
@@ -102,10 +102,10 @@ class _Here:
         return bool(self._done)
 
     def begin(self, task: Task) -> None:
-        root, run = self._arguments
+        storage, run = self._arguments
         future: Future[Staged | None] = Future()
         try:
-            future.set_result(perform_reporting(self._worker, root, task, run, self._progress.update))
+            future.set_result(perform_reporting(self._worker, storage, task, run, self._progress.update))
         except Exception as error:
             future.set_exception(error)
         self._done.append((task, future))
@@ -122,7 +122,7 @@ class _Processes:
         self._context = multiprocessing.get_context("spawn")
         # Starting it lets Ctrl-C through again: left to the first worker's start, that one would get it.
         resource_tracker.ensure_running()
-        self._arguments = (stage, store.root, run.id)
+        self._arguments = (stage, store.storage, run.id)
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}

@@ -17,8 +17,8 @@ from retrotool import interrupts
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import GivesUp, OpenError, Stage, Task
 from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
-from retrotool.store import folding, runs, staging
-from retrotool.store.runs import Run
+from retrotool.store import folding, leases, staging
+from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store, retry_overtaken
 
@@ -35,7 +35,7 @@ _FEW = 8
 
 def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
     """How many tasks of a stage other running commands are at, by the newest commit."""
-    held = runs.claimed_elsewhere(store.root, run.id)
+    held = leases.claimed_elsewhere(store.storage, run.id)
     return sum(task.key in held for task in plan_tasks(stage, store))
 
 
@@ -77,14 +77,14 @@ class _Execution:
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 if any(task.claimed for task in tasks):
-                    held = runs.claimed_elsewhere(store.root, run.id)
+                    held = leases.claimed_elsewhere(store.storage, run.id)
                     tasks = [task for task in tasks if task.key not in held]
                 if not tasks:
                     break
                 self.known.update((task.key, task) for task in tasks)
                 self._run_tasks(tasks)
                 for key in self.given_up:
-                    runs.release_claim(store.root, key, run.id)  # a worker that was killed could not
+                    leases.release_claim(store.storage, key, run.id)  # a worker that was killed could not
                 if isinstance(stage, GivesUp):
                     self._give_up(stage)
                 for key, reason in folding.fold(store, run).refused.items():
@@ -154,6 +154,6 @@ class _Execution:
         for key, error in list(self.given_up.items()):
             if not isinstance(error, _NOT_THE_DATA):
                 staged = stage.give_up(self.store, self.known[key], self.run.id, error)
-                staging.stage(self.store.root, staged)
+                staging.stage(self.store.storage, staged)
                 del self.given_up[key]
                 self._check_enough(staged)

@@ -12,15 +12,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import orjson
 
 from retrotool import interrupts
 from retrotool.errors import ErasedError, UsageError
-from retrotool.store import runs, staging
+from retrotool.store import leases, staging
 from retrotool.store.staging import Staged
+from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
 Update = Callable[[int, int, str], object]
@@ -35,7 +35,7 @@ Report = Callable[[int], object]
 class Task:
     """A piece of work: ``key`` names it for ever, ``weight`` is in the stage's unit, ``inputs`` is JSON-like.
 
-    ``claimed``: several runs may be at such tasks, so each claims the one at hand (``retrotool.store.runs``).
+    ``claimed``: several runs may be at such tasks, so each claims the one at hand (``retrotool.store.leases``).
     """
 
     key: str
@@ -132,32 +132,32 @@ class OpenError(Exception):
     """A worker process could not be opened, for the reason in ``args[0]``: no task is to blame, none would be done."""
 
 
-def perform(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
+def perform(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Staged | None:
     """Do one task and stage it; None if another process did, or is at it. All that another engine has to call."""
-    if staging.is_staged(root, task.key):
+    if staging.is_staged(storage, task.key):
         return None
     if not task.claimed:
-        return _do(worker, root, task, run, report)
-    if not runs.take_claim(root, task.key, run):
+        return _do(worker, storage, task, run, report)
+    if not leases.take_claim(storage, task.key, run):
         return None
     try:
         # It may have been staged, and the claim for it given back, just now.
-        return None if staging.is_staged(root, task.key) else _do(worker, root, task, run, report)
+        return None if staging.is_staged(storage, task.key) else _do(worker, storage, task, run, report)
     finally:
-        runs.release_claim(root, task.key, run)
+        leases.release_claim(storage, task.key, run)
 
 
-def _do(worker: Worker, root: Path, task: Task, run: str, report: Report) -> Staged | None:
+def _do(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Staged | None:
     try:
         staged = worker(task, run, report)
     except (Exception, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the panic of a library in Rust, which no other process knows the class of
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
-    return staged if staged is not None and staging.stage(root, staged) else None
+    return staged if staged is not None and staging.stage(storage, staged) else None
 
 
-def perform_reporting(worker: Worker, root: Path, task: Task, run: str, update: Update) -> Staged | None:
+def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, update: Update) -> Staged | None:
     """As ``perform``; what is done changes the progress, and is subtracted again if it comes to nothing."""
     done = 0
 
@@ -168,7 +168,7 @@ def perform_reporting(worker: Worker, root: Path, task: Task, run: str, update: 
         update(units, 0, worker.note() if isinstance(worker, Notes) else "")
 
     try:
-        staged = perform(worker, root, task, run, report)
+        staged = perform(worker, storage, task, run, report)
     except BaseException:
         update(-done, 0, "")
         raise

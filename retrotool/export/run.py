@@ -183,10 +183,10 @@ def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]
     wrong = (found.ids != NO_NEIGHBOUR) & (pieces.n_tokens[:, 0] == 0).reshape(found.ids.shape)
     if wrong.any():
         place = tuple(np.argwhere(wrong)[0])
-        database = opened.reader.databases[found.databases[place]].root
+        database = opened.reader.databases[found.databases[place]].place
         raise CorruptError(
             f"the neighbours {opened.reader.name!r} name the chunk {found.ids[place]}, which {database} does not have",
-            f"See what is wrong: retrotool verify {opened.store.root}, and: retrotool verify {database}",
+            f"See what is wrong: retrotool verify {opened.store.place}, and: retrotool verify {database}",
         )
     start = 0
     for block in blocks:

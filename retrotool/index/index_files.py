@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import shlex
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from retrotool.ann import lists
@@ -13,10 +12,10 @@ from retrotool.ann.lists import InvertedLists
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, StorageError
 from retrotool.index.index_records import RECALL, shards, trained_entry
-from retrotool.store import atomic
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
+from retrotool.store.vectors import MappedFile
 
 
 def measured_whole(store: Store, name: str) -> bool:
@@ -38,24 +37,29 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
 
     All that is indexed and searched depends on it, and it is small beside the shards: its sum is checked each time.
     """
-    advice = f"Train it anew: {shlex.join(['retrotool', 'index', str(store.root), '--retrain', '--name', name])}"
+    advice = f"Train it anew: {shlex.join(['retrotool', 'index', store.place, '--retrain', '--name', name])}"
     entry = trained_entry(store.state, name, generation)
     if entry is None:
         raise CorruptError(f"index {name!r} has no training", advice)
     try:
         store.check_sum(entry)
-        with store.reading(entry) as path:
-            return entry, lists.read_lists(path).trained
+        with store.reading(entry) as storage:
+            return entry, lists.read_lists(storage.local(entry.path)).trained
     except CorruptError as error:
         raise CorruptError(str(error), advice) from error
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; ``ErasedError`` if it was erased since the store was opened, ``CorruptError`` if it is broken."""
-    with store.reading(entry) as path:
-        shard = lists.read_lists(path, trained)
+    with store.reading(entry) as storage:
+        path = storage.local(entry.path)
+        file = MappedFile(store, entry, path)
+        # What is before the lists is read at once, and faiss may crash on what it does not expect.
+        in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)
+        file.check(0, entry.bytes - in_lists)
+        shard = lists.read_lists(path, trained, file)
     if len(shard) != entry.rows:
-        raise CorruptError(f"{store.root / entry.path} holds {len(shard):,} vectors, the log says {entry.rows:,}")
+        raise CorruptError(f"{store.where(entry.path)} holds {len(shard):,} vectors, the log says {entry.rows:,}")
     return shard
 
 
@@ -83,7 +87,7 @@ def read_shards(
 
 
 def _mend(store: Store, name: str) -> str:
-    return shlex.join(["retrotool", "index", str(store.root), "--mend", "--name", name])
+    return shlex.join(["retrotool", "index", store.place, "--mend", "--name", name])
 
 
 def broken_shards(store: Store, name: str) -> list[FileEntry]:
@@ -99,16 +103,10 @@ def check_sum(store: Store, name: str, entry: FileEntry) -> None:
         raise CorruptError(str(error), f"Make it anew: {_mend(store, name)}") from error
 
 
-def write_index(root: Path, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
-    """Write a faiss index through the store's door, and read it back; ``StorageError`` if it is not all there."""
+def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
+    """Write a faiss index."""
     try:
-        return atomic.write_file(
-            root,
-            name,
-            lambda path: lists.write_lists(index, path),
-            about=about,
-            check=lambda path, _: lists.check_written(index, path),
-        )
+        return store.write(name, lambda sink: lists.write_lists(index, sink.write), about=about)
     except OSError as error:
         if error.errno != errno.EFBIG:
             raise

@@ -8,12 +8,13 @@ current one, which all readers use; the commit that switches removes the old fil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from retrotool.ann.choice import IndexShape, IndexWishes
-from retrotool.store.atomic import FileEntry
+from retrotool.errors import CorruptError
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import generation_in, generation_slot
 from retrotool.store.state import State
 
@@ -84,10 +85,11 @@ class TrainingRecord:
     code_error: float
     imbalance: float
 
-    @property
-    def parts(self) -> set[int]:
-        """Numbers of the parts that the sample was drawn from."""
-        return {part for first, last in self.trained_parts for part in range(first, last + 1)}
+    def sampled(self, numbers: Iterable[int]) -> set[int]:
+        """Those of some parts that the sample was drawn from."""
+        from retrotool.ranges import within  # numpy, which a command that only asks for help need not wait for
+
+        return within(self.trained_parts, numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,10 @@ class ShardRecord:
     @classmethod
     def of(cls, entry: FileEntry) -> ShardRecord:
         """What the log says of the file of a shard."""
-        return _read(cls, entry.about or {})
+        record = _read(cls, entry.about or {})
+        if len(record.fit) != len(record.parts):
+            raise CorruptError(f"{entry.path}: the log says how {len(record.fit)} of {len(record.parts)} parts fit")
+        return record
 
 
 def as_about(record: TrainingRecord | ShardRecord) -> dict[str, Any]:

@@ -36,10 +36,10 @@ from retrotool.index.recall import Measurement, Searched, find_truth, measure_re
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.machine import give_memory_back
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
-from retrotool.store.parts import part_of
+from retrotool.store.parts import distinct_parts, part_of
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
@@ -90,13 +90,13 @@ def measure_until_committed(
         give_memory_back()
         with counting("recall", "point") as report:
             searched = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
-            groups = {"source": truth.sources, "part": _new_or_not(truth.ids, training.parts)}
+            groups = {"source": truth.sources, "part": _new_or_not(truth.ids, training)}
             found = measure_recall(
                 truth, searched, target, at=at, groups=groups, report=report, device=device, room=room
             )
         record = asdict(_record(store.state, name, generation, training, found, target))
         path = FileName.new(run.id, "index", RECALL, "json", name)
-        file = write_json_file(store.root, path, {**record, **asdict(found)}, len(found.curve))
+        file = write_json_file(store, path, {**record, **asdict(found)}, len(found.curve))
 
         def build(state: State) -> Draft:
             gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
@@ -113,10 +113,10 @@ def measure_until_committed(
     retry_overtaken(attempt, store.renew)
 
 
-def _new_or_not(ids: npt.NDArray[np.int64], seen: set[int]) -> npt.NDArray[np.object_]:
+def _new_or_not(ids: npt.NDArray[np.int64], trained: TrainingRecord) -> npt.NDArray[np.object_]:
     """For each chunk whether its part is one that the index was trained on."""
-    parts = part_of(ids)
-    return np.where(np.isin(parts, np.array(sorted(seen), np.int64)), "trained on", "added since").astype(object)
+    seen = sorted(trained.sampled(distinct_parts(ids)))
+    return np.where(np.isin(part_of(ids), np.array(seen, np.int64)), "trained on", "added since").astype(object)
 
 
 def _record(
@@ -176,7 +176,8 @@ def drift(state: State, name: str, generation: int | None = None) -> Drift:
     vectors = sum(entry.rows for entry in entries)
     if trained is None:
         return Drift(0, vectors)
-    seen, records = trained.parts, [ShardRecord.of(entry) for entry in entries]
+    records = [ShardRecord.of(entry) for entry in entries]
+    seen = trained.sampled(part for one in records for part in one.parts)
     fits = [(part in seen, *fit) for one in records for part, fit in zip(one.parts, one.fit, strict=True)]
     table = np.array(fits, np.float64).reshape(-1, 4)
     old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]

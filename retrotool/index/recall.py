@@ -385,7 +385,7 @@ def find_truth(
             chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
         if len(chosen):
             vectors = read_part_vectors(store, encoder, part)
-            matrix = vectors if len(chosen) == len(vectors) else vectors[chosen]
+            matrix = vectors[:] if len(chosen) == len(vectors) else vectors[chosen]
             some = OneList(chunk_ids(part, chosen), matrix)
             best = nearest_of(asked, some, DEPTH, best, precise=True, device=device, room=room)
         report(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,17 +38,25 @@ from retrotool.index.measure_recall import Drift, drift, measure_until_committed
 from retrotool.index.recall import Recall
 from retrotool.index.searching import commands_to_index, pick_index
 from retrotool.index.stage import IndexStage, choose_for, superseded
+from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import check_name
-from retrotool.store.runs import Run
+from retrotool.store.specs import COUNT, PART
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
 _POLL_SECONDS = 1.0
+_POINT = {
+    "nprobe": PART, "depth": PART,
+    **dict.fromkeys(("recall_at_1", "recall_at_10", "recall_at_100", "error", "scanned", "rate"), float),
+}  # fmt: skip
+_SOURCE = re.compile(".*", re.DOTALL)
+_MEASURED = {"curve?": [_POINT], "groups?": {_SOURCE: {_SOURCE: (float, float, COUNT)}}}
+"""What was measured of an index, as far as it is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +231,7 @@ def describe(
         shards=len(entries), index_bytes=sum(entry.bytes for entry in entries),
         embedding_bytes=sum(entry.bytes for entry in vector_files), commit=state.number,
         retrain=f"{command_line('index', root, name=name)} --retrain", drift=drift(state, name),
-        curve=tuple(Recall(**point) for point in content.get("curve", ())),
+        curve=tuple(Recall(**{one: point[one] for one in _POINT}) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left,
         next=tuple(commands_to_index(store, record.encoder, name)) if left else (),
@@ -231,10 +240,10 @@ def describe(
 
 def _read_measured(store: Store, entry: FileEntry, name: str) -> dict[str, Any]:
     try:
-        return dict(read_json_file(store, entry))
+        return read_json_file(store, entry, _MEASURED)
     except CorruptError as error:
         raise CorruptError(
-            str(error), f"Measure it anew: {command_line('index', store.root, name=name)} --mend"
+            str(error), f"Measure it anew: {command_line('index', store.place, name=name)} --mend"
         ) from error
 
 
@@ -293,8 +302,8 @@ def _check_embeddings(store: Store, stage: IndexStage) -> None:
 def _no_index(store: Store, name: str, asked: str) -> UsageError:
     have = ", ".join(store.state.names("index")) or "none"
     return UsageError(
-        f"--{asked}: the store {store.root} has no index {name!r}; it has: {have}",
-        f"Make it with: {command_line('index', store.root, name=name)}" if asked != "drop" else "",
+        f"--{asked}: the store {store.place} has no index {name!r}; it has: {have}",
+        f"Make it with: {command_line('index', store.place, name=name)}" if asked != "drop" else "",
     )
 
 
@@ -330,7 +339,7 @@ def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
     if begun is None:
         return
     same = begun.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
-    if same and begun.parts == set(embedded_parts(store, stage.encoder)):
+    if same and begun.trained_parts == consecutive_ranges(embedded_parts(store, stage.encoder)):
         return
 
     def build(state: State) -> Draft:

@@ -41,7 +41,7 @@ from retrotool.index.index_records import (
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.machine import memory_of_machine
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -82,16 +82,16 @@ def pick_index(store: Store, name: str | None = None) -> str:
             name = next(iter(have))
     if name not in have:
         found = f"has no index {name!r}; it has: {', '.join(have)}" if have else "has no index"
-        raise UsageError(f"the store {store.root} {found}", _how_to_make(store, name))
+        raise UsageError(f"the store {store.place} {found}", _how_to_make(store, name))
     return name
 
 
 def _how_to_make(store: Store, name: str) -> str:
-    index = f"retrotool index {store.root}" + (f" --name {name}" if name != "main" else "")
+    index = f"retrotool index {store.place}" + (f" --name {name}" if name != "main" else "")
     if not store.state.parts():
-        return f"It has no chunks yet: retrotool chunk {store.root} INPUT..., then retrotool embed and {index}"
+        return f"It has no chunks yet: retrotool chunk {store.place} INPUT..., then retrotool embed and {index}"
     if not store.state.names("embeddings"):
-        return f"It has no embeddings yet: retrotool embed {store.root}, then {index}"
+        return f"It has no embeddings yet: retrotool embed {store.place}, then {index}"
     return f"Make it with: {index}"
 
 
@@ -99,7 +99,7 @@ def commands_to_index(store: Store, encoder: str, index: str | None) -> list[str
     """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
     found = [embed_command(store, encoder)] if left else []
-    return found if index is None else [*found, command_line("index", store.root, name=index)]
+    return found if index is None else [*found, command_line("index", store.place, name=index)]
 
 
 class Vectors:
@@ -107,8 +107,7 @@ class Vectors:
 
     def __init__(self, store: Store, encoder: str) -> None:
         self._store = store
-        # As a plain array: numpy takes several times as long for small pieces of one that it knows to be mapped.
-        self._part = lru_cache(_KEPT_PARTS)(lambda part: np.asarray(read_part_vectors(store, encoder, part)))
+        self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Vectors, float16 [n, d], of ascending chunk ids; ``CorruptError`` for one that is nobody's."""
@@ -127,7 +126,7 @@ class Vectors:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _nobody(self, chunk: int) -> CorruptError:
-        return self._store.corrupt(f"an index of {self._store.root} names the chunk {chunk}, which is not there")
+        return self._store.corrupt(f"an index of {self._store.place} names the chunk {chunk}, which is not there")
 
 
 class _Open:
@@ -178,7 +177,8 @@ class Database(_Open):
         assert record is not None, "pick_index found it"
         super().__init__(store, record.encoder, device, memory, allows)
         self.record: IndexRecord = record
-        self.point = Point(record.nprobe * 7 // 4 if thorough else record.nprobe, record.depth)
+        depth = min(record.depth, max(self.vectors_in_log, 1))
+        self.point = Point(record.nprobe * 7 // 4 if thorough else record.nprobe, depth)
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[tuple[FileEntry, RetrotoolError]] = []
         self._allow_missing = allow_missing
@@ -372,7 +372,7 @@ class ExactDatabase(_Open):
             rows = self._rows(part)
             if len(rows) and (only is None or part in only):
                 vectors = read_part_vectors(self.store, self.encoder, part)
-                some = OneList(parts.chunk_ids(part, rows), vectors if len(rows) == len(vectors) else vectors[rows])
+                some = OneList(parts.chunk_ids(part, rows), vectors[:] if len(rows) == len(vectors) else vectors[rows])
                 best = nearest_of(queries, some, k, best, device=self._device, room=self.room)
         return best or Best.nothing(len(queries), k)
 

@@ -52,7 +52,7 @@ from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts, staging
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, generation_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -107,7 +107,7 @@ class IndexStage:
         else:
             tasks = self._mends(store, trained)
             tasks += self._merges(store) if self.merge else self._new_shards(store, trained, record.shard_rows)
-        tasks = [task for task in tasks if not staging.is_staged(store.root, task.key)]
+        tasks = [task for task in tasks if not staging.is_staged(store.storage, task.key)]
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def _training(self, store: Store) -> Task:
@@ -254,7 +254,7 @@ class IndexWorker:
             imbalance=round(trained.imbalance, 3),
         )  # fmt: skip
         name = FileName.new(run, "index", slot, "faiss", stage.index)
-        entry = write_index(store.root, to_faiss(trained.trained), name, as_about(record))
+        entry = write_index(store, to_faiss(trained.trained), name, as_about(record))
         settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
         return Staged(task.key, "index", run, settings, add=(entry,))
 
@@ -289,7 +289,7 @@ class IndexWorker:
         if trained.nlist:
             record = replace(record, imbalance=_imbalance(numbers, trained.nlist))
         name = FileName.new(run, "index", slot, "faiss", self._stage.index)
-        return write_index(self._store.root, index, name, as_about(record))
+        return write_index(self._store, index, name, as_about(record))
 
     def _merge(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store

@@ -145,5 +145,5 @@ def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows
         row = int(rows[int(np.argmin(finite))])
         raise CorruptError(
             f"the vector of chunk {join_id(part, row)} (part {part}, row {row}) is not finite",
-            f"Embed the store under another name, with --name, and index that; or see: retrotool verify {store.root}",
+            f"Embed the store under another name, with --name, and index that; or see: retrotool verify {store.place}",
         )

@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, opt
+from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
+    from retrotool.info.file_list import FileList
     from retrotool.info.run import Info, Shape
 
 EPILOG = """\b
 Examples:
   retrotool info store
   retrotool info store --documents
-  retrotool info store --json"""
+  retrotool info store --json
+  retrotool info store --files --csv"""
 
 
 _BAR, _SOURCES = 40, 8
+_COLUMNS = ("path", "kind", "name", "slot", "part", "rows", "bytes", "pending")
 
 
 def command(
@@ -25,13 +29,40 @@ def command(
     documents: Annotated[
         bool, opt("Also count documents by length and by source, which reads files.", "--documents")
     ] = False,
+    files: Annotated[bool, opt("List the live files instead, with the numbers of their parts.", "--files")] = False,
+    as_csv: Annotated[bool, opt("With --files: print the list as CSV, with a header.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
     """Describe a store; with --json also list its current files."""
     with output.errors(as_json):
-        from retrotool.info import run as info_run
+        if as_csv and not files:
+            raise UsageError("--csv is a form of the list of files", "Give it with --files.")
+        if as_csv and as_json:
+            raise UsageError("--csv and --json are two forms of one list", "Give one of them.")
+        if files and documents:
+            raise UsageError("--files lists files, and --documents counts documents", "Give one of them.")
+        if files:
+            from retrotool.info.file_list import list_files
 
-        output.show(info_run.info(store, documents=documents), as_json, _text)
+            found = list_files(store)
+            if as_csv:
+                output.show_csv(_COLUMNS, _file_rows(found))
+            else:
+                output.show(found, as_json, _file_table)
+        else:
+            from retrotool.info import run as info_run
+
+            output.show(info_run.info(store, documents=documents), as_json, _text)
+
+
+def _file_rows(found: FileList) -> list[list[Any]]:
+    """The files in rows of ``_COLUMNS``, with nothing for a part where there is none."""
+    rows = ([getattr(file, column) for column in _COLUMNS] for file in found.files)
+    return [["" if value is None else value for value in row] for row in rows]
+
+
+def _file_table(found: FileList) -> str:
+    return output.table(_file_rows(found), _COLUMNS, right=(4, 5, 6))
 
 
 def _text(info: Info) -> str:

@@ -18,6 +18,7 @@ from retrotool.errors import CorruptError, UsageError
 from retrotool.store import identity, log
 from retrotool.store.log import Commit
 from retrotool.store.paths import NAMED_KINDS
+from retrotool.store.storage import Storage, storage_at, where
 from retrotool.store.verify_log import check_log
 
 _PURGE = "purge:"
@@ -70,22 +71,24 @@ def log_entries(root: str | Path, last: int | None = None) -> Iterator[LogEntry]
     """
     if last is not None and last < 1:
         raise UsageError(f"--last {last}: it is a number of commits, from 1")
-    path = Path(root)
-    _, genesis = identity.read_identity(path)
-    return _entries(path, genesis, last)
+    storage = storage_at(root)
+    _, genesis = identity.read_identity(storage)
+    return _entries(storage, genesis, last)
 
 
-def _entries(root: Path, genesis: str, last: int | None) -> Iterator[LogEntry]:
-    end = log.last_number(root)
+def _entries(storage: Storage, genesis: str, last: int | None) -> Iterator[LogEntry]:
+    end = log.last_number(storage)
     first = 0 if last is None else max(0, end + 1 - last)
     parent = genesis if first == 0 else None
     for number in range(first, end + 1):
         try:
-            commit = log.read(root, number, parent)
+            commit = log.read(storage, number, parent)
             if commit is None:
-                raise CorruptError(f"{log.commit_path(root, number)} is missing, and there are commits after it")
+                raise CorruptError(
+                    f"{where(storage, log.commit_path(number))} is missing, and there are commits after it"
+                )
         except CorruptError as error:
-            raise CorruptError(str(error), f"See what else is wrong: retrotool verify {root} --log") from error
+            raise CorruptError(str(error), f"See what else is wrong: retrotool verify {storage.place} --log") from error
         yield _told(commit)
         parent = commit.sha256
 
@@ -128,14 +131,14 @@ def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:
     """
     if kept is not None and re.fullmatch(r"[0-9a-fA-F]{64}", kept) is None:
         raise UsageError(f"--head {kept}: it is the SHA-256 of an entry, 64 hexadecimal digits")
-    path = Path(root)
+    storage = storage_at(root)
     problems: list[str] = []
     genesis: str | None = None
     try:
-        _, genesis = identity.read_identity(path)
+        _, genesis = identity.read_identity(storage)
     except CorruptError as error:
         problems.append(str(error))
-    found = check_log(path, genesis)
+    found = check_log(storage, genesis)
     problems += found.problems
     place = None if kept is None else found.place(kept)
     if kept is not None and place is None:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from retrotool.errors import RetrotoolError
 from retrotool.index.index_records import index_record, shards, trained_entry
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.store.paths import FileName, part_slot
+from retrotool.store.log import FileEntry
+from retrotool.store.paths import part_slot
+from retrotool.store.state import State
 from retrotool.store.store import Store
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
     totals = state.records.get("totals", {})
     sizes: dict[str, int] = {}
     for file in state.files():
-        kind = FileName.parse(file.path).kind
+        kind = file.kind
         sizes[kind] = sizes.get(kind, 0) + file.bytes
     own = store.identity
     chunks = int(totals.get("chunks", 0))
@@ -97,12 +99,12 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         keys=keys.count,
         tokens=int(totals.get("tokens", 0)),
         set_aside=int(totals.get("set_aside", 0)),
-        purged=sum(entry.rows for entry in state.group("chunks").entries()) - chunks,
+        purged=sum(entry.rows for part, entry in _chunk_files(state) if state.is_live(part)) - chunks,
         chunk_length=own.chunk_length,
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         commit=state.number,
         bytes=sizes,
-        parts=[_part(store, part) for part in state.parts()],
+        parts=[_part(store, part) for part in state.all_parts()],
         encoders=_encoders(store, keys),
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, keys),
@@ -132,14 +134,15 @@ class _Keys:
     @cached_property
     def count(self) -> int:
         """Live keys of all parts."""
-        entries = self._store.state.group("chunks").entries()
+        entries = [entry for part, entry in _chunk_files(self._store.state) if self._store.state.is_live(part)]
         if not any("keys" in (entry.about or {}) for entry in entries):  # all chunks are keys
             return int(self._store.state.records.get("totals", {}).get("chunks", 0))
         return self._count(self._store.state.parts())
 
     def count_in(self, kind: str, name: str) -> int:
         """Live keys of the parts that have a file of a kind."""
-        parts = [int(slot) for slot in self._store.state.group(kind, name)]
+        slots = self._store.state.group(kind, name)
+        parts = [part for slot in slots if self._store.state.is_live(part := int(slot))]
         return self.count if parts == self._store.state.parts() else self._count(parts)
 
     def _count(self, parts: list[int]) -> int:
@@ -186,6 +189,10 @@ def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:
     )
 
 
+def _chunk_files(state: State) -> list[tuple[int, FileEntry]]:
+    return [(entry.part, entry) for entry in state.group("chunks").entries()]
+
+
 def _part(store: Store, part: int) -> dict[str, Any]:
     state, slot = store.state, part_slot(part)
 
@@ -193,7 +200,7 @@ def _part(store: Store, part: int) -> dict[str, Any]:
         found = {name: state.file(kind, slot, name) for name in state.names(kind)}
         return {name: {"path": entry.path} for name, entry in found.items() if entry is not None}
 
-    described: dict[str, Any] = {"part": part}
+    described: dict[str, Any] = {"part": part, "pending": not state.is_live(part)}
     for kind in ("documents", "chunks"):
         entry = state.file(kind, slot)
         if entry is not None:

@@ -26,7 +26,7 @@ from retrotool.index.index_records import RECALL
 from retrotool.info import verify_references as references
 from retrotool.info.verify_references import Checked, check_chunk_ids, lines_digest
 from retrotool.store import parts, paths, staging
-from retrotool.store.clean import foreign_files
+from retrotool.store.gc import foreign_files, unnamed_files
 from retrotool.store.log import Commit
 from retrotool.store.parts import Chunks, chunk_ids
 from retrotool.store.store import Store, retry_overtaken
@@ -41,13 +41,14 @@ class Verification:
     """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them.
 
     ``ok``: there are no problems. ``foreign`` are paths of files in the store's folders that no command made; they are
-    not checked.
+    not checked. ``unnamed`` counts files of commands that no commit names: they are running, or were interrupted.
     """
 
     ok: bool
     commit: int
     problems: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    unnamed: int = 0
     content: str = ""
     ids: str = ""
     tombstones: str = ""
@@ -70,22 +71,23 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     references.check_records(checked)
     checked.problems += _links(store)
     checked.problems += [
-        f"staging/{path.name} is not a finished task: the next command that writes removes it, and does the task again"
-        for path in staging.broken(store.root)
+        f"{path} is not a finished task: the next command that writes removes it, and does the task again"
+        for path in staging.broken(store.storage)
     ]
-    result.foreign = foreign_files(store.root)
+    result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
     _check_files(checked, result, report)
     with checked.noting("tombstones"):
         checked.tombstones = read_tombstones(store)
         result.tombstones = hashlib.blake2b(checked.tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     total = PartDigest()
-    for part in store.state.parts():
+    for part in store.state.all_parts():
         entries = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
         if any(entry is None for entry in entries):
             result.problems.append(f"part {part} lacks its documents or its chunks")
         elif checked.broken.isdisjoint(entry.path for entry in entries if entry is not None):
             with checked.noting(f"part {part}"):
-                total += _check_part(checked, part)
+                digest = _check_part(checked, part)
+                total += digest if store.state.is_live(part) else PartDigest()
     check_chunk_ids(checked, checked.tombstones.ids, "tombstones")
     references.check_blocked(checked)
     references.check_restored(checked)
@@ -116,7 +118,7 @@ def _check_log(checked: Checked) -> None:
         checked.recorded.difference_update(key for key in gone if key.startswith("index:"))
 
     with checked.noting("log"):
-        found = check_log(store.root, store.genesis, store.state.number, note)
+        found = check_log(store.storage, store.genesis, store.state.number, note)
         checked.problems += found.problems
         if not found.problems and not same_state(found.state, store.state):
             checked.problems.append("the open state is not the fold of the log: commits are missing")
@@ -124,7 +126,7 @@ def _check_log(checked: Checked) -> None:
 
 def _links(store: Store) -> list[str]:
     """Symbolic links in the place of a folder or a file of the store."""
-    links = (path for path, entry in paths.walk(store.root) if entry.is_symlink())
+    links = (path for path in store.storage.irregular() if not path.endswith("/"))
     return [f"{path} is a symbolic link" for path in sorted(links) if "/" in path or path in paths.FOLDERS]
 
 
@@ -141,7 +143,7 @@ def _check_files(checked: Checked, result: Verification, report: Report) -> None
         except ErasedError:
             raise
         except (RetrotoolError, OSError) as error:
-            checked.problems.append(str(error).removeprefix(f"{store.root}/"))
+            checked.problems.append(str(error).removeprefix(f"{store.place}/"))
             checked.broken.add(entry.path)
         report(entry.bytes)
 

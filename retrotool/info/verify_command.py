@@ -86,6 +86,11 @@ def _text(found: Verification) -> str:
     if found.foreign:
         lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
         lines += [f"    {output.one_line(path)}" for path in found.foreign]
+    if found.unnamed:
+        lines.append(
+            f"  not named by a commit: {output.count(found.unnamed, 'file')} of commands that are running, or were "
+            "interrupted; the next command that writes removes those of the latter"
+        )
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
     shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}
     width = max(map(len, shown), default=0) + 1

@@ -26,13 +26,14 @@ from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import read_trained
 from retrotool.index.index_records import RECALL, SHARD, training_record
 from retrotool.store import neighbour_tables, parts
-from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_hashes
+from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText, is_within
 from retrotool.store.parts import ROW_GROUP, Ids, join_id, part_of, row_of, rows_by_part, slice_of_part, split_id
-from retrotool.store.paths import FileName, generation_in, part_slot
+from retrotool.store.paths import generation_in, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, restored_chunks, restored_purges
+from retrotool.store.vectors import read_vectors
 
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
@@ -48,7 +49,7 @@ class Checked:
     """A store that is being checked: what is wrong with it, and what is known of it by now.
 
     ``recorded`` are the keys of all records that were ever set; ``broken`` paths of files that can't be read for what
-    they are. ``rows`` are those of each part, by its number. ``zeros`` has, by path of embeddings, the rows whose
+    they are. ``zeros`` has, by path of embeddings, the rows whose
     vector is zero though they are neither erased nor values.
     """
 
@@ -57,18 +58,18 @@ class Checked:
     recorded: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     tombstones: Tombstones = field(default_factory=lambda: Tombstones(np.zeros(0, np.int64)))
-    rows: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
     zeros: dict[str, Ids] = field(default_factory=dict)
     _with_values: frozenset[int] = frozenset()
+    _parts: Ids = field(default_factory=lambda: np.array([-1]))
+    _rows: Ids = field(default_factory=lambda: np.array([0]))
     _keys: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     _purged: tuple[Tombstones, Tombstones] | None = None
 
     def __post_init__(self) -> None:
         state = self.store.state
-        entries = {part: entry for part in state.parts() if (entry := state.part_file("chunks", part)) is not None}
-        self.rows = np.zeros(max(entries, default=-1) + 2, np.int64)
-        for part, entry in entries.items():
-            self.rows[part] = entry.rows
+        entries = {part: entry for part in state.all_parts() if (entry := state.part_file("chunks", part)) is not None}
+        self._parts = np.array([-1, *entries])
+        self._rows = np.array([0, *(entry.rows for entry in entries.values())])
         self._with_values = frozenset(part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows)
 
     @contextmanager
@@ -103,6 +104,11 @@ class Checked:
             self._purged = Tombstones(np.setdiff1d(waiting, erased)), Tombstones(erased)
         return self._purged
 
+    def rows_of(self, numbers: Ids) -> Ids:
+        """How many rows each of some parts has, int64 [n]; 0: it is not there."""
+        place = np.minimum(np.searchsorted(self._parts, numbers), len(self._parts) - 1)
+        return np.where(self._parts[place] == numbers, self._rows[place], 0)
+
     def whole(self, kind: str, part: int, name: str = "") -> FileEntry | None:
         """A file of a part, if it is there and not broken."""
         entry = self.store.state.part_file(kind, part, name)
@@ -127,9 +133,7 @@ class Checked:
 
 def check_chunk_ids(checked: Checked, ids: Ids, what: str) -> bool:
     """Note if any of ``ids`` is not a row of a part; whether all are."""
-    limit = checked.rows
-    part = np.clip(part_of(ids), 0, len(limit) - 1)
-    known = (ids >= 0) & (part_of(ids) < len(limit)) & (row_of(ids) < limit[part])
+    known = (ids >= 0) & (row_of(ids) < checked.rows_of(part_of(ids)))
     if not known.all():
         checked.problems.append(f"{what}: {int((~known).sum()):,} ids are no chunks of the store")
     return bool(known.all())
@@ -206,7 +210,7 @@ def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_
         entry = checked.whole("embeddings", part, encoder)
         if entry is None:
             continue
-        matrix = parts.read_vectors(store, entry)
+        matrix = np.asarray(read_vectors(store, entry))
         record = store.state.records.get(f"encoder:{encoder}", {})
         if len(matrix) != len(embedded):
             checked.problems.append(f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
@@ -227,7 +231,7 @@ def _check_vectors(
     zero = (largest == 0) & embedded
     checked.zeros[entry.path] = np.flatnonzero(zero)
     own = checked.store.identity.tokenizer.sha256
-    record = checked.store.state.records.get(f"encoder:{FileName.parse(entry.path).name}", {})
+    record = checked.store.state.records.get(f"encoder:{entry.name}", {})
     # Of a text that is tokenised again nothing may be left, white space for example. Then its vector is zero.
     nothing = zero.any() if record.get("tokenizer") == own else embedded.any() and (zero == embedded).all()
     checks = {
@@ -255,12 +259,12 @@ def check_index(checked: Checked, name: str) -> None:
 
 
 def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[int]) -> None:
-    trained, generation = None, generation_in(FileName.parse(entry.path).slot)
+    trained, generation = None, generation_in(entry.slot)
     # A training that is broken is noted as such: its shards are still read, by what they hold of it.
     with suppress(CorruptError):
         trained = read_trained(checked.store, name, generation)[1]
-    with checked.store.reading(entry) as path:
-        shard = read_lists(path, trained)
+    with checked.store.reading(entry) as storage:
+        shard = read_lists(storage.local(entry.path), trained)
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
     if len(ids) != entry.rows:
         checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
@@ -270,7 +274,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
     encoder = "" if about is None else about.encoder
     expected = lacking = unembedded = 0
     for part in covered:
-        if not (0 <= part < len(checked.rows) and checked.rows[part]):
+        if not checked.rows_of(np.array([part]))[0]:
             checked.problems.append(f"{entry.path}: lists part {part}, which is not there")
             continue
         own = ids[slice_of_part(ids, part)]
@@ -323,7 +327,7 @@ def _vectors(checked: Checked, encoder: str, chunks: Iterable[int]) -> dict[int,
         entry = checked.whole("embeddings", part, encoder)
         if entry is None:
             continue
-        matrix = parts.read_vectors(checked.store, entry)
+        matrix = read_vectors(checked.store, entry)
         for row in rows.tolist():
             if row < entry.rows and matrix[row].any():
                 found[join_id(part, row)] = np.array(matrix[row])
@@ -357,7 +361,7 @@ def lines_digest(lines: Iterable[str]) -> str:
 
 
 def _check_table(checked: Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:
-    store, part = checked.store, int(FileName.parse(entry.path).slot)
+    store, part = checked.store, entry.part
     record = store.state.records.get(f"neighbours:{name}", {})
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
@@ -410,7 +414,7 @@ def _documents_of_rows(checked: Checked, part: int) -> tuple[Ids, Ids] | None:
         return None
     table = parts.read_documents(checked.store, part, ["first_row", "n_chunks"])
     first, count = parts.chunk_ids(part, table["first_row"].to_numpy()), table["n_chunks"].to_numpy()
-    if count.sum() != checked.rows[part] or (count < 0).any():
+    if count.sum() != checked.rows_of(np.array([part]))[0] or (count < 0).any():
         return None
     return np.repeat(first, count)[:, None], np.repeat(first + count - 1, count)[:, None]
 

@@ -213,7 +213,7 @@ class Inspector:
         database = self._reader.databases[number]
         places = _find_places(database, ids)
         distances = block.near.distances.ravel()[some].tolist()
-        tokenizer, name = self._tokenizers[number], str(database.root)
+        tokenizer, name = self._tokenizers[number], database.place
         texts, following = (
             tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)
         )
@@ -377,7 +377,7 @@ def _inspect(
     ids, chosen = _choose(store, neighbours, choice)
     inspector = Inspector(neighbours, k)
     result = InspectResult(
-        str(store.root), store.state.number, name, chosen, neighbours.k if k is None else k,
+        store.place, store.state.number, name, chosen, neighbours.k if k is None else k,
         tuple(_tables(neighbours, inspector)), store.identity.chunk_length, MARKED_FROM, page=str(page or ""),
     )  # fmt: skip
     blocks = _Blocks(inspector, ids, result, keep)
@@ -414,9 +414,7 @@ def _tables(reader: NeighbourReader, inspector: Inspector) -> Iterator[TableRead
         record = reader.store.state.records[f"neighbours:{table}"]
         index = index_record(database.state, record["index"])
         recall = None if index is None else index.recall_at_10
-        yield TableRead(
-            table, str(database.root), weight, str(record["index"]), str(record["encoder"]), recall, comparable
-        )
+        yield TableRead(table, database.place, weight, str(record["index"]), str(record["encoder"]), recall, comparable)
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:
@@ -436,7 +434,7 @@ def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids,
     for chunk in found:
         if (part := split_id(chunk)[0]) not in have:
             raise UsageError(
-                f"part {part} of {store.root}, which has chunk {chunk}, has no neighbours {reader.name!r} yet",
+                f"part {part} of {store.place}, which has chunk {chunk}, has no neighbours {reader.name!r} yet",
                 _advice(store, reader),
             )
     return np.array(found, np.int64), words
@@ -449,7 +447,7 @@ def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
         raise UsageError(f"chunk {chunk} was purged")
     known = store.state.parts()
     if not known:
-        raise UsageError(f"{store.root} has no chunks", f"Chunk documents: retrotool chunk {store.root} INPUT...")
+        raise UsageError(f"{store.place} has no chunks", f"Chunk documents: retrotool chunk {store.place} INPUT...")
     last = join_id(known[-1], parts.part_entry(store, "chunks", known[-1]).rows - 1)
     raise UsageError(f"the store has no chunk {chunk}", f"Ids are part << 32 | row; the last one is {last}.")
 
@@ -459,7 +457,7 @@ def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[
     total = sum(rows.counts.values())
     if not total:
         raise UsageError(
-            f"{store.root} has no chunk with neighbours {reader.name!r}",
+            f"{store.place} has no chunk with neighbours {reader.name!r}",
             _advice(store, reader),
         )
     drawn = [parts.chunk_ids(part, some) for part, some in rows.draw(min(size, total), seed)]

@@ -22,7 +22,7 @@ _SOURCES = 8
 
 def command(
     store: StoreArgument,
-    evaluation: Annotated[Path, opt("Store of the evaluation text.", metavar="STORE2")],
+    evaluation: Annotated[str, opt("Store of the evaluation text.", metavar="STORE2")],
     index: IndexOption = None,
     neighbours: Annotated[
         int, opt("Neighbours that a chunk is compared with.", metavar="N", least=1, most=100)

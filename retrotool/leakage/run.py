@@ -27,7 +27,7 @@ from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import (
     count_keys_of,
     embedded_parts,
-    is_same_directory,
+    is_same_store,
     own_documents,
     read_part_vectors,
     searchable_rows,
@@ -151,7 +151,7 @@ def leakage(
     check_comparable(store, database.store, "Chunk the evaluation text again, with the tokenizer of the database.")
     check_encoders(store, database)
     total = count_keys_of(store, embedded_parts(store, database.encoder))
-    within = is_same_directory(store, database.store)
+    within = is_same_store(store, database.store)
     found: list[Leaks] = []
     with _writing(output, database, store) as write, counting("leakage", "chunk", total) as report:
         for leaks in find_leaks(store, database, within=within, k=neighbours, report=report):
@@ -193,7 +193,7 @@ def _result(
         mine = common[names == name]
         by_source.append(SourceLeakage(str(name), len(mine), *_shares(mine, length)))
     return LeakageResult(
-        str(store.root), str(database.store.root), database.name, len(common), neighbours,
+        store.place, database.store.place, database.name, len(common), neighbours,
         *_shares(common, length), {f"{a:g}": _share(common <= a * length) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
         tuple(sorted(by_source, key=lambda one: -one.mean)), str(output or ""),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
@@ -36,7 +35,7 @@ Examples:
 
 def command(
     store: StoreArgument,
-    queries: Annotated[Path | None, opt("Store of the query chunks. Default: STORE itself.", metavar="STORE2")] = None,
+    queries: Annotated[str | None, opt("Store of the query chunks. Default: STORE itself.", metavar="STORE2")] = None,
     k: Annotated[int, opt("Neighbours that reading gives by default.", "-k", metavar="K")] = K,
     saved: Annotated[int, opt("Neighbours to save, a reserve against later purges.", metavar="N")] = SAVED,
     name: Annotated[str, opt("Name of the neighbour tables, which lie in the query store.")] = "main",

@@ -20,8 +20,8 @@ from typing import Any
 
 from retrotool.cli.command_lines import neighbours_command
 from retrotool.errors import RetrotoolError, StorageError
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
-from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
@@ -48,7 +48,7 @@ def dependents(database: Store) -> list[Dependent]:
     return [
         Dependent(
             record["path"], record["uuid"], record["table"], record["since"],
-            neighbours_command(database.root, record["path"], record["table"], record["again"]),
+            neighbours_command(database.place, record["path"], record["table"], record["again"]),
         )
         for record in database.state.with_prefix(PREFIX).values()
     ]  # fmt: skip
@@ -60,7 +60,7 @@ def register_dependent(database: Store, queries: Store, table: str, again: Mappi
     ``again``: index, encoder, k and saved of the tables. Records of the same store at places where it is no more are
     removed.
     """
-    path, uuid = str(queries.root.absolute()), queries.identity.uuid
+    path, uuid = queries.uri, queries.identity.uuid
     place = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
     key = f"{PREFIX}{uuid}:{table}:{place}"
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -76,7 +76,7 @@ def register_dependent(database: Store, queries: Store, table: str, again: Mappi
 
     try:
         if build(database.refresh()) is not None:
-            with Run(database.root) as run:
+            with Run(database.storage) as run:
                 database.commit(run, build)
     except StorageError:
         return False

@@ -135,7 +135,7 @@ class FilterOptions:
             listed = ", ".join(sorted(have)[:_LISTED]) + (
                 f" and {len(have) - _LISTED} more" if len(have) > _LISTED else ""
             )
-            where = " and ".join(str(database.root) for database in databases)
+            where = " and ".join(database.place for database in databases)
             raise UsageError(f"{where}: no document has the source {missing[0]!r}", f"There are: {listed}")
 
     def applied(self, record: Mapping[str, Any] | None, queries: Store) -> Filters:
@@ -161,7 +161,7 @@ def check_some_left(filters: Sequence[Filters], queries: Store, databases: Seque
         if allows is None or any(map(allows, chain.from_iterable(source_names(database)))):
             return
     told = "; ".join(dict.fromkeys(in_words(named(one, queries, databases)) for one in filters))
-    where = " and ".join(str(database.root) for database in databases)
+    where = " and ".join(database.place for database in databases)
     raise UsageError(
         f"nothing of {where} would be left: left out are {told}",
         "Leave less out; what was asked for before is forgotten with --no-filters.",

@@ -23,7 +23,7 @@ from retrotool.embed.search_scope import (
     count_keys_of,
     count_left,
     embedded_parts,
-    is_same_directory,
+    is_same_store,
     pick_encoder,
 )
 from retrotool.encoder import find_devices
@@ -32,12 +32,19 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.index.searching import NO_INDEX, commands_to_index, pick_index
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
-from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders, database_of, members_of
+from retrotool.neighbours.stage import (
+    FEW,
+    NeighboursStage,
+    check_encoders,
+    database_of,
+    members_of,
+    table_record,
+)
 from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.store.folding import writing
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
-from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import read_tombstones
@@ -148,7 +155,7 @@ def neighbours(
         applied = filters.applied(known_record(store, mixture, one.table), store)
         stages.append(
             NeighboursStage(
-                str(database.root.absolute()), _choose_index(database, index, search), one.table, saved, k,
+                database.uri, _choose_index(database, index, search), one.table, saved, k,
                 search.encoder, search.memory, devices, search.shard, applied, text,
             )
         )  # fmt: skip
@@ -330,10 +337,7 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
 
 
 def _tables_of(store: Store, name: str) -> dict[str, tuple[str, float]]:
-    records = store.state.records
-    return {
-        str(records[f"neighbours:{table}"]["database"]): (table, weight) for table, weight in members_of(store, name)
-    }
+    return {str(table_record(store, table)["database"]): (table, weight) for table, weight in members_of(store, name)}
 
 
 def _as_it_was(store: Store, name: str, first: str | Path, was: Mapping[str, tuple[str, float]]) -> Mixture:
@@ -347,7 +351,7 @@ def _as_it_was(store: Store, name: str, first: str | Path, was: Mapping[str, tup
         )
     tables = []
     for uuid, (table, weight) in was.items():
-        path = str(first) if uuid == here.identity.uuid else str(database_of(store, table)[0].root)
+        path = str(first) if uuid == here.identity.uuid else database_of(store, table)[0].place
         tables.append(WeightedTable(table, path, weight))
     return Mixture(name, tuple(tables), True)
 
@@ -365,7 +369,7 @@ def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None,
             )
         store = Store.open(path)
         uuid = store.identity.uuid
-        if uuid in seen or (uuid in found and not is_same_directory(here, store)):
+        if uuid in seen or (uuid in found and not is_same_store(here, store)):
             raise UsageError(f"--database {path}: this database, or a copy of it, is given already", "Name each once.")
         seen.add(uuid)
         found[uuid] = (found[uuid][0] if uuid in found else str(path), weight, store)
@@ -376,7 +380,7 @@ def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None,
 
 def _free_name(state: State, name: str, database: Store, taken: Sequence[str]) -> str:
     """A name for the table of a database in a mixture, after its folder: one that is of it already, or of nothing."""
-    base = _UNFIT.sub("-", database.root.absolute().name).strip(".-") or "database"
+    base = _UNFIT.sub("-", database.uri.rstrip("/").rpartition("/")[2]).strip(".-") or "database"
     number = 1
     while True:
         table = f"{name}.{base}" if number == 1 else f"{name}.{base}-{number}"

@@ -35,7 +35,7 @@ from retrotool.embed.search_scope import (
     embedded_parts,
     erased_chunks,
     has_commit,
-    is_same_directory,
+    is_same_store,
     last_change,
     own_documents,
     read_part_vectors,
@@ -48,16 +48,15 @@ from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.underfilled import GapFinder, erased_of, few_rows, text_is_current
-from retrotool.ranges import consecutive_ranges
+from retrotool.ranges import consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts, staging
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import missed_parts, read_tombstones, stands_for, stands_for_restored
+from retrotool.store.tombstones import missed_spans, read_tombstones, stands_for, stands_for_restored
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")
@@ -135,7 +134,7 @@ class NeighboursStage:
             inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
             inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
-            if not staging.is_staged(store.root, key):
+            if not staging.is_staged(store.storage, key):
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
@@ -147,8 +146,8 @@ class NeighboursStage:
     def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
         """The record ``neighbours:<table>``."""
         return {
-            "database": database.store.identity.uuid, "path": str(database.store.root.absolute()),
-            "within": is_same_directory(store, database.store), "index": self.index, "encoder": database.encoder,
+            "database": database.store.identity.uuid, "path": database.store.uri,
+            "within": is_same_store(store, database.store), "index": self.index, "encoder": database.encoder,
             "saved": self.saved, "k": self.k, **with_filters(self.filters), **({"text": True} if self.text else {}),
         }  # fmt: skip
 
@@ -185,12 +184,12 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
     ours, theirs = store.state.records.get(key), database.store.state.records.get(key)
     if ours is None:
         raise UsageError(
-            f"{store.root} has no embeddings of {database.encoder!r}, which the index was made with",
+            f"{store.place} has no embeddings of {database.encoder!r}, which the index was made with",
             f"Make them with: {embed_command(database.store, database.encoder, store)}",
         )
     if theirs is None or ours["sha256"] != theirs["sha256"]:
         raise UsageError(
-            f"{store.root} and {database.store.root} were embedded by different encoders, both {database.encoder!r}",
+            f"{store.place} and {database.store.place} were embedded by different encoders, both {database.encoder!r}",
             "Embed one of them again with the encoder of the other.",
         )
 
@@ -217,11 +216,12 @@ def _lacks(entry: FileEntry, database: State, held: list[int]) -> tuple[str, lis
     judged while that was purged must not stay.
     """
     spans = (entry.about or {})["searched"]
-    before, now = {part for first, last in spans for part in range(first, last + 1)}, set(held)
-    missed = missed_parts(database, _commit(entry)[0])
-    if not before <= now or (Filters.of(entry.about).by_tokens and not missed.isdisjoint(now)):
+    before, now = within(spans, held), set(held)
+    missed = within(missed_spans(database, _commit(entry)[0]), held)
+    is_gone = sum(last + 1 - first for first, last in spans) > len(before)
+    if is_gone or (Filters.of(entry.about).by_tokens and missed):
         return _WHOLE, held
-    new = sorted(now - before | missed & now)
+    new = sorted(now - before | missed)
     return (_WHOLE if set(new) == now else _MORE if new else FEW), new
 
 
@@ -250,7 +250,7 @@ def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
     """
     if not has_commit(database, *_commit(entry)):
         raise UsageError(
-            f"the neighbours {table!r} are not of {database.root} as it is now, but of a copy that went its own way",
+            f"the neighbours {table!r} are not of {database.place} as it is now, but of a copy that went its own way",
             "Put that one back, or compute them anew with a --name of their own.",
         )
 
@@ -258,7 +258,7 @@ def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
 def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> None:
     """``UsageError`` if a table is not what its record says, or its ids can't be taken for chunks of ``database``."""
     record = store.state.records[f"neighbours:{table}"]
-    part = int(FileName.parse(entry.path).slot)
+    part = entry.part
     if not _is_of(entry, record):
         how = "exact search" if record["index"] == NO_INDEX else f"the index {record['index']!r}"
         raise UsageError(
@@ -273,7 +273,17 @@ def members_of(store: Store, name: str) -> list[tuple[str, float]]:
     record = store.state.records.get(f"neighbours:{name}")
     if record is None or "mix" not in record:
         return [(name, 1.0)]
+    if not record["mix"]:
+        raise store.corrupt(f"the mixture {name!r} is of no table")
     return [(str(member["table"]), float(member["weight"])) for member in record["mix"]]
+
+
+def table_record(store: Store, table: str) -> Mapping[str, Any]:
+    """The record of a table that there is; ``CorruptError`` if there is none, or it is that of a mixture."""
+    record: Mapping[str, Any] = store.state.records[f"neighbours:{table}"]
+    if "mix" in record:
+        raise store.corrupt(f"the neighbours {table!r} are a mixture, where they must be a table")
+    return record
 
 
 def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
@@ -286,10 +296,10 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
         have = ", ".join(store.state.with_prefix("neighbours:")) or "none"
         name = [] if table == "main" else ["--name", table]
         raise UsageError(
-            f"{store.root} has no neighbours {table!r}; it has: {have}",
-            f"Make them with: {shlex.join(['retrotool', 'neighbours', str(store.root), *name])}\n"
+            f"{store.place} has no neighbours {table!r}; it has: {have}",
+            f"Make them with: {shlex.join(['retrotool', 'neighbours', store.place, *name])}\n"
             "or, in another store: "
-            f"{shlex.join(['retrotool', 'neighbours', 'DATABASE', '--queries', str(store.root), *name])}",
+            f"{shlex.join(['retrotool', 'neighbours', 'DATABASE', '--queries', store.place, *name])}",
         )
     if "mix" in record:
         raise UsageError(
@@ -303,7 +313,7 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
         database = Store.open(Path(record["path"]))
     except StoreNotFoundError:
         raise StoreNotFoundError(
-            f"the neighbours {table!r} of {store.root} are chunks of the store that was at {record['path']}, which "
+            f"the neighbours {table!r} of {store.place} are chunks of the store that was at {record['path']}, which "
             "isn't there",
             f"Put it back; or, where it has moved, say where to: {table_command(store, table, None)}",
         ) from None
@@ -323,7 +333,7 @@ class NeighboursWorker:
         self._stage = stage
         self._database = stage.open_database(store)
         self._commit = self._database.store.state.number
-        self._within = is_same_directory(store, self._database.store)
+        self._within = is_same_store(store, self._database.store)
         self._probed = 0
         """Lists that were probed for the table that is brought up to date; 0: that isn't known."""
 
@@ -379,7 +389,7 @@ class NeighboursWorker:
             about["text"] = stage.k
             text = read_text_of(database.store, database.tombstones, table, stage.k, self._reuse(database, replaced))
         entry = neighbour_tables.write_table(
-            store.root, name, table, database=record["database"], commit=commit, path=record["path"], about=about,
+            store, name, table, database=record["database"], commit=commit, path=record["path"], about=about,
             text=text, chunk_bytes=store.identity.chunk_length * store.identity.tokenizer.token_bytes,
         )  # fmt: skip
         old_path = task.inputs["replaces"]

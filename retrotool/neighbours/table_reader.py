@@ -22,7 +22,7 @@ from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of
 from retrotool.neighbours.underfilled import text_is_current
 from retrotool.store import neighbour_tables, parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store, check_compatible

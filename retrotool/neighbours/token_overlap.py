@@ -58,7 +58,7 @@ def check_comparable(one: Store, other: Store, advice: str, if_too_long: str = "
     check_compatible(one, other, "their tokens can't be compared", advice, lengths=False)
     if one.identity.chunk_length > LONGEST:
         raise UsageError(
-            f"{one.root} has chunks of {one.identity.chunk_length} tokens; {LONGEST} can be compared", if_too_long
+            f"{one.place} has chunks of {one.identity.chunk_length} tokens; {LONGEST} can be compared", if_too_long
         )
 
 

@@ -18,17 +18,17 @@ import numpy.typing as npt
 from retrotool import interrupts
 from retrotool.embed.search_scope import (
     erased_chunks,
-    is_same_directory,
+    is_same_store,
     purges_erased,
     searchable_rows,
 )
 from retrotool.index.searching import AnyDatabase
 from retrotool.store import neighbour_tables
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, missed_parts, read_tombstones, stands_for, stands_for_restored
+from retrotool.store.tombstones import Tombstones, missed_spans, read_tombstones, stands_for, stands_for_restored
 
 Ids = npt.NDArray[np.int64]
 Taken = tuple[str, str, str, str]
@@ -119,13 +119,13 @@ class GapFinder:
 
 def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
     """Return whether a table has the tokens of k neighbours, and none of its database's chunks came back since."""
-    missed = missed_parts(database.state, int((entry.about or {})["commit"]))
+    missed = missed_spans(database.state, int((entry.about or {})["commit"]))
     return neighbour_tables.text_size(entry) >= k and not missed
 
 
 def erased_of(store: Store, database: AnyDatabase) -> str:
     """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
-    if is_same_directory(store, database.store) or not (erased := purges_erased(database.store)):
+    if is_same_store(store, database.store) or not (erased := purges_erased(database.store)):
         return ""
     return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
 

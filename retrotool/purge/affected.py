@@ -27,15 +27,14 @@ import orjson
 
 from retrotool import interrupts
 from retrotool.cli.result_files import check_file, written
-from retrotool.embed.search_scope import count_living_keys, is_same_directory
+from retrotool.embed.search_scope import count_living_keys, is_same_store
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
 from retrotool.purge.purged_chunks import check_purge
 from retrotool.store import neighbour_tables, parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Ids, rows_by_part
-from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 
@@ -181,10 +180,10 @@ def affected(
 
 
 def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Table, list[AskedPurge]]:
-    entries = {int(FileName.parse(e.path).slot): e for e in store.state.group("neighbours", table).entries()}
+    entries = {e.part: e for e in store.state.group("neighbours", table).entries()}
     for entry in entries.values():
         check_neighbour_ids(entry, table, database)
-    within, asked = is_same_directory(store, database), list[AskedPurge]()
+    within, asked = is_same_store(store, database), list[AskedPurge]()
     made = [(entry.about or {}).get("commit") for entry in entries.values()]
     for purge, record in standing_purges(database.state).items():
         if purges and purge not in purges:
@@ -192,7 +191,7 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
         chunks = read_tombstones(database, purge).ids
         since = sum(commit is None or int(commit) >= int(record["commit"]) for commit in made)
         erased = within and bool(record["erased"])
-        asked.append(AskedPurge(purge, str(database.root), len(chunks), erased, len(entries), since))
+        asked.append(AskedPurge(purge, database.place, len(chunks), erased, len(entries), since))
     ids = named_chunks(database, [one.purge for one in asked])
     return _Table(entries, Tombstones(ids), Tombstones(ids[_index_of(database, ids) > 0] - 1)), asked
 

@@ -44,7 +44,7 @@ from retrotool import engine
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.cli.command_lines import table_command
-from retrotool.embed.search_scope import is_same_directory, purges_erased
+from retrotool.embed.search_scope import is_same_store, purges_erased
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import check_sum, read_shard, write_index
@@ -64,15 +64,14 @@ from retrotool.purge.purged_chunks import (
 )
 from retrotool.purge.selectors import scan
 from retrotool.store import folding, log, neighbour_tables, parts, staging
-from retrotool.store.atomic import FileEntry
-from retrotool.store.clean import clean
 from retrotool.store.folding import writing
+from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, is_within
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -86,6 +85,7 @@ from retrotool.store.tombstones import (
     standing_purges,
     tombstones_naming,
 )
+from retrotool.store.vectors import read_vectors, write_vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class EraseStage:
         read was replaced just now.
         """
         tasks = list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
-        return [task for task in tasks if not staging.is_staged(store.root, task.key)]
+        return [task for task in tasks if not staging.is_staged(store.storage, task.key)]
 
     def tasks(self, store: Store) -> list[Task]:
         """All that there is to do, also what has to wait."""
@@ -150,7 +150,7 @@ def _parts(store: Store, victims: Tombstones) -> Iterator[_Unit]:
 def _other_files(store: Store, victims: Tombstones) -> Iterator[_Unit]:
     several = {"index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
     for entry in files_of_several_parts(store, victims.parts()):
-        holds = functools.partial(several[FileName.parse(entry.path).kind], store, entry, victims)
+        holds = functools.partial(several[entry.kind], store, entry, victims)
         yield entry.path.rpartition("-")[0], [entry], victims.ids, holds
 
 
@@ -178,7 +178,7 @@ def _part_holds(store: Store, part: int, rows: Ids) -> bool:
         return True
     for name in store.state.names("embeddings"):
         entry = store.state.part_file("embeddings", part, name)
-        if entry is not None and parts.read_vectors(store, entry)[rows].any():
+        if entry is not None and read_vectors(store, entry)[rows].any():
             return True
     return False
 
@@ -189,7 +189,7 @@ def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
 
 
 def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    rows = victims.rows(int(FileName.parse(entry.path).slot))
+    rows = victims.rows(entry.part)
     within = is_within(store, entry, parts.read_schema(store, entry).metadata)
     for group, mine in row_groups(entry, rows):
         if not (within or len(mine)):
@@ -228,14 +228,15 @@ class EraseWorker:
         """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
         old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
         check_there(self._store, (*old, *tombstones))
-        name = FileName.parse(old[0])
-        if name.kind == "documents":
-            add = self._part(int(name.slot), run)
+        old_name, slot = FileName.parse(old[0]), self._store.state.slot_of(old[0])
+        assert slot is not None, "it was there just now"
+        if old_name.kind == "documents":
+            add = self._part(int(slot), run)
         else:
-            entry = self._store.state.file(name.kind, name.slot, name.name)
-            assert entry is not None, "it was there just now"
-            rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[name.kind]
-            add = [rewrite(entry, FileName.new(run, name.kind, name.slot, name.extension, name.name))]
+            entry = self._store.state.file(old_name.kind, slot, old_name.name)
+            assert entry is not None
+            rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[entry.kind]
+            add = [rewrite(entry, FileName.new(run, entry.kind, slot, old_name.extension, old_name.name))]
         report(task.weight)
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
@@ -250,21 +251,20 @@ class EraseWorker:
             "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
         }
         add = [
-            parts.write_parquet(store.root, FileName.new(run, kind, slot, "parquet"), table)
-            for kind, table in found.items()
+            parts.write_parquet(store, FileName.new(run, kind, slot, "parquet"), table) for kind, table in found.items()
         ]
         for name in store.state.names("embeddings"):
             entry = store.state.part_file("embeddings", part, name)
             if entry is not None:
-                matrix = np.array(parts.read_vectors(store, entry))
+                matrix = np.array(read_vectors(store, entry))
                 matrix[rows] = 0
-                add.append(parts.write_vectors(store.root, FileName.new(run, "embeddings", slot, "npy", name), matrix))
+                add.append(write_vectors(store, FileName.new(run, "embeddings", slot, "npy", name), matrix))
         return add
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
         check_sum(self._store, name.name, entry)
         index = lists.without(read_shard(self._store, entry), self._victims.contains)
-        return write_index(self._store.root, index, name, entry.about)
+        return write_index(self._store, index, name, entry.about)
 
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
         store, rows = self._store, self._victims.rows(int(name.slot))
@@ -281,13 +281,13 @@ class EraseWorker:
                     text = neighbour_tables.erase_text(neighbour_tables.read_text(store, entry, [group]), mine, banned)
                 yield neighbour_tables.to_arrow(table, text, schema)
 
-        return parts.write_batches(store.root, name, schema, groups(), row_group=ROW_GROUP, about=entry.about)
+        return parts.write_batches(store, name, schema, groups(), row_group=ROW_GROUP, about=entry.about)
 
     def _excerpts(self, entry: FileEntry, name: FileName) -> FileEntry:
         table = parts.read_parquet(self._store, entry)
         place = table.schema.get_field_index("excerpt")
         table = table.set_column(place, table.schema.field(place), pa.nulls(table.num_rows, pa.string()))
-        return parts.write_parquet(self._store.root, name, table)
+        return parts.write_parquet(self._store, name, table)
 
 
 def erase_documents(
@@ -390,13 +390,13 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
         check_purge(store, purge)
     if older_than is None:
         return list(dict.fromkeys(purges))
-    before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC)
+    before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
     old = [
         purge
         for purge, record in standing_purges(store.state).items()
         if not record["erased"]
-        and (commit := log.read(store.root, int(record["commit"]))) is not None
-        and datetime.fromisoformat(commit.time) < before
+        and (commit := log.read(store.storage, int(record["commit"]))) is not None
+        and commit.time < before
     ]
     return list(dict.fromkeys([*purges, *old]))
 
@@ -514,6 +514,6 @@ def retrain_indexes(root: str | Path) -> Iterator[str]:
     for table, record in store.state.with_prefix("neighbours:").items():
         if record.get("index") in trained:
             database = database_of(store, table)[0]
-            if is_same_directory(store, database):
+            if is_same_store(store, database):
                 again = table_command(store, table, database)
                 yield f"Neighbours {table!r} are of the old training. Compute them anew: {again}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrotool.cli import output
@@ -47,7 +46,7 @@ def agrees(warned: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def purged(store: Path, result: PurgeResult, erase: bool) -> str:
+def purged(store: str, result: PurgeResult, erase: bool) -> str:
     """What a purge did, or would do."""
     documents = output.count(result.documents, "whole document")
     what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
@@ -67,7 +66,7 @@ def purged(store: Path, result: PurgeResult, erase: bool) -> str:
     return "\n".join(lines + _about_erased(store, result) + _same_text(store, result))
 
 
-def _same_text(store: Path, result: PurgeResult) -> list[str]:
+def _same_text(store: str, result: PurgeResult) -> list[str]:
     """Which documents stay with a text that was selected, and what to run."""
     same = result.same_text
     if not same.documents:
@@ -79,14 +78,14 @@ def _same_text(store: Path, result: PurgeResult) -> list[str]:
     return [f"The same text is living {living}. To take it there: {command} --reason ..."]
 
 
-def erased(store: Path, result: EraseResult) -> str:
+def erased(store: str, result: EraseResult) -> str:
     """What an erase of earlier purges did."""
     if not result.purges:
         return "Nothing to erase: no purge is as old as that."
     return "\n".join(_about_erased(store, result))
 
 
-def _about_erased(store: Path, result: PurgeResult | EraseResult) -> list[str]:
+def _about_erased(store: str, result: PurgeResult | EraseResult) -> list[str]:
     lines = []
     if result.erased:
         done = f"{output.count(result.files_rewritten, 'file')} rewritten"
@@ -155,7 +154,7 @@ def _not_found(one: AskedPurge) -> list[str]:
     return []
 
 
-def _review(store: Path, result: PurgeResult) -> list[str]:
+def _review(store: str, result: PurgeResult) -> list[str]:
     """The selection by selector, source and document, examples, what an erase would rewrite, and what to run then."""
     lines = [
         f"  --{', '.join(filter(None, (match.selector, match.name)))}: {output.count(match.chunks, 'chunk')}"

@@ -21,7 +21,7 @@ Cost of ``find_same_text``: nothing, unless a selected chunk was rejected; then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,14 +31,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.chunk.chunk_plan import open_plans, parts_of_plan
+from retrotool.chunk.chunk_plan import open_plans, parts_of_plan, unfinished_plans
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.ranges import expand_ranges
-from retrotool.store import disk, parts, paths
-from retrotool.store.atomic import FileEntry
+from retrotool.store import parts
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import Ids, rows_by_part
+from retrotool.store.state import State
 from retrotool.store.store import Store
+from retrotool.store.sums import with_sums
 from retrotool.store.tombstones import (
     PREFIX,
     Record,
@@ -74,11 +76,11 @@ def check_purge(store: Store, purge: str) -> Record:
         known = sorted(standing, key=lambda one: int(standing[one]["commit"]))
         more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
         have = f"it has: {', '.join(known[-_LISTED:])}{more}" if known else "it has none"
-        raise UsageError(f"{store.root} has no purge {purge!r}; {have}", f"See: retrotool log {store.root}")
+        raise UsageError(f"{store.place} has no purge {purge!r}; {have}", f"See: retrotool log {store.place}")
     if is_restored(record):
         raise UsageError(
             f"the purge {purge!r} was undone by commit {record['restored']}: its chunks are not purged",
-            f"See: retrotool log {store.root}",
+            f"See: retrotool log {store.place}",
         )
     return record
 
@@ -94,7 +96,8 @@ def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
     except (ConflictError, CorruptError, ErasedError, LostRunError):
         with suppress(CorruptError):
             state = store.refresh()
-            disk.unlink_all(paths.inside(store.root, one.path) for one in entries if not state.has(one.path))
+            gone = [one.path for one in entries if not state.has(one.path)]
+            store.storage.delete(path for one in gone for path in with_sums(one))
         raise
 
 
@@ -105,7 +108,7 @@ def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
 
 def count_rows(store: Store) -> int:
     """All chunks that the parts of a store ever had."""
-    return sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts())
+    return sum(parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts())
 
 
 def unerased(store: Store, chunks: Ids) -> Ids:
@@ -117,22 +120,60 @@ def unerased(store: Store, chunks: Ids) -> Ids:
     return np.concatenate(found)
 
 
-def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, int, int]:
-    """Return those of ascending chunks that are not erased and not among ``others``, tombstones, and their weight.
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What some chunks add to the totals of a store, or take from them."""
 
-    That is how many documents live by them alone beside ``others``, and how many tokens they have: what they add to the
-    totals of the store, or take from them.
+    chunks: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Weight) -> Weight:
+        return Weight(self.chunks + other.chunks, self.documents + other.documents, self.tokens + other.tokens)
+
+    def as_counts(self) -> dict[str, int]:
+        """The counts by the names that records give them."""
+        return {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
+
+
+Weights = Mapping[int, Weight]
+"""Weights by part."""
+
+
+def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, Weights]:
+    """Return those of ascending chunks that are not erased and not among ``others``, tombstones, and their weights.
+
+    Documents count that live by them alone beside ``others``.
     """
     live = [np.zeros(0, np.int64)]
-    documents = tokens = 0
+    weights = {}
     for part, rows in rows_by_part(chunks[~others.contains(chunks)]):
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
         mine = rows[n_tokens[rows] > 0]
-        tokens += int(n_tokens[mine].sum())
-        documents += _documents_ended(doc, n_tokens, others.rows(part), mine)
+        ended = _documents_ended(doc, n_tokens, others.rows(part), mine)
+        weights[part] = Weight(len(mine), ended, int(n_tokens[mine].sum()))
         live.append(parts.chunk_ids(part, mine))
-    return np.concatenate(live), documents, tokens
+    return np.concatenate(live), weights
+
+
+def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
+    """The records that change where chunks of these weights leave a store (``sign`` −1), or come back (1).
+
+    Those of pending parts are not among the totals: the record of their plan says what will not be.
+    """
+    live = sum((weight for part, weight in weights.items() if state.is_live(part)), Weight()).as_counts()
+    totals = {name: n + sign * live.get(name, 0) for name, n in state.records["totals"].items()}
+    records: dict[str, Any] = {"totals": totals}
+    for plan_id in unfinished_plans(state):
+        of_plan = parts_of_plan(state, plan_id)
+        purged = sum((weight for part, weight in weights.items() if part in of_plan), Weight()).as_counts()
+        if any(purged.values()):
+            record = state.records[f"plan:{plan_id}"]
+            before = record.get("purged", {})
+            after = {name: before.get(name, 0) - sign * n for name, n in purged.items()}
+            records[f"plan:{plan_id}"] = {**record, "purged": after}
+    return records
 
 
 def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
@@ -233,7 +274,7 @@ def find_same_text(store: Store, chunks: Ids) -> SameText:
     gone = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
     count = 0
     named: list[str] = []
-    for part in store.state.parts():
+    for part in store.state.all_parts():
         hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
         docs = np.flatnonzero(pc.is_in(hashes.cast(pa.binary()), value_set=texts).to_numpy())
         if not len(docs):

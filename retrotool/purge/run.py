@@ -35,18 +35,18 @@ from retrotool.purge.purged_chunks import (
     find_in_open_plans,
     find_same_text,
     parts_of_open_plans,
+    totals_after,
     withdrawn,
 )
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import ScanStage, scan_files
 from retrotool.purge.selectors.selector import Decoder, TextBlock
 from retrotool.store import blocked, parts
-from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.parts import ROW_GROUP, distinct_parts, rows_by_part, split_id
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -180,7 +180,7 @@ def purge(
         if request.scan is not None and not request.scan.is_done(store):
             with writing(store) as run:
                 engine.execute(request.scan, store, run)
-        total = len(request.lookups) * len(store.state.parts())
+        total = len(request.lookups) * len(store.state.all_parts())
         with counting("select", "part", total) as report:
             selection = select(store, request, erase=erase, report=report)
         planned = _planned(store, selection, dry_run)
@@ -204,7 +204,7 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     chunks = len(selection.live)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
     return PurgeResult(
-        chunks=chunks, documents=selection.documents, tokens=selection.tokens,
+        chunks=chunks, documents=selection.weight.documents, tokens=selection.weight.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
         unerased=selection.unerased, unerased_share=selection.unerased / max(count_rows(store), 1),
         copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=state.number,
@@ -294,7 +294,7 @@ def _touched(store: Store, selection: Selection) -> Touched:
     files = [entry for part in numbers for entry in part_files(store, part)]
     kinds: dict[str, list[FileEntry]] = {"index": [], "neighbours": [], "quarantine": []}
     for entry in files_of_several_parts(store, numbers):
-        kinds[FileName.parse(entry.path).kind].append(entry)
+        kinds[entry.kind].append(entry)
     shards, tables, _ = kinds.values()
     size = sum(entry.bytes for entry in (*files, *shards, *tables))
     seconds = size / _REWRITTEN if numbers else 0.0
@@ -320,12 +320,11 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         new = [part for part in parts_of_open_plans(store) if part not in selection.open_parts]
         if len(find_in_open_plans(store, new, selection.chunks, selection.blocked)):
             raise ConflictError("copies were chunked while this purge selected", "Run the same command again.")
-        counts = {"chunks": len(selection.live), "documents": selection.documents, "tokens": selection.tokens}
-        totals = {name: n - counts.get(name, 0) for name, n in state.records["totals"].items()}
+        counts = selection.weight.as_counts()
         hashed = store.identity.keyed_hash(request.literal)
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
-        records = {f"purge:{purge}": record, "totals": totals}
+        records = {f"purge:{purge}": record, **totals_after(state, selection.weights, -1)}
         gone = scan_files(state, scan) if scan else []
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
@@ -337,14 +336,13 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
 
 def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: list[FileEntry]) -> None:
     """Write the files of a purge, and note them in ``add``."""
-    root = store.root
     named = np.union1d(selection.chunks, selection.copies)
-    add.append(write_tombstones(root, FileName.new(run.id, "tombstones", purge, "parquet"), named))
+    add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), named))
     if len(selection.blocked):
-        add.append(blocked.write_blocked(root, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
+        add.append(blocked.write_blocked(store, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
     # Last: it must not stay if another can't be written.
     literal = {"kind": selection.request.kind, "literal": selection.request.literal}
-    add.append(write_json_file(root, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
+    add.append(write_json_file(store, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
 
 
 def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:
@@ -368,4 +366,4 @@ def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> Scan
     with writing(store) as run:
         engine.execute(stage, store, run, enough=count)
         elsewhere = engine.count_elsewhere(stage, store, run)
-    return ScanResult(parts, len(store.state.parts()), elsewhere, stage.is_done(store), store.state.number)
+    return ScanResult(parts, len(store.state.all_parts()), elsewhere, stage.is_done(store), store.state.number)

@@ -20,7 +20,15 @@ import pyarrow as pa
 from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
 from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
-from retrotool.purge.purged_chunks import find_copies, find_in_open_plans, parts_of_open_plans, unerased, weigh_chunks
+from retrotool.purge.purged_chunks import (
+    Weight,
+    Weights,
+    find_copies,
+    find_in_open_plans,
+    parts_of_open_plans,
+    unerased,
+    weigh_chunks,
+)
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
@@ -98,7 +106,7 @@ class Selectors:
             for selector in scanned:
                 if selector.reads_text:
                     raise UsageError(
-                        f"--{selector.kind}: the tokenizer of {store.root} loses case or spacing, so text can't be "
+                        f"--{selector.kind}: the tokenizer of {store.place} loses case or spacing, so text can't be "
                         "looked at as it was",
                         "With --allow-lossy it is held against what is left, in lower case if the tokenizer has only "
                         "that, with one space between two words and none beside anything else.",
@@ -199,7 +207,7 @@ class Selection:
     """The chunks that a ``request`` means in ``state``.
 
     ``matches`` are how many each selector means, and ``found`` is where in text scans found some. ``chunks`` are all
-    ids, ascending, and ``live`` those that were not purged before; ``documents`` and ``tokens`` count what these take
+    ids, ascending, and ``live`` those that were not purged before; ``weights`` are what these take
     from the totals. ``blocked`` are the hashes that keep what is purged from coming back, and ``newly_blocked`` says
     how many of them the store does not have yet.
 
@@ -214,14 +222,18 @@ class Selection:
     found: ScanHits
     chunks: Ids
     live: Ids
-    documents: int
-    tokens: int
+    weights: Weights
     blocked: Hashes
     newly_blocked: int
     copies: Ids
     copied: int = 0
     unerased: int = 0
     open_parts: tuple[int, ...] = ()
+
+    @property
+    def weight(self) -> Weight:
+        """What is taken from the totals in all."""
+        return sum(self.weights.values(), Weight())
 
 
 def same_selector(store: Store, request: Request) -> dict[str, Record]:

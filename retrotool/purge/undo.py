@@ -24,22 +24,32 @@ from retrotool.cli.command_lines import neighbours_command, table_command
 from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
-from retrotool.purge.purged_chunks import check_purge, has_any, unerased, values_of, weigh_chunks, withdrawn
+from retrotool.neighbours.stage import table_record
+from retrotool.purge.purged_chunks import (
+    Weight,
+    Weights,
+    check_purge,
+    has_any,
+    totals_after,
+    unerased,
+    values_of,
+    weigh_chunks,
+    withdrawn,
+)
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
-from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.parts import Ids, distinct_parts
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import (
     KEPT,
     PREFIX,
     Tombstones,
-    missed_parts,
+    missed_spans,
     named_chunks,
     read_tombstones,
     standing_purges,
@@ -52,19 +62,23 @@ from retrotool.store.tombstones import (
 class Restorable:
     """What an undo of a purge gives, on ``state``.
 
-    ``chunks`` are those that the purge has, and ``live`` those that are live again; ``documents`` and ``tokens``
-    count what these add to the totals. ``named_by`` are other purges that name some of the rest. ``repeats`` counts the
+    ``chunks`` are those that the purge has, and ``live`` those that are live again; ``weights`` are what
+    these add to the totals. ``named_by`` are other purges that name some of the rest. ``repeats`` counts the
     documents whose id another live one has: it was let in while this one was purged.
     """
 
     purge: str
     chunks: Ids
     live: Ids
-    documents: int
-    tokens: int
+    weights: Weights
     named_by: tuple[str, ...]
     repeats: int
     state: State
+
+    @property
+    def weight(self) -> Weight:
+        """What comes back to the totals in all."""
+        return sum(self.weights.values(), Weight())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +114,9 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
             found = weigh(store, purge)
             state = commit_restore(store, run, found, reason, who)
             return RestoreResult(
-                purge, len(found.live), found.documents, found.tokens, len(found.chunks) - len(found.live),
-                int(state.records[PREFIX + purge]["restored"]), found.named_by, found.repeats,
+                purge, len(found.live), found.weight.documents, found.weight.tokens,
+                len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["restored"]), found.named_by,
+                found.repeats,
             )  # fmt: skip
 
         done = retry_overtaken(attempt, store.renew)
@@ -114,12 +129,12 @@ def _refills(store: Store) -> list[str]:
     found = []
     for table in store.state.names("neighbours"):
         entries = store.state.group("neighbours", table).entries()
-        commits = {(entry.about or {}).get("commit") for entry in entries}
-        record = store.state.records[f"neighbours:{table}"]
+        commits = {int((entry.about or {})["commit"]) for entry in entries}
+        record = table_record(store, table)
         if not record["within"]:
             # Its rows of what was purged may be empty.
-            found.append(neighbours_command(record["path"], store.root, table, record))
-        elif any(missed_parts(store.state, commit) for commit in commits):
+            found.append(neighbours_command(record["path"], store.place, table, record))
+        elif any(missed_spans(store.state, commit) for commit in commits):
             found.append(table_command(store, table, store))
     return [*found, *(one.command for one in dependents(store))]
 
@@ -129,7 +144,7 @@ def weigh(store: Store, purge: str) -> Restorable:
     if check_purge(store, purge)["erased"]:
         raise UsageError(
             f"purge {purge} is erased: nothing of its chunks is left",
-            f"What its input still has can be chunked again: retrotool chunk {store.root} INPUT... --allow-purged",
+            f"What its input still has can be chunked again: retrotool chunk {store.place} INPUT... --allow-purged",
         )
     own = read_tombstones(store, purge).ids
     standing = standing_purges(store.state)
@@ -141,11 +156,11 @@ def weigh(store: Store, purge: str) -> Restorable:
             "Finish it: run the same purge again with --erase.",
         )
     after = Tombstones(named_chunks(store, others))
-    live, documents, tokens = weigh_chunks(store, own, after)
+    live, weights = weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))
     named_by = tuple(slot for slot in others if slot in standing and has_any(store, slot, left))
     return Restorable(
-        purge, own, live, documents, tokens, named_by, _count_repeats(store, live, after), store.state
+        purge, own, live, weights, named_by, _count_repeats(store, live, after), store.state
     )  # fmt: skip
 
 
@@ -175,8 +190,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
-        counts = {"chunks": len(found.live), "documents": found.documents, "tokens": found.tokens}
-        totals = {name: n + counts.get(name, 0) for name, n in state.records["totals"].items()}
+        counts = found.weight.as_counts()
         after = {
             **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": found.repeats,
@@ -184,9 +198,9 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         return Draft(
             "restore", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
             remove=tuple(entry.path for entry in gone if entry is not None),
-            records={PREFIX + purge: after, "totals": totals},
+            records={PREFIX + purge: after, **totals_after(state, found.weights, 1)},
         )  # fmt: skip
 
     with withdrawn(store, add):
-        add.append(write_tombstones(store.root, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
+        add.append(write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         return store.commit(run, build)

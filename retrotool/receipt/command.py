@@ -35,7 +35,7 @@ def command(
             raise typer.Exit(CorruptError.exit_code)
 
 
-def _text(store: Path, result: VerifiedPurge) -> str:
+def _text(store: str, result: VerifiedPurge) -> str:
     from retrotool.receipt.run import STATES, verdict
 
     receipt = result.receipt

@@ -173,7 +173,7 @@ def _queries(it: _Purged, encoder: str) -> Queries | None:
                 found.append(matrix[full[np.argmin(np.abs(full - row))]])
     for part in embedded_parts(it.store, encoder) if not found else []:
         matrix = read_part_vectors(it.store, encoder, part)
-        found += list(matrix[np.flatnonzero(matrix.any(axis=1))[:_BESIDE]])
+        found += list(matrix[np.flatnonzero(np.asarray(matrix).any(axis=1))[:_BESIDE]])
         if found:
             break
     return Queries.plain(np.stack(found).astype(np.float32)) if found else None
@@ -210,7 +210,7 @@ def _dataset(it: _Purged, name: str) -> Returned:
     """What a training loop gets in an epoch: chunks, and neighbours."""
     store = it.store
     dataset = RetroDataset(
-        store.root, name, _SLOTS * store.identity.chunk_length, batch_size=_BATCH, shuffle=False, rank=0, world_size=1
+        store.place, name, _SLOTS * store.identity.chunk_length, batch_size=_BATCH, shuffle=False, rank=0, world_size=1
     )
     table = NeighbourReader(store, name)
     for batch in dataset:
@@ -230,12 +230,12 @@ def _inspect(it: _Purged, name: str) -> Returned:
     """Random chunks with their neighbours; and the purged chunks, which it must refuse to show."""
     store = it.store
     for chunk in _some(it.chunks.ids, _ASKED // 10).tolist():
-        yield _answer(chunk, partial(inspect, store.root, Choice(chunk=chunk), name=name))
+        yield _answer(chunk, partial(inspect, store.place, Choice(chunk=chunk), name=name))
     tombstones = read_tombstones(store)
     if all(len(tombstones.rows(part)) == parts.part_entry(store, "chunks", part).rows for part in store.state.parts()):
         return
-    for shown in inspect(store.root, Choice(random=_INSPECTED), name=name).chunks:
-        yield np.array([[shown.id, *(near.id for near in shown.neighbours if near.database == str(store.root))]])
+    for shown in inspect(store.place, Choice(random=_INSPECTED), name=name).chunks:
+        yield np.array([[shown.id, *(near.id for near in shown.neighbours if near.database == store.place)]])
 
 
 _WAYS: dict[str, dict[str, Callable[[_Purged, str], Returned]]] = {

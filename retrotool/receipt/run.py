@@ -29,11 +29,11 @@ from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.purged_chunks import check_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
-from retrotool.store import atomic, identity, paths
+from retrotool.store import identity
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.paths import FileName
 from retrotool.store.state import State
+from retrotool.store.storage import file_sha256
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 from retrotool.store.verify_log import check_log
@@ -150,7 +150,7 @@ def _check(store: Store, purge: str) -> Receipt:
     chunks = read_tombstones(store, purge).ids
     history = PurgeHistory(purge)
     with counting("log", "log", 1) as report:
-        log = check_log(store.root, identity.read_identity(store.root)[1], store.state.number, history.note)
+        log = check_log(store.storage, identity.read_identity(store.storage)[1], store.state.number, history.note)
         report(1)
     with counting("files", "B", store.state.bytes()) as report:
         erasure = check_files(Purged(store, Tombstones(chunks), history), report)
@@ -200,10 +200,10 @@ def _check(store: Store, purge: str) -> Receipt:
 def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:
     """Report the files that name the purged chunks where they are not what the log says: others were checked."""
     for entry in store.state.group("tombstones").entries():
-        if FileName.parse(entry.path).slot.partition(".")[0] == purge:
-            path = paths.inside(store.root, entry.path)
-            if not path.exists() or atomic.file_sha256(path) != entry.sha256:
-                yield f"{entry.path}: its SHA-256 is not what the log says: other chunks were checked than were purged"
+        if entry.slot.partition(".")[0] == purge and (
+            store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
+        ):
+            yield f"{entry.path}: its SHA-256 is not what the log says: other chunks were checked than were purged"
 
 
 def _problems_of_files(erasure: Erasure, *, is_erased: bool) -> Iterator[str]:

@@ -15,30 +15,30 @@ the log ever named.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.engine.task import Report
-from retrotool.errors import CorruptError, ErasedError, RetrotoolError
+from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StorageError
 from retrotool.index.index_files import read_shard
 from retrotool.index.index_records import RECALL, SHARD
 from retrotool.purge.erase import row_groups
 from retrotool.purge.purged_chunks import has_any
-from retrotool.store import clean, disk, identity, neighbour_tables, parts, paths, runs, staging
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Commit
+from retrotool.store import gc, identity, leases, neighbour_tables, parts, staging
+from retrotool.store.log import Commit, FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText, is_within
-from retrotool.store.paths import FileName
-from retrotool.store.store import CHECKPOINT_NAME, Store
+from retrotool.store.storage import Storage
+from retrotool.store.store import CHECKPOINT_PATH, Store
+from retrotool.store.sums import with_sums, without_sums
 from retrotool.store.tombstones import Tombstones
+from retrotool.store.vectors import read_vectors
 
 _BLOCK_ROWS = 1 << 16
 _LOG_ENTRY = re.compile(r"log/\d{8,}\.json")
@@ -122,15 +122,15 @@ class PurgeHistory:
         """Number of the commit that added each live file, by path."""
         self.removed: set[str] = set()
         """Paths of all files that ever left the state."""
-        self._slots: set[str] = set()
+        self._places: set[tuple[str, str, str]] = set()
 
     def is_after(self, path: str) -> bool:
         """Return whether a file was added after the erase was done."""
         return self.erased is not None and self.added.get(path, -1) > self.erased.number
 
-    def is_new(self, path: str) -> bool:
+    def is_new(self, entry: FileEntry) -> bool:
         """Return whether a file was added after the erase was done, to a slot that no file had before."""
-        return self.is_after(path) and _slot(path) not in self._slots
+        return self.is_after(entry.path) and entry.place not in self._places
 
     def note(self, commit: Commit) -> None:
         """Take in the next commit."""
@@ -146,17 +146,12 @@ class PurgeHistory:
             if record is not None and record["erased"]:
                 self.erased = digest
         if self.erased is None:
-            self._slots.update(_slot(entry.path) for entry in commit.add)
+            self._places.update(entry.place for entry in commit.add)
         for path in commit.remove:
             self.added.pop(path, None)
             self.removed.add(path)
         for entry in commit.add:
             self.added[entry.path] = commit.number
-
-
-def _slot(path: str) -> str:
-    """The path of a file without its token."""
-    return path.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +164,7 @@ class Purged:
 
     def rows(self, entry: FileEntry) -> Rows:
         """Return the rows of purged chunks in the part of a file, int64, ascending."""
-        return self.chunks.rows(int(FileName.parse(entry.path).slot))
+        return self.chunks.rows(entry.part)
 
 
 def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
@@ -182,7 +177,7 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     left: dict[str, int] = {}
     damaged: list[str] = []
     for entry in store.state.files():
-        kind = FileName.parse(entry.path).kind
+        kind = entry.kind
         try:
             holds = CHECKS[kind].rows_that_hold(purged, entry)
             if len(holds):
@@ -193,14 +188,15 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
         except ErasedError:
             raise
         except RetrotoolError as error:
-            damaged.append(str(error).removeprefix(f"{store.root}/"))
+            damaged.append(str(error).removeprefix(f"{store.place}/"))
         except (OSError, LookupError, ValueError, pa.ArrowException) as error:
             damaged.append(f"{entry.path}: can't be checked: {error}")
         report(entry.bytes)
-    present, synced = _check_removed(store.root, purged.history.removed)
-    unknown, in_progress = find_unknown(store, purged.history.removed)
-    replaced = len(purged.history.removed)
-    return Erasure(tuple(kinds.values()), left, tuple(damaged), replaced, present, synced, unknown, in_progress)
+    removed = {path for one in purged.history.removed for path in with_sums(one)}
+    present, synced, hidden = _check_removed(store.storage, removed)
+    damaged += [problem.removeprefix(f"{store.place}/") for problem in hidden]
+    unknown, in_progress = find_unknown(store, removed)
+    return Erasure(tuple(kinds.values()), left, tuple(damaged), len(removed), present, synced, unknown, in_progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +218,7 @@ class _Check:
 
 
 def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
-    rows, part = purged.rows(entry), int(FileName.parse(entry.path).slot)
+    rows, part = purged.rows(entry), entry.part
     chunks = parts.read_parquet(purged.store, parts.part_entry(purged.store, "chunks", part), ["doc", "n_tokens"])
     doc, n_tokens = chunks["doc"].to_numpy(), np.array(chunks["n_tokens"].to_numpy())
     n_tokens[rows] = 0
@@ -238,19 +234,19 @@ def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
 
 def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
     rows = purged.rows(entry)
-    chunks = parts.read_chunks(purged.store, int(FileName.parse(entry.path).slot))
+    chunks = parts.read_chunks(purged.store, entry.part)
     holds: Flags = (chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1)
     return holds
 
 
 def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
-    rows, matrix = purged.rows(entry), parts.read_vectors(purged.store, entry)
+    rows, matrix = purged.rows(entry), read_vectors(purged.store, entry)
     starts = range(0, len(rows), _BLOCK_ROWS)
     return np.concatenate([matrix[rows[start : start + _BLOCK_ROWS]].any(axis=1) for start in starts])
 
 
 def _check_index(purged: Purged, entry: FileEntry) -> Flags:
-    slot = FileName.parse(entry.path).slot
+    slot = entry.slot
     if slot == RECALL:
         return np.array([not purged.history.is_after(entry.path)])
     if not slot.startswith(SHARD):
@@ -293,7 +289,7 @@ def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool
 
 
 def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
-    if purged.history.is_new(entry.path):
+    if purged.history.is_new(entry):
         return _NOTHING
     excerpts: Flags = parts.read_parquet(purged.store, entry, ["excerpt"])["excerpt"].is_valid().to_numpy()
     return excerpts
@@ -301,8 +297,8 @@ def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
 
 def _check_selectors(purged: Purged, entry: FileEntry) -> Flags:
     """A purge that was made after the erase may name the same chunks, and keeps what it selected by."""
-    named = has_any(purged.store, FileName.parse(entry.path).slot, purged.chunks)
-    return np.array([True]) if named and not purged.history.is_new(entry.path) else _NOTHING
+    named = has_any(purged.store, entry.slot, purged.chunks)
+    return np.array([True]) if named and not purged.history.is_new(entry) else _NOTHING
 
 
 def _check_scans(purged: Purged, entry: FileEntry) -> Flags:
@@ -328,17 +324,27 @@ CHECKS: Mapping[str, _Check] = {
 """What is checked of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""
 
 
-def _check_removed(root: Path, removed: set[str]) -> tuple[tuple[str, ...], bool]:
-    """Which files that left the state are still there; and whether their absence is durable."""
-    files = {path: root / path for path in sorted(removed)}
-    present = tuple(path for path, file in files.items() if file.exists() or file.is_symlink())
+def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...], bool, list[str]]:
+    """Which files that left the state are still there; whether the absence of others is durable; and what hides some.
+
+    Behind the symbolic link of a folder nothing is looked for.
+    """
+    present = removed.intersection(storage.irregular())
+    absent = []
+    hidden: dict[str, None] = {}
+    for path in sorted(removed - present):
+        try:
+            if storage.stat(path) is None:
+                absent.append(path)
+            else:
+                present.add(path)
+        except CorruptError as error:
+            hidden[str(error)] = None
     try:
-        for folder in sorted({file.parent for file in files.values()}):
-            if folder.is_dir():
-                disk.fsync_directory(folder)
-    except OSError:  # such as of a file system that is mounted read-only
-        return present, False
-    return present, True
+        storage.delete(absent)
+    except (OSError, StorageError):  # such as of a file system that is mounted read-only
+        return tuple(sorted(present)), False, list(hidden)
+    return tuple(sorted(present)), True, list(hidden)
 
 
 def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ...], int]:
@@ -346,34 +352,48 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
 
     Those of ``removed``, which left the state, are not among either. Symbolic links are not followed.
     """
-    staged = staging.read_staged(store.root)
+    storage = store.storage
+    staged = staging.read_staged(storage)
     waiting = {f"staging/{task}.json" for task in staged}.union(*(task.files() for task in staged.values()))
     alive: dict[str, bool] = {}
     unknown: list[UnknownFile] = []
     in_progress = 0
-    for relative, found in sorted(paths.walk_below(store.root), key=itemgetter(0)):
-        link = found.is_symlink()
-        if relative in removed or (_is_named(store, relative) and not link):
+
+    def is_alive(run: str) -> bool:
+        if run not in alive:
+            # Nothing is removed by it, and nothing written to a store that is only looked at.
+            alive[run] = leases.is_alive(storage, run, now=time.time())
+        return alive[run]
+
+    irregular = list(storage.irregular())
+    folders = (path for path in irregular if path.endswith("/"))
+    for info in itertools.chain(storage.list(""), *map(storage.list, folders)):
+        if info.path in removed or _is_named(store, info.path):
             continue
-        owner = clean.owner_of(relative)
-        if owner is not None and owner not in alive:
-            alive[owner] = runs.is_alive(store.root, owner, now=time.time())  # nothing is removed by it
-        if not link and (relative in waiting or (owner is not None and alive[owner])):
+        is_claim = leases.CLAIM_PATH.fullmatch(info.path)
+        owner = leases.claimer(storage, info.path) if is_claim else gc.owner_of(info.path)
+        if info.path in waiting or (owner is not None and is_alive(owner)):
             in_progress += 1
             continue
         with contextlib.suppress(FileNotFoundError):
-            unknown.append(UnknownFile(relative, found.stat(follow_symlinks=False).st_size, link))
-    return tuple(unknown), in_progress
+            unknown.append(UnknownFile(info.path, info.size, False))
+    for left in storage.unfinished():
+        if is_alive(left.run):
+            in_progress += 1
+        else:
+            unknown.append(UnknownFile(left.path, left.size, False))
+    links = (path for path in irregular if not path.endswith("/"))
+    unknown += [UnknownFile(path, 0, True) for path in links if path not in removed]
+    return tuple(sorted(unknown, key=lambda one: one.path)), in_progress
 
 
 def _is_named(store: Store, relative: str) -> bool:
     """Whether a file is the store's: named by a commit, or the log and what the log is opened with."""
-    kind, _, name = relative.partition("/")
     if relative in (identity.FILE, store.identity.tokenizer.file) or _LOG_ENTRY.fullmatch(relative):
         return True
-    if kind == "checkpoints":
-        return CHECKPOINT_NAME.fullmatch(name) is not None
+    if CHECKPOINT_PATH.fullmatch(relative):
+        return True
     try:
-        return store.state.has(relative)
+        return store.state.has(without_sums(relative))
     except CorruptError:  # no path of a store's file
         return False

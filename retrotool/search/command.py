@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
@@ -123,11 +122,12 @@ def command(
             )
 
 
-def _checked(store: Path, text: str) -> Path:
+def _checked(store: str, text: str) -> str:
     """STORE; an error that says so if it is not there, but TEXT is one."""
     from retrotool.store.identity import is_store
+    from retrotool.store.storage import storage_at
 
-    if not is_store(store) and is_store(Path(text)):
+    if not is_store(storage_at(store)) and is_store(storage_at(text)):
         raise StoreNotFoundError(
             f"{store} is no store, but {text} is one",
             f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",

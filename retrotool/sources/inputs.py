@@ -9,7 +9,7 @@ A folder that ``datasets`` wrote with ``save_to_disk`` lists its Arrow files in 
 its subfolders in ``dataset_dict.json``; other files in it are not rows. A selection of rows that is saved beside the
 table (``datasets`` before 2) is refused, as reading on would bring back rows that were filtered out.
 
-Standard input is copied to a scratch file without a name in the folder for temporary files (``TMPDIR``): the system
+Standard input is copied to a scratch file without a name in the scratch folder (``retrotool.scratch``): the system
 frees it when this process ends, so a ``chunk`` that is killed can't be resumed with it. Worker processes open it
 through ``/proc``. Its first bytes show the compression; its text is JSON lines.
 """
@@ -23,7 +23,6 @@ import itertools
 import os
 import shutil
 import stat
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import orjson
 
 from retrotool.errors import StorageError, UsageError
+from retrotool.scratch import more_scratch, scratch_file, scratch_folder
 from retrotool.sources.records import Fields
 from retrotool.sources.streams import (
     BLOCK_BYTES,
@@ -423,17 +423,17 @@ def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
         raise UsageError("standard input is closed", _PIPE_ADVICE)
     if not (_PROC / "self" / "fd").is_dir():
         raise UsageError("standard input can't be read without /proc", "Give a file instead of -.")
-    with tempfile.TemporaryFile() as file:
+    with scratch_file() as file:
         while block := _read(stream):
             try:
                 file.write(block)
                 file.flush()
             except OSError as error:
-                free = shutil.disk_usage(tempfile.gettempdir()).free
+                free = shutil.disk_usage(scratch_folder()).free
                 raise StorageError(
-                    f"standard input can't be kept in {tempfile.gettempdir()}, where {free:,} bytes are free: "
+                    f"standard input can't be kept in {scratch_folder()}, where {free:,} bytes are free: "
                     f"{error.strerror}",
-                    "Set TMPDIR to a folder with room for it, or give a file instead of -.",
+                    f"{more_scratch('room for it')} Or give a file instead of -.",
                 ) from error
         size = file.tell()
         if not size:

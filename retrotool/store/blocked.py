@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import pyarrow as pa
 
 from retrotool.ranges import expand_ranges, is_in
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import HASH_BYTES, ROW_GROUP
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
@@ -160,10 +159,10 @@ def _keyed(secret: str, domain: bytes, values: Iterable[bytes]) -> Hashes:
     return np.frombuffer(b"".join(digests), HASH)
 
 
-def write_blocked(root: Path, name: FileName, hashes: Hashes) -> FileEntry:
+def write_blocked(store: Store, name: FileName, hashes: Hashes) -> FileEntry:
     """Write a purge's hashes, sorted and without repeats."""
     column = parts.fixed_binary(np.unique(hashes).view(np.uint8).reshape(-1, HASH_BYTES))
-    return parts.write_parquet(root, name, pa.table([column], schema=parts.BLOCKED_SCHEMA))
+    return parts.write_parquet(store, name, pa.table([column], schema=parts.BLOCKED_SCHEMA))
 
 
 def read_blocked(store: Store) -> Blocked:

@@ -19,16 +19,16 @@ import numpy as np
 import orjson
 
 from retrotool.errors import ErasedError
-from retrotool.store import disk, parts, paths
-from retrotool.store.atomic import FileEntry
+from retrotool.store import parts, paths
 from retrotool.store.blocked import Blocked, blocked_documents, read_hashes
-from retrotool.store.clean import clean
-from retrotool.store.log import Draft
-from retrotool.store.paths import FileName, generation_in
-from retrotool.store.runs import Run
+from retrotool.store.gc import clean
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
+from retrotool.store.paths import generation_in
 from retrotool.store.staging import COUNTS, PLAN_COUNTS, Staged, Unit, is_whole, read_staged, staged_path
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import FENCE, Store
+from retrotool.store.sums import with_sums
 
 Outcome = dict[str, str]
 """Why tasks, by their keys, are refused; "" for those that are committed."""
@@ -45,7 +45,7 @@ class Folded:
 def fold(store: Store, run: Run) -> Folded:
     """Commit every staged task that goes with the newest state; drop those that do not."""
     store.refresh()
-    staged = read_staged(store.root)
+    staged = read_staged(store.storage)
     alike: dict[str, list[Staged]] = {}
     for task in staged.values():
         what = {"kind": task.kind, "settings": task.settings}
@@ -65,7 +65,7 @@ def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:
 
     def build(state: State) -> Draft | None:
         outcome.clear()
-        return draft_of(store, run, state, tasks, outcome)
+        return draft_of(store, state, tasks, outcome)
 
     store.commit(run, build)
     return outcome
@@ -73,21 +73,20 @@ def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:
 
 def _forget(store: Store, tasks: Sequence[Staged]) -> None:
     """Take staged entries away, and those of their files that no commit names."""
-    files = [path for task in tasks for path in task.files()]
-    gone = [path for path in files if path.startswith("staging/") or not store.state.has(path)]
-    disk.unlink_all(paths.inside(store.root, path) for path in gone)
+    entries = [entry for task in tasks for entry in task.entries()]
+    gone = [entry.path for entry in entries if not store.state.has(entry.path)]
+    store.storage.delete(path for one in gone for path in with_sums(one))
     # Last: a kill before this leaves an entry that the next fold forgets again, files after it would stay.
-    for task in tasks:
-        disk.unlink(staged_path(store.root, task.task))
+    store.storage.delete(staged_path(task.task) for task in tasks)
 
 
-def _draft_of_files(store: Store, _: Run, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
+def _draft_of_files(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
     """The commit of tasks whose files have their final names."""
     draft = Draft(tasks[0].kind, tasks[0].settings)
     for task in tasks:
         if task.add and all(state.has(entry.path) for entry in task.add):
             outcome[task.task] = ""  # a process was killed between the commit and taking the entry away
-        elif not is_whole(store.root, task):
+        elif _is_fenced(state, task) or not is_whole(store.storage, task):
             outcome[task.task] = "its files are gone"
         elif reason := _conflict(state, draft, task):
             outcome[task.task] = reason
@@ -95,6 +94,12 @@ def _draft_of_files(store: Store, _: Run, state: State, tasks: Sequence[Staged],
             outcome[task.task] = ""
             draft = _joined(draft, task)
     return draft if draft.add or draft.remove or draft.records else None
+
+
+def _is_fenced(state: State, task: Staged) -> bool:
+    """Whether a task was staged by a run that was taken for dead before: clean-up need not have seen its files."""
+    fence = state.records.get(FENCE + task.run)
+    return fence is not None and task.task not in fence["staged"]
 
 
 def _joined(draft: Draft, task: Staged) -> Draft:
@@ -112,8 +117,8 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove)
     reason = state.conflict(joined)
     if reason is None:
-        places = {_place(entry) for entry in draft.add}
-        reason = next((f"the place of {e.path} is taken" for e in task.add if _place(e) in places), None)
+        places = {entry.place for entry in draft.add}
+        reason = next((f"the place of {e.path} is taken" for e in task.add if e.place in places), None)
     known = {**state.records, **draft.records}
     for key, value in task.records.items():
         if known.get(key, value) != value:
@@ -127,21 +132,17 @@ def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
         covered = set((entry.about or {}).get("parts", ()))
         if not covered:
             continue
-        kind, name, own = _place(entry)
+        kind, name, own = entry.place
         live = [other for other in state.group(kind, name).entries() if other.path not in task.remove]
-        for other in (*live, *(e for e in draft.add if _place(e)[:2] == (kind, name))):
-            if generation_in(_place(other)[2]) != generation_in(own):
+        for other in (*live, *(e for e in draft.add if e.place[:2] == (kind, name))):
+            if generation_in(other.slot) != generation_in(own):
                 continue
             if not covered.isdisjoint((other.about or {}).get("parts", ())):
                 return f"{other.path} covers the same parts"
     return None
 
 
-def _place(entry: FileEntry) -> tuple[str, str, str]:
-    return FileName.parse(entry.path).place
-
-
-def _draft_of_units(store: Store, run: Run, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
+def _draft_of_units(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
     """The commit of the units that are next in the order of their plans, their parts numbered; the others wait."""
     plans = state.with_prefix("plan:")
     waiting = _waiting(store, state, tasks, outcome)
@@ -158,7 +159,7 @@ def _draft_of_units(store: Store, run: Run, state: State, tasks: Sequence[Staged
         if done < plans[plan]["units"]:
             break
     outcome |= {task.task: "" for task in ready}
-    return _numbered(state, run, ready, progress) if ready else None
+    return _numbered(state, ready, progress) if ready else None
 
 
 def _waiting(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> dict[tuple[str, int], Staged]:
@@ -172,7 +173,7 @@ def _waiting(store: Store, state: State, tasks: Sequence[Staged], outcome: Outco
             outcome[task.task] = ""
         elif not all(map(state.has, task.reads)):
             outcome[task.task] = "its plan was changed"
-        elif not is_whole(store.root, task):
+        elif _is_fenced(state, task) or not is_whole(store.storage, task):
             outcome[task.task] = "its files are gone"
         else:
             with contextlib.suppress(ErasedError):  # another process has committed, or dropped, it just now
@@ -209,35 +210,29 @@ def _advanced(plan: Mapping[str, Any], tasks: Sequence[Staged], done: int) -> di
     return {**plan, **counts, "parts": plan["parts"] + sum(len(unit.parts) for unit in units), "done": done}
 
 
-def _numbered(state: State, run: Run, tasks: Sequence[Staged], progress: dict[str, Any]) -> Draft:
+def _numbered(state: State, tasks: Sequence[Staged], progress: dict[str, Any]) -> Draft:
     """Give the parts of some units the next numbers."""
     add: list[FileEntry] = []
-    links: list[tuple[str, str]] = []
-
-    def place(entry: FileEntry, kind: str, slot: str) -> None:
-        name = FileName.new(run.id, kind, slot, FileName.parse(entry.path).extension)
-        add.append(FileEntry(name.path, entry.rows, entry.bytes, entry.sha256, entry.about))
-        links.append((entry.path, name.path))
-
     number = int(state.records.get("parts", 0))
+    first = number
     totals = dict(state.records.get("totals", dict.fromkeys(COUNTS, 0)))
     for unit in _units(tasks):
         for part in unit.parts:
-            for kind, entry in zip(("documents", "chunks"), part, strict=True):
-                place(entry, kind, paths.part_slot(number))
+            add += [dataclasses.replace(entry, slot=paths.part_slot(number)) for entry in part]
             number += 1
-        if unit.quarantine is not None:
-            place(unit.quarantine, "quarantine", f"{unit.plan}.{unit.index:06d}")
-        totals = {name: totals[name] + unit.counts[name] for name in COUNTS}
+        add += [unit.quarantine] if unit.quarantine is not None else []
+        totals["set_aside"] += unit.counts.get("set_aside", 0)  # the rest counts once the plan is finished
     reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
-    records = {**progress, "parts": number, "totals": totals}
-    return Draft("chunk", {}, reads, tuple(add), (), records, tuple(links))
+    pending = int(state.records.get("pending", 0)) + number - first
+    return Draft(
+        "chunk", {}, reads, tuple(add), (), {**progress, "parts": number, "pending": pending, "totals": totals}
+    )
 
 
 @contextlib.contextmanager
 def writing(store: Store) -> Iterator[Run]:
     """A run on a store, after cleaning up what dead runs left."""
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         clean(store, run)
         # What dead runs had finished is kept; what an erase has overtaken since must not stay on the disk.
         fold(store, run)

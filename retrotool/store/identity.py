@@ -6,6 +6,7 @@ Written once, by put-if-absent, so that of two creators one wins and the other r
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 import shlex
 import uuid
@@ -17,9 +18,10 @@ from typing import Any
 import orjson
 
 from retrotool.errors import CorruptError, StoreNotFoundError, UsageError
-from retrotool.store import atomic, paths
+from retrotool.store import schema, specs
+from retrotool.store.storage import Storage, where
 
-FORMAT = 1
+FORMAT = 2
 FILE = "store.json"
 
 
@@ -59,64 +61,66 @@ class Identity:
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=key).hexdigest()
 
 
-def read_identity(root: Path) -> tuple[Identity, str]:
+def read_identity(storage: Storage) -> tuple[Identity, str]:
     """Read ``store.json``; return it and the SHA-256 of its bytes (the parent of commit 0)."""
     try:
-        data = (root / FILE).read_bytes()
+        data = storage.get(FILE)
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreNotFoundError(f"{root} is no store: it has no {FILE}", _how_to_make(root)) from None
-    try:
-        fields: dict[str, Any] = orjson.loads(data)
-        if _encode({name: value for name, value in fields.items() if name != "sha256"}) != data:
-            raise ValueError("its checksum is wrong")
-        if int(fields["format"]) > FORMAT:
-            raise UsageError(
-                f"{root} has format {fields['format']}; this retrotool knows {FORMAT}", "Install a newer retrotool."
-            )
-        tokenizer = TokenizerIdentity(**{k: fields["tokenizer"][k] for k in TokenizerIdentity.__slots__})
-        identity = Identity(**{k: fields[k] for k in Identity.__slots__ if k != "tokenizer"}, tokenizer=tokenizer)
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{root / FILE} can't be read: {error}") from error
-    paths.inside(root, identity.tokenizer.file)
+        raise StoreNotFoundError(f"{storage.place} is no store: it has no {FILE}", _how_to_make(storage)) from None
+    path = where(storage, FILE)
+    fields: dict[str, Any] = schema.load(data, {}, path)
+    if _encode({name: value for name, value in fields.items() if name != "sha256"}) != data:
+        raise CorruptError(f"{path} can't be read: its checksum is wrong")
+    schema.check_value(fields, specs.FORMAT, path)
+    if (found := fields["format"]) != FORMAT:
+        advice = "Install a newer retrotool." if found > FORMAT else "It was never released: make the store again."
+        raise UsageError(f"{storage.place} has format {found}; this retrotool knows {FORMAT}", advice)
+    schema.check_value(fields, specs.IDENTITY, path)
+    tokenizer = TokenizerIdentity(**{k: fields["tokenizer"][k] for k in TokenizerIdentity.__slots__})
+    identity = Identity(**{k: fields[k] for k in Identity.__slots__ if k != "tokenizer"}, tokenizer=tokenizer)
     return identity, hashlib.sha256(data).hexdigest()
 
 
-def is_store(root: Path) -> bool:
-    """Whether there is a store at a path, whatever its state."""
+def is_store(storage: Storage) -> bool:
+    """Whether there is a store, whatever its state."""
     try:
-        return (root / FILE).exists()
+        return storage.stat(FILE) is not None
     except OSError:  # a name that is too long, say
         return False
 
 
-def _how_to_make(root: Path) -> str:
+def _how_to_make(storage: Storage) -> str:
     """What to do where there is no store."""
-    name = shlex.quote(str(root))
-    if root.is_file() or _is_strange(root):
+    name = shlex.quote(storage.place)
+    if Path(storage.place).is_file() or _is_strange(storage):
         return f"A store is a directory of its own. To make one of what is there: retrotool chunk STORE {name}"
     return f"Make one with: retrotool chunk {name} INPUT..."
 
 
-def _is_strange(root: Path) -> bool:
-    """Whether a directory has something in it that does not belong into a store that is being made."""
-    return root.is_dir() and any(not e.name.startswith((".", "tokenizer-", "staging")) for e in root.iterdir())
+def _is_strange(storage: Storage) -> bool:
+    """Whether there is something that does not belong into a store that is being made."""
+    found = itertools.chain((info.path for info in storage.list("")), storage.irregular())
+    return any(not path.startswith((".", "tokenizer-", "staging/")) for path in found)
 
 
-def create_identity(root: Path, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> None:
-    """Make ``root`` a store, unless another process just did; the caller reads what came of it."""
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file; a store is a directory")
+def create_identity(storage: Storage, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> None:
+    """Make a store, unless another process just did; the caller reads what came of it."""
+    if Path(storage.place).is_file():
+        raise UsageError(f"{storage.place} is a file; a store is a directory")
     # The store is looked for last: another process may be making it just now.
-    if _is_strange(root) and not (root / FILE).exists():
-        raise UsageError(f"{root} is not empty and no store", "Name a new directory, or an empty one, for the store.")
-    token = paths.new_token(secrets.token_hex(4))
-    target = root / tokenizer.file
-    atomic.put_if_absent(target, token, tokenizer_json)
-    if target.read_bytes() != tokenizer_json:
-        raise CorruptError(f"{target} is not the tokenizer its name says", "Remove it and run the same command again.")
+    if _is_strange(storage) and storage.stat(FILE) is None:
+        raise UsageError(
+            f"{storage.place} is not empty and no store", "Name a new directory, or an empty one, for the store."
+        )
+    run = secrets.token_hex(4)
+    if not storage.put_if_absent(tokenizer.file, run, tokenizer_json):
+        raise CorruptError(
+            f"{where(storage, tokenizer.file)} is not the tokenizer its name says",
+            "Remove it and run the same command again.",
+        )
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     identity = Identity(FORMAT, str(uuid.uuid4()), created, chunk_length, secrets.token_hex(32), tokenizer)
-    atomic.put_if_absent(root / FILE, token, _encode(asdict(identity)))
+    storage.put_if_absent(FILE, run, _encode(asdict(identity)))
 
 
 def _encode(fields: dict[str, Any]) -> bytes:

@@ -8,26 +8,82 @@ one wins, and a kill leaves no torn entry. ``read`` checks number and chain. Wha
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import orjson
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic, paths, runs
-from retrotool.store.atomic import FileEntry
+from retrotool.store import schema, specs
+from retrotool.store.paths import FileName
+from retrotool.store.storage import Storage, where
+from retrotool.store.sums import size_of_sums, with_sums
 
+_NUMBER = re.compile(r"log/(\d+)\.json")
 _CHECKSUM_BYTES = len(',"sha256":""}') + 64
 
 
 @dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file as a commit names it, in a slot, which holds at most one live file of a kind and name.
+
+    ``rows`` is what its kind counts; ``about`` is small, JSON-like, or None. The slot of documents and chunks is empty
+    until their part has a number.
+    """
+
+    path: str
+    slot: str
+    rows: int
+    bytes: int
+    sha256: str
+    about: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry as it stands in a commit."""
+        entry = {"path": self.path, "slot": self.slot, "rows": self.rows, "bytes": self.bytes, "sha256": self.sha256}
+        return entry if self.about is None else {**entry, "about": self.about}
+
+    @property
+    def kind(self) -> str:
+        """The kind of file."""
+        return self.path.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """The name of what it belongs to, as of an index; empty for kinds that have none."""
+        return FileName.parse(self.path).name
+
+    @property
+    def part(self) -> int:
+        """The number of the part that the file is of."""
+        return int(self.slot)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Kind, name and slot."""
+        return self.kind, self.name, self.slot
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> FileEntry:
+        """Inverse of ``as_json``, of what was checked (``specs.FILES``); fields it does not know are ignored."""
+        return cls(
+            entry["path"], entry["slot"], entry["rows"], entry["bytes"], entry["sha256"], entry.get("about")
+        )  # fmt: skip
+
+
+def is_there(storage: Storage, entry: FileEntry) -> bool:
+    """Whether a file of a store exists with the size that its entry says, and its sums if it has some."""
+    due = dict(zip(with_sums(entry.path), (entry.bytes, size_of_sums(entry.bytes)), strict=False))
+    return all((found := storage.stat(path)) is not None and found.size == size for path, size in due.items())
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
-    """What a writer wants to commit. ``links`` are (source, target) names to make just before."""
+    """What a writer wants to commit."""
 
     kind: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +91,6 @@ class Draft:
     add: tuple[FileEntry, ...] = ()
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
-    links: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +111,9 @@ class Commit:
     sha256: str
 
 
-def commit_path(root: Path, number: int) -> Path:
+def commit_path(number: int) -> str:
     """Where commit ``number`` lies."""
-    return paths.inside(root, f"log/{number:08d}.json")
+    return f"log/{number:08d}.json"
 
 
 def with_checksum(entry: bytes) -> bytes:
@@ -66,39 +121,32 @@ def with_checksum(entry: bytes) -> bytes:
     return entry[:-1] + b',"sha256":"' + hashlib.sha256(entry).hexdigest().encode() + b'"}'
 
 
-def _checked(data: bytes) -> bytes:
-    """The bytes of an entry without its checksum; ``ValueError`` if they do not match it."""
+def checked(data: bytes) -> bytes:
+    """The bytes of a JSON object without its checksum; ``ValueError`` if they do not match it."""
     entry = data[:-_CHECKSUM_BYTES] + b"}"
     if with_checksum(entry) != data:
         raise ValueError("its checksum is wrong")
     return entry
 
 
-def read(root: Path, number: int, parent: str | None = None) -> Commit | None:
+def read(storage: Storage, number: int, parent: str | None = None) -> Commit | None:
     """Read a commit; None if it does not exist. ``CorruptError`` if it is broken, or not a child of ``parent``."""
-    path = commit_path(root, number)
     try:
-        data = path.read_bytes()
+        data = storage.get(commit_path(number))
     except FileNotFoundError:
         return None
+    path = where(storage, commit_path(number))
     try:
-        fields = orjson.loads(_checked(data))
-        commit = Commit(
-            number=int(fields["number"]),
-            uuid=str(fields["uuid"]),
-            parent=str(fields["parent"]),
-            time=str(fields["time"]),
-            kind=str(fields["kind"]),
-            tool=str(fields["tool"]),
-            settings=dict(fields["settings"]),
-            reads=tuple(map(str, fields["reads"])),
-            add=tuple(map(FileEntry.from_json, fields["add"])),
-            remove=tuple(map(str, fields["remove"])),
-            records=dict(fields["records"]),
-            sha256=hashlib.sha256(data).hexdigest(),
-        )
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        fields = schema.load(checked(data), specs.COMMIT, path)
+    except ValueError as error:
         raise CorruptError(f"{path}: not a commit: {error}") from error
+    commit = Commit(
+        **{name: fields[name] for name in ("number", "uuid", "parent", "time", "kind", "tool", "settings", "records")},
+        reads=tuple(fields["reads"]),
+        add=tuple(map(FileEntry.from_json, fields["add"])),
+        remove=tuple(fields["remove"]),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
     if commit.number != number:
         raise CorruptError(f"{path}: says that it is commit {commit.number}")
     if parent is not None and commit.parent != parent:
@@ -106,37 +154,30 @@ def read(root: Path, number: int, parent: str | None = None) -> Commit | None:
     return commit
 
 
-def last_number(root: Path) -> int:
-    """The highest number that a commit in the folder has, reachable or not; −1 if there is none."""
-    try:
-        with os.scandir(root / "log") as entries:
-            names = [entry.name for entry in entries]
-    except FileNotFoundError:
-        return -1
-    return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()), default=-1)
+def last_number(storage: Storage, after: int = -1) -> int:
+    """The highest number that a commit has, reachable or not, after commit ``after``; ``after`` if there is none."""
+    behind = commit_path(after) if after >= 0 else ""
+    found = (_NUMBER.fullmatch(info.path) for info in storage.list("log/", behind))
+    return max((int(match[1]) for match in found if match), default=after)
 
 
-def read_after(root: Path, number: int, head: str) -> Iterator[Commit]:
+def read_after(storage: Storage, number: int, head: str) -> Iterator[Commit]:
     """The commits after ``number``, whose bytes hash to ``head``, as far as there are any."""
-    while (commit := read(root, number + 1, head)) is not None:
+    while (commit := read(storage, number + 1, head)) is not None:
         yield commit
         number, head = commit.number, commit.sha256
 
 
-def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool:
-    """Try to make ``draft`` commit ``number``; False if another writer has it. Durable on True.
-
-    ``LostRunError`` if ``run`` was taken for dead.
-    """
+def append(storage: Storage, run: str, number: int, parent: str, draft: Draft) -> bool:
+    """Try to make ``draft`` commit ``number``; False if another writer has it. Durable on True."""
     from importlib.metadata import version  # which readers need not wait for
 
-    path = commit_path(root, number)
-    if path.exists():
+    path = commit_path(number)
+    if storage.stat(path) is not None:
         return False
-    identifier = str(uuid.uuid4())
     fields = {
         "number": number,
-        "uuid": identifier,
+        "uuid": str(uuid.uuid4()),
         "parent": parent,
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "kind": draft.kind,
@@ -147,10 +188,6 @@ def append(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool
         "remove": draft.remove,
         "records": draft.records,
     }
-    data = with_checksum(orjson.dumps(fields))
-    won = atomic.put_if_absent(path, paths.new_token(run), data, lambda: runs.beat(root, run))
-    if not won:
-        # Over NFS a link can succeed and its answer be lost; the entry itself knows whose it is.
-        existing = read(root, number)
-        won = existing is not None and existing.uuid == identifier
-    return won
+    data = orjson.dumps(fields)
+    schema.load(data, specs.COMMIT, where(storage, path))
+    return storage.put_if_absent(path, run, with_checksum(data))

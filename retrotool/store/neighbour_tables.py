@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from retrotool.errors import CorruptError
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
@@ -67,7 +66,7 @@ def text_size(entry: FileEntry) -> int:
 
 
 def write_table(
-    root: Path,
+    store: Store,
     name: FileName,
     table: NeighbourTable,
     *,
@@ -99,7 +98,7 @@ def write_table(
             yield to_arrow(NeighbourTable(table.ids[rows], table.distances[rows]), group, schema)
             start = rows.stop
 
-    return parts.write_batches(root, name, schema, groups(), row_group=ROW_GROUP, about=about)
+    return parts.write_batches(store, name, schema, groups(), row_group=ROW_GROUP, about=about)
 
 
 def text_schema(k: int, chunk_bytes: int) -> pa.Schema:
@@ -150,7 +149,7 @@ def read_text(
     columns = form.names if tokens else form.names[:-1]
     arrow = parts.read_parquet(store, entry, columns, row_groups)
     if any(arrow.schema.field(column).type != form.field(column).type for column in columns):
-        raise CorruptError(f"{store.root / entry.path} does not have tokens of {k} neighbours a row, as the log says")
+        raise CorruptError(f"{store.where(entry.path)} does not have tokens of {k} neighbours a row, as the log says")
     ids, distances, n_tokens = (_lists(store, entry, arrow, column) for column in form.names[:-1])
     n, dtype = arrow.num_rows, parts.token_dtype(own.tokenizer.token_bytes)
     if tokens:
@@ -201,7 +200,7 @@ def _lists(store: Store, entry: FileEntry, arrow: pa.Table, name: str) -> npt.ND
         flat = np.concatenate([chunk.flatten().to_numpy() for chunk in arrow[name].chunks])
         return flat.reshape(arrow.num_rows, -1)
     except (KeyError, ValueError, AttributeError) as error:  # numpy has no nulls, and those of lists are left out
-        raise CorruptError(f"{store.root / entry.path} is no neighbour table: {error}") from error
+        raise CorruptError(f"{store.where(entry.path)} is no neighbour table: {error}") from error
 
 
 def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | None) -> bool:
@@ -211,5 +210,5 @@ def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | 
     """
     if (metadata or {}).get(b"retrotool.database", b"") != store.identity.uuid.encode():
         return False
-    record = store.state.records.get(f"neighbours:{FileName.parse(entry.path).name}", {})
+    record = store.state.records.get(f"neighbours:{entry.name}", {})
     return bool(record.get("within", True))

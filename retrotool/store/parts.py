@@ -12,10 +12,8 @@ chunks. Which rows have a vector is decided here, in ``Chunks.embedded`` and ``r
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.errors import CorruptError
-from retrotool.store import atomic
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
+from retrotool.store.storage import Sink
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
@@ -198,14 +196,14 @@ def _embedded(n_tokens: Any, key: Any) -> Any:
 
 
 def write_parquet(
-    root: Path, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
+    store: Store, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
 ) -> FileEntry:
     """Write a table through the store's door, as ``write_batches`` does."""
-    return write_batches(root, name, table.schema, [table], row_group=row_group, about=about)
+    return write_batches(store, name, table.schema, [table], row_group=row_group, about=about)
 
 
 def write_batches(
-    root: Path,
+    store: Store,
     name: FileName,
     schema: pa.Schema,
     batches: Iterable[pa.Table],
@@ -219,11 +217,11 @@ def write_batches(
     """
     keys = 0
 
-    def write(path: Path) -> int:
+    def write(sink: Sink) -> int:
         nonlocal keys
         rows = 0
         with pq.ParquetWriter(
-            path,
+            sink,
             schema,
             compression="zstd",
             use_dictionary=_repeats(schema),
@@ -236,7 +234,7 @@ def write_batches(
                 keys += int(pc.sum(batch["key"]).as_py() or 0) if _has_values(schema) else 0
         return rows
 
-    entry = atomic.write_file(root, name, write, about=about, check=_check_rows)
+    entry = store.write(name, write, about=about)
     return replace(entry, about={**(about or {}), "keys": keys}) if _has_values(schema) else entry
 
 
@@ -247,12 +245,6 @@ def _repeats(schema: pa.Schema) -> bool:
 
 def _has_values(schema: pa.Schema) -> bool:
     return "key" in schema.names and schema.field("key").type == KEY.type
-
-
-def _check_rows(path: Path, rows: int) -> None:
-    found = pq.read_metadata(path).num_rows
-    if found != rows:
-        raise CorruptError(f"{path}: wrote {rows:,} rows, found {found:,}")
 
 
 def read_parquet(
@@ -268,7 +260,7 @@ def read_parquet(
     ``optional``: columns to read besides ``columns`` if the file has them.
     """
     with _open_parquet(store, entry) as file:
-        path = store.root / entry.path
+        path = store.where(entry.path)
         rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if not file.metadata.num_rows == sum(rows) == entry.rows:
             raise CorruptError(f"{path}: {sum(rows):,} rows, the log says {entry.rows:,}")
@@ -283,12 +275,12 @@ def read_parquet(
 
 @contextlib.contextmanager
 def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
-    with store.reading(entry) as path:
+    with store.reading(entry) as storage:
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
+            with pq.ParquetFile(storage.open(entry.path), page_checksum_verification=True) as file:
                 yield file
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise store.corrupt(f"{path}: {str(error).splitlines()[0]}") from error
+            raise store.corrupt(f"{store.where(entry.path)}: {str(error).splitlines()[0]}") from error
 
 
 def read_schema(store: Store, entry: FileEntry) -> pa.Schema:
@@ -307,9 +299,8 @@ def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = 
 def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
     """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
     own = store.identity
-    kind = FileName.parse(entry.path).kind
-    expected = of_kind(kind, own.chunk_length * own.tokenizer.token_bytes)
-    if kind == "chunks":
+    expected = of_kind(entry.kind, own.chunk_length * own.tokenizer.token_bytes)
+    if entry.kind == "chunks":
         _check_key_column(entry, schema)
     # pyarrow leaves out in silence a column that is asked for and not there.
     wanted = [*(field.name for field in expected), *(columns or ())]
@@ -439,51 +430,3 @@ def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
 def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a part's documents."""
     return read_parquet(store, part_entry(store, "documents", part), columns)
-
-
-def write_vectors(root: Path, name: FileName, vectors: npt.NDArray[np.float16]) -> FileEntry:
-    """Write ``vectors``, float16 [n, d], through the store's door."""
-    return write_vector_blocks(root, name, vectors.shape[0], vectors.shape[1], [vectors])
-
-
-def write_vector_blocks(
-    root: Path, name: FileName, rows: int, dimension: int, blocks: Iterable[npt.NDArray[np.float16]]
-) -> FileEntry:
-    """As ``write_vectors``, of blocks float16 [m, d] that have ``rows`` rows together; one is held at a time."""
-
-    def pieces() -> Iterator[bytes | memoryview]:
-        header = io.BytesIO()
-        described = {"descr": "<f2", "fortran_order": False, "shape": (rows, dimension)}
-        np.lib.format.write_array_header_1_0(header, described)
-        start = header.getvalue()  # goes with the first block: each is made durable on its own
-        for block in blocks:
-            data = np.ascontiguousarray(block, "<f2")
-            if start:
-                yield start + data.tobytes()
-                start = b""
-            elif len(data):
-                yield data.data.cast("B")
-        if start:
-            yield start
-
-    def check(path: Path, rows: int) -> None:
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError):  # there is less than the header says
-            raise CorruptError(f"{path}: it breaks off") from None
-        if found.shape != (rows, dimension) or found.offset + found.nbytes != path.stat().st_size:
-            raise CorruptError(f"{path}: not what was written")
-
-    return atomic.write_blocks(root, name, pieces(), rows, check=check)
-
-
-def read_vectors(store: Store, entry: FileEntry) -> npt.NDArray[np.float16]:
-    """Map a part's embeddings, float16 [n, d]; rows of erased chunks are zero. Checks shape and type, not the sum."""
-    with store.reading(entry) as path:
-        try:
-            vectors: npt.NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise store.corrupt(f"{path}: {error}") from error
-    if vectors.dtype != np.float16 or vectors.ndim != 2 or len(vectors) != entry.rows:
-        raise store.corrupt(f"{path}: {vectors.dtype} {vectors.shape}, the log says {entry.rows} rows of float16")
-    return vectors

@@ -6,20 +6,20 @@ A worker calls ``stage`` when its files are whole: what it wrote is then known t
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
 
-from retrotool.errors import LostRunError
-from retrotool.store import atomic, disk, paths, runs
-from retrotool.store.atomic import FileEntry
+from retrotool.errors import CorruptError, LostRunError
+from retrotool.store import leases, schema, specs
+from retrotool.store.log import FileEntry, checked, is_there, with_checksum
+from retrotool.store.storage import Storage
+from retrotool.store.sums import with_sums
 
-ENTRY_PATH = re.compile(r"staging/[0-9a-f]{32}\.json")
+ENTRY_PATH = re.compile(r"staging/(?P<key>[0-9a-f]{32})\.json")
 COUNTS = ("documents", "chunks", "tokens", "set_aside")
 """What is counted of a unit, of a plan and of the store."""
 PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")
@@ -72,70 +72,64 @@ class Staged:
         return entries
 
     def files(self) -> list[str]:
-        """Paths of all files the task wrote."""
-        return [entry.path for entry in self.entries()]
+        """Paths of all files the task wrote, sums included."""
+        return [path for entry in self.entries() for path in with_sums(entry.path)]
 
 
-def staged_path(root: Path, task: str) -> Path:
+def staged_path(task: str) -> str:
     """Where the entry of a finished task lies."""
-    return paths.inside(root, f"staging/{task}.json")
+    return f"staging/{task}.json"
 
 
-def stage(root: Path, staged: Staged) -> bool:
+def stage(storage: Storage, staged: Staged) -> bool:
     """Make a finished task known; False (and its files removed) if another process staged it first.
 
     ``LostRunError`` if its files are missing: another process took this run for dead and cleaned up after it.
     """
-    if not is_whole(root, staged):
+    if not is_whole(storage, staged):
         raise LostRunError(f"the files of a finished {staged.kind} task are missing: this run was taken for dead")
     data = orjson.dumps({name: getattr(staged, name) for name in _STORED})
-    target, token = staged_path(root, staged.task), paths.new_token(staged.run)
-    won = atomic.put_if_absent(target, token, data, lambda: runs.beat(root, staged.run))
+    schema.load(data, specs.STAGED, staged_path(staged.task))
+    leases.renew(storage, staged.run)
+    path = staged_path(staged.task)
+    won = storage.put_if_absent(path, staged.run, with_checksum(data))
     if not won:
-        with contextlib.suppress(FileNotFoundError):  # over NFS a link can succeed and its answer be lost
-            won = target.read_bytes() == data
-    if not won:
-        for path in staged.files():
-            disk.unlink(paths.inside(root, path))
+        storage.delete(staged.files())
     return won
 
 
-def is_whole(root: Path, task: Staged) -> bool:
+def is_whole(storage: Storage, task: Staged) -> bool:
     """Whether all files that a task wrote are there with their sizes."""
-    return all(atomic.is_there(root, entry) for entry in task.entries())
+    return all(is_there(storage, entry) for entry in task.entries())
 
 
 def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
     parts = tuple(tuple(map(FileEntry.from_json, part)) for part in fields["parts"])
-    quarantine = FileEntry.from_json(fields["quarantine"]) if fields["quarantine"] else None
+    quarantine = None if fields["quarantine"] is None else FileEntry.from_json(fields["quarantine"])
     blocked = None if fields["blocked"] is None else tuple(fields["blocked"])
     return Unit(fields["plan"], fields["index"], parts, quarantine, fields["counts"], blocked)
 
 
-def read_staged(root: Path) -> dict[str, Staged]:
+def read_staged(storage: Storage) -> dict[str, Staged]:
     """All staged tasks by key, but for broken ones."""
-    return {key: task for key, task in _read_all(root).items() if task is not None}
+    return {key: task for key, task in _read_all(storage).items() if task is not None}
 
 
-def broken(root: Path) -> list[Path]:
+def broken(storage: Storage) -> list[str]:
     """Entries of finished tasks that can't be read. Each task can be done again; clean-up removes its entry."""
-    found = [f"staging/{key}.json" for key, task in _read_all(root).items() if task is None]
-    return [paths.inside(root, path) for path in found if ENTRY_PATH.fullmatch(path)]
+    return [staged_path(key) for key, task in _read_all(storage).items() if task is None]
 
 
-def _read_all(root: Path) -> dict[str, Staged | None]:
+def _read_all(storage: Storage) -> dict[str, Staged | None]:
     """The staged tasks by key; None for files that are not one."""
-    folder = root / "staging"
     found: dict[str, Staged | None] = {}
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        if path.name.startswith("run-"):
-            continue
+    for key in sorted(staged_keys(storage)):
         try:
-            found[path.stem] = _staged_from_json(path.stem, orjson.loads(path.read_bytes()))
+            found[key] = _staged_from_json(key, schema.load(checked(storage.get(staged_path(key))), specs.STAGED, key))
         except FileNotFoundError:
             continue  # another process folded it just now
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-            found[path.stem] = None
+        except (CorruptError, ValueError):
+            found[key] = None
     return found
 
 
@@ -153,12 +147,12 @@ def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
     )
 
 
-def staged_keys(root: Path) -> frozenset[str]:
-    """Keys of all tasks that are finished and waiting for a commit, by one listing."""
-    folder = root / "staging"
-    return frozenset(path.stem for path in folder.glob("*.json")) if folder.is_dir() else frozenset()
-
-
-def is_staged(root: Path, task: str) -> bool:
+def is_staged(storage: Storage, task: str) -> bool:
     """Whether the task is finished and waiting for a commit."""
-    return staged_path(root, task).exists()
+    return storage.stat(staged_path(task)) is not None
+
+
+def staged_keys(storage: Storage) -> frozenset[str]:
+    """Keys of all tasks that are finished and waiting for a commit, by one listing."""
+    found = (ENTRY_PATH.fullmatch(info.path) for info in storage.list("staging/"))
+    return frozenset(match["key"] for match in found if match)

@@ -16,9 +16,9 @@ from typing import Any
 import orjson
 
 from retrotool.errors import ConflictError, CorruptError
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Commit, Draft
-from retrotool.store.paths import FileName, part_slot
+from retrotool.store import schema, specs
+from retrotool.store.log import Commit, Draft, FileEntry
+from retrotool.store.paths import UNNUMBERED_KINDS, FileName, part_slot
 
 _COLUMNS = ("slot", "file", "rows", "bytes", "sha256", "about")
 _REBASE = 2048
@@ -27,13 +27,15 @@ _REBASE = 2048
 class Group:
     """The live files of one (kind, name): columns from a checkpoint, and the changes since. Not changed once shared."""
 
-    __slots__ = ("_changed", "_columns", "_index", "_prefix")
+    __slots__ = ("_added", "_changed", "_columns", "_index", "_prefix", "_slots")
 
     def __init__(self, prefix: str, columns: Mapping[str, list[Any]] | None = None) -> None:
         self._prefix = prefix
         self._columns = columns if columns is not None else {name: [] for name in _COLUMNS}
         self._index: dict[str, int] | None = None
+        self._slots: dict[str, str] | None = None
         self._changed: dict[str, FileEntry | None] = {}
+        self._added: dict[str, str] = {}  # slots by the paths of files that were added since
 
     def __len__(self) -> int:
         """Count the live files."""
@@ -57,7 +59,18 @@ class Group:
         if i is None:
             return None
         c = self._columns
-        return FileEntry(f"{self._prefix}/{c['file'][i]}", c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
+        path = f"{self._prefix}/{c['file'][i]}"
+        return FileEntry(path, slot, c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
+
+    def slot_of(self, path: str) -> str | None:
+        """The slot that a live file is in; None if it is not live."""
+        slot = self._added.get(path)
+        if slot is None:
+            if self._slots is None:
+                self._slots = dict(zip(self._columns["file"], self._columns["slot"], strict=True))
+            slot = self._slots.get(path.rpartition("/")[2])
+        entry = None if slot is None else self.get(slot)
+        return slot if entry is not None and entry.path == path else None
 
     def items(self) -> list[tuple[str, FileEntry]]:
         """Slots and live files, in the order of the slots."""
@@ -73,13 +86,15 @@ class Group:
             # Copying ever more changes at every commit would be quadratic.
             return Group(self._prefix, self.columns())
         copy = Group(self._prefix, self._columns)
-        copy._index = self._index
-        copy._changed = dict(self._changed)
+        copy._index, copy._slots = self._index, self._slots
+        copy._changed, copy._added = dict(self._changed), dict(self._added)
         return copy
 
     def put(self, slot: str, entry: FileEntry | None) -> None:
         """Fill a slot, or free it. Only for a copy that nobody else has yet."""
         self._changed[slot] = entry
+        if entry is not None:
+            self._added[entry.path] = slot
 
     def columns(self) -> dict[str, list[Any]]:
         """All live files as columns, for a checkpoint."""
@@ -90,6 +105,13 @@ class Group:
         return {name: [row[i] for row in rows] for i, name in enumerate(_COLUMNS)}
 
 
+class Records(dict[str, Any]):
+    """Records by their keys; ``CorruptError`` for one that must be there and is not."""
+
+    def __missing__(self, key: str) -> Any:
+        raise CorruptError(f"the log has no record {key!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """A store after commit ``number`` (−1: none), whose bytes hash to ``head``."""
@@ -97,7 +119,7 @@ class State:
     number: int
     head: str
     groups: Mapping[tuple[str, str], Group] = field(default_factory=dict)
-    records: Mapping[str, Any] = field(default_factory=dict)
+    records: Mapping[str, Any] = field(default_factory=Records)
 
     def group(self, kind: str, name: str = "") -> Group:
         """The files of a kind (and name); empty if there are none."""
@@ -116,9 +138,22 @@ class State:
         """The live file of a part, or None."""
         return self.file(kind, part_slot(part), name)
 
-    def parts(self) -> list[int]:
-        """Numbers of all parts, ascending."""
+    def all_parts(self) -> list[int]:
+        """Numbers of all parts, ascending: the pending ones come last."""
         return [int(slot) for slot in self.group("chunks")]
+
+    def parts(self) -> list[int]:
+        """Numbers of the parts that readers see, ascending."""
+        return [part for part in self.all_parts() if self.is_live(part)]
+
+    def is_live(self, part: int) -> bool:
+        """Whether a part is there, and not pending: of a ``chunk`` plan that is not finished."""
+        return part < self.live and self.part_file("chunks", part) is not None
+
+    @property
+    def live(self) -> int:
+        """The number of the first pending part, or of the next part if there is none."""
+        return int(self.records.get("parts", 1 << 31)) - int(self.records.get("pending", 0))
 
     def files(self) -> Iterator[FileEntry]:
         """Every live file."""
@@ -131,9 +166,12 @@ class State:
 
     def has(self, path: str) -> bool:
         """Whether the file is live."""
+        return self.slot_of(path) is not None
+
+    def slot_of(self, path: str) -> str | None:
+        """The slot that a live file is in; None if it is not live."""
         name = FileName.parse(path)
-        entry = self.file(name.kind, name.slot, name.name)
-        return entry is not None and entry.path == path
+        return self.group(name.kind, name.name).slot_of(path)
 
     def with_prefix(self, prefix: str) -> dict[str, Any]:
         """Records whose key begins with ``prefix``, without it, in order of their keys."""
@@ -147,16 +185,16 @@ class State:
         freed = set(change.remove)
         places: set[tuple[str, str, str]] = set()
         for entry in change.add:
-            name = FileName.parse(entry.path)
-            current = self.file(name.kind, name.slot, name.name)
-            if name.place in places or (current is not None and current.path not in freed):
+            kind, name, slot = place = entry.place
+            current = self.file(kind, slot, name)
+            if place in places or (current is not None and current.path not in freed):
                 return f"the place of {entry.path} is taken"
-            places.add(name.place)
+            places.add(place)
         return None
 
     def fold(self, commits: Iterable[Commit]) -> State:
         """The state after ``commits``, in their order; ``CorruptError`` if one is invalid where it comes."""
-        groups, records = dict(self.groups), dict(self.records)
+        groups, records = dict(self.groups), Records(self.records)
         number, head = self.number, self.head
         now = State(number, head, groups, records)  # sees what the loop does to the two maps
         own: set[tuple[str, str]] = set()
@@ -164,17 +202,19 @@ class State:
             reason = now.conflict(commit)
             if reason is not None:
                 raise CorruptError(f"commit {commit.number} is invalid: {reason}")
-            changes: list[tuple[str, FileEntry | None]] = [(path, None) for path in commit.remove]
-            for path, entry in [*changes, *((entry.path, entry) for entry in commit.add)]:
+            for path, entry in [*((path, None) for path in commit.remove), *((one.path, one) for one in commit.add)]:
                 name = FileName.parse(path)
                 key = (name.kind, name.name)
                 if key not in own:
                     groups[key] = now.group(*key).copy()
                     own.add(key)
-                groups[key].put(name.slot, entry)
+                slot = groups[key].slot_of(path) if entry is None else entry.slot
+                groups[key].put(slot or "", entry)
             records.update(commit.records)
             for gone in [record for record, value in commit.records.items() if value is None]:
                 del records[gone]
+            if records.get("pending", 0) > records.get("parts", 0):
+                raise CorruptError(f"commit {commit.number} is invalid: more parts are pending than there are")
             number, head = commit.number, commit.sha256
         return State(number, head, groups, records)
 
@@ -193,17 +233,26 @@ def encode_checkpoint(state: State) -> bytes:
     return orjson.dumps(header) + b"\n" + body
 
 
-def decode_checkpoint(data: bytes) -> State | None:
-    """Inverse of ``encode_checkpoint``; None if the file is not whole."""
+def decode_checkpoint(data: bytes, path: str = "the checkpoint") -> State | None:
+    """Inverse of ``encode_checkpoint``; None if the file is not whole, ``CorruptError`` if it is and makes no sense."""
     line, _, body = data.partition(b"\n")
     try:
-        header = orjson.loads(line)
-        if hashlib.sha256(body).hexdigest() != header["sha256"]:
-            return None
-        fields = orjson.loads(body)
-        groups = {
-            (kind, name): Group(f"{kind}/{name}" if name else kind, columns) for kind, name, columns in fields["groups"]
-        }
-        return State(int(header["commit"]), str(header["head"]), groups, fields["records"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        header = schema.load(line, specs.CHECKPOINT_HEADER, path)
+    except CorruptError:
         return None
+    if hashlib.sha256(body).hexdigest() != header["sha256"]:
+        return None
+    fields = schema.load(body, specs.CHECKPOINT, path)
+    groups = {}
+    for kind, name, columns in fields["groups"]:
+        slots, files = columns["slot"], columns["file"]
+        own = slots if kind in UNNUMBERED_KINDS else [file.rpartition("-")[0] for file in files]
+        if len(set(slots)) < len(slots) or own != slots or {len(columns[one]) for one in _COLUMNS} != {len(slots)}:
+            raise CorruptError(f"{path}: the columns of {kind} {name} do not go together")
+        groups[kind, name] = Group(f"{kind}/{name}" if name else kind, columns)
+        if kind == "index":  # what is said of a file depends on its slot
+            schema.check_value([entry.as_json() for entry in groups[kind, name].entries()], specs.FILES, path)
+    records = Records(fields["records"])
+    if records.get("pending", 0) > records.get("parts", 0):
+        raise CorruptError(f"{path}: more parts are pending than there are")
+    return State(header["commit"], header["head"], groups, records)

@@ -8,25 +8,32 @@ newest state, tries to append it, and builds again if another writer came first.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import math
+import os
 import random
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
-from retrotool.store import atomic, disk, identity, log, paths
-from retrotool.store.atomic import FileEntry
+from retrotool.store import disk, identity, leases, log, paths
 from retrotool.store.identity import Identity, TokenizerIdentity
-from retrotool.store.log import Draft
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry, is_there
+from retrotool.store.paths import FileName
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
+from retrotool.store.storage import Sink, Storage, file_sha256, storage_at, where
+from retrotool.store.sums import SUMS, BlockSums, has_sums, with_sums
 
 CHECKPOINT_EVERY = 256
-CHECKPOINT_NAME = re.compile(r"(\d+)-[0-9a-f]{16}\.json")
+CHECKPOINT_PATH = re.compile(r"checkpoints/(\d+)-[0-9a-f]{16}\.json")
+FENCE = "fenced:"
+"""Before the id of a run that can't commit any more, among the records."""
 _BACKOFF_SECONDS = 0.002
 _ATTEMPTS = 20
 """How often what other processes have overtaken is begun."""
@@ -60,39 +67,60 @@ class Store:
     ``genesis`` is the SHA-256 of ``store.json``, the parent of commit 0.
     """
 
-    def __init__(self, root: Path, identity: Identity, genesis: str, state: State) -> None:
-        self.root = root
+    def __init__(self, storage: Storage, identity: Identity, genesis: str, state: State) -> None:
+        self.storage = storage
         self.identity = identity
         self.genesis = genesis
         self.state = state
 
     @classmethod
-    def open(cls, root: str | Path) -> Store:
+    def open(cls, place: str | os.PathLike[str] | Storage) -> Store:
         """Open the store at its newest commit; ``StoreNotFoundError`` if there is none."""
-        path = Path(root)
-        found, genesis = identity.read_identity(path)
-        state = newest_checkpoint(path) or State(-1, genesis)
-        store = cls(path, found, genesis, state)
+        storage = storage_at(place)
+        found, genesis = identity.read_identity(storage)
+        state = newest_checkpoint(storage) or State(-1, genesis)
+        store = cls(storage, found, genesis, state)
         # Listed before it is read: commits are made in order, so all up to the last one listed are there.
-        last = log.last_number(path)
+        last = log.last_number(storage, state.number)
         if last > store.refresh().number:
             # Without the commits behind the gap, what they purged would come back.
-            missing, newest = log.commit_path(path, store.state.number + 1), log.commit_path(path, last)
+            missing, newest = (store.where(log.commit_path(number)) for number in (store.state.number + 1, last))
             raise CorruptError(
-                f"{missing} is missing, and there are commits after it, up to {newest.name}",
+                f"{missing} is missing, and there are commits after it, up to {log.commit_path(last)}",
                 f"Bring it back from a copy; or, if {newest} is not a commit of this store, move that out of it.",
             )
         return store
 
     @classmethod
-    def create(cls, root: str | Path, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> Store:
+    def create(
+        cls,
+        place: str | os.PathLike[str] | Storage,
+        tokenizer: TokenizerIdentity,
+        tokenizer_json: bytes,
+        chunk_length: int,
+    ) -> Store:
         """Make a store, or open the one that another process made meanwhile."""
-        identity.create_identity(Path(root), tokenizer, tokenizer_json, chunk_length)
-        return cls.open(root)
+        storage = storage_at(place)
+        identity.create_identity(storage, tokenizer, tokenizer_json, chunk_length)
+        return cls.open(storage)
+
+    @property
+    def place(self) -> str:
+        """The store as messages and command lines name it."""
+        return self.storage.place
+
+    @property
+    def uri(self) -> str:
+        """The store as any process of any folder can find it."""
+        return self.storage.uri
+
+    def where(self, path: str) -> str:
+        """A file of the store, for a person."""
+        return where(self.storage, path)
 
     def refresh(self) -> State:
         """Fold the commits made since, and return the state."""
-        self.state = self.state.fold(log.read_after(self.root, self.state.number, self.state.head))
+        self.state = self.state.fold(log.read_after(self.storage, self.state.number, self.state.head))
         return self.state
 
     def at(self, number: int) -> Store:
@@ -102,55 +130,77 @@ class Store:
         """
         if number == self.state.number:
             return self
-        state = newest_checkpoint(self.root, most=number) or State(-1, self.genesis)
-        commits = log.read_after(self.root, state.number, state.head)
+        state = newest_checkpoint(self.storage, most=number) or State(-1, self.genesis)
+        commits = log.read_after(self.storage, state.number, state.head)
         state = state.fold(itertools.islice(commits, number - state.number))
         if state.number != number:
-            raise CorruptError(f"{log.commit_path(self.root, number)} is missing", "Bring it back from a copy.")
-        return Store(self.root, self.identity, self.genesis, state)
+            raise CorruptError(f"{self.where(log.commit_path(number))} is missing", "Bring it back from a copy.")
+        return Store(self.storage, self.identity, self.genesis, state)
 
-    def path(self, entry: FileEntry) -> Path:
-        """The absolute path of a file of this view, checked against its size.
+    def check_there(self, entry: FileEntry) -> None:
+        """Check a file of this view against its size.
 
         ``ErasedError`` if a newer commit removed it, ``CorruptError`` if it is missing or of another size.
         """
-        path = paths.inside(self.root, entry.path)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            if not Store.open(self.root).state.has(entry.path):
+        found = self.storage.stat(entry.path)
+        if found is None:
+            if not Store.open(self.storage).state.has(entry.path):
                 raise ErasedError(
                     f"{entry.path} was replaced, or erased, after this reader opened the store",
                     "Open the store again: run the same command again.",
-                ) from None
-            raise self.corrupt(f"{path} is missing") from None
-        if size != entry.bytes:
-            raise self.corrupt(f"{path} has {size:,} bytes, the log says {entry.bytes:,}")
-        return path
+                )
+            raise self.corrupt(f"{self.where(entry.path)} is missing")
+        if found.size != entry.bytes:
+            raise self.corrupt(f"{self.where(entry.path)} has {found.size:,} bytes, the log says {entry.bytes:,}")
 
     @contextlib.contextmanager
-    def reading(self, entry: FileEntry) -> Iterator[Path]:
-        """Give the path of a file of this view to what opens and reads it. Errors are as of ``path``.
+    def reading(self, entry: FileEntry) -> Iterator[Storage]:
+        """Give the storage to what opens and reads a file of this view. Errors are as of ``check_there``.
 
         What fails because a newer commit removed the file after it was looked up is an ``ErasedError``, too.
         """
-        path = self.path(entry)
-        disk.announce("read", path)
+        self.check_there(entry)
+        disk.announce("read", Path(self.where(entry.path)))
         try:
-            yield path
+            yield self.storage
         except Exception:
-            self.path(entry)
+            self.check_there(entry)
             raise
 
     def check_sum(self, entry: FileEntry) -> None:
-        """Read a file of this view; ``CorruptError`` if its SHA-256 is not what the log says. Errors as of ``path``."""
-        with self.reading(entry) as path:
-            if atomic.file_sha256(path) != entry.sha256:
-                raise self.corrupt(f"{path}: its SHA-256 is not what the log says")
+        """Read a file of this view; ``CorruptError`` if its SHA-256 is not what the log says. Else as ``reading``."""
+        with self.reading(entry) as storage:
+            sums = BlockSums()
+            if file_sha256(storage, entry.path, sums.update if has_sums(entry.path) else None) != entry.sha256:
+                raise self.corrupt(f"{self.where(entry.path)}: its SHA-256 is not what the log says")
+            if has_sums(entry.path):
+                beside = entry.path + SUMS
+                if storage.stat(beside) is None or storage.get(beside) != sums.content():
+                    raise self.corrupt(f"{self.where(beside)} is missing, or not the sums of its file")
+
+    def write(self, name: FileName, write: Callable[[Sink], int], *, about: dict[str, Any] | None = None) -> FileEntry:
+        """Write a new file, by ``write(sink)``, which returns the number of rows; return its entry.
+
+        It counts once a commit names it. After any error nothing has changed.
+        """
+        sums = BlockSums()
+
+        def write_summed(sink: Sink) -> int:
+            sink.taps += [sums.update] if has_sums(name.path) else []
+            return write(sink)
+
+        sink, rows = self.storage.put(name.path, name.run, write_summed)
+        if has_sums(name.path):
+            try:
+                self.storage.put(name.path + SUMS, name.run, lambda beside: beside.write(sums.content()))
+            except BaseException:
+                self.storage.delete([name.path])
+                raise
+        return FileEntry(name.path, name.slot, rows, sink.size, sink.sha256, about)
 
     def corrupt(self, what: str) -> CorruptError:
         """An error that says ``what`` is wrong, and how to see whether anything else is."""
-        return CorruptError(what, f"See what else is wrong: retrotool verify {self.root}")
+        return CorruptError(what, f"See what else is wrong: {shlex.join(['retrotool', 'verify', self.place])}")
 
     def renew(self) -> int:
         """Move to the newest commit, and return its number; for ``retry_overtaken``."""
@@ -158,12 +208,14 @@ class Store:
 
     def tokenizer_json(self) -> bytes:
         """The tokenizer file's bytes, checked against the hash that the store is bound to."""
-        path = self.root / self.identity.tokenizer.file
-        if not path.exists() or atomic.file_sha256(path) != self.identity.tokenizer.sha256:
+        own = self.identity.tokenizer
+        data = self.storage.get(own.file) if self.storage.stat(own.file) is not None else b""
+        if hashlib.sha256(data).hexdigest() != own.sha256:
             raise CorruptError(
-                f"{path} is missing, or not the tokenizer this store was made with", "Put the original file there."
+                f"{self.where(own.file)} is missing, or not the tokenizer this store was made with",
+                "Put the original file there.",
             )
-        return path.read_bytes()
+        return data
 
     def commit(self, run: Run, build: Callable[[State], Draft | None]) -> State:
         """Commit what ``build`` makes of the newest state; return the state that includes it.
@@ -177,13 +229,16 @@ class Store:
         attempt = 0
         while True:
             state = self.refresh()
+            if FENCE + run.id in state.records:
+                raise LostRunError(f"{self.place}: another process took this run for dead")
             draft = build(state)
             if draft is None:
                 return state
             state.check(draft)
-            removed = [paths.inside(self.root, path) for path in draft.remove]
+            for path in draft.remove:
+                self.storage.stat(path)  # refuses what must not be removed
             if self._append(run, state, draft):
-                disk.unlink_all(removed)
+                self.storage.delete(path for removed in draft.remove for path in with_sums(removed))
                 if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
                     self._write_checkpoint(run)
                 return self.refresh()
@@ -193,15 +248,10 @@ class Store:
 
     def _append(self, run: Run, state: State, draft: Draft) -> bool:
         try:
-            with disk.told(self.root):
-                _link(self.root, draft)
-                _check_files(self.root, draft)
-                won = log.append(self.root, run.id, state.number + 1, state.head, draft)
-                if not won:
-                    _unlink(self.root, draft)
-                return won
+            leases.renew(self.storage, run.id)
+            _check_files(self.storage, draft)
+            return log.append(self.storage, run.id, state.number + 1, state.head, draft)
         except (FileNotFoundError, LostRunError) as error:
-            _unlink(self.root, draft)
             if self.refresh().number > state.number:
                 return False  # the writer that came first has committed these files and removed their staged names
             if isinstance(error, LostRunError):
@@ -211,60 +261,36 @@ class Store:
     def _write_checkpoint(self, run: Run) -> None:
         """Write the folded state, and remove all older checkpoints but the last."""
         self.refresh()
-        folder = self.root / "checkpoints"
-        name = f"{self.state.number:08d}-{paths.new_token(run.id)}.json"
-        atomic.put_if_absent(folder / name, paths.new_token(run.id), encode_checkpoint(self.state))
-        for _, old in checkpoint_files(self.root)[2:]:
-            disk.unlink(old)
+        path = f"checkpoints/{self.state.number:08d}-{paths.new_token(run.id)}.json"
+        self.storage.put_if_absent(path, run.id, encode_checkpoint(self.state))
+        self.storage.delete(old for _, old in checkpoint_files(self.storage)[2:])
 
 
-def checkpoint_files(root: Path) -> list[tuple[int, Path]]:
+def checkpoint_files(storage: Storage) -> list[tuple[int, str]]:
     """Checkpoint files and the commits that they say to be of, newest first."""
-    folder = paths.inside(root, "checkpoints")
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
+    found = (CHECKPOINT_PATH.fullmatch(info.path) for info in storage.list("checkpoints/"))
+    return sorted(((int(match[1]), match[0]) for match in found if match), reverse=True)
 
 
-def newest_checkpoint(root: Path, most: float = math.inf) -> State | None:
+def newest_checkpoint(storage: Storage, most: float = math.inf) -> State | None:
     """The state of the newest whole checkpoint, up to commit ``most``, that the log still goes with; None without."""
-    for _, path in checkpoint_files(root):
-        with contextlib.suppress(FileNotFoundError):
-            state = decode_checkpoint(path.read_bytes())
-            # A checkpoint is believed only while the log still holds the commit it was made at.
-            if state is None or state.number > most:
-                continue
-            if (commit := log.read(root, state.number)) and commit.sha256 == state.head:
-                return state
+    for _, path in checkpoint_files(storage):
+        try:
+            state = decode_checkpoint(storage.get(path))
+        except (FileNotFoundError, CorruptError):
+            continue
+        # A checkpoint is believed only while the log still holds the commit it was made at.
+        if state is None or state.number > most:
+            continue
+        if (commit := log.read(storage, state.number)) and commit.sha256 == state.head:
+            return state
     return None
 
 
-def _link(root: Path, draft: Draft) -> None:
-    """Make a draft's links, durable.
-
-    After an error nobody knows whether the commit was made, so they stay: clean-up takes those that no commit names.
-    """
-    folders = set()
-    for source, target in draft.links:
-        path = paths.inside(root, target)
-        disk.make_directory(path.parent)
-        disk.link(paths.inside(root, source), path)
-        folders.add(path.parent)
-    for folder in folders:
-        disk.fsync_directory(folder)
-
-
-def _check_files(root: Path, draft: Draft) -> None:
-    lost = next((entry.path for entry in draft.add if not atomic.is_there(root, entry)), None)
+def _check_files(storage: Storage, draft: Draft) -> None:
+    lost = next((entry.path for entry in draft.add if not is_there(storage, entry)), None)
     if lost is not None:
-        raise LostRunError(f"{root / lost} is to be committed, and is missing or of another size")
-
-
-def _unlink(root: Path, draft: Draft) -> None:
-    """Take the links of a draft back that another writer came before."""
-    for _, target in draft.links:
-        disk.unlink(paths.inside(root, target))
+        raise LostRunError(f"{where(storage, lost)} is to be committed, and is missing or of another size")
 
 
 def check_compatible(one: Store, other: Store, consequence: str, advice: str, *, lengths: bool = True) -> None:
@@ -275,13 +301,13 @@ def check_compatible(one: Store, other: Store, consequence: str, advice: str, *,
     ours, theirs = one.identity, other.identity
     if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
         raise UsageError(
-            f"{one.root} and {other.root} have different tokenizers, {ours.tokenizer.name} and "
+            f"{one.place} and {other.place} have different tokenizers, {ours.tokenizer.name} and "
             f"{theirs.tokenizer.name}: {consequence}",
             advice,
         )
     if lengths and ours.chunk_length != theirs.chunk_length:
         raise UsageError(
-            f"{one.root} has chunks of {ours.chunk_length} tokens, {other.root} of {theirs.chunk_length}: "
+            f"{one.place} has chunks of {ours.chunk_length} tokens, {other.place} of {theirs.chunk_length}: "
             f"{consequence}",
             advice,
         )

@@ -5,16 +5,14 @@ undone its file leaves the state, and a copy stays in ``restored/``: a view from
 
 What was made of the store while such chunks were purged lacks them. The record of an undone purge says between which
 commits they were purged, and in which parts, and whatever is made of the store says of which commit it is: so the log
-alone shows what lacks something (``missed_parts``). An index lacks nothing: it holds purged chunks until an erase.
+alone shows what lacks something (``missed_spans``). An index lacks nothing: it holds purged chunks until an erase.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +22,14 @@ import pyarrow as pa
 from retrotool.errors import ConflictError, ErasedError
 from retrotool.ranges import is_in
 from retrotool.store import parts
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 
 _SPANS = 16
+_EVERYWHERE = [(0, (1 << 63) - 1)]
 _SMALL, _MOST_SMALL = 256, 1 << 15
 _small: dict[tuple[str, str, str], npt.NDArray[np.int64]] = {}
 """Ids of files with few, up to 64 MiB of them."""
@@ -60,11 +59,11 @@ class Tombstones:
         return distinct_parts(self.ids)
 
 
-def write_tombstones(root: Path, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
+def write_tombstones(store: Store, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
     """Write a purge's ids, sorted; the log says between which they lie, so that a look there spares most files."""
     ids = np.sort(ids)
     table = pa.table([pa.array(ids, pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
-    return parts.write_parquet(root, name, table, about={"within": _spans(ids)})
+    return parts.write_parquet(store, name, table, about={"within": _spans(ids)})
 
 
 def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.int64]) -> tuple[FileEntry, str]:
@@ -73,7 +72,7 @@ def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.i
     if before is None:
         raise store.corrupt(f"purge {purge} has no tombstones")
     ids = np.union1d(read_tombstones(store, purge).ids, more)
-    return write_tombstones(store.root, FileName.new(run_id, "tombstones", purge, "parquet"), ids), before.path
+    return write_tombstones(store, FileName.new(run_id, "tombstones", purge, "parquet"), ids), before.path
 
 
 def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
@@ -91,7 +90,7 @@ def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
 def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
     """Whether a file of tombstones, if there is one, may name any of ``wanted``; it is not read for it."""
     entry = store.state.file("tombstones", slot)
-    spans = (entry.about or {})["within"] if entry is not None else []
+    spans = [] if entry is None else (entry.about or {}).get("within", _EVERYWHERE)
     first, last = np.array(spans, np.int64).reshape(-1, 2).T
     return bool((np.searchsorted(wanted.ids, last, side="right") > np.searchsorted(wanted.ids, first)).any())
 
@@ -121,7 +120,7 @@ def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
 
     Small ones are read once a process: a path always names the same bytes, and an erase asks for all many times.
     """
-    key = (os.fspath(store.root), entry.path, entry.sha256)
+    key = (store.identity.uuid, entry.path, entry.sha256)
     if (known := _small.get(key)) is not None:
         return known
     ids = _read_file(store, slot, entry)
@@ -134,7 +133,7 @@ def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
 
 def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
     def read_newest() -> pa.Table:
-        newest = Store.open(store.root)
+        newest = Store.open(store.storage)
         kept = newest.state.file(KEPT, slot) or newest.state.file("tombstones", slot)
         return parts.read_parquet(newest, kept or entry)
 
@@ -196,13 +195,10 @@ def stands_for_restored(state: State) -> str:
     return hashlib.blake2b(purges.encode(), digest_size=8).hexdigest() if purges else ""
 
 
-def missed_parts(state: State, commit: int | None) -> set[int]:
-    """Parts that have chunks which were purged at a commit (None: nobody knows which), and were taken back since."""
-    missed: set[int] = set()
-    for record in restored_purges(state).values():
-        if commit is None or record["commit"] <= commit < record["restored"]:
-            missed.update(part for first, last in record["parts"] for part in range(first, last + 1))
-    return missed
+def missed_spans(state: State, commit: int) -> list[list[int]]:
+    """[first, last] of parts that have chunks which were purged at a commit, and were taken back since."""
+    records = restored_purges(state).values()
+    return [span for record in records if record["commit"] <= commit < record["restored"] for span in record["parts"]]
 
 
 def restored_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:

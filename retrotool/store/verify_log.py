@@ -17,17 +17,16 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from retrotool.errors import CorruptError
 from retrotool.store import log
-from retrotool.store.atomic import TEMPORARY
 from retrotool.store.log import Commit
 from retrotool.store.state import State, decode_checkpoint
+from retrotool.store.storage import Storage, where
 from retrotool.store.store import checkpoint_files
 
-_ENTRY = re.compile(r"(\d{8}|[1-9]\d{8,})\.json")
+_ENTRY = re.compile(r"log/(\d{8}|[1-9]\d{8,})\.json")
 
 
 @dataclass(slots=True)
@@ -55,17 +54,17 @@ class LogFound:
 
 
 def check_log(
-    root: Path, genesis: str | None, last: int | None = None, note: Callable[[Commit], None] = lambda _: None
+    storage: Storage, genesis: str | None, last: int | None = None, note: Callable[[Commit], None] = lambda _: None
 ) -> LogFound:
     """Check the log up to commit ``last`` (None: to its end), and call ``note`` with each commit of the whole part.
 
     ``genesis`` is the SHA-256 of ``store.json``; None if that is not known.
     """
     # Listed before the log is: a checkpoint is of a commit that is there.
-    checkpoints = sorted(checkpoint_files(root))
-    end = log.last_number(root) if last is None else last
-    found = LogFound(State(-1, genesis or ""), _not_entries(root))
-    commits = _linked_commits(root, genesis, end, found, note)
+    checkpoints = sorted(checkpoint_files(storage))
+    end = log.last_number(storage) if last is None else last
+    found = LogFound(State(-1, genesis or ""), _not_entries(storage))
+    commits = _linked_commits(storage, genesis, end, found, note)
     folding = True
     for number, path in [*checkpoints, (end, None)]:
         if folding and number <= end:
@@ -76,23 +75,23 @@ def check_log(
             folding = found.state.number == number
         if path is not None and (last is None or number <= end):
             folded = found.state if folding and found.state.number == number else None
-            _check_checkpoint(found, path, number, folded)
+            _check_checkpoint(storage, found, path, number, folded)
     for _ in commits:
         pass  # folded no more, but the links are looked at to the end
     return found
 
 
 def _linked_commits(
-    root: Path, genesis: str | None, end: int, found: LogFound, note: Callable[[Commit], None]
+    storage: Storage, genesis: str | None, end: int, found: LogFound, note: Callable[[Commit], None]
 ) -> Iterator[Commit]:
     """Yield the commits before the first fault; the rest is read too, for what is wrong with it."""
     whole, parent = True, genesis
     doubtful: int | None = None  # an entry that is no child of the one before it, until it is known which is wrong
     for number in range(end + 1):
-        commit = _read_entry(root, number, found)
+        commit = _read_entry(storage, number, found)
         linked = commit is not None and parent is not None and commit.parent == parent
         if doubtful is not None:
-            found.problems.append(_not_child(root, doubtful, vouched=linked))
+            found.problems.append(_not_child(storage, doubtful, vouched=linked))
         doubtful = number if commit is not None and parent is not None and not linked else None
         whole = whole and linked
         parent = None if commit is None else commit.sha256
@@ -101,13 +100,13 @@ def _linked_commits(
             note(commit)
             yield commit
     if doubtful is not None:
-        found.problems.append(_not_child(root, doubtful, vouched=False))
+        found.problems.append(_not_child(storage, doubtful, vouched=False))
 
 
-def _read_entry(root: Path, number: int, found: LogFound) -> Commit | None:
-    path = log.commit_path(root, number)
+def _read_entry(storage: Storage, number: int, found: LogFound) -> Commit | None:
+    path = where(storage, log.commit_path(number))
     try:
-        commit = log.read(root, number)
+        commit = log.read(storage, number)
     except CorruptError as error:
         found.problems.append(str(error))
         return None
@@ -119,31 +118,30 @@ def _read_entry(root: Path, number: int, found: LogFound) -> Commit | None:
     return commit
 
 
-def _not_child(root: Path, number: int, *, vouched: bool) -> str:
+def _not_child(storage: Storage, number: int, *, vouched: bool) -> str:
     """Return that an entry is no child of the one before; ``vouched``: the next is its child, so it is genuine."""
     before = f"commit {number - 1}" if number else "store.json"
     why = f"{before} was edited or replaced" if vouched else f"it or {before} was edited, replaced or reordered"
     what = "the commit before it" if number else "store.json"
-    return f"{log.commit_path(root, number)}: is no child of {what}: {why}"
+    return f"{where(storage, log.commit_path(number))}: is no child of {what}: {why}"
 
 
-def _not_entries(root: Path) -> list[str]:
+def _not_entries(storage: Storage) -> list[str]:
     """Return what is in the log's folder and is not an entry: a copy, or another spelling of a number."""
-    folder = root / "log"
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return [
-        f"{folder / name} is no entry of the log"
-        for name in names
-        if not name.startswith(TEMPORARY) and not _ENTRY.fullmatch(name)
-    ]
+    found = (info.path for info in storage.list("log/"))
+    return [f"{where(storage, path)} is no entry of the log" for path in found if not _ENTRY.fullmatch(path)]
 
 
-def _check_checkpoint(found: LogFound, path: Path, number: int, folded: State | None) -> None:
+def _check_checkpoint(storage: Storage, found: LogFound, file: str, number: int, folded: State | None) -> None:
     """Hold a checkpoint against the fold of the log at its commit (None: the log is broken before that)."""
+    path = where(storage, file)
     try:
-        state = decode_checkpoint(path.read_bytes())
+        state = decode_checkpoint(storage.get(file), path)
     except FileNotFoundError:
         return  # a newer one was written meanwhile
+    except CorruptError as error:
+        found.problems.append(f"{error}; remove it")
+        return
     except OSError as error:
         found.problems.append(f"{path} can't be read: {error.strerror}")
         return
@@ -166,7 +164,4 @@ def same_state(one: State, other: State) -> bool:
         files = {e.path: (e.rows, e.bytes, e.sha256, e.about) for e in state.files()}
         return len(files), files, dict(state.records), state.head
 
-    try:
-        return contents(one) == contents(other)
-    except (CorruptError, LookupError, TypeError, ValueError):  # a checkpoint whose columns are not alike
-        return False
+    return contents(one) == contents(other)

@@ -141,7 +141,7 @@ class RetroDataset(IterableDataset[Item]):
             raise UsageError(f"a sequence has at most {ROW_GROUP * length:,} tokens, those of a block")
         self.k = reader.k
         """Neighbours a chunk."""
-        self.databases = tuple(str(database.root) for database in reader.rows.reader.databases)
+        self.databases = tuple(database.place for database in reader.rows.reader.databases)
         """Paths of the stores that neighbours are chunks of."""
         self.chunk_length = length
         self._shared = torch.zeros(_READ + 1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]

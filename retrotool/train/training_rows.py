@@ -100,7 +100,7 @@ class TrainingReader:
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         commands = [table_command(self.store, member.table, member.store) for member in reader.members]
         raise UsageError(
-            f"{len(missing):,} of the {len(self.store.state.parts()):,} parts of {self.store.root} have no neighbours "
+            f"{len(missing):,} of the {len(self.store.state.parts()):,} parts of {self.store.place} have no neighbours "
             f"{self._name!r}: {shown}",
             "Compute them: " + "; ".join(commands),
         )

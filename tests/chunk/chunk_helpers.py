@@ -18,7 +18,9 @@ from retrotool import api
 from retrotool.app import app
 from retrotool.info.verify import Verification
 from retrotool.store import parts
+from retrotool.store.paths import DATA_KINDS
 from retrotool.store.store import Store
+from retrotool.store.sums import with_sums
 
 LINE_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
 TABLE_FORMATS = (*LINE_FORMATS, "parquet")
@@ -65,8 +67,17 @@ def verified(store: Path) -> Verification:
     """The verification of a store, which must be fine and hold no left-overs of runs."""
     found = api.verify(store)
     assert found.problems == []
-    assert list((store / "staging").iterdir()) == []
+    left = [str(path) for folder in ("staging", "leases") for path in (store / folder).glob("*")]
+    left += unnamed_files(store)
+    assert not left, left
     return found
+
+
+def unnamed_files(store: Path) -> list[str]:
+    """Data files that no commit names, as units leave them that are not committed."""
+    live = {path for entry in Store.open(store).state.files() for path in with_sums(entry.path)}
+    there = (path.relative_to(store).as_posix() for kind in DATA_KINDS for path in (store / kind).rglob("*.*"))
+    return sorted(set(there) - live)
 
 
 def quarantine(store: Path) -> list[tuple[str, int, str]]:
@@ -78,6 +89,6 @@ def quarantine(store: Path) -> list[tuple[str, int, str]]:
 
 
 def documents(store: Path) -> list[Row]:
-    """All rows of the documents files, in order of chunk ids, duplicates included."""
+    """All rows of the documents files, in order of chunk ids; duplicates and those of pending parts included."""
     opened = Store.open(store)
-    return [row for part in opened.state.parts() for row in parts.read_documents(opened, part).to_pylist()]
+    return [row for part in opened.state.all_parts() for row in parts.read_documents(opened, part).to_pylist()]

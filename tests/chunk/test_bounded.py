@@ -12,6 +12,7 @@ from retrotool.chunk import part_writer, quarantine
 from retrotool.chunk import stage as chunk_stage
 from retrotool.sources import Document, Fields, Rejected
 from retrotool.store.paths import FileName
+from retrotool.store.store import Store
 
 
 def test_a_part_closes_when_what_is_kept_of_its_documents_grows_large(tmp_path, monkeypatch):
@@ -44,9 +45,9 @@ def test_reasons_that_differ_in_numbers_only_are_held_once_they_are_many(monkeyp
     for i in range(10):
         bad.append(Rejected(i, f"not JSON: column {i:,}"))
     assert len(bad._reasons) == 4
-    (tmp_path / "quarantine").mkdir()
-    entry = bad.write(tmp_path, FileName.new("0123abcd", "quarantine", "x", "parquet"))
-    reasons = pq.read_table(tmp_path / entry.path)["reason"].to_pylist()
+    api.chunk(tmp_path / "store", [str(write_jsonl(tmp_path / "rows.jsonl", [{"text": "good"}]))])
+    entry = bad.write(Store.open(tmp_path / "store"), FileName.new("0123abcd", "quarantine", "x", "parquet"))
+    reasons = pq.read_table(tmp_path / "store" / entry.path)["reason"].to_pylist()
     assert reasons == [*(f"not JSON: column {i}" for i in range(3)), *["not JSON: column …"] * 7]
 
 

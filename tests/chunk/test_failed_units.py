@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_an_input_that_kills_its_worker_each_time_is_set_aside(inputs, tmp_path,
     """As a library that aborts does, or an input that takes all memory."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     store = tmp_path / "store"
     result = api.chunk(store, list(map(str, inputs)), workers=2)
     assert result.damaged == 1

@@ -113,7 +113,7 @@ def test_a_temporary_folder_that_can_not_be_written_is_named(monkeypatch: pytest
     assert repeats(random_batches(100, 10), 100), "nothing is written while all fits into memory"
     with pytest.raises(StorageError, match="/proc/self/nowhere: No such file") as caught:
         repeats(random_batches(100, 10), 10)
-    assert "TMPDIR" in caught.value.advice
+    assert "--scratch" in caught.value.advice
 
 
 def test_a_full_temporary_folder_is_named() -> None:
@@ -124,4 +124,4 @@ def test_a_full_temporary_folder_is_named() -> None:
         with pytest.raises(StorageError, match="No space left") as caught:
             for batch in random_batches(100, 10):
                 partitions.add(batch)
-    assert "TMPDIR" in caught.value.advice
+    assert "--scratch" in caught.value.advice

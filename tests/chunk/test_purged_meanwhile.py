@@ -15,7 +15,7 @@ from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, commit_plan
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import folding, staging
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 from retrotool.tokenizers import FastTokenizer, TokensDiffer
 
@@ -26,14 +26,14 @@ def stage_units(store: Path, paths: list[Path], units: list[int], monkeypatch: p
     """What a killed run leaves: some units of a plan staged, each of an input."""
     monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", max(path.stat().st_size for path in paths))
     opened = Store.open(store)
-    with Run(opened.root) as run:
+    with Run(opened.storage) as run:
         commit_plan(opened, run, find_inputs(list(map(str, paths))), ChunkOptions(Fields(), 1 << 20))
         stage = ChunkStage()
         tasks = stage.plan(opened)
         assert len(tasks) == len(paths)
         worker = stage.open(opened)
         for unit in units:
-            assert staging.stage(opened.root, worker(tasks[unit], run.id, int))
+            assert staging.stage(opened.storage, worker(tasks[unit], run.id, int))
 
 
 def purge(store: Path, folder: Path, *ids: str, erase: bool = False) -> None:
@@ -75,7 +75,7 @@ def test_a_unit_without_the_purged_is_not_read_again(tmp_path, monkeypatch):
     stage_units(store, paths, [1], monkeypatch)
     purge(store, tmp_path, "jane")
     opened = Store.open(store)
-    with Run(opened.root) as run:
+    with Run(opened.storage) as run:
         assert folding.fold(opened, run).refused == {}
 
 

@@ -17,7 +17,7 @@ from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad, commit_plan
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import staging
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 ROWS = make_rows(400, words=30)
@@ -101,11 +101,11 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
     names[-1].write_bytes(gzip.compress(b"".join(LINES[360:]), 0)[:-40])
     run_chunk(store, names[0])
     opened = Store.open(store)
-    with Run(opened.root) as run:
+    with Run(opened.storage) as run:
         commit_plan(opened, run, find_inputs(list(map(str, names))), ChunkOptions(Fields(), 1 << 20))
         tasks = ChunkStage().plan(opened)
         assert len(tasks) > 5
-        staging.stage(opened.root, ChunkStage().open(opened)(tasks[-1], run.id, int))
+        staging.stage(opened.storage, ChunkStage().open(opened)(tasks[-1], run.id, int))
     for _ in range(2):
         found = api.chunk(store, list(map(str, names)), max_bad=MaxBad(rows=0))
         assert found.stopped

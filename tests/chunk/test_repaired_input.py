@@ -15,7 +15,7 @@ from retrotool import api
 from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad, commit_plan
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 ROWS = make_rows(300, words=30)
@@ -152,7 +152,7 @@ def test_without_inputs_what_was_begun_is_finished(tmp_path):
     assert "Stopped" not in run_chunk(store, path).stdout
     assert run_chunk(store).exit_code == 2
     opened = Store.open(store)
-    with Run(opened.root) as run:
+    with Run(opened.storage) as run:
         found = find_inputs([str(write_rows(tmp_path / "more.jsonl", ROWS[3:9]))])
         commit_plan(opened, run, found, ChunkOptions(Fields(), 1 << 20))
     assert run_chunk(store).exit_code == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chunk_helpers import run_chunk, verified, write_rows
+from chunk_helpers import documents, run_chunk, verified, write_rows
 from conftest import make_rows
 from forked import Forked
 
@@ -14,11 +14,11 @@ from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.chunk.stage import ChunkStage
 from retrotool.engine import task
 from retrotool.errors import ErasedError
-from retrotool.store import disk, runs
-from retrotool.store.clean import clean
+from retrotool.store import disk, gc, leases
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 
 
@@ -29,8 +29,8 @@ def source(tmp_path: Path) -> Path:
 
 def cleaned(root: Path) -> None:
     """Clean up as another process would."""
-    with Run(root) as run:
-        clean(Store.open(root), run)
+    with Run(storage_at(root)) as run:
+        gc.clean(Store.open(root), run)
 
 
 def test_two_processes_at_once_make_one_store_of_both_inputs(tmp_path, byte_level_tokenizer):
@@ -43,6 +43,7 @@ def test_two_processes_at_once_make_one_store_of_both_inputs(tmp_path, byte_leve
         for process in running:
             _, stderr = process.communicate(timeout=120)
             assert (stderr, process.returncode in (0, 3)) == ("", True)
+        cleaned(store)  # both may have begun to finish a plan
         assert verified(store).documents == 190
         assert verified(store).content == verified(tmp_path / "both").content
 
@@ -82,34 +83,40 @@ def test_a_store_that_another_process_makes_first_is_opened(tmp_path, source):
 
 def test_a_run_begins_although_clean_up_takes_its_temporary_file(tmp_path, source, monkeypatch):
     run_chunk(tmp_path / "store", source)
-    link = disk.link
+    storage, rename = storage_at(tmp_path / "store"), disk.rename
+    lost: list[Path] = []
 
-    def lose_it(path: Path, target: Path) -> bool:
+    def lose_it(path: Path, target: Path) -> None:
         monkeypatch.undo()
         cleaned(tmp_path / "store")  # this run is not to be seen yet, so what it wrote seems left over
         assert not path.exists()
-        return link(path, target)
+        lost.append(target)
+        rename(path, target)
 
-    monkeypatch.setattr(disk, "link", lose_it)
-    with Run(tmp_path / "store") as run:
-        assert runs.beat(tmp_path / "store", run.id)
+    monkeypatch.setattr(disk, "rename", lose_it)
+    with Run(storage) as run:
+        assert lost == [tmp_path / "store" / "leases" / f"run-{run.id}"]
+        assert leases.renew(storage, run.id)
 
 
 def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source, monkeypatch):
     root = tmp_path / "store"
     run_chunk(root, source)
-    store, run, is_alive = Store.open(root), Run(root), runs.is_alive
+    store, silence = Store.open(root), gc._silence
+    run = Run(store.storage)
     run.__enter__()
-    entry = write_json_file(root, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
+    entry = write_json_file(store, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
 
-    def commit_and_end(*arguments, **options):
-        monkeypatch.undo()
-        store.commit(run, lambda _: Draft("finish", add=(entry,)))
-        run.__exit__(None, None, None)
-        return is_alive(*arguments, **options)
+    def commit_and_end(storage, owner, now):
+        if owner == run.id:
+            monkeypatch.undo()
+            store.commit(run, lambda _: Draft("finish", add=(entry,)))
+            run.__exit__(None, None, None)
+        return silence(storage, owner, now)
 
-    monkeypatch.setattr(runs, "is_alive", commit_and_end)
+    monkeypatch.setattr(gc, "_silence", commit_and_end)
     cleaned(root)
+    assert Store.open(root).state.has(entry.path)
     assert verified(root).documents == 20
 
 
@@ -125,6 +132,8 @@ def test_a_commit_whose_answer_is_lost_keeps_its_files(tmp_path, source, monkeyp
     monkeypatch.setattr(disk, "fsync_directory", lose_the_answer)
     assert run_chunk(root, source).exit_code == 130
     monkeypatch.undo()
-    assert verified(root).documents == 20
+    assert Store.open(root).state.number == 1
+    assert len(documents(root)) == 20
+    assert verified(root).documents == 0, "the plan is not finished"
     assert run_chunk(root, source).exit_code == 0
     assert verified(root).documents == 20

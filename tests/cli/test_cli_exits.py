@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from retrotool import api
 from retrotool.app import app
 from retrotool.errors import EXIT_INTERRUPTED
+from retrotool.store.store import Store
 
 READING = {
     "embed": [],
@@ -143,6 +144,8 @@ WRONG = [
     "neighbours STORE -k 30",
     "neighbours STORE --saved 2000",
     "neighbours STORE --name a/b",
+    "info STORE --csv",
+    "info STORE --files --documents",
     "export STORE OUT --name x",
     "export STORE OUT -k 21",
     "export STORE OUT -k 0",
@@ -220,7 +223,8 @@ def test_rows_set_aside_end_with_3(tmp_path):
 
 
 def test_corruption_ends_with_12_and_names_the_file(store_copy):
-    (broken,) = (store_copy / "chunks").glob("000001-*.parquet")
+    entry = Store.open(store_copy).state.part_file("chunks", 1)
+    broken = store_copy / entry.path
     data = bytearray(broken.read_bytes())
     data[len(data) // 2] ^= 1
     broken.write_bytes(data)
@@ -346,9 +350,12 @@ def test_a_purge_of_little_does_not_ask(store_copy, asked):
     assert out.startswith("Purged 1 chunk (0.27% of the store), 1 whole document")
 
 
-def has_written(staging: Path, tasks: int) -> bool:
-    """Whether so many tasks have written their first part."""
-    return len({path.name.partition(".")[0] for path in staging.glob("*.documents-*.parquet")}) >= tasks
+UNIT_PARTS = 50
+
+
+def is_at_work(store: Path, tasks: int) -> bool:
+    """Whether so many tasks have written a part: more parts are there than fewer tasks have."""
+    return len(list(store.glob("documents/*.parquet"))) > UNIT_PARTS * (tasks - 1)
 
 
 def has_children(process: int) -> bool:
@@ -363,14 +370,13 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
     text = " ".join(row["text"] for row in make_rows(200))[:30_000]
     rows = [{"id": str(i), "text": f"{i} {text}"} for i in range(340 * workers)]  # 10 MB: a unit a worker
     source = write_jsonl(tmp_path / "many.jsonl", rows)
-    # Holding every text against the slow tokenizer keeps a unit at work for seconds.
+    # A unit is 27,200 chunks, in UNIT_PARTS parts. Holding every text against the slow tokenizer keeps it at work.
     options = ["--tokenizer", byte_level_tokenizer, "--part-size", "500", "--workers", str(workers), "--check", "1"]
-    command = [sys.executable, "-m", "retrotool", "chunk", tmp_path / "store", source, *options]
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "retrotool", "chunk", store, source, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
-    while not (
-        has_children(process.pid) if moment == "starting" else has_written(tmp_path / "store" / "staging", workers)
-    ):
+    while not (has_children(process.pid) if moment == "starting" else is_at_work(store, workers)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     if moment == "starting":
@@ -379,8 +385,11 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (EXIT_INTERRUPTED, "")
     assert err == INTERRUPTED
-    assert api.verify(tmp_path / "store").problems == []
+    assert api.verify(store).problems == []
     if workers == 1:
-        assert api.chunk(tmp_path / "store", [str(source)]).documents == len(rows)
-        assert api.verify(tmp_path / "store").documents == len(rows)
-        assert list((tmp_path / "store" / "staging").iterdir()) == []
+        assert api.chunk(store, [str(source)]).documents == len(rows)
+        assert api.verify(store).documents == len(rows)
+        assert list((store / "staging").iterdir()) == []
+        live = {entry.path for entry in Store.open(store).state.files()}
+        files = {str(path.relative_to(store)) for kind in ("documents", "chunks") for path in (store / kind).iterdir()}
+        assert files <= live, "what the interrupted task had written is removed"

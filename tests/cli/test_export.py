@@ -240,10 +240,18 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
     ids, distances = rng.integers(0, rows, (rows, 3)), np.sort(rng.random((rows, 3), np.float32), axis=1)
     uuid, number = store.identity.uuid, store.state.number
     record = {"database": uuid, "path": str(root), "within": True, "index": "", "encoder": "tiny", "saved": 3, "k": 2}
-    about = {"index": "", "encoder": "tiny", "commit": number, "head": store.state.head[:16], "searched": [[0, 0]]}
+    about = {
+        "version": "0" * 16,
+        "purges": "",
+        "index": "",
+        "encoder": "tiny",
+        "commit": number,
+        "head": store.state.head[:16],
+        "searched": [[0, 0]],
+    }
     with writing(store) as run:
         entry = neighbour_tables.write_table(
-            root, FileName.new(run.id, "neighbours", part_slot(0), "parquet", "main"), NeighbourTable(ids, distances),
+            store, FileName.new(run.id, "neighbours", part_slot(0), "parquet", "main"), NeighbourTable(ids, distances),
             database=uuid, commit=number, path=str(root), about=about,
         )  # fmt: skip
         store.commit(run, lambda _: Draft("neighbours", add=(entry,), records={"neighbours:main": record}))

@@ -19,10 +19,12 @@ from retrotool.app import app
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import log
 from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.paths import new_token
-from retrotool.store.runs import Run
+from retrotool.store.staging import COUNTS
 from retrotool.store.state import encode_checkpoint
+from retrotool.store.storage import storage_at
 from retrotool.store.store import CHECKPOINT_EVERY, Store
 
 SECRET = "doc-9"
@@ -60,9 +62,13 @@ def store(audited_store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(audited_store, tmp_path / "store"))
 
 
+def commit_file(root: Path, number: int) -> Path:
+    return root / log.commit_path(number)
+
+
 def forge(root: Path, number: int, **fields: object) -> None:
     """Rewrite a commit as a careful forger would: with a checksum that is right."""
-    path = log.commit_path(root, number)
+    path = commit_file(root, number)
     entry = {**json.loads(path.read_text()), **fields}
     del entry["sha256"]
     path.write_bytes(log.with_checksum(orjson.dumps(entry)))
@@ -71,8 +77,8 @@ def forge(root: Path, number: int, **fields: object) -> None:
 def forge_all(root: Path, number: int, **fields: object) -> None:
     """Rewrite a commit and all that follow, so that the chain is whole again."""
     forge(root, number, **fields)
-    for later in range(number + 1, log.last_number(root) + 1):
-        parent = hashlib.sha256(log.commit_path(root, later - 1).read_bytes()).hexdigest()
+    for later in range(number + 1, log.last_number(storage_at(root)) + 1):
+        parent = hashlib.sha256(commit_file(root, later - 1).read_bytes()).hexdigest()
         forge(root, later, parent=parent)
 
 
@@ -80,7 +86,7 @@ def test_every_commit_is_told_with_the_hash_that_the_next_names(store: Path) -> 
     entries = list(api.log_entries(store))
     assert [entry.number for entry in entries] == list(range(Store.open(store).state.number + 1))
     assert [entry.parent for entry in entries[1:]] == [entry.sha256 for entry in entries[:-1]]
-    files = [hashlib.sha256(log.commit_path(store, n).read_bytes()).hexdigest() for n in range(len(entries))]
+    files = [hashlib.sha256(commit_file(store, n).read_bytes()).hexdigest() for n in range(len(entries))]
     assert [entry.sha256 for entry in entries] == files
     told = json.loads(run("log", store, "--json")[1])
     assert [entry["sha256"] for entry in told["commits"]] == files
@@ -121,7 +127,7 @@ def test_no_purged_text_is_told(store: Path) -> None:
 
 
 def test_a_broken_log_is_told_as_far_as_it_goes(store: Path) -> None:
-    log.commit_path(store, 3).unlink()
+    commit_file(store, 3).unlink()
     code, out, err = run("log", store)
     assert (code, len(out.splitlines())) == (12, 3)
     assert err.startswith("error: ") and "00000003.json is missing" in err and "verify" in err
@@ -160,11 +166,11 @@ def test_a_parent_that_was_edited_is_named(store: Path) -> None:
 
 
 def test_an_entry_that_was_edited_carelessly_torn_or_taken_away_is_named(store: Path) -> None:
-    path = log.commit_path(store, 2)
+    path = commit_file(store, 2)
     path.write_bytes(path.read_bytes().replace(b'"time":"2', b'"time":"1'))
-    torn = log.commit_path(store, 4)
+    torn = commit_file(store, 4)
     torn.write_bytes(torn.read_bytes()[:-20])
-    log.commit_path(store, 6).unlink()
+    commit_file(store, 6).unlink()
     found = api.verify_log(store)
     assert [path.name for path in map(Path, [p.split(":")[0].split(" ")[0] for p in found.problems[:3]])] == [
         "00000002.json", "00000004.json", "00000006.json",
@@ -175,7 +181,7 @@ def test_an_entry_that_was_edited_carelessly_torn_or_taken_away_is_named(store: 
 
 
 def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> None:
-    one, other = (log.commit_path(store, n) for n in (2, 3))
+    one, other = (commit_file(store, n) for n in (2, 3))
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
@@ -185,8 +191,8 @@ def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> N
     other.write_bytes(one.read_bytes())
     one.write_bytes(data)
     assert api.verify_log(store).ok
-    last = log.last_number(store)
-    shutil.copy(one, log.commit_path(store, last + 1))
+    last = log.last_number(storage_at(store))
+    shutil.copy(one, commit_file(store, last + 1))
     shutil.copy(one, store / "log" / "2.json")
     shutil.copy(one, store / "log" / "00000002.json.bak")
     first, second, third = api.verify_log(store).problems
@@ -196,9 +202,10 @@ def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> N
 
 def test_an_invalid_commit_and_another_identity_are_named(store: Path) -> None:
     state = Store.open(store).state
-    gone = "chunks/000000-0123abcd01234567.parquet"
-    with Run(store) as run:
-        assert log.append(store, run.id, state.number + 1, state.head, Draft("erase", remove=(gone,)))
+    gone = "chunks/0123abcd01234567.parquet"
+    storage = storage_at(store)
+    with Run(storage) as run:
+        assert log.append(storage, run.id, state.number + 1, state.head, Draft("erase", remove=(gone,)))
     assert [f"commit {state.number + 1} is invalid" in p for p in api.verify_log(store).problems] == [True]
     (store / "store.json").write_text("{}")
     assert "store.json can't be read" in api.verify_log(store).problems[0]
@@ -222,16 +229,16 @@ def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_anew(store: Path
 
 def test_a_log_that_was_cut_off_is_found_by_a_kept_hash_or_a_checkpoint(store: Path) -> None:
     kept = api.verify_log(store).head
-    log.commit_path(store, log.last_number(store)).unlink()
+    commit_file(store, log.last_number(storage_at(store))).unlink()
     assert api.verify_log(store).ok
     assert "cut off" in api.verify_log(store, kept).problems[0]
-    for number in range(3, log.last_number(store) + 1):
-        log.commit_path(store, number).unlink()
+    for number in range(3, log.last_number(storage_at(store)) + 1):
+        commit_file(store, number).unlink()
     assert "no such commit 3" in api.verify_log(store).problems[0]
 
 
 def test_checkpoints_must_be_the_fold(store: Path) -> None:
-    forged = write_checkpoint(store, 4, totals={})
+    forged = write_checkpoint(store, 4, totals=dict.fromkeys(COUNTS, 0))
     (problem,) = api.verify_log(store).problems
     assert forged.name in problem and "not the fold" in problem
     moved = forged.rename(forged.with_name(forged.name.replace("00000004", "00000002")))
@@ -254,17 +261,17 @@ def test_a_head_is_64_digits(store: Path, head: str) -> None:
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     opened = Store.create(tmp_path / "store", TokenizerIdentity.of("test", b"{}", 9, False), b"{}", 8)
-    with Run(opened.root) as run:
+    with Run(opened.storage) as run:
         for number in range(2 * CHECKPOINT_EVERY):
             opened.commit(run, lambda _: Draft("embed", records={"x": "y" * 1000 + str(number)}))  # noqa: B023
-    next(api.log_entries(opened.root))
+    next(api.log_entries(tmp_path / "store"))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in api.log_entries(opened.root)) == 2 * CHECKPOINT_EVERY
+        assert sum(1 for _ in api.log_entries(tmp_path / "store")) == 2 * CHECKPOINT_EVERY
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 100_000, "of 512 kB"
     with pytest.raises(CorruptError):
-        log.commit_path(opened.root, 1).write_bytes(b"")
-        list(api.log_entries(opened.root))
+        commit_file(tmp_path / "store", 1).write_bytes(b"")
+        list(api.log_entries(tmp_path / "store"))

@@ -39,7 +39,7 @@ def expected(store: Store, without: frozenset[str] = frozenset()) -> tuple[dict[
 
 
 def found(store: Store) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    shape = api.info(store.root, documents=True).shape
+    shape = api.info(store.place, documents=True).shape
     assert shape.share == 1
     lengths = {row["tokens"]: row["documents"] for row in shape.lengths}
     return lengths, {row["source"]: (row["documents"], row["tokens"]) for row in shape.sources}
@@ -53,8 +53,8 @@ def test_documents_are_counted_by_length_and_source(store):
 def test_purged_documents_are_not_counted(store, tmp_path, erase):
     gone = frozenset({"doc-3", "doc-4", "doc-50"})
     (tmp_path / "ids").write_text("\n".join(gone))
-    api.purge(store.root, api.Selectors(documents=tmp_path / "ids"), reason="test", erase=erase)
-    assert found(store) == expected(Store.open(store.root), gone)
+    api.purge(store.place, api.Selectors(documents=tmp_path / "ids"), reason="test", erase=erase)
+    assert found(store) == expected(Store.open(store.place), gone)
 
 
 def test_of_a_large_store_parts_spread_over_it_are_read_and_scaled(store):

@@ -14,7 +14,7 @@ from test_corrupt_lies import PART, Liar, put
 
 from retrotool import api
 from retrotool.store import parts
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 
@@ -45,15 +45,13 @@ def value_for_a_key(ids: np.ndarray) -> np.ndarray:
 
 def count(liar: Liar, about: dict[str, int] | None) -> None:
     old = liar.old("chunks")
-    name = liar.name(old)
-    (liar.store.root / name.path).hardlink_to(liar.store.root / old.path)
-    liar.commit(dataclasses.replace(old, path=name.path, about=about), old)
+    liar.commit(dataclasses.replace(liar.copy(old), about=about), old)
 
 
 def lose_column(liar: Liar) -> None:
     old = liar.old("chunks")
     table = parts.read_parquet(liar.store, old).drop_columns(["key"])
-    liar.commit(parts.write_parquet(liar.store.root, liar.name(old), table, about=old.about), old)
+    liar.commit(parts.write_parquet(liar.store, liar.name(old), table, about=old.about), old)
 
 
 def vector_of_key(matrix: np.ndarray) -> np.ndarray:
@@ -88,7 +86,7 @@ def test_a_lie_about_keys_is_found(told: Path, tmp_path: Path, lie: str) -> None
     tell, expected = LIES[lie]
     copy = Path(shutil.copytree(told, tmp_path / "store"))
     store = Store.open(copy)
-    with Run(copy) as run:
+    with Run(store.storage) as run:
         tell(Liar(store, run))
     problems = api.verify(copy).problems
     assert any(expected in problem for problem in problems), problems

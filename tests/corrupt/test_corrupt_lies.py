@@ -15,14 +15,19 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.store import atomic, neighbour_tables, parts, tombstones
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
+from retrotool.store import neighbour_tables, parts, tombstones
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
+from retrotool.store.sums import with_sums
+from retrotool.store.vectors import read_vectors, write_vectors
 
 PART = 1
+NO_PURGE = {
+    "commit": 0, "erased": False, "selector": "ids", "hash": "", "reason": "", "who": "", "documents": 0, "chunks": 0,
+    "tokens": 0,
+}  # fmt: skip
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -50,13 +55,22 @@ class Liar:
 
     def name(self, old: FileEntry) -> FileName:
         name = FileName.parse(old.path)
-        return FileName.new(self.run.id, name.kind, name.slot, name.extension, name.name)
+        return FileName.new(self.run.id, name.kind, old.slot, name.extension, name.name)
+
+    def copy(self, old: FileEntry, name: FileName | None = None) -> FileEntry:
+        """The same bytes under a new name."""
+        root, copy = Path(self.store.place), (name or self.name(old)).path
+        (root / copy).parent.mkdir(exist_ok=True)
+        for source, target in zip(with_sums(old.path), with_sums(copy), strict=True):
+            (root / target).hardlink_to(root / source)
+        return dataclasses.replace(old, path=copy)
+
+    def write_index(self, old: FileEntry, index: Any, about: dict[str, Any] | None) -> FileEntry:
+        return self.store.write(self.name(old), lambda sink: lists.write_lists(index, sink.write), about=about)
 
     def table(self, kind: str, change: Callable[[pa.Table], pa.Table]) -> None:
         old = self.old(kind)
-        self.commit(
-            parts.write_parquet(self.store.root, self.name(old), change(parts.read_parquet(self.store, old))), old
-        )
+        self.commit(parts.write_parquet(self.store, self.name(old), change(parts.read_parquet(self.store, old))), old)
 
     def column(self, kind: str, column: str, change: Callable[[list[Any]], None]) -> None:
         def changed(table: pa.Table) -> pa.Table:
@@ -69,39 +83,36 @@ class Liar:
 
     def embeddings(self, change: Change) -> None:
         old = self.old("embeddings", "tiny")
-        matrix = np.array(parts.read_vectors(self.store, old))
-        self.commit(parts.write_vectors(self.store.root, self.name(old), change(matrix)), old)
+        matrix = np.array(read_vectors(self.store, old))
+        self.commit(write_vectors(self.store, self.name(old), change(matrix)), old)
 
     def neighbours(self, ids: Change, distances: Change, database: str | None = None) -> None:
         old = self.old("neighbours", "main")
         table = neighbour_tables.read_table(self.store, old)
         changed = neighbour_tables.NeighbourTable(ids(table.ids.copy()), distances(table.distances.copy()))
         of = {"database": database or self.store.identity.uuid, "commit": 0, "path": "", "about": old.about}
-        self.commit(neighbour_tables.write_table(self.store.root, self.name(old), changed, **of), old)
+        self.commit(neighbour_tables.write_table(self.store, self.name(old), changed, **of), old)
 
     def in_shard(self, ids: Change, vectors: Change, **about: Any) -> None:
         """The vectors of all parts, changed."""
         old = self.old("index", "main", "shard-0000")
-        found = lists.read_lists(self.store.path(old))
+        found = lists.read_lists(self.store.storage.local(old.path))
         index = flat(ids(found.ids(0).copy()), vectors(found.codes(0).view(np.float16).copy()))
-        write = lambda path: lists.write_lists(index, path)  # noqa: E731
-        told = {**old.about, **about}
-        self.commit(atomic.write_file(self.store.root, self.name(old), write, about=told), old)
+        self.commit(self.write_index(old, index, {**old.about, **about}), old)
 
     def shard(self, ids: np.ndarray) -> None:
         old = self.old("index", "main", "shard-0000")
         index = flat(ids, np.ones((len(ids), 32), np.float16))
-        write = lambda path: lists.write_lists(index, path)  # noqa: E731
-        self.commit(atomic.write_file(self.store.root, self.name(old), write, about=old.about), old)
+        self.commit(self.write_index(old, index, old.about), old)
 
     def tombstone(self, *ids: int) -> None:
         name = FileName.new(self.run.id, "tombstones", "p", "parquet")
-        self.commit(tombstones.write_tombstones(self.store.root, name, np.array(ids, np.int64)))
+        self.commit(tombstones.write_tombstones(self.store, name, np.array(ids, np.int64)))
 
     def block(self, purge: str, *hashes: bytes) -> None:
         name = FileName.new(self.run.id, "blocked", purge, "parquet")
         column = pa.array(hashes, pa.binary(16))
-        self.commit(parts.write_parquet(self.store.root, name, pa.table({"hash": column})), **{"purge:p": {}})
+        self.commit(parts.write_parquet(self.store, name, pa.table({"hash": column})), **{"purge:p": NO_PURGE})
 
 
 def put(place: int, value: Any) -> Callable[[list[Any]], None]:
@@ -249,29 +260,28 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
         lambda liar: liar.commit(totals={"documents": 1, "chunks": 2, "tokens": 3, "set_aside": 0}),
         "living documents found, the log says 1",
     ),
+    "a part in the place of another": (
+        lambda liar: liar.commit(dataclasses.replace(liar.copy(liar.old("chunks")), slot="000009"), liar.old("chunks")),
+        "part 9 lacks its documents or its chunks",
+    ),
+    "parts that wait for a plan that is finished": (
+        lambda liar: liar.commit(pending=1), "living documents found, the log says",
+    ),
+    "fewer parts than there are": (lambda liar: liar.commit(parts=1), "living documents found, the log says"),
     "rows that are not in the file": (
         lambda liar: liar.commit(
-            dataclasses.replace(liar.old("documents"), path=_moved(liar, "documents"), rows=10**6),
-            liar.old("documents"),
+            dataclasses.replace(liar.copy(liar.old("documents")), rows=10**6), liar.old("documents"),
         ),
         "rows, the log says 1,000,000",
     ),
 }  # fmt: skip
 
 
-def _moved(liar: Liar, kind: str) -> str:
-    """A new name for a part's file."""
-    old = liar.old(kind)
-    name = liar.name(old)
-    (liar.store.root / name.path).hardlink_to(liar.store.root / old.path)
-    return name.path
-
-
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_is_found(store_copy: Path, lie: str) -> None:
     tell, expected = LIES[lie]
     store = Store.open(store_copy)
-    with Run(store_copy) as run:
+    with Run(store.storage) as run:
         tell(Liar(store, run))
     problems = api.verify(store_copy).problems
     assert any(expected in problem for problem in problems), problems
@@ -287,7 +297,7 @@ def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path
         matrix[3] = 1
         return matrix
 
-    with Run(store_copy) as run:
+    with Run(store.storage) as run:
         Liar(store, run).embeddings(revive)
     assert any(
         "a chunk that is erased or no key has a vector" in problem for problem in api.verify(store_copy).problems
@@ -297,11 +307,11 @@ def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path
 def test_every_part_is_looked_at(store_copy: Path) -> None:
     store = Store.open(store_copy)
     assert len(store.state.parts()) > 2
-    with Run(store_copy) as run:
+    with Run(store.storage) as run:
         liar = Liar(store, run)
         for part in store.state.parts():
             old = liar.old("embeddings", "tiny", part_slot(part))
-            liar.commit(parts.write_vectors(store_copy, liar.name(old), np.zeros((1, 32), np.float16)), old)
+            liar.commit(write_vectors(store, liar.name(old), np.zeros((1, 32), np.float16)), old)
     problems = "\n".join(api.verify(store_copy).problems)
     assert all(f"{part_slot(part)}-" in problems for part in store.state.parts())
 
@@ -309,14 +319,11 @@ def test_every_part_is_looked_at(store_copy: Path) -> None:
 def test_what_is_not_finished_is_no_lie(store_copy: Path) -> None:
     """An index, or a table, of which a run was killed before it could record it."""
     store = Store.open(store_copy)
-    with Run(store_copy) as run:
+    with Run(store.storage) as run:
         liar = Liar(store, run)
         for kind, slot, name in (("index", "trained", "begun"), ("neighbours", part_slot(PART), "begun")):
             old = liar.old(kind, "main", slot)
-            path = FileName.new(run.id, kind, slot, FileName.parse(old.path).extension, name).path
-            (store_copy / path).parent.mkdir()
-            (store_copy / path).hardlink_to(store_copy / old.path)
-            liar.commit(dataclasses.replace(old, path=path))
+            liar.commit(liar.copy(old, dataclasses.replace(liar.name(old), name=name)))
     assert api.verify(store_copy).problems == []
 
 
@@ -331,7 +338,7 @@ def test_purged_chunks_may_be_missing_from_an_index(store_copy: Path) -> None:
 def test_vectors_of_zeros_may_be_right_where_texts_are_tokenised_again(store_copy: Path) -> None:
     """Of white space that another tokenizer made tokens of, the encoder's own sees nothing."""
     store = Store.open(store_copy)
-    with Run(store_copy) as run:
+    with Run(store.storage) as run:
         liar = Liar(store, run)
         liar.commit(**{"encoder:tiny": {**store.state.records["encoder:tiny"], "tokenizer": "another"}})
         liar.embeddings(with_value(0, 3))

@@ -12,8 +12,8 @@ from test_corrupt_lies import PART, Liar
 
 from retrotool import api
 from retrotool.store import neighbour_tables
+from retrotool.store.leases import Run
 from retrotool.store.neighbour_tables import NeighbourText
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 Change = Callable[[NeighbourText], Any]
@@ -29,14 +29,14 @@ def store(store_copy: Path) -> Path:
 def lie(store: Path, change: Change) -> list[str]:
     """Commit a part's table with changed tokens, and return the problems that are found."""
     opened = Store.open(store)
-    with Run(store) as run:
+    with Run(opened.storage) as run:
         liar = Liar(opened, run)
         old = liar.old("neighbours", "main")
         stored = neighbour_tables.read_text(opened, old)
         copy = NeighbourText(*(np.array(v) for v in (stored.ids, stored.distances, stored.n_tokens, stored.tokens)))
         record = opened.state.records["neighbours:main"]
         written = neighbour_tables.write_table(
-            store, liar.name(old), neighbour_tables.read_table(opened, old), database=record["database"], commit=0,
+            opened, liar.name(old), neighbour_tables.read_table(opened, old), database=record["database"], commit=0,
             path=record["path"], about=old.about, text=[change(copy) or copy], chunk_bytes=128,
         )  # fmt: skip
         liar.commit(written, old)

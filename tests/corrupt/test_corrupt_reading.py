@@ -19,7 +19,7 @@ import retrotool
 from retrotool import api
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.store import neighbour_tables, parts, tombstones
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.store import Store
 
 PURGED = (5, 6, 7, 1 << 32 | 4)
@@ -172,7 +172,7 @@ def test_a_file_of_another_size_is_an_error_that_names_it(root: Path, kind: str,
     if damage != "missing":
         path.write_bytes(data[:-1] if damage == "shorter" else data + b"\0")
     with pytest.raises(CorruptError, match=entry.path) as caught:
-        store.path(entry)
+        store.check_there(entry)
     assert "retrotool verify" in caught.value.advice
 
 

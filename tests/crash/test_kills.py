@@ -39,6 +39,7 @@ from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
 from retrotool.store.paths import DATA_KINDS
 from retrotool.store.store import Store
+from retrotool.store.sums import with_sums
 
 pytestmark = pytest.mark.slow
 
@@ -242,7 +243,7 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
             shutil.copytree(before, store)
         killed, _ = in_child(lambda store=store: case.work(store), draw.randint(1, calls))  # type: ignore[misc]
         fired += killed
-        check_between(store, before, known)
+        check_between(store, before, known, expected)
         in_child(lambda store=store: case.work(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
         assert read_blocked(Store.open(store)).hashes.tolist() == blocked
@@ -271,7 +272,7 @@ def test_a_plan_whose_finishing_was_killed_is_finished_when_it_is_run_again(tiny
     for fatal in range(1, calls + 1, max(1, calls // KILLS)):
         store = shutil.copytree(tmp_path / "before", tmp_path / f"store-{fatal}")
         assert in_child(lambda store=store: finish(store), fatal)[0]  # type: ignore[misc]
-        check_between(store, tmp_path / "before", set())
+        check_between(store, tmp_path / "before", set(), expected)
         in_child(lambda store=store: finish(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
 
@@ -289,13 +290,21 @@ def problems(store: Path) -> set[str]:
     return {problem.replace(f"{store}/", "") for problem in verify(store).problems} if store.exists() else set()
 
 
-def check_between(store: Path, before: Path, known: set[str]) -> None:
-    """After the kill the store is as whole as it was: everything that was there before, and nothing half."""
+def check_between(store: Path, before: Path, known: set[str], expected: Verification | None = None) -> None:
+    """After the kill the store is as whole as it was: everything that was there before, and nothing half.
+
+    Readers see all that the command adds or takes, as is ``expected``, or nothing of it.
+    """
     if not (store / "store.json").exists():
         return
     assert problems(store) <= known
     if before.exists():
         assert Store.open(store).state.number >= Store.open(before).state.number
+    if expected is not None:
+        found, empty = verify(store), not before.exists()
+        assert found.content == expected.content or (
+            found.documents == 0 if empty else found.content == verify(before).content
+        )
 
 
 def check_after(store: Path, case: Case, expected: Verification) -> None:
@@ -303,9 +312,9 @@ def check_after(store: Path, case: Case, expected: Verification) -> None:
     assert found.ok, found.problems
     assert {name: getattr(found, name) for name in case.equal} == {name: getattr(expected, name) for name in case.equal}
     left = [path for path in store.rglob("*") if path.name.startswith(".tmp-")]
-    left += [path for path in (store / "staging").iterdir() if path.is_file()]
+    left += [path for folder in ("staging", "leases") for path in (store / folder).glob("*")]
     assert not left
-    live = {entry.path for entry in Store.open(store).state.files()}
+    live = {path for entry in Store.open(store).state.files() for path in with_sums(entry.path)}
     files = {path.relative_to(store).as_posix() for kind in DATA_KINDS for path in (store / kind).rglob("*.*")}
     assert files == live, "no file is left that no commit names"
     shown = info(store)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Cli, write_jsonl
 from pages import ROOT, blocks
 
 import retrotool
 from retrotool import api
+from retrotool.errors import DuplicatesError
 from retrotool.reader import Reader
+from retrotool.sources import Fields
 from retrotool.store.parts import token_dtype
 
 RECIPES = {
@@ -60,12 +64,75 @@ def run(recipe: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_recipe_is_forgotten() -> None:
-    assert sorted(RECIPES) == ["DuckDB", "Polars", "faiss", "materialised", "numpy", "pyarrow and numpy"]
+    assert sorted(RECIPES) == [
+        "DuckDB",
+        "DuckDB, all parts",
+        "Polars",
+        "faiss",
+        "materialised",
+        "numpy",
+        "pyarrow and numpy",
+    ]
 
 
 def test_duckdb_counts_the_chunks_of_each_length(names: dict[str, Any], reader: Reader, part: int) -> None:
     expected = Counter(reader.chunk(int(i)).n_tokens for i in reader.chunk_ids(part))
     assert run("DuckDB", names)["lengths"] == sorted(expected.items())
+
+
+@pytest.fixture
+def grown_store(store_copy: Path, tmp_path: Path) -> Path:
+    """A store whose runs kept different columns: two are finished, one is not; a document is erased."""
+    for field in ("year", "licence"):
+        rows = [{"id": f"{field}-{i}", "text": f"{field} {i} " * 60, field: str(i)} for i in range(5)]
+        source = write_jsonl(tmp_path / f"{field}.jsonl", rows)
+        api.chunk(store_copy, [str(source)], fields=Fields(keep=(field,)), part_size=4)
+    record = {"id": "record", "question": "what is kept?", "answer": "a value " * 100}
+    source = write_jsonl(tmp_path / "records.jsonl", [record])
+    api.chunk(store_copy, [str(source)], fields=Fields(key="question", value="answer"))
+    api.purge(store_copy, api.Selectors(document=("doc-3", "year-1")), reason="test", erase=True)
+    again = write_jsonl(tmp_path / "again.jsonl", [{"id": "doc-4", "text": "again"}])
+    with pytest.raises(DuplicatesError):
+        api.chunk(store_copy, [str(again)], duplicates="fail")
+    return store_copy
+
+
+def all_parts(store: Path, tmp_path: Path, cli: Cli) -> dict[str, Any]:
+    """What the recipe for all parts finds, and its connection as ``duckdb``."""
+    listing = tmp_path / "files.csv"
+    listing.write_text(cli("info", store, "--files", "--csv").stdout)
+    return run("DuckDB, all parts", {"store": store, "listing": listing})
+
+
+def test_duckdb_joins_all_parts_by_the_list_of_files(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
+    reader = retrotool.open(grown_store)
+    # What a kill may leave: a whole file that no commit names.
+    for kind in ("chunks", "documents"):
+        some = next((grown_store / kind).glob("*.parquet"))
+        shutil.copy(some, some.with_name("0123abcd01234567.parquet"))
+    found = all_parts(grown_store, tmp_path, cli)
+    due = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
+    assert len(due) > 300
+    living = {chunk: document for chunk, document in found["ids"] if document is not None}
+    assert [(chunk, reader.chunk(chunk).document) for chunk in due] == sorted(living.items())
+    tokens = found["duckdb"].sql("SELECT chunk, n_tokens FROM chunks WHERE n_tokens > 0 ORDER BY chunk").fetchall()
+    assert tokens == [(chunk, reader.chunk(chunk).n_tokens) for chunk in due]
+
+
+def test_duckdb_reads_columns_that_some_parts_have(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
+    found = all_parts(grown_store, tmp_path, cli)["duckdb"]
+    kept = found.sql("SELECT id, year, licence FROM documents WHERE year IS NOT NULL OR licence IS NOT NULL").fetchall()
+    years = [(f"year-{i}", str(i), None) for i in range(5) if i != 1]
+    assert sorted(kept) == sorted([*years, *((f"licence-{i}", None, str(i)) for i in range(5))])
+    values = found.sql("SELECT count(*) FROM chunks JOIN documents USING (part, doc) WHERE NOT chunks.key").fetchall()
+    assert values == [(len(retrotool.open(grown_store).document("record")) - 1,)]
+
+
+def test_duckdb_is_told_of_a_file_that_was_erased_since(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
+    found = all_parts(grown_store, tmp_path, cli)["duckdb"]
+    api.purge(grown_store, api.Selectors(document=("doc-5",)), reason="test", erase=True)
+    with pytest.raises(found.IOException, match="No files found"):
+        found.sql("SELECT count(*) FROM chunks").fetchall()
 
 
 def test_polars_finds_the_longest_documents(names: dict[str, Any], reader: Reader, part: int) -> None:

@@ -23,11 +23,12 @@ from retrotool.engine import progress as engine_progress
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, perform_reporting, task_key
 from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
-from retrotool.store import runs, staging
+from retrotool.store import leases, staging
 from retrotool.store.folding import writing
+from retrotool.store.leases import Run
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.staging import Staged
+from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
 
@@ -48,7 +49,7 @@ class TouchStage:
             for n in range(self.tasks)
             if f"t{n}" not in done
         ]
-        return [task for task in tasks if not staging.is_staged(store.root, task.key)]
+        return [task for task in tasks if not staging.is_staged(store.storage, task.key)]
 
     def open(self, store: Store) -> TouchWorker:
         return TouchWorker(store, self)
@@ -73,7 +74,7 @@ class TouchWorker:
             raise StorageError("no space left")
         if kind == "kill" or (kind == "die" and attempt == 0):
             os.kill(os.getpid(), signal.SIGKILL)
-        entry = write_json_file(self.store.root, FileName.new(run, "selectors", f"t{n}", "json"), {"n": n}, 1)
+        entry = write_json_file(self.store, FileName.new(run, "selectors", f"t{n}", "json"), {"n": n}, 1)
         report(1)
         return Staged(task.key, "touch", run, add=(entry,))
 
@@ -187,8 +188,8 @@ def test_a_task_that_kills_its_worker_every_time_is_given_up_and_its_claim_with_
         with pytest.raises(TaskError, match=r"task 2 failed 3 times: BrokenProcessPool"):
             engine.execute(stage, store, run, workers=2)
         assert attempts(tmp_path, 2) == 3
-        with Run(store.root) as other:
-            assert runs.claimed_elsewhere(store.root, other.id) == frozenset()
+        with Run(store.storage) as other:
+            assert leases.claimed_elsewhere(store.storage, other.id) == frozenset()
     assert len(store.refresh().group("selectors")) == 5
 
 
@@ -203,12 +204,12 @@ class ClaimingStage(TouchStage):
 def test_a_claimed_task_is_left_to_the_run_that_is_at_it(store: Store, tmp_path: Path) -> None:
     stage = ClaimingStage(str(tmp_path / "marks"))
     task = stage.plan(store)[3]
-    with Run(store.root) as other, Run(store.root) as run:
-        assert runs.take_claim(store.root, task.key, other.id)
-        assert engine.perform(stage.open(store), store.root, task, run.id, lambda _: None) is None
+    with Run(store.storage) as other, Run(store.storage) as run:
+        assert leases.take_claim(store.storage, task.key, other.id)
+        assert engine.perform(stage.open(store), store.storage, task, run.id, lambda _: None) is None
         engine.execute(stage, store, run)
         assert [attempts(tmp_path, n) for n in range(6)] == [1, 1, 1, 0, 1, 1]
-        runs.release_claim(store.root, task.key, other.id)
+        leases.release_claim(store.storage, task.key, other.id)
         engine.execute(stage, store, run)
     assert len(store.state.group("selectors")) == 6
 
@@ -218,17 +219,17 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
 ) -> None:
     stage = ClaimingStage(str(tmp_path / "marks"))
     task = stage.plan(store)[0]
-    take = runs.take_claim
+    take = leases.take_claim
 
-    def late(root: Path, key: str, run: str) -> bool:
+    def late(storage: Storage, key: str, run: str) -> bool:
         monkeypatch.undo()
-        with Run(root) as other:  # does it all while the first one is about to claim it
-            assert engine.perform(stage.open(store), root, task, other.id, lambda _: None)
-        return take(root, key, run)
+        with Run(storage) as other:  # does it all while the first one is about to claim it
+            assert engine.perform(stage.open(store), storage, task, other.id, lambda _: None)
+        return take(storage, key, run)
 
-    monkeypatch.setattr(runs, "take_claim", late)
-    with Run(store.root) as run:
-        assert engine.perform(stage.open(store), store.root, task, run.id, lambda _: None) is None
+    monkeypatch.setattr(leases, "take_claim", late)
+    with Run(store.storage) as run:
+        assert engine.perform(stage.open(store), store.storage, task, run.id, lambda _: None) is None
     assert attempts(tmp_path, 0) == 1
 
 
@@ -250,8 +251,8 @@ def test_progress_subtracts_what_came_to_nothing(store: Store, tmp_path: Path, o
 
     worker = Half(store, TouchStage(str(tmp_path)))
     expected = contextlib.nullcontext() if others else pytest.raises(OSError, match="a hiccup")
-    with Run(store.root) as run, expected:
-        perform_reporting(worker, store.root, task, run.id, lambda *update: updates.append(update))
+    with Run(store.storage) as run, expected:
+        perform_reporting(worker, store.storage, task, run.id, lambda *update: updates.append(update))
     assert updates == [(4, 0, "half"), (3, 0, "half"), (-7, 10 if others else 0, "")]
 
 
@@ -265,7 +266,7 @@ def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path,
     command = [sys.executable, "-m", "retrotool", "chunk", str(store), *inputs, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list((store / "staging").glob("*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+    while not list((store / "documents").glob("*.parquet")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

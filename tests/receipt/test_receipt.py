@@ -21,11 +21,11 @@ import retrotool
 from retrotool import api
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.receipt import read_paths, run
-from retrotool.store import runs
-from retrotool.store.atomic import write_file
+from retrotool.store import leases
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
+from retrotool.store.storage import Sink
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 
@@ -196,7 +196,7 @@ def test_a_store_that_can_not_be_written_has_a_receipt(store: Path, monkeypatch:
     def refused(*_: object) -> Any:
         raise StorageError("read-only file system")
 
-    monkeypatch.setattr(runs.Run, "__enter__", refused)
+    monkeypatch.setattr(leases.Run, "__enter__", refused)
     found = verified(store, name)
     assert found.receipt.ok and found.commit is None
     assert "no commit names, as the store could not be written to" in shown_texts(Path(found.page).read_text())
@@ -260,9 +260,9 @@ def test_tables_that_are_replaced_as_they_are_read_are_checked_again(store: Path
         while tables:
             entry = tables.pop()
             data, old = (store / entry.path).read_bytes(), FileName.parse(entry.path)
-            with Run(store) as run:
+            with Run(opened.storage) as run:
                 new = FileName.new(run.id, "neighbours", old.slot, old.extension, old.name)
-                written = write_file(store, new, functools.partial(_write, data, entry.rows), about=entry.about)
+                written = opened.write(new, functools.partial(_write, data, entry.rows), about=entry.about)
                 opened.commit(run, lambda _, new=written, old=entry: Draft("test", add=(new,), remove=(old.path,)))
         return read(*args)
 
@@ -271,6 +271,6 @@ def test_tables_that_are_replaced_as_they_are_read_are_checked_again(store: Path
     assert not tables and found.problems == ()
 
 
-def _write(data: bytes, rows: int, path: Path) -> int:
-    path.write_bytes(data)
+def _write(data: bytes, rows: int, sink: Sink) -> int:
+    sink.write(data)
     return rows

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Shared, make_rows, write_jsonl
+from conftest import Shared, make_rows, rewrite_sums, write_jsonl
 from receipt_help import NAMES, build, purge, receipt
 
 import retrotool
@@ -22,14 +23,15 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.index.index_files import write_index
 from retrotool.receipt.verify_erasure import CHECKS
-from retrotool.store import disk, parts
-from retrotool.store.atomic import FileEntry, write_file
+from retrotool.store import disk, leases, parts
 from retrotool.store.folding import writing
-from retrotool.store.log import Draft
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import DATA_KINDS, FileName
-from retrotool.store.runs import Run
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
+from retrotool.store.vectors import write_vectors
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +82,18 @@ def put_back(store: Path, before: Store, kind: str, name: str, chunk: int, forge
         new = FileName.new(run.id, kind, slot, FileName.parse(now.path).extension, name)
         if isinstance(forged, pa.Table):
             row_group = parts.ROW_GROUP
-            entry = parts.write_parquet(store, new, forged, row_group=row_group, about=now.about)
+            entry = parts.write_parquet(opened, new, forged, row_group=row_group, about=now.about)
         elif isinstance(forged, np.ndarray):
-            entry = parts.write_vectors(store, new, forged)
+            entry = write_vectors(opened, new, forged)
         else:
-            entry = write_index(store, forged, new, now.about)
+            entry = write_index(opened, forged, new, now.about)
         opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,)))
     return entry.path
 
 
 def row_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
     """The table with one row as it was."""
-    new, old = pq.read_table(now.root / entry.path), pq.read_table(before.root / then.path)
+    new, old = pq.read_table(now.storage.local(entry.path)), pq.read_table(before.storage.local(then.path))
     return pa.concat_tables([new.slice(0, row), old.slice(row, 1), new.slice(row + 1)]).combine_chunks()
 
 
@@ -99,7 +101,7 @@ def column_again(column: str) -> Forge:
     """The documents with a column as it was."""
 
     def forge(now: Store, entry: FileEntry, then: FileEntry, before: Store, _: int) -> pa.Table:
-        new, old = pq.read_table(now.root / entry.path), pq.read_table(before.root / then.path)
+        new, old = pq.read_table(now.storage.local(entry.path)), pq.read_table(before.storage.local(then.path))
         at = new.schema.get_field_index(column)
         return new.set_column(at, new.schema.field(at), old[column])
 
@@ -116,31 +118,31 @@ def tokens_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, r
 
 
 def vector_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> np.ndarray:
-    matrix = np.load(now.root / entry.path)
-    matrix[row] = np.load(before.root / then.path)[row]
+    matrix = np.load(now.storage.local(entry.path))
+    matrix[row] = np.load(before.storage.local(then.path))[row]
     return matrix
 
 
 def neighbour_again(now: Store, entry: FileEntry, _: FileEntry, __: Store, row: int) -> pa.Table:
     """The table of neighbours in which the first row that has any names a purged chunk."""
-    table = pq.read_table(now.root / entry.path)
+    table = pq.read_table(now.storage.local(entry.path))
     ids = table["ids"].to_pylist()
     other = next(i for i, near in enumerate(ids) if near[0] >= 0)
-    ids[other][0] = int(FileName.parse(entry.path).slot) << 32 | row
+    ids[other][0] = entry.part << 32 | row
     at = table.schema.get_field_index("ids")
     return table.set_column(at, table.schema.field(at), pa.array(ids, table.schema.field(at).type))
 
 
 def distance_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
     """The table of neighbours with the distances of a purged chunk, but no ids."""
-    new, old = pq.read_table(now.root / entry.path), row_again(now, entry, then, before, row)
+    new, old = pq.read_table(now.storage.local(entry.path)), row_again(now, entry, then, before, row)
     at = new.schema.get_field_index("distances")
     return new.set_column(at, new.schema.field(at), old["distances"])
 
 
 def text_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
     """The table of neighbours with the text that the row of a purged chunk had, but no ids."""
-    new, old = pq.read_table(now.root / entry.path), row_again(now, entry, then, before, row)
+    new, old = pq.read_table(now.storage.local(entry.path)), row_again(now, entry, then, before, row)
     for column in ("text_ids", "text_n_tokens", "text_tokens"):
         at = new.schema.get_field_index(column)
         new = new.set_column(at, new.schema.field(at), old[column])
@@ -149,7 +151,7 @@ def text_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row
 
 def tokens_of_nobody(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
     """The table of neighbours with these tokens alone."""
-    new, old = pq.read_table(now.root / entry.path), row_again(now, entry, then, before, row)
+    new, old = pq.read_table(now.storage.local(entry.path)), row_again(now, entry, then, before, row)
     at = new.schema.get_field_index("text_tokens")
     return new.set_column(at, new.schema.field(at), old["text_tokens"])
 
@@ -158,7 +160,7 @@ def shard_again(now: Store, _: FileEntry, then: FileEntry, before: Store, row: i
     """The shard as it was, without the purged chunks but one."""
     (name,) = now.state.with_prefix("purge:")
     others = np.setdiff1d(read_tombstones(now, name).ids, [row])
-    return lists.without(lists.read_lists(before.path(then)), lambda ids: np.isin(ids, others))
+    return lists.without(lists.read_lists(before.storage.local(then.path)), lambda ids: np.isin(ids, others))
 
 
 FORGED = {
@@ -197,7 +199,7 @@ def add_file(store: Path, kind: str, slot: str, extension: str, source: Path, ro
     opened = Store.open(store)
     with writing(opened) as run:
         new = FileName.new(run.id, kind, slot, extension, name)
-        entry = write_file(store, new, lambda path: int(shutil.copy(source, path) is not None) * rows)
+        entry = replace(opened.write(new, lambda sink: sink.write(source.read_bytes())), rows=rows)
         now = opened.state.file(kind, slot, name)
         opened.commit(run, lambda _: Draft("erase", add=(entry,), remove=(now.path,) if now else ()))
     return entry.path
@@ -212,8 +214,8 @@ def test_an_erase_leaves_nothing(erased: tuple[Path, str, Store]) -> None:
 def test_what_was_asked_for_and_excerpts_of_inputs_are_found(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
     store, name, before = erased
     (quoted,) = (entry for entry in before.state.files() if entry.path.startswith("quarantine/"))
-    slot = FileName.parse(quoted.path).slot
-    paths = [add_file(store, "quarantine", slot, "parquet", before.root / quoted.path, quoted.rows)]
+    slot = quoted.slot
+    paths = [add_file(store, "quarantine", slot, "parquet", before.storage.local(quoted.path), quoted.rows)]
     literal = tmp_path / "literal.json"
     literal.write_text("{}")
     paths.append(add_file(store, "selectors", name, "json", literal, 1))
@@ -235,7 +237,7 @@ def test_a_file_that_was_replaced_and_is_there_again_is_found(erased: tuple[Path
     store, name, before = erased
     state = Store.open(store).state
     path = next(e.path for e in before.state.files() if e.path.split("/")[0] == kind and not state.has(e.path))
-    (store / path).write_bytes((before.root / path).read_bytes())
+    (store / path).write_bytes(before.storage.local(path).read_bytes())
     found = receipt(store, name)
     assert [problem.split(":")[0] for problem in found.problems] == [path]
     assert found.files.present == (path,)
@@ -255,8 +257,10 @@ def test_a_file_that_is_not_what_the_log_says_is_found(erased: tuple[Path, str, 
         data[len(data) - 1 if path == store / vectors else len(data) // 2] ^= 1
         path.write_bytes(data)
     problems = receipt(store, name).problems
-    assert f"{vectors}: its SHA-256 is not what the log says" in problems
+    assert f"{vectors}: what lies at byte 0 is not what was written" in problems
     assert any(problem.startswith(f"{table}: ") for problem in problems)
+    rewrite_sums(store / vectors)
+    assert f"{vectors}: its SHA-256 is not what the log says" in receipt(store, name).problems
     lost = store / next(entry.path for entry in state.files() if entry.path.startswith("chunks/"))
     lost.unlink()
     assert any("is missing" in problem for problem in receipt(store, name).problems)
@@ -277,8 +281,10 @@ def test_what_no_commit_names_is_listed_and_not_checked(erased: tuple[Path, str,
     store, name, _ = erased
     token = secrets.token_hex(8)
     strange = {
-        "notes.txt": b"", ".hidden/deep/file": b"abc", f"documents/000000-{token}.parquet": b"12345",
-        "chunks/backup": b"x" * 1000, "staging/odd.json": b"{",
+        "notes.txt": b"", ".hidden/deep/file": b"abc", f"documents/{token}.parquet": b"12345",
+        "chunks/backup": b"x" * 1000, "staging/odd.json": b"{", f"chunks/.tmp-{token}": b"half",
+        next(entry.path for entry in Store.open(store).state.files() if entry.kind == "chunks") + ".crc": b"1234",
+        f"leases/{token * 2}-00000000": b'{"run":"%s"}' % token[:8].encode(),
     }  # fmt: skip
     for path, data in strange.items():
         (store / path).parent.mkdir(parents=True, exist_ok=True)
@@ -307,22 +313,32 @@ def receipt_of_a_view(store: Path, name: str) -> Any:
 
 def test_files_of_commands_that_run_are_counted(erased: tuple[Path, str, Store]) -> None:
     store, name, _ = erased
-    with Run(store) as run:
-        (store / FileName.new(run.id, "chunks", "000099", "parquet").path).write_bytes(b"half")
+    with Run(storage_at(store)) as run:
+        (store / FileName.new(run.id, "chunks", "", "parquet").path).write_bytes(b"half")
+        (store / "chunks" / f".tmp-{run.id}{'0' * 8}").write_bytes(b"half")
+        assert leases.take_claim(run.storage, "0" * 32, run.id)
         found = receipt_of_a_view(store, name)
-    assert (found.files.unknown, found.files.in_progress) == ((), 2)
+    assert (found.files.unknown, found.files.in_progress) == ((), 4), "and the lease"
 
 
 def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
-    store, name, before = erased
+    store, name, _ = erased
     (store / "chunks").rename(tmp_path / "elsewhere")
     (store / "chunks").symlink_to(tmp_path / "elsewhere")
     found = receipt_of_a_view(store, name)
     assert not found.ok and any("is a symbolic link" in problem for problem in found.problems)
     assert [(one.path, one.link) for one in found.files.unknown] == [("chunks", True)]
-    gone = next(e.path for e in before.state.files() if e.path.startswith("chunks/") and not (store / e.path).exists())
-    (store / gone).write_bytes(b"again")
-    assert receipt_of_a_view(store, name).files.present == (gone,)
+
+
+def test_a_folder_of_removed_files_that_is_a_link_is_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
+    """Nothing is looked for behind it: so nobody can say that these files are gone."""
+    store, name, _ = erased
+    assert not list((store / "selectors").iterdir()), "it was removed"
+    (store / "selectors").rename(tmp_path / "elsewhere")
+    (store / "selectors").symlink_to(tmp_path / "elsewhere")
+    found = receipt_of_a_view(store, name)
+    assert found.problems == ("selectors is a symbolic link: the files of a store must be in its own folders",)
+    assert found.files.present == ()
 
 
 _synced: list[str] | None = None

@@ -17,11 +17,12 @@ from retrotool import api
 from retrotool.neighbours.retrieved import read_text_of
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
-from retrotool.store.runs import Run
 from retrotool.store.state import State
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 from retrotool.tokenizers import Tokenizer, find_tokenizer
@@ -147,7 +148,7 @@ def make_large(
     file = find_tokenizer(str(model))
     vocabulary = Tokenizer(file).vocabulary
     store = Store.create(root, TokenizerIdentity.of("tiny", file.content, vocabulary, False), file.content, 64)
-    with Run(root) as run:
+    with Run(storage_at(root)) as run:
         add = []
         for number, n in enumerate(rows):
             add += _large_part(store, run, number, n, rows, rng, saved)
@@ -170,7 +171,7 @@ def _with_text(store: Store, run: Run, state: State, k: int) -> Draft:
         name, table = FileName.parse(entry.path), neighbour_tables.read_table(store, entry)
         add.append(
             neighbour_tables.write_table(
-                store.root, FileName.new(run.id, name.kind, name.slot, name.extension, name.name), table,
+                store, FileName.new(run.id, name.kind, name.slot, name.extension, name.name), table,
                 database=store.identity.uuid, commit=0, path="", about={**entry.about, "text": k},
                 text=read_text_of(store, Tombstones(np.zeros(0, np.int64)), table, k), chunk_bytes=128,
             )
@@ -199,12 +200,13 @@ def _large_part(
     )
     chunks = parts.chunks_table(doc, np.arange(n) - first[doc], np.full(n, 64), tokens)
     for kind, table in {"documents": documents, "chunks": chunks}.items():
-        yield parts.write_parquet(store.root, FileName.new(run.id, kind, part_slot(number), "parquet"), table)
+        yield parts.write_parquet(store, FileName.new(run.id, kind, part_slot(number), "parquet"), table)
     part = rng.integers(0, len(rows), (n, saved))
     ids = (part.astype(np.int64) << 32) + rng.integers(0, np.array(rows)[part])
     distances = np.sort(rng.random((n, saved), np.float32), axis=1)
     name = FileName.new(run.id, "neighbours", part_slot(number), "parquet", "main")
-    about = {"index": "", "encoder": "e", "commit": 0, "head": ""}
+    searched = [[0, len(rows) - 1]]
+    about = {"version": "", "index": "", "encoder": "e", "commit": 0, "head": "", "purges": "", "searched": searched}
     yield neighbour_tables.write_table(
-        store.root, name, NeighbourTable(ids, distances), database=store.identity.uuid, commit=0, path="", about=about
+        store, name, NeighbourTable(ids, distances), database=store.identity.uuid, commit=0, path="", about=about
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from retrotool.info.run import info
+from retrotool.store.storage import storage_at
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,22 @@ class Plain:
     vectors: np.ndarray[Any, Any]
 
 
+def at(store: Path, path: str) -> Path:
+    """A file with the bytes of one of a store, which may be in memory."""
+    return storage_at(store).local(path)
+
+
 def read_plain(store: Path, encoder: str = "tiny", purged: frozenset[int] = frozenset()) -> Plain:
     ids, documents, living, vectors = [], [], [], []
     for part in info(store).parts:
-        names = pq.read_table(store / part["documents"]["path"])["id"].to_pylist()
-        chunks = pq.read_table(store / part["chunks"]["path"])
+        names = pq.read_table(at(store, part["documents"]["path"]))["id"].to_pylist()
+        chunks = pq.read_table(at(store, part["chunks"]["path"]))
         numbers = (part["part"] << 32) + np.arange(chunks.num_rows)
         ids.append(numbers)
         documents += [names[doc] for doc in chunks["doc"].to_pylist()]
         alive = (chunks["n_tokens"].to_numpy() > 0) & ~np.isin(numbers, list(purged))
         living.append(alive & chunks["key"].to_numpy() if "key" in chunks.column_names else alive)
-        vectors.append(np.load(store / part["embeddings"][encoder]["path"]).astype(np.float32))
+        vectors.append(np.load(at(store, part["embeddings"][encoder]["path"])).astype(np.float32))
     return Plain(np.concatenate(ids), np.array(documents, object), np.concatenate(living), np.concatenate(vectors))
 
 
@@ -49,7 +55,7 @@ def brute_force(queries: Plain, database: Plain, k: int) -> tuple[np.ndarray[Any
 
 def saved_neighbours(store: Path, name: str = "main") -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Ids and distances of all tables, as they are stored."""
-    tables = [pq.read_table(store / part["neighbours"][name]["path"]) for part in info(store).parts]
+    tables = [pq.read_table(at(store, part["neighbours"][name]["path"])) for part in info(store).parts]
     ids, distances = (
         np.array([row for t in tables for row in t[column].to_pylist()]) for column in ("ids", "distances")
     )

@@ -27,7 +27,7 @@ from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
 from retrotool.store import folding, staging
 from retrotool.store.folding import writing
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 
@@ -36,7 +36,7 @@ def nothing(_: int) -> None:
 
 
 def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Task) -> folding.Folded:
-    engine.perform(stage.open(store), store.root, task, run.id, nothing)
+    engine.perform(stage.open(store), store.storage, task, run.id, nothing)
     return folding.fold(store, run)
 
 
@@ -81,7 +81,7 @@ def test_vectors_of_two_encoders_do_not_mix_under_one_name(chunked: Path, tmp_pa
     with writing(store) as run:
         first, second = stages[0].plan(store)[0], stages[1].plan(store)[1]
         for stage, task in zip(stages, (first, second), strict=True):
-            engine.perform(stage.open(store), store.root, task, run.id, nothing)
+            engine.perform(stage.open(store), store.storage, task, run.id, nothing)
         folded = folding.fold(store, run)
         assert len(folded.committed) == 1 and len(folded.refused) == 1
     with pytest.raises(UsageError, match="another encoder under the name"):
@@ -162,7 +162,7 @@ def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_co
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
     store = Store.open(store_copy)
-    found = [lists.read_lists(store.path(entry)) for entry in shards(store.state, "main").values()]
+    found = [lists.read_lists(store.storage.local(entry.path)) for entry in shards(store.state, "main").values()]
     ids = np.concatenate([shard.ids(number) for shard in found for number in shard.numbers])
     assert not np.isin(victims, ids).any()
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
@@ -177,7 +177,7 @@ def test_a_task_overtaken_by_an_erase_leaves_no_file(chunked: Path, tiny_encoder
         one_by_one(stage, store, run, stage.plan(store)[0])
         late = stage.open(store)(stage.plan(store)[0], run.id, nothing)
         api.purge(chunked, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
-        staging.stage(store.root, late)
+        staging.stage(store.storage, late)
     assert (chunked / late.add[0].path).exists()
     api.purge(chunked, api.Selectors(where="id = 'doc-9'"), reason="test")
     assert not (chunked / late.add[0].path).exists()

@@ -27,7 +27,8 @@ from tokenizers import Tokenizer
 import retrotool
 from retrotool import api
 from retrotool.sources import Fields
-from retrotool.store.paths import DATA_KINDS
+from retrotool.store.paths import DATA_KINDS, FileName
+from retrotool.store.sums import with_sums
 
 CANARIES, BROKEN, LEFT_OVER = 1000, 10, 10
 HEAD = 8
@@ -141,20 +142,21 @@ def scan(store: Path, needles: Needles, chunks: list[int]) -> dict[tuple[str, st
         for data in contents(path):
             for kind, number in find(data, needles):
                 found[folder, kind].add(number)
-        if path.name.startswith("shard-"):
+        if path.name.startswith("shard-") and path.suffix == ".faiss":
             found[folder, "chunk"].update(np.flatnonzero(np.isin(chunks, listed(path))).tolist())
     return {place: numbers for place, numbers in found.items() if numbers}
 
 
 def leave_behind(store: Path, number: int) -> None:
-    """Files of a run that was killed: temporary ones, some with their final names, and some that were staged."""
+    """Files of a run that was killed: temporary ones, and some with their final names."""
     dead = f"{number:08x}{'0' * 7}1"
     for kind in DATA_KINDS if not number else ():
-        for path in sorted((store / kind).rglob("*-*"))[:1]:
-            shutil.copy(path, path.with_name(f"{path.stem.rpartition('-')[0]}-{dead}{path.suffix}"))
-            shutil.copy(path, path.with_name(f".tmp-{dead}{number:08x}"))
-    (store / "staging").mkdir(exist_ok=True)
-    (store / "staging" / f"documents.{number}-{dead}.parquet").write_bytes(text_of(number).encode())
+        for whole in sorted(path for path in (store / kind).rglob("*") if path.is_file())[:1]:
+            name = FileName.parse(whole.relative_to(store).as_posix())
+            for i, path in enumerate(map(Path, with_sums(str(whole)))):
+                shutil.copy(path, path.with_name(path.name.replace(name.token, f"{dead[:-1]}2")))
+                shutil.copy(path, path.with_name(f".tmp-{dead[:-1]}{i}{number:08x}"))
+    (store / "documents" / f"{dead}.parquet").write_bytes(text_of(number).encode())
     (store / f".tmp-{dead}{number:08x}").write_bytes(id_of(number).encode())
 
 
@@ -196,7 +198,7 @@ def test_a_thousand_canaries(
         assert len(before["neighbours", "tokens"]) > CANARIES // 4
     assert {place: before.get(place) for place in whole} == dict.fromkeys(whole, everyone)
     assert len(before["quarantine", "text"]) == BROKEN
-    assert len(before["staging", "text"]) == LEFT_OVER
+    assert len(before["documents", "text"]) == LEFT_OVER
     assert list((store / "checkpoints").iterdir())
     api.erase(store, [purge.purge])
     assert scan(store, needles, chunks) == {}

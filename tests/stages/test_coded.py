@@ -7,6 +7,7 @@ have left them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -18,7 +19,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from conftest import Shared, times, write_jsonl
+from conftest import Shared, rewrite_sums, times, write_jsonl
 from oracle import read_plain
 
 import retrotool
@@ -410,6 +411,7 @@ def test_a_shard_that_names_a_chunk_that_is_not_there_is_corrupt(built_copy: Pat
     codes = np.zeros((len(ids), ivf.code_size), np.uint8)
     ivf.invlists.update_entries(0, 0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
     faiss.write_index(index, str(commands_shard(built_copy, 0)))
+    rewrite_sums(commands_shard(built_copy, 0))
     queries = Queries.plain(read_plain(built_copy).vectors[:300])
     with pytest.raises(CorruptError, match="names the chunk"):
         Database(Store.open(built_copy), allow_missing=True).search(queries, 10, Point(64, 4000))
@@ -438,7 +440,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
 
     with writing(store) as run:
         name = FileName.new(run.id, "index", "shard-0000", "faiss", "main")
-        written = write_index(store.root, index, name, entry.about)
+        written = write_index(store, index, name, entry.about)
         store.commit(run, lambda _: Draft("index", add=(written,), remove=(entry.path,)))
     assert any("holds other vectors than the embeddings" in problem for problem in api.verify(built_copy).problems)
 
@@ -478,12 +480,14 @@ def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dic
 @pytest.mark.parametrize("where", ["in the sample", "later"])
 def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "later":  # as if the training had not drawn it
-        monkeypatch.setattr("retrotool.index.training.check_finite", lambda *_: None)
+        zero = functools.partial(np.nan_to_num, copy=False)
+        monkeypatch.setattr("retrotool.index.training.check_finite", lambda _, vectors, *__: zero(vectors))
     part = api.info(copy).parts[2]
     path = copy / part["embeddings"]["tiny"]["path"]
     vectors = np.load(path)
     vectors[7, 3] = np.nan
     np.save(path, vectors)
+    rewrite_sums(path)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
         api.index(copy, options=Options(IndexWishes(factory="IVF64,SQ8"), queries=FEW))
     assert "main" not in Store.open(copy).state.with_prefix("index:")

@@ -98,7 +98,7 @@ def without_text(store: Path) -> None:
                 gone.append(entry.path)
                 add.append(
                     neighbour_tables.write_table(
-                        store, FileName.new(run.id, name.kind, name.slot, name.extension, name.name),
+                        opened, FileName.new(run.id, name.kind, name.slot, name.extension, name.name),
                         neighbour_tables.read_table(opened, entry), database="", commit=0, path="", about=about,
                     )
                 )  # fmt: skip

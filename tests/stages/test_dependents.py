@@ -23,7 +23,7 @@ from retrotool import RetroDataset, api
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.run import SearchOptions
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)
@@ -203,8 +203,8 @@ def test_a_database_that_cannot_be_written_is_used_all_the_same(here: Path, monk
     enter = Run.__enter__
 
     def refuse(self: Run) -> Run:
-        if self.root.absolute() == here / "database":
-            raise OSError(errno.EROFS, "Read-only file system", str(self.root))
+        if Path(self.storage.uri) == here / "database":
+            raise OSError(errno.EROFS, "Read-only file system", self.storage.place)
         return enter(self)
 
     monkeypatch.setattr(Run, "__enter__", refuse)

@@ -20,6 +20,7 @@ from retrotool.encoder import Encoder, Rows, cosines, find_encoder
 from retrotool.errors import CorruptError, NotFiniteError, RetrotoolError, UsageError
 from retrotool.store import log
 from retrotool.store.parts import ROW_GROUP, read_chunks
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 from retrotool.tokenizers import TokensDiffer
 
@@ -106,7 +107,7 @@ def test_an_erase_that_commits_while_a_part_is_embedded_wins(
         entry = write(self, part, *arguments)  # type: ignore[arg-type]
         if part == victims[0] >> 32 and not erased:
             erased += 1
-            assert np.load(self._store.path(entry))[victims[0] & 0xFFFFFFFF].any()
+            assert np.load(self._store.storage.local(entry.path))[victims[0] & 0xFFFFFFFF].any()
             api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
         return entry
 
@@ -232,7 +233,7 @@ def test_tokens_that_differ_are_thrown_away_with_their_part(
 
 def test_how_vectors_were_made_stands_in_the_commit(chunked: Path, tiny_encoder: Path) -> None:
     result = api.embed(chunked, encoder=str(tiny_encoder), dtype="bfloat16", devices="cpu")
-    commit = log.read(chunked, result.commit)
+    commit = log.read(storage_at(chunked), result.commit)
     settings = commit.settings
     assert {key: settings[key] for key in ("encoder", "device", "dtype", "forward", "why")} == {
         "encoder": "tiny", "device": "cpu", "dtype": "bfloat16", "forward": "packed", "why": "",
@@ -303,7 +304,7 @@ def test_check_tells_how_true_the_stored_vectors_are(
     result = api.embed(chunked, encoder=str(tiny_encoder), dtype=dtype, check=True)
     assert result.check is not None
     assert result.check["sample"] == result.embedded
-    assert log.read(chunked, result.commit).records == {"fidelity:tiny": result.check}
+    assert log.read(storage_at(chunked), result.commit).records == {"fidelity:tiny": result.check}
     store = Store.open(chunked)
     encoder = Encoder(str(tiny_encoder), "cpu", "float32", forward="transformers")
     sample = store_encoder.draw_sample(store, encoder)

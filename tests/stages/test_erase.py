@@ -21,10 +21,9 @@ from retrotool.ann import lists
 from retrotool.purge import erase
 from retrotool.purge.selectors import lookup
 from retrotool.store import folding, neighbour_tables, parts, tombstones
-from retrotool.store.atomic import FileEntry
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
-from retrotool.store.log import Draft
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.store import Store
 
 SECRET, VERSION = make_text(990, 150), make_text(991, 150)
@@ -177,7 +176,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     stage = erase.EraseStage(victims, (purge,))
     with writing(opened) as run:
         for task in stage.tasks(opened):
-            engine.perform(stage.open(opened), opened.root, task, run.id, lambda _: None)
+            engine.perform(stage.open(opened), opened.storage, task, run.id, lambda _: None)
             folding.fold(opened, run)
             if "part" in task.inputs:
                 assert np.isin(victims.ids, shard_ids(opened)).all()
@@ -190,7 +189,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
 
 
 def shard_ids(store: Store) -> np.ndarray:
-    return lists.read_lists(store.path(store.state.file("index", "shard-0000", "main"))).ids(0)
+    return lists.read_lists(store.storage.local(store.state.file("index", "shard-0000", "main").path)).ids(0)
 
 
 def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: Path) -> None:

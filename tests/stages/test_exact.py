@@ -83,7 +83,7 @@ def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: fl
     database = Database(opened)
     found = []
     for part in embedded_parts(opened, database.encoder):
-        vectors = read_part_vectors(opened, database.encoder, part).astype(np.float32)
+        vectors = np.asarray(read_part_vectors(opened, database.encoder, part), np.float32)
         own = own_documents(opened, part, opened, database.tombstones, within=True)
         found += database.search(Queries(vectors, own), 10).ids.tolist()
     plain.vectors[:] = plain.vectors / scale

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -20,7 +23,12 @@ from retrotool.ann.trained import Trained, to_faiss
 from retrotool.errors import CorruptError, StorageError
 from retrotool.index.index_files import write_index
 from retrotool.index.run import Options
+from retrotool.store import disk
+from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
+from retrotool.store.storage import Sink
+from retrotool.store.store import Store
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 16)).astype(np.float16)
 IDS = (np.int64(3) << 32) + np.arange(500)
@@ -41,38 +49,74 @@ def embedded(built_store: Path, tmp_path: Path, corpus: Path, tiny_encoder: Path
     return tmp_path / "store"
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A new one, with nothing in it."""
+    return Store.create(tmp_path / "store", TokenizerIdentity.of("test", b"{}", 100, False), b"{}", 8)
+
+
+def write_shard(store: Store, index: object) -> FileEntry:
+    return write_index(store, index, FileName.new("0" * 8, "index", "shard-0000", "faiss", "main"), {"parts": [3]})
+
+
 @pytest.mark.parametrize("nlist", [0, 8])
-def test_what_is_written_is_what_faiss_writes(tmp_path: Path, nlist: int) -> None:
+def test_what_is_written_is_what_faiss_writes(tmp_path: Path, store: Store, nlist: int) -> None:
     index = make_index(nlist)
-    assert lists.write_lists(index, tmp_path / "ours") == 500
+    entry = write_shard(store, index)
+    assert entry.rows == 500
     faiss.write_index(index, str(tmp_path / "theirs"))
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    lists.check_written(index, tmp_path / "ours")
+    assert (tmp_path / "store" / entry.path).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut by one", "cut in half", "empty"])
+def test_a_file_that_is_shorter_than_what_was_written_gets_no_name(store: Store, damage: str) -> None:
+    """As after a full disk, of which nothing was said."""
+    fsync = disk.fsync
+
+    def spoil(path: Path) -> None:
+        size = path.stat().st_size
+        os.truncate(path, {"cut by one": size - 1, "cut in half": size // 2, "empty": 0}[damage])
+        fsync(path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="bytes were written"):
+        patch.setattr(disk, "fsync", spoil)
+        write_shard(store, make_index(8))
+    assert not list((Path(store.place) / "index" / "main").iterdir())
 
 
 @pytest.mark.parametrize("nlist", [0, 8])
-@pytest.mark.parametrize("damage", ["cut by one", "cut in half", "empty", "a bit in the middle", "other ids", "fewer"])
-def test_a_file_that_is_not_what_was_meant_does_not_pass(tmp_path: Path, nlist: int, damage: str) -> None:
-    """As after a full disk, of which faiss says nothing, or on a failing one."""
-    index, written = make_index(nlist), make_index(nlist)
-    if damage == "other ids":
-        written = make_index(nlist, shift=1)
-    elif damage == "fewer":
-        written = make_index(nlist, first=1)
+@pytest.mark.parametrize("written", ["a bit in the middle", "other ids", "fewer"])
+def test_the_sum_in_the_log_is_of_what_was_meant(store: Store, nlist: int, written: str) -> None:
+    """So that what a failing disk made of it is found, whenever the sum is checked."""
+    entry = write_shard(store, make_index(nlist))
+    path = Path(store.place) / entry.path
+    data = bytearray(path.read_bytes())
+    assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    store.check_sum(entry)
+    if written == "a bit in the middle":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+        faiss.write_index(
+            make_index(nlist, shift=1) if written == "other ids" else make_index(nlist, first=1), str(path)
+        )
+    with pytest.raises(CorruptError, match=path.name):
+        store.check_sum(entry)
 
-    def spoil(_: object, path: Path) -> int:
-        faiss.write_index(written, str(path))
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1 if damage.startswith("a bit") else 0
-        size = {"cut by one": len(data) - 1, "cut in half": len(data) // 2, "empty": 0}.get(damage, len(data))
-        path.write_bytes(data[:size])
-        return 500
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="not what was written") as error:
-        patch.setattr(lists, "write_lists", spoil)
-        write_index(tmp_path, index, FileName.new("0" * 8, "index", "shard-0000", "faiss", "main"), {"parts": [3]})
-    assert "disk" in error.value.advice
-    assert not list((tmp_path / "index" / "main").iterdir())
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_stops_the_writing_is_raised_and_nothing_is_left(store: Store, error: BaseException) -> None:
+    """faiss would say that its callback failed."""
+
+    def stop(*_: object) -> int:
+        raise error
+
+    expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(expected):
+        patch.setattr(Sink, "write", stop)
+        write_shard(store, make_index(8))
+    assert not list((Path(store.place) / "index" / "main").iterdir())
 
 
 def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embedded: Path) -> None:

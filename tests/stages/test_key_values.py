@@ -23,7 +23,7 @@ from retrotool.engine.task import Task
 from retrotool.index.run import Options
 from retrotool.info.command import _text
 from retrotool.store import parts
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 
@@ -279,7 +279,7 @@ def test_progress_of_embedding_ends_at_the_weight_also_where_chunks_are_erased(
 
     def progress(task: Task) -> int:
         told: list[int] = []
-        with Run(store.root) as run:
+        with Run(store.storage) as run:
             worker(task, run.id, told.append)
         return sum(told)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.neighbours.table_reader import NeighbourReader, TextReader
 from retrotool.store import folding, neighbour_tables, staging
-from retrotool.store.atomic import FileEntry
 from retrotool.store.folding import writing
+from retrotool.store.log import FileEntry
 from retrotool.store.store import Store
 
 
@@ -322,12 +323,12 @@ def test_an_erase_of_the_training_text_empties_its_rows(copies: tuple[Path, Path
 
 def perform_late(store: Store, name: str, between: Callable[[], object]) -> folding.Folded:
     """Do the task of part 0, and let something happen before it is committed; then do all tasks."""
-    stage = NeighboursStage(str(store.root), "main", name, 2, 2, text=True)
+    stage = NeighboursStage(store.place, "main", name, 2, 2, text=True)
     with writing(store) as run:
         (task,) = (task for task in stage.plan(store) if task.inputs["part"] == 0)
         late = stage.open(store)(task, run.id, lambda _: None)
         between()
-        staging.stage(store.root, late)
+        staging.stage(store.storage, late)
         folded = folding.fold(store, run)
         engine.execute(stage, store, run)
     return folded
@@ -365,7 +366,7 @@ def test_a_database_of_other_tokens_is_refused(
 def test_files_of_other_columns_are_corrupt(stores: tuple[Path, Path]) -> None:
     opened = Store.open(stores[1])
     entry = next(iter(entries(stores[1]).values()))
-    other = FileEntry(entry.path, entry.rows, entry.bytes, entry.sha256, {**entry.about, "text": 3})
+    other = replace(entry, about={**entry.about, "text": 3})
     with pytest.raises(CorruptError, match="does not have tokens of 3 neighbours"):
         neighbour_tables.read_text(opened, other)
     assert neighbour_tables.read_text(opened, entry).nearest(1).tokens.shape == (entry.rows, 1, 2, 64)

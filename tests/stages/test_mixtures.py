@@ -88,11 +88,11 @@ def check(weights: dict[str, float], name: str = "m", *, copies: bool = True, k:
         places = reader.neighbour_places(chunk, name, k)
         assert [d for _, _, d in places] == pytest.approx([d for _, _, d in true[row][:k]], abs=1e-4)
         of = {one[:2]: one[2] for one in true[row]}
-        assert [of[path.name, i] for path, i, _ in places] == pytest.approx([d for _, _, d in places], abs=1e-4)
+        assert [of[Path(path).name, i] for path, i, _ in places] == pytest.approx([d for _, _, d in places], abs=1e-4)
         assert len({(path, i) for path, i, _ in places}) == len(places)
         assert [
-            (str(tables.databases[w].root.name), i) for w, i in zip(which[row], ids[row], strict=True) if i >= 0
-        ] == [(path.name, i) for path, i, _ in places]
+            (Path(tables.databases[w].place).name, i) for w, i in zip(which[row], ids[row], strict=True) if i >= 0
+        ] == [(Path(path).name, i) for path, i, _ in places]
         for neighbour in reader.neighbours(chunk, name, 3):
             own = retrotool.open(neighbour.database)
             assert own.chunk(neighbour.id).text == neighbour.chunk.text
@@ -101,7 +101,7 @@ def check(weights: dict[str, float], name: str = "m", *, copies: bool = True, k:
     flat = list(zip(found[0].databases.ravel().tolist(), found[0].ids.ravel().tolist(), strict=True))
     for place in range(0, len(flat), 7):
         database, i = flat[place]
-        tokens = retrotool.open(tables.databases[database].root).chunk(i).tokens.tolist() if i >= 0 else []
+        tokens = retrotool.open(tables.databases[database].place).chunk(i).tokens.tolist() if i >= 0 else []
         assert pieces.tokens[place, 0, : pieces.n_tokens[place, 0]].tolist() == tokens
 
 

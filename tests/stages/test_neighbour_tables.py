@@ -57,7 +57,7 @@ def test_two_runs_with_one_name_and_two_databases_do_not_mix(tmp_path: Path, tin
     with writing(ours) as run, writing(theirs) as rival:
         late, early = stage_of(one), stage_of(other)
         (planned,) = late.plan(ours)
-        engine.perform(late.open(ours), ours.root, planned, run.id, nothing)  # computed and staged, not committed
+        engine.perform(late.open(ours), ours.storage, planned, run.id, nothing)  # computed and staged, not committed
         late_file = (queries / "staging" / f"{planned.key}.json").rename(tmp_path / f"{planned.key}.json")
         engine.execute(early, theirs, rival)  # committed meanwhile
         late_file.rename(queries / "staging" / late_file.name)
@@ -96,7 +96,7 @@ def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_cop
     stage = stage_of(store_copy, "other")
     with writing(store) as run:  # one task of a job array, and no end: the record is that of the first run
         task = stage.plan(store)[0]
-        engine.perform(stage.open(store), store.root, task, run.id, nothing)
+        engine.perform(stage.open(store), store.storage, task, run.id, nothing)
         folding.fold(store, run)
     reader = retrotool.open(store_copy)
     with pytest.raises(UsageError, match="part 0 has no neighbours 'main' of the index 'main' yet"):
@@ -209,7 +209,7 @@ def test_what_was_found_before_an_erase_is_not_committed_after_it(store_copy: Pa
         late = stage.open(store)(task, run.id, nothing)
         assert np.isin(victims, neighbour_tables.read_table(store, late.add[0]).ids).any()
         purge(store_copy, "doc-115", erase=True)
-        staging.stage(store.root, late)
+        staging.stage(store.storage, late)
         assert folding.fold(store, run).refused
         engine.execute(stage, store, run)
     assert not np.isin(saved_neighbours(store_copy, "late")[0], victims).any()

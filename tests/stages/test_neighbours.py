@@ -16,7 +16,7 @@ from retrotool.ann.choice import IndexWishes
 from retrotool.errors import UsageError
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 
@@ -155,7 +155,7 @@ def test_faiss_reads_a_shard_and_agrees_with_brute_force(built_store: Path) -> N
 
 def test_an_interrupted_index_is_measured_when_it_is_run_again(store_copy: Path) -> None:
     store = Store.open(store_copy)
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         engine.execute(IndexStage("late", "tiny"), store, run)
     assert "index:late" not in store.refresh().records
     assert api.index(store_copy, name="late").recall_at_10 == 1.0

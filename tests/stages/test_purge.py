@@ -193,7 +193,7 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
         if entry.path.startswith("neighbours/")
         and victim in pq.read_table(store_copy / entry.path)["ids"].combine_chunks().flatten().to_pylist()
     }
-    part = {entry.path for entry in state.files() if entry.path.split("/")[-1].startswith(f"{victim >> 32:06d}-")}
+    part = {entry.path for entry in state.files() if entry.slot == f"{victim >> 32:06d}"}
     shards = {entry.path for entry in state.files() if entry.path.startswith("index/main/shard")}
     assert (len(part), len(shards)) == (4, 1), "documents, chunks, embeddings and neighbours"
     measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
@@ -220,7 +220,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
         vector = np.load(store_path / late.add[0].path)[victim & 0xFFFFFFFF].tobytes()
         assert vector in everything(store_path)
         api.purge(store_path, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
-        assert staging.stage(store.root, late)
+        assert staging.stage(store.storage, late)
         folded = folding.fold(store, run)
         assert list(folded.refused) == [task.key]
     assert vector not in everything(store_path)

@@ -23,6 +23,7 @@ from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
+from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones, restored_chunks, write_tombstones
 
@@ -122,7 +123,7 @@ def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
     stage = EraseStage(read_tombstones(store), (purged,))
     with writing(store) as run:
         task = stage.plan(store)[0]
-        staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
+        staging.stage(store.storage, stage.open(store)(task, run.id, lambda _: None))
         folding.fold(store, run)
     with pytest.raises(UsageError, match="was begun") as error:
         back(store_copy, purged)
@@ -139,7 +140,7 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
     stage = EraseStage(read_tombstones(store), (purged,))
     with writing(store) as run:
         (task,) = stage.plan(store)
-        staging.stage(store.root, stage.open(store)(task, run.id, lambda _: None))
+        staging.stage(store.storage, stage.open(store)(task, run.id, lambda _: None))
         state = restoring.commit_restore(store, run, restoring.weigh(store, purged), "test", "me")
         assert "restored" in state.records[f"purge:{purged}"]
         assert len(folding.fold(store, run).refused) == 1
@@ -311,11 +312,12 @@ def test_open_readers_keep_their_view(store_copy: Path) -> None:
 def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7").purge
     store = Store.open(store_copy)
-    record = {**store.state.records[f"purge:{purged}"], "restored": 99, "parts": [[0, 0]], "repeats": 0}
+    undone = {"restored": 99, "restored_by": "me", "restored_reason": "", "parts": [[0, 0]], "repeats": 0}
+    record = {**store.state.records[f"purge:{purged}"], **undone}
     with writing(store) as run:
         store.commit(run, lambda _: Draft("restore", records={f"purge:{purged}": {**record, "erased": True}}))
         name = FileName.new(run.id, "restored", "p0", "parquet")
-        kept = write_tombstones(store_copy, name, np.array([1 << 40]))
+        kept = write_tombstones(store, name, np.array([1 << 40]))
         store.commit(run, lambda _: Draft("restore", add=(kept,)))
     problems = api.verify(store_copy).problems
     left = [
@@ -329,9 +331,9 @@ def test_what_is_committed_keeps_its_files_where_the_log_is_damaged_after_it(sto
     purged = purge(store_copy, "doc-7").purge
     append, damaged = log.append, list[Path]()
 
-    def append_before_damage(root: Path, run: str, number: int, parent: str, draft: Draft) -> bool:
-        won = append(root, run, number, parent, draft)
-        damaged.append(log.commit_path(root, number + 1))
+    def append_before_damage(storage: Storage, run: str, number: int, parent: str, draft: Draft) -> bool:
+        won = append(storage, run, number, parent, draft)
+        damaged.append(store_copy / log.commit_path(number + 1))
         damaged[-1].write_bytes(b"no commit")
         return won
 

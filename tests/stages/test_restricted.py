@@ -64,7 +64,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> lists.InvertedLists:
     index = to_faiss(trained)
     lists.fill(index, numbers.numpy(), np.arange(2000), codes.numpy())
     path = tmp_path_factory.mktemp("lists") / "index.faiss"
-    lists.write_lists(index, path)
+    with path.open("xb") as file:
+        lists.write_lists(index, file.write)
     return lists.read_lists(path)
 
 

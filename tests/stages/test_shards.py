@@ -19,8 +19,9 @@ from retrotool import api
 from retrotool.embed.stage import EmbedStage, EmbedWorker
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task, own_first
-from retrotool.store import log, runs
-from retrotool.store.runs import Run
+from retrotool.store import leases, log
+from retrotool.store.leases import Run
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 
 
@@ -39,8 +40,8 @@ def sums(store: Path) -> dict[str, str]:
 def embeds(store: Path) -> list[str]:
     """Slots that commits of ``embed`` added, in order; one twice would be one done twice."""
     state = Store.open(store).state
-    commits = [log.read(store, number) for number in range(state.number + 1)]
-    return [entry.path.split("/")[-1][:6] for c in commits if c and c.kind == "embed" for entry in c.add]
+    commits = [log.read(storage_at(store), number) for number in range(state.number + 1)]
+    return [entry.slot for c in commits if c and c.kind == "embed" for entry in c.add]
 
 
 @given(st.sets(st.integers(0, 2**128 - 1), max_size=30), st.integers(1, 6), st.data())
@@ -93,7 +94,7 @@ def test_two_jobs_at_once_do_every_part_once(chunked: Path, tiny_encoder: Path, 
     assert [result["parts"] for result in results] != [0, n]
     assert sum(result["parts"] for result in results) == n
     assert sum(result["chunks"] for result in results) == api.info(chunked).chunks
-    assert not list((chunked / "staging" / "claims").iterdir())
+    assert not list((chunked / "leases").iterdir())
     assert api.verify(chunked).ok
 
 
@@ -101,8 +102,8 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
     store = Store.open(chunked)
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1])
     task = stage.plan(store)[2]
-    with Run(store.root) as other:
-        assert runs.take_claim(store.root, task.key, other.id)
+    with Run(store.storage) as other:
+        assert leases.take_claim(store.storage, task.key, other.id)
         result = api.embed(chunked, encoder=str(tiny_encoder))
         assert result.elsewhere == 1
         assert result.parts == len(store.state.parts()) - 1
@@ -129,7 +130,7 @@ def test_a_killed_job_s_parts_are_done_by_the_next(chunked: Path, tiny_encoder: 
     assert n - begun <= result.parts <= n - begun + 1, "at most the part at hand is done again"
     assert result.elsewhere == 0
     assert len(sums(chunked)) == n
-    assert not list((chunked / "staging" / "claims").iterdir())
+    assert not list((chunked / "leases").iterdir())
 
 
 def test_several_devices_give_the_same_files_as_one(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ class DyingStage(EmbedStage):
 
     def open(self, store: Store) -> EmbedWorker:
         worker = super().open(store)
-        write, mark = worker._write, store.root.parent / "mark"
+        write, mark = worker._write, Path(store.place).parent / "mark"
 
         def dying(part: int, *arguments: Any) -> Any:
             if part == 2 and not mark.exists():

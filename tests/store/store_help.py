@@ -17,32 +17,29 @@ from typing import Any
 
 import pytest
 
-from retrotool.store import atomic, disk, paths, runs
-from retrotool.store import clean as cleaning
-from retrotool.store.atomic import FileEntry
+from retrotool.store import disk, gc, leases, paths
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.store.log import Commit, Draft
+from retrotool.store.leases import Run
+from retrotool.store.local_storage import TEMPORARY
+from retrotool.store.log import Commit, Draft, FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.state import State
+from retrotool.store.storage import Storage, file_sha256, storage_at
 from retrotool.store.store import Store
 
 Action = Callable[[], object]
 
 
-def make_store(root: Path, vocabulary: int = 30_522, chunk_length: int = 8) -> Store:
+def make_store(place: Path | str, vocabulary: int = 30_522, chunk_length: int = 8) -> Store:
     content = b'{"vocabulary": %d}' % vocabulary
-    return Store.create(root, TokenizerIdentity.of("test", content, vocabulary, False), content, chunk_length)
+    return Store.create(place, TokenizerIdentity.of("test", content, vocabulary, False), content, chunk_length)
 
 
-def write(root: Path, run: str, kind: str, slot: str, data: bytes = b"data", name: str = "") -> FileEntry:
-    """Write a file through the store's door."""
-
-    def write_data(path: Path) -> int:
-        path.write_bytes(data)
-        return 1
-
-    return atomic.write_file(root, FileName.new(run, kind, slot, "bin", name), write_data)
+def write(root: Path | Storage, run: str, kind: str, slot: str, data: bytes = b"data", name: str = "") -> FileEntry:
+    """Write a file as ``Store.write`` does."""
+    new = FileName.new(run, kind, slot, "bin", name)
+    sink, _ = storage_at(root).put(new.path, run, lambda sink: sink.write(data))
+    return FileEntry(new.path, slot, 1, sink.size, sink.sha256)
 
 
 def commit(store: Store, run: Run, *add: FileEntry, **fields: Any) -> State:
@@ -51,16 +48,28 @@ def commit(store: Store, run: Run, *add: FileEntry, **fields: Any) -> State:
 
 def clean(store: Store, *, thorough: bool = False) -> int:
     """Clean up as another process would."""
-    with Run(store.root) as run:
-        return cleaning.clean(store, run, thorough=thorough)
+    with Run(store.storage) as run:
+        return gc.clean(store, run, thorough=thorough)
 
 
-def clean_after_a_sleep(root: Path) -> None:
-    """Clean up as another machine would that has heard nothing of any run for more than an hour."""
-    long_ago = time.time() - runs.SILENCE_SECONDS - 60
-    for path in (root / "staging").glob("run-*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
-        os.utime(path, (long_ago, long_ago))
+def lease_file(root: Path, run: str) -> Path:
+    return root / leases.run_path(run)
+
+
+def move_elsewhere(root: Path, run: str, silent: float = 0.0) -> None:
+    """Let a run be one of another machine, of which nothing was heard for so many seconds."""
+    lease = lease_file(root, run)
+    fields = json.loads(lease.read_text()) if lease.exists() else {}
+    lease.parent.mkdir(exist_ok=True)
+    lease.write_text(json.dumps({**fields, "host": "elsewhere"}))
+    then = time.time() - silent
+    os.utime(lease, (then, then))
+
+
+def clean_after_a_sleep(root: Path, silent: float = leases.DEAD_SECONDS + 60) -> None:
+    """Clean up as another machine would that has heard nothing of any run for more than a day."""
+    for lease in (root / "leases").glob("run-*"):
+        move_elsewhere(root, lease.name.removeprefix("run-"), silent)
     clean(Store.open(root))
 
 
@@ -73,21 +82,21 @@ def make_commit(number: int, **fields: Any) -> Commit:
 def viewing(store: Store, *entries: FileEntry) -> Store:
     """The store as a reader would see it if ``entries`` were all that was ever committed."""
     state = State(-1, store.genesis).fold([make_commit(0, add=entries)])
-    return Store(store.root, store.identity, store.genesis, state)
+    return Store(store.storage, store.identity, store.genesis, state)
 
 
 def contents(state: State) -> tuple[dict[tuple[str, str, str], tuple[Any, ...]], dict[str, Any]]:
     """What a state says, whatever its files are called: files by slot, and records."""
     files = {}
     for entry in state.files():
-        files[FileName.parse(entry.path).place] = (entry.rows, entry.bytes, entry.sha256, entry.about)
+        files[entry.place] = (entry.rows, entry.bytes, entry.sha256, entry.about)
     return files, dict(state.records)
 
 
 def assert_whole(store: Store) -> None:
     """Every file of the store's state is there, and is what the log says."""
     for entry in store.state.files():
-        assert atomic.file_sha256(store.path(entry)) == entry.sha256, entry.path
+        assert file_sha256(store.storage, entry.path) == entry.sha256, entry.path
 
 
 def files_in(root: Path) -> set[str]:
@@ -102,7 +111,7 @@ def live_files(state: State) -> set[str]:
 
 
 def temporary_files(root: Path) -> list[Path]:
-    return list(root.rglob(f"{atomic.TEMPORARY}*"))
+    return list(root.rglob(f"{TEMPORARY}*"))
 
 
 def steps(names: list[str]) -> pytest.MarkDecorator:
@@ -189,7 +198,7 @@ def kill_at_step(number: int, root: Path, action: Callable[[Run], object]) -> No
     """Do ``action`` in a run of a child process that is killed just before its operation ``number``."""
 
     def doomed() -> None:
-        with Run(root) as run, at_step(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        with Run(storage_at(root)) as run, at_step(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
             action(run)
 
     assert exit_code(fork(doomed)) == -signal.SIGKILL

@@ -56,7 +56,7 @@ def test_a_plan_without_its_owner(tmp_path: Path, tiny_encoder: Path, monkeypatc
     written = chunk_plan.write_json_file
     monkeypatch.setattr(
         chunk_plan, "write_json_file",
-        lambda root, name, content, rows: written(root, name, without("owner", content), rows),
+        lambda store, name, content, rows: written(store, name, without("owner", content), rows),
     )  # fmt: skip
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(3))
     assert api.chunk(tmp_path / "store", [str(rows)], tokenizer=str(tiny_encoder)).documents == 3

@@ -8,8 +8,8 @@ import pytest
 
 from retrotool.errors import CorruptError
 from retrotool.store import store as stores
+from retrotool.store.leases import Run
 from retrotool.store.log import Draft
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 
@@ -19,7 +19,7 @@ def test_any_commit_can_be_looked_at_again(store_copy: Path, monkeypatch: pytest
     monkeypatch.setattr(stores, "CHECKPOINT_EVERY", every)
     store = Store.open(store_copy)
     states = {store.state.number: store.state}
-    with Run(store_copy) as run:
+    with Run(store.storage) as run:
         for i in range(8):
             state = store.commit(run, lambda _, i=i: Draft("test", records={"count": i}))  # type: ignore[misc]
             states[state.number] = state

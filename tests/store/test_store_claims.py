@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import orjson
 import pytest
-from store_help import clean, make_store
+from store_help import announced, at_step, clean, make_store, move_elsewhere
 
-from retrotool.store import runs
-from retrotool.store.runs import Run
+from retrotool.store import leases
+from retrotool.store.leases import Run
+from retrotool.store.local_storage import LocalStorage
 from retrotool.store.store import Store
 
 KEY = "0123456789abcdef0123456789abcdef"
+OTHER_KEY = "fedcba9876543210fedcba9876543210"
+FAR = "89abcdef"
+"""A run of another machine."""
 
 
 @pytest.fixture
@@ -26,52 +29,163 @@ def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "store")
 
 
-def test_one_has_it_until_it_gives_it_back(store: Store) -> None:
-    with Run(store.root) as one, Run(store.root) as two:
-        assert runs.take_claim(store.root, KEY, one.id)
-        assert runs.take_claim(store.root, KEY, one.id), "a worker of the same run that died had it"
-        assert not runs.take_claim(store.root, KEY, two.id)
-        assert runs.take_claim(store.root, "another", two.id)
-        assert runs.claimed_elsewhere(store.root, two.id) == {KEY}
-        assert runs.claimed_elsewhere(store.root, one.id) == {"another"}
-        runs.release_claim(store.root, KEY, one.id)
-        assert runs.take_claim(store.root, KEY, two.id)
+@pytest.fixture
+def runs(store: Store) -> Iterator[tuple[str, str]]:
+    with Run(store.storage) as one, Run(store.storage) as two:
+        yield one.id, two.id
+
+
+def claims(store: Store) -> dict[str, str]:
+    """The files of claims, and whose each is."""
+    paths = [info.path for info in store.storage.list("leases/") if "run-" not in info.path]
+    return {path.removeprefix("leases/"): leases.claimer(store.storage, path) for path in paths}
+
+
+def claim_for(store: Store, run: str, epoch: int = 0, key: str = KEY) -> None:
+    assert store.storage.put_if_absent(f"leases/{key}-{epoch:08d}", run, b'{"run":"%s"}' % run.encode())
+
+
+def test_one_has_it_until_it_gives_it_back(store: Store, runs: tuple[str, str]) -> None:
+    one, two = runs
+    assert leases.take_claim(store.storage, KEY, one)
+    assert leases.take_claim(store.storage, KEY, one), "a worker of the same run that died had it"
+    assert claims(store) == {f"{KEY}-00000000": one}
+    assert not leases.take_claim(store.storage, KEY, two)
+    assert leases.take_claim(store.storage, OTHER_KEY, two)
+    assert leases.claimed_elsewhere(store.storage, two) == {KEY}
+    assert leases.claimed_elsewhere(store.storage, one) == {OTHER_KEY}
+    leases.release_claim(store.storage, KEY, two)
+    assert not leases.take_claim(store.storage, KEY, two), "what another has is not given back"
+    leases.release_claim(store.storage, KEY, one)
+    assert claims(store) == {f"{OTHER_KEY}-00000000": two}
+    assert leases.take_claim(store.storage, KEY, two)
+    leases.release_claim(store.storage, OTHER_KEY, two)
+    leases.release_claim(store.storage, KEY, two)
+    leases.release_claim(store.storage, KEY, two)
+    assert claims(store) == {}
 
 
 def test_what_a_killed_run_had_is_free_at_once_and_cleaned_away(store: Store) -> None:
     code = (
-        "import sys, os, signal; from pathlib import Path\n"
-        "from retrotool.store.runs import Run, take_claim\n"
-        f"root = Path(sys.argv[1]); run = Run(root).__enter__(); assert take_claim(root, {KEY!r}, run.id)\n"
+        "import sys, os, signal\n"
+        "from retrotool.store.leases import Run, take_claim\n"
+        "from retrotool.store.storage import storage_at\n"
+        f"run = Run(storage_at(sys.argv[1]), {FAR!r}).__enter__(); assert take_claim(run.storage, {KEY!r}, run.id)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(store.root)], timeout=60).returncode == -9
-    assert len(list((store.root / "staging" / "claims").iterdir())) == 1
-    with Run(store.root) as run:
-        assert runs.claimed_elsewhere(store.root, run.id) == frozenset()
-        assert runs.take_claim(store.root, KEY, run.id)
+    assert subprocess.run([sys.executable, "-c", code, store.place], timeout=60).returncode == -9
+    assert claims(store) == {f"{KEY}-00000000": FAR}
+    with Run(store.storage) as run:
+        assert leases.claimed_elsewhere(store.storage, run.id) == frozenset()
+        assert leases.take_claim(store.storage, KEY, run.id)
+        assert claims(store) == {f"{KEY}-00000000": FAR, f"{KEY}-00000001": run.id}, "it is of the next epoch"
         clean(store)
-        assert [path.name for path in (store.root / "staging" / "claims").iterdir()] == [f"{KEY}-{run.id}"]
+        assert claims(store) == {f"{KEY}-00000001": run.id}
+        leases.release_claim(store.storage, KEY, run.id)
+    assert claims(store) == {}
 
 
 def test_a_run_of_another_machine_keeps_its_claims_while_it_is_heard_of(store: Store) -> None:
-    other = "89abcdef"
-    path = runs.run_path(store.root, other)
-    path.parent.mkdir(exist_ok=True)
-    fields = {"host": "elsewhere", "boot": "b", "namespace": "n", "process": 1, "started": "1"}
-    path.write_bytes(orjson.dumps(fields))
-    (store.root / "staging" / "claims").mkdir()
-    (store.root / "staging" / "claims" / f"{KEY}-{other}").touch()
-    with Run(store.root) as run:
-        assert not runs.take_claim(store.root, KEY, run.id)
-        long_ago = time.time() - runs.CLAIM_SILENCE_SECONDS - 1
-        os.utime(path, (long_ago, long_ago))
-        assert runs.is_alive(store.root, other, now=runs.beat(store.root, run.id)), "its files are safe for an hour"
-        assert runs.take_claim(store.root, KEY, run.id), "its tasks are not"
+    move_elsewhere(Path(store.place), FAR)
+    claim_for(store, FAR)
+    with Run(store.storage) as run:
+        assert not leases.take_claim(store.storage, KEY, run.id)
+        assert leases.claimed_elsewhere(store.storage, run.id) == {KEY}
+        move_elsewhere(Path(store.place), FAR, leases.CLAIM_SILENCE_SECONDS - 30)
+        assert not leases.take_claim(store.storage, KEY, run.id)
+        move_elsewhere(Path(store.place), FAR, leases.CLAIM_SILENCE_SECONDS + 1)
+        now = leases.renew(store.storage, run.id)
+        assert leases.is_alive(store.storage, FAR, now=now), "its files are safe for a day"
+        assert leases.claimed_elsewhere(store.storage, run.id) == frozenset()
+        assert leases.take_claim(store.storage, KEY, run.id), "its tasks are not"
+        move_elsewhere(Path(store.place), FAR)
+        assert not leases.take_claim(store.storage, KEY, FAR), "it is back, and has lost its claim"
+        leases.release_claim(store.storage, KEY, FAR)
+        assert claims(store)[f"{KEY}-00000001"] == run.id
+        leases.release_claim(store.storage, KEY, run.id)
+        assert claims(store) == {}, "of all epochs: the older ones count no more"
+
+
+def test_only_the_newest_epoch_counts(store: Store, runs: tuple[str, str]) -> None:
+    one, two = runs
+    for epoch, owner in enumerate((one, "dead0123", one, two)):
+        claim_for(store, owner, 9 + epoch)
+    assert leases.claimed_elsewhere(store.storage, one) == {KEY}
+    assert leases.claimed_elsewhere(store.storage, two) == frozenset()
+    assert not leases.take_claim(store.storage, KEY, one)
+    assert leases.take_claim(store.storage, KEY, two)
+    assert sorted(claims(store))[-1] == f"{KEY}-00000012"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_a_claim_that_can_not_be_read_is_nobodys(store: Store, data: bytes) -> None:
+    assert store.storage.put_if_absent(f"leases/{KEY}-00000003", FAR, data)
+    with Run(store.storage) as run:
+        assert leases.claimed_elsewhere(store.storage, run.id) == frozenset()
+        assert leases.take_claim(store.storage, KEY, run.id)
+        clean(store)
+        assert claims(store) == {f"{KEY}-00000004": run.id}
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_of_two_that_claim_at_once_one_has_it_at_any_step(store: Store, runs: tuple[str, str], before: int) -> None:
+    """Also where both find the claims of runs that are dead."""
+    one, two = runs
+    for epoch in range(before):
+        claim_for(store, "dead0123", epoch)
+    # A renewal of the lease, to see whether the last owner lives; then the claim.
+    steps = (["write", "fsync", "rename"] if before else []) + ["write", "fsync", "link", "unlink", "fsync_directory"]
+    for step in range(len(steps)):
+        key = f"{step:032x}"
+        for epoch in range(before):
+            claim_for(store, "dead0123", epoch, key)
+        taken: list[bool] = []
+        with at_step(step, lambda key=key, taken=taken: taken.append(leases.take_claim(store.storage, key, two))):
+            taken.append(leases.take_claim(store.storage, key, one))
+        assert sorted(taken) == [False, True], steps[step]
+        assert taken[0] == (step <= steps.index("link"))
+        assert claims(store)[f"{key}-{before:08d}"] == (two if taken[0] else one)
+    assert announced(lambda: leases.take_claim(store.storage, KEY, one)) == steps
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_who_finds_a_claim_that_is_given_back_just_now_looks_again(
+    store: Store, runs: tuple[str, str], monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    one, two = runs
+    claim_for(store, one)
+    get = LocalStorage.get
+
+    def give_back(storage: LocalStorage, path: str) -> bytes:
+        monkeypatch.setattr(LocalStorage, "get", get)
+        leases.release_claim(storage, KEY, one)
+        if again:
+            with pytest.raises(FileNotFoundError):
+                storage.get(path)
+            assert leases.take_claim(storage, KEY, one)
+            raise FileNotFoundError(path)
+        return storage.get(path)
+
+    monkeypatch.setattr(LocalStorage, "get", give_back)
+    assert leases.take_claim(store.storage, KEY, two) == (not again)
+    assert claims(store) == {f"{KEY}-00000000": one if again else two}
+
+
+def test_of_claims_that_are_given_back_the_newest_is_the_last(store: Store, runs: tuple[str, str]) -> None:
+    """Else another that looks meanwhile would find the older one, of a dead run, and make that epoch's claim."""
+    one, two = runs
+    taken: list[bool] = []
+    for step in range(3):
+        for epoch, owner in enumerate(("dead0123", "dead4567", one)):
+            claim_for(store, owner, epoch)
+        with at_step(step, lambda: taken.append(leases.take_claim(store.storage, KEY, two))):
+            leases.release_claim(store.storage, KEY, one)
+        assert claims(store) == {}
+    assert taken == [False] * 3
 
 
 def test_of_many_at_once_never_two_have_it(store: Store) -> None:
-    """Every thread is a run of its own; those that step back from each other try again."""
+    """Every thread is a run of its own; those that find it claimed try again."""
     holders: list[str] = []
     most = taken = 0
     lock = threading.Lock()
@@ -79,16 +193,16 @@ def test_of_many_at_once_never_two_have_it(store: Store) -> None:
     def work(number: int) -> None:
         nonlocal most, taken
         draw = random.Random(number)
-        with Run(store.root) as run:
+        with Run(store.storage) as run:
             for _ in range(15):
-                if runs.take_claim(store.root, KEY, run.id):
+                if leases.take_claim(store.storage, KEY, run.id):
                     with lock:
                         holders.append(run.id)
                         most, taken = max(most, len(holders)), taken + 1
                     time.sleep(draw.uniform(0, 0.004))
                     with lock:
                         holders.remove(run.id)
-                    runs.release_claim(store.root, KEY, run.id)
+                    leases.release_claim(store.storage, KEY, run.id)
                 time.sleep(draw.uniform(0, 0.004))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]

@@ -23,20 +23,19 @@ from store_help import (
 )  # fmt: skip
 
 from retrotool.errors import StorageError
-from retrotool.store import atomic
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
-from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
+from retrotool.store.storage import file_sha256, storage_at
 from retrotool.store.store import Store
 
 DATA = b"all of it"
 
 COMMIT = [
-    "mkdir", "fsync_directory", "link", "fsync_directory",  # the files that get their final names
+    "write", "fsync", "rename",  # the lease is renewed
     "write", "fsync", "link", "unlink", "fsync_directory",  # the entry of the log
     "unlink", "fsync_directory",  # the file that was removed: it must not come back
-    "write", "fsync", "link", "unlink", "fsync_directory", "unlink",  # a checkpoint, and an old one's end
+    "write", "fsync", "link", "unlink", "fsync_directory",  # a checkpoint
+    "unlink", "fsync_directory",  # an old one's end
 ]  # fmt: skip
 
 
@@ -45,34 +44,32 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store of commits 0 to 5 with two checkpoints, whose next commit makes a third; see ``replace``."""
     monkeypatch.setattr("retrotool.store.store.CHECKPOINT_EVERY", 2)
     store = make_store(tmp_path / "store")
-    with Run(store.root) as run:
-        commit(store, run, write(store.root, run.id, "tombstones", "p", b"old"))
+    with Run(store.storage) as run:
+        commit(store, run, write(Path(store.place), run.id, "tombstones", "p", b"old"))
         for number in range(1, 6):
             commit(store, run, records={"number": number})
-        write(store.root, run.id, "staging", "task", DATA)
+        write(Path(store.place), run.id, "chunks", "", DATA)
     return store
 
 
 def replace(store: Store, run: Run) -> None:
-    """Remove the tombstones, and give the staged file its final name."""
+    """Remove the tombstones, and give the file that was written its place."""
     old = store.state.file("tombstones", "p")
-    staged = next(path for path in (store.root / "staging").iterdir() if path.name.startswith("task-"))
-    name = FileName.new(run.id, "chunks", "000000", "bin")
-    entry = FileEntry(name.path, 1, len(DATA), atomic.file_sha256(staged))
-    links = ((f"staging/{staged.name}", name.path),)
-    store.commit(run, lambda _: Draft("test", add=(entry,), remove=(old.path,), records={"number": 6}, links=links))
+    (written,) = store.storage.list("chunks/")
+    entry = FileEntry(written.path, "000000", 1, len(DATA), file_sha256(store.storage, written.path))
+    store.commit(run, lambda _: Draft("test", add=(entry,), remove=(old.path,), records={"number": 6}))
 
 
 def assert_old_or_new(root: Path, step: int) -> None:
     """The log has the change or not; its files are whole; the same change can be made; and nothing else stays."""
     store = Store.open(root)
-    made = step > COMMIT.index("link", COMMIT.index("write"))
+    made = step > COMMIT.index("link")
     assert store.state.number == (6 if made else 5)
     assert store.state.records["number"] == store.state.number
     assert (store.state.file("tombstones", "p") is None) == made
     assert_whole(store)
     if not made:
-        with Run(root) as run:
+        with Run(storage_at(root)) as run:
             replace(store, run)
     clean(store)
     assert contents(store.state)[1] == {"number": 6}
@@ -82,30 +79,30 @@ def assert_old_or_new(root: Path, step: int) -> None:
 
 
 def test_a_commit_announces_every_step(prepared: Store) -> None:
-    with Run(prepared.root) as run:
+    with Run(prepared.storage) as run:
         assert announced(lambda: replace(prepared, run)) == COMMIT
 
 
 @steps(COMMIT)
 def test_a_commit_on_a_full_disk_is_made_or_not(prepared: Store, step: int) -> None:
     with (
-        Run(prepared.root) as run,
+        Run(prepared.storage) as run,
         at_step(step, full_disk),
         pytest.raises(StorageError, match="no space left") as caught,
     ):
         replace(prepared, run)
     assert "Free some space" in caught.value.advice
-    assert_old_or_new(prepared.root, step)
+    assert_old_or_new(Path(prepared.place), step)
 
 
 @steps(COMMIT)
 def test_an_interrupted_commit_is_made_or_not(prepared: Store, step: int) -> None:
-    with Run(prepared.root) as run, at_step(step, interrupt), pytest.raises(KeyboardInterrupt):
+    with Run(prepared.storage) as run, at_step(step, interrupt), pytest.raises(KeyboardInterrupt):
         replace(prepared, run)
-    assert_old_or_new(prepared.root, step)
+    assert_old_or_new(Path(prepared.place), step)
 
 
 @steps(COMMIT)
 def test_a_killed_commit_is_made_or_not(prepared: Store, step: int) -> None:
-    kill_at_step(step, prepared.root, lambda run: replace(prepared, run))
-    assert_old_or_new(prepared.root, step)
+    kill_at_step(step, Path(prepared.place), lambda run: replace(prepared, run))
+    assert_old_or_new(Path(prepared.place), step)

@@ -118,7 +118,7 @@ def hash_lines(lines: list[str]) -> str:
 def read_documents(store: Store, part: int, dead: set[int]) -> list[Document]:
     """The documents of a part, read with nothing but pyarrow."""
     documents, chunks = (
-        pq.read_table(store.root / store.state.part_file(kind, part).path).to_pylist()
+        pq.read_table(Path(store.place) / store.state.part_file(kind, part).path).to_pylist()
         for kind in ("documents", "chunks")
     )
     found = []

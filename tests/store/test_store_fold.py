@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from staging_help import IN_ORDER, numbered, staged_store
+from staging_help import IN_ORDER, TOTALS, numbered, staged_store, task_key
 from store_help import (
     announced,
     assert_whole,
@@ -25,8 +25,7 @@ from store_help import (
 
 from retrotool.errors import ErasedError, StorageError
 from retrotool.store import folding
-from retrotool.store.runs import Run
-from retrotool.store.staging import COUNTS
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 
@@ -41,28 +40,31 @@ FOLDED_FILES = [("chunks", 4), ("documents", 4), ("embeddings", 1), ("quarantine
 def assert_folded_once(store: Store) -> None:
     """Plans, the first part, the other parts, embeddings: five commits whose files are all there, and nothing else."""
     assert store.state.number == 4
-    assert numbered(store.state, store.root) == IN_ORDER
+    assert numbered(store.state, Path(store.place)) == IN_ORDER
     files, records = contents(store.state)
     kinds = sorted(kind for kind, _, _ in files)
     assert [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)] == FOLDED_FILES
-    assert records["totals"] == dict.fromkeys(COUNTS, 43)
-    assert files_in(store.root) == live_files(store.state)
+    assert (records["totals"], records["parts"], records["pending"]) == (TOTALS, 4, 4)
+    assert files_in(Path(store.place)) == live_files(store.state)
     assert_whole(store)
 
 
 def each_step(store: Store) -> Iterator[tuple[int, Store]]:
     """The disk operations that a fold of ``store`` takes, by number, and a copy of the store for each."""
-    copies = (Store.open(shutil.copytree(store.root, store.root.with_name(f"copy-{n}"))) for n in itertools.count())
-    with Run(store.root) as run:
+    copies = (
+        Store.open(shutil.copytree(Path(store.place), Path(store.place).with_name(f"copy-{n}")))
+        for n in itertools.count()
+    )
+    with Run(store.storage) as run:
         steps = announced(lambda: folding.fold(next(copies), run))
-    assert {"mkdir", "link", "write", "fsync", "fsync_directory", "unlink"} == set(steps)
+    assert {"link", "write", "fsync", "fsync_directory", "unlink", "rename"} == set(steps)
     for number, step in enumerate(steps):
         print(f"step {number}: {step}")  # pytest shows it if a test fails
         yield number, next(copies)
 
 
 def test_a_fold_commits_everything_and_a_second_one_nothing(staged: Store) -> None:
-    with Run(staged.root) as run:
+    with Run(staged.storage) as run:
         assert len(folding.fold(staged, run).committed) == 4
         again = folding.fold(staged, run)
         assert (again.committed, again.refused) == (frozenset(), {})
@@ -71,8 +73,8 @@ def test_a_fold_commits_everything_and_a_second_one_nothing(staged: Store) -> No
 
 def test_a_fold_killed_at_any_step_is_finished_by_the_next(staged: Store) -> None:
     for step, store in each_step(staged):
-        kill_at_step(step, store.root, lambda run, root=store.root: folding.fold(Store.open(root), run))
-        with Run(store.root) as run:
+        kill_at_step(step, Path(store.place), lambda run, root=Path(store.place): folding.fold(Store.open(root), run))
+        with Run(store.storage) as run:
             clean(store)
             assert folding.fold(store, run).refused == {}
         assert_folded_once(store)
@@ -80,9 +82,9 @@ def test_a_fold_killed_at_any_step_is_finished_by_the_next(staged: Store) -> Non
 
 def test_a_fold_that_fails_at_any_step_is_finished_by_the_next(staged: Store) -> None:
     for step, store in each_step(staged):
-        with Run(store.root) as run, at_step(step, full_disk), pytest.raises(StorageError):
+        with Run(store.storage) as run, at_step(step, full_disk), pytest.raises(StorageError):
             folding.fold(store, run)
-        with Run(store.root) as run:
+        with Run(store.storage) as run:
             clean(store)
             assert folding.fold(store, run).refused == {}
         assert_folded_once(store)
@@ -90,10 +92,10 @@ def test_a_fold_that_fails_at_any_step_is_finished_by_the_next(staged: Store) ->
 
 def test_another_process_may_fold_at_any_step(staged: Store) -> None:
     for step, store in each_step(staged):
-        other = Store.open(store.root)
+        other = Store.open(store.place)
         with (
-            Run(store.root) as run,
-            Run(store.root) as rival,
+            Run(store.storage) as run,
+            Run(store.storage) as rival,
             at_step(step, lambda other=other, rival=rival: folding.fold(other, rival)),
         ):
             assert folding.fold(store, run).refused == {}
@@ -104,8 +106,8 @@ def test_another_process_may_fold_at_any_step(staged: Store) -> None:
 
 def test_many_processes_fold_at_once(staged: Store) -> None:
     def work() -> None:
-        own = Store.open(staged.root)
-        with Run(staged.root) as run:
+        own = Store.open(staged.place)
+        with Run(staged.storage) as run:
             assert folding.fold(own, run).refused == {}
 
     children = [fork(work) for _ in range(8)]
@@ -118,16 +120,17 @@ def test_many_processes_fold_at_once(staged: Store) -> None:
 def test_a_unit_whose_files_another_process_takes_away_meanwhile_is_left_to_the_next_fold(
     staged: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the other has folded it: its staged names are unlinked between being looked up and being read."""
+    """As when the other has folded it, and an erase took it: its files go between being looked up and being read."""
 
     def taken_away(*_: object) -> bool:
-        raise ErasedError("staging/a file was replaced, or erased, after this reader opened the store")
+        raise ErasedError("a file was replaced, or erased, after this reader opened the store")
 
-    with Run(staged.root) as run:
+    with Run(staged.storage) as run:
         with monkeypatch.context() as patch:
             patch.setattr(folding, "_brings_back", taken_away)
-            assert not [task for task in folding.fold(staged, run).refused if task.startswith("task-")]
+            refused = folding.fold(staged, run).refused
+            assert not {task_key(name) for name in ("a1", "a2", "b0")} & refused.keys()
         folding.fold(staged, run)
     staged.refresh()
-    assert numbered(staged.state, staged.root) == IN_ORDER
+    assert numbered(staged.state, Path(staged.place)) == IN_ORDER
     assert_whole(staged)

@@ -20,9 +20,14 @@ STRANGE = [
     "documents/run-0123abcd.json",
     "embeddings/run-notes.json",
     "checkpoints/00000001-copy.json",
-    "staging/run-notes.json",
+    "leases/run-notes",
+    "leases/run-0123abcd.json",
+    f"leases/{'0' * 32}-1",
     "staging/notes.json",
+    "staging/run-0123abcd.json",
     "staging/claims/notes",
+    "documents/000000-0123abcd00000000.parquet",
+    "tombstones/0123abcd00000000.parquet",
     "quarantine/000000-0123.parquet",
 ]
 
@@ -38,7 +43,7 @@ def put(store: Path, *names: str) -> dict[Path, bytes]:
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_stray_file_stops_no_writing_and_stays(tmp_path: Path, name: str) -> None:
     store = make_store(tmp_path / "store")
-    files = put(store.root, name)
+    files = put(Path(store.place), name)
     assert clean(store) == 0
     assert {path: path.read_bytes() for path in files} == files
 
@@ -70,8 +75,8 @@ def test_a_broken_staged_task_is_named_and_done_again(store_copy: Path, tiny_enc
 
 def test_an_entry_far_past_the_end_of_the_log_is_named(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
-    put(store.root, "log/99999999.json")
-    with pytest.raises(CorruptError, match=r"00000000\.json is missing.*up to 99999999\.json") as caught:
-        Store.open(store.root)
-    stray = store.root / "log" / "99999999.json"
+    put(Path(store.place), "log/99999999.json")
+    with pytest.raises(CorruptError, match=r"00000000\.json is missing.*up to log/99999999\.json") as caught:
+        Store.open(store.place)
+    stray = Path(store.place) / "log" / "99999999.json"
     assert f"if {stray} is not a commit of this store, move that out of it" in caught.value.advice

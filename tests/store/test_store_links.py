@@ -10,9 +10,9 @@ from store_help import assert_whole, clean, commit, files_in, make_store, write
 
 from retrotool import api
 from retrotool.errors import CorruptError
-from retrotool.store import runs
+from retrotool.store import leases
+from retrotool.store.leases import Run
 from retrotool.store.paths import FOLDERS, NAMED_KINDS
-from retrotool.store.runs import Run
 from retrotool.store.store import Store
 
 DEAD = "0123abcd"
@@ -20,7 +20,8 @@ DEAD = "0123abcd"
 
 def store_like(folder: Path) -> set[Path]:
     """Files in a folder whose names say that a dead run of a store wrote them, also one level down."""
-    names = [f".tmp-{DEAD}" + "0" * 16, f"000000-{DEAD}00000000.parquet", f"run-{DEAD}.json", f"stdin-{DEAD}.jsonl.zst"]
+    names = [f".tmp-{DEAD}" + "0" * 16, f"000000-{DEAD}00000000.parquet", f"{DEAD}00000000.parquet"]
+    names += [f"run-{DEAD}", f"{'0' * 32}-00000000", f"{'0' * 32}.json"]
     made = {place / name for place in (folder, folder / "name") for name in names}
     for path in made:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,11 +32,11 @@ def store_like(folder: Path) -> set[Path]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_nothing_is_removed_through_a_linked_folder(tmp_path: Path, folder: str) -> None:
     store, outside = make_store(tmp_path / "store"), store_like(tmp_path / "outside")
-    shutil.rmtree(store.root / folder, ignore_errors=True)
-    (store.root / folder).symlink_to(tmp_path / "outside")
-    if folder in ("staging", "log", "checkpoints"):
+    shutil.rmtree(Path(store.place) / folder, ignore_errors=True)
+    (Path(store.place) / folder).symlink_to(tmp_path / "outside")
+    if folder in ("staging", "leases", "log", "checkpoints"):
         with pytest.raises(CorruptError, match=f"{folder} is a symbolic link") as caught:
-            clean(Store.open(store.root))
+            clean(Store.open(store.place))
         assert "Put what it points to in its place" in caught.value.advice
     else:
         assert clean(store) == 0
@@ -45,11 +46,11 @@ def test_nothing_is_removed_through_a_linked_folder(tmp_path: Path, folder: str)
 @pytest.mark.parametrize("kind", NAMED_KINDS)
 def test_nothing_is_removed_through_a_link_in_a_folder(tmp_path: Path, kind: str) -> None:
     store, outside = make_store(tmp_path / "store"), store_like(tmp_path / "outside")
-    (store.root / kind).mkdir()
-    (store.root / kind / "name").symlink_to(tmp_path / "outside")
+    (Path(store.place) / kind).mkdir()
+    (Path(store.place) / kind / "name").symlink_to(tmp_path / "outside")
     assert clean(store) == 0
-    with Run(store.root) as run, pytest.raises(CorruptError, match="is a symbolic link"):
-        write(store.root, run.id, kind, "000000", name="name")
+    with Run(store.storage) as run, pytest.raises(CorruptError, match="is a symbolic link"):
+        write(Path(store.place), run.id, kind, "000000", name="name")
     assert all(path.exists() for path in outside)
 
 
@@ -97,32 +98,32 @@ def test_a_linked_file_is_a_problem_and_is_not_erased(store_copy: Path, tmp_path
 
 def test_a_commit_that_removes_a_linked_file_is_not_made(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
-    with Run(store.root) as run:
-        entry = write(store.root, run.id, "selectors", "p")
+    with Run(store.storage) as run:
+        entry = write(Path(store.place), run.id, "selectors", "p")
         commit(store, run, entry)
-        target = linked(store.root, store.root / entry.path, tmp_path / "outside")
+        target = linked(Path(store.place), Path(store.place) / entry.path, tmp_path / "outside")
         with pytest.raises(CorruptError, match="is a symbolic link"):
             commit(store, run, remove=(entry.path,))
-    assert Store.open(store.root).state.number == 0
+    assert Store.open(store.place).state.number == 0
     assert target.exists()
 
 
 def test_a_linked_file_of_a_dead_run_is_left_alone(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
-    entry = write(store.root, DEAD, "chunks", "000000")
-    target = linked(store.root, store.root / entry.path, tmp_path / "outside")
+    entry = write(Path(store.place), DEAD, "chunks", "000000")
+    target = linked(Path(store.place), Path(store.place) / entry.path, tmp_path / "outside")
     assert clean(store) == 0
-    assert target.exists() and (store.root / entry.path).is_symlink()
+    assert target.exists() and (Path(store.place) / entry.path).is_symlink()
 
 
 def test_a_store_may_be_reached_by_a_link(tmp_path: Path) -> None:
     make_store(tmp_path / "real" / "store")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     store = Store.open(tmp_path / "link" / "store")
-    with Run(store.root) as run:
-        commit(store, run, write(store.root, run.id, "chunks", "000000"))
-        left = write(store.root, DEAD, "chunks", "000001")
+    with Run(store.storage) as run:
+        commit(store, run, write(Path(store.place), run.id, "chunks", "000000"))
+        left = write(Path(store.place), DEAD, "chunks", "000001")
         assert clean(store) == 1
         assert not (tmp_path / "real" / "store" / left.path).exists()
-        assert runs.beat(store.root, run.id)
+        assert leases.renew(store.storage, run.id)
     assert_whole(store)

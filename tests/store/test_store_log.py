@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from store_help import assert_whole, at_step, commit, exit_code, fork, make_store
+from store_help import announced, assert_whole, at_step, commit, exit_code, fork, make_store
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.info import verify
-from retrotool.store import atomic, disk, log
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
+from retrotool.store import disk, log
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.state import State
+from retrotool.store.storage import file_sha256, storage_at
 from retrotool.store.store import Store
 
 
@@ -31,15 +31,19 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def root(store: Store) -> Path:
     """A store with commits 0 to 5, each with a record of its number."""
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         for number in range(6):
             commit(store, run, records={"number": number})
-    return store.root
+    return Path(store.place)
+
+
+def entry_file(root: Path, number: int) -> Path:
+    return root / log.commit_path(number)
 
 
 def edit(root: Path, commit_number: int, **fields: object) -> None:
     """Rewrite a commit as a careful forger would: with a checksum that is right."""
-    path = log.commit_path(root, commit_number)
+    path = entry_file(root, commit_number)
     entry = {**json.loads(path.read_text()), **fields}
     del entry["sha256"]
     path.write_bytes(log.with_checksum(json.dumps(entry).encode()))
@@ -48,9 +52,9 @@ def edit(root: Path, commit_number: int, **fields: object) -> None:
 def test_a_chain_that_nobody_touched_is_folded(root: Path) -> None:
     state = Store.open(root).state
     assert (state.number, state.records) == (5, {"number": 5})
-    entries = [log.read(root, number) for number in range(6)]
+    entries = [log.read(storage_at(root), number) for number in range(6)]
     assert [entry.parent for entry in entries[1:]] == [entry.sha256 for entry in entries[:-1]]
-    assert entries[0].parent == atomic.file_sha256(root / "store.json")
+    assert entries[0].parent == file_sha256(storage_at(root), "store.json")
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -69,14 +73,14 @@ def test_a_commit_of_another_parent_is_found(root: Path, number: int) -> None:
 
 @pytest.mark.parametrize("number", range(5))
 def test_a_commit_that_is_missing_is_found(root: Path, number: int) -> None:
-    log.commit_path(root, number).unlink()
+    entry_file(root, number).unlink()
     with pytest.raises(CorruptError, match=f"0000000{number}.json"):
         Store.open(root)
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_swapped_commits_are_found(root: Path, number: int) -> None:
-    one, other = (log.commit_path(root, n) for n in (number, number + 1))
+    one, other = (entry_file(root, n) for n in (number, number + 1))
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
@@ -93,23 +97,23 @@ def test_swapped_commits_are_found(root: Path, number: int) -> None:
     "data", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"number": 0}'], ids=lambda data: repr(data)
 )
 def test_what_is_no_commit_is_found(root: Path, number: int, data: bytes) -> None:
-    log.commit_path(root, number).write_bytes(data)
+    entry_file(root, number).write_bytes(data)
     with pytest.raises(CorruptError, match="not a commit"):
         Store.open(root)
 
 
 def test_an_invalid_commit_in_an_unbroken_chain_is_found(root: Path) -> None:
     state = Store.open(root).state
-    gone = FileName.new("0123abcd", "chunks", "000000", "parquet").path
-    with Run(root) as run:
-        assert log.append(root, run.id, 6, state.head, Draft("test", remove=(gone,)))
+    gone = FileName.new("0123abcd", "tombstones", "p", "parquet").path
+    with Run(storage_at(root)) as run:
+        assert log.append(storage_at(root), run.id, 6, state.head, Draft("test", remove=(gone,)))
     with pytest.raises(CorruptError, match=r"commit 6 is invalid.*has left the store"):
         Store.open(root)
 
 
 def test_an_open_store_stays_where_it_is_when_the_next_commit_is_broken(root: Path) -> None:
     store = Store.open(root)
-    log.commit_path(root, 6).write_bytes(b"{")
+    entry_file(root, 6).write_bytes(b"{")
     with pytest.raises(CorruptError):
         store.refresh()
     assert store.state.number == 5
@@ -121,47 +125,56 @@ def test_fields_of_a_newer_version_are_ignored(root: Path) -> None:
 
 
 def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         for number in range(6):
             commit(store, run, records={"number": number})
-    edit(store.root, 2, records={"number": 7})
+    edit(Path(store.place), 2, records={"number": 7})
     problems = verify.check_store(store).problems
     assert any("00000003.json: is no child" in problem for problem in problems)
 
 
+LINK = 7
+"""The step of a store's first commit that gives the entry its name: those of the lease and the folder come before."""
+
+
+def test_the_link_is_where_it_is_said_to_be(store: Store) -> None:
+    with Run(store.storage) as run:
+        assert announced(lambda: commit(store, run, records={"a": 1})).index("link") == LINK
+
+
 def test_a_number_is_given_once(store: Store) -> None:
-    with Run(store.root) as run, Run(store.root) as rival:
-        assert log.append(store.root, run.id, 0, store.genesis, Draft("one"))
-        assert not log.append(store.root, rival.id, 0, store.genesis, Draft("other"))
-    assert log.read(store.root, 0, store.genesis).kind == "one"
+    with Run(store.storage) as run, Run(store.storage) as rival:
+        assert log.append(store.storage, run.id, 0, store.genesis, Draft("one"))
+        assert not log.append(store.storage, rival.id, 0, store.genesis, Draft("other"))
+    assert log.read(store.storage, 0, store.genesis).kind == "one"
 
 
 def test_a_writer_that_is_overtaken_at_the_last_moment_goes_on_behind(store: Store) -> None:
-    other = Store.open(store.root)
-    with Run(store.root) as run, Run(store.root) as rival:
+    other = Store.open(store.place)
+    with Run(store.storage) as run, Run(store.storage) as rival:
         seen: list[State] = []
 
         def build(state: State) -> Draft:
             seen.append(state)
             return Draft("mine", records={"last": "mine"})
 
-        overtake = at_step(4, lambda: commit(other, rival, records={"last": "theirs"}))
-        with overtake:  # mkdir and its fsync, write, fsync, and then the link
+        overtake = at_step(LINK, lambda: commit(other, rival, records={"last": "theirs"}))
+        with overtake:
             store.commit(run, build)
     assert [state.number for state in seen] == [-1, 0]
     assert seen[1].records == {"last": "theirs"}
     assert store.state.records == {"last": "mine"}
-    assert Store.open(store.root).state.number == 1
+    assert Store.open(store.place).state.number == 1
 
 
 def test_a_build_that_finds_nothing_left_to_do_commits_nothing(store: Store) -> None:
-    other = Store.open(store.root)
-    with Run(store.root) as run, Run(store.root) as rival:
+    other = Store.open(store.place)
+    with Run(store.storage) as run, Run(store.storage) as rival:
 
         def build(state: State) -> Draft | None:
             return None if "done" in state.records else Draft("mine", records={"done": "mine"})
 
-        with at_step(4, lambda: commit(other, rival, records={"done": "theirs"})):
+        with at_step(LINK, lambda: commit(other, rival, records={"done": "theirs"})):
             store.commit(run, build)
     assert store.state.number == 0
     assert store.state.records == {"done": "theirs"}
@@ -177,10 +190,10 @@ def test_a_writer_told_that_its_own_entry_exists_knows_that_it_won(
         return False  # as over NFS, when the answer to a link is lost and it is asked for again
 
     monkeypatch.setattr(disk, "link", lost_answer)
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         assert commit(store, run, records={"a": 1}).number == 0
         assert commit(store, run, records={"a": 2}).number == 1
-    assert Store.open(store.root).state.number == 1
+    assert Store.open(store.place).state.number == 1
 
 
 def refuse_links(error: int) -> Callable[[Path, Path], None]:
@@ -205,7 +218,7 @@ def test_a_store_moved_to_a_file_system_without_hard_links_takes_no_commit(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store.open(root)
-    with Run(root) as run:
+    with Run(storage_at(root)) as run:
         monkeypatch.setattr(Path, "hardlink_to", refuse_links(errno.EPERM))
         with pytest.raises(StorageError, match="no hard links"):
             commit(store, run, records={"number": 6})
@@ -218,30 +231,30 @@ WRITERS, COMMITS = 16, 50
 @pytest.mark.slow
 def test_sixteen_processes_lose_no_commit(store: Store) -> None:
     def work(writer: int) -> None:
-        own = Store.open(store.root)
-        with Run(store.root) as run:
+        own = Store.open(store.place)
+        with Run(store.storage) as run:
             for number in range(COMMITS):
                 slot = f"{writer}.{number}"
                 name = FileName.new(run.id, "tombstones", slot, "bin")
-                (store.root / name.path).write_text(slot)  # not durable: that is not at stake here, and slow
-                entry = FileEntry(name.path, 1, len(slot), hashlib.sha256(slot.encode()).hexdigest())
+                (Path(store.place) / name.path).write_text(slot)  # not durable: that is not at stake here, and slow
+                entry = FileEntry(name.path, slot, 1, len(slot), hashlib.sha256(slot.encode()).hexdigest())
                 commit(own, run, entry, settings={"slot": slot})
 
-    (store.root / "tombstones").mkdir()
+    (Path(store.place) / "tombstones").mkdir()
     children = [fork(lambda writer=writer: work(writer)) for writer in range(WRITERS)]
     assert [exit_code(child) for child in children] == [0] * WRITERS
 
-    state = Store.open(store.root).state
+    state = Store.open(store.place).state
     assert state.number == WRITERS * COMMITS - 1
     folded, order = State(-1, store.genesis), []
     for number in range(WRITERS * COMMITS):
-        entry = log.read(store.root, number, folded.head)
+        entry = log.read(store.storage, number, folded.head)
         folded = folded.fold([entry])
         order.append(entry.settings["slot"])
-    assert not log.commit_path(store.root, WRITERS * COMMITS).exists()
-    assert len(list((store.root / "log").iterdir())) == WRITERS * COMMITS
+    assert not entry_file(Path(store.place), WRITERS * COMMITS).exists()
+    assert len(list((Path(store.place) / "log").iterdir())) == WRITERS * COMMITS
     assert sorted(order) == sorted(state.group("tombstones")) == sorted(folded.group("tombstones"))
     for writer in range(WRITERS):
         own = [slot for slot in order if slot.startswith(f"{writer}.")]
         assert own == [f"{writer}.{number}" for number in range(COMMITS)]
-    assert_whole(Store.open(store.root))
+    assert_whole(Store.open(store.place))

@@ -13,33 +13,34 @@ from store_help import Action, at_step, commit, make_store
 from retrotool.chunk.chunk_plan import read_json_file, write_json_file
 from retrotool.errors import ConflictError, CorruptError, ErasedError
 from retrotool.store import parts, tombstones
-from retrotool.store.atomic import FileEntry
+from retrotool.store.leases import Run
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
 from retrotool.store.store import Store, retry_overtaken
+from retrotool.store.vectors import read_vectors, write_vectors
 
-Write = Callable[[Path, str, int], FileEntry]
+Write = Callable[[Store, str, int], FileEntry]
 Read = Callable[[Store, FileEntry], object]
 
 
-def write_ids(root: Path, run: str, value: int) -> FileEntry:
-    return tombstones.write_tombstones(root, FileName.new(run, "tombstones", "one", "parquet"), np.array([value]))
+def write_ids(store: Store, run: str, value: int) -> FileEntry:
+    return tombstones.write_tombstones(store, FileName.new(run, "tombstones", "one", "parquet"), np.array([value]))
 
 
-def write_matrix(root: Path, run: str, value: int) -> FileEntry:
+def write_matrix(store: Store, run: str, value: int) -> FileEntry:
     name = FileName.new(run, "embeddings", "000000", "npy", "model")
-    return parts.write_vectors(root, name, np.array([[value]], np.float16))
+    return write_vectors(store, name, np.array([[value]], np.float16))
 
 
-def write_json(root: Path, run: str, value: int) -> FileEntry:
-    return write_json_file(root, FileName.new(run, "selectors", "one", "json"), {"value": value}, 1)
+def write_json(store: Store, run: str, value: int) -> FileEntry:
+    return write_json_file(store, FileName.new(run, "selectors", "one", "json"), {"value": value}, 1)
 
 
 KINDS: dict[str, tuple[Write, Read]] = {
     "Parquet": (write_ids, lambda store, entry: parts.read_parquet(store, entry)["chunk"].to_pylist()[0]),
     "Parquet by row group": (write_ids, lambda store, entry: next(parts.read_tables(store, entry))["chunk"][0].as_py()),
-    "vectors": (write_matrix, lambda store, entry: int(parts.read_vectors(store, entry)[0, 0])),
-    "JSON": (write_json, lambda store, entry: read_json_file(store, entry)["value"]),
+    "vectors": (write_matrix, lambda store, entry: int(read_vectors(store, entry)[0, 0])),
+    "JSON": (write_json, lambda store, entry: read_json_file(store, entry, {})["value"]),
 }
 
 
@@ -52,14 +53,13 @@ def store(tmp_path: Path) -> Store:
 def stored(request: pytest.FixtureRequest, store: Store) -> tuple[Store, Action, Read]:
     """A view of a store with one file of value 1, what replaces that by one of value 2, and how it is read."""
     write, read = KINDS[request.param]
-    root = store.root
-    with Run(root) as run:
-        first = write(root, run.id, 1)
+    with Run(store.storage) as run:
+        first = write(store, run.id, 1)
         commit(store, run, first)
 
     def replace() -> None:
-        with Run(root) as run:
-            commit(Store.open(root), run, write(root, run.id, 2), remove=(first.path,))
+        with Run(store.storage) as run:
+            commit(Store.open(store.place), run, write(store, run.id, 2), remove=(first.path,))
 
     return store, replace, read
 
@@ -92,7 +92,7 @@ def test_a_file_that_no_commit_removed_is_damage_at_once(stored: tuple[Store, Ac
         return read(store, entry)
 
     def lose() -> None:
-        (store.root / entry.path).unlink()
+        (Path(store.place) / entry.path).unlink()
 
     if when == "before":
         lose()
@@ -106,14 +106,14 @@ def test_a_file_that_no_commit_removed_is_damage_at_once(stored: tuple[Store, Ac
 
 
 def test_a_conflict_is_tried_again_as_long_as_others_commit(store: Store) -> None:
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         left = [3]
 
         def conflicting() -> str:
             left[0] -= 1
             if left[0] < 0:
                 return "done"
-            commit(Store.open(store.root), run, records={"left": left[0]})
+            commit(Store.open(store.place), run, records={"left": left[0]})
             raise ConflictError("overtaken")
 
         assert retry_overtaken(conflicting, store.renew) == "done"

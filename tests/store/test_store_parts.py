@@ -20,12 +20,13 @@ from store_help import make_store, viewing
 from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
 from retrotool.store import neighbour_tables, parts, tombstones
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.state import Group
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
+from retrotool.store.vectors import read_vectors, write_vectors
 
 RUN = "0123abcd"
 Named = Callable[..., FileName]
@@ -65,7 +66,7 @@ def chunk_columns(draw: st.DrawFn, dtype: str) -> tuple[np.ndarray, ...]:
 
 
 def check_chunks(store: Store, columns: tuple[np.ndarray, ...], part: int, row_group: int) -> None:
-    entry = parts.write_parquet(store.root, name("chunks", part), parts.chunks_table(*columns), row_group=row_group)
+    entry = parts.write_parquet(store, name("chunks", part), parts.chunks_table(*columns), row_group=row_group)
     n = len(columns[0])
     assert entry.rows == n
     view = viewing(store, entry)
@@ -97,7 +98,7 @@ def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool,
     """Embedded: keys that are not erased. Searched: those of them that are not purged. However the mask is read."""
     n_tokens, key, purged = (np.array(column) for column in zip(*rows, strict=True))
     table = parts.chunks_table(range(len(rows)), [0] * len(rows), n_tokens, np.zeros((len(rows), 8), "<u2"), key)
-    view = viewing(small, entry := parts.write_parquet(small.root, name("chunks", 2), table, row_group=row_group))
+    view = viewing(small, entry := parts.write_parquet(small, name("chunks", 2), table, row_group=row_group))
     embedded = [n > 0 and is_key for n, is_key, _ in rows]
     chunks = parts.read_chunks(view, 2)
     assert chunks.embedded.tolist() == embedded
@@ -114,7 +115,7 @@ def test_where_all_chunks_are_keys_nothing_is_said_of_keys(small: Store) -> None
     columns = ([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"))
     without, given_all = parts.chunks_table(*columns), parts.chunks_table(*columns, np.ones(2, np.bool_))
     assert without.equals(given_all) and without.schema.equals(parts.chunks_schema(16))
-    entry = parts.write_parquet(small.root, name("chunks"), given_all)
+    entry = parts.write_parquet(small, name("chunks"), given_all)
     assert entry.about is None
     view = viewing(small, entry)
     assert parts.read_chunks(view, 0).key.tolist() == parts.read_key(view, 0).tolist() == [True, True]
@@ -123,9 +124,9 @@ def test_where_all_chunks_are_keys_nothing_is_said_of_keys(small: Store) -> None
 def test_the_log_counts_the_keys_of_a_file_beside_what_else_it_says(small: Store) -> None:
     table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
     assert not table.schema.field("key").nullable
-    assert parts.write_parquet(small.root, name("chunks"), table, about={"x": 1}).about == {"x": 1, "keys": 1}
+    assert parts.write_parquet(small, name("chunks"), table, about={"x": 1}).about == {"x": 1, "keys": 1}
     empty = table.slice(0, 0)
-    assert parts.write_parquet(small.root, name("chunks"), empty).about == {"keys": 0}
+    assert parts.write_parquet(small, name("chunks"), empty).about == {"keys": 0}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_file_that_does_not_tell_keys_from_values_is_corrupt(
     small: Store, change: Callable[[pa.Table], pa.Table], message: str
 ) -> None:
     table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
-    entry = parts.write_parquet(small.root, name("chunks"), change(table), about={"keys": 1})
+    entry = parts.write_parquet(small, name("chunks"), change(table), about={"keys": 1})
     view = viewing(small, entry)
     for read in (parts.read_chunks, parts.read_embedded, parts.read_key):
         with pytest.raises(CorruptError, match=message):
@@ -150,7 +151,7 @@ def test_a_file_that_does_not_tell_keys_from_values_is_corrupt(
 
 def test_a_key_column_that_the_log_does_not_count_is_corrupt(small: Store) -> None:
     table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
-    entry = parts.write_parquet(small.root, name("chunks"), table)
+    entry = parts.write_parquet(small, name("chunks"), table)
     with pytest.raises(CorruptError, match="its column 'key' is bool, the log says that it has none"):
         parts.read_embedded(viewing(small, dataclasses.replace(entry, about=None)), 0)
 
@@ -175,7 +176,7 @@ def document_tables(draw: st.DrawFn) -> pa.Table:
 
 @given(table=document_tables())
 def test_documents_come_back(small: Store, table: pa.Table) -> None:
-    entry = parts.write_parquet(small.root, name("documents"), table)
+    entry = parts.write_parquet(small, name("documents"), table)
     view = viewing(small, entry)
     assert parts.read_documents(view, 0).equals(table)
     assert parts.read_documents(view, 0, ["n_tokens", "id"]).equals(table.select(["n_tokens", "id"]))
@@ -217,13 +218,13 @@ def test_a_chunk_id_holds_its_part_and_its_row(part: int, rows: list[int]) -> No
 def test_vectors_come_back_bit_for_bit(small: Store, matrix: np.ndarray, fortran: bool) -> None:
     values = matrix.view(np.float16)  # every pattern of bits: infinities, several kinds of nan
     name = FileName.new(RUN, "embeddings", "000000", "npy", "tiny")
-    entry = parts.write_vectors(small.root, name, np.asfortranarray(values) if fortran else values)
+    entry = write_vectors(small, name, np.asfortranarray(values) if fortran else values)
     assert entry.rows == len(values)
-    read = parts.read_vectors(viewing(small, entry), entry)
+    read = read_vectors(viewing(small, entry), entry)
     assert (read.dtype, read.shape) == (np.float16, values.shape)
-    assert read.tobytes() == values.tobytes()
-    assert (small.root / entry.path).read_bytes()[:8] == b"\x93NUMPY\1\0"
-    assert np.load(small.root / entry.path).flags.c_contiguous
+    assert np.asarray(read).tobytes() == read[:].tobytes() == values.tobytes()
+    assert (Path(small.place) / entry.path).read_bytes()[:8] == b"\x93NUMPY\1\0"
+    assert np.load(Path(small.place) / entry.path).flags.c_contiguous
 
 
 @st.composite
@@ -242,14 +243,14 @@ def drawn_tables(draw: st.DrawFn) -> NeighbourTable:
 @given(table=drawn_tables())
 def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
     entry = neighbour_tables.write_table(
-        small.root, name("neighbours", folder="main"), table, database="uuid", commit=7, path="/db", about={"k": 2}
+        small, name("neighbours", folder="main"), table, database="uuid", commit=7, path="/db", about={"k": 2}
     )
     assert (entry.rows, entry.about) == (len(table.ids), {"k": 2})
     read = neighbour_tables.read_table(viewing(small, entry), entry)
     assert (read.ids.dtype, read.distances.dtype) == (np.int64, np.float32)
     assert read.ids.tolist() == table.ids.tolist()
     assert read.distances.tolist() == table.distances.tolist()
-    metadata = pq.read_schema(small.root / entry.path).metadata
+    metadata = pq.read_schema(Path(small.place) / entry.path).metadata
     assert {key: metadata[b"retrotool." + key] for key in (b"database", b"commit", b"path")} == {
         b"database": b"uuid", b"commit": b"7", b"path": b"/db",
     }  # fmt: skip
@@ -259,7 +260,7 @@ def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
     found = np.arange(20_000 * 2).reshape(-1, 2)
     table = NeighbourTable(found, found.astype(np.float32))
     entry = neighbour_tables.write_table(
-        small.root, name("neighbours", folder="main"), table, database="", commit=0, path="", about={}
+        small, name("neighbours", folder="main"), table, database="", commit=0, path="", about={}
     )
     view = viewing(small, entry)
     assert neighbour_tables.read_table(view, entry, [1]).ids.tolist() == found[8192:16384].tolist()
@@ -270,7 +271,7 @@ def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
 def test_tombstones_are_the_union_of_all_purges(small: Store, purges: list[set[int]], asked: list[int]) -> None:
     entries = [
         tombstones.write_tombstones(
-            small.root, FileName.new(RUN, "tombstones", f"p{i}", "parquet"), np.array(list(purge), np.int64)
+            small, FileName.new(RUN, "tombstones", f"p{i}", "parquet"), np.array(list(purge), np.int64)
         )
         for i, purge in enumerate(purges)
     ]
@@ -295,23 +296,21 @@ def check_tombstones(found: Tombstones, expected: set[int], asked: list[int]) ->
 
 def test_a_table_without_a_column_that_is_read_is_corrupt(small: Store, tmp_path: Path) -> None:
     table = parts.chunks_table([0], [0], [1], np.zeros((1, 8), "<u2")).drop_columns(["tokens"])
-    entry = parts.write_parquet(small.root, name("chunks"), table)
+    entry = parts.write_parquet(small, name("chunks"), table)
     with pytest.raises(CorruptError, match=entry.path):
         parts.read_chunks(viewing(small, entry), 0)
 
 
 @pytest.mark.parametrize("width", [4, 7, 9, 16])
 def test_chunks_of_another_length_than_the_stores_are_corrupt(small: Store, width: int) -> None:
-    entry = parts.write_parquet(
-        small.root, name("chunks"), parts.chunks_table([0], [0], [1], np.zeros((1, width), "<u2"))
-    )
+    entry = parts.write_parquet(small, name("chunks"), parts.chunks_table([0], [0], [1], np.zeros((1, width), "<u2")))
     with pytest.raises(CorruptError, match=entry.path):
         parts.read_chunks(viewing(small, entry), 0)
 
 
 def test_the_tombstones_of_one_purge_are_found_without_looking_at_the_others(small: Store) -> None:
     several = [
-        tombstones.write_tombstones(small.root, FileName.new(RUN, "tombstones", f"p{i}", "parquet"), np.array([i]))
+        tombstones.write_tombstones(small, FileName.new(RUN, "tombstones", f"p{i}", "parquet"), np.array([i]))
         for i in range(30)
     ]
     store = viewing(small, *several)

@@ -1,5 +1,8 @@
 """Paths: what a name says comes back from it, and none leads out of the store."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,11 @@ from hypothesis import strategies as st
 
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import paths
-from retrotool.store.paths import DATA_KINDS, NAMED_KINDS, FileName
+from retrotool.store.local_storage import LocalStorage
+from retrotool.store.paths import DATA_KINDS, NAMED_KINDS, UNNUMBERED_KINDS, FileName
 
 components = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,30}", fullmatch=True)
-tokens = st.text("0123456789abcdef", min_size=16, max_size=16)
+tokens = st.text("0123456789abcdef", min_size=16, max_size=32)
 extensions = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=8)
 
 
@@ -28,21 +32,26 @@ BAD = [
 ]  # fmt: skip
 
 
+def said(name: FileName) -> FileName:
+    """What the path of a name says: the commit, not the path, has the slot of documents and chunks."""
+    return replace(name, slot="") if name.kind in UNNUMBERED_KINDS else name
+
+
 @given(file_names())
 def test_a_name_comes_back_from_its_path(name: FileName) -> None:
-    assert FileName.parse(name.path) == name
+    assert FileName.parse(name.path) == said(name)
 
 
 @given(file_names())
 def test_a_name_lies_in_the_store(name: FileName) -> None:
-    assert paths.inside(Path("/store"), name.path) == Path("/store") / name.path
+    assert LocalStorage("/store").file(name.path) == Path("/store") / name.path
 
 
 @given(st.text(max_size=40))
 def test_what_is_accepted_stays_inside(path: str) -> None:
     root = Path("/some/store")
     try:
-        found = paths.inside(root, path)
+        found = LocalStorage("/some/store").file(path)
     except CorruptError:
         return
     assert Path(*(part for part in found.parts if part != "..")) == found
@@ -57,7 +66,7 @@ def test_a_bad_component_is_refused_anywhere(name: FileName, bad: str) -> None:
     for place in range(len(pieces) + 1):
         path = "/".join([*pieces[:place], bad, *pieces[place:]])
         with pytest.raises(CorruptError):
-            paths.inside(Path("/store"), path)
+            LocalStorage("/store").file(path)
         with pytest.raises(CorruptError):
             FileName.parse(path)
 
@@ -65,27 +74,41 @@ def test_a_bad_component_is_refused_anywhere(name: FileName, bad: str) -> None:
 @pytest.mark.parametrize("path", BAD)
 def test_a_bad_path_is_refused(path: str) -> None:
     with pytest.raises(CorruptError, match="leads out"):
-        paths.inside(Path("/store"), path)
+        LocalStorage("/store").file(path)
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "chunks/000000.parquet",  # no token
-        "chunks/000000-0123456789abcde.parquet",  # a short one
-        "chunks/000000-0123456789ABCDEF.parquet",  # upper case
-        "chunks/000000-0123456789abcdef",  # no extension
-        "chunks/-0123456789abcdef.parquet",  # no slot
-        "chunks/000000-0123456789abcdef.parquet\n",
-        "chunks/name/000000-0123456789abcdef.parquet",  # a kind without names
+        "restored/000000.parquet",  # no token
+        "restored/000000-0123456789abcde.parquet",  # a short one
+        "restored/000000-0123456789ABCDEF.parquet",  # upper case
+        "restored/000000-0123456789abcdef",  # no extension
+        "restored/000000-0123456789abcdef.parquet\n",
+        "restored/name/000000-0123456789abcdef.parquet",  # a kind without names
         "embeddings/000000-0123456789abcdef.npy",  # a kind with names
         "embeddings/a/b/000000-0123456789abcdef.npy",
         "000000-0123456789abcdef.parquet",
+        "0123456789abcdef.parquet",
+        "chunks/0123456789abcde.parquet",
+        "chunks/0123456789abcdef",
+        "chunks/name/0123456789abcdef.parquet",
     ],
 )
 def test_what_has_not_the_form_of_a_path_is_refused(path: str) -> None:
     with pytest.raises(CorruptError, match="no path"):
         FileName.parse(path)
+
+
+@pytest.mark.parametrize("kind", DATA_KINDS)
+def test_a_name_says_a_slot_if_its_kind_has_one_and_only_then(kind: str) -> None:
+    folder = f"{kind}/name" if kind in NAMED_KINDS else kind
+    bare, numbered, empty = (f"{folder}/{slot}0123456789abcdef.bin" for slot in ("", "000000-", "-"))
+    good, bad = (bare, numbered) if kind in ("documents", "chunks") else (numbered, bare)
+    assert FileName.parse(good).path == good
+    for path in (bad, empty):
+        with pytest.raises(CorruptError, match="no path"):
+            FileName.parse(path)
 
 
 def test_a_kind_that_no_version_knows_is_refused() -> None:
@@ -98,12 +121,15 @@ def test_a_kind_that_no_version_knows_is_refused() -> None:
 def test_new_names_carry_their_run(name: FileName) -> None:
     new = FileName.new("0123abcd", name.kind, name.slot, name.extension, name.name)
     assert new.run == "0123abcd"
-    assert FileName.parse(new.path) == new
+    assert FileName.parse(new.path) == said(new)
 
 
-def test_new_names_are_new() -> None:
-    # 16 random bits: no slot is written so often in one run, but a constant would show.
-    assert len({FileName.new("0123abcd", "chunks", "000000", "parquet").path for _ in range(20)}) > 1
+@pytest.mark.parametrize(("kind", "bits"), [("chunks", 64), ("documents", 64), ("tombstones", 32)])
+def test_new_names_are_new(kind: str, bits: int) -> None:
+    """Without a slot, too, of which a run may write a million."""
+    names = [FileName.new("0123abcd", kind, "000000", "parquet") for _ in range(20)]
+    assert len({name.path for name in names}) == 20
+    assert {len(name.token) for name in names} == {(32 + bits) // 4}
 
 
 @given(st.integers(0, 10**8), st.integers(0, 10**8))

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from staging_help import IN_ORDER, PARTS, embedding, numbered, planned_store, staged_store, unit
+from staging_help import (
+    IN_ORDER,
+    PARTS,
+    TOTALS,
+    embedding,
+    encoder,
+    numbered,
+    planned_store,
+    staged_store,
+    task_key,
+    unit,
+)
 from store_help import (
     assert_whole,
     commit,
@@ -19,8 +30,8 @@ from store_help import (
 )
 
 from retrotool.store import folding, staging
-from retrotool.store.runs import Run
-from retrotool.store.staging import COUNTS, Staged
+from retrotool.store.leases import Run
+from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 
 RUN = "0123abcd"
@@ -41,45 +52,45 @@ def test_parts_are_numbered_in_the_order_of_the_plans(
     tmp_path_factory: pytest.TempPathFactory, order: list[tuple[str, int]], folds: set[int]
 ) -> None:
     store = planned_store(tmp_path_factory.mktemp("order") / "store")
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         for place, (name, index) in enumerate(order):
-            staging.stage(store.root, unit(store.root, run.id, name, index))
+            staging.stage(store.storage, unit(Path(store.place), run.id, name, index))
             if place in folds:
                 folding.fold(store, run)
                 arrived = set(order[: place + 1])
                 ready = list(itertools.takewhile(arrived.__contains__, PARTS))
-                assert len(store.state.parts()) == sum(PARTS[unit] for unit in ready)
+                assert len(store.state.all_parts()) == sum(PARTS[unit] for unit in ready)
         folding.fold(store, run)
-        assert numbered(store.state, store.root) == IN_ORDER
-        assert store.state.records["parts"] == 4
-        assert store.state.records["totals"] == dict.fromkeys(COUNTS, 10 + 11 + 12 + 10)
+        assert numbered(store.state, Path(store.place)) == IN_ORDER
+        assert (store.state.records["parts"], store.state.records["pending"]) == (4, 4)
+        assert store.state.records["totals"] == TOTALS
         progress = {name: store.state.records[f"plan:{name}"] for name in "ab"}
         assert [(p["done"], p["parts"], p["chunks"]) for p in progress.values()] == [(3, 3, 33), (1, 1, 10)]
-    assert files_in(store.root) == live_files(store.state)
+    assert files_in(Path(store.place)) == live_files(store.state)
     assert_whole(store)
 
 
 def test_units_wait_for_those_before_them(store: Store) -> None:
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         for name, index in (("b", 0), ("a", 2), ("a", 1)):
-            staging.stage(store.root, unit(store.root, run.id, name, index))
+            staging.stage(store.storage, unit(Path(store.place), run.id, name, index))
             assert folding.fold(store, run).committed == frozenset()
-        assert store.state.parts() == []
-        assert len(staging.read_staged(store.root)) == 3
-        staging.stage(store.root, unit(store.root, run.id, "a", 0))
-        assert folding.fold(store, run).committed == {"task-a0", "task-a1", "task-a2", "task-b0"}
-    assert numbered(store.state, store.root) == IN_ORDER
+        assert store.state.all_parts() == []
+        assert len(staging.read_staged(store.storage)) == 3
+        staging.stage(store.storage, unit(Path(store.place), run.id, "a", 0))
+        assert folding.fold(store, run).committed == {task_key(name) for name in ("a0", "a1", "a2", "b0")}
+    assert numbered(store.state, Path(store.place)) == IN_ORDER
 
 
 def test_a_task_is_staged_once(store: Store) -> None:
-    with Run(store.root) as run:
-        first, second = (unit(store.root, run.id, "a", 0) for _ in range(2))
-        assert not staging.is_staged(store.root, first.task)
-        assert staging.stage(store.root, first)
-        assert staging.is_staged(store.root, first.task)
-        assert not staging.stage(store.root, second)
-        assert staging.read_staged(store.root) == {first.task: first}
-        kept = {path for path in files_in(store.root) if not path.endswith(".json")}
+    with Run(store.storage) as run:
+        first, second = (unit(Path(store.place), run.id, "a", 0) for _ in range(2))
+        assert not staging.is_staged(store.storage, first.task)
+        assert staging.stage(store.storage, first)
+        assert staging.is_staged(store.storage, first.task)
+        assert not staging.stage(store.storage, second)
+        assert staging.read_staged(store.storage) == {first.task: first}
+        kept = {path for path in files_in(Path(store.place)) if not path.startswith(("staging/", "leases/"))}
         assert kept == set(first.files()), "what the second one wrote is removed"
 
 
@@ -92,12 +103,12 @@ def test_a_task_staged_over_nfs_keeps_its_files_when_the_answer_is_lost(
         link(target, source)
         raise FileExistsError(17, "File exists")
 
-    with Run(staged.root) as run:
+    with Run(staged.storage) as run:
         folding.fold(staged, run)
         read = staged.state.part_file("chunks", 1).path
-        task = embedding(staged.root, run.id, 1, (read,))
+        task = embedding(Path(staged.place), run.id, 1, (read,))
         monkeypatch.setattr(Path, "hardlink_to", lost_answer)
-        staging.stage(staged.root, task)
+        staging.stage(staged.storage, task)
         monkeypatch.undo()
         assert folding.fold(staged, run).committed == {task.task}
     assert_whole(staged)
@@ -105,13 +116,13 @@ def test_a_task_staged_over_nfs_keeps_its_files_when_the_answer_is_lost(
 
 def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
     """Fold tasks, some of which are refused; what these wrote, and no more, must be gone."""
-    with Run(store.root, RUN) as run:
+    with Run(store.storage, RUN) as run:
         for task in tasks:
-            assert staging.stage(store.root, task)
+            assert staging.stage(store.storage, task)
         folded = folding.fold(store, run)
     assert folded.committed.isdisjoint(folded.refused)
     assert folded.committed | folded.refused.keys() == {task.task for task in tasks}
-    assert files_in(store.root) == live_files(store.state)
+    assert files_in(Path(store.place)) == live_files(store.state)
     assert_whole(store)
     return dict(folded.refused)
 
@@ -119,22 +130,22 @@ def refuse(store: Store, *tasks: Staged) -> dict[str, str]:
 @pytest.fixture
 def chunked(staged: Store) -> tuple[Store, str]:
     """A store with four parts, of which only part 0 is embedded; and the path of the chunks of part 1."""
-    with Run(staged.root) as run:
+    with Run(staged.storage) as run:
         folding.fold(staged, run)
     return staged, staged.state.part_file("chunks", 1).path
 
 
 def test_a_task_whose_input_has_left_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:
     store, read = chunked
-    good = embedding(store.root, RUN, 1, (read,))
-    late = embedding(store.root, RUN, 2, ("chunks/2-0123456789abcdef.bin",))
-    assert refuse(store, good, late) == {late.task: "chunks/2-0123456789abcdef.bin has left the store"}
+    good = embedding(Path(store.place), RUN, 1, (read,))
+    late = embedding(Path(store.place), RUN, 2, ("chunks/0123456789abcdef.bin",))
+    assert refuse(store, good, late) == {late.task: "chunks/0123456789abcdef.bin has left the store"}
     assert sorted(store.state.group("embeddings", "tiny")) == ["000000", "000001"]
 
 
 def test_a_task_whose_place_is_taken_is_refused_and_its_files_are_removed(chunked: tuple[Store, str]) -> None:
     store, _ = chunked
-    late = embedding(store.root, RUN, 0, ())
+    late = embedding(Path(store.place), RUN, 0, ())
     before = contents(store.state)
     assert "is taken" in refuse(store, late)[late.task]
     assert contents(store.state) == before
@@ -142,44 +153,45 @@ def test_a_task_whose_place_is_taken_is_refused_and_its_files_are_removed(chunke
 
 def test_of_two_tasks_for_one_place_one_is_refused(chunked: tuple[Store, str]) -> None:
     store, read = chunked
-    one, other = embedding(store.root, RUN, 1, (read,)), embedding(store.root, RUN, 1, (read,))
-    (reason,) = refuse(store, one, dataclasses.replace(other, task="embed-1-again")).values()
+    one, other = embedding(Path(store.place), RUN, 1, (read,)), embedding(Path(store.place), RUN, 1, (read,))
+    (reason,) = refuse(store, one, dataclasses.replace(other, task=task_key("again"))).values()
     assert "is taken" in reason
 
 
 def test_a_task_made_with_other_settings_than_those_committed_is_refused(chunked: tuple[Store, str]) -> None:
     store, read = chunked
-    other = embedding(store.root, RUN, 1, (read,), about="another encoder")
+    other = embedding(Path(store.place), RUN, 1, (read,), about="another encoder")
     assert refuse(store, other) == {other.task: "encoder:tiny was made with other settings meanwhile"}
-    assert store.state.records["encoder:tiny"] == "one"
+    assert store.state.records["encoder:tiny"] == encoder("one")
 
 
 def test_of_two_tasks_made_with_different_settings_one_is_refused(store: Store) -> None:
-    one, other = (embedding(store.root, RUN, part, (), about=f"encoder {part}") for part in range(2))
+    one, other = (embedding(Path(store.place), RUN, part, (), about=f"encoder {part}") for part in range(2))
+    first, second = sorted((one, other), key=lambda task: task.task)
     refused = refuse(store, one, other)
-    assert refused == {other.task: "encoder:tiny was made with other settings meanwhile"}
-    assert list(store.state.group("embeddings", "tiny")) == ["000000"]
+    assert refused == {second.task: "encoder:tiny was made with other settings meanwhile"}
+    assert list(store.state.group("embeddings", "tiny")) == [first.add[0].slot]
 
 
 def test_a_unit_whose_plan_is_gone_is_refused_and_its_files_are_removed(store: Store) -> None:
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         commit(store, run, records={"plan:b": None})
-    task = unit(store.root, RUN, "b", 0)
+    task = unit(Path(store.place), RUN, "b", 0)
     assert refuse(store, task) == {task.task: "its plan is gone"}
 
 
 def test_a_unit_that_was_done_again_is_not_committed_again(chunked: tuple[Store, str]) -> None:
     store, _ = chunked
     before = contents(store.state)
-    assert refuse(store, unit(store.root, RUN, "a", 1)) == {}
+    assert refuse(store, unit(Path(store.place), RUN, "a", 1)) == {}
     assert contents(store.state) == before
 
 
 def test_a_task_whose_files_are_gone_is_refused_and_can_be_done_again(store: Store) -> None:
-    with Run(store.root) as run:
-        task = unit(store.root, run.id, "a", 0)
-        staging.stage(store.root, task)
-        (store.root / task.files()[0]).unlink()
+    with Run(store.storage) as run:
+        task = unit(Path(store.place), run.id, "a", 0)
+        staging.stage(store.storage, task)
+        (Path(store.place) / task.files()[0]).unlink()
         assert folding.fold(store, run).refused == {task.task: "its files are gone"}
-        assert not staging.is_staged(store.root, task.task)
-    assert Store.open(store.root).state.parts() == []
+        assert not staging.is_staged(store.storage, task.task)
+    assert Store.open(store.place).state.all_parts() == []

@@ -15,10 +15,9 @@ from store_help import commit, contents, make_commit, make_store, new_token, wri
 
 from retrotool.errors import ConflictError, CorruptError
 from retrotool.store import log
-from retrotool.store.atomic import FileEntry
-from retrotool.store.log import Draft
-from retrotool.store.paths import FileName
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
+from retrotool.store.paths import FileName, part_slot
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
 from retrotool.store.store import Store, newest_checkpoint
 
@@ -26,10 +25,11 @@ Slot = tuple[str, str, str]
 
 SLOTS: list[Slot] = [
     *(("chunks", "", slot) for slot in ("000000", "000001", "999999", "1000000")),
+    ("documents", "", "000001"),
     *(("embeddings", name, "000000") for name in ("one", "other")),
     ("tombstones", "", "p1"),
 ]
-KEYS = ("totals", "parts", "encoder:one", "encoder:other")
+KEYS = ("count", "scans", "newer:one", "newer:other")
 EMPTY = State(-1, "genesis")
 
 slots = st.sets(st.sampled_from(SLOTS))
@@ -40,8 +40,9 @@ records = st.dictionaries(st.sampled_from(KEYS), values)
 
 def entry(slot: Slot, number: int = 0, about: dict[str, Any] | None = None) -> FileEntry:
     kind, name, place = slot
-    path = FileName(kind, name, place, f"{number:016x}", "parquet").path
-    return FileEntry(path, number, 100 + number, f"{number:064x}", about)
+    token = f"{SLOTS.index(slot) if slot in SLOTS else 255:02x}{number:022x}"
+    path = FileName(kind, name, place, token, "parquet").path
+    return FileEntry(path, place, number, 100 + number, f"{number:064x}", about)
 
 
 @dataclass
@@ -49,11 +50,13 @@ class Model:
     """What a state should be: a dict of files and one of records."""
 
     files: dict[Slot, FileEntry] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
     records: dict[str, Any] = field(default_factory=dict)
 
     def next(self, number: int, removed: set[Slot], added: set[Slot], records: dict[str, Any]) -> log.Commit:
         """A valid commit near to what was drawn; the model follows it."""
         remove = tuple(self.files.pop(slot).path for slot in sorted(removed & self.files.keys()))
+        self.gone.update(remove)
         free = sorted(added - self.files.keys())
         add = {slot: entry(slot, number, {"n": number} if number % 2 else None) for slot in free}
         self.files.update(add)
@@ -62,13 +65,18 @@ class Model:
 
     def check(self, state: State) -> None:
         assert sorted(e.path for e in state.files()) == sorted(e.path for e in self.files.values())
+        assert not any(state.has(path) for path in self.gone)
         assert state.records == self.records
-        assert state.parts() == sorted(int(slot) for kind, _, slot in self.files if kind == "chunks")
+        parts = sorted(int(slot) for kind, _, slot in self.files if kind == "chunks")
+        assert state.all_parts() == state.parts() == parts
         for kind, name, place in SLOTS:
             expected = self.files.get((kind, name, place))
             assert state.file(kind, place, name) == expected
             assert state.has(entry((kind, name, place), 10**6).path) is False
-            assert expected is None or state.has(expected.path)
+            if expected is not None:
+                assert state.has(expected.path)
+                assert state.slot_of(expected.path) == place == expected.slot
+                assert expected.place == (kind, name, place)
             assert (name in state.names(kind)) == any((k, n) == (kind, name) for k, n, _ in self.files)
             group = state.group(kind, name)
             assert len(group) == len(list(group)) == sum((k, n) == (kind, name) for k, n, _ in self.files)
@@ -144,11 +152,62 @@ def test_a_record_is_deleted_by_null() -> None:
 
 def test_parts_are_in_order_of_their_numbers() -> None:
     added = tuple(entry(slot) for slot in SLOTS[:4])
-    assert EMPTY.fold([make_commit(0, add=added[::-1])]).parts() == [0, 1, 999_999, 1_000_000]
+    state = EMPTY.fold([make_commit(0, add=added[::-1])])
+    assert state.all_parts() == state.parts() == [0, 1, 999_999, 1_000_000]
+    assert [state.part_file("chunks", part) for part in state.parts()] == list(added)
+    assert [one.part for one in added] == state.parts()
+
+
+def test_the_parts_of_plans_that_are_not_finished_are_pending() -> None:
+    added = tuple(entry(("chunks", "", part_slot(part)), part + 1) for part in range(5))
+    state = EMPTY.fold([make_commit(0, add=added, records={"parts": 5, "pending": 2})])
+    for seen in (state, decode_checkpoint(encode_checkpoint(state))):
+        assert (seen.all_parts(), seen.parts(), seen.live) == ([0, 1, 2, 3, 4], [0, 1, 2], 3)
+        assert [seen.is_live(part) for part in (-1, 0, 2, 3, 4, 5)] == [False, True, True, False, False, False]
+    finished = state.fold([make_commit(1, remove=(added[1].path,), records={"pending": 0})])
+    assert finished.parts() == [0, 2, 3, 4]
+    assert not finished.is_live(1)
+
+
+def test_a_file_keeps_its_slot_through_a_checkpoint_whatever_its_name_says() -> None:
+    """The commit has the slots of documents and chunks; that of an index is in its name, too."""
+    added = (
+        FileEntry("documents/0123456789abcdef01234567.parquet", "000007", 1, 1, "0" * 64),
+        FileEntry("chunks/0123456789abcdef01234567.parquet", "000007", 1, 1, "0" * 64),
+        FileEntry("index/main/shard-0000.g2-0123456789abcdef.faiss", "shard-0000.g2", 1, 1, "0" * 64),
+    )
+    state = EMPTY.fold([make_commit(0, add=added)])
+    for seen in (state, decode_checkpoint(encode_checkpoint(state))):
+        assert set(seen.files()) == set(added)
+        for one in added:
+            assert seen.slot_of(one.path) == one.slot
+            assert seen.file(one.kind, one.slot, one.name) == one
+        again = seen.fold([make_commit(1, remove=(added[0].path,))])
+        assert again.slot_of(added[0].path) is None
+        assert again.file("documents", "000007") is None
+        assert again.slot_of("documents/ffffffffffffffff01234567.parquet") is None
+
+
+def test_an_entry_comes_back_from_its_commit() -> None:
+    for one in (entry(SLOTS[0], 3), entry(SLOTS[4], 4, {"keys": 2}), entry(("tombstones", "", "p1"))):
+        assert FileEntry.from_json({**one.as_json(), "from_the_future": 1}) == one
+    with pytest.raises(KeyError, match="slot"):
+        FileEntry.from_json({key: value for key, value in entry(SLOTS[0]).as_json().items() if key != "slot"})
+
+
+def test_two_files_of_a_kind_can_not_have_one_slot_though_their_names_do_not_say_it() -> None:
+    slot = SLOTS[0]
+    one, other = entry(slot, 1), entry(slot, 2)
+    assert one.path != other.path
+    with pytest.raises(CorruptError, match="is taken"):
+        EMPTY.fold([make_commit(0, add=(one, other))])
+    state = EMPTY.fold([make_commit(0, add=(one,)), make_commit(1, add=(other,), remove=(one.path,))])
+    assert state.slot_of(other.path) == slot[2]
+    assert state.slot_of(one.path) is None
 
 
 def test_no_flipped_bit_makes_another_state_of_a_checkpoint() -> None:
-    state = EMPTY.fold([make_commit(7, add=tuple(map(entry, SLOTS)), records={"totals": {"chunks": 5}})])
+    state = EMPTY.fold([make_commit(7, add=tuple(map(entry, SLOTS)), records={"count": {"chunks": 5}})])
     data = bytearray(encode_checkpoint(state))
     assert contents(decode_checkpoint(bytes(data))) == contents(state)
     for place in range(len(data)):
@@ -177,16 +236,16 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store with commits 0 to 21, and checkpoints of 16 and 20."""
     monkeypatch.setattr("retrotool.store.store.CHECKPOINT_EVERY", 4)
     store = make_store(tmp_path / "store")
-    with Run(store.root) as run:
+    with Run(store.storage) as run:
         for number in range(22):
-            added = write(store.root, run.id, "tombstones", f"p{number}")
+            added = write(Path(store.place), run.id, "tombstones", f"p{number}")
             old = store.state.file("tombstones", f"p{number - 3}")
             commit(store, run, added, remove=(old.path,) if old else (), records={f"n{number % 5}": number})
     return store
 
 
 def checkpoints(store: Store) -> list[Path]:
-    return sorted((store.root / "checkpoints").iterdir())
+    return sorted((Path(store.place) / "checkpoints").iterdir())
 
 
 def commits_read_to_open(root: Path) -> tuple[State, list[int]]:
@@ -197,7 +256,7 @@ def commits_read_to_open(root: Path) -> tuple[State, list[int]]:
 
 def fold_of_log(store: Store) -> State:
     state = State(-1, store.genesis)
-    while (found := log.read(store.root, state.number + 1, state.head)) is not None:
+    while (found := log.read(store.storage, state.number + 1, state.head)) is not None:
         state = state.fold([found])
     return state
 
@@ -207,7 +266,7 @@ def test_the_last_two_checkpoints_are_kept(store: Store) -> None:
 
 
 def test_opening_reads_the_newest_checkpoint_and_the_commits_after_it(store: Store) -> None:
-    state, numbers = commits_read_to_open(store.root)
+    state, numbers = commits_read_to_open(Path(store.place))
     assert contents(state) == contents(fold_of_log(store)) == contents(store.state)
     assert (state.number, state.head) == (21, store.state.head)
     assert numbers == [20, 21, 22]
@@ -216,7 +275,7 @@ def test_opening_reads_the_newest_checkpoint_and_the_commits_after_it(store: Sto
 def test_without_checkpoints_the_log_is_folded_from_its_beginning(store: Store) -> None:
     for path in checkpoints(store):
         path.unlink()
-    state, numbers = commits_read_to_open(store.root)
+    state, numbers = commits_read_to_open(Path(store.place))
     assert contents(state) == contents(store.state)
     assert numbers == list(range(23))
 
@@ -224,46 +283,46 @@ def test_without_checkpoints_the_log_is_folded_from_its_beginning(store: Store) 
 @pytest.mark.parametrize("damage", [b"", b"{}\n{}", b"garbage"])
 def test_a_broken_checkpoint_is_passed_over_for_an_older_one(store: Store, damage: bytes) -> None:
     checkpoints(store)[-1].write_bytes(damage)
-    state, numbers = commits_read_to_open(store.root)
+    state, numbers = commits_read_to_open(Path(store.place))
     assert contents(state) == contents(store.state)
     assert numbers == [16, 17, 18, 19, 20, 21, 22]
     checkpoints(store)[0].write_bytes(damage)
-    assert contents(Store.open(store.root).state) == contents(store.state)
-    assert newest_checkpoint(store.root) is None
+    assert contents(Store.open(store.place).state) == contents(store.state)
+    assert newest_checkpoint(store.storage) is None
 
 
 @pytest.mark.parametrize("number", [20, 21, 22, 1000])
 def test_a_checkpoint_of_a_commit_that_is_not_in_the_log_is_ignored(store: Store, number: int) -> None:
     lie = EMPTY.fold([make_commit(number, add=(entry(SLOTS[0]),))])
-    path = store.root / "checkpoints" / f"{number:08d}-{new_token()}.json"
+    path = Path(store.place) / "checkpoints" / f"{number:08d}-{new_token()}.json"
     path.write_bytes(encode_checkpoint(lie))
-    assert contents(Store.open(store.root).state) == contents(store.state)
+    assert contents(Store.open(store.place).state) == contents(store.state)
 
 
 def test_other_files_among_the_checkpoints_are_ignored(store: Store) -> None:
     for name in ("notes.txt", ".tmp-0123abcd00001234", "99999999.json"):
-        (store.root / "checkpoints" / name).write_bytes(b"?")
-    assert contents(Store.open(store.root).state) == contents(store.state)
+        (Path(store.place) / "checkpoints" / name).write_bytes(b"?")
+    assert contents(Store.open(store.place).state) == contents(store.state)
 
 
 def test_a_store_committed_to_after_its_checkpoint_was_lost_goes_on(store: Store) -> None:
     for path in checkpoints(store):
         path.unlink()
-    opened = Store.open(store.root)
-    with Run(store.root) as run:
+    opened = Store.open(store.place)
+    with Run(store.storage) as run:
         for number in range(22, 26):
             commit(opened, run, records={"n": number})
     assert [path.name.partition("-")[0] for path in checkpoints(store)] == ["00000024"]
-    assert contents(store.refresh()) == contents(Store.open(store.root).state)
+    assert contents(store.refresh()) == contents(Store.open(store.place).state)
 
 
 def test_a_draft_that_was_overtaken_is_refused_and_nothing_is_committed(store: Store) -> None:
-    with Run(store.root) as run, pytest.raises(ConflictError, match=r"test: .*has left the store"):
+    with Run(store.storage) as run, pytest.raises(ConflictError, match=r"test: .*has left the store"):
         commit(store, run, reads=(entry(SLOTS[0]).path,))
-    assert Store.open(store.root).state.number == 21
+    assert Store.open(store.place).state.number == 21
 
 
 def test_the_files_a_commit_removes_are_unlinked(store: Store) -> None:
-    names = {path.name for path in (store.root / "tombstones").iterdir()}
+    names = {path.name for path in (Path(store.place) / "tombstones").iterdir()}
     assert names == {FileName.parse(e.path).path.rpartition("/")[2] for e in store.state.files()}
     assert len(names) == 3

@@ -61,7 +61,7 @@ class Contaminates(Selector):
     def open(self, store: Store) -> ContaminationMatcher:
         """Read the evaluation text; ``UsageError`` if it has another tokenizer, or nothing is in it."""
         evaluation = Store.open(Path(self.evaluation))
-        advice = f"Chunk the evaluation text again, with --tokenizer {store.root / store.identity.tokenizer.file}."
+        advice = f"Chunk the evaluation text again, with --tokenizer {store.where(store.identity.tokenizer.file)}."
         check_compatible(evaluation, store, "their tokens can't be compared", advice, lengths=False)
         return read_evaluation(evaluation, GRAM, SIMILAR)
 
@@ -127,7 +127,7 @@ def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMat
             owners.append(parts.chunk_ids(part, chunks.doc[row]))
         short.update(text.tokens(document) for document in text.without().tolist())
     if not short and len(grams) == 1:
-        raise UsageError(f"{evaluation.root} has no text (any more): nothing can be like it")
+        raise UsageError(f"{evaluation.place} has no text (any more): nothing can be like it")
     sets = GramSets(np.concatenate(grams), np.unique(np.concatenate(owners), return_inverse=True)[1], share)
     return ContaminationMatcher(sets, short, share)
 

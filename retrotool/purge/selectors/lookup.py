@@ -213,7 +213,7 @@ class Lookup:
 def select_ids(store: Store, lines: Sequence[str]) -> Ids:
     """Return chunk ids given as text, one a line; ``UsageError`` names the first that is not a chunk of the store."""
     found = []
-    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
+    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -237,7 +237,7 @@ def select_documents(
     keys = pa.array(hashes, pa.binary())
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
-    for part in store.state.parts():
+    for part in store.state.all_parts():
         place = pc.index_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
         hit = place.is_valid()
         seen[place.filter(hit).to_numpy()] = True
@@ -256,10 +256,10 @@ def select_where(store: Store, expression: str, report: Report = lambda _: None)
     """Chunk ids of the documents for which an expression over their columns holds."""
     where = Where(expression)
     found: list[Ids] = []
-    files = (parts.part_entry(store, "documents", part) for part in store.state.parts())
+    files = (parts.part_entry(store, "documents", part) for part in store.state.all_parts())
     names = (parts.read_parquet(store, entry, row_groups=[]).schema.names for entry in files)
     where.check(list(dict.fromkeys(itertools.chain.from_iterable(names))))
-    for part in store.state.parts():
+    for part in store.state.all_parts():
         table = parts.read_documents(store, part)
         for column in where.columns:
             if column not in table.schema.names:  # kept by other parts, not by this one
@@ -291,7 +291,7 @@ def select_duplicates(
     ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch file does not fit on the disk.
     """
     tombstones = read_tombstones(store)
-    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
+    sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}
     with hash_partitions.HashPartitions(sum(sizes.values()), rows) as partitions:
         for part, total in sizes.items():
             purged = tombstones.rows(part)

@@ -29,7 +29,7 @@ from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.selector import Decoder, Matcher, Selector, TextBlock, text_blocks
 from retrotool.store import parts, staging
-from retrotool.store.atomic import FileEntry
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
@@ -93,7 +93,7 @@ class ScanStage:
         tasks = []
         for part, reads, old in self._unscanned(store):
             key = task_key(self.name, {"scan": self.scan(store)}, reads)
-            if not staging.is_staged(store.root, key):
+            if not staging.is_staged(store.storage, key):
                 inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
                 rows = parts.part_entry(store, "chunks", part).rows
                 tasks.append(Task(key, f"part {part}", rows, inputs, claimed=self.shard is not None))
@@ -106,7 +106,7 @@ class ScanStage:
     def _unscanned(self, store: Store) -> Iterator[tuple[int, list[str], FileEntry | None]]:
         """Parts that are not scanned as they are now, the files that are read of each, and what was found before."""
         scan = self.scan(store)
-        for part in store.state.parts():
+        for part in store.state.all_parts():
             more = {path for selector in self.selectors for path in selector.reads(store, part)}
             reads = [parts.part_entry(store, "chunks", part).path, *sorted(more)]
             old = store.state.part_file(KIND, part, scan)
@@ -139,7 +139,7 @@ class ScanWorker:
             report(rows)
         name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
         about = {"reads": task.inputs["reads"], "names": [list(one.names) for one in self._selectors]}
-        entry = parts.write_parquet(store.root, name, ScanHits.joined(found).as_table(), about=about)
+        entry = parts.write_parquet(store, name, ScanHits.joined(found).as_table(), about=about)
         settings = {"scan": self._scan, "selectors": [one.kind for one in self._selectors]}
         reads, replaced = tuple(task.inputs["reads"]), tuple(task.inputs["replaces"])
         return Staged(task.key, "select", run, settings, reads, (entry,), replaced)
@@ -196,7 +196,7 @@ def read_scan(store: Store, stage: ScanStage) -> tuple[ScanHits, list[list[str]]
     found, names = [], [list[str]() for _ in stage.selectors]
     for entry in store.state.group(KIND, stage.scan(store)).entries():
         found.append(ScanHits.of_table(parts.read_parquet(store, entry)))
-        names = (entry.about or {})["names"]
+        names = [list(one.names) for one in stage.selectors]
     return ScanHits.joined(found), names
 
 

@@ -71,10 +71,10 @@ def scanned(store: Store, matcher: Matcher, rows: int = 1 << 15) -> list[int]:
 
 def purge(store: Store, *ids: int, erase: bool = False) -> Store:
     """Purge some chunks."""
-    listed = store.root.parent / "purged-ids"
+    listed = Path(store.place).parent / "purged-ids"
     listed.write_text("".join(f"{i}\n" for i in ids))
-    api.purge(store.root, api.Selectors(ids=listed), reason="test", erase=erase)
-    return Store.open(store.root)
+    api.purge(store.place, api.Selectors(ids=listed), reason="test", erase=erase)
+    return Store.open(store.place)
 
 
 def random_tokens(seed: int, n: int, vocabulary: int = 2000) -> list[int]:

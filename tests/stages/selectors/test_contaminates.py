@@ -120,8 +120,8 @@ def test_copies_and_near_copies_of_evaluation_documents_are_found(
     documents = [question, question[:440], question[:300], random_tokens(9, 40, 140) + question, [7, 7, 7], [7, 7]]
     documents += [random_tokens(8, 400, 140) + question, [*([5] * 300)], *changed.values()]
     store = store_of(tmp_path / "store", tiny_encoder, documents)
-    selector = Contaminates(str(evaluation.root))
-    assert selector.literal() == {"evaluation": str(evaluation.root), "as_of": ""}
+    selector = Contaminates(evaluation.place)
+    assert selector.literal() == {"evaluation": evaluation.place, "as_of": ""}
     # 428/488 of a part; 488/528; with k changed tokens (488 − 13 k) / (488 + 13 k): 0.81 with four, 0.77 with five
     # (places are in order: whole, 440, 300, 40 before, short, ..., one to five changed).
     assert documents_of(store, scanned(store, selector.open(store))) == {0, 1, 3, 4, 8, 9, 10, 11}
@@ -134,7 +134,7 @@ def test_what_is_purged_from_the_evaluation_store_does_not_count(
 ) -> None:
     question = [t % 140 for t in QUESTION]
     store = store_of(tmp_path / "store", tiny_encoder, [question, question[:240], [7, 7, 7]])
-    selector = Contaminates(str(evaluation.root))
+    selector = Contaminates(evaluation.place)
     assert documents_of(store, scanned(store, selector.open(store))) == {0, 2}
     purge(evaluation, *range(5, 12))  # of 500 tokens 240 are left, and the short one goes
     assert documents_of(store, scanned(store, selector.open(store))) == {1}
@@ -146,11 +146,11 @@ def test_what_can_not_be_compared_is_refused(tmp_path: Path, tiny_encoder: Path,
     store = store_of(tmp_path / "store", tiny_encoder, [[7, 8]])
     other = store_of(tmp_path / "other", byte_level_tokenizer, [[7, 8]])
     with pytest.raises(UsageError, match="tokenizer") as error:
-        Contaminates(str(other.root)).open(store)
-    assert f"--tokenizer {store.root / store.identity.tokenizer.file}" in error.value.advice
-    assert (store.root / store.identity.tokenizer.file).exists()
+        Contaminates(other.place).open(store)
+    assert f"--tokenizer {Path(store.place) / store.identity.tokenizer.file}" in error.value.advice
+    assert (Path(store.place) / store.identity.tokenizer.file).exists()
     with pytest.raises(StoreNotFoundError):
         Contaminates(str(tmp_path / "none")).open(store)
     empty = purge(store_of(tmp_path / "empty", tiny_encoder, [[7, 8]]), 0)
     with pytest.raises(UsageError, match="no text"):
-        Contaminates(str(empty.root)).open(store)
+        Contaminates(empty.place).open(store)

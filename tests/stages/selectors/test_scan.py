@@ -16,9 +16,9 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.purge.select import select
 from retrotool.purge.selectors import scan
 from retrotool.purge.selectors.patterns import Patterns
-from retrotool.store import runs
+from retrotool.store import leases
 from retrotool.store.folding import writing
-from retrotool.store.runs import Run
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 SECRET = "SECRET-0123456789-abcdefghij"
@@ -113,7 +113,7 @@ def test_a_part_is_scanned_once_until_it_is_rewritten(store: Path, texts: dict[s
     assert len(tasks) == len(opened.state.parts()) > 2
     with writing(opened) as run:
         worker = stage.open(opened)
-        engine.perform(worker, opened.root, tasks[0], run.id, lambda _: None)  # and then it was killed
+        engine.perform(worker, opened.storage, tasks[0], run.id, lambda _: None)  # and then it was killed
     with writing(opened):
         pass
     assert {task.key for task in stage.plan(opened.refresh() and opened)} == {task.key for task in tasks[1:]}
@@ -153,7 +153,7 @@ def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[s
     with writing(opened) as run:  # it was killed after the last part, before that was committed
         worker = stage.open(opened)
         for task in stage.plan(opened):
-            assert engine.perform(worker, opened.root, task, run.id, lambda _: None) is not None
+            assert engine.perform(worker, opened.storage, task, run.id, lambda _: None) is not None
     assert stage.plan(opened) == []
     assert not stage.is_done(opened)
     with pytest.raises(ConflictError, match="since the scan"):
@@ -166,8 +166,8 @@ def test_jobs_share_the_scan_of_a_purge_and_purge_nothing(store: Path, texts: di
     opened = Store.open(store)
     stage = scan.ScanStage((Patterns((SECRET,)),), shard=(1, 2))
     tasks = stage.plan(opened)
-    with Run(store) as other:  # another job, at one of the parts
-        assert runs.take_claim(store, tasks[0].key, other.id)
+    with Run(opened.storage) as other:  # another job, at one of the parts
+        assert leases.take_claim(opened.storage, tasks[0].key, other.id)
         first = api.scan(store, selectors, (0, 2))
         assert (first.parts, first.of, first.elsewhere, first.done) == (len(tasks) - 1, len(tasks), 1, False)
         assert [task.key for task in stage.plan(opened.refresh() and opened)] == [tasks[0].key]

@@ -1,0 +1,160 @@
+"""Embeddings in ``.npy`` files, and other files that are mapped: every block is checked when it is first touched.
+
+Cost: a block of 16 KiB takes 5 µs to check, once a process; reading a whole file runs at the 3 GB/s of the CRC-32.
+Memory: 5 bytes a block, and one a row. ``retrotool.store.sums`` says how sums are kept.
+"""
+
+from __future__ import annotations
+
+import mmap
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ranges import expand_ranges
+from retrotool.store.log import FileEntry
+from retrotool.store.paths import FileName
+from retrotool.store.storage import Sink
+from retrotool.store.store import Store
+from retrotool.store.sums import BLOCK, SUMS, size_of_sums
+
+Rows = npt.NDArray[np.int64]
+
+
+class MappedFile:
+    """A file of a store's view, mapped; ``check`` what is to be read of it before it is."""
+
+    def __init__(self, store: Store, entry: FileEntry, path: Path) -> None:
+        with path.open("rb") as file:
+            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._store, self._path = store, entry.path
+        try:
+            sums = store.storage.get(entry.path + SUMS)
+        except FileNotFoundError:
+            raise store.corrupt(f"{store.where(entry.path + SUMS)} is missing") from None
+        if len(sums) != (due := size_of_sums(len(self.bytes))):
+            raise store.corrupt(f"{store.where(entry.path + SUMS)} has {len(sums):,} bytes, not {due:,}")
+        self._sums = np.frombuffer(sums, "<u4")
+        self._good = np.zeros(len(self._sums), np.bool_)
+        self._left = len(self._sums)
+
+    def check(self, start: int, stop: int) -> None:
+        """Check the blocks of some bytes; ``CorruptError`` if one of them is not what was written."""
+        if self._left and stop > start:
+            first, last = start // BLOCK, (stop - 1) // BLOCK
+            if not self._good[first : last + 1].all():
+                self._check_blocks(first + np.flatnonzero(~self._good[first : last + 1]))
+
+    def check_rows(self, rows: Rows, offset: int, size: int) -> None:
+        """Likewise of rows of ``size`` bytes, of which the first begins at ``offset``."""
+        if self._left and len(rows):
+            first, last = (rows * size + offset) // BLOCK, (rows * size + (offset + size - 1)) // BLOCK
+            blocks = np.unique(expand_ranges(first, last - first + 1))
+            self._check_blocks(blocks[~self._good[blocks]])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block was checked."""
+        return not self._left
+
+    def check_all(self) -> None:
+        """Check the whole file."""
+        self.check(0, len(self.bytes))
+
+    def _check_blocks(self, blocks: npt.NDArray[np.int64]) -> None:
+        for block in blocks.tolist():
+            start = block * BLOCK
+            if zlib.crc32(self.bytes[start : start + BLOCK]) != self._sums[block]:
+                raise self._store.corrupt(
+                    f"{self._store.where(self._path)}: what lies at byte {start:,} is not what was written"
+                )
+            self._good[block] = True
+        self._left = len(self._good) - int(np.count_nonzero(self._good))
+
+
+class MappedVectors:
+    """The embeddings of a part, float16 [n, d], mapped. What is taken of it is checked first."""
+
+    dtype = np.dtype(np.float16)
+
+    def __init__(self, file: MappedFile, matrix: npt.NDArray[np.float16], offset: int) -> None:
+        self._file, self._matrix, self._offset = file, matrix, offset
+        self._row_bytes = matrix.strides[0] if len(matrix) else 0
+        self._good = np.zeros(len(matrix), np.bool_)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and dimensions."""
+        rows, dimension = self._matrix.shape
+        return rows, dimension
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._matrix)
+
+    def __getitem__(self, rows: int | slice | Rows | npt.NDArray[np.bool_] | list[int]) -> npt.NDArray[np.float16]:
+        """Some rows, as numpy gives them: a copy of chosen ones, or a view of a slice."""
+        if not self._file.is_whole and not np.all(self._good[rows]):
+            chosen = self._numbers(rows)
+            chosen = chosen[~self._good[chosen]]
+            self._file.check_rows(chosen, self._offset, self._row_bytes)
+            self._good[chosen] = True
+        found: npt.NDArray[np.float16] = self._matrix[rows]
+        return found
+
+    def _numbers(self, rows: int | slice | Rows | npt.NDArray[np.bool_] | list[int]) -> Rows:
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(len(self)))
+        chosen = np.atleast_1d(np.asarray(rows))
+        return np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen.astype(np.int64) % max(len(self), 1)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.float16]:
+        """All rows."""
+        self._file.check_all()
+        return np.array(self._matrix, dtype) if copy or dtype not in (None, self.dtype) else self._matrix
+
+
+def write_vectors(store: Store, name: FileName, vectors: npt.NDArray[np.float16]) -> FileEntry:
+    """Write ``vectors``, float16 [n, d], through the store's door."""
+    return write_vector_blocks(store, name, vectors.shape[0], vectors.shape[1], [vectors])
+
+
+def write_vector_blocks(
+    store: Store, name: FileName, rows: int, dimension: int, blocks: Iterable[npt.NDArray[np.float16]]
+) -> FileEntry:
+    """As ``write_vectors``, of blocks float16 [m, d] that have ``rows`` rows together; one is held at a time."""
+
+    def write(sink: Sink) -> int:
+        np.lib.format.write_array_header_1_0(sink, {"descr": "<f2", "fortran_order": False, "shape": (rows, dimension)})
+        written = 0
+        for block in blocks:
+            sink.write(np.ascontiguousarray(block, "<f2").data)
+            sink.sync()
+            written += len(block)
+        if written != rows:
+            raise ValueError(f"{name.path}: {written:,} vectors, not {rows:,}")
+        return rows
+
+    return store.write(name, write)
+
+
+def read_vectors(store: Store, entry: FileEntry) -> MappedVectors:
+    """Map a part's embeddings; rows of erased chunks are zero. ``CorruptError`` if shape or type are not as due."""
+    with store.reading(entry) as storage:
+        path = storage.local(entry.path)
+        file = MappedFile(store, entry, path)
+        file.check(0, 1)
+        try:
+            with path.open("rb") as header:
+                np.lib.format.read_magic(header)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+                offset = header.tell()
+            matrix: npt.NDArray[np.float16] = np.frombuffer(file.bytes, dtype, offset=offset).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise store.corrupt(f"{path}: {error}") from error
+    if dtype != np.float16 or fortran or len(shape) != 2 or shape[0] != entry.rows:
+        raise store.corrupt(f"{path}: {dtype} {shape}, the log says {entry.rows} rows of float16")
+    return MappedVectors(file, matrix, offset)
