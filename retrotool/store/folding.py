@@ -114,7 +114,7 @@ def _joined(draft: Draft, task: Staged) -> Draft:
 
 def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     """Why ``task`` can't join ``draft`` on ``state``."""
-    joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove)
+    joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove, records=task.records)
     reason = state.conflict(joined)
     if reason is None:
         places = {entry.place for entry in draft.add}
@@ -128,18 +128,20 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
 
 def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
     """Why a file that covers parts (an index shard) can't stand beside those that are there; None if it can."""
-    for entry in task.add:
+    for entry in filter(_is_shard, task.add):
         covered = set((entry.about or {}).get("parts", ()))
-        if not covered:
-            continue
         kind, name, own = entry.place
         live = [other for other in state.group(kind, name).entries() if other.path not in task.remove]
-        for other in (*live, *(e for e in draft.add if e.place[:2] == (kind, name))):
+        for other in filter(_is_shard, (*live, *(e for e in draft.add if e.place[:2] == (kind, name)))):
             if generation_in(other.slot) != generation_in(own):
                 continue
             if not covered.isdisjoint((other.about or {}).get("parts", ())):
                 return f"{other.path} covers the same parts"
     return None
+
+
+def _is_shard(entry: FileEntry) -> bool:
+    return entry.kind == "index" and entry.slot.startswith("shard-")
 
 
 def _draft_of_units(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:

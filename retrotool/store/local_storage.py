@@ -133,7 +133,7 @@ class LocalStorage:
         folder = prefix[: prefix.rfind("/") + 1]
         self._not_linked(folder)
         for path, regular in self._walk(folder, after):
-            if regular and path.startswith(prefix) and TEMPORARY not in path:
+            if regular and path.startswith(prefix) and not _TEMPORARY_PATH.fullmatch(path):
                 yield _LocalStatus(path, self.root / path)
 
     def delete(self, paths: Iterable[str]) -> None:

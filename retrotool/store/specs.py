@@ -11,7 +11,9 @@ from typing import Any
 from retrotool.store.paths import DATA_KINDS, NAME, NAMED_KINDS, PART_KINDS, PATH, UNNUMBERED_KINDS
 from retrotool.store.schema import Keyed, Maybe, Spec
 
-COUNT, PART, INT64 = range(1 << 48), range(1 << 31), range(-(1 << 63), 1 << 63)
+COUNT, PART, INT64 = range(1 << 53), range(1 << 31), range(-(1 << 63), 1 << 63)
+_AMOUNT = range(-(1 << 53), 1 << 53)
+"""What is added to: the sum of many is no more than JSON can hold."""
 HEX64, RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{8}")
 PLACE = re.compile(r"[^\0]+")
 """A path of the file system, or a URI."""
@@ -27,12 +29,12 @@ _ANYTHING: dict[Any, Spec] = {}
 
 # Records, by their keys.
 
-_COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "set_aside"), INT64)
+_COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "set_aside"), _AMOUNT)
 _PLAN = {
     **_COUNTS, "parts": PART, "units": COUNT, "done": COUNT, "finished": bool, "order": COUNT,
-    "purged?": {NAME: INT64}, "duplicates?": str,
-    **dict.fromkeys(("blocked?", "damaged?", "known_documents?", "keys_cut?", "compared?", "exact?"), INT64),
-    **dict.fromkeys(("duplicates_by_id?", "duplicates_by_text?"), INT64),
+    "purged?": {NAME: _AMOUNT}, "duplicates?": str,
+    **dict.fromkeys(("blocked?", "damaged?", "known_documents?", "keys_cut?", "compared?", "exact?"), _AMOUNT),
+    **dict.fromkeys(("duplicates_by_id?", "duplicates_by_text?"), _AMOUNT),
 }  # fmt: skip
 _FINDINGS = {
     "versions": str, "needles": [str], "runs?": [(str, str, range(1, 1 << 16), str)], "frames": (str, str), "why": str,
@@ -94,7 +96,7 @@ _ABOUT: dict[str, Spec] = {
     "tombstones": Maybe({"within?": [(INT64, INT64)]}),
     "trained": {
         **dict.fromkeys(("encoder", "factory", "why"), str), "dimension": _DIMENSION, "vectors": COUNT, "held?": COUNT,
-        "trained_parts": _SPANS, "shard_rows": range(1, 1 << 48), "sample": COUNT, "seed": INT64,
+        "trained_parts": _SPANS, "shard_rows": range(1, 1 << 53), "sample": COUNT, "seed": INT64,
         **dict.fromkeys(("error", "code_error", "imbalance"), float),
         "asked": {"memory?": COUNT, "nlist?": PART, "code?": str, "factory?": str, "shard_rows?": COUNT},
     },
@@ -158,7 +160,7 @@ STAGED = {
     "unit": Maybe(
         {
             "plan": NAME, "index": COUNT, "parts": [tuple(map(_unnumbered, UNNUMBERED_KINDS))],
-            "quarantine": Maybe(_FILES["quarantine"]), "counts": {NAME: INT64}, "blocked": Maybe([NAME]),
+            "quarantine": Maybe(_FILES["quarantine"]), "counts": {NAME: COUNT}, "blocked": Maybe([NAME]),
         }
     ),
 }  # fmt: skip

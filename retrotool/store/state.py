@@ -190,7 +190,12 @@ class State:
             if place in places or (current is not None and current.path not in freed):
                 return f"the place of {entry.path} is taken"
             places.add(place)
-        return None
+        return self._lacks_parts(change.records)
+
+    def _lacks_parts(self, change: Mapping[str, Any]) -> str | None:
+        """Why the numbers of parts can't be, once records are set; None if they can."""
+        parts, pending = (change.get(key, self.records.get(key)) or 0 for key in ("parts", "pending"))
+        return None if pending <= parts else f"{pending} parts would be pending, of {parts}"
 
     def fold(self, commits: Iterable[Commit]) -> State:
         """The state after ``commits``, in their order; ``CorruptError`` if one is invalid where it comes."""
@@ -213,8 +218,6 @@ class State:
             records.update(commit.records)
             for gone in [record for record, value in commit.records.items() if value is None]:
                 del records[gone]
-            if records.get("pending", 0) > records.get("parts", 0):
-                raise CorruptError(f"commit {commit.number} is invalid: more parts are pending than there are")
             number, head = commit.number, commit.sha256
         return State(number, head, groups, records)
 
@@ -252,7 +255,7 @@ def decode_checkpoint(data: bytes, path: str = "the checkpoint") -> State | None
         groups[kind, name] = Group(f"{kind}/{name}" if name else kind, columns)
         if kind == "index":  # what is said of a file depends on its slot
             schema.check_value([entry.as_json() for entry in groups[kind, name].entries()], specs.FILES, path)
-    records = Records(fields["records"])
-    if records.get("pending", 0) > records.get("parts", 0):
-        raise CorruptError(f"{path}: more parts are pending than there are")
-    return State(header["commit"], header["head"], groups, records)
+    state = State(header["commit"], header["head"], groups, Records(fields["records"]))
+    if reason := state.conflict(Draft("")):
+        raise CorruptError(f"{path}: {reason}")
+    return state

@@ -131,7 +131,7 @@ def test_after_a_power_cut_nothing_that_was_committed_is_lost(
         cut = Cut(tmp_path / f"notes-{attempt}", draw.randint(1, calls))
         assert in_child(listening(lambda store=store: case.work(store), cut), None)[0]  # type: ignore[misc]
         cut.lose(draw)
-        check_between(store, before, known)
+        check_between(store, before, known, expected)
         in_child(lambda store=store: case.work(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
         shutil.rmtree(store)
@@ -172,7 +172,7 @@ def test_after_a_call_that_failed_there_is_the_old_state_or_the_new_one(
                 case.work(store)
 
         in_child(listening(work, failing), None)
-        check_between(store, before, known)
+        check_between(store, before, known, expected)
         in_child(lambda store=store: case.work(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
         shutil.rmtree(store)
