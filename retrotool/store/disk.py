@@ -67,6 +67,12 @@ def write(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def touch(path: Path) -> None:
+    """Set the time at which a file was written to now."""
+    announce("touch", path)
+    os.utime(path)
+
+
 def rename(source: Path, target: Path) -> None:
     """Rename within a directory, atomically."""
     announce("rename", target)

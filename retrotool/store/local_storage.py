@@ -112,6 +112,10 @@ class LocalStorage:
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
         target = self.file(path)
+        with suppress(FileNotFoundError):
+            if target.read_bytes() == data:  # as when a lease is renewed: its time is all that changes
+                disk.touch(target)
+                return _LocalStatus(path, target)
 
         def replace(temporary: Path) -> FileStatus:
             info = _LocalStatus(path, temporary)

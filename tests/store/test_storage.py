@@ -111,6 +111,9 @@ def test_what_is_overwritten_has_a_new_tag_and_a_later_time(storage: Storage) ->
     found = storage.stat("leases/run-0123abcd")
     assert found is not None
     assert (found.tag, found.modified) == (second.tag, second.modified)
+    third = storage.overwrite("leases/run-0123abcd", RUN, b"two")
+    assert third.modified >= second.modified
+    assert third.tag != second.tag, "also where the bytes are the same"
 
 
 def test_after_an_error_there_is_nothing(storage: Storage) -> None:

@@ -31,7 +31,7 @@ from retrotool.store.store import Store
 DATA = b"all of it"
 
 COMMIT = [
-    "write", "fsync", "rename",  # the lease is renewed
+    "touch",  # the lease is renewed
     "write", "fsync", "link", "unlink", "fsync_directory",  # the entry of the log
     "unlink", "fsync_directory",  # the file that was removed: it must not come back
     "write", "fsync", "link", "unlink", "fsync_directory",  # a checkpoint
