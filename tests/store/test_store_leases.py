@@ -218,15 +218,14 @@ def test_a_run_that_ends_while_its_heart_beats_is_over(store: Store) -> None:
     ended = threading.Thread(target=run.__exit__, args=(None, None, None))
 
     def end(operation: str, path: str) -> None:
-        if operation == "rename" and threading.current_thread().name == "retrotool-heartbeat":
+        if operation == "touch" and threading.current_thread().name == "retrotool-heartbeat":
             ended.start()
             ended.join(0.2)
 
     with listening(end):
         run.__enter__()
-        while not ended.ident:
-            time.sleep(0.001)
-        ended.join()
+        run._heart.join(60)
+        ended.join(60)
     assert files_in(Path(store.place)) == set()
 
 

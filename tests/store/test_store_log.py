@@ -133,7 +133,7 @@ def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
     assert any("00000003.json: is no child" in problem for problem in problems)
 
 
-LINK = 7
+LINK = 5
 """The step of a store's first commit that gives the entry its name: those of the lease and the folder come before."""
 
 
