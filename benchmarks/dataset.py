@@ -187,7 +187,7 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
             }  # fmt: skip
             add.append(
                 neighbour_tables.write_table(
-                    opened, name, table, database=uuid, commit=number, path="",
+                    opened, name, table, database=uuid, commit=number, uri="",
                     about={**about, "text": k} if text else about,
                     text=read_text_of(opened, read_tombstones(opened), table, k) if text else None,
                     chunk_bytes=own.chunk_length * own.tokenizer.token_bytes,

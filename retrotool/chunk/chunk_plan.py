@@ -316,7 +316,12 @@ def _refuse_changed(changed: Sequence[InputFile], options: ChunkOptions) -> None
 
 def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:
     """Write a plan file."""
-    fields = {**asdict(plan), "read_before": {str(number): plans for number, plans in plan.read_before.items()}}
+    files = [{"uri": one.path, "name": one.name, "size": one.size, "format": one.format} for one in plan.files]
+    fields = {
+        **asdict(plan),
+        "files": files,
+        "read_before": {str(number): plans for number, plans in plan.read_before.items()},
+    }
     return write_json_file(store, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
 
 
@@ -330,7 +335,7 @@ def write_json_file(store: Store, name: FileName, content: Mapping[str, Any], ro
     return store.write(name, write)
 
 
-_INPUT = {"path": PLACE, "name": str, "size": COUNT, "format": str}
+_INPUT = {"uri": PLACE, "name": str, "size": COUNT, "format": str}
 _SLICE = {"start": COUNT, "end": Maybe(COUNT), "first": COUNT, "last": Maybe(COUNT)}
 _INPUTS = {"fingerprints": [str], "places": [str], "given_up?": [str], "fields": {"max_document": COUNT}}
 _PLAN = {
@@ -368,7 +373,7 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     ):
         raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not go together")
     return ChunkPlan(
-        files=tuple(InputFile(**_fields_of(InputFile, file)) for file in content["files"]),
+        files=tuple(InputFile(one["uri"], one["name"], one["size"], one["format"]) for one in content["files"]),
         fingerprints=tuple(content["fingerprints"]),
         places=tuple(content["places"]),
         fields=Fields(**{**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}),

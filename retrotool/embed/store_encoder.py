@@ -66,6 +66,8 @@ def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
 
 def _load(store: Store, name: str, device: str, forward: str) -> Encoder:
     record = store.state.records[f"encoder:{name}"]
+    if record.get("foreign"):
+        raise UsageError(f"the vectors of {name!r} were made elsewhere, by {record['origin']}: no text can be embedded")
     encoder = Encoder(str(record["origin"]), device, "float32", pooling=record["pooling"], name=name, forward=forward)
     if encoder.identity.sha256 != record["sha256"]:
         raise UsageError(f"the encoder at {record['origin']} is not the one the store was embedded with")

@@ -47,8 +47,8 @@ def dependents(database: Store) -> list[Dependent]:
     """Return the stores that are recorded to have neighbours in a database; none of them is opened."""
     return [
         Dependent(
-            record["path"], record["uuid"], record["table"], record["since"],
-            neighbours_command(database.place, record["path"], record["table"], record["again"]),
+            record["uri"], record["uuid"], record["table"], record["since"],
+            neighbours_command(database.place, record["uri"], record["table"], record["again"]),
         )
         for record in database.state.with_prefix(PREFIX).values()
     ]  # fmt: skip
@@ -60,14 +60,14 @@ def register_dependent(database: Store, queries: Store, table: str, again: Mappi
     ``again``: index, encoder, k and saved of the tables. Records of the same store at places where it is no more are
     removed.
     """
-    path, uuid = queries.uri, queries.identity.uuid
-    place = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    uri, uuid = queries.uri, queries.identity.uuid
+    place = hashlib.blake2b(uri.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
     key = f"{PREFIX}{uuid}:{table}:{place}"
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
     def build(state: State) -> Draft | None:
         old = state.records.get(key, {"since": now})
-        record = {"path": path, "uuid": uuid, "table": table, "since": old["since"], "again": dict(again)}
+        record = {"uri": uri, "uuid": uuid, "table": table, "since": old["since"], "again": dict(again)}
         if record == old:
             return None
         others = [other for other in state.records if other.startswith(f"{PREFIX}{uuid}:{table}:") and other != key]
@@ -89,6 +89,6 @@ def register_dependent(database: Store, queries: Store, table: str, again: Mappi
 
 def _is_there(record: Mapping[str, Any]) -> bool:
     try:
-        return Store.open(record["path"]).identity.uuid == str(record["uuid"])
+        return Store.open(record["uri"]).identity.uuid == str(record["uuid"])
     except (RetrotoolError, OSError):
         return False

@@ -322,7 +322,7 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
         raise UsageError(f"--database {given[0][0]}: with one database there is nothing to mix", "Leave it out.")
     if known is not None and not was:
         raise UsageError(
-            f"the neighbours {name!r} are a plain table, of {known['path']}", "Give the mixture another --name."
+            f"the neighbours {name!r} are a plain table, of {known['uri']}", "Give the mixture another --name."
         )
     for _, _, database in databases[1:]:
         advice = "Give them names of their own with --name, or chunk one of them again."
@@ -344,7 +344,7 @@ def _as_it_was(store: Store, name: str, first: str | Path, was: Mapping[str, tup
     """Return the mixture that a name is; ``first`` must be one of its databases, and may have moved."""
     here = Store.open(first)
     if here.identity.uuid not in was:
-        have = ", ".join(str(store.state.records[f"neighbours:{table}"]["path"]) for table, _ in was.values())
+        have = ", ".join(str(store.state.records[f"neighbours:{table}"]["uri"]) for table, _ in was.values())
         raise UsageError(
             f"the neighbours {name!r} are a mixture of {have}",
             "Name all databases that it is to be of with --database, or give another --name.",

@@ -21,7 +21,6 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +145,7 @@ class NeighboursStage:
     def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
         """The record ``neighbours:<table>``."""
         return {
-            "database": database.store.identity.uuid, "path": database.store.uri,
+            "database": database.store.identity.uuid, "uri": database.store.uri,
             "within": is_same_store(store, database.store), "index": self.index, "encoder": database.encoder,
             "saved": self.saved, "k": self.k, **with_filters(self.filters), **({"text": True} if self.text else {}),
         }  # fmt: skip
@@ -159,7 +158,7 @@ class NeighboursStage:
             )
         if known["database"] != record["database"]:
             raise UsageError(
-                f"the neighbours {self.table!r} are chunks of another database, {known['path']}",
+                f"the neighbours {self.table!r} are chunks of another database, {known['uri']}",
                 "Give these a name of their own with --name.",
             )
 
@@ -310,16 +309,16 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     if record["within"]:
         return store, record
     try:
-        database = Store.open(Path(record["path"]))
+        database = Store.open(record["uri"])
     except StoreNotFoundError:
         raise StoreNotFoundError(
-            f"the neighbours {table!r} of {store.place} are chunks of the store that was at {record['path']}, which "
+            f"the neighbours {table!r} of {store.place} are chunks of the store that was at {record['uri']}, which "
             "isn't there",
             f"Put it back; or, where it has moved, say where to: {table_command(store, table, None)}",
         ) from None
     if database.identity.uuid != record["database"]:
         raise UsageError(
-            f"{record['path']} is not the database that the neighbours {table!r} come from",
+            f"{record['uri']} is not the database that the neighbours {table!r} come from",
             "Put it back, or compute the neighbours again: tombstones can't be applied without it.",
         )
     return database, record
@@ -389,7 +388,7 @@ class NeighboursWorker:
             about["text"] = stage.k
             text = read_text_of(database.store, database.tombstones, table, stage.k, self._reuse(database, replaced))
         entry = neighbour_tables.write_table(
-            store, name, table, database=record["database"], commit=commit, path=record["path"], about=about,
+            store, name, table, database=record["database"], commit=commit, uri=record["uri"], about=about,
             text=text, chunk_bytes=store.identity.chunk_length * store.identity.tokenizer.token_bytes,
         )  # fmt: skip
         old_path = task.inputs["replaces"]

@@ -133,7 +133,7 @@ def _refills(store: Store) -> list[str]:
         record = table_record(store, table)
         if not record["within"]:
             # Its rows of what was purged may be empty.
-            found.append(neighbours_command(record["path"], store.place, table, record))
+            found.append(neighbours_command(record["uri"], store.place, table, record))
         elif any(missed_spans(store.state, commit) for commit in commits):
             found.append(table_command(store, table, store))
     return [*found, *(one.command for one in dependents(store))]
@@ -141,7 +141,10 @@ def _refills(store: Store) -> list[str]:
 
 def weigh(store: Store, purge: str) -> Restorable:
     """Find out what an undo of a purge would give; ``UsageError`` if there is none, or an erase of it was begun."""
-    if check_purge(store, purge)["erased"]:
+    record = check_purge(store, purge)
+    if "plan" in record:
+        raise UsageError(f"purge {purge} has what chunk {record['plan']} replaced: this retrotool can't undo that")
+    if record["erased"]:
         raise UsageError(
             f"purge {purge} is erased: nothing of its chunks is left",
             f"What its input still has can be chunked again: retrotool chunk {store.place} INPUT... --allow-purged",

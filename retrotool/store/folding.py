@@ -90,7 +90,7 @@ def _draft_of_files(store: Store, state: State, tasks: Sequence[Staged], outcome
             outcome[task.task] = "its files are gone"
         elif reason := _conflict(state, draft, task):
             outcome[task.task] = reason
-        else:
+        elif task.piece is None:  # pieces wait for who does the whole task
             outcome[task.task] = ""
             draft = _joined(draft, task)
     return draft if draft.add or draft.remove or draft.records else None

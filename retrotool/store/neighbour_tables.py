@@ -72,17 +72,17 @@ def write_table(
     *,
     database: str,
     commit: int,
-    path: str,
+    uri: str,
     about: dict[str, Any],
     text: Iterable[NeighbourText] | None = None,
     chunk_bytes: int = 0,
 ) -> FileEntry:
-    """Write a part's neighbours; they come from commit ``commit`` of the store ``database`` (uuid) at ``path``.
+    """Write a part's neighbours; they come from commit ``commit`` of the store ``database`` (uuid) at ``uri``.
 
     ``text``: the tokens of the first ``about["text"]`` neighbours, one row group after the other; those of a chunk take
     ``chunk_bytes``.
     """
-    metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.path": path}
+    metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.uri": uri}
     saved = table.ids.shape[1]
     own = [("ids", pa.list_(pa.int64(), saved)), ("distances", pa.list_(pa.float32(), saved))]
     more = () if text is None else text_schema(int(about["text"]), chunk_bytes)

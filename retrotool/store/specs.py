@@ -32,7 +32,7 @@ _ANYTHING: dict[Any, Spec] = {}
 _COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "set_aside"), _AMOUNT)
 _PLAN = {
     **_COUNTS, "parts": PART, "units": COUNT, "done": COUNT, "finished": bool, "order": COUNT,
-    "purged?": {NAME: _AMOUNT}, "duplicates?": str,
+    "purged?": {NAME: _AMOUNT}, "duplicates?": str, "existing?": str, "replaced?": _AMOUNT,
     **dict.fromkeys(("blocked?", "damaged?", "known_documents?", "keys_cut?", "compared?", "exact?"), _AMOUNT),
     **dict.fromkeys(("duplicates_by_id?", "duplicates_by_text?"), _AMOUNT),
 }  # fmt: skip
@@ -40,7 +40,8 @@ _FINDINGS = {
     "versions": str, "needles": [str], "runs?": [(str, str, range(1, 1 << 16), str)], "frames": (str, str), "why": str,
 }  # fmt: skip
 _ENCODER = {
-    "origin": PLACE, "sha256": str, "pooling": str, "dimension": _DIMENSION, "tokenizer?": str, "overridden?": bool,
+    "origin": PLACE, "sha256": str, "pooling": str, "dimension": _DIMENSION, "tokenizer?": str,
+    **dict.fromkeys(("overridden?", "foreign?"), bool),
 }  # fmt: skip
 _INDEX = {
     "encoder": NAME, "factory": str, **dict.fromkeys(("kind?", "why?", "files?", "due?"), str), "holds?": bool,
@@ -51,16 +52,16 @@ _INDEX = {
 }  # fmt: skip
 _FILTERS = {"max_overlap?": float, "near_copies?": bool, "exclude_sources?": [str], "only_sources?": [str]}
 _TABLE = {
-    "database": str, "path": PLACE, "within": bool, "index": str, "encoder": str, "saved": _K, "k": _K,
+    "database": str, "uri": PLACE, "within": bool, "index": str, "encoder": str, "saved": _K, "k": _K,
     "filters?": _FILTERS, "text?": bool,
 }  # fmt: skip
 _MIXTURE = {"mix": [{"table": NAME, "weight": float}]}
 _DEPENDENT = {
-    "path": PLACE, "uuid": str, "table": NAME, "since": str,
+    "uri": PLACE, "uuid": str, "table": NAME, "since": str,
     "again": {"index": str, "encoder?": str, "k": _K, "saved": _K},
 }  # fmt: skip
 _PURGE = {
-    "commit": COUNT, "erased": bool, **dict.fromkeys(("selector", "hash", "reason", "who"), str),
+    "commit": COUNT, "erased": bool, "plan?": NAME, **dict.fromkeys(("selector", "hash", "reason", "who"), str),
     **dict.fromkeys(("documents", "chunks", "tokens"), COUNT),
 }  # fmt: skip
 _RESTORED = {
@@ -156,7 +157,7 @@ COMMIT = {
     "records": Keyed({key: Maybe(spec) for key, spec in _RECORDS.items()}, _NAMES),
 }  # fmt: skip
 STAGED = {
-    **_CHANGE, "run": RUN, "records": RECORDS,
+    **_CHANGE, "run": RUN, "records": RECORDS, "piece?": Maybe((PART, PART)),
     "unit": Maybe(
         {
             "plan": NAME, "index": COUNT, "parts": [tuple(map(_unnumbered, UNNUMBERED_KINDS))],

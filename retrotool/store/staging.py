@@ -26,7 +26,7 @@ PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "co
 """What is counted of a unit and of a plan."""
 
 
-_STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit")
+_STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit", "piece")
 """Fields of ``Staged`` that its entry has; its name has the task."""
 
 
@@ -49,7 +49,8 @@ class Unit:
 class Staged:
     """A finished task. ``records`` are set if they are absent, and must be equal if they are there.
 
-    ``measured``: figures of the work, for the process that runs it; they are not stored.
+    ``piece``: of a task that is done in pieces, the rows [first, last] that the file has; only the task as a whole is
+    committed. ``measured``: figures of the work, for the process that runs it; they are not stored.
     """
 
     task: str
@@ -61,6 +62,7 @@ class Staged:
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
+    piece: tuple[int, int] | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def entries(self) -> list[FileEntry]:
@@ -144,6 +146,7 @@ def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
         remove=tuple(fields["remove"]),
         records=fields["records"],
         unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
+        piece=tuple(fields["piece"]) if fields.get("piece") else None,
     )
 
 

@@ -186,7 +186,7 @@ def check_counts(case: Case, result: ExportResult, output: Path) -> None:
     }
     assert (told["store"], told["commit"]) == (api.info(case.store).uuid, api.info(case.store).commit)
     for database, (table, weight) in zip(told["databases"], case.tables, strict=True):
-        other = Store.open(Store.open(case.store).state.records[f"neighbours:{table}"]["path"])
+        other = Store.open(Store.open(case.store).state.records[f"neighbours:{table}"]["uri"])
         assert database == {
             "number": database["number"], "table": table, "weight": weight, "uuid": other.identity.uuid,
             "commit": other.state.number,
@@ -239,7 +239,7 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
     assert rows == 17_243
     ids, distances = rng.integers(0, rows, (rows, 3)), np.sort(rng.random((rows, 3), np.float32), axis=1)
     uuid, number = store.identity.uuid, store.state.number
-    record = {"database": uuid, "path": str(root), "within": True, "index": "", "encoder": "tiny", "saved": 3, "k": 2}
+    record = {"database": uuid, "uri": str(root), "within": True, "index": "", "encoder": "tiny", "saved": 3, "k": 2}
     about = {
         "version": "0" * 16,
         "purges": "",
@@ -252,7 +252,7 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
     with writing(store) as run:
         entry = neighbour_tables.write_table(
             store, FileName.new(run.id, "neighbours", part_slot(0), "parquet", "main"), NeighbourTable(ids, distances),
-            database=uuid, commit=number, path=str(root), about=about,
+            database=uuid, commit=number, uri=str(root), about=about,
         )  # fmt: skip
         store.commit(run, lambda _: Draft("neighbours", add=(entry,), records={"neighbours:main": record}))
     victims = {*rng.integers(0, rows, 500).tolist(), 8189, 16384} - {8190, 8191, 8192}

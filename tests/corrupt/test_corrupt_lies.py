@@ -90,7 +90,7 @@ class Liar:
         old = self.old("neighbours", "main")
         table = neighbour_tables.read_table(self.store, old)
         changed = neighbour_tables.NeighbourTable(ids(table.ids.copy()), distances(table.distances.copy()))
-        of = {"database": database or self.store.identity.uuid, "commit": 0, "path": "", "about": old.about}
+        of = {"database": database or self.store.identity.uuid, "commit": 0, "uri": "", "about": old.about}
         self.commit(neighbour_tables.write_table(self.store, self.name(old), changed, **of), old)
 
     def in_shard(self, ids: Change, vectors: Change, **about: Any) -> None:

@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import retrotool
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder.packed import PackedBert
+from retrotool.errors import UsageError
+from retrotool.store import folding
+from retrotool.store.log import Draft
 from retrotool.store.store import Store
 
 
@@ -31,6 +35,16 @@ def test_neither_transformers_nor_pandas_is_imported(built_store: Path, command:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout
+
+
+def test_no_text_is_embedded_by_an_encoder_that_is_not_here(store_copy: Path) -> None:
+    store = Store.open(store_copy)
+    name = store.state.names("embeddings")[0]
+    record = {**store.state.records[f"encoder:{name}"], "origin": "their/model", "foreign": True}
+    with folding.writing(store) as run:
+        store.commit(run, lambda _: Draft("embed", records={f"encoder:{name}": record}))
+    with pytest.raises(UsageError, match="were made elsewhere, by their/model"):
+        retrotool.open(store_copy).load_encoder()
 
 
 def test_a_packed_forward_that_gives_other_vectors_than_those_stored_is_not_used(

@@ -153,7 +153,7 @@ def make_large(
         for number, n in enumerate(rows):
             add += _large_part(store, run, number, n, rows, rng, saved)
         record = {
-            "database": store.identity.uuid, "path": str(root.absolute()), "within": True, "index": "", "encoder": "e",
+            "database": store.identity.uuid, "uri": str(root.absolute()), "within": True, "index": "", "encoder": "e",
             "saved": saved, "k": k,
         }  # fmt: skip
         totals = {"documents": 0, "chunks": sum(rows), "tokens": 64 * sum(rows), "set_aside": 0}
@@ -172,7 +172,7 @@ def _with_text(store: Store, run: Run, state: State, k: int) -> Draft:
         add.append(
             neighbour_tables.write_table(
                 store, FileName.new(run.id, name.kind, name.slot, name.extension, name.name), table,
-                database=store.identity.uuid, commit=0, path="", about={**entry.about, "text": k},
+                database=store.identity.uuid, commit=0, uri="", about={**entry.about, "text": k},
                 text=read_text_of(store, Tombstones(np.zeros(0, np.int64)), table, k), chunk_bytes=128,
             )
         )  # fmt: skip
@@ -208,5 +208,5 @@ def _large_part(
     searched = [[0, len(rows) - 1]]
     about = {"version": "", "index": "", "encoder": "e", "commit": 0, "head": "", "purges": "", "searched": searched}
     yield neighbour_tables.write_table(
-        store, name, NeighbourTable(ids, distances), database=store.identity.uuid, commit=0, path="", about=about
+        store, name, NeighbourTable(ids, distances), database=store.identity.uuid, commit=0, uri="", about=about
     )

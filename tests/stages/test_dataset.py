@@ -99,7 +99,7 @@ def without_text(store: Path) -> None:
                 add.append(
                     neighbour_tables.write_table(
                         opened, FileName.new(run.id, name.kind, name.slot, name.extension, name.name),
-                        neighbour_tables.read_table(opened, entry), database="", commit=0, path="", about=about,
+                        neighbour_tables.read_table(opened, entry), database="", commit=0, uri="", about=about,
                     )
                 )  # fmt: skip
         opened.commit(run, lambda _: Draft("test", add=tuple(add), remove=tuple(gone)))

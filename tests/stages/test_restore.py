@@ -117,6 +117,18 @@ def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> 
     assert Store.open(store_copy).state.number == done.commit, "nothing was committed"
 
 
+def test_a_purge_of_what_was_replaced_is_left_to_a_later_version(store_copy: Path) -> None:
+    purged = purge(store_copy, "doc-7").purge
+    store = Store.open(store_copy)
+    record = {**store.state.records[f"purge:{purged}"], "plan": "0123abcd"}
+    with writing(store) as run:
+        number = store.commit(run, lambda _: Draft("purge", records={f"purge:{purged}": record})).number
+    with pytest.raises(UsageError, match="has what chunk 0123abcd replaced"):
+        back(store_copy, purged)
+    assert Store.open(store_copy).state.number == number
+    assert verified(store_copy)
+
+
 def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7", "doc-100").purge  # of two parts
     store = Store.open(store_copy)

@@ -243,7 +243,7 @@ def drawn_tables(draw: st.DrawFn) -> NeighbourTable:
 @given(table=drawn_tables())
 def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
     entry = neighbour_tables.write_table(
-        small, name("neighbours", folder="main"), table, database="uuid", commit=7, path="/db", about={"k": 2}
+        small, name("neighbours", folder="main"), table, database="uuid", commit=7, uri="/db", about={"k": 2}
     )
     assert (entry.rows, entry.about) == (len(table.ids), {"k": 2})
     read = neighbour_tables.read_table(viewing(small, entry), entry)
@@ -251,8 +251,8 @@ def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
     assert read.ids.tolist() == table.ids.tolist()
     assert read.distances.tolist() == table.distances.tolist()
     metadata = pq.read_schema(Path(small.place) / entry.path).metadata
-    assert {key: metadata[b"retrotool." + key] for key in (b"database", b"commit", b"path")} == {
-        b"database": b"uuid", b"commit": b"7", b"path": b"/db",
+    assert {key: metadata[b"retrotool." + key] for key in (b"database", b"commit", b"uri")} == {
+        b"database": b"uuid", b"commit": b"7", b"uri": b"/db",
     }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_row_groups_of_neighbours_can_be_read_alone(small: Store) -> None:
     found = np.arange(20_000 * 2).reshape(-1, 2)
     table = NeighbourTable(found, found.astype(np.float32))
     entry = neighbour_tables.write_table(
-        small, name("neighbours", folder="main"), table, database="", commit=0, path="", about={}
+        small, name("neighbours", folder="main"), table, database="", commit=0, uri="", about={}
     )
     view = viewing(small, entry)
     assert neighbour_tables.read_table(view, entry, [1]).ids.tolist() == found[8192:16384].tolist()

@@ -151,6 +151,37 @@ def test_a_task_whose_place_is_taken_is_refused_and_its_files_are_removed(chunke
     assert contents(store.state) == before
 
 
+def piece(store: Store, run: str, read: str, first: int, last: int) -> Staged:
+    """Rows of part 1, of which the embeddings are not whole yet."""
+    whole = embedding(Path(store.place), run, 1, (read,))
+    return dataclasses.replace(whole, task=task_key(f"rows {first} to {last}"), piece=(first, last))
+
+
+def test_a_piece_of_a_task_is_kept_until_the_task_is_done(chunked: tuple[Store, str]) -> None:
+    store, read = chunked
+    with Run(store.storage) as run:
+        pieces = [piece(store, run.id, read, 0, 4), piece(store, run.id, read, 5, 9)]
+        for one in pieces:
+            assert staging.stage(store.storage, one)
+        assert folding.fold(store, run) == folding.Folded(frozenset(), {})
+        assert staging.read_staged(store.storage) == {one.task: one for one in pieces}
+    assert sorted(store.state.group("embeddings", "tiny")) == ["000000"], "no reader sees a part that is not whole"
+    with folding.writing(store) as run:
+        assert set(staging.read_staged(store.storage)) == {one.task for one in pieces}, "kept when their run has ended"
+        whole = embedding(Path(store.place), run.id, 1, (read,))
+        staging.stage(store.storage, whole)
+        folding.fold(store, run)
+        folding.fold(store, run)
+    assert store.state.file("embeddings", "000001", "tiny") == whole.add[0]
+    assert files_in(Path(store.place)) == live_files(store.state)
+
+
+def test_a_piece_of_a_task_whose_input_was_erased_is_dropped(chunked: tuple[Store, str]) -> None:
+    store, _ = chunked
+    late = piece(store, RUN, "chunks/0123456789abcdef.bin", 0, 4)
+    assert refuse(store, late) == {late.task: "chunks/0123456789abcdef.bin has left the store"}
+
+
 def test_of_two_tasks_for_one_place_one_is_refused(chunked: tuple[Store, str]) -> None:
     store, read = chunked
     one, other = embedding(Path(store.place), RUN, 1, (read,)), embedding(Path(store.place), RUN, 1, (read,))
