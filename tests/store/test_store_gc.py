@@ -147,14 +147,14 @@ def test_sums_stay_and_go_with_their_files(store: Store) -> None:
         committed, staged, lost, erased = map(vectors, range(4))
         commit(store, run, committed, erased)
         staging.stage(store.storage, Staged(TASK, "embed", DEAD, add=(staged,)))
-        sums = (Path(store.place) / f"{erased.path}.crc").read_bytes()
+        sums = (Path(store.place) / f"{erased.path}.xxh3").read_bytes()
         commit(store, run, remove=(erased.path,))
-        assert not (Path(store.place) / f"{erased.path}.crc").exists()
-        (Path(store.place) / f"{erased.path}.crc").write_bytes(sums)
+        assert not (Path(store.place) / f"{erased.path}.xxh3").exists()
+        (Path(store.place) / f"{erased.path}.xxh3").write_bytes(sums)
         assert clean(store, thorough=True) == 1
-        assert not (Path(store.place) / f"{erased.path}.crc").exists()
+        assert not (Path(store.place) / f"{erased.path}.xxh3").exists()
     assert clean(store) == 2
-    kept = {path for one in (committed, staged) for path in (one.path, f"{one.path}.crc")}
+    kept = {path for one in (committed, staged) for path in (one.path, f"{one.path}.xxh3")}
     assert files_in(Path(store.place)) == {*kept, f"staging/{TASK}.json"}
     assert not (Path(store.place) / lost.path).exists()
 

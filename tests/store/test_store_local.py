@@ -318,11 +318,11 @@ def test_blocks_on_a_full_disk_or_killed_leave_no_file_or_the_whole_one(store: S
     file, sums = (place for place, name in enumerate(WRITE_BLOCKS) if name == "rename")
     with at_step(step, full_disk), pytest.raises(StorageError, match="no space left"):
         write_blocks(store, RUN)
-    assert extensions(store) == ([".npy"] if step == file + 1 else [".crc"] if step == sums + 1 else [])
+    assert extensions(store) == ([".npy"] if step == file + 1 else [".xxh3"] if step == sums + 1 else [])
     assert temporary_files(Path(store.place)) == []
     other = make_store(Path(store.place).parent / "other")
     kill_at_step(step, Path(other.place), lambda run: write_blocks(other, run.id))
-    assert extensions(other) == [".crc"] * (step > sums) + [".npy"] * (step > file)
+    assert extensions(other) == [".npy"] * (step > file) + [".xxh3"] * (step > sums)
     clean(other)
     assert files_in(Path(other.place)) == set()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from store_help import make_store, viewing
@@ -50,14 +50,14 @@ def test_the_sums_do_not_depend_on_how_a_file_is_written(pieces: list[int]) -> N
     for size in pieces:
         sums.update(memoryview(data)[start : start + size])
         start += size
-    due = [zlib.crc32(data[place : place + BLOCK]) for place in range(0, len(data), BLOCK)]
-    assert np.frombuffer(sums.content(), "<u4").tolist() == due
+    due = [xxhash.xxh3_64(data[place : place + BLOCK]).intdigest() for place in range(0, len(data), BLOCK)]
+    assert np.frombuffer(sums.content(), "<u8").tolist() == due
     assert len(sums.content()) == size_of_sums(len(data))
 
 
 def test_what_has_sums() -> None:
-    assert with_sums("embeddings/tiny/000000-0123abcd00000000.npy")[1].endswith(".npy.crc")
-    assert with_sums("index/main/trained-0123abcd00000000.faiss")[1].endswith(".faiss.crc")
+    assert with_sums("embeddings/tiny/000000-0123abcd00000000.npy")[1].endswith(".npy.xxh3")
+    assert with_sums("index/main/trained-0123abcd00000000.faiss")[1].endswith(".faiss.xxh3")
     assert with_sums("chunks/0123abcd00000000.parquet") == ("chunks/0123abcd00000000.parquet",)
 
 
@@ -137,7 +137,7 @@ def test_sums_that_are_damaged_are_noticed(store: Store, what: str) -> None:
         sums.write_bytes(changed[what])
     with pytest.raises(CorruptError, match=r"embeddings/tiny/.*\.npy"):
         read_everything(read_vectors(viewing(store, entry), entry))
-    with pytest.raises(CorruptError, match=r"\.crc is missing, or not the sums"):
+    with pytest.raises(CorruptError, match=r"\.xxh3 is missing, or not the sums"):
         viewing(store, entry).check_sum(entry)
 
 
