@@ -39,7 +39,7 @@ from retrotool.sources import Document, Rejected
 from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
 from retrotool.sources.records import content_hash
-from retrotool.store import leases, parts, staging
+from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
@@ -74,7 +74,7 @@ class ChunkStage:
     unit: str = "B"
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a unit that is neither committed, nor staged, nor another run's, in the order of the plans."""
+        """One task a unit that is neither committed nor another run's, in the order of the plans."""
         tasks = []
         for plan_id, entry, plan in open_plans(store):
             is_elsewhere = plan.owner not in ("", self.run) and plan.owner in leases.others(store.storage, self.run)
@@ -82,10 +82,9 @@ class ChunkStage:
                 if is_elsewhere and plan.is_stream(index):
                     continue
                 key = task_key("chunk", {"unit": index}, [entry.path])
-                if not staging.is_staged(store.storage, key):
-                    first = plan.files[plan.units[index][0].file].path
-                    inputs = {"plan": plan_id, "unit": index, "path": entry.path}
-                    tasks.append(Task(key, f"unit {index} ({first})", plan.weight(index), inputs))
+                first = plan.files[plan.units[index][0].file].path
+                inputs = {"plan": plan_id, "unit": index, "path": entry.path}
+                tasks.append(Task(key, f"unit {index} ({first})", plan.weight(index), inputs))
         return tasks
 
     def open(self, store: Store) -> ChunkWorker:

@@ -23,7 +23,7 @@ from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
-from retrotool.store import parts, staging
+from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.paths import FileName, part_slot
@@ -66,15 +66,13 @@ class EmbedStage:
             check_encoder_identity(record, self.identity)
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
-        staged = staging.staged_keys(store.storage)
         for part in store.state.all_parts():
             if done.get(part_slot(part)) is not None:
                 continue
             entry = parts.part_entry(store, "chunks", part)
             key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
-            if key not in staged:
-                inputs = {"part": part, "path": entry.path}
-                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
+            inputs = {"part": part, "path": entry.path}
+            tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def of_worker(self, number: int) -> EmbedStage:

@@ -40,9 +40,10 @@ def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
 
 
 def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
-    """The tasks of a stage by the newest commit of a store."""
+    """The tasks of a stage by the newest commit of a store, without those that are staged."""
+    staged = staging.staged_keys(store.storage)  # first: what is folded meanwhile is in the state
     store.refresh()
-    return retry_overtaken(lambda: stage.plan(store), store.renew)
+    return [task for task in retry_overtaken(lambda: stage.plan(store), store.renew) if task.key not in staged]
 
 
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:

@@ -1,6 +1,6 @@
 """The contract between a stage and who runs its tasks, and doing one task.
 
-``stage.plan(store)`` lists the tasks that are neither committed nor staged. A stage is a small frozen dataclass and
+``stage.plan(store)`` lists the tasks that are not committed. A stage is a small frozen dataclass and
 a task is plain data, so both can be sent anywhere. Where a task runs, ``stage.open(store)`` gives a worker (a model
 may be loaded, once), and ``worker(task, run, report)`` writes new files and returns what to stage. ``staging.stage``
 makes that known, and any process may ``folding.fold``. Tasks are independent: any order, any machine, twice if need be.

@@ -51,7 +51,7 @@ from retrotool.index.training import SEED, check_finite, train
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
-from retrotool.store import parts, staging
+from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, generation_slot
 from retrotool.store.staging import Staged
@@ -107,7 +107,6 @@ class IndexStage:
         else:
             tasks = self._mends(store, trained)
             tasks += self._merges(store) if self.merge else self._new_shards(store, trained, record.shard_rows)
-        tasks = [task for task in tasks if not staging.is_staged(store.storage, task.key)]
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def _training(self, store: Store) -> Task:

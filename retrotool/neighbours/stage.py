@@ -48,7 +48,7 @@ from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
 from retrotool.neighbours.underfilled import GapFinder, erased_of, few_rows, text_is_current
 from retrotool.ranges import consecutive_ranges, within
-from retrotool.store import neighbour_tables, parts, staging
+from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable
 from retrotool.store.paths import FileName, part_slot
@@ -133,8 +133,7 @@ class NeighboursStage:
             inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
             inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
-            if not staging.is_staged(store.storage, key):
-                tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
+            tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     @property

@@ -63,7 +63,7 @@ from retrotool.purge.purged_chunks import (
     withdrawn,
 )
 from retrotool.purge.selectors import scan
-from retrotool.store import folding, log, neighbour_tables, parts, staging
+from retrotool.store import folding, log, neighbour_tables, parts
 from retrotool.store.folding import writing
 from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
@@ -108,8 +108,7 @@ class EraseStage:
         ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file that is to be
         read was replaced just now.
         """
-        tasks = list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
-        return [task for task in tasks if not staging.is_staged(store.storage, task.key)]
+        return list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
 
     def tasks(self, store: Store) -> list[Task]:
         """All that there is to do, also what has to wait."""

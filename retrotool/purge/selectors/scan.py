@@ -28,7 +28,7 @@ from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.selector import Decoder, Matcher, Selector, TextBlock, text_blocks
-from retrotool.store import parts, staging
+from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -93,10 +93,9 @@ class ScanStage:
         tasks = []
         for part, reads, old in self._unscanned(store):
             key = task_key(self.name, {"scan": self.scan(store)}, reads)
-            if not staging.is_staged(store.storage, key):
-                inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
-                rows = parts.part_entry(store, "chunks", part).rows
-                tasks.append(Task(key, f"part {part}", rows, inputs, claimed=self.shard is not None))
+            inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
+            rows = parts.part_entry(store, "chunks", part).rows
+            tasks.append(Task(key, f"part {part}", rows, inputs, claimed=self.shard is not None))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def is_done(self, store: Store) -> bool:

@@ -12,6 +12,7 @@ from conftest import Cli, write_jsonl
 
 import retrotool
 from retrotool import api, engine
+from retrotool.engine.run import plan_tasks
 from retrotool.errors import ConflictError, UsageError
 from retrotool.purge.select import select
 from retrotool.purge.selectors import scan
@@ -154,7 +155,7 @@ def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[s
         worker = stage.open(opened)
         for task in stage.plan(opened):
             assert engine.perform(worker, opened.storage, task, run.id, lambda _: None) is not None
-    assert stage.plan(opened) == []
+    assert plan_tasks(stage, opened) == []
     assert not stage.is_done(opened)
     with pytest.raises(ConflictError, match="since the scan"):
         scan.read_scan(opened, stage)
