@@ -13,6 +13,7 @@ of a job that dies.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrotool import engine
 from retrotool.chunk.chunk_plan import write_json_file
@@ -249,16 +252,14 @@ def _most(counts: Counter[str]) -> tuple[Count, ...]:
 
 def _examples(store: Store, selection: Selection) -> list[Example]:
     """Up to ten of each selector, from all over what it means; in the order of their figures, if they have some."""
-    found = selection.found
+    found = selection.found.filter(pc.is_in(selection.found["chunks"], pa.array(selection.live)))
     decoder = Decoder(store)
     examples = []
     for number, selector in enumerate(selection.request.scanned):
-        places = np.flatnonzero((found.selectors == number) & np.isin(found.chunks, selection.live))
-        places = places[np.argsort(found.figures[places], kind="stable")]
-        for place in places[_spread(len(places))].tolist():
-            span, figure = (int(found.begin[place]), int(found.end[place])), float(found.figures[place])
-            example = _example(store, decoder, selector.kind, int(found.chunks[place]), span)
-            examples.append(example if np.isnan(figure) else replace(example, figure=figure))
+        mine = found.filter(pc.equal(found["selectors"], number)).sort_by("figures")
+        for hit in mine.take(_spread(mine.num_rows)).to_pylist():
+            example = _example(store, decoder, selector.kind, hit["chunks"], (hit["begin"], hit["end"]))
+            examples.append(example if math.isnan(hit["figures"]) else replace(example, figure=hit["figures"]))
     if not examples:
         some = selection.live[_spread(len(selection.live))].tolist()
         examples = [_example(store, decoder, selection.request.kind, chunk, (0, 0)) for chunk in some]

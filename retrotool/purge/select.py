@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
 from retrotool.encoder.devices import check_device
@@ -36,7 +37,7 @@ from retrotool.purge.selectors.like import near
 from retrotool.purge.selectors.lookup import Lookup, Report, chunks_of, select_ids
 from retrotool.purge.selectors.patterns import Patterns, compiled, read_patterns
 from retrotool.purge.selectors.pii import KINDS, PersonalData
-from retrotool.purge.selectors.scan import ScanHits, ScanStage, read_scan
+from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.purge.selectors.selector import Selector, read_selector_lines
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
@@ -219,7 +220,7 @@ class Selection:
     request: Request
     state: State
     matches: tuple[Match, ...]
-    found: ScanHits
+    found: pa.Table
     chunks: Ids
     live: Ids
     weights: Weights
@@ -250,16 +251,16 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     then missing ones are no error, and with ``erase`` all that it names is selected, too.
     """
     earlier = same_selector(store, request)
-    found, names = read_scan(store, request.scan) if request.scan else (ScanHits.joined([]), [])
+    found, names = read_scan(store, request.scan) if request.scan else (parts.SCANS_SCHEMA.empty_table(), [])
     sets: list[Ids] = []
     matches: list[Match] = []
     for lookup in request.lookups:
         sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
         matches.append(Match(lookup.kind, "", len(sets[-1])))
     for number, (selector, labels) in enumerate(zip(request.scanned, names, strict=True)):
-        mine = found.selectors == number
-        sets.append(np.unique(found.chunks[mine]))
-        matches += _matches(selector, labels, found.labels[mine])
+        mine = found.filter(pc.equal(found["selectors"], number))
+        sets.append(np.unique(mine["chunks"].to_numpy()))
+        matches += _matches(selector, labels, mine["labels"].to_numpy())
     chunks = sets[0]
     for some in sets[1:]:
         chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)

@@ -5,6 +5,11 @@ killed goes on, and several machines share the work; a part that an erase has re
 the purge removes the files, and so does any erase; a dry run leaves them to the purge that follows it. They hold chunk
 ids, places in text, and what was measured (a distance, a score), and no text.
 
+What was found is a table of ``parts.SCANS_SCHEMA``, one row a chunk that a selector means by one of its names, in the
+order of the chunks. ``selectors`` count those of the scan, ``labels`` the names of each. ``begin`` and ``end`` count
+bytes from where the chunk's text begins (the first may be negative); both 0 where no place in the text is meant.
+``figures``: what was measured (``selector.BlockHits``), NaN where nothing was.
+
 In a task threads work side by side, at a block of whole documents each: matchers spend their time in numpy, Arrow and
 RE2, which let others run meanwhile. Of a chunk that a selector means several times by one name, the first is kept.
 Memory: a block a thread, and 34 bytes a hit.
@@ -19,7 +24,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
@@ -36,42 +40,6 @@ from retrotool.store.state import State
 from retrotool.store.store import Store
 
 KIND = "scans"
-
-
-@dataclass(frozen=True, slots=True)
-class ScanHits:
-    """Chunks that selectors of a scan mean, all arrays [n], in the order of the chunks.
-
-    ``selectors`` count those of the scan, ``labels`` the names of each. ``begin`` and ``end`` are bytes from where the
-    chunk's text begins (the first may be negative); both 0 where no place in the text is meant. ``figures``: what was
-    measured (``selector.BlockHits``), NaN where nothing was.
-    """
-
-    chunks: npt.NDArray[np.int64]
-    selectors: npt.NDArray[np.int16]
-    labels: npt.NDArray[np.int32]
-    begin: npt.NDArray[np.int64]
-    end: npt.NDArray[np.int64]
-    figures: npt.NDArray[np.float32]
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self.chunks)
-
-    @classmethod
-    def joined(cls, several: list[ScanHits]) -> ScanHits:
-        """All of several."""
-        empty = parts.SCANS_SCHEMA.empty_table()
-        return cls.of_table(pa.concat_tables([empty, *(some.as_table() for some in several)]))
-
-    def as_table(self) -> pa.Table:
-        """Return them as they are stored."""
-        return pa.table([getattr(self, name) for name in parts.SCANS_SCHEMA.names], schema=parts.SCANS_SCHEMA)
-
-    @classmethod
-    def of_table(cls, table: pa.Table) -> ScanHits:
-        """Return what is stored."""
-        return cls(**{name: table[name].to_numpy() for name in table.schema.names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +100,21 @@ class ScanWorker:
         """Scan one part."""
         store, part = self._store, int(task.inputs["part"])
         store.refresh()
-        found: list[ScanHits] = []
+        found = [parts.SCANS_SCHEMA.empty_table()]
         for rows, some in self._side_by_side(text_blocks(store, self._decoder, part, self._rows)):
             found.append(some)
             report(rows)
         name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
         about = {"reads": task.inputs["reads"], "names": [list(one.names) for one in self._selectors]}
-        entry = parts.write_parquet(store, name, ScanHits.joined(found).as_table(), about=about)
+        entry = parts.write_parquet(store, name, pa.concat_tables(found), about=about)
         settings = {"scan": self._scan, "selectors": [one.kind for one in self._selectors]}
         reads, replaced = tuple(task.inputs["reads"]), tuple(task.inputs["replaces"])
         return Staged(task.key, "select", run, settings, reads, (entry,), replaced)
 
-    def _side_by_side(self, blocks: Iterator[TextBlock]) -> Iterator[tuple[int, ScanHits]]:
+    def _side_by_side(self, blocks: Iterator[TextBlock]) -> Iterator[tuple[int, pa.Table]]:
         """Rows and what was found of each block, in order; one block more than there are threads is held."""
         with ThreadPoolExecutor(self._threads) as pool:
-            waiting: deque[Future[tuple[int, ScanHits]]] = deque(
+            waiting: deque[Future[tuple[int, pa.Table]]] = deque(
                 pool.submit(self._look, block) for block in itertools.islice(blocks, self._threads)
             )
             try:
@@ -158,11 +126,11 @@ class ScanWorker:
                 for future in waiting:
                     future.cancel()
 
-    def _look(self, block: TextBlock) -> tuple[int, ScanHits]:
+    def _look(self, block: TextBlock) -> tuple[int, pa.Table]:
         return len(block), _first_hits(self._matchers, block)
 
 
-def _first_hits(matchers: list[Matcher], block: TextBlock) -> ScanHits:
+def _first_hits(matchers: list[Matcher], block: TextBlock) -> pa.Table:
     """What matchers mean in a block: of each row the first of each of their names."""
     every = []
     for number, matcher in enumerate(matchers):
@@ -173,30 +141,24 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> ScanHits:
         rows, begin, end = hits.rows[kept], hits.begin[kept], hits.end[kept]
         placed = begin >= 0
         start = block.starts[rows] if placed.any() else begin
-        every.append(
-            ScanHits(
-                parts.chunk_ids(block.part, rows + block.first), np.full(len(rows), number, np.int16),
-                hits.labels[kept], np.where(placed, begin - start, 0), np.where(placed, end - start, 0),
-                hits.figures[kept],
-            )
-        )  # fmt: skip
-    found = ScanHits.joined(every)
-    order = np.argsort(found.chunks, kind="stable")
-    return ScanHits(*(getattr(found, name)[order] for name in parts.SCANS_SCHEMA.names))
+        columns = [
+            parts.chunk_ids(block.part, rows + block.first), np.full(len(rows), number, np.int16), hits.labels[kept],
+            np.where(placed, begin - start, 0), np.where(placed, end - start, 0), hits.figures[kept],
+        ]  # fmt: skip
+        every.append(pa.table(columns, schema=parts.SCANS_SCHEMA))
+    return pa.concat_tables(every).sort_by("chunks")
 
 
-def read_scan(store: Store, stage: ScanStage) -> tuple[ScanHits, list[list[str]]]:
+def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]]:
     """What a scan found, in the order of the chunks, and the names of each selector ([]: nothing was scanned).
 
     ``ConflictError`` if a part was not scanned as it is now: what is in it must not be missed.
     """
     if not stage.is_done(store):
         raise ConflictError("a part has come, or was rewritten, since the scan", "Run the same command again.")
-    found, names = [], [list[str]() for _ in stage.selectors]
-    for entry in store.state.group(KIND, stage.scan(store)).entries():
-        found.append(ScanHits.of_table(parts.read_parquet(store, entry)))
-        names = [list(one.names) for one in stage.selectors]
-    return ScanHits.joined(found), names
+    entries = store.state.group(KIND, stage.scan(store)).entries()
+    found = [parts.SCANS_SCHEMA.empty_table(), *(parts.read_parquet(store, entry) for entry in entries)]
+    return pa.concat_tables(found), [list(one.names) if entries else [] for one in stage.selectors]
 
 
 def scan_files(state: State, scan: str) -> list[str]:

@@ -144,7 +144,7 @@ def test_several_machines_share_a_scan(store: Path, texts: dict[str, str]) -> No
         engine.execute(stages[0], opened, run)
     opened.refresh()
     assert stages[1].plan(opened) == []
-    assert set(scan.read_scan(opened, stages[1])[0].chunks.tolist()) == touched(store, texts, SECRET)
+    assert set(scan.read_scan(opened, stages[1])[0]["chunks"].to_pylist()) == touched(store, texts, SECRET)
 
 
 def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[str, str]) -> None:
@@ -220,7 +220,7 @@ def test_a_match_is_where_it_is_said_to_be(store: Path) -> None:
     opened = Store.open(store)
     found, _ = scan.read_scan(opened, scan.ScanStage((Patterns((SECRET,)),)))
     reader = retrotool.open(store)
-    for chunk, begin, end in zip(found.chunks.tolist(), found.begin.tolist(), found.end.tolist(), strict=True):
+    for chunk, begin, end in zip(*(found[name].to_pylist() for name in ("chunks", "begin", "end")), strict=True):
         tokens = reader.chunk(chunk).tokens
         text = reader.tokenizer.decode(tokens[None], np.array([len(tokens)]))[0].as_py()
         here = text[max(begin, 0) : end]
