@@ -189,20 +189,19 @@ def command(
         elif shard is not None:
             output.show(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json, purge_text.scanned)
         else:
-            confirm = _Confirm(yes, erase)
+            confirm = partial(_confirmed, yes=yes, erase=erase, as_json=as_json)
             if named or older_than is not None:
                 age = None if older_than is None else _seconds(older_than)
-                erased = erase_purges(store, named, older_than=age, confirm=confirm)
+                agreed = partial(confirm, said="Nothing was erased.")
+                erased = erase_purges(store, named, older_than=age, confirm=agreed)
                 done = bool(erased.purges)
-                confirm.stop("Nothing was erased.", as_json)
                 output.show(erased, as_json, lambda result: purge_text.erased(store, result))
             else:
                 result = purge_run.purge(
                     store, selectors, reason=_given(reason), who=who, dry_run=dry_run, out=out, erase=erase,
-                    confirm=confirm,
+                    confirm=partial(confirm, said="Nothing was purged."),
                 )  # fmt: skip
                 done = not dry_run
-                confirm.stop("Nothing was purged.", as_json)
                 output.show(result, as_json, lambda result: purge_text.purged(store, result, erase))
             if retrain_index and done:
                 for sentence in retrain_indexes(store):
@@ -234,22 +233,12 @@ def _check(given: dict[str, bool]) -> None:
             raise UsageError(f"{option} goes with {' or '.join(others)}", _HELP)
 
 
-class _Confirm:
-    """Asks before much is purged or erased, and remembers a no."""
-
-    def __init__(self, yes: bool, erase: bool) -> None:
-        self._yes, self._erase, self._declined = yes, erase, False
-
-    def __call__(self, planned: PurgeResult | EraseResult) -> bool:
-        if self._yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= ASK_ABOVE:
-            return True
-        self._declined = not purge_text.agrees(purge_text.warning(planned, self._erase))
-        return not self._declined
-
-    def stop(self, said: str, as_json: bool) -> None:
-        """End the command if the answer was no."""
-        if self._declined:
-            output.stop(said, as_json)
+def _confirmed(planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, said: str, as_json: bool) -> bool:
+    """Ask before much is purged or erased; a no ends the command with what is ``said``."""
+    much = max(getattr(planned, "share", 0.0), planned.unerased_share) > ASK_ABOVE
+    if much and not yes and not purge_text.agrees(purge_text.warning(planned, erase)):
+        output.stop(said, as_json)
+    return True
 
 
 def _given(reason: str | None) -> str:
