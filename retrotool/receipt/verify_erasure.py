@@ -15,6 +15,7 @@ the log ever named.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import time
@@ -41,7 +42,7 @@ from retrotool.store.tombstones import Tombstones
 from retrotool.store.vectors import read_vectors
 
 _BLOCK_ROWS = 1 << 16
-_LOG_ENTRY = re.compile(r"log/\d{8,}\.json")
+_OF_LOG = re.compile(rf"log/\d{{8,}}\.json|{CHECKPOINT_PATH.pattern}")
 
 Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -353,25 +354,22 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
     Those of ``removed``, which left the state, are not among either. Symbolic links are not followed.
     """
     storage = store.storage
+    own = {identity.FILE, store.identity.tokenizer.file}
     staged = staging.read_staged(storage)
     waiting = {f"staging/{task}.json" for task in staged}.union(*(task.files() for task in staged.values()))
-    alive: dict[str, bool] = {}
     unknown: list[UnknownFile] = []
     in_progress = 0
-
-    def is_alive(run: str) -> bool:
-        if run not in alive:
-            # Nothing is removed by it, and nothing written to a store that is only looked at.
-            alive[run] = leases.is_alive(storage, run, now=time.time())
-        return alive[run]
-
+    # Nothing is removed by it, and nothing written to a store that is only looked at.
+    is_alive = functools.cache(lambda run: leases.is_alive(storage, run, now=time.time()))
     irregular = list(storage.irregular())
     folders = (path for path in irregular if path.endswith("/"))
     for info in itertools.chain(storage.list(""), *map(storage.list, folders)):
-        if info.path in removed or _is_named(store, info.path):
+        if info.path in own or info.path in removed or _OF_LOG.fullmatch(info.path):
             continue
-        is_claim = leases.CLAIM_PATH.fullmatch(info.path)
-        owner = leases.claimer(storage, info.path) if is_claim else gc.owner_of(info.path)
+        with contextlib.suppress(CorruptError):  # which it is if it is no path of a store's file
+            if store.state.has(without_sums(info.path)):
+                continue
+        owner = gc.owner_of(storage, info.path)
         if info.path in waiting or (owner is not None and is_alive(owner)):
             in_progress += 1
             continue
@@ -385,15 +383,3 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
     links = (path for path in irregular if not path.endswith("/"))
     unknown += [UnknownFile(path, 0, True) for path in links if path not in removed]
     return tuple(sorted(unknown, key=lambda one: one.path)), in_progress
-
-
-def _is_named(store: Store, relative: str) -> bool:
-    """Whether a file is the store's: named by a commit, or the log and what the log is opened with."""
-    if relative in (identity.FILE, store.identity.tokenizer.file) or _LOG_ENTRY.fullmatch(relative):
-        return True
-    if CHECKPOINT_PATH.fullmatch(relative):
-        return True
-    try:
-        return store.state.has(without_sums(relative))
-    except CorruptError:  # no path of a store's file
-        return False

@@ -37,8 +37,7 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     """
     storage = store.storage
     unfinished = list(storage.unfinished())
-    owners = {info.path: owner for info in storage.list("") if (owner := owner_of(info.path)) is not None}
-    owners |= {path: leases.claimer(storage, path) for path in _claims(storage)}
+    owners = {info.path: owner for info in storage.list("") if (owner := owner_of(storage, info.path)) is not None}
     seen = {*owners.values(), *(one.run for one in unfinished)} - {run.id}
     now = leases.renew(storage, run.id)
     silent = {owner: _silence(storage, owner, now) for owner in seen}
@@ -56,10 +55,6 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
         gone += _ever_added(store, [path for path in unnamed if owners[path] not in dead])
     storage.delete(gone)
     return len(gone)
-
-
-def _claims(storage: Storage) -> list[str]:
-    return [info.path for info in storage.list("leases/") if leases.CLAIM_PATH.fullmatch(info.path)]
 
 
 def _silence(storage: Storage, run: str, now: float) -> float | None:
@@ -87,20 +82,22 @@ def _fence(store: Store, state: State, runs: Collection[str]) -> Draft | None:
     return Draft("clean", {"runs": sorted(staged)}, records={**forgotten, **records}) if staged else None
 
 
-def owner_of(path: str) -> str | None:
+def owner_of(storage: Storage, path: str) -> str | None:
     """The run that wrote the file at a path of a store; None for files that are no business of clean-up."""
     if match := leases.RUN_PATH.fullmatch(path):
         return match["run"]
+    if leases.CLAIM_PATH.fullmatch(path):
+        return leases.claimer(storage, path)
     try:
         return FileName.parse(without_sums(path)).run
     except CorruptError:
-        return None  # a person put it there, or it is a staged entry, a claim, or of the log
+        return None  # a person put it there, or it is a staged entry, or of the log
 
 
 def unnamed_files(store: Store) -> list[str]:
     """Paths of files that no commit names, sorted: of commands that are running, or were interrupted."""
     staged = {path for task in staging.read_staged(store.storage).values() for path in task.files()}
-    found = (info.path for info in store.storage.list("") if owner_of(info.path) and _is_data(info.path))
+    found = (info.path for info in store.storage.list("") if _is_data(info.path) and owner_of(store.storage, info.path))
     return sorted(path for path in found if path not in staged and not store.state.has(without_sums(path)))
 
 
@@ -109,12 +106,12 @@ def foreign_files(store: Store) -> list[str]:
 
     Hidden files (as those of NFS) are left out, and ``log/``, of which ``verify_log`` names what is not an entry.
     """
-    known = (leases.CLAIM_PATH, staging.ENTRY_PATH, CHECKPOINT_PATH)
+    known = (staging.ENTRY_PATH, CHECKPOINT_PATH)
     return sorted(
         info.path
         for info in store.storage.list("")
         if "/" in info.path and "/." not in info.path and not info.path.startswith("log/")
-        if owner_of(info.path) is None and not any(pattern.fullmatch(info.path) for pattern in known)
+        if owner_of(store.storage, info.path) is None and not any(pattern.fullmatch(info.path) for pattern in known)
     )
 
 
