@@ -159,27 +159,24 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
         checked.problems.append(f"part {part}: {docs:,} documents and {n:,} chunks do not belong together")
         return PartDigest()
     row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
-    checks = {
-        "rows are not numbered from 0": (row == np.arange(n)).all(),
-        "documents do not follow one another": (first == np.cumsum(count) - count).all(),
+    keys = list(map(_key_of, documents["id"].to_pylist()))
+    padding = np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None]
+    wrong = {
+        "rows are not numbered from 0": (row != np.arange(n)).any(),
+        "documents do not follow one another": (first != np.cumsum(count) - count).any(),
         "chunks name other documents than documents name chunks": (
-            chunks.doc == np.repeat(np.arange(docs), count)
-        ).all(),
-        "chunks are not numbered in their documents": (chunks.index == np.arange(n) - np.repeat(first, count)).all(),
-        "documents and chunks differ in tokens": (
-            np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64) == n_tokens
-        ).all(),
-        "padding is not zero": not (
-            chunks.tokens * (np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None])
+            chunks.doc != np.repeat(np.arange(docs), count)
         ).any(),
+        "chunks are not numbered in their documents": (chunks.index != np.arange(n) - np.repeat(first, count)).any(),
+        "documents and chunks differ in tokens": (
+            np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64) != n_tokens
+        ).any(),
+        "padding is not zero": (chunks.tokens * padding).any(),
+        "keys are not the hashes of its documents' ids": documents["key"].to_pylist() != keys,
+        "a document begins with a chunk that is no key": not chunks.key[chunks.index == 0].all(),
+        "the log counts other keys": chunks.key.sum() != parts.n_keys(parts.part_entry(store, "chunks", part)),
     }
-    checks |= {
-        "keys are not the hashes of its documents' ids": documents["key"].to_pylist()
-        == list(map(_key_of, documents["id"].to_pylist())),
-        "a document begins with a chunk that is no key": chunks.key[chunks.index == 0].all(),
-        "the log counts other keys": chunks.key.sum() == parts.n_keys(parts.part_entry(store, "chunks", part)),
-    }
-    checked.problems += [f"part {part}: {what}" for what, fine in checks.items() if not fine]
+    checked.note(f"part {part}", wrong)
     references.check_embeddings(checked, part, chunks.embedded)
     alive = chunks.n_tokens > 0
     purged = checked.tombstones.rows(part)

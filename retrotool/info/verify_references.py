@@ -11,10 +11,9 @@ database is the store itself; a database elsewhere is not read.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,6 @@ _INFINITE = 0x7C00
 """Bits of a float16, without its sign, from which on it is infinite or no number."""
 
 
-@dataclass(slots=True)
 class Checked:
     """A store that is being checked: what is wrong with it, and what is known of it by now.
 
@@ -53,24 +51,20 @@ class Checked:
     vector is zero though they are neither erased nor values.
     """
 
-    store: Store
-    problems: list[str]
-    recorded: set[str] = field(default_factory=set)
-    broken: set[str] = field(default_factory=set)
-    tombstones: Tombstones = field(default_factory=lambda: Tombstones(np.zeros(0, np.int64)))
-    zeros: dict[str, Ids] = field(default_factory=dict)
-    _with_values: frozenset[int] = frozenset()
-    _parts: Ids = field(default_factory=lambda: np.array([-1]))
-    _rows: Ids = field(default_factory=lambda: np.array([0]))
-    _keys: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
-    _purged: tuple[Tombstones, Tombstones] | None = None
-
-    def __post_init__(self) -> None:
-        state = self.store.state
-        entries = {part: entry for part in state.all_parts() if (entry := state.part_file("chunks", part)) is not None}
+    def __init__(self, store: Store, problems: list[str]) -> None:
+        self.store, self.problems = store, problems
+        self.recorded, self.broken = set[str](), set[str]()
+        self.tombstones = Tombstones(np.zeros(0, np.int64))
+        self.zeros: dict[str, Ids] = {}
+        self._keys: dict[int, npt.NDArray[np.uint8]] = {}
+        entries = {entry.part: entry for entry in store.state.group("chunks").entries()}
         self._parts = np.array([-1, *entries])
         self._rows = np.array([0, *(entry.rows for entry in entries.values())])
-        self._with_values = frozenset(part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows)
+        self._with_values = {part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows}
+
+    def note(self, what: str, wrong: Mapping[str, object]) -> None:
+        """Note what is wrong with ``what``: the sentences that are true."""
+        self.problems += [f"{what}: {sentence}" for sentence, is_true in wrong.items() if is_true]
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
@@ -87,22 +81,20 @@ class Checked:
         except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, pa.ArrowException) as error:
             self.problems.append(f"{what}: can't be checked: {type(error).__name__}: {error}")
 
+    @cached_property
     def erasing(self) -> Tombstones:
         """Chunks that an erase may be at work on, or was interrupted in: those of purges that are not erased yet."""
-        return self._by_state()[0]
+        return Tombstones(np.setdiff1d(self._named_by(erased=False), self.erased.ids))
 
+    @cached_property
     def erased(self) -> Tombstones:
         """Chunks that no file must hold any more: those of purges that are erased."""
-        return self._by_state()[1]
+        return Tombstones(self._named_by(erased=True))
 
-    def _by_state(self) -> tuple[Tombstones, Tombstones]:
-        if self._purged is None:
-            purges, slots = self.store.state.with_prefix("purge:"), list(self.store.state.group("tombstones"))
-            of = {slot: purges[purge] for slot in slots if (purge := slot.partition(".")[0]) in purges}
-            erased = named_chunks(self.store, [slot for slot, record in of.items() if record.get("erased")])
-            waiting = named_chunks(self.store, [slot for slot, record in of.items() if not record.get("erased")])
-            self._purged = Tombstones(np.setdiff1d(waiting, erased)), Tombstones(erased)
-        return self._purged
+    def _named_by(self, *, erased: bool) -> Ids:
+        state = self.store.state
+        purges = {purge for purge, record in state.with_prefix("purge:").items() if record["erased"] == erased}
+        return named_chunks(self.store, [one for one in state.group("tombstones") if one.partition(".")[0] in purges])
 
     def rows_of(self, numbers: Ids) -> Ids:
         """How many rows each of some parts has, int64 [n]; 0: it is not there."""
@@ -162,14 +154,12 @@ def _check_mixtures(checked: Checked) -> None:
             continue
         tables = [str(member["table"]) for member in record["mix"]]
         databases = [records[table]["database"] for table in tables if "database" in records.get(table, {})]
-        checks = {
-            "names a table that is not there": len(databases) == len(tables),
-            "names a database twice, or none": 0 < len(set(databases)) == len(databases),
-            "has a weight that is no positive number": all(
-                member["weight"] > 0 and math.isfinite(member["weight"]) for member in record["mix"]
-            ),
+        wrong = {
+            "the mixture names a table that is not there": len(databases) < len(tables),
+            "the mixture names a database twice, or none": not 0 < len(set(databases)) == len(databases),
+            "the mixture has a weight that is no positive number": any(one["weight"] <= 0 for one in record["mix"]),
         }
-        checked.problems += [f"neighbours {name}: the mixture {what}" for what, fine in checks.items() if not fine]
+        checked.note(f"neighbours {name}", wrong)
 
 
 def check_blocked(checked: Checked) -> None:
@@ -193,7 +183,7 @@ def check_restored(checked: Checked) -> None:
             if any(slot.partition(".")[0] == purge for slot in state.group(kind))
         ]
         checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]
-        if record.get("erased"):
+        if record["erased"]:
             checked.problems.append(f"purge {purge} was taken back, and is erased")
     for slot, entry in state.group(KEPT).items():
         if slot.partition(".")[0] not in restored:
@@ -217,29 +207,21 @@ def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_
             continue
         if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
             checked.problems.append(f"{entry.path}: {matrix.shape[1]:,} dimensions, its encoder has {dimension:,}")
-        checked.problems += [f"{entry.path}: {what}" for what in _check_vectors(checked, entry, matrix, embedded)]
-
-
-def _check_vectors(
-    checked: Checked, entry: FileEntry, matrix: npt.NDArray[np.float16], embedded: npt.NDArray[np.bool_]
-) -> list[str]:
-    """What is wrong with the vectors of a part."""
-    largest = np.zeros(len(matrix), np.uint16)
-    for start in range(0, len(matrix), _BLOCK):  # it may be mapped and larger than memory
-        block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
-        largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
-    zero = (largest == 0) & embedded
-    checked.zeros[entry.path] = np.flatnonzero(zero)
-    own = checked.store.identity.tokenizer.sha256
-    record = checked.store.state.records.get(f"encoder:{entry.name}", {})
-    # Of a text that is tokenised again nothing may be left, white space for example. Then its vector is zero.
-    nothing = zero.any() if record.get("tokenizer") == own else embedded.any() and (zero == embedded).all()
-    checks = {
-        "a vector is not finite": (largest >= _INFINITE).any(),
-        "a chunk that is erased or no key has a vector": ((largest > 0) & ~embedded).any(),
-        "a chunk that is neither erased nor a value has a vector of zeros": nothing,
-    }
-    return [what for what, found in checks.items() if found]
+        largest = np.zeros(len(matrix), np.uint16)
+        for start in range(0, len(matrix), _BLOCK):  # it may be mapped and larger than memory
+            block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
+            largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
+        zero = (largest == 0) & embedded
+        checked.zeros[entry.path] = np.flatnonzero(zero)
+        same = record.get("tokenizer") == store.identity.tokenizer.sha256
+        # Of a text that is tokenised again nothing may be left, white space for example. Then its vector is zero.
+        nothing = zero.any() if same else embedded.any() and (zero == embedded).all()
+        wrong = {
+            "a vector is not finite": (largest >= _INFINITE).any(),
+            "a chunk that is erased or no key has a vector": ((largest > 0) & ~embedded).any(),
+            "a chunk that is neither erased nor a value has a vector of zeros": nothing,
+        }
+        checked.note(entry.path, wrong)
 
 
 def check_index(checked: Checked, name: str) -> None:
@@ -284,20 +266,20 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         embedded = parts.read_embedded(checked.store, part)
         rows = row_of(own)
         # An erase takes parts and shards one after another.
-        unembedded += int((~checked.erasing().contains(own[~embedded[rows]])).sum())
+        unembedded += int((~checked.erasing.contains(own[~embedded[rows]])).sum())
         embedded[checked.tombstones.rows(part)] = False
         vectors_of = checked.store.state.part_file("embeddings", part, encoder)
         embedded[checked.zeros.get(vectors_of.path if vectors_of else "", np.zeros(0, np.int64))] = False
         embedded[rows] = False
         lacking += int(embedded.sum())
-    checks = {
+    wrong = {
         "holds a chunk twice": bool((ids[1:] == ids[:-1]).any()),
         "holds chunks that are erased or no keys": unembedded > 0,
         "holds chunks of parts that it does not list": expected < len(ids),
         f"lacks {lacking:,} chunks of its parts": lacking > 0,
         "holds other vectors than the embeddings": not _same_vectors(checked, encoder, entry, shard),
     }
-    checked.problems += [f"{entry.path}: {what}" for what, found in checks.items() if found]
+    checked.note(entry.path, wrong)
 
 
 def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, shard: InvertedLists) -> bool:
@@ -488,7 +470,7 @@ def _not_of_chunks(checked: Checked, entry: FileEntry, text: NeighbourText, rows
     if not (check_chunk_ids(checked, ids, entry.path) and check_chunk_ids(checked, following, entry.path)):
         return set()
     found: set[str] = set()
-    if checked.erased().contains(ids).any() or checked.erased().contains(following).any():
+    if checked.erased.contains(ids).any() or checked.erased.contains(following).any():
         found.add("it has tokens of erased chunks")
     if not _have_tokens(checked, text.ids[rows], text.tokens[rows], text.n_tokens[rows]):
         found.add("tokens are not those of the chunks")
