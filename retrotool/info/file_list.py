@@ -7,13 +7,10 @@ It opens no other file than those of the log: 120,000 files take two seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrotool.store.log import FileEntry
 from retrotool.store.paths import DATA_KINDS, PART_KINDS
-from retrotool.store.state import State
 from retrotool.store.store import Store
 
 
@@ -48,18 +45,14 @@ class FileList:
 
 def list_files(root: str | Path) -> FileList:
     """List the live files of a store; none of them is opened."""
-    store = Store.open(root)
-    state = store.state
-    return FileList(str(root), state.number, tuple(_listed(state, entry) for entry in _in_order(state)))
-
-
-def _in_order(state: State) -> Iterator[FileEntry]:
-    for kind in DATA_KINDS:
-        for name in state.names(kind):
-            yield from state.group(kind, name).entries()
-
-
-def _listed(state: State, entry: FileEntry) -> ListedFile:
-    part = entry.part if entry.kind in PART_KINDS else None
-    pending = part is not None and part >= state.live
-    return ListedFile(entry.path, entry.kind, entry.name, entry.slot, part, entry.rows, entry.bytes, pending)
+    state = Store.open(root).state
+    entries = (
+        entry for kind in DATA_KINDS for name in state.names(kind) for entry in state.group(kind, name).entries()
+    )
+    listed = []
+    for entry in entries:
+        part = entry.part if entry.kind in PART_KINDS else None
+        pending = part is not None and part >= state.live
+        found = (entry.path, entry.kind, entry.name, entry.slot, part, entry.rows, entry.bytes, pending)
+        listed.append(ListedFile(*found))
+    return FileList(str(root), state.number, tuple(listed))

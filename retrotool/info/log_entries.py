@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import identity, log
@@ -100,16 +99,16 @@ def _told(commit: Commit) -> LogEntry:
         counts["files"] += 1
         counts["rows"] += entry.rows
     removed = dict(Counter(map(_kind, commit.remove)))
-    purges: tuple[dict[str, str], ...] = ()
+    purges = []
     if commit.kind in _ABOUT:
-        found = {key.removeprefix(_PURGE): value for key, value in commit.records.items() if key.startswith(_PURGE)}
         reason, who = _ABOUT[commit.kind]
-        purges = tuple(
-            {"purge": name, "reason": _said(record, reason), "who": _said(record, who)}
-            for name, record in found.items()
-        )
+        found = {key: record or {} for key, record in commit.records.items() if key.startswith(_PURGE)}
+        purges = [
+            {"purge": key.removeprefix(_PURGE), "reason": record.get(reason, ""), "who": record.get(who, "")}
+            for key, record in found.items()
+        ]
     return LogEntry(
-        commit.number, commit.time, commit.kind, added, removed, tuple(commit.records), purges, commit.tool,
+        commit.number, commit.time, commit.kind, added, removed, tuple(commit.records), tuple(purges), commit.tool,
         commit.parent, commit.sha256,
     )  # fmt: skip
 
@@ -118,10 +117,6 @@ def _kind(path: str) -> str:
     """``chunks``, or with its name ``embeddings/minilm``."""
     kind, _, rest = path.partition("/")
     return f"{kind}/{rest.partition('/')[0]}" if kind in NAMED_KINDS else kind
-
-
-def _said(record: Any, name: str) -> str:
-    return str(record.get(name, "")) if isinstance(record, dict) else ""
 
 
 def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:

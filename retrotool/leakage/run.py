@@ -10,8 +10,7 @@ Cost: a search, then some 100,000 pairs a second and core (``token_overlap``). M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,33 +151,23 @@ def leakage(
     check_encoders(store, database)
     total = count_keys_of(store, embedded_parts(store, database.encoder))
     within = is_same_store(store, database.store)
-    found: list[Leaks] = []
-    with _writing(output, database, store) as write, counting("leakage", "chunk", total) as report:
-        for leaks in find_leaks(store, database, within=within, k=neighbours, report=report):
-            write(leaks)
-            found.append(leaks)
+    with counting("leakage", "chunk", total) as report:
+        found = list(find_leaks(store, database, within=within, k=neighbours, report=report))
+    if output is not None:
+        _write(output, found, database, store)
     return _result(found, store, database, neighbours, output)
 
 
-@contextmanager
-def _writing(output: str | Path | None, database: Database, store: Store) -> Iterator[Callable[[Leaks], object]]:
-    """Write leaks to a file that is there when all is, or not at all."""
-    if output is None:
-        yield lambda _: None
-        return
+def _write(output: str | Path, found: list[Leaks], database: Database, store: Store) -> None:
     schema = _SCHEMA.with_metadata(
         {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
     )
     with written(output) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
-        length = store.identity.chunk_length
-
-        def write(some: Leaks) -> None:
-            r = (some.common / length).astype(np.float32)
+        for some in found:
+            r = (some.common / store.identity.chunk_length).astype(np.float32)
             columns = [some.ids, some.sources, some.common, r, some.neighbours, some.distances]
             arrays = [pa.array(c, kind) for c, kind in zip(columns, _SCHEMA.types, strict=True)]
             writer.write_table(pa.table(arrays, schema=_SCHEMA))
-
-        yield write
 
 
 def _result(
