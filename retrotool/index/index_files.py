@@ -11,7 +11,7 @@ from retrotool.ann import lists
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, StorageError
-from retrotool.index.index_records import RECALL, shards, trained_entry
+from retrotool.index.index_records import RECALL, IndexFiles
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
@@ -38,7 +38,7 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
     All that is indexed and searched depends on it, and it is small beside the shards: its sum is checked each time.
     """
     advice = f"Train it anew: {shlex.join(['retrotool', 'index', store.place, '--retrain', '--name', name])}"
-    entry = trained_entry(store.state, name, generation)
+    entry = IndexFiles(store.state, name, generation).trained
     if entry is None:
         raise CorruptError(f"index {name!r} has no training", advice)
     try:
@@ -75,7 +75,7 @@ def read_shards(
 
     ``missing`` is told of those that are broken; without it, the first raises its ``CorruptError``.
     """
-    for entry in shards(store.state, name, generation).values():
+    for entry in IndexFiles(store.state, name, generation).shards.values():
         try:
             shard = read_shard(store, entry, trained)
         except CorruptError as error:
@@ -92,7 +92,7 @@ def _mend(store: Store, name: str) -> str:
 
 def broken_shards(store: Store, name: str) -> list[FileEntry]:
     """Shards of the current generation whose bytes are not, or no more, what the log says; reads all of them."""
-    return [entry for entry in shards(store.state, name).values() if not _is_whole(store, entry)]
+    return [entry for entry in IndexFiles(store.state, name).shards.values() if not _is_whole(store, entry)]
 
 
 def check_sum(store: Store, name: str, entry: FileEntry) -> None:

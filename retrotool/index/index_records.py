@@ -143,56 +143,48 @@ def default_index(state: State) -> str:
     return str(state.records.get(DEFAULT, "main"))
 
 
-def generation_of(state: State, name: str) -> int:
-    """The current generation of an index; 0 also if there is none yet."""
-    record = index_record(state, name)
-    return 0 if record is None else record.generation
+class IndexFiles:
+    """The files of an index in a state, of its ``generation``, and what the log says of them.
 
+    ``current`` is the generation that readers use, 0 also if there is none yet; it is meant where none is given.
+    ``trained`` is the file of the training, and ``shards`` are those of the shards by their slots.
+    """
 
-def trained_entry(state: State, name: str, generation: int | None = None) -> FileEntry | None:
-    """The training of an index, of its current generation or of another one."""
-    current = generation_of(state, name) if generation is None else generation
-    return state.file("index", generation_slot("trained", current), name)
+    def __init__(self, state: State, name: str, generation: int | None = None) -> None:
+        self.record = index_record(state, name)
+        self.current = 0 if self.record is None else self.record.generation
+        self.generation = self.current if generation is None else generation
+        group = state.group("index", name)
+        self.trained = group.get(generation_slot("trained", self.generation))
+        mine = ((slot, entry) for slot, entry in group.items() if generation_in(slot) == self.generation)
+        self.shards: dict[str, FileEntry] = {slot: entry for slot, entry in mine if slot.startswith(SHARD)}
 
+    @property
+    def training(self) -> TrainingRecord | None:
+        """What the log says of the training; None if there is none."""
+        if self.trained is None:
+            return None
+        about = self.trained.about or {}
+        held = about.get("held", about["vectors"])  # a training from before that was counted
+        return _read(TrainingRecord, {**about, "held": held, "asked": _read(IndexWishes, about["asked"])})
 
-def training_record(state: State, name: str, generation: int | None = None) -> TrainingRecord | None:
-    """What the log says of the training of an index; None if there is none."""
-    entry = trained_entry(state, name, generation)
-    if entry is None:
-        return None
-    about = entry.about or {}
-    held = about.get("held", about["vectors"])  # a training from before that was counted
-    return _read(TrainingRecord, {**about, "held": held, "asked": _read(IndexWishes, about["asked"])})
+    @property
+    def encoder(self) -> str | None:
+        """The encoder that the index, finished or not, was trained for; None if there is no training."""
+        return None if self.training is None else self.training.encoder
 
+    @property
+    def digest(self) -> str:
+        """A short name of the shards: as good as their contents, for names of files are of these."""
+        paths = sorted(entry.path for entry in self.shards.values())
+        return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
 
-def encoder_of(state: State, name: str) -> str | None:
-    """The encoder that an index, finished or not, was trained for; None if there is none of this name."""
-    trained = training_record(state, name)
-    return None if trained is None else trained.encoder
+    @property
+    def vectors(self) -> int:
+        """How many vectors the shards hold."""
+        return sum(entry.rows for entry in self.shards.values())
 
-
-def shards(state: State, name: str, generation: int | None = None) -> dict[str, FileEntry]:
-    """Slot → file of the shards of an index, of its current generation or of another one."""
-    current = generation_of(state, name) if generation is None else generation
-    return {slot: entry for slot, entry in all_shards(state, name).items() if generation_in(slot) == current}
-
-
-def all_shards(state: State, name: str) -> dict[str, FileEntry]:
-    """Slot → file of the shards of all generations."""
-    return {slot: entry for slot, entry in state.group("index", name).items() if slot.startswith(SHARD)}
-
-
-def shards_digest(state: State, name: str, generation: int | None = None) -> str:
-    """A short name of the files that are the shards of an index: as good as their contents, for names are of these."""
-    paths = sorted(entry.path for entry in shards(state, name, generation).values())
-    return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
-
-
-def held_vectors(state: State, name: str, generation: int | None = None) -> int:
-    """Vectors in the shards of an index."""
-    return sum(entry.rows for entry in shards(state, name, generation).values())
-
-
-def held_parts(state: State, name: str, generation: int | None = None) -> list[int]:
-    """Numbers of the parts that the shards of an index hold, ascending."""
-    return sorted(part for entry in shards(state, name, generation).values() for part in ShardRecord.of(entry).parts)
+    @property
+    def parts(self) -> list[int]:
+        """Numbers of the parts that the shards hold, ascending."""
+        return sorted(part for entry in self.shards.values() for part in ShardRecord.of(entry).parts)

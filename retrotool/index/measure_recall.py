@@ -20,17 +20,11 @@ from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
     QUERIES,
     RECALL,
+    IndexFiles,
     IndexRecord,
     ShardRecord,
     TrainingRecord,
-    generation_of,
-    held_parts,
     index_key,
-    index_record,
-    shards,
-    shards_digest,
-    trained_entry,
-    training_record,
 )
 from retrotool.index.recall import Measurement, Searched, find_truth, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
@@ -75,15 +69,14 @@ def measure_until_committed(
     """
 
     def attempt() -> None:
-        training = training_record(store.state, name, generation)
+        files = IndexFiles(store.state, name, generation)
+        training, before = files.training, files.record
         if training is None:
             raise superseded(name)
         _, trained = read_trained(store, name, generation)
-        entries, encoder = shards(store.state, name, generation), training.encoder
+        encoder, numbers = training.encoder, files.parts
         room = room_in(training.asked.memory if memory is None else memory)
         opened = list(read_shards(store, name, trained, generation=generation))
-        numbers = held_parts(store.state, name, generation)
-        before = index_record(store.state, name)
         at = Point(before.nprobe, before.depth) if keep and before is not None else None
         with counting("exact search", "part", len(numbers)) as report:
             truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
@@ -94,19 +87,28 @@ def measure_until_committed(
             found = measure_recall(
                 truth, searched, target, at=at, groups=groups, report=report, device=device, room=room
             )
-        record = asdict(_record(store.state, name, generation, training, found, target))
+        record = asdict(_record(files, training, found, target))
         path = FileName.new(run.id, "index", RECALL, "json", name)
         file = write_json_file(store, path, {**record, **asdict(found)}, len(found.curve))
 
         def build(state: State) -> Draft:
-            gone = trained_entry(state, name, generation) is None or generation < generation_of(state, name)
-            if gone or shards(state, name, generation) != entries:
+            now = IndexFiles(state, name, generation)
+            if now.trained is None or generation < now.current or now.shards != files.shards:
                 raise ConflictError(
                     f"the index {name!r} was changed while it was measured", "Run the same command again."
                 )
             settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
-            old = _replaced(state, name, generation)
-            return Draft("index", settings, add=(file,), remove=old, records={index_key(name): record})
+            # The measurement before; or, where the generation becomes the current one, all that is not of it.
+            kept = [now.trained, *now.shards.values()]
+            group = state.group("index", name).items()
+            old = [one for slot, one in group if slot == RECALL or (generation != now.current and one not in kept)]
+            return Draft(
+                "index",
+                settings,
+                add=(file,),
+                remove=tuple(entry.path for entry in old),
+                records={index_key(name): record},
+            )
 
         store.commit(run, build)
 
@@ -119,18 +121,16 @@ def _new_or_not(ids: npt.NDArray[np.int64], trained: TrainingRecord) -> npt.NDAr
     return np.where(np.isin(part_of(ids), np.array(seen, np.int64)), "trained on", "added since").astype(object)
 
 
-def _record(
-    state: State, name: str, generation: int, training: TrainingRecord, found: Measurement, target: float
-) -> IndexRecord:
-    point, moved = found.point, drift(state, name, generation)
+def _record(files: IndexFiles, training: TrainingRecord, found: Measurement, target: float) -> IndexRecord:
+    point, moved = found.point, drift(files)
     choice = replace(parse_factory(training.factory, training.dimension), why=training.why)
     return IndexRecord(
-        **asdict(choice.shape()), encoder=training.encoder, generation=generation, vectors=moved.vectors,
+        **asdict(choice.shape()), encoder=training.encoder, generation=files.generation, vectors=moved.vectors,
         nprobe=point.nprobe, depth=point.depth, target=target, holds=found.holds,
         recall_at_1=round(point.recall_at_1, 4), recall_at_10=round(point.recall_at_10, 4),
         recall_at_100=round(point.recall_at_100, 4), recall_error=round(point.error, 4), queries=found.queries,
         share=round(found.share, 4), rate=round(point.rate, 1), imbalance=round(moved.imbalance, 3),
-        files=shards_digest(state, name, generation), due=_due(moved, found, target),
+        files=files.digest, due=_due(moved, found, target),
     )  # fmt: skip
 
 
@@ -140,16 +140,6 @@ def _due(moved: Drift, found: Measurement, target: float) -> str:
     if new is not None and new[2] >= _ENOUGH and new[0] + new[1] < min(target, found.point.recall_at_10):
         return f"recall@10 of what was added since the training is {new[0]:.4f} ± {new[1]:.4f}"
     return moved.due
-
-
-def _replaced(state: State, name: str, generation: int) -> tuple[str, ...]:
-    """Paths of what a measurement takes the place of: the one before, and what is of other generations."""
-    measured = state.file("index", RECALL, name)
-    old = [measured] if measured is not None else []
-    if generation != generation_of(state, name):
-        kept = [trained_entry(state, name, generation), *shards(state, name, generation).values()]
-        old = [entry for entry in state.group("index", name).entries() if entry not in kept]
-    return tuple(entry.path for entry in old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +159,9 @@ class Drift:
     due: str = ""
 
 
-def drift(state: State, name: str, generation: int | None = None) -> Drift:
+def drift(files: IndexFiles) -> Drift:
     """How far what an index holds has come from what it was trained on."""
-    trained = training_record(state, name, generation)
-    entries = list(shards(state, name, generation).values())
-    vectors = sum(entry.rows for entry in entries)
+    trained, entries, vectors = files.training, list(files.shards.values()), files.vectors
     if trained is None:
         return Drift(0, vectors)
     records = [ShardRecord.of(entry) for entry in entries]

@@ -21,18 +21,12 @@ from retrotool.index.index_records import (
     DEFAULT,
     QUERIES,
     RECALL,
+    IndexFiles,
     IndexRecord,
     ShardRecord,
     default_index,
-    encoder_of,
-    generation_of,
-    held_vectors,
     index_key,
     index_record,
-    shards,
-    shards_digest,
-    trained_entry,
-    training_record,
 )
 from retrotool.index.measure_recall import Drift, drift, measure_until_committed
 from retrotool.index.recall import Recall
@@ -130,16 +124,17 @@ def index(
     asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
     if asked and name not in store.state.names("index"):
         raise _no_index(store, name, asked[0])
-    wanted = _wanted(store, name, options, target_recall)
-    chosen = pick_encoder(store, encoder or encoder_of(store.state, name))
-    is_trained = trained_entry(store.state, name) is not None
-    generation = generation_of(store.state, name) + (options.retrain and is_trained)
+    files = IndexFiles(store.state, name)
+    wanted = _wanted(files, options, target_recall)
+    chosen = pick_encoder(store, encoder or files.encoder)
+    is_trained = files.trained is not None
+    generation = files.generation + (options.retrain and is_trained)
     devices = find_devices(options.devices)
     stage = IndexStage(
         name, chosen, wanted, generation, tuple(devices), options.shard, options.merge,
         trained=is_trained and not options.retrain,
     )  # fmt: skip
-    before = 0 if options.retrain else held_vectors(store.state, name, generation)
+    before = 0 if options.retrain else files.vectors
     with writing(store) as run:
         if options.retrain:
             _forget_other(store, run, stage)
@@ -181,7 +176,7 @@ def evaluate(
     assert record is not None, "pick_index found it"
     with writing(store) as run:
         measure_until_committed(
-            store, run, name, generation_of(store.state, name), record.target, queries=queries, keep=True,
+            store, run, name, IndexFiles(store.state, name).generation, record.target, queries=queries, keep=True,
             device=find_devices(devices)[0], memory=memory,
         )  # fmt: skip
     return describe(store, root, name)
@@ -214,15 +209,15 @@ def describe(
 ) -> IndexResult:
     """The result for an index as it is now; ``before``: vectors that it had then, None: as many."""
     state = store.refresh()
-    record = index_record(state, name)
+    files = IndexFiles(state, name)
+    record, trained = files.record, files.training
     if record is None:
-        trained = training_record(state, name)
         if trained is None:
             raise superseded(name)
         record = IndexRecord(encoder=trained.encoder, factory=trained.factory, why=trained.why)
     embedded = embedded_parts(store, record.encoder)
     left = count_left(store, embedded, read_tombstones(store))
-    entries, vectors = shards(state, name).values(), held_vectors(state, name)
+    entries, vectors = files.shards.values(), files.vectors
     measured = state.file("index", RECALL, name)
     content = {} if measured is None else _read_measured(store, measured, name)
     vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
@@ -230,7 +225,7 @@ def describe(
         **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
         shards=len(entries), index_bytes=sum(entry.bytes for entry in entries),
         embedding_bytes=sum(entry.bytes for entry in vector_files), commit=state.number,
-        retrain=f"{command_line('index', root, name=name)} --retrain", drift=drift(state, name),
+        retrain=f"{command_line('index', root, name=name)} --retrain", drift=drift(files),
         curve=tuple(Recall(**{one: point[one] for one in _POINT}) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left,
@@ -249,17 +244,16 @@ def _read_measured(store: Store, entry: FileEntry, name: str) -> dict[str, Any]:
 
 def _is_measured(state: State, name: str, generation: int, target: float) -> bool:
     """Whether what the record says of an index is of what is there now."""
-    record = index_record(state, name)
-    return record is not None and (record.files, record.target, record.generation, record.vectors) == (
-        shards_digest(state, name, generation), target, generation, held_vectors(state, name, generation),
-    )  # fmt: skip
+    files = IndexFiles(state, name, generation)
+    record, now = files.record, (files.digest, target, generation, files.vectors)
+    return record is not None and (record.files, record.target, record.generation, record.vectors) == now
 
 
-def _wanted(store: Store, name: str, options: Options, target: float | None) -> IndexWishes:
+def _wanted(files: IndexFiles, options: Options, target: float | None) -> IndexWishes:
     """What is wanted of an index: what is said, else what was said of the one that it has."""
-    wanted, record, trained = options.wanted, index_record(store.state, name), training_record(store.state, name)
+    wanted, trained = options.wanted, files.training
     if target is None:
-        target = wanted.target if record is None else record.target
+        target = wanted.target if files.record is None else files.record.target
     before = trained.asked if trained is not None and options.retrain else IndexWishes()
     if not wanted.names_index:
         wanted = replace(wanted, factory=before.factory, nlist=before.nlist, code=before.code)
@@ -289,8 +283,8 @@ def _check(options: Options, target: float | None) -> None:
 
 def _check_embeddings(store: Store, stage: IndexStage) -> None:
     """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
-    held = {part for entry in shards(store.state, stage.index).values() if entry.path in stage.broken
-            for part in ShardRecord.of(entry).parts}  # fmt: skip
+    broken = [entry for entry in stage.files(store.state).shards.values() if entry.path in stage.broken]
+    held = {part for entry in broken for part in ShardRecord.of(entry).parts}
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
         entry = parts.part_entry(store, "embeddings", part, stage.encoder)
         try:
@@ -308,7 +302,7 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
 
 
 def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> None:
-    trained = training_record(store.state, stage.index, stage.generation)
+    trained = stage.files(store.state).training
     if trained is None:
         return
     if wanted.shard_rows not in (None, trained.shard_rows):
@@ -335,7 +329,7 @@ def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> Non
 
 def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
     """Take away what an interrupted ``--retrain`` began with other settings, or before the store grew."""
-    begun = training_record(store.state, stage.index, stage.generation)
+    begun = stage.files(store.state).training
     if begun is None:
         return
     same = begun.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
@@ -343,9 +337,8 @@ def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
         return
 
     def build(state: State) -> Draft:
-        files = list(shards(state, stage.index, stage.generation).values())
-        entry = trained_entry(state, stage.index, stage.generation)
-        gone = tuple(one.path for one in [*files, *([entry] if entry else [])])
+        files = stage.files(state)
+        gone = tuple(one.path for one in (*files.shards.values(), files.trained) if one is not None)
         return Draft("index", {"name": stage.index, "retrain": "begun anew"}, remove=gone)
 
     store.commit(run, build)
@@ -355,7 +348,7 @@ def _execute(stage: IndexStage, store: Store, run: Run) -> None:
     """Do what there is to do; while another run trains the index, wait for it."""
     engine.execute(stage, store, run, workers=len(stage.devices))
     with counting(f"waiting for another run that trains {stage.index!r}", "s") as waited:
-        while trained_entry(store.refresh(), stage.index, stage.generation) is None:
+        while stage.files(store.refresh()).trained is None:
             time.sleep(_POLL_SECONDS)
             waited(1)
             engine.execute(stage, store, run, workers=len(stage.devices))

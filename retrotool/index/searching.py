@@ -29,14 +29,12 @@ from retrotool.embed.search_scope import count_left, embedded_parts, pick_encode
 from retrotool.errors import CorruptError, RetrotoolError, UsageError
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
+    IndexFiles,
     IndexRecord,
     ShardRecord,
     default_index,
-    held_parts,
-    held_vectors,
     index_key,
     index_record,
-    shards,
 )
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.machine import memory_of_machine
@@ -185,9 +183,13 @@ class Database(_Open):
         self._some: dict[int, SomeLists] = {}
 
     @property
+    def _files(self) -> IndexFiles:
+        return IndexFiles(self.store.state, self.name)
+
+    @property
     def vectors_in_log(self) -> int:
         """How many vectors the index holds, those of broken shards too."""
-        return held_vectors(self.store.state, self.name)
+        return self._files.vectors
 
     @cached_property
     def trained(self) -> Trained:
@@ -210,11 +212,11 @@ class Database(_Open):
 
     def held(self) -> list[int]:
         """Numbers of the parts that are searched, ascending."""
-        return held_parts(self.store.state, self.name)
+        return self._files.parts
 
     def reads(self) -> list[str]:
         """Paths of the files that are searched, which an erase replaces."""
-        return [entry.path for entry in shards(self.store.state, self.name).values()]
+        return [entry.path for entry in self._files.shards.values()]
 
     def search(
         self,
@@ -304,7 +306,7 @@ class Database(_Open):
         return self._allowed.contains(ids) & ~self.tombstones.contains(ids)
 
     def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
-        entries = shards(self.store.state, self.name).values()
+        entries = self._files.shards.values()
         wanted = [not set(ShardRecord.of(entry).parts).isdisjoint(numbers) for entry in entries]
         return [shard for shard, is_wanted in zip(self.shards, wanted, strict=True) if is_wanted]
 

@@ -37,15 +37,10 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import check_sum, read_shard, read_trained, write_index
 from retrotool.index.index_records import (
     SHARD,
+    IndexFiles,
     ShardRecord,
     TrainingRecord,
     as_about,
-    encoder_of,
-    held_parts,
-    index_record,
-    shards,
-    trained_entry,
-    training_record,
 )
 from retrotool.index.training import SEED, check_finite, train
 from retrotool.lazy import torch
@@ -55,6 +50,7 @@ from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, generation_slot
 from retrotool.store.staging import Staged
+from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
 
@@ -90,23 +86,26 @@ class IndexStage:
         """What a worker process is to open: with its own device."""
         return replace(self, devices=(self.devices[number % len(self.devices)],))
 
+    def files(self, state: State) -> IndexFiles:
+        """The files of the generation that is built."""
+        return IndexFiles(state, self.index, self.generation)
+
     def plan(self, store: Store) -> list[Task]:
         """First the training, if there is none; then one task a new shard, or a merge."""
-        made_with = encoder_of(store.state, self.index)
+        made_with = IndexFiles(store.state, self.index).encoder
         if made_with not in (None, self.encoder):
             raise UsageError(
                 f"index {self.index!r} is of the encoder {made_with!r}, not {self.encoder!r}",
                 "Give the new index a name of its own with --name.",
             )
-        trained = trained_entry(store.state, self.index, self.generation)
-        record = training_record(store.state, self.index, self.generation)
-        if trained is None or record is None:
-            if self.trained or (self.generation and index_record(store.state, self.index) is None):
+        files = self.files(store.state)
+        if files.trained is None:
+            if self.trained or (self.generation and files.record is None):
                 raise superseded(self.index)
             tasks = [self._training(store)]
         else:
-            tasks = self._mends(store, trained)
-            tasks += self._merges(store) if self.merge else self._new_shards(store, trained, record.shard_rows)
+            tasks = self._mends(store, files)
+            tasks += self._merges(files) if self.merge else self._new_shards(store, files)
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def _training(self, store: Store) -> Task:
@@ -117,36 +116,39 @@ class IndexStage:
     def _key(self, settings: dict[str, Any], reads: Sequence[str]) -> str:
         return task_key("index", {"name": self.index, **settings}, reads)
 
-    def _new_shards(self, store: Store, trained: FileEntry, shard_rows: int) -> list[Task]:
-        held = set(held_parts(store.state, self.index, self.generation))
-        there = set(embedded_parts(store, self.encoder))
-        taken = shards(store.state, self.index, self.generation)
+    def _new_shards(self, store: Store, files: IndexFiles) -> list[Task]:
+        assert files.training is not None
+        there = set(embedded_parts(store, self.encoder)).difference(files.parts)
         tasks = []
-        for window, numbers in _windows(store, shard_rows):
-            new = [part for part in numbers if part in there and part not in held]
-            if new:
-                paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in new]
+        for window, numbers in _windows(store, files.training.shard_rows):
+            if new := [part for part in numbers if part in there]:
+                slot = _free_slot(files.shards, window, self.generation)
                 rows = sum(count_keys(store, part) for part in new)
-                slot = _free_slot(taken, window, self.generation)
-                key = self._key({"slot": slot}, [trained.path, *paths])
-                tasks.append(Task(key, slot, rows, {"slot": slot, "parts": new, "paths": paths}, claimed=True))
+                tasks.append(self._coding(store, files, slot, {"slot": slot}, rows, {"slot": slot, "parts": new}))
         return tasks
 
-    def _mends(self, store: Store, trained: FileEntry) -> list[Task]:
+    def _mends(self, store: Store, files: IndexFiles) -> list[Task]:
         there = set(embedded_parts(store, self.encoder))
         tasks = []
-        for slot, entry in shards(store.state, self.index, self.generation).items():
+        for slot, entry in files.shards.items():
             if entry.path in self.broken:
                 numbers = [part for part in ShardRecord.of(entry).parts if part in there]
-                paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in numbers]
-                key = self._key({"mend": entry.path}, [trained.path, *paths])
-                inputs = {"slot": slot, "parts": numbers, "paths": paths, "replaces": entry.path}
-                tasks.append(Task(key, f"mend {slot}", entry.rows, inputs, claimed=True))
+                inputs = {"slot": slot, "parts": numbers, "replaces": entry.path}
+                tasks.append(self._coding(store, files, f"mend {slot}", {"mend": entry.path}, entry.rows, inputs))
         return tasks
 
-    def _merges(self, store: Store) -> list[Task]:
+    def _coding(
+        self, store: Store, files: IndexFiles, label: str, settings: dict[str, Any], rows: int, inputs: dict[str, Any]
+    ) -> Task:
+        """The task that codes some parts."""
+        assert files.trained is not None
+        paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in inputs["parts"]]
+        key = self._key(settings, [files.trained.path, *paths])
+        return Task(key, label, rows, {**inputs, "paths": paths}, claimed=True)
+
+    def _merges(self, files: IndexFiles) -> list[Task]:
         found: dict[str, list[tuple[str, FileEntry]]] = {}
-        for slot, entry in shards(store.state, self.index, self.generation).items():
+        for slot, entry in files.shards.items():
             window = slot.removesuffix(f".g{self.generation}").split(".")[0]
             found.setdefault(window, []).append((slot, entry))
         tasks = []
@@ -292,7 +294,7 @@ class IndexWorker:
 
     def _merge(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
-        current = shards(store.state, stage.index, stage.generation)
+        current = stage.files(store.state).shards
         entries = [current[slot] for slot in task.inputs["slots"] if slot in current]
         _, trained = read_trained(store, stage.index, stage.generation)
         for entry in entries:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrotool.errors import RetrotoolError
-from retrotool.index.index_records import index_record, shards, trained_entry
+from retrotool.index.index_records import IndexFiles
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import part_slot
@@ -261,14 +261,10 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:
-    record = index_record(store.state, name)
-    trained = trained_entry(store.state, name)
-    entries = list(shards(store.state, name).values())
-    # The record keeps what was measured; an erase has taken vectors away since.
-    vectors = sum(entry.rows for entry in entries)
+    files = IndexFiles(store.state, name)
     return {
-        **({} if record is None else asdict(record)),
-        "vectors": vectors,
-        "trained": trained.path if trained else None,
-        "shards": [e.path for e in entries],
+        **({} if files.record is None else asdict(files.record)),
+        "vectors": files.vectors,  # the record keeps what was measured; an erase has taken vectors away since
+        "trained": files.trained.path if files.trained else None,
+        "shards": [entry.path for entry in files.shards.values()],
     }

@@ -23,7 +23,7 @@ import pyarrow as pa
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import read_trained
-from retrotool.index.index_records import RECALL, SHARD, training_record
+from retrotool.index.index_records import RECALL, SHARD, IndexFiles
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.blocked import read_hashes
 from retrotool.store.log import FileEntry
@@ -252,8 +252,7 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
     if not check_chunk_ids(checked, ids, entry.path):
         return
-    about = training_record(checked.store.state, name, generation)
-    encoder = "" if about is None else about.encoder
+    encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
     expected = lacking = unembedded = 0
     for part in covered:
         if not checked.rows_of(np.array([part]))[0]:

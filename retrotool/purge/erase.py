@@ -48,7 +48,7 @@ from retrotool.embed.search_scope import is_same_store, purges_erased
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import check_sum, read_shard, write_index
-from retrotool.index.index_records import RECALL, ShardRecord, all_shards, index_record
+from retrotool.index.index_records import RECALL, SHARD, ShardRecord, index_record
 from retrotool.index.run import Options, index
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
@@ -157,7 +157,7 @@ def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[Fil
     """The files that belong to no part alone, and may hold something of some: shards, tables and quarantine."""
     state, wanted = store.state, set(numbers)
     for name in state.names("index"):
-        shards = all_shards(state, name).values()
+        shards = [one for one in state.group("index", name).entries() if one.slot.startswith(SHARD)]
         yield from (one for one in shards if not wanted.isdisjoint(ShardRecord.of(one).parts))
     for name in state.names("neighbours"):
         yield from state.group("neighbours", name).entries()

@@ -11,14 +11,13 @@ from retrotool import api
 from retrotool.ann.choice import IndexWishes
 from retrotool.app import app
 from retrotool.index.index_files import read_trained
-from retrotool.index.index_records import generation_of
 from retrotool.index.run import Options
 from retrotool.store.store import Store
 
 
 def centroids(root: Path) -> np.ndarray:
     store = Store.open(root)
-    found = read_trained(store, "lists", generation_of(store.state, "lists"))[1].centroids
+    found = read_trained(store, "lists")[1].centroids
     assert found is not None
     return np.asarray(found)
 

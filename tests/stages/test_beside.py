@@ -22,7 +22,7 @@ from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task
 from retrotool.errors import UsageError
-from retrotool.index.index_records import encoder_of, held_parts, shards
+from retrotool.index.index_records import IndexFiles
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
 from retrotool.store import folding, staging
@@ -67,7 +67,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
     assert len(refused) == 2, "what nobody else did is kept"
     api.embed(chunked, encoder=str(tiny_encoder))
     api.index(chunked, options=Options(IndexWishes(shard_rows=40)))
-    assert held_parts(Store.open(chunked).state, "main") == [0, 1, 2, 3]
+    assert IndexFiles(Store.open(chunked).state, "main").parts == [0, 1, 2, 3]
     assert api.verify(chunked).ok
     reader = retrotool.open(chunked)
     found = reader.search(reader.chunk(2 << 32).text, 10)
@@ -97,7 +97,7 @@ def test_an_index_is_gone_on_with_by_the_encoder_it_was_trained_for(
     store = Store.open(chunked)
     with writing(store) as run:
         engine.execute(IndexStage("main", "tiny"), store, run)  # killed before its record was committed
-    assert encoder_of(store.state, "main") == "tiny"
+    assert IndexFiles(store.state, "main").encoder == "tiny"
     with pytest.raises(UsageError, match="is of the encoder 'tiny', not 'other'"):
         api.index(chunked, encoder="other")
     assert api.index(chunked).encoder == "tiny"
@@ -162,7 +162,9 @@ def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_co
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
     store = Store.open(store_copy)
-    found = [lists.read_lists(store.storage.local(entry.path)) for entry in shards(store.state, "main").values()]
+    found = [
+        lists.read_lists(store.storage.local(entry.path)) for entry in IndexFiles(store.state, "main").shards.values()
+    ]
     ids = np.concatenate([shard.ids(number) for shard in found for number in shard.numbers])
     assert not np.isin(victims, ids).any()
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())

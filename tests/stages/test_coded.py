@@ -31,7 +31,7 @@ from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index import recall
 from retrotool.index import run as index_run
-from retrotool.index.index_records import shards
+from retrotool.index.index_records import IndexFiles
 from retrotool.index.run import Options, describe
 from retrotool.index.searching import Database, Point
 from retrotool.store.state import State
@@ -329,7 +329,7 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
         grow(built_copy, tiny_encoder, source, n=300)
         result = api.index(built_copy, options=Options(queries=FEW))
     state = Store.open(built_copy).state
-    further = [slot for slot in shards(state, "main") if re.fullmatch(r"shard-\d{4}\.\d", slot)]
+    further = [slot for slot in IndexFiles(state, "main").shards if re.fullmatch(r"shard-\d{4}\.\d", slot)]
     assert further
     queries = Queries.plain(read_plain(built_copy).vectors[::50])
     before = Database(Store.open(built_copy)).search(queries, 10)
@@ -349,10 +349,10 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
     for source in ("late", "other"):
         grow(built_copy, tiny_encoder, source, n=300)
         api.index(built_copy, options=Options(queries=FEW))
-    further = [slot for slot in shards(Store.open(built_copy).state, "main") if slot.count(".")]
+    further = [slot for slot in IndexFiles(Store.open(built_copy).state, "main").shards if slot.count(".")]
     for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):
         store = Path(shutil.copytree(built_copy, built_copy.parent / f"broken{place}"))
-        path = store / shards(Store.open(store).state, "main")[slot].path
+        path = store / IndexFiles(Store.open(store).state, "main").shards[slot].path
         data = bytearray(path.read_bytes())
         data[place] ^= 4
         path.write_bytes(data)
@@ -424,7 +424,7 @@ def commands_shard(store: Path, number: int) -> Path:
 def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
     """A shard whose sum is right, as the log has it, but whose codes are of other vectors."""
     store = Store.open(built_copy)
-    entry = shards(store.state, "main")["shard-0000"]
+    entry = IndexFiles(store.state, "main").shards["shard-0000"]
     index = faiss.read_index(str(built_copy / entry.path))
     ivf = faiss.extract_index_ivf(index)
     for number in range(64):
