@@ -38,7 +38,7 @@ from retrotool.embed.search_scope import (
 )
 from retrotool.engine.task import Report
 from retrotool.index.index_records import QUERIES
-from retrotool.index.searching import TUNED_K, Point, Vectors, nearest_of, rows_in
+from retrotool.index.searching import TUNED_K, Point, Vectors, are_among, nearest_of, rows_in
 from retrotool.machine import give_memory_back
 from retrotool.store import parts
 from retrotool.store.parts import chunk_ids, rows_by_part
@@ -64,8 +64,6 @@ _BEYOND = 2
 _THOROUGH = 0.999
 _Z = 1.96
 _GROUPS = 1000
-_COMPARED = 256
-"""Queries whose neighbours are compared at a time."""
 _KS = (1, TUNED_K, DEPTH)
 _TIE = 16 * float(np.finfo(np.float32).eps)
 """Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
@@ -266,7 +264,7 @@ class _Curve:
         return hits
 
     def _judge(self, truth: Best, found: Best, k: int) -> Hits | Masks:
-        return _of_all(truth, found, k) if self._truth.share == 1 else _which(truth.ids, found.ids[:, :k])
+        return _of_all(truth, found, k) if self._truth.share == 1 else are_among(truth.ids, found.ids[:, :k])
 
 
 def _of_all(truth: Best, found: Best, k: int) -> Hits:
@@ -282,13 +280,6 @@ def _nearer(truth: Best, deepest: Best) -> Ids:
     """For each of the truth how many were found nearer by the most thorough search, which so far is the last one."""
     pairs = zip(deepest.distances, truth.distances, strict=True)
     return np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs], np.int64)
-
-
-def _which(wanted: Ids, found: Ids) -> Masks:
-    """Which of ``wanted`` [q, t] are among ``found`` [q, f] of the same query, bool [q, t]."""
-    blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(wanted), 1), _COMPARED)]
-    same = [(wanted[block, :, None] == found[block, None, :]).any(axis=2) for block in blocks]
-    return np.concatenate(same) & (wanted >= 0)
 
 
 def _joined(blocks: list[Any]) -> Hits | Masks:

@@ -53,6 +53,8 @@ _VECTOR_BYTES = 2
 _SHARED_LISTS = 4
 """Queries a list from which on it is worth to read all its vectors."""
 _LEAST_ROOM = 1 << 20
+_COMPARED = 256
+"""Queries whose neighbours are compared at a time."""
 _BYTES_A_CANDIDATE, _BYTES_A_NUMBER = 70, 14
 """What a query takes while it is searched and its candidates are ranked, for each of these and each dimension."""
 
@@ -266,7 +268,10 @@ class Database(_Open):
     def _search(
         self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
     ) -> Best:
-        by_vectors = self._by_vectors(len(queries), nprobe)
+        # Many queries are held against the vectors of lists themselves, as long as these stay in memory: it is quicker
+        # than ranking many candidates of each, and finds no less than codes do.
+        by_vectors = self._fits and not isinstance(self.trained.codec, Whole)
+        by_vectors &= len(queries) * nprobe >= _SHARED_LISTS * self.trained.nlist
         search = Search(
             self.trained, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth, self.tombstones.contains,
             device=self._device, room=self.room, vectors=self.vectors if by_vectors else None, rough=True,
@@ -274,15 +279,6 @@ class Database(_Open):
         )  # fmt: skip
         search.add(*shards)
         return rerank(queries.vectors, search.candidates, self.vectors, k)
-
-    def _by_vectors(self, queries: int, nprobe: int) -> bool:
-        """Whether to hold queries against the vectors of lists themselves, which finds no less than their codes do.
-
-        For many queries that is quicker than ranking many candidates each, as long as the vectors stay in memory.
-        """
-        if isinstance(self.trained.codec, Whole) or queries * nprobe < _SHARED_LISTS * self.trained.nlist:
-            return False
-        return self._fits
 
     @property
     def _fits(self) -> bool:
@@ -405,21 +401,16 @@ def nearest_of(
 
 def merged(one: Best, other: Best, k: int) -> Best:
     """The k nearest of two lists a query, [q, ·] each, no id twice."""
-    distances = np.concatenate([one.distances, other.distances], 1)
-    ids = np.concatenate([one.ids, other.ids], 1)
-    repeated = _repeated(ids)
-    distances[repeated], ids[repeated] = np.inf, -1
-    return Best(distances, ids).nearest(k)
+    again = are_among(other.ids, one.ids)
+    distances = np.concatenate([one.distances, np.where(again, np.inf, other.distances)], 1)
+    return Best(distances, np.concatenate([one.ids, np.where(again, -1, other.ids)], 1)).nearest(k)
 
 
-def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    order = np.argsort(ids, axis=1, kind="stable")
-    ascending = np.take_along_axis(ids, order, 1)
-    again = np.zeros(ids.shape, np.bool_)
-    again[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
-    found = np.zeros(ids.shape, np.bool_)
-    np.put_along_axis(found, order, again, 1)
-    return found
+def are_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
+    """Which of ``ids`` [q, n], those of no chunk (−1) left out, are among ``others`` [q, m] of the same query."""
+    blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(ids), 1), _COMPARED)]
+    same = [(ids[block, :, None] == others[block, None, :]).any(axis=2) for block in blocks]
+    return np.concatenate(same) & (ids >= 0)
 
 
 AnyDatabase = Database | ExactDatabase
