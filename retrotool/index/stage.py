@@ -12,6 +12,7 @@ sample while training; the codes of one shard, twice, and 32 bytes a vector whil
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,7 +43,7 @@ from retrotool.index.index_records import (
     TrainingRecord,
     as_about,
 )
-from retrotool.index.training import SEED, check_finite, train
+from retrotool.index.training import SEED, check_finite, imbalance, train
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
@@ -201,12 +202,8 @@ def _windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
 
 def _free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
     """The next slot of a window: ``shard-0003``, or ``shard-0003.1`` if that is there."""
-    further = 0
-    while True:
-        what = f"{SHARD}{window:04d}" + (f".{further}" if further else "")
-        if generation_slot(what, generation) not in taken:
-            return generation_slot(what, generation)
-        further += 1
+    numbered = (f"{SHARD}{window:04d}" + (f".{further}" if further else "") for further in itertools.count())
+    return next(slot for one in numbered if (slot := generation_slot(one, generation)) not in taken)
 
 
 class IndexWorker:
@@ -288,7 +285,7 @@ class IndexWorker:
         index = to_faiss(trained, quantizer=quantizer <= QUANTIZER_SHARE * (codes.nbytes + ids.nbytes))
         lists.fill(index, numbers, ids, codes)
         if trained.nlist:
-            record = replace(record, imbalance=_imbalance(numbers, trained.nlist))
+            record = replace(record, imbalance=round(imbalance(numbers, trained.nlist), 3))
         name = FileName.new(run, "index", slot, "faiss", self._stage.index)
         return write_index(self._store, index, name, as_about(record))
 
@@ -353,14 +350,6 @@ class _Coded:
     def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
         """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
         return self._numbers[: self._n], self._ids[: self._n], self._codes[: self._n]
-
-
-def _imbalance(numbers: Ids, nlist: int) -> float:
-    """How uneven lists are, n·Σ(share of list)², less what chance alone makes of it; 1: all are as long."""
-    if not len(numbers):
-        return 1.0
-    shares = np.bincount(numbers, minlength=nlist) / len(numbers)
-    return round(float(nlist * ((shares**2).sum() - 1 / len(numbers))), 3)
 
 
 def _merged(several: Sequence[ShardRecord]) -> ShardRecord:

@@ -93,7 +93,6 @@ def train(
         rotation = codes.train_rotation(residuals, choice.pieces, choice.rotated, seed=SEED)
         residuals, centroids = residuals @ rotation.T, centroids @ rotation.T
     codec = _codec(choice, residuals)
-    shares = torch.bincount(assigned, minlength=choice.nlist).double() / len(assigned)
     trained = Trained(
         choice.d,
         codec,
@@ -106,11 +105,21 @@ def train(
         size,
         float(distances.mean()),
         _code_error(codec, residuals[:_MEASURED]),
-        # Of a sample of s vectors alone the sum is about 1/s too high.
-        float(choice.nlist * (shares.square().sum() - 1 / len(assigned))),
+        imbalance(assigned.cpu().numpy(), choice.nlist),
     )
     report(1.0 - _KMEANS_SHARE)
     return found
+
+
+def imbalance(numbers: npt.NDArray[np.int64], nlist: int) -> float:
+    """How uneven lists are, n·Σ(share of list)², less what chance alone makes of it; 1: all are as long.
+
+    ``numbers`` [s] are the lists of vectors: of these alone the sum is about 1/s too high.
+    """
+    if not len(numbers):
+        return 1.0
+    shares = np.bincount(numbers, minlength=nlist) / len(numbers)
+    return float(nlist * ((shares**2).sum() - 1 / len(numbers)))
 
 
 def _codec(choice: IndexChoice, residuals: torch.Tensor) -> Codec:
