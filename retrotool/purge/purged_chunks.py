@@ -21,13 +21,12 @@ Cost of ``find_same_text``: nothing, unless a selected chunk was rejected; then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -140,6 +139,11 @@ Weights = Mapping[int, Weight]
 """Weights by part."""
 
 
+def weight_of(weights: Weights, numbers: Container[int] | None = None) -> Weight:
+    """The sum of weights, of some parts or of all."""
+    return sum((weight for part, weight in weights.items() if numbers is None or part in numbers), Weight())
+
+
 def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, Weights]:
     """Return those of ascending chunks that are not erased and not among ``others``, tombstones, and their weights.
 
@@ -151,7 +155,11 @@ def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, We
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
         doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
         mine = rows[n_tokens[rows] > 0]
-        ended = _documents_ended(doc, n_tokens, others.rows(part), mine)
+        alive = n_tokens > 0
+        alive[others.rows(part)] = False
+        had = np.bincount(doc[alive], minlength=int(doc[-1]) + 1)
+        # A document ends with its last live chunk: all that it had are among these.
+        ended = int(((had > 0) & (np.bincount(doc[mine], minlength=len(had)) == had)).sum())
         weights[part] = Weight(len(mine), ended, int(n_tokens[mine].sum()))
         live.append(parts.chunk_ids(part, mine))
     return np.concatenate(live), weights
@@ -162,29 +170,17 @@ def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
 
     Those of pending parts are not among the totals: the record of their plan says what will not be.
     """
-    live = sum((weight for part, weight in weights.items() if state.is_live(part)), Weight()).as_counts()
+    live = weight_of(weights, list(filter(state.is_live, weights))).as_counts()
     totals = {name: n + sign * live.get(name, 0) for name, n in state.records["totals"].items()}
     records: dict[str, Any] = {"totals": totals}
     for plan_id in unfinished_plans(state):
-        of_plan = parts_of_plan(state, plan_id)
-        purged = sum((weight for part, weight in weights.items() if part in of_plan), Weight()).as_counts()
+        purged = weight_of(weights, parts_of_plan(state, plan_id)).as_counts()
         if any(purged.values()):
             record = state.records[f"plan:{plan_id}"]
             before = record.get("purged", {})
             after = {name: before.get(name, 0) - sign * n for name, n in purged.items()}
             records[f"plan:{plan_id}"] = {**record, "purged": after}
     return records
-
-
-def _documents_ended(doc: npt.NDArray[Any], n_tokens: npt.NDArray[Any], before: Ids, rows: Ids) -> int:
-    """How many documents of a part have their last live chunk among ``rows``; those ``before`` are purged."""
-    alive = n_tokens > 0
-    alive[before] = False
-    left = alive.copy()
-    left[rows] = False
-    size = int(doc[-1]) + 1 if len(doc) else 0
-    had, has = np.bincount(doc[alive], minlength=size), np.bincount(doc[left], minlength=size)
-    return int(((had > 0) & (has == 0)).sum())
 
 
 def erased_purges(store: Store, erased: Tombstones) -> list[str]:

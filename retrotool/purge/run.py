@@ -39,6 +39,7 @@ from retrotool.purge.purged_chunks import (
     find_same_text,
     parts_of_open_plans,
     totals_after,
+    weight_of,
     withdrawn,
 )
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
@@ -204,10 +205,10 @@ def purge(
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     """What a selection would do, if nothing else happened."""
     state = store.state
-    chunks = len(selection.live)
+    chunks, weight = len(selection.live), weight_of(selection.weights)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
     return PurgeResult(
-        chunks=chunks, documents=selection.weight.documents, tokens=selection.weight.tokens,
+        chunks=chunks, documents=weight.documents, tokens=weight.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
         unerased=selection.unerased, unerased_share=selection.unerased / max(count_rows(store), 1),
         copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=state.number,
@@ -321,7 +322,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         new = [part for part in parts_of_open_plans(store) if part not in selection.open_parts]
         if len(find_in_open_plans(store, new, selection.chunks, selection.blocked)):
             raise ConflictError("copies were chunked while this purge selected", "Run the same command again.")
-        counts = selection.weight.as_counts()
+        counts = weight_of(selection.weights).as_counts()
         hashed = store.identity.keyed_hash(request.literal)
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}

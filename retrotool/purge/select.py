@@ -22,7 +22,6 @@ from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
 from retrotool.encoder.devices import check_device
 from retrotool.errors import UsageError
 from retrotool.purge.purged_chunks import (
-    Weight,
     Weights,
     find_copies,
     find_in_open_plans,
@@ -230,11 +229,6 @@ class Selection:
     copied: int = 0
     unerased: int = 0
     open_parts: tuple[int, ...] = ()
-
-    @property
-    def weight(self) -> Weight:
-        """What is taken from the totals in all."""
-        return sum(self.weights.values(), Weight())
 
 
 def same_selector(store: Store, request: Request) -> dict[str, Record]:

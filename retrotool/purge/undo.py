@@ -26,7 +26,6 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.stage import table_record
 from retrotool.purge.purged_chunks import (
-    Weight,
     Weights,
     check_purge,
     has_any,
@@ -34,6 +33,7 @@ from retrotool.purge.purged_chunks import (
     unerased,
     values_of,
     weigh_chunks,
+    weight_of,
     withdrawn,
 )
 from retrotool.purge.select import signed
@@ -75,11 +75,6 @@ class Restorable:
     repeats: int
     state: State
 
-    @property
-    def weight(self) -> Weight:
-        """What comes back to the totals in all."""
-        return sum(self.weights.values(), Weight())
-
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
@@ -113,8 +108,9 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
         def attempt() -> RestoreResult:
             found = weigh(store, purge)
             state = commit_restore(store, run, found, reason, who)
+            weight = weight_of(found.weights)
             return RestoreResult(
-                purge, len(found.live), found.weight.documents, found.weight.tokens,
+                purge, len(found.live), weight.documents, weight.tokens,
                 len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["restored"]), found.named_by,
                 found.repeats,
             )  # fmt: skip
@@ -193,7 +189,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
-        counts = found.weight.as_counts()
+        counts = weight_of(found.weights).as_counts()
         after = {
             **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": found.repeats,
