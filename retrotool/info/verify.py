@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_records import RECALL
 from retrotool.info import verify_references as references
@@ -32,8 +33,6 @@ from retrotool.store.parts import Chunks, chunk_ids
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.store.verify_log import check_log, same_state
-
-Report = Callable[[int], object]
 
 
 @dataclass(slots=True)
@@ -254,7 +253,7 @@ def _hash(key: bytes, data: Any) -> int:
     return int.from_bytes(state.digest(), "little")
 
 
-def verify(root: str | Path, report: Callable[[int], object] = lambda _: None) -> Verification:
+def verify(root: str | Path, report: Report = lambda _: None) -> Verification:
     """Check every file of a store, and give the hashes by which stores are compared.
 
     A store that can't be opened for what is in it is a problem too; ``ErasedError`` if other processes keep removing

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
 from retrotool.encoder.devices import check_device
+from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.purge.purged_chunks import (
     Weights,
@@ -33,7 +34,7 @@ from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
 from retrotool.purge.selectors.like import near
-from retrotool.purge.selectors.lookup import Lookup, Report, chunks_of, select_ids
+from retrotool.purge.selectors.lookup import Lookup, chunks_of, select_ids
 from retrotool.purge.selectors.patterns import Patterns, compiled, read_patterns
 from retrotool.purge.selectors.pii import KINDS, PersonalData
 from retrotool.purge.selectors.scan import ScanStage, read_scan

@@ -32,7 +32,7 @@ from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.neighbours.token_overlap import LONGEST
 from retrotool.reader import Reader
 from retrotool.store import parts
-from retrotool.store.parts import ROW_GROUP, chunk_ids, split_id
+from retrotool.store.parts import ROW_GROUP, Ids, chunk_ids, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.train.dataset import RetroDataset
@@ -44,7 +44,6 @@ _SLOTS, _BATCH = 16, 64
 _NONE = -1
 """Stands for a chunk that was asked for and not returned."""
 
-Ids = npt.NDArray[np.int64]
 Returned = Iterator[Ids]
 """Ids [n] or [n, k] that a read path returned for n rows, ``_NONE`` where it returned nothing."""
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from retrotool.encoder.classifier import Classifier, find_classifier
 from retrotool.errors import RetrotoolError, UsageError
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -68,7 +68,7 @@ def classified(path: str | Path, label: str | None, above: float | None, device:
     return Classified(str(Path(path).absolute()), identity.sha256, label, float(above), device)
 
 
-class ClassifierMatcher(Matcher):
+class ClassifierMatcher:
     """Finds chunks whose ``label`` a classifier gives a score of ``above`` or more."""
 
     def __init__(self, store: Store, classifier: Classifier, label: int, above: float) -> None:

@@ -36,7 +36,7 @@ from retrotool.purge.selectors.ngrams import (
     pairs_of_ranges,
     reach,
 )
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -132,7 +132,7 @@ def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMat
     return ContaminationMatcher(sets, short, share)
 
 
-class ContaminationMatcher(Matcher):
+class ContaminationMatcher:
     """Finds documents like those of ``sets``, or equal to one of ``short`` (tokens as little-endian uint32)."""
 
     def __init__(self, sets: GramSets, short: set[bytes], share: float) -> None:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP, Chunks, places_by_part, row_of
 from retrotool.store.store import Store
@@ -71,7 +71,7 @@ def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
     return tokens, n_tokens
 
 
-class CopyMatcher(Matcher):
+class CopyMatcher:
     """Finds the copies of ``tokens`` [v, chunk_length], of the store's type, of which ``n_tokens`` [v] count."""
 
     def __init__(self, tokens: Tokens, n_tokens: Ints, share: float, fewest: int) -> None:

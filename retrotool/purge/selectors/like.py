@@ -38,7 +38,7 @@ from retrotool.embed.store_encoder import EncoderRows, load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.lazy import torch
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock, read_selector_file
+from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock, read_selector_file
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -144,7 +144,7 @@ def _embed_pieces(store: Store, encoder: Encoder, text: str) -> Vectors:
     return np.unique(found.astype(np.float32), axis=0)
 
 
-class LikeMatcher(Matcher):
+class LikeMatcher:
     """Finds chunks within a distance of one of ``queries``, float32 [q, d]."""
 
     def __init__(self, store: Store, encoder: str, queries: Vectors, within: float) -> None:

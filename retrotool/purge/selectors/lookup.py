@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
+from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
-from retrotool.store.parts import Chunks, split_id
+from retrotool.store.parts import Chunks, Ids, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -177,9 +178,6 @@ def _compare(column: Any, operator: str, value: str | float) -> Any:
     return _COMPARE[operator](numbers.cast(pa.float64()), value)
 
 
-Ids = npt.NDArray[np.int64]
-Report = Callable[[int], object]
-
 SHORTEST = 8
 """Tokens that a chunk has at least to be called a duplicate."""
 
@@ -281,7 +279,7 @@ def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
 
 def select_duplicates(
     store: Store,
-    report: Callable[[int], object] = lambda _: None,
+    report: Report = lambda _: None,
     *,
     shortest: int = SHORTEST,
     rows: int = hash_partitions.ROWS,

@@ -52,19 +52,13 @@ class Patterns(Selector):
 
     def open(self, store: Store) -> Matcher:  # noqa: ARG002
         """Compile them; ``UsageError`` names one that can't be."""
-        return PatternMatcher(self.patterns)
+        several = [compiled(pattern) for pattern in self.patterns]
 
+        def match(block: TextBlock) -> BlockHits:
+            found = (find_all(pattern, block) for pattern in several)
+            return BlockHits.joined([BlockHits.touched(block, *spans, label) for label, spans in enumerate(found)])
 
-class PatternMatcher(Matcher):
-    """Finds patterns."""
-
-    def __init__(self, patterns: tuple[str, ...]) -> None:
-        self._compiled = [compiled(pattern) for pattern in patterns]
-
-    def __call__(self, block: TextBlock) -> BlockHits:
-        """Return the chunks that matches touch."""
-        found = (find_all(pattern, block) for pattern in self._compiled)
-        return BlockHits.joined([BlockHits.touched(block, *spans, label) for label, spans in enumerate(found)])
+        return match
 
 
 def read_patterns(path: str) -> tuple[str, ...]:

@@ -329,7 +329,7 @@ class PersonalData(Selector):
         return PersonalDataMatcher(self.kinds, folded=not stored_tokenizer(store).lossless)
 
 
-class PersonalDataMatcher(Matcher):
+class PersonalDataMatcher:
     """Finds personal data in blocks."""
 
     def __init__(self, kinds: tuple[str, ...], *, folded: bool = False) -> None:

@@ -31,7 +31,7 @@ from retrotool import interrupts
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
-from retrotool.purge.selectors.selector import Decoder, Matcher, Selector, TextBlock, text_blocks
+from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -93,7 +93,7 @@ class ScanWorker:
         self._matchers = [selector.open(store) for selector in stage.selectors]
         self._selectors = stage.selectors
         self._decoder = Decoder(store)
-        self._rows = min(matcher.block_rows for matcher in self._matchers)
+        self._rows = min(getattr(matcher, "block_rows", BLOCK_ROWS) for matcher in self._matchers)
         self._threads = cores()
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
@@ -115,23 +115,21 @@ class ScanWorker:
         """Rows and what was found of each block, in order; one block more than there are threads is held."""
         with ThreadPoolExecutor(self._threads) as pool:
             waiting: deque[Future[tuple[int, pa.Table]]] = deque(
-                pool.submit(self._look, block) for block in itertools.islice(blocks, self._threads)
+                pool.submit(_first_hits, self._matchers, block) for block in itertools.islice(blocks, self._threads)
             )
             try:
                 while waiting:
                     interrupts.check()
                     yield waiting.popleft().result()
-                    waiting.extend(pool.submit(self._look, block) for block in itertools.islice(blocks, 1))
+                    for block in itertools.islice(blocks, 1):
+                        waiting.append(pool.submit(_first_hits, self._matchers, block))
             finally:
                 for future in waiting:
                     future.cancel()
 
-    def _look(self, block: TextBlock) -> tuple[int, pa.Table]:
-        return len(block), _first_hits(self._matchers, block)
 
-
-def _first_hits(matchers: list[Matcher], block: TextBlock) -> pa.Table:
-    """What matchers mean in a block: of each row the first of each of their names."""
+def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Table]:
+    """The rows of a block, and what matchers mean in it: of each row the first of each of their names."""
     every = []
     for number, matcher in enumerate(matchers):
         hits = matcher(block)
@@ -146,7 +144,7 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> pa.Table:
             np.where(placed, begin - start, 0), np.where(placed, end - start, 0), hits.figures[kept],
         ]  # fmt: skip
         every.append(pa.table(columns, schema=parts.SCANS_SCHEMA))
-    return pa.concat_tables(every).sort_by("chunks")
+    return len(block), pa.concat_tables(every).sort_by("chunks")
 
 
 def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]]:

@@ -169,15 +169,12 @@ class BlockHits:
         return cls(*(np.concatenate([getattr(hits, one.name) for hits in several]) for one in fields(cls)))
 
 
-class Matcher:
-    """Finds the rows of blocks that a selector means. Called from several threads at once."""
+Matcher = Callable[[TextBlock], BlockHits]
+"""Finds the rows of a block that a selector means. Called from several threads at once.
 
-    block_rows: int = BLOCK_ROWS
-    """Chunks that a block should have. Small blocks suit a slow matcher: progress shows, and threads share the work."""
-
-    def __call__(self, block: TextBlock) -> BlockHits:
-        """Return the rows of a block that are meant."""
-        raise NotImplementedError
+It may have ``block_rows``, the chunks that a block should have, ``BLOCK_ROWS`` otherwise. Small blocks suit a slow
+matcher: progress shows, and threads share the work.
+"""
 
 
 class Selector:

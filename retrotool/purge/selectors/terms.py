@@ -22,6 +22,7 @@ finds 北京 in text that is folded, where each is a word, and not in other text
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -277,7 +278,7 @@ _Around = dict[tuple[int, int], dict[bytes, list[tuple[bytes, bytes]]]]
 """By how many words are before the anchor and how many the term has, and then by its body: its leads and trails."""
 
 
-class TermMatcher(Matcher):
+class TermMatcher:
     """Finds terms in blocks whose text they are written like."""
 
     def __init__(self, terms: Sequence[str], *, folded: bool = False) -> None:
@@ -342,18 +343,12 @@ class TermMatcher(Matcher):
             if first < 0 or last >= len(begins):
                 continue
             begin, end = begins.item(first), ends.item(last)
-            for lead, trail in bodies.get(_single_spaced(text[begin:end]), ()):
+            for lead, trail in bodies.get(re.sub(rb" +", b" ", text[begin:end]), ()):
                 low, high = _before(text, begin, lead), _behind(text, end, trail)
                 if low is None or high is None or (normal.is_word[low - 1] and not (lead and self._folded)):
                     continue
                 if not normal.is_word[high] or (trail and self._folded):
                     yield low, high
-
-
-def _single_spaced(text: bytes) -> bytes:
-    while b"  " in text:
-        text = text.replace(b"  ", b" ")
-    return text
 
 
 def _before(text: bytes, at: int, lead: bytes) -> int | None:
