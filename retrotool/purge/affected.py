@@ -184,12 +184,12 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
     for entry in entries.values():
         check_neighbour_ids(entry, table, database)
     within, asked = is_same_store(store, database), list[AskedPurge]()
-    made = [(entry.about or {}).get("commit") for entry in entries.values()]
+    made = [(entry.about or {})["commit"] for entry in entries.values()]
     for purge, record in standing_purges(database.state).items():
         if purges and purge not in purges:
             continue
         chunks = read_tombstones(database, purge).ids
-        since = sum(commit is None or int(commit) >= int(record["commit"]) for commit in made)
+        since = sum(commit >= record["commit"] for commit in made)
         erased = within and bool(record["erased"])
         asked.append(AskedPurge(purge, database.place, len(chunks), erased, len(entries), since))
     ids = named_chunks(database, [one.purge for one in asked])

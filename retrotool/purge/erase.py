@@ -433,7 +433,9 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
 def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _Planned:
     """Erase the chunks of the purges of ``planned``, which are tombstones; return it with what was done."""
     done = retry_overtaken(lambda: erase_chunks(store, run, chunks, planned.purges), store.renew)
-    clear(store, run)
+    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
+    folding.fold(store, run)
+    clean(store, run, thorough=True)
     state = store.refresh()
     return replace(
         planned, erased=len(chunks), files_rewritten=done, commit=state.number,
@@ -483,13 +485,6 @@ def _workers(store: Store, victims: Tombstones) -> int:
     most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
     room = memory_of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
     return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
-
-
-def clear(store: Store, run: Run) -> None:
-    """Remove what may hold what was erased, and no commit names."""
-    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
-    folding.fold(store, run)
-    clean(store, run, thorough=True)
 
 
 _PLAIN = ("Flat", "SQfp16")

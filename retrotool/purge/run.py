@@ -331,20 +331,16 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     with withdrawn(store, add):
-        _write_purge(store, run, purge, selection, add)
+        named = np.union1d(selection.chunks, selection.copies)
+        add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), named))
+        if len(selection.blocked):
+            name = FileName.new(run.id, "blocked", purge, "parquet")
+            add.append(blocked.write_blocked(store, name, selection.blocked))
+        # Last: it must not stay if another can't be written.
+        literal = {"kind": request.kind, "literal": request.literal}
+        add.append(write_json_file(store, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
         store.commit(run, build)
     return purge
-
-
-def _write_purge(store: Store, run: Run, purge: str, selection: Selection, add: list[FileEntry]) -> None:
-    """Write the files of a purge, and note them in ``add``."""
-    named = np.union1d(selection.chunks, selection.copies)
-    add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), named))
-    if len(selection.blocked):
-        add.append(blocked.write_blocked(store, FileName.new(run.id, "blocked", purge, "parquet"), selection.blocked))
-    # Last: it must not stay if another can't be written.
-    literal = {"kind": selection.request.kind, "literal": selection.request.literal}
-    add.append(write_json_file(store, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
 
 
 def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:
@@ -357,15 +353,13 @@ def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> Scan
             "--shard shares the scan that selectors by content need, and none is given",
             "What is looked up (--ids, --documents, --where, --duplicates) is purged without it.",
         )
-    stage = ScanStage(scanned, shard)
-    parts = 0
+    stage, done = ScanStage(scanned, shard), list[Staged]()
 
-    def count(_: Staged) -> bool:
-        nonlocal parts
-        parts += 1
+    def note(staged: Staged) -> bool:
+        done.append(staged)
         return False
 
     with writing(store) as run:
-        engine.execute(stage, store, run, enough=count)
+        engine.execute(stage, store, run, enough=note)
         elsewhere = engine.count_elsewhere(stage, store, run)
-    return ScanResult(parts, len(store.state.all_parts()), elsewhere, stage.is_done(store), store.state.number)
+    return ScanResult(len(done), len(store.state.all_parts()), elsewhere, stage.is_done(store), store.state.number)

@@ -178,9 +178,12 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     left: dict[str, int] = {}
     damaged: list[str] = []
     for entry in store.state.files():
-        kind = entry.kind
+        kind, check = entry.kind, CHECKS[entry.kind]
+        if check.holds is None:
+            report(entry.bytes)
+            continue
         try:
-            holds = CHECKS[kind].rows_that_hold(purged, entry)
+            holds = _NOTHING if check.by_row and not len(purged.rows(entry)) else check.holds(purged, entry)
             if len(holds):
                 n, one = int(holds.sum()), kinds[kind]
                 kinds[kind] = replace(one, files=one.files + 1, rows=one.rows + len(holds), left=one.left + n)
@@ -204,18 +207,13 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
 class _Check:
     """``what`` is checked of files of a kind, and ``holds``, which does it (None: they can hold nothing).
 
+    ``holds`` says for each row of a file that was looked at whether it still holds something, bool [n].
     ``by_row``: only the rows of purged chunks can hold something, so a file without any is not read.
     """
 
     what: str
     holds: Callable[[Purged, FileEntry], Flags] | None = None
     by_row: bool = False
-
-    def rows_that_hold(self, purged: Purged, entry: FileEntry) -> Flags:
-        """Return, for each row of a file that was looked at, whether it still holds something: bool [n]."""
-        if self.holds is None or (self.by_row and not len(purged.rows(entry))):
-            return _NOTHING
-        return self.holds(purged, entry)
 
 
 def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
