@@ -28,7 +28,7 @@ from retrotool.store import neighbour_tables, parts
 from retrotool.store.blocked import read_hashes
 from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText, is_within
-from retrotool.store.parts import ROW_GROUP, Ids, join_id, part_of, row_of, rows_by_part, slice_of_part, split_id
+from retrotool.store.parts import ROW_GROUP, Ids, distinct_parts, join_id, part_of, row_of, rows_by_part, slice_of_part
 from retrotool.store.paths import generation_in, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, restored_chunks, restored_purges
@@ -478,18 +478,13 @@ def _not_of_chunks(checked: Checked, entry: FileEntry, text: NeighbourText, rows
 
 def _have_tokens(checked: Checked, ids: Ids, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int32]) -> bool:
     """Whether tokens [n, k, 2, length] are those of chunks [n, k] and their successors; erased ones are unknown."""
-    present = (ids >= 0)[:, :, None] & (counts > 0)
+    whole = [part for part in distinct_parts(ids[ids >= 0]) if checked.whole("chunks", part) is not None]
+    present = (np.isin(part_of(ids), whole) & (ids >= 0))[:, :, None] & (counts > 0)
     own, counts, tokens = (ids[:, :, None] + np.arange(2))[present], counts[present], tokens[present]
     follows = np.nonzero(present)[2] == 1
-    at = row_of(own) % ROW_GROUP
-    for first in np.unique(own - at).tolist():
-        some = own - at == first
-        part, row = split_id(first)
-        if checked.whole("chunks", part) is None:
-            continue
-        chunks = parts.read_chunks(checked.store, part, [row // ROW_GROUP])
-        stored = chunks.n_tokens[at[some]]
-        same = (stored == counts[some]) & (chunks.tokens[at[some]] == tokens[some]).all(axis=1)
-        if ((stored > 0) & ~same | follows[some] & (chunks.index[at[some]] == 0)).any():
+    for some, chunks, rows in parts.read_groups_of(checked.store, own):
+        stored = chunks.n_tokens[rows]
+        same = (stored == counts[some]) & (chunks.tokens[rows] == tokens[some]).all(axis=1)
+        if ((stored > 0) & ~same | follows[some] & (chunks.index[rows] == 0)).any():
             return False
     return True

@@ -30,6 +30,7 @@ from retrotool.store.store import Store
 
 ROW_GROUP = 8192
 _UNIQUE = frozenset(("tokens", "distances"))
+"""Columns of files in which no dictionary of values is worth its time: it would be as large as they are."""
 HASH_BYTES = 16
 PART_SHIFT = 32
 _ROW_MASK = (1 << PART_SHIFT) - 1
@@ -92,18 +93,15 @@ def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
     return pa.schema([*columns, KEY] if key else columns)
 
 
-def of_kind(kind: str, chunk_bytes: int) -> pa.Schema:
-    """The columns that a file of this kind has at least; none of kinds whose columns differ."""
-    known = {
-        "documents": documents_schema(()),
-        "chunks": chunks_schema(chunk_bytes),
-        "quarantine": QUARANTINE_SCHEMA,
-        "tombstones": TOMBSTONES_SCHEMA,
-        "restored": TOMBSTONES_SCHEMA,
-        "scans": SCANS_SCHEMA,
-        "blocked": BLOCKED_SCHEMA,
-    }
-    return known.get(kind, pa.schema([]))
+_SCHEMAS = {
+    "documents": documents_schema(()),
+    "quarantine": QUARANTINE_SCHEMA,
+    "tombstones": TOMBSTONES_SCHEMA,
+    "restored": TOMBSTONES_SCHEMA,
+    "scans": SCANS_SCHEMA,
+    "blocked": BLOCKED_SCHEMA,
+}
+"""The columns that files have at least, of kinds whose columns do not differ."""
 
 
 def chunk_ids(part: int, rows: npt.NDArray[Any]) -> Ids:
@@ -142,12 +140,6 @@ def rows_by_part(ids: Ids) -> Iterator[tuple[int, Ids]]:
         yield part, row_of(ids[part_of(ids) == part])
 
 
-def places_by_part(ids: Ids) -> Iterator[tuple[int, Ids]]:
-    """Yield each part that chunk ids belong to, ascending, and the places of its ids in ``ids``."""
-    for part in distinct_parts(ids):
-        yield part, np.flatnonzero(part_of(ids) == part)
-
-
 def slice_of_part(ids: Ids, part: int) -> slice:
     """Return where the ids of a part are in ascending ``ids``, by binary search."""
     low, high = np.searchsorted(ids, [part << PART_SHIFT, (part + 1) << PART_SHIFT])
@@ -180,8 +172,7 @@ class Chunks:
     @property
     def embedded(self) -> npt.NDArray[np.bool_]:
         """Which rows have a vector, bool [n]: keys that are not erased. A purged row has its own until then."""
-        embedded: npt.NDArray[np.bool_] = _embedded(self.n_tokens, self.key)
-        return embedded
+        return (self.n_tokens > 0) & self.key
 
     def between(self, start: int, stop: int) -> Chunks:
         """Some of the rows, without a copy."""
@@ -189,10 +180,6 @@ class Chunks:
         return Chunks(
             self.part, self.doc[some], self.index[some], self.n_tokens[some], self.tokens[some], self.key[some]
         )
-
-
-def _embedded(n_tokens: Any, key: Any) -> Any:
-    return (n_tokens > 0) & key
 
 
 def write_parquet(
@@ -224,7 +211,7 @@ def write_batches(
             sink,
             schema,
             compression="zstd",
-            use_dictionary=_repeats(schema),
+            use_dictionary=_UNIQUE.isdisjoint(schema.names),
             write_page_checksum=True,
             write_page_index=True,
         ) as writer:
@@ -236,11 +223,6 @@ def write_batches(
 
     entry = store.write(name, write, about=about)
     return replace(entry, about={**(about or {}), "keys": keys}) if _has_values(schema) else entry
-
-
-def _repeats(schema: pa.Schema) -> bool:
-    """Whether a dictionary of values is worth its time: of tokens as a whole and of neighbours it would be as large."""
-    return _UNIQUE.isdisjoint(schema.names)
 
 
 def _has_values(schema: pa.Schema) -> bool:
@@ -299,27 +281,21 @@ def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = 
 def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
     """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
     own = store.identity
-    expected = of_kind(entry.kind, own.chunk_length * own.tokenizer.token_bytes)
+    expected = _SCHEMAS.get(entry.kind, pa.schema([]))
     if entry.kind == "chunks":
-        _check_key_column(entry, schema)
+        expected = chunks_schema(own.chunk_length * own.tokenizer.token_bytes)
+        # A footer that lost the column ``key`` would make keys of values.
+        key = schema.field("key").type if "key" in schema.names else None
+        if key != (due := KEY.type if "keys" in (entry.about or {}) else None):
+            said = f"{key or 'missing'}, the log says {due or 'that it has none'}"
+            raise CorruptError(f"{entry.path}: its column 'key' is {said}")
     # pyarrow leaves out in silence a column that is asked for and not there.
-    wanted = [*(field.name for field in expected), *(columns or ())]
-    for name in wanted:
+    for name in (*expected.names, *(columns or ())):
         if name not in schema.names:
             raise CorruptError(f"{entry.path}: it has no column {name!r}")
         if name in expected.names and schema.field(name).type != expected.field(name).type:
             found, due = schema.field(name).type, expected.field(name).type
             raise CorruptError(f"{entry.path}: its column {name!r} is {found}, not {due}")
-
-
-def _check_key_column(entry: FileEntry, schema: pa.Schema) -> None:
-    """The log says whether a chunks file has the column ``key``: a footer that lost it would make keys of values."""
-    found = schema.field("key").type if "key" in schema.names else None
-    due = KEY.type if "keys" in (entry.about or {}) else None
-    if found != due:
-        raise CorruptError(
-            f"{entry.path}: its column 'key' is {found or 'missing'}, the log says {due or 'that it has none'}"
-        )
 
 
 def n_keys(entry: FileEntry) -> int:
@@ -339,8 +315,6 @@ def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDAr
     if column.null_count:
         column = column.fill_null(b"\0" * column.type.byte_width)
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
     width = array.type.byte_width // dtype.itemsize
     if not len(array):
         return np.zeros((0, width), dtype)
@@ -402,11 +376,20 @@ def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None
     return Chunks(part, doc, index, n_tokens, from_fixed_binary(table["tokens"], dtype), _key(entry, table))
 
 
+def read_groups_of(store: Store, ids: Ids) -> Iterator[tuple[Ids, Chunks, Ids]]:
+    """Yield each row group that has any of some chunks: their places in ``ids``, its chunks, their rows in these."""
+    firsts = ids - row_of(ids) % ROW_GROUP
+    order = np.argsort(firsts, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(firsts[order])) + 1) if len(ids) else ():
+        part, row = split_id(int(firsts[places[0]]))
+        yield places, read_chunks(store, part, [row // ROW_GROUP]), row_of(ids[places]) % ROW_GROUP
+
+
 def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
     """Which rows of a part have a vector (``Chunks.embedded``), bool [n]; without reading their tokens."""
     entry = part_entry(store, "chunks", part)
     table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
-    embedded: npt.NDArray[np.bool_] = _embedded(table["n_tokens"].to_numpy(), _key(entry, table))
+    embedded: npt.NDArray[np.bool_] = (table["n_tokens"].to_numpy() > 0) & _key(entry, table)
     return embedded
 
 

@@ -30,9 +30,6 @@ def test_an_id_is_a_part_and_a_row(places: list[tuple[int, int]]) -> None:
     assert [(part, rows.tolist()) for part, rows in parts.rows_by_part(chunks)] == [
         (part, [row for of, row in places if of == part]) for part in numbers
     ]
-    assert [(part, chunks[there].tolist()) for part, there in parts.places_by_part(chunks)] == [
-        (part, [parts.join_id(part, row) for of, row in places if of == part]) for part in numbers
-    ]
     ascending = np.sort(chunks)
     for part in numbers:
         assert ascending[parts.slice_of_part(ascending, part)].tolist() == sorted(

@@ -29,7 +29,7 @@ from retrotool.errors import UsageError
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
-from retrotool.store.parts import ROW_GROUP, Chunks, places_by_part, row_of
+from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 
 GRAM = 8
@@ -62,12 +62,8 @@ def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
     own = store.identity
     tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
     n_tokens = np.zeros(len(ids), np.int64)
-    for part, places in places_by_part(ids):
-        rows = row_of(ids[places])
-        for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows // ROW_GROUP)) + 1):
-            read = parts.read_chunks(store, part, [int(rows[some[0]] // ROW_GROUP)])
-            row = rows[some] % ROW_GROUP
-            tokens[places[some]], n_tokens[places[some]] = read.tokens[row], read.n_tokens[row]
+    for places, read, rows in parts.read_groups_of(store, ids):
+        tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
     return tokens, n_tokens
 
 
