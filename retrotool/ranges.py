@@ -22,6 +22,11 @@ def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
     return positions_within(lengths) + np.repeat(starts, lengths)
 
 
+def spread(n: int, most: int) -> Int64s:
+    """Return up to ``most`` of the numbers below ``n``, from all over them, ascending: int64."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
+
+
 def is_in(values: npt.NDArray[Any], ascending: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return which of ``values``, of any shape, are among ``ascending`` [n]: bool, by binary search."""
     if not len(ascending):

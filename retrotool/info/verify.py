@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_records import RECALL
@@ -158,7 +159,7 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
         checked.problems.append(f"part {part}: {docs:,} documents and {n:,} chunks do not belong together")
         return PartDigest()
     row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
-    keys = list(map(_key_of, documents["id"].to_pylist()))
+    keys = [None if name is None else id_hash(name) for name in documents["id"].to_pylist()]
     padding = np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None]
     wrong = {
         "rows are not numbered from 0": (row != np.arange(n)).any(),
@@ -181,10 +182,6 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
     purged = checked.tombstones.rows(part)
     alive[purged[purged < n]] = False
     return part_digest(chunks, documents["key"].to_pylist(), alive)
-
-
-def _key_of(name: str | None) -> bytes | None:
-    return None if name is None else hashlib.blake2b(name.encode(), digest_size=parts.HASH_BYTES).digest()
 
 
 def _digest_files(store: Store, kind: str, counts: Callable[[str], bool] = lambda _: True) -> str:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -45,6 +44,7 @@ from retrotool.purge.purged_chunks import (
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import ScanStage, scan_files
 from retrotool.purge.selectors.selector import Decoder, TextBlock
+from retrotool.ranges import spread
 from retrotool.store import blocked, parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -258,17 +258,13 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
     examples = []
     for number, selector in enumerate(selection.request.scanned):
         mine = found.filter(pc.equal(found["selectors"], number)).sort_by("figures")
-        for hit in mine.take(_spread(mine.num_rows)).to_pylist():
+        for hit in mine.take(spread(mine.num_rows, EXAMPLES)).to_pylist():
             example = _example(store, decoder, selector.kind, hit["chunks"], (hit["begin"], hit["end"]))
             examples.append(example if math.isnan(hit["figures"]) else replace(example, figure=hit["figures"]))
     if not examples:
-        some = selection.live[_spread(len(selection.live))].tolist()
+        some = selection.live[spread(len(selection.live), EXAMPLES)].tolist()
         examples = [_example(store, decoder, selection.request.kind, chunk, (0, 0)) for chunk in some]
     return examples
-
-
-def _spread(n: int) -> npt.NDArray[np.int64]:
-    return np.unique(np.linspace(0, n - 1, min(EXAMPLES, n)).astype(np.int64))
 
 
 def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:

@@ -30,6 +30,7 @@ from retrotool.inspect.run import Choice, inspect
 from retrotool.leakage.run import find_leaks
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.neighbours.token_overlap import LONGEST
+from retrotool.ranges import spread
 from retrotool.reader import Reader
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP, Ids, chunk_ids, split_id
@@ -120,7 +121,7 @@ def _chunks(it: _Purged) -> Returned:
     yield _where(reader.is_living(ids), ids)
     for part in it.chunks.parts():
         yield reader.chunk_ids(part)
-    some = _some(ids, _QUERIES)
+    some = ids[spread(len(ids), _QUERIES)]
     yield _where(reader.tokens(some).any(axis=1), some)
     for chunk in some.tolist():
         following = reader.continuation(chunk - 1) if split_id(chunk)[1] else None
@@ -133,7 +134,8 @@ def _documents(it: _Purged) -> Returned:
     for part in it.chunks.parts():
         names = parts.read_documents(it.store, part, ["id"])["id"]
         whole = documents_within(it.store, part, it.chunks)
-        for name in names.take(_some(whole[names.take(whole).is_valid().to_numpy()], _QUERIES)).to_pylist():
+        named = names.take(whole).drop_null()
+        for name in named.take(spread(len(named), _QUERIES)).to_pylist():
             try:
                 yield np.array([it.reader.document(name)], np.int64)
             except UsageError:
@@ -148,21 +150,19 @@ def _embeddings(it: _Purged, name: str) -> Returned:
 
 def _search(it: _Purged, name: str) -> Returned:
     database = it.reader.database(name)
-    queries = _queries(it, database.encoder)
-    if queries is not None:
+    for queries in _queries(it, database.encoder):
         yield database.search(queries, _NEAREST).ids
 
 
 def _exact(it: _Purged, name: str) -> Returned:
-    queries = _queries(it, name)
-    if queries is not None:
+    for queries in _queries(it, name):
         yield ExactDatabase(it.store, name).search(queries, _NEAREST, only=it.chunks.parts()).ids
 
 
-def _queries(it: _Purged, encoder: str) -> Queries | None:
-    """Vectors of some purged chunks, or of the rows nearest to them that have one, or of any; None: there are none."""
+def _queries(it: _Purged, encoder: str) -> Iterator[Queries]:
+    """Vectors of some purged chunks, or of the rows nearest to them that have one, or of any, if there are any."""
     found: list[npt.NDArray[np.float16]] = []
-    for chunk in _some(it.chunks.ids, _QUERIES).tolist():
+    for chunk in it.chunks.ids[spread(len(it.chunks), _QUERIES)].tolist():
         part, row = split_id(chunk)
         if it.store.state.part_file("embeddings", part, encoder) is not None:
             matrix = read_part_vectors(it.store, encoder, part)
@@ -175,7 +175,8 @@ def _queries(it: _Purged, encoder: str) -> Queries | None:
         found += list(matrix[np.flatnonzero(np.asarray(matrix).any(axis=1))[:_BESIDE]])
         if found:
             break
-    return Queries.plain(np.stack(found).astype(np.float32)) if found else None
+    if found:
+        yield Queries.plain(np.stack(found).astype(np.float32))
 
 
 def _leakage(it: _Purged, name: str) -> Returned:
@@ -201,7 +202,7 @@ def _neighbours(it: _Purged, name: str) -> Returned:
         for group in range(-(-size // ROW_GROUP)):
             near = table.read(part, table.saved, [group])
             yield _own(table, near.ids, near.databases)
-    for chunk in _some(it.chunks.ids, _ASKED).tolist():
+    for chunk in it.chunks.ids[spread(len(it.chunks), _ASKED)].tolist():
         yield _answer(chunk, partial(it.reader.neighbour_places, chunk, name))
 
 
@@ -228,7 +229,7 @@ def _export(it: _Purged, name: str) -> Returned:
 def _inspect(it: _Purged, name: str) -> Returned:
     """Random chunks with their neighbours; and the purged chunks, which it must refuse to show."""
     store = it.store
-    for chunk in _some(it.chunks.ids, _ASKED // 10).tolist():
+    for chunk in it.chunks.ids[spread(len(it.chunks), _ASKED // 10)].tolist():
         yield _answer(chunk, partial(inspect, store.place, Choice(chunk=chunk), name=name))
     tombstones = read_tombstones(store)
     if all(len(tombstones.rows(part)) == parts.part_entry(store, "chunks", part).rows for part in store.state.parts()):
@@ -243,8 +244,3 @@ _WAYS: dict[str, dict[str, Callable[[_Purged, str], Returned]]] = {
     "neighbours": {"neighbours": _neighbours, "dataset": _dataset, "export": _export, "inspect": _inspect},
 }
 """The read paths of each encoder, index and table of neighbours."""
-
-
-def _some(ids: Ids, most: int) -> Ids:
-    """At most so many, from all over them."""
-    return ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), most)).astype(np.int64))] if len(ids) else ids

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
+from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.ranges import expand_ranges
@@ -231,8 +232,7 @@ def select_documents(
 ) -> Ids:
     """Chunk ids of documents, given by their ids; ``UsageError`` names the first that is not in the store."""
     wanted = {name: number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
-    hashes = [hashlib.blake2b(name.encode(), digest_size=parts.HASH_BYTES).digest() for name in wanted]
-    keys = pa.array(hashes, pa.binary())
+    keys = pa.array(map(id_hash, wanted), pa.binary())
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
     for part in store.state.all_parts():
