@@ -80,7 +80,7 @@ def test_the_text_of_a_file_is_cut_into_chunks_and_each_is_looked_for(
     if small:  # so that there are borders of slices
         monkeypatch.setattr(like, "_SLICE_ROWS", 7)
         monkeypatch.setattr(like, "_LEAST_ROWS", 1)
-        monkeypatch.setattr(like.LikeMatcher, "block_rows", 20)
+        monkeypatch.setattr(like.LikeMatcher, "block_rows", 20, raising=False)
         monkeypatch.setattr(like, "_PAIRS", 3)
     row = next(row for row in make_rows(120) if row["id"] == "doc-31")
     (tmp_path / "takedown.txt").write_text(row["text"])
