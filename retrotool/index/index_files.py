@@ -5,26 +5,24 @@ from __future__ import annotations
 import errno
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from retrotool.ann import lists
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.trained import Trained
 from retrotool.errors import CorruptError, RetrotoolError, StorageError
-from retrotool.index.index_records import RECALL, IndexFiles
+from retrotool.index.index_records import IndexFiles
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.vectors import MappedFile
 
 
-def measured_whole(store: Store, name: str) -> bool:
-    """Whether what was measured of an index is there as the log says."""
-    entry = store.state.file("index", RECALL, name)
-    return entry is not None and _is_whole(store, entry)
-
-
-def _is_whole(store: Store, entry: FileEntry) -> bool:
+def is_whole(store: Store, entry: FileEntry | None) -> bool:
+    """Whether a file is there, and its bytes are what the log says."""
+    if entry is None:
+        return False
     try:
         store.check_sum(entry)
     except CorruptError:
@@ -32,21 +30,31 @@ def _is_whole(store: Store, entry: FileEntry) -> bool:
     return True
 
 
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Give a ``CorruptError`` this advice."""
+    try:
+        yield
+    except CorruptError as error:
+        raise CorruptError(str(error), advice) from error
+
+
+def _anew(what: str, store: Store, name: str, option: str) -> str:
+    return f"{what} it anew: {shlex.join(['retrotool', 'index', store.place, option, '--name', name])}"
+
+
 def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
     """The training of an index; ``CorruptError`` if it is not, to the bit, what the log says.
 
     All that is indexed and searched depends on it, and it is small beside the shards: its sum is checked each time.
     """
-    advice = f"Train it anew: {shlex.join(['retrotool', 'index', store.place, '--retrain', '--name', name])}"
     entry = IndexFiles(store.state, name, generation).trained
-    if entry is None:
-        raise CorruptError(f"index {name!r} has no training", advice)
-    try:
+    with advising(_anew("Train", store, name, "--retrain")):
+        if entry is None:
+            raise CorruptError(f"index {name!r} has no training")
         store.check_sum(entry)
         with store.reading(entry) as storage:
             return entry, lists.read_lists(storage.local(entry.path)).trained
-    except CorruptError as error:
-        raise CorruptError(str(error), advice) from error
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
@@ -77,30 +85,20 @@ def read_shards(
     """
     for entry in IndexFiles(store.state, name, generation).shards.values():
         try:
-            shard = read_shard(store, entry, trained)
+            with advising(_anew("Make", store, name, "--mend")):
+                shard = read_shard(store, entry, trained)
         except CorruptError as error:
             if missing is None:
-                raise CorruptError(str(error), f"Make it anew: {_mend(store, name)}") from error
+                raise
             missing(entry, error)
             continue
         yield shard
 
 
-def _mend(store: Store, name: str) -> str:
-    return shlex.join(["retrotool", "index", store.place, "--mend", "--name", name])
-
-
-def broken_shards(store: Store, name: str) -> list[FileEntry]:
-    """Shards of the current generation whose bytes are not, or no more, what the log says; reads all of them."""
-    return [entry for entry in IndexFiles(store.state, name).shards.values() if not _is_whole(store, entry)]
-
-
 def check_sum(store: Store, name: str, entry: FileEntry) -> None:
     """``CorruptError`` if a shard's bytes are not what the log says: what is made of it would be as wrong."""
-    try:
+    with advising(_anew("Make", store, name, "--mend")):
         store.check_sum(entry)
-    except CorruptError as error:
-        raise CorruptError(str(error), f"Make it anew: {_mend(store, name)}") from error
 
 
 def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:

@@ -108,12 +108,6 @@ class Measurement:
     groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
 
 
-def probe_grid(nlist: int) -> list[int]:
-    """The ``nprobe`` of a curve: powers of two and what is halfway, up to all lists."""
-    grid = sorted({n for i in range(31) for n in (1 << i, 3 << i)})
-    return [n for n in grid if n < nlist] + [max(nlist, 1)]
-
-
 def measure_recall(
     truth: Truth,
     database: Searched,
@@ -130,10 +124,11 @@ def measure_recall(
     ``room``: bytes for each of distances and candidates. ``report`` is told of each ``nprobe``.
     """
     whole = isinstance(database.trained.codec, Whole)
-    grid, depths = probe_grid(database.trained.nlist), (DEPTH + SPARE,) if whole else DEPTHS
+    depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
     if at is not None:
-        grid = [n for n in grid if n < at.nprobe] + [at.nprobe]
-        depths = tuple(sorted({*depths, at.depth}))
+        depths, last = tuple(sorted({*depths, at.depth})), at.nprobe
+    # Powers of two and what is halfway, up to all lists.
+    grid = [*sorted(n for i in range(31) for n in (1 << i, 3 << i) if n < last), last]
     search = _Curve(truth, database, depths, device, room)
     curve: list[Recall] = []
     reached = 0
@@ -348,7 +343,6 @@ def find_truth(
     report: Report = lambda _: None,
     *,
     queries: int = QUERIES,
-    budget: int | None = None,
     device: str = "cpu",
     room: int = ROOM,
 ) -> Truth:
@@ -365,8 +359,7 @@ def find_truth(
         no_queries = Queries.plain(np.zeros((0, 1), np.float32))
         return Truth(ids, no_queries, np.zeros(0, object), Best.nothing(0, DEPTH), n)
     asked = _queries(store, encoder, ids, tombstones)
-    most = budget_on(device) if budget is None else budget
-    share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
+    share = min(1.0, max(budget_on(device) / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
     for part, searchable in rows.items():

@@ -16,7 +16,7 @@ from retrotool.embed.search_scope import count_left, embedded_parts, pick_encode
 from retrotool.encoder import find_devices
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.index_files import broken_shards, measured_whole, read_trained
+from retrotool.index.index_files import advising, is_whole, read_trained
 from retrotool.index.index_records import (
     DEFAULT,
     QUERIES,
@@ -36,7 +36,7 @@ from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
-from retrotool.store.log import Draft, FileEntry
+from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.specs import COUNT, PART
 from retrotool.store.state import State
@@ -140,7 +140,8 @@ def index(
             _forget_other(store, run, stage)
         if options.mend:
             read_trained(store, name, generation)
-            stage = replace(stage, broken=tuple(entry.path for entry in broken_shards(store, name)))
+            found = IndexFiles(store.state, name).shards.values()
+            stage = replace(stage, broken=tuple(entry.path for entry in found if not is_whole(store, entry)))
         _check_training(store, stage, wanted)
         if stage.broken:
             _check_embeddings(store, stage)
@@ -150,7 +151,7 @@ def index(
         if not elsewhere and (
             options.tune
             or not _is_measured(store.state, name, generation, wanted.target)
-            or (options.mend and not measured_whole(store, name))
+            or (options.mend and not is_whole(store, store.state.file("index", RECALL, name)))
         ):
             measure_until_committed(
                 store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
@@ -219,7 +220,8 @@ def describe(
     left = count_left(store, embedded, read_tombstones(store))
     entries, vectors = files.shards.values(), files.vectors
     measured = state.file("index", RECALL, name)
-    content = {} if measured is None else _read_measured(store, measured, name)
+    with advising(f"Measure it anew: {command_line('index', store.place, name=name)} --mend"):
+        content = {} if measured is None else read_json_file(store, measured, _MEASURED)
     vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
     return IndexResult(
         **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
@@ -231,15 +233,6 @@ def describe(
         elsewhere=elsewhere, not_embedded=left,
         next=tuple(commands_to_index(store, record.encoder, name)) if left else (),
     )  # fmt: skip
-
-
-def _read_measured(store: Store, entry: FileEntry, name: str) -> dict[str, Any]:
-    try:
-        return read_json_file(store, entry, _MEASURED)
-    except CorruptError as error:
-        raise CorruptError(
-            str(error), f"Measure it anew: {command_line('index', store.place, name=name)} --mend"
-        ) from error
 
 
 def _is_measured(state: State, name: str, generation: int, target: float) -> bool:

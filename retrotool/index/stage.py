@@ -13,7 +13,7 @@ sample while training; the codes of one shard, twice, and 32 bytes a vector whil
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -240,13 +240,15 @@ class IndexWorker:
             report(now - reported)
             reported = now
 
+        # Shards hold purged vectors, too, as a purge can be undone.
+        left_out = Tombstones(np.union1d(read_set_aside(store).ids, erased_chunks(store).ids))
         memory = stage.wanted.memory
         trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
         report(task.weight - reported)
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
             encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
-            held=_count_coded(store, rows), trained_parts=consecutive_ranges(list(rows)),
+            held=count_keys_of(store, rows, left_out), trained_parts=consecutive_ranges(list(rows)),
             shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted,
             sample=trained.sample, seed=SEED, error=trained.error, code_error=trained.code_error,
             imbalance=round(trained.imbalance, 3),
@@ -301,18 +303,14 @@ class IndexWorker:
         ids = np.concatenate([shard.ids(i) for shard in found for i in shard.numbers])
         codes = np.concatenate([shard.codes(i) for shard in found for i in shard.numbers])
         order = np.argsort(ids, kind="stable")
-        slot, record = task.inputs["merge"], _merged(list(map(ShardRecord.of, entries)))
+        records = map(ShardRecord.of, entries)
+        fits = dict(sorted(pair for one in records for pair in zip(one.parts, one.fit, strict=True)))
+        slot, record = task.inputs["merge"], ShardRecord(parts=list(fits), fit=list(fits.values()))
         written = self._write(run, slot, np.concatenate(numbers)[order], ids[order], codes[order], trained, record)
         report(task.weight)
         old = tuple(entry.path for entry in entries)
         settings = {"name": stage.index, "encoder": stage.encoder, "merge": True}
         return Staged(task.key, "index", run, settings, old, (written,), old)
-
-
-def _count_coded(store: Store, numbers: Iterable[int]) -> int:
-    """Vectors of parts that shards hold: purged ones too, as a purge can be undone."""
-    left_out = Tombstones(np.union1d(read_set_aside(store).ids, erased_chunks(store).ids))
-    return count_keys_of(store, numbers, left_out)
 
 
 class _Coded:
@@ -350,9 +348,3 @@ class _Coded:
     def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
         """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
         return self._numbers[: self._n], self._ids[: self._n], self._codes[: self._n]
-
-
-def _merged(several: Sequence[ShardRecord]) -> ShardRecord:
-    """What the log keeps of several shards as one: the parts, ascending, and the fit of each."""
-    fits = {part: fit for one in several for part, fit in zip(one.parts, one.fit, strict=True)}
-    return ShardRecord(parts=sorted(fits), fit=[fits[part] for part in sorted(fits)])
