@@ -261,13 +261,10 @@ class IndexWorker:
     def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
         entry, trained = read_trained(store, stage.index, stage.generation)
-        set_aside = read_set_aside(store)
         numbers = list(task.inputs["parts"])
-        coded = _Coded(trained, self._device, sum(count_keys(store, part) for part in numbers))
-        for part in numbers:
-            coded.add_part(store, stage.encoder, part, set_aside, report)
-        slot = task.inputs["slot"]
-        written = self._write(run, slot, *coded.all(), trained, ShardRecord(parts=numbers, fit=coded.fit))
+        in_lists, ids, codes, fit = _coded(store, stage.encoder, numbers, trained, self._device, report)
+        record = ShardRecord(parts=numbers, fit=fit)
+        written = self._write(run, task.inputs["slot"], in_lists, ids, codes, trained, record)
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
         replaced = task.inputs.get("replaces")
@@ -313,38 +310,32 @@ class IndexWorker:
         return Staged(task.key, "index", run, settings, old, (written,), old)
 
 
-class _Coded:
-    """Lists, ids and codes of up to ``most`` vectors of some parts, and how well the training fits each part."""
+def _coded(
+    store: Store, encoder: str, numbers: Sequence[int], trained: Trained, device: str, report: Report
+) -> tuple[Ids, Ids, npt.NDArray[np.uint8], list[list[float]]]:
+    """Lists [n], chunk ids [n] and codes [n, size] of parts, and how well the training fits each part.
 
-    def __init__(self, trained: Trained, device: str, most: int) -> None:
-        self._trained, self._device, self._n = trained, device, 0
-        self._numbers, self._ids = np.empty(most, np.int64), np.empty(most, np.int64)
-        self._codes = np.empty((most, trained.codec.size), np.uint8)
-        self.fit: list[list[float]] = []
-        """Vectors of each part, and their mean squared distances to their centroids and, of residuals, to their codes.
-        """
-
-    def add_part(self, store: Store, encoder: str, part: int, set_aside: Tombstones, report: Report) -> None:
-        """Code the vectors of a part that are not erased, purged ones too: a purge can be undone."""
+    Of all vectors that are not erased, purged ones too: a purge can be undone. A fit is the vectors of a part, and
+    their mean squared distances to their centroids and, of residuals, to their codes.
+    """
+    most, n, fit = sum(count_keys(store, part) for part in numbers), 0, list[list[float]]()
+    in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)
+    codes = np.empty((most, trained.codec.size), np.uint8)
+    set_aside, block = read_set_aside(store), _BLOCK_ROWS[device.split(":")[0]]
+    for part in numbers:
         coded = searchable_rows(store, part, set_aside)
-        vectors = read_part_vectors(store, encoder, part)
-        block = _BLOCK_ROWS[self._device.split(":")[0]]
-        errors = np.zeros(2)
+        vectors, errors = read_part_vectors(store, encoder, part), np.zeros(2)
         for start in range(0, len(coded), block):
             rows = coded[start : start + block]
             some = vectors[rows]
             check_finite(store, some, part, rows)
-            numbers, codes, *off = self._trained.encode(torch.from_numpy(some).to(self._device).float())
-            place = slice(self._n, self._n + len(rows))
-            self._numbers[place] = numbers.cpu().numpy()
-            self._ids[place] = parts.chunk_ids(part, rows)
-            self._codes[place] = codes.cpu().numpy()
-            self._n += len(rows)
+            found, made, *off = trained.encode(torch.from_numpy(some).to(device).float())
+            place = slice(n, n + len(rows))
+            in_lists[place], codes[place] = found.cpu().numpy(), made.cpu().numpy()
+            ids[place] = parts.chunk_ids(part, rows)
+            n += len(rows)
             errors += off
             report(len(rows))
-        self.fit.append([len(coded), *(errors / max(len(coded), 1)).tolist()])
+        fit.append([len(coded), *(errors / max(len(coded), 1)).tolist()])
         report(count_keys(store, part) - len(coded))
-
-    def all(self) -> tuple[Ids, Ids, npt.NDArray[np.uint8]]:
-        """Lists [n], chunk ids [n] and codes [n, size] of all parts."""
-        return self._numbers[: self._n], self._ids[: self._n], self._codes[: self._n]
+    return in_lists[:n], ids[:n], codes[:n], fit
