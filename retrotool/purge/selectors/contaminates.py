@@ -18,6 +18,7 @@ memory, 100 bytes a token of the evaluation text.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -164,25 +165,19 @@ class ContaminationMatcher:
         at, gram = self._sets.identify(text.flat, at[enough], hashes[enough])
         document = np.searchsorted(text.documents, at // text.length, side="right") - 1
         entries, _ = self._sets.entries(document, gram)
-        sizes: dict[int, int] = {}
+
+        @functools.cache
+        def size(document: int) -> int:  # different grams: ``of_document`` counts those that come twice, too
+            windows = np.lib.stride_tricks.sliding_window_view(text.flat, self._sets.n)
+            return len(distinct_rows(windows[text.places(document)])[0])
+
         for shared in self._sets.shared(entries, alike):
             columns = (shared.place, shared.count, self._sets.size[shared.owner])
             for place, both, theirs in zip(*(column.tolist() for column in columns), strict=True):
                 if not alike[place]:
-                    alike[place] = self._is_similar(text, place, both, theirs, sizes)
+                    most = int(text.of_document[place])
+                    alike[place] = self._is_similar(most, both, theirs) or self._is_similar(size(place), both, theirs)
 
-    def _is_similar(self, text: _Grams, document: int, both: int, theirs: int, sizes: dict[int, int]) -> bool:
-        """Whether a document with ``both`` grams of the ``theirs`` of a set has the similarity.
-
-        ``sizes`` remembers how many different grams documents have.
-        """
-
-        def similar(ours: int) -> bool:
-            return both * self._down >= self._up * (ours + theirs - both)
-
-        if similar(int(text.of_document[document])):  # though none of its grams came twice
-            return True
-        if document not in sizes:
-            windows = np.lib.stride_tricks.sliding_window_view(text.flat, self._sets.n)
-            sizes[document] = len(distinct_rows(windows[text.places(document)])[0])
-        return similar(sizes[document])
+    def _is_similar(self, ours: int, both: int, theirs: int) -> bool:
+        """Whether sets of ``ours`` and ``theirs`` grams, of which ``both`` are the same, have the similarity."""
+        return both * self._down >= self._up * (ours + theirs - both)
