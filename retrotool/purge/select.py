@@ -90,7 +90,10 @@ class Selectors:
 
     def read(self, store: Store) -> Request:
         """Read what is in files; ``UsageError`` if nothing is asked for, or what can't be looked for in this store."""
-        self._check_texts()
+        names = ("where", "pattern", "like", "contaminates", "encoder", "label")
+        given = [(name, value) for name in names if (value := getattr(self, name)) is not None]
+        for name, value in (*given, *(("document", one) for one in self.document)):
+            check_selector_text(f"--{name}", str(value))
         lookups: list[Lookup] = []
         if self.ids is not None or self.chunk:
             lookups.append(Lookup("ids", (*_lines("--ids", self.ids), *map(str, self.chunk))))
@@ -113,14 +116,6 @@ class Selectors:
                         "that, with one space between two words and none beside anything else.",
                     )
         return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)
-
-    def _check_texts(self) -> None:
-        """``UsageError`` for what stands for text, or is written down, and has no UTF-8."""
-        for name in ("where", "pattern", "like", "contaminates", "encoder", "label"):
-            if (value := getattr(self, name)) is not None:
-                check_selector_text(f"--{name}", str(value))
-        for document in self.document:
-            check_selector_text("--document", document)
 
     def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
