@@ -53,15 +53,7 @@ from retrotool.index.run import Options, index
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.neighbours.stage import database_of
-from retrotool.purge.purged_chunks import (
-    check_purge,
-    count_rows,
-    erased_purges,
-    find_copies,
-    has_any,
-    unerased,
-    withdrawn,
-)
+from retrotool.purge import purged_chunks
 from retrotool.purge.selectors import scan
 from retrotool.store import folding, log, neighbour_tables, parts
 from retrotool.store.folding import writing
@@ -368,11 +360,11 @@ def erase(
         # Selected again each time: a purge may have been undone since the last attempt.
         wanted = tuple(_wanted(store, purges, older_than))
         left = [purge for purge in wanted if not store.state.records[PREFIX + purge]["erased"]]
-        copies, copied = find_copies(store, named_chunks(store, left))
+        copies, copied = purged_chunks.find_copies(store, named_chunks(store, left))
         victims = np.union1d(named_chunks(store, wanted), copies)
-        n = len(unerased(store, victims))
+        n = len(purged_chunks.unerased(store, victims))
         planned = EraseResult(
-            purges=wanted, unerased=n, unerased_share=n / max(count_rows(store), 1), copies=copied,
+            purges=wanted, unerased=n, unerased_share=n / max(purged_chunks.count_rows(store), 1), copies=copied,
             commit=store.state.number,
         )  # fmt: skip
         if n and not confirm(planned):
@@ -386,7 +378,7 @@ def erase(
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
     for purge in purges:
-        check_purge(store, purge)
+        purged_chunks.check_purge(store, purge)
     if older_than is None:
         return list(dict.fromkeys(purges))
     before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
@@ -410,7 +402,7 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
         named = read_tombstones(store, purge).ids
         if not len(np.setdiff1d(copies, named)):
             continue
-        own = copies if len(purges) == 1 else find_copies(store, named)[0]
+        own = copies if len(purges) == 1 else purged_chunks.find_copies(store, named)[0]
         if len(new := np.setdiff1d(own, named)):
             _name(store, run, purge, new)
 
@@ -426,7 +418,7 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
         return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))
 
-    with withdrawn(store, [entry]):
+    with purged_chunks.withdrawn(store, [entry]):
         store.commit(run, build)
 
 
@@ -456,12 +448,12 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     engine.execute(stage, store, run, workers=workers)
 
     def build(state: State) -> Draft | None:
-        done = erased_purges(store, victims)
+        done = purged_chunks.erased_purges(store, victims)
         if any(not state.records[PREFIX + p]["erased"] and p not in done for p in purges):
             raise ConflictError("a purge has more chunks than when its erase began", "Run the same command again.")
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
         # What other purges asked for, too, to take some of the victims, may name these.
-        alike = [p for p in standing_purges(state) if has_any(store, p, victims)]
+        alike = [p for p in standing_purges(state) if purged_chunks.has_any(store, p, victims)]
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
         # What was measured of an index names the sources of documents: the victims' may be among them.
         measured = (state.file("index", RECALL, name) for name in state.names("index"))

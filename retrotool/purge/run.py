@@ -29,18 +29,8 @@ from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.cli.result_files import check_file, written
 from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError, UsageError
+from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
-from retrotool.purge.purged_chunks import (
-    NO_TEXT,
-    SameText,
-    count_rows,
-    find_in_open_plans,
-    find_same_text,
-    parts_of_open_plans,
-    totals_after,
-    weight_of,
-    withdrawn,
-)
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import ScanStage, scan_files
 from retrotool.purge.selectors.selector import Decoder, TextBlock
@@ -133,7 +123,7 @@ class PurgeResult(EraseResult):
     dry_run: bool
     examples: tuple[int, ...]
     matches: tuple[Match, ...]
-    same_text: SameText = NO_TEXT
+    same_text: purged_chunks.SameText = purged_chunks.NO_TEXT
     review: Review | None = None
     out: str = ""
 
@@ -205,15 +195,15 @@ def purge(
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     """What a selection would do, if nothing else happened."""
     state = store.state
-    chunks, weight = len(selection.live), weight_of(selection.weights)
+    chunks, weight = len(selection.live), purged_chunks.weight_of(selection.weights)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
-        unerased=selection.unerased, unerased_share=selection.unerased / max(count_rows(store), 1),
+        unerased=selection.unerased, unerased_share=selection.unerased / max(purged_chunks.count_rows(store), 1),
         copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=state.number,
         examples=tuple(selection.live[:10].tolist()), matches=selection.matches,
-        same_text=find_same_text(store, selection.chunks),
+        same_text=purged_chunks.find_same_text(store, selection.chunks),
     )  # fmt: skip
 
 
@@ -315,18 +305,18 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen:
             raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
-        new = [part for part in parts_of_open_plans(store) if part not in selection.open_parts]
-        if len(find_in_open_plans(store, new, selection.chunks, selection.blocked)):
+        new = [part for part in purged_chunks.parts_of_open_plans(store) if part not in selection.open_parts]
+        if len(purged_chunks.find_in_open_plans(store, new, selection.chunks, selection.blocked)):
             raise ConflictError("copies were chunked while this purge selected", "Run the same command again.")
-        counts = weight_of(selection.weights).as_counts()
+        counts = purged_chunks.weight_of(selection.weights).as_counts()
         hashed = store.identity.keyed_hash(request.literal)
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
-        records = {f"purge:{purge}": record, **totals_after(state, selection.weights, -1)}
+        records = {f"purge:{purge}": record, **purged_chunks.totals_after(state, selection.weights, -1)}
         gone = scan_files(state, scan) if scan else []
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
-    with withdrawn(store, add):
+    with purged_chunks.withdrawn(store, add):
         named = np.union1d(selection.chunks, selection.copies)
         add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), named))
         if len(selection.blocked):

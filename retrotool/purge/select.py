@@ -22,14 +22,7 @@ from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
 from retrotool.encoder.devices import check_device
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
-from retrotool.purge.purged_chunks import (
-    Weights,
-    find_copies,
-    find_in_open_plans,
-    parts_of_open_plans,
-    unerased,
-    weigh_chunks,
-)
+from retrotool.purge import purged_chunks
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
@@ -218,7 +211,7 @@ class Selection:
     found: pa.Table
     chunks: Ids
     live: Ids
-    weights: Weights
+    weights: purged_chunks.Weights
     blocked: Hashes
     newly_blocked: int
     copies: Ids
@@ -257,18 +250,19 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     if request.whole_documents:
         chunks = widen(store, chunks)
     hashes = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
-    open_parts = parts_of_open_plans(store)
-    chunks = np.union1d(chunks, find_in_open_plans(store, open_parts, chunks, hashes))
+    open_parts = purged_chunks.parts_of_open_plans(store)
+    chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes))
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
         chunks = np.union1d(
             chunks, named_chunks(store, [purge for purge, record in earlier.items() if not record["erased"]])
         )
-        copies, copied = find_copies(store, chunks)
+        copies, copied = purged_chunks.find_copies(store, chunks)
+    live, weights = purged_chunks.weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
-        request, store.state, tuple(matches), found, chunks, *weigh_chunks(store, chunks, read_tombstones(store)),
-        hashes, len(read_blocked(store).lacks(hashes)), copies, copied,
-        len(unerased(store, np.union1d(chunks, copies))) if erase else 0, tuple(open_parts),
+        request, store.state, tuple(matches), found, chunks, live, weights, hashes,
+        len(read_blocked(store).lacks(hashes)), copies, copied,
+        len(purged_chunks.unerased(store, np.union1d(chunks, copies))) if erase else 0, tuple(open_parts),
     )  # fmt: skip
 
 

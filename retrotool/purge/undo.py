@@ -25,17 +25,7 @@ from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.stage import table_record
-from retrotool.purge.purged_chunks import (
-    Weights,
-    check_purge,
-    has_any,
-    totals_after,
-    unerased,
-    values_of,
-    weigh_chunks,
-    weight_of,
-    withdrawn,
-)
+from retrotool.purge import purged_chunks
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
 from retrotool.store.folding import writing
@@ -70,7 +60,7 @@ class Restorable:
     purge: str
     chunks: Ids
     live: Ids
-    weights: Weights
+    weights: purged_chunks.Weights
     named_by: tuple[str, ...]
     repeats: int
     state: State
@@ -108,7 +98,7 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
         def attempt() -> RestoreResult:
             found = weigh(store, purge)
             state = commit_restore(store, run, found, reason, who)
-            weight = weight_of(found.weights)
+            weight = purged_chunks.weight_of(found.weights)
             return RestoreResult(
                 purge, len(found.live), weight.documents, weight.tokens,
                 len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["restored"]), found.named_by,
@@ -137,7 +127,7 @@ def _refills(store: Store) -> list[str]:
 
 def weigh(store: Store, purge: str) -> Restorable:
     """Find out what an undo of a purge would give; ``UsageError`` if there is none, or an erase of it was begun."""
-    record = check_purge(store, purge)
+    record = purged_chunks.check_purge(store, purge)
     if "plan" in record:
         raise UsageError(f"purge {purge} has what chunk {record['plan']} replaced: this retrotool can't undo that")
     if record["erased"]:
@@ -149,15 +139,15 @@ def weigh(store: Store, purge: str) -> Restorable:
     standing = standing_purges(store.state)
     others = [slot for slot in store.state.group("tombstones") if slot != purge]
     of_purges = named_chunks(store, [slot for slot in others if slot.partition(".")[0] in standing])
-    if len(np.setdiff1d(own, np.union1d(unerased(store, own), of_purges))):
+    if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
         raise UsageError(
             f"an erase of purge {purge} was begun, so some of its chunks are gone",
             "Finish it: run the same purge again with --erase.",
         )
     after = Tombstones(named_chunks(store, others))
-    live, weights = weigh_chunks(store, own, after)
+    live, weights = purged_chunks.weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))
-    named_by = tuple(slot for slot in others if slot in standing and has_any(store, slot, left))
+    named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
     return Restorable(
         purge, own, live, weights, named_by, _count_repeats(store, live, after), store.state
     )  # fmt: skip
@@ -165,7 +155,7 @@ def weigh(store: Store, purge: str) -> Restorable:
 
 def _count_repeats(store: Store, chunks: Ids, tombstones: Tombstones) -> int:
     """How many of the documents of ``chunks`` have an id that several documents have which are not purged."""
-    keys = values_of(store, chunks, "key")
+    keys = purged_chunks.values_of(store, chunks, "key")
     if not len(keys):
         return 0
     found = find_documents(store, pa.chunked_array([keys]), tombstones)
@@ -189,7 +179,7 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
-        counts = weight_of(found.weights).as_counts()
+        counts = purged_chunks.weight_of(found.weights).as_counts()
         after = {
             **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": found.repeats,
@@ -197,9 +187,9 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         return Draft(
             "restore", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
             remove=tuple(entry.path for entry in gone if entry is not None),
-            records={PREFIX + purge: after, **totals_after(state, found.weights, 1)},
+            records={PREFIX + purge: after, **purged_chunks.totals_after(state, found.weights, 1)},
         )  # fmt: skip
 
-    with withdrawn(store, add):
+    with purged_chunks.withdrawn(store, add):
         add.append(write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         return store.commit(run, build)
