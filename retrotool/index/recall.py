@@ -29,13 +29,7 @@ from retrotool.ann.lists import InvertedLists, OneList
 from retrotool.ann.ranking import Best, exact_distances
 from retrotool.ann.search import ROOM, SPARE, Search
 from retrotool.ann.trained import Trained
-from retrotool.embed.search_scope import (
-    SearchableRows,
-    document_intervals,
-    find_documents,
-    may_repeat,
-    read_part_vectors,
-)
+from retrotool.embed import search_scope
 from retrotool.engine.task import Report
 from retrotool.index.index_records import QUERIES
 from retrotool.index.searching import TUNED_K, Point, Vectors, are_among, nearest_of, rows_in
@@ -351,7 +345,7 @@ def find_truth(
     ``room``: bytes for each of distances and candidates.
     """
     tombstones = read_tombstones(store)
-    rows = SearchableRows(store, numbers, tombstones)
+    rows = search_scope.SearchableRows(store, numbers, tombstones)
     n = sum(rows.counts.values())
     drawn = [chunk_ids(part, chosen) for part, chosen in rows.draw(min(queries, n), _SEED)]
     ids = np.concatenate([np.zeros(0, np.int64), *drawn])
@@ -368,7 +362,7 @@ def find_truth(
             blocks = rng.random(-(-len(searchable) // _BLOCK)) < share
             chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
         if len(chosen):
-            vectors = read_part_vectors(store, encoder, part)
+            vectors = search_scope.read_part_vectors(store, encoder, part)
             matrix = vectors[:] if len(chosen) == len(vectors) else vectors[chosen]
             some = OneList(chunk_ids(part, chosen), matrix)
             best = nearest_of(asked, some, DEPTH, best, precise=True, device=device, room=room)
@@ -383,15 +377,15 @@ def find_truth(
 
 def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
     vectors, intervals, keys = [], [], []
-    repeat = may_repeat(store)
+    repeat = search_scope.may_repeat(store)
     for part, rows in rows_by_part(ids):
-        vectors.append(read_part_vectors(store, encoder, part)[rows].astype(np.float32))
+        vectors.append(search_scope.read_part_vectors(store, encoder, part)[rows].astype(np.float32))
         if repeat:
             keys.append(_of_documents(store, part, rows, "key"))
         else:
-            intervals.append([ends[rows] for ends in document_intervals(store, part)])
+            intervals.append([ends[rows] for ends in search_scope.document_intervals(store, part)])
     if repeat:
-        excluded = find_documents(store, pa.chunked_array(keys), tombstones)
+        excluded = search_scope.find_documents(store, pa.chunked_array(keys), tombstones)
     else:
         excluded = Excluded(*np.concatenate(intervals, axis=1))
     return Queries(np.concatenate(vectors), excluded)

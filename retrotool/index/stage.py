@@ -24,15 +24,7 @@ from retrotool.ann import lists
 from retrotool.ann.choice import IndexChoice, IndexWishes, choose_index
 from retrotool.ann.excluded import Ids
 from retrotool.ann.trained import Trained, to_faiss
-from retrotool.embed.search_scope import (
-    SearchableRows,
-    count_keys,
-    count_keys_of,
-    embedded_parts,
-    erased_chunks,
-    read_part_vectors,
-    searchable_rows,
-)
+from retrotool.embed import search_scope
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import check_sum, read_shard, read_trained, write_index
@@ -110,7 +102,7 @@ class IndexStage:
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def _training(self, store: Store) -> Task:
-        n = sum(count_keys(store, part) for part in embedded_parts(store, self.encoder))
+        n = sum(search_scope.count_keys(store, part) for part in search_scope.embedded_parts(store, self.encoder))
         key = self._key({"train": self.encoder, "generation": self.generation}, [])
         return Task(key, "training", n, {"train": True}, claimed=True)
 
@@ -119,17 +111,17 @@ class IndexStage:
 
     def _new_shards(self, store: Store, files: IndexFiles) -> list[Task]:
         assert files.training is not None
-        there = set(embedded_parts(store, self.encoder)).difference(files.parts)
+        there = set(search_scope.embedded_parts(store, self.encoder)).difference(files.parts)
         tasks = []
         for window, numbers in _windows(store, files.training.shard_rows):
             if new := [part for part in numbers if part in there]:
                 slot = _free_slot(files.shards, window, self.generation)
-                rows = sum(count_keys(store, part) for part in new)
+                rows = sum(search_scope.count_keys(store, part) for part in new)
                 tasks.append(self._coding(store, files, slot, {"slot": slot}, rows, {"slot": slot, "parts": new}))
         return tasks
 
     def _mends(self, store: Store, files: IndexFiles) -> list[Task]:
-        there = set(embedded_parts(store, self.encoder))
+        there = set(search_scope.embedded_parts(store, self.encoder))
         tasks = []
         for slot, entry in files.shards.items():
             if entry.path in self.broken:
@@ -175,7 +167,7 @@ def superseded(name: str) -> ConflictError:
 
 def choose_for(store: Store, encoder: str, wanted: IndexWishes) -> tuple[IndexChoice, int]:
     """The index that suits what is embedded, and of how many vectors that is."""
-    n = count_keys_of(store, embedded_parts(store, encoder))
+    n = search_scope.count_keys_of(store, search_scope.embedded_parts(store, encoder))
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
     return choose_index(n, d, wanted), n
 
@@ -230,7 +222,7 @@ class IndexWorker:
         stage, store = self._stage, self._store
         choice, n = choose_for(store, stage.encoder, stage.wanted)
         tombstones = read_tombstones(store)
-        rows = SearchableRows(store, embedded_parts(store, stage.encoder), tombstones)
+        rows = search_scope.SearchableRows(store, search_scope.embedded_parts(store, stage.encoder), tombstones)
         reported, done = 0, 0.0
 
         def told(share: float) -> None:
@@ -241,14 +233,14 @@ class IndexWorker:
             reported = now
 
         # Shards hold purged vectors, too, as a purge can be undone.
-        left_out = Tombstones(np.union1d(read_set_aside(store).ids, erased_chunks(store).ids))
+        left_out = Tombstones(np.union1d(read_set_aside(store).ids, search_scope.erased_chunks(store).ids))
         memory = stage.wanted.memory
         trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
         report(task.weight - reported)
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
             encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
-            held=count_keys_of(store, rows, left_out), trained_parts=consecutive_ranges(list(rows)),
+            held=search_scope.count_keys_of(store, rows, left_out), trained_parts=consecutive_ranges(list(rows)),
             shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted,
             sample=trained.sample, seed=SEED, error=trained.error, code_error=trained.code_error,
             imbalance=round(trained.imbalance, 3),
@@ -318,13 +310,13 @@ def _coded(
     Of all vectors that are not erased, purged ones too: a purge can be undone. A fit is the vectors of a part, and
     their mean squared distances to their centroids and, of residuals, to their codes.
     """
-    most, n, fit = sum(count_keys(store, part) for part in numbers), 0, list[list[float]]()
+    most, n, fit = sum(search_scope.count_keys(store, part) for part in numbers), 0, list[list[float]]()
     in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)
     codes = np.empty((most, trained.codec.size), np.uint8)
     set_aside, block = read_set_aside(store), _BLOCK_ROWS[device.split(":")[0]]
     for part in numbers:
-        coded = searchable_rows(store, part, set_aside)
-        vectors, errors = read_part_vectors(store, encoder, part), np.zeros(2)
+        coded = search_scope.searchable_rows(store, part, set_aside)
+        vectors, errors = search_scope.read_part_vectors(store, encoder, part), np.zeros(2)
         for start in range(0, len(coded), block):
             rows = coded[start : start + block]
             some = vectors[rows]
@@ -337,5 +329,5 @@ def _coded(
             errors += off
             report(len(rows))
         fit.append([len(coded), *(errors / max(len(coded), 1)).tolist()])
-        report(count_keys(store, part) - len(coded))
+        report(search_scope.count_keys(store, part) - len(coded))
     return in_lists[:n], ids[:n], codes[:n], fit
