@@ -145,8 +145,7 @@ def test_an_erase_that_was_begun_is_not_finished(store: Path, monkeypatch: pytes
         def killed(*_: object) -> None:
             raise OSError("killed")
 
-        patched.setattr("retrotool.purge.erase.clear", lambda *_: [])
-        patched.setattr("retrotool.purge.erase.erased_purges", killed)
+        patched.setattr("retrotool.purge.purged_chunks.erased_purges", killed)
         api.erase(store, [name])
     found = receipt(store, name)
     assert (found.state, found.ok, found.erased) == ("partly erased", True, "")
