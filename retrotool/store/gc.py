@@ -40,7 +40,7 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     owners = {info.path: owner for info in storage.list("") if (owner := owner_of(storage, info.path)) is not None}
     seen = {*owners.values(), *(one.run for one in unfinished)} - {run.id}
     now = leases.renew(storage, run.id)
-    silent = {owner: _silence(storage, owner, now) for owner in seen}
+    silent = {owner: leases.silence_of(storage, owner, now) for owner in seen}
     fenced = [owner for owner, seconds in silent.items() if seconds is not None and seconds > leases.DEAD_SECONDS]
     if fenced:
         store.commit(run, lambda state: _fence(store, state, fenced))
@@ -55,19 +55,6 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
         gone += _ever_added(store, [path for path in unnamed if owners[path] not in dead])
     storage.delete(gone)
     return len(gone)
-
-
-def _silence(storage: Storage, run: str, now: float) -> float | None:
-    """For how many seconds a run has been silent; None if it has ended."""
-    info = storage.stat(leases.run_path(run))
-    try:
-        lease = storage.get(leases.run_path(run))
-    except FileNotFoundError:
-        return None
-    here = leases.is_here(lease)
-    if here is not None:
-        return 0.0 if here else None
-    return now - info.modified if info is not None else 0.0
 
 
 def _fence(store: Store, state: State, runs: Collection[str]) -> Draft | None:
@@ -106,7 +93,7 @@ def foreign_files(store: Store) -> list[str]:
 
     Hidden files (as those of NFS) are left out, and ``log/``, of which ``verify_log`` names what is not an entry.
     """
-    known = (staging.ENTRY_PATH, CHECKPOINT_PATH)
+    known = (leases.CLAIM_PATH, staging.ENTRY_PATH, CHECKPOINT_PATH)
     return sorted(
         info.path
         for info in store.storage.list("")

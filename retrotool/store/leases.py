@@ -15,6 +15,7 @@ what it stages (``retrotool.store.gc``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -152,16 +153,20 @@ def is_alive(storage: Storage, run: str, *, now: float, silence: float = SILENCE
     A run of another machine, and one whose lease can't be read, is not after so many seconds of ``silence``. ``now`` is
     by the storage's clock (``renew``).
     """
-    path = run_path(run)
-    info = storage.stat(path)
+    silent = silence_of(storage, run, now)
+    return silent is not None and silent < silence
+
+
+def silence_of(storage: Storage, run: str, now: float) -> float | None:
+    """For how many seconds a run has been silent, 0 if its process is there; None if it has ended."""
+    info = storage.stat(run_path(run))
     try:
-        data = storage.get(path)
+        here = is_here(storage.get(run_path(run)))
     except FileNotFoundError:
-        return False
-    if info is None:
-        return True  # it begins just now
-    here = is_here(data)
-    return now - info.modified < silence if here is None else here
+        return None
+    if here is not None:
+        return 0.0 if here else None
+    return now - info.modified if info is not None else 0.0  # None: it begins just now
 
 
 def is_here(lease: bytes) -> bool | None:
@@ -206,17 +211,11 @@ def release_claim(storage: Storage, task: str, run: str) -> None:
 
 def claimed_elsewhere(storage: Storage, run: str) -> frozenset[str]:
     """Keys of the tasks that other live runs have claimed."""
-    alive: dict[str, bool] = {"": False, run: False}
     now = renew(storage, run)
+    alive = functools.cache(lambda owner: is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=now))
     newest = {match["task"]: match[0] for info in storage.list("leases/") if (match := CLAIM_PATH.fullmatch(info.path))}
-    found = set()
-    for task, path in newest.items():
-        owner = claimer(storage, path)
-        if owner not in alive:
-            alive[owner] = is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=now)
-        if alive[owner]:
-            found.add(task)
-    return frozenset(found)
+    owners = ((task, claimer(storage, path)) for task, path in newest.items())
+    return frozenset(task for task, owner in owners if owner and owner != run and alive(owner))
 
 
 def _newest_claim(storage: Storage, task: str) -> tuple[int, str]:
@@ -229,23 +228,18 @@ def _newest_claim(storage: Storage, task: str) -> tuple[int, str]:
         if not path:
             return -1, ""
         # Else it was given back just now: another may have made the first one again.
-        with contextlib.suppress(FileNotFoundError):
-            return last, _claimer(storage.get(path))
+        if (owner := claimer(storage, path)) is not None:
+            return last, owner
 
 
-def claimer(storage: Storage, path: str) -> str:
-    """The run that a claim is of; "" if it was given back, or can't be read."""
+def claimer(storage: Storage, path: str) -> str | None:
+    """The run that a claim is of; "" if it can't be read, None if it was given back."""
     try:
-        return _claimer(storage.get(path))
-    except FileNotFoundError:
-        return ""
-
-
-def _claimer(claim: bytes) -> str:
-    try:
-        return str(schema.load(claim, specs.CLAIM, "")["run"])
+        return str(schema.load(storage.get(path), specs.CLAIM, "")["run"])
     except CorruptError:
         return ""
+    except FileNotFoundError:
+        return None
 
 
 def _claim_path(task: str, epoch: int) -> str:

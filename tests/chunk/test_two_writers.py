@@ -102,7 +102,7 @@ def test_a_run_begins_although_clean_up_takes_its_temporary_file(tmp_path, sourc
 def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source, monkeypatch):
     root = tmp_path / "store"
     run_chunk(root, source)
-    store, silence = Store.open(root), gc._silence
+    store, silence = Store.open(root), leases.silence_of
     run = Run(store.storage)
     run.__enter__()
     entry = write_json_file(store, FileName.new(run.id, "inputs", "00000000", "json"), {"fingerprints": []}, 0)
@@ -114,7 +114,7 @@ def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source
             run.__exit__(None, None, None)
         return silence(storage, owner, now)
 
-    monkeypatch.setattr(gc, "_silence", commit_and_end)
+    monkeypatch.setattr(leases, "silence_of", commit_and_end)
     cleaned(root)
     assert Store.open(root).state.has(entry.path)
     assert verified(root).documents == 20
