@@ -367,12 +367,10 @@ def find_truth(
             some = OneList(chunk_ids(part, chosen), matrix)
             best = nearest_of(asked, some, DEPTH, best, precise=True, device=device, room=room)
         report(1)
-    if best is None:
-        best = Best.nothing(len(ids), DEPTH)
     give_memory_back()
     found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in rows_by_part(ids)]
     sources = np.array([source or "" for some in found for source in some], object)
-    return Truth(ids, asked, sources, best, n, share)
+    return Truth(ids, asked, sources, best or Best.nothing(len(ids), DEPTH), n, share)
 
 
 def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:

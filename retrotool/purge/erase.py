@@ -164,14 +164,10 @@ def part_files(store: Store, part: int) -> list[FileEntry]:
 
 
 def _part_holds(store: Store, part: int, rows: Ids) -> bool:
-    chunks = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
-    if (chunks["n_tokens"].to_numpy()[rows] > 0).any():
+    if len(purged_chunks.unerased(store, parts.chunk_ids(part, rows))):
         return True
-    for name in store.state.names("embeddings"):
-        entry = store.state.part_file("embeddings", part, name)
-        if entry is not None and read_vectors(store, entry)[rows].any():
-            return True
-    return False
+    vectors = (entry for entry in part_files(store, part) if entry.kind == "embeddings")
+    return any(read_vectors(store, entry)[rows].any() for entry in vectors)
 
 
 def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
@@ -244,12 +240,11 @@ class EraseWorker:
         add = [
             parts.write_parquet(store, FileName.new(run, kind, slot, "parquet"), table) for kind, table in found.items()
         ]
-        for name in store.state.names("embeddings"):
-            entry = store.state.part_file("embeddings", part, name)
-            if entry is not None:
+        for entry in part_files(store, part):
+            if entry.kind == "embeddings":
                 matrix = np.array(read_vectors(store, entry))
                 matrix[rows] = 0
-                add.append(write_vectors(store, FileName.new(run, "embeddings", slot, "npy", name), matrix))
+                add.append(write_vectors(store, FileName.new(run, "embeddings", slot, "npy", entry.name), matrix))
         return add
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:

@@ -280,10 +280,8 @@ def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tu
 def _touched(store: Store, selection: Selection) -> Touched:
     numbers = distinct_parts(selection.live)
     files = [entry for part in numbers for entry in part_files(store, part)]
-    kinds: dict[str, list[FileEntry]] = {"index": [], "neighbours": [], "quarantine": []}
-    for entry in files_of_several_parts(store, numbers):
-        kinds[entry.kind].append(entry)
-    shards, tables, _ = kinds.values()
+    several = list(files_of_several_parts(store, numbers))
+    shards, tables = ([entry for entry in several if entry.kind == kind] for kind in ("index", "neighbours"))
     size = sum(entry.bytes for entry in (*files, *shards, *tables))
     seconds = size / _REWRITTEN if numbers else 0.0
     return Touched(len(numbers), len(shards), len(tables), size, sum(entry.rows for entry in tables), seconds)
