@@ -20,6 +20,7 @@ from retrotool.index.index_records import IndexFiles
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import part_slot
+from retrotool.store.staging import COUNTS
 from retrotool.store.state import State
 from retrotool.store.store import Store
 
@@ -83,23 +84,18 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
     """Describe a store. ``documents``: also by length and by source, for which some of their columns are read."""
     store = Store.open(root)
     state = store.state
-    totals = state.records.get("totals", {})
+    totals = state.records.get("totals", dict.fromkeys(COUNTS, 0))
     sizes: dict[str, int] = {}
     for file in state.files():
-        kind = file.kind
-        sizes[kind] = sizes.get(kind, 0) + file.bytes
+        sizes[file.kind] = sizes.get(file.kind, 0) + file.bytes
     own = store.identity
-    chunks = int(totals.get("chunks", 0))
     keys = _Keys(store)
     return Info(
         path=str(root),
         uuid=own.uuid,
-        documents=int(totals.get("documents", 0)),
-        chunks=chunks,
+        **{name: totals[name] for name in COUNTS},
         keys=keys.count,
-        tokens=int(totals.get("tokens", 0)),
-        set_aside=int(totals.get("set_aside", 0)),
-        purged=sum(entry.rows for part, entry in _chunk_files(state) if state.is_live(part)) - chunks,
+        purged=sum(entry.rows for part, entry in _chunk_files(state) if state.is_live(part)) - totals["chunks"],
         chunk_length=own.chunk_length,
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         commit=state.number,
