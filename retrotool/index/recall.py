@@ -42,8 +42,6 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 Floats = npt.NDArray[np.float64]
 Hits = tuple[Floats, Floats]
 """True neighbours found, and those that there are to find, of each query."""
-Masks = npt.NDArray[np.bool_]
-"""Which of a sample's truth was found, for each query."""
 DEPTH = 100
 _SEED = 1
 BUDGET, GPU_BUDGET = 1 << 34, 1 << 40
@@ -141,7 +139,7 @@ def measure_recall(
     else:
         good = [p for p in curve if p.recall_at_10 - p.error >= target]
         chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
-    by_query = search.shares(chosen)
+    by_query = search.hits(chosen.nprobe, chosen.depth, TUNED_K)
     return Measurement(
         tuple(curve),
         chosen,
@@ -175,7 +173,8 @@ class _Curve:
         self._device, self._room = device, room
         # An exact index misses nothing, whatever is asked; and all vectors as queries are no sample.
         self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
-        self._found: dict[tuple[int, int], dict[int, Hits | Masks]] = {}
+        self._found: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
+        """By ``nprobe``, depth and k: how many of the truth were found [q], or, of a sample, which [q, t]."""
         self._nearer = np.zeros(truth.best.ids.shape, np.int64)
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
@@ -205,14 +204,18 @@ class _Curve:
             best = {
                 depth: Best(distances[:, :depth], candidates[:, :depth]).nearest(DEPTH) for depth in {*enough.values()}
             }
-            for point, blocks in judged.items():
-                blocks.append(self._judge(truth, best[enough[point]], point[1]))
+            for (depth, k), blocks in judged.items():
+                found = best[enough[depth, k]]
+                some = (
+                    are_among(truth.ids, found.ids[:, :k]) if self._truth.share < 1 else _count_found(truth, found, k)
+                )
+                blocks.append(some)
             nearer.append(_nearer(truth, best[deepest]))
         if first:
             self._nearer = np.concatenate(nearer)
         q = max(first, 1)
         for depth in self._depths:
-            self._found[nprobe, depth] = {k: _joined(judged[depth, k]) for k in _KS}
+            self._found |= {(nprobe, depth, k): np.concatenate(judged[depth, k] or [np.zeros(0)]) for k in _KS}
             self._cost[nprobe, depth] = scanned / q, q / max(searched + ranked * depth / deepest, 1e-9)
         return [self.recall(nprobe, depth) for depth in self._depths]
 
@@ -234,49 +237,32 @@ class _Curve:
 
     def recall(self, nprobe: int, depth: int) -> Recall:
         """What is known of a point by now."""
-        hits = self._hits_at(nprobe, depth)
-        (one, _), (ten, error), (hundred, _) = (ratio(*hits[k], sampled=self.sampled) for k in _KS)
+        hits = (self.hits(nprobe, depth, k) for k in _KS)
+        (one, _), (ten, error), (hundred, _) = (ratio(*some, sampled=self.sampled) for some in hits)
         return Recall(nprobe, depth, one, ten, hundred, error, *self._cost[nprobe, depth])
 
-    def shares(self, point: Recall) -> Hits:
-        """True neighbours found, and those that there are to find, of the 10 nearest of each query."""
-        return self._hits_at(point.nprobe, point.depth)[TUNED_K]
-
-    def _hits_at(self, nprobe: int, depth: int) -> dict[int, Hits]:
-        hits: dict[int, Hits] = {}
-        for k, found in self._found[nprobe, depth].items():
-            if isinstance(found, tuple):
-                hits[k] = found
-            else:
-                wanted = (self._nearer < k) & (self._truth.best.ids >= 0)
-                hits[k] = (wanted & found).sum(axis=1).astype(np.float64), wanted.sum(axis=1).astype(np.float64)
-        return hits
-
-    def _judge(self, truth: Best, found: Best, k: int) -> Hits | Masks:
-        return _of_all(truth, found, k) if self._truth.share == 1 else are_among(truth.ids, found.ids[:, :k])
+    def hits(self, nprobe: int, depth: int, k: int) -> Hits:
+        """True neighbours found, and those that there are to find, of the k nearest of each query."""
+        found, there = self._found[nprobe, depth, k], self._truth.best.ids >= 0
+        if self._truth.share < 1:
+            there = there & (self._nearer < k)
+            return (there & found).sum(axis=1).astype(np.float64), there.sum(axis=1).astype(np.float64)
+        return found.astype(np.float64), there[:, :k].sum(axis=1).astype(np.float64)
 
 
-def _of_all(truth: Best, found: Best, k: int) -> Hits:
+def _count_found(truth: Best, found: Best, k: int) -> Ids:
+    """How many of the true k nearest of each query are found, or others that are as near: int64 [q]."""
     there = truth.ids[:, :k] >= 0
     farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
     near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
-    possible = there.sum(axis=1)
-    hits = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), possible)
-    return hits.astype(np.float64), possible.astype(np.float64)
+    counts: Ids = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), there.sum(axis=1))
+    return counts
 
 
 def _nearer(truth: Best, deepest: Best) -> Ids:
     """For each of the truth how many were found nearer by the most thorough search, which so far is the last one."""
     pairs = zip(deepest.distances, truth.distances, strict=True)
     return np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs], np.int64)
-
-
-def _joined(blocks: list[Any]) -> Hits | Masks:
-    if not blocks:
-        return np.zeros(0), np.zeros(0)
-    if isinstance(blocks[0], tuple):
-        return np.concatenate([hits for hits, _ in blocks]), np.concatenate([possible for _, possible in blocks])
-    return np.concatenate(blocks)
 
 
 def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:
