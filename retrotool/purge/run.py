@@ -243,7 +243,7 @@ def _most(counts: Counter[str]) -> tuple[Count, ...]:
 
 def _examples(store: Store, selection: Selection) -> list[Example]:
     """Up to ten of each selector, from all over what it means; in the order of their figures, if they have some."""
-    found = selection.found.filter(pc.is_in(selection.found["chunks"], pa.array(selection.live)))
+    found = selection.found.filter(pa.array(np.isin(selection.found["chunks"].to_numpy(), selection.live)))
     decoder = Decoder(store)
     examples = []
     for number, selector in enumerate(selection.request.scanned):
