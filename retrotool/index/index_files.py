@@ -11,7 +11,7 @@ from typing import Any
 from retrotool.ann import lists
 from retrotool.ann.lists import InvertedLists
 from retrotool.ann.trained import Trained
-from retrotool.errors import CorruptError, RetrotoolError, StorageError
+from retrotool.errors import CorruptError, StorageError
 from retrotool.index.index_records import IndexFiles
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
@@ -75,7 +75,7 @@ def read_shards(
     store: Store,
     name: str,
     trained: Trained | None = None,
-    missing: Callable[[FileEntry, RetrotoolError], object] | None = None,
+    missing: Callable[[FileEntry], object] | None = None,
     *,
     generation: int | None = None,
 ) -> Iterator[InvertedLists]:
@@ -87,12 +87,12 @@ def read_shards(
         try:
             with advising(_anew("Make", store, name, "--mend")):
                 shard = read_shard(store, entry, trained)
-        except CorruptError as error:
+        except CorruptError:
             if missing is None:
                 raise
-            missing(entry, error)
-            continue
-        yield shard
+            missing(entry)
+        else:
+            yield shard
 
 
 def check_sum(store: Store, name: str, entry: FileEntry) -> None:

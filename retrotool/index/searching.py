@@ -26,7 +26,7 @@ from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
 from retrotool.ann.trained import Trained
 from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
-from retrotool.errors import CorruptError, RetrotoolError, UsageError
+from retrotool.errors import CorruptError, UsageError
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
     IndexFiles,
@@ -180,7 +180,7 @@ class Database(_Open):
         depth = min(record.depth, max(self.vectors_in_log, 1))
         self.point = Point(record.nprobe * 7 // 4 if thorough else record.nprobe, depth)
         self.vectors = Vectors(store, self.encoder)
-        self.missing: list[tuple[FileEntry, RetrotoolError]] = []
+        self.missing: list[FileEntry] = []
         self._allow_missing = allow_missing
         self._some: dict[int, SomeLists] = {}
 
@@ -201,8 +201,8 @@ class Database(_Open):
     @cached_property
     def shards(self) -> list[InvertedLists]:
         """The index's shards, mapped once; ``CorruptError`` names one that is broken."""
-        told = (lambda entry, error: self.missing.append((entry, error))) if self._allow_missing else None
-        return list(read_shards(self.store, self.name, self.trained, told))
+        missing = self.missing.append if self._allow_missing else None
+        return list(read_shards(self.store, self.name, self.trained, missing))
 
     @property
     def settings(self) -> list[Any]:

@@ -100,13 +100,10 @@ def probes_by_query(
         return
     none = np.zeros(trained.nlist, np.int64)
     everything, allowed = sum((one.whole for one in some), none), sum((one.sizes for one in some), none)
-    left = np.arange(len(vectors))
-    wanted = np.zeros(len(vectors), np.int64)
-    first = True
+    left, wanted = np.arange(len(vectors)), np.zeros(0, np.int64)
     while len(left) and nprobe < trained.nlist:
         lists = nearest_lists(trained.centroids, trained.rotate(torch.from_numpy(vectors[left])), nprobe)
-        if first:
-            wanted, first = everything[lists].sum(axis=1), False
+        wanted = wanted if len(wanted) else everything[lists].sum(axis=1)
         enough = allowed[lists].sum(axis=1) >= wanted[left]
         if enough.any():
             yield nprobe, left[enough]

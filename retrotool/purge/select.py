@@ -261,7 +261,7 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     live, weights = purged_chunks.weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
         request, store.state, tuple(matches), found, chunks, live, weights, hashes,
-        len(read_blocked(store).lacks(hashes)), copies, copied,
+        int((~read_blocked(store).contains(hashes)).sum()), copies, copied,
         len(purged_chunks.unerased(store, np.union1d(chunks, copies))) if erase else 0, tuple(open_parts),
     )  # fmt: skip
 

@@ -148,20 +148,12 @@ def weigh(store: Store, purge: str) -> Restorable:
     live, weights = purged_chunks.weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))
     named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
-    return Restorable(
-        purge, own, live, weights, named_by, _count_repeats(store, live, after), store.state
-    )  # fmt: skip
-
-
-def _count_repeats(store: Store, chunks: Ids, tombstones: Tombstones) -> int:
-    """How many of the documents of ``chunks`` have an id that several documents have which are not purged."""
-    keys = purged_chunks.values_of(store, chunks, "key")
-    if not len(keys):
-        return 0
-    found = find_documents(store, pa.chunked_array([keys]), tombstones)
-    if found.repeats is None or found.document is None:
-        return 0
-    return len(np.intersect1d(found.document, found.repeats.document))
+    keys, repeats = purged_chunks.values_of(store, live, "key"), 0
+    if len(keys):
+        found = find_documents(store, pa.chunked_array([keys]), after)
+        if found.repeats is not None and found.document is not None:
+            repeats = len(np.intersect1d(found.document, found.repeats.document))
+    return Restorable(purge, own, live, weights, named_by, repeats, store.state)
 
 
 def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: str) -> State:

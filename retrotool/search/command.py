@@ -136,11 +136,10 @@ def _checked(store: str, text: str) -> str:
 
 
 def _missing(database: Database) -> Missing | None:
-    broken = [entry for entry, _ in database.missing]
-    if not broken:
+    if not database.missing:
         return None
-    lost = sum(entry.rows for entry in broken)
-    return Missing([entry.path for entry in broken], lost, lost / max(database.vectors_in_log, 1))
+    lost = sum(entry.rows for entry in database.missing)
+    return Missing([entry.path for entry in database.missing], lost, lost / max(database.vectors_in_log, 1))
 
 
 def _text(found: Results) -> str:

@@ -53,10 +53,6 @@ class Blocked:
             return np.zeros(len(ids), np.bool_)
         return self.contains(id_hashes(self.secret, ids)) | self.contains(keyed_texts(self.secret, text_hashes))
 
-    def lacks(self, hashes: Hashes) -> Hashes:
-        """Those of ``hashes`` that are not in the list."""
-        return hashes[~self.contains(hashes)]
-
     def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of n ``hashes`` are in the list, bool [n]."""
         return is_in(hashes, self.hashes)
