@@ -23,11 +23,12 @@ from retrotool.ann.excluded import Ids
 from retrotool.ann.lists import SomeLists
 from retrotool.ann.search import nearest_lists
 from retrotool.ann.trained import Trained
+from retrotool.chunk.chunk_plan import documents_within
 from retrotool.lazy import torch
 from retrotool.store import parts
 from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_tombstones
+from retrotool.store.tombstones import read_tombstones
 
 
 class AllowedChunks:
@@ -62,17 +63,13 @@ class AllowedChunks:
         return np.unpackbits(self._bits[start:], count=self._rows[part]).astype(np.bool_)
 
 
-def source_names(store: Store, tombstones: Tombstones | None = None) -> Iterator[set[str]]:
+def source_names(store: Store) -> Iterator[set[str]]:
     """The sources of living documents, part by part: a source may come up in several parts."""
-    tombstones = read_tombstones(store) if tombstones is None else tombstones
+    tombstones = read_tombstones(store)
     for part in store.state.parts():
-        table = parts.read_documents(store, part, ["source", "first_row", "n_chunks"])
-        purged = tombstones.rows(part)
-        if len(purged):
-            first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
-            gone = np.searchsorted(purged, first + count) - np.searchsorted(purged, first)
-            table = table.filter(pa.array(gone < count))
-        yield set(pc.unique(table["source"]).drop_null().to_pylist())
+        sources = parts.read_documents(store, part, ["source"])["source"]
+        live = np.delete(np.arange(len(sources)), documents_within(store, part, tombstones))
+        yield set(pc.unique(sources.take(pa.array(live))).drop_null().to_pylist())
 
 
 def find_sources(

@@ -152,6 +152,7 @@ def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:
     import numpy as np
     import pyarrow as pa
 
+    from retrotool.chunk.chunk_plan import documents_within
     from retrotool.store import parts
     from retrotool.store.tombstones import read_tombstones
 
@@ -165,10 +166,9 @@ def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:
     lengths = np.zeros(64, np.int64)
     sources: dict[str, Any] = {}
     for part, entry in chosen:
-        table = parts.read_parquet(store, entry, ["source", "first_row", "n_chunks", "n_tokens"])
-        first, n_chunks, purged = table["first_row"].to_numpy(), table["n_chunks"].to_numpy(), tombstones.rows(part)
-        is_live = table["source"].is_valid().to_numpy(zero_copy_only=False)  # erased ones have none
-        is_live &= np.searchsorted(purged, first + n_chunks) - np.searchsorted(purged, first) < n_chunks
+        table = parts.read_parquet(store, entry, ["source", "n_chunks", "n_tokens"])
+        is_live = table["source"].is_valid().to_numpy(zero_copy_only=False).copy()  # erased ones have none
+        is_live[documents_within(store, part, tombstones)] = False
         table = table.filter(pa.array(is_live))
         n_tokens = table["n_tokens"].to_numpy()
         lengths += np.bincount(np.log2(np.maximum(n_tokens, 1)).astype(np.int64), minlength=64)[:64]

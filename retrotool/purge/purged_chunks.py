@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.chunk.chunk_plan import open_plans, parts_of_plan, unfinished_plans
+from retrotool.chunk.chunk_plan import documents_within, open_plans, parts_of_plan, unfinished_plans
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
@@ -275,10 +275,8 @@ def find_same_text(store: Store, chunks: Ids) -> SameText:
         docs = np.flatnonzero(pc.is_in(hashes.cast(pa.binary()), value_set=texts).to_numpy())
         if not len(docs):
             continue
-        same = parts.read_documents(store, part, ["id", "first_row", "n_chunks"]).take(pa.array(docs))
-        first, rows = same["first_row"].to_numpy(), gone.rows(part)
-        n_gone = np.searchsorted(rows, first + same["n_chunks"].to_numpy()) - np.searchsorted(rows, first)
-        live = same.filter(pa.array(n_gone < same["n_chunks"].to_numpy()))
-        count += live.num_rows
-        named += live["id"].slice(0, NAMED - len(named)).to_pylist()
+        live = np.setdiff1d(docs, documents_within(store, part, gone))
+        count += len(live)
+        names = parts.read_documents(store, part, ["id"])["id"]
+        named += names.take(pa.array(live[: NAMED - len(named)])).to_pylist()
     return SameText(count, tuple(named))
