@@ -83,7 +83,10 @@ def measure_until_committed(
         give_memory_back()
         with counting("recall", "point") as report:
             searched = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
-            groups = {"source": truth.sources, "part": _new_or_not(truth.ids, training)}
+            seen = np.array(sorted(training.sampled(distinct_parts(truth.ids))), np.int64)
+            trained_on = np.isin(part_of(truth.ids), seen)
+            new_or_not = np.where(trained_on, "trained on", "added since").astype(object)
+            groups = {"source": truth.sources, "part": new_or_not}
             found = measure_recall(
                 truth, searched, target, at=at, groups=groups, report=report, device=device, room=room
             )
@@ -113,12 +116,6 @@ def measure_until_committed(
         store.commit(run, build)
 
     retry_overtaken(attempt, store.renew)
-
-
-def _new_or_not(ids: npt.NDArray[np.int64], trained: TrainingRecord) -> npt.NDArray[np.object_]:
-    """For each chunk whether its part is one that the index was trained on."""
-    seen = sorted(trained.sampled(distinct_parts(ids)))
-    return np.where(np.isin(part_of(ids), np.array(seen, np.int64)), "trained on", "added since").astype(object)
 
 
 def _record(files: IndexFiles, training: TrainingRecord, found: Measurement, target: float) -> IndexRecord:

@@ -237,7 +237,10 @@ class Database(_Open):
         ``beyond``: only in lists behind the nearest so many, where there are no sources to be restricted to.
         """
         point = point or self.point
-        shards: Sequence[InvertedLists] = self.shards if only is None else self._holding(only)
+        shards: Sequence[InvertedLists] = self.shards
+        if only is not None:
+            records = map(ShardRecord.of, self._files.shards.values())
+            shards = [shard for shard, one in zip(shards, records, strict=True) if not set(one.parts).isdisjoint(only)]
         nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
         if self._allows is None:
             if beyond:
@@ -300,11 +303,6 @@ class Database(_Open):
 
     def _is_wanted(self, ids: Ids) -> npt.NDArray[np.bool_]:
         return self._allowed.contains(ids) & ~self.tombstones.contains(ids)
-
-    def _holding(self, numbers: Collection[int]) -> list[InvertedLists]:
-        entries = self._files.shards.values()
-        wanted = [not set(ShardRecord.of(entry).parts).isdisjoint(numbers) for entry in entries]
-        return [shard for shard, is_wanted in zip(self.shards, wanted, strict=True) if is_wanted]
 
 
 def room_in(memory: int | None) -> int:

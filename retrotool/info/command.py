@@ -48,7 +48,7 @@ def command(
             if as_csv:
                 output.show_csv(_COLUMNS, _file_rows(found))
             else:
-                output.show(found, as_json, _file_table)
+                output.show(found, as_json, lambda found: output.table(_file_rows(found), _COLUMNS, right=(4, 5, 6)))
         else:
             from retrotool.info import run as info_run
 
@@ -59,10 +59,6 @@ def _file_rows(found: FileList) -> list[list[Any]]:
     """The files in rows of ``_COLUMNS``, with nothing for a part where there is none."""
     rows = ([getattr(file, column) for column in _COLUMNS] for file in found.files)
     return [["" if value is None else value for value in row] for row in rows]
-
-
-def _file_table(found: FileList) -> str:
-    return output.table(_file_rows(found), _COLUMNS, right=(4, 5, 6))
 
 
 def _text(info: Info) -> str:

@@ -77,7 +77,9 @@ class CopyMatcher:
             windows = np.lib.stride_tricks.sliding_window_view(tokens, GRAM, axis=1)
             row, start = np.nonzero(np.arange(windows.shape[1]) <= n_tokens[:, None] - GRAM)
             grams = windows[row, start]
-            runs = _count_distinct(grams, row, len(tokens)) if fewest > 1 else np.bincount(row, minlength=len(tokens))
+            kept, which = distinct_rows(grams)
+            different = distinct(row * max(len(kept), 1) + which) // max(len(kept), 1)
+            runs = np.bincount(different, minlength=len(tokens))
             told = runs[row] >= fewest
             self._sets = GramSets(grams[told], row[told], share) if told.any() else None
         whole = (n_tokens > 0) & (runs < max(fewest, 1))
@@ -142,12 +144,6 @@ def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Fla
         selected[low + shared.place[shared.any_of(held[1])] + 1] = True
         # Nothing is left to find where every chunk that holds a gram is selected.
         closed[:] = (selected[rows] | ~wanted[0]) & (selected[following] | ~wanted[1])
-
-
-def _count_distinct(grams: Tokens, owner: Ints, owners: int) -> Ints:
-    """How many different ones of ``grams`` [g, n] each owner has, [owners]."""
-    kept, which = distinct_rows(grams)
-    return np.bincount(distinct(owner * max(len(kept), 1) + which) // max(len(kept), 1), minlength=owners)
 
 
 def _keys(tokens: Tokens, n_tokens: npt.NDArray[np.integer]) -> list[tuple[int, bytes]]:

@@ -75,7 +75,7 @@ class GramSets:
         self.n = grams.shape[1]
         self._up, self._down = Fraction(str(share)).as_integer_ratio()
         kept, which = distinct_rows(grams)
-        hashes = _hashes_of(grams[kept])
+        hashes = gram_hashes(np.ascontiguousarray(grams[kept]).reshape(-1), self.n)[:: self.n]
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._grams = hashes[order], _as_bytes(grams[kept[order]])
         rank = np.empty(len(order), np.int64)
@@ -215,11 +215,6 @@ def _as_bytes(rows: Tokens) -> npt.NDArray[np.void]:
     """Each of rows [g, n] as one thing of so many bytes, [g], which is three times as fast to take and to compare."""
     things: npt.NDArray[np.void] = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
     return things
-
-
-def _hashes_of(grams: Tokens) -> Hashes:
-    n = grams.shape[1]
-    return gram_hashes(np.ascontiguousarray(grams).reshape(-1), n)[::n]
 
 
 def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
