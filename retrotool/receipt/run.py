@@ -40,6 +40,7 @@ from retrotool.store.verify_log import check_log
 
 _LISTED = 200
 """Rows of a table on the page; the JSON has all."""
+_TAKE_AWAY = "remove it, or run any command that writes to the store"
 LIMITS = (
     "Copies of the store, backups, snapshots, and versions that a file system or a bucket keeps. Erase in them, too.",
     "Blocks of deleted files, until the disk writes over them; solid-state disks keep them longest.",
@@ -161,10 +162,13 @@ def _check(store: Store, purge: str) -> Receipt:
             taken.append(take())
             report(1)
     is_erased = bool(record["erased"])
+    left = erasure.left if is_erased else {}
     problems = [
         *(f"the log: {problem}" for problem in log.problems),
         *_wrong_tombstones(store, purge),
-        *(_problems_of_files(erasure, is_erased=is_erased)),
+        *erasure.damaged,
+        *(f"{path}: it left the store, and is still there; {_TAKE_AWAY}" for path in erasure.present),
+        *(f"{path}: something of {rows:,} rows is left; erase the purge again" for path, rows in left.items()),
         *(f"{path.name}: returned {path.found:,} purged chunks" for path in taken if path.found),
         *(f"{path.name}: {path.note}" for path in taken if path.broken),
     ]
@@ -200,14 +204,6 @@ def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:
             store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
         ):
             yield f"{entry.path}: its SHA-256 is not what the log says: other chunks were checked than were purged"
-
-
-def _problems_of_files(erasure: Erasure, *, is_erased: bool) -> Iterator[str]:
-    yield from erasure.damaged
-    for path in erasure.present:
-        yield f"{path}: it left the store, and is still there; remove it, or run any command that writes to the store"
-    for path, rows in erasure.left.items() if is_erased else ():
-        yield f"{path}: something of {rows:,} rows is left; erase the purge again"
 
 
 def _commit_receipt(store: Store, receipt: Receipt, sha256: str) -> int | None:

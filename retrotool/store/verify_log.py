@@ -63,7 +63,9 @@ def check_log(
     # Listed before the log is: a checkpoint is of a commit that is there.
     checkpoints = sorted(checkpoint_files(storage))
     end = log.last_number(storage) if last is None else last
-    found = LogFound(State(-1, genesis or ""), _not_entries(storage))
+    # What is in the log's folder and is not an entry: a copy, or another spelling of a number.
+    others = [info.path for info in storage.list("log/") if not _ENTRY.fullmatch(info.path)]
+    found = LogFound(State(-1, genesis or ""), [f"{where(storage, path)} is no entry of the log" for path in others])
     commits = _linked_commits(storage, genesis, end, found, note)
     folding = True
     for number, path in [*checkpoints, (end, None)]:
@@ -124,12 +126,6 @@ def _not_child(storage: Storage, number: int, *, vouched: bool) -> str:
     why = f"{before} was edited or replaced" if vouched else f"it or {before} was edited, replaced or reordered"
     what = "the commit before it" if number else "store.json"
     return f"{where(storage, log.commit_path(number))}: is no child of {what}: {why}"
-
-
-def _not_entries(storage: Storage) -> list[str]:
-    """Return what is in the log's folder and is not an entry: a copy, or another spelling of a number."""
-    found = (info.path for info in storage.list("log/"))
-    return [f"{where(storage, path)} is no entry of the log" for path in found if not _ENTRY.fullmatch(path)]
 
 
 def _check_checkpoint(storage: Storage, found: LogFound, file: str, number: int, folded: State | None) -> None:

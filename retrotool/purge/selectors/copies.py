@@ -51,20 +51,14 @@ class NearDuplicates(Selector):
 
     def open(self, store: Store) -> CopyMatcher:
         """Read the chunks; ``UsageError`` if none has tokens any more."""
-        tokens, n_tokens = read_victims(store, np.unique(np.array(self.chunks, np.int64)))
-        if not n_tokens.any():
+        ids, own = np.unique(np.array(self.chunks, np.int64)), store.identity
+        tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
+        n_tokens = np.zeros(len(ids), np.int64)
+        for places, read, rows in parts.read_groups_of(store, ids):
+            tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
+        if not n_tokens.any():  # erased chunks have none
             raise UsageError("none of the chunks has any tokens left: nothing tells what a copy of them is")
         return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
-
-
-def read_victims(store: Store, ids: Ints) -> tuple[Tokens, Ints]:
-    """Tokens [v, chunk_length] and their number [v] of chunk ids, ascending; purged ones too, erased ones have none."""
-    own = store.identity
-    tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
-    n_tokens = np.zeros(len(ids), np.int64)
-    for places, read, rows in parts.read_groups_of(store, ids):
-        tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
-    return tokens, n_tokens
 
 
 class CopyMatcher:
