@@ -323,6 +323,7 @@ def find_truth(
     report: Report = lambda _: None,
     *,
     queries: int = QUERIES,
+    budget: int | None = None,
     device: str = "cpu",
     room: int = ROOM,
 ) -> Truth:
@@ -339,7 +340,8 @@ def find_truth(
         no_queries = Queries.plain(np.zeros((0, 1), np.float32))
         return Truth(ids, no_queries, np.zeros(0, object), Best.nothing(0, DEPTH), n)
     asked = _queries(store, encoder, ids, tombstones)
-    share = min(1.0, max(budget_on(device) / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
+    most = budget_on(device) if budget is None else budget
+    share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
     for part, searchable in rows.items():
