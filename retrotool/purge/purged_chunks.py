@@ -44,7 +44,6 @@ from retrotool.store.tombstones import (
     PREFIX,
     Record,
     Tombstones,
-    is_restored,
     may_name,
     named_chunks,
     read_set_aside,
@@ -76,7 +75,7 @@ def check_purge(store: Store, purge: str) -> Record:
         more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
         have = f"it has: {', '.join(known[-_LISTED:])}{more}" if known else "it has none"
         raise UsageError(f"{store.place} has no purge {purge!r}; {have}", f"See: retrotool log {store.place}")
-    if is_restored(record):
+    if "restored" in record:
         raise UsageError(
             f"the purge {purge!r} was undone by commit {record['restored']}: its chunks are not purged",
             f"See: retrotool log {store.place}",

@@ -162,30 +162,25 @@ _known: dict[str, Mapping[str, Record]] = {}
 _KNOWN = 64
 
 
-def is_restored(record: Record) -> bool:
-    """Whether the purge of a record was taken back."""
-    return "restored" in record
-
-
 def restored_purges(state: State) -> Mapping[str, Record]:
     """Records, by their ids, of the purges that were taken back."""
     if state.head not in _known:
         if len(_known) >= _KNOWN:
             _known.clear()
-        found = {purge: record for purge, record in state.with_prefix(PREFIX).items() if is_restored(record)}
+        found = {purge: record for purge, record in state.with_prefix(PREFIX).items() if "restored" in record}
         _known[state.head] = found
     return _known[state.head]
 
 
 def standing_purges(state: State) -> dict[str, Record]:
     """Records, by their ids, of the purges that were not taken back, the erased ones too."""
-    return {purge: record for purge, record in state.with_prefix(PREFIX).items() if not is_restored(record)}
+    return {purge: record for purge, record in state.with_prefix(PREFIX).items() if "restored" not in record}
 
 
 def check_not_restored(state: State, purges: Iterable[str]) -> None:
     """``ConflictError`` if any of some purges of the store was undone."""
     for purge in purges:
-        if is_restored(state.records[PREFIX + purge]):
+        if "restored" in state.records[PREFIX + purge]:
             raise ConflictError(f"the purge {purge!r} was undone by another process", "Run the same command again.")
 
 
