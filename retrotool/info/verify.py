@@ -13,7 +13,6 @@ Digests of documents do not depend on how a store is cut into files: they are su
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     references.check_blocked(checked)
     references.check_restored(checked)
     result.embeddings = _digest_files(store, "embeddings")
-    result.indexes = _digest_files(store, "index", lambda slot: slot != RECALL)
+    result.indexes = _digest_files(store, "index")
     result.neighbours, result.materialised = references.check_neighbours(checked)
     for name in store.state.names("index"):
         references.check_index(checked, name)
@@ -184,12 +183,13 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
     return part_digest(chunks, documents["key"].to_pylist(), alive)
 
 
-def _digest_files(store: Store, kind: str, counts: Callable[[str], bool] = lambda _: True) -> str:
+def _digest_files(store: Store, kind: str) -> str:
+    """Stands for the files of a kind, but for what was measured."""
     lines = [
         f"{kind}/{name}/{slot} {entry.sha256}"
         for name in store.state.names(kind)
         for slot, entry in store.state.group(kind, name).items()
-        if counts(slot)
+        if slot != RECALL
     ]
     return lines_digest(lines) if store.state.names(kind) else ""
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pyarrow as pa
 
 from retrotool import interrupts
 from retrotool.cli.result_files import check_file, written
@@ -228,12 +229,10 @@ def _described(store: Store, part: int, rows: Ids, neighbour: Ids, following: Id
     if not len(rows):
         return
     doc = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc"])["doc"].to_numpy()[rows]
-    of, place = np.unique(doc, return_inverse=True)
-    documents = parts.read_documents(store, part, ["id", "source"]).take(of)
-    names, sources = documents["id"].to_pylist(), documents["source"].to_pylist()
-    for i, chunk in enumerate(parts.chunk_ids(part, rows).tolist()):
-        near, behind = int(neighbour[i]), int(following[i])
+    documents = parts.read_documents(store, part, ["id", "source"]).take(pa.array(doc))
+    places = (parts.chunk_ids(part, rows).tolist(), neighbour.tolist(), following.tolist())
+    for chunk, near, behind, document in zip(*places, documents.to_pylist(), strict=True):
         yield AffectedChunk(
-            chunk, names[place[i]], sources[place[i]],
+            chunk, document["id"], document["source"],
             None if near == NEVER else near, None if behind == NEVER else behind, min(near, behind) <= k,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +84,13 @@ class Where:
         return pc.fill_null(result, False)
 
     def _either(self) -> Any:
-        result = self._both()
-        while self._accept("or"):
-            result = pc.or_kleene(result, self._both())
-        return result
+        return self._joined("or", pc.or_kleene, lambda: self._joined("and", pc.and_kleene, self._one))
 
-    def _both(self) -> Any:
-        result = self._one()
-        while self._accept("and"):
-            result = pc.and_kleene(result, self._one())
+    def _joined(self, kind: str, join: Callable[[Any, Any], Any], operand: Callable[[], Any]) -> Any:
+        """What operands between tokens of a kind give."""
+        result = operand()
+        while self._accept(kind):
+            result = join(result, operand())
         return result
 
     def _one(self) -> Any:
@@ -118,9 +116,7 @@ class Where:
         negative = self._accept("not")
         if self._accept("in"):
             self._next("'('", "(")
-            result = _compare(column, "=", self._literal())
-            while self._accept(","):
-                result = pc.or_kleene(result, _compare(column, "=", self._literal()))
+            result = self._joined(",", pc.or_kleene, lambda: _compare(column, "=", self._literal()))
             self._next("')'", ")")
         elif self._accept("like"):
             pattern = self._next("a text in '...'", "text")
