@@ -19,7 +19,7 @@ from retrotool.store.store import Store
 from retrotool.store.vectors import MappedFile
 
 
-def is_whole(store: Store, entry: FileEntry | None) -> bool:
+def is_unchanged(store: Store, entry: FileEntry | None) -> bool:
     """Whether a file is there, and its bytes are what the log says."""
     if entry is None:
         return False

@@ -16,7 +16,7 @@ from retrotool.embed.search_scope import count_left, embedded_parts, pick_encode
 from retrotool.encoder import find_devices
 from retrotool.engine.progress import counting
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index.index_files import advising, is_whole, read_trained
+from retrotool.index.index_files import advising, is_unchanged, read_trained
 from retrotool.index.index_records import (
     DEFAULT,
     QUERIES,
@@ -141,7 +141,7 @@ def index(
         if options.mend:
             read_trained(store, name, generation)
             found = IndexFiles(store.state, name).shards.values()
-            stage = replace(stage, broken=tuple(entry.path for entry in found if not is_whole(store, entry)))
+            stage = replace(stage, broken=tuple(entry.path for entry in found if not is_unchanged(store, entry)))
         _check_training(store, stage, wanted)
         if stage.broken:
             _check_embeddings(store, stage)
@@ -151,7 +151,7 @@ def index(
         if not elsewhere and (
             options.tune
             or not _is_measured(store.state, name, generation, wanted.target)
-            or (options.mend and not is_whole(store, store.state.file("index", RECALL, name)))
+            or (options.mend and not is_unchanged(store, store.state.file("index", RECALL, name)))
         ):
             measure_until_committed(
                 store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
