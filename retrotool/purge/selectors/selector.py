@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
-from retrotool.ranges import expand_ranges
+from retrotool.purge.selectors.ngrams import pairs_of_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
@@ -92,20 +92,6 @@ class TextBlock:
         """The text of all chunks, one behind the other, in UTF-8."""
         return self._decoded[1]
 
-    def rows_of(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
-        """Return the rows that spans of bytes [begin, end) touch, [h]: (span, row) of each, both int64 [r].
-
-        An empty span touches the chunk that has the byte behind it.
-        """
-        low = np.searchsorted(self.starts, begin, side="right") - 1
-        high = np.searchsorted(self.starts, np.maximum(end - 1, begin), side="right") - 1
-        low, high = np.minimum(low, len(self) - 1), np.minimum(high, len(self) - 1)
-        count = high - low + 1
-        span = np.repeat(np.arange(len(begin)), count)
-        row = expand_ranges(low, count)
-        full = self.chunks.n_tokens[row] > 0  # what is erased has no bytes, and is touched by none
-        return span[full], row[full]
-
 
 def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROWS) -> Iterator[TextBlock]:
     """A part in blocks of whole documents, of at least so many rows each but the last."""
@@ -158,8 +144,17 @@ class BlockHits:
 
     @classmethod
     def touched(cls, block: TextBlock, begin: Offsets, end: Offsets, label: int = 0) -> BlockHits:
-        """Return the rows that matches touch, of spans [h] in the text of a block."""
-        span, row = block.rows_of(begin, end)
+        """Return the rows that matches touch, of spans [begin, end), [h], of bytes in the text of a block.
+
+        An empty span touches the chunk that has the byte behind it.
+        """
+        low, high = (
+            np.minimum(np.searchsorted(block.starts, place, side="right") - 1, len(block) - 1)
+            for place in (begin, np.maximum(end - 1, begin))
+        )
+        span, row = pairs_of_ranges(low, high + 1)
+        full = block.chunks.n_tokens[row] > 0  # what is erased has no bytes, and is touched by none
+        span, row = span[full], row[full]
         figures = np.full(len(row), np.nan, np.float32)
         return cls(row, np.full(len(row), label, np.int32), begin[span], end[span], figures)
 
