@@ -97,15 +97,14 @@ def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Tombstones of the store's view, or of one purge."""
-    group = store.state.group("tombstones")
-    slots: Iterable[str] = group if purge is None else (purge,)
-    ids = [_read(store, slot, entry) for slot in slots if (entry := group.get(slot)) is not None]
-    return Tombstones(np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64))
+    return Tombstones(named_chunks(store, store.state.group("tombstones") if purge is None else (purge,)))
 
 
 def named_chunks(store: Store, slots: Iterable[str]) -> npt.NDArray[np.int64]:
     """Return the chunks that some files of tombstones, such as those of purges, name: int64, ascending."""
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *(read_tombstones(store, slot).ids for slot in slots)]))
+    group = store.state.group("tombstones")
+    found = (_read(store, slot, entry) for slot in slots if (entry := group.get(slot)) is not None)
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
 def read_set_aside(store: Store) -> Tombstones:
