@@ -20,7 +20,6 @@ from retrotool.errors import UsageError
 from retrotool.index.index_records import QUERIES
 
 if TYPE_CHECKING:
-    from retrotool.index.recall import Recall
     from retrotool.index.run import Dropped, IndexResult
 
 EPILOG = """\b
@@ -157,7 +156,14 @@ def _text(result: IndexResult) -> str:
     if not result.holds:
         lines.append(f"The target of {result.target} is not held: it is {result.recall_at_10:.4f} at best.")
     if len(result.curve) > 1:
-        lines += _curve(result)
+        # At the depth that was chosen, and at the lists that were.
+        shown = [p for p in result.curve if p.depth == result.depth or p.nprobe == result.nprobe]
+        header = ("probed", "ranked", "recall@1", "recall@10", "recall@100", "codes a query", "queries/s")
+        points = [
+            (p.nprobe, p.depth, p.recall_at_1, p.recall_at_10, p.recall_at_100, int(p.scanned), int(p.rate))
+            for p in shown
+        ]
+        lines.append(output.table(points, header))
     sources = result.groups.get("source", {})
     if len(sources) > 1:
         rows = [(name, *values) for name, values in list(sources.items())[:_SOURCES]]
@@ -167,17 +173,3 @@ def _text(result: IndexResult) -> str:
     if result.due:
         lines.append(f"Training anew is due: {result.due}. Next:\n  {result.retrain}")
     return "\n".join(lines)
-
-
-def _curve(result: IndexResult) -> list[str]:
-    """The curve at the depth that was chosen, and the depths at the lists that were."""
-
-    def rows(points: list[Recall]) -> list[tuple[object, ...]]:
-        return [
-            (p.nprobe, p.depth, p.recall_at_1, p.recall_at_10, p.recall_at_100, int(p.scanned), int(p.rate))
-            for p in points
-        ]
-
-    header = ("probed", "ranked", "recall@1", "recall@10", "recall@100", "codes a query", "queries/s")
-    lists = [p for p in result.curve if p.depth == result.depth or p.nprobe == result.nprobe]
-    return [output.table(rows(lists), header)]

@@ -181,15 +181,14 @@ def drift(files: IndexFiles) -> Drift:
 def _drift_due(found: Drift, imbalance: float) -> str:
     if found.new < _ENOUGH_NEW:
         return ""
-    if found.error > _WORSE:
-        return f"new vectors are {found.error:.2f} times as far from their centroids"
-    if found.code_error > _WORSE:
-        return f"new vectors are {found.code_error:.2f} times as far from their codes"
-    if found.imbalance > _UNEVEN * max(imbalance, 1.0):
-        return f"lists have become uneven: {found.imbalance:.1f} after {imbalance:.1f}"
-    if found.grown > _GROWN:
-        return f"there are {found.grown:.1f} times as many vectors as when it was trained"
-    return ""
+    signs = (
+        (found.error > _WORSE, f"new vectors are {found.error:.2f} times as far from their centroids"),
+        (found.code_error > _WORSE, f"new vectors are {found.code_error:.2f} times as far from their codes"),
+        (found.imbalance > _UNEVEN * max(imbalance, 1.0),
+         f"lists have become uneven: {found.imbalance:.1f} after {imbalance:.1f}"),
+        (found.grown > _GROWN, f"there are {found.grown:.1f} times as many vectors as when it was trained"),
+    )  # fmt: skip
+    return next((why for is_so, why in signs if is_so), "")
 
 
 def _imbalance(records: Sequence[ShardRecord], vectors: Sequence[int]) -> float:

@@ -223,20 +223,18 @@ class IndexWorker:
         choice, n = choose_for(store, stage.encoder, stage.wanted)
         tombstones = read_tombstones(store)
         rows = search_scope.SearchableRows(store, search_scope.embedded_parts(store, stage.encoder), tombstones)
-        reported, done = 0, 0.0
+        done = 0.0
 
         def told(share: float) -> None:
-            nonlocal reported, done
-            done += share
-            now = min(task.weight, int(done * task.weight))
-            report(now - reported)
-            reported = now
+            nonlocal done
+            before, done = done, min(done + share, 1.0)
+            report(int(done * task.weight) - int(before * task.weight))
 
         # Shards hold purged vectors, too, as a purge can be undone.
         left_out = Tombstones(np.union1d(read_set_aside(store).ids, search_scope.erased_chunks(store).ids))
         memory = stage.wanted.memory
         trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
-        report(task.weight - reported)
+        report(task.weight - int(done * task.weight))
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
             encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,

@@ -84,16 +84,13 @@ class ClassifierMatcher:
         scores = self._classifier.scores(texts, self._label)
         broken = np.flatnonzero(np.isnan(scores))
         if len(broken):
-            raise self._no_score(block, int(rows[broken[0]]))
+            row = int(rows[broken[0]])
+            names = parts.read_documents(self._store, block.part, ["id"])["id"]
+            raise RetrotoolError(
+                f"classifier {str(self._classifier.identity.path)!r} gives NaN or infinity for chunk "
+                f"{parts.join_id(block.part, block.first + row)} (row {block.first + row} of part {block.part}, "
+                f"document {names[int(chunks.doc[row])].as_py()!r})",
+                "Nothing was purged. Its weights are broken, or it can't read this text: give another model.",
+            )
         chosen = scores >= np.float32(self._above)
         return BlockHits.whole(rows[chosen], scores[chosen])
-
-    def _no_score(self, block: TextBlock, row: int) -> RetrotoolError:
-        names = parts.read_documents(self._store, block.part, ["id"])["id"]
-        document = names[int(block.chunks.doc[row])].as_py()
-        chunk = int(parts.chunk_ids(block.part, np.array([block.first + row]))[0])
-        return RetrotoolError(
-            f"classifier {str(self._classifier.identity.path)!r} gives NaN or infinity for chunk {chunk} "
-            f"(row {block.first + row} of part {block.part}, document {document!r})",
-            "Nothing was purged. Its weights are broken, or it can't read this text: give another model.",
-        )
