@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,26 +70,17 @@ def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPA
             some = rows[start : start + _BLOCK]
             excluded = Excluded.nothing(len(some)) if own is None else own.take(some)
             best = database.search(Queries(vectors[some].astype(np.float32), excluded), k)
-            common, which = _common(database, chunks.tokens[some], chunks.n_tokens[some].astype(np.int64), best.ids)
-            neighbours = best.ids[np.arange(len(some)), which]
+            others, n_others = read_pieces(database.store, database.tombstones, best.ids.ravel()).joined()
+            each = np.repeat(some, best.ids.shape[1])
+            found = longest_common(chunks.tokens[each], chunks.n_tokens[each].astype(np.int64), others, n_others)
+            length = found.length.reshape(best.ids.shape)
+            longest = np.arange(len(some)), length.argmax(axis=1)
             documents = chunks.doc[some].tolist()
             yield Leaks(
-                parts.chunk_ids(part, some), [sources[i] or "" for i in documents], common, neighbours,
-                best.distances[:, 0],
+                parts.chunk_ids(part, some), [sources[i] or "" for i in documents], length[longest],
+                best.ids[longest], best.distances[:, 0],
             )  # fmt: skip
             report(len(some))
-
-
-def _common(
-    database: Database, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the longest run that each chunk shares with a neighbour of [q, k], and with which, both int64 [q]."""
-    others, n_others = read_pieces(database.store, database.tombstones, ids.ravel()).joined()
-    k = ids.shape[1]
-    found = longest_common(np.repeat(tokens, k, axis=0), np.repeat(n_tokens, k), others, n_others)
-    length = found.length.reshape(-1, k)
-    which = length.argmax(axis=1)
-    return length[np.arange(len(length)), which], which
 
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
