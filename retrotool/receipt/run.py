@@ -29,10 +29,8 @@ from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.purged_chunks import check_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
-from retrotool.store import identity
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.state import State
 from retrotool.store.storage import file_sha256
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
@@ -138,7 +136,9 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     sha256 = hashlib.sha256(data).hexdigest()
     with result_files.written(targets["json"]) as scratch:
         scratch.write_bytes(data)
-    commit = _commit_receipt(store, receipt, sha256)
+    commit, draft = None, Draft("verify", {"purge": receipt.purge, "ok": receipt.ok, "receipt": sha256})
+    with contextlib.suppress(StorageError, PermissionError), writing(store) as run:  # which it can't be, perhaps
+        commit = store.commit(run, lambda _: draft).number
     pages.write_page(
         targets["html"], "receipt.html", receipt=receipt, state=STATES[receipt.state], verdict=verdict(receipt),
         digest=sha256, commit=commit, listed=_LISTED,
@@ -151,7 +151,7 @@ def _check(store: Store, purge: str) -> Receipt:
     chunks = read_tombstones(store, purge).ids
     history = PurgeHistory(purge)
     with counting("log", "log", 1) as report:
-        log = check_log(store.storage, identity.read_identity(store.storage)[1], store.state.number, history.note)
+        log = check_log(store.storage, store.genesis, store.state.number, history.note)
         report(1)
     with counting("files", "B", store.state.bytes()) as report:
         erasure = check_files(Purged(store, Tombstones(chunks), history), report)
@@ -204,14 +204,3 @@ def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:
             store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
         ):
             yield f"{entry.path}: its SHA-256 is not what the log says: other chunks were checked than were purged"
-
-
-def _commit_receipt(store: Store, receipt: Receipt, sha256: str) -> int | None:
-    """Commit the SHA-256 of a receipt's JSON; None if the store can't be written."""
-
-    def build(_: State) -> Draft:
-        return Draft("verify", {"purge": receipt.purge, "ok": receipt.ok, "receipt": sha256})
-
-    with contextlib.suppress(StorageError, PermissionError), writing(store) as run:
-        return store.commit(run, build).number
-    return None
