@@ -90,6 +90,9 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         sizes[file.kind] = sizes.get(file.kind, 0) + file.bytes
     own = store.identity
     keys = _Keys(store)
+    encoders, checks = _covered(store, keys, "encoder:", "embeddings"), state.with_prefix("fidelity:")
+    for name in encoders.keys() & checks.keys():
+        encoders[name]["check"] = checks[name]
     return Info(
         path=str(root),
         uuid=own.uuid,
@@ -101,7 +104,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         commit=state.number,
         bytes=sizes,
         parts=[_part(store, part) for part in state.all_parts()],
-        encoders=_encoders(store, keys),
+        encoders=encoders,
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, keys),
         # The oldest first: their ids are random.
@@ -206,13 +209,6 @@ def _part(store: Store, part: int) -> dict[str, Any]:
 
 def _files(store: Store, kind: str) -> list[dict[str, Any]]:
     return [{"path": entry.path, "rows": entry.rows} for entry in store.state.group(kind).entries()]
-
-
-def _encoders(store: Store, keys: _Keys) -> dict[str, Any]:
-    """What is covered by embeddings, and what ``embed --check`` found last."""
-    checks = store.state.with_prefix("fidelity:")
-    found = _covered(store, keys, "encoder:", "embeddings")
-    return {name: {**about, "check": checks[name]} if name in checks else about for name, about in found.items()}
 
 
 def _covered(store: Store, keys: _Keys, prefix: str, kind: str) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     checked = Checked(store, result.problems)
     _check_log(checked)
     references.check_records(checked)
-    checked.problems += _links(store)
+    links = (path for path in store.storage.irregular() if not path.endswith("/"))
+    links = (path for path in links if "/" in path or path in paths.FOLDERS)  # in the place of what the store has
+    checked.problems += [f"{path} is a symbolic link" for path in sorted(links)]
     checked.problems += [
         f"{path} is not a finished task: the next command that writes removes it, and does the task again"
         for path in staging.broken(store.storage)
@@ -121,12 +123,6 @@ def _check_log(checked: Checked) -> None:
         checked.problems += found.problems
         if not found.problems and not same_state(found.state, store.state):
             checked.problems.append("the open state is not the fold of the log: commits are missing")
-
-
-def _links(store: Store) -> list[str]:
-    """Symbolic links in the place of a folder or a file of the store."""
-    links = (path for path in store.storage.irregular() if not path.endswith("/"))
-    return [f"{path} is a symbolic link" for path in sorted(links) if "/" in path or path in paths.FOLDERS]
 
 
 def _check_files(checked: Checked, result: Verification, report: Report) -> None:

@@ -19,10 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
@@ -189,21 +187,15 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
     for purge, record in standing_purges(database.state).items():
         if purges and purge not in purges:
             continue
-        chunks = read_tombstones(database, purge).ids
+        n = len(read_tombstones(database, purge).ids)
         since = sum(commit >= record["commit"] for commit in made)
         erased = within and bool(record["erased"])
-        asked.append(AskedPurge(purge, database.place, len(chunks), erased, len(entries), since))
-    ids = named_chunks(database, [one.purge for one in asked])
-    return _Table(entries, Tombstones(ids), Tombstones(ids[_index_of(database, ids) > 0] - 1)), asked
-
-
-def _index_of(database: Store, ids: Ids) -> npt.NDArray[Any]:
-    """The places of ascending chunks in their documents."""
-    found = [np.zeros(0, np.int32)]
+        asked.append(AskedPurge(purge, database.place, n, erased, len(entries), since))
+    ids, follow = named_chunks(database, [one.purge for one in asked]), [np.zeros(0, np.bool_)]
     for part, rows in rows_by_part(ids):
-        table = parts.read_parquet(database, parts.part_entry(database, "chunks", part), ["index"])
-        found.append(table["index"].to_numpy()[rows])
-    return np.concatenate(found)
+        chunks = parts.read_parquet(database, parts.part_entry(database, "chunks", part), ["index"])
+        follow.append(chunks["index"].to_numpy()[rows] > 0)
+    return _Table(entries, Tombstones(ids), Tombstones(ids[np.concatenate(follow)] - 1)), asked
 
 
 def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, Ids]:
