@@ -176,6 +176,8 @@ class _Curve:
         self._found: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
         """By ``nprobe``, depth and k: how many of the truth were found [q], or, of a sample, which [q, t]."""
         self._nearer = np.zeros(truth.best.ids.shape, np.int64)
+        """For each of the truth how many were found nearer by the most thorough search, which so far is the last one.
+        """
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
     def at(self, nprobe: int) -> list[Recall]:
@@ -210,7 +212,8 @@ class _Curve:
                     are_among(truth.ids, found.ids[:, :k]) if self._truth.share < 1 else _count_found(truth, found, k)
                 )
                 blocks.append(some)
-            nearer.append(_nearer(truth, best[deepest]))
+            pairs = zip(best[deepest].distances, truth.distances * (1 - _TIE), strict=True)
+            nearer.append(np.array([np.searchsorted(row, own) for row, own in pairs], np.int64))
         if first:
             self._nearer = np.concatenate(nearer)
         q = max(first, 1)
@@ -257,12 +260,6 @@ def _count_found(truth: Best, found: Best, k: int) -> Ids:
     near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
     counts: Ids = np.minimum((near & (found.ids[:, :k] >= 0)).sum(axis=1), there.sum(axis=1))
     return counts
-
-
-def _nearer(truth: Best, deepest: Best) -> Ids:
-    """For each of the truth how many were found nearer by the most thorough search, which so far is the last one."""
-    pairs = zip(deepest.distances, truth.distances, strict=True)
-    return np.array([np.searchsorted(row, d * (1 - _TIE)) for row, d in pairs], np.int64)
 
 
 def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:

@@ -107,7 +107,11 @@ def _after(purge: dict[str, Any]) -> str:
 
 def _neighbours(info: Info, name: str) -> str:
     about = info.neighbours[name]
-    rows, made = output.count(about["rows"], "chunk"), _materialised(about)
+    rows, made = output.count(about["rows"], "chunk"), ""
+    if about.get("text"):
+        lacking = about["parts"] - about["text_parts"]
+        stale = f" ({output.count(lacking, 'part')} without)" if lacking else ""
+        made = f", {about['k']} materialised{stale}"
     if "mix" in about:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
         return f"a mixture of {of} for {rows}{made}"
@@ -117,14 +121,6 @@ def _neighbours(info: Info, name: str) -> str:
 
         words = f"; left out: {in_words(filters)}"
     return f"{about['saved']} saved for {rows}{made}{words}"
-
-
-def _materialised(about: dict[str, Any]) -> str:
-    if not about.get("text"):
-        return ""
-    lacking = about["parts"] - about["text_parts"]
-    stale = f" ({output.count(lacking, 'part')} without)" if lacking else ""
-    return f", {about['k']} materialised{stale}"
 
 
 def _shape(shape: Shape | None) -> list[str]:
