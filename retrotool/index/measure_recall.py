@@ -102,16 +102,10 @@ def measure_until_committed(
                 )
             settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
             # The measurement before; or, where the generation becomes the current one, all that is not of it.
-            kept = [now.trained, *now.shards.values()]
+            kept, is_new = [now.trained, *now.shards.values()], generation != now.current
             group = state.group("index", name).items()
-            old = [one for slot, one in group if slot == RECALL or (generation != now.current and one not in kept)]
-            return Draft(
-                "index",
-                settings,
-                add=(file,),
-                remove=tuple(entry.path for entry in old),
-                records={index_key(name): record},
-            )
+            old = tuple(one.path for slot, one in group if slot == RECALL or (is_new and one not in kept))
+            return Draft("index", settings, add=(file,), remove=old, records={index_key(name): record})
 
         store.commit(run, build)
 

@@ -47,8 +47,8 @@ class Checked:
     """A store that is being checked: what is wrong with it, and what is known of it by now.
 
     ``recorded`` are the keys of all records that were ever set; ``broken`` paths of files that can't be read for what
-    they are. ``zeros`` has, by path of embeddings, the rows whose
-    vector is zero though they are neither erased nor values.
+    they are. ``zeros`` has, by path of embeddings, the rows whose vector is zero though they are neither erased nor
+    values.
     """
 
     def __init__(self, store: Store, problems: list[str]) -> None:
