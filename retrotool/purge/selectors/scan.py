@@ -106,7 +106,7 @@ class ScanWorker:
             report(rows)
         name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
         about = {"reads": task.inputs["reads"], "names": [list(one.names) for one in self._selectors]}
-        entry = parts.write_parquet(store, name, pa.concat_tables(found), about=about)
+        entry = parts.write_parquet(store, name, pa.concat_tables(found).combine_chunks(), about=about)
         settings = {"scan": self._scan, "selectors": [one.kind for one in self._selectors]}
         reads, replaced = tuple(task.inputs["reads"]), tuple(task.inputs["replaces"])
         return Staged(task.key, "select", run, settings, reads, (entry,), replaced)
