@@ -169,7 +169,7 @@ def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
 
     Those of pending parts are not among the totals: the record of their plan says what will not be.
     """
-    live = weight_of(weights, list(filter(state.is_live, weights))).as_counts()
+    live = weight_of(weights, set(filter(state.is_live, weights))).as_counts()
     totals = {name: n + sign * live.get(name, 0) for name, n in state.records["totals"].items()}
     records: dict[str, Any] = {"totals": totals}
     for plan_id in unfinished_plans(state):
