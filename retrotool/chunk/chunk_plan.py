@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from retrotool import sources
 from retrotool.chunk import PART_SIZE
 from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.ranges import is_in
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
 from retrotool.store import leases, parts, schema
@@ -84,14 +85,6 @@ class ChunkPlan:
     allow_purged: bool = False
     read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     owner: str = ""
-
-    def weight(self, unit: int) -> int:
-        """Bytes of input that a unit reads."""
-        return sum(piece.weight for piece in self.units[unit])
-
-    def is_stream(self, unit: int) -> bool:
-        """Whether a unit reads standard input."""
-        return any(is_spooled(self.files[piece.file]) for piece in self.units[unit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,26 +150,18 @@ def cut_units(
     units: list[tuple[InputPiece, ...]] = []
     small: list[InputPiece] = []
     gathered = 0
-
-    def close() -> None:
-        nonlocal gathered
-        if small:
-            units.append(tuple(small))
-        small.clear()
-        gathered = 0
-
     for number, file in enumerate(files):
         size = text_bytes(file)
-        if gathered + size > target:
-            close()
+        if small and gathered + size > target:
+            units.append(tuple(small))
+            small, gathered = [], 0
         if size <= target:
             small.append(InputPiece(number, file.size))
             gathered += size
         else:
             slices = sources.cut_input(file, fields, target)
             units += [(InputPiece(number, file.size // len(slices), where),) for where in slices]
-    close()
-    return units
+    return [*units, tuple(small)] if small else units
 
 
 def text_bytes(file: InputFile) -> int:
@@ -480,11 +465,7 @@ class KnownDocuments:
     def hold(self, hashes: Sequence[tuple[bytes, bytes]]) -> npt.NDArray[np.bool_]:
         """Which documents, given by key and text hash [n], are known."""
         wanted = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), _HASHES)
-        place = np.searchsorted(self._sorted, wanted)
-        known = np.zeros(len(wanted), np.bool_)
-        inside = place < len(self._sorted)
-        known[inside] = self._sorted[place[inside]] == wanted[inside]
-        return known
+        return is_in(wanted, self._sorted)
 
 
 def chunks_of_purges(store: Store) -> Tombstones:

@@ -154,21 +154,14 @@ def note_empty_columns(store: Store, new: Sequence[int], keep: Sequence[str], kn
     old = [part for part in store.state.all_parts() if part not in new][:_LOOKED_AT] if known else []
     with contextlib.suppress(ErasedError):  # by another process, just now
         for name in keep:
-            if new and not any(_has_values(store, part, name) for part in new):
+            columns = (parts.read_documents(store, part, [name])[name] for part in new if name in _columns(store, part))
+            if new and all(column.null_count == len(column) for column in columns):
                 note(f"--keep {name}: no row has this field, so its column is empty.")
-        lost = [name for name in keep if old and not any(_has_column(store, part, name) for part in old)]
+        lost = [name for name in keep if old and not any(name in _columns(store, part) for part in old)]
         if lost:
             what = "1 input is" if known == 1 else f"{known:,} inputs are"
             note(f"--keep {', '.join(lost)}: {what} in the store already, and without it.")
 
 
-def _has_column(store: Store, part: int, name: str) -> bool:
-    entry = parts.part_entry(store, "documents", part)
-    return name in parts.read_schema(store, entry).names
-
-
-def _has_values(store: Store, part: int, name: str) -> bool:
-    if not _has_column(store, part, name):
-        return False
-    column = parts.read_documents(store, part, [name])[name]
-    return bool(column.null_count < len(column))
+def _columns(store: Store, part: int) -> list[str]:
+    return list(parts.read_schema(store, parts.part_entry(store, "documents", part)).names)

@@ -7,6 +7,7 @@ become one chunk, and its value. Every piece begins a new chunk. Cost beyond the
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,6 @@ from retrotool.sources import Document, Rejected, excerpt
 from retrotool.store import parts
 from retrotool.store.blocked import Hashes, keyed_tokens
 from retrotool.tokenizers import FastTokenizer
-
-NOTHING_LEFT = "text without a token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +83,9 @@ def tokenise(
     pieces = 2 if records else 1
     texts = [text for d in documents for text in (d.text, d.value or "")] if records else [d.text for d in documents]
     ids, lengths = encoder.encode_flat(texts)
-    good: npt.NDArray[np.bool_] = np.asarray((lengths > 0).reshape(-1, pieces).all(axis=1))
-    if not good.all():
-        for number in np.flatnonzero(~good):
-            bad(Rejected(documents[number].line, NOTHING_LEFT, excerpt=excerpt(documents[number].text)))
-        ids = ids[np.repeat(np.repeat(good, pieces), lengths)]
-        lengths = lengths[np.repeat(good, pieces)]
-        documents = [document for document, kept in zip(documents, good, strict=True) if kept]
+    empty: npt.NDArray[np.bool_] = np.asarray((lengths == 0).reshape(-1, pieces).any(axis=1))
+    for number in np.flatnonzero(empty):
+        bad(Rejected(documents[number].line, "text without a token", excerpt=excerpt(documents[number].text)))
     cut = None
     if records:
         limit = lengths.copy()
@@ -99,22 +94,21 @@ def tokenise(
         if cut.any():
             place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             ids, lengths = ids[place < np.repeat(limit, lengths)], limit
-    return Tokens(documents, ids, lengths, pieces, cut, good)
+    found = Tokens(documents, ids, lengths, pieces, cut)
+    return found.without(empty) if empty.any() else found
 
 
 def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
     arrays = [document.tokens for document in documents if document.tokens is not None]
     lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
     ids = np.concatenate(arrays) if arrays else np.zeros(0, np.uint32)
-    good = np.ones(len(documents), bool)
-    if ids.size and int(ids.max()) >= vocabulary:
-        for number, (document, tokens) in enumerate(zip(documents, arrays, strict=True)):
-            if len(tokens) and int(tokens.max()) >= vocabulary:
-                bad(Rejected(document.line, f"a token id is not below the vocabulary's size {vocabulary:,}"))
-                good[number] = False
-        ids, lengths = ids[np.repeat(good, lengths)], lengths[good]
-        documents = [document for document, kept in zip(documents, good, strict=True) if kept]
-    return Tokens(documents, ids, lengths, kept=good)
+    found = Tokens(documents, ids, lengths)
+    if not ids.size or int(ids.max()) < vocabulary:
+        return found
+    over = np.array([len(tokens) > 0 and int(tokens.max()) >= vocabulary for tokens in arrays])
+    for document in itertools.compress(documents, over):
+        bad(Rejected(document.line, f"a token id is not below the vocabulary's size {vocabulary:,}"))
+    return found.without(over)
 
 
 def cut_chunks(

@@ -284,34 +284,31 @@ class PartRepeats:
 
 def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
     """What the documents at ``places`` (ascending) hold, part by part."""
+    columns = ["first_row", "n_chunks", "input", "position", "source"]
     for part in distinct_parts(places):
         some = slice_of_part(places, part)
-        found = _read_part(store, tombstones, part, row_of(places[some]), by_text[some])
-        if len(found.chunks):
-            yield found
-
-
-def _read_part(store: Store, tombstones: Tombstones, part: int, docs: Places, by_text: Flags) -> PartRepeats:
-    columns = ["first_row", "n_chunks", "input", "position", "source"]
-    table = parts.read_documents(store, part, columns).take(pa.array(docs))
-    n_tokens = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])["n_tokens"].to_numpy()
-    count = table["n_chunks"].to_numpy()
-    owner = np.repeat(np.arange(len(docs)), count)
-    rows = expand_ranges(table["first_row"].to_numpy(), count)
-    ids = parts.chunk_ids(part, rows)
-    left = n_tokens[rows] > 0
-    alive = left & ~tombstones.contains(ids)
-    living = np.bincount(owner[alive], minlength=len(docs)) > 0
-    table = table.filter(pa.array(living))
-    return PartRepeats(
-        ids[left],
-        int(alive.sum()),
-        by_text[living],
-        table["input"].combine_chunks(),
-        table["position"].to_numpy(),
-        [source or "" for source in table["source"].to_pylist()],
-        int(n_tokens[rows[alive]].sum()),
-    )
+        table = parts.read_documents(store, part, columns).take(pa.array(row_of(places[some])))
+        entry = parts.part_entry(store, "chunks", part)
+        n_tokens = parts.read_parquet(store, entry, ["n_tokens"])["n_tokens"].to_numpy()
+        count = table["n_chunks"].to_numpy()
+        owner = np.repeat(np.arange(len(count)), count)
+        rows = expand_ranges(table["first_row"].to_numpy(), count)
+        ids = parts.chunk_ids(part, rows)
+        left = n_tokens[rows] > 0
+        if not left.any():
+            continue
+        alive = left & ~tombstones.contains(ids)
+        living = np.bincount(owner[alive], minlength=len(count)) > 0
+        table = table.filter(pa.array(living))
+        yield PartRepeats(
+            ids[left],
+            int(alive.sum()),
+            by_text[some][living],
+            table["input"].combine_chunks(),
+            table["position"].to_numpy(),
+            table["source"].fill_null("").to_pylist(),
+            int(n_tokens[rows[alive]].sum()),
+        )
 
 
 def locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:

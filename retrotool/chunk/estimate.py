@@ -6,6 +6,7 @@ slices further in), tokenised and cut as in earnest, and the counts scaled by th
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,7 @@ import pyarrow.parquet as pq
 from retrotool import sources
 from retrotool.chunk import CHUNK_LENGTH, chunker
 from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, text_bytes
-from retrotool.chunk.run import (
-    check_chunk_length,
-    check_options,
-    check_store_identity,
-    find_readable,
-)  # fmt: skip
+from retrotool.chunk.run import check_chunk_length, check_options, check_store_identity, find_readable
 from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice, streams
 from retrotool.store import parts
@@ -93,9 +89,8 @@ def estimate(
             store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length
         )
         fingerprints = known_inputs(store, store.state, options).fingerprints
-        hashes = hashes_of(store, files, options.fields)
-        new = [file for file, (fingerprint, _) in zip(files, hashes, strict=True) if fingerprint not in fingerprints]
-        known, files = len(files) - len(new), new
+        new = [fingerprint not in fingerprints for fingerprint, _ in hashes_of(store, files, options.fields)]
+        known, files = new.count(False), list(itertools.compress(files, new))
         chunk_length = store.identity.chunk_length
         options = replace(options, exact_tokenizer=options.exact_tokenizer or EXACT in store.state.records)
         loaded = stored_tokenizer(store)
@@ -196,15 +191,11 @@ class _Sampler:
         sample.chunks += len(cut.doc)
         sample.tokens += len(found.ids)
         sample.text += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in found.documents)
-        sample.disk += _written(parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key))
+        table, sink = parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key), pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=parts.ROW_GROUP, compression="zstd")
+        sample.disk += int(sink.getvalue().size)
         # The documents files, whose columns are mostly hashes and ids.
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
-
-
-def _written(table: pa.Table) -> int:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=parts.ROW_GROUP, compression="zstd")
-    return int(sink.getvalue().size)
 
 
 def _expansion(file: InputFile) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrotool.chunk.chunker import Cut, Tokens, cut_chunks
+from retrotool.chunk.chunker import Tokens, cut_chunks
 from retrotool.sources import Document
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
@@ -151,7 +151,9 @@ class PartWriter:
             self._add_documents(
                 name, batch.documents[some], hashes[some], first_row, cut.n_chunks[some], n_tokens[some]
             )
-            self._add_chunks(cut, rows, start)
+            doc = cut.doc[rows] - start + self._documents
+            columns = [doc, cut.index[rows], cut.n_tokens[rows], cut.tokens[rows]]
+            self._chunks.add(*columns, *([] if cut.key is None else [cut.key[rows]]))
             self._documents += stop - start
             self.counts["documents"] += stop - start
             self.counts["chunks"] += rows.stop - rows.start
@@ -159,11 +161,6 @@ class PartWriter:
             if self._chunks.rows >= self._part_size or self._column_bytes >= COLUMN_BYTES:
                 self._close_part()
             start = stop
-
-    def _add_chunks(self, cut: Cut, rows: slice, first_doc: int) -> None:
-        doc = cut.doc[rows] - first_doc + self._documents
-        columns = [doc, cut.index[rows], cut.n_tokens[rows], cut.tokens[rows]]
-        self._chunks.add(*columns, *([] if cut.key is None else [cut.key[rows]]))
 
     def _add_documents(
         self,

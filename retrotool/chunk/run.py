@@ -69,11 +69,12 @@ def chunk(
     ``if __name__ == "__main__":``, as processes are spawned.
     """
     chosen = check_options(replace(options or ChunkOptions(), **changes))
-    if not inputs and not _has_unfinished(storage_at(root)):
+    storage = storage_at(root)
+    if not inputs and not (is_store(storage) and unfinished_plans(Store.open(storage).state)):
         raise UsageError("no input was given, and nothing is left unfinished", "Name files or folders.")
     # Before anything is made: what can't be read must leave nothing behind.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
-    store, loaded = open_or_create(storage_at(root), tokenizer, chunk_length)
+    store, loaded = open_or_create(storage, tokenizer, chunk_length)
     repeats: dict[str, DuplicateCounts] = {}
     before = set(store.state.all_parts())
     with contextlib.ExitStack() as stack:
@@ -109,10 +110,6 @@ def chunk(
     result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
     note_empty_columns(store, sorted(set(store.state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
     return result
-
-
-def _has_unfinished(storage: Storage) -> bool:
-    return is_store(storage) and bool(unfinished_plans(Store.open(storage).state))
 
 
 def _tell_begun(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
@@ -156,13 +153,11 @@ def _findings(
     """What is to be known of the fast tokenizer, if that would be used and is not known yet; says if it is not used."""
     if not may_be_fast(store.state, files):
         return None
-    known = known_findings(store.state)
-    new = None
+    known, new = known_findings(store.state), None
+    why = "" if known is None else known.why
     if known is None or known.versions != library_versions():
         fast = FastTokenizer(loaded or stored_tokenizer(store))
         new, why = fast.findings, fast.why
-    else:
-        why = known.why
     if why:
         options.note(f"Tokenising by tokenizers alone, which is many times slower: {why}.")
     return new

@@ -10,7 +10,7 @@ documents on the block list are left out. Documents that repeat are found when t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from retrotool.chunk.chunk_plan import (
     open_plans,
     read_plan,
 )
-from retrotool.chunk.chunker import Tokens
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
@@ -41,6 +40,7 @@ from retrotool.sources.lines import lines_before
 from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
@@ -79,12 +79,14 @@ class ChunkStage:
         for plan_id, entry, plan in open_plans(store):
             is_elsewhere = plan.owner not in ("", self.run) and plan.owner in leases.others(store.storage, self.run)
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
-                if is_elsewhere and plan.is_stream(index):
+                unit = plan.units[index]
+                files = [plan.files[piece.file] for piece in unit]
+                if is_elsewhere and any(map(is_spooled, files)):
                     continue
                 key = task_key("chunk", {"unit": index}, [entry.path])
-                first = plan.files[plan.units[index][0].file].path
                 inputs = {"plan": plan_id, "unit": index, "path": entry.path}
-                tasks.append(Task(key, f"unit {index} ({first})", plan.weight(index), inputs))
+                weight = sum(piece.weight for piece in unit)
+                tasks.append(Task(key, f"unit {index} ({files[0].path})", weight, inputs))
         return tasks
 
     def open(self, store: Store) -> ChunkWorker:
@@ -93,24 +95,38 @@ class ChunkStage:
 
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
         """An empty unit, whose inputs are set aside: what can't be read must not keep what comes after it waiting."""
-        plan_id, index, path = str(task.inputs["plan"]), int(task.inputs["unit"]), str(task.inputs["path"])
-        plan = _plan_at(store, plan_id, path)
+        plan = _plan_of(store, task)
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
         detail = sources.reason_of(error)[:_EXCERPT]
         bad = Quarantine()
-        for piece in plan.units[index]:
+        for piece in plan.units[task.inputs["unit"]]:
             bad.open(plan.files[piece.file].path)
             bad.append(Rejected(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
-        quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
-        counts = {**dict.fromkeys(PLAN_COUNTS, 0), "set_aside": len(bad), "damaged": bad.damaged}
-        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, (), quarantine, counts))
+        return _staged(store, task, run, bad, dict.fromkeys(PLAN_COUNTS, 0))
 
 
-def _plan_at(store: Store, plan_id: str, path: str) -> ChunkPlan:
-    entry = store.refresh().file("plans", plan_id)
-    if entry is None or entry.path != path:
-        raise ErasedError(f"plan {plan_id} was finished or changed by another process")
+def _plan_of(store: Store, task: Task) -> ChunkPlan:
+    entry = store.refresh().file("plans", task.inputs["plan"])
+    if entry is None or entry.path != task.inputs["path"]:
+        raise ErasedError(f"plan {task.inputs['plan']} was finished or changed by another process")
     return read_plan(store, entry)
+
+
+def _staged(
+    store: Store,
+    task: Task,
+    run: str,
+    bad: Quarantine,
+    counts: Mapping[str, int],
+    files: tuple[tuple[FileEntry, ...], ...] = (),
+    blocked: Blocked | None = None,
+) -> Staged:
+    """Write what a unit set aside, and return what to stage of it."""
+    plan_id, index = task.inputs["plan"], task.inputs["unit"]
+    quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
+    counts = {**counts, "set_aside": len(bad), "damaged": bad.damaged}
+    unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots)
+    return Staged(task.key, "chunk", run, reads=(task.inputs["path"],), unit=unit)
 
 
 class ChunkWorker:
@@ -124,22 +140,21 @@ class ChunkWorker:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Read, tokenise and write one unit."""
-        path, index, plan_id = str(task.inputs["path"]), int(task.inputs["unit"]), str(task.inputs["plan"])
-        if self._plan is None or self._plan[0] != path:
-            self._plan = (path, _plan_at(self._store, plan_id, path))
+        if self._plan is None or self._plan[0] != task.inputs["path"]:
+            self._plan = (task.inputs["path"], _plan_of(self._store, task))
         plan = self._plan[1]
         with PartWriter(self._store, run, plan.fields.keep, plan.part_size) as writer:
-            blocked = self._block_list(plan)
+            blocked = None
+            if not plan.allow_purged:
+                # Anew for every unit: what was purged while the one before was read must not come back.
+                self._store.refresh()
+                blocked = read_blocked(self._store)
             unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
-            for piece in plan.units[index]:
+            for piece in plan.units[task.inputs["unit"]]:
                 unit.chunk(piece, self._stage)
             files = writer.close()
             unit.count_tokenised()
-        name = FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet")
-        entry = unit.bad.write(self._store, name)
-        slots = None if blocked is None else blocked.slots
-        counts = {**writer.counts, **unit.counts, "set_aside": len(unit.bad), "damaged": unit.bad.damaged}
-        return Staged(task.key, "chunk", run, reads=(path,), unit=Unit(plan_id, index, files, entry, counts, slots))
+        return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, files, blocked)
 
     def _encoder(self, plan: ChunkPlan) -> FastTokenizer:
         if self._fast is None or self._fast[0] != plan.fast:
@@ -147,13 +162,6 @@ class ChunkWorker:
             fast = FastTokenizer(self._exact, check=self._stage.check, use_tokie=plan.fast, findings=known)
             self._fast = (plan.fast, fast)
         return self._fast[1]
-
-    def _block_list(self, plan: ChunkPlan) -> Blocked | None:
-        if plan.allow_purged:
-            return None
-        # Anew for every unit: what was purged while the one before was read must not come back.
-        self._store.refresh()
-        return read_blocked(self._store)
 
 
 class _Unit:
@@ -171,7 +179,7 @@ class _Unit:
         self._store, self._plan, self._encoder, self._blocked = store, plan, encoder, blocked
         self._writer, self._report = writer, report
         self.bad = Quarantine()
-        self._known: tuple[int, KnownDocuments | None] = (-1, None)
+        self._known_documents = functools.lru_cache(1)(self._read_known_documents)
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut"), 0)
         self.counts |= {"compared": -encoder.compared, "exact": -encoder.judged}
 
@@ -194,15 +202,13 @@ class _Unit:
             done = max(done, ahead)
         self._report(weight - done)
 
-    def _known_documents(self, file: int) -> KnownDocuments | None:
+    def _read_known_documents(self, file: int) -> KnownDocuments | None:
         """Documents that the store has of a file that is read again."""
         plans = self._plan.read_before.get(file)
         if plans is None:
             return None
-        if self._known[0] != file:
-            without = chunks_of_purges(self._store) if self._plan.allow_purged else None
-            self._known = (file, KnownDocuments(self._store, self._plan.files[file].name, plans, without))
-        return self._known[1]
+        without = chunks_of_purges(self._store) if self._plan.allow_purged else None
+        return KnownDocuments(self._store, self._plan.files[file].name, plans, without)
 
     def _add(self, name: str, batch: list[Document], known: KnownDocuments | None) -> None:
         hashes = [
@@ -223,8 +229,12 @@ class _Unit:
             held = self._blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
             self.counts["blocked"] += int(held.sum())
             found = found.without(held) if held.any() else found
-        if found.documents:
-            self._write(name, found, hashes)
+        if not found.documents:
+            return
+        if found.kept is not None:
+            hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
+        self.counts["keys_cut"] += 0 if found.cut is None else int(found.cut.sum())
+        self._writer.add(name, found, hashes)
 
     def _leave_out(
         self, count: str, held: Flags, batch: list[Document], hashes: list[tuple[bytes, bytes]]
@@ -240,12 +250,6 @@ class _Unit:
         self.counts["exact"] += encoder.judged
         if encoder.engine == "tokenizers":
             self.counts["exact"] = self._writer.counts["documents"]
-
-    def _write(self, name: str, found: Tokens, hashes: list[tuple[bytes, bytes]]) -> None:
-        if found.kept is not None:
-            hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
-        self.counts["keys_cut"] += 0 if found.cut is None else int(found.cut.sum())
-        self._writer.add(name, found, hashes)
 
 
 def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
