@@ -131,8 +131,7 @@ def lengths(array: pa.Array) -> npt.NDArray[np.int64]:
     if pa.types.is_dictionary(array.type):
         inner: npt.NDArray[np.int64] = np.append(lengths(array.dictionary), 0)  # the last for nulls
         places = array.indices.cast(pa.int64()).fill_null(len(inner) - 1).to_numpy(zero_copy_only=False)
-        decoded: npt.NDArray[np.int64] = inner[places]
-        return decoded
+        return np.asarray(inner[places])
     if is_text(array.type):
         counted, width = pc.binary_length(array), 1
     elif is_list(array.type):
@@ -291,26 +290,25 @@ def read_parquet_file(file: InputFile, fields: Fields, where: Slice) -> Iterator
             return
         line = 1
         sizes = _sizes(table)
-        for group, count in zip(range(where.start, end), counts, strict=True):
+        for group, count in enumerate(counts, where.start):
             begin = line
-            for batch in _batches(table, group, fields, sizes[group], begin, total):
+            for batch in _batches(table, group, count, fields, sizes[group], begin, total):
                 yield from documents_of_batch(batch, fields, file.name, line, where.first + line)
                 line += batch.num_rows
             if line != begin + count:
                 raise InputError(f"row group {group} has {line - begin:,} rows, not {count:,}", line)
 
 
-def cut_parquet(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+def cut_parquet(file: InputFile, target: int) -> list[Slice]:
     """Return runs of row groups of about ``target`` decompressed bytes."""
-    del fields
     with _open(file) as table:
         _check_counts(table)
-        counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-        return runs(_sizes(table), [0, *itertools.accumulate(counts)], target)
+        return runs(_sizes(table), _row_counts(table), target)
 
 
-def runs(sizes: list[int], befores: list[int], target: int) -> list[Slice]:
-    """Slices of consecutive groups that reach ``target`` bytes; ``befores``: the rows before each, and all at last."""
+def runs(sizes: list[int], counts: list[int], target: int) -> list[Slice]:
+    """Slices of consecutive groups, of so many bytes and rows each, that reach ``target`` bytes."""
+    befores = [0, *itertools.accumulate(counts)]
     found, start, held = [], 0, 0
     for i, size in enumerate(sizes):
         held += size
@@ -338,10 +336,14 @@ def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
 
 def _check_counts(table: pq.ParquetFile) -> None:
     """Raise ``InputError`` if the row groups do not have the rows that the footer tells of the whole file."""
-    counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    counts = _row_counts(table)
     if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
         told = f"it tells {table.metadata.num_rows:,} rows, its row groups {sum(counts):,}"
         raise InputError(f"the footer is damaged: {told}")
+
+
+def _row_counts(table: pq.ParquetFile) -> list[int]:
+    return [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
 
 
 def _sizes(table: pq.ParquetFile) -> list[int]:
@@ -350,11 +352,10 @@ def _sizes(table: pq.ParquetFile) -> list[int]:
 
 
 def _batches(
-    table: pq.ParquetFile, group: int, fields: Fields, bytes_: int, line: int, total: int
+    table: pq.ParquetFile, group: int, count: int, fields: Fields, bytes_: int, line: int, total: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of a row group of ``bytes_``, of which the first row is the range's row ``line``."""
+    """Batches of a row group of ``count`` rows and ``bytes_``, whose first row is the range's row ``line``."""
     selected = _selected(table, fields)
-    count = table.metadata.row_group(group).num_rows
     size = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(bytes_, 1)))
     done = 0
     for step in (size, max(1, min(size, count // _RETRIED_ROWS))):
@@ -400,23 +401,18 @@ def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[D
             line += batch.num_rows
 
 
-def cut_arrow(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+def cut_arrow(file: InputFile, target: int) -> list[Slice]:
     """Return runs of record batches of about ``target`` bytes of the file; a stream is not cut."""
-    del fields
     with pa.OSFile(file.path) as source:
         if file.size <= target or source.read(len(_FILE)) != _FILE:
             return [WHOLE]
-        table = pa.ipc.open_file(source)
-        counts = _rows_of_batches(source, table.schema, table.num_record_batches)
+        types = pa.ipc.open_file(source).schema.types
+        widths = [kind.bit_width if pa.types.is_primitive(kind) else 1 << 20 for kind in types]
+        narrowest = [widths.index(min(widths))] if widths else []
+        table = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=narrowest))
+        counts = [table.get_batch(i).num_rows for i in range(table.num_record_batches)]
     total = max(sum(counts), 1)
-    return runs([file.size * count // total for count in counts], [0, *itertools.accumulate(counts)], target)
-
-
-def _rows_of_batches(source: pa.NativeFile, schema: pa.Schema, batches: int) -> list[int]:
-    widths = [kind.bit_width if pa.types.is_primitive(kind) else 1 << 20 for kind in schema.types]
-    narrowest = [widths.index(min(widths))] if widths else []
-    table = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=narrowest))
-    return [table.get_batch(i).num_rows for i in range(batches)]
+    return runs([file.size * count // total for count in counts], counts, target)
 
 
 def _record_batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iterator[pa.RecordBatch]:

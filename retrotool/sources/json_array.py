@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import ijson
 import orjson
+from ijson.common import ObjectBuilder
 
 from retrotool.errors import InputError
 from retrotool.sources import lines, streams
@@ -30,6 +31,7 @@ from retrotool.sources.streams import BrokenStream
 
 _SPACE = b" \t\r\n"
 _DEEPEST = 1000
+_NESTING = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _PIECE_BYTES = 64 << 10
 _LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
@@ -85,8 +87,7 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
     base = int(first.startswith(b"["))
     events = ijson.sendable_list()
     parser = ijson.basic_parse_coro(events, use_float=True, multiple_values=not base)
-    builder = _Builder(base)
-    size = 0
+    element, depth, size = ObjectBuilder(), 0, 0
     for piece in itertools.chain(_pieces(itertools.chain([first], stream), limit), [b""]):
         broken = ""
         try:
@@ -97,9 +98,17 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
         except (ijson.JSONError, ValueError) as error:
             broken = _syntax_error(error)
         size += len(piece)
-        for element in builder.elements(events):
-            size = len(piece)
-            yield element
+        for event, value in events:
+            before, depth = depth, depth + _NESTING.get(event, 0)
+            if depth > _DEEPEST + 1:
+                raise BrokenSyntax(f"more than {_DEEPEST:,} brackets inside one another")
+            if min(before, depth) < base:
+                continue  # it begins or ends the array around the elements
+            element.event(event, value)
+            if depth == base:
+                size = len(piece)
+                yield element.value
+                element = ObjectBuilder()
         events.clear()
         if not broken and size > limit:
             broken = f"element of more than {limit:,} bytes"
@@ -151,44 +160,3 @@ def _syntax_error(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "a lone surrogate"
     return str(error).removeprefix("b'").partition("\n")[0].partition("\\n")[0]
-
-
-class _Builder:
-    """Puts events together to the values at depth ``base``."""
-
-    def __init__(self, base: int) -> None:
-        self._base = base
-        self._open: list[Any] = []
-        self._key = ""
-
-    def elements(self, events: Iterable[tuple[str, Any]]) -> Iterator[Any]:
-        """Return the elements that end with the events, in order."""
-        for event, value in events:
-            if event == "map_key":
-                self._key = value
-                continue
-            if event in ("end_map", "end_array"):
-                done = self._open.pop()
-            elif event in ("start_map", "start_array"):
-                self._begin({} if event == "start_map" else [])
-                continue
-            else:
-                self._add(value)
-                done = value
-            if len(self._open) == self._base:
-                yield done
-
-    def _begin(self, value: Any) -> None:
-        if len(self._open) > _DEEPEST:
-            raise BrokenSyntax(f"more than {_DEEPEST:,} brackets inside one another")
-        self._add(value)
-        self._open.append(value)
-
-    def _add(self, value: Any) -> None:
-        if len(self._open) <= self._base:
-            return  # an element belongs to nothing
-        inside = self._open[-1]
-        if isinstance(inside, dict):
-            inside[self._key] = value
-        else:
-            inside.append(value)

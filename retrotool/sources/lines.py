@@ -54,9 +54,7 @@ def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
     """Documents of the lines that begin in a range; lines are counted from the first of them, as 1."""
     limit = line_limit(fields)
     make = maker(fields, file.name)
-    for line in read_lines(file, where, limit):
-        if line.data is None or (line.data and not line.data.isspace()):
-            yield _row(line, make, limit)
+    return (_row(line, make, limit) for line in read_lines(file, where, limit))
 
 
 def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
@@ -87,7 +85,7 @@ JSON_TYPES: dict[type, str] = {
 
 
 def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\n") -> Iterator[Line]:
-    """Lines that begin in a range of a file, with their offsets in the decompressed file.
+    """Lines that begin in a range of a file and are not blank, with their offsets in the decompressed file.
 
     Raises ``InputError`` where the file breaks off, after all whole lines before.
     """
@@ -96,37 +94,30 @@ def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\
         with contextlib.closing(_stream(file, where)) as stream:
             for line in cut_lines(stream, where.first, where.last, limit, separator, skip=where.first > 0):
                 number = line.number
-                yield line
+                if line.data is None or (line.data and not line.data.isspace()):
+                    yield line
     except BrokenStream as error:
         raise InputError(f"broken off after line {number:,}: {error}", number + 1) from error
 
 
 def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
     """The bytes of a range, and those after it, where its last line may end."""
-    path = Path(file.path)
-    if where.last is None or not file.compression:
-        return streams.blocks(path, file.compression, where.start)
-    return _stream_of_frames(path, file.compression, where)
+    path, start = Path(file.path), where.start
+    if where.last is not None and where.end is not None and file.compression:
+        held = 0
+        with contextlib.closing(streams.blocks(path, file.compression, start, where.end)) as stream:
+            for block in stream:
+                held += len(block)
+                yield block
+        if held != where.last - where.first:
+            # Otherwise rows at the borders of ranges would be lost, or come twice.
+            raise BrokenStream(f"frames hold {held:,} bytes of text, not {where.last - where.first:,} as they say")
+        start = where.end
+    yield from streams.blocks(path, file.compression, start)
 
 
-def _stream_of_frames(path: Path, compression: str, where: Slice) -> Generator[bytes]:
-    assert where.last is not None
-    held = 0
-    with contextlib.closing(streams.blocks(path, compression, where.start, where.end)) as stream:
-        for block in stream:
-            held += len(block)
-            yield block
-    if held != where.last - where.first:
-        # Otherwise rows at the borders of ranges would be lost, or come twice.
-        raise BrokenStream(f"frames hold {held:,} bytes of text, not {where.last - where.first:,} as they say")
-    assert where.end is not None
-    with contextlib.closing(streams.blocks(path, compression, where.end)) as stream:
-        yield from stream
-
-
-def cut_byte_ranges(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
     """Slices of about ``target`` bytes of text: byte ranges of a plain file, frames of a zstd archive."""
-    del fields
     if file.compression == "zst":
         return _cut_frames(file, target)
     if file.compression or file.size <= target:
@@ -294,13 +285,7 @@ def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
         yield _whole_text(file, fields)
         return
     for piece in read_lines(file, where, fields.max_document, fields.separator.encode()):
-        if piece.data is None or (piece.data and not piece.data.isspace()):
-            yield _text_document(piece, file, fields)
-
-
-def cut_text(file: InputFile, fields: Fields, target: int) -> list[Slice]:
-    """Slices of about ``target`` bytes of text, if a separator makes documents of the file's pieces."""
-    return cut_byte_ranges(file, fields, target) if fields.separator else [WHOLE]
+        yield _text_document(piece, file, fields)
 
 
 def _whole_text(file: InputFile, fields: Fields) -> Document | Rejected:

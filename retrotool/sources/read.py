@@ -25,7 +25,7 @@ class Format:
     """How files of a format are read, and cut into slices of about ``target`` bytes of text, if they can be."""
 
     read: Callable[[InputFile, Fields, Slice], Rows]
-    cut: Callable[[InputFile, Fields, int], list[Slice]] | None = None
+    cut: Callable[[InputFile, int], list[Slice]] | None = None
 
 
 FORMATS = {
@@ -36,7 +36,7 @@ FORMATS = {
     "parquet": Format(columnar.read_parquet_file, columnar.cut_parquet),
     "tokens": Format(tokens.read_tokens, tokens.cut_tokens),
     "tsv": Format(csv_rows.read_csv),
-    "txt": Format(lines.read_txt, lines.cut_text),
+    "txt": Format(lines.read_txt, lines.cut_byte_ranges),
     "warc": Format(warc.read_warc),
 }
 
@@ -86,10 +86,11 @@ def check_input(file: InputFile, fields: Fields) -> None:
 def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """The slices of a file, in order, of about ``target`` bytes of text; the whole file where it can't be cut."""
     cutter = FORMATS[file.base].cut
-    if cutter is None or file.size == 0:
+    is_one = file.base == "txt" and not fields.separator
+    if cutter is None or file.size == 0 or is_one:
         return [WHOLE]
     try:
-        return cutter(file, fields, target)
+        return cutter(file, target)
     except Exception as error:
         if not _is_damage(error):
             raise

@@ -153,9 +153,8 @@ def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docum
     return _documents(_by_marks(file, fields, array, dtype, where), file, fields, dtype, None)
 
 
-def cut_tokens(file: InputFile, fields: Fields, target: int) -> list[Slice]:
+def cut_tokens(file: InputFile, target: int) -> list[Slice]:
     """Return runs of documents, or byte ranges, of about ``target`` bytes."""
-    del fields
     if file.path.endswith(".idx") or file.size <= target:
         return [WHOLE]
     array = _open_array(file)
@@ -469,7 +468,11 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
 
     ``UsageError`` if nobody says it, or where documents end, or if one contradicts another.
     """
-    given = _given_dtype(fields)
+    given: np.dtype[Any] | None = None
+    if fields.token_dtype is not None:
+        if fields.token_dtype not in np.sctypeDict or np.dtype(fields.token_dtype).kind not in "iu":
+            raise UsageError(f"{fields.token_dtype!r} is no type of token ids", "Give --token-dtype uint16 or uint32.")
+        given = np.dtype(fields.token_dtype).newbyteorder("<")
     dtype = array.dtype or given
     if dtype is None:
         raise UsageError(
@@ -494,14 +497,6 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
             "Give the id that stands after each document, or the type that the file has.",
         )
     return dtype
-
-
-def _given_dtype(fields: Fields) -> np.dtype[Any] | None:
-    if fields.token_dtype is None:
-        return None
-    if fields.token_dtype not in np.sctypeDict or np.dtype(fields.token_dtype).kind not in "iu":
-        raise UsageError(f"{fields.token_dtype!r} is no type of token ids", "Give --token-dtype uint16 or uint32.")
-    return np.dtype(fields.token_dtype).newbyteorder("<")
 
 
 def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:

@@ -16,7 +16,7 @@ Cost: framing 1 ms a MB, HTML about 40 ms a MB; memory for one record (``Fields.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,32 +194,21 @@ def _text(content_type: str, body: bytes) -> str:
     if media not in _HTML and media != "text/plain":
         what = media if media in _MEDIA else f"content of {'another' if media else 'no'} type"
         raise BadRow(f"{what} is neither HTML nor plain text")
-    decode, extract = _extraction()
-    charset = parameters.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
-    text = decode(body, charset)
-    return text if media == "text/plain" else extract(text)
-
-
-def _extraction() -> tuple[Callable[[bytes, str], str], Callable[[str], str]]:
-    """Return how bytes of a named character set become a string, and HTML its text."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
     except ImportError as error:
         raise _needs_extra("Resiliparse") from error
-
-    def decode(body: bytes, charset: str) -> str:
-        named = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
-        encoding = named or detect_encoding(body, from_html_meta=True) or "utf-8"
-        return str(bytes_to_str(body, encoding, errors="replace"))
-
-    def extract(text: str) -> str:
-        try:
-            return str(extract_plain_text(text, preserve_formatting=True, main_content=True))
-        except ValueError as error:
-            raise BadRow(f"it can't be parsed as HTML: {reason_of(error)}") from error
-
-    return decode, extract
+    charset = parameters.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
+    named = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
+    encoding = named or detect_encoding(body, from_html_meta=True) or "utf-8"
+    text = str(bytes_to_str(body, encoding, errors="replace"))
+    if media == "text/plain":
+        return text
+    try:
+        return str(extract_plain_text(text, preserve_formatting=True, main_content=True))
+    except ValueError as error:
+        raise BadRow(f"it can't be parsed as HTML: {reason_of(error)}") from error
 
 
 def _dechunked(body: bytes) -> bytes:
