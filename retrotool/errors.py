@@ -10,6 +10,9 @@ is a bug, and shows its traceback.
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 EXIT_SET_ASIDE = 3
 EXIT_INTERRUPTED = 130
 
@@ -23,9 +26,9 @@ class RetrotoolError(Exception):
         super().__init__(message)
         self.advice = advice
 
-    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, str]]:
-        # Errors cross process borders; the default drops what is not in args.
-        return type(self), (str(self), self.advice)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders; the default would call the constructor, which takes other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class UsageError(RetrotoolError):
@@ -96,9 +99,6 @@ class InputError(RetrotoolError):
         super().__init__(message)
         self.position, self.excerpt = position, excerpt
 
-    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int, str]]:  # type: ignore[override]
-        return type(self), (str(self), self.position, self.excerpt)
-
 
 class NotFiniteError(RetrotoolError):
     """An encoder gave NaN, infinity, or a number that float16 can't hold, for the row ``row`` of those it was given."""
@@ -106,6 +106,3 @@ class NotFiniteError(RetrotoolError):
     def __init__(self, message: str, row: int) -> None:
         super().__init__(message, "Try --dtype float32; if it stays, the model's weights are broken.")
         self.row = row
-
-    def __reduce__(self) -> tuple[type[RetrotoolError], tuple[str, int]]:  # type: ignore[override]
-        return type(self), (str(self), self.row)

@@ -49,10 +49,10 @@ class Excluded:
         """For queries that may find anything."""
         return cls(np.zeros(q, np.int64), np.full(q, -1, np.int64))
 
-    def take(self, rows: Ids, *, in_order: bool = False) -> Excluded:
-        """The same for some of the queries, or for some of them several times; ``in_order``: ``rows`` ascend."""
+    def take(self, rows: Ids) -> Excluded:
+        """The same for some of the queries, or for some of them several times."""
         document = None if self.document is None else self.document[rows]
-        return Excluded(self.first[rows], self.last[rows], document, self.repeats, in_order and self.ascends)
+        return Excluded(self.first[rows], self.last[rows], document, self.repeats)
 
     @property
     def any(self) -> bool:

@@ -148,8 +148,6 @@ def _fill_empty(
     split. What is still empty then goes far away, for a second centroid at copies would be probed in place of theirs.
     """
     empty = torch.nonzero(counts == 0).flatten()
-    if not len(empty):
-        return
     least = (_NO_ERROR * counts * centroids.square().sum(1)).tolist()
     heap = [(-e, i) for i, (e, n, low) in enumerate(zip(errors.tolist(), counts.tolist(), least, strict=True))
             if n > 1 and e > low]  # fmt: skip

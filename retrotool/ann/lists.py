@@ -45,12 +45,11 @@ class OneList:
 
     def ids(self, number: int) -> Ids:
         """Ids, int64 [n], ascending."""
-        return self._ids if number == 0 else self._ids[:0]
+        return self._ids[: self.size(number)]
 
     def codes(self, number: int) -> Codes:
         """The vectors as bytes, uint8 [n, 2·d]."""
-        some = self._vectors if number == 0 else self._vectors[:0]
-        return np.ascontiguousarray(some).view(np.uint8)
+        return np.ascontiguousarray(self._vectors[: self.size(number)]).view(np.uint8)
 
     def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Vectors of some of the ids, float16 [n, d]."""
@@ -275,13 +274,18 @@ def read_lists(path: Path, trained: Trained | None = None, file: Bytes | None = 
 
     With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
     """
-    found = _lists(open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), path, file)
-    if trained is None:
-        return found
-    if not same_training(found.trained, trained):
-        raise CorruptError(f"{path} was not made by the training of its index")
-    found.trained = trained
-    return found
+    index = open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    own = of_faiss(index)
+    if own is None:
+        raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
+    lists = InvertedLists(index, own, file)
+    if not lists.is_whole():
+        raise CorruptError(f"{path}: it does not hold the {len(lists):,} vectors that it says it does")
+    if trained is not None:
+        if not same_training(own, trained):
+            raise CorruptError(f"{path} was not made by the training of its index")
+        lists.trained = trained
+    return lists
 
 
 def open_faiss(path: Path, flags: int = 0) -> Any:
@@ -291,16 +295,6 @@ def open_faiss(path: Path, flags: int = 0) -> Any:
     except (RuntimeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
-
-
-def _lists(index: Any, path: Path, file: Bytes | None = None) -> InvertedLists:
-    trained = of_faiss(index)
-    if trained is None:
-        raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
-    lists = InvertedLists(index, trained, file)
-    if not lists.is_whole():
-        raise CorruptError(f"{path}: it does not hold the {len(lists):,} vectors that it says it does")
-    return lists
 
 
 class _Mapped:

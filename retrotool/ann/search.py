@@ -158,38 +158,38 @@ class Search:
         with one_thread_each(self._threads) as run:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
 
-    def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
+    def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[Piece]]:
         """Pieces of lists, not too wide, as many at a time as may be decoded at a time."""
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         rows = 0
         for number in numbers:
             n = shard.size(number)
             for low in range(0, n, self._columns):
-                piece = _Piece(number, low, min(low + self._columns, n))
-                if pieces and rows + len(piece) > self._most_rows:
+                width = min(self._columns, n - low)
+                if pieces and rows + width > self._most_rows:
                     yield pieces
                     pieces, rows = [], 0
-                pieces.append(piece)
-                rows += len(piece)
+                pieces.append((number, slice(low, low + width)))
+                rows += width
         if pieces:
             yield pieces
 
-    def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
+    def _decode(self, shard: Lists, pieces: list[Piece]) -> _Block:
         """The vectors of pieces of lists, less the mean, without those that are banned."""
-        ids = np.concatenate([shard.ids(piece.number)[piece.rows] for piece in pieces])
+        of_each = [shard.ids(number)[rows] for number, rows in pieces]
+        ids, ends = np.concatenate(of_each), np.cumsum([len(some) for some in of_each])
         keep = ~self._banned(ids)
-        ends = np.cumsum([len(piece) for piece in pieces])
         bounds = np.concatenate([[0], np.cumsum(keep)[ends - 1]])
         ids = ids[keep]
         if self._vectors is not None:
             vectors = _fetched(self._vectors, ids, self._asked.shape[1]).sub_(self._shift)
         else:
-            codes = np.concatenate([shard.codes(piece.number)[piece.rows] for piece in pieces])
+            codes = np.concatenate([shard.codes(number)[rows] for number, rows in pieces])
             vectors = self._trained.codec.decode(codes[keep]).sub_(self._shift)
             if self._trained.by_residual:
                 assert self._trained.centroids is not None
-                for piece, (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
-                    vectors[low:high].add_(torch.from_numpy(self._trained.centroids[piece.number]))
+                for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
+                    vectors[low:high].add_(torch.from_numpy(self._trained.centroids[number]))
         columns = self._columns_as(vectors.to(self._device, self._dtype))
         return _Block(pieces, bounds.tolist(), ids, columns)
 
@@ -206,8 +206,8 @@ class Search:
         scanned, scratch = 0, Scratch(self._device)
         for block in blocks:
             mask = Mask(tile.excluded, block.ids)
-            for piece, (low, high) in zip(block.pieces, itertools.pairwise(block.bounds), strict=True):
-                rows = asking.rows(piece.number)
+            for (number, within), (low, high) in zip(block.pieces, itertools.pairwise(block.bounds), strict=True):
+                rows, is_first = asking.rows(number), asking.are_first and within.start == 0
                 if rows is None or low == high:
                     continue
                 scanned += len(rows) * (high - low)
@@ -216,7 +216,7 @@ class Search:
                     some = rows[start : start + step]
                     scores = block.columns.scores(table, some, low, high, scratch)
                     mask.apply(scores, some, low, high)
-                    tile.nearest.offer(some, scores, block.ids[low:high], first=asking.are_first and piece.low == 0)
+                    tile.nearest.offer(some, scores, block.ids[low:high], first=is_first)
         return scanned
 
     @property
@@ -228,25 +228,15 @@ class Search:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    number: int
-    low: int
-    high: int
-
-    def __len__(self) -> int:
-        return self.high - self.low
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.low, self.high)
+Piece = tuple[int, slice]
+"""The number of a list, and which of its rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
     """Vectors of pieces of lists: piece i has those from bounds[i] to bounds[i + 1]."""
 
-    pieces: list[_Piece]
+    pieces: list[Piece]
     bounds: list[int]
     ids: Ids
     columns: Columns | RoughColumns

@@ -26,10 +26,11 @@ from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.index.index_records import index_record
 from retrotool.neighbours.retrieved import Pieces
-from retrotool.neighbours.table_reader import Found, NeighbourReader, row_groups_of
+from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.reader import Reader
 from retrotool.store import parts
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP, Ids, join_id, rows_by_part, split_id
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
@@ -134,14 +135,8 @@ class InspectedChunk:
                 yield rank, len(split.before), len(split.before) + len(split.run)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a chunk is from: its document, that one's source, its place there and how many chunks that has."""
-
-    document: str
-    source: str
-    index: int
-    of: int
+_Place = tuple[str, str, int, int]
+"""Where a chunk is from: its document, that one's source, its place there and how many chunks that has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +175,7 @@ class Inspector:
     def _read(self, ids: Ids) -> _Block:
         found: list[tuple[Any, ...]] = []
         for part, rows in rows_by_part(ids):
-            groups = row_groups_of(rows)
-            place = _places_in(rows, groups)
+            groups, place = _row_groups(rows)
             chunks = parts.read_chunks(self._store, part, groups)
             near = self._reader.read(part, self._k, groups)
             found.append((
@@ -195,13 +189,14 @@ class Inspector:
         k = block.near.ids.shape[1]
         near: list[InspectedNeighbour | None] = [None] * block.near.ids.size
         for number in range(len(self._tokenizers)):
-            self._describe(block, number, np.flatnonzero(block.near.is_of(number)), near)
+            own = (block.near.databases == number) & (block.near.ids != NO_NEIGHBOUR)
+            self._describe(block, number, np.flatnonzero(own), near)
         places = _find_places(self._store, block.chunks)
         texts = self._tokenizer.decode_text(block.tokens, block.n_tokens)
         return [
             InspectedChunk(
-                chunk, place.document, place.source, place.index, place.of, int(block.n_tokens[i]),
-                bool(block.key[i]), texts[i], tuple(one for one in near[i * k : (i + 1) * k] if one is not None),
+                chunk, *place, int(block.n_tokens[i]), bool(block.key[i]), texts[i],
+                tuple(one for one in near[i * k : (i + 1) * k] if one is not None),
             )
             for i, (chunk, place) in enumerate(zip(block.chunks.tolist(), places, strict=True))
         ]  # fmt: skip
@@ -220,7 +215,7 @@ class Inspector:
         runs = self._runs(block, some // block.near.ids.shape[1], pieces) if self.comparable[number] else None
         for i, (at, place) in enumerate(zip(some.tolist(), places, strict=True)):
             near[at] = InspectedNeighbour(
-                int(ids[i]), distances[i], place.document, place.source, place.index, place.of, name, texts[i],
+                int(ids[i]), distances[i], *place, name, texts[i],
                 following[i] if pieces.n_tokens[i, 1] else None, runs[i] if runs is not None else None,
             )  # fmt: skip
 
@@ -256,22 +251,23 @@ def _trimmed(split: Split) -> Split:
     return Split(split.before + split.run[:low], run, split.run[low + len(run) :] + split.after)
 
 
-def _places_in(rows: Ids, groups: list[int]) -> Ids:
-    """Where rows of a part are in what is read of the row groups that hold them, which are ascending."""
-    return np.searchsorted(groups, rows // ROW_GROUP).astype(np.int64) * ROW_GROUP + rows % ROW_GROUP
+def _row_groups(rows: Ids) -> tuple[list[int], Ids]:
+    """Numbers of the row groups that hold rows of a part, ascending, and where the rows are in what these have."""
+    groups, number = np.unique(rows // ROW_GROUP, return_inverse=True)
+    return groups.tolist(), number * ROW_GROUP + rows % ROW_GROUP
 
 
 def _find_places(store: Store, ids: Ids) -> list[_Place]:
     """Return the places of live chunks [n], in any order."""
     found: dict[int, _Place] = {}
     for part, rows in rows_by_part(np.unique(ids)):
-        groups = row_groups_of(rows)
+        groups, place = _row_groups(rows)
         entry = parts.part_entry(store, "chunks", part)
-        chunks = parts.read_parquet(store, entry, ["doc", "index"], groups).take(_places_in(rows, groups))
+        chunks = parts.read_parquet(store, entry, ["doc", "index"], groups).take(place)
         documents = parts.read_documents(store, part, ["id", "source", "n_chunks"]).take(chunks["doc"])
         columns = [documents["id"], documents["source"], chunks["index"], documents["n_chunks"]]
         for row, name, source, index, of in zip(rows.tolist(), *(c.to_pylist() for c in columns), strict=True):
-            found[join_id(part, row)] = _Place(name, source or "", index, of)
+            found[join_id(part, row)] = name, source or "", index, of
     return [found[chunk] for chunk in ids.tolist()]
 
 
@@ -408,13 +404,13 @@ class _Blocks:
 
 
 def _tables(reader: NeighbourReader, inspector: Inspector) -> Iterator[TableRead]:
-    for (table, weight), database, comparable in zip(
-        reader.tables, reader.databases, inspector.comparable, strict=True
-    ):
-        record = reader.store.state.records[f"neighbours:{table}"]
-        index = index_record(database.state, record["index"])
-        recall = None if index is None else index.recall_at_10
-        yield TableRead(table, database.place, weight, str(record["index"]), str(record["encoder"]), recall, comparable)
+    for member, comparable in zip(reader.members, inspector.comparable, strict=True):
+        record = reader.store.state.records[f"neighbours:{member.table}"]
+        index = index_record(member.store.state, record["index"])
+        yield TableRead(
+            member.table, member.store.place, member.weight, str(record["index"]), str(record["encoder"]),
+            None if index is None else index.recall_at_10, comparable,
+        )  # fmt: skip
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -140,18 +140,13 @@ class FilterOptions:
 
     def applied(self, record: Mapping[str, Any] | None, queries: Store) -> Filters:
         """The filters that a table is to have whose record is, or was, ``record``."""
-        filters = Filters() if self.drop else Filters.of(record)
-        keyed = queries.identity.keyed_hash
-        if self.max_overlap is not None:
-            filters = replace(filters, max_overlap=self.max_overlap)
-        if self.near_copies:
-            filters = replace(filters, near_copies=True)
-        if self.exclude_sources:
-            filters = replace(filters, exclude_sources=tuple(map(keyed, self.exclude_sources)))
-        if self.only_sources:
-            filters = replace(filters, only_sources=tuple(map(keyed, self.only_sources)))
-        # Sorted, and each once: so it is read from the record again.
-        return Filters.of({"filters": filters.as_record()})
+        exclude, only = (
+            tuple(map(queries.identity.keyed_hash, sources)) for sources in (self.exclude_sources, self.only_sources)
+        )
+        kept = {} if self.drop else Filters.of(record).as_record()
+        return Filters.of(
+            {"filters": {**kept, **Filters(self.max_overlap, self.near_copies, exclude, only).as_record()}}
+        )
 
 
 def check_some_left(filters: Sequence[Filters], queries: Store, databases: Sequence[Store]) -> None:
@@ -216,6 +211,7 @@ class Finder:
     ) -> None:
         self._saved, self._database, self._ask, self._memory = saved, database, ask, memory
         self._judge = _Judge(queries, part, database, filters) if filters.by_tokens else None
+        self._wanted, self._most = saved + -(-saved // 2), max(MOST, 4 * saved)
 
     def blocks(self, rows: Rows) -> Iterator[Rows]:
         """Rows in the blocks in which they are to be searched."""
@@ -245,14 +241,6 @@ class Finder:
                 break
             left, wanted, wider = np.concatenate(short), min(2 * wanted, self._most), 2 * wider
         return best
-
-    @property
-    def _wanted(self) -> int:
-        return self._saved + -(-self._saved // 2)
-
-    @property
-    def _most(self) -> int:
-        return max(MOST, 4 * self._saved)
 
     @property
     def _judged(self) -> int:

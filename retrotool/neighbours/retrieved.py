@@ -105,27 +105,17 @@ def _fill(found: Pieces, places: Ids, store: Store, tombstones: Tombstones, part
     groups = np.unique(both // ROW_GROUP)
     chunks = parts.read_chunks(store, part, groups.tolist())
     place = np.searchsorted(groups, both // ROW_GROUP) * ROW_GROUP + both % ROW_GROUP
-    index, counts = chunks.index[place].astype(np.int64), chunks.n_tokens[place].astype(np.int64)
+    index, counts = chunks.index[place[:, 1]].astype(np.int64), chunks.n_tokens[place].astype(np.int64)
     counts[~there] = 0
     following = both[:, 1]
-    same = (following > both[:, 0]) & (chunks.doc[place[:, 0]] == chunks.doc[place[:, 1]])
+    same = (following > both[:, 0]) & (chunks.doc[place[:, 0]] == chunks.doc[place[:, 1]]) & (index > 0)
     ids = parts.chunk_ids(part, following)
-    counts[~(same & may_follow(tombstones, ids, index[:, 1], chunks.key[place[:, 1]])), 1] = 0
+    # A value whose key is purged is nobody's.
+    of_key = chunks.key[place[:, 1]] | ~tombstones.contains(ids - index)
+    counts[~(same & of_key & ~tombstones.contains(ids)), 1] = 0
     found.n_tokens[places] = counts
     for start in range(0, len(rows), _COPIED):
         some = slice(start, start + _COPIED)
         tokens = chunks.tokens[place[some]]
         tokens[counts[some] == 0] = 0
         found.tokens[places[some]] = tokens
-
-
-def may_follow(
-    tombstones: Tombstones, ids: Ids, index: npt.NDArray[Any], key: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
-    """Which chunks (ids, places in their documents, keys or not; all [n]) are the continuation of the chunk before.
-
-    Not the first of a document, none that is purged, and none of a value once its key is purged: that is nobody's.
-    """
-    heads = ids - index
-    follow: npt.NDArray[np.bool_] = (index > 0) & (key | ~tombstones.contains(heads)) & ~tombstones.contains(ids)
-    return follow

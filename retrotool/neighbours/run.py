@@ -206,7 +206,8 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
     todo = _count_queries(store, engine.plan_tasks(stage, store))
     record = stage.record(store, database)
     store.commit(run, lambda state: stage.claim(state, record))
-    aware = _register(store, stage, record)
+    again = {name: record[name] for name in ("index", "encoder", "k", "saved")}
+    aware = record["within"] or register_dependent(Store.open(stage.database), store, stage.table, again)
     engine.execute(stage, store, run, workers=len(stage.devices))
     _check_claim(store, stage, record)
     elsewhere = engine.count_elsewhere(stage, store, run)
@@ -221,14 +222,6 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
         given.path, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
         named(stage.filters, store, [database.store]), aware, tuple(commands),
     )  # fmt: skip
-
-
-def _register(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> bool:
-    """Record in another store that its chunks are neighbours now; return False if it can't be written."""
-    if record["within"]:
-        return True
-    again = {name: record[name] for name in ("index", "encoder", "k", "saved")}
-    return register_dependent(Store.open(stage.database), store, stage.table, again)
 
 
 def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:
@@ -314,7 +307,8 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
     plain table would become a mixture, or a mixture a plain table.
     """
     known = store.state.records.get(f"neighbours:{name}")
-    was = _tables_of(store, name) if known is not None and "mix" in known else {}
+    members = members_of(store, name) if known is not None and "mix" in known else []
+    was = {str(table_record(store, table)["database"]): (table, weight) for table, weight in members}
     if not given:
         return _as_it_was(store, name, first, was) if was else Mixture(name, (WeightedTable(name, str(first), 1.0),))
     databases = _databases(first, given)
@@ -334,10 +328,6 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
         tables.append(WeightedTable(table, path, before if weight is None else weight))
     kept = {one.table for one in tables}
     return Mixture(name, tuple(tables), True, tuple(table for table, _ in was.values() if table not in kept))
-
-
-def _tables_of(store: Store, name: str) -> dict[str, tuple[str, float]]:
-    return {str(table_record(store, table)["database"]): (table, weight) for table, weight in members_of(store, name)}
 
 
 def _as_it_was(store: Store, name: str, first: str | Path, was: Mapping[str, tuple[str, float]]) -> Mixture:

@@ -335,18 +335,14 @@ class NeighboursWorker:
         self._probed = 0
         """Lists that were probed for the table that is brought up to date; 0: that isn't known."""
 
-    def _current_database(self) -> AnyDatabase:
-        """The database at its newest commit: an erase may have replaced files since."""
-        if self._database.store.refresh().number != self._commit:
-            self._database = self._stage.open_database(self._store)
-            self._commit = self._database.store.state.number
-        return self._database
-
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Find the neighbours of one part, or what its table lacks."""
         store, stage = self._store, self._stage
         restored = stands_for_restored(store.refresh())
-        database = self._current_database()
+        if self._database.store.refresh().number != self._commit:  # an erase may have replaced files since
+            self._database = stage.open_database(store)
+            self._commit = self._database.store.state.number
+        database = self._database
         part = int(task.inputs["part"])
         vectors = read_part_vectors(store, database.encoder, part)
         table, asking, before = self._begin(task, database, part, len(vectors))

@@ -49,11 +49,6 @@ class Found:
         """Those of some of the chunks."""
         return Found(self.ids[rows], self.distances[rows], self.databases[rows])
 
-    def is_of(self, database: int) -> npt.NDArray[np.bool_]:
-        """Which are neighbours in one of the databases, bool [n, k]."""
-        found: npt.NDArray[np.bool_] = (self.databases == database) & (self.ids != NO_NEIGHBOUR)
-        return found
-
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -90,11 +85,6 @@ class NeighbourReader:
     def databases(self) -> tuple[Store, ...]:
         """The stores that the neighbours are chunks of."""
         return tuple(member.store for member in self.members)
-
-    @property
-    def tables(self) -> tuple[tuple[str, float], ...]:
-        """The table, and its weight, of the neighbours in each of the ``databases``."""
-        return tuple((member.table, member.weight) for member in self.members)
 
     def entries(self, part: int) -> tuple[FileEntry, ...]:
         """A part's table of each member; ``UsageError`` if its ids can't be taken for chunks of the database."""
@@ -153,11 +143,6 @@ class NeighbourReader:
         return read_pieces(member.store, member.tombstones, ids)
 
 
-def row_groups_of(rows: Ids) -> list[int]:
-    """Numbers of the row groups that hold some rows of a part, ascending."""
-    return [int(group) for group in np.unique(rows // ROW_GROUP)]
-
-
 @dataclass(frozen=True, slots=True)
 class NeighbourTokens:
     """The k neighbours of n chunks with their continuations, [N, F].
@@ -204,12 +189,8 @@ class TextReader:
         self.reader, self.k = reader, k
         self._entries: dict[int, tuple[FileEntry, ...]] = {}
 
-    def has_text(self, part: int) -> bool:
-        """Return whether all tables of a part have the tokens."""
-        return bool(self._with_text(part))
-
-    def _with_text(self, part: int) -> tuple[FileEntry, ...]:
-        """The part's tables, of each member, if all have the tokens; else none."""
+    def with_text(self, part: int) -> tuple[FileEntry, ...]:
+        """Return the part's tables, of each member, if all have the tokens; else none."""
         if part not in self._entries:
             entries = self.reader.entries(part)  # ids mean what they meant
             current = map(text_is_current, entries, self.reader.databases, [self.k] * len(entries))
@@ -235,7 +216,7 @@ class TextReader:
         """Fill in what the tables have of a block; of rows that must be put together, which are returned, only ids."""
         part, group = block
         lost = np.ones(len(out.ids), np.bool_)
-        if entries := self._with_text(part):
+        if entries := self.with_text(part):
             lost = self._copy_text(out, entries, group)
             out.clear(lost)
         if lost.any():

@@ -57,9 +57,6 @@ class TokensDiffer(AbortError):  # noqa: N818
         )
         self.version, self.position, self.excerpt = version, position, excerpt
 
-    def __reduce__(self) -> tuple[type[TokensDiffer], tuple[str, int, str]]:  # type: ignore[override]
-        return type(self), (self.version, self.position, self.excerpt)
-
 
 class FastTokenizer:
     """The ids of ``tokenizer``, as fast as can be done exactly.

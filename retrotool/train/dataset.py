@@ -176,7 +176,7 @@ class RetroDataset(IterableDataset[Item]):
         """In how many parts neighbours are read with their tokens from the tables, and how many there are."""
         reader = TrainingReader(self.path, self.name, self.k)
         parts = reader.store.state.parts()
-        return sum(map(reader.rows.has_text, parts)), len(parts)
+        return sum(bool(reader.rows.with_text(part)) for part in parts), len(parts)
 
     def __len__(self) -> int:
         n = len(self._share(self._at))
@@ -287,12 +287,11 @@ class RetroDataset(IterableDataset[Item]):
         begun: dict[str, npt.NDArray[Any]] = {}
         mixed = self.shuffle_blocks if self.shuffle else _IN_ORDER
         order = Order(layout.counts, self.seed if self.shuffle else None, self._epoch, mixed)
-        for window in read_epoch(reader, layout, order, share, turns, start.consumed):
-            places = window.places
+        for places, rows, slots in read_epoch(reader, layout, order, share, turns, start.consumed):
             groups = np.arange(len(places)) // _GATHERED if self.batch_size is None else turns.number(places)
             for some in np.split(np.arange(len(places)), np.flatnonzero(np.diff(groups)) + 1):
                 cursor = np.stack([np.full_like(some, self._epoch), places[some], np.full_like(some, workers)], 1)
-                values = {**window.rows.gathered(window.slots[some]), "cursor": cursor}
+                values = {**rows.gathered(slots[some]), "cursor": cursor}
                 if begun:
                     values = {key: np.concatenate([begun[key], value]) for key, value in values.items()}
                 begun = {}

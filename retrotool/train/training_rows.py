@@ -177,16 +177,11 @@ class Turns:
         return (place + 1 - self.first) % self.unit == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Sequences that were read together: their ``places`` [n] in what a rank reads, ascending, and rows in their slots.
+Window = tuple[Ids, TrainingRows, Ids]
+"""Sequences that were read together: their places [n] in what a rank reads, ascending, rows, and slots.
 
-    ``slots`` int64 [n, slots] are places in ``rows``, −1: empty.
-    """
-
-    places: Ids
-    rows: TrainingRows
-    slots: Ids
+Slots, int64 [n, slots], are places in the rows, −1: empty.
+"""
 
 
 def read_epoch(
@@ -197,7 +192,7 @@ def read_epoch(
     def window(places: Ids, reading: Future[tuple[TrainingRows, Ids]]) -> Window:
         rows, slots = reading.result()
         missing = np.full((len(places) - len(slots), layout.size), EMPTY, np.int64)
-        return Window(places, rows, np.concatenate([slots, missing]))
+        return places, rows, np.concatenate([slots, missing])
 
     coming: deque[tuple[Ids, Future[tuple[TrainingRows, Ids]]]] = deque()
     with ThreadPoolExecutor(1, "retrotool-dataset") as pool:

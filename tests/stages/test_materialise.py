@@ -287,7 +287,7 @@ def test_each_table_of_a_mixture_has_the_tokens(copies: tuple[Path, Path], tiny_
     api.neighbours(database, databases=[(books, 2.0)], materialise=True, **options)
     reader = NeighbourReader(Store.open(training), "both")
     rows = TextReader(reader, 2)
-    assert rows.has_text(0)
+    assert rows.with_text(0)
     given = rows.read([(0, 0)])
     assert set(given.databases.flatten().tolist()) == {0, 1}
     found = reader.read(0, 2)
