@@ -113,7 +113,7 @@ def _as_json(content: bytes, path: Path, name: str) -> bytes:
     """A tokenizer file as a ``tokenizer.json``, by what it holds: a ``tokenizer.model`` may be of several kinds."""
     if content.lstrip()[:1] == b"{":
         return content
-    if looks_like(content):
+    if _token_and_rank(content[: content.find(b"\n")]) is not None:
         return convert_tiktoken(content, name)
     if path.suffix == ".model":
         return convert_sentencepiece(content, name)
@@ -156,7 +156,10 @@ def convert_sentencepiece(content: bytes, name: str) -> bytes:
     if why:
         raise UsageError(f"tokenizer {name!r} can't be used: {why}", _CONVERT)
     library = _build(model)
-    for text in (*_PROBES, *_own_texts(model)):
+    pieces = [piece.piece for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
+    draw = np.random.default_rng(0)
+    own = ["".join(draw.choice(pieces, 12)).replace(_SPACE, " ") for _ in range(500)] if pieces else []
+    for text in (*_PROBES, *own):
         ids, expected = library.encode(text, add_special_tokens=False).ids, processor.EncodeAsIds(text)
         if ids != expected and not _score_the_same(model, ids, expected):
             raise UsageError(
@@ -193,7 +196,8 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     spec, normal = model.trainer_spec, model.normalizer_spec
-    names = [_inert(piece) for piece in model.pieces]
+    # A control piece gets a space before its name, which no normalised text has.
+    names = [" " * (piece.type in (_CONTROL, _UNKNOWN)) + piece.piece for piece in model.pieces]
     own = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
     if spec.model_type == _BPE:
         kernel: Any = models.BPE(
@@ -236,11 +240,6 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     return library
 
 
-def _inert(piece: Any) -> str:
-    """A piece's name; that of a control piece with a space before it, which no normalised text has."""
-    return f" {piece.piece}" if piece.type in (_CONTROL, _UNKNOWN) else str(piece.piece)
-
-
 def _merges(model: Any) -> Iterator[tuple[str, str]]:
     """Pairs that SentencePiece's BPE may merge, those of the highest score first."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
@@ -252,12 +251,6 @@ def _merges(model: Any) -> Iterator[tuple[str, str]]:
     ]
     for _, _, left, right in sorted(ranked):
         yield left, right
-
-
-def _own_texts(model: Any) -> list[str]:
-    pieces = [piece.piece for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
-    draw = np.random.default_rng(0)
-    return ["".join(draw.choice(pieces, 12)).replace(_SPACE, " ") for _ in range(500)] if pieces else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,10 +281,14 @@ ENCODINGS = {
 """The encodings that tiktoken itself names, by that name."""
 
 
-def looks_like(content: bytes) -> bool:
-    """Whether a file's first line is a token in base64 and a rank."""
-    token, _, rank = content[: content.find(b"\n")].partition(b" ")
-    return rank.isdigit() and _is_base64(token)
+def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
+    """What a line of a tiktoken file says, a token in base64 and its rank; None if it says something else."""
+    encoded, _, rank = line.partition(b" ")
+    try:
+        token = base64.b64decode(encoded, validate=True)
+    except binascii.Error:
+        return None
+    return (token, int(rank)) if token and rank.isdigit() else None
 
 
 def convert_tiktoken(content: bytes, name: str) -> bytes:
@@ -316,10 +313,13 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
         for token in sorted(ranks, key=ranks.__getitem__)
         for end in _ends(token, ranks)
     ]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = {token: number for token, number in encoding.special.items() if number not in ranks.values()}
     fields = {
         "version": "1.0",
-        "added_tokens": [_added(token, number) for token, number in special.items()],
+        "added_tokens": [
+            {"id": number, "content": token, **flags, "special": True} for token, number in special.items()
+        ],
         "pre_tokenizer": _splitter(encoding.pattern),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
@@ -351,10 +351,9 @@ def _read(content: bytes, name: str) -> dict[bytes, int]:
     for number, line in enumerate(content.splitlines(), 1):
         if not line:
             continue
-        token, _, rank = line.partition(b" ")
-        if not (rank.isdigit() and _is_base64(token)):
+        if (found := _token_and_rank(line)) is None:
             raise UsageError(f"tokenizer {name!r}: line {number:,} is no token in base64 and its rank")
-        ranks[base64.b64decode(token)] = int(rank)
+        ranks[found[0]] = found[1]
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UsageError(
@@ -362,15 +361,3 @@ def _read(content: bytes, name: str) -> dict[bytes, int]:
             "encoding of bytes"
         )
     return ranks
-
-
-def _is_base64(token: bytes) -> bool:
-    try:
-        return bool(base64.b64decode(token, validate=True))
-    except binascii.Error:
-        return False
-
-
-def _added(token: str, number: int) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": token, **flags, "special": True}

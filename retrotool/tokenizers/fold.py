@@ -34,13 +34,11 @@ class Folder:
         self._tokenizer = tokenizer
         self._table: pa.Array | None = None
         self._pieces: pa.Array | None = None
-        if tokenizer.is_wordpiece:
-            self._read_vocabulary()
-        else:
-            self._pieces = self._spell()
-
-    def _read_vocabulary(self) -> None:
-        tokens = self._tokenizer.names()
+        tokens = tokenizer.names()
+        if not tokenizer.is_wordpiece:
+            if any(token.startswith(_SPACE) for token in tokens):
+                self._pieces = pa.array(map(_spelled, tokens), pa.large_binary())
+            return
         bare = [token.removeprefix(_CONTINUES) if len(token) > len(_CONTINUES) else token for token in tokens]
         continues = np.array([one != token for one, token in zip(bare, tokens, strict=True)])
         self._begins = np.array([token[:1].isalnum() for token in bare]) & ~continues
@@ -81,19 +79,11 @@ class Folder:
         text = memoryview(data or b"")[int(starts[0]) : int(starts[-1])]
         return folded(text, starts - starts[0], is_first)
 
-    def _spell(self) -> pa.Array | None:
-        """Bytes of every token of SentencePiece's kind, large_binary [V]; None if the tokenizer is of another kind."""
-        tokens = self._tokenizer.names()
-        if not any(token.startswith(_SPACE) for token in tokens):
-            return None
-        byte = [_BYTE.fullmatch(token) for token in tokens]
-        return pa.array(
-            [
-                bytes([int(known[1], 16)]) if known else token.replace(_SPACE, " ").encode()
-                for known, token in zip(byte, tokens, strict=True)
-            ],
-            pa.large_binary(),
-        )
+
+def _spelled(token: str) -> bytes:
+    """Bytes of a token of SentencePiece's kind."""
+    byte = _BYTE.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
 
 
 def folded(

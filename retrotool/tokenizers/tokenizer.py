@@ -57,23 +57,27 @@ class Tokenizer:
 
         try:
             fields = orjson.loads(file.content)
-            self._tokenizer = tokenizers.Tokenizer.from_str(file.content.decode())
+            self.backend = tokenizers.Tokenizer.from_str(file.content.decode())
+            """The tokenizer of the ``tokenizers`` library, without truncation and padding."""
         except Exception as error:  # the library raises bare Exception for what it can't parse
             raise UsageError(
                 f"tokenizer {file.name!r} can't be loaded: {error}",
                 "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
             ) from error
         # Many published files truncate to 128 or pad to it; a corpus must be neither.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self.file = file
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UsageError(f"tokenizer {file.name!r} can't be loaded: it has no tokens", "Train it first.")
         self.vocabulary = max(vocabulary.values()) + 1
         self._decoder = str((fields.get("decoder") or {}).get("type"))
         self.is_wordpiece = (fields.get("model") or {}).get("type") == "WordPiece"
-        self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None and self._gives_back(_PROBE)
+        self.lossless = self._decoder == "ByteLevel" and fields.get("normalizer") is None
+        if self.lossless:
+            tokens = self.backend.encode(_PROBE, add_special_tokens=False).ids
+            self.lossless = self.backend.decode(tokens, skip_special_tokens=False) == _PROBE
         self._may_cut = not why_not_cut(fields)
 
     @property
@@ -81,18 +85,9 @@ class Tokenizer:
         """What a store keeps of it."""
         return TokenizerIdentity.of(self.file.name, self.file.content, self.vocabulary, self.lossless)
 
-    @property
-    def backend(self) -> tokenizers.Tokenizer:
-        """The tokenizer of the ``tokenizers`` library, without truncation and padding."""
-        return self._tokenizer
-
-    def _gives_back(self, text: str) -> bool:
-        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return self._tokenizer.decode(tokens, skip_special_tokens=False) == text
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -119,7 +114,7 @@ class Tokenizer:
 
     def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
         try:
-            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError as error:  # what the library says of a str that it can't have as UTF-8
             for text in texts:
                 lone = _SURROGATE.search(text)
@@ -136,7 +131,7 @@ class Tokenizer:
             return self.encode_batch([text])[0]
         # What follows the first word stays as it is: special tokens such as [UNK] are found before normalising.
         head, space, tail = text.removeprefix(_CONTINUATION).partition(" ")
-        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        normalizer, splitter = self.backend.normalizer, self.backend.pre_tokenizer
         plain = normalizer.normalize_str(head) if normalizer is not None else head
         words = splitter.pre_tokenize_str(plain) if splitter is not None else [(plain, (0, len(plain)))]
         if not words or words[0][1][0] != 0:
@@ -147,7 +142,7 @@ class Tokenizer:
         pieces: list[int] = []
         while word:
             for length in range(len(word), 0, -1):
-                token = self._tokenizer.token_to_id(_CONTINUATION + word[:length])
+                token = self.backend.token_to_id(_CONTINUATION + word[:length])
                 if token is not None:
                     pieces.append(token)
                     word = word[length:]
@@ -158,8 +153,8 @@ class Tokenizer:
 
     def special_tokens(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer's own template puts before and after a text, such as [CLS] and [SEP]."""
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
-        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        bare = self.backend.encode("a", add_special_tokens=False).ids
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
                 return whole[:start], whole[start + len(bare) :]
@@ -173,7 +168,7 @@ class Tokenizer:
         table = self._byte_table
         if table is None:
             rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
-            texts = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
+            texts = self.backend.decode_batch(rows, skip_special_tokens=False)
             return pa.array([text.encode() for text in texts], pa.large_binary())
         return self._join(table, tokens, n_tokens)
 
@@ -197,14 +192,14 @@ class Tokenizer:
     def names(self) -> list[str]:
         """The name in the vocabulary of each id; "" for ids that stand for nothing."""
         found = [""] * self.vocabulary
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        for token, number in self.backend.get_vocab(with_added_tokens=True).items():
             found[number] = token
         return found
 
     def _spell_tokens(self) -> pa.Array | None:
         tokens = self.names()
         if self._decoder == "ByteLevel":
-            added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+            added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
             byte_of = byte_level_alphabet()
             try:
                 spelled = [t.encode() if t in added else bytes(byte_of[c] for c in t) for t in tokens]
@@ -213,7 +208,7 @@ class Tokenizer:
             return pa.array(spelled, pa.large_binary())
         if self._decoder == "WordPiece":
             # The decoder works token by token; asking it for each keeps its clean-up rules.
-            decode = self._tokenizer.decoder.decode
+            decode = self.backend.decoder.decode
             anchor = decode(["a"])
             later = [decode(["a", token]).removeprefix(anchor) for token in tokens]
             first = [decode([token]) for token in tokens]
@@ -225,10 +220,10 @@ class Tokenizer:
         rows = np.random.default_rng(0).integers(0, self.vocabulary, (256, 32))
         rows = rows[np.isin(rows, self._gaps(), invert=True).all(axis=1)]
         ours = _as_text(self._join(table, rows, np.full(len(rows), 32)))
-        return ours == self._tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
+        return ours == self.backend.decode_batch(rows.tolist(), skip_special_tokens=False)
 
     def _gaps(self) -> npt.NDArray[np.int64]:
-        used = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
+        used = np.fromiter(self.backend.get_vocab(with_added_tokens=True).values(), np.int64)
         return np.setdiff1d(np.arange(self.vocabulary), used)
 
 
