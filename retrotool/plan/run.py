@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,20 +193,6 @@ class Plan:
     assumptions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What to plan: so many tokens, an encoder, machines, the settings of the commands, and rates that are known."""
-
-    tokens: int
-    encoder: EncoderShape
-    machines: Machines
-    tokens_per_document: int
-    chunk_length: int
-    saved: int
-    target_recall: float
-    rates: Mapping[str, float]
-
-
 def plan(
     tokens: int,
     *,
@@ -232,11 +218,9 @@ def plan(
         cores=own_cores() if cores is None else cores,
         memory=memory_of_machine() if memory_per_host is None else memory_per_host,
     )
-    request = PlanRequest(
+    work = _Work(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )
-    _check(request)
-    work = _Work(request)
     stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.neighbours())
     return Plan(
         tokens=tokens,
@@ -244,7 +228,7 @@ def plan(
         chunks=work.n,
         chunk_length=chunk_length,
         parts=work.parts,
-        encoder=request.encoder,
+        encoder=work.encoder,
         machines=machines,
         files=work.files,
         bytes=sum(one.bytes for one in work.files),
@@ -258,40 +242,53 @@ def plan(
     )
 
 
-def _check(request: PlanRequest) -> None:
-    machines = request.machines
-    for option, value, least, most in (
-        ("--tokens", request.tokens, 1, _MOST_TOKENS),
-        ("--gpus", machines.gpus, 0, _MOST),
-        ("--hosts", machines.hosts, 1, _MOST),
-        ("--cores", machines.cores, 1, _MOST),
-        ("--memory-per-host", machines.memory, 1, _MOST_BYTES),
-        ("--tokens-per-document", request.tokens_per_document, 1, _MOST),
-        ("--neighbours", request.saved, 1, 1000),
-    ):
-        if not least <= value <= most:
-            raise UsageError(f"{option} {value} is not between {least:,} and {most:,}")
-    check_chunk_length(request.chunk_length)
-    for stage, rate in request.rates.items():
-        if stage not in STAGES:
-            raise UsageError(f"--rate {stage}={rate:g}: {stage!r} is not one of {', '.join(STAGES)}")
-        if not 0 < rate <= _MOST_RATE:
-            raise UsageError(f"--rate {stage}={rate:g} is not above 0 and at most {_MOST_RATE:g}")
-    if not 0 < request.target_recall <= 1:
-        raise UsageError(f"--target-recall {request.target_recall} is not above 0 and at most 1")
-
-
+@dataclass
 class _Work:
-    """What a request comes to. ``rates`` are those that were asked for, in the order of the stages."""
+    """What tokens, an encoder, machines and settings come to; ``given`` rates take the place of those of the table.
 
-    def __init__(self, request: PlanRequest) -> None:
-        self._request, self._machines = request, request.machines
-        self.documents = -(-request.tokens // request.tokens_per_document)
-        m = request.chunk_length
-        half_full = -(-(2 * request.tokens + self.documents * (m - 1)) // (2 * m))
+    ``rates`` are those that were asked for, in the order of the stages.
+    """
+
+    tokens: int
+    encoder: EncoderShape
+    machines: Machines
+    tokens_per_document: int
+    chunk_length: int
+    saved: int
+    target_recall: float
+    given: Mapping[str, float]
+    rates: dict[str, Rate] = field(default_factory=dict)
+
+    def _check(self) -> None:
+        machines = self.machines
+        for option, value, least, most in (
+            ("--tokens", self.tokens, 1, _MOST_TOKENS),
+            ("--gpus", machines.gpus, 0, _MOST),
+            ("--hosts", machines.hosts, 1, _MOST),
+            ("--cores", machines.cores, 1, _MOST),
+            ("--memory-per-host", machines.memory, 1, _MOST_BYTES),
+            ("--tokens-per-document", self.tokens_per_document, 1, _MOST),
+            ("--neighbours", self.saved, 1, 1000),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{option} {value} is not between {least:,} and {most:,}")
+        check_chunk_length(self.chunk_length)
+        for stage, rate in self.given.items():
+            if stage not in STAGES:
+                raise UsageError(f"--rate {stage}={rate:g}: {stage!r} is not one of {', '.join(STAGES)}")
+            if not 0 < rate <= _MOST_RATE:
+                raise UsageError(f"--rate {stage}={rate:g} is not above 0 and at most {_MOST_RATE:g}")
+        if not 0 < self.target_recall <= 1:
+            raise UsageError(f"--target-recall {self.target_recall} is not above 0 and at most 1")
+
+    def __post_init__(self) -> None:
+        self._check()
+        self.documents = -(-self.tokens // self.tokens_per_document)
+        m = self.chunk_length
+        half_full = -(-(2 * self.tokens + self.documents * (m - 1)) // (2 * m))
         self.n = max(self.documents, half_full)
         self.parts = -(-self.n // PART_SIZE)
-        choice = self._choice = choose_index(self.n, request.encoder.hidden, IndexWishes(target=request.target_recall))
+        choice = self._choice = choose_index(self.n, self.encoder.hidden, IndexWishes(target=self.target_recall))
         self._shards = -(-self.n // default_shard_rows(choice, None))
         self._sample = sample_size(self.n, choice, None) if choice.nlist else 0
         self._index_bytes = (
@@ -299,20 +296,18 @@ class _Work:
         )
         self.files = self._files()
         self._bytes = {one.kind: one.bytes for one in self.files}
-        self._device = "GPU" if self._machines.gpus else "core"
-        self.rates: dict[str, Rate] = {}
+        self._device = "GPU" if self.machines.gpus else "core"
 
     def _files(self) -> tuple[Files, ...]:
-        request, n = self._request, self.n
-        vector, saved = 2 * self._choice.d, NEIGHBOUR_BYTES * request.saved
-        tokens = TOKEN_HUNDREDTHS * request.tokens // 100
+        n, vector, saved = self.n, 2 * self._choice.d, NEIGHBOUR_BYTES * self.saved
+        tokens = TOKEN_HUNDREDTHS * self.tokens // 100
         each = f"{self._choice.bytes_per_vector:,} bytes a chunk, lists, training"
         return (
             Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes a document"),
             Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
             Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
             Files("index", self._index_bytes, each),
-            Files("neighbours", saved * n, f"{saved:,} bytes a chunk, {request.saved} saved"),
+            Files("neighbours", saved * n, f"{saved:,} bytes a chunk, {self.saved} saved"),
         )
 
     def index(self) -> IndexPlan:
@@ -324,25 +319,24 @@ class _Work:
             sample_bytes=2 * choice.d * self._sample,
             shards=self._shards,
             memory=self._index_bytes,
-            hosts=-(-self._index_bytes // self._machines.memory),
+            hosts=-(-self._index_bytes // self.machines.memory),
         )
 
     def chunk(self) -> StagePlan:
         """Let every core take parts; reading the input is not counted."""
-        machines = self._machines
-        seconds = TEXT_BYTES * self._request.tokens / self._rate("chunk", "core")
+        machines = self.machines
+        seconds = TEXT_BYTES * self.tokens / self._rate("chunk", "core")
         written = sum(self._bytes[kind] for kind in ("documents", "chunks"))
         wall = seconds * self._share(machines.hosts * machines.cores)
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
 
     def embed(self) -> StagePlan:
         """A forward a chunk, and on GPUs getting it ready."""
-        length = self._request.tokens / self.n + SPECIAL_TOKENS
-        encoder = self._request.encoder
+        length, encoder = self.tokens / self.n + SPECIAL_TOKENS, self.encoder
         known = _of_table("embed" if encoder.hidden >= WIDE else "embed narrow", self._device)
         chunks = known.value / (length * encoder.flops_per_token(length))
         seconds = self.n / self._use(Rate("embed", chunks, "chunks/s", self._device, known.source))
-        feed = self.n / self._rate("feed", "core") if self._machines.gpus else 0.0
+        feed = self.n / self._rate("feed", "core") if self.machines.gpus else 0.0
         return self._spread("embed", seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
 
     def train(self) -> StagePlan:
@@ -375,7 +369,7 @@ class _Work:
         return self._use(_of_table(stage, per))
 
     def _use(self, rate: Rate) -> float:
-        given = self._request.rates.get(rate.stage)
+        given = self.given.get(rate.stage)
         if given is not None:
             rate = replace(rate, value=float(given), source="given")
         self.rates[rate.stage] = rate
@@ -389,7 +383,7 @@ class _Work:
         self, name: str, seconds: float, read: int, written: int, feed: float = 0.0, *, alone: bool = False
     ) -> StagePlan:
         """Spread ``seconds`` of one device over all GPUs, or all cores; ``feed`` are core-seconds that GPUs need."""
-        machines = self._machines
+        machines = self.machines
         gpus, hosts = (1.0, 1.0) if alone else (self._share(machines.gpus or 1), self._share(machines.hosts))
         gpu, core = (seconds, feed) if machines.gpus else (0.0, seconds)
         walls = {"GPU": gpu * gpus, "CPU": core / machines.cores * hosts}
@@ -416,7 +410,7 @@ class _Work:
         """What was assumed, a phrase each."""
         choice = self._choice
         found = [
-            f"{self._request.tokens_per_document:,} tokens a document, the last chunk of each half full",
+            f"{self.tokens_per_document:,} tokens a document, the last chunk of each half full",
             f"{TEXT_BYTES} bytes of text a token",
             "tokens of 2 bytes (a vocabulary of up to 65,536), compressed to about half",
             "ids of documents of about 13 bytes when compressed, and no metadata kept",
@@ -450,7 +444,12 @@ def find_shape(spec: str) -> EncoderShape:
     elif sizes := re.fullmatch(r"(\d{1,4})x(\d{1,4})", spec):
         layers, hidden = int(sizes[1]), int(sizes[2])
     elif path.is_dir():
-        return _of_directory(spec, path)
+        file = path / "config.json"
+        if not file.is_file():
+            raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
+        config = read_config(path)
+        sizes_of = {size: _size(file, config, names) for size, names in _FIELDS.items()}
+        return EncoderShape(path.absolute().name, **sizes_of)
     else:
         raise UsageError(
             f"encoder {spec!r} is not a directory, and not known by name",
@@ -460,14 +459,6 @@ def find_shape(spec: str) -> EncoderShape:
     if not layers or not hidden:
         raise UsageError(f"encoder {spec!r}: layers and dimensions are not 0")
     return EncoderShape(spec, layers, hidden, 4 * hidden)
-
-
-def _of_directory(spec: str, path: Path) -> EncoderShape:
-    file = path / "config.json"
-    if not file.is_file():
-        raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
-    config = read_config(path)
-    return EncoderShape(path.absolute().name, **{size: _size(file, config, names) for size, names in _FIELDS.items()})
 
 
 def _size(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
