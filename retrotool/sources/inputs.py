@@ -131,16 +131,15 @@ class InputFile:
             for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
-        for beside in self.companions():
+        is_plain = self.base == "tokens" and not self.path.endswith(".idx")
+        for beside in _companions(Path(self.path)) if is_plain else ():
             digest.update(replace(self, path=str(beside), size=beside.stat().st_size, format="").fingerprint().encode())
         return digest.hexdigest()
 
-    def companions(self) -> list[Path]:
-        """Files beside that say where its documents are."""
-        if self.base != "tokens" or self.path.endswith(".idx"):
-            return []
-        path = Path(self.path)
-        return [beside for suffix in (".idx", OFFSETS) if (beside := path.with_suffix(suffix)).is_file()]
+
+def _companions(path: Path) -> list[Path]:
+    """Files beside a token file that say where its documents are."""
+    return [beside for suffix in (".idx", OFFSETS) if (beside := path.with_suffix(suffix)).is_file()]
 
 
 def input_format(name: str) -> str | None:
@@ -203,15 +202,11 @@ def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Su
                 raise _no_regular_file(path)
             if input_format(path.name) is None:
                 raise UsageError(f"{given} is of no known format", f"Known are: {known_formats()}.")
-            found.setdefault(path.resolve(), _describe(path, _own_name(path)))
+            # Without what leads up from here or down from the root.
+            named = (part for part in Path(os.path.normpath(path)).parts if part != ".." and part.strip("/"))
+            found.setdefault(path.resolve(), _describe(path, "/".join(named)))
     unread = sorted(file for file in left_out if file.resolve() not in found)
     return Survey(_tell_apart(list(found.values())), unread)
-
-
-def _own_name(path: Path) -> str:
-    """The path as given, without what leads up from here or down from the root."""
-    parts = Path(os.path.normpath(path)).parts
-    return "/".join(part for part in parts if part != ".." and part.strip("/"))
 
 
 def _expand(given: str) -> list[str]:
@@ -310,7 +305,9 @@ class _Folder:
             elif error.errno != errno.ENOENT:  # else it has gone since it was listed
                 _refuse(error)
             return
-        if input_format(file.name) is None or (regular and not _says_what_it_is(file)):
+        # What nothing says of what it is may be weights or vectors: tokens only if named.
+        is_unclear = file.suffix.lower() in (".bin", ".npy") and not _companions(file)
+        if input_format(file.name) is None or (regular and is_unclear):
             self.left_out.add(file)
         elif regular:
             self.files[file] = file
@@ -324,12 +321,6 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _not_hidden(names: Sequence[str]) -> list[str]:
     return [name for name in names if not name.startswith(".")]
-
-
-def _says_what_it_is(file: Path) -> bool:
-    """Whether a file's contents are known; others are weights or vectors, perhaps: tokens only if named."""
-    companions: Iterator[Path] = (file.with_suffix(beside) for beside in (".idx", OFFSETS))
-    return file.suffix.lower() not in (".bin", ".npy") or any(beside.is_file() for beside in companions)
 
 
 def _tell_apart(files: list[InputFile]) -> list[InputFile]:
