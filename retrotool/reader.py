@@ -154,9 +154,9 @@ class Reader:
         return found
 
     def _find(self, chunk_id: int) -> Chunk | None:
-        part, row = split_id(chunk_id)
-        if not 0 <= chunk_id < 1 << 63 or not self.is_living([chunk_id])[0]:
+        if not self.is_living([chunk_id])[0]:
             return None
+        part, row = split_id(chunk_id)
         chunks, place = self._row(part, row)
         n = int(chunks.n_tokens[place])
         document = self._documents(part)["id"][int(chunks.doc[place])].as_py()
@@ -178,8 +178,7 @@ class Reader:
         """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
         numbers = _ids(ids)
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
-        alive = (numbers >= 0) & self.is_living(numbers)
-        for i in np.flatnonzero(alive):
+        for i in np.flatnonzero(self.is_living(numbers)):
             chunks, place = self._row(*split_id(int(numbers[i])))
             out[i] = chunks.tokens[place]
         return out

@@ -30,7 +30,7 @@ def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool
     Controls are escaped, unless the text is ``styled``: then it has no others than its colours.
     """
     if as_json:
-        _write_json(asdict(result))
+        sys.stdout.write(_json(asdict(result)) + "\n")
     else:
         shown = _printable(text(result))
         typer.echo(shown if styled else visible(shown))
@@ -74,10 +74,6 @@ def show_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
-
-
-def _write_json(fields: dict[str, Any]) -> None:
-    sys.stdout.write(_json(fields) + "\n")
 
 
 def _json(fields: dict[str, Any]) -> str:
@@ -246,4 +242,4 @@ def _report(message: str, advice: str, exit_code: int, as_json: bool) -> None:
 def write_json_error(message: str, advice: str, exit_code: int, as_json: bool) -> None:
     """Write an error as JSON on stdout, if ``as_json``."""
     if as_json:
-        _write_json({"error": message, "advice": advice, "exit_code": exit_code})
+        sys.stdout.write(_json({"error": message, "advice": advice, "exit_code": exit_code}) + "\n")

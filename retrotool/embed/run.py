@@ -105,7 +105,10 @@ def embed(
     found = find_devices(devices, dtype)
     identity = find_encoder(encoder, pooling=pooling, name=name)[1]
     if name is None:
-        identity = _as_known(store, identity)
+        # By the name that the store knows it by, wherever it lies now.
+        known = store.state.with_prefix("encoder:")
+        names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
+        identity = identity if not names or identity.name in names else replace(identity, name=names[0])
     stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
     done = _Done()
     with writing(store) as run:
@@ -131,13 +134,6 @@ def embed(
         check=checked,
         **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "cosine") if done.how},
     )
-
-
-def _as_known(store: Store, identity: EncoderIdentity) -> EncoderIdentity:
-    """The encoder by the name that the store knows it by, wherever it lies now."""
-    known = store.state.with_prefix("encoder:")
-    names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
-    return identity if not names or identity.name in names else replace(identity, name=names[0])
 
 
 def _tell_where(store: Store, run: Run, identity: EncoderIdentity) -> None:

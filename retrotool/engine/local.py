@@ -91,27 +91,22 @@ class _Here:
 
     def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
         self._worker, self._arguments, self._progress = stage.open(store), (store.storage, run.id), progress
-        self._done: list[tuple[Task, Future[Staged | None]]] = []
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._done
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._done)
+        self.idle = [0]
+        self.busy: list[tuple[Task, Future[Staged | None]]] = []
 
     def begin(self, task: Task) -> None:
+        self.idle.pop()
         storage, run = self._arguments
         future: Future[Staged | None] = Future()
         try:
             future.set_result(perform_reporting(self._worker, storage, task, run, self._progress.update))
         except Exception as error:
             future.set_exception(error)
-        self._done.append((task, future))
+        self.busy.append((task, future))
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
-        done, self._done = self._done, []
+        done, self.busy = self.busy, []
+        self.idle = [0]
         yield from done
 
 
@@ -126,32 +121,23 @@ class _Processes:
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}
-        self._idle = list(reversed(range(workers)))
+        self.idle = list(reversed(range(workers)))
         """Workers without a task, the first one last."""
-        self._busy: dict[Future[Staged | None], tuple[int, Task]] = {}
+        self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}
+        """Tasks that were begun and that ``finished`` has not given."""
         self._listening: list[threading.Thread] = []
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether a worker has no task."""
-        return bool(self._idle)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a task was begun that ``finished`` has not given."""
-        return bool(self._busy)
 
     def begin(self, task: Task) -> None:
         """Give a task to an idle worker, started if it is not running."""
-        number = self._idle.pop()
+        number = self.idle.pop()
         with _interrupts_put_off():
             if number in self._pools:
-                self._busy[self._pools[number].submit(_do, task)] = (number, task)
+                self.busy[self._pools[number].submit(_do, task)] = (number, task)
                 return
             reported, pipe = self._context.Pipe(duplex=False)
             arguments = (*self._arguments, pipe, number, self._threads)
             pool = self._pools[number] = ProcessPoolExecutor(1, self._context, _open_worker, arguments)
-            self._busy[pool.submit(_do, task)] = (number, task)
+            self.busy[pool.submit(_do, task)] = (number, task)
             pipe.close()  # the process has its own end of it by now; when that is closed, there is nothing to hear
             self._listening.append(threading.Thread(target=self._progress.listen, args=(reported,), daemon=True))
             self._listening[-1].start()
@@ -161,12 +147,12 @@ class _Processes:
 
         A worker that was killed will be started again.
         """
-        done, _ = concurrent.futures.wait(self._busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
         for future in done:
-            number, task = self._busy.pop(future)
+            number, task = self.busy.pop(future)
             if isinstance(future.exception(), BrokenProcessPool):
                 self._pools.pop(number).shutdown(wait=False)
-            self._idle.append(number)
+            self.idle.append(number)
             yield task, future
 
     def __enter__(self) -> _Processes:
@@ -187,14 +173,13 @@ class _Processes:
             thread.join(_LISTEN_SECONDS)
 
 
-@contextlib.contextmanager
-def open_pool(stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> Iterator[_Here | _Processes]:
+def open_pool(
+    stage: Stage, store: Store, run: Run, workers: int, progress: Progress
+) -> contextlib.AbstractContextManager[_Here | _Processes]:
     """So many worker processes, or this process if it is one."""
     if workers == 1:
-        yield _Here(stage, store, run, progress)
-        return
-    with _Processes(stage, store, run, workers, progress) as pool:
-        yield pool
+        return contextlib.nullcontext(_Here(stage, store, run, progress))
+    return _Processes(stage, store, run, workers, progress)
 
 
 @contextlib.contextmanager

@@ -116,8 +116,8 @@ class _Execution:
         folded = time.monotonic()
         progress = Progress(stage.name, stage.unit, sum(task.weight for task in tasks))
         with progress, open_pool(stage, store, run, workers, progress) as pool:
-            while pool.is_busy or (waiting and not self.ended):
-                while waiting and pool.is_idle and not self.ended:
+            while pool.busy or (waiting and not self.ended):
+                while waiting and pool.idle and not self.ended:
                     interrupts.check()
                     pool.begin(waiting.popleft())
                 for task, future in pool.finished():

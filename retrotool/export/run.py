@@ -100,29 +100,6 @@ def open_tables(store: Store, name: str, k: int | None = None) -> ExportedTables
     return ExportedTables(store, reader, stored_tokenizer(store), read_tombstones(store), frozenset(tabled), k)
 
 
-@dataclass(slots=True)
-class Counts:
-    """What was exported: chunks, their documents and tokens, pairs of a chunk and a neighbour, chunks with none."""
-
-    chunks: int = 0
-    documents: int = 0
-    tokens: int = 0
-    neighbours: int = 0
-    alone: int = 0
-    _last: tuple[int, int] = (-1, -1)
-
-    def add(self, block: Block) -> None:
-        """Count the chunks of a block; the document of the first may have been counted."""
-        before = self._last[1] if self._last[0] == block.part else -1
-        there = block.found.ids != NO_NEIGHBOUR
-        self.chunks += len(block.ids)
-        self.documents += int((np.diff(block.doc, prepend=before) != 0).sum())
-        self.tokens += int(block.n_tokens.sum())
-        self.neighbours += int(there.sum())
-        self.alone += int((~there.any(axis=1)).sum())
-        self._last = block.part, int(block.doc[-1])
-
-
 @dataclass(frozen=True, slots=True)
 class Block:
     """The n live chunks of a row group: ``ids`` int64 [n], ids and sources of their documents, places in these [n].
@@ -247,19 +224,29 @@ def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataTy
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
-def write_export(opened: ExportedTables, folder: Path, report: Report) -> Counts:
-    """Write ``part-<number>.parquet`` for each part that has live chunks: zstd, with page checksums."""
+def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[str, int]:
+    """Write ``part-<number>.parquet`` for each part that has live chunks: zstd, with page checksums.
+
+    Return what was exported: chunks, their documents and tokens, pairs of a chunk and a neighbour, chunks with none.
+    """
     own = opened.store.identity
     columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())
-    counts, part, writer = Counts(), -1, cast(Any, None)
+    counts = dict.fromkeys(("chunks", "documents", "tokens", "neighbours", "alone"), 0)
+    part, last, writer = -1, -1, cast(Any, None)
     with ExitStack() as files:
         for block in read_blocks(opened):
-            counts.add(block)
             path = folder / f"part-{block.part:06d}.parquet"
             if block.part != part:
                 files.close()
-                part, opening = block.part, pq.ParquetWriter(path, columns, **_PARQUET)
-                writer = files.enter_context(opening)
+                part, last = block.part, -1
+                writer = files.enter_context(pq.ParquetWriter(path, columns, **_PARQUET))
+            there = block.found.ids != NO_NEIGHBOUR
+            counts["chunks"] += len(block.ids)
+            counts["documents"] += int((np.diff(block.doc, prepend=last) != 0).sum())  # the first may be counted
+            counts["tokens"] += int(block.n_tokens.sum())
+            counts["neighbours"] += int(there.sum())
+            counts["alone"] += int((~there.any(axis=1)).sum())
+            last = int(block.doc[-1])
             table = _table(opened, block, columns)
             disk.announce("write", path)
             writer.write_table(table)
@@ -324,8 +311,7 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
         )
         result = ExportResult(
             str(output), store.identity.uuid, store.state.number, name, opened.k, store.identity.chunk_length,
-            databases, counts.chunks, counts.documents, counts.tokens, counts.neighbours, counts.alone,
-            sum(files.values()),
+            databases, **counts, bytes=sum(files.values()),
         )  # fmt: skip
         disk.write(folder / MANIFEST, _manifest(result, store, files))
     return result

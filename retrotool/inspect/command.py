@@ -12,7 +12,7 @@ from retrotool.cli.options import Json, StoreArgument, check_utf8, opt
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.inspect.run import CommonRun, InspectedChunk, InspectedNeighbour, InspectResult, TableRead
+    from retrotool.inspect.run import InspectedChunk, InspectedNeighbour, InspectResult, TableRead
     from retrotool.tokenizers.tokenizer import Split
 
 EPILOG = """\b
@@ -67,7 +67,11 @@ def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
     for table in result.tables:
         yield output.Paragraph(_table(table, several), indent=2)
     if result.page:
-        yield output.Paragraph(_figures(result))
+        without = f", {result.without:,} without any" if result.without else ""
+        yield output.Paragraph(
+            f"{output.count(result.shown, 'chunk')} with {output.count(result.neighbours, 'neighbour')}{without}; "
+            f"{result.marked:,} with {result.marked_from} tokens or more in common with one."
+        )
     for chunk in result.chunks:
         yield output.Paragraph()
         yield from _chunk(chunk, several)
@@ -79,14 +83,6 @@ def _table(table: TableRead, several: bool) -> str:
     weight = f", table {table.name!r}, weight {table.weight:g}" if several else ""
     unlike = "" if table.comparable else "; its tokens can't be compared with those of the store"
     return f"database {table.database}, {how}{recall}{weight}{unlike}"
-
-
-def _figures(result: InspectResult) -> str:
-    without = f", {result.without:,} without any" if result.without else ""
-    return (
-        f"{output.count(result.shown, 'chunk')} with {output.count(result.neighbours, 'neighbour')}{without}; "
-        f"{result.marked:,} with {result.marked_from} tokens or more in common with one."
-    )
 
 
 def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
@@ -105,8 +101,13 @@ def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[o
     if several:
         fields.append(f"database {near.database}")
     yield output.Paragraph(*fields, after=6)
-    if near.common is not None and near.common.marked:
-        yield output.Paragraph(_position(near.common), indent=3)
+    if (common := near.common) is not None and common.marked:
+        last, there = common.start + common.tokens - 1, common.start_in_neighbour + common.tokens - 1
+        yield output.Paragraph(
+            f"{output.count(common.tokens, 'token')} in common, r {common.r:.3f}: {common.start} to {last} of the "
+            f"chunk, {common.start_in_neighbour} to {there} here",
+            indent=3,
+        )
     yield _cut(near.marked_text(), 3)
     if near.continuation is not None:
         yield _cut(near.marked_continuation(), 5, "… ")
@@ -115,14 +116,6 @@ def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[o
 def _from(one: InspectedChunk | InspectedNeighbour) -> list[str]:
     source = [f"source {one.source}"] if one.source else []
     return [f"document {one.document}", *source, f"{one.index + 1:,} of {one.of:,}"]
-
-
-def _position(common: CommonRun) -> str:
-    last, there = common.start + common.tokens - 1, common.start_in_neighbour + common.tokens - 1
-    return (
-        f"{output.count(common.tokens, 'token')} in common, r {common.r:.3f}: {common.start} to {last} of the chunk, "
-        f"{common.start_in_neighbour} to {there} here"
-    )
 
 
 def _cut(split: Split, indent: int, before: str = "") -> output.Paragraph:
