@@ -31,10 +31,7 @@ def is_in(values: npt.NDArray[Any], ascending: npt.NDArray[Any]) -> npt.NDArray[
     """Return which of ``values``, of any shape, are among ``ascending`` [n]: bool, by binary search."""
     if not len(ascending):
         return np.zeros(values.shape, np.bool_)
-    found: npt.NDArray[np.bool_] = (
-        ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
-    )
-    return found
+    return np.asarray(ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values)
 
 
 def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:

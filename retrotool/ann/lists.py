@@ -104,7 +104,8 @@ class JoinedLists:
         self.trained: Trained = shards[0].trained
         self._shards = shards
         self._joined = lru_cache(_KEPT_JOINED)(self._join)
-        self._codes = lru_cache(_KEPT_JOINED)(self._join_codes)
+        self.codes = lru_cache(_KEPT_JOINED)(self._join_codes)
+        """Codes of a list, uint8 [n, size]."""
 
     def __len__(self) -> int:
         return sum(map(len, self._shards))
@@ -116,10 +117,6 @@ class JoinedLists:
     def ids(self, number: int) -> Ids:
         """Chunk ids of a list, int64 [n], ascending."""
         return self._joined(number)[0]
-
-    def codes(self, number: int) -> Codes:
-        """Codes of a list, uint8 [n, size]."""
-        return self._codes(number)
 
     def _join(self, number: int) -> tuple[Ids, Ids | None]:
         """Ids, ascending, and the places that they have in the shards one after the other; None: the same ones."""

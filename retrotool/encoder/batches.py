@@ -42,8 +42,7 @@ class Rows:
     @property
     def starts(self) -> npt.NDArray[np.int64]:
         """Where each row begins in ``ids``, int64 [n]."""
-        starts: npt.NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths
-        return starts
+        return np.asarray(np.cumsum(self.lengths) - self.lengths)
 
     def take(self, which: npt.NDArray[np.int64]) -> Rows:
         """Some of the rows, in the order given."""

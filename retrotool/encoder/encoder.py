@@ -97,8 +97,7 @@ def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     products = (a * b).sum(1)
     alike = (a == b).all(axis=1)
-    found: npt.NDArray[np.float64] = np.where(alike, 1.0, products / np.where(lengths > 0, lengths, 1.0))
-    return found
+    return np.asarray(np.where(alike, 1.0, products / np.where(lengths > 0, lengths, 1.0)))
 
 
 class Encoder:

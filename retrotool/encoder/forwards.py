@@ -181,8 +181,7 @@ def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
     counted = np.cumsum(rows.ids != padding)
     before = np.where(rows.starts > 0, counted[np.maximum(rows.starts - 1, 0)], 0)
     within = counted - np.repeat(before, rows.lengths)
-    places: npt.NDArray[np.int32] = (within * (rows.ids != padding) + padding).astype(np.int32)
-    return places
+    return np.asarray(within * (rows.ids != padding) + padding, np.int32)
 
 
 class PaddedForward:

@@ -122,8 +122,7 @@ class NeighbourReader:
     def order(self, distances: npt.NDArray[np.float32], which: npt.NDArray[Any]) -> Ids:
         """Columns of neighbours [n, m] of the databases ``which`` [n, m] or [m], by distance over weight, int64."""
         weights = np.array([member.weight for member in self.members], np.float32)
-        order: Ids = np.argsort(distances / weights[which], axis=1, kind="stable")
-        return order
+        return np.asarray(np.argsort(distances / weights[which], axis=1, kind="stable"))
 
     def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
         """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].

@@ -165,8 +165,7 @@ def _runs_in(words: Words, length: int) -> Words:
 
 def _bits(words: Words) -> Lengths:
     ones = np.unpackbits(words.astype("<u8").view(np.uint8).reshape(len(words), 8), axis=1)
-    count: Lengths = ones.sum(axis=1, dtype=np.int64)
-    return count
+    return np.asarray(ones.sum(axis=1, dtype=np.int64))
 
 
 def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Words:
@@ -179,8 +178,7 @@ def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> 
     laid = np.lib.stride_tricks.sliding_window_view(wide, width, axis=1)
     same = np.zeros((n, laid.shape[1], _WORD), np.bool_)
     np.equal(laid, left[:, None], out=same[:, :, :width])
-    words: Words = np.packbits(same, axis=2, bitorder="little").view("<u8")[:, :, 0]
-    return words
+    return np.asarray(np.packbits(same, axis=2, bitorder="little").view("<u8")[:, :, 0])
 
 
 def _longest_run(words: Words) -> tuple[Lengths, Lengths, Lengths]:

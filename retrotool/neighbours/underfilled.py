@@ -67,18 +67,12 @@ class GapFinder:
         )
         """Stands for all that was purged of database and queries, erased of the database, given back to the queries."""
 
-    def _knows_all(self, entry: FileEntry) -> bool:
-        """Whether a table was made, or filled up to k at least, after all purges: then no gap of it can be filled.
-
-        Rows of queries that were purged since only became empty.
-        """
-        about = entry.about or {}
-        known = about["purges"], about.get("erased", ""), about.get("restored", "")
-        return known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k
-
     def find(self, part: int, entry: FileEntry) -> Gaps:
         """Return the gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
-        if self._knows_all(entry):
+        about = entry.about or {}
+        known = about["purges"], about.get("erased", ""), about.get("restored", "")
+        # Made, or filled up to k at least, after all purges: rows of queries that were purged since only became empty.
+        if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
             return Gaps(text_is_stale=self._lacks_text(entry))
         key = (entry.path, *self.taken, self._k)
         if key not in _found:

@@ -96,7 +96,9 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
             else:
                 parser.close()
         except (ijson.JSONError, ValueError) as error:
-            broken = _syntax_error(error)
+            # Without what yajl quotes of the input in the lines after the first.
+            said = str(error).removeprefix("b'").partition("\n")[0].partition("\\n")[0]
+            broken = "a lone surrogate" if isinstance(error, UnicodeDecodeError) else said
         size += len(piece)
         for event, value in events:
             before, depth = depth, depth + _NESTING.get(event, 0)
@@ -153,10 +155,3 @@ def _whole_escapes(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
         size += len(block) - cut
     if size:
         yield b"".join(held)
-
-
-def _syntax_error(error: Exception) -> str:
-    """Return what yajl says, without what it quotes of the input in the lines after the first."""
-    if isinstance(error, UnicodeDecodeError):
-        return "a lone surrogate"
-    return str(error).removeprefix("b'").partition("\n")[0].partition("\\n")[0]

@@ -172,20 +172,16 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
     else:
         body = _content(record)
     content_type = content_type or record.headers.get("WARC-Identified-Payload-Type") or ""
-    text = _utf8(body) if kind == "conversion" else _text(content_type, body)
+    try:
+        text = body.decode() if kind == "conversion" else _text(content_type, body)
+    except UnicodeDecodeError as error:
+        raise BadRow(f"invalid UTF-8 at byte {error.start:,} of the record's text") from error
     if not text.strip():
         raise BadRow("no text in it")
     return {
         "text": text, "type": kind, "date": record.headers.get("WARC-Date"), "content_type": content_type,
         "status": None if status is None else str(status),
     }  # fmt: skip
-
-
-def _utf8(block: bytes) -> str:
-    try:
-        return block.decode()
-    except UnicodeDecodeError as error:
-        raise BadRow(f"invalid UTF-8 at byte {error.start:,} of the record's text") from error
 
 
 def _text(content_type: str, body: bytes) -> str:

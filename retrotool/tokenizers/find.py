@@ -313,6 +313,11 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
         for token in sorted(ranks, key=ranks.__getitem__)
         for end in _ends(token, ranks)
     ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": encoding.pattern}, "behavior": "Isolated", "invert": False}
+    splitter: dict[str, Any] = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+    if encoding.pattern == GPT2_PATTERN:
+        splitter = {**byte_level, "use_regex": True}  # it has this pattern of its own
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = {token: number for token, number in encoding.special.items() if number not in ranks.values()}
     fields = {
@@ -320,7 +325,7 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
         "added_tokens": [
             {"id": number, "content": token, **flags, "special": True} for token, number in special.items()
         ],
-        "pre_tokenizer": _splitter(encoding.pattern),
+        "pre_tokenizer": splitter,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -331,14 +336,6 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
         },
     }
     return orjson.dumps(fields)
-
-
-def _splitter(pattern: str) -> dict[str, Any]:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if pattern == GPT2_PATTERN:
-        return {**byte_level, "use_regex": True}  # it has this pattern of its own
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
 
 
 def _ends(token: bytes, ranks: Mapping[bytes, int]) -> list[int]:

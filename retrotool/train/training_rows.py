@@ -169,8 +169,7 @@ class Turns:
 
     def mine(self, places: Ids) -> npt.NDArray[np.bool_]:
         """Which places are this worker's, bool [n]."""
-        mine: npt.NDArray[np.bool_] = self.number(places) % self.workers == self.worker
-        return mine
+        return np.asarray(self.number(places) % self.workers == self.worker)
 
     def ends(self, place: int) -> bool:
         """Whether a place is the last of its turn."""
