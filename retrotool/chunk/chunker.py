@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ranges import positions_within
 from retrotool.sources import Document, Rejected, excerpt
 from retrotool.store import parts
 from retrotool.store.blocked import Hashes, keyed_tokens
@@ -92,8 +93,7 @@ def tokenise(
         limit[::2] = np.minimum(limit[::2], chunk_length)
         cut = (limit < lengths)[::2]
         if cut.any():
-            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            ids, lengths = ids[place < np.repeat(limit, lengths)], limit
+            ids, lengths = ids[positions_within(lengths) < np.repeat(limit, lengths)], limit
     found = Tokens(documents, ids, lengths, pieces, cut)
     return found.without(empty) if empty.any() else found
 
@@ -125,11 +125,9 @@ def cut_chunks(
 
     """
     n_chunks = -(-lengths // chunk_length)
-    first = np.cumsum(n_chunks) - n_chunks
-    n = int(n_chunks.sum())
-    index = np.arange(n) - np.repeat(first, n_chunks)
+    index = positions_within(n_chunks)
     n_tokens = np.minimum(np.repeat(lengths, n_chunks) - index * chunk_length, chunk_length)
-    tokens = np.zeros((n, chunk_length), dtype)
+    tokens = np.zeros((len(index), chunk_length), dtype)
     # Chunks and ids are in the same order, so the used places, row by row, take the ids as they come.
     tokens[np.arange(chunk_length) < n_tokens[:, None]] = ids
     piece = np.repeat(np.arange(len(lengths)), n_chunks)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -120,12 +119,9 @@ class PartWriter:
         self.counts = {"documents": 0, "chunks": 0, "tokens": 0}
 
     def __enter__(self) -> PartWriter:
-        """Nothing to do."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Stop the thread; after an error, without what is not finished."""
         if kind is not None:
             self._chunks.abandon()

@@ -169,23 +169,15 @@ class EmbedWorker:
         record = self._store.state.records.get(key) or asdict(identity)
         check_encoder_identity(record, identity)
         # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
-        entry = replace(entry, about={"cosine": self.encoder.cosine})
+        entry, encoder = replace(entry, about={"cosine": self.encoder.cosine}), self.encoder
+        settings = {
+            "encoder": identity.name, "device": encoder.device_name, "dtype": encoder.dtype,
+            "forward": encoder.forward, "why": encoder.why,
+        }  # fmt: skip
         reads = (str(task.inputs["path"]),)
         return Staged(
-            task.key, "embed", run, self.settings(), reads, (entry,), records={key: record},
-            measured=self._since_begun(),
-        )  # fmt: skip
-
-    def settings(self) -> dict[str, Any]:
-        """How vectors are made, as a commit keeps it."""
-        encoder = self.encoder
-        return {
-            "encoder": encoder.identity.name,
-            "device": encoder.device_name,
-            "dtype": encoder.dtype,
-            "forward": encoder.forward,
-            "why": encoder.why,
-        }
+            task.key, "embed", run, settings, reads, (entry,), records={key: record}, measured=self._since_begun()
+        )
 
     def note(self) -> str:
         """Tokens a second of this device, and the share of its time that is forward, in the part at hand."""

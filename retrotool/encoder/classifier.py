@@ -172,20 +172,15 @@ class Classifier:
         ids = np.full(used.shape, self._padding or 0, np.int64)
         ids[used] = rows.ids
         with torch.inference_mode(), self._device_lock if self.device != "cpu" else contextlib.nullcontext():
-            tensors = (torch.from_numpy(array).to(self.device) for array in (ids, used.astype(np.int64)))
-            given, mask = tensors
+            given, mask = (torch.from_numpy(array).to(self.device) for array in (ids, used.astype(np.int64)))
             logits = self._model(input_ids=given, attention_mask=mask).logits.float()
-            scores: Scores = self._scored(logits)[:, label].cpu().numpy()
-        return scores
-
-    def _scored(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [n, labels] as scores; NaN for a row that has one which is no number, or is infinite."""
-        if logits.shape[1:] != (len(self.identity.labels),):
-            raise UsageError(
-                f"{self._what} gives {tuple(logits.shape[1:])} numbers for {len(self.identity.labels)} labels"
-            )
-        scores = logits.softmax(1) if self.identity.exclusive else logits.sigmoid()
-        return torch.where(torch.isfinite(logits).all(1, keepdim=True), scores, torch.nan)
+            labels = len(self.identity.labels)
+            if logits.shape[1:] != (labels,):
+                raise UsageError(f"{self._what} gives {tuple(logits.shape[1:])} numbers for {labels} labels")
+            scores = logits.softmax(1) if self.identity.exclusive else logits.sigmoid()
+            # NaN for a row that has one which is no number, or is infinite.
+            scores = torch.where(torch.isfinite(logits).all(1, keepdim=True), scores, torch.nan)
+            return np.asarray(scores[:, label].cpu().numpy())
 
 
 def _windows(lengths: npt.NDArray[np.int64], room: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -232,21 +232,17 @@ def _decoded(body: bytes, coding: str, limit: int) -> bytes:
         raise BadRow(f"its content is compressed with {_NAMES.get(coding, 'an unknown coding')}, which is not read")
     problem = ""
     for compression in _CODINGS[coding]:
+        pieces, size = [], 0
         try:
-            return _unpacked(body, compression, limit)
+            for block in streams.unpacked([body], compression):
+                pieces.append(block)
+                size += len(block)
+                if size > limit:
+                    raise BadRow(f"its content is longer than {limit:,} bytes")
+            return b"".join(pieces)
         except BrokenStream as error:
             problem = problem or str(error)
     head = body[:_LOOKED_AT]
     if head.translate(None, _CONTROL) == head:
         return body  # text, whatever its header says
     raise BadRow(f"its content is cut off or not {coding}: {problem}")
-
-
-def _unpacked(body: bytes, compression: str, limit: int) -> bytes:
-    pieces, size = [], 0
-    for block in streams.unpacked([body], compression):
-        pieces.append(block)
-        size += len(block)
-        if size > limit:
-            raise BadRow(f"its content is longer than {limit:,} bytes")
-    return b"".join(pieces)
