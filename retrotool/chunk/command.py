@@ -14,8 +14,8 @@ from retrotool.errors import EXIT_SET_ASIDE
 from retrotool.scratch import use_scratch
 
 if TYPE_CHECKING:
-    from retrotool.chunk.chunk_result import ChunkResult, RejectedReason
     from retrotool.chunk.estimate import Estimate
+    from retrotool.chunk.run import ChunkResult, RejectedReason
 
 EPILOG = """\b
 Examples:

@@ -72,15 +72,10 @@ class Filters:
 
     def as_record(self) -> dict[str, Any]:
         """Those that there are, in a form that is the same for the same filters."""
-        record: dict[str, Any] = {}
-        if self.max_overlap is not None:
-            record["max_overlap"] = self.max_overlap
-        if self.near_copies:
-            record["near_copies"] = True
-        for name, sources in (("exclude_sources", self.exclude_sources), ("only_sources", self.only_sources)):
-            if sources:
-                record[name] = sorted(set(sources))
-        return record
+        record = {"max_overlap": self.max_overlap, "near_copies": self.near_copies}
+        sources = {"exclude_sources": self.exclude_sources, "only_sources": self.only_sources}
+        fields = {**record, **{name: sorted(set(hashes)) for name, hashes in sources.items()}}
+        return {name: value for name, value in fields.items() if value}
 
     @property
     def by_tokens(self) -> bool:

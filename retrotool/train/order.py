@@ -140,16 +140,8 @@ def permutation(n: int, *seed: int) -> Ids:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
 
 
-@dataclass(frozen=True, slots=True)
-class WindowPart:
-    """Some sequences that are read together: ``block`` and ``sequence`` (its number in the block), both [n].
-
-    ``first`` is the place of the first of them in what a rank reads.
-    """
-
-    first: int
-    block: Ids
-    sequence: Ids
+WindowPart = tuple[int, Ids, Ids]
+"""Sequences that are read together: the first one's place in what a rank reads; blocks, and numbers in these, [n]."""
 
 
 class Order:
@@ -176,7 +168,7 @@ class Order:
                 block, sequence = self._window(window)
                 offset = int(self._ends[window]) - len(block)
                 some = slice(place - offset, end - offset)
-                yield WindowPart(done + place - start, block[some], sequence[some])
+                yield done + place - start, block[some], sequence[some]
                 place = end
             done += stop - start
 

@@ -205,11 +205,11 @@ def read_epoch(
 
 def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator[tuple[Ids, Ids, Ids]]:
     """Places, blocks and sequences of one worker, by window; last, where that is its, a place without a sequence."""
-    for piece in order.pieces(share.own, consumed):
-        places = piece.first + np.arange(len(piece.block))
+    for first, block, sequence in order.pieces(share.own, consumed):
+        places = first + np.arange(len(block))
         mine = turns.mine(places)
         if mine.any():
-            yield places[mine], piece.block[mine], piece.sequence[mine]
+            yield places[mine], block[mine], sequence[mine]
     last = np.array([len(share) - 1])
     if share.is_short and last[0] >= consumed and turns.mine(last)[0]:
         nothing = np.zeros(0, np.int64)

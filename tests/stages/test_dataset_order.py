@@ -36,9 +36,9 @@ def test_slots_are_those_of_one_row_after_the_other(rows: list[tuple[bool, int]]
 
 def read(order: Order, spans: list[tuple[int, int]], skip: int = 0) -> list[tuple[int, int, int]]:
     return [
-        (piece.first + i, int(block), int(sequence))
-        for piece in order.pieces(spans, skip)
-        for i, (block, sequence) in enumerate(zip(piece.block, piece.sequence, strict=True))
+        (first + i, int(block), int(sequence))
+        for first, blocks, sequences in order.pieces(spans, skip)
+        for i, (block, sequence) in enumerate(zip(blocks, sequences, strict=True))
     ]
 
 
@@ -68,11 +68,11 @@ def test_spans_of_an_order_are_cut_out_of_it(counts: np.ndarray, data: st.DataOb
 
 def test_a_window_is_of_as_many_blocks_from_anywhere_and_mixes_them() -> None:
     order = Order(np.full(400, 50), 3, 0, 16)
-    pieces = list(order.pieces([(0, len(order))]))
-    assert [len(np.unique(piece.block)) for piece in pieces] == [16] * 25
-    for piece in pieces:
-        assert np.ptp(piece.block) > 200
-        blocks = len(np.unique(piece.block[:50]))
+    windows = [block for _, block, _ in order.pieces([(0, len(order))])]
+    assert [len(np.unique(block)) for block in windows] == [16] * 25
+    for block in windows:
+        assert np.ptp(block) > 200
+        blocks = len(np.unique(block[:50]))
         assert blocks > 12, "a few sequences are of nearly all blocks of a window"
     other = Order(np.full(400, 50), 3, 1, 16)
     first, again = (read(some, [(0, 50)]) for some in (order, other))
