@@ -211,32 +211,25 @@ def commit_plan(
             },
             owner=run.id if any(map(is_spooled, chosen)) else "",
         )  # fmt: skip
-        draft = draft_of(store, run, state, plan_id, plan)
-        if findings is not None:
-            draft = replace(draft, records={**draft.records, GUARD: asdict(findings)})
-        return draft
+        entry = write_plan(store, run, plan_id, plan)
+        record = {
+            **dict.fromkeys(PLAN_COUNTS, 0),
+            "parts": 0,
+            "units": len(plan.units),
+            "done": 0,
+            "finished": False,
+            "order": state.number + 1,
+        }
+        settings = {
+            **{name: value for name, value in asdict(plan.fields).items() if value is not None},
+            "part_size": plan.part_size,
+            "files": len(plan.files),
+        }
+        found = {} if findings is None else {GUARD: asdict(findings)}
+        return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record, **found})
 
     state = retry_overtaken(lambda: store.commit(run, build))  # a plan may be finished while its files are read
     return (plan_id if f"plan:{plan_id}" in state.records else None), n_known
-
-
-def draft_of(store: Store, run: Run, state: State, plan_id: str, plan: ChunkPlan) -> Draft:
-    """The commit of a new plan."""
-    entry = write_plan(store, run, plan_id, plan)
-    record = {
-        **dict.fromkeys(PLAN_COUNTS, 0),
-        "parts": 0,
-        "units": len(plan.units),
-        "done": 0,
-        "finished": False,
-        "order": state.number + 1,
-    }
-    settings = {
-        **{name: value for name, value in asdict(plan.fields).items() if value is not None},
-        "part_size": plan.part_size,
-        "files": len(plan.files),
-    }
-    return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record})
 
 
 def known_findings(state: State) -> Findings | None:

@@ -118,8 +118,18 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
         if not seen.has(entry.path):
             return None  # another process finished it
         draft, counts = _finishing(store, run, plan_id, entry, duplicates)
-        # If it is overtaken, clean-up takes the files away.
-        store.commit(run, functools.partial(_unless_changed, seen, draft))
+
+        def build(newest: State) -> Draft:
+            # Documents and tombstones that the draft was made from must still be all there are.
+            same = all(
+                list(newest.group(kind).entries()) == list(seen.group(kind).entries())
+                for kind in ("documents", "tombstones")
+            )
+            if not same or newest.records["totals"] != seen.records["totals"]:
+                raise ConflictError("the store changed while duplicates were searched", "Run the same command again.")
+            return draft
+
+        store.commit(run, build)  # if it is overtaken, clean-up takes the files away
         return counts
 
     store.refresh()
@@ -227,16 +237,6 @@ def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
         "given_up": [place for i, place in enumerate(plan.places) if plan.files[i].path in given_up],
         "fields": {"max_document": plan.fields.max_document},
     }
-
-
-def _unless_changed(seen: State, draft: Draft, newest: State) -> Draft:
-    """``draft``, if the documents and tombstones it was made from are still all there are."""
-    same = all(
-        list(newest.group(kind).entries()) == list(seen.group(kind).entries()) for kind in ("documents", "tombstones")
-    )
-    if not same or newest.records["totals"] != seen.records["totals"]:
-        raise ConflictError("the store changed while duplicates were searched", "Run the same command again.")
-    return draft
 
 
 def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates) -> Mapping[str, Any]:

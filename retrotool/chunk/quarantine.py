@@ -76,17 +76,13 @@ class Quarantine:
         if len(self._reasons) >= REASONS and reason not in self._reasons:
             reason = without_numbers(reason)
         self._reason.append(self._reasons.setdefault(reason, len(self._reasons)))
-        self._line.append(self._line_of(row))
-        self._offset.append(row.offset)
-
-    def _line_of(self, row: Rejected) -> int:
-        """The line of a row in its input; 0: not known."""
         if row.line and self._before is None:
             try:
                 self._before = self._lines_before()
             except InputError:
                 self._before = -1  # damaged before that: the offsets still give the places
-        return 0 if not row.line or self._before == -1 else row.line + (self._before or 0)
+        self._line.append(0 if not row.line or self._before == -1 else row.line + (self._before or 0))
+        self._offset.append(row.offset)
 
     def write(self, store: Store, name: FileName) -> FileEntry | None:
         """Write what was gathered; None if that is nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -367,7 +367,15 @@ def _reasons(
     """
     found: dict[str, RejectedReason] = {}
     damaged = 0
-    for table in _quarantines(store, plans, units, read_again):
+    entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
+    entries += [(unit.plan, unit.quarantine) for unit in units if unit.quarantine is not None]
+    columns, again = ["input", "line", "reason", "excerpt", "damage"], pa.array(read_again, pa.string())
+    tables = (
+        (plan, table) for plan, entry in entries if plan in plans for table in parts.read_tables(store, entry, columns)
+    )
+    for plan, table in tables:
+        if plan != plans[-1]:
+            table = table.filter(pc.invert(pc.is_in(table["input"], again)))
         damaged += int(pc.sum(table["damage"]).as_py() or 0)
         grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
         firsts = [(column, "first") for column in ("input", "line", "excerpt")]
@@ -380,18 +388,6 @@ def _reasons(
             else:
                 found[kind] = replace(old, rows=old.rows + n, reason=reason if reason == old.reason else kind)
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
-
-
-def _quarantines(
-    store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
-) -> Iterator[pa.Table]:
-    entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
-    again = pa.array(read_again, pa.string())
-    for plan, entry in (*entries, *((unit.plan, unit.quarantine) for unit in units)):
-        if entry is None or plan not in plans:
-            continue
-        for table in parts.read_tables(store, entry, ["input", "line", "reason", "excerpt", "damage"]):
-            yield table if plan == plans[-1] else table.filter(pc.invert(pc.is_in(table["input"], again)))
 
 
 def note_empty_columns(

@@ -313,19 +313,15 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
             str(output), store.identity.uuid, store.state.number, name, opened.k, store.identity.chunk_length,
             databases, **counts, bytes=sum(files.values()),
         )  # fmt: skip
-        disk.write(folder / MANIFEST, _manifest(result, store, files))
+        tokenizer = store.identity.tokenizer
+        about = {
+            "tool": f"retrotool {version('retrotool')}", "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary},
+            "files": [{"name": name, "bytes": size} for name, size in files.items()],
+        }  # fmt: skip
+        shown = {key: value for key, value in asdict(result).items() if key not in ("output", "bytes")}
+        disk.write(folder / MANIFEST, orjson.dumps({**shown, **about}, option=orjson.OPT_INDENT_2))
     return result
-
-
-def _manifest(result: ExportResult, store: Store, files: dict[str, int]) -> bytes:
-    tokenizer = store.identity.tokenizer
-    about = {
-        "tool": f"retrotool {version('retrotool')}", "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary},
-        "files": [{"name": name, "bytes": size} for name, size in files.items()],
-    }  # fmt: skip
-    shown = {key: value for key, value in asdict(result).items() if key not in ("output", "bytes")}
-    return orjson.dumps({**shown, **about}, option=orjson.OPT_INDENT_2)
 
 
 def _check_complete(opened: ExportedTables, root: str | Path) -> None:

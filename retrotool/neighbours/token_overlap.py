@@ -32,7 +32,6 @@ COPIED = 0.5
 LONGEST = 64
 """Tokens of the longest chunks that can be compared: a bit of a word each."""
 _BLOCK = 256
-_WORD = LONGEST
 _STEPS = (32, 16, 8, 4, 2, 1)
 _NO_TOKEN, _NO_OTHER = -1, -2
 """In place of what is no token: they equal nothing, each other neither."""
@@ -64,8 +63,8 @@ def check_comparable(one: Store, other: Store, advice: str, if_too_long: str = "
 
 def longest_common(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Overlap:
     """Longest common runs of tokens of ``one`` [n, w ≤ 64] and ``other`` [n, m], of which so many count in each row."""
-    if one.shape[1] > _WORD:
-        raise ValueError(f"pieces of {one.shape[1]} tokens; a word has {_WORD} bits")
+    if one.shape[1] > LONGEST:
+        raise ValueError(f"pieces of {one.shape[1]} tokens; a word has {LONGEST} bits")
     n, width = one.shape
     found = Overlap(*(np.zeros(n, np.int64) for _ in range(3)))
     for some in _blocks(n):
@@ -154,7 +153,7 @@ def _hashes(tokens: Tokens, gram: int) -> Words:
 
 def _runs_in(words: Words, length: int) -> Words:
     """Where ``length`` ones follow one another in each word."""
-    if length > _WORD:
+    if length > LONGEST:
         return np.zeros_like(words)
     size = 1
     while size < length:
@@ -176,7 +175,7 @@ def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> 
     wide = np.full((n, m + 2 * (width - 1)), _NO_OTHER, np.int32)
     wide[:, width - 1 : width - 1 + m] = np.where(np.arange(m) < n_other[:, None], other.astype(np.int32), _NO_OTHER)
     laid = np.lib.stride_tricks.sliding_window_view(wide, width, axis=1)
-    same = np.zeros((n, laid.shape[1], _WORD), np.bool_)
+    same = np.zeros((n, laid.shape[1], LONGEST), np.bool_)
     np.equal(laid, left[:, None], out=same[:, :, :width])
     return np.asarray(np.packbits(same, axis=2, bitorder="little").view("<u8")[:, :, 0])
 
@@ -192,13 +191,15 @@ def _longest_run(words: Words) -> tuple[Lengths, Lengths, Lengths]:
     for step in _STEPS:
         # Where current has a bit, ``length`` ones begin; are there ``step`` more behind them?
         shift = length.astype(np.uint64)[:, None]
-        longer = current & np.where(shift < _WORD, runs[step] >> np.minimum(shift, np.uint64(_WORD - 1)), np.uint64(0))
+        longer = current & np.where(
+            shift < LONGEST, runs[step] >> np.minimum(shift, np.uint64(LONGEST - 1)), np.uint64(0)
+        )
         some: npt.NDArray[np.bool_] = np.any(longer, axis=1)
         current = np.where(some[:, None], longer, current)
         length += step * some
     full: npt.NDArray[np.bool_] = np.any(whole, axis=1)
     current = np.where(full[:, None], whole, current)
-    length = np.where(full, _WORD, length)
+    length = np.where(full, LONGEST, length)
     word = (current != 0).argmax(axis=1)
     chosen = current[np.arange(len(words)), word]
     first = np.log2((chosen & (~chosen + np.uint64(1))).astype(np.float64), where=length > 0, out=np.zeros(len(words)))

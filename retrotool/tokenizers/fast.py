@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
@@ -104,7 +104,9 @@ class FastTokenizer:
             return self._tokenizer.encode_flat(texts)
         ids, lengths, sure = self._encode(texts)
         self.judged += len(texts) - int(sure.sum())
-        for i in self._sample(len(texts)):
+        chosen = self._random.random(len(texts)) < self._check
+        chosen[: max(self._first - self._seen, 0)] = True
+        for i in np.flatnonzero(chosen).tolist():
             self._compare(texts[i], ids, lengths, i)
         self._seen += len(texts)
         return ids, lengths
@@ -150,11 +152,6 @@ class FastTokenizer:
         for i in np.flatnonzero(np.fromiter(map(len, pieces), np.int64, len(pieces)) > _PIECE).tolist():
             unsure[i] |= len(pieces[i].encode(errors="replace")) > 4 * _PIECE
         return unsure
-
-    def _sample(self, n: int) -> list[int]:
-        chosen = self._random.random(n) < self._check
-        chosen[: max(self._first - self._seen, 0)] = True
-        return np.flatnonzero(chosen).tolist()
 
     def _compare(self, text: str, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], i: int) -> None:
         self.compared += 1
@@ -218,7 +215,7 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
     vocabulary: dict[str, int] = fields["model"]["vocab"]
     is_bpe = fields["model"]["type"] == "BPE"
     strict = functools.partial(_pairs, fields, _all_pairs()) if is_bpe else None
-    matters = Crossings(vocabulary).has if is_bpe else None
+    matters = _crossings(vocabulary) if is_bpe else None
     if findings is not None:
         return Guard(whole, whole, strict, matters=matters, findings=findings)
     neighbours = {two for token in vocabulary for two in pairwise(token)} if is_bpe else set()
@@ -238,21 +235,18 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
     )
 
 
-class Crossings:
-    """The characters at whose borders a byte-level vocabulary has tokens that reach across.
+def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
+    """Tell, of code points, whether a byte-level vocabulary has tokens that reach across a border of the character.
 
     Where none does, it makes no difference whether text is split there.
     """
 
-    def __init__(self, vocabulary: Iterable[str]) -> None:
-        self._vocabulary = vocabulary
-
-    @functools.cached_property
-    def _found(self) -> tuple[set[bytes], set[bytes], set[bytes]]:
-        """Characters of tokens that have more than one; ends and beginnings of characters that end or begin these."""
+    @functools.cache
+    def found() -> tuple[set[bytes], set[bytes], set[bytes]]:
+        # Characters of tokens that have more than one; ends and beginnings of characters that end or begin these.
         byte_of = byte_level_alphabet()
         whole, ends, begins = set[bytes](), set[bytes](), set[bytes]()
-        for name in self._vocabulary:
+        for name in vocabulary:
             if name.isascii() or any(letter not in byte_of for letter in name):
                 continue
             token = bytes(byte_of[letter] for letter in name)
@@ -265,12 +259,13 @@ class Crossings:
                 begins.add(pieces[-1])
         return whole, ends, begins
 
-    def has(self, point: int) -> bool:
-        """Whether a token reaches across a border of this character."""
+    def has(point: int) -> bool:
         data = chr(point).encode()
-        whole, ends, begins = self._found
+        whole, ends, begins = found()
         reaches_in = any(data[i:] in ends for i in range(1, len(data)))
         return data in whole or reaches_in or any(data[:i] in begins for i in range(1, len(data)))
+
+    return has
 
 
 def _all_pairs() -> set[tuple[str, str]]:

@@ -104,20 +104,18 @@ def find_tokenizer(name: str) -> TokenizerFile:
         if path.is_dir():
             whole = path / "tokenizer.json"
             return TokenizerFile(name, whole.read_bytes() if whole.exists() else _from_directory(path, name))
-        return TokenizerFile(name, _as_json(path.read_bytes(), path, name))
+        content = path.read_bytes()
+        # By what it holds: a ``tokenizer.model`` may be of several kinds.
+        if content.lstrip()[:1] != b"{":
+            if _token_and_rank(content[: content.find(b"\n")]) is not None:
+                content = convert_tiktoken(content, name)
+            elif path.suffix == ".model":
+                content = convert_sentencepiece(content, name)
+            else:
+                raise UsageError(f"tokenizer {name!r}: {path} is of no kind that is known", _ADVICE)
+        return TokenizerFile(name, content)
     except OSError as error:
         raise UsageError(f"tokenizer {name!r}: {path} can't be read ({error.strerror})", _ADVICE) from error
-
-
-def _as_json(content: bytes, path: Path, name: str) -> bytes:
-    """A tokenizer file as a ``tokenizer.json``, by what it holds: a ``tokenizer.model`` may be of several kinds."""
-    if content.lstrip()[:1] == b"{":
-        return content
-    if _token_and_rank(content[: content.find(b"\n")]) is not None:
-        return convert_tiktoken(content, name)
-    if path.suffix == ".model":
-        return convert_sentencepiece(content, name)
-    raise UsageError(f"tokenizer {name!r}: {path} is of no kind that is known", _ADVICE)
 
 
 def _from_directory(path: Path, name: str) -> bytes:
