@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -28,7 +29,10 @@ Examples:
 
 Exit codes: 0 done, 3 done with input set aside or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
 
-_INPUT, _READING, _WORK = "What is let in", "How rows are read", "How the work is done"
+_input = partial(opt, panel="What is let in")
+_reading = partial(opt, panel="How rows are read")
+_work = partial(opt, panel="How the work is done")
+_field = partial(_reading, metavar="F")
 
 
 def command(
@@ -47,84 +51,56 @@ def command(
         int | None, opt("Tokens a chunk. Default: the store's; of a new store, 64.", metavar="N")
     ] = None,
     dry_run: Annotated[bool, opt("Read a sample, show what will come, and change nothing.", "--dry-run")] = False,
-    text_field: Annotated[
-        str, opt("Field that holds the text; a.b is b inside a.", metavar="F", panel=_READING)
-    ] = "text",
-    id_field: Annotated[
-        str, opt("Field that holds the document's id; without one, a hash of the text.", metavar="F", panel=_READING)
-    ] = "id",
-    keep: Annotated[
-        list[str] | None, opt("Field to keep as a column of documents; may be repeated.", metavar="F", panel=_READING)
-    ] = None,
-    key_field: Annotated[
-        str | None, opt("Key of key-value records: what is embedded.", metavar="F", panel=_READING)
-    ] = None,
-    value_field: Annotated[
-        str | None, opt("Value of key-value records: the continuation.", metavar="F", panel=_READING)
-    ] = None,
-    tokens_field: Annotated[
-        str | None, opt("Field of token ids, taken over as they are.", metavar="F", panel=_READING)
-    ] = None,
+    text_field: Annotated[str, _field("Field that holds the text; a.b is b inside a.")] = "text",
+    id_field: Annotated[str, _field("Field that holds the document's id; without one, a hash of the text.")] = "id",
+    keep: Annotated[list[str] | None, _field("Field to keep as a column of documents; may be repeated.")] = None,
+    key_field: Annotated[str | None, _field("Key of key-value records: what is embedded.")] = None,
+    value_field: Annotated[str | None, _field("Value of key-value records: the continuation.")] = None,
+    tokens_field: Annotated[str | None, _field("Field of token ids, taken over as they are.")] = None,
     token_dtype: Annotated[
-        Literal["uint16", "uint32"] | None,
-        opt("Type of the ids in plain token files.", metavar="uint16|uint32", panel=_READING),
+        Literal["uint16", "uint32"] | None, _reading("Type of the ids in plain token files.", metavar="uint16|uint32")
     ] = None,
     end_of_document: Annotated[
-        int | None, opt("Token id that ends a document in token files.", metavar="ID", panel=_READING)
+        int | None, _reading("Token id that ends a document in token files.", metavar="ID")
     ] = None,
     separator: Annotated[
-        str | None, opt("What stands between documents in .txt files, such as '\\n\\n'.", metavar="S", panel=_READING)
+        str | None, _reading("What stands between documents in .txt files, such as '\\n\\n'.", metavar="S")
     ] = None,
-    max_document: Annotated[str, opt("Longer texts are set aside.", metavar="SIZE", panel=_READING)] = "64MiB",
+    max_document: Annotated[str, _reading("Longer texts are set aside.", metavar="SIZE")] = "64MiB",
     duplicates: Annotated[
         Literal["skip", "keep", "fail"],
-        opt(
-            "Documents with the id or the text of one before: leave out, keep, or refuse.",
-            metavar="skip|keep|fail",
-            panel=_INPUT,
+        _input(
+            "Documents with the id or the text of one before: leave out, keep, or refuse.", metavar="skip|keep|fail"
         ),
     ] = "skip",
     changed: Annotated[
         Literal["refuse", "add"],
-        opt(
+        _input(
             "Inputs that changed since they were chunked: refuse, or add the documents that are new.",
             metavar="refuse|add",
-            panel=_INPUT,
         ),
     ] = "refuse",
-    allow_purged: Annotated[
-        bool, opt("Also chunk documents that were purged.", "--allow-purged", panel=_INPUT)
-    ] = False,
+    allow_purged: Annotated[bool, _input("Also chunk documents that were purged.", "--allow-purged")] = False,
     max_bad: Annotated[
         str | None,
-        opt(
-            "Stop when more rows are set aside; the rest of a damaged file is one. Default: any number.",
-            metavar="N|P%",
-            panel=_INPUT,
+        _input(
+            "Stop when more rows are set aside; the rest of a damaged file is one. Default: any number.", metavar="N|P%"
         ),
     ] = None,
     skip_missing: Annotated[
-        bool, opt("Give up inputs of an interrupted run that are gone or changed.", "--skip-missing", panel=_INPUT)
+        bool, _input("Give up inputs of an interrupted run that are gone or changed.", "--skip-missing")
     ] = False,
-    part_size: Annotated[int, opt("Chunks after which a part is closed.", metavar="N", panel=_WORK)] = PART_SIZE,
+    part_size: Annotated[int, _work("Chunks after which a part is closed.", metavar="N")] = PART_SIZE,
     scratch: Annotated[
-        str | None,
-        opt("Folder for scratch files. Default: $RETROTOOL_SCRATCH, or the system's.", metavar="DIR", panel=_WORK),
+        str | None, _work("Folder for scratch files. Default: $RETROTOOL_SCRATCH, or the system's.", metavar="DIR")
     ] = None,
-    workers: Annotated[
-        int | None, opt("Worker processes. Default: one a core.", metavar="N", panel=_WORK, least=1)
-    ] = None,
+    workers: Annotated[int | None, _work("Worker processes. Default: one a core.", metavar="N", least=1)] = None,
     check: Annotated[
-        float,
-        opt("Share of documents whose tokens are compared with those of tokenizers.", metavar="SHARE", panel=_WORK),
+        float, _work("Share of documents whose tokens are compared with those of tokenizers.", metavar="SHARE")
     ] = 0.001,
     exact_tokenizer: Annotated[
         bool,
-        opt(
-            "Tokenise with tokenizers alone, which is many times slower; the store keeps it.",
-            "--exact-tokenizer",
-            panel=_WORK,
-        ),
+        _work("Tokenise with tokenizers alone, which is many times slower; the store keeps it.", "--exact-tokenizer"),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.ann.choice import TARGET_RECALL
@@ -20,42 +21,33 @@ Examples:
   retrotool plan --tokens 1.75T --encoder models/bert-base-uncased --gpus 64 --memory-per-host 512GB
   retrotool plan --tokens 20G --hosts 4 --cores 32 --rate embed=20 --rate read=500M"""
 
-_CORPUS, _MACHINES = "What is planned", "What it runs on"
+_corpus = partial(opt, panel="What is planned")
+_machines = partial(opt, panel="What it runs on")
 
 
 def command(
-    tokens: Annotated[
-        str, opt("Tokens of the corpus, such as 1.75T; k, M, B or G, and T.", metavar="N", panel=_CORPUS)
-    ],
+    tokens: Annotated[str, _corpus("Tokens of the corpus, such as 1.75T; k, M, B or G, and T.", metavar="N")],
     encoder: Annotated[
         str,
-        opt(
-            "minilm, bert-base, bert-large, a model directory, or layers and dimensions, such as 12x768.",
-            metavar="E",
-            panel=_CORPUS,
+        _corpus(
+            "minilm, bert-base, bert-large, a model directory, or layers and dimensions, such as 12x768.", metavar="E"
         ),
     ] = "minilm",
-    tokens_per_document: Annotated[int, opt("Tokens of a document, on average.", metavar="N", panel=_CORPUS)] = 700,
-    chunk_length: Annotated[int, opt("Tokens a chunk.", metavar="N", panel=_CORPUS)] = CHUNK_LENGTH,
-    neighbours: Annotated[int, opt("Neighbours to save of each chunk.", metavar="N", panel=_CORPUS)] = SAVED,
-    target_recall: Annotated[
-        float, opt("Recall that the index is chosen for.", metavar="R", panel=_CORPUS)
-    ] = TARGET_RECALL,
-    gpus: Annotated[int, opt("GPUs in all; 0: everything on CPU cores.", metavar="N", panel=_MACHINES)] = 0,
-    hosts: Annotated[int | None, opt("Hosts.  [default: one for every 8 GPUs]", metavar="N", panel=_MACHINES)] = None,
-    cores: Annotated[
-        int | None, opt("CPU cores of a host.  [default: this machine's]", metavar="N", panel=_MACHINES)
-    ] = None,
+    tokens_per_document: Annotated[int, _corpus("Tokens of a document, on average.", metavar="N")] = 700,
+    chunk_length: Annotated[int, _corpus("Tokens a chunk.", metavar="N")] = CHUNK_LENGTH,
+    neighbours: Annotated[int, _corpus("Neighbours to save of each chunk.", metavar="N")] = SAVED,
+    target_recall: Annotated[float, _corpus("Recall that the index is chosen for.", metavar="R")] = TARGET_RECALL,
+    gpus: Annotated[int, _machines("GPUs in all; 0: everything on CPU cores.", metavar="N")] = 0,
+    hosts: Annotated[int | None, _machines("Hosts.  [default: one for every 8 GPUs]", metavar="N")] = None,
+    cores: Annotated[int | None, _machines("CPU cores of a host.  [default: this machine's]", metavar="N")] = None,
     memory_per_host: Annotated[
-        str | None,
-        opt("Memory of a host, such as 512GB or 256GiB.  [default: this machine's]", metavar="SIZE", panel=_MACHINES),
+        str | None, _machines("Memory of a host, such as 512GB or 256GiB.  [default: this machine's]", metavar="SIZE")
     ] = None,
     rate: Annotated[
         list[str] | None,
-        opt(
+        _machines(
             "How fast a stage is here, in the unit that the plan shows, such as embed=25k; repeatable.",
             metavar="STAGE=NUMBER",
-            panel=_MACHINES,
         ),
     ] = None,
     as_json: Json = False,
