@@ -4,13 +4,18 @@ A task is a part of the query store, where its table lies. Rows of purged or era
 records, are empty. A table is done again once another index or other filters are asked for, or the index was tuned or
 trained anew. Once the database has parts that it had not, only these are searched, and what is found is merged with
 what the table has. After purges only the rows are searched again that have fewer than k neighbours left
-(``neighbours.underfilled``); then entries also leave a table of another store that name a chunk which the database has
-erased since. What was purged and then restored (``store.tombstones``) is searched for in the tables that were made in
-between, once the index has it.
+(``GapFinder``); then entries also leave a table of another store that name a chunk which the database has erased since.
+What was purged and then restored (``store.tombstones``) is searched for in the tables that were made in between, once
+the index has it.
 
 A name is of one database: its record is set with the first task, or before (``claim``), and each table says in the log
 which index, and which commit of the database, it is from. So what two runs wrote under one name is told apart, and so
 is a copy of the database that went its own way.
+
+What is saved beyond the k that are used fills a row by itself, so a row is short only when fewer than k of all that it
+has saved are left. The log says of which purges a table knows already: one that knows of all is not read. Of others the
+ids are read once, a row group at a time; a count is kept as long as this process lives, since a plan is made several
+times. Cost: reading the ids of tables, and a binary search for each of them among the tombstones.
 
 Memory: the table, 12 bytes a neighbour, twice while it is written; a block of queries with their candidates; one list.
 """
@@ -21,11 +26,12 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.cli.command_lines import embed_command, table_command
@@ -37,6 +43,7 @@ from retrotool.embed.search_scope import (
     is_same_store,
     last_change,
     own_documents,
+    purges_erased,
     read_part_vectors,
     searchable_rows,
 )
@@ -46,16 +53,16 @@ from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactData
 from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
-from retrotool.neighbours.underfilled import GapFinder, erased_of, few_rows, text_is_current
 from retrotool.ranges import consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import missed_spans, read_tombstones, stands_for, stands_for_restored
+from retrotool.store.tombstones import Tombstones, missed_spans, read_tombstones, stands_for, stands_for_restored
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")
@@ -345,13 +352,13 @@ class NeighboursWorker:
         database = self._database
         part = int(task.inputs["part"])
         vectors = read_part_vectors(store, database.encoder, part)
-        table, asking, before = self._begin(task, database, part, len(vectors))
+        replaced = store.state.part_file("neighbours", part, stage.table)
+        table, asking, before = self._begin(task, database, part, replaced, len(vectors))
         own = own_documents(store, part, database.store, database.tombstones, within=self._within)
 
-        def ask(rows: npt.NDArray[np.int64]) -> Queries:
+        def ask(rows: Ids) -> Queries:
             return Queries(vectors[rows].astype(np.float32), own.take(rows))
 
-        replaced = store.state.part_file("neighbours", part, stage.table)
         self._probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         for rows in finder.blocks(asking):
@@ -404,7 +411,7 @@ class NeighboursWorker:
         if old is None or not text_is_current(old, database.store, self._stage.k):
             return None
 
-        def copy(groups: list[int], ids: npt.NDArray[np.int64], into: Pieces) -> npt.NDArray[np.int64]:
+        def copy(groups: list[int], ids: Ids, into: Pieces) -> Ids:
             k = ids.shape[1]
             text = neighbour_tables.read_text(self._store, old, groups).nearest(k)
             _, short = neighbour_tables.text_naming(text, database.tombstones.contains)
@@ -417,12 +424,7 @@ class NeighboursWorker:
         return copy
 
     def _search(
-        self,
-        database: AnyDatabase,
-        finder: Finder,
-        rows: npt.NDArray[np.int64],
-        before: NeighbourTable | None,
-        new: list[int],
+        self, database: AnyDatabase, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int]
     ) -> Best:
         """The neighbours of a block of rows; of what was found ``before``, only in ``new`` parts."""
         if before is None:
@@ -449,11 +451,10 @@ class NeighboursWorker:
         return best
 
     def _begin(
-        self, task: Task, database: AnyDatabase, part: int, rows: int
-    ) -> tuple[NeighbourTable, npt.NDArray[np.int64], NeighbourTable | None]:
+        self, task: Task, database: AnyDatabase, part: int, old: FileEntry | None, rows: int
+    ) -> tuple[NeighbourTable, Ids, NeighbourTable | None]:
         """The table to fill, the rows to search for, and a table whose neighbours are kept."""
         store, stage, mode = self._store, self._stage, task.inputs["mode"]
-        old = store.state.part_file("neighbours", part, stage.table)
         known = old is not None and old.path == task.inputs["replaces"]
         table = neighbour_tables.read_table(store, old) if old is not None and known else None
         if mode == FEW and table is not None:
@@ -463,3 +464,100 @@ class NeighboursWorker:
             np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
         )
         return fresh, searchable_rows(store, part, read_tombstones(store)), table if mode == _MORE else None
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """What is to be done about purges in a table.
+
+    ``few``: searchable rows with fewer than k neighbours left. ``holds_erased``: a row, purged or not, names a chunk
+    that another store has erased. ``text_is_stale``: the tokens of neighbours that it is to have are not there, or not
+    those of the neighbours that are left.
+    """
+
+    few: int = 0
+    holds_erased: bool = False
+    text_is_stale: bool = False
+
+
+_found: dict[tuple[str, str, str, str, str, int], Gaps] = {}
+"""By table, what was purged and erased, and k."""
+_FOUND = 1 << 17
+
+
+class GapFinder:
+    """Finds gaps in tables of a store whose neighbours are chunks of ``database``, of which k are used."""
+
+    def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
+        self._store, self._database, self._k, self._text = store, database, k, text
+        self.taken = (
+            stands_for(database.store.state),
+            stands_for(store.state),
+            erased_of(store, database),
+            # Rows of queries that were taken back are empty where they were purged when the table was made.
+            stands_for_restored(store.state),
+        )
+        """Stands for all that was purged of database and queries, erased of the database, given back to the queries."""
+
+    def find(self, part: int, entry: FileEntry) -> Gaps:
+        """Return the gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
+        about = entry.about or {}
+        known = about["purges"], about.get("erased", ""), about.get("restored", "")
+        # Made, or filled up to k at least, after all purges: rows of queries that were purged since only became empty.
+        if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
+            return Gaps(text_is_stale=self._lacks_text(entry))
+        key = (entry.path, *self.taken, self._k)
+        if key not in _found:
+            if len(_found) >= _FOUND:
+                _found.clear()
+            _found[key] = self._read(part, entry)
+        found = _found[key]
+        return replace(found, text_is_stale=self._text and (found.text_is_stale or self._lacks_text(entry)))
+
+    def _lacks_text(self, entry: FileEntry) -> bool:
+        return self._text and not text_is_current(entry, self._database.store, self._k)
+
+    def _read(self, part: int, entry: FileEntry) -> Gaps:
+        searched = np.zeros(entry.rows, np.bool_)
+        searched[searchable_rows(self._store, part, self._own)] = True
+        few, holds_erased, stale = 0, False, False
+        for group in range(-(-entry.rows // ROW_GROUP)):
+            interrupts.check()
+            ids = neighbour_tables.read_ids(self._store, entry, [group])
+            left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
+            rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
+            few += int((left[rows].sum(axis=1) < self._k).sum())
+            holds_erased |= self._erased is not None and bool(self._erased.contains(ids).any())
+            if neighbour_tables.text_size(entry):
+                text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
+                purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
+                stale |= bool((purged | short | (text.ids == ERASED)).any())
+        return Gaps(few, holds_erased, stale)
+
+    @cached_property
+    def _own(self) -> Tombstones:
+        return read_tombstones(self._store)
+
+    @cached_property
+    def _erased(self) -> Tombstones | None:
+        return erased_chunks(self._database.store) if self.taken[2] else None
+
+
+def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
+    """Return whether a table has the tokens of k neighbours, and none of its database's chunks came back since."""
+    missed = missed_spans(database.state, int((entry.about or {})["commit"]))
+    return neighbour_tables.text_size(entry) >= k and not missed
+
+
+def erased_of(store: Store, database: AnyDatabase) -> str:
+    """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
+    if is_same_store(store, database.store) or not (erased := purges_erased(database.store)):
+        return ""
+    return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
+
+
+def few_rows(store: Store, database: AnyDatabase, part: int, ids: Ids, k: int) -> Ids:
+    """Searchable rows with fewer than k living neighbours of those in ``ids`` [n, saved], ascending."""
+    living = (ids != NO_NEIGHBOUR) & ~database.tombstones.contains(ids)
+    few = np.flatnonzero(living.sum(axis=1) < k)
+    return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few

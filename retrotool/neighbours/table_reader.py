@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.neighbours.retrieved import Pieces, read_pieces
-from retrotool.neighbours.stage import check_table, database_of, members_of
-from retrotool.neighbours.underfilled import text_is_current
+from retrotool.neighbours.stage import check_table, database_of, members_of, text_is_current
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText

@@ -110,7 +110,7 @@ def assert_counts(result: AffectedResult, ranks: Ranks) -> None:
 def in_groups_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written from now on has row groups of so many rows, and is looked through in these."""
     monkeypatch.setattr(parts.write_parquet, "__kwdefaults__", {"row_group": rows, "about": None})
-    for module in ("purge.affected", "neighbours.underfilled", "store.neighbour_tables"):
+    for module in ("purge.affected", "neighbours.stage", "store.neighbour_tables"):
         monkeypatch.setattr(f"retrotool.{module}.ROW_GROUP", rows)
 
 
