@@ -109,7 +109,7 @@ BLINDED = {
     ("reader",): {"chunks", "documents", "embeddings tiny", "inspect main"},
     ("index.searching",): {"search main", "exact search tiny"},
     ("neighbours.table_reader",): {"neighbours main"},
-    ("train.training_rows", "train.order"): {"dataset main"},
+    ("train.dataset", "train.order"): {"dataset main"},
     ("export.run",): {"export main"},
     ("leakage.run",): {"leakage main"},
 }
