@@ -8,6 +8,7 @@ that is read again the documents that the store has are skipped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -99,15 +100,13 @@ class MaxBad:
         """From ``100`` or ``0.5%``; ``UsageError`` for anything else."""
         if text is None:
             return cls()
-        try:
+        with contextlib.suppress(ValueError):
             if text.endswith("%"):
                 share = float(text[:-1]) / 100
                 if 0 <= share <= 1:
                     return cls(share=share)
             elif (rows := int(text)) >= 0:
                 return cls(rows=rows)
-        except ValueError:
-            pass
         raise UsageError(f"--max-bad {text}: it is a number of rows, such as 100, or a share, such as 0.5%")
 
     def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:

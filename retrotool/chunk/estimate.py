@@ -6,6 +6,7 @@ slices further in), tokenised and cut as in earnest, and the counts scaled by th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -158,9 +159,7 @@ class _Sampler:
         started = time.process_time()
         batch: list[Document] = []
         text = bad = 0
-        rows = sources.read_input(file, self._options.fields, where)
-        complete = False
-        for row in rows:
+        for row in sources.read_input(file, self._options.fields, where):
             if isinstance(row, Rejected):
                 bad += 1
             else:
@@ -168,24 +167,17 @@ class _Sampler:
                 text += len(row.text) + len(row.value or "") + (0 if row.tokens is None else 4 * len(row.tokens))
             if text >= characters:
                 break
-        else:
-            complete = True
-        sample.read += share if complete else min(share, text / _expansion(file))
+        sample.read += share if text < characters else min(share, text / _expansion(file))
         sample.set_aside += bad
         sample.cpu += time.process_time() - started
-        if batch:
-            # Meeting characters for the first time is no part of the rate.
-            chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, id)
-            started = time.process_time()
-            self._count(sample, batch)
-            sample.cpu += time.process_time() - started
-
-    def _count(self, sample: _Sample, batch: list[Document]) -> None:
+        if not batch:
+            return
+        # Meeting characters for the first time is no part of the rate.
+        chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, id)
+        started = time.process_time()
         aside: list[Rejected] = []
         found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, aside.append)
         sample.set_aside += len(aside)
-        if not found.documents:
-            return
         cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
         sample.documents += len(found.documents)
         sample.chunks += len(cut.doc)
@@ -193,9 +185,10 @@ class _Sampler:
         sample.text += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in found.documents)
         table, sink = parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key), pa.BufferOutputStream()
         pq.write_table(table, sink, row_group_size=parts.ROW_GROUP, compression="zstd")
-        sample.disk += int(sink.getvalue().size)
+        sample.disk += int(sink.getvalue().size) if found.documents else 0
         # The documents files, whose columns are mostly hashes and ids.
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
+        sample.cpu += time.process_time() - started
 
 
 def _expansion(file: InputFile) -> float:
@@ -204,9 +197,7 @@ def _expansion(file: InputFile) -> float:
         return text_bytes(file) / max(1, file.size)
     end = min(file.size, _MEASURED)
     decompressed = 0
-    try:
+    with contextlib.suppress(streams.BrokenStream):  # it was cut here, not broken
         for block in streams.blocks(Path(file.path), file.compression, 0, end):
             decompressed += len(block)
-    except streams.BrokenStream:
-        pass  # it was cut here, not broken
     return max(1.0, decompressed / end)

@@ -64,16 +64,12 @@ class _Done:
         self.how: dict[str, Any] = {}
         """How vectors were made; of workers that differ the one that is farthest from the true vectors."""
         self.sums = {"tokens": 0.0, "forward": 0.0, "working": 0.0}
-        self._first = self._last = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """From when the first part was begun until the last was done."""
-        return self._last - self._first
+        self.first = self.last = 0.0
+        """When the first part was begun, and the last was done."""
 
     def __call__(self, staged: Staged) -> bool:
-        self._last = time.monotonic()
-        self._first = min(self._first or self._last, self._last - staged.measured["working"])
+        self.last = time.monotonic()
+        self.first = min(self.first or self.last, self.last - staged.measured["working"])
         self.sums = {name: total + staged.measured[name] for name, total in self.sums.items()}
         for entry in staged.add:
             self.parts[entry.path] = entry.part
@@ -128,7 +124,7 @@ def embed(
         parts=len(made),
         elsewhere=elsewhere,
         tokens=int(done.sums["tokens"]),
-        seconds=round(done.seconds, 3),
+        seconds=round(done.last - done.first, 3),
         busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
         devices=min(len(found), len(made)),
         check=checked,

@@ -39,6 +39,7 @@ _PART = 256
 """Characters of the parts that a piece is cut into when something in it is not known to come out right."""
 _GROUP = 4 << 20
 """Characters that are tokenised at a time: what is held for a piece besides its tokens is much more than it."""
+Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
 
 
@@ -111,9 +112,7 @@ class FastTokenizer:
         self._seen += len(texts)
         return ids, lengths
 
-    def _encode(
-        self, texts: Sequence[str]
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def _encode(self, texts: Sequence[str]) -> Encoded:
         """As ``encode_flat``, with which texts [n] the fast tokenizer alone did; not compared."""
         pieces, n_pieces = cut_texts(texts, _PIECE * 3 // 4, _PIECE)
         done = [self._encode_pieces(some) for some in slices(pieces, _GROUP)]
@@ -123,9 +122,7 @@ class FastTokenizer:
         starts = np.cumsum(n_pieces, dtype=np.intp) - n_pieces
         return ids, np.add.reduceat(lengths, starts), ~np.logical_or.reduceat(unsure, starts)
 
-    def _encode_pieces(
-        self, pieces: list[str]
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def _encode_pieces(self, pieces: list[str]) -> Encoded:
         unsure = self._unsure(pieces)
         if not unsure.any():
             return *self._quick(pieces), unsure

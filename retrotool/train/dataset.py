@@ -149,7 +149,7 @@ class RetroDataset(IterableDataset[Item]):
             raise UsageError(f"a sequence of {sequence_length} tokens is not of whole chunks of {length} tokens")
         if sequence_length > ROW_GROUP * length:
             raise UsageError(f"a sequence has at most {ROW_GROUP * length:,} tokens, those of a block")
-        self.k = reader.k
+        self.k = reader.rows.k
         """Neighbours a chunk."""
         self.databases = tuple(database.place for database in reader.rows.reader.databases)
         """Paths of the stores that neighbours are chunks of."""
@@ -185,8 +185,8 @@ class RetroDataset(IterableDataset[Item]):
     def materialised_parts(self) -> tuple[int, int]:
         """In how many parts neighbours are read with their tokens from the tables, and how many there are."""
         reader = TrainingReader(self.path, self.name, self.k)
-        parts = reader.store.state.parts()
-        return sum(bool(reader.rows.with_text(part)) for part in parts), len(parts)
+        numbers = reader.store.state.parts()
+        return sum(bool(reader.rows.with_text(part)) for part in numbers), len(numbers)
 
     def __len__(self) -> int:
         n = len(self._share(self._at))
@@ -471,11 +471,6 @@ class TrainingReader:
             raise UsageError(f"k={k} is not between 1 and the {reader.saved} neighbours that {self._name!r} has saved")
         self.rows = TextReader(reader, k)
         self.tombstones = read_tombstones(self.store)
-
-    @property
-    def k(self) -> int:
-        """Neighbours a chunk."""
-        return self.rows.k
 
     def check_tables(self, layout: SequenceLayout) -> None:
         """``UsageError`` unless all parts of a layout have neighbours."""
