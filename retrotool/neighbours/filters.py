@@ -34,7 +34,7 @@ from retrotool.neighbours.token_overlap import are_near_copies, check_comparable
 from retrotool.store import parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Rows = npt.NDArray[np.int64]
 
@@ -204,13 +204,14 @@ class Finder:
         ask: Callable[[Rows], Queries],
         memory: int | None = None,
     ) -> None:
-        self._saved, self._database, self._ask, self._memory = saved, database, ask, memory
-        self._judge = _Judge(queries, part, database, filters) if filters.by_tokens else None
+        self._queries, self._part, self._database, self._filters = queries, part, database, filters
+        self._saved, self._ask, self._memory = saved, ask, memory
+        self._tombstones = read_tombstones(queries) if filters.by_tokens else None
         self._wanted, self._most = saved + -(-saved // 2), max(MOST, 4 * saved)
 
     def blocks(self, rows: Rows) -> Iterator[Rows]:
         """Rows in the blocks in which they are to be searched."""
-        if self._judge is None:
+        if self._tombstones is None:
             yield from self._search_blocks(rows, self._saved)
         else:
             yield from _in_steps(rows, max(1, self._judged // self._wanted))
@@ -220,7 +221,7 @@ class Finder:
 
         ``only``: in these parts of the database. ``beyond``: only in lists behind the nearest so many.
         """
-        if self._judge is None:
+        if self._tombstones is None:
             return self._database.search(self._ask(rows), self._saved, only=only, beyond=beyond)
         best = Best.nothing(len(rows), self._saved)
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
@@ -229,7 +230,7 @@ class Finder:
             for some in _in_steps(left, max(1, self._judged // wanted)):
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
-                kept = _without(found, self._judge.dropped(rows[some], found.ids), self._saved)
+                kept = _without(found, self._dropped(self._tombstones, rows[some], found.ids), self._saved)
                 best.put(some, kept)
                 short.append(some[whole & (kept.ids[:, -1] == NO_NEIGHBOUR)])
             if wanted >= self._most:
@@ -260,29 +261,10 @@ class Finder:
         d = self._ask(rows[:1]).vectors.shape[1]
         yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self._database.candidates_for(k), d)))
 
-
-def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
-    """The k nearest of what was found [n, ≥ k], without what is ``dropped``."""
-    order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
-    ids = np.where(dropped, NO_NEIGHBOUR, found.ids)
-    distances = np.where(dropped, np.float32(np.inf), found.distances)
-    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))
-
-
-class _Judge:
-    def __init__(self, queries: Store, part: int, database: AnyDatabase, filters: Filters) -> None:
-        self._queries, self._part, self._database, self._filters = queries, part, database, filters
-        self._tombstones = read_tombstones(queries)
-
-    def dropped(self, rows: Rows, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def _dropped(self, own: Tombstones, rows: Rows, ids: Rows) -> npt.NDArray[np.bool_]:
         """Which candidates [n, c] of rows [n] are left out; of −1 none is."""
-        own = read_pieces(self._queries, self._tombstones, parts.chunk_ids(self._part, rows))
-        tokens, n_tokens = own.tokens[:, 0], own.n_tokens[:, 0]
+        asked = read_pieces(self._queries, own, parts.chunk_ids(self._part, rows))
+        tokens, n_tokens = asked.tokens[:, 0], asked.n_tokens[:, 0]
         distinct = distinct_grams(tokens, n_tokens) if self._filters.near_copies else np.zeros(len(rows), np.uint64)
         flat = ids.ravel()
         dropped = np.zeros(len(flat), np.bool_)
@@ -318,3 +300,16 @@ class _Judge:
             width = min(tokens.shape[1], pieces.tokens.shape[2])
             dropped[short] |= (tokens[short, :width] == pieces.tokens[short, 0, :width]).all(axis=1)
         return dropped
+
+
+def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
+    """The k nearest of what was found [n, ≥ k], without what is ``dropped``."""
+    order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
+    ids = np.where(dropped, NO_NEIGHBOUR, found.ids)
+    distances = np.where(dropped, np.float32(np.inf), found.distances)
+    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))

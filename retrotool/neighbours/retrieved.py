@@ -8,7 +8,7 @@ Memory: the tokens asked for, and 16 row groups of one part. The tokens for a wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.store import neighbour_tables, parts
-from retrotool.store.neighbour_tables import NeighbourTable, NeighbourText
-from retrotool.store.parts import PART_SHIFT, ROW_GROUP
+from retrotool.store.log import FileEntry
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable, NeighbourText
+from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
-
-Ids = npt.NDArray[np.int64]
 
 BLOCK_BYTES = 1 << 29
 _GROUPS_AT_ONCE = 16
@@ -72,14 +71,13 @@ def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | N
     return found
 
 
-Reuse = Callable[[list[int], Ids, Pieces], Ids]
-"""Puts the pieces of ids [n, k], of rows of some row groups, in their places; returns the ids that it does not have."""
-
-
 def read_text_of(
-    database: Store, tombstones: Tombstones, table: NeighbourTable, k: int, reuse: Reuse | None = None
+    database: Store, tombstones: Tombstones, table: NeighbourTable, k: int, old: tuple[Store, FileEntry] | None = None
 ) -> Iterator[NeighbourText]:
-    """Yield, by row group, the first k neighbours that are left of each row of a table, with their tokens."""
+    """Yield, by row group, the first k neighbours that are left of each row of a table, with their tokens.
+
+    ``old``: a query store and its table whose tokens are copied where it has the same neighbours.
+    """
     no_rows, own = np.zeros(0, np.int64), database.identity
     at_once = max(1, BLOCK_BYTES // (2 * k * own.chunk_length * own.tokenizer.token_bytes * ROW_GROUP))
     groups = range(-(-len(table.ids) // ROW_GROUP))
@@ -89,9 +87,16 @@ def read_text_of(
         near = NeighbourTable(table.ids[rows], table.distances[rows])
         near = neighbour_tables.erase_neighbours(near, no_rows, tombstones.contains)
         ids, into = near.ids[:, :k], Pieces.none(database, len(near.ids) * k)
-        missing = ids if reuse is None else reuse(list(block), ids, into)
-        read_pieces(database, tombstones, missing.ravel(), into)
         n_tokens, tokens = into.n_tokens.reshape(-1, k, 2), into.tokens.reshape(-1, k, 2, own.chunk_length)
+        missing = ids
+        if old is not None:
+            text = neighbour_tables.read_text(*old, list(block)).nearest(k)
+            _, short = neighbour_tables.text_naming(text, tombstones.contains)
+            same = text.ids == ids
+            n_tokens[same], tokens[same] = text.n_tokens[same], text.tokens[same]
+            n_tokens[:, :, 1][short], tokens[:, :, 1][short] = 0, 0
+            missing = np.where(same, NO_NEIGHBOUR, ids)
+        read_pieces(database, tombstones, missing.ravel(), into)
         text = NeighbourText(ids, near.distances[:, :k], n_tokens.astype(np.int32), tokens)
         for start in range(0, len(ids), ROW_GROUP):
             yield text.rows(slice(start, start + ROW_GROUP))

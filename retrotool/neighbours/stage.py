@@ -52,7 +52,7 @@ from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, merged
 from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import Filters, Finder
-from retrotool.neighbours.retrieved import Pieces, Reuse, read_text_of
+from retrotool.neighbours.retrieved import read_text_of
 from retrotool.ranges import consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
@@ -388,7 +388,8 @@ class NeighboursWorker:
         text = None
         if stage.text:
             about["text"] = stage.k
-            text = read_text_of(database.store, database.tombstones, table, stage.k, self._reuse(database, replaced))
+            old = (store, replaced) if replaced and text_is_current(replaced, database.store, stage.k) else None
+            text = read_text_of(database.store, database.tombstones, table, stage.k, old)
         entry = neighbour_tables.write_table(
             store, name, table, database=record["database"], commit=commit, uri=record["uri"], about=about,
             text=text, chunk_bytes=store.identity.chunk_length * store.identity.tokenizer.token_bytes,
@@ -405,23 +406,6 @@ class NeighboursWorker:
             task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
             tuple(reads), (entry,), (old_path,) if old_path else (), claim,
         )  # fmt: skip
-
-    def _reuse(self, database: AnyDatabase, old: FileEntry | None) -> Reuse | None:
-        """Return what copies the tokens that the table before has; None if it has none that can be used."""
-        if old is None or not text_is_current(old, database.store, self._stage.k):
-            return None
-
-        def copy(groups: list[int], ids: Ids, into: Pieces) -> Ids:
-            k = ids.shape[1]
-            text = neighbour_tables.read_text(self._store, old, groups).nearest(k)
-            _, short = neighbour_tables.text_naming(text, database.tombstones.contains)
-            same = text.ids == ids
-            n_tokens, tokens = into.n_tokens.reshape(-1, k, 2), into.tokens.reshape(*ids.shape, 2, -1)
-            n_tokens[same], tokens[same] = text.n_tokens[same], text.tokens[same]
-            n_tokens[:, :, 1][short], tokens[:, :, 1][short] = 0, 0
-            return np.where(same, NO_NEIGHBOUR, ids)
-
-        return copy
 
     def _search(
         self, database: AnyDatabase, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int]
