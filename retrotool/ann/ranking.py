@@ -202,8 +202,16 @@ class Nearest:
         rank = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own]
         full = used + counts > self._scores.shape[1]
         if bool(full.any()):
-            self._cut(rows, full, counts, own, rank, scores, ids)
-            rest = ~full[own]
+            # What is new of full rows is merged with what they have.
+            width = int(counts[full].max())
+            line = full.cumsum(0) - 1  # the place of a full row among the full ones
+            of_full = full[own]
+            place = line[own[of_full]] * width + rank[of_full]
+            values = torch.full((int(full.sum()), width), -torch.inf, dtype=scores.dtype, device=scores.device)
+            found = torch.full(values.shape, -1, dtype=torch.int64, device=scores.device)
+            values.view(-1)[place], found.view(-1)[place] = scores[of_full], ids[of_full]
+            self._merge(rows[full], values, found)
+            rest = ~of_full
             own, rank, scores, ids = own[rest], rank[rest], scores[rest], ids[rest]
             used, counts = used.clone(), torch.where(full, 0, counts)
         place = rows[own] * self._scores.shape[1] + used[own] + rank
@@ -211,26 +219,6 @@ class Nearest:
         self._ids.view(-1)[place] = ids
         more = counts > 0
         self._used[rows[more]] = (used + counts)[more]
-
-    def _cut(
-        self,
-        rows: torch.Tensor,
-        full: torch.Tensor,
-        counts: torch.Tensor,
-        own: torch.Tensor,
-        rank: torch.Tensor,
-        scores: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> None:
-        """Merge what is new of the rows that are ``full`` bool [r] with what they have."""
-        width = int(counts[full].max())
-        line = full.cumsum(0) - 1  # the place of a full row among the full ones
-        of_full = full[own]
-        place = line[own[of_full]] * width + rank[of_full]
-        values = torch.full((int(full.sum()), width), -torch.inf, dtype=scores.dtype, device=scores.device)
-        found = torch.full(values.shape, -1, dtype=torch.int64, device=scores.device)
-        values.view(-1)[place], found.view(-1)[place] = scores[of_full], ids[of_full]
-        self._merge(rows[full], values, found)
 
     def _merge(self, rows: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
         """Cut what rows have, and scores [r, n] of ids [r, n] with it, to the k best."""

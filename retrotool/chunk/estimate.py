@@ -97,14 +97,8 @@ def estimate(
         loaded = stored_tokenizer(store)
     else:
         loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
-    sampler = _Sampler(loaded, chunk_length or CHUNK_LENGTH, options)
-    samples = sampler.sample(files)
-    return _scaled(files, samples, known, options, chunk_length or CHUNK_LENGTH)
-
-
-def _scaled(
-    files: Sequence[InputFile], samples: dict[str, _Sample], known: int, options: ChunkOptions, chunk_length: int
-) -> Estimate:
+        chunk_length = chunk_length or CHUNK_LENGTH
+    samples = _Sampler(loaded, chunk_length, options).sample(files)
     sizes: dict[str, int] = {}
     for file in files:
         sizes[file.format] = sizes.get(file.format, 0) + file.size

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.chunk.chunker import Tokens, cut_chunks
-from retrotool.sources import Document
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
@@ -144,9 +143,23 @@ class PartWriter:
             rows = slice(before, int(ends[stop - 1]))
             some = slice(start, stop)
             first_row = self._chunks.rows + ends[some] - cut.n_chunks[some] - before
-            self._add_documents(
-                name, batch.documents[some], hashes[some], first_row, cut.n_chunks[some], n_tokens[some]
-            )
+            documents = batch.documents[some]
+            kept = zip(*(document.kept for document in documents), strict=True) if self._keep else ()
+            values = [
+                [document.id for document in documents],
+                [key for key, _ in hashes[some]],
+                [text for _, text in hashes[some]],
+                [document.source for document in documents],
+                first_row,
+                cut.n_chunks[some],
+                n_tokens[some],
+                [name] * len(documents),
+                [document.position for document in documents],
+                *kept,
+            ]
+            arrays = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=True)]
+            self._columns.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+            self._column_bytes += self._columns[-1].nbytes
             doc = cut.doc[rows] - start + self._documents
             columns = [doc, cut.index[rows], cut.n_tokens[rows], cut.tokens[rows]]
             self._chunks.add(*columns, *([] if cut.key is None else [cut.key[rows]]))
@@ -157,32 +170,6 @@ class PartWriter:
             if self._chunks.rows >= self._part_size or self._column_bytes >= COLUMN_BYTES:
                 self._close_part()
             start = stop
-
-    def _add_documents(
-        self,
-        name: str,
-        documents: Sequence[Document],
-        hashes: Sequence[tuple[bytes, bytes]],
-        first_row: npt.NDArray[np.int64],
-        n_chunks: npt.NDArray[np.int64],
-        n_tokens: npt.NDArray[np.int64],
-    ) -> None:
-        kept = zip(*(document.kept for document in documents), strict=True) if self._keep else ()
-        values = [
-            [document.id for document in documents],
-            [key for key, _ in hashes],
-            [text for _, text in hashes],
-            [document.source for document in documents],
-            first_row,
-            n_chunks,
-            n_tokens,
-            [name] * len(documents),
-            [document.position for document in documents],
-            *kept,
-        ]
-        arrays = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=True)]
-        self._columns.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        self._column_bytes += self._columns[-1].nbytes
 
     def _new_file(self) -> _ChunksFile:
         return _ChunksFile(self._store, self._name("chunks"), self._threads)

@@ -149,9 +149,25 @@ def chunk(
         exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
-    result = result_of(store, plans, changed, known, stopped, exceeded, repeats if chosen.duplicates == "skip" else {})
-    note_empty_columns(store, sorted(set(store.state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
-    return result
+    state = store.refresh()
+    records = [state.records[f"plan:{plan}"] for plan in plans]
+    units = waiting_units(store, plans)
+    # What all plans but the last had set aside of inputs that were read again does not count.
+    reasons, damaged = _reasons(store, plans, units, changed)
+    counts = {**counts_of(store, plans), "set_aside": sum(reason.rows for reason in reasons), "damaged": damaged}
+    left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
+    note_empty_columns(store, sorted(set(state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
+    return ChunkResult(
+        **counts,
+        parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
+        duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
+        known_inputs=known,
+        commit=state.number,
+        stopped=stopped,
+        exceeded=exceeded,
+        reasons=reasons,
+        duplicates_by_source=dict(sum(left_out, Counter[str]())),
+    )
 
 
 def _tell_begun(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
@@ -324,38 +340,6 @@ def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
         name: sum(int(record.get(name, 0)) for record in records) + sum(unit.counts.get(name, 0) for unit in units)
         for name in PLAN_COUNTS
     }
-
-
-def result_of(
-    store: Store,
-    plans: Sequence[str],
-    read_again: Collection[str],
-    known: int,
-    stopped: str,
-    exceeded: str,
-    repeats: Mapping[str, DuplicateCounts],
-) -> ChunkResult:
-    """The result of a run that worked on some plans.
-
-    What all but the last of them had set aside of inputs that were ``read_again`` does not count.
-    """
-    state = store.refresh()
-    records = [state.records[f"plan:{plan}"] for plan in plans]
-    units = waiting_units(store, plans)
-    reasons, damaged = _reasons(store, plans, units, read_again)
-    counts = {**counts_of(store, plans), "set_aside": sum(reason.rows for reason in reasons), "damaged": damaged}
-    repeating = sum((found.sources for found in repeats.values()), Counter[str]())
-    return ChunkResult(
-        **counts,
-        parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
-        duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
-        known_inputs=known,
-        commit=state.number,
-        stopped=stopped,
-        exceeded=exceeded,
-        reasons=reasons,
-        duplicates_by_source=dict(repeating),
-    )
 
 
 def _reasons(

@@ -43,7 +43,12 @@ def _open_worker(
 ) -> None:
     global _worker
     leave_pandas_out()
-    _keep_to_share(number, threads)
+    if hasattr(os, "sched_setaffinity"):
+        # Some libraries heed nothing else: tokie starts a thread for every core it may run on at each call, which costs
+        # a third of its rate when each worker does.
+        cores = sorted(os.sched_getaffinity(0))
+        first = number * threads % len(cores)
+        os.sched_setaffinity(0, (cores + cores)[first : first + threads])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_follow_parent, daemon=True).start()
     # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
@@ -56,18 +61,6 @@ def _open_worker(
     except Exception as error:  # a pool would tell of a broken process, and not why
         opened = error
     _worker = (opened, storage, run, lambda *update: pipe.send(update))
-
-
-def _keep_to_share(number: int, threads: int) -> None:
-    """Keep worker ``number`` to its own cores, where the system can: some libraries heed nothing else.
-
-    tokie starts a thread for every core it may run on at each call, which costs a third of its rate when each worker
-    does.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        first = number * threads % len(cores)
-        os.sched_setaffinity(0, (cores + cores)[first : first + threads])
 
 
 def _follow_parent() -> None:

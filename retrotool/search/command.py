@@ -101,7 +101,10 @@ def command(
             return found, database, count_left(database.store, database.held(), database.tombstones)
 
         found, database, left = retry_overtaken(attempt)
-        missing = _missing(database)
+        broken = database.missing
+        lost = sum(entry.rows for entry in broken)
+        share = lost / max(database.vectors_in_log, 1)
+        missing = Missing([entry.path for entry in broken], lost, share) if broken else None
         then = commands_to_index(database.store, database.encoder, database.name) if left else []
         results = [
             FoundChunk(
@@ -133,13 +136,6 @@ def _checked(store: str, text: str) -> str:
             f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
         )
     return store
-
-
-def _missing(database: Database) -> Missing | None:
-    if not database.missing:
-        return None
-    lost = sum(entry.rows for entry in database.missing)
-    return Missing([entry.path for entry in database.missing], lost, lost / max(database.vectors_in_log, 1))
 
 
 def _text(found: Results) -> str:
