@@ -81,6 +81,10 @@ class Reader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.path = store.place
+        """The store, as it was opened."""
+        self.chunk_length = store.identity.chunk_length
+        """Tokens a chunk."""
         self._open_view()
 
     def _open_view(self) -> None:
@@ -98,19 +102,9 @@ class Reader:
         self._database = lru_cache(None)(partial(Database, store))
 
     @property
-    def path(self) -> str:
-        """The store, as it was opened."""
-        return self._store.place
-
-    @property
     def commit(self) -> int:
         """Number of the commit this reader sees (−1: none)."""
         return self._store.state.number
-
-    @property
-    def chunk_length(self) -> int:
-        """Tokens a chunk."""
-        return self._store.identity.chunk_length
 
     def refresh(self) -> int:
         """Move to the newest commit, and return its number."""

@@ -69,18 +69,14 @@ class _Left(Exception):  # noqa: N818 - no error: nobody waits for the vectors a
 
 
 @dataclass(slots=True)
-class _Block:
-    """Rows that are given back together; ``first`` is how many came before them."""
+class _Batch:
+    """Some rows of a block, framed, longest first; of the last one, which ends the block, there is nothing else.
+
+    ``vectors`` are those of the block, whose rows are given back together; ``first`` is how many came before them.
+    """
 
     vectors: Vectors
     first: int
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Some rows of a block, framed, longest first; of the last one, which ends the block, there is nothing else."""
-
-    block: _Block
     which: npt.NDArray[np.int64]
     rows: Rows
     ready: Ready | None
@@ -307,7 +303,7 @@ class Encoder:
     def _batches(self, blocks: Iterable[Rows]) -> Iterator[_Batch]:
         first = 0
         for rows in blocks:
-            block = _Block(np.zeros((len(rows), self.identity.dimension), np.float16), first)
+            vectors = np.zeros((len(rows), self.identity.dimension), np.float16)
             framed = rows.framed(self._before, self._after, self.identity.max_tokens)
             check_vocabulary(f"encoder {self._spec!r}", framed.ids, self._vocabulary)
             tokens, left = self.batch_tokens, deque(self._cut(framed.lengths, self.batch_tokens))
@@ -317,8 +313,8 @@ class Encoder:
                     left = deque(rest[which] for which in self._cut(framed.lengths[rest], tokens))
                 which = left.popleft()
                 some = framed.take(which)
-                yield _Batch(block, which, some, self._ready(some, tokens))
-            yield _Batch(block, np.flatnonzero(framed.lengths == 0), framed, None)
+                yield _Batch(vectors, first, which, some, self._ready(some, tokens))
+            yield _Batch(vectors, first, np.flatnonzero(framed.lengths == 0), framed, None)
             first += len(rows)
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
@@ -331,14 +327,14 @@ class Encoder:
         """Put a batch's vectors where they belong; give back the block if it was the last."""
         if handle is None:
             report(len(batch.which))
-            yield batch.block.vectors
+            yield batch.vectors
             return
         vectors = self._result(batch.rows, handle)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
-            row = batch.block.first + int(batch.which[np.argmin(finite)])
+            row = batch.first + int(batch.which[np.argmin(finite)])
             raise NotFiniteError(f"encoder {self.identity.name}: row {row} gives NaN or infinity", row)
-        batch.block.vectors[batch.which] = vectors
+        batch.vectors[batch.which] = vectors
         self.work.rows += len(batch.which)
         self.work.tokens += len(batch.rows.ids)
         report(len(batch.which))

@@ -74,16 +74,13 @@ class NeighbourReader:
             found.append(Member(table, weight, database, read_tombstones(database), within=database is store))
         self.members: tuple[Member, ...] = tuple(found)
         """The tables that are read, in the order of ``Found.databases``."""
+        self.databases = tuple(member.store for member in self.members)
+        """The stores that the neighbours are chunks of."""
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
         self.k = int(records[0]["k"])
         """Neighbours that are used, unless more are asked for."""
         self.saved = min(int(record["saved"]) for record in records)
         """The most that can be asked for."""
-
-    @property
-    def databases(self) -> tuple[Store, ...]:
-        """The stores that the neighbours are chunks of."""
-        return tuple(member.store for member in self.members)
 
     def entries(self, part: int) -> tuple[FileEntry, ...]:
         """A part's table of each member; ``UsageError`` if its ids can't be taken for chunks of the database."""

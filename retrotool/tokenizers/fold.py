@@ -53,9 +53,16 @@ class Folder:
         ``is_first`` [n]: rows that begin a document; the others go on with the one before. Returns where each row
         begins and the last ends, int64 [n + 1], and the bytes of all.
         """
-        if self._table is None:
-            return self._by_pieces(tokens, n_tokens, is_first)
         used = np.arange(tokens.shape[1]) < n_tokens[:, None]
+        if self._table is None:
+            if self._pieces is None:
+                decoded = self._tokenizer.decode(tokens, n_tokens)
+                _, offsets, data = decoded.buffers()
+                starts = np.frombuffer(offsets, np.int64, count=len(decoded) + 1, offset=8 * decoded.offset)
+            else:
+                starts, data = joined_rows(self._pieces, tokens[used], n_tokens)
+            text = memoryview(data or b"")[int(starts[0]) : int(starts[-1])]
+            return folded(text, starts - starts[0], is_first)
         ids = tokens[used]  # as narrow as they are: what is new memory to the process costs more than the sums
         begins = np.cumsum(n_tokens, dtype=np.int64) - n_tokens
         space = np.take(self._begins, ids)
@@ -65,19 +72,6 @@ class Folder:
         space[firsts] = False
         starts, data = joined_rows(self._table, ids + space * np.uint32(len(self._ends)), n_tokens)
         return starts - starts[0], data.slice(int(starts[0]))
-
-    def _by_pieces(
-        self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], is_first: npt.NDArray[np.bool_]
-    ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
-        if self._pieces is None:
-            decoded = self._tokenizer.decode(tokens, n_tokens)
-            _, offsets, data = decoded.buffers()
-            starts = np.frombuffer(offsets, np.int64, count=len(decoded) + 1, offset=8 * decoded.offset)
-        else:
-            used = np.arange(tokens.shape[1]) < n_tokens[:, None]
-            starts, data = joined_rows(self._pieces, tokens[used], n_tokens)
-        text = memoryview(data or b"")[int(starts[0]) : int(starts[-1])]
-        return folded(text, starts - starts[0], is_first)
 
 
 def _spelled(token: str) -> bytes:
