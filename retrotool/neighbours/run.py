@@ -150,9 +150,11 @@ def neighbours(
     text = materialise or any(records.get(one.table, {}).get("text") for one in mixture.tables)
     if text:
         check_same_tokens(store, opened)
-    stages = []
+    stages, others = [], [table for table, _ in members_of(store, name)]
     for one, database in zip(mixture.tables, opened, strict=True):
-        applied = filters.applied(known_record(store, mixture, one.table), store)
+        # A new table takes over the filters of another one of the mixture.
+        known = next((records[table] for table in (one.table, *others) if table in records), None)
+        applied = filters.applied(known, store)
         stages.append(
             NeighboursStage(
                 database.uri, _choose_index(database, index, search), one.table, saved, k,
@@ -378,10 +380,3 @@ def _free_name(state: State, name: str, database: Store, taken: Sequence[str]) -
         if table not in taken and (record is None or record.get("database") == database.identity.uuid):
             return check_name(table, "--name")
         number += 1
-
-
-def known_record(store: Store, mixture: Mixture, table: str) -> Mapping[str, Any] | None:
-    """Return the record of a table; of a new one that of another table of the mixture, whose filters it takes over."""
-    names = [table, *(other for other, _ in members_of(store, mixture.name))]
-    found = (store.state.records.get(f"neighbours:{name}") for name in names)
-    return next((record for record in found if record is not None), None)

@@ -21,7 +21,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,9 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
     fields = orjson.loads(tokenizer.file.content)
     vocabulary: dict[str, int] = fields["model"]["vocab"]
     is_bpe = fields["model"]["type"] == "BPE"
-    strict = functools.partial(_pairs, fields, _all_pairs()) if is_bpe else None
+    last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
+    first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
+    strict = functools.partial(_pairs, fields, set(product(last, first))) if is_bpe else None
     matters = _crossings(vocabulary) if is_bpe else None
     if findings is not None:
         return Guard(whole, whole, strict, matters=matters, findings=findings)
@@ -265,19 +267,8 @@ def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
     return has
 
 
-def _all_pairs() -> set[tuple[str, str]]:
-    last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
-    first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
-    return {(a, b) for a in last for b in first}
-
-
-def _pairs(fields: dict[str, Any], pairs: set[tuple[str, str]]) -> Pair:
-    content = orjson.dumps({**fields, "added_tokens": [], "model": _pairs_model(pairs)})
-    return _read(content), Tokenizer(TokenizerFile("pairs of bytes", content)).encode_flat
-
-
-def _pairs_model(neighbours: set[tuple[str, str]]) -> dict[str, Any]:
-    """A BPE model whose tokens are bytes and pairs of bytes, in random order: they show where a text is split.
+def _pairs(fields: dict[str, Any], neighbours: set[tuple[str, str]]) -> Pair:
+    """Tokenizers by a BPE model of bytes and pairs of bytes, in random order: they show where a text is split.
 
     Of a text, pairs show what splitting between them would: those that no token of the real model has as neighbours
     come to the same tokens either way.
@@ -288,7 +279,7 @@ def _pairs_model(neighbours: set[tuple[str, str]]) -> dict[str, Any]:
     pairs = sorted((a, b) for a, b in neighbours - inside if a in byte_of and b in byte_of)
     order = np.random.default_rng(0).permutation(len(pairs))
     tokens = [*byte_of, *("".join(pairs[i]) for i in order)]
-    return {
+    model = {
         "type": "BPE",
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
@@ -296,3 +287,5 @@ def _pairs_model(neighbours: set[tuple[str, str]]) -> dict[str, Any]:
         "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": [" ".join(pairs[i]) for i in order],
     }
+    content = orjson.dumps({**fields, "added_tokens": [], "model": model})
+    return _read(content), Tokenizer(TokenizerFile("pairs of bytes", content)).encode_flat
