@@ -122,16 +122,13 @@ class Mask:
             row, column = _ranges(first, np.maximum(np.searchsorted(ids, some.last, side="right") - first, 0))
             _hide(scores, row, column)
         if self._excluded.repeats is not None:
-            self._hide_repeats(scores, self._excluded.repeats, rows.cpu().numpy(), self._ids[low:high])
-
-    def _hide_repeats(self, scores: torch.Tensor, repeats: Intervals, rows: Ids, ids: Ids) -> None:
-        assert self._excluded.document is not None, "where there are repeats, it is known whose"
-        document = self._excluded.document[rows]
-        documents = repeats.documents(ids)
-        columns = np.flatnonzero(documents >= 0)
-        some = np.flatnonzero(np.isin(document, documents[columns]))
-        row, column = np.nonzero(document[some][:, None] == documents[columns])
-        _hide(scores, some[row], columns[column])
+            assert self._excluded.document is not None, "where there are repeats, it is known whose"
+            document = self._excluded.document[rows.cpu().numpy()]
+            documents = self._excluded.repeats.documents(self._ids[low:high])
+            columns = np.flatnonzero(documents >= 0)
+            repeated = np.flatnonzero(np.isin(document, documents[columns]))
+            row, column = np.nonzero(document[repeated][:, None] == documents[columns])
+            _hide(scores, repeated[row], columns[column])
 
 
 def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:

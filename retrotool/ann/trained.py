@@ -56,15 +56,11 @@ class Trained:
         # A GPU's own float32 is several times as slow, for lists that are hardly ever other ones.
         distances, lists = assign(rotated, table, rough=rows.device.type == "cuda")
         aim = rotated - table[lists] if self.by_residual else rotated
-        codes = self.codec.encode(aim)
-        return lists, codes, float(distances.sum()), self._off(aim, codes)
-
-    def _off(self, aim: torch.Tensor, codes: torch.Tensor) -> float:
-        """The summed squared distance of rows to what their codes stand for, told by the first few of them."""
-        if isinstance(self.codec, Whole) or not len(aim):
-            return 0.0
-        few = self.codec.decode(codes[:_FEW].cpu().numpy()).to(aim.device)
-        return float((few - aim[:_FEW]).square().sum()) * len(aim) / len(few)
+        codes, off = self.codec.encode(aim), 0.0
+        if not isinstance(self.codec, Whole) and len(aim):
+            few = self.codec.decode(codes[:_FEW].cpu().numpy()).to(aim.device)  # they tell of all
+            off = float((few - aim[:_FEW]).square().sum()) * len(aim) / len(few)
+        return lists, codes, float(distances.sum()), off
 
 
 def same_training(one: Trained, other: Trained) -> bool:

@@ -195,7 +195,14 @@ def commit_plan(
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
             if fingerprint not in known.fingerprints and fingerprint not in new:
                 new[fingerprint] = (file, place)
-        _refuse_changed([file for file, place in new.values() if place in known.places], options)
+        changed = [file for file, place in new.values() if place in known.places]
+        if changed and not options.add_changed:
+            more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
+            raise UsageError(
+                f"{changed[0].path}{more} was chunked before, with other content",
+                "If it was repaired, or documents were added to it: the same command with --changed add; documents "
+                "that the store has are skipped. To replace it, purge what came from it first. Nothing was changed.",
+            )
         n_known = len(files) - len(new)
         if not new:
             return None
@@ -278,17 +285,6 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
     return found
-
-
-def _refuse_changed(changed: Sequence[InputFile], options: ChunkOptions) -> None:
-    if not changed or options.add_changed:
-        return
-    more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
-    raise UsageError(
-        f"{changed[0].path}{more} was chunked before, with other content",
-        "If it was repaired, or documents were added to it: the same command with --changed add; documents that the "
-        "store has are skipped. To replace it, purge what came from it first. Nothing was changed.",
-    )
 
 
 def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:

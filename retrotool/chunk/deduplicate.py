@@ -167,7 +167,14 @@ def _finishing(
     for _ in found:  # count what is not located
         chunks.clear()
     if first is not None and duplicates == "fail":
-        raise _refusal(store, first.slice(0, _EXAMPLES), counts)
+        rows = first.slice(0, _EXAMPLES).to_pylist()
+        examples = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
+        raise DuplicatesError(
+            f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
+            f"{counts.by_text:,} by text only; the first: {examples}",
+            f"All are in {store.place}, which waits to be told what to do with them. Run the same command again with "
+            "--duplicates skip (the first of each stays) or --duplicates keep (all stay).",
+        )
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
     add.append(write_json_file(store, name, known, len(known["fingerprints"])))
@@ -212,16 +219,6 @@ def find_duplicates(
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)
-
-
-def _refusal(store: Store, examples: pa.Table, counts: DuplicateCounts) -> DuplicatesError:
-    places = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in examples.to_pylist())
-    return DuplicatesError(
-        f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
-        f"{counts.by_text:,} by text only; the first: {places}",
-        f"All are in {store.place}, which waits to be told what to do with them. Run the same command again with "
-        "--duplicates skip (the first of each stays) or --duplicates keep (all stay).",
-    )
 
 
 def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:

@@ -87,7 +87,13 @@ class _Execution:
                 for key in self.given_up:
                     leases.release_claim(store.storage, key, run.id)  # a worker that was killed could not
                 if isinstance(stage, GivesUp):
-                    self._give_up(stage)
+                    # What stands for tasks that failed for good is staged.
+                    for key, error in list(self.given_up.items()):
+                        if not isinstance(error, _NOT_THE_DATA):
+                            staged = stage.give_up(store, self.known[key], run.id, error)
+                            staging.stage(store.storage, staged)
+                            del self.given_up[key]
+                            self._check_enough(staged)
                 for key, reason in folding.fold(store, run).refused.items():
                     refused[key] += 1
                     if refused[key] >= ATTEMPTS:
@@ -149,12 +155,3 @@ class _Execution:
             return True
         self.given_up[task.key] = error
         return False
-
-    def _give_up(self, stage: GivesUp) -> None:
-        """Stage what is to stand for tasks that failed for good."""
-        for key, error in list(self.given_up.items()):
-            if not isinstance(error, _NOT_THE_DATA):
-                staged = stage.give_up(self.store, self.known[key], self.run.id, error)
-                staging.stage(self.store.storage, staged)
-                del self.given_up[key]
-                self._check_enough(staged)

@@ -25,7 +25,7 @@ from retrotool.embed.search_scope import SearchableRows
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.index.index_records import index_record
-from retrotool.neighbours.retrieved import Pieces
+from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.neighbours.token_overlap import longest_common
 from retrotool.reader import Reader
@@ -204,11 +204,11 @@ class Inspector:
     def _describe(self, block: _Block, number: int, some: Ids, near: list[InspectedNeighbour | None]) -> None:
         """Fill in neighbours: those at the places ``some`` of the raveled [n, k] are of database ``number``."""
         ids = block.near.ids.ravel()[some]
-        pieces = self._reader.pieces_of(number, ids)
-        database = self._reader.databases[number]
-        places = _find_places(database, ids)
+        member = self._reader.members[number]
+        pieces = read_pieces(member.store, member.tombstones, ids)
+        places = _find_places(member.store, ids)
         distances = block.near.distances.ravel()[some].tolist()
-        tokenizer, name = self._tokenizers[number], database.place
+        tokenizer, name = self._tokenizers[number], member.store.place
         texts, following = (
             tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)
         )

@@ -132,11 +132,6 @@ class NeighbourReader:
             read_pieces(member.store, member.tombstones, own, into)
         return into
 
-    def pieces_of(self, database: int, ids: Ids) -> Pieces:
-        """[N, F] of chunk ids [n] of one of the ``databases``, in its own tokens."""
-        member = self.members[database]
-        return read_pieces(member.store, member.tombstones, ids)
-
 
 @dataclass(frozen=True, slots=True)
 class NeighbourTokens:

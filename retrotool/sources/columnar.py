@@ -445,18 +445,13 @@ def _stream(source: pa.NativeFile, fields: Fields) -> Iterator[pa.RecordBatch]:
         yield from stream
     if left := source.size() - source.tell():
         raise pa.ArrowInvalid(f"{left:,} bytes follow the end of the stream")
-    if not _is_ended(source, start):
-        raise pa.ArrowInvalid("the stream has no end mark, so its writer was cut off")
-
-
-def _is_ended(source: pa.NativeFile, start: int) -> bool:
-    """Return whether a stream that began at ``start`` and was read up to here ended with its mark."""
     end = source.tell()
     source.seek(start)
     # In old streams zeros that pad the last batch look the same; there a missing mark is not always found.
     mark = _MARK + _END if source.read(len(_MARK)) == _MARK else _END
     source.seek(max(start, end - len(mark)))
-    return bool(source.read(len(mark)) == mark)
+    if source.read(len(mark)) != mark:
+        raise pa.ArrowInvalid("the stream has no end mark, so its writer was cut off")
 
 
 def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:

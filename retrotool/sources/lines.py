@@ -282,21 +282,19 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
 def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """The documents of a file of text."""
     if not fields.separator:
-        yield _whole_text(file, fields)
+        held = Held(fields.max_document + len(BOM), 0)
+        try:
+            with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+                for block in stream:
+                    held.add(block)
+        except BrokenStream as error:
+            reason = f"broken off after {held.size:,} bytes: {error}"
+            yield Rejected(0, reason, 0, excerpt(held.front), damage=True)
+        else:
+            yield _text_document(held.line(0, 0, 0), file, fields)
         return
     for piece in read_lines(file, where, fields.max_document, fields.separator.encode()):
         yield _text_document(piece, file, fields)
-
-
-def _whole_text(file: InputFile, fields: Fields) -> Document | Rejected:
-    held = Held(fields.max_document + len(BOM), 0)
-    try:
-        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-            for block in stream:
-                held.add(block)
-    except BrokenStream as error:
-        return Rejected(0, f"broken off after {held.size:,} bytes: {error}", 0, excerpt(held.front), damage=True)
-    return _text_document(held.line(0, 0, 0), file, fields)
 
 
 def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | Rejected:

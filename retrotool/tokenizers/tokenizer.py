@@ -187,7 +187,14 @@ class Tokenizer:
     def _byte_table(self) -> pa.Array | None:
         """Bytes of every token, large_binary [V] (WordPiece: [2V], with and without a space); None: use the library."""
         table = self._spell_tokens()
-        return table if table is not None and self._agrees(table) else None
+        if table is None:
+            return None
+        # It and the library must decode 256 random rows alike.
+        rows = np.random.default_rng(0).integers(0, self.vocabulary, (256, 32))
+        used = np.fromiter(self.backend.get_vocab(with_added_tokens=True).values(), np.int64)
+        rows = rows[np.isin(rows, used).all(axis=1)]
+        ours = _as_text(self._join(table, rows, np.full(len(rows), 32)))
+        return table if ours == self.backend.decode_batch(rows.tolist(), skip_special_tokens=False) else None
 
     def names(self) -> list[str]:
         """The name in the vocabulary of each id; "" for ids that stand for nothing."""
@@ -214,14 +221,6 @@ class Tokenizer:
             first = [decode([token]) for token in tokens]
             return pa.array([text.encode() for text in (*later, *first)], pa.large_binary())
         return None
-
-    def _agrees(self, table: pa.Array) -> bool:
-        """Whether the table and the library decode 256 random rows alike."""
-        rows = np.random.default_rng(0).integers(0, self.vocabulary, (256, 32))
-        used = np.fromiter(self.backend.get_vocab(with_added_tokens=True).values(), np.int64)
-        rows = rows[np.isin(rows, used).all(axis=1)]
-        ours = _as_text(self._join(table, rows, np.full(len(rows), 32)))
-        return ours == self.backend.decode_batch(rows.tolist(), skip_special_tokens=False)
 
 
 def joined_rows(
