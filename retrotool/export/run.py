@@ -12,7 +12,7 @@ the database, a part's documents, and a table of 8,192 chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -330,21 +330,17 @@ def _check_complete(opened: ExportedTables, root: str | Path) -> None:
     missing = [part for part in store.state.parts() if part not in opened.tabled]
     chunks = count_keys_of(store, missing, opened.tombstones)
     if chunks:
+        commands, embedded = [], set[str]()
+        for member in opened.reader.members:
+            if set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
+                continue
+            encoder = str(store.state.records[f"neighbours:{member.table}"]["encoder"])
+            if encoder not in embedded and not set(missing).issubset(embedded_parts(store, encoder)):
+                commands.append(embed_command(store, encoder))
+                embedded.add(encoder)
+            commands.append(table_command(store, member.table, member.store))
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UsageError(
             f"{chunks:,} chunks of {root} have no neighbours {opened.reader.name!r} yet: those of parts {shown}",
-            "Compute them: " + ", then: ".join(_commands(opened, missing)),
+            "Compute them: " + ", then: ".join(commands),
         )
-
-
-def _commands(opened: ExportedTables, missing: Sequence[int]) -> Iterator[str]:
-    """Yield the commands that give the missing parts their tables."""
-    store, embedded = opened.store, set[str]()
-    for member in opened.reader.members:
-        if set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
-            continue
-        encoder = str(store.state.records[f"neighbours:{member.table}"]["encoder"])
-        if encoder not in embedded and not set(missing).issubset(embedded_parts(store, encoder)):
-            yield embed_command(store, encoder)
-            embedded.add(encoder)
-        yield table_command(store, member.table, member.store)

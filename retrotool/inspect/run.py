@@ -372,9 +372,17 @@ def _inspect(
         raise UsageError(f"-k {k}: the neighbours {name!r} have {neighbours.saved:,} saved")
     ids, chosen = _choose(store, neighbours, choice)
     inspector = Inspector(neighbours, k)
+    tables = []
+    for member, comparable in zip(neighbours.members, inspector.comparable, strict=True):
+        record = store.state.records[f"neighbours:{member.table}"]
+        index = index_record(member.store.state, record["index"])
+        tables.append(TableRead(
+            member.table, member.store.place, member.weight, str(record["index"]), str(record["encoder"]),
+            None if index is None else index.recall_at_10, comparable,
+        ))  # fmt: skip
     result = InspectResult(
         store.place, store.state.number, name, chosen, neighbours.k if k is None else k,
-        tuple(_tables(neighbours, inspector)), store.identity.chunk_length, MARKED_FROM, page=str(page or ""),
+        tuple(tables), store.identity.chunk_length, MARKED_FROM, page=str(page or ""),
     )  # fmt: skip
     blocks = _Blocks(inspector, ids, result, keep)
     if page is None:
@@ -401,16 +409,6 @@ class _Blocks:
                     self.kept += block
                 yield block
                 report(len(block))
-
-
-def _tables(reader: NeighbourReader, inspector: Inspector) -> Iterator[TableRead]:
-    for member, comparable in zip(reader.members, inspector.comparable, strict=True):
-        record = reader.store.state.records[f"neighbours:{member.table}"]
-        index = index_record(member.store.state, record["index"])
-        yield TableRead(
-            member.table, member.store.place, member.weight, str(record["index"]), str(record["encoder"]),
-            None if index is None else index.recall_at_10, comparable,
-        )  # fmt: skip
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:

@@ -54,33 +54,32 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
     # Quotes are doubled, and there are other columns.
     limit = fields.max_document * 3 // 2 + (1 << 20)
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-        yield from _rows(records(stream, _DELIMITERS[file.base], limit), file, fields)
-
-
-def _rows(rows: Iterator[Record], file: InputFile, fields: Fields) -> Iterator[Document | Rejected]:
-    header = next(rows, None)
-    if header is None:
-        yield Rejected(0, "no header row", 0)
-        return
-    names = header.fields
-    if header.problem:
-        raise InputError(f"header row: {header.problem}", header.line, excerpt(header.head))
-    problem = _missing(names, fields)
-    required, wanted = fields.required, fields.wanted
-    used = [(name, place) for place, name in enumerate(names) if name in wanted]
-    row = None
-    for row in rows:
-        reason = row.problem
-        if not reason and len(row.fields) != len(names):
-            reason = f"{len(row.fields):,} fields, the header has {len(names):,}"
-        if reason or problem:
-            head = column_names(names) if not reason else excerpt(row.head)
-            yield Rejected(row.line, reason or problem, row.offset, head)
-            continue
-        values = {name: row.fields[place] if name in required else row.fields[place] or None for name, place in used}
-        yield with_excerpt(document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head)
-    if problem and row is None:  # a file of something else may look like a header alone
-        yield Rejected(header.line, problem, header.offset, column_names(names))
+        rows = records(stream, _DELIMITERS[file.base], limit)
+        header = next(rows, None)
+        if header is None:
+            yield Rejected(0, "no header row", 0)
+            return
+        names = header.fields
+        if header.problem:
+            raise InputError(f"header row: {header.problem}", header.line, excerpt(header.head))
+        problem = _missing(names, fields)
+        required, wanted = fields.required, fields.wanted
+        used = [(name, place) for place, name in enumerate(names) if name in wanted]
+        row = None
+        for row in rows:
+            reason, cells = row.problem, row.fields
+            if not reason and len(cells) != len(names):
+                reason = f"{len(cells):,} fields, the header has {len(names):,}"
+            if reason or problem:
+                head = column_names(names) if not reason else excerpt(row.head)
+                yield Rejected(row.line, reason or problem, row.offset, head)
+                continue
+            values = {
+                name: row.fields[place] if name in required else row.fields[place] or None for name, place in used
+            }
+            yield with_excerpt(document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head)
+        if problem and row is None:  # a file of something else may look like a header alone
+            yield Rejected(header.line, problem, header.offset, column_names(names))
 
 
 def _missing(names: Sequence[str], fields: Fields) -> str:

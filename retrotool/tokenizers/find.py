@@ -21,9 +21,7 @@ import binascii
 import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -251,32 +249,24 @@ def _merges(model: Any) -> Iterator[tuple[str, str]]:
         yield left, right
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """What a file does not say: how text is split, and the ids of the special tokens."""
-
-    pattern: str
-    special: Mapping[str, int]
-
-
-def _special(**ids: int) -> Mapping[str, int]:
-    return MappingProxyType({f"<|{name}|>": number for name, number in ids.items()})
-
-
-ENCODINGS = {
-    "gpt2": Encoding(GPT2_PATTERN, _special(endoftext=50256)),
-    "r50k_base": Encoding(GPT2_PATTERN, _special(endoftext=50256)),
-    "p50k_base": Encoding(GPT2_PATTERN, _special(endoftext=50256)),
-    "p50k_edit": Encoding(
-        GPT2_PATTERN, _special(endoftext=50256, fim_prefix=50281, fim_middle=50282, fim_suffix=50283)
+_GPT2 = (GPT2_PATTERN, {"endoftext": 50256})
+ENCODINGS: dict[str, tuple[str, Mapping[str, int]]] = {
+    "gpt2": _GPT2,
+    "r50k_base": _GPT2,
+    "p50k_base": _GPT2,
+    "p50k_edit": (
+        GPT2_PATTERN, {"endoftext": 50256, "fim_prefix": 50281, "fim_middle": 50282, "fim_suffix": 50283},
     ),
-    "cl100k_base": Encoding(
+    "cl100k_base": (
         CL100K_PATTERN,
-        _special(endoftext=100257, fim_prefix=100258, fim_middle=100259, fim_suffix=100260, endofprompt=100276),
+        {
+            "endoftext": 100257, "fim_prefix": 100258, "fim_middle": 100259, "fim_suffix": 100260,
+            "endofprompt": 100276,
+        },
     ),
-    "o200k_base": Encoding(O200K_PATTERN, _special(endoftext=199999, endofprompt=200018)),
-}
-"""The encodings that tiktoken itself names, by that name."""
+    "o200k_base": (O200K_PATTERN, {"endoftext": 199999, "endofprompt": 200018}),
+}  # fmt: skip
+"""What a file does not say: how text is split, and the ids of the special tokens; by the names that tiktoken gives."""
 
 
 def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
@@ -300,6 +290,7 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
             f"Name the file as its encoding: {', '.join(f'{known}.tiktoken' for known in ENCODINGS)}; or convert it to "
             "a tokenizer.json.",
         )
+    pattern, names = encoding
     ranks = _read(content, name)
     letters = {byte: letter for letter, byte in byte_level_alphabet().items()}
 
@@ -312,12 +303,12 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
         for end in _ends(token, ranks)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": encoding.pattern}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     splitter: dict[str, Any] = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
-    if encoding.pattern == GPT2_PATTERN:
+    if pattern == GPT2_PATTERN:
         splitter = {**byte_level, "use_regex": True}  # it has this pattern of its own
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {token: number for token, number in encoding.special.items() if number not in ranks.values()}
+    special = {f"<|{token}|>": number for token, number in names.items() if number not in ranks.values()}
     fields = {
         "version": "1.0",
         "added_tokens": [
