@@ -74,9 +74,7 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
                 head = column_names(names) if not reason else excerpt(row.head)
                 yield Rejected(row.line, reason or problem, row.offset, head)
                 continue
-            values = {
-                name: row.fields[place] if name in required else row.fields[place] or None for name, place in used
-            }
+            values = {name: cells[place] if name in required else cells[place] or None for name, place in used}
             yield with_excerpt(document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head)
         if problem and row is None:  # a file of something else may look like a header alone
             yield Rejected(header.line, problem, header.offset, column_names(names))
