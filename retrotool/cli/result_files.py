@@ -61,23 +61,18 @@ def written(file: str | Path) -> Iterator[Path]:
     ``StorageError`` if the disk is full, and the like.
     """
     path = Path(file)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch, folder = path.with_name(f".{path.name}.{os.getpid()}"), path.absolute().parent
     try:
         yield scratch
         scratch.replace(path)
     except OSError as error:
-        if error.filename is not None and not _is_ours(error.filename, scratch):
+        # Of the scratch file and its folder a user knows nothing.
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if error.filename is not None and (named is None or named.absolute() not in (scratch.absolute(), folder)):
             raise  # it is about another file
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _is_ours(name: object, scratch: Path) -> bool:
-    """Whether an error names ``scratch`` or its folder, of which a user knows nothing."""
-    if not isinstance(name, str | bytes):
-        return False
-    return Path(os.fsdecode(name)).absolute() in (scratch.absolute(), scratch.absolute().parent)
 
 
 def check_place(option: str, path: str | Path) -> Path:
@@ -103,9 +98,16 @@ def check_place(option: str, path: str | Path) -> Path:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``target`` at the end, unless there is an error."""
-    _clean(target)
+    with tempfile.TemporaryFile(dir=target.parent) as file:
+        now = os.fstat(file.fileno()).st_mtime  # the time by the clock of the file system
+    prefix = f".{target.name}.export-"
+    # What dead runs left goes first.
+    for left in target.parent.iterdir():
+        run = left.name.removeprefix(prefix)
+        if run != left.name and _RUN.fullmatch(run) and left.is_dir() and _is_dead(left, run, now):
+            shutil.rmtree(left, ignore_errors=True)
     run = secrets.token_hex(4)
-    scratch = target.with_name(f"{_prefix(target)}{run}")
+    scratch = target.with_name(f"{prefix}{run}")
     try:
         with Run(LocalStorage(str(scratch)), run):
             yield scratch
@@ -134,20 +136,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.export-"
-
-
-def _clean(target: Path) -> None:
-    """Remove what dead runs left."""
-    with tempfile.TemporaryFile(dir=target.parent) as file:
-        now = os.fstat(file.fileno()).st_mtime  # the time by the clock of the file system
-    for left in target.parent.iterdir():
-        run = left.name.removeprefix(_prefix(target))
-        if run != left.name and _RUN.fullmatch(run) and left.is_dir() and _is_dead(left, run, now):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_dead(left: Path, run: str, now: float) -> bool:
