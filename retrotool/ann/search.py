@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -174,7 +173,7 @@ class Search:
         if pieces:
             yield pieces
 
-    def _decode(self, shard: Lists, pieces: list[Piece]) -> _Block:
+    def _decode(self, shard: Lists, pieces: list[Piece]) -> Block:
         """The vectors of pieces of lists, less the mean, without those that are banned."""
         of_each = [shard.ids(number)[rows] for number, rows in pieces]
         ids, ends = np.concatenate(of_each), np.cumsum([len(some) for some in of_each])
@@ -191,7 +190,7 @@ class Search:
                 for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
                     vectors[low:high].add_(torch.from_numpy(self._trained.centroids[number]))
         columns = self._columns_as(vectors.to(self._device, self._dtype))
-        return _Block(pieces, bounds.tolist(), ids, columns)
+        return pieces, bounds.tolist(), ids, columns
 
     def _mean(self, shard: Lists) -> torch.Tensor:
         """Roughly the mean of the vectors of a shard, float32 [d]; any would do that is the same for all."""
@@ -200,13 +199,13 @@ class Search:
             return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
         return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
 
-    def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
+    def _scan(self, blocks: list[Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
         """Hold a tile's queries, a table, against blocks of lists that they ask for; return how many pairs it was."""
         tile, table, asking = job
         scanned, scratch = 0, Scratch(self._device)
-        for block in blocks:
-            mask = Mask(tile.excluded, block.ids)
-            for (number, within), (low, high) in zip(block.pieces, itertools.pairwise(block.bounds), strict=True):
+        for pieces, bounds, ids, columns in blocks:
+            mask = Mask(tile.excluded, ids)
+            for (number, within), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
                 rows, is_first = asking.rows(number), asking.are_first and within.start == 0
                 if rows is None or low == high:
                     continue
@@ -214,9 +213,9 @@ class Search:
                 step = max(1, min(_ROWS, self._entries // (high - low)))
                 for start in range(0, len(rows), step):
                     some = rows[start : start + step]
-                    scores = block.columns.scores(table, some, low, high, scratch)
+                    scores = columns.scores(table, some, low, high, scratch)
                     mask.apply(scores, some, low, high)
-                    tile.nearest.offer(some, scores, block.ids[low:high], first=is_first)
+                    tile.nearest.offer(some, scores, ids[low:high], first=is_first)
         return scanned
 
     @property
@@ -232,14 +231,8 @@ Piece = tuple[int, slice]
 """The number of a list, and which of its rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Vectors of pieces of lists: piece i has those from bounds[i] to bounds[i + 1]."""
-
-    pieces: list[Piece]
-    bounds: list[int]
-    ids: Ids
-    columns: Columns | RoughColumns
+Block = tuple[list[Piece], list[int], Ids, Columns | RoughColumns]
+"""Pieces of lists, bounds, ids and vectors: piece i has those from bounds[i] to bounds[i + 1]."""
 
 
 def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:

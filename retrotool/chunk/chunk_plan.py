@@ -219,10 +219,8 @@ def commit_plan(
         )  # fmt: skip
         entry = write_plan(store, run, plan_id, plan)
         record = {
-            **dict.fromkeys(PLAN_COUNTS, 0),
-            "parts": 0,
+            **dict.fromkeys((*PLAN_COUNTS, "parts", "done"), 0),
             "units": len(plan.units),
-            "done": 0,
             "finished": False,
             "order": state.number + 1,
         }

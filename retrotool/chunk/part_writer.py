@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,12 @@ COLUMN_BYTES = 128 << 20
 """Bytes of documents' columns at which a part is closed before it has its chunks."""
 
 
-class _Abandoned(Exception):  # noqa: N818 - no error: the file is not wanted any more
-    pass
-
-
 class _ChunksFile:
     """A chunks file that is written by a thread; begun with its first row groups."""
 
     def __init__(self, store: Store, name: FileName, threads: ThreadPoolExecutor) -> None:
         self._store, self._name, self._threads = store, name, threads
-        self._tables: queue.Queue[pa.Table | _Abandoned | None] = queue.Queue(_QUEUE)
+        self._tables: queue.Queue[pa.Table | CancelledError | None] = queue.Queue(_QUEUE)
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
         self._flushed = 0
         self._written: Future[FileEntry] | None = None
@@ -58,7 +54,7 @@ class _ChunksFile:
         self._put(parts.chunks_table(*(column[:rows] for column in columns), first=self._flushed))
         self._flushed += rows
 
-    def _put(self, item: pa.Table | _Abandoned | None) -> None:
+    def _put(self, item: pa.Table | CancelledError | None) -> None:
         if self._written is None:
             assert isinstance(item, pa.Table)
             self._written = self._threads.submit(self._write, item.schema)
@@ -75,7 +71,7 @@ class _ChunksFile:
 
     def _given(self) -> Iterator[pa.Table]:
         while (item := self._tables.get()) is not None:
-            if isinstance(item, _Abandoned):
+            if isinstance(item, CancelledError):
                 raise item
             yield item
 
@@ -93,7 +89,7 @@ class _ChunksFile:
             return
         while not self._written.done():
             try:
-                self._tables.put(_Abandoned(), timeout=0.05)
+                self._tables.put(CancelledError(), timeout=0.05)
             except queue.Full:
                 continue
             self._written.exception()

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,10 +63,6 @@ class Work:
     tokens: int = 0
     seconds: float = 0.0
     lanes: int = 1
-
-
-class _Left(Exception):  # noqa: N818 - no error: nobody waits for the vectors any more
-    """What ends a computation that is not wanted any more."""
 
 
 @dataclass(slots=True)
@@ -291,7 +288,7 @@ class Encoder:
 
         def told(rows: int) -> None:
             if left.is_set():
-                raise _Left
+                raise CancelledError  # nobody waits for the vectors any more
             report(rows)
 
         with closing(ahead(self.vectors(blocks, told), 1)) as coming:

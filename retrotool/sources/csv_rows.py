@@ -103,7 +103,7 @@ def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Rec
         lines.begin_record()
         try:
             fields = next(reader, None)
-        except (csv.Error, BrokenStream, _TooLong) as error:
+        except (csv.Error, BrokenStream) as error:
             why = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
             place = f"broken off after record {number:,}, in line {lines.line:,}, at byte {lines.offset:,}"
             raise InputError(f"{place}: {why}", lines.line, excerpt(lines.head)) from error
@@ -112,10 +112,6 @@ def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Rec
         if fields:
             number += 1
             yield Record(fields, lines.line, lines.offset, lines.head, lines.problem)
-
-
-class _TooLong(Exception):  # noqa: N818 - a verdict about the file
-    """A record is longer than the limit."""
 
 
 class _Lines:
@@ -145,7 +141,7 @@ class _Lines:
                 self._begins, self.head = False, (line.data or line.head)[:HEAD_BYTES]
             place = line.offset - self.offset
             if line.data is None or place + len(line.data) > self._limit:
-                raise _TooLong(f"a record of more than {self._limit:,} bytes, or a quote that is never closed")
+                raise BrokenStream(f"a record of more than {self._limit:,} bytes, or a quote that is never closed")
             self._next, self._place = line.number + 1, line.offset + (line.size or len(line.data)) + 1
             try:
                 text = line.data.decode()

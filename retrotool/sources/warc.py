@@ -27,7 +27,7 @@ from retrotool.sources.records import BadRow, Document, Fields, Rejected, docume
 from retrotool.sources.streams import BrokenStream
 
 if TYPE_CHECKING:
-    from fastwarc.warc import ArchiveIterator, WarcRecord
+    from fastwarc.warc import WarcRecord
 
 _HTML = ("text/html", "application/xhtml+xml")
 _MEDIA = (
@@ -53,12 +53,17 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"
 def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Return documents of an archive's records; lines are records from 1, positions byte offsets."""
     del where
+    try:
+        from fastwarc.warc import ArchiveIterator
+    except ImportError as error:
+        raise _needs_extra("FastWARC") from error
     limit = _HTML_OVERHEAD * fields.max_document + (1 << 20)
     number = offset = 0
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as blocks:
         stream = _Stream(blocks)
         try:
-            for record in _open(stream):
+            # Of a file FastWARC uses these two methods.
+            for record in ArchiveIterator(stream, parse_http=False, stream_detect=False):  # type: ignore[arg-type]
                 offset = record.stream_pos
                 _check_size(record)
                 number += 1
@@ -97,15 +102,6 @@ class _Stream:
     def tell(self) -> int:
         """Return how many bytes were read."""
         return self._place
-
-
-def _open(stream: _Stream) -> ArchiveIterator:
-    try:
-        from fastwarc.warc import ArchiveIterator
-    except ImportError as error:
-        raise _needs_extra("FastWARC") from error
-    # Of a file FastWARC uses these two methods.
-    return ArchiveIterator(stream, parse_http=False, stream_detect=False)  # type: ignore[arg-type]
 
 
 def _needs_extra(name: str) -> UsageError:

@@ -162,14 +162,10 @@ class RetroDataset(IterableDataset[Item]):
     def _begin_epoch(self, epoch: int, reader: TrainingReader) -> None:
         layout = self._lay_out(reader.store, self._agreed(reader.store.state.number))
         reader.check_tables(layout)
-        self._epoch, self._commit, self._layout = epoch, layout.commit, layout
+        self.epoch, self._commit, self._layout = epoch, layout.commit, layout
+        """The number of the epoch, the commit it is on, and its sequences."""
         self._begin = self._at = _Start()
         self._tell(loaded=False)
-
-    @property
-    def epoch(self) -> int:
-        """The number of the epoch."""
-        return self._epoch
 
     @property
     def sequences(self) -> int:
@@ -198,7 +194,7 @@ class RetroDataset(IterableDataset[Item]):
         Without it an epoch is read again in the same order. The number of the epoch that it is at changes nothing: one
         that a loaded state is in the middle of is gone on with.
         """
-        if epoch == self._epoch:
+        if epoch == self.epoch:
             return
         if epoch < 0:
             raise UsageError(f"epoch {epoch} is less than 0")
@@ -222,7 +218,7 @@ class RetroDataset(IterableDataset[Item]):
         layout = self._sequences()
         return {
             "version": STATE_VERSION, "store": Store.open(self.path).identity.uuid,
-            **self._settings(), "epoch": self._epoch, "commit": self._commit, "head": layout.head[:_HEAD_DIGITS],
+            **self._settings(), "epoch": self.epoch, "commit": self._commit, "head": layout.head[:_HEAD_DIGITS],
             "sequences": layout.sequences, "world_size": self.world_size, "whole": self._whole(),
             "batch_size": self.batch_size,
             "spans": [list(span) for span in self._share(at).spans], "consumed": at.consumed,
@@ -264,7 +260,7 @@ class RetroDataset(IterableDataset[Item]):
         inside = all(0 <= start <= stop <= layout.sequences for start, stop in spans)
         if not inside or min(consumed, int(state["epoch"]), int(state["world_size"]) - 1, int(state["whole"])) < 0:
             raise UsageError("the state has numbers that can't be", "Take one as it was given.")
-        self._epoch, self._commit, self._layout = int(state["epoch"]), layout.commit, layout
+        self.epoch, self._commit, self._layout = int(state["epoch"]), layout.commit, layout
         if (state["world_size"], state["whole"]) == (self.world_size, self._whole()):
             first = consumed if state["worker"] is None else int(state["first"])
             self._begin = _Start(spans, first, consumed)
@@ -282,8 +278,8 @@ class RetroDataset(IterableDataset[Item]):
                 return _Failing(UsageError("a state was loaded after the worker processes started: make a new loader"))
             self._shared[_READ] = self._change
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        if self.shuffle and self._finished == self._epoch:
-            warnings.warn(f"epoch {self._epoch} is read again, in the same order: call set_epoch", stacklevel=2)
+        if self.shuffle and self._finished == self.epoch:
+            warnings.warn(f"epoch {self.epoch} is read again, in the same order: call set_epoch", stacklevel=2)
         start, self._begin = self._begin, _Start()
         self._at = start
         return self._items(start, number, workers)
@@ -296,11 +292,11 @@ class RetroDataset(IterableDataset[Item]):
         reader.check_tables(layout)
         begun: dict[str, npt.NDArray[Any]] = {}
         mixed = self.shuffle_blocks if self.shuffle else _IN_ORDER
-        order = Order(layout.counts, self.seed if self.shuffle else None, self._epoch, mixed)
+        order = Order(layout.counts, self.seed if self.shuffle else None, self.epoch, mixed)
         for places, rows, slots in read_epoch(reader, layout, order, share, turns, start.consumed):
             groups = np.arange(len(places)) // _GATHERED if self.batch_size is None else turns.number(places)
             for some in np.split(np.arange(len(places)), np.flatnonzero(np.diff(groups)) + 1):
-                cursor = np.stack([np.full_like(some, self._epoch), places[some], np.full_like(some, workers)], 1)
+                cursor = np.stack([np.full_like(some, self.epoch), places[some], np.full_like(some, workers)], 1)
                 values = {**rows.gathered(slots[some]), "cursor": cursor}
                 if begun:
                     values = {key: np.concatenate([begun[key], value]) for key, value in values.items()}
@@ -311,7 +307,7 @@ class RetroDataset(IterableDataset[Item]):
                     begun = values  # the batch goes on in the next window
         if begun:
             yield from self._given(start, begun)
-        self._finished = self._epoch
+        self._finished = self.epoch
 
     def _given(self, start: _Start, values: Mapping[str, npt.NDArray[Any]]) -> Iterator[Item]:
         """A batch, or one sequence after the other; where one goes on after each is known before it is given."""
@@ -347,8 +343,8 @@ class RetroDataset(IterableDataset[Item]):
     def _after(self, batch: Mapping[str, torch.Tensor]) -> _Start:
         cursor = batch["cursor"].reshape(-1, 3)
         epoch, workers = int(cursor[0, 0]), int(cursor[0, 2])
-        if epoch != self._epoch:
-            raise UsageError(f"the batch is of epoch {epoch}, the dataset in {self._epoch}", "Take the state before.")
+        if epoch != self.epoch:
+            raise UsageError(f"the batch is of epoch {epoch}, the dataset in {self.epoch}", "Take the state before.")
         if workers > 1 and self.batch_size is None:
             raise UsageError(
                 f"{workers} worker processes took turns by sequences: a batch does not tell what the others read",
@@ -360,7 +356,7 @@ class RetroDataset(IterableDataset[Item]):
     def _tell(self, *, loaded: bool) -> None:
         """Let worker processes that are there already know what changed."""
         self._change += 1
-        told = [self._epoch, self._commit, self._change, int(loaded), -1]
+        told = [self.epoch, self._commit, self._change, int(loaded), -1]
         self._shared.copy_(torch.tensor(told))
 
     def _missed(self) -> bool:
@@ -368,7 +364,7 @@ class RetroDataset(IterableDataset[Item]):
         epoch, commit, change, loaded, _ = self._shared.tolist()
         if change == self._change:
             return False
-        self._epoch, self._commit, self._change = epoch, commit, change
+        self.epoch, self._commit, self._change = epoch, commit, change
         self._begin = _Start()
         return bool(loaded)
 
