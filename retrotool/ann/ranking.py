@@ -84,7 +84,6 @@ def exact_distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fe
 
 
 def _side_by_side(do: Callable[[slice], None], candidates: Ids) -> None:
-    """Do it for some of the queries in each thread."""
     threads = torch.get_num_threads() if candidates.size >= _MANY_PAIRS else 1
     share = max(-(-len(candidates) // threads), 1)
     with one_thread_each(threads) as run:

@@ -329,7 +329,6 @@ def read_json_file(store: Store, entry: FileEntry, spec: Spec) -> dict[str, Any]
 
 
 def _fields_of(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some fields that a dataclass knows."""
     return {one.name: fields[one.name] for one in dataclasses.fields(kind) if one.name in fields}
 
 

@@ -48,7 +48,6 @@ class Quarantine:
         self._before: int | None = None
 
     def __len__(self) -> int:
-        """Rows gathered."""
         return len(self._line)
 
     @property

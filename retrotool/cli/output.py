@@ -117,7 +117,6 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, right
 
 
 def _ruled(cells: Sequence[Sequence[str]], to_right: Sequence[bool], header: bool) -> str:
-    """A table for a terminal: a line below its header, and long cells in several lines."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -186,7 +186,6 @@ class EmbedWorker:
         return f"{rate:,.0f} tokens/s a device, {100 * share:.0f} % forward"
 
     def _measure(self) -> dict[str, float]:
-        """Tokens, seconds of forward and the time."""
         work = self.encoder.work
         return {"tokens": work.tokens, "forward": work.seconds / work.lanes, "working": time.perf_counter()}
 

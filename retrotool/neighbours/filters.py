@@ -94,7 +94,7 @@ class Filters:
         keyed, exclude, only = queries.identity.keyed_hash, set(self.exclude_sources), set(self.only_sources)
         return lambda name: (found := keyed(name)) not in exclude and (not only or found in only)
 
-    def check(self, queries: Store, database: Store) -> None:
+    def check_can_compare(self, queries: Store, database: Store) -> None:
         """``UsageError`` if what the filters compare can't be."""
         if self.by_tokens:
             leave_out = "Leave --max-overlap and --exclude-near-copies out (--no-filters)"
@@ -102,20 +102,19 @@ class Filters:
 
 
 @dataclass(frozen=True, slots=True)
-class FilterOptions:
-    """What is asked for; None, False or empty: as it was. ``drop``: first forget all that was asked for before."""
+class FilterOptions(Filters):
+    """What is asked for, sources by their names; None, False or empty: as it was.
 
-    max_overlap: float | None = None
-    near_copies: bool = False
-    exclude_sources: tuple[str, ...] = ()
-    only_sources: tuple[str, ...] = ()
+    ``drop``: first forget all that was asked for before.
+    """
+
     drop: bool = False
 
     def check(self, databases: Sequence[Store]) -> None:
         """``UsageError`` for what can't be, and for sources that none of the databases has."""
         if self.max_overlap is not None and not 0 < self.max_overlap <= 1:
             raise UsageError(f"--max-overlap {self.max_overlap:g} is not above 0 and at most 1")
-        wanted = {*self.exclude_sources, *self.only_sources}
+        wanted = self.sources
         if both := sorted(set(self.exclude_sources) & set(self.only_sources)):
             raise UsageError(f"the source {both[0]!r} is both to be left out and the only one", "Give one of the two.")
         if not wanted:
@@ -139,9 +138,8 @@ class FilterOptions:
             tuple(map(queries.identity.keyed_hash, sources)) for sources in (self.exclude_sources, self.only_sources)
         )
         kept = {} if self.drop else Filters.of(record).as_record()
-        return Filters.of(
-            {"filters": {**kept, **Filters(self.max_overlap, self.near_copies, exclude, only).as_record()}}
-        )
+        asked = Filters(self.max_overlap, self.near_copies, exclude, only).as_record()
+        return Filters.of({"filters": {**kept, **asked}})
 
 
 def check_some_left(filters: Sequence[Filters], queries: Store, databases: Sequence[Store]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def neighbours(
             )
         )  # fmt: skip
     _check(store, stages)
-    asked_for = replace(filters, drop=False) != FilterOptions()
+    asked_for = bool(filters.as_record())
     if asked_for:
         check_some_left([stage.filters for stage in stages], store, opened)
     with writing(store) as run:
@@ -193,7 +193,7 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
     for stage in stages:
         database = stage.open_database(store)
         check_encoders(store, database)
-        stage.filters.check(store, database.store)
+        stage.filters.check_can_compare(store, database.store)
         encoders.add(database.encoder)
     if len(encoders) > 1:
         raise UsageError(

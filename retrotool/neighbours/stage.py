@@ -113,7 +113,7 @@ class NeighboursStage:
         """
         database = self.open_database(store)
         check_encoders(store, database)
-        self.filters.check(store, database.store)
+        self.filters.check_can_compare(store, database.store)
         record = self.record(store, database)
         self._check_database(store.state, record)
         version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)

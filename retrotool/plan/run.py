@@ -311,7 +311,6 @@ class _Work:
         )
 
     def index(self) -> IndexPlan:
-        """The index that would be chosen."""
         choice = self._choice
         return IndexPlan(
             **asdict(choice.shape()),
@@ -365,7 +364,6 @@ class _Work:
         return self._spread("neighbours", self._products("neighbours", flops), read, self._bytes["neighbours"])
 
     def _rate(self, stage: str, per: str) -> float:
-        """The rate of a stage on a device, in the unit of the table."""
         return self._use(_of_table(stage, per))
 
     def _use(self, rate: Rate) -> float:

@@ -91,7 +91,6 @@ class _Stream:
         self.tail = b""
 
     def read(self, size: int) -> bytes:
-        """Return at most ``size`` bytes; b"" at the end."""
         if not self._block:
             self._block = memoryview(next(self._blocks, b""))
         data, self._block = bytes(self._block[:size]), self._block[size:]
@@ -100,7 +99,6 @@ class _Stream:
         return data
 
     def tell(self) -> int:
-        """Return how many bytes were read."""
         return self._place
 
 

@@ -388,7 +388,6 @@ class _Failing(Iterator[Item]):
 
 
 def _is_distributed() -> bool:
-    """Whether ranks are those of ``torch.distributed``."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
