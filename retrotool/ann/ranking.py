@@ -3,7 +3,7 @@
 Choosing the k best of every product separately takes longer than the product. So the score of a query's k-th best is a
 limit, and only better scores are looked at. Scores are larger for nearer vectors. ``Heaps`` are faiss's, for float32 on
 a CPU: 12 bytes for each of k entries a query. ``Nearest`` does it in torch, for GPUs and float64: 12 bytes for each of
-``columns_for(k)`` columns a query, and about 40 for each score that passes while it is looked at.
+some 1.5·k columns a query, and about 40 for each score that passes while it is looked at.
 
 ``rerank`` computes Σ(q − x)² from the vectors themselves, in float32. Candidates of all queries are measured in the
 order of their ids, so that each vector is read and widened once, and what lies together on disk is read together. Cost:
@@ -159,11 +159,6 @@ def _over(scores: Any, ids: Any) -> Any:
     return heaps
 
 
-def columns_for(k: int) -> int:
-    """Columns of the buffer for k nearest."""
-    return k + k // 2 + _SPARE_COLUMNS
-
-
 class Nearest:
     """The k nearest of q queries so far, in torch.
 
@@ -172,9 +167,9 @@ class Nearest:
     """
 
     def __init__(self, k: int, q: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._k = k
-        self._scores = torch.full((q, columns_for(k)), -torch.inf, dtype=dtype, device=device)
-        self._ids = torch.full((q, columns_for(k)), -1, dtype=torch.int64, device=device)
+        self._k, columns = k, k + k // 2 + _SPARE_COLUMNS
+        self._scores = torch.full((q, columns), -torch.inf, dtype=dtype, device=device)
+        self._ids = torch.full((q, columns), -1, dtype=torch.int64, device=device)
         self._used = torch.zeros(q, dtype=torch.int64, device=device)
         self._limit = torch.full((q,), -torch.inf, dtype=dtype, device=device)
 

@@ -157,9 +157,9 @@ class Search:
         with one_thread_each(self._threads) as run:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
 
-    def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[Piece]]:
+    def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
         """Pieces of lists, not too wide, as many at a time as may be decoded at a time."""
-        pieces: list[Piece] = []
+        pieces: list[_Piece] = []
         rows = 0
         for number in numbers:
             n = shard.size(number)
@@ -173,7 +173,7 @@ class Search:
         if pieces:
             yield pieces
 
-    def _decode(self, shard: Lists, pieces: list[Piece]) -> Block:
+    def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
         """The vectors of pieces of lists, less the mean, without those that are banned."""
         of_each = [shard.ids(number)[rows] for number, rows in pieces]
         ids, ends = np.concatenate(of_each), np.cumsum([len(some) for some in of_each])
@@ -199,7 +199,7 @@ class Search:
             return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
         return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
 
-    def _scan(self, blocks: list[Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
+    def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
         """Hold a tile's queries, a table, against blocks of lists that they ask for; return how many pairs it was."""
         tile, table, asking = job
         scanned, scratch = 0, Scratch(self._device)
@@ -227,11 +227,11 @@ class Search:
         return found
 
 
-Piece = tuple[int, slice]
+_Piece = tuple[int, slice]
 """The number of a list, and which of its rows."""
 
 
-Block = tuple[list[Piece], list[int], Ids, Columns | RoughColumns]
+_Block = tuple[list[_Piece], list[int], Ids, Columns | RoughColumns]
 """Pieces of lists, bounds, ids and vectors: piece i has those from bounds[i] to bounds[i + 1]."""
 
 

@@ -341,7 +341,12 @@ class CudaRunner:
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # else what ran out of memory would keep what it had
             error.__context__ = error.__cause__ = None
-            return _failed(error.with_traceback(None))
+            errors = [error.with_traceback(None)]
+
+        def handle() -> tuple[Vectors, float]:
+            raise errors.pop()  # it must not be held by its own traceback
+
+        return handle
 
     def _submit(self, ready: Ready) -> Handle:
         work = torch.cuda.current_stream(self._device)
@@ -372,15 +377,6 @@ class CudaRunner:
     def close(self) -> None:
         """Let go of threads and memory."""
         torch.cuda.synchronize(self._device)
-
-
-def _failed(error: Exception) -> Handle:
-    errors = [error]
-
-    def handle() -> tuple[Vectors, float]:
-        raise errors.pop()  # it must not be held by its own traceback
-
-    return handle
 
 
 Runner = CpuRunner | CudaRunner

@@ -11,7 +11,7 @@ it was not run since a store grew, is counted too, with the commands to run next
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from retrotool.embed.search_scope import (
     pick_encoder,
 )
 from retrotool.encoder import find_devices
-from retrotool.engine.task import Task
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.searching import NO_INDEX, commands_to_index, pick_index
 from retrotool.neighbours.dependents import register_dependent
@@ -205,13 +204,21 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
 
 def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) -> DatabaseResult:
     database = stage.open_database(store)
-    todo = _count_queries(store, engine.plan_tasks(stage, store))
+    tasks = engine.plan_tasks(stage, store)
+    # Of a table to refill only some rows are searched for.
+    todo = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
+    todo += sum(task.weight for task in tasks if task.inputs["mode"] == FEW)
     record = stage.record(store, database)
     store.commit(run, lambda state: stage.claim(state, record))
     again = {name: record[name] for name in ("index", "encoder", "k", "saved")}
     aware = record["within"] or register_dependent(Store.open(stage.database), store, stage.table, again)
     engine.execute(stage, store, run, workers=len(stage.devices))
-    _check_claim(store, stage, record)
+    known, names = store.refresh().records.get(stage.key), ("database", "index", "encoder", "filters")
+    if known is None or any(known.get(name) != record.get(name) for name in names):
+        raise ConflictError(
+            f"another run made the neighbours {stage.table!r} with another index, or other filters, meanwhile",
+            "Give one of them a name of its own with --name.",
+        )
     elsewhere = engine.count_elsewhere(stage, store, run)
     database = stage.open_database(store)
     rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
@@ -239,24 +246,6 @@ def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str
     if search.encoder is not None:
         raise UsageError("--encoder says what exact search is among; an index is of one encoder", "Give --exact, too.")
     return pick_index(store, index)
-
-
-def _check_claim(store: Store, stage: NeighboursStage, record: Mapping[str, Any]) -> None:
-    """``ConflictError`` if another run took the name for other tables meanwhile."""
-    known = store.refresh().records.get(stage.key)
-    names = ("database", "index", "encoder", "filters")
-    if known is None or any(known.get(name) != record.get(name) for name in names):
-        raise ConflictError(
-            f"another run made the neighbours {stage.table!r} with another index, or other filters, meanwhile",
-            "Give one of them a name of its own with --name.",
-        )
-
-
-def _count_queries(store: Store, tasks: Iterable[Task]) -> int:
-    """Living keys that tasks of ``neighbours`` search for; of a table to refill only some rows."""
-    tasks = list(tasks)
-    whole = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
-    return whole + sum(task.weight for task in tasks if task.inputs["mode"] == FEW)
 
 
 MOST_DATABASES = 255
