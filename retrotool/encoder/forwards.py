@@ -45,11 +45,24 @@ _PROGRAMS = 32
 """Programs that may be compiled: for each size of batch (halved out of memory) one for each longest row."""
 
 
-class PackedForward:
-    """``PackedBert`` with its batches. ``constant``: attention by ``varlen``, in constant shapes, compiled."""
+class _AnyForward:
+    """How batches are cut. ``constant``: all but the last of a block have one shape."""
 
+    constant = False
     padded = False
     """Whether a batch's rows are padded to its longest."""
+
+    def least_tokens(self, batch_tokens: int) -> int:
+        """Tokens from which on a batch is computed as most are: half of a constant shape, as less is not filled up."""
+        return batch_tokens // 2 + 1 if self.constant else 0
+
+    def most_rows(self, batch_tokens: int) -> int:
+        """Rows a batch may have: as many as its constant shape has room for."""
+        return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
+
+
+class PackedForward(_AnyForward):
+    """``PackedBert`` with its batches. ``constant``: attention by ``varlen``, in constant shapes, compiled."""
 
     def __init__(
         self,
@@ -126,14 +139,6 @@ class PackedForward:
             self._say(f"the forward can't be compiled ({self.why_eager}), and is slower without")
             return None
 
-    def least_tokens(self, batch_tokens: int) -> int:
-        """Tokens from which on a batch is computed as most are: half of a constant shape, as less is not filled up."""
-        return batch_tokens // 2 + 1 if self.constant else 0
-
-    def most_rows(self, batch_tokens: int) -> int:
-        """Rows a batch may have: as many as its constant shape has room for."""
-        return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
-
 
 def _bucket(tokens: int) -> int:
     """Return the number of tokens that a batch is filled up to, at most a sixteenth more, with rows of one token.
@@ -184,7 +189,7 @@ def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
     return np.asarray(within * (rows.ids != padding) + padding, np.int32)
 
 
-class PaddedForward:
+class PaddedForward(_AnyForward):
     """``transformers.AutoModel``, with rows padded to the longest of their batch."""
 
     padded = True
@@ -193,14 +198,6 @@ class PaddedForward:
         # A pooler's output is not used.
         self._model = load_pretrained("AutoModel", f"encoder {spec!r}", path, device, dtype, unused="pooler")
         self._pooling, self._normalize = identity.pooling, identity.normalize
-
-    def most_rows(self, batch_tokens: int) -> int:  # noqa: ARG002
-        """Any number."""
-        return sys.maxsize
-
-    def least_tokens(self, batch_tokens: int) -> int:  # noqa: ARG002
-        """All batches are computed alike."""
-        return 0
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
         """A batch of framed rows, longest first, ready for the device: padded ids and their mask."""

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -552,31 +551,29 @@ class Turns:
         return (place + 1 - self.first) % self.unit == 0
 
 
-Window = tuple[Ids, TrainingRows, Ids]
-"""Sequences that were read together: their places [n] in what a rank reads, ascending, rows, and slots.
-
-Slots, int64 [n, slots], are places in the rows, −1: empty.
-"""
-
-
 def read_epoch(
     reader: TrainingReader, layout: SequenceLayout, order: Order, share: Share, turns: Turns, consumed: int
-) -> Iterator[Window]:
-    """The windows of one worker, of which it has had what is before the place ``consumed``."""
+) -> Iterator[tuple[Ids, TrainingRows, Ids]]:
+    """The windows of one worker, of which it has had what is before the place ``consumed``.
 
-    def window(places: Ids, reading: Future[tuple[TrainingRows, Ids]]) -> Window:
+    Of sequences that were read together: their places [n] in what a rank reads, ascending, rows, and slots, int64
+    [n, slots], which are places in the rows, −1: empty.
+    """
+
+    def window(places: Ids, reading: Future[tuple[TrainingRows, Ids]]) -> tuple[Ids, TrainingRows, Ids]:
         rows, slots = reading.result()
         missing = np.full((len(places) - len(slots), layout.size), EMPTY, np.int64)
         return places, rows, np.concatenate([slots, missing])
 
-    coming: deque[tuple[Ids, Future[tuple[TrainingRows, Ids]]]] = deque()
+    before = None
     with ThreadPoolExecutor(1, "retrotool-dataset") as pool:
         for places, block, sequence in _wanted(order, share, turns, consumed):
-            coming.append((places, pool.submit(reader.read, layout, block, sequence)))
-            if len(coming) > 1:
-                yield window(*coming.popleft())
-        if coming:
-            yield window(*coming.popleft())
+            coming = places, pool.submit(reader.read, layout, block, sequence)
+            if before is not None:
+                yield window(*before)
+            before = coming
+        if before is not None:
+            yield window(*before)
 
 
 def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator[tuple[Ids, Ids, Ids]]:
