@@ -11,7 +11,7 @@ it was not run since a store grew, is counted too, with the commands to run next
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,8 +300,21 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
     known = store.state.records.get(f"neighbours:{name}")
     members = members_of(store, name) if known is not None and "mix" in known else []
     was = {str(table_record(store, table)["database"]): (table, weight) for table, weight in members}
+    tables: list[WeightedTable] = []
+    if not given and not was:
+        return Mixture(name, (WeightedTable(name, str(first), 1.0),))
     if not given:
-        return _as_it_was(store, name, first, was) if was else Mixture(name, (WeightedTable(name, str(first), 1.0),))
+        here = Store.open(first).identity.uuid  # it may have moved
+        if here not in was:
+            have = ", ".join(str(store.state.records[f"neighbours:{table}"]["uri"]) for table, _ in was.values())
+            raise UsageError(
+                f"the neighbours {name!r} are a mixture of {have}",
+                "Name all databases that it is to be of with --database, or give another --name.",
+            )
+        for uuid, (table, before) in was.items():
+            place = str(first) if uuid == here else database_of(store, table)[0].place
+            tables.append(WeightedTable(table, place, before))
+        return Mixture(name, tuple(tables), True)
     databases = _databases(first, given)
     if len(databases) == 1:
         raise UsageError(f"--database {given[0][0]}: with one database there is nothing to mix", "Leave it out.")
@@ -312,29 +325,12 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
     for _, _, database in databases[1:]:
         advice = "Give them names of their own with --name, or chunk one of them again."
         check_compatible(databases[0][2], database, "what is found in them can't be read together", advice)
-    tables: list[WeightedTable] = []
     for path, weight, database in databases:
         table, before = was.get(database.identity.uuid, ("", 1.0))
         table = table or _free_name(store.state, name, database, [one.table for one in tables])
         tables.append(WeightedTable(table, path, before if weight is None else weight))
     kept = {one.table for one in tables}
     return Mixture(name, tuple(tables), True, tuple(table for table, _ in was.values() if table not in kept))
-
-
-def _as_it_was(store: Store, name: str, first: str | Path, was: Mapping[str, tuple[str, float]]) -> Mixture:
-    """Return the mixture that a name is; ``first`` must be one of its databases, and may have moved."""
-    here = Store.open(first)
-    if here.identity.uuid not in was:
-        have = ", ".join(str(store.state.records[f"neighbours:{table}"]["uri"]) for table, _ in was.values())
-        raise UsageError(
-            f"the neighbours {name!r} are a mixture of {have}",
-            "Name all databases that it is to be of with --database, or give another --name.",
-        )
-    tables = []
-    for uuid, (table, weight) in was.items():
-        path = str(first) if uuid == here.identity.uuid else database_of(store, table)[0].place
-        tables.append(WeightedTable(table, path, weight))
-    return Mixture(name, tuple(tables), True)
 
 
 def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None, Store]]:

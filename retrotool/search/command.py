@@ -86,13 +86,20 @@ def command(
         from retrotool.embed.search_scope import count_left
         from retrotool.index.searching import commands_to_index
         from retrotool.reader import open_store
+        from retrotool.store.identity import is_store
+        from retrotool.store.storage import storage_at
 
         if not text.strip():
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
 
         def attempt() -> tuple[list[Neighbour], Database, int]:
-            reader = open_store(_checked(store, text))
+            if not is_store(storage_at(store)) and is_store(storage_at(text)):
+                raise StoreNotFoundError(
+                    f"{store} is no store, but {text} is one",
+                    f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
+                )
+            reader = open_store(store)
             encoder = reader.load_encoder(index, device)
             found = reader.search(
                 text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
@@ -123,19 +130,6 @@ def command(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
             )
-
-
-def _checked(store: str, text: str) -> str:
-    """STORE; an error that says so if it is not there, but TEXT is one."""
-    from retrotool.store.identity import is_store
-    from retrotool.store.storage import storage_at
-
-    if not is_store(storage_at(store)) and is_store(storage_at(text)):
-        raise StoreNotFoundError(
-            f"{store} is no store, but {text} is one",
-            f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
-        )
-    return store
 
 
 def _text(found: Results) -> str:
