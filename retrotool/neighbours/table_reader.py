@@ -146,15 +146,6 @@ class NeighbourTokens:
     n_tokens: npt.NDArray[np.int32]
     tokens: npt.NDArray[Any]
 
-    @classmethod
-    def none(cls, store: Store, n: int, k: int) -> NeighbourTokens:
-        """Return n rows without neighbours."""
-        own = store.identity
-        return cls(
-            np.full((n, k), NO_NEIGHBOUR, np.int64), np.zeros((n, k), np.uint8), np.zeros((n, k, 2), np.int32),
-            np.zeros((n, k, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)),
-        )  # fmt: skip
-
     def rows(self, some: slice) -> NeighbourTokens:
         """Return some of the rows, without a copy."""
         return NeighbourTokens(self.ids[some], self.databases[some], self.n_tokens[some], self.tokens[some])
@@ -191,7 +182,11 @@ class TextReader:
         """Return all rows of some blocks, one block after the other; then ``spare`` empty rows."""
         store, k = self.reader.store, self.k
         starts = np.cumsum([0, *(block_rows(store, block) for block in blocks)])
-        out = NeighbourTokens.none(store, int(starts[-1]) + spare, k)
+        n, own = int(starts[-1]) + spare, store.identity
+        out = NeighbourTokens(
+            np.full((n, k), NO_NEIGHBOUR, np.int64), np.zeros((n, k), np.uint8), np.zeros((n, k, 2), np.int32),
+            np.zeros((n, k, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)),
+        )  # fmt: skip
         lost = np.zeros(len(out.ids), np.bool_)
         for block, start, stop in zip(blocks, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             lost[start:stop] = self._begin(out.rows(slice(start, stop)), block)

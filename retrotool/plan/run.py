@@ -259,7 +259,7 @@ class _Work:
     given: Mapping[str, float]
     rates: dict[str, Rate] = field(default_factory=dict)
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         machines = self.machines
         for option, value, least, most in (
             ("--tokens", self.tokens, 1, _MOST_TOKENS),
@@ -280,9 +280,6 @@ class _Work:
                 raise UsageError(f"--rate {stage}={rate:g} is not above 0 and at most {_MOST_RATE:g}")
         if not 0 < self.target_recall <= 1:
             raise UsageError(f"--target-recall {self.target_recall} is not above 0 and at most 1")
-
-    def __post_init__(self) -> None:
-        self._check()
         self.documents = -(-self.tokens // self.tokens_per_document)
         m = self.chunk_length
         half_full = -(-(2 * self.tokens + self.documents * (m - 1)) // (2 * m))
@@ -294,21 +291,18 @@ class _Work:
         self._index_bytes = (
             self.n * choice.bytes_per_vector + choice.trained_bytes + LIST_BYTES * choice.nlist * self._shards
         )
-        self.files = self._files()
-        self._bytes = {one.kind: one.bytes for one in self.files}
-        self._device = "GPU" if self.machines.gpus else "core"
-
-    def _files(self) -> tuple[Files, ...]:
         n, vector, saved = self.n, 2 * self._choice.d, NEIGHBOUR_BYTES * self.saved
         tokens = TOKEN_HUNDREDTHS * self.tokens // 100
         each = f"{self._choice.bytes_per_vector:,} bytes a chunk, lists, training"
-        return (
+        self.files = (
             Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes a document"),
             Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
             Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
             Files("index", self._index_bytes, each),
             Files("neighbours", saved * n, f"{saved:,} bytes a chunk, {self.saved} saved"),
         )
+        self._bytes = {one.kind: one.bytes for one in self.files}
+        self._device = "GPU" if self.machines.gpus else "core"
 
     def index(self) -> IndexPlan:
         choice = self._choice

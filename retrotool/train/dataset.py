@@ -469,7 +469,7 @@ class TrainingReader:
     def check_tables(self, layout: SequenceLayout) -> None:
         """``UsageError`` unless all parts of a layout have neighbours."""
         reader = self.rows.reader
-        missing = sorted(set(layout.parts()) - set(reader.parts()))
+        missing = sorted(set(layout.part[layout.counts > 0].tolist()) - set(reader.parts()))
         if not missing:
             return
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")

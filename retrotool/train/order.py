@@ -108,10 +108,6 @@ class SequenceLayout:
         living[purged[low:high] - first] = False
         return slots_of(living, doc, self.size, packed=self.packed)
 
-    def parts(self) -> Iterator[int]:
-        """Numbers of the parts that have sequences, ascending."""
-        yield from np.unique(self.part[self.counts > 0]).tolist()
-
 
 def _packed(rows: int, purged: Ids, size: int) -> Ids:
     """How many sequences each block of a part of so many rows has, some of them ``purged``."""
