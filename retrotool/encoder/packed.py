@@ -185,11 +185,9 @@ class Dense(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, activation: str = "") -> None:
         super().__init__()
-        self.register_buffer("weight", weight.to(dtype).contiguous())
-        self.register_buffer("bias", bias.to(dtype))
+        self.weight = torch.nn.Buffer(weight.to(dtype).contiguous())
+        self.bias = torch.nn.Buffer(bias.to(dtype))
         self.dtype, self.activation = dtype, activation
-        self.weight: torch.Tensor
-        self.bias: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in] to [tokens, out]."""
@@ -228,11 +226,9 @@ class Norm(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.to(dtype))
-        self.register_buffer("bias", bias.to(dtype))
+        self.weight = torch.nn.Buffer(weight.to(dtype))
+        self.bias = torch.nn.Buffer(bias.to(dtype))
         self.epsilon = epsilon
-        self.weight: torch.Tensor
-        self.bias: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, d] to the same."""
@@ -311,14 +307,12 @@ class PackedBert(torch.nn.Module):
         place = weights["place"]
         if "segment" in weights:
             place = place + weights["segment"][0]  # texts have one segment
-        self.register_buffer("word", weights["word"].to(dtypes[1]))
-        self.register_buffer("place", place.to(dtypes[1]))
+        self.word = torch.nn.Buffer(weights["word"].to(dtypes[1]))
+        self.place = torch.nn.Buffer(place.to(dtypes[1]))
         self.norm = Norm(weights["norm.weight"], weights["norm.bias"], shape.epsilon, dtypes[1])
         self.layers = torch.nn.ModuleList(Layer(weights, i, shape, kind, dtypes) for i in range(shape.layers))
         self.distance = weights["distance"].to(device) if shape.buckets else None
         self.shape, self.pooling = shape, pooling
-        self.word: torch.Tensor
-        self.place: torch.Tensor
         self.to(device).eval()
 
     def forward(
