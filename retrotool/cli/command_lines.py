@@ -20,11 +20,12 @@ COMPARED = 10
 
 
 def command_line(command: str, root: str | Path, **options: object) -> str:
-    """Return a command line, without the options that have their default."""
+    """Return a command line, without the options that have their default: an index and tables are called main."""
+    called = ("name", "index") if command in ("index", "neighbours") else ()
     given = [
         ("-k" if option == "k" else f"--{option}", str(value))
         for option, value in options.items()
-        if value not in ("main", None)
+        if value is not None and not (value == "main" and option in called)
     ]
     return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
 

@@ -14,9 +14,17 @@ from typer.testing import CliRunner
 import retrotool
 from retrotool import RetroDataset, api
 from retrotool.app import app
+from retrotool.cli.command_lines import command_line
 from retrotool.errors import UsageError
 from retrotool.inspect.run import Choice
 from retrotool.neighbours.run import SearchOptions
+
+
+def test_only_an_index_and_tables_are_called_main_by_default() -> None:
+    found = command_line("neighbours", "db", queries="main", name="main", index="main", encoder="main", k=3, saved=None)
+    assert found == "retrotool neighbours db --queries main --encoder main -k 3"
+    assert command_line("embed", "db", name="main") == "retrotool embed db --name main"
+    assert command_line("index", "db", name="main") == "retrotool index db"
 
 
 @pytest.mark.parametrize("exact", [True, False])
