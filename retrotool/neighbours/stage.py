@@ -23,7 +23,6 @@ Memory: the table, 12 bytes a neighbour, twice while it is written; a block of q
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +33,7 @@ import numpy as np
 from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
-from retrotool.cli.command_lines import embed_command, table_command
+from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed.search_scope import (
     count_keys,
     embedded_parts,
@@ -299,12 +298,10 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
     record = store.state.records.get(f"neighbours:{table}")
     if record is None:
         have = ", ".join(store.state.with_prefix("neighbours:")) or "none"
-        name = [] if table == "main" else ["--name", table]
         raise UsageError(
             f"{store.place} has no neighbours {table!r}; it has: {have}",
-            f"Make them with: {shlex.join(['retrotool', 'neighbours', store.place, *name])}\n"
-            "or, in another store: "
-            f"{shlex.join(['retrotool', 'neighbours', 'DATABASE', '--queries', store.place, *name])}",
+            f"Make them with: {command_line('neighbours', store.place, name=table)}\n"
+            f"or, in another store: {command_line('neighbours', 'DATABASE', queries=store.place, name=table)}",
         )
     if "mix" in record:
         raise UsageError(
