@@ -113,7 +113,15 @@ class PackedForward(_AnyForward):
         """Vectors of a batch, float32 [at least n, d]."""
         pooled = None
         if self.constant and more["whole"] and not self.why_eager:
-            pooled = self._compiled_or_none(tensors, more)
+            try:
+                self._compiled = self._compiled or compile_layer()
+                pooled = self._run(self._compiled, tensors, more)
+            except Exception as error:
+                if is_out_of_memory(error) or is_lost(error):
+                    raise
+                # A compiler can lack a tool (a C compiler, a header) that the model can do without.
+                self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                self._say(f"the forward can't be compiled ({self.why_eager}), and is slower without")
         if pooled is None:
             pooled = self._run(Layer.forward, tensors, more)
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
@@ -124,20 +132,6 @@ class PackedForward(_AnyForward):
         spans: Any = tensors["spans"] if self.constant else more["spans"]
         pooled: torch.Tensor = self._model(tensors["ids"], tensors["places"], spans, more["longest"], layer)
         return pooled
-
-    def _compiled_or_none(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor | None:
-        """A batch by layers that are compiled, once for all of them; None if they can't be."""
-        try:
-            if self._compiled is None:
-                self._compiled = compile_layer()
-            return self._run(self._compiled, tensors, more)
-        except Exception as error:
-            if is_out_of_memory(error) or is_lost(error):
-                raise
-            # A compiler can lack a tool (a C compiler, a header) that the model can do without.
-            self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            self._say(f"the forward can't be compiled ({self.why_eager}), and is slower without")
-            return None
 
 
 def _bucket(tokens: int) -> int:
