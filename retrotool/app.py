@@ -53,7 +53,11 @@ class _Group(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         if cmd_name not in self.commands:
-            self.commands[cmd_name] = _import_command(cmd_name)
+            module = importlib.import_module(_COMMANDS[cmd_name])
+            single = typer.Typer(add_completion=False, **_SHOWN)
+            single.command(cmd_name, cls=_Command, epilog=module.EPILOG)(module.command)
+            self.commands[cmd_name] = typer.main.get_command(single)
+            self.commands[cmd_name].name = cmd_name
         return self.commands[cmd_name]
 
     def invoke(self, ctx: Any) -> Any:
@@ -85,15 +89,6 @@ class _Command(TyperCommand):
         for panel in sorted(panels, key=lambda name: name == "Options"):
             with formatter.section(panel):
                 formatter.write_dl(panels[panel])
-
-
-def _import_command(name: str) -> Any:
-    module = importlib.import_module(_COMMANDS[name])
-    single = typer.Typer(add_completion=False, **_SHOWN)
-    single.command(name, cls=_Command, epilog=module.EPILOG)(module.command)
-    command = typer.main.get_command(single)
-    command.name = name
-    return command
 
 
 app = typer.Typer(

@@ -578,7 +578,7 @@ def read_epoch(
 
 def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator[tuple[Ids, Ids, Ids]]:
     """Places, blocks and sequences of one worker, by window; last, where that is its, a place without a sequence."""
-    for first, block, sequence in order.pieces(share.own, consumed):
+    for first, block, sequence in order.pieces(share.of(share.rank), consumed):
         places = first + np.arange(len(block))
         mine = turns.mine(places)
         if mine.any():

@@ -222,14 +222,9 @@ class Share:
         return cut_spans(self.spans, rank * total // self.world_size, (rank + 1) * total // self.world_size)
 
     @property
-    def own(self) -> list[Span]:
-        """The spans of this rank."""
-        return self.of(self.rank)
-
-    @property
     def is_short(self) -> bool:
         """Whether this rank reads an empty sequence at its end."""
-        return length(self.own) < len(self)
+        return length(self.of(self.rank)) < len(self)
 
     def left(self, consumed: int) -> list[Span]:
         """What is left for all ranks, once each has read ``consumed`` sequences; what was to be left out, too."""

@@ -102,7 +102,7 @@ def test_ranks_read_equally_many_and_together_everything(
     lengths = {len(share) for share in shares}
     assert len(lengths) == 1
     n = lengths.pop()
-    read = [places(share.own) for share in shares]
+    read = [places(share.of(share.rank)) for share in shares]
     together = [place for own in read for place in own]
     if whole:
         assert together == places(spans)[: len(together)]
