@@ -138,6 +138,4 @@ def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
 
 def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:
     """(i, j) of all j in [low[i], low[i] + length[i])."""
-    some = np.flatnonzero(length)
-    low, length = low[some], length[some]
-    return np.repeat(some, length), expand_ranges(low, length)
+    return np.repeat(np.arange(len(low)), length), expand_ranges(low, length)

@@ -27,7 +27,7 @@ from retrotool.errors import UsageError
 from retrotool.index.index_records import index_record
 from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.table_reader import Found, NeighbourReader
-from retrotool.neighbours.token_overlap import longest_common
+from retrotool.neighbours.token_overlap import LONGEST, longest_common
 from retrotool.reader import Reader
 from retrotool.store import parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
@@ -40,7 +40,6 @@ from retrotool.tokenizers.tokenizer import Split, split_texts
 MARKED_FROM = 5
 """Tokens from which a common run is marked. Of chunks that have nothing to do with one another, taken from manuals, one
 pair in three has a run of 2 tokens ("in the"), 5 % of 3, 1.2 % of 4 ("on the command line"), and 0.6 % of 5."""
-_LONGEST = 64
 _BLOCK = 1 << 13
 """Neighbours that are read at once."""
 _BINS = 8
@@ -163,7 +162,7 @@ class Inspector:
             self._tokenizer if same else stored_tokenizer(database)
             for same, database in zip(alike, reader.databases, strict=True)
         ]
-        self.comparable = tuple(same and own.chunk_length <= _LONGEST for same in alike)
+        self.comparable = tuple(same and own.chunk_length <= LONGEST for same in alike)
         """Of each database, whether its chunks can be compared with those of the query store token by token."""
 
     def blocks(self, ids: Ids) -> Iterator[list[InspectedChunk]]:

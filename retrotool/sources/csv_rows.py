@@ -123,11 +123,8 @@ class _Lines:
 
     def __init__(self, stream: Iterator[bytes], limit: int) -> None:
         self._lines, self._limit = cut_lines(stream, 0, None, limit), limit
-        self._begins = True
         self._next, self._place = 1, 0
-        self.line, self.offset = 1, 0
-        self.head = b""
-        self.problem = ""
+        self.begin_record()
 
     def begin_record(self) -> None:
         """Take the next line for the first of a record."""
