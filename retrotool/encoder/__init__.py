@@ -4,10 +4,17 @@
 own without padding (``retrotool.encoder.packed``), every other model through ``transformers``.
 """
 
-from retrotool.encoder.batches import Rows as Rows
-from retrotool.encoder.devices import find_devices as find_devices
-from retrotool.encoder.encoder import Encoder as Encoder
-from retrotool.encoder.encoder import cosines as cosines
-from retrotool.encoder.encoder_identity import EncoderIdentity as EncoderIdentity
-from retrotool.encoder.encoder_identity import find_encoder as find_encoder
-from retrotool.encoder.encoder_identity import plain_name as plain_name
+from retrotool.encoder.batches import Rows
+from retrotool.encoder.devices import find_devices
+from retrotool.encoder.encoder import Encoder, cosines
+from retrotool.encoder.encoder_identity import EncoderIdentity, find_encoder, plain_name
+
+__all__ = [
+    "Encoder",
+    "EncoderIdentity",
+    "Rows",
+    "cosines",
+    "find_devices",
+    "find_encoder",
+    "plain_name",
+]

@@ -4,14 +4,21 @@
 ``FastTokenizer`` gives a ``Tokenizer``'s ids many times faster where that can be done without a difference.
 """
 
-from retrotool.tokenizers.equivalence import Findings as Findings
-from retrotool.tokenizers.fast import FastTokenizer as FastTokenizer
-from retrotool.tokenizers.fast import TokensDiffer as TokensDiffer
-from retrotool.tokenizers.fast import library_versions as library_versions
-from retrotool.tokenizers.find import BUNDLED as BUNDLED
-from retrotool.tokenizers.find import bundled_model as bundled_model
-from retrotool.tokenizers.find import find_tokenizer as find_tokenizer
-from retrotool.tokenizers.find import resolve_model as resolve_model
-from retrotool.tokenizers.tokenizer import Tokenizer as Tokenizer
-from retrotool.tokenizers.tokenizer import TokenizerFile as TokenizerFile
-from retrotool.tokenizers.tokenizer import stored_tokenizer as stored_tokenizer
+from retrotool.tokenizers.equivalence import Findings
+from retrotool.tokenizers.fast import FastTokenizer, TokensDiffer, library_versions
+from retrotool.tokenizers.find import BUNDLED, bundled_model, find_tokenizer, resolve_model
+from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, stored_tokenizer
+
+__all__ = [
+    "BUNDLED",
+    "FastTokenizer",
+    "Findings",
+    "Tokenizer",
+    "TokenizerFile",
+    "TokensDiffer",
+    "bundled_model",
+    "find_tokenizer",
+    "library_versions",
+    "resolve_model",
+    "stored_tokenizer",
+]
