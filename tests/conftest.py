@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -11,7 +12,8 @@ import pickle
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ import pytest
 from forked import run_forked
 from hypothesis import HealthCheck, settings
 from snapshots import Snapshots
+from stored import copy_store
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a background job of a script: tests of Ctrl-C would wait for ever, and their children ignore it, too.
@@ -30,6 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests say what a machine without a GPU does; those that want one are run by: make gpu-test
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+HERE = Path(__file__).parent
 MEMORY = Path("/dev/shm")
 NEEDED = 4 << 30
 """Bytes that must be free in ``MEMORY`` for tests to keep their files there: many times what they use."""
@@ -60,27 +64,36 @@ WORDS = (
 ).split()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With RETROTOOL_TEST_STORAGE=memory, begin the process that holds all stores; other processes inherit its name."""
+    if memory_storage.is_everywhere() and memory_storage.ADDRESS not in os.environ:
+        held = contextlib.ExitStack()
+        config.add_cleanup(held.close)
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="retrotool-memory-"))
+        held.enter_context(memory_storage.memory_server(Path(folder)))
+        places = [HERE / "everywhere", HERE, *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, places))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: whichever process gets one last makes all others wait for it."""
     if PROFILE != "nightly":
         for item in items:
             if item.get_closest_marker("nightly"):
                 item.add_marker(pytest.mark.skip(reason="it is long: make nightly"))
+    if memory_storage.is_everywhere():
+        for item in items:
+            if item.get_closest_marker("on_disk"):
+                item.add_marker(pytest.mark.skip(reason="it is about a disk"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _storage_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """With RETROTOOL_TEST_STORAGE=memory, the process that holds all stores."""
-    if not memory_storage.is_everywhere():
-        yield
-        return
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    with memory_storage.memory_server(root):
-        yield
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Stores of a test that is over take no memory."""
+    if memory_storage.is_everywhere() and "tmp_path" in getattr(item, "funcargs", {}):
+        memory_storage.forget(item.funcargs["tmp_path"])
 
 
 def pytest_collection_finish() -> None:
@@ -241,7 +254,7 @@ def built_store(shared: Shared[Path], corpus: Path, tiny_encoder: Path) -> Path:
 @pytest.fixture
 def store_copy(built_store: Path, tmp_path: Path) -> Path:
     """A copy of ``built_store`` that may be changed."""
-    return Path(shutil.copytree(built_store, tmp_path / "store"))
+    return copy_store(built_store, tmp_path / "store")
 
 
 @pytest.fixture

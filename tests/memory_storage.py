@@ -19,15 +19,17 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from multiprocessing.managers import BaseManager
+from multiprocessing.managers import BaseManager, BaseProxy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from retrotool.store import storage
-from retrotool.store.disk import announce
+from retrotool.store.disk import announce, told
 from retrotool.store.storage import FileStatus, Result, Sink, Unfinished
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 SCHEME = "memory://"
 _TICK = 0.001
+_PAGE = 100
+"""Files that a listing gives at once: what is written or deleted meanwhile may be in the next page, or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +83,13 @@ class _Bucket:
             return _info(path, self.files[path]) if path in self.files else None
 
     def list(self, prefix: str, after: str) -> list[FileInfo]:
+        """A page of a listing."""
         with self.lock:
             names = sorted(self.files)
             first = max(bisect.bisect_left(names, prefix), bisect.bisect_right(names, after))
             found = []
             for path in names[first:]:
-                if not path.startswith(prefix):
+                if not path.startswith(prefix) or len(found) == _PAGE:
                     break
                 found.append(_info(path, self.files[path]))
             return found
@@ -123,6 +128,11 @@ class _Bucket:
         with self.lock:
             self.uploads.pop(upload, None)
 
+    def age(self, path: str, seconds: float) -> None:
+        """Have a file written so many seconds ago."""
+        with self.lock:
+            self.files[path] = (self.files[path][0], self.now() - seconds, secrets.token_hex(8))
+
     def move_clock(self, seconds: float) -> float:
         with self.lock:
             return self.now(seconds)
@@ -140,18 +150,50 @@ class _Manager(BaseManager):
     pass
 
 
-_buckets: dict[str, _Bucket] = {}
-_METHODS = ["put", "get", "stat", "list", "delete", "begin", "append", "finish", "drop", "unfinished", "move_clock"]
-_Manager.register("bucket", lambda name: _buckets.setdefault(name, _Bucket()), exposed=_METHODS)
+class _Buckets:
+    """All storages of a server."""
+
+    def __init__(self) -> None:
+        self.buckets: dict[str, _Bucket] = {}
+
+    def forget(self, place: str) -> None:
+        """Drop a storage, and all in folders under its name."""
+        for name in [name for name in list(self.buckets) if name == place or name.startswith(f"{place}/")]:
+            self.buckets.pop(name, None)
+
+    def names(self) -> list[str]:
+        return sorted(self.buckets)
+
+
+_buckets = _Buckets()
+_METHODS = "put get stat list delete begin append finish drop unfinished move_clock age".split()
+# A process that was forked has its own connections: what it inherits is its parent's, and answers would be mixed up.
+os.register_at_fork(after_in_child=BaseProxy._address_to_local.clear)
+_Manager.register("bucket", lambda name: _buckets.buckets.setdefault(name, _Bucket()), exposed=_METHODS)
+_Manager.register("buckets", lambda: _buckets, exposed=["forget", "names"])
 ADDRESS = "RETROTOOL_TEST_MEMORY"
 """Environment variable with the path of the server's socket: child processes use the same storage."""
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent has, however it did."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def memory_server(folder: Path) -> Iterator[None]:
-    """Hold files in a process of its own for as long as this lasts."""
+    """Hold files in a process of its own for as long as this lasts, or this process does; if there is none yet."""
+    if ADDRESS in os.environ:
+        yield
+        return
     manager = _Manager(str(folder / "memory.socket"), b"memory", ctx=multiprocessing.get_context("fork"))
-    manager.start()
+    manager.start(_end_with, (os.getpid(),))
     os.environ[ADDRESS] = str(folder / "memory.socket")
     try:
         yield
@@ -161,10 +203,38 @@ def memory_server(folder: Path) -> Iterator[None]:
 
 
 @cache
-def _bucket(name: str, address: str, _process: int) -> Any:
+def _connection(address: str, _process: int) -> Any:
     manager = _Manager(address, b"memory")
     manager.connect()
-    return manager.bucket(name)  # type: ignore[attr-defined]
+    return manager
+
+
+class _Calls:
+    """Calls of a bucket; one that is interrupted leaves no answer behind for the next to take for its own."""
+
+    def __init__(self, proxy: Any) -> None:
+        self._proxy = proxy
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            try:
+                return getattr(self._proxy, name)(*arguments, **options)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    vars(self._proxy._tls).pop("connection", None)
+                raise
+
+        return call
+
+
+@cache
+def _bucket(name: str, address: str, process: int) -> Any:
+    return _Calls(_connection(address, process).bucket(name))
+
+
+def forget(place: Path) -> None:
+    """Free the memory of all storages in a folder, whose files nobody wants any more."""
+    _connection(os.environ[ADDRESS], os.getpid()).buckets().forget(str(place.absolute()))
 
 
 @cache
@@ -205,7 +275,8 @@ class MemoryStorage:
 
     def local(self, path: str) -> Path:
         info = self.bucket.stat(path)
-        copy = _scratch(os.getpid()) / hashlib.sha256(f"{self.place}/{path}?{info and info.tag}".encode()).hexdigest()
+        name = hashlib.sha256(f"{self.place}/{path}?{info and info.tag}".encode()).hexdigest()
+        copy = _scratch(os.getpid()) / f"{name}{Path(path).suffix}"
         if not copy.exists():
             copy.with_suffix(".new").write_bytes(self.get(path))
             copy.with_suffix(".new").rename(copy)
@@ -219,11 +290,12 @@ class MemoryStorage:
                 raise FileNotFoundError(errno.ENOENT, "the upload was aborted", path)
 
         try:
-            announce("write", Path(path))
-            sink = Sink(append, lambda: None)
-            result = write(sink)
-            announce("finish", Path(path))
-            finished = self.bucket.finish(upload)
+            with told(Path(self.place, path)):
+                announce("write", Path(self.place, path))
+                sink = Sink(append, lambda: None)
+                result = write(sink)
+                announce("finish", Path(self.place, path))
+                finished = self.bucket.finish(upload)
         except BaseException:
             self.bucket.drop(upload)
             raise
@@ -234,11 +306,13 @@ class MemoryStorage:
         return sink, result
 
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
-        announce("put_if_absent", Path(path))
+        with told(Path(self.place, path)):
+            announce("put_if_absent", Path(self.place, path))
         return self.bucket.put(path, data, absent=True) is not None or self.get(path) == data
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
-        announce("overwrite", Path(path))
+        with told(Path(self.place, path)):
+            announce("overwrite", Path(self.place, path))
         found: FileStatus = self.bucket.put(path, data, absent=False)
         return found
 
@@ -247,12 +321,16 @@ class MemoryStorage:
         return found
 
     def list(self, prefix: str, after: str = "") -> Iterator[FileStatus]:
-        yield from self.bucket.list(prefix, after)
+        page = self.bucket.list(prefix, after)
+        while page:
+            yield from page
+            page = self.bucket.list(prefix, page[-1].path) if len(page) == _PAGE else []
 
     def delete(self, paths: Iterable[str]) -> None:
         listed = list(paths)
         if listed:
-            announce("delete", Path(listed[0]))
+            with told(Path(self.place, listed[0])):
+                announce("delete", Path(self.place, listed[0]))
             self.bucket.delete(listed)
 
     def unfinished(self) -> Iterator[Unfinished]:
@@ -278,6 +356,65 @@ class MemoryFolder(MemoryStorage):
         return _bucket(self.uri, os.environ[ADDRESS], os.getpid())
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class MemoryFile:
+    """A file of a storage in memory, with the methods of ``Path`` by which tests look into a store and damage it."""
+
+    place: str
+    path: str
+
+    @property
+    def store(self) -> MemoryStorage:
+        found = storage.storage_at(self.place)
+        assert isinstance(found, MemoryStorage)
+        return found
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.path).suffix
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.path.split("/"))
+
+    def with_name(self, name: str) -> MemoryFile:
+        return MemoryFile(self.place, self.path.removesuffix(self.name) + name)
+
+    def __fspath__(self) -> str:
+        """Return a file of this disk with the same bytes: to be read only."""
+        return str(self.store.local(self.path))
+
+    def exists(self) -> bool:
+        return self.store.stat(self.path) is not None
+
+    def stat(self) -> SimpleNamespace:
+        info = self.store.stat(self.path)
+        if info is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
+        return SimpleNamespace(st_size=info.size, st_mtime=info.modified)
+
+    def read_bytes(self) -> bytes:
+        return self.store.get(self.path)
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, data: bytes) -> None:
+        self.store.bucket.put(self.path, data, absent=False)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def unlink(self, *, missing_ok: bool = False) -> None:
+        if not missing_ok:
+            self.stat()
+        self.store.bucket.delete([self.path])
+
+
 EVERYWHERE = "RETROTOOL_TEST_STORAGE"
 """Environment variable; ``memory``: every store of a test is in memory, unless the test is marked ``on_disk``."""
 storage.SCHEMES["memory"] = MemoryStorage
@@ -288,22 +425,5 @@ def is_everywhere() -> bool:
     return os.environ.get(EVERYWHERE) == "memory"
 
 
-def use_everywhere() -> None:
-    """Have every store in memory from now on, and copies of folders take along the stores that they seem to hold."""
-    storage.SCHEMES[""] = MemoryFolder
-    copytree = shutil.copytree
-
-    def copy(source: Any, target: Any, *arguments: Any, **options: Any) -> Any:
-        Path(source).mkdir(parents=True, exist_ok=True)
-        copied = copytree(source, target, *arguments, **options)
-        manager_of = _bucket(str(Path(source).absolute()), os.environ[ADDRESS], os.getpid())
-        into = _bucket(str(Path(target).absolute()), os.environ[ADDRESS], os.getpid())
-        for info in manager_of.list("", ""):
-            into.put(info.path, manager_of.get(info.path, 0, -1), absent=True)
-        return copied
-
-    shutil.copytree = copy
-
-
 if is_everywhere():
-    use_everywhere()
+    storage.SCHEMES[""] = MemoryFolder

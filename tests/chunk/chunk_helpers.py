@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 from click.testing import Result
+from stored import path_in_store, stored_files
 from typer.testing import CliRunner
 
 from retrotool import api
@@ -67,7 +68,7 @@ def verified(store: Path) -> Verification:
     """The verification of a store, which must be fine and hold no left-overs of runs."""
     found = api.verify(store)
     assert found.problems == []
-    left = [str(path) for folder in ("staging", "leases") for path in (store / folder).glob("*")]
+    left = [str(file) for folder in ("staging", "leases") for file in stored_files(store, f"{folder}/*")]
     left += unnamed_files(store)
     assert not left, left
     return found
@@ -76,7 +77,7 @@ def verified(store: Path) -> Verification:
 def unnamed_files(store: Path) -> list[str]:
     """Data files that no commit names, as units leave them that are not committed."""
     live = {path for entry in Store.open(store).state.files() for path in with_sums(entry.path)}
-    there = (path.relative_to(store).as_posix() for kind in DATA_KINDS for path in (store / kind).rglob("*.*"))
+    there = (path_in_store(store, file) for kind in DATA_KINDS for file in stored_files(store, f"{kind}/*.*"))
     return sorted(set(there) - live)
 
 

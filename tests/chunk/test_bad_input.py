@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from chunk_helpers import (
     verified,
     write_rows,
 )
+from stored import copy_store
 
 from retrotool import api
 from retrotool.chunk import chunk_plan
@@ -61,7 +61,7 @@ def first_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(first_store: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(first_store, tmp_path / "store"))
+    return copy_store(first_store, tmp_path / "store")
 
 
 @dataclass

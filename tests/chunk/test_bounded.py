@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.parquet as pq
 from conftest import write_jsonl
+from stored import stored_file
 
 import retrotool
 from retrotool import api
@@ -47,7 +48,7 @@ def test_reasons_that_differ_in_numbers_only_are_held_once_they_are_many(monkeyp
     assert len(bad._reasons) == 4
     api.chunk(tmp_path / "store", [str(write_jsonl(tmp_path / "rows.jsonl", [{"text": "good"}]))])
     entry = bad.write(Store.open(tmp_path / "store"), FileName.new("0123abcd", "quarantine", "x", "parquet"))
-    reasons = pq.read_table(tmp_path / "store" / entry.path)["reason"].to_pylist()
+    reasons = pq.read_table(stored_file(tmp_path / "store", entry.path))["reason"].to_pylist()
     assert reasons == [*(f"not JSON: column {i}" for i in range(3)), *["not JSON: column …"] * 7]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chunked(tmp_path, byte_level_tokenizer):
     """Chunk inputs into a new store and verify it."""
 
+    numbers = itertools.count()
+
     def run(*inputs: Path, **options) -> Verification:
-        store = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+        store = tmp_path / f"store-{next(numbers)}"
         options = {"tokenizer": str(byte_level_tokenizer), "part_size": 30, **options}
         found = api.chunk(store, [str(path) for path in inputs], **options)
         assert found.documents + found.set_aside == len(ROWS)

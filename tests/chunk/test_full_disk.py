@@ -15,6 +15,7 @@ from conftest import make_rows
 CHILD = Path(__file__).with_name("full_disk_child.py")
 
 
+@pytest.mark.on_disk
 @pytest.mark.parametrize("how", ["inject", "mount"])
 def test_a_full_disk_stops_chunk_without_harm(how, tmp_path, byte_level_tokenizer):
     prefix = []

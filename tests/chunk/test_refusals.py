@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chunk_helpers import documents, quarantine, run_chunk, verified, write_rows
+from stored import contents_of, copy_store
 from tokenizers import Tokenizer, models
 
 from retrotool.chunk import run as chunk_run
@@ -37,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return files | contents_of(folder / "store")
 
 
 REFUSALS = {
@@ -62,7 +64,12 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+ON_DISK = {"a directory of others"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.on_disk) if name in ON_DISK else name for name in REFUSALS]
+)
 def test_what_contradicts_itself_is_refused_and_changes_nothing(name, folder, monkeypatch):
     arguments, message = REFUSALS[name]
     monkeypatch.chdir(folder)
@@ -139,7 +146,7 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     assert result.stderr.startswith(f"error: {path}: {reason}\n")
     assert verified(store).content == before
     monkeypatch.undo()
-    waiting = Path(shutil.copytree(store, folder / "waiting"))
+    waiting = copy_store(store, folder / "waiting")
 
     given_up = run_chunk(store, folder / "rows.jsonl", "--skip-missing")
     assert given_up.exit_code == 3
@@ -149,7 +156,7 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     assert verified(store).content == before
 
     path.write_bytes(data)
-    assert run_chunk(Path(shutil.copytree(waiting, folder / "same")), path).stderr == "", "it is asked for"
+    assert run_chunk(copy_store(waiting, folder / "same"), path).stderr == "", "it is asked for"
     finished = run_chunk(waiting, folder / "rows.jsonl")
     assert finished.exit_code == 0
     assert finished.stderr == (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from chunk_helpers import documents, pack, quarantine, run_chunk, verified, write_rows
 from conftest import make_rows
+from stored import stored_files
 
 import retrotool
 from retrotool import api
@@ -147,7 +148,7 @@ def test_adding_what_did_not_change_changes_nothing(tmp_path):
 def test_without_inputs_what_was_begun_is_finished(tmp_path):
     store = tmp_path / "store"
     assert "no input was given" in run_chunk(store).stderr
-    assert not store.exists()
+    assert not store.exists() and not stored_files(store)
     path = write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], b"{"])
     assert "Stopped" not in run_chunk(store, path).stdout
     assert run_chunk(store).exit_code == 2

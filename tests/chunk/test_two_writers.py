@@ -81,6 +81,7 @@ def test_a_store_that_another_process_makes_first_is_opened(tmp_path, source):
     assert again.identity == store.identity
 
 
+@pytest.mark.on_disk
 def test_a_run_begins_although_clean_up_takes_its_temporary_file(tmp_path, source, monkeypatch):
     run_chunk(tmp_path / "store", source)
     storage, rename = storage_at(tmp_path / "store"), disk.rename
@@ -120,6 +121,7 @@ def test_clean_up_spares_what_a_run_commits_just_before_it_ends(tmp_path, source
     assert verified(root).documents == 20
 
 
+@pytest.mark.on_disk
 def test_a_commit_whose_answer_is_lost_keeps_its_files(tmp_path, source, monkeypatch):
     """As on Ctrl-C, or an error of the disk, in the moment after the entry of the log was linked."""
     root, fsync_directory = tmp_path / "store", disk.fsync_directory

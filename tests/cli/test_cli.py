@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import make_rows, write_jsonl
+from stored import stored_file
 
 from retrotool import api
 from retrotool.app import app, give_bars_room
@@ -258,9 +259,9 @@ def test_json_has_the_fields_that_scripts_rely_on(results, tmp_path):
     assert [part["part"] for part in found["parts"]] == list(range(results["chunk"]["parts"]))
     for part in found["parts"]:
         for file in (part["chunks"], part["documents"], part["embeddings"]["tiny"], part["neighbours"]["main"]):
-            assert (store / file["path"]).is_file()
+            assert stored_file(store, file["path"]).exists()
     assert sum(part["chunks"]["rows"] for part in found["parts"]) == results["chunk"]["chunks"]
-    assert all((store / path).is_file() for path in found["indexes"]["main"]["shards"])
+    assert all(stored_file(store, path).exists() for path in found["indexes"]["main"]["shards"])
 
 
 def test_json_numbers_agree_with_one_another(results):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 from test_cli import Run, ordered_examples, run, workplace  # noqa: F401 - fixtures
 
 import retrotool
@@ -73,6 +74,7 @@ def outside(seen: list[str]) -> list[str]:
     return [what for what in seen if f"by {STORE}" not in what and not what.endswith("by None")]
 
 
+@pytest.mark.on_disk
 def test_every_command_reaches_a_store_through_its_storage_alone(workplace: Path, run: Run) -> None:  # noqa: F811
     stores = [workplace / name for name in ("store", "database", "training", "papers", "evaluation", "pairs")]
     with watching(*stores) as seen:
@@ -92,6 +94,7 @@ def test_every_command_reaches_a_store_through_its_storage_alone(workplace: Path
     assert outside(seen) == []
 
 
+@pytest.mark.on_disk
 def test_the_hook_sees_what_goes_round_the_storage(built_store: Path) -> None:
     with watching(built_store) as seen:
         api.info(built_store)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Cli, make_rows, write_jsonl
+from stored import copy_store, stored_file
 from typer.testing import CliRunner
 
 import retrotool
@@ -75,7 +76,7 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_takes_the_rest_aw
     monkeypatch.setattr(result_files, "_SETTLED_SECONDS", -1.0)
     (tmp_path / "there").mkdir()
     output = tmp_path / "there" / "out"
-    store = shutil.copytree(built_store, tmp_path / "store")  # other tests commit to that one: its neighbours are used
+    store = copy_store(built_store, tmp_path / "store")  # other tests commit to that one: its neighbours are used
     api.export(store, tmp_path / "whole")
     due = contents(tmp_path / "whole")
     call, left = 0, 0
@@ -232,13 +233,13 @@ def test_an_empty_store_is_refused(store_copy: Path, tmp_path: Path) -> None:
 def test_a_flipped_bit_ends_it(store_copy: Path, tmp_path: Path, kind: str, cli: Cli) -> None:
     entry = Store.open(store_copy).state.part_file(kind, 1, "main" if kind == "neighbours" else "")
     assert entry is not None
-    broken = store_copy / entry.path
+    broken = stored_file(store_copy, entry.path)
     data = bytearray(broken.read_bytes())
     data[len(data) // 2] ^= 1
     broken.write_bytes(data)
     done = CliRunner().invoke(app, ["export", str(store_copy), str(tmp_path / "out")])
     assert (done.exit_code, done.stdout, broken.name in done.stderr) == (12, "", True), done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"store"}
 
 
 @pytest.mark.parametrize("chunk", [(77 << 32) + 5, (1 << 32) - 1])
@@ -270,7 +271,7 @@ def test_an_erase_meanwhile_ends_it(store_copy: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(export_run, "open_tables", open_then_erase)
     with pytest.raises(ErasedError):
         api.export(store_copy, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"store"}
 
 
 def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:

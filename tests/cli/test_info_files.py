@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
+from stored import leave_unfinished, stored_file, stored_files, write_stored
 from typer.testing import CliRunner
 
 import retrotool
@@ -44,7 +45,7 @@ def listed(store: Path) -> list[dict[str, Any]]:
 def live(store: Path) -> dict[str, dict[str, Any]]:
     """The live files, by their paths, by nothing but the entries of the log."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted((store / "log").glob("*.json")):
+    for path in stored_files(store, "log/*"):
         commit = json.loads(path.read_bytes())
         for gone in commit["remove"]:
             del found[gone]
@@ -62,7 +63,7 @@ def test_the_live_files_are_listed_as_the_log_has_them(built_store: Path) -> Non
         assert [file[name] for name in ("slot", "rows", "bytes")] == [entry[name] for name in ("slot", "rows", "bytes")]
         assert (file["kind"], file["name"]) == (pieces[0], pieces[1] if len(pieces) == 3 else "")
         assert file["part"] == (int(entry["slot"]) if file["kind"] in IN_PARTS else None)
-        assert (built_store / file["path"]).stat().st_size == file["bytes"]
+        assert stored_file(built_store, file["path"]).stat().st_size == file["bytes"]
         assert file["pending"] is False
     assert {"documents", "chunks", "embeddings", "index", "neighbours", "inputs"} <= {file["kind"] for file in files}
     assert [asdict(file) for file in api.list_files(built_store).files] == files
@@ -77,14 +78,14 @@ def test_the_rows_of_a_file_are_those_of_its_part(built_store: Path) -> None:
     for file in files:
         if file["kind"] == "chunks":
             ids = reader.chunk_ids(file["part"])
-            table = pq.read_table(built_store / file["path"])
+            table = pq.read_table(stored_file(built_store, file["path"]))
             assert len(ids) == file["rows"] == table.num_rows
             assert table["n_tokens"].to_pylist() == [reader.chunk(int(i)).n_tokens for i in ids]
         if file["kind"] == "documents":
-            first = pq.read_table(built_store / file["path"])["id"][0].as_py()
+            first = pq.read_table(stored_file(built_store, file["path"]))["id"][0].as_py()
             assert reader.chunk(file["part"] << 32).document == first
         if file["kind"] == "embeddings":
-            assert np.array_equal(np.load(built_store / file["path"]), reader.embeddings(file["part"]))
+            assert np.array_equal(np.load(stored_file(built_store, file["path"])), reader.embeddings(file["part"]))
 
 
 def test_csv_is_the_same_list(built_store: Path) -> None:
@@ -111,9 +112,9 @@ def test_a_table_is_the_same_list(built_store: Path) -> None:
 
 def test_what_no_commit_names_is_not_listed(store_copy: Path) -> None:
     before = listed(store_copy)
-    (store_copy / "chunks" / "0123abcd01234567.parquet").write_bytes(b"left by a kill")
-    (store_copy / "chunks" / ".tmp-0123abcd01234567").write_bytes(b"left by a kill")
-    (store_copy / "documents" / "notes.txt").write_text("put there by a person")
+    write_stored(store_copy, "chunks/0123abcd01234567.parquet", b"left by a kill")
+    leave_unfinished(store_copy, "chunks/", "0123abcd")
+    write_stored(store_copy, "documents/notes.txt", b"put there by a person")
     assert listed(store_copy) == before
 
 
@@ -123,7 +124,7 @@ def test_what_an_erase_replaces_keeps_its_part(store_copy: Path) -> None:
     after = listed(store_copy)
     gone = {file["path"] for file in before} - {file["path"] for file in after}
     assert any(path.startswith("chunks/") for path in gone)
-    assert not any((store_copy / path).exists() for path in gone)
+    assert not any(stored_file(store_copy, path).exists() for path in gone)
 
     def places(files: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
         return [(file["kind"], file["name"], file["part"]) for file in files if file["kind"] in IN_PARTS]

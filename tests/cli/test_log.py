@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from memory_storage import MemoryFile
+from stored import copy_store, path_in_store, remove_stored, stored_file, write_stored
 from typer.testing import CliRunner
 
 from retrotool import api
@@ -40,30 +41,27 @@ def run(*arguments: object) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def audited_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``built_store`` after a purge and an erase, and a checkpoint in the middle of its log."""
-    copy = Path(shutil.copytree(built_store, tmp_path_factory.mktemp("audited") / "store"))
+    copy = copy_store(built_store, tmp_path_factory.mktemp("audited") / "store")
     api.purge(copy, api.Selectors(where=f"id = '{SECRET}'"), reason="request 17\n\x1b[31m")
     api.purge(copy, api.Selectors(where=f"id = '{SECRET}'"), reason="again", erase=True)
     write_checkpoint(copy, 3)
     return copy
 
 
-def write_checkpoint(root: Path, number: int, **changed: Any) -> Path:
+def write_checkpoint(root: Path, number: int, **changed: Any) -> Path | MemoryFile:
     """A checkpoint of a commit; ``changed`` are records of it that are not the fold's."""
     folded = Store.open(root).at(number).state
     data = encode_checkpoint(dataclasses.replace(folded, records={**folded.records, **changed}))
-    (root / "checkpoints").mkdir(exist_ok=True)
-    path = root / "checkpoints" / f"{number:08d}-{new_token('0123abcd')}.json"
-    path.write_bytes(data)
-    return path
+    return write_stored(root, f"checkpoints/{number:08d}-{new_token('0123abcd')}.json", data)
 
 
 @pytest.fixture
 def store(audited_store: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(audited_store, tmp_path / "store"))
+    return copy_store(audited_store, tmp_path / "store")
 
 
-def commit_file(root: Path, number: int) -> Path:
-    return root / log.commit_path(number)
+def commit_file(root: Path, number: int) -> Path | MemoryFile:
+    return stored_file(root, log.commit_path(number))
 
 
 def forge(root: Path, number: int, **fields: object) -> None:
@@ -113,7 +111,7 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
 
 
 def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(built_store, tmp_path / "copy"))
+    copy = copy_store(built_store, tmp_path / "copy")
     name = api.purge(copy, api.Selectors(document=("doc-3",)), reason="wrong", who="one").purge
     api.restore(copy, name, reason="it was right", who="another\n")
     lines = run("log", copy)[1].splitlines()
@@ -192,9 +190,8 @@ def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> N
     one.write_bytes(data)
     assert api.verify_log(store).ok
     last = log.last_number(storage_at(store))
-    shutil.copy(one, commit_file(store, last + 1))
-    shutil.copy(one, store / "log" / "2.json")
-    shutil.copy(one, store / "log" / "00000002.json.bak")
+    for name in (f"{last + 1:08d}.json", "2.json", "00000002.json.bak"):
+        write_stored(store, f"log/{name}", one.read_bytes())
     first, second, third = api.verify_log(store).problems
     assert "00000002.json.bak is no entry" in first and "2.json is no entry" in second
     assert f"{last + 1:08d}.json: says that it is commit 2" in third
@@ -207,7 +204,7 @@ def test_an_invalid_commit_and_another_identity_are_named(store: Path) -> None:
     with Run(storage) as run:
         assert log.append(storage, run.id, state.number + 1, state.head, Draft("erase", remove=(gone,)))
     assert [f"commit {state.number + 1} is invalid" in p for p in api.verify_log(store).problems] == [True]
-    (store / "store.json").write_text("{}")
+    stored_file(store, "store.json").write_text("{}")
     assert "store.json can't be read" in api.verify_log(store).problems[0]
 
 
@@ -218,8 +215,7 @@ def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_anew(store: Path
     assert api.verify_log(store, early[2]).kept == 2
     code, out, _ = run("verify", store, "--log", "--head", early[2])
     assert code == 0 and "kept  is commit 2" in out
-    for path in (store / "checkpoints").iterdir():
-        path.unlink()
+    remove_stored(store, "checkpoints/*")
     forge_all(store, 2, tool="another")
     assert api.verify_log(store).ok, "nothing in the store tells"
     assert api.verify_log(store, early[1]).kept == 1, "up to there it is the same"
@@ -241,8 +237,13 @@ def test_checkpoints_must_be_the_fold(store: Path) -> None:
     forged = write_checkpoint(store, 4, totals=dict.fromkeys(COUNTS, 0))
     (problem,) = api.verify_log(store).problems
     assert forged.name in problem and "not the fold" in problem
-    moved = forged.rename(forged.with_name(forged.name.replace("00000004", "00000002")))
-    assert [f"{moved}: says that it is of commit 4" in p for p in api.verify_log(store).problems] == [True]
+    moved = forged.with_name(forged.name.replace("00000004", "00000002"))
+    moved.write_bytes(forged.read_bytes())
+    forged.unlink()
+    assert [
+        f"{store / path_in_store(store, moved)}: says that it is of commit 4" in p
+        for p in api.verify_log(store).problems
+    ] == [True]
     moved.write_text("torn")
     assert api.verify_log(store).ok, "readers pass over it"
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from key_values import Written, make_store
+from stored import copy_store
 from test_corrupt_lies import PART, Liar, put
 
 from retrotool import api
@@ -84,7 +84,7 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_about_keys_is_found(told: Path, tmp_path: Path, lie: str) -> None:
     tell, expected = LIES[lie]
-    copy = Path(shutil.copytree(told, tmp_path / "store"))
+    copy = copy_store(told, tmp_path / "store")
     store = Store.open(copy)
     with Run(store.storage) as run:
         tell(Liar(store, run))

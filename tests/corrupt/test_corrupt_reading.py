@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import times
+from stored import copy_store, stored_file
 
 import retrotool
 from retrotool import api
@@ -53,7 +53,7 @@ def read_tokens(root: Path) -> list[Any]:
 
 def test_a_flipped_bit_in_a_page_of_chunks_is_an_error(root: Path) -> None:
     entry = Store.open(root).state.part_file("chunks", 0)
-    path, expected = root / entry.path, read_tokens(root)
+    path, expected = stored_file(root, entry.path), read_tokens(root)
     columns = [pq.read_metadata(path).row_group(0).column(i) for i in range(1, 5)]  # all but the row number
     pages = [
         place
@@ -106,7 +106,7 @@ READERS: dict[str, Callable[[Store, FileEntry], Any]] = {
 def test_no_flipped_bit_is_read_as_something_else(root: Path, what: str) -> None:
     store = Store.open(root)
     entry = next(entry for entry in store.state.files() if entry.path.startswith(what.split()[0]))
-    path, read = root / entry.path, READERS[what]
+    path, read = stored_file(root, entry.path), READERS[what]
     expected = read(store, entry)
     # The footer has no checksum of its own: try all of it (by default every third byte), and a sample of the pages.
     footer = max(0, entry.bytes - 2000)
@@ -126,7 +126,7 @@ def test_no_flipped_bit_is_read_as_something_else(root: Path, what: str) -> None
 def test_a_row_group_that_is_short_of_rows_is_an_error(root: Path, what: str) -> None:
     store = Store.open(root)
     entry = next(entry for entry in store.state.files() if entry.path.startswith(what.split()[0]))
-    path, short = root / entry.path, 0
+    path, short = stored_file(root, entry.path), 0
     data = bytearray(path.read_bytes())
     # Few bits do this and leave the rest of the footer in order: look for them.
     for place, bit in itertools.product(range(len(data) - 2000, len(data)), range(8)):
@@ -147,7 +147,7 @@ def test_a_row_group_that_is_short_of_rows_is_an_error(root: Path, what: str) ->
 
 def test_a_flipped_bit_in_the_newest_commit_is_an_error(root: Path) -> None:
     # No later commit vouches for it: were it the purge, its tombstones could be gone.
-    path = root / "log" / f"{Store.open(root).state.number:08d}.json"
+    path = stored_file(root, f"log/{Store.open(root).state.number:08d}.json")
     for place in flips(path, list(range(path.stat().st_size)), seed=3):
         with pytest.raises(CorruptError, match=path.name):
             Store.open(root)
@@ -156,7 +156,7 @@ def test_a_flipped_bit_in_the_newest_commit_is_an_error(root: Path) -> None:
 
 def test_a_gap_in_the_log_does_not_bring_purged_text_back(root: Path) -> None:
     assert tombstones.read_tombstones(Store.open(root)).ids.tolist() == sorted(PURGED)
-    (root / "log" / f"{Store.open(root).state.number - 1:08d}.json").unlink()
+    stored_file(root, f"log/{Store.open(root).state.number - 1:08d}.json").unlink()
     with pytest.raises(CorruptError):
         Store.open(root)
 
@@ -166,7 +166,7 @@ def test_a_gap_in_the_log_does_not_bring_purged_text_back(root: Path) -> None:
 def test_a_file_of_another_size_is_an_error_that_names_it(root: Path, kind: str, damage: str) -> None:
     store = Store.open(root)
     entry = next(entry for entry in store.state.files() if entry.path.startswith(kind))
-    path = root / entry.path
+    path = stored_file(root, entry.path)
     data = path.read_bytes()
     path.unlink()
     if damage != "missing":
@@ -191,9 +191,9 @@ def test_a_file_that_a_newer_commit_removed_was_erased(root: Path, tmp_path: Pat
 def test_every_command_survives_a_zeroed_file(root: Path, kind: str, tmp_path: Path) -> None:
     """Errors of ours with advice, or success where the file isn't needed; never anything else."""
     entry = next(entry for entry in Store.open(root).state.files() if entry.path.startswith(kind))
-    (root / entry.path).write_bytes(b"\0" * entry.bytes)
+    stored_file(root, entry.path).write_bytes(b"\0" * entry.bytes)
     (tmp_path / "some").write_text("20\n")
-    shutil.copytree(root, tmp_path / "copy")
+    copy_store(root, tmp_path / "copy")
 
     def read_all() -> None:
         reader = retrotool.open(root)

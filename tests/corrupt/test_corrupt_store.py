@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from conftest import times
+from stored import copy_store, path_in_store, remove_stored, stored_file, stored_files
 
 from retrotool import api
 from retrotool.app import app
@@ -50,7 +49,7 @@ def purged_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("purged")
     ids = folder / "ids"
     ids.write_text("".join(f"{i}\n" for i in PURGED))
-    store = shutil.copytree(built_store, folder / "store")
+    store = copy_store(built_store, folder / "store")
     with mock.patch("retrotool.store.store.CHECKPOINT_EVERY", 1):
         api.purge(store, api.Selectors(ids=str(ids)), reason="test")
     assert api.verify(store).problems == []
@@ -60,14 +59,14 @@ def purged_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def store(purged_store: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged; without checkpoints, which would only be passed over."""
-    copy = Path(shutil.copytree(purged_store, tmp_path / "store"))
-    shutil.rmtree(copy / "checkpoints")
+    copy = copy_store(purged_store, tmp_path / "store")
+    remove_stored(copy, "checkpoints/*")
     return copy
 
 
 def pick(store: Path, kind: str, draw: random.Random) -> Path:
     """A file of a kind."""
-    return draw.choice(sorted(store.glob(KINDS[kind])))
+    return draw.choice(stored_files(store, KINDS[kind]))
 
 
 def flip(path: Path, draw: random.Random) -> None:
@@ -87,8 +86,8 @@ def problems(store: Path) -> list[str]:
 def assert_found(store: Path, path: Path) -> None:
     """A problem names the file; for an entry of the log, any problem will do: it tells of files, and of its parent."""
     found = problems(store)
-    name = "" if path.parent.name == "log" else path.relative_to(store).as_posix()
-    assert any(name in problem for problem in found), found
+    name = path_in_store(store, path)
+    assert any(name.startswith("log/") or name in problem for problem in found), found
 
 
 @every_kind
@@ -101,7 +100,7 @@ def test_a_flipped_bit_is_found(store: Path, kind: str, number: int) -> None:
 
 
 def keep(size: Callable[[int], int]) -> Callable[[Path], None]:
-    return lambda path: os.truncate(path, size(path.stat().st_size))
+    return lambda path: path.write_bytes(path.read_bytes()[: size(path.stat().st_size)])
 
 
 def append(data: bytes) -> Callable[[Path], None]:
@@ -133,21 +132,21 @@ def test_a_file_that_is_not_what_it_was_is_found(store: Path, kind: str, damage:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "store.json"])
 def test_a_file_that_is_gone_is_found(store: Path, kind: str) -> None:
-    path = sorted(store.glob(KINDS[kind]))[0]  # no log can tell that its newest entry is gone
+    path = stored_files(store, KINDS[kind])[0]  # no log can tell that its newest entry is gone
     path.unlink()
     assert_found(store, path)
 
 
 def test_without_its_identity_it_is_no_store(store: Path) -> None:
-    (store / "store.json").unlink()
+    stored_file(store, "store.json").unlink()
     with pytest.raises(StoreNotFoundError):
         api.verify(store)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, pattern in KINDS.items() if "*" in pattern and kind != "tokenizer"])
 def test_swapped_files_are_found(store: Path, kind: str) -> None:
-    files = sorted(store.glob(KINDS[kind]))
-    other = next((path for path in files if path != files[0]), None) or sorted(store.glob("chunks/*"))[0]
+    files = stored_files(store, KINDS[kind])
+    other = next((path for path in files if path != files[0]), None) or stored_files(store, "chunks/*")[0]
     data = files[0].read_bytes()
     files[0].write_bytes(other.read_bytes())
     other.write_bytes(data)
@@ -158,8 +157,8 @@ def test_every_damage_is_reported_at_once(store: Path) -> None:
     draw = random.Random(0)
     damaged = [pick(store, kind, draw) for kind in KINDS if kind not in ("log", "store.json", *SUMS)]
     # Of a file that is damaged itself nobody knows the sums.
-    sums = [path for kind in SUMS for path in sorted(store.glob(KINDS[kind]))]
-    damaged.append(next(path for path in sums if path.with_suffix("") not in damaged))
+    sums = [path for kind in SUMS for path in stored_files(store, KINDS[kind])]
+    damaged.append(next(path for path in sums if path.with_name(path.name.rpartition(".")[0]) not in damaged))
     for path in damaged:
         flip(path, draw)
     for path in damaged:
@@ -196,7 +195,7 @@ def test_no_flipped_bit_makes_verify_stumble(store: Path, kind: str) -> None:
 @pytest.mark.parametrize("bit", range(8))
 def test_no_flipped_bit_in_the_header_of_embeddings_makes_verify_stumble(store: Path, bit: int) -> None:
     # A NumPy header is a Python expression; what is wrong with it can be wrong in many ways.
-    path = sorted(store.glob(KINDS["embeddings"]))[0]
+    path = stored_files(store, KINDS["embeddings"])[0]
     good = path.read_bytes()
     for place in range(8 * (bit % times(4, 1)) + bit, 128, times(32, 8)):
         data = bytearray(good)
@@ -206,8 +205,8 @@ def test_no_flipped_bit_in_the_header_of_embeddings_makes_verify_stumble(store: 
 
 
 def test_damage_to_a_checkpoint_is_none_to_the_store(purged_store: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(purged_store, tmp_path / "store"))
-    checkpoints = list((copy / "checkpoints").iterdir())
+    copy = copy_store(purged_store, tmp_path / "store")
+    checkpoints = stored_files(copy, "checkpoints/*")
     assert checkpoints
     for path in checkpoints:
         flip(path, random.Random(0))
@@ -256,7 +255,7 @@ def test_where_files_are_erased_all_the_time_nothing_is_said_of_the_store(
 
 def test_an_erase_beside_it_hides_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not in what the erase rewrites, or the erase would fail.
-    path = sorted(store.glob(KINDS["inputs"]))[0]
+    path = stored_files(store, KINDS["inputs"])[0]
     flip(path, random.Random(0))
     erase_when(monkeypatch, store, "_check_files", 1)
     assert_found(store, path)
@@ -264,7 +263,7 @@ def test_an_erase_beside_it_hides_no_damage(store: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["log", "store.json"])
 def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli: Callable) -> None:
-    path = sorted(store.glob(KINDS[kind]))[1 if kind == "log" else 0]
+    path = stored_files(store, KINDS[kind])[1 if kind == "log" else 0]
     path.write_text("{}")
     found = api.verify(store)
     assert (found.ok, found.content, len(found.problems)) == (False, "", 1)
@@ -280,7 +279,7 @@ def test_a_purge_over_broken_files_says_so(store: Path, tmp_path: Path, selector
     (tmp_path / "names").write_text("doc-3\n")
     kind = {"where": "documents", "pattern": "chunks", "documents": "documents"}[selector]
     value = {"where": "source = 'a'", "pattern": "store", "documents": str(tmp_path / "names")}[selector]
-    path = sorted(store.glob(KINDS[kind]))[0]
+    path = stored_files(store, KINDS[kind])[0]
     fill(path)
     with pytest.raises(CorruptError, match=path.name):
         api.purge(store, api.Selectors(**{selector: value}, allow_lossy=True), reason="test")

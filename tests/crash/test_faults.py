@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import times
+from stored import copy_store
 from test_kills import (  # noqa: F401 - a fixture is among them
     CASES,
     KILLS,
@@ -37,7 +38,7 @@ from test_kills import (  # noqa: F401 - a fixture is among them
 from retrotool.errors import RetrotoolError
 from retrotool.store import disk
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
 
 CUTS = KILLS if "RETROTOOL_KILLS" in os.environ else 1
 BY_DEFAULT = ("chunk", "lists", "erase", "restore")
@@ -127,7 +128,7 @@ def test_after_a_power_cut_nothing_that_was_committed_is_lost(
     for attempt in range(times(CUTS, max(CUTS, 5)) if CUTS == 1 else CUTS):
         store = tmp_path / f"store-{attempt}"
         if before.exists():
-            shutil.copytree(before, store)
+            copy_store(before, store)
         cut = Cut(tmp_path / f"notes-{attempt}", draw.randint(1, calls))
         assert in_child(listening(lambda store=store: case.work(store), cut), None)[0]  # type: ignore[misc]
         cut.lose(draw)
@@ -163,7 +164,7 @@ def test_after_a_call_that_failed_there_is_the_old_state_or_the_new_one(
     for attempt in range(times(CUTS, max(CUTS, 5)) if CUTS == 1 else CUTS):
         store = tmp_path / f"store-{attempt}"
         if before.exists():
-            shutil.copytree(before, store)
+            copy_store(before, store)
         code = draw.choice((errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS))
         failing = Failing(draw.randint(1, calls), code, stays=draw.random() < 0.5)
 

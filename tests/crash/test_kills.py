@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import Shared, make_rows, write_jsonl
+from stored import copy_store
 
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
@@ -41,7 +42,7 @@ from retrotool.store.paths import DATA_KINDS
 from retrotool.store.store import Store
 from retrotool.store.sums import with_sums
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
 
 KILLS = int(os.environ.get("RETROTOOL_KILLS", "3"))
 SEED = int(os.environ.get("RETROTOOL_SEED", "2026"))
@@ -144,22 +145,22 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
     for name, step in steps:
         stores[name] = root / name
         if before.exists():
-            shutil.copytree(before, stores[name])
+            copy_store(before, stores[name])
         step(stores[name])
         before = stores[name]
-    stores["restore"] = Path(shutil.copytree(stores["purge"], root / "restore"))
+    stores["restore"] = copy_store(stores["purge"], root / "restore")
     api.purge(stores["restore"], api.Selectors(documents=str(root / "victims.txt")), reason="test")
     lists_index(stores["restore"])
     stores["earlier"] = stores["restore"]
-    stores["refill"] = Path(shutil.copytree(stores["neighbours"], root / "refill"))
+    stores["refill"] = copy_store(stores["neighbours"], root / "refill")
     api.neighbours(stores["refill"], saved=3)
     (root / "half.txt").write_text("".join(f"{row['id']}\n" for row in rows[::2]))
     api.purge(stores["refill"], api.Selectors(documents=str(root / "half.txt")), reason="test")
-    assert api.neighbours(Path(shutil.copytree(stores["refill"], root / "refilled")), saved=3).queries > 10
+    assert api.neighbours(copy_store(stores["refill"], root / "refilled"), saved=3).queries > 10
     stores["lists"] = stores["index"]
-    stores["renew"] = Path(shutil.copytree(stores["index"], root / "renew"))
+    stores["renew"] = copy_store(stores["index"], root / "renew")
     grown(stores["renew"])
-    stores["broken"] = Path(shutil.copytree(stores["renew"], root / "broken"))
+    stores["broken"] = copy_store(stores["renew"], root / "broken")
     shard = stores["broken"] / api.info(stores["broken"]).indexes["lists"]["shards"][0]
     data = bytearray(shard.read_bytes())
     data[-20] ^= 1
@@ -240,7 +241,7 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     for attempt in range(KILLS):
         store = tmp_path / f"store-{attempt}"
         if before.exists():
-            shutil.copytree(before, store)
+            copy_store(before, store)
         killed, _ = in_child(lambda store=store: case.work(store), draw.randint(1, calls))  # type: ignore[misc]
         fired += killed
         check_between(store, before, known, expected)
@@ -270,7 +271,7 @@ def test_a_plan_whose_finishing_was_killed_is_finished_when_it_is_run_again(tiny
     assert expected.documents == 20
     assert calls > 5
     for fatal in range(1, calls + 1, max(1, calls // KILLS)):
-        store = shutil.copytree(tmp_path / "before", tmp_path / f"store-{fatal}")
+        store = copy_store(tmp_path / "before", tmp_path / f"store-{fatal}")
         assert in_child(lambda store=store: finish(store), fatal)[0]  # type: ignore[misc]
         check_between(store, tmp_path / "before", set(), expected)
         in_child(lambda store=store: finish(store), None)  # type: ignore[misc]
@@ -279,7 +280,7 @@ def test_a_plan_whose_finishing_was_killed_is_finished_when_it_is_run_again(tiny
 
 def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, int]:
     if before.exists():
-        shutil.copytree(before, store)
+        copy_store(before, store)
     killed, calls = in_child(lambda: case.work(store), None)
     assert not killed
     return verify(store), calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import Cli, write_jsonl
 from pages import ROOT, blocks
+from stored import stored_file
 
 import retrotool
 from retrotool import api
@@ -46,14 +48,15 @@ def names(built_store: Path, reader: Reader, part: int) -> dict[str, Any]:
     files = next(entry for entry in info.parts if entry["part"] == part)
     (encoder,) = files["embeddings"]
     (shard,) = info.indexes["main"]["shards"]
+    identity = json.loads(stored_file(built_store, "store.json").read_bytes())
     return {
         "part": part,
-        "chunks": str(built_store / files["chunks"]["path"]),
-        "documents": str(built_store / files["documents"]["path"]),
-        "embeddings": str(built_store / files["embeddings"][encoder]["path"]),
-        "shard": str(built_store / shard),
+        "chunks": os.fspath(stored_file(built_store, files["chunks"]["path"])),
+        "documents": os.fspath(stored_file(built_store, files["documents"]["path"])),
+        "embeddings": os.fspath(stored_file(built_store, files["embeddings"][encoder]["path"])),
+        "shard": os.fspath(stored_file(built_store, shard)),
         "chunk_length": info.chunk_length,
-        "token_dtype": token_dtype(json.loads((built_store / "store.json").read_bytes())["tokenizer"]["token_bytes"]),
+        "token_dtype": token_dtype(identity["tokenizer"]["token_bytes"]),
     }
 
 
@@ -104,6 +107,7 @@ def all_parts(store: Path, tmp_path: Path, cli: Cli) -> dict[str, Any]:
     return run("DuckDB, all parts", {"store": store, "listing": listing})
 
 
+@pytest.mark.on_disk
 def test_duckdb_joins_all_parts_by_the_list_of_files(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
     reader = retrotool.open(grown_store)
     # What a kill may leave: a whole file that no commit names.
@@ -119,6 +123,7 @@ def test_duckdb_joins_all_parts_by_the_list_of_files(grown_store: Path, tmp_path
     assert tokens == [(chunk, reader.chunk(chunk).n_tokens) for chunk in due]
 
 
+@pytest.mark.on_disk
 def test_duckdb_reads_columns_that_some_parts_have(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
     found = all_parts(grown_store, tmp_path, cli)["duckdb"]
     kept = found.sql("SELECT id, year, licence FROM documents WHERE year IS NOT NULL OR licence IS NOT NULL").fetchall()
@@ -128,6 +133,7 @@ def test_duckdb_reads_columns_that_some_parts_have(grown_store: Path, tmp_path: 
     assert values == [(len(retrotool.open(grown_store).document("record")) - 1,)]
 
 
+@pytest.mark.on_disk
 def test_duckdb_is_told_of_a_file_that_was_erased_since(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
     found = all_parts(grown_store, tmp_path, cli)["duckdb"]
     api.purge(grown_store, api.Selectors(document=("doc-5",)), reason="test", erase=True)
@@ -195,7 +201,9 @@ def test_materialised_neighbours_are_the_chunks_that_the_table_names(
 ) -> None:
     api.neighbours(store_copy, k=2, materialise=True)
     files = next(entry for entry in api.info(store_copy).parts if entry["part"] == part)
-    found = run("materialised", {**names, "neighbours": str(store_copy / files["neighbours"]["main"]["path"])})
+    found = run(
+        "materialised", {**names, "neighbours": os.fspath(stored_file(store_copy, files["neighbours"]["main"]["path"]))}
+    )
     reader = retrotool.open(store_copy)
     assert found["near"].shape[1:] == (2, 2, 64)
     for row, chunk in enumerate(reader.chunk_ids(part).tolist()):

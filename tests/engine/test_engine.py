@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows, write_jsonl
+from stored import stored_files
 
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import write_json_file
@@ -266,7 +267,7 @@ def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path,
     command = [sys.executable, "-m", "retrotool", "chunk", str(store), *inputs, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list((store / "documents").glob("*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+    while not stored_files(store, "documents/*.parquet") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

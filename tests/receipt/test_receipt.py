@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Cli, Shared, make_rows, write_jsonl
 from receipt_help import NAMES, REASON, TEXTS, build, purge, receipt, verified
+from stored import copy_store, move_store, stored_file, stored_files
 
 import retrotool
 from retrotool import api
@@ -38,7 +38,7 @@ def secret_store(shared: Shared[Path], tiny_encoder: Path) -> Path:
 
 @pytest.fixture
 def store(secret_store: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(secret_store, tmp_path / "store"))
+    return copy_store(secret_store, tmp_path / "store")
 
 
 def shown_texts(page: str) -> str:
@@ -63,13 +63,13 @@ def test_a_receipt_of_an_erased_purge(store: Path, tmp_path: Path, cli: Cli) -> 
     assert (it.files.unknown, it.files.in_progress, it.unread, it.dependents) == ((), 0, [], ())
     assert [one.kind for one in it.commits] == ["purge", *["erase"] * (len(it.commits) - 1)]
     for one in it.commits:
-        assert hashlib.sha256((store / f"log/{one.number:08d}.json").read_bytes()).hexdigest() == one.sha256
+        assert hashlib.sha256(stored_file(store, f"log/{one.number:08d}.json").read_bytes()).hexdigest() == one.sha256
     data = Path(found.json).read_bytes()
     assert json.loads(data) == json.loads(json.dumps(asdict(it)))
     newest = next(iter(api.log_entries(store, 1)))
     assert found.commit == newest.number == it.log_commit + 1
     assert hashlib.sha256(data).hexdigest() == found.sha256
-    assert found.sha256 in (store / f"log/{found.commit:08d}.json").read_text()
+    assert found.sha256 in stored_file(store, f"log/{found.commit:08d}.json").read_text()
     assert api.verify_log(store, it.log_head).kept == it.log_commit
     assert api.verify(store).ok
     printed = cli("purge", store, name, "--verify", "--out", tmp_path).stdout
@@ -132,7 +132,7 @@ def test_a_reader_that_ignores_tombstones_is_found(
 
 def test_a_log_that_was_edited_is_found(store: Path) -> None:
     name = purge(store, erase=True)
-    path = next(p for p in sorted(store.glob("log/*.json")) if '"kind":"purge"' in p.read_text())
+    path = next(p for p in stored_files(store, "log/*") if '"kind":"purge"' in p.read_text())
     path.write_text(path.read_text().replace("somebody", "no one!!"))
     with pytest.raises(CorruptError, match="checksum"):
         verified(store, name)
@@ -205,8 +205,6 @@ def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
     name = purge(store)
     with pytest.raises(UsageError, match="no purge 'p0'; it has: " + name):
         verified(store, "p0")
-    with pytest.raises(UsageError, match="is in the store"):
-        api.verify_purge(store, name, out=store)
     with pytest.raises(UsageError, match="no folder"):
         api.verify_purge(store, name, out=tmp_path / "nowhere")
     api.restore(store, name, reason="a mistake")
@@ -216,7 +214,7 @@ def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
 
 def test_a_read_path_that_is_damaged_is_a_problem(store: Path) -> None:
     name = purge(store)
-    for path in (store / "index" / "main").glob("trained-*"):
+    for path in stored_files(store, "index/main/trained-*"):
         path.unlink()
     problems = receipt(store, name).problems
     assert any("search main: can't be read" in problem for problem in problems)
@@ -228,7 +226,7 @@ def test_a_read_path_whose_database_is_elsewhere_is_named(store: Path, tmp_path:
     api.embed(other, encoder=str(tiny_encoder))
     api.index(other)
     api.neighbours(other, queries=store, name="far")
-    other.rename(tmp_path / "gone")
+    move_store(other, tmp_path / "gone")
     found = verified(store, purge(store))
     assert found.receipt.ok
     assert found.receipt.unread == ["neighbours far", "dataset far", "export far", "inspect far"]
@@ -258,7 +256,7 @@ def test_tables_that_are_replaced_as_they_are_read_are_checked_again(store: Path
     def read_and_be_overtaken(*args: Any) -> Any:
         while tables:
             entry = tables.pop()
-            data, old = (store / entry.path).read_bytes(), FileName.parse(entry.path)
+            data, old = stored_file(store, entry.path).read_bytes(), FileName.parse(entry.path)
             with Run(opened.storage) as run:
                 new = FileName.new(run.id, "neighbours", old.slot, old.extension, old.name)
                 written = opened.write(new, functools.partial(_write, data, entry.rows), about=entry.about)
@@ -273,3 +271,9 @@ def test_tables_that_are_replaced_as_they_are_read_are_checked_again(store: Path
 def _write(data: bytes, rows: int, sink: Sink) -> int:
     sink.write(data)
     return rows
+
+
+@pytest.mark.on_disk
+def test_a_receipt_in_the_store_is_refused(store: Path) -> None:
+    with pytest.raises(UsageError, match="is in the store"):
+        api.verify_purge(store, purge(store), out=store)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Shared, make_rows, rewrite_sums, write_jsonl
 from receipt_help import NAMES, build, purge, receipt
+from stored import copy_store, stored_file, stored_files
 
 import retrotool
 from retrotool import api
@@ -45,7 +45,7 @@ def erased_store(shared: Shared[tuple[Path, str]], secret_store: Path) -> tuple[
     """The same after an erase, and the id of the purge. Not to be changed: copy it."""
 
     def erase(folder: Path) -> tuple[Path, str]:
-        store = Path(shutil.copytree(secret_store, folder / "store"))
+        store = copy_store(secret_store, folder / "store")
         return store, purge(store, erase=True)
 
     return shared("secret erased", erase)
@@ -53,7 +53,7 @@ def erased_store(shared: Shared[tuple[Path, str]], secret_store: Path) -> tuple[
 
 @pytest.fixture
 def store(secret_store: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(secret_store, tmp_path / "store"))
+    return copy_store(secret_store, tmp_path / "store")
 
 
 def test_every_kind_of_file_has_a_check() -> None:
@@ -63,7 +63,7 @@ def test_every_kind_of_file_has_a_check() -> None:
 @pytest.fixture
 def erased(erased_store: tuple[Path, str], secret_store: Path, tmp_path: Path) -> tuple[Path, str, Store]:
     """A store with an erased purge, its id, and the store as it was before."""
-    store = Path(shutil.copytree(erased_store[0], tmp_path / "store"))
+    store = copy_store(erased_store[0], tmp_path / "store")
     return store, erased_store[1], Store.open(secret_store)
 
 
@@ -237,7 +237,7 @@ def test_a_file_that_was_replaced_and_is_there_again_is_found(erased: tuple[Path
     store, name, before = erased
     state = Store.open(store).state
     path = next(e.path for e in before.state.files() if e.path.split("/")[0] == kind and not state.has(e.path))
-    (store / path).write_bytes(before.storage.local(path).read_bytes())
+    stored_file(store, path).write_bytes(before.storage.local(path).read_bytes())
     found = receipt(store, name)
     assert [problem.split(":")[0] for problem in found.problems] == [path]
     assert found.files.present == (path,)
@@ -252,23 +252,23 @@ def test_a_file_that_is_not_what_the_log_says_is_found(erased: tuple[Path, str, 
         next(entry.path for entry in state.files() if entry.path.startswith(f"{kind}/"))
         for kind in ("embeddings", "neighbours")
     )
-    for path in (store / vectors, store / table):
+    for path in (stored_file(store, vectors), stored_file(store, table)):
         data = bytearray(path.read_bytes())
-        data[len(data) - 1 if path == store / vectors else len(data) // 2] ^= 1
+        data[len(data) - 1 if path == stored_file(store, vectors) else len(data) // 2] ^= 1
         path.write_bytes(data)
     problems = receipt(store, name).problems
     assert f"{vectors}: what lies at byte 0 is not what was written" in problems
     assert any(problem.startswith(f"{table}: ") for problem in problems)
-    rewrite_sums(store / vectors)
+    rewrite_sums(stored_file(store, vectors))
     assert f"{vectors}: its SHA-256 is not what the log says" in receipt(store, name).problems
-    lost = store / next(entry.path for entry in state.files() if entry.path.startswith("chunks/"))
+    lost = stored_file(store, next(entry.path for entry in state.files() if entry.path.startswith("chunks/")))
     lost.unlink()
     assert any("is missing" in problem for problem in receipt(store, name).problems)
 
 
 def test_tombstones_that_are_not_what_the_log_says_are_found(erased: tuple[Path, str, Store]) -> None:
     store, name, _ = erased
-    (path,) = (store / "tombstones").glob(f"{name}-*")
+    (path,) = stored_files(store, f"tombstones/{name}-*")
     data = bytearray(path.read_bytes())
     at = data.rindex(b"parquet-cpp-arrow")  # who wrote it: no reader checks that
     data[at : at + 7] = b"PARQUET"
@@ -277,6 +277,7 @@ def test_tombstones_that_are_not_what_the_log_says_are_found(erased: tuple[Path,
     assert "other chunks were checked than were purged" in problem
 
 
+@pytest.mark.on_disk  # symbolic links, and names that no storage gives
 def test_what_no_commit_names_is_listed_and_not_checked(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
     store, name, _ = erased
     token = secrets.token_hex(8)
@@ -311,6 +312,7 @@ def receipt_of_a_view(store: Path, name: str) -> Any:
         return receipt(store, name)
 
 
+@pytest.mark.on_disk  # temporary files
 def test_files_of_commands_that_run_are_counted(erased: tuple[Path, str, Store]) -> None:
     store, name, _ = erased
     with Run(storage_at(store)) as run:
@@ -321,6 +323,7 @@ def test_files_of_commands_that_run_are_counted(erased: tuple[Path, str, Store])
     assert (found.files.unknown, found.files.in_progress) == ((), 4), "and the lease"
 
 
+@pytest.mark.on_disk
 def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
     store, name, _ = erased
     (store / "chunks").rename(tmp_path / "elsewhere")
@@ -330,6 +333,7 @@ def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, 
     assert [(one.path, one.link) for one in found.files.unknown] == [("chunks", True)]
 
 
+@pytest.mark.on_disk
 def test_a_folder_of_removed_files_that_is_a_link_is_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
     """Nothing is looked for behind it: so nobody can say that these files are gone."""
     store, name, _ = erased
@@ -352,6 +356,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_note)
 
 
+@pytest.mark.on_disk
 def test_the_absence_of_files_is_synced(erased: tuple[Path, str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
     global _synced
     store, name, _ = erased

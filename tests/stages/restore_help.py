@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from oracle import saved_neighbours
+from stored import copy_store, remove_store
 
 import retrotool
 from retrotool import api
@@ -44,9 +44,8 @@ def near(store: Path, name: str = "main") -> list[list[int]]:
 
 def exact(store: Path, scratch: Path, **options: object) -> tuple[np.ndarray, np.ndarray]:
     """What exact search gives for a store as it is now, computed at once and elsewhere."""
-    if scratch.exists():
-        shutil.rmtree(scratch)
-    shutil.copytree(store, scratch)
+    remove_store(scratch)
+    copy_store(store, scratch)
     api.neighbours(scratch, name="truth", search=SearchOptions(exact=True), **options)
     return saved_neighbours(scratch, "truth")
 
@@ -76,12 +75,12 @@ def once_before(operation: str, folder: Path, strike: Callable[[], object], slot
     Without ``slot``, on any file there. Fail if there is none.
     """
     global _listener
-    done = False
+    done, names = False, {operation, "rename"} if operation == "finish" else {operation}  # as a disk's end of a write
 
     def listener(announced: str, path: str) -> None:
         global _listener
         nonlocal done
-        if announced == operation and Path(path).parent == folder and Path(path).name.startswith(slot):
+        if announced in names and Path(path).parent == folder and Path(path).name.startswith(slot):
             _listener, done = None, True
             strike()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
 from oracle import Plain, read_plain, saved_neighbours
+from stored import copy_store, move_store, stored_file
 from test_key_values import build, key_column, records
 from test_neighbour_filters import run
 
@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 
 @pytest.fixture
 def store(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+    return copy_store(made / "store", tmp_path / "store")
 
 
 def grow(store: Path, encoder: Path, n: int, first: int) -> None:
@@ -145,7 +145,7 @@ def test_tables_of_several_row_groups_are_read_whole(
 ) -> None:
     in_groups_of(16, monkeypatch)
     api.neighbours(store, name="small", k=K, saved=SAVED, search=EXACT)
-    files = [store / part["neighbours"]["small"]["path"] for part in api.info(store).parts]
+    files = [stored_file(store, part["neighbours"]["small"]["path"]) for part in api.info(store).parts]
     assert all(pq.read_metadata(file).num_row_groups >= 4 for file in files[:-1])
     raw = saved_neighbours(store, "small")[0]
     time = Timeline(store)
@@ -200,7 +200,7 @@ def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path,
 
 
 def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_path: Path) -> None:
-    training = Path(shutil.copytree(made / "training", tmp_path / "training"))
+    training = copy_store(made / "training", tmp_path / "training")
     api.neighbours(store, queries=training, name="t", k=K, saved=SAVED, search=EXACT)
     raw, queries = saved_neighbours(training, "t")[0], read_plain(training)
     time = Timeline(store)
@@ -218,7 +218,7 @@ def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_pa
     after = api.affected(training, "t")
     assert after.in_saved == 0 and after.purges[0].since == after.purges[0].parts == 1
     assert f"Purge {purged}: 1 of 1 part were searched after it" in (run("purge", training, "--affected", "t").stdout)
-    store.rename(tmp_path / "away")
+    move_store(store, tmp_path / "away")
     with pytest.raises(StoreNotFoundError, match="isn't there"):
         api.affected(training, "t")
 
@@ -303,8 +303,6 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     ended = run("purge", store, "--affected", "main", "--out", out)
     assert ended.exit_code == 2 and f"--out {out} exists already" in ended.stderr
     assert out.read_text().splitlines() == lines
-    ended = run("purge", store, "--affected", "main", "--out", store / "out.jsonl")
-    assert ended.exit_code == 2 and "is in the store" in ended.stderr
     told = run("purge", store, "--affected", "main").stdout.splitlines()
     assert told[0].startswith(
         f"{result.in_k + result.following_in_k} chunks of {result.rows} have a purged chunk among"
@@ -318,3 +316,10 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     for wrong in (("--erase",), ("--reason", "x"), ("--name", "main"), ("--dry-run",)):
         assert run("purge", store, "--affected", "main", *wrong).exit_code == 2
     assert run("purge", store, "--chunk", "1", "--reason", "x", "--out", tmp_path / "new").exit_code == 2
+
+
+@pytest.mark.on_disk
+def test_a_file_in_the_store_is_refused(store: Path) -> None:
+    Timeline(store).purge(some(store, 12, 0))
+    ended = run("purge", store, "--affected", "main", "--out", store / "out.jsonl")
+    assert ended.exit_code == 2 and "is in the store" in ended.stderr

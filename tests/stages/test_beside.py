@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_encoder, make_rows, write_jsonl
+from stored import copy_store, stored_file, stored_files
 
 import retrotool
 from retrotool import api, engine
@@ -105,7 +105,7 @@ def test_an_index_is_gone_on_with_by_the_encoder_it_was_trained_for(
 
 
 def test_a_neighbour_table_is_of_one_database(built_store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
-    queries, another = tmp_path / "queries", Path(shutil.copytree(built_store, tmp_path / "another"))
+    queries, another = tmp_path / "queries", copy_store(built_store, tmp_path / "another")
     for store, first in ((queries, 300), (tmp_path / "foreign", 400)):
         api.chunk(
             store, [str(write_jsonl(tmp_path / "c.jsonl", make_rows(6, first=first)))], tokenizer=str(tiny_encoder)
@@ -122,7 +122,7 @@ def test_a_neighbour_table_is_of_one_database(built_store: Path, tmp_path: Path,
 def test_a_document_purged_at_both_ends_is_still_its_own_document(
     built_store: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    database = Path(shutil.copytree(built_store, tmp_path / "database"))
+    database = copy_store(built_store, tmp_path / "database")
     reader = retrotool.open(database)
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 4)
     chunks = reader.document(name)
@@ -180,9 +180,9 @@ def test_a_task_overtaken_by_an_erase_leaves_no_file(chunked: Path, tiny_encoder
         late = stage.open(store)(stage.plan(store)[0], run.id, nothing)
         api.purge(chunked, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True)
         staging.stage(store.storage, late)
-    assert (chunked / late.add[0].path).exists()
+    assert stored_file(chunked, late.add[0].path).exists()
     api.purge(chunked, api.Selectors(where="id = 'doc-9'"), reason="test")
-    assert not (chunked / late.add[0].path).exists()
+    assert not stored_file(chunked, late.add[0].path).exists()
 
 
 def test_workers_end_with_their_parent_and_the_store_goes_on(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -203,7 +203,7 @@ def test_workers_end_with_their_parent_and_the_store_goes_on(tmp_path: Path, tin
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list(store.glob("staging/*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+    while not stored_files(store, "staging/*") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()

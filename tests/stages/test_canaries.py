@@ -160,6 +160,7 @@ def leave_behind(store: Path, number: int) -> None:
     (store / f".tmp-{dead}{number:08x}").write_bytes(id_of(number).encode())
 
 
+@pytest.mark.on_disk  # dead runs leave temporary files
 @pytest.mark.parametrize("records", [False, True])
 def test_a_thousand_canaries(
     records: bool, tmp_path: Path, tiny_encoder: Path, byte_level_tokenizer: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import faiss
 import numpy as np
 import pytest
 from conftest import Shared, rewrite_sums, times, write_jsonl
-from oracle import read_plain
+from memory_storage import MemoryFile
+from oracle import at, read_plain
+from stored import copy_store, path_in_store, stored_file, stored_files
 
 import retrotool
 from retrotool import api
@@ -89,7 +91,7 @@ def embed_by_id(patch: pytest.MonkeyPatch, store: Path, encoder: Path) -> None:
         if f"{part['part']:06d}" not in have:
             import pyarrow.parquet as pq
 
-            names += pq.read_table(store / part["documents"]["path"])["id"].to_pylist()
+            names += pq.read_table(stored_file(store, part["documents"]["path"]))["id"].to_pylist()
     waiting = iter(names)
 
     def vectors(
@@ -107,13 +109,13 @@ def embed_by_id(patch: pytest.MonkeyPatch, store: Path, encoder: Path) -> None:
 
 @pytest.fixture
 def copy(made: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made["sorted"], tmp_path / "store"))
+    return copy_store(made["sorted"], tmp_path / "store")
 
 
 @pytest.fixture(scope="module")
 def built(shared: Shared[Path], made: dict[str, Path]) -> Path:
     def build(folder: Path) -> Path:
-        store = Path(shutil.copytree(made["sorted"], folder / "store"))
+        store = copy_store(made["sorted"], folder / "store")
         api.index(store, options=Options(dataclasses.replace(CODED, shard_rows=4000), queries=SOME))
         return store
 
@@ -122,7 +124,7 @@ def built(shared: Shared[Path], made: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def built_copy(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "store"))
+    return copy_store(built, tmp_path / "store")
 
 
 def true_recall(store: Path, name: str | None = None, k: int = 10, q: int = 500) -> float:
@@ -146,7 +148,7 @@ def true_recall(store: Path, name: str | None = None, k: int = 10, q: int = 500)
 def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict[str, Path], tmp_path: Path) -> None:
     results = {}
     for order in ("sorted", "shuffled"):
-        store = Path(shutil.copytree(made[order], tmp_path / order))
+        store = copy_store(made[order], tmp_path / order)
         results[order] = api.index(store, options=Options(CODED, queries=SOME))
         assert results[order].holds and results[order].recall_at_10 >= 0.95
         assert results[order].bytes_per_vector == 24
@@ -317,7 +319,7 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
     assert result.vectors == 3 * PER_SOURCE + 2500 and result.due == ""
     now = api.info(built_copy).indexes["main"]
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
-    assert not any((built_copy / path).exists() for path in (*old["shards"], old["trained"]))
+    assert not any(stored_file(built_copy, path).exists() for path in (*old["shards"], old["trained"]))
     assert api.verify(built_copy).problems == []
     third = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
     assert third.factory == "IVF8,SQ8" and api.info(built_copy).indexes["main"]["generation"] == 2
@@ -351,8 +353,8 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         api.index(built_copy, options=Options(queries=FEW))
     further = [slot for slot in IndexFiles(Store.open(built_copy).state, "main").shards if slot.count(".")]
     for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):
-        store = Path(shutil.copytree(built_copy, built_copy.parent / f"broken{place}"))
-        path = store / IndexFiles(Store.open(store).state, "main").shards[slot].path
+        store = copy_store(built_copy, built_copy.parent / f"broken{place}")
+        path = stored_file(store, IndexFiles(Store.open(store).state, "main").shards[slot].path)
         data = bytearray(path.read_bytes())
         data[place] ^= 4
         path.write_bytes(data)
@@ -364,8 +366,8 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         assert api.verify(store).problems == []
 
 
-def break_shard(store: Path, how: str) -> Path:
-    path = store / api.info(store).indexes["main"]["shards"][1]
+def break_shard(store: Path, how: str) -> Path | MemoryFile:
+    path = shard_file(store, 1)
     data = path.read_bytes()
     if how == "gone":
         path.unlink()
@@ -396,7 +398,7 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     share = Store.open(built_copy).state.file("index", "shard-0001", "main").rows / before["vectors"]  # type: ignore[union-attr]
     assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "--mend" in err
     told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
-    assert told["missing"]["shards"] == [path.relative_to(built_copy).as_posix()]
+    assert told["missing"]["shards"] == [path_in_store(built_copy, path)]
     assert told["missing"]["share"] == pytest.approx(share)
     result = api.index(built_copy, options=Options(mend=True, queries=FEW))
     assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
@@ -404,28 +406,29 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
 
 
 def test_a_shard_that_names_a_chunk_that_is_not_there_is_corrupt(built_copy: Path) -> None:
-    path = break_shard(built_copy, "bits")
-    index = faiss.read_index(str(Path(shutil.copy(commands_shard(built_copy, 0), path.parent / "x.faiss"))))
+    break_shard(built_copy, "bits")
+    shard = shard_file(built_copy, 0)
+    index = faiss.deserialize_index(np.frombuffer(shard.read_bytes(), np.uint8))
     ivf = faiss.extract_index_ivf(index)
     ids = np.arange(ivf.invlists.list_size(0), dtype=np.int64) + (np.int64(77) << 32)
     codes = np.zeros((len(ids), ivf.code_size), np.uint8)
     ivf.invlists.update_entries(0, 0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
-    faiss.write_index(index, str(commands_shard(built_copy, 0)))
-    rewrite_sums(commands_shard(built_copy, 0))
+    shard.write_bytes(faiss.serialize_index(index).tobytes())
+    rewrite_sums(shard)
     queries = Queries.plain(read_plain(built_copy).vectors[:300])
     with pytest.raises(CorruptError, match="names the chunk"):
         Database(Store.open(built_copy), allow_missing=True).search(queries, 10, Point(64, 4000))
 
 
-def commands_shard(store: Path, number: int) -> Path:
-    return store / str(api.info(store).indexes["main"]["shards"][number])
+def shard_file(store: Path, number: int) -> Path | MemoryFile:
+    return stored_file(store, str(api.info(store).indexes["main"]["shards"][number]))
 
 
 def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
     """A shard whose sum is right, as the log has it, but whose codes are of other vectors."""
     store = Store.open(built_copy)
     entry = IndexFiles(store.state, "main").shards["shard-0000"]
-    index = faiss.read_index(str(built_copy / entry.path))
+    index = faiss.read_index(str(at(built_copy, entry.path)))
     ivf = faiss.extract_index_ivf(index)
     for number in range(64):
         n = ivf.invlists.list_size(number)
@@ -452,7 +455,7 @@ def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="no index 'nought'"):
         Database(Store.open(built_copy), "nought")
     dropped = index_run.drop(built_copy, name="exact")
-    assert dropped.files == 3 and not list((built_copy / "index" / "exact").iterdir())
+    assert dropped.files == 3 and not stored_files(built_copy, "index/exact/*")
     assert Database(Store.open(built_copy)).name == "main"
     with pytest.raises(UsageError, match="no index 'exact'"):
         index_run.drop(built_copy, name="exact")
@@ -483,10 +486,11 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
         zero = functools.partial(np.nan_to_num, copy=False)
         monkeypatch.setattr("retrotool.index.training.check_finite", lambda _, vectors, *__: zero(vectors))
     part = api.info(copy).parts[2]
-    path = copy / part["embeddings"]["tiny"]["path"]
+    path = stored_file(copy, part["embeddings"]["tiny"]["path"])
     vectors = np.load(path)
     vectors[7, 3] = np.nan
-    np.save(path, vectors)
+    np.save(data := io.BytesIO(), vectors)
+    path.write_bytes(data.getvalue())
     rewrite_sums(path)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
         api.index(copy, options=Options(IndexWishes(factory="IVF64,SQ8"), queries=FEW))

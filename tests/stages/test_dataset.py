@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from conftest import make_rows, write_jsonl
 from dataset_help import check_items, chunk, flat, laid_out, make_large, purge, same, slots, two_stores
 from key_values import LENGTH, Written, make_store
+from stored import copy_store, stored_files
 from torch.utils.data import DataLoader
 
 import retrotool
@@ -35,7 +35,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tupl
 @pytest.fixture
 def copies(stores: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The same, to be changed."""
-    database, training = (Path(shutil.copytree(store, tmp_path / store.name)) for store in stores)
+    database, training = (copy_store(store, tmp_path / store.name) for store in stores)
     api.neighbours(database, queries=training)  # tells the training store where the database is now
     return database, training
 
@@ -368,7 +368,7 @@ def test_a_database_of_other_tokens_is_refused(tmp_path: Path, tiny_encoder: Pat
 
 def test_a_broken_file_is_an_error_that_names_it(copies: tuple[Path, Path]) -> None:
     training = copies[1]
-    path = next((training / "neighbours" / "main").iterdir())
+    path = stored_files(training, "neighbours/main/*")[0]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

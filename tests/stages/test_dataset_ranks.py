@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import make_rows
 from dataset_help import Options, chunk, dataset_of, flat, make_large, purge, same, slots
+from stored import copy_store
 from torch.utils.data import DataLoader
 
 from retrotool import RetroDataset, api
@@ -238,7 +238,7 @@ def test_batches_that_do_not_tell_where_a_rank_is_are_refused(store: Path) -> No
 def test_positions_are_those_of_the_commit_that_the_epoch_began_on(
     store: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    mine = Path(shutil.copytree(store, tmp_path / "store"))
+    mine = copy_store(store, tmp_path / "store")
     dataset = dataset_of(mine, batch_size=2)
     whole = slots(flat(dataset))
     first = next(iter(dataset_of(mine, batch_size=2)))
@@ -279,7 +279,7 @@ def _rank_of(rank: int, folder: Path, store: Path, results: Any) -> None:
 
 
 def test_ranks_of_torch_distributed_agree_on_a_commit(tmp_path: Path, store: Path) -> None:
-    mine = Path(shutil.copytree(store, tmp_path / "store"))
+    mine = copy_store(store, tmp_path / "store")
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     os.environ.pop("RANK", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows
 from oracle import read_plain, saved_neighbours
+from stored import contents_of, copy_store, move_store, stored_file
 from test_neighbour_filters import grow, oracle, run
 from test_neighbour_filters import nothing as nothing_dropped
 
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("database", "training"):
-        shutil.copytree(made / name, tmp_path / name)
+        copy_store(made / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -91,12 +91,12 @@ def test_an_erase_lists_dependents_and_the_command_takes_ids_out(here: Path) -> 
     used(saved=8)
     used(name="exact", saved=8, k=1, search=EXACT)
     before = saved_neighbours(Path("training"), "t")[0]
-    files = {path: path.read_bytes() for path in Path("training").rglob("*") if path.is_file()}
+    files = contents_of("training")
     victims = retrotool.open("database").document("doc-7")
     assert np.isin(before, victims).any()
     found = erase("doc-7")
     assert [(one.path, one.table) for one in found.dependents] == [(str(here / "training"), t) for t in ("exact", "t")]
-    assert {path: path.read_bytes() for path in Path("training").rglob("*") if path.is_file()} == files
+    assert contents_of("training") == files
     reader = retrotool.open("training")
     assert not any(i in victims for chunk in reader.chunk_ids(0) for i, _ in reader.neighbour_ids(int(chunk), "t", 8))
     shown = run("purge", "database", "--documents", "names", "--reason", "test", "--erase", "--yes").stdout
@@ -139,7 +139,7 @@ def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path
 
 def test_a_store_that_was_moved_is_listed_until_it_is_found_again(here: Path, tiny_encoder: Path) -> None:
     used()
-    Path("training").rename("moved")
+    move_store("training", "moved")
     (one,) = erase("doc-7").dependents
     assert one.path == str(here / "training"), "the path is a hint"
     grow(here / "training", tiny_encoder, make_rows(2, first=900))
@@ -149,7 +149,7 @@ def test_a_store_that_was_moved_is_listed_until_it_is_found_again(here: Path, ti
 
 def test_a_copy_of_the_store_is_a_dependent_of_its_own(here: Path) -> None:
     used()
-    shutil.copytree("training", "copy")
+    copy_store("training", "copy")
     used(queries="copy")
     assert {one.path for one in noted()} == {str(here / "training"), str(here / "copy")}
     assert {one.path for one in erase("doc-7").dependents} == {str(here / "training"), str(here / "copy")}
@@ -158,7 +158,7 @@ def test_a_copy_of_the_store_is_a_dependent_of_its_own(here: Path) -> None:
 def test_a_dependent_refuses_to_read_without_its_database(here: Path, tiny_encoder: Path) -> None:
     used(materialise=True)
     erase("doc-7")
-    Path("database").rename("away")
+    move_store("database", "away")
     command = "retrotool neighbours DATABASE --queries training --name t --index main"
     with pytest.raises(StoreNotFoundError, match="isn't there") as error:
         RetroDataset("training", "t")
@@ -191,7 +191,7 @@ def tokens_stored() -> set[tuple[int, ...]]:
     found: set[tuple[int, ...]] = set()
     for entry in Store.open("training").state.files():
         if entry.path.startswith("neighbours/"):
-            table = pq.read_table(Path("training") / entry.path)
+            table = pq.read_table(stored_file("training", entry.path))
             for name in table.column_names:
                 if pa.types.is_fixed_size_binary(table[name].type):
                     rows = np.frombuffer(b"".join(table[name].to_pylist()), "<u2").reshape(-1, 64)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli, make_rows, write_jsonl
+from stored import stored_files
 
 import retrotool
 from retrotool import api
@@ -35,9 +36,9 @@ def test_a_dry_run_shows_what_it_selects_and_purges_nothing(store_copy: Path, tm
     after = api.verify(store_copy)
     assert (after.content, after.ids, after.tombstones) == (before.content, before.ids, before.tombstones)
     assert after.ok
-    assert list(store_copy.glob("scans/*/*")), "the purge that follows has nothing to scan"
+    assert stored_files(store_copy, "scans/*"), "the purge that follows has nothing to scan"
     assert api.purge(store_copy, selectors, reason="r").chunks == planned.chunks
-    assert not list(store_copy.glob("scans/*/*"))
+    assert not stored_files(store_copy, "scans/*")
 
 
 def ids_in(file: Path) -> list[int]:
@@ -77,11 +78,17 @@ def test_ids_of_another_store_are_refused(store_copy: Path, tmp_path: Path) -> N
     assert "Nothing was purged" in error.value.advice
 
 
+@pytest.mark.on_disk
+def test_a_file_of_ids_is_refused_in_a_store(store_copy: Path) -> None:
+    with pytest.raises(UsageError, match="in the store"):
+        api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="r", dry_run=True, out=store_copy / "ids")
+
+
 def test_a_file_of_ids_is_refused_where_it_can_not_be(store_copy: Path, tmp_path: Path, cli: Cli) -> None:
     selectors = api.Selectors(where="source = 'a'")
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    for file, message in ((taken, "exists already"), (store_copy / "ids", "in the store"), (tmp_path, "is a folder")):
+    for file, message in ((taken, "exists already"), (tmp_path, "is a folder")):
         with pytest.raises(UsageError, match=message):
             api.purge(store_copy, selectors, reason="r", dry_run=True, out=file)
     with pytest.raises(UsageError, match="dry run"):

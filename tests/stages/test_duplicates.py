@@ -15,6 +15,7 @@ import pytest
 from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from stored import stored_files
 
 import retrotool
 from retrotool import api, engine
@@ -113,7 +114,7 @@ def test_the_first_of_each_stays_however_the_rows_are_cut_into_plans(
     assert found.problems == []
     assert found.documents == len(stay)
     assert info(store.place).set_aside == [why for _, _, why in expected].count(BY_ID)
-    assert not list(Path(store.place).rglob(".tmp-*"))
+    assert not list(store.storage.unfinished())
 
 
 def test_a_document_repeats_only_a_text_that_stays_of_those_with_one_id(
@@ -127,7 +128,7 @@ def test_a_document_repeats_only_a_text_that_stays_of_those_with_one_id(
     assert (record["documents"], record["set_aside"], record["finished"]) == (2, 1, True)
     assert (record["duplicates"], record["duplicates_by_id"], record["duplicates_by_text"]) == ("skip", 1, 1)
     assert counts.sources == {"s-z": 1}
-    assert b"s-x" not in b"".join(path.read_bytes() for path in (Path(store.place) / "log").iterdir())
+    assert b"s-x" not in b"".join(file.read_bytes() for file in stored_files(store, "log/*"))
 
 
 def test_a_document_purged_in_part_holds_its_id_and_not_its_text(byte_level_tokenizer: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from stored import copy_store, stored_file
 
 import retrotool
 from retrotool import api
@@ -144,7 +145,7 @@ def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
 
 def test_a_corrupt_part_is_exit_12_and_the_others_are_embedded(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
     store = Store.open(chunked)
-    broken = chunked / store.state.part_file("chunks", 1).path
+    broken = stored_file(chunked, store.state.part_file("chunks", 1).path)
     data = bytearray(broken.read_bytes())
     data[len(data) // 3] ^= 1
     broken.write_bytes(data)
@@ -206,7 +207,7 @@ def test_tokens_that_differ_are_thrown_away_with_their_part(
     from contextlib import redirect_stderr
 
     expected = by_text.parent / "expected"
-    shutil.copytree(by_text, expected)
+    copy_store(by_text, expected)
     api.embed(expected, encoder=str(tiny_encoder))
     monkeypatch.setattr(embed_stage, "_BLOCK_ROWS", (24, 24))
     commands_before = Encoder.tokenize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, make_text, write_jsonl
 from oracle import saved_neighbours
+from stored import copy_store, stored_file, stored_files
 from test_purge import everything, lines
 
 import retrotool
@@ -50,7 +50,7 @@ def repeating(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> P
 
 @pytest.fixture
 def store(repeating: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(repeating, tmp_path / "store"))
+    return copy_store(repeating, tmp_path / "store")
 
 
 def rows_of(store: Path, part: int) -> tuple[list[int], list[bytes]]:
@@ -59,7 +59,7 @@ def rows_of(store: Path, part: int) -> tuple[list[int], list[bytes]]:
     last = parts.read_documents(opened, part, ["first_row", "n_chunks"]).to_pylist()[-1]
     rows = range(last["first_row"], last["first_row"] + last["n_chunks"])
     chunks = parts.read_chunks(opened, part)
-    vectors = np.load(store / opened.state.part_file("embeddings", part, "tiny").path)
+    vectors = np.load(stored_file(store, opened.state.part_file("embeddings", part, "tiny").path))
     bits = [chunks.tokens[row].tobytes() for row in rows] + [vectors[row].tobytes() for row in rows]
     return [part << 32 | row for row in rows], bits
 
@@ -260,7 +260,7 @@ def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Pat
 
     def quarantine() -> list[dict[str, object]]:
         (file,) = api.info(tmp_path / "store").quarantine
-        return pq.read_table(tmp_path / "store" / file["path"]).to_pylist()
+        return pq.read_table(stored_file(tmp_path / "store", file["path"])).to_pylist()
 
     before = quarantine()
     assert [row["excerpt"][:12] for row in before] == ['{"id": "doc-', "id"]
@@ -277,7 +277,7 @@ def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, 
     first = api.purge(store_copy, api.Selectors(where=both), reason="test")
 
     def literals() -> list[bytes]:
-        return [path.read_bytes() for path in (store_copy / "selectors").iterdir()]
+        return [file.read_bytes() for file in stored_files(store_copy, "selectors/*")]
 
     api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True)
     assert not api.info(store_copy).purges[first.purge]["erased"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Cli, make_rows, make_text, write_jsonl
 from oracle import read_plain
+from stored import copy_store, stored_file
 
 import retrotool.reader
 from retrotool import api
@@ -73,8 +73,8 @@ def test_what_needs_an_index_makes_none(lists: Path, what: str) -> None:
 
 def test_a_shard_is_not_mended_from_embeddings_that_are_broken(lists: Path) -> None:
     info = api.info(lists)
-    shard = lists / info.indexes["lists"]["shards"][0]
-    embeddings = lists / Store.open(lists).state.part_file("embeddings", 0, "tiny").path  # type: ignore[union-attr]
+    shard = stored_file(lists, info.indexes["lists"]["shards"][0])
+    embeddings = stored_file(lists, Store.open(lists).state.part_file("embeddings", 0, "tiny").path)  # type: ignore[union-attr]
     whole = embeddings.read_bytes()
     for path, place in ((shard, -30), (embeddings, -31)):
         data = bytearray(path.read_bytes())
@@ -93,7 +93,7 @@ def test_a_shard_is_not_mended_from_embeddings_that_are_broken(lists: Path) -> N
 
 @pytest.mark.parametrize("how", ["gone", "flipped"])
 def test_what_was_measured_is_mended_by_measuring(lists: Path, how: str) -> None:
-    path = lists / Store.open(lists).state.file("index", "recall", "lists").path  # type: ignore[union-attr]
+    path = stored_file(lists, Store.open(lists).state.file("index", "recall", "lists").path)  # type: ignore[union-attr]
     if how == "gone":
         path.unlink()
     else:
@@ -106,7 +106,7 @@ def test_what_was_measured_is_mended_by_measuring(lists: Path, how: str) -> None
 
 
 def test_a_training_that_is_gone_is_made_anew(lists: Path) -> None:
-    (lists / api.info(lists).indexes["lists"]["trained"]).unlink()
+    stored_file(lists, api.info(lists).indexes["lists"]["trained"]).unlink()
     with pytest.raises(CorruptError, match="missing") as error:
         api.index(lists, name="lists", options=Options(tune=True))
     assert "--retrain" in error.value.advice
@@ -184,6 +184,6 @@ def test_nothing_is_said_of_recall_where_there_is_nothing_to_find(tmp_path: Path
 
 
 def test_a_copy_of_a_store_is_evaluated_where_it_lies(lists: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(lists, tmp_path / "a place, with spaces"))
+    moved = copy_store(lists, tmp_path / "a place, with spaces")
     found = index_run.evaluate(moved, name="lists", memory=20_000_000)
     assert found.queries == int(np.prod(read_plain(moved).ids.shape))

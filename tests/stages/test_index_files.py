@@ -6,13 +6,13 @@ import errno
 import hashlib
 import os
 import resource
-import shutil
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
+from stored import copy_store, stored_file, stored_files
 
 import retrotool
 from retrotool import api
@@ -65,9 +65,10 @@ def test_what_is_written_is_what_faiss_writes(tmp_path: Path, store: Store, nlis
     entry = write_shard(store, index)
     assert entry.rows == 500
     faiss.write_index(index, str(tmp_path / "theirs"))
-    assert (tmp_path / "store" / entry.path).read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert stored_file(store, entry.path).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
+@pytest.mark.on_disk
 @pytest.mark.parametrize("damage", ["cut by one", "cut in half", "empty"])
 def test_a_file_that_is_shorter_than_what_was_written_gets_no_name(store: Store, damage: str) -> None:
     """As after a full disk, of which nothing was said."""
@@ -81,7 +82,7 @@ def test_a_file_that_is_shorter_than_what_was_written_gets_no_name(store: Store,
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="bytes were written"):
         patch.setattr(disk, "fsync", spoil)
         write_shard(store, make_index(8))
-    assert not list((Path(store.place) / "index" / "main").iterdir())
+    assert not stored_files(store, "index/main/*")
 
 
 @pytest.mark.parametrize("nlist", [0, 8])
@@ -89,7 +90,7 @@ def test_a_file_that_is_shorter_than_what_was_written_gets_no_name(store: Store,
 def test_the_sum_in_the_log_is_of_what_was_meant(store: Store, nlist: int, written: str) -> None:
     """So that what a failing disk made of it is found, whenever the sum is checked."""
     entry = write_shard(store, make_index(nlist))
-    path = Path(store.place) / entry.path
+    path = stored_file(store, entry.path)
     data = bytearray(path.read_bytes())
     assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     store.check_sum(entry)
@@ -97,10 +98,8 @@ def test_the_sum_in_the_log_is_of_what_was_meant(store: Store, nlist: int, writt
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     else:
-        path.unlink()
-        faiss.write_index(
-            make_index(nlist, shift=1) if written == "other ids" else make_index(nlist, first=1), str(path)
-        )
+        index = make_index(nlist, shift=1) if written == "other ids" else make_index(nlist, first=1)
+        path.write_bytes(faiss.serialize_index(index).tobytes())
     with pytest.raises(CorruptError, match=path.name):
         store.check_sum(entry)
 
@@ -116,13 +115,14 @@ def test_what_stops_the_writing_is_raised_and_nothing_is_left(store: Store, erro
     with pytest.MonkeyPatch.context() as patch, pytest.raises(expected):
         patch.setattr(Sink, "write", stop)
         write_shard(store, make_index(8))
-    assert not list((Path(store.place) / "index" / "main").iterdir())
+    assert not stored_files(store, "index/main/*")
 
 
+@pytest.mark.on_disk
 def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embedded: Path) -> None:
-    probe = Path(shutil.copytree(embedded, embedded.with_name("probe")))
+    probe = copy_store(embedded, embedded.with_name("probe"))
     api.index(probe)
-    size = (probe / api.info(probe).indexes["main"]["shards"][0]).stat().st_size
+    size = stored_file(probe, api.info(probe).indexes["main"]["shards"][0]).stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 50, limits[1]))
     try:
@@ -142,7 +142,7 @@ def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
     api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
     api.embed(store_copy, encoder=str(tiny_encoder))
     for name, places in (("main", (0, -20)), ("ivf", (0, 200, -20))):
-        path = store_copy / api.info(store_copy).indexes[name]["trained"]
+        path = stored_file(store_copy, api.info(store_copy).indexes[name]["trained"])
         whole = path.read_bytes()
         for place in places:
             data = bytearray(whole)
@@ -161,7 +161,7 @@ def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
 
 
 def test_a_shard_that_was_damaged_is_named(store_copy: Path) -> None:
-    path = store_copy / api.info(store_copy).indexes["main"]["shards"][0]
+    path = stored_file(store_copy, api.info(store_copy).indexes["main"]["shards"][0])
     whole = path.read_bytes()
     for data in (b"x" + whole[1:], whole[:-1]):
         path.write_bytes(data)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 from forked import Forked
+from stored import copy_store
 
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
@@ -64,7 +64,7 @@ def check(store: Path, name: str) -> None:
     ids=["shards", "new", "drop", "retrain", "erase", "evaluate", "tune"],
 )  # fmt: skip
 def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[tuple[object, ...]]) -> None:
-    store = Path(shutil.copytree(embedded, tmp_path / "store"))
+    store = copy_store(embedded, tmp_path / "store")
     for code, err in at_once(store, *calls):
         assert "Traceback" not in err
         # What was to be worked on was dropped, or trained anew.
@@ -76,7 +76,7 @@ def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[
 
 
 def test_several_worker_processes_make_what_one_makes(embedded: Path, tmp_path: Path) -> None:
-    one, several = (Path(shutil.copytree(embedded, tmp_path / name)) for name in ("one", "several"))
+    one, several = (copy_store(embedded, tmp_path / name) for name in ("one", "several"))
     for store, devices in ((one, "cpu"), (several, "cpu,cpu")):
         api.index(store, name="new", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12), devices))
         check(store, "new")

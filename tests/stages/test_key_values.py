@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_text, write_jsonl
 from key_values import LENGTH, Written, make_store
-from oracle import brute_force, read_plain, saved_neighbours
+from oracle import at, brute_force, read_plain, saved_neighbours
+from stored import copy_store, stored_file
 
 import retrotool
 from retrotool import api
@@ -57,12 +57,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 
 @pytest.fixture
 def mixed_copy(mixed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(mixed, tmp_path / "mixed"))
+    return copy_store(mixed, tmp_path / "mixed")
 
 
 def key_column(store: Path) -> np.ndarray:
     """What the files say, read without retrotool; a file without the column holds keys only."""
-    tables = [pq.read_table(store / part["chunks"]["path"]) for part in api.info(store).parts]
+    tables = [pq.read_table(stored_file(store, part["chunks"]["path"])) for part in api.info(store).parts]
     return np.concatenate(
         [t["key"].to_numpy() if "key" in t.column_names else np.ones(t.num_rows, np.bool_) for t in tables]
     )
@@ -93,7 +93,7 @@ def assert_neighbours_are_true(store: Path, database: Path, name: str = "main") 
 
 def test_the_store_is_mixed_and_whole(mixed: Path) -> None:
     assert api.verify(mixed).problems == []
-    names = [pq.read_schema(mixed / part["chunks"]["path"]).names for part in api.info(mixed).parts]
+    names = [pq.read_schema(stored_file(mixed, part["chunks"]["path"])).names for part in api.info(mixed).parts]
     assert ["key" in columns for columns in names] == [False, True, True]
     assert 100 < key_column(mixed).sum() < len(key_column(mixed)) - 50
 
@@ -105,7 +105,7 @@ def test_keys_have_vectors_and_values_have_zeros(mixed: Path) -> None:
 def test_the_index_holds_the_keys_and_nothing_else(mixed: Path) -> None:
     store = read_plain(mixed)
     shards = api.info(mixed).indexes["main"]["shards"]
-    found = np.concatenate([lists.read_lists(mixed / path).ids(0) for path in shards])
+    found = np.concatenate([lists.read_lists(at(mixed, path)).ids(0) for path in shards])
     assert np.array_equal(np.sort(found), store.ids[key_column(mixed)])
 
 
@@ -126,7 +126,7 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
     assert (result.vectors, result.shards) == (keys, 1)
     assert result.nlist == 4
     assert result.queries == keys
-    path = mixed_copy / api.info(mixed_copy).indexes["ivf"]["trained"]
+    path = at(mixed_copy, api.info(mixed_copy).indexes["ivf"]["trained"])
     # Centroids of keys are no nearer to zero, where all values lie, than keys are.
     vectors = read_plain(mixed_copy).vectors[key_column(mixed_copy)]
     centroids = lists.read_lists(path).trained.centroids

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli, make_rows, write_jsonl
+from stored import stored_file
 
 import retrotool
 from retrotool import api
@@ -123,7 +124,7 @@ def test_an_erase_while_the_recall_is_measured_is_no_error(
 
 
 def test_an_index_that_is_broken_is_an_error_and_not_measured_for_ever(store_copy: Path) -> None:
-    path = store_copy / api.info(store_copy).indexes["main"]["shards"][0]
+    path = stored_file(store_copy, api.info(store_copy).indexes["main"]["shards"][0])
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(CorruptError, match=path.name):
         api.index(store_copy, target_recall=0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows
 from dataset_help import chunk, make_large, same, two_stores
+from stored import copy_store, stored_file
 from test_neighbour_filters import spied
 
 import retrotool
@@ -37,7 +37,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tupl
 @pytest.fixture
 def copies(stores: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The same, to be changed."""
-    database, training = (Path(shutil.copytree(store, tmp_path / store.name)) for store in stores)
+    database, training = (copy_store(store, tmp_path / store.name) for store in stores)
     api.neighbours(database, queries=training)
     return database, training
 
@@ -65,7 +65,7 @@ def held_ids(store: Path, entry: FileEntry) -> set[int]:
 def text_bytes(store: Path) -> bytes:
     """All tokens of neighbours, decoded."""
     files = [entry for entry in Store.open(store).state.files() if entry.path.startswith("neighbours/")]
-    found = [pq.read_table(store / entry.path) for entry in files]
+    found = [pq.read_table(stored_file(store, entry.path)) for entry in files]
     return b"".join(
         b"".join(table["text_tokens"].to_pylist()) for table in found if "text_tokens" in table.schema.names
     )
@@ -73,7 +73,9 @@ def text_bytes(store: Path) -> bytes:
 
 def everything_of(store: Path) -> bytes:
     chunks = [entry for entry in Store.open(store).state.files() if entry.path.startswith("chunks/")]
-    return text_bytes(store) + b"".join(b"".join(pq.read_table(store / e.path)["tokens"].to_pylist()) for e in chunks)
+    return text_bytes(store) + b"".join(
+        b"".join(pq.read_table(stored_file(store, e.path))["tokens"].to_pylist()) for e in chunks
+    )
 
 
 def tokens_of(store: Path, ids: list[int]) -> list[bytes]:
@@ -103,7 +105,7 @@ def test_rows_are_the_nearest_with_their_tokens_as_other_tools_read_them(stores:
     database, training = stores
     reader = retrotool.open(training)
     for part in api.info(training).parts:
-        table = pq.read_table(training / part["neighbours"]["main"]["path"])
+        table = pq.read_table(stored_file(training, part["neighbours"]["main"]["path"]))
         assert table.num_rows == part["chunks"]["rows"]
         tokens = np.frombuffer(b"".join(table["text_tokens"].to_pylist()), "<u2").reshape(-1, 2, 2, 64)
         for row in range(table.num_rows):
@@ -138,7 +140,7 @@ def test_tables_that_are_there_get_the_tokens_and_nothing_is_searched(
     found = api.neighbours(store_copy, name="plain", materialise=True)
     assert (found.queries, found.materialised, asked) == (0, True, [])
     assert api.verify(store_copy).neighbours == before
-    assert not any((store_copy / entry.path).exists() for entry in files.values())
+    assert not any(stored_file(store_copy, entry.path).exists() for entry in files.values())
     check_all(store_copy, "plain")
 
 
@@ -149,7 +151,7 @@ def test_later_runs_keep_the_tokens(copies: tuple[Path, Path], tiny_encoder: Pat
     api.index(database)
     assert api.neighbours(database, queries=training).materialised
     assert entries(training).keys() == before.keys()
-    assert not any((training / entry.path).exists() for entry in before.values())
+    assert not any(stored_file(training, entry.path).exists() for entry in before.values())
     check_all(training)
     api.neighbours(database, queries=training, k=3)
     assert {neighbour_tables.text_size(entry) for entry in entries(training).values()} == {3}
@@ -229,12 +231,16 @@ def test_blocks_of_several_row_groups_and_of_one_give_the_same(
 ) -> None:
     store = make_large(tmp_path / "store", tiny_encoder, [20_000, 9000], text=True)
     check_all(store)
-    groups = [pq.read_metadata(store / entry.path).row_group(0).num_rows for entry in entries(store).values()]
+    groups = [
+        pq.read_metadata(stored_file(store, entry.path)).row_group(0).num_rows for entry in entries(store).values()
+    ]
     assert groups == [8192, 8192]
     monkeypatch.setattr(retrieved, "BLOCK_BYTES", 1)
     other = make_large(tmp_path / "other", tiny_encoder, [20_000, 9000], text=True)
     for slot, entry in entries(other).items():
-        assert pq.read_table(other / entry.path).equals(pq.read_table(store / entries(store)[slot].path))
+        assert pq.read_table(stored_file(other, entry.path)).equals(
+            pq.read_table(stored_file(store, entries(store)[slot].path))
+        )
 
 
 # Purges and erases

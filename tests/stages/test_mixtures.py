@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_encoder, make_rows, make_text, write_jsonl
 from oracle import read_plain
+from stored import copy_store, move_store, stored_files
 from test_neighbour_filters import grow, is_copy, run, spied
 
 import retrotool
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in NAMES:
-        shutil.copytree(made / name, tmp_path / name)
+        copy_store(made / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -124,7 +124,7 @@ def test_of_several_databases_the_nearest_by_distance_over_weight(monkeypatch: p
     check({"wiki": 1.0, "books": 0.5, "training": 2.0})
     assert all(api.verify(name).problems == [] for name in NAMES)
     asked = searched(monkeypatch)
-    files = sorted(Path("training/neighbours").rglob("*.parquet"))
+    files = stored_files("training", "neighbours/*")
     told = run(
         "neighbours", "wiki", "--queries", "training", "--name", "m", "--exact", "--database", "training=1",
         "--database", "books=3", "--database", "wiki=0.25",
@@ -132,7 +132,7 @@ def test_of_several_databases_the_nearest_by_distance_over_weight(monkeypatch: p
     assert told.stdout.startswith(
         "Every chunk has its neighbours already ('m': 20 saved, 2 used, a mixture of 3 databases"
     )
-    assert asked == [] and sorted(Path("training/neighbours").rglob("*.parquet")) == files
+    assert asked == [] and stored_files("training", "neighbours/*") == files
     check({"wiki": 0.25, "training": 1.0, "books": 3.0})
     before = Store.open("training").state.number
     assert [one.weight for one in mix(("books", None), ("training", None)).mix] == [0.25, 3.0, 1.0], "as they were"
@@ -217,7 +217,7 @@ def test_weights_may_be_as_far_apart_as_weights_can_be(here: Path) -> None:
 
 def test_a_mixture_whose_database_moved(here: Path) -> None:
     mix(("books", 2.0))
-    (here / "wiki").rename(here / "moved")
+    move_store(here / "wiki", here / "moved")
     reader = retrotool.open("training")
     with pytest.raises(retrotool.errors.StoreNotFoundError, match=r"'m\.wiki' of .*training are chunks of") as error:
         reader.neighbours(0, "m")
@@ -258,7 +258,7 @@ def test_databases_that_do_not_go_together_are_refused(
 
     made_of("bytes", tokenizer=str(byte_level_tokenizer))
     made_of("short", chunk_length=32)
-    shutil.copytree("books", "copy of books")
+    copy_store("books", "copy of books")
     for databases, said in (
         ((("bytes", None),), "have different tokenizers"),
         ((("short", 1.0),), "wiki has chunks of 64 tokens, short of 32"),
@@ -303,7 +303,7 @@ def test_at_most_255_databases(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_folders_of_one_name_get_tables_of_different_ones(here: Path) -> None:
     for name, folder in (("books", "one"), ("wiki", "two")):
         (here / folder).mkdir()
-        (here / name).rename(here / folder / "my store=2!")
+        move_store(here / name, here / folder / "my store=2!")
     found = mix(("two/my store=2!", None), first="one/my store=2!")
     assert [one.table for one in found.mix] == ["m.my-store-2", "m.my-store-2-2"]
     told = run("neighbours", "one/my store=2!", "--queries", "training", "--name", "m", "--exact",

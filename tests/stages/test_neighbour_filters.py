@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from click.testing import Result
 from conftest import make_rows, make_text, write_jsonl
 from oracle import read_plain, saved_neighbours
+from stored import copy_store, stored_files
 from test_overlap import by_grams
 from typer.testing import CliRunner
 
@@ -62,7 +62,7 @@ def young(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 
 @pytest.fixture
 def store(young: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(young, tmp_path / "store"))
+    return copy_store(young, tmp_path / "store")
 
 
 def overlaps(most: float) -> Dropped:
@@ -373,7 +373,7 @@ def test_names_of_sources_stay_out_of_the_log(tmp_path: Path, tiny_encoder: Path
     api.neighbours(store, filters=FilterOptions(exclude_sources=("blog of jane 1",)))
     assert api.info(store).neighbours["main"]["filters"] == {"exclude_sources": ["blog of jane 1"]}
     purge(store, *(row["id"] for row in rows[1::2]), erase=True)
-    assert not any(b"jane" in path.read_bytes() for path in (store / "log").iterdir())
+    assert not any(b"jane" in file.read_bytes() for file in stored_files(store, "log/*"))
     assert api.info(store).neighbours["main"]["filters"] == {"exclude_sources": [], "unknown_sources": 1}
     assert api.neighbours(store).filters_kept, "what it named is gone, which is no reason to forget it"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
+from stored import copy_store
 from test_index_rivals import at_once
 
 from retrotool import api
@@ -36,7 +36,7 @@ def young(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 
 @pytest.fixture
 def store(young: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(young, tmp_path / "store"))
+    return copy_store(young, tmp_path / "store")
 
 
 def grow(store: Path, encoder: Path, n: int, first: int) -> None:
@@ -159,7 +159,7 @@ def test_little_memory_gives_the_same(store: Path) -> None:
 
 
 def test_jobs_and_worker_processes_share_a_store(store: Path, tmp_path: Path) -> None:
-    one = Path(shutil.copytree(store, tmp_path / "one"))
+    one = copy_store(store, tmp_path / "one")
     api.neighbours(one)
     jobs = [("neighbours", "--shard", f"{i}/2", "--device", "cpu") for i in range(2)]
     for code, err in at_once(store, *jobs):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_encoder, make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
+from stored import copy_store, move_store, stored_file
 
 import retrotool
 from retrotool import api, engine
@@ -58,9 +58,11 @@ def test_two_runs_with_one_name_and_two_databases_do_not_mix(tmp_path: Path, tin
         late, early = stage_of(one), stage_of(other)
         (planned,) = late.plan(ours)
         engine.perform(late.open(ours), ours.storage, planned, run.id, nothing)  # computed and staged, not committed
-        late_file = (queries / "staging" / f"{planned.key}.json").rename(tmp_path / f"{planned.key}.json")
+        late_file = stored_file(queries, f"staging/{planned.key}.json")
+        finished = late_file.read_bytes()
+        late_file.unlink()
         engine.execute(early, theirs, rival)  # committed meanwhile
-        late_file.rename(queries / "staging" / late_file.name)
+        late_file.write_bytes(finished)
         assert list(folding.fold(ours, run).refused) == [planned.key]
         with pytest.raises(UsageError, match="of another database"):
             late.plan(ours)
@@ -112,7 +114,7 @@ def copied(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, Path]:
     """A store, and its copy."""
     original = build(tmp_path / "original", tiny_encoder, make_rows(20))
     api.neighbours(original)
-    return original, Path(shutil.copytree(original, tmp_path / "copy"))
+    return original, copy_store(original, tmp_path / "copy")
 
 
 def documents_near(reader: retrotool.Reader, name: str = "main") -> set[str]:
@@ -150,8 +152,8 @@ def test_a_copy_that_lies_where_the_database_was_is_refused(copied: tuple[Path, 
     for store in (original, copy):
         build(store, tiny_encoder, renamed(store.name, 5, 100))
     api.neighbours(original, queries=queries)
-    original.rename(original.with_name("away"))
-    copy.rename(original)
+    move_store(original, original.with_name("away"))
+    move_store(copy, original)
     reader = retrotool.open(queries)
     with pytest.raises(UsageError, match="a copy that went its own way"):
         reader.neighbours(int(reader.chunk_ids(0)[0]))

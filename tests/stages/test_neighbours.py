@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_encoder, make_rows, write_jsonl
-from oracle import brute_force, read_plain, saved_neighbours
+from oracle import at, brute_force, read_plain, saved_neighbours
+from stored import copy_store
 
 import retrotool
 from retrotool import api, engine
@@ -46,7 +46,7 @@ def test_neighbours_are_those_of_brute_force_and_of_other_documents(built_store:
 
 
 def test_an_inverted_file_reaches_the_target_recall(built_store: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(built_store, tmp_path / "store"))
+    store = copy_store(built_store, tmp_path / "store")
     result = api.index(store, name="ivf", options=Options(IndexWishes(nlist=8, code="float16", shard_rows=150)))
     assert result.nlist == 8
     assert result.shards == 4
@@ -83,7 +83,7 @@ def test_across_stores_a_document_is_the_same_when_its_id_is(
 def test_after_appending_only_what_is_missing_is_computed_and_all_is_as_from_scratch(
     built_store: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    store = Path(shutil.copytree(built_store, tmp_path / "store"))
+    store = copy_store(built_store, tmp_path / "store")
     api.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
     embedded = api.embed(store, encoder=str(tiny_encoder))
     assert embedded.chunks < embedded.embedded
@@ -147,7 +147,7 @@ def test_faiss_reads_a_shard_and_agrees_with_brute_force(built_store: Path) -> N
 
     plain = read_plain(built_store)
     (shard,) = api.info(built_store).indexes["main"]["shards"]
-    index = faiss.read_index(str(built_store / shard))
+    index = faiss.read_index(str(at(built_store, shard)))
     distances, ids = index.search(plain.vectors, 1)
     assert np.allclose(distances[:, 0], 0, atol=1e-3)
     assert np.allclose(plain.vectors[np.searchsorted(plain.ids, ids[:, 0])], plain.vectors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
 from oracle import read_plain
+from stored import remove_stored, stored_file, stored_files
 
 import retrotool
 from retrotool import api
@@ -95,14 +95,13 @@ def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Pat
 def everything(root: Path) -> bytes:
     """Every byte under a store, with Parquet, npy and compressed content decoded as well."""
     out = io.BytesIO()
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            out.write(path.read_bytes())
-            if path.suffix == ".parquet":
-                for column in pq.read_table(path).columns:
-                    for chunk in column.chunks:
-                        for buffer in chunk.buffers():
-                            out.write(b"" if buffer is None else buffer.to_pybytes())
+    for path in stored_files(root):
+        out.write(path.read_bytes())
+        if path.suffix == ".parquet":
+            for column in pq.read_table(path).columns:
+                for chunk in column.chunks:
+                    for buffer in chunk.buffers():
+                        out.write(b"" if buffer is None else buffer.to_pybytes())
     return out.getvalue()
 
 
@@ -169,7 +168,7 @@ def test_after_an_erase_no_byte_is_left(canary_store: tuple[Path, list[str]], tm
     assert after.ok, after.problems
     assert after.content != digests.content
     assert api.info(store).purges.popitem()[1]["erased"]
-    assert [path for path in store.rglob("*") if "selectors" in path.parts and path.is_file()] == []
+    assert stored_files(store, "selectors/*") == []
 
 
 def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -191,7 +190,7 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
         entry.path
         for entry in state.files()
         if entry.path.startswith("neighbours/")
-        and victim in pq.read_table(store_copy / entry.path)["ids"].combine_chunks().flatten().to_pylist()
+        and victim in pq.read_table(stored_file(store_copy, entry.path))["ids"].combine_chunks().flatten().to_pylist()
     }
     part = {entry.path for entry in state.files() if entry.slot == f"{victim >> 32:06d}"}
     shards = {entry.path for entry in state.files() if entry.path.startswith("index/main/shard")}
@@ -217,7 +216,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
     with writing(store) as run:
         (task,) = stage.plan(store)
         late = stage.open(store)(task, run.id, lambda _: None)  # finished, not yet committed
-        vector = np.load(store_path / late.add[0].path)[victim & 0xFFFFFFFF].tobytes()
+        vector = np.load(stored_file(store_path, late.add[0].path))[victim & 0xFFFFFFFF].tobytes()
         assert vector in everything(store_path)
         api.purge(store_path, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
         assert staging.stage(store.storage, late)
@@ -313,15 +312,11 @@ def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
     chosen = select(store, api.Selectors(where="source = 'a'").read(store))
     api.purge(store_copy, api.Selectors(where="source = 'b'"), reason="test")
     with writing(store) as run:
-        before = files(store_copy)
+        before = stored_files(store_copy)
         with pytest.raises(ConflictError, match="another purge"):
             commit_purge(store, run, chosen, "late", "somebody")
-        assert files(store_copy) == before, "what it selected by does not stay on the disk"
+        assert stored_files(store_copy) == before, "what it selected by does not stay on the disk"
     assert api.verify(store_copy).ok
-
-
-def files(root: Path) -> set[Path]:
-    return {path for path in root.rglob("*") if path.is_file()}
 
 
 def test_a_purge_that_another_overtook_selects_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,9 +375,9 @@ def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_p
 
 def test_no_text_stands_in_the_log(store_copy: Path, tmp_path: Path) -> None:
     api.purge(store_copy, api.Selectors(pattern="store chunk", allow_lossy=True), reason="request 17")
-    log = b"".join(path.read_bytes() for path in (store_copy / "log").iterdir())
+    log = b"".join(file.read_bytes() for file in stored_files(store_copy, "log/*"))
     assert b"store chunk" not in log
-    shutil.rmtree(store_copy / "checkpoints", ignore_errors=True)
+    remove_stored(store_copy, "checkpoints/*")
     assert api.info(store_copy).purges.popitem()[1]["reason"] == "request 17"
 
 

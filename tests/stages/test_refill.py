@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from conftest import make_rows, write_jsonl
 from oracle import Plain, brute_force, read_plain, saved_neighbours
 from restore_help import once_before
+from stored import copy_store, stored_files
 from test_affected import in_groups_of
 from test_index_rivals import at_once
 
@@ -42,7 +42,7 @@ def young(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 @pytest.fixture
 def store(young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(young, tmp_path / "store"))
+    return copy_store(young, tmp_path / "store")
 
 
 def grow(store: Path, encoder: Path, n: int, first: int) -> None:
@@ -175,7 +175,7 @@ def test_a_refill_that_is_interrupted_goes_on_and_repeats_no_part(
 ) -> None:
     victims = some(store, 0.4)
     purge(store, victims)
-    whole = Path(shutil.copytree(store, store.parent / "whole"))
+    whole = copy_store(store, store.parent / "whole")
     refill(whole)
     due = sum(map(len, asked))
     asked.clear()
@@ -273,7 +273,7 @@ def test_a_table_that_another_refill_replaces_between_look_up_and_reading_is_pla
     victims = some(store, 0.4)
     purge(store, victims)
     folder = store / "neighbours" / "main"
-    slots = sorted(path.name.partition("-")[0] for path in folder.iterdir())
+    slots = [file.name.partition("-")[0] for file in stored_files(store, "neighbours/main/*")]
     with once_before("read", folder, lambda: refill(store), slot=slots[table]):
         assert refill(store).queries == 0
     assert_as_anew(store, victims)

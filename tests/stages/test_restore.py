@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 from restore_help import back, near, once_before, purge, verified
+from stored import stored_file, stored_files
 
 import retrotool
 from retrotool import api
@@ -195,7 +196,7 @@ def test_a_restore_that_an_erase_overtakes_is_refused(store_copy: Path, monkeypa
     with pytest.raises(UsageError, match="is erased"):
         back(store_copy, purged)
     assert verified(store_copy)
-    assert not list((store_copy / "restored").glob("*"))
+    assert not stored_files(store_copy, "restored/*")
 
 
 def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +239,7 @@ def test_an_erase_of_a_purge_that_is_undone_before_its_copies_are_named_is_refus
     if others:
         purge(with_repeat, "doc-3", "doc-4")
     with (
-        once_before("rename", with_repeat / "tombstones", lambda: back(with_repeat, purged)),
+        once_before("finish", with_repeat / "tombstones", lambda: back(with_repeat, purged)),
         pytest.raises(UsageError, match="was undone"),
     ):
         api.erase(with_repeat, [purged])
@@ -254,7 +255,7 @@ def test_an_erase_of_a_purge_that_is_undone_leaves_what_another_purge_names(stor
     other = purge(store_copy, "doc-7", "doc-8").purge
     present = documents_with_text(store_copy)
     with (
-        once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)),
+        once_before("finish", store_copy / "documents", lambda: back(store_copy, purged)),
         pytest.raises(UsageError, match="was undone"),
     ):
         api.erase(store_copy, [purged])
@@ -267,7 +268,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8").purge
     present = documents_with_text(store_copy)
     with (
-        once_before("rename", store_copy / "documents", lambda: back(store_copy, one)),
+        once_before("finish", store_copy / "documents", lambda: back(store_copy, one)),
         pytest.raises(UsageError, match=f"{one}.*was undone"),
     ):
         api.erase(store_copy, [one, two])
@@ -277,7 +278,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
 
 def test_an_erase_by_age_leaves_a_purge_that_is_undone_meanwhile(store_copy: Path) -> None:
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8")
-    with once_before("rename", store_copy / "documents", lambda: back(store_copy, one)):
+    with once_before("finish", store_copy / "documents", lambda: back(store_copy, one)):
         result = api.erase(store_copy, older_than=0)
     assert result.purges == (two.purge,) and result.erased == two.chunks
     assert verified(store_copy)
@@ -287,7 +288,7 @@ def test_the_same_purge_with_an_erase_is_made_again_if_it_is_undone_meanwhile(st
     """All its chunks are named by another purge, so they stay tombstones."""
     purged = purge(store_copy, "doc-7").purge
     purge(store_copy, "doc-7", "doc-8")
-    with once_before("rename", store_copy / "documents", lambda: back(store_copy, purged)):
+    with once_before("finish", store_copy / "documents", lambda: back(store_copy, purged)):
         result = purge(store_copy, "doc-7", erase=True)
     assert result.purge not in ("", purged) and result.erased > 0
     shown = api.info(store_copy).purges
@@ -345,7 +346,7 @@ def test_what_is_committed_keeps_its_files_where_the_log_is_damaged_after_it(sto
 
     def append_before_damage(storage: Storage, run: str, number: int, parent: str, draft: Draft) -> bool:
         won = append(storage, run, number, parent, draft)
-        damaged.append(store_copy / log.commit_path(number + 1))
+        damaged.append(stored_file(store_copy, log.commit_path(number + 1)))
         damaged[-1].write_bytes(b"no commit")
         return won
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from conftest import WORDS, Cli, make_rows, write_jsonl
 from oracle import saved_neighbours
 from restore_help import assert_exact, back, exact, near, purge, verified
+from stored import copy_store
 
 import retrotool
 from retrotool import RetroDataset, api
@@ -188,7 +188,7 @@ def test_an_epoch_begun_meanwhile_goes_on_as_it_was(store_copy: Path) -> None:
 
 
 def test_neighbours_in_another_store_are_told_and_found_again(store_copy: Path, tmp_path: Path) -> None:
-    queries = Path(shutil.copytree(store_copy, tmp_path / "queries"))
+    queries = copy_store(store_copy, tmp_path / "queries")
     api.neighbours(store_copy, queries=queries, name="theirs")
     whole = near(queries, "theirs")
     theirs, ours = purge(store_copy, "doc-7").purge, purge(queries, "doc-9").purge
@@ -203,7 +203,7 @@ def test_neighbours_in_another_store_are_told_and_found_again(store_copy: Path, 
 
 
 def test_rows_of_queries_alone_are_filled_again(store_copy: Path, tmp_path: Path) -> None:
-    queries = Path(shutil.copytree(store_copy, tmp_path / "queries"))
+    queries = copy_store(store_copy, tmp_path / "queries")
     ours = purge(queries, "doc-9")
     api.neighbours(store_copy, queries=queries, name="theirs")
     back(queries, ours.purge)

@@ -12,6 +12,7 @@ from conftest import make_rows, write_jsonl
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from stored import copy_store, remove_store
 
 import retrotool
 from retrotool import api
@@ -41,7 +42,7 @@ class Purging(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.store = Path(shutil.copytree(self.source, self.folder / "store"))
+        self.store = copy_store(self.source, self.folder / "store")
         reader = retrotool.open(self.store)
         self.chunks = [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)]
         self.tokens = {chunk: len(reader.chunk(chunk).tokens) for chunk in self.chunks}
@@ -53,6 +54,7 @@ class Purging(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Remove the store."""
+        remove_store(self.store)
         shutil.rmtree(self.folder)
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows, write_jsonl
+from stored import stored_files
 
 from retrotool import api
 from retrotool.errors import RetrotoolError
@@ -41,7 +42,7 @@ def test_it_is_told_by_a_dry_run_and_by_the_purge(store: Path, erase: bool) -> N
             f"The same text is living in 4 documents: x, x2, x3, …. To take it there: retrotool purge {store} "
             "--document x --document x2 --document x3 --reason ..."
         )
-    log = b"".join(path.read_bytes() for path in (store / "log").iterdir())
+    log = b"".join(file.read_bytes() for file in stored_files(store, "log/*"))
     assert b"x2" not in log
 
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from store_help import commit, make_store, write
+from stored import stored_file
 
 from retrotool.store import folding, staging
 from retrotool.store.leases import Run
@@ -60,7 +61,7 @@ def embedding(root: Path | Storage, run: str, part: int, reads: tuple[str, ...],
 def numbered(state: State, root: Path) -> list[str]:
     """What the chunks of each part say, by part number."""
     assert state.all_parts() == list(range(len(state.all_parts())))
-    return [(root / state.part_file("chunks", part).path).read_text() for part in state.all_parts()]
+    return [stored_file(root, state.part_file("chunks", part).path).read_text() for part in state.all_parts()]
 
 
 TOTALS = {**dict.fromkeys(COUNTS, 0), "set_aside": 10 + 11 + 12 + 10}

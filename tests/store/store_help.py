@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_storage import MemoryFile
+from stored import age_stored, path_in_store, stored_file, stored_files, write_stored
 
 from retrotool.store import disk, gc, leases, paths
 from retrotool.store.identity import TokenizerIdentity
@@ -52,23 +53,21 @@ def clean(store: Store, *, thorough: bool = False) -> int:
         return gc.clean(store, run, thorough=thorough)
 
 
-def lease_file(root: Path, run: str) -> Path:
-    return root / leases.run_path(run)
+def lease_file(root: Path, run: str) -> Path | MemoryFile:
+    return stored_file(root, leases.run_path(run))
 
 
 def move_elsewhere(root: Path, run: str, silent: float = 0.0) -> None:
     """Let a run be one of another machine, of which nothing was heard for so many seconds."""
     lease = lease_file(root, run)
     fields = json.loads(lease.read_text()) if lease.exists() else {}
-    lease.parent.mkdir(exist_ok=True)
-    lease.write_text(json.dumps({**fields, "host": "elsewhere"}))
-    then = time.time() - silent
-    os.utime(lease, (then, then))
+    data = json.dumps({**fields, "host": "elsewhere"}).encode()
+    age_stored(write_stored(root, leases.run_path(run), data), silent)
 
 
 def clean_after_a_sleep(root: Path, silent: float = leases.DEAD_SECONDS + 60) -> None:
     """Clean up as another machine would that has heard nothing of any run for more than a day."""
-    for lease in (root / "leases").glob("run-*"):
+    for lease in stored_files(root, "leases/run-*"):
         move_elsewhere(root, lease.name.removeprefix("run-"), silent)
     clean(Store.open(root))
 
@@ -100,8 +99,9 @@ def assert_whole(store: Store) -> None:
 
 
 def files_in(root: Path) -> set[str]:
-    """Paths of all files but the store's identity, log and checkpoints; temporary files of those too."""
-    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    """Paths of all files but the store's identity, log and checkpoints; unfinished ones of those too."""
+    found = {path_in_store(root, file) for file in stored_files(root)}
+    found |= {one.path for one in storage_at(root).unfinished()}
     fixed = ("store.json", "tokenizer-", "log/0", "checkpoints/0")
     return {path for path in found if not path.startswith(fixed)}
 
@@ -165,6 +165,23 @@ def at_step(number: int, strike: Action) -> Iterator[None]:
     with listening(listener):
         yield
     assert left == -1, f"step {number} was never reached"
+
+
+@contextmanager
+def before_entry(strike: Action) -> Iterator[None]:
+    """Call ``strike`` just before an entry of the log gets its name, once; fail if none does."""
+    struck = False
+
+    def listener(operation: str, path: str) -> None:
+        global _listener
+        nonlocal struck
+        if operation in ("link", "put_if_absent") and Path(path).parent.name == "log":
+            _listener, struck = None, True
+            strike()
+
+    with listening(listener):
+        yield
+    assert struck, "there was no entry"
 
 
 def full_disk() -> None:

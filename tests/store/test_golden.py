@@ -17,6 +17,7 @@ import plain_store
 import pytest
 import snapshots
 from conftest import make_rows, write_jsonl
+from stored import folder_of, take_in
 
 import retrotool
 from retrotool import api
@@ -63,7 +64,8 @@ def _stop(*_: object, **__: object) -> None:
 
 def plain(store: Path) -> Any:
     """What a reader that knows nothing of retrotool makes of a store."""
-    return json.loads(json.dumps(plain_store.PlainStore(store).content()))
+    with tempfile.TemporaryDirectory() as folder:
+        return json.loads(json.dumps(plain_store.PlainStore(folder_of(store, Path(folder))).content()))
 
 
 def described(store: Path) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def golden(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, dict[str, Any]]:
         finally:
             shutil.rmtree(place)
         (GOLDEN / "golden.json").write_text(json.dumps(described(GOLDEN / "store"), indent=1) + "\n")
-    return Path(shutil.copytree(GOLDEN / "store", tmp_path / "store")), json.loads((GOLDEN / "golden.json").read_text())
+    return take_in(GOLDEN / "store", tmp_path / "store"), json.loads((GOLDEN / "golden.json").read_text())
 
 
 def test_what_is_read_is_what_was_written(golden: tuple[Path, dict[str, Any]]) -> None:

@@ -86,6 +86,14 @@ def test_a_path_is_written_once(storage: Storage) -> None:
     assert storage.get(PATH) == b"one"
 
 
+def test_a_long_listing_has_each_file_once_and_in_order(storage: Storage) -> None:
+    names = [f"staging/{number:032x}.json" for number in range(250)]
+    for name in reversed(names):
+        storage.overwrite(name, RUN, b"{}")
+    assert [info.path for info in storage.list("staging/")] == names
+    assert [info.path for info in storage.list("staging/", names[99])] == names[100:]
+
+
 def test_of_many_that_put_at_once_one_wins(storage: Storage) -> None:
     won: list[int] = []
 
@@ -201,6 +209,7 @@ def test_no_path_leads_out_of_a_folder(tmp_path: Path, path: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.on_disk  # it is about which place is a folder
 def test_a_place_is_a_path_or_what_its_scheme_says(tmp_path: Path) -> None:
     assert isinstance(storage_at(tmp_path), LocalStorage)
     assert isinstance(storage_at("folder/a:b"), LocalStorage)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
+from stored import stored_file
 
 from retrotool import api
 from retrotool.info.verify import PartDigest, hexadecimal, part_digest
@@ -118,7 +119,7 @@ def hash_lines(lines: list[str]) -> str:
 def read_documents(store: Store, part: int, dead: set[int]) -> list[Document]:
     """The documents of a part, read with nothing but pyarrow."""
     documents, chunks = (
-        pq.read_table(Path(store.place) / store.state.part_file(kind, part).path).to_pylist()
+        pq.read_table(stored_file(store, store.state.part_file(kind, part).path)).to_pylist()
         for kind in ("documents", "chunks")
     )
     found = []
@@ -152,7 +153,7 @@ def test_verify_gives_the_digests_of_the_format(store_copy: Path, tmp_path: Path
 
     lines = []
     for entry in (e for e in store.state.files() if e.path.startswith("neighbours")):
-        table = pq.read_table(store_copy / entry.path)
+        table = pq.read_table(stored_file(store_copy, entry.path))
         values = [[x for row in table[name].to_pylist() for x in row] for name in ("ids", "distances")]
         data = struct.pack(f"<{len(values[0])}q", *values[0]) + struct.pack(f"<{len(values[1])}f", *values[1])
         lines.append(f"{slot(entry.path)} {h(data).hex()}")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli
+from memory_storage import MemoryFile
 from store_help import clean, make_store
+from stored import write_stored
 
 from retrotool import api
 from retrotool.errors import CorruptError
@@ -32,12 +34,9 @@ STRANGE = [
 ]
 
 
-def put(store: Path, *names: str) -> dict[Path, bytes]:
-    files = {store / name: f"a person wrote {name}".encode() for name in names}
-    for path, data in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return files
+def put(store: Path, *names: str) -> dict[Path | MemoryFile, bytes]:
+    files = {name: f"a person wrote {name}".encode() for name in names}
+    return {write_stored(store, name, data): data for name, data in files.items()}
 
 
 @pytest.mark.parametrize("name", STRANGE)

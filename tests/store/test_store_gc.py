@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from store_help import (
     move_elsewhere,
     write,
 )
+from stored import age_stored, contents_of, leave_unfinished, stored_file, write_stored
 
 from retrotool.errors import LostRunError
 from retrotool.store import folding, gc, leases, log, staging
@@ -50,15 +50,12 @@ def leave_everywhere(root: Path, run: str) -> tuple[set[str], set[str]]:
     for kind in DATA_KINDS:
         entry = write(root, run, kind, "000000", name="name" if kind in NAMED_KINDS else "")
         whole.add(entry.path)
-        unfinished.add((Path(entry.path).parent / f"{TEMPORARY}{run}00001234").as_posix())
+        unfinished.add(leave_unfinished(root, entry.path.rpartition("/")[0] + "/", run))
     for number, folder in enumerate(("staging/", "leases/", "log/", "checkpoints/", "")):
-        unfinished.add(f"{folder}{TEMPORARY}{run}0000123{number}")
-    for path in unfinished:
-        (root / path).parent.mkdir(exist_ok=True)
-        (root / path).write_bytes(b"half")
-    claim = root / "leases" / f"{'0' * 32}-00000000"
-    claim.write_text(json.dumps({"run": run}))
-    whole.add(claim.relative_to(root).as_posix())
+        unfinished.add(leave_unfinished(root, folder, run, number))
+    claim = f"leases/{'0' * 32}-00000000"
+    write_stored(root, claim, json.dumps({"run": run}).encode())
+    whole.add(claim)
     return whole, unfinished
 
 
@@ -147,16 +144,16 @@ def test_sums_stay_and_go_with_their_files(store: Store) -> None:
         committed, staged, lost, erased = map(vectors, range(4))
         commit(store, run, committed, erased)
         staging.stage(store.storage, Staged(TASK, "embed", DEAD, add=(staged,)))
-        sums = (Path(store.place) / f"{erased.path}.xxh3").read_bytes()
+        sums = stored_file(store, f"{erased.path}.xxh3").read_bytes()
         commit(store, run, remove=(erased.path,))
-        assert not (Path(store.place) / f"{erased.path}.xxh3").exists()
-        (Path(store.place) / f"{erased.path}.xxh3").write_bytes(sums)
+        assert not stored_file(store, f"{erased.path}.xxh3").exists()
+        stored_file(store, f"{erased.path}.xxh3").write_bytes(sums)
         assert clean(store, thorough=True) == 1
-        assert not (Path(store.place) / f"{erased.path}.xxh3").exists()
+        assert not stored_file(store, f"{erased.path}.xxh3").exists()
     assert clean(store) == 2
     kept = {path for one in (committed, staged) for path in (one.path, f"{one.path}.xxh3")}
     assert files_in(Path(store.place)) == {*kept, f"staging/{TASK}.json"}
-    assert not (Path(store.place) / lost.path).exists()
+    assert not stored_file(store, lost.path).exists()
 
 
 def removed_but_not_unlinked(store: Store, run: Run) -> str:
@@ -164,7 +161,7 @@ def removed_but_not_unlinked(store: Store, run: Run) -> str:
     entry = write(Path(store.place), run.id, "chunks", "000000", b"to be erased")
     commit(store, run, entry)
     commit(store, run, write(Path(store.place), run.id, "chunks", "000000", b"erased"), remove=(entry.path,))
-    path = Path(store.place) / entry.path
+    path = stored_file(store, entry.path)
     assert not path.exists()
     path.write_bytes(b"to be erased")
     return entry.path
@@ -198,8 +195,7 @@ def test_what_is_not_the_stores_is_kept(store: Store) -> None:
         "elsewhere/000000-dead012300000000.bin",
     ]
     for path in strange:
-        (Path(store.place) / path).parent.mkdir(exist_ok=True)
-        (Path(store.place) / path).write_bytes(b"a person's")
+        write_stored(store, path, b"a person's")
     assert clean(store) == 0
     assert files_in(Path(store.place)) == set(strange)
 
@@ -208,9 +204,9 @@ def test_checkpoints_and_the_log_are_kept(store: Store) -> None:
     with Run(store.storage, DEAD) as run:
         for number in range(3):
             commit(store, run, records={"n": number})
-    before = sorted(Path(store.place).rglob("*"))
+    before = contents_of(store)
     assert clean(store) == 0
-    assert sorted(Path(store.place).rglob("*")) == before
+    assert contents_of(store) == before
 
 
 def test_cleaning_twice_finds_nothing_the_second_time(store: Store) -> None:
@@ -255,12 +251,11 @@ def test_what_a_run_left_whose_lease_has_lapsed_is_removed_after_a_fence_only(st
         with pytest.raises(LostRunError):
             leases.renew(store.storage, DEAD)
         assert clean(store) == 0
-        assert (Path(store.place) / entry.path).exists()
-        then = time.time() - DEAD_SECONDS - 60
-        os.utime(lease_file(Path(store.place), DEAD), (then, then))
+        assert stored_file(store, entry.path).exists()
+        age_stored(lease_file(Path(store.place), DEAD), DEAD_SECONDS + 60)
         assert clean(store) == 2
         assert fences(store) == {DEAD: []}
-        assert not (Path(store.place) / entry.path).exists()
+        assert not stored_file(store, entry.path).exists()
 
 
 def test_the_day_is_measured_by_the_clock_of_the_storage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +269,11 @@ def test_the_day_is_measured_by_the_clock_of_the_storage(store: Store, monkeypat
 
 def test_a_lease_that_can_not_be_read_counts_for_a_day(store: Store) -> None:
     entry = write(Path(store.place), DEAD, "chunks", "000000")
-    lease = lease_file(Path(store.place), DEAD)
-    lease.parent.mkdir()
-    lease.write_bytes(b"{")
+    lease = write_stored(store, leases.run_path(DEAD), b"{")
     assert clean(store) == 0
-    os.utime(lease, (time.time() - DEAD_SECONDS - 60,) * 2)
+    age_stored(lease, DEAD_SECONDS + 60)
     assert clean(store) == 2
-    assert not (Path(store.place) / entry.path).exists()
+    assert not stored_file(store, entry.path).exists()
     assert fences(store) == {DEAD: []}
 
 
@@ -313,7 +306,7 @@ def test_a_fenced_run_that_wakes_commits_nothing(store: Store) -> None:
         # As if its heart had begun to beat again in the middle of that.
         move_elsewhere(Path(store.place), DEAD)
         built: list[int] = []
-        (Path(store.place) / entry.path).write_bytes(b"data")
+        stored_file(store, entry.path).write_bytes(b"data")
         store.commit(run, lambda state: built.append(state.number))
     assert built == []
     assert list(store.refresh().files()) == []
@@ -354,11 +347,11 @@ def test_what_was_committed_is_not_dropped_with_the_tasks_of_a_fenced_run(tmp_pa
     with Run(store.storage, DEAD), Run(store.storage) as run:
         task = embedding(root, DEAD, 0, ())
         staging.stage(store.storage, task)
-        entry = (root / f"staging/{task.task}.json").read_bytes()
+        entry = stored_file(root, f"staging/{task.task}.json").read_bytes()
         folding.fold(store, run)
         move_elsewhere(root, DEAD, DEAD_SECONDS + 60)
         clean(Store.open(root))
-        (root / f"staging/{task.task}.json").write_bytes(entry)
+        stored_file(root, f"staging/{task.task}.json").write_bytes(entry)
         assert folding.fold(store, run).committed == {task.task}
     assert_whole(store)
 
@@ -374,7 +367,7 @@ def test_a_run_that_is_fenced_while_its_commit_is_being_built_builds_no_other(st
             move_elsewhere(Path(store.place), DEAD, DEAD_SECONDS + 60)
             clean(Store.open(store.place))
             move_elsewhere(Path(store.place), DEAD)
-            (Path(store.place) / entry.path).write_bytes(b"data")
+            stored_file(store, entry.path).write_bytes(b"data")
             return log.Draft("test", add=(dataclasses.replace(entry, slot="000000"),))
 
         store.commit(run, build)
@@ -400,19 +393,19 @@ def test_the_files_of_a_dead_fold_that_are_staged_stay(store: Store) -> None:
         staging.stage(store.storage, task)
     assert clean(store) == 1
     assert files_in(Path(store.place)) == {*(one.path for one in staged), f"staging/{TASK}.json"}
-    assert not (Path(store.place) / lost.path).exists()
-    assert all((Path(store.place) / one.path).read_bytes() == b"tokens" for one in staged)
+    assert not stored_file(store, lost.path).exists()
+    assert all(stored_file(store, one.path).read_bytes() == b"tokens" for one in staged)
 
 
 def test_a_staged_task_that_can_not_be_read_is_removed_and_its_files_of_a_dead_run(store: Store) -> None:
     entry = write(Path(store.place), DEAD, "embeddings", "000000", name="tiny")
-    (Path(store.place) / "staging").mkdir()
-    (Path(store.place) / "staging" / f"{TASK}.json").write_bytes(b'{"kind":')
+    write_stored(store, f"staging/{TASK}.json", b'{"kind":')
     assert clean(store) == 1
     assert files_in(Path(store.place)) == set()
-    assert not (Path(store.place) / entry.path).exists()
+    assert not stored_file(store, entry.path).exists()
 
 
+@pytest.mark.on_disk
 def test_a_symbolic_link_is_neither_followed_nor_removed(store: Store, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from store_help import commit, exit_code, files_in, fork, lease_file, listening, make_store, write
+from stored import age_stored
 
 from retrotool.errors import LostRunError
 from retrotool.store import leases, staging
@@ -50,7 +51,7 @@ def claim(store: Store, run: Run, silent: float = 0.0, **fields: object) -> None
     """Change what a run says of itself, and when it said so last."""
     lease = lease_file(Path(store.place), run.id)
     lease.write_text(json.dumps({**json.loads(lease.read_text()), **fields}))
-    os.utime(lease, (time.time() - silent,) * 2)
+    age_stored(lease, silent)
 
 
 def test_a_run_lives_from_its_beginning_to_its_end(store: Store) -> None:
@@ -150,7 +151,7 @@ def test_a_run_whose_file_can_not_be_read_is_alive_for_an_hour(store: Store, dat
         lease = lease_file(Path(store.place), run.id)
         lease.write_bytes(data)
         assert is_alive(store, run.id)
-        os.utime(lease, (time.time() - leases.SILENCE_SECONDS - 60,) * 2)
+        age_stored(lease, leases.SILENCE_SECONDS + 60)
         assert not is_alive(store, run.id)
 
 
@@ -218,7 +219,7 @@ def test_a_run_that_ends_while_its_heart_beats_is_over(store: Store) -> None:
     ended = threading.Thread(target=run.__exit__, args=(None, None, None))
 
     def end(operation: str, path: str) -> None:
-        if operation == "touch" and threading.current_thread().name == "retrotool-heartbeat":
+        if operation in ("touch", "overwrite") and threading.current_thread().name == "retrotool-heartbeat":
             ended.start()
             ended.join(0.2)
 

@@ -15,6 +15,8 @@ from retrotool.store.leases import Run
 from retrotool.store.paths import FOLDERS, NAMED_KINDS
 from retrotool.store.store import Store
 
+pytestmark = pytest.mark.on_disk
+
 DEAD = "0123abcd"
 
 

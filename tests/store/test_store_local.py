@@ -37,6 +37,8 @@ from retrotool.store.storage import Sink, file_sha256, storage_at
 from retrotool.store.store import Store
 from retrotool.store.vectors import write_vector_blocks, write_vectors
 
+pytestmark = pytest.mark.on_disk
+
 DATA = b"all of it"
 RUN = "0123abcd"
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from store_help import announced, assert_whole, at_step, commit, exit_code, fork, make_store
+from memory_storage import MemoryFile
+from store_help import assert_whole, before_entry, commit, exit_code, fork, make_store
+from stored import stored_file, stored_files, write_stored
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.info import verify
@@ -37,8 +39,8 @@ def root(store: Store) -> Path:
     return Path(store.place)
 
 
-def entry_file(root: Path, number: int) -> Path:
-    return root / log.commit_path(number)
+def entry_file(root: Path, number: int) -> Path | MemoryFile:
+    return stored_file(root, log.commit_path(number))
 
 
 def edit(root: Path, commit_number: int, **fields: object) -> None:
@@ -133,15 +135,6 @@ def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
     assert any("00000003.json: is no child" in problem for problem in problems)
 
 
-LINK = 5
-"""The step of a store's first commit that gives the entry its name: those of the lease and the folder come before."""
-
-
-def test_the_link_is_where_it_is_said_to_be(store: Store) -> None:
-    with Run(store.storage) as run:
-        assert announced(lambda: commit(store, run, records={"a": 1})).index("link") == LINK
-
-
 def test_a_number_is_given_once(store: Store) -> None:
     with Run(store.storage) as run, Run(store.storage) as rival:
         assert log.append(store.storage, run.id, 0, store.genesis, Draft("one"))
@@ -158,8 +151,7 @@ def test_a_writer_that_is_overtaken_at_the_last_moment_goes_on_behind(store: Sto
             seen.append(state)
             return Draft("mine", records={"last": "mine"})
 
-        overtake = at_step(LINK, lambda: commit(other, rival, records={"last": "theirs"}))
-        with overtake:
+        with before_entry(lambda: commit(other, rival, records={"last": "theirs"})):
             store.commit(run, build)
     assert [state.number for state in seen] == [-1, 0]
     assert seen[1].records == {"last": "theirs"}
@@ -174,12 +166,13 @@ def test_a_build_that_finds_nothing_left_to_do_commits_nothing(store: Store) -> 
         def build(state: State) -> Draft | None:
             return None if "done" in state.records else Draft("mine", records={"done": "mine"})
 
-        with at_step(LINK, lambda: commit(other, rival, records={"done": "theirs"})):
+        with before_entry(lambda: commit(other, rival, records={"done": "theirs"})):
             store.commit(run, build)
     assert store.state.number == 0
     assert store.state.records == {"done": "theirs"}
 
 
+@pytest.mark.on_disk
 def test_a_writer_told_that_its_own_entry_exists_knows_that_it_won(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +196,7 @@ def refuse_links(error: int) -> Callable[[Path, Path], None]:
     return hardlink_to
 
 
+@pytest.mark.on_disk
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK])
 def test_a_file_system_without_hard_links_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
@@ -214,6 +208,7 @@ def test_a_file_system_without_hard_links_is_refused(
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.on_disk
 def test_a_store_moved_to_a_file_system_without_hard_links_takes_no_commit(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,11 +231,10 @@ def test_sixteen_processes_lose_no_commit(store: Store) -> None:
             for number in range(COMMITS):
                 slot = f"{writer}.{number}"
                 name = FileName.new(run.id, "tombstones", slot, "bin")
-                (Path(store.place) / name.path).write_text(slot)  # not durable: that is not at stake here, and slow
+                write_stored(store, name.path, slot.encode())  # not durable: that is not at stake here, and slow
                 entry = FileEntry(name.path, slot, 1, len(slot), hashlib.sha256(slot.encode()).hexdigest())
                 commit(own, run, entry, settings={"slot": slot})
 
-    (Path(store.place) / "tombstones").mkdir()
     children = [fork(lambda writer=writer: work(writer)) for writer in range(WRITERS)]
     assert [exit_code(child) for child in children] == [0] * WRITERS
 
@@ -252,7 +246,7 @@ def test_sixteen_processes_lose_no_commit(store: Store) -> None:
         folded = folded.fold([entry])
         order.append(entry.settings["slot"])
     assert not entry_file(Path(store.place), WRITERS * COMMITS).exists()
-    assert len(list((Path(store.place) / "log").iterdir())) == WRITERS * COMMITS
+    assert len(stored_files(store, "log/*")) == WRITERS * COMMITS
     assert sorted(order) == sorted(state.group("tombstones")) == sorted(folded.group("tombstones"))
     for writer in range(WRITERS):
         own = [slot for slot in order if slot.startswith(f"{writer}.")]

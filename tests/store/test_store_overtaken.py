@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from store_help import Action, at_step, commit, make_store
+from stored import stored_file
 
 from retrotool.chunk.chunk_plan import read_json_file, write_json_file
 from retrotool.errors import ConflictError, CorruptError, ErasedError
@@ -92,7 +93,7 @@ def test_a_file_that_no_commit_removed_is_damage_at_once(stored: tuple[Store, Ac
         return read(store, entry)
 
     def lose() -> None:
-        (Path(store.place) / entry.path).unlink()
+        stored_file(store, entry.path).unlink()
 
     if when == "before":
         lose()

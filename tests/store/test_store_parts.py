@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from store_help import make_store, viewing
+from stored import stored_file
 
 from retrotool.embed.search_scope import count_keys, living, searchable_rows
 from retrotool.errors import CorruptError
@@ -223,8 +224,8 @@ def test_vectors_come_back_bit_for_bit(small: Store, matrix: np.ndarray, fortran
     read = read_vectors(viewing(small, entry), entry)
     assert (read.dtype, read.shape) == (np.float16, values.shape)
     assert np.asarray(read).tobytes() == read[:].tobytes() == values.tobytes()
-    assert (Path(small.place) / entry.path).read_bytes()[:8] == b"\x93NUMPY\1\0"
-    assert np.load(Path(small.place) / entry.path).flags.c_contiguous
+    assert stored_file(small, entry.path).read_bytes()[:8] == b"\x93NUMPY\1\0"
+    assert np.load(stored_file(small, entry.path)).flags.c_contiguous
 
 
 @st.composite
@@ -250,7 +251,7 @@ def test_neighbours_come_back(small: Store, table: NeighbourTable) -> None:
     assert (read.ids.dtype, read.distances.dtype) == (np.int64, np.float32)
     assert read.ids.tolist() == table.ids.tolist()
     assert read.distances.tolist() == table.distances.tolist()
-    metadata = pq.read_schema(Path(small.place) / entry.path).metadata
+    metadata = pq.read_schema(stored_file(small, entry.path)).metadata
     assert {key: metadata[b"retrotool." + key] for key in (b"database", b"commit", b"uri")} == {
         b"database": b"uuid", b"commit": b"7", b"uri": b"/db",
     }  # fmt: skip

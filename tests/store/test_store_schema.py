@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from staging_help import planned_store, unit
 from store_help import commit, contents, make_store, write
+from stored import copy_store, remove_store, stored_file, stored_files, write_stored
 
 from retrotool import api
 from retrotool.chunk import chunk_plan
@@ -172,8 +172,8 @@ class Forger:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.commits = sorted((root / "log").iterdir())
-        self.files = {path: path.read_bytes() for path in (root / "store.json", *self.commits)}
+        self.commits = stored_files(root, "log/*")
+        self.files = {path: path.read_bytes() for path in (stored_file(root, "store.json"), *self.commits)}
 
     def restore(self) -> None:
         for path, data in self.files.items():
@@ -206,7 +206,7 @@ class Forger:
 def rich(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``built_store`` after purges, of which one was taken back and one erased; and a ``chunk`` that waits."""
     folder = tmp_path_factory.mktemp("rich")
-    store = Path(shutil.copytree(built_store, folder / "store"))
+    store = copy_store(built_store, folder / "store")
     purged = [api.purge(store, api.Selectors(where=f"id = 'doc-{n}'"), reason="test").purge for n in (3, 4, 5)]
     api.restore(store, purged[0], reason="test")
     api.erase(store, [purged[1]])
@@ -330,7 +330,7 @@ def inspect(root: Path) -> None:
 @given(st.data())
 def test_an_identity_can_be_read_or_is_refused(forger: Forger, data: st.DataObject) -> None:
     forger.restore()
-    path = forger.root / "store.json"
+    path = stored_file(forger.root, "store.json")
     fields, place = altered(data, fields_of(path))
     path.write_bytes(identity._encode(fields))
     forger.put(0, fields_of(forger.commits[0]), hashlib.sha256(path.read_bytes()).hexdigest())
@@ -353,9 +353,8 @@ def test_a_checkpoint_is_the_fold_or_is_named(forger: Forger, data: st.DataObjec
     fields, _ = altered(data, orjson.loads(body))
     body = orjson.dumps(fields)
     sums = {**orjson.loads(header), "sha256": hashlib.sha256(body).hexdigest()}
-    path = forger.root / "checkpoints" / f"{true.number:08d}-0123abcd01234567.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(orjson.dumps(sums) + b"\n" + body)
+    name = f"checkpoints/{true.number:08d}-0123abcd01234567.json"
+    path = write_stored(forger.root, name, orjson.dumps(sums) + b"\n" + body)
     try:
         taken = newest_checkpoint(storage_at(forger.root))
         problems = api.verify_log(forger.root).problems
@@ -409,13 +408,13 @@ def test_a_staged_task_is_folded_or_broken(tmp_path_factory: pytest.TempPathFact
     with Run(store.storage) as run:
         task = unit(root, run.id, "a", data.draw(st.integers(0, 1)))
         staging.stage(store.storage, task)
-        path = root / staging.staged_path(task.task)
+        path = stored_file(root, staging.staged_path(task.task))
         fields, _ = altered(data, fields_of(path))
         path.write_bytes(log.with_checksum(orjson.dumps(fields)))
         assert (task.task in staging.read_staged(store.storage)) != bool(staging.broken(store.storage))
         read(root, {"fold": lambda _: folding.fold(store, run)})
     assert api.verify_log(root).ok, "no commit that can't be read was made of it"
-    shutil.rmtree(root)
+    remove_store(root)
 
 
 @given(st.data())
@@ -491,5 +490,5 @@ def test_no_more_parts_are_pending_than_there_are(tmp_path: Path) -> None:
             assert log.append(store.storage, run.id, 1, store.state.head, Draft("test", records=records))
             with pytest.raises(CorruptError, match=r"commit 1 is invalid: .* parts would be pending"):
                 Store.open(store.place)
-            (tmp_path / "store" / log.commit_path(1)).unlink()
+            stored_file(tmp_path / "store", log.commit_path(1)).unlink()
     assert Store.open(store.place).state.live == 0

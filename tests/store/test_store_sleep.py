@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from store_help import (
     move_elsewhere,
     write,
 )
+from stored import copy_store
 from typer.testing import CliRunner
 
 from retrotool import api
@@ -351,7 +351,7 @@ def chunked(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pat
 @pytest.fixture(scope="module")
 def purged(chunked: Path) -> Path:
     """The same with a purge of both, and of a third."""
-    store = Path(shutil.copytree(chunked, chunked.with_name("purged")))
+    store = copy_store(chunked, chunked.with_name("purged"))
     chosen = api.Selectors(document=("doc-3", "doc-7", "doc-9"))
     api.purge(store, chosen, reason="test")
     return store
@@ -376,13 +376,13 @@ def test_a_command_that_slept_says_so_and_leaves_a_whole_store(
     results = []
     more = chunked.with_name("more.jsonl")
     for number in itertools.count():
-        store = Path(shutil.copytree(before, tmp_path / f"store-{number}"))
+        store = copy_store(before, tmp_path / f"store-{number}")
         begun: list[str] = []
 
         def fall_asleep(
             operation: str, path: str, store: Path = store, begun: list[str] = begun, n: int = number
         ) -> None:
-            if operation == "link" and Path(path).parent == store / "log":
+            if operation in ("link", "put_if_absent") and Path(path).parent == store / "log":
                 begun.append(path)
                 if len(begun) == n + 1:
                     clean_after_a_sleep(store)

@@ -28,6 +28,7 @@ from store_help import (
     files_in,
     live_files,
 )
+from stored import stored_file
 
 from retrotool.store import folding, staging
 from retrotool.store.leases import Run
@@ -222,7 +223,7 @@ def test_a_task_whose_files_are_gone_is_refused_and_can_be_done_again(store: Sto
     with Run(store.storage) as run:
         task = unit(Path(store.place), run.id, "a", 0)
         staging.stage(store.storage, task)
-        (Path(store.place) / task.files()[0]).unlink()
+        stored_file(store, task.files()[0]).unlink()
         assert folding.fold(store, run).refused == {task.task: "its files are gone"}
         assert not staging.is_staged(store.storage, task.task)
     assert Store.open(store.place).state.all_parts() == []

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from store_help import commit, contents, make_commit, make_store, new_token, write
+from stored import stored_file, stored_files
 
 from retrotool.errors import ConflictError, CorruptError
 from retrotool.store import log
@@ -245,7 +246,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def checkpoints(store: Store) -> list[Path]:
-    return sorted((Path(store.place) / "checkpoints").iterdir())
+    return stored_files(store, "checkpoints/*")
 
 
 def commits_read_to_open(root: Path) -> tuple[State, list[int]]:
@@ -294,14 +295,14 @@ def test_a_broken_checkpoint_is_passed_over_for_an_older_one(store: Store, damag
 @pytest.mark.parametrize("number", [20, 21, 22, 1000])
 def test_a_checkpoint_of_a_commit_that_is_not_in_the_log_is_ignored(store: Store, number: int) -> None:
     lie = EMPTY.fold([make_commit(number, add=(entry(SLOTS[0]),))])
-    path = Path(store.place) / "checkpoints" / f"{number:08d}-{new_token()}.json"
+    path = stored_file(store, f"checkpoints/{number:08d}-{new_token()}.json")
     path.write_bytes(encode_checkpoint(lie))
     assert contents(Store.open(store.place).state) == contents(store.state)
 
 
 def test_other_files_among_the_checkpoints_are_ignored(store: Store) -> None:
     for name in ("notes.txt", ".tmp-0123abcd00001234", "99999999.json"):
-        (Path(store.place) / "checkpoints" / name).write_bytes(b"?")
+        stored_file(store, f"checkpoints/{name}").write_bytes(b"?")
     assert contents(Store.open(store.place).state) == contents(store.state)
 
 
@@ -323,6 +324,6 @@ def test_a_draft_that_was_overtaken_is_refused_and_nothing_is_committed(store: S
 
 
 def test_the_files_a_commit_removes_are_unlinked(store: Store) -> None:
-    names = {path.name for path in (Path(store.place) / "tombstones").iterdir()}
+    names = {path.name for path in stored_files(store, "tombstones/*")}
     assert names == {FileName.parse(e.path).path.rpartition("/")[2] for e in store.state.files()}
     assert len(names) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from store_help import make_store, viewing
+from stored import stored_file
 
 from retrotool.ann.trained import of_faiss
 from retrotool.errors import CorruptError
@@ -90,7 +92,7 @@ def test_what_is_taken_is_what_numpy_takes(store: Store, taken: str, rows: int, 
 def test_only_the_block_that_is_touched_is_checked(store: Store) -> None:
     values = matrix(3000)
     entry = write_vectors(store, NAME, values)
-    path = Path(store.place) / entry.path
+    path = stored_file(store, entry.path)
     flip(path, 3 * BLOCK + 100)
     found = read_vectors(viewing(store, entry), entry)
     row_bytes, bad = values[0].nbytes, range(3 * BLOCK, 4 * BLOCK)
@@ -114,7 +116,7 @@ def read_everything(vectors: MappedVectors) -> None:
 def test_every_flipped_bit_of_embeddings_is_noticed(store: Store) -> None:
     values = matrix(700)
     entry = write_vectors(store, NAME, values)
-    path, seen = Path(store.place) / entry.path, viewing(store, entry)
+    path, seen = stored_file(store, entry.path), viewing(store, entry)
     whole = path.read_bytes()
     places = [*range(0, 160, 3), *random.Random(2).sample(range(entry.bytes), 150), entry.bytes - 1]
     for place in places:
@@ -128,7 +130,7 @@ def test_every_flipped_bit_of_embeddings_is_noticed(store: Store) -> None:
 @pytest.mark.parametrize("what", ["flipped", "short", "long", "gone"])
 def test_sums_that_are_damaged_are_noticed(store: Store, what: str) -> None:
     entry = write_vectors(store, NAME, matrix(700))
-    sums = Path(store.place) / (entry.path + SUMS)
+    sums = stored_file(store, entry.path + SUMS)
     data = sums.read_bytes()
     changed = {"flipped": bytes([data[0] ^ 1]) + data[1:], "short": data[:-4], "long": data + b"\0"}
     if what == "gone":
@@ -157,7 +159,7 @@ def read_lists(store: Store, entry: FileEntry, index: Any) -> list[bytes]:
 @pytest.mark.parametrize("factory", ["IVF32,SQ8", "OPQ8,IVF32,PQ8", "IDMap2,SQfp16"])
 def test_every_flipped_bit_of_an_index_is_noticed(store: Store, factory: str) -> None:
     entry, index = make_index(store, factory)
-    path, seen = Path(store.place) / entry.path, viewing(store, entry)
+    path, seen = stored_file(store, entry.path), viewing(store, entry)
     whole, due = path.read_bytes(), read_lists(viewing(store, entry), entry, index)
     places = [*range(0, 400, 9), *random.Random(4).sample(range(entry.bytes), 100), entry.bytes - 1]
     noticed = 0
@@ -175,8 +177,8 @@ def test_every_flipped_bit_of_an_index_is_noticed(store: Store, factory: str) ->
 
 def test_only_the_list_that_is_read_is_checked(store: Store) -> None:
     entry, index = make_index(store, "IVF32,SQ8")
-    path = Path(store.place) / entry.path
-    mapped = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    path = stored_file(store, entry.path)
+    mapped = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP)
     flip(path, faiss.downcast_InvertedLists(mapped.invlists).lists.at(20).offset + 7)
     shard = read_shard(viewing(store, entry), entry, of_faiss(index))
     for number in (0, 1, 2, 31):
@@ -191,6 +193,6 @@ def test_blocks_are_written_in_pieces_and_summed_as_one(store: Store) -> None:
     values = matrix(2000)
     entry = write_vector_blocks(store, NAME, 2000, 48, [values[:1], values[1:999], values[999:]])
     other = write_vectors(store, FileName.new(RUN, "embeddings", "000000", "npy", "tiny"), values)
-    one, two = ((Path(store.place) / (path.path + SUMS)).read_bytes() for path in (entry, other))
+    one, two = (stored_file(store, (path.path + SUMS)).read_bytes() for path in (entry, other))
     assert one == two
     assert entry.sha256 == other.sha256

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from selector_help import GRAM_HASHES, block_of, purge, random_tokens, scanned, store_of, weak_hashes
+from stored import stored_file
 
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.purge.selectors import ngrams
@@ -148,7 +149,7 @@ def test_what_can_not_be_compared_is_refused(tmp_path: Path, tiny_encoder: Path,
     with pytest.raises(UsageError, match="tokenizer") as error:
         Contaminates(other.place).open(store)
     assert f"--tokenizer {Path(store.place) / store.identity.tokenizer.file}" in error.value.advice
-    assert (Path(store.place) / store.identity.tokenizer.file).exists()
+    assert stored_file(store, store.identity.tokenizer.file).exists()
     with pytest.raises(StoreNotFoundError):
         Contaminates(str(tmp_path / "none")).open(store)
     empty = purge(store_of(tmp_path / "empty", tiny_encoder, [[7, 8]]), 0)

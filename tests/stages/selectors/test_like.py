@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Cli, make_encoder, make_rows, make_text, write_jsonl
+from stored import contents_of, stored_file, stored_files
 
 import retrotool
 from retrotool import api, engine
@@ -32,7 +33,7 @@ def distances(root: Path, queries: np.ndarray) -> dict[int, float]:
         (name,) = store.state.names("embeddings")
         embeddings = store.state.part_file("embeddings", part, name)
         assert embeddings is not None
-        vectors = np.load(root / embeddings.path).astype(np.float64)
+        vectors = np.load(stored_file(root, embeddings.path)).astype(np.float64)
         apart = np.square(vectors[:, None] - queries[None].astype(np.float64)).sum(2).min(1)
         found |= {(part << 32) + row: float(distance) for row, distance in enumerate(apart)}
     return found
@@ -69,7 +70,7 @@ def test_all_chunks_within_the_distance_are_selected_and_no_other(store_copy: Pa
     within, expected = a_share(distances(store_copy, query(store_copy, TEXT)), share)
     assert len(expected) > 0
     assert selected(store_copy, like=TEXT, within=within) == expected
-    assert list(store_copy.glob("scans/*/*"))
+    assert stored_files(store_copy, "scans/*")
     assert api.verify(store_copy).ok, "what was found is told as the format says"
 
 
@@ -231,8 +232,7 @@ def test_the_text_stands_in_no_file_but_the_selectors_and_goes_with_the_erase(st
     api.purge(store_copy, asked, reason="test")
 
     def holding() -> set[str]:
-        files = (path for path in store_copy.rglob("*") if path.is_file())
-        return {path.parent.name for path in files if TEXT.encode() in path.read_bytes()}
+        return {path.split("/")[0] for path, data in contents_of(store_copy).items() if TEXT.encode() in data}
 
     assert holding() == {"selectors"}
     done = api.purge(store_copy, asked, reason="test", erase=True)
