@@ -51,9 +51,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# On the disk, where fsync counts, as is what follows.
-nightly: $(STAMP)  ## Every test, also the long ones, 300 examples a property
+# On the disk, where fsync counts, as is what follows it; then with all stores in memory, as on an object store.
+nightly: $(STAMP)  ## Every test, also the long ones, 300 examples a property, on both storages
 	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) --timeout 3600
+	RETROTOOL_TEST_STORAGE=memory $(PYTEST) $(PARALLEL)
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --help > $(VENV)/benchmark.log || exit 1; done
 
 torture: $(STAMP)  ## KILLS=n kills a command, 1,000 unless said, hours; SEED=n repeats a run; `make test` runs 3
