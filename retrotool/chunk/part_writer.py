@@ -86,6 +86,8 @@ class _ChunksFile:
     def abandon(self) -> None:
         """Stop writing; nothing stays."""
         if self._written is None:
+            # Nothing was put yet. But a Ctrl-C in ``submit`` leaves a thread that waits, and nothing to know it by.
+            self._tables.put(CancelledError())
             return
         while not self._written.done():
             try:
