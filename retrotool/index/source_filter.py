@@ -77,11 +77,13 @@ def find_sources(
 ) -> dict[str, str]:
     """The names of sources by their keyed hashes, of those that are found; ``parts_of_each``: in so many parts."""
     found: dict[str, str] = {}
+    if not hashes:
+        return found
     for database in databases:
         for names in islice(source_names(database), parts_of_each):
+            found |= {hashed: name for name in names if (hashed := keyed(name)) in hashes}
             if set(hashes) <= set(found):
                 return found
-            found |= {hashed: name for name in names if (hashed := keyed(name)) in hashes}
     return found
 
 

@@ -45,7 +45,7 @@ from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.state import State
-from retrotool.store.store import Store, check_compatible
+from retrotool.store.store import Store, check_compatible, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
 
@@ -169,7 +169,9 @@ def neighbours(
         if mixture.mixed:
             store.commit(run, mixture.commit)
     first = found[0]
-    not_embedded = count_left(store, embedded_parts(store, first.encoder), read_tombstones(store))
+    not_embedded = retry_overtaken(
+        lambda: count_left(store, embedded_parts(store, first.encoder), read_tombstones(store)), store.renew
+    )
     left = [embed_command(store, first.encoder)] if not_embedded else []
     left += [command for one in found for command in one.commands]
     if left:
@@ -220,17 +222,21 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
             "Give one of them a name of its own with --name.",
         )
     elsewhere = engine.count_elsewhere(stage, store, run)
-    database = stage.open_database(store)
-    rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
-    not_indexed = count_left(database.store, database.held(), database.tombstones)
-    commands = []
-    if not_indexed:
-        index = None if stage.index == NO_INDEX else stage.index
-        commands = commands_to_index(Store.open(given.path), database.encoder, index)
-    return DatabaseResult(
-        given.path, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
-        named(stage.filters, store, [database.store]), aware, tuple(commands),
-    )  # fmt: skip
+
+    def describe() -> DatabaseResult:
+        database = stage.open_database(store)
+        rows = count_keys_of(store, map(int, store.refresh().group("neighbours", stage.table)))
+        not_indexed = count_left(database.store, database.held(), database.tombstones)
+        commands = []
+        if not_indexed:
+            index = None if stage.index == NO_INDEX else stage.index
+            commands = commands_to_index(Store.open(given.path), database.encoder, index)
+        return DatabaseResult(
+            given.path, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
+            named(stage.filters, store, [database.store]), aware, tuple(commands),
+        )  # fmt: skip
+
+    return retry_overtaken(describe, store.renew)
 
 
 def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:

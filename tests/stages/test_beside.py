@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from retrotool.errors import UsageError
 from retrotool.index.index_records import IndexFiles
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
+from retrotool.neighbours import run as neighbours_run
+from retrotool.neighbours.filters import FilterOptions
 from retrotool.store import folding, staging
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -248,3 +251,22 @@ def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path
         )  # a chunk of the copy, before it is found
         finish_plans(opened, run)
     assert api.verify(store).problems == []
+
+
+def test_neighbours_are_told_though_an_erase_takes_what_is_read_for_that(
+    store_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then all of them are committed."""
+    count, erased = neighbours_run.count_left, list[str]()
+
+    def overtaken(*arguments: Any) -> int:
+        if not erased:
+            erased.append("doc-3")
+            api.purge(store_copy, api.Selectors(document=("doc-3",)), reason="test", erase=True)
+        return count(*arguments)
+
+    monkeypatch.setattr(neighbours_run, "count_left", overtaken)
+    result = api.neighbours(store_copy, name="other", filters=FilterOptions(exclude_sources=("b",)))
+    assert erased == ["doc-3"]
+    assert result.filters == {"exclude_sources": ["b"]}
+    assert api.verify(store_copy).problems == []
