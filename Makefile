@@ -57,9 +57,10 @@ nightly: $(STAMP)  ## Every test, also the long ones, 300 examples a property, o
 	RETROTOOL_TEST_STORAGE=memory $(PYTEST) $(PARALLEL)
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --help > $(VENV)/benchmark.log || exit 1; done
 
-torture: $(STAMP)  ## KILLS=n kills a command, 1,000 unless said, hours; SEED=n repeats a run; `make test` runs 3
+torture: $(STAMP)  ## KILLS=n kills, races, damages of each kind, 1,000 unless said, hours; SEED=n repeats a run; `make test` runs 1 to 3
 	@echo "make torture KILLS=$(KILLS) SEED=$(SEED)"
-	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly RETROTOOL_KILLS=$(KILLS) RETROTOOL_CORPUS_KILLS=$(KILLS) RETROTOOL_SEED=$(SEED) \
+	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly RETROTOOL_SEED=$(SEED) \
+		RETROTOOL_KILLS=$(KILLS) RETROTOOL_CORPUS_KILLS=$(KILLS) RETROTOOL_DAMAGES=$(KILLS) \
 		$(PYTEST) $(PARALLEL) tests/crash tests/corpus tests/corrupt tests/chunk/test_full_disk.py --timeout 0
 
 corpus-test: $(STAMP)  ## Every document of CORPUS=folder of .jsonl.zst files, and 100 kills; `make test` takes Python's own texts

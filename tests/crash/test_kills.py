@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import random
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,10 +37,11 @@ from retrotool.index.run import Options
 from retrotool.info.run import info
 from retrotool.info.verify import Verification, verify
 from retrotool.purge.undo import restore
-from retrotool.store import disk
+from retrotool.store import disk, leases
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
 from retrotool.store.paths import DATA_KINDS
+from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 from retrotool.store.sums import with_sums
 
@@ -70,8 +73,32 @@ class Countdown:
         cls.calls, cls.fatal = 0, fatal
 
 
-def in_child(work: Callable[[], object], fatal: int | None) -> tuple[bool, int]:
-    """Do ``work`` in a forked child; return whether it was killed, and how many store calls it made if it was not."""
+@dataclass
+class Child:
+    """A forked process at some work; ``pipe`` can be read from once it has ended."""
+
+    process: int
+    pipe: int
+
+    def end(self) -> tuple[bool, str]:
+        """Wait for its end; return whether it was killed, and what it said: what its work returned, as text."""
+        with os.fdopen(self.pipe) as pipe:
+            said = pipe.read()
+        status = os.waitpid(self.process, 0)[1]
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or status == 0, "the command failed by itself"
+        return killed, said
+
+    def stop(self) -> None:
+        """Kill it if its end was not waited for: nobody would."""
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(self.process, os.WNOHANG)[0] == 0:
+                os.kill(self.process, signal.SIGKILL)
+                os.waitpid(self.process, 0)
+
+
+def begin_child(work: Callable[[], object]) -> Child:
+    """Begin ``work`` in a forked child."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -81,20 +108,25 @@ def in_child(work: Callable[[], object], fatal: int | None) -> tuple[bool, int]:
 
             gc.freeze()  # else a collection would copy all pages that are shared with the parent
             torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
-            Countdown.start(fatal)
-            work()
-            os.write(write, str(Countdown.calls).encode())
+            os.write(write, str(work()).encode())
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
     os.close(write)
-    with os.fdopen(read) as pipe:
-        calls = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed or status == 0, "the command failed by itself"
+    return Child(child, read)
+
+
+def in_child(work: Callable[[], object], fatal: int | None) -> tuple[bool, int]:
+    """Do ``work`` in a forked child; return whether it was killed, and how many store calls it made if it was not."""
+
+    def counted() -> int:
+        Countdown.start(fatal)
+        work()
+        return Countdown.calls
+
+    killed, calls = begin_child(counted).end()
     return killed, int(calls or 0)
 
 
@@ -276,6 +308,111 @@ def test_a_plan_whose_finishing_was_killed_is_finished_when_it_is_run_again(tiny
         check_between(store, tmp_path / "before", set(), expected)
         in_child(lambda store=store: finish(store), None)  # type: ignore[misc]
         check_after(store, case, expected)
+
+
+FEW = [
+    pytest.param(i, id=name, marks=[] if name in ("chunk", "embed", "erase") else pytest.mark.nightly)
+    for i, name in enumerate(CASES)
+]
+
+
+def waiting_for_nothing(work: Callable[[], object]) -> str:
+    """Do some work; return after how many seconds it wrote anything but leases, and which claims it did not get."""
+    refused: list[str] = []
+    begun, written = time.monotonic(), list[float]()
+    take = leases.take_claim
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == disk.EVENT and arguments[0] == "write" and "/leases/" not in arguments[1]:
+            written.append(time.monotonic() - begun)
+
+    def take_noted(storage: Storage, task: str, run: str) -> bool:
+        taken = take(storage, task, run)
+        refused.extend([] if taken else [task])
+        return taken
+
+    sys.addaudithook(note)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it sleeps for {seconds} s"))
+        patch.setattr(leases, "take_claim", take_noted)
+        work()
+    return json.dumps({"after": written[0] if written else None, "refused": refused})
+
+
+@pytest.mark.parametrize("number", FEW)
+def test_a_command_after_a_kill_does_not_wait_for_the_dead(
+    number: int, stages: dict[str, Path], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """It finds the lease and the claims of the killed run, and goes on at once: it sleeps never, and gets all claims.
+
+    How long that takes is printed (pytest -rP), and not asserted.
+    """
+    case = cases(stages, tiny_encoder)[number]
+    before = stages[case.name.split()[0]]
+    expected, calls = uninterrupted(case, before, tmp_path / "whole")
+    draw, after, left = random.Random(SEED + 300 + number), [], 0
+    for attempt in range(KILLS if "RETROTOOL_KILLS" in os.environ else 1):
+        store = tmp_path / f"store-{attempt}"
+        if before.exists():
+            shutil.copytree(before, store)
+        assert in_child(lambda store=store: case.work(store), draw.randint(calls // 4, calls))[0]  # type: ignore[misc]
+        left += len(list((store / "leases").glob("*-*")))
+        killed, told = begin_child(lambda store=store: waiting_for_nothing(lambda: case.work(store))).end()  # type: ignore[misc]
+        assert not killed
+        found = json.loads(told)
+        assert found["refused"] == []
+        assert list((store / "leases").iterdir()) == []
+        after += [found["after"]] if found["after"] is not None else []
+        check_after(store, case, expected)
+        shutil.rmtree(store)
+    assert left, "it left leases"
+    if after:
+        after.sort()
+        print(
+            f"{case.name}: goes on after {after[len(after) // 2]:.3f} s, at most {after[-1]:.3f} s ({len(after)} times)"
+        )
+
+
+def test_verify_finds_nothing_at_any_step_of_an_erase_that_is_killed_twice(
+    stages: dict[str, Path], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """What was finished by the kill is committed without the rest: parts are erased then, and tables not yet."""
+    case = cases(stages, tiny_encoder)[CASES.index("erase earlier")]
+    expected, calls = uninterrupted(case, stages["earlier"], tmp_path / "whole")
+    draw, looked_at = random.Random(SEED + 400), 0
+    for attempt in range(KILLS if "RETROTOOL_KILLS" in os.environ else 3):
+        store = Path(shutil.copytree(stages["earlier"], tmp_path / f"store-{attempt}"))
+        kills = draw.randint(calls // 5, 4 * calls // 5), draw.randint(calls // 5, 4 * calls // 5)
+        for fatal in (*kills, None):
+            said = begin_child(lambda store=store, fatal=fatal: looking(case, store, fatal)).end()[1]  # type: ignore[misc]
+            assert problems(store) == set(), kills
+            found = json.loads(said or "[]")
+            assert {problem for problems in found for problem in problems} == set(), kills
+            looked_at += len(found)
+        check_after(store, case, expected)
+        shutil.rmtree(store)
+    assert looked_at > 0
+
+
+def looking(case: Case, store: Path, fatal: int | None) -> str:
+    """Do a command, and verify the store after each of its commits; return what was found each time."""
+    found: list[list[str]] = []
+    committed = False
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal committed
+        if event == disk.EVENT:
+            due, committed = committed, arguments[0] == "link" and arguments[1].startswith(f"{store}/log/")
+            if due:  # verifying has steps, too, but makes no commit
+                calls = Countdown.calls
+                found.append(sorted(problems(store)))
+                assert not found[-1]
+                Countdown.calls = calls
+
+    sys.addaudithook(look)
+    Countdown.start(fatal)
+    case.work(store)
+    return json.dumps(found)
 
 
 def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, int]:

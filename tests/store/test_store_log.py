@@ -11,12 +11,22 @@ from pathlib import Path
 
 import pytest
 from memory_storage import MemoryFile
-from store_help import assert_whole, before_entry, commit, exit_code, fork, make_store
+from store_help import (
+    assert_whole,
+    before_entry,
+    commit,
+    exit_code,
+    files_in,
+    fork,
+    live_files,
+    make_store,
+    temporary_files,
+)
 from stored import stored_file, stored_files, write_stored
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.info import verify
-from retrotool.store import disk, log
+from retrotool.store import disk, gc, log
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
@@ -251,4 +261,10 @@ def test_sixteen_processes_lose_no_commit(store: Store) -> None:
     for writer in range(WRITERS):
         own = [slot for slot in order if slot.startswith(f"{writer}.")]
         assert own == [f"{writer}.{number}" for number in range(COMMITS)]
-    assert_whole(Store.open(store.place))
+    assert len({*order}) == WRITERS * COMMITS, "none was made twice"
+    last = Store.open(store.place)
+    assert_whole(last)
+    assert temporary_files(Path(store.place)) == [] and list(store.storage.list("leases/")) == []
+    assert gc.unnamed_files(last) == [] and files_in(Path(store.place)) == live_files(state)
+    with Run(store.storage) as run:
+        assert gc.clean(last, run) == 0, "nothing was left over"
