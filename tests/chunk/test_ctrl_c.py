@@ -31,6 +31,6 @@ def test_it_ends_the_thread_that_has_only_begun(
         patched.setattr(part_writer, "ThreadPoolExecutor", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             api.chunk(store, [str(source)], tokenizer=str(byte_level_tokenizer))
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("retrotool-")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("retrotool-write")]
     assert api.chunk(store, [str(source)]).documents == 20
     assert api.verify(store).ok

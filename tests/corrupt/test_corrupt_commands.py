@@ -39,7 +39,7 @@ from damage_help import (
 from retrotool import api
 from retrotool.errors import RetrotoolError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.on_disk]  # it is a disk that damages files
 
 DAMAGES = int(os.environ.get("RETROTOOL_DAMAGES", times(2, 8)))
 SEED = int(os.environ.get("RETROTOOL_SEED", "2026"))
