@@ -216,7 +216,7 @@ def races(encoder: Path, inputs: Path) -> dict[str, Race]:
         "finish, purge": Race("pending", finish, purge, (), (*VICTIMS, COPY)),
         "purge, finish": Race("pending", purge, finish, (), (*VICTIMS, COPY)),
         "finish, erase": Race("pending", finish, purge_and_erase, (), (*VICTIMS, COPY)),
-        "finish, finish": Race("pending", finish, finish),
+        "finish, finish": Race("pending", finish, finish, (UsageError,)),  # there may be nothing left to finish
         "embed, erase": Race("purge", embed, purge_and_erase, (), VICTIMS),
         "erase, embed": Race("purge", purge_and_erase, embed, (), VICTIMS),
         "index, erase": Race("purge", index, purge_and_erase, (), VICTIMS),
