@@ -128,17 +128,20 @@ class Jump:
             jump(self.storage, self.seconds)
         alive = {lease.path.removeprefix("leases/run-") for lease in self.storage.list("leases/run-")}
         self.there = {path for path in self._files() if gc.owner_of(self.storage, path) in alive}
-        self.there |= {one.path for one in self.storage.unfinished()}
 
     def check(self) -> None:
-        """Whether all that the command which stands still has written is there yet, but for what a commit removed."""
+        """Whether all that the command which stands still has written is there yet, but for what a commit removed.
+
+        What it has only begun to write is not looked at: a thread of it may end that meanwhile. If it were removed, the
+        command would end with an error.
+        """
         commits = (log.read(self.storage, number) for number in range(Store.open(self.storage).state.number + 1))
         removed = {path for commit in commits if commit for path in commit.remove}
         lost = {path for path in self.there - self._files() - removed if self.spares or path.startswith("leases/")}
         assert lost == set()
 
     def _files(self) -> set[str]:
-        return {info.path for info in self.storage.list("")} | {one.path for one in self.storage.unfinished()}
+        return {info.path for info in self.storage.list("")}
 
 
 def span_of_run(work: Work, store: Path | str) -> tuple[int, int]:
