@@ -5,7 +5,7 @@ Beside every file of embeddings and of an index lies one with the same name and 
 (``retrotool.store.vectors``); then a look-up in a bitmap is all it costs. Parquet has sums of its own, in its pages.
 The SHA-256 of the whole file, which ``verify`` checks, is in the log; the sums of blocks are not.
 
-16 KiB, as measured (``benchmarks/block_sums.py``): a row that is read first costs 1 µs for its block, and the sums are
+16 KiB, as measured (``benchmarks/block_sums.py``): a row that is read first costs 3 µs for its block, and the sums are
 0.05 % of the file. Smaller blocks cost more by the byte and have more sums, larger ones make the first row dearer.
 """
 
