@@ -41,7 +41,7 @@ class MappedFile:
         self._left = len(self._sums)
 
     def check(self, start: int, stop: int) -> None:
-        """Check the blocks of some bytes; ``CorruptError`` if one of them is not what was written."""
+        """Check the blocks of some bytes; ``CorruptError`` if one of them does not match its sum."""
         if self._left and stop > start:
             first, last = start // BLOCK, (stop - 1) // BLOCK
             if not self._good[first : last + 1].all():
@@ -69,7 +69,7 @@ class MappedFile:
         bad = blocks[np.array(found, np.uint64) != self._sums[blocks]]
         if len(bad):
             raise self._store.corrupt(
-                f"{self._store.where(self._path)}: what lies at byte {bad[0] * BLOCK:,} is not what was written"
+                f"{self._store.where(self._path)}: the block at byte {bad[0] * BLOCK:,} does not match its checksum"
             )
         self._good[blocks] = True
         self._left = len(self._good) - int(np.count_nonzero(self._good))

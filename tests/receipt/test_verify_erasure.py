@@ -257,7 +257,7 @@ def test_a_file_that_is_not_what_the_log_says_is_found(erased: tuple[Path, str, 
         data[len(data) - 1 if path == stored_file(store, vectors) else len(data) // 2] ^= 1
         path.write_bytes(data)
     problems = receipt(store, name).problems
-    assert f"{vectors}: what lies at byte 0 is not what was written" in problems
+    assert f"{vectors}: the block at byte 0 does not match its checksum" in problems
     assert any(problem.startswith(f"{table}: ") for problem in problems)
     rewrite_sums(stored_file(store, vectors))
     assert f"{vectors}: its SHA-256 is not what the log says" in receipt(store, name).problems
