@@ -87,7 +87,7 @@ def make(root: Path, chunks: int, real: list[int]) -> None:
                 entry for part in numbers for entry in (real_part(store, part) if part in real else made_up(part))
             ]
             n = ROWS * numbers.stop
-            totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n, "set_aside": 0}
+            totals = {"chunks": n, "documents": n // DOCUMENT, "tokens": 64 * n, "rejected": 0}
             draft = Draft("chunk", add=tuple(entries), records={"parts": numbers.stop, "totals": totals})
             assert log.append(store.storage, RUN, store.state.number + 1, store.state.head, draft)
             store.refresh()

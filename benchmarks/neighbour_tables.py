@@ -53,9 +53,9 @@ def own(rows: npt.NDArray[np.int64], neighbours: npt.NDArray[np.int64], document
     numbers = {document: i for i, document in enumerate(dict.fromkeys(documents))}
     number = np.array([numbers[document] for document in documents])
     place = np.searchsorted(ids, rows)
-    living = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == rows)
+    live = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == rows)
     whose = number[np.minimum(np.searchsorted(ids, neighbours), len(ids) - 1)]
-    same = (whose == number[np.minimum(place, len(ids) - 1)][:, None]) & member(neighbours, ids) & living[:, None]
+    same = (whose == number[np.minimum(place, len(ids) - 1)][:, None]) & member(neighbours, ids) & live[:, None]
     return int(same.sum())
 
 

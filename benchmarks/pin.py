@@ -227,7 +227,7 @@ class Spelling:
         """Undo a purge."""
         if "undo" in self.commands:
             return ["undo", store, purge, "--reason", "pinned"]
-        return ["purge", store, purge, "--restore", "--reason", "pinned"]
+        return ["purge", store, purge, "--undo", "--reason", "pinned"]
 
     def erase(self, store: Path, *purges: str) -> list[object]:
         """Erase purges."""

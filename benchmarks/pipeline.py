@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py INPUT.jsonl[.zst] [...] [--embed-chunks 2000]
 
-chunk is held against ``tokenizers`` alone on the same texts (its floor); neighbours against ``faiss`` searching query
+chunk is compared with ``tokenizers`` alone on the same texts (its floor); neighbours against ``faiss`` searching query
 by query in an exact float32 index of the same vectors. Embedding has a benchmark of its own, ``embed.py``; it is slow
 on a CPU, so neighbours use the first ``--embed-chunks`` chunks only unless that is raised.
 """

@@ -8,7 +8,7 @@ which should mean about a tenth of the store. Then
 
 * every victim is a query of a search, and the victims among the 10 nearest are counted;
 * every read path is taken, and the victims in what it returns are counted (``retrotool.receipt.read_paths``);
-* neighbours of random living chunks, as they are read, are held against brute force over the living vectors alone:
+* neighbours of random live chunks, as they are read, are compared with brute force over the live vectors alone:
   before the purge, after it, after ``neighbours``, and as they are found from scratch in the store that was purged;
 * it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
 
@@ -55,7 +55,7 @@ def run(*arguments: object) -> tuple[dict[str, Any], float]:
 
 
 def embedded(root: Path, encoder: str) -> tuple[Ids, npt.NDArray[np.float16], Ids]:
-    """Ids, vectors and documents (first chunk) of all living chunks that have a vector."""
+    """Ids, vectors and documents (first chunk) of all live chunks that have a vector."""
     reader, store = retrotool.open(root), Store.open(root)
     found = []
     for part in (int(slot) for slot in store.state.group("embeddings", encoder)):
@@ -82,7 +82,7 @@ def truth(ids: Ids, vectors: npt.NDArray[Any], documents: Ids, rows: Ids, k: int
 
 
 def recall(root: Path, encoder: str, chunks: Ids, name: str) -> str:
-    """recall@2 and @10 of ``chunks`` in the table ``name`` as it is read, against brute force over what is living."""
+    """recall@2 and @10 of ``chunks`` in the table ``name`` as it is read, against brute force over what is live."""
     ids, vectors, documents = embedded(root, encoder)
     rows = np.searchsorted(ids, chunks)
     reader = retrotool.open(root)
@@ -126,7 +126,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
         path = take()
         print(f"  {path.name:<20}{path.found} in {path.rows:,} rows{'; ' + path.note if path.note else ''}")
     drawn = drawn[~victims.contains(drawn)]
-    print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} living chunks")
+    print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} live chunks")
     print(f"  as they are read    {recall(root, encoder, drawn, name)}")
     filled, seconds = run("neighbours", root, "--name", name)
     print(f"  neighbours again    {seconds:7.1f} s: {filled['queries']:,} rows searched again")

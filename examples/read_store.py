@@ -23,7 +23,7 @@ def paragraph(label: str, chunk: Chunk | None) -> str:
 
 
 def first_chunk(reader: Reader) -> int | None:
-    """The lowest living chunk id of the store; None if everything is purged."""
+    """The lowest live chunk id of the store; None if everything is purged."""
     for part in reader.parts():
         ids = reader.chunk_ids(part)
         if len(ids):
@@ -35,7 +35,7 @@ def main(store: str, table: str = "main") -> None:
     reader = retrotool.open(store)
     chunk_id = first_chunk(reader)
     if chunk_id is None:
-        sys.exit(f"{store} has no living chunk")
+        sys.exit(f"{store} has no live chunk")
     chunk = reader.chunk(chunk_id)
     print(f"{store} at commit {reader.commit}; chunk {chunk.id} of document {chunk.document}, {chunk.n_tokens} tokens")
     print(paragraph("chunk", chunk))

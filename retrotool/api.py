@@ -25,7 +25,7 @@ from retrotool.purge.run import purge as purge
 from retrotool.purge.run import scan as scan
 from retrotool.purge.select import Selectors as Selectors
 from retrotool.purge.select import kinds_of as kinds_of
-from retrotool.purge.undo import restore as restore
+from retrotool.purge.undo import undo as undo
 from retrotool.reader import Chunk as Chunk
 from retrotool.reader import Reader as Reader
 from retrotool.reader import open_store as open_store

@@ -4,7 +4,7 @@ The command line prints ``error: <message>`` and ``<advice>`` and exits with ``e
 chooses an exit code. So does what the system says of a file (an ``OSError`` with its name: exit code 1). Anything else
 is a bug, and shows its traceback.
 
-    0 done   1 failed   2 usage   3 finished with input set aside   10 no store   11 a commit race lost, or the run
+    0 done   1 failed   2 usage   3 finished with input rejected   10 no store   11 a commit race lost, or the run
     taken for dead   12 corrupt, or erased under a reader   130 interrupted
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
-EXIT_SET_ASIDE = 3
+EXIT_REJECTED = 3
 EXIT_INTERRUPTED = 130
 
 

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Queries
 from retrotool.cli.command_lines import SHOWN, table_command
-from retrotool.embed.search_scope import living, pick_encoder, read_part_vectors
+from retrotool.embed.search_scope import live_rows, pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
@@ -42,7 +42,7 @@ _KEPT_PARTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A living chunk.
+    """A live chunk.
 
     ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``, from 0.
     ``key`` is False for a chunk of the value of a key-value record, which is never searched.
@@ -116,12 +116,12 @@ class Reader:
         """Numbers of all parts, ascending."""
         return self._store.state.parts()
 
-    def is_living(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def is_live(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which chunk ids are chunks of the store that are neither purged nor erased, bool [n]."""
         return self._which(ids, lambda chunks, row: bool(chunks.n_tokens[row] > 0))
 
     def is_searchable(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which chunk ids can be neighbours and have some, bool [n]: living chunks but values of key-value records."""
+        """Which chunk ids can be neighbours and have some, bool [n]: live chunks but values of key-value records."""
         return self._which(ids, lambda chunks, row: bool(chunks.between(row, row + 1).embedded[0]))
 
     def _which(
@@ -148,7 +148,7 @@ class Reader:
         return found
 
     def _find(self, chunk_id: int) -> Chunk | None:
-        if not self.is_living([chunk_id])[0]:
+        if not self.is_live([chunk_id])[0]:
             return None
         part, row = split_id(chunk_id)
         chunks, place = self._row(part, row)
@@ -160,19 +160,19 @@ class Reader:
         )
 
     def continuation(self, chunk_id: int) -> Chunk | None:
-        """The living chunk that follows in the same document; None if there is none, or it belongs to a purged key."""
+        """The live chunk that follows in the same document; None if there is none, or it belongs to a purged key."""
         following = self._find(chunk_id + 1)
         if following is None or following.index == 0:
             return None
         # Chunks of a document follow one another, and the key is its first.
-        whole = following.key or self.is_living([following.id - following.index])[0]
+        whole = following.key or self.is_live([following.id - following.index])[0]
         return following if whole else None
 
     def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
         numbers = _ids(ids)
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
-        for i in np.flatnonzero(self.is_living(numbers)):
+        for i in np.flatnonzero(self.is_live(numbers)):
             chunks, place = self._row(*split_id(int(numbers[i])))
             out[i] = chunks.tokens[place]
         return out
@@ -183,25 +183,25 @@ class Reader:
         return self.tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
-        """Ids of a document's living chunks, in order; ``UsageError`` if it is not there, was purged or set aside.
+        """Ids of a document's live chunks, in order; ``UsageError`` if it is not there, was purged or rejected.
 
         Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
-        the order of chunk ids, that is living. The others are read as all chunks are, by their ids (``chunk_ids``).
+        the order of chunk ids, that is live. The others are read as all chunks are, by their ids (``chunk_ids``).
         """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
             table = self._documents(part)
             for row in table.filter(pc.equal(table["key"], pa.scalar(key, table["key"].type))).to_pylist():
                 ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
-                alive = ids[self.is_living(ids)]
+                alive = ids[self.is_live(ids)]
                 if len(alive):
                     return [int(i) for i in alive]
-        raise UsageError(f"the store has no document {name!r}, or it was purged, or set aside as a repeat")
+        raise UsageError(f"the store has no document {name!r}, or it was purged, or rejected as a repeat")
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
-        """Ids of a part's living chunks, ascending; ``is_searchable`` tells the keys among them."""
+        """Ids of a part's live chunks, ascending; ``is_searchable`` tells the keys among them."""
         self._check_live(part)
-        rows = np.flatnonzero(living(parts.read_chunks(self._store, part), self._tombstones))
+        rows = np.flatnonzero(live_rows(parts.read_chunks(self._store, part), self._tombstones))
         return parts.chunk_ids(part, rows)
 
     def _check_live(self, part: int) -> None:
@@ -220,7 +220,7 @@ class Reader:
         return copy
 
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
-        """(id, distance) of a chunk's living neighbours, nearest first; at most k (default: the table's).
+        """(id, distance) of a chunk's live neighbours, nearest first; at most k (default: the table's).
 
         ``UsageError`` for a mixture of several databases, where an id alone names no chunk: see ``neighbour_places``.
         """
@@ -232,7 +232,7 @@ class Reader:
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
     def neighbour_places(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[str, int, float]]:
-        """(place of the database, id, distance) of a chunk's living neighbours, nearest first.
+        """(place of the database, id, distance) of a chunk's live neighbours, nearest first.
 
         At most k (default: the table's). In a mixture the nearest is that of the least squared distance over weight;
         distances are given as they are.
@@ -241,12 +241,12 @@ class Reader:
         return [(database.path, i, distance) for database, i, distance in found]
 
     def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
-        """A chunk's living neighbours with their continuations, nearest first; see ``neighbour_places``."""
+        """A chunk's live neighbours with their continuations, nearest first; see ``neighbour_places``."""
         return [database.neighbour(i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
     def _near(self, chunk_id: int, name: str, k: int | None) -> list[tuple[Reader, int, float]]:
         reader, databases = self._tables(name)
-        if not self.is_living([chunk_id])[0]:
+        if not self.is_live([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
         part, row = split_id(chunk_id)
         found, row = self._neighbour_rows(name, part, row // ROW_GROUP), row % ROW_GROUP
@@ -285,7 +285,7 @@ class Reader:
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[Neighbour]:
-        """The k living keys nearest to a text.
+        """The k live keys nearest to a text.
 
         ``index``: the default one, if none is named. ``encoder``: loaded already, for more than one search. ``nprobe``
         and ``rerank`` take the place of the index's operating point: lists to probe, and candidates for 10 neighbours.

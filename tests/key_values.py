@@ -51,7 +51,7 @@ def make_store(root: Path, model: Path, *contents: list[Written]) -> Path:
     store = Store.create(root, identity, file.content, LENGTH)
     with Run(store.storage) as run:
         add: list[FileEntry] = []
-        totals = {"documents": 0, "chunks": 0, "tokens": 0, "set_aside": 0}
+        totals = {"documents": 0, "chunks": 0, "tokens": 0, "rejected": 0}
         for number, documents in enumerate(contents):
             cuts = [cut(document, tokenizer) for document in documents]
             add += _write_part(store, run, number, documents, cuts)

@@ -58,7 +58,7 @@ class Table:
 
 
 class Columns:
-    """Vectors, float32 or float64 [n, d], that queries are held against, some of these against some of those.
+    """Vectors, float32 or float64 [n, d], that queries are compared with, some of these against some of those.
 
     The score of q and x is q · x − |x|² / 2, the larger the nearer. Products are torch's: oneDNN makes a kernel for
     every shape that it meets, and here nearly every one is new.

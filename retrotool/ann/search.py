@@ -55,7 +55,7 @@ def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
 class Search:
     """A search of some queries through the shards of one index, for ``depth`` candidates each.
 
-    ``precise``: products in float64, for a truth that others are held against. ``device`` does the products and finds
+    ``precise``: products in float64, for a truth that others are compared with. ``device`` does the products and finds
     the best; lists are decoded on the CPU. ``room``: bytes for scores and decoded vectors. ``vectors``: these take the
     place of codes, so that of the lists only the ids are read. ``rough``: products may be rounded, where that is
     quicker. ``beyond``: the nearest so many lists are left out, as they were searched before.

@@ -111,15 +111,15 @@ class MaxBad:
 
     def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
         """Return why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
-        bad = counts["set_aside"]
+        bad = counts["rejected"]
         if self.rows is not None:
-            return f"{bad:,} rows were set aside, more than --max-bad {self.rows:,}" if bad > self.rows else ""
+            return f"{bad:,} rows were rejected, more than --max-bad {self.rows:,}" if bad > self.rows else ""
         if self.share is not None:
             read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
             if read < _LEAST_ROWS and self.share and not last:
                 return ""
             if bad > self.share * read:
-                return f"{bad:,} of {read:,} rows were set aside, more than --max-bad {100 * self.share:g}%"
+                return f"{bad:,} of {read:,} rows were rejected, more than --max-bad {100 * self.share:g}%"
         return ""
 
 

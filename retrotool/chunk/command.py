@@ -11,7 +11,7 @@ import typer
 from retrotool.chunk import PART_SIZE
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, unescape
-from retrotool.errors import EXIT_SET_ASIDE
+from retrotool.errors import EXIT_REJECTED
 from retrotool.scratch import use_scratch
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Examples:
   retrotool chunk wiki-store wiki.idx --end-of-document 102
   retrotool chunk store corpus/*.jsonl.zst --changed add
 
-Exit codes: 0 done, 3 done with input set aside or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
+Exit codes: 0 done, 3 done with input rejected or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
 
 _input = partial(opt, panel="What is let in")
 _reading = partial(opt, panel="How rows are read")
@@ -66,7 +66,7 @@ def command(
     separator: Annotated[
         str | None, _reading("What stands between documents in .txt files, such as '\\n\\n'.", metavar="S")
     ] = None,
-    max_document: Annotated[str, _reading("Longer texts are set aside.", metavar="SIZE")] = "64MiB",
+    max_document: Annotated[str, _reading("Longer texts are rejected.", metavar="SIZE")] = "64MiB",
     duplicates: Annotated[
         Literal["skip", "keep", "fail"],
         _input(
@@ -84,7 +84,7 @@ def command(
     max_bad: Annotated[
         str | None,
         _input(
-            "Stop when more rows are set aside; the rest of a damaged file is one. Default: any number.", metavar="N|P%"
+            "Stop when more rows are rejected; the rest of a damaged file is one. Default: any number.", metavar="N|P%"
         ),
     ] = None,
     skip_missing: Annotated[
@@ -107,7 +107,7 @@ def command(
     """Cut a corpus into chunks of 64 tokens, in Parquet.
 
     Makes the store if there is none, else adds to it; inputs that the store has already are skipped. What can't be
-    read is set aside with file, line and reason. The result is the same whatever the number of workers, kills and
+    read is rejected with file, line and reason. The result is the same whatever the number of workers, kills and
     resumes.
     """
     with output.errors(as_json):
@@ -143,8 +143,8 @@ def command(
             return
         result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
         output.show(result, as_json, _text)
-        if result.set_aside or result.stopped:
-            raise typer.Exit(EXIT_SET_ASIDE)
+        if result.rejected or result.stopped:
+            raise typer.Exit(EXIT_REJECTED)
 
 
 def _text(result: ChunkResult) -> str:
@@ -159,7 +159,7 @@ def _text(result: ChunkResult) -> str:
     if result.compared:
         exact = f"; {result.exact:,} by tokenizers alone" if result.exact else ""
         lines.append(
-            f"Tokenised by tokie, of {output.count(result.compared, 'document')} held against tokenizers{exact}."
+            f"Tokenised by tokie, of {output.count(result.compared, 'document')} compared with tokenizers{exact}."
         )
     if result.duplicates:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
@@ -172,8 +172,8 @@ def _text(result: ChunkResult) -> str:
         lines.append(f"{output.count(result.blocked, 'document')} left out: purged before (--allow-purged adds them).")
     if result.keys_cut:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
-    if result.set_aside:
-        lines.append(f"{output.count(result.set_aside, 'row')} set aside:")
+    if result.rejected:
+        lines.append(f"{output.count(result.rejected, 'row')} rejected:")
         rows = [
             (r.rows, _reason(r), f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
             for r in result.reasons[:10]
@@ -212,7 +212,7 @@ def estimate_text(estimate: Estimate) -> str:
         ("documents", f"about {estimate.documents:,}"),
         ("tokens", f"about {estimate.tokens:,}"),
         ("chunks", f"about {estimate.chunks:,}, in {output.count(estimate.parts, 'part')}"),
-        ("set aside", f"about {output.count(estimate.set_aside, 'row')}"),
+        ("rejected", f"about {output.count(estimate.rejected, 'row')}"),
         ("on disk", f"about {output.size(estimate.bytes)}"),
         (
             "time",

@@ -3,7 +3,7 @@
 Which documents repeat is found after chunking, over all parts at once (``hash_partitions``). The rule, of which the
 order of chunk ids is a part, is in the store format: first by id, then by text among the documents that are whole, and
 those that were purged as a whole.
-Only documents of the plan are set aside: what an earlier plan kept, stays. Cutting the same inputs into more or fewer
+Only documents of the plan are rejected: what an earlier plan kept, stays. Cutting the same inputs into more or fewer
 plans gives the same documents.
 
 Memory: as ``hash_partitions`` says, then one part that holds a repeat at a time, 17 bytes a repeat and 8 a chunk of it.
@@ -245,7 +245,7 @@ def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Du
         "documents": -(counts.by_id + counts.by_text) * gone,
         "chunks": -counts.chunks * gone,
         "tokens": -counts.tokens * gone,
-        "set_aside": counts.by_id * gone,
+        "rejected": counts.by_id * gone,
     }
     found = {
         "duplicates": duplicates,
@@ -255,7 +255,7 @@ def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Du
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {
-            name: totals[name] + n + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "set_aside")
+            name: totals[name] + n + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "rejected")
             for name, n in change.items()
         },
         "pending": int(state.records.get("pending", 0)) - len(parts_of_plan(state, plan_id)),
@@ -295,12 +295,12 @@ def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: 
         if not left.any():
             continue
         alive = left & ~tombstones.contains(ids)
-        living = np.bincount(owner[alive], minlength=len(count)) > 0
-        table = table.filter(pa.array(living))
+        live = np.bincount(owner[alive], minlength=len(count)) > 0
+        table = table.filter(pa.array(live))
         yield PartRepeats(
             ids[left],
             int(alive.sum()),
-            by_text[some][living],
+            by_text[some][live],
             table["input"].combine_chunks(),
             table["position"].to_numpy(),
             table["source"].fill_null("").to_pylist(),

@@ -46,7 +46,7 @@ class Estimate:
     tokens: int
     chunks: int
     parts: int
-    set_aside: int
+    rejected: int
     bytes: int
     seconds: float
     megabytes_per_second: float
@@ -60,7 +60,7 @@ class _Sample:
     """What was found in inputs of a format; ``read`` of their bytes were looked at."""
 
     documents: int = 0
-    set_aside: int = 0
+    rejected: int = 0
     text: int = 0
     tokens: int = 0
     chunks: int = 0
@@ -105,7 +105,7 @@ def estimate(
     whole = _Sample()
     for kind, sample in samples.items():
         factor = max(1.0, sizes[kind] / sample.read) if sample.read else 0.0
-        for name in ("documents", "set_aside", "text", "tokens", "chunks", "disk"):
+        for name in ("documents", "rejected", "text", "tokens", "chunks", "disk"):
             setattr(whole, name, getattr(whole, name) + round(getattr(sample, name) * factor))
         whole.cpu += sample.cpu * factor
     units = cut_units(files, options.fields, options.part_size, chunk_length)
@@ -114,7 +114,7 @@ def estimate(
     seconds = whole.cpu / max(1, min(options.workers, len(units)))
     return Estimate(
         inputs=len(files), known_inputs=known, input_bytes=sum(sizes.values()), documents=whole.documents,
-        tokens=whole.tokens, chunks=whole.chunks, parts=n_parts, set_aside=whole.set_aside, bytes=whole.disk,
+        tokens=whole.tokens, chunks=whole.chunks, parts=n_parts, rejected=whole.rejected, bytes=whole.disk,
         seconds=seconds, megabytes_per_second=whole.text / seconds / 1e6 if seconds else 0.0,
         workers=options.workers, sampled_documents=sum(sample.documents for sample in samples.values()),
         sampled_bytes=sum(sample.text for sample in samples.values()),
@@ -162,7 +162,7 @@ class _Sampler:
             if text >= characters:
                 break
         sample.read += share if text < characters else min(share, text / _expansion(file))
-        sample.set_aside += bad
+        sample.rejected += bad
         sample.cpu += time.process_time() - started
         if not batch:
             return
@@ -171,7 +171,7 @@ class _Sampler:
         started = time.process_time()
         aside: list[Rejected] = []
         found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, aside.append)
-        sample.set_aside += len(aside)
+        sample.rejected += len(aside)
         cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
         sample.documents += len(found.documents)
         sample.chunks += len(cut.doc)

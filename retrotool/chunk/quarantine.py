@@ -1,4 +1,4 @@
-"""Rows that a unit sets aside, held in 24 bytes each: a wrong ``--text-field`` can set aside every row of a corpus.
+"""Rows that a unit rejects, held in 24 bytes each: a wrong ``--text-field`` can rejected every row of a corpus.
 
 Excerpts are kept of the first rows only, and of reasons the first ten thousand that differ.
 """
@@ -35,7 +35,7 @@ def without_numbers(reason: str) -> str:
 
 
 class Quarantine:
-    """Gathers rows set aside, input by input, and writes them as a quarantine file."""
+    """Gathers rows rejected, input by input, and writes them as a quarantine file."""
 
     def __init__(self) -> None:
         self._inputs: list[str] = []

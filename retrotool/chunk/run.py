@@ -1,4 +1,4 @@
-"""``chunk``: plan, work the units, finish; what came of it, why rows were set aside, and what may be a slip."""
+"""``chunk``: plan, work the units, finish; what came of it, why rows were rejected, and what may be a slip."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _LOOKED_AT = 64
 
 @dataclass(frozen=True, slots=True)
 class RejectedReason:
-    """A reason why rows were set aside, how many, where the first is, and its excerpt, if one was kept."""
+    """A reason why rows were rejected, how many, where the first is, and its excerpt, if one was kept."""
 
     reason: str
     rows: int
@@ -70,7 +70,7 @@ class RejectedReason:
 class ChunkResult:
     """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
 
-    ``stopped`` says why not all was done, ``exceeded`` that more was set aside than was allowed though all was done; ""
+    ``stopped`` says why not all was done, ``exceeded`` that more was rejected than was allowed though all was done; ""
     if not. ``duplicates`` are documents left out for their text, ``known_documents`` those that the store has of an
     input that was read again, ``blocked`` those that were purged once. Of ``compared`` documents the fast tokenizer's
     tokens were compared with those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
@@ -79,7 +79,7 @@ class ChunkResult:
     documents: int
     chunks: int
     tokens: int
-    set_aside: int
+    rejected: int
     blocked: int
     known_documents: int
     damaged: int
@@ -152,9 +152,9 @@ def chunk(
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in plans]
     units = waiting_units(store, plans)
-    # What all plans but the last had set aside of inputs that were read again does not count.
+    # What all plans but the last had rejected of inputs that were read again does not count.
     reasons, damaged = _reasons(store, plans, units, changed)
-    counts = {**counts_of(store, plans), "set_aside": sum(reason.rows for reason in reasons), "damaged": damaged}
+    counts = {**counts_of(store, plans), "rejected": sum(reason.rows for reason in reasons), "damaged": damaged}
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
     note_empty_columns(store, sorted(set(state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
     return ChunkResult(
@@ -345,7 +345,7 @@ def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
 def _reasons(
     store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
 ) -> tuple[tuple[RejectedReason, ...], int]:
-    """Reasons why rows of some plans were set aside, the most frequent first, and how many stand for damage.
+    """Reasons why rows of some plans were rejected, the most frequent first, and how many stand for damage.
 
     Reasons that are alike but for numbers are one.
     """

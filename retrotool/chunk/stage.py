@@ -60,8 +60,8 @@ GIVEN_UP = "given up"
 class ChunkStage:
     """The units of all unfinished plans.
 
-    ``skip_missing``: set aside inputs that are gone, or changed, since they were planned; ``changed``: paths of inputs
-    of which only a change is set aside, as they are read again. Else that is an error. ``check``: the share of
+    ``skip_missing``: rejected inputs that are gone, or changed, since they were planned; ``changed``: paths of inputs
+    of which only a change is rejected, as they are read again. Else that is an error. ``check``: the share of
     documents whose tokens are compared with those of ``tokenizers``. ``run``: the run that does it; standard input that
     another one has is left to it as long as it runs, and rejected when it does not.
     """
@@ -94,7 +94,7 @@ class ChunkStage:
         return ChunkWorker(store, self)
 
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
-        """An empty unit, whose inputs are set aside: what can't be read must not keep what comes after it waiting."""
+        """An empty unit, whose inputs are rejected: what can't be read must not keep what comes after it waiting."""
         plan = _plan_of(store, task)
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
         detail = sources.reason_of(error)[:_EXCERPT]
@@ -121,10 +121,10 @@ def _staged(
     files: tuple[tuple[FileEntry, ...], ...] = (),
     blocked: Blocked | None = None,
 ) -> Staged:
-    """Write what a unit set aside, and return what to stage of it."""
+    """Write what a unit rejected, and return what to stage of it."""
     plan_id, index = task.inputs["plan"], task.inputs["unit"]
     quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
-    counts = {**counts, "set_aside": len(bad), "damaged": bad.damaged}
+    counts = {**counts, "rejected": len(bad), "damaged": bad.damaged}
     unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots)
     return Staged(task.key, "chunk", run, reads=(task.inputs["path"],), unit=unit)
 
@@ -253,7 +253,7 @@ class _Unit:
 
 
 def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
-    """Documents of a piece, and damage; what else is set aside goes to ``bad``."""
+    """Documents of a piece, and damage; what else is rejected goes to ``bad``."""
     file = plan.files[piece.file]
     if is_spooled(file) and plan.owner != stage.run:
         bad.append(Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again"))

@@ -35,7 +35,7 @@ class EmbedResult:
     ``tokens`` are the encoder's, real ones and special ones, of this run. ``forward`` is the way its devices took,
     "packed" or "transformers" with the reason in ``why``, and ``cosine`` the least with ``transformers`` in float32
     that was seen when the encoder was loaded. ``busy`` is the share of its devices' time that was forward.
-    ``elsewhere`` are parts that other living runs are at. ``check`` is the record of ``--check``.
+    ``elsewhere`` are parts that other live runs are at. ``check`` is the record of ``--check``.
     """
 
     encoder: str

@@ -19,7 +19,7 @@ from retrotool.store import log, parts
 from retrotool.store.parts import Chunks
 from retrotool.store.storage import is_same
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones, restored_purges
+from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones, undone_purges
 from retrotool.store.vectors import MappedVectors, read_vectors
 
 
@@ -49,7 +49,7 @@ def read_part_vectors(store: Store, encoder: str, part: int) -> MappedVectors:
     return read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
 
 
-def living(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
+def live_rows(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Which rows of a part are neither erased nor purged, bool [n]; values of key-value records are among them."""
     alive: npt.NDArray[np.bool_] = chunks.n_tokens > 0
     alive[tombstones.rows(chunks.part)] = False
@@ -68,7 +68,7 @@ class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
 
     def __init__(self, store: Store, numbers: Iterable[int], tombstones: Tombstones) -> None:
         self._store, self._tombstones = store, tombstones
-        self.counts = {part: count_living_keys(store, part, tombstones) for part in numbers}
+        self.counts = {part: count_live_keys(store, part, tombstones) for part in numbers}
 
     def __getitem__(self, part: int) -> npt.NDArray[np.int64]:
         return searchable_rows(self._store, part, self._tombstones)
@@ -99,7 +99,7 @@ def count_keys(store: Store, part: int) -> int:
     return parts.n_keys(parts.part_entry(store, "chunks", part))
 
 
-def count_living_keys(store: Store, part: int, tombstones: Tombstones) -> int:
+def count_live_keys(store: Store, part: int, tombstones: Tombstones) -> int:
     """How many keys of a part are neither purged nor erased; reads which are keys only where some of both are there."""
     purged = tombstones.rows(part)  # the erased are among them
     keys = count_keys(store, part)
@@ -111,11 +111,11 @@ def count_living_keys(store: Store, part: int, tombstones: Tombstones) -> int:
 def count_keys_of(store: Store, numbers: Iterable[int], tombstones: Tombstones | None = None) -> int:
     """Keys of some parts that are neither purged nor erased: those that ``tombstones`` has not, None: the store's."""
     tombstones = read_tombstones(store) if tombstones is None else tombstones
-    return sum(count_living_keys(store, part, tombstones) for part in numbers)
+    return sum(count_live_keys(store, part, tombstones) for part in numbers)
 
 
 def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int:
-    """Living keys of the parts that are not among ``done``."""
+    """Live keys of the parts that are not among ``done``."""
     return count_keys_of(store, set(store.state.parts()).difference(done), tombstones)
 
 
@@ -141,12 +141,12 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
 
 
 def may_repeat(store: Store) -> bool:
-    """Whether several documents of one id may be living: if they were kept. The log knows.
+    """Whether several documents of one id may be live: if they were kept. The log knows.
 
-    Also if one was purged, let in again, and the purge then taken back.
+    Also if one was purged, let in again, and the purge then undone.
     """
     plans = store.state.with_prefix("plan:").values()
-    return any(record.get("repeats") for record in restored_purges(store.state).values()) or any(
+    return any(record.get("repeats") for record in undone_purges(store.state).values()) or any(
         plan.get("duplicates") == "keep" and plan.get("duplicates_by_id") for plan in plans
     )
 
@@ -154,7 +154,7 @@ def may_repeat(store: Store) -> bool:
 def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstones) -> Excluded:
     """The chunks of the documents that have ``keys`` (nulls: of nobody), as intervals, one of ``Excluded`` a key.
 
-    Documents of which nothing is living are left out: they are never found. Reads the keys of all documents of the
+    Documents of which nothing is live are left out: they are never found. Reads the keys of all documents of the
     database, one part at a time, and the places of those that are found.
     """
     coded = keys.cast(pa.binary()).combine_chunks().dictionary_encode()

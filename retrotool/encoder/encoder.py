@@ -124,7 +124,7 @@ class Encoder:
             self._before, self._after = self.tokenizer.special_tokens()
         except Exception as error:  # the library raises nothing more special
             raise UsageError(
-                f"encoder {spec!r}: its tokenizer can't tokenise: {error}", "Mend tokenizer.json."
+                f"encoder {spec!r}: its tokenizer can't tokenise: {error}", "Repair tokenizer.json."
             ) from error
         self._vocabulary = read_config(path).get("vocab_size")
         self._load(forward)

@@ -33,7 +33,7 @@ Examples:
   retrotool index store --retrain
   retrotool index store --shard 3/16
   retrotool index store --merge
-  retrotool index store --mend
+  retrotool index store --repair
   retrotool index store --name wide --drop"""
 
 _SOURCES = 8
@@ -69,7 +69,7 @@ def command(
     ] = False,
     retrain: Annotated[bool, opt("Train anew beside the old one, and switch when all is done.", "--retrain")] = False,
     merge: Annotated[bool, opt("Join the small shards of parts that came later.", "--merge")] = False,
-    mend: Annotated[bool, opt("Read every shard, and make those anew that are broken.", "--mend")] = False,
+    repair: Annotated[bool, opt("Read every shard, and make those anew that are broken.", "--repair")] = False,
     default: Annotated[bool, opt("Make it the index that is searched where none is named.", "--default")] = False,
     drop: Annotated[bool, opt("Take the index away, with all its files.", "--drop")] = False,
     as_json: Json = False,
@@ -85,7 +85,7 @@ def command(
         from retrotool.ann.choice import IndexWishes
         from retrotool.index import run as index_run
 
-        other = {"tune": tune, "retrain": retrain, "merge": merge, "mend": mend, "default": default}
+        other = {"tune": tune, "retrain": retrain, "merge": merge, "repair": repair, "default": default}
         building = {
             "nlist": nlist, "code": code, "factory": factory, "shard_size": shard_size, "shard": shard,
             "encoder": encoder,
@@ -103,7 +103,7 @@ def command(
             output.show(found, as_json, _text)
             return
         wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
-        options = index_run.Options(wanted, devices, parse_shard(shard), queries, tune, retrain, merge, mend, default)
+        options = index_run.Options(wanted, devices, parse_shard(shard), queries, tune, retrain, merge, repair, default)
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         if result.not_embedded:

@@ -85,7 +85,7 @@ def read_shards(
     """
     for entry in IndexFiles(store.state, name, generation).shards.values():
         try:
-            with advising(_anew("Make", store, name, "--mend")):
+            with advising(_anew("Make", store, name, "--repair")):
                 shard = read_shard(store, entry, trained)
         except CorruptError:
             if missing is None:
@@ -97,7 +97,7 @@ def read_shards(
 
 def check_sum(store: Store, name: str, entry: FileEntry) -> None:
     """``CorruptError`` if a shard's bytes are not what the log says: what is made of it would be as wrong."""
-    with advising(_anew("Make", store, name, "--mend")):
+    with advising(_anew("Make", store, name, "--repair")):
         store.check_sum(entry)
 
 

@@ -100,7 +100,7 @@ class Options:
     tune: bool = False
     retrain: bool = False
     merge: bool = False
-    mend: bool = False
+    repair: bool = False
     default: bool = False
 
 
@@ -121,7 +121,7 @@ def index(
     store = Store.open(root)
     name = default_index(store.state) if name is None else name
     check_name(name, "--name")
-    asked = [option for option in ("tune", "retrain", "merge", "mend") if getattr(options, option)]
+    asked = [option for option in ("tune", "retrain", "merge", "repair") if getattr(options, option)]
     if asked and name not in store.state.names("index"):
         raise _no_index(store, name, asked[0])
     files = IndexFiles(store.state, name)
@@ -138,7 +138,7 @@ def index(
     with writing(store) as run:
         if options.retrain:
             _forget_other(store, run, stage)
-        if options.mend:
+        if options.repair:
             read_trained(store, name, generation)
             found = IndexFiles(store.state, name).shards.values()
             stage = replace(stage, broken=tuple(entry.path for entry in found if not is_unchanged(store, entry)))
@@ -151,7 +151,7 @@ def index(
         if not elsewhere and (
             options.tune
             or not _is_measured(store.state, name, generation, wanted.target)
-            or (options.mend and not is_unchanged(store, store.state.file("index", RECALL, name)))
+            or (options.repair and not is_unchanged(store, store.state.file("index", RECALL, name)))
         ):
             measure_until_committed(
                 store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
@@ -220,7 +220,7 @@ def describe(
     left = count_left(store, embedded, read_tombstones(store))
     entries, vectors = files.shards.values(), files.vectors
     measured = state.file("index", RECALL, name)
-    with advising(f"Measure it anew: {command_line('index', store.place, name=name)} --mend"):
+    with advising(f"Measure it anew: {command_line('index', store.place, name=name)} --repair"):
         content = {} if measured is None else read_json_file(store, measured, _MEASURED)
     vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
     return IndexResult(
@@ -260,11 +260,11 @@ def _check(options: Options, target: float | None) -> None:
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     engine.check_shard(options.shard)
-    if options.merge and options.mend:
-        raise UsageError("--merge and --mend are two things to do", "Mend first, then merge.")
+    if options.merge and options.repair:
+        raise UsageError("--merge and --repair are two things to do", "Repair first, then merge.")
     if not options.retrain:
         return
-    for option in ("merge", "mend"):
+    for option in ("merge", "repair"):
         if getattr(options, option):
             raise UsageError(f"--{option} and --retrain are two things to do", "Give one of them.")
     if options.shard is not None:
@@ -283,7 +283,7 @@ def _check_embeddings(store: Store, stage: IndexStage) -> None:
         try:
             store.check_sum(entry)
         except CorruptError as error:
-            raise store.corrupt(f"{error}, so the index can't be mended from it") from error
+            raise store.corrupt(f"{error}, so the index can't be repaired from it") from error
 
 
 def _no_index(store: Store, name: str, asked: str) -> UsageError:

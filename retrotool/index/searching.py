@@ -230,7 +230,7 @@ class Database(_Open):
         wider: int = 1,
         beyond: int = 0,
     ) -> Best:
-        """The k nearest living keys of each query.
+        """The k nearest live keys of each query.
 
         For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
         ``only``: in the shards that hold any of these parts. ``wider``: in so many times as many lists.
@@ -271,7 +271,7 @@ class Database(_Open):
     def _search(
         self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
     ) -> Best:
-        # Many queries are held against the vectors of lists themselves, as long as these stay in memory: it is quicker
+        # Many queries are compared with the vectors of lists themselves, as long as these stay in memory: it is quicker
         # than ranking many candidates of each, and finds no less than codes do.
         by_vectors = self._fits and not isinstance(self.trained.codec, Whole)
         by_vectors &= len(queries) * nprobe >= _SHARED_LISTS * self.trained.nlist
@@ -362,7 +362,7 @@ class ExactDatabase(_Open):
         wider: int = 1,  # noqa: ARG002
         beyond: int = 0,  # noqa: ARG002
     ) -> Best:
-        """The k nearest living keys of each query; ``only``: in these parts. There are no lists to search ``wider``."""
+        """The k nearest live keys of each query; ``only``: in these parts. There are no lists to search ``wider``."""
         best: Best | None = None
         for part in self.held():
             rows = self._rows(part)

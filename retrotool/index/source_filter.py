@@ -64,7 +64,7 @@ class AllowedChunks:
 
 
 def source_names(store: Store) -> Iterator[set[str]]:
-    """The sources of living documents, part by part: a source may come up in several parts."""
+    """The sources of live documents, part by part: a source may come up in several parts."""
     tombstones = read_tombstones(store)
     for part in store.state.parts():
         sources = parts.read_documents(store, part, ["source"])["source"]

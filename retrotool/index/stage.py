@@ -45,7 +45,7 @@ from retrotool.store.paths import FileName, generation_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
 
 SHARD_ROWS = 1 << 20
 _LISTS_IN_A_SHARD = 16
@@ -97,7 +97,7 @@ class IndexStage:
                 raise superseded(self.index)
             tasks = [self._training(store)]
         else:
-            tasks = self._mends(store, files)
+            tasks = self._repairs(store, files)
             tasks += self._merges(files) if self.merge else self._new_shards(store, files)
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
@@ -120,14 +120,14 @@ class IndexStage:
                 tasks.append(self._coding(store, files, slot, {"slot": slot}, rows, {"slot": slot, "parts": new}))
         return tasks
 
-    def _mends(self, store: Store, files: IndexFiles) -> list[Task]:
+    def _repairs(self, store: Store, files: IndexFiles) -> list[Task]:
         there = set(search_scope.embedded_parts(store, self.encoder))
         tasks = []
         for slot, entry in files.shards.items():
             if entry.path in self.broken:
                 numbers = [part for part in ShardRecord.of(entry).parts if part in there]
                 inputs = {"slot": slot, "parts": numbers, "replaces": entry.path}
-                tasks.append(self._coding(store, files, f"mend {slot}", {"mend": entry.path}, entry.rows, inputs))
+                tasks.append(self._coding(store, files, f"repair {slot}", {"repair": entry.path}, entry.rows, inputs))
         return tasks
 
     def _coding(
@@ -231,7 +231,7 @@ class IndexWorker:
             report(int(done * task.weight) - int(before * task.weight))
 
         # Shards hold purged vectors, too, as a purge can be undone.
-        left_out = Tombstones(np.union1d(read_set_aside(store).ids, search_scope.erased_chunks(store).ids))
+        left_out = Tombstones(np.union1d(read_rejected(store).ids, search_scope.erased_chunks(store).ids))
         memory = stage.wanted.memory
         trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
         report(task.weight - int(done * task.weight))
@@ -311,9 +311,9 @@ def _coded(
     most, n, fit = sum(search_scope.count_keys(store, part) for part in numbers), 0, list[list[float]]()
     in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)
     codes = np.empty((most, trained.codec.size), np.uint8)
-    set_aside, block = read_set_aside(store), _BLOCK_ROWS[device.split(":")[0]]
+    rejected, block = read_rejected(store), _BLOCK_ROWS[device.split(":")[0]]
     for part in numbers:
-        coded = search_scope.searchable_rows(store, part, set_aside)
+        coded = search_scope.searchable_rows(store, part, rejected)
         vectors, errors = search_scope.read_part_vectors(store, encoder, part), np.zeros(2)
         for start in range(0, len(coded), block):
             rows = coded[start : start + block]

@@ -74,8 +74,8 @@ def _text(info: Info) -> str:
             f"{kind} {output.size(size)}" for kind, size in sorted(info.bytes.items(), key=lambda item: -item[1])[:5]
         ),
     ]
-    if info.set_aside:
-        lines.append(f"  set aside   {output.count(info.set_aside, 'row')} of input, listed in quarantine/")
+    if info.rejected:
+        lines.append(f"  rejected   {output.count(info.rejected, 'row')} of input, listed in quarantine/")
     for name, e in info.encoders.items():
         covered = f"{e['rows']:,} of {output.count(info.keys, 'chunk')}, {e['parts']:,} of {len(info.parts):,} parts"
         checked = f"; recall@10 {e['check']['recall_at_10']:.4f} against float32" if "check" in e else ""
@@ -100,8 +100,8 @@ def _text(info: Info) -> str:
 
 
 def _after(purge: dict[str, Any]) -> str:
-    if "restored" in purge:
-        return f" and taken back ({purge['restored_reason']})"
+    if "undone" in purge:
+        return f" and undone ({purge['undone_reason']})"
     return " and erased" if purge["erased"] else ""
 
 

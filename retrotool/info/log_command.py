@@ -43,7 +43,7 @@ def _text(entry: LogEntry) -> str:
         done = [f"set {key}" for key in entry.records]
     words = ", ".join(done)
     for purge in entry.purges:
-        verb = {"erase": "erased ", "restore": "took back "}.get(entry.command, "")
+        verb = {"erase": "erased ", "undo": "undid "}.get(entry.command, "")
         by = f" by {purge['who']}" if purge["who"] and entry.command != "erase" else ""
         words += f"; {verb}{purge['purge']}" + output.one_line(f"{by}: {purge['reason']}")
     return f"{entry.number:>6}  {entry.time[:19]}  {entry.sha256}  {entry.command:<11} {words}".rstrip()

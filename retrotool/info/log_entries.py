@@ -21,7 +21,7 @@ from retrotool.store.storage import Storage, storage_at, where
 from retrotool.store.verify_log import check_log
 
 _PURGE = "purge:"
-_ABOUT = {"purge": ("reason", "who"), "erase": ("reason", "who"), "restore": ("restored_reason", "restored_by")}
+_ABOUT = {"purge": ("reason", "who"), "erase": ("reason", "who"), "undo": ("undone_reason", "undone_by")}
 """Of commits that are about purges, where their records say why and who."""
 
 
@@ -31,7 +31,7 @@ class LogEntry:
 
     ``added`` has, by kind of file (for some with a name behind it: ``embeddings/minilm``), how many ``files`` and
     ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are those that it made,
-    took back or finished erasing, with the reason and who, of an erase those of the purge. ``sha256`` is that of the
+    undid or finished erasing, with the reason and who, of an erase those of the purge. ``sha256`` is that of the
     entry, by which the next one names it.
     """
 

@@ -61,7 +61,7 @@ class Info:
     chunks: int
     keys: int
     tokens: int
-    set_aside: int
+    rejected: int
     purged: int
     chunk_length: int
     tokenizer: dict[str, Any]
@@ -145,9 +145,9 @@ class _Keys:
         return self.count if parts == self._store.state.parts() else self._count(parts)
 
     def _count(self, parts: list[int]) -> int:
-        from retrotool.embed.search_scope import count_living_keys
+        from retrotool.embed.search_scope import count_live_keys
 
-        return sum(count_living_keys(self._store, part, self._tombstones) for part in parts)
+        return sum(count_live_keys(self._store, part, self._tombstones) for part in parts)
 
 
 def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:

@@ -91,7 +91,7 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
                 total += digest if store.state.is_live(part) else PartDigest()
     check_chunk_ids(checked, checked.tombstones.ids, "tombstones")
     references.check_blocked(checked)
-    references.check_restored(checked)
+    references.check_undone(checked)
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index")
     result.neighbours, result.materialised = references.check_neighbours(checked)
@@ -103,7 +103,7 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
         for name, found in (("documents", total.documents), ("chunks", total.chunks), ("tokens", total.tokens)):
             said = store.state.records.get("totals", {}).get(name, 0)
             if found != said:
-                result.problems.append(f"{found:,} living {name} found, the log says {said:,}")
+                result.problems.append(f"{found:,} live {name} found, the log says {said:,}")
     result.ok = not result.problems
     return result
 
@@ -192,7 +192,7 @@ def _digest_files(store: Store, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartDigest:
-    """Sums over the living documents of a part, and how many documents, chunks and tokens live."""
+    """Sums over the live documents of a part, and how many documents, chunks and tokens live."""
 
     content: int = 0
     ids: int = 0
@@ -210,9 +210,9 @@ def hexadecimal(number: int) -> str:
     return f"{number % (1 << 256):064x}"
 
 
-def part_digest(chunks: Chunks, keys: list[bytes | None], living: npt.NDArray[np.bool_]) -> PartDigest:
-    """Digest of the ``living`` (bool [n]) chunks of a part, whose documents have ``keys``."""
-    rows = np.flatnonzero(living)
+def part_digest(chunks: Chunks, keys: list[bytes | None], live: npt.NDArray[np.bool_]) -> PartDigest:
+    """Digest of the ``live`` (bool [n]) chunks of a part, whose documents have ``keys``."""
+    rows = np.flatnonzero(live)
     if not len(rows):
         return PartDigest()
     length = chunks.tokens.shape[1]

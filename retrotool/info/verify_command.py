@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Check every checksum, row count and cross-reference of a store.
 
-    The hashes are equal for stores of equal content, however they were made: content (what living chunks say), ids
+    The hashes are equal for stores of equal content, however they were made: content (what live chunks say), ids
     (which chunk is which), tombstones, embeddings, indexes, neighbours, and these materialised.
 
     With --log it tells the hash of the last entry. Keep it elsewhere: who can write the store can write the whole log

@@ -31,7 +31,7 @@ from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTabl
 from retrotool.store.parts import ROW_GROUP, Ids, distinct_parts, join_id, part_of, row_of, rows_by_part, slice_of_part
 from retrotool.store.paths import generation_in, part_slot
 from retrotool.store.store import Store
-from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, restored_chunks, restored_purges
+from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, undone_chunks, undone_purges
 from retrotool.store.vectors import read_vectors
 
 _BLOCK = 1 << 16
@@ -172,25 +172,25 @@ def check_blocked(checked: Checked) -> None:
                 read_hashes(checked.store, entry)
 
 
-def check_restored(checked: Checked) -> None:
-    """Of a purge that was taken back nothing is left but which chunks it had."""
+def check_undone(checked: Checked) -> None:
+    """Of a purge that was undone nothing is left but which chunks it had."""
     state = checked.store.state
-    restored = restored_purges(state)
-    for purge, record in restored.items():
+    undone = undone_purges(state)
+    for purge, record in undone.items():
         left = [
             kind
             for kind in ("tombstones", "blocked", "selectors")
             if any(slot.partition(".")[0] == purge for slot in state.group(kind))
         ]
-        checked.problems += [f"purge {purge} was taken back, and still has a file in {kind}/" for kind in left]
+        checked.problems += [f"purge {purge} was undone, and still has a file in {kind}/" for kind in left]
         if record["erased"]:
-            checked.problems.append(f"purge {purge} was taken back, and is erased")
+            checked.problems.append(f"purge {purge} was undone, and is erased")
     for slot, entry in state.group(KEPT).items():
-        if slot.partition(".")[0] not in restored:
-            checked.problems.append(f"{KEPT}/{slot}: there is no purge {slot} that was taken back")
+        if slot.partition(".")[0] not in undone:
+            checked.problems.append(f"{KEPT}/{slot}: there is no purge {slot} that was undone")
         elif entry.path not in checked.broken:
             with checked.noting(entry.path):
-                check_chunk_ids(checked, restored_chunks(checked.store, slot), entry.path)
+                check_chunk_ids(checked, undone_chunks(checked.store, slot), entry.path)
 
 
 def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:

@@ -434,7 +434,7 @@ def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids,
 
 
 def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
-    if view.is_living([chunk])[0]:
+    if view.is_live([chunk])[0]:
         return chunk
     if 0 <= chunk < 1 << 63 and read_tombstones(store).contains(np.array([chunk]))[0]:
         raise UsageError(f"chunk {chunk} was purged")

@@ -4,7 +4,7 @@ A mixture is a record that names plain tables, one a database (``main.wiki``, ``
 to date like any other; ``neighbours.table_reader`` merges them when they are read, by squared distance over weight. So
 a weight changes nothing but the record. A table that a mixture no longer names stays, as a plain table.
 
-Results count living keys: those that are neither purged nor erased. What can't be done yet, because the command before
+Results count live keys: those that are neither purged nor erased. What can't be done yet, because the command before
 it was not run since a store grew, is counted too, with the commands to run next.
 """
 

@@ -5,7 +5,7 @@ records, are empty. A table is done again once another index or other filters ar
 trained anew. Once the database has parts that it had not, only these are searched, and what is found is merged with
 what the table has. After purges only the rows are searched again that have fewer than k neighbours left
 (``GapFinder``); then entries also leave a table of another store that name a chunk which the database has erased since.
-What was purged and then restored (``store.tombstones``) is searched for in the tables that were made in between, once
+What was purged and then undone (``store.tombstones``) is searched for in the tables that were made in between, once
 the index has it.
 
 A name is of one database: its record is set with the first task, or before (``claim``), and each table says in the log
@@ -61,7 +61,7 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, missed_spans, read_tombstones, stands_for, stands_for_restored
+from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")
@@ -342,7 +342,7 @@ class NeighboursWorker:
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Find the neighbours of one part, or what its table lacks."""
         store, stage = self._store, self._stage
-        restored = stands_for_restored(store.refresh())
+        undone = digest_of_undone(store.refresh())
         if self._database.store.refresh().number != self._commit:  # an erase may have replaced files since
             self._database = stage.open_database(store)
             self._commit = self._database.store.state.number
@@ -377,8 +377,8 @@ class NeighboursWorker:
         }  # fmt: skip
         if task.inputs["mode"] != _WHOLE:
             about["k"] = stage.k  # a row that had so many left was not searched again
-        if restored:
-            about["restored"] = restored
+        if undone:
+            about["undone"] = undone
         if erased := erased_of(store, database):
             about["erased"] = erased
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
@@ -475,15 +475,15 @@ class GapFinder:
             stands_for(database.store.state),
             stands_for(store.state),
             erased_of(store, database),
-            # Rows of queries that were taken back are empty where they were purged when the table was made.
-            stands_for_restored(store.state),
+            # Rows of queries that were undone are empty where they were purged when the table was made.
+            digest_of_undone(store.state),
         )
         """Stands for all that was purged of database and queries, erased of the database, given back to the queries."""
 
     def find(self, part: int, entry: FileEntry) -> Gaps:
         """Return the gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
         about = entry.about or {}
-        known = about["purges"], about.get("erased", ""), about.get("restored", "")
+        known = about["purges"], about.get("erased", ""), about.get("undone", "")
         # Made, or filled up to k at least, after all purges: rows of queries that were purged since only became empty.
         if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
             return Gaps(text_is_stale=self._lacks_text(entry))
@@ -538,7 +538,7 @@ def erased_of(store: Store, database: AnyDatabase) -> str:
 
 
 def few_rows(store: Store, database: AnyDatabase, part: int, ids: Ids, k: int) -> Ids:
-    """Searchable rows with fewer than k living neighbours of those in ``ids`` [n, saved], ascending."""
-    living = (ids != NO_NEIGHBOUR) & ~database.tombstones.contains(ids)
-    few = np.flatnonzero(living.sum(axis=1) < k)
+    """Searchable rows with fewer than k live neighbours of those in ``ids`` [n, saved], ascending."""
+    live = (ids != NO_NEIGHBOUR) & ~database.tombstones.contains(ids)
+    few = np.flatnonzero(live.sum(axis=1) < k)
     return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few

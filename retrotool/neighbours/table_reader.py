@@ -1,4 +1,4 @@
-"""Reading neighbour tables: of rows of a part, the living neighbours, nearest first, and their tokens.
+"""Reading neighbour tables: of rows of a part, the live neighbours, nearest first, and their tokens.
 
 A table may be a mixture: a record that names tables of several databases, each with a weight, which are merged when
 they are read, by squared distance over weight. What is read goes through the tombstones of the databases as they were

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from retrotool import interrupts
 from retrotool.cli.result_files import check_file, written
-from retrotool.embed.search_scope import count_living_keys, is_same_store
+from retrotool.embed.search_scope import count_live_keys, is_same_store
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
@@ -160,7 +160,7 @@ def affected(
             near, near_k = neighbour < NEVER, neighbour <= k
             found.append(
                 PartAffected(
-                    part=part, rows=count_living_keys(store, part, own), in_k=int(near_k.sum()),
+                    part=part, rows=count_live_keys(store, part, own), in_k=int(near_k.sum()),
                     in_saved=int(near.sum()), following_in_k=int(((following <= k) & ~near_k).sum()),
                     following_in_saved=int((~near).sum()), purged=int(purged.sum()),
                 )

@@ -34,7 +34,7 @@ _by = partial(opt, panel="What to purge (any of these; with --and what all of th
 _HELP = "See: retrotool purge --help"
 _ALONE = {
     "--verify": ("PURGE", "--out"),
-    "--restore": ("PURGE", "--reason", "--who"),
+    "--undo": ("PURGE", "--reason", "--who"),
     "--affected": ("PURGE", "--out"),
     "--shard": ("selectors", "--reason", "--who", "--dry-run"),
 }
@@ -47,7 +47,7 @@ def command(
     store: StoreArgument,
     purges: Annotated[
         list[str] | None,
-        arg("With --erase, --restore, --verify or --affected: purges that were made before.", metavar="[PURGE]..."),
+        arg("With --erase, --undo, --verify or --affected: purges that were made before.", metavar="[PURGE]..."),
     ] = None,
     reason: Annotated[
         str | None, opt("Why. Stays in the log for ever, so it must name no person.", metavar="TEXT")
@@ -124,7 +124,7 @@ def command(
     retrain_index: Annotated[
         bool, opt("With --erase: then train all indexes anew, without what was erased.", "--retrain-index")
     ] = False,
-    restore: Annotated[bool, opt("Take PURGE back, as long as it is not erased.", "--restore")] = False,
+    undo: Annotated[bool, opt("Take PURGE back, as long as it is not erased.", "--undo")] = False,
     affected: Annotated[
         str | None,
         opt(
@@ -158,7 +158,7 @@ def command(
         from retrotool.purge.erase import erase as erase_purges
         from retrotool.purge.erase import retrain_indexes
         from retrotool.purge.select import Selectors, kinds_of
-        from retrotool.purge.undo import restore as undo
+        from retrotool.purge.undo import undo as undo_purge
 
         selectors = Selectors(
             ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
@@ -168,7 +168,7 @@ def command(
             classifier=classifier, label=label, above=above, device=device,
         )  # fmt: skip
         given = {
-            "--verify": verify, "--restore": restore, "--affected": affected is not None,
+            "--verify": verify, "--undo": undo, "--affected": affected is not None,
             "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
             "--dry-run": dry_run, "--erase": erase,
             "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
@@ -176,13 +176,13 @@ def command(
         }  # fmt: skip
         _check(given)
         named = list(purges or [])
-        if (verify or restore) and len(named) != 1:
-            raise UsageError(f"{'--verify' if verify else '--restore'} takes one PURGE", _HELP)
+        if (verify or undo) and len(named) != 1:
+            raise UsageError(f"{'--verify' if verify else '--undo'} takes one PURGE", _HELP)
         if verify:
             _write_receipt(context, store=store, purge=named[0], out=out or Path(), as_json=as_json)
-        elif restore:
-            undone = undo(store, named[0], reason=_given(reason), who=who)
-            output.show(undone, as_json, purge_text.restored)
+        elif undo:
+            undone = undo_purge(store, named[0], reason=_given(reason), who=who)
+            output.show(undone, as_json, purge_text.undone)
         elif affected is not None:
             found = find_affected.affected(store, affected, named, out=out)
             output.show(found, as_json, purge_text.affected_text)

@@ -71,7 +71,7 @@ from retrotool.store.tombstones import (
     PREFIX,
     Tombstones,
     add_tombstones,
-    check_not_restored,
+    check_not_undone,
     named_chunks,
     read_tombstones,
     standing_purges,
@@ -110,7 +110,7 @@ class EraseStage:
         if not len(self.victims):
             return
         # Other purges may name all victims, so that they stay tombstones.
-        check_not_restored(store.state, self.purges)
+        check_not_undone(store.state, self.purges)
         reads = tombstones_naming(store, self.victims)
         for label, entries, ids, holds in units(store, self.victims):
             paths = [entry.path for entry in entries]
@@ -404,11 +404,11 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
 
 def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
     """Add to what a purge names; ``ConflictError`` if it was undone, erased or added to by another process."""
-    check_not_restored(store.state, (purge,))
+    check_not_undone(store.state, (purge,))
     entry, before = add_tombstones(store, run.id, purge, new)
 
     def build(state: State) -> Draft:
-        check_not_restored(state, (purge,))
+        check_not_undone(state, (purge,))
         if state.records[PREFIX + purge]["erased"]:
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
         return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))

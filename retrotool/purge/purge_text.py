@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from retrotool.purge.affected import AffectedChunk, AffectedCounts, AffectedResult, AskedPurge
     from retrotool.purge.erase import EraseResult
     from retrotool.purge.run import Count, Example, PurgeResult, ScanResult, Touched
-    from retrotool.purge.undo import RestoreResult
+    from retrotool.purge.undo import UndoResult
 
 _LISTED = 3
 _PARTS = 20
@@ -72,10 +72,10 @@ def _same_text(store: str, result: PurgeResult) -> list[str]:
     if not same.documents:
         return []
     names = ", ".join(map(output.one_line, same.first))
-    living = f"as {names}" if same.documents == len(same.first) else f"in {same.documents:,} documents: {names}, …"
+    live = f"as {names}" if same.documents == len(same.first) else f"in {same.documents:,} documents: {names}, …"
     given = [word for name in same.first for word in ("--document", name)]
     command = output.one_line(shlex.join(["retrotool", "purge", str(store), *given]))
-    return [f"The same text is living {living}. To take it there: {command} --reason ..."]
+    return [f"The same text is live {live}. To take it there: {command} --reason ..."]
 
 
 def erased(store: str, result: EraseResult) -> str:
@@ -101,7 +101,7 @@ def _copies(result: PurgeResult | EraseResult) -> str:
     if not result.copies:
         return ""
     repeating = "document that repeats" if result.copies == 1 else "documents that repeat"
-    return f", those of {result.copies:,} set-aside {repeating} them included"
+    return f", those of {result.copies:,} rejected {repeating} them included"
 
 
 def dependent(one: Dependent) -> str:
@@ -215,7 +215,7 @@ def scanned(result: ScanResult) -> str:
     return "\n".join(lines)
 
 
-def restored(result: RestoreResult) -> str:
+def undone(result: UndoResult) -> str:
     """What an undo did, and what has to be run after it."""
     again = "is live again" if result.chunks == 1 else "are live again"
     lines = [

@@ -46,7 +46,7 @@ from retrotool.store.tombstones import (
     Tombstones,
     may_name,
     named_chunks,
-    read_set_aside,
+    read_rejected,
     read_tombstones,
     standing_purges,
 )
@@ -75,9 +75,9 @@ def check_purge(store: Store, purge: str) -> Record:
         more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
         have = f"it has: {', '.join(known[-_LISTED:])}{more}" if known else "it has none"
         raise UsageError(f"{store.place} has no purge {purge!r}; {have}", f"See: retrotool log {store.place}")
-    if "restored" in record:
+    if "undone" in record:
         raise UsageError(
-            f"the purge {purge!r} was undone by commit {record['restored']}: its chunks are not purged",
+            f"the purge {purge!r} was undone by commit {record['undone']}: its chunks are not purged",
             f"See: retrotool log {store.place}",
         )
     return record
@@ -200,7 +200,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
 
     Of these a finished plan has named all chunks that were not erased.
     """
-    repeats = read_set_aside(store)
+    repeats = read_rejected(store)
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
@@ -261,8 +261,8 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
-    """The documents with a live chunk beside ``chunks`` and the text of one of these that was set aside."""
-    aside = np.intersect1d(chunks, read_set_aside(store).ids)
+    """The documents with a live chunk beside ``chunks`` and the text of one of these that was rejected."""
+    aside = np.intersect1d(chunks, read_rejected(store).ids)
     texts = values_of(store, aside, "text_hash")
     if not len(texts):
         return NO_TEXT

@@ -132,7 +132,7 @@ class PurgeResult(EraseResult):
 class ScanResult:
     """What a share of a scan did: ``parts`` scanned by this run, of ``of`` in the store.
 
-    ``elsewhere`` are parts that other living runs are at. ``done``: all are scanned.
+    ``elsewhere`` are parts that other live runs are at. ``done``: all are scanned.
     """
 
     parts: int

@@ -105,7 +105,7 @@ class Selectors:
                     raise UsageError(
                         f"--{selector.kind}: the tokenizer of {store.place} loses case or spacing, so text can't be "
                         "looked at as it was",
-                        "With --allow-lossy it is held against what is left, in lower case if the tokenizer has only "
+                        "With --allow-lossy it is compared with what is left, in lower case if the tokenizer has only "
                         "that, with one space between two words and none beside anything else.",
                     )
         return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)

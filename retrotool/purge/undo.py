@@ -1,7 +1,7 @@
-"""``purge --restore``: undo a purge, in one commit, as long as nothing of it was erased.
+"""``purge --undo``: undo a purge, in one commit, as long as nothing of it was erased.
 
 The purge's tombstones and its block list leave the state, and so does its selector file. Which chunks it had is kept
-(``restored/``): a reader with a view from before still has its tombstones. What another purge names, or a ``chunk``
+(``undone/``): a reader with a view from before still has its tombstones. What another purge names, or a ``chunk``
 rejected, stays a tombstone.
 
 Embeddings and indexes have the chunks, as a purge is masked in a search. Neighbours that were found while the purge
@@ -49,7 +49,7 @@ from retrotool.store.tombstones import (
 
 
 @dataclass(frozen=True, slots=True)
-class Restorable:
+class Undoable:
     """What an undo of a purge gives, on ``state``.
 
     ``chunks`` are those that the purge has, and ``live`` those that are live again; ``weights`` are what
@@ -67,8 +67,8 @@ class Restorable:
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreResult:
-    """What ``restore`` did: the chunks that are live again, whole ``documents`` and ``tokens`` among them.
+class UndoResult:
+    """What ``undo`` did: the chunks that are live again, whole ``documents`` and ``tokens`` among them.
 
     ``still_purged`` chunks of the purge are not, as the purges ``named_by`` name them, or they repeat others.
     ``repeats`` are documents whose id another live document has, which came in since. ``next`` are the commands that
@@ -86,7 +86,7 @@ class RestoreResult:
     next: tuple[str, ...] = ()
 
 
-def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> RestoreResult:
+def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> UndoResult:
     """Undo the purge ``purge``; ``UsageError`` if there is none, it was undone before, or an erase of it was begun.
 
     ``reason`` and ``who`` (None: the user of this process) stay in the log.
@@ -95,13 +95,13 @@ def restore(root: str | Path, purge: str, *, reason: str, who: str | None = None
     store = Store.open(root)
     with writing(store) as run:  # which takes away what one that was killed left of the files
 
-        def attempt() -> RestoreResult:
+        def attempt() -> UndoResult:
             found = weigh(store, purge)
-            state = commit_restore(store, run, found, reason, who)
+            state = commit_undo(store, run, found, reason, who)
             weight = purged_chunks.weight_of(found.weights)
-            return RestoreResult(
+            return UndoResult(
                 purge, len(found.live), weight.documents, weight.tokens,
-                len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["restored"]), found.named_by,
+                len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["undone"]), found.named_by,
                 found.repeats,
             )  # fmt: skip
 
@@ -125,7 +125,7 @@ def _refills(store: Store) -> list[str]:
     return [*found, *(one.command for one in dependents(store))]
 
 
-def weigh(store: Store, purge: str) -> Restorable:
+def weigh(store: Store, purge: str) -> Undoable:
     """Find out what an undo of a purge would give; ``UsageError`` if there is none, or an erase of it was begun."""
     record = purged_chunks.check_purge(store, purge)
     if "plan" in record:
@@ -153,10 +153,10 @@ def weigh(store: Store, purge: str) -> Restorable:
         found = find_documents(store, pa.chunked_array([keys]), after)
         if found.repeats is not None and found.document is not None:
             repeats = len(np.intersect1d(found.document, found.repeats.document))
-    return Restorable(purge, own, live, weights, named_by, repeats, store.state)
+    return Undoable(purge, own, live, weights, named_by, repeats, store.state)
 
 
-def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: str) -> State:
+def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> State:
     """Undo a purge; return the state that this made.
 
     ``ConflictError`` if another purge was committed, erased or undone since it was weighed.
@@ -173,11 +173,11 @@ def commit_restore(store: Store, run: Run, found: Restorable, reason: str, who: 
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
         counts = purged_chunks.weight_of(found.weights).as_counts()
         after = {
-            **record, "restored": state.number + 1, "restored_by": who, "restored_reason": reason,
+            **record, "undone": state.number + 1, "undone_by": who, "undone_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": found.repeats,
         }  # fmt: skip
         return Draft(
-            "restore", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
+            "undo", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
             remove=tuple(entry.path for entry in gone if entry is not None),
             records={PREFIX + purge: after, **purged_chunks.totals_after(state, found.weights, 1)},
         )  # fmt: skip

@@ -118,7 +118,7 @@ def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
 def _chunks(it: _Purged) -> Returned:
     """By their ids, in the lists of their parts, with tokens and text, and as what follows the chunk before."""
     reader, ids = it.reader, it.chunks.ids
-    yield _where(reader.is_living(ids), ids)
+    yield _where(reader.is_live(ids), ids)
     for part in it.chunks.parts():
         yield reader.chunk_ids(part)
     some = ids[spread(len(ids), _QUERIES)]

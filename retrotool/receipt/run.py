@@ -33,7 +33,7 @@ from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.storage import file_sha256
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, read_set_aside, read_tombstones
+from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
 from retrotool.store.verify_log import check_log
 
 _LISTED = 200
@@ -66,7 +66,7 @@ class Receipt:
 
     ``state`` is "erased", "partly erased" (an erase is not finished, or another purge took some) or "purged". ``ok``:
     there are no ``problems``. ``chunks`` counts all that the purge names, ``copies`` those among them that repeat
-    others, and ``living`` those that were not purged before. ``commits`` purged and erased. ``log_head`` is the
+    others, and ``newly_purged`` those that no earlier purge had. ``commits`` purged and erased. ``log_head`` is the
     SHA-256 of commit ``log_commit``, the newest. ``dependents`` were not looked at.
     """
 
@@ -83,7 +83,7 @@ class Receipt:
     erased: str
     verified: str
     chunks: int
-    living: int
+    newly_purged: int
     copies: int
     documents: int
     tokens: int
@@ -184,8 +184,8 @@ def _check(store: Store, purge: str) -> Receipt:
         erased=history.erased.time if history.erased else "",
         verified=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         chunks=len(chunks),
-        living=record["chunks"],
-        copies=len(np.intersect1d(chunks, read_set_aside(store).ids)),
+        newly_purged=record["chunks"],
+        copies=len(np.intersect1d(chunks, read_rejected(store).ids)),
         commits=tuple(history.commits),
         log_commit=len(log.hashes) - 1,
         log_head=log.head,

@@ -312,7 +312,7 @@ CHECKS: Mapping[str, _Check] = {
     "index": _Check("no id in lists; no measurements from before the erase", _check_index),
     "neighbours": _Check("rows empty; no id, distance or token in the others", _check_neighbours),
     "tombstones": _Check("not decoded: hold ids of chunks alone"),
-    "restored": _Check("not decoded: hold ids of chunks alone"),
+    "undone": _Check("not decoded: hold ids of chunks alone"),
     "blocked": _Check("not decoded: hold hashes that are keyed with the store's secret"),
     "quarantine": _Check("rows: no excerpt of the input", _check_quarantine),
     "plans": _Check("not decoded: hold names of inputs, and hashes that are keyed with the store's secret"),

@@ -125,16 +125,16 @@ def command(
             output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:")
             output.note("\n".join(f"  {command}" for command in then))
         if missing is not None:
-            mend = shlex.join(["retrotool", "index", str(store), "--mend", "--name", database.name])
+            repair = shlex.join(["retrotool", "index", str(store), "--repair", "--name", database.name])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
-                f"{output.count(len(missing.shards), 'broken shard')}. Mend it: {mend}"
+                f"{output.count(len(missing.shards), 'broken shard')}. Repair it: {repair}"
             )
 
 
 def _text(found: Results) -> str:
     if not found.results:
-        return "Nothing found: the index has no living chunk."
+        return "Nothing found: the index has no live chunk."
     blocks = []
     for place, result in enumerate(found.results, 1):
         document = output.one_line(result.document)

@@ -97,7 +97,7 @@ class Rejected(NamedTuple):
 
     ``line`` is its line or row from 1, relative to the range read (0: the whole file); ``offset`` the byte offset of
     its line in the (decompressed) input, -1 where rows have none. ``damage``: the file is broken here, and what
-    followed is lost until it is mended. What the input says stands in ``excerpt`` alone, as an erase leaves reasons.
+    followed is lost until it is repaired. What the input says stands in ``excerpt`` alone, as an erase leaves reasons.
     """
 
     line: int

@@ -223,7 +223,7 @@ def _numbered(state: State, tasks: Sequence[Staged], progress: dict[str, Any]) -
             add += [dataclasses.replace(entry, slot=paths.part_slot(number)) for entry in part]
             number += 1
         add += [unit.quarantine] if unit.quarantine is not None else []
-        totals["set_aside"] += unit.counts.get("set_aside", 0)  # the rest counts once the plan is finished
+        totals["rejected"] += unit.counts.get("rejected", 0)  # the rest counts once the plan is finished
     reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
     pending = int(state.records.get("pending", 0)) + number - first
     return Draft(

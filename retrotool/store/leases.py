@@ -192,7 +192,7 @@ def _exists(process: int) -> bool:
 
 
 def take_claim(storage: Storage, task: str, run: str) -> bool:
-    """Claim a task for a run; False if a living run has it."""
+    """Claim a task for a run; False if a live run has it."""
     last, owner = _newest_claim(storage, task)
     if owner == run:  # of a worker of this run that was killed
         return True

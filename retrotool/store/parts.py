@@ -97,7 +97,7 @@ _SCHEMAS = {
     "documents": documents_schema(()),
     "quarantine": QUARANTINE_SCHEMA,
     "tombstones": TOMBSTONES_SCHEMA,
-    "restored": TOMBSTONES_SCHEMA,
+    "undone": TOMBSTONES_SCHEMA,
     "scans": SCANS_SCHEMA,
     "blocked": BLOCKED_SCHEMA,
 }

@@ -20,7 +20,7 @@ DATA_KINDS = (
     "index",
     "neighbours",
     "tombstones",
-    "restored",
+    "undone",
     "blocked",
     "quarantine",
     "plans",

@@ -29,7 +29,7 @@ _ANYTHING: dict[Any, Spec] = {}
 
 # Records, by their keys.
 
-_COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "set_aside"), _AMOUNT)
+_COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "rejected"), _AMOUNT)
 _PLAN = {
     **_COUNTS, "parts": PART, "units": COUNT, "done": COUNT, "finished": bool, "order": COUNT,
     "purged?": {NAME: _AMOUNT}, "duplicates?": str, "existing?": str, "replaced?": _AMOUNT,
@@ -65,7 +65,7 @@ _PURGE = {
     **dict.fromkeys(("documents", "chunks", "tokens"), COUNT),
 }  # fmt: skip
 _RESTORED = {
-    **_PURGE, "restored": COUNT, "restored_by": str, "restored_reason": str, "parts": _SPANS, "repeats": COUNT,
+    **_PURGE, "undone": COUNT, "undone_by": str, "undone_reason": str, "parts": _SPANS, "repeats": COUNT,
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ _RECORDS: dict[str, Spec] = {
     "totals": _COUNTS, "parts": PART, "pending": PART, "plan:": _PLAN, "guard": _FINDINGS,
     "fenced:": {"commit": COUNT, "staged": [str]}, "encoder:": _ENCODER, "fidelity:": {"recall_at_10": float},
     "index:": _INDEX, "default_index": NAME, "neighbours:": _with("mix", _MIXTURE, _TABLE), "dependent:": _DEPENDENT,
-    "purge:": _with("restored", _RESTORED, _PURGE),
+    "purge:": _with("undone", _RESTORED, _PURGE),
 }  # fmt: skip
 _NAMES = re.compile(rf"[a-z_]+(:{NAME.pattern}){{0,3}}")
 RECORDS = Keyed(_RECORDS, _NAMES)
@@ -91,7 +91,7 @@ _ABOUT: dict[str, Spec] = {
     "embeddings": Maybe({"cosine?": float}),
     "neighbours": {
         "version": str, "index": str, "encoder": str, "commit": COUNT, "head": str, "purges": str, "searched": _SPANS,
-        "probed?": PART, "erased?": str, "restored?": str, "k?": _K, "text?": _K, "filters?": _FILTERS,
+        "probed?": PART, "erased?": str, "undone?": str, "k?": _K, "text?": _K, "filters?": _FILTERS,
     },
     "scans": {"reads": [PATH], "names": [[str]]},
     "tombstones": Maybe({"within?": [(INT64, INT64)]}),

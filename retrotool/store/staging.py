@@ -20,7 +20,7 @@ from retrotool.store.storage import Storage
 from retrotool.store.sums import with_sums
 
 ENTRY_PATH = re.compile(r"staging/(?P<key>[0-9a-f]{32})\.json")
-COUNTS = ("documents", "chunks", "tokens", "set_aside")
+COUNTS = ("documents", "chunks", "tokens", "rejected")
 """What is counted of a unit, of a plan and of the store."""
 PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")
 """What is counted of a unit and of a plan."""

@@ -1,7 +1,7 @@
 """Tombstones: the chunks that are purged, and those of purges that were undone. Every reader looks through them.
 
 A purge is one sorted file of chunk ids; the set of a view is their union, 8 bytes a chunk in memory. When a purge is
-undone its file leaves the state, and a copy stays in ``restored/``: a view from before still has these tombstones.
+undone its file leaves the state, and a copy stays in ``undone/``: a view from before still has these tombstones.
 
 What was made of the store while such chunks were purged lacks them. The record of an undone purge says between which
 commits they were purged, and in which parts, and whatever is made of the store says of which commit it is: so the log
@@ -33,8 +33,8 @@ _EVERYWHERE = [(0, (1 << 63) - 1)]
 _SMALL, _MOST_SMALL = 256, 1 << 15
 _small: dict[tuple[str, str, str], npt.NDArray[np.int64]] = {}
 """Ids of files with few, up to 64 MiB of them."""
-KEPT = "restored"
-"""The kind of the files that keep which chunks a purge had that was taken back."""
+KEPT = "undone"
+"""The kind of the files that keep which chunks a purge had that was undone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def named_chunks(store: Store, slots: Iterable[str]) -> npt.NDArray[np.int64]:
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
-def read_set_aside(store: Store) -> Tombstones:
+def read_rejected(store: Store) -> Tombstones:
     """The chunks that ``chunk`` left out as repeats of others: those of tombstones that are no purge's."""
     purges = store.state.with_prefix("purge:")
     slots = [slot for slot in store.state.group("tombstones") if slot.partition(".")[0] not in purges]
@@ -115,7 +115,7 @@ def read_set_aside(store: Store) -> Tombstones:
 
 
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
-    """The ids of a file; from what is kept of them if the purge was taken back since the view was opened.
+    """The ids of a file; from what is kept of them if the purge was undone since the view was opened.
 
     Small ones are read once a process: a path always names the same bytes, and an erase asks for all many times.
     """
@@ -161,42 +161,42 @@ _known: dict[str, Mapping[str, Record]] = {}
 _KNOWN = 64
 
 
-def restored_purges(state: State) -> Mapping[str, Record]:
-    """Records, by their ids, of the purges that were taken back."""
+def undone_purges(state: State) -> Mapping[str, Record]:
+    """Records, by their ids, of the purges that were undone."""
     if state.head not in _known:
         if len(_known) >= _KNOWN:
             _known.clear()
-        found = {purge: record for purge, record in state.with_prefix(PREFIX).items() if "restored" in record}
+        found = {purge: record for purge, record in state.with_prefix(PREFIX).items() if "undone" in record}
         _known[state.head] = found
     return _known[state.head]
 
 
 def standing_purges(state: State) -> dict[str, Record]:
-    """Records, by their ids, of the purges that were not taken back, the erased ones too."""
-    return {purge: record for purge, record in state.with_prefix(PREFIX).items() if "restored" not in record}
+    """Records, by their ids, of the purges that were not undone, the erased ones too."""
+    return {purge: record for purge, record in state.with_prefix(PREFIX).items() if "undone" not in record}
 
 
-def check_not_restored(state: State, purges: Iterable[str]) -> None:
+def check_not_undone(state: State, purges: Iterable[str]) -> None:
     """``ConflictError`` if any of some purges of the store was undone."""
     for purge in purges:
-        if "restored" in state.records[PREFIX + purge]:
+        if "undone" in state.records[PREFIX + purge]:
             raise ConflictError(f"the purge {purge!r} was undone by another process", "Run the same command again.")
 
 
-def stands_for_restored(state: State) -> str:
-    """Another text after each purge that is taken back; "" without any."""
-    purges = " ".join(restored_purges(state))
+def digest_of_undone(state: State) -> str:
+    """Another text after each purge that is undone; "" without any."""
+    purges = " ".join(undone_purges(state))
     return hashlib.blake2b(purges.encode(), digest_size=8).hexdigest() if purges else ""
 
 
 def missed_spans(state: State, commit: int) -> list[list[int]]:
-    """[first, last] of parts that have chunks which were purged at a commit, and were taken back since."""
-    records = restored_purges(state).values()
-    return [span for record in records if record["commit"] <= commit < record["restored"] for span in record["parts"]]
+    """[first, last] of parts that have chunks which were purged at a commit, and were undone since."""
+    records = undone_purges(state).values()
+    return [span for record in records if record["commit"] <= commit < record["undone"] for span in record["parts"]]
 
 
-def restored_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:
-    """The chunks that a purge had, before it was taken back; ascending."""
+def undone_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:
+    """The chunks that a purge had, before it was undone; ascending."""
     entry = store.state.file(KEPT, purge)
     return np.zeros(0, np.int64) if entry is None else parts.read_parquet(store, entry)["chunk"].to_numpy()
 
@@ -205,7 +205,7 @@ def tombstones_naming(store: Store, victims: Tombstones) -> list[str]:
     """Paths of the tombstones of purges that name any victim; ``ConflictError`` if a victim is no tombstone."""
     purges = standing_purges(store.state)
     if not read_tombstones(store).contains(victims.ids).all():
-        raise ConflictError("chunks that were to be erased were taken back meanwhile", "Run the same command again.")
+        raise ConflictError("chunks that were to be erased were undone meanwhile", "Run the same command again.")
     return [
         entry.path
         for slot, entry in store.state.group("tombstones").items()

@@ -2,7 +2,7 @@
 
 Every entry is read once, from 0 on. One that is missing, torn, edited, or stands where another should is named; where
 an entry is no child of the one before it, the entries behind tell which of the two was changed. As long as nothing is
-wrong the log is folded, and each checkpoint held against the state at its commit.
+wrong the log is folded, and each checkpoint compared with the state at its commit.
 
 A chain vouches for all but its end: whoever can write the files can cut entries off, or write all of them anew with
 sums that are right, and nothing in the store tells. Only a hash that was kept elsewhere does: it must be that of some

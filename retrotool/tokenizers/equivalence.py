@@ -171,13 +171,13 @@ class Guard:
             else:
                 start += 1
         pairs = [text[i : i + 2] for i in range(len(text) - 1)]
-        mended = [
+        repaired = [
             pair
             for i, pair in enumerate(pairs)
             if pair.isascii() and not self._differs(f"{text[: i + 1]}a{text[i + 1 :]}")
         ]
         # Of several the one that text has least: what is part of words, or begins them, is frequent.
-        return min(mended, key=lambda pair: sum(2 * c.isalnum() + (c in " \n") for c in pair), default="")
+        return min(repaired, key=lambda pair: sum(2 * c.isalnum() + (c in " \n") for c in pair), default="")
 
     def _differs(self, text: str) -> bool:
         return bool(differing(*(encode([text]) for encode in self._whole))[0])

@@ -39,12 +39,12 @@ EMPTY = -1
 """No row in a slot, no id."""
 
 
-def slots_of(living: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, packed: bool) -> Slots:
+def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, packed: bool) -> Slots:
     """Rows of a block in the slots of its sequences, int32 [sequences, size], −1 where a slot is empty.
 
-    ``living`` and ``doc`` (the document of each row, ascending) are [n].
+    ``live`` and ``doc`` (the document of each row, ascending) are [n].
     """
-    rows = np.flatnonzero(living).astype(np.int32)
+    rows = np.flatnonzero(live).astype(np.int32)
     if packed:
         place = np.arange(len(rows))
     else:
@@ -101,19 +101,19 @@ class SequenceLayout:
 
     def slots(self, block: int, doc: npt.NDArray[Any]) -> Slots:
         """Rows, counted from the block's first, in the slots of a block's sequences; ``doc`` is that of its rows."""
-        living = np.ones(len(doc), np.bool_)
+        live = np.ones(len(doc), np.bool_)
         purged = self.tombstones.rows(int(self.part[block]))
         first = int(self.group[block]) * ROW_GROUP
         low, high = np.searchsorted(purged, [first, first + len(doc)])
-        living[purged[low:high] - first] = False
-        return slots_of(living, doc, self.size, packed=self.packed)
+        live[purged[low:high] - first] = False
+        return slots_of(live, doc, self.size, packed=self.packed)
 
 
 def _packed(rows: int, purged: Ids, size: int) -> Ids:
     """How many sequences each block of a part of so many rows has, some of them ``purged``."""
     blocks = -(-rows // ROW_GROUP)
-    living = np.minimum(ROW_GROUP, rows - np.arange(blocks) * ROW_GROUP)
-    return -(-(living - np.bincount(purged // ROW_GROUP, minlength=blocks)) // size)
+    live = np.minimum(ROW_GROUP, rows - np.arange(blocks) * ROW_GROUP)
+    return -(-(live - np.bincount(purged // ROW_GROUP, minlength=blocks)) // size)
 
 
 def _unpacked(store: Store, part: int, rows: int, purged: Ids, size: int) -> Ids:
@@ -124,8 +124,8 @@ def _unpacked(store: Store, part: int, rows: int, purged: Ids, size: int) -> Ids
     # Documents, and what is cut off of them at the border of a block, begin at these rows.
     starts = np.union1d(first, np.arange(blocks) * ROW_GROUP)
     ends = np.append(starts[1:], rows)
-    living = ends - starts - (np.searchsorted(purged, ends) - np.searchsorted(purged, starts))
-    return np.bincount(starts // ROW_GROUP, -(-living // size), blocks).astype(np.int64)
+    live = ends - starts - (np.searchsorted(purged, ends) - np.searchsorted(purged, starts))
+    return np.bincount(starts // ROW_GROUP, -(-live // size), blocks).astype(np.int64)
 
 
 def permutation(n: int, *seed: int) -> Ids:

@@ -82,7 +82,7 @@ def unnamed_files(store: Path) -> list[str]:
 
 
 def quarantine(store: Path) -> list[tuple[str, int, str]]:
-    """(input, line, reason) of every row that was set aside."""
+    """(input, line, reason) of every row that was rejected."""
     opened = Store.open(store)
     group = opened.state.group("quarantine")
     tables = [parts.read_parquet(opened, entry) for slot in group if (entry := group.get(slot)) is not None]

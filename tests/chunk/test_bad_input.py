@@ -1,4 +1,4 @@
-"""Bad input: set aside with file, line and reason, or refused; what is good, and what was there before, stays."""
+"""Bad input: rejected with file, line and reason, or refused; what is good, and what was there before, stays."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def store(first_store: Path, tmp_path: Path) -> Path:
 
 @dataclass
 class Case:
-    """A file, and what becomes of its rows: ``good`` documents and (line, reason) of those set aside."""
+    """A file, and what becomes of its rows: ``good`` documents and (line, reason) of those rejected."""
 
     name: str
     data: bytes | list[Row | bytes]
@@ -148,14 +148,14 @@ def test_bad_rows_are_set_aside_and_the_rest_is_kept(case, store, tmp_path, cont
     if isinstance(case.data, list):
         assert len(case.data) == len(case.good) + len(case.aside)
     there = api.info(store)
-    assert (there.documents, there.set_aside) == (len(BEFORE) + len(case.good), len(case.aside))
+    assert (there.documents, there.rejected) == (len(BEFORE) + len(case.good), len(case.aside))
     assert verified(store).content == content([*BEFORE, *case.good])
 
 
 def test_reasons_are_counted_and_placed(store, tmp_path):
     path = amid("lines.jsonl", ROW_FAULTS + LINE_FAULTS + ROW_FAULTS[:1]).write(tmp_path)
     lines_said = run_chunk(store, path).stdout.splitlines()
-    assert lines_said[1] == "13 rows set aside:"
+    assert lines_said[1] == "13 rows rejected:"
     assert lines_said[2].split() == ["2", "'text'", "is", "null", "first:", f"{path},", "line", "2"]
     assert len(lines_said) == 13
     assert "and 2 other reasons" in lines_said[-1]

@@ -1,4 +1,4 @@
-"""Memory that does not grow with the corpus: what is held of documents and of rows set aside."""
+"""Memory that does not grow with the corpus: what is held of documents and of rows rejected."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ OTHERS = make_rows(4, words=30)
 
 
 def names(store: Path) -> list[str]:
-    """Ids of the documents that are living."""
+    """Ids of the documents that are live."""
     reader = retrotool.open(store)
     chunks = [reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)]
     return list(dict.fromkeys(chunk.document for chunk in chunks))
@@ -70,7 +70,7 @@ def test_a_copy_in_a_plan_that_is_not_finished_is_purged_with_its_original(dupli
     assert result.exit_code == 0, result.output
     assert names(store) == [*(row["id"] for row in OTHERS), "z"]
     found = api.info(store)
-    assert (found.documents, found.unfinished, found.set_aside) == (5, 0, 0)
+    assert (found.documents, found.unfinished, found.rejected) == (5, 0, 0)
     assert verified(store).documents == 5
     assert set(found.purges) == {first}
     assert (found.purges[first]["documents"], found.purges[first]["erased"]) == (2, bool(erase))
@@ -104,10 +104,10 @@ def test_by_id_and_for_each_purge_and_taken_back(tmp_path):
     assert names(store) == [row["id"] for row in OTHERS]
     assert {purge: record["documents"] for purge, record in api.info(store).purges.items()} == {of_x: 2, of_a: 2}
     assert len(read_blocked(Store.open(store))) == 3 + 3, "of what was selected"
-    undone = run_cli("purge", store, of_a, "--restore", "--reason", "kept after all")
+    undone = run_cli("purge", store, of_a, "--undo", "--reason", "kept after all")
     assert undone.exit_code == 0 and "2 whole documents" in undone.stdout
     assert names(store) == [*(row["id"] for row in OTHERS), "a", "b"]
-    undone = run_cli("purge", store, of_x, "--restore", "--reason", "kept after all")
+    undone = run_cli("purge", store, of_x, "--undo", "--reason", "kept after all")
     assert undone.exit_code == 0 and "There twice now: 1 document," in undone.stdout
     assert names(store) == ["x", *(row["id"] for row in OTHERS), "a", "b"]
     assert verified(store).documents == 8
@@ -118,9 +118,9 @@ def test_what_several_purges_keep_back_stays_until_the_last_is_undone(tmp_path):
     several = [purge(store, "--document", "x"), purge(store, "--document", "x", "--document", "doc-1")]
     assert run_chunk(store, path).exit_code == 0
     assert "y" not in names(store)
-    for one, living in zip(several, (False, True), strict=True):
-        assert run_cli("purge", store, one, "--restore", "--reason", "kept after all").exit_code == 0
-        assert ("x" in names(store)) == living
+    for one, live in zip(several, (False, True), strict=True):
+        assert run_cli("purge", store, one, "--undo", "--reason", "kept after all").exit_code == 0
+        assert ("x" in names(store)) == live
         assert "y" not in names(store), "it repeats x"
         assert verified(store)
 
@@ -133,10 +133,10 @@ def test_an_undo_leaves_one_live_copy_of_a_text(selected, tmp_path):
     assert run_chunk(store, path, "--duplicates", "fail").exit_code == 1
     purged = purge(store, "--document", selected)
     assert run_chunk(store, path).exit_code == 3
-    assert run_cli("purge", store, purged, "--restore", "--reason", "kept after all").exit_code == 0
+    assert run_cli("purge", store, purged, "--undo", "--reason", "kept after all").exit_code == 0
     assert names(store) == ["x", *(row["id"] for row in OTHERS), "z"]
     found = api.info(store)
-    assert (found.documents, found.set_aside) == (6, 1)
+    assert (found.documents, found.rejected) == (6, 1)
     assert verified(store).documents == 6
 
 
@@ -147,7 +147,7 @@ def test_an_undo_leaves_no_part_of_a_document_that_repeats(tmp_path):
     assert chunk >= join_id(1, 0), "of the other version"
     purged = purge(store, "--chunk", chunk)
     assert run_chunk(store, path).exit_code == 3
-    assert run_cli("purge", store, purged, "--restore", "--reason", "kept after all").exit_code == 0
+    assert run_cli("purge", store, purged, "--undo", "--reason", "kept after all").exit_code == 0
     assert retrotool.open(store).document("x") == [0]
     assert names(store) == ["x", *(row["id"] for row in OTHERS)]
     assert verified(store).documents == 5
@@ -169,7 +169,7 @@ def test_a_copy_that_is_committed_while_a_purge_selects_is_taken(copied, tmp_pat
     result = api.purge(store, api.Selectors(document=("x",)), reason="request 17", confirm=lambda _: True)
     assert len(selected) == (2 if copied else 1), "it selects again if there are copies"
     assert result.documents == (2 if copied else 1)
-    assert run_chunk(store).exit_code == 3, "the repeat of the first plan is set aside"
+    assert run_chunk(store).exit_code == 3, "the repeat of the first plan is rejected"
     assert [name for name in names(store) if name in "xyw"] == ([] if copied else ["w"])
     assert verified(store).documents == len(OTHERS) + (not copied)
 

@@ -72,7 +72,7 @@ def test_standard_input_of_a_killed_run_is_rejected_and_can_be_piped_again(tmp_p
     assert killed.returncode == -signal.SIGKILL
     other = write_rows(tmp_path / "other.jsonl", ROWS[50:60])
     result = api.chunk(tmp_path / "store", [str(other)])
-    assert (result.documents, result.set_aside) == (10, 1)
+    assert (result.documents, result.rejected) == (10, 1)
     (reason,) = result.reasons
     assert reason.reason == "given up: standard input can't be read twice: pipe it again"
     again = cli(*arguments, data=data)

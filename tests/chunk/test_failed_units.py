@@ -1,4 +1,4 @@
-"""A unit that can't be done is set aside, whatever the reason; what comes after it goes on."""
+"""A unit that can't be done is rejected, whatever the reason; what comes after it goes on."""
 
 from __future__ import annotations
 

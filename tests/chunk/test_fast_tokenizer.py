@@ -111,7 +111,7 @@ def test_a_wrong_token_stops_the_run_and_is_never_committed(
     assert result.exit_code == 0, result.output
     found = verified(store)
     assert (found.content, found.documents) == (exact.content, len(ROWS))
-    assert (api.info(store).set_aside, api.info(store).unfinished) == (0, 0)
+    assert (api.info(store).rejected, api.info(store).unfinished) == (0, 0)
 
 
 def test_units_that_were_committed_before_a_difference_stay(tmp_path, source, exact, byte_level_tokenizer, monkeypatch):

@@ -121,11 +121,11 @@ def test_what_is_made_to_hurt_does_not(name, tmp_path):
     result = json.loads(process.stdout)
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", (tmp_path / "status").read_text())
     good = 0 if file in ("big.txt.zst", "bomb.jsonl.zst") else 1
-    assert (process.returncode, result["documents"], result["set_aside"]) == (3, good, bad)
+    assert (process.returncode, result["documents"], result["rejected"]) == (3, good, bad)
     assert int(peak) < MOST_MEMORY_KB
     assert reason in result["reasons"][0]["reason"]
     assert len(quarantine(store)) == bad
-    assert (verified(store).documents, api.info(store).set_aside) == (good, bad)
+    assert (verified(store).documents, api.info(store).rejected) == (good, bad)
 
 
 def test_zeros_inside_a_text_are_part_of_it(tmp_path, byte_level_tokenizer):

@@ -65,7 +65,7 @@ def everything(store: Path):
     reader = retrotool.open(store)
     for part in Store.open(store).state.parts():
         for row in range(Store.open(store).state.part_file("chunks", part).rows):
-            if reader.is_living([(part << 32) + row]).all():
+            if reader.is_live([(part << 32) + row]).all():
                 yield reader.chunk((part << 32) + row)
 
 

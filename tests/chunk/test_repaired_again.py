@@ -109,7 +109,7 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
     for _ in range(2):
         found = api.chunk(store, list(map(str, names)), max_bad=MaxBad(rows=0))
         assert found.stopped
-        assert (found.damaged, found.set_aside) == (1, 1)
+        assert (found.damaged, found.rejected) == (1, 1)
         assert [reason.input for reason in found.reasons] == [str(names[-1])]
     names[-1].write_bytes(gzip.compress(b"".join(LINES[360:]), 0))
     result = run_chunk(store, *names, "--changed", "add")

@@ -56,11 +56,11 @@ def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_read_again_whe
     result = run_chunk(store, path, later, "--changed", "add", "--json")
     assert result.exit_code == 0, result.stdout
     told = json.loads(result.stdout)
-    assert (told["set_aside"], told["damaged"], told["known_documents"]) == (0, 0, good - 5)
+    assert (told["rejected"], told["damaged"], told["known_documents"]) == (0, 0, good - 5)
     assert [reason[:10] for _, _, reason in quarantine(store)] == ["broken off"], "what each run rejected stays"
     assert sorted(ids(store)) == sorted([row["id"] for row in ROWS] + [f"doc-{i}" for i in range(500, 505)])
     found = api.info(store)
-    assert (found.documents, found.set_aside, found.unfinished) == (305, 1, 0)
+    assert (found.documents, found.rejected, found.unfinished) == (305, 1, 0)
     assert verified(store).content == content_of(tmp_path, [*ROWS, *make_rows(5, first=500)])
 
 
@@ -76,7 +76,7 @@ def test_what_was_chunked_before_the_break_is_skipped(tmp_path):
     good = len(ids(store))
     path.write_bytes(gzip.compress(LINES))
     result = changed(store, path)
-    assert (result["documents"], result["known_documents"], result["set_aside"]) == (300 - good, good, 0)
+    assert (result["documents"], result["known_documents"], result["rejected"]) == (300 - good, good, 0)
     assert ids(store) == [row["id"] for row in ROWS]
 
 
@@ -104,7 +104,7 @@ def test_purged_documents_of_a_changed_input_are_added_again_only_on_request(tmp
     assert (result["documents"], result["known_documents"], result["blocked"]) == (1, 5, 0)
     write_rows(path, ROWS[:7])
     result = changed(store, path, "--allow-purged")
-    assert (result["documents"], result["known_documents"], result["set_aside"]) == (3, 4, 0)
+    assert (result["documents"], result["known_documents"], result["rejected"]) == (3, 4, 0)
     assert api.info(store).documents == 7
 
 
@@ -115,7 +115,7 @@ def test_a_repaired_file_whose_beginning_is_another_gives_what_is_new_in_it(tmp_
     other = [{"id": "first", "text": "A new first row."}, {**ROWS[0], "text": "Another text."}, *ROWS[1:]]
     path.write_bytes(pack(b"".join(json.dumps(row).encode() + b"\n" for row in other), path.name))
     result = changed(store, path)
-    assert (result["documents"], result["known_documents"], result["set_aside"]) == (1 + 300 - good, good - 1, 1)
+    assert (result["documents"], result["known_documents"], result["rejected"]) == (1 + 300 - good, good - 1, 1)
     assert (str(path), 2, "duplicate document id") in quarantine(store)
     assert {row["id"] for row in documents(store)} == {"first", *(row["id"] for row in ROWS)}
 
@@ -128,7 +128,7 @@ def test_rows_that_were_repaired_are_added_and_the_others_not_again(tmp_path):
     result = run_chunk(store, path, "--changed", "add")
     assert result.exit_code == 3
     assert result.stdout.startswith("1 document, ")
-    assert "3 documents skipped: in the store already.\n1 row set aside:\n  1  not JSON" in result.stdout
+    assert "3 documents skipped: in the store already.\n1 row rejected:\n  1  not JSON" in result.stdout
     write_rows(path, ROWS[:5])
     assert run_chunk(store, path, "--changed", "add").exit_code == 0
     assert verified(store).content == content_of(tmp_path, ROWS[:5])
@@ -140,7 +140,7 @@ def test_adding_what_did_not_change_changes_nothing(tmp_path):
     run_chunk(store, path)
     before = verified(store)
     result = changed(store, path)
-    assert (result["documents"], result["set_aside"], result["known_inputs"]) == (0, 0, 1)
+    assert (result["documents"], result["rejected"], result["known_inputs"]) == (0, 0, 1)
     assert verified(store).content == before.content
     assert len(quarantine(store)) == 1
 
@@ -168,7 +168,7 @@ def test_of_a_damaged_file_the_rest_is_rejected_and_everything_else_is_read(tmp_
     assert found.exit_code == 3
     result = json.loads(found.stdout)
     assert result["reasons"][0]["input"] == str(path)
-    assert (result["stopped"], result["damaged"], result["set_aside"]) == ("", 1, 1)
+    assert (result["stopped"], result["damaged"], result["rejected"]) == ("", 1, 1)
     assert "doc-504" in ids(store)
     assert api.info(store).unfinished == 0
 
@@ -180,7 +180,7 @@ def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
     later = write_rows(tmp_path / "later.jsonl", big)
     for _ in range(2):
         result = json.loads(run_chunk(store, path, later, "--max-bad", 0, "--json").stdout)
-        assert "1 rows were set aside" in result["stopped"]
+        assert "1 rows were rejected" in result["stopped"]
         assert api.info(store).unfinished == 1
     assert run_chunk(store, path, later, "--max-bad", "1").exit_code == 3
     assert api.info(store).unfinished == 0
@@ -194,7 +194,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     later = write_rows(tmp_path / "later.jsonl", big)
     result = run_chunk(store, path, later, "--max-bad", 2)
     assert result.exit_code == 3
-    assert "3 rows were set aside, more than --max-bad 2" in result.stdout
+    assert "3 rows were rejected, more than --max-bad 2" in result.stdout
     assert run_chunk(store, path, later, "--max-bad", 3).exit_code == 3
     assert api.info(store).unfinished == 0
 
@@ -204,7 +204,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     [("1%", 990, 10, False), ("1%", 989, 11, True), ("50%", 1, 3, False), ("0%", 999, 1, True), ("0", 5, 1, True)],
 )
 def test_a_share_counts_from_a_thousand_rows_on(limit, documents, bad, stops):
-    counts = {"documents": documents, "set_aside": bad, "damaged": 0, "blocked": 0, "known_documents": 0}
+    counts = {"documents": documents, "rejected": bad, "damaged": 0, "blocked": 0, "known_documents": 0}
     assert bool(MaxBad.parse(limit).exceeded(counts)) == stops
 
 
@@ -223,7 +223,7 @@ def test_an_input_that_has_changed_is_refused_until_it_is_to_be_added(tmp_path):
     assert "--changed add" in result.output
     assert len(ids(store)) == 5
     found = changed(store, path)
-    assert (found["documents"], found["known_documents"], found["set_aside"]) == (3, 5, 0)
+    assert (found["documents"], found["known_documents"], found["rejected"]) == (3, 5, 0)
     assert verified(store).content == content_of(tmp_path, ROWS[:8])
     assert run_chunk(store, path).exit_code == 0
 
@@ -234,7 +234,7 @@ def test_renamed_and_reordered_inputs_are_known(tmp_path):
     run_chunk(store, *paths)
     renamed = paths[0].rename(tmp_path / "other.jsonl")
     result = json.loads(run_chunk(store, paths[2], renamed, paths[1], "--json").stdout)
-    assert (result["known_inputs"], result["documents"], result["set_aside"]) == (3, 0, 0)
+    assert (result["known_inputs"], result["documents"], result["rejected"]) == (3, 0, 0)
 
 
 def test_quarantine_has_the_offset_and_the_beginning_of_a_row(tmp_path):

@@ -74,7 +74,7 @@ def test_it_is_let_in_on_request_and_after_the_purge_is_undone(tmp_path):
     assert run_chunk(store, again, "--allow-purged").exit_code == 0
     assert names(store) == ["copy"]
     (purged,) = api.info(store).purges
-    assert run_cli("purge", store, purged, "--restore", "--reason", "kept after all").exit_code == 0
+    assert run_cli("purge", store, purged, "--undo", "--reason", "kept after all").exit_code == 0
     assert not len(read_blocked(Store.open(store)))
     assert verified(store).documents == 2
 

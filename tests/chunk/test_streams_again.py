@@ -43,7 +43,7 @@ def test_streams_one_after_another_are_all_read(
     store = tmp_path / "store"
     for word in ("river", "ocean", "river"):
         result = piped(store, word, tiny_encoder, monkeypatch)
-        assert result.set_aside == 0
+        assert result.rejected == 0
     assert is_there(store, "river") and is_there(store, "ocean")
     assert api.info(store).documents == 10
 
@@ -79,14 +79,14 @@ def test_the_stream_of_a_running_chunk_is_left_to_it(is_lost: bool, tmp_path: Pa
         with spool(stream("river")) as spooled:
             commit_plan(opened, other, [spooled], ChunkOptions(Fields(), 1 << 20))
             if not is_lost:
-                assert api.chunk(root, [str(file)], note=notes.append).set_aside == 0
+                assert api.chunk(root, [str(file)], note=notes.append).rejected == 0
                 assert api.info(root).documents == 5, "ids come in the order of the plans"
                 engine.execute(ChunkStage(run=other.id), opened, other)
                 finish_plans(opened, other)
         if is_lost:
-            assert api.chunk(root, [str(file)], note=notes.append).set_aside == 0
+            assert api.chunk(root, [str(file)], note=notes.append).rejected == 0
     assert len(notes) == 1 and notes[0].endswith(f"in an hour: retrotool chunk {root}")
     if is_lost:  # with its run, which has ended
-        assert api.chunk(root, []).set_aside == 1
+        assert api.chunk(root, []).rejected == 1
     assert is_there(root, "ocean") and api.info(root).documents == (10 if is_lost else 15)
     assert api.verify(root).problems == []

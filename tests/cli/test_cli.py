@@ -170,7 +170,7 @@ COMMON = {
 }
 NEAR = {**FOUND, "source": str, "index": int, "of": int, "database": str, "common": COMMON}
 FIELDS: dict[str, dict[str, Any]] = {
-    "chunk": {"documents": int, "chunks": int, "tokens": int, "set_aside": int, "parts": int, "commit": int},
+    "chunk": {"documents": int, "chunks": int, "tokens": int, "rejected": int, "parts": int, "commit": int},
     "embed": {"encoder": str, "dimension": int, "chunks": int, "commit": int},
     "index": {"name": str, "vectors": int, "bytes_per_vector": int, "recall_at_10": float, "commit": int},
     "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},

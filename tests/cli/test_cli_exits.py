@@ -223,7 +223,7 @@ def test_rows_set_aside_end_with_3(tmp_path):
     (tmp_path / "half.jsonl").write_text('{"text": "good"}\nbad\n')
     code, out, err = run("chunk", tmp_path / "store", tmp_path / "half.jsonl", "--json", "--workers", 1)
     assert (code, err, out.count("\n")) == (3, "", 1)
-    assert (json.loads(out)["documents"], json.loads(out)["set_aside"]) == (1, 1)
+    assert (json.loads(out)["documents"], json.loads(out)["rejected"]) == (1, 1)
 
 
 def test_corruption_ends_with_12_and_names_the_file(store_copy):

@@ -62,7 +62,7 @@ class Case:
 
     @functools.cache  # noqa: B019 (a case is frozen, and there are four)
     def chunks(self) -> dict[int, Chunk]:
-        """All living chunks, in the order of their ids."""
+        """All live chunks, in the order of their ids."""
         reader = open_once(self.store)
         return {int(i): reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)}
 

@@ -113,10 +113,10 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
 def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
     copy = copy_store(built_store, tmp_path / "copy")
     name = api.purge(copy, api.Selectors(document=("doc-3",)), reason="wrong", who="one").purge
-    api.restore(copy, name, reason="it was right", who="another\n")
+    api.undo(copy, name, reason="it was right", who="another\n")
     lines = run("log", copy)[1].splitlines()
     assert lines[-2].endswith(f"; {name} by one: wrong")
-    assert lines[-1].endswith(f"; took back {name} by another : it was right")
+    assert lines[-1].endswith(f"; undid {name} by another : it was right")
 
 
 def test_no_purged_text_is_told(store: Path) -> None:

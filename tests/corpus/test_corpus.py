@@ -109,7 +109,7 @@ def chunk(store: Path, inputs: list[Path], tokenizer: str, workers: int) -> None
 
 
 def documents_of(store: Path) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
-    """Living documents with their tokens [n, 64] and tokens of each chunk [n]."""
+    """Live documents with their tokens [n, 64] and tokens of each chunk [n]."""
     opened = Store.open(store)
     gone = {ids for slot in opened.state.group("tombstones") for ids in tombstones(opened, slot)}
     for part in opened.state.parts():

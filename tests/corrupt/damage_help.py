@@ -37,7 +37,7 @@ KINDS = {
     "recall": "index/*/recall-*",
     "neighbours": "neighbours/main/*",
     "neighbours with text": "neighbours/text/*",
-    "restored": "restored/*",
+    "undone": "undone/*",
     "tombstones": "tombstones/*",
     "blocked": "blocked/*",
     "quarantine": "quarantine/*",
@@ -73,7 +73,7 @@ def stop(*_: object, **__: object) -> None:
 
 @dataclass(frozen=True)
 class Everything:
-    """``store``, the folder with what it was made of, and its purges: erased, taken back, neither."""
+    """``store``, the folder with what it was made of, and its purges: erased, undone, neither."""
 
     store: Path
     inputs: Path
@@ -96,7 +96,7 @@ def make_everything(folder: Path, encoder: Path) -> Everything:
             api.purge(store, api.Selectors(where=f"id = 'doc-{i}'"), reason="test", erase=i == 4).purge
             for i in (4, 5, 6)
         )
-    api.restore(store, purges[1], reason="test")
+    api.undo(store, purges[1], reason="test")
     api.index(store, name="lists", options=Options(IndexWishes(nlist=2, code="sq8")))
     purge_run.scan(store, api.Selectors(pattern="river", allow_lossy=True), (0, 2))
     last = write_jsonl(folder / "last.jsonl", make_rows(3, first=20, words=40))
@@ -199,7 +199,7 @@ def writes(made: Everything, store: Path) -> dict[str, tuple[object, ...]]:
         "index": ("index", store, "--name", "main", *of),
         "index --name": ("index", store, "--name", "third", "--nlist", "2", "--code", "sq8", *of),
         "index --retrain": ("index", store, "--name", "lists", "--retrain", *of),
-        "index --mend": ("index", store, "--name", "lists", "--mend", *of),
+        "index --repair": ("index", store, "--name", "lists", "--repair", *of),
         "neighbours": ("neighbours", store, "--saved", "5"),
         "neighbours --name": ("neighbours", store, "--name", "third", "--materialise"),
         "purge": ("purge", store, "--document", "doc-9", "--reason", "test", "--yes"),
@@ -207,5 +207,5 @@ def writes(made: Everything, store: Path) -> dict[str, tuple[object, ...]]:
         "purge --erase": ("purge", store, "--document", "doc-5", "--reason", "test", "--yes", "--erase"),
         "purge --dry-run": ("purge", store, *pattern, "--dry-run"),
         "erase": ("purge", store, "--erase", kept, "--yes"),
-        "restore": ("purge", store, "--restore", kept, "--yes", "--reason", "test"),
+        "undo": ("purge", store, "--undo", kept, "--yes", "--reason", "test"),
     }

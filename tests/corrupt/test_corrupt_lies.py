@@ -250,23 +250,23 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "a tombstone of no part": (lambda liar: liar.tombstone(99 << 32), "are no chunks of the store"),
     "a tombstone of no row": (lambda liar: liar.tombstone(1 << 32 | 10**6), "are no chunks of the store"),
     "a tombstone below zero": (lambda liar: liar.tombstone(-1), "are no chunks of the store"),
-    "a tombstone that was not counted": (lambda liar: liar.tombstone(0), "living chunks found, the log says"),
+    "a tombstone that was not counted": (lambda liar: liar.tombstone(0), "live chunks found, the log says"),
     "a block list in another order": (lambda liar: liar.block("p", b"b" * 16, b"a" * 16), "hashes are not sorted"),
     "a block list with a hash twice": (lambda liar: liar.block("p", b"a" * 16, b"a" * 16), "hashes are not sorted"),
     "a block list of no purge": (lambda liar: liar.block("q", b"a" * 16), "there is no purge q"),
     "an indexed vector of no chunk": (lambda liar: liar.shard(np.array([0, 99 << 32])), "are no chunks of the store"),
     "totals that are wrong": (
-        lambda liar: liar.commit(totals={"documents": 1, "chunks": 2, "tokens": 3, "set_aside": 0}),
-        "living documents found, the log says 1",
+        lambda liar: liar.commit(totals={"documents": 1, "chunks": 2, "tokens": 3, "rejected": 0}),
+        "live documents found, the log says 1",
     ),
     "a part in the place of another": (
         lambda liar: liar.commit(dataclasses.replace(liar.copy(liar.old("chunks")), slot="000009"), liar.old("chunks")),
         "part 9 lacks its documents or its chunks",
     ),
     "parts that wait for a plan that is finished": (
-        lambda liar: liar.commit(pending=1), "living documents found, the log says",
+        lambda liar: liar.commit(pending=1), "live documents found, the log says",
     ),
-    "fewer parts than there are": (lambda liar: liar.commit(parts=1), "living documents found, the log says"),
+    "fewer parts than there are": (lambda liar: liar.commit(parts=1), "live documents found, the log says"),
     "rows that are not in the file": (
         lambda liar: liar.commit(
             dataclasses.replace(liar.copy(liar.old("documents")), rows=10**6), liar.old("documents"),

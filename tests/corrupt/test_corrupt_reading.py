@@ -48,7 +48,7 @@ def flips(path: Path, places: list[int], seed: int, bits: int = 1) -> Iterator[i
 def read_tokens(root: Path) -> list[Any]:
     reader = retrotool.open(root)
     ids = [part << 32 | row for part in reader.parts()[:1] for row in range(100)]
-    return [reader.tokens(ids).tolist(), reader.is_living(ids).tolist(), reader.chunk(50).text]
+    return [reader.tokens(ids).tolist(), reader.is_live(ids).tolist(), reader.chunk(50).text]
 
 
 def test_a_flipped_bit_in_a_page_of_chunks_is_an_error(root: Path) -> None:

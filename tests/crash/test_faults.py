@@ -41,7 +41,7 @@ from retrotool.store import disk
 pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
 
 CUTS = KILLS if "RETROTOOL_KILLS" in os.environ else 1
-BY_DEFAULT = ("chunk", "lists", "erase", "restore")
+BY_DEFAULT = ("chunk", "lists", "erase", "undo")
 EACH = [
     pytest.param(i, id=name, marks=[] if name in BY_DEFAULT else pytest.mark.nightly) for i, name in enumerate(CASES)
 ]

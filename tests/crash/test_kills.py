@@ -36,7 +36,7 @@ from retrotool.index import run as index_run
 from retrotool.index.run import Options
 from retrotool.info.run import info
 from retrotool.info.verify import Verification, verify
-from retrotool.purge.undo import restore
+from retrotool.purge.undo import undo
 from retrotool.store import disk, leases
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
@@ -180,10 +180,10 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
             copy_store(before, stores[name])
         step(stores[name])
         before = stores[name]
-    stores["restore"] = copy_store(stores["purge"], root / "restore")
-    api.purge(stores["restore"], api.Selectors(documents=str(root / "victims.txt")), reason="test")
-    lists_index(stores["restore"])
-    stores["earlier"] = stores["restore"]
+    stores["undo"] = copy_store(stores["purge"], root / "undo")
+    api.purge(stores["undo"], api.Selectors(documents=str(root / "victims.txt")), reason="test")
+    lists_index(stores["undo"])
+    stores["earlier"] = stores["undo"]
     stores["refill"] = copy_store(stores["neighbours"], root / "refill")
     api.neighbours(stores["refill"], saved=3)
     (root / "half.txt").write_text("".join(f"{row['id']}\n" for row in rows[::2]))
@@ -213,7 +213,7 @@ def drop_if_there(store: Path) -> None:
 def restore_if_purged(store: Path) -> None:
     (purge,) = api.info(store).purges
     with contextlib.suppress(UsageError):
-        restore(store, purge, reason="test")
+        undo(store, purge, reason="test")
 
 
 def erase_earlier(store: Path) -> None:
@@ -241,20 +241,20 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         # Once it has switched, the same command trains once more.
         Case("renew --retrain", lambda s: lists_index(s, retrain=True), logical, []),
         Case("renew --drop", drop_if_there, (*logical, "indexes"), []),
-        Case("broken --mend", lambda s: lists_index(s, mend=True), (*logical, "indexes"), []),
+        Case("broken --repair", lambda s: lists_index(s, repair=True), (*logical, "indexes"), []),
         Case("neighbours", api.neighbours, logical, []),
         Case("neighbours --materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
         Case("materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
         Case("purge", purge, logical, [False]),
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
         Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),
-        Case("restore", restore_if_purged, (*logical, "indexes"), [False]),
+        Case("undo", restore_if_purged, (*logical, "indexes"), [False]),
         Case("refill", lambda s: api.neighbours(s, saved=3), logical, [False]),
     ]
 
 
-CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "mend", "neighbours", "both", "materialise"]
-CASES += ["purge", "erase", "erase earlier", "restore", "refill"]
+CASES = ["chunk", "embed", "index", "lists", "merge", "retrain", "drop", "repair", "neighbours", "both", "materialise"]
+CASES += ["purge", "erase", "erase earlier", "undo", "refill"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
@@ -265,7 +265,7 @@ def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     before = stages[case.name.split()[0]]
     expected, calls = uninterrupted(case, before, tmp_path / "whole")
     blocked = read_blocked(Store.open(tmp_path / "whole")).hashes.tolist()
-    assert bool(blocked) == (case.purges != [] and case.name != "restore")
+    assert bool(blocked) == (case.purges != [] and case.name != "undo")
     assert calls > 10
     known = problems(before)
     draw = random.Random(SEED + number)
@@ -458,7 +458,7 @@ def check_after(store: Path, case: Case, expected: Verification) -> None:
     shown = info(store)
     assert shown.unfinished == 0
     assert [purge["erased"] for purge in shown.purges.values()] == case.purges
-    assert all(("restored" in purge) == (case.name == "restore") for purge in shown.purges.values())
+    assert all(("undone" in purge) == (case.name == "undo") for purge in shown.purges.values())
     for name, purge in shown.purges.items():
         if purge["erased"]:
             receipt = api.verify_purge(store, name, out=store.parent).receipt

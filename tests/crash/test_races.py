@@ -149,7 +149,7 @@ class Race:
 def races(encoder: Path, inputs: Path) -> dict[str, Race]:
     def undo(store: Path) -> None:
         (purge,) = api.info(store).purges
-        api.restore(store, purge, reason="test")
+        api.undo(store, purge, reason="test")
 
     def erase(store: Path) -> None:
         api.erase(store, list(api.info(store).purges))
@@ -200,15 +200,15 @@ def races(encoder: Path, inputs: Path) -> dict[str, Race]:
 
     lost = (LostRunError,)
     return {
-        "erase, undo": Race("restore", erase, undo, (UsageError,)),
-        "undo, erase": Race("restore", undo, erase, (UsageError,)),
-        "erase, erase": Race("restore", erase, erase, (UsageError,), VICTIMS),
+        "erase, undo": Race("undo", erase, undo, (UsageError,)),
+        "undo, erase": Race("undo", undo, erase, (UsageError,)),
+        "erase, erase": Race("undo", erase, erase, (UsageError,), VICTIMS),
         "embed, clean": Race("purge", embed, clean),
         "purge, clean elsewhere": Race("purge", purge, clean_elsewhere(2 * 3600), (), VICTIMS),
         "embed, clean elsewhere": Race("purge", embed, clean_elsewhere(2 * 3600)),
         "purge, clean a day later": Race("purge", purge, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
         "embed, clean a day later": Race("purge", embed, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
-        "undo, clean a day later": Race("restore", undo, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
+        "undo, clean a day later": Race("undo", undo, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
         "chunk, chunk": Race("purge", chunk, chunk),
         "chunk, purge": Race("purge", chunk, purge, (), VICTIMS),
         "fold, fold": Race("staged", fold_all, fold_all),
@@ -291,18 +291,18 @@ def check(store: Path, race: Race, places: tuple[int, int], *, receipts: bool) -
     found = api.verify(store)
     assert found.problems == [], places
     reader, opened = retrotool.open(store), Store.open(store)
-    ids = [int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.is_living([i])[0]]
+    ids = [int(i) for part in reader.parts() for i in reader.chunk_ids(part) if reader.is_live([i])[0]]
     documents = {reader.chunk(i).document for i in ids}
     chunks = [i for name in documents for i in reader.document(name)]
     assert sorted(chunks) == sorted(ids), "a document is there once"
     shown = api.info(store)
     for purge, record in shown.purges.items():
-        assert not (record["erased"] and "restored" in record), places
+        assert not (record["erased"] and "undone" in record), places
         if record["erased"] and receipts:
             receipt = api.verify_purge(store, purge, out=store.parent).receipt
             assert receipt.ok, (places, receipt.problems)
-        if race.before == "restore":
-            assert all((name in documents) == ("restored" in record) for name in VICTIMS), places
+        if race.before == "undo":
+            assert all((name in documents) == ("undone" in record) for name in VICTIMS), places
     assert documents.isdisjoint(race.gone), places
     for table in opened.state.names("neighbours"):
         parts = {entry.part for _, entry in opened.state.group("neighbours", table).items()}

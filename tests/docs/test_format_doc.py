@@ -117,8 +117,8 @@ def test_duckdb_joins_all_parts_by_the_list_of_files(grown_store: Path, tmp_path
     found = all_parts(grown_store, tmp_path, cli)
     due = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
     assert len(due) > 300
-    living = {chunk: document for chunk, document in found["ids"] if document is not None}
-    assert [(chunk, reader.chunk(chunk).document) for chunk in due] == sorted(living.items())
+    live = {chunk: document for chunk, document in found["ids"] if document is not None}
+    assert [(chunk, reader.chunk(chunk).document) for chunk in due] == sorted(live.items())
     tokens = found["duckdb"].sql("SELECT chunk, n_tokens FROM chunks WHERE n_tokens > 0 ORDER BY chunk").fetchall()
     assert tokens == [(chunk, reader.chunk(chunk).n_tokens) for chunk in due]
 

@@ -70,7 +70,7 @@ class TouchWorker:
         if kind == "once" and attempt == 0:
             raise OSError("a hiccup")
         if kind == "corrupt":
-            raise CorruptError("this file is broken", "mend it")
+            raise CorruptError("this file is broken", "repair it")
         if kind == "full":
             raise StorageError("no space left")
         if kind == "kill" or (kind == "die" and attempt == 0):
@@ -130,7 +130,7 @@ def test_a_task_that_always_fails_is_named_and_the_others_are_kept(store: Store,
 def test_what_is_wrong_with_the_data_is_not_tried_again(store: Store, tmp_path: Path, workers: int) -> None:
     with pytest.raises(CorruptError, match="broken") as error:
         execute(store, TouchStage(str(tmp_path / "marks"), fail=((1, "corrupt"),)), workers)
-    assert error.value.advice == "mend it", "the advice crosses processes"
+    assert error.value.advice == "repair it", "the advice crosses processes"
     assert attempts(tmp_path, 1) == 1
     assert len(store.refresh().group("selectors")) == 5
 

@@ -174,7 +174,7 @@ def test_copies_are_checked_too(tmp_path: Path, tiny_encoder: Path) -> None:
     name = api.purge(store, api.Selectors(chunk=tuple(map(str, first))), reason="r", erase=True).purge
     found = receipt(store, name)
     assert found.ok, found.problems
-    assert found.copies and found.chunks == found.living + found.copies
+    assert found.copies and found.chunks == found.newly_purged + found.copies
     assert next(one for one in found.files.kinds if one.kind == "chunks").rows == found.chunks
 
 
@@ -207,7 +207,7 @@ def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
         verified(store, "p0")
     with pytest.raises(UsageError, match="no folder"):
         api.verify_purge(store, name, out=tmp_path / "nowhere")
-    api.restore(store, name, reason="a mistake")
+    api.undo(store, name, reason="a mistake")
     with pytest.raises(UsageError, match="was undone"):
         verified(store, name)
 

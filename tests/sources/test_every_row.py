@@ -1,4 +1,4 @@
-"""Every format, every bad input: the rows read are the documents and the rows set aside, each with its reason."""
+"""Every format, every bad input: the rows read are the documents and the rows rejected, each with its reason."""
 
 from __future__ import annotations
 

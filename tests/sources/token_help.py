@@ -39,7 +39,7 @@ def write_megatron(prefix: Path, corpus: Sequence, dtype: str, modes: bytes | No
 
 
 def ids_of(rows) -> list[list[int]]:
-    """Ids of each row, [] for one set aside."""
+    """Ids of each row, [] for one rejected."""
     return [row.tokens.tolist() if isinstance(row, Document) else [] for row in rows]
 
 

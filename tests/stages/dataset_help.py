@@ -156,7 +156,7 @@ def make_large(
             "database": store.identity.uuid, "uri": str(root.absolute()), "within": True, "index": "", "encoder": "e",
             "saved": saved, "k": k,
         }  # fmt: skip
-        totals = {"documents": 0, "chunks": sum(rows), "tokens": 64 * sum(rows), "set_aside": 0}
+        totals = {"documents": 0, "chunks": sum(rows), "tokens": 64 * sum(rows), "rejected": 0}
         records = {"parts": len(rows), "totals": totals, "neighbours:main": record}
         store.commit(run, lambda _: Draft("chunk", add=tuple(add), records=records))
         if text:

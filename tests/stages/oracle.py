@@ -15,11 +15,11 @@ from retrotool.store.storage import storage_at
 
 @dataclass(frozen=True)
 class Plain:
-    """All rows of a store, one array each: chunk ids, document ids, living keys or not, vectors float32."""
+    """All rows of a store, one array each: chunk ids, document ids, live keys or not, vectors float32."""
 
     ids: np.ndarray[Any, Any]
     documents: np.ndarray[Any, Any]
-    living: np.ndarray[Any, Any]
+    live: np.ndarray[Any, Any]
     vectors: np.ndarray[Any, Any]
 
 
@@ -29,7 +29,7 @@ def at(store: Path, path: str) -> Path:
 
 
 def read_plain(store: Path, encoder: str = "tiny", purged: frozenset[int] = frozenset()) -> Plain:
-    ids, documents, living, vectors = [], [], [], []
+    ids, documents, live, vectors = [], [], [], []
     for part in info(store).parts:
         names = pq.read_table(at(store, part["documents"]["path"]))["id"].to_pylist()
         chunks = pq.read_table(at(store, part["chunks"]["path"]))
@@ -37,17 +37,17 @@ def read_plain(store: Path, encoder: str = "tiny", purged: frozenset[int] = froz
         ids.append(numbers)
         documents += [names[doc] for doc in chunks["doc"].to_pylist()]
         alive = (chunks["n_tokens"].to_numpy() > 0) & ~np.isin(numbers, list(purged))
-        living.append(alive & chunks["key"].to_numpy() if "key" in chunks.column_names else alive)
+        live.append(alive & chunks["key"].to_numpy() if "key" in chunks.column_names else alive)
         vectors.append(np.load(at(store, part["embeddings"][encoder]["path"])).astype(np.float32))
-    return Plain(np.concatenate(ids), np.array(documents, object), np.concatenate(living), np.concatenate(vectors))
+    return Plain(np.concatenate(ids), np.array(documents, object), np.concatenate(live), np.concatenate(vectors))
 
 
 def brute_force(queries: Plain, database: Plain, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Ids and squared distances of the k nearest living keys of other documents, [n, k]; −1 and inf: none."""
+    """Ids and squared distances of the k nearest live keys of other documents, [n, k]; −1 and inf: none."""
     distances = ((queries.vectors[:, None, :] - database.vectors[None, :, :]) ** 2).sum(-1)
     distances[queries.documents[:, None] == database.documents[None, :]] = np.inf
-    distances[:, ~database.living] = np.inf
-    distances[~queries.living] = np.inf
+    distances[:, ~database.live] = np.inf
+    distances[~queries.live] = np.inf
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(distances, order, 1)
     return np.where(np.isinf(best), -1, database.ids[order]), best

@@ -15,7 +15,7 @@ import retrotool
 from retrotool import api
 from retrotool.neighbours.run import SearchOptions
 from retrotool.purge.run import PurgeResult
-from retrotool.purge.undo import RestoreResult, restore
+from retrotool.purge.undo import UndoResult, undo
 from retrotool.store import disk
 
 SAME = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "documents", "chunks", "tokens")
@@ -25,8 +25,8 @@ def purge(store: Path, *names: str, erase: bool = False) -> PurgeResult:
     return api.purge(store, api.Selectors(document=names), reason="test", erase=erase)
 
 
-def back(store: Path, purged: str) -> RestoreResult:
-    return restore(store, purged, reason="it was another one")
+def back(store: Path, purged: str) -> UndoResult:
+    return undo(store, purged, reason="it was another one")
 
 
 def verified(store: Path) -> dict[str, object]:
@@ -36,7 +36,7 @@ def verified(store: Path) -> dict[str, object]:
 
 
 def near(store: Path, name: str = "main") -> list[list[int]]:
-    """Ids of all living neighbours of all living chunks, nearest first."""
+    """Ids of all live neighbours of all live chunks, nearest first."""
     reader = retrotool.open(store)
     ids = [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)]
     return [[chunk, *(i for i, _ in reader.neighbour_ids(chunk, name, 20))] for chunk in ids]

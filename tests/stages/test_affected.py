@@ -62,18 +62,18 @@ class Timeline:
         self.purged[name] = set(chunks)
         return name
 
-    def restore(self, purge: str) -> None:
-        api.restore(self.store, purge, reason="test")
+    def undo(self, purge: str) -> None:
+        api.undo(self.store, purge, reason="test")
         del self.purged[purge]
 
     def ranks(self, raw: np.ndarray, queries: Plain, purges: list[str] | None = None) -> Ranks:
-        """By living training chunk: the best place of a purged chunk as a neighbour, and as what follows one."""
+        """By live training chunk: the best place of a purged chunk as a neighbour, and as what follows one."""
         plain = read_plain(self.store)
         document = dict(zip(plain.ids.tolist(), plain.documents.tolist(), strict=True))
         asked = set().union(*(self.purged[one] for one in purges or self.purged))
         found: Ranks = {}
         for row, ids in enumerate(raw.tolist()):
-            if not queries.living[row]:
+            if not queries.live[row]:
                 continue
             near = [rank for rank, i in enumerate(ids, 1) if i in asked]
             behind = [
@@ -130,7 +130,7 @@ def test_each_affected_chunk_is_told_with_its_places(store: Path, tmp_path: Path
     assert told(tmp_path / "out.jsonl") == ranks
     assert_counts(result, ranks)
     assert 10 < result.in_k < result.in_saved < result.rows and result.following_in_k > 5
-    assert result.rows == queries.living.sum() and (result.k, result.saved) == (K, SAVED)
+    assert result.rows == queries.live.sum() and (result.k, result.saved) == (K, SAVED)
     (asked,) = result.purges
     assert (asked.chunks, asked.erased, asked.since) == (12, False, 0)
     documents = dict(zip(queries.ids.tolist(), queries.documents.tolist(), strict=True))
@@ -173,7 +173,7 @@ def test_a_purge_that_was_undone_is_not_looked_for(store: Path, tmp_path: Path) 
     time = Timeline(store)
     first = time.purge(some(store, 60, 1))
     second = time.purge([chunk for chunk in some(store, 40, 2) if chunk not in time.purged[first]])
-    time.restore(first)
+    time.undo(first)
     queries = read_plain(store, purged=frozenset(time.purged[second]))
     result = api.affected(store, out=tmp_path / "out.jsonl")
     assert told(tmp_path / "out.jsonl") == time.ranks(raw, queries, [second])

@@ -219,7 +219,7 @@ def test_workers_end_with_their_parent_and_the_store_goes_on(tmp_path: Path, tin
 
 
 def members(session: int) -> list[int]:
-    """Living processes of a session."""
+    """Live processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -46,7 +46,7 @@ PER_SOURCE = 3400
 CODED = IndexWishes(factory="OPQ16,IVF64,PQ16")
 PLAIN = IndexWishes(nlist=32, code="sq8")
 FEW, SOME = 200, times(600, 2000)
-"""Queries of a recall that nothing here depends on, and of one that is held against another."""
+"""Queries of a recall that nothing here depends on, and of one that is compared with another."""
 
 
 def made_up(seed: int, n: int, d: int = 32) -> np.ndarray:
@@ -131,11 +131,11 @@ def true_recall(store: Path, name: str | None = None, k: int = 10, q: int = 500)
     """Recall@k at the operating point by a brute force of its own, on other queries than retrotool's."""
     database = Database(Store.open(store), name)
     plain = read_plain(store, purged=frozenset(database.tombstones.ids.tolist()))
-    alive = np.flatnonzero(plain.living)
+    alive = np.flatnonzero(plain.live)
     chosen = np.sort(np.random.default_rng(99).choice(alive, min(q, len(alive)), replace=False))
     vectors = plain.vectors[chosen]
     d = (vectors**2).sum(1)[:, None] + (plain.vectors**2).sum(1)[None] - 2 * vectors @ plain.vectors.T
-    d[:, ~plain.living] = np.inf
+    d[:, ~plain.live] = np.inf
     d[np.arange(len(chosen)), chosen] = np.inf  # every document is one chunk
     best = np.argsort(d, axis=1)[:, :k]
     from retrotool.ann.excluded import Excluded
@@ -360,8 +360,8 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=path.name) as error:
             api.index(store, options=Options(merge=True, queries=FEW))
-        assert error.value.exit_code == 12 and "--mend" in error.value.advice
-        api.index(store, options=Options(mend=True, queries=FEW))
+        assert error.value.exit_code == 12 and "--repair" in error.value.advice
+        api.index(store, options=Options(repair=True, queries=FEW))
         assert api.index(store, options=Options(merge=True, queries=FEW)).vectors == 3 * PER_SOURCE + 600
         assert api.verify(store).problems == []
 
@@ -385,7 +385,7 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     queries = Queries.plain(read_plain(built_copy).vectors[:20])
     with pytest.raises(CorruptError, match=path.name) as error:
         Database(Store.open(built_copy)).search(queries, 10)
-    assert error.value.exit_code == 12 and "--mend" in error.value.advice
+    assert error.value.exit_code == 12 and "--repair" in error.value.advice
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -396,11 +396,11 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     assert run("search", built_copy, "word")[0] == 12
     code, out, err = run("search", built_copy, "word", "--allow-missing-shards")
     share = Store.open(built_copy).state.file("index", "shard-0001", "main").rows / before["vectors"]  # type: ignore[union-attr]
-    assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "--mend" in err
+    assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "--repair" in err
     told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
     assert told["missing"]["shards"] == [path_in_store(built_copy, path)]
     assert told["missing"]["share"] == pytest.approx(share)
-    result = api.index(built_copy, options=Options(mend=True, queries=FEW))
+    result = api.index(built_copy, options=Options(repair=True, queries=FEW))
     assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
     assert api.verify(built_copy).problems == []
 

@@ -11,7 +11,7 @@ from retrotool import api
 from retrotool.api import Selectors
 from retrotool.errors import DuplicatesError
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_set_aside
+from retrotool.store.tombstones import read_rejected
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def test_an_undo_leaves_no_live_chunk_of_a_document_that_repeats_and_an_erase_ta
     purge = api.purge(store, Selectors(chunk=(first,)), reason="test").purge
     api.chunk(store, [str(inputs[1])], duplicates="skip")
     assert purge is not None
-    api.restore(store, purge, reason="test")
-    copy = read_set_aside(Store.open(store)).ids
-    assert len(copy) > 1 and copy[0] == first and not api.open_store(store).is_living(copy).any()
+    api.undo(store, purge, reason="test")
+    copy = read_rejected(Store.open(store)).ids
+    assert len(copy) > 1 and copy[0] == first and not api.open_store(store).is_live(copy).any()
     assert api.purge(store, Selectors(chunk=(0,)), reason="test", erase=True).erased == 1 + len(copy)
     assert api.verify(store).problems == []
 

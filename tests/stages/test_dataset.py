@@ -206,10 +206,10 @@ def test_blocks_follow_one_another_over_borders_of_row_groups_and_parts(tmp_path
     store = make_large(tmp_path / "store", tiny_encoder, rows)
     purge(store, "0-7", "0-300")
     reader = retrotool.open(store)
-    living = [i for part in reader.parts() for i in reader.chunk_ids(part).tolist()]
+    live = [i for part in reader.parts() for i in reader.chunk_ids(part).tolist()]
     for packed in (True, False):
         items = list(RetroDataset(store, packed=packed, shuffle=False))
-        assert [i for item in items for i in item["chunk_ids"].tolist() if i >= 0] == living
+        assert [i for item in items for i in item["chunk_ids"].tolist() if i >= 0] == live
         blocks = [{i >> 32 << 32 | (i & 0xFFFFFFFF) // 8192 for i in ids if i >= 0} for ids in slots(items)]
         assert all(len(block) == 1 for block in blocks)
         if not packed:
@@ -219,7 +219,7 @@ def test_blocks_follow_one_another_over_borders_of_row_groups_and_parts(tmp_path
             assert any(long), "documents of more than 32 chunks go on in the next sequence"
         check_items(store, items[:: len(items) // 7])
     shuffled = RetroDataset(store)
-    assert sorted(i for ids in slots(shuffled) for i in ids if i >= 0) == living
+    assert sorted(i for ids in slots(shuffled) for i in ids if i >= 0) == live
 
 
 def test_values_of_records_are_continuations_and_have_no_neighbours(tmp_path: Path, tiny_encoder: Path) -> None:

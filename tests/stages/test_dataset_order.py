@@ -11,11 +11,11 @@ from retrotool.train.order import Order, Share, cut_spans, length, slots_of
 COUNTS = st.lists(st.integers(0, 9), max_size=40).map(lambda counts: np.array(counts, np.int64))
 
 
-def slow_slots(living: list[bool], doc: list[int], size: int, packed: bool) -> list[list[int]]:
+def slow_slots(live: list[bool], doc: list[int], size: int, packed: bool) -> list[list[int]]:
     """One row after the other."""
     found: list[list[int]] = []
     last = None
-    for row, (alive, document) in enumerate(zip(living, doc, strict=True)):
+    for row, (alive, document) in enumerate(zip(live, doc, strict=True)):
         if not alive:
             continue
         if not found or len(found[-1]) == size or (not packed and document != last):
@@ -27,10 +27,10 @@ def slow_slots(living: list[bool], doc: list[int], size: int, packed: bool) -> l
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=60), st.integers(1, 7), st.booleans())
 def test_slots_are_those_of_one_row_after_the_other(rows: list[tuple[bool, int]], size: int, packed: bool) -> None:
-    living = [alive for alive, _ in rows]
+    live = [alive for alive, _ in rows]
     doc = np.cumsum([step for _, step in rows]).tolist()
-    found = slots_of(np.array(living, np.bool_), np.array(doc, np.int32), size, packed=packed)
-    assert found.tolist() == slow_slots(living, doc, size, packed)
+    found = slots_of(np.array(live, np.bool_), np.array(doc, np.int32), size, packed=packed)
+    assert found.tolist() == slow_slots(live, doc, size, packed)
     assert found.shape[1] == size
 
 

@@ -69,7 +69,7 @@ def first_come(rows: list[Row]) -> list[str | None]:
     return reasons
 
 
-def set_aside(store: Store) -> list[tuple[str, int, str]]:
+def rejected(store: Store) -> list[tuple[str, int, str]]:
     store.refresh()
     group = store.state.group("quarantine")
     tables = [pq.read_table(store.storage.local(entry.path)) for entry in group.entries()]
@@ -77,8 +77,8 @@ def set_aside(store: Store) -> list[tuple[str, int, str]]:
     return sorted((Path(row["input"]).name, row["line"], row["reason"]) for row in rows)
 
 
-def living(store: Store) -> list[Row]:
-    """Ids and texts that are living, in order of chunk ids."""
+def live(store: Store) -> list[Row]:
+    """Ids and texts that are live, in order of chunk ids."""
     reader = retrotool.open(store.place)
     chunks = [reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)]
     groups = itertools.groupby(chunks, lambda chunk: (chunk.id - chunk.index, chunk.document))
@@ -108,12 +108,12 @@ def test_the_first_of_each_stays_however_the_rows_are_cut_into_plans(
         assert (counts.by_id, counts.by_text) == (mine.count(BY_ID), mine.count(BY_TEXT))
         by_text = [f"s-{name}" for (name, _), why in zip(rows, mine, strict=True) if why == BY_TEXT]
         assert counts.sources == Counter(by_text)
-    assert living(store) == stay
-    assert set_aside(store) == expected
+    assert live(store) == stay
+    assert rejected(store) == expected
     found = verify(store.place)
     assert found.problems == []
     assert found.documents == len(stay)
-    assert info(store.place).set_aside == [why for _, _, why in expected].count(BY_ID)
+    assert info(store.place).rejected == [why for _, _, why in expected].count(BY_ID)
     assert not list(store.storage.unfinished())
 
 
@@ -123,9 +123,9 @@ def test_a_document_repeats_only_a_text_that_stays_of_those_with_one_id(
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     (counts,) = add(store, tmp_path / "a.jsonl", [("x", "first"), ("x", "second"), ("y", "second"), ("z", "first")])
     assert (counts.by_id, counts.by_text) == (1, 1)
-    assert living(store) == [("x", "first"), ("y", "second")]
+    assert live(store) == [("x", "first"), ("y", "second")]
     record = next(iter(store.refresh().with_prefix("plan:").values()))
-    assert (record["documents"], record["set_aside"], record["finished"]) == (2, 1, True)
+    assert (record["documents"], record["rejected"], record["finished"]) == (2, 1, True)
     assert (record["duplicates"], record["duplicates_by_id"], record["duplicates_by_text"]) == ("skip", 1, 1)
     assert counts.sources == {"s-z": 1}
     assert b"s-x" not in b"".join(file.read_bytes() for file in stored_files(store, "log/*"))
@@ -142,7 +142,7 @@ def test_a_document_purged_in_part_holds_its_id_and_not_its_text(byte_level_toke
     (counts,) = add(store, tmp_path / "b.jsonl", again)
     # Let in again, what is purged as a whole has its id free; its text was free before.
     assert (counts.by_id, counts.by_text) == (1, 0)
-    assert [name for name, _ in living(store)] == ["partly", "whole", "a", "b"]
+    assert [name for name, _ in live(store)] == ["partly", "whole", "a", "b"]
     assert verify(store.place).problems == []
 
 
@@ -153,10 +153,10 @@ def test_kept_duplicates_are_counted_and_stay(byte_level_tokenizer: Path, tmp_pa
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     (counts,) = add(store, tmp_path / "a.jsonl", ROWS, duplicates="keep", part_size=100)
     assert (counts.by_id, counts.by_text) == (1, 1)
-    assert living(store) == ROWS
-    assert set_aside(store) == []
+    assert live(store) == ROWS
+    assert rejected(store) == []
     shown = info(store.place)
-    assert (shown.documents, shown.set_aside, shown.unfinished) == (5, 0, 0)
+    assert (shown.documents, shown.rejected, shown.unfinished) == (5, 0, 0)
     assert verify(store.place).problems == []
     reader = retrotool.open(store.place)
     assert reader.document("a") == [0], "of documents with one id the first is found"
@@ -164,7 +164,7 @@ def test_kept_duplicates_are_counted_and_stay(byte_level_tokenizer: Path, tmp_pa
     assert api.purge(store.place, api.Selectors(documents=tmp_path / "ids"), reason="test").documents == 2
     (counts,) = add(store, tmp_path / "b.jsonl", [("e", "two"), ("a", "new")])
     assert (counts.by_id, counts.by_text) == (0, 1)
-    assert living(store) == [("b", "two"), ("c", "two"), ("d", "four"), ("a", "new")], "what was kept stays kept"
+    assert live(store) == [("b", "two"), ("c", "two"), ("d", "four"), ("a", "new")], "what was kept stays kept"
 
 
 def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
@@ -181,12 +181,12 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
     assert "--duplicates skip" in error.value.advice
     assert error.value.exit_code == 1
     assert isinstance(error.value, RetrotoolError)
-    assert (info(store.place).unfinished, living(store)) == (1, ROWS[:2]), "nobody sees it before it is finished"
+    assert (info(store.place).unfinished, live(store)) == (1, ROWS[:2]), "nobody sees it before it is finished"
     assert verify(store.place).problems == []
     with writing(store) as run:
         (counts,) = finish_plans(store, run).values()
     assert (counts.by_id, counts.by_text) == (2, 1)
-    assert living(store) == [("a", "one"), ("b", "two"), ("d", "four")]
+    assert live(store) == [("a", "one"), ("b", "two"), ("d", "four")]
 
 
 def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
@@ -213,7 +213,7 @@ def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_
         for line, why in enumerate(itertools.islice(reasons, len(rows)), 1)
         if why
     ]
-    assert set_aside(store) == expected
+    assert rejected(store) == expected
     assert counts.by_id + counts.by_text == len(expected)
     assert verify(store.place).problems == []
 

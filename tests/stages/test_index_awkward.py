@@ -1,4 +1,4 @@
-"""Indexes of awkward stores, asked for awkwardly: copies, hardly anything living, names that are not there, damage."""
+"""Indexes of awkward stores, asked for awkwardly: copies, hardly anything live, names that are not there, damage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_more_lists_are_probed_where_they_hold_too_little(lists: Path, tmp_path:
     assert all(sorted(row[row >= 0]) == sorted(plain.ids[:3]) for row in left.ids)
 
 
-@pytest.mark.parametrize("what", ["tune", "retrain", "merge", "mend"])
+@pytest.mark.parametrize("what", ["tune", "retrain", "merge", "repair"])
 def test_what_needs_an_index_makes_none(lists: Path, what: str) -> None:
     before = Store.open(lists).state.number
     with pytest.raises(UsageError, match=f"--{what}.*no index 'typo'; it has: lists, main") as error:
@@ -81,13 +81,13 @@ def test_a_shard_is_not_mended_from_embeddings_that_are_broken(lists: Path) -> N
         data[place] ^= 0x80
         path.write_bytes(data)
     with pytest.raises(CorruptError, match=embeddings.name) as error:
-        api.index(lists, name="lists", options=Options(mend=True))
+        api.index(lists, name="lists", options=Options(repair=True))
     assert error.value.exit_code == 12
     embeddings.write_bytes(whole)
     before = info.indexes["lists"]
-    mended = api.index(lists, name="lists", options=Options(mend=True))
-    assert mended.commit >= info.commit + 2, "shards, and what was measured of them"
-    assert mended.vectors == before["vectors"]
+    repaired = api.index(lists, name="lists", options=Options(repair=True))
+    assert repaired.commit >= info.commit + 2, "shards, and what was measured of them"
+    assert repaired.vectors == before["vectors"]
     assert api.verify(lists).problems == []
 
 
@@ -100,8 +100,8 @@ def test_what_was_measured_is_mended_by_measuring(lists: Path, how: str) -> None
         path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(CorruptError, match="recall") as error:
         api.index(lists, name="lists")
-    assert "--mend" in error.value.advice
-    api.index(lists, name="lists", options=Options(mend=True))
+    assert "--repair" in error.value.advice
+    api.index(lists, name="lists", options=Options(repair=True))
     assert api.verify(lists).problems == []
 
 
@@ -130,7 +130,7 @@ def test_the_size_of_shards_is_kept_and_not_changed_in_silence(lists: Path) -> N
         ("index", "{}", "--memory", "100000000TB"),
         ("index", "{}", "--memory", "1B"),
         ("index", "{}", "--shard-size", "9" * 23),
-        ("index", "{}", "--mend", "--merge"),
+        ("index", "{}", "--repair", "--merge"),
         ("index", "{}", "--nlist", "-1"),
         ("index", "{}", "--unknown"),
         ("plan", "--tokens", "1e99T"),

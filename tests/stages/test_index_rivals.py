@@ -41,7 +41,7 @@ def at_once(store: Path, *calls: tuple[object, ...]) -> list[tuple[int, str]]:
 
 
 def check(store: Path, name: str) -> None:
-    """All living keys with embeddings are in the shards of the index, each once, and the store is whole."""
+    """All live keys with embeddings are in the shards of the index, each once, and the store is whole."""
     assert api.verify(store).problems == []
     opened = Store.open(store)
     trained = read_trained(opened, name)[1]
@@ -59,7 +59,7 @@ def check(store: Path, name: str) -> None:
         [("index", "--name", "lists", "--retrain"), ("index", *LISTS)],
         [("index", *LISTS), ("purge", "--where", "id = 'doc-3' OR id = 'doc-210'", "--reason", "test", "--erase")],
         [("index", "--name", "lists", "--merge"), ("index", "--name", "lists", "--evaluate")],
-        [("index", "--name", "lists", "--mend"), ("index", "--name", "lists", "--tune")],
+        [("index", "--name", "lists", "--repair"), ("index", "--name", "lists", "--tune")],
     ],
     ids=["shards", "new", "drop", "retrain", "erase", "evaluate", "tune"],
 )  # fmt: skip

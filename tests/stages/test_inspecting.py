@@ -73,7 +73,7 @@ def test_all_is_as_the_api_and_the_textbook_have_it(built_store: Path) -> None:
     found = api.inspect(built_store, EVERYTHING, k=4)
     check(built_store, found)
     reader, plain = retrotool.open(built_store), read_plain(built_store)
-    assert [chunk.id for chunk in found.chunks] == plain.ids[plain.living].tolist()
+    assert [chunk.id for chunk in found.chunks] == plain.ids[plain.live].tolist()
     for chunk in found.chunks:
         assert [(near.id, near.distance) for near in chunk.neighbours] == reader.neighbour_ids(chunk.id, k=4)
     sources = dict(zip([row["id"] for row in make_rows(120)], [row["source"] for row in make_rows(120)], strict=True))

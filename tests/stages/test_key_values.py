@@ -86,7 +86,7 @@ def assert_neighbours_are_true(store: Path, database: Path, name: str = "main") 
     for row, found in enumerate(ids):
         for chunk, distance in zip(found[found >= 0], distances[row], strict=False):
             target = place[int(chunk)]
-            assert theirs.living[target] and theirs.documents[target] != queries.documents[row]
+            assert theirs.live[target] and theirs.documents[target] != queries.documents[row]
             apart = ((queries.vectors[row] - theirs.vectors[target]) ** 2).sum()
             assert distance == pytest.approx(apart, abs=1e-3, rel=1e-4)
 
@@ -151,11 +151,11 @@ def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_cam
     api.chunk(mixed_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))])
     api.embed(mixed_copy, encoder=str(tiny_encoder))
     grown = api.index(mixed_copy, name="ivf")
-    living = api.info(mixed_copy).keys
-    assert grown.vectors == living and grown.drift is not None
-    assert (grown.drift.new, grown.drift.vectors) == (living - (before.vectors - 10), living)
+    live = api.info(mixed_copy).keys
+    assert grown.vectors == live and grown.drift is not None
+    assert (grown.drift.new, grown.drift.vectors) == (live - (before.vectors - 10), live)
     anew = api.index(mixed_copy, name="ivf", options=Options(retrain=True))
-    assert (anew.vectors, anew.factory, anew.due) == (living, before.factory, "")
+    assert (anew.vectors, anew.factory, anew.due) == (live, before.factory, "")
     assert anew.drift is not None and anew.drift.new == 0
 
 
@@ -298,9 +298,9 @@ def test_info_counts_living_keys_where_they_are_fewer_than_the_chunks(
     for erase in (False, True):
         purge(mixed_copy, *reader.document("record-5")[: 1 + erase], reader.document("plain-7")[0], erase=erase)
         reader.refresh()
-        living = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
+        live = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
         info = api.info(mixed_copy)
-        assert (info.chunks, info.keys) == (len(living), int(reader.is_searchable(living).sum()))
+        assert (info.chunks, info.keys) == (len(live), int(reader.is_searchable(live).sum()))
         assert f"({info.keys:,} of them keys)" in _text(info)
     shown = json.loads(cli("info", mixed_copy, "--json").stdout)  # type: ignore[attr-defined]
     assert shown["keys"] == info.keys

@@ -25,7 +25,7 @@ def pieces_by_hand(store: Path, ids: np.ndarray) -> list[tuple[list[int], list[i
     reader = retrotool.open(store)
     found = []
     for chunk_id in ids.tolist():
-        if chunk_id < 0 or not reader.is_living([chunk_id])[0]:
+        if chunk_id < 0 or not reader.is_live([chunk_id])[0]:
             found.append(([], []))
             continue
         following = reader.continuation(chunk_id)
@@ -120,8 +120,8 @@ def test_a_store_against_itself_leaves_out_own_documents_and_purged_ones(store_c
     after = api.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     assert after.chunks < before.chunks and set(table["source"]) == {"b"}
-    living = set(table["chunk"])
-    assert all(n in living or n == -1 for n in table["neighbour"])
+    live = set(table["chunk"])
+    assert all(n in live or n == -1 for n in table["neighbour"])
 
 
 def test_what_cannot_be_compared_is_refused(

@@ -90,15 +90,15 @@ def test_purged_chunks_are_not_counted(tmp_path: Path, corpus: Path, tiny_encode
     api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
     whole = api.info(store).chunks
     purge(store, "doc-3", "doc-50", erase=erase)
-    living = api.info(store).chunks
+    live = api.info(store).chunks
     embedded = api.embed(store, encoder=str(tiny_encoder))
-    assert (embedded.chunks, embedded.embedded) == (living, living)
+    assert (embedded.chunks, embedded.embedded) == (live, live)
     made = api.index(store)
-    assert (made.vectors, made.not_embedded) == (living if erase else whole, 0)
+    assert (made.vectors, made.not_embedded) == (live if erase else whole, 0)
     found = api.neighbours(store)
-    assert (found.queries, found.rows) == (living, living)
+    assert (found.queries, found.rows) == (live, live)
     purge(store, "doc-7", erase=erase)
-    assert api.embed(store, encoder=str(tiny_encoder)).embedded == api.info(store).chunks < living
+    assert api.embed(store, encoder=str(tiny_encoder)).embedded == api.info(store).chunks < live
     assert api.neighbours(store, name="again").queries == api.info(store).chunks
 
 
@@ -133,7 +133,7 @@ def test_an_index_that_is_broken_is_an_error_and_not_measured_for_ever(store_cop
 def test_ids_that_no_chunk_can_have_are_nobodys(built_store: Path) -> None:
     reader = retrotool.open(built_store)
     ids = [0, 2**63, 2**200, -1, -(2**70), 2**63 - 1]
-    assert reader.is_living(ids).tolist() == reader.is_searchable(ids).tolist() == [True] + [False] * 5
+    assert reader.is_live(ids).tolist() == reader.is_searchable(ids).tolist() == [True] + [False] * 5
     assert reader.tokens(ids).any(axis=1).tolist() == [True] + [False] * 5
     for wrong in ids[1:]:
         for ask in (reader.neighbour_ids, reader.neighbours, reader.chunk):

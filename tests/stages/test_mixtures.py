@@ -83,7 +83,7 @@ def check(weights: dict[str, float], name: str = "m", *, copies: bool = True, k:
     ids, which = (np.concatenate([getattr(one, field) for one in found]) for field in ("ids", "databases"))
     rows = read_plain(Path("training")).ids.tolist()
     for row, chunk in enumerate(rows):
-        if not reader.is_living([chunk])[0]:
+        if not reader.is_live([chunk])[0]:
             continue
         places = reader.neighbour_places(chunk, name, k)
         assert [d for _, _, d in places] == pytest.approx([d for _, _, d in true[row][:k]], abs=1e-4)

@@ -80,7 +80,7 @@ def is_copy(query: list[int], n: list[int], f: list[int]) -> bool:
 
 
 def sources_of(store: Path) -> dict[int, str]:
-    """The source of each living chunk."""
+    """The source of each live chunk."""
     reader = retrotool.open(store)
     of = {}
     for part in reader.parts():

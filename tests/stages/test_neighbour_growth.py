@@ -57,12 +57,12 @@ def assert_true(store: Path, name: str, purged: frozenset[int] = frozenset()) ->
     plain = read_plain(store, purged=purged)
     ids, distances = saved_neighbours(store, name)
     true_ids, true = brute_force(plain, plain, ids.shape[1])
-    living = plain.living
-    assert np.array_equal(np.isinf(distances[living]), np.isinf(true[living]))
-    there = np.isfinite(true[living])
-    assert np.allclose(distances[living][there], true[living][there], atol=1e-3)
-    assert (ids[living] == true_ids[living]).mean() > 0.97
-    assert (ids[~living] == -1).all()
+    live = plain.live
+    assert np.array_equal(np.isinf(distances[live]), np.isinf(true[live]))
+    there = np.isfinite(true[live])
+    assert np.allclose(distances[live][there], true[live][there], atol=1e-3)
+    assert (ids[live] == true_ids[live]).mean() > 0.97
+    assert (ids[~live] == -1).all()
 
 
 def test_few_chunks_need_no_index(store: Path) -> None:

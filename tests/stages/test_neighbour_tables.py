@@ -170,15 +170,15 @@ def test_rows_with_too_few_neighbours_left_are_filled_up(tmp_path: Path, tiny_en
     victims = {n.chunk.document for n in reader.neighbours(chunks[0])}
     purge(store, *victims, erase=erase)
     reader.refresh()
-    living = [i for i in chunks if reader.is_living([i])[0]]
-    short = [i for i in living if len(reader.neighbours(i)) < 2]
-    assert 0 < len(short) < len(living)
+    live = [i for i in chunks if reader.is_live([i])[0]]
+    short = [i for i in live if len(reader.neighbours(i)) < 2]
+    assert 0 < len(short) < len(live)
     result = api.neighbours(store, saved=2)
     assert result.queries == len(short), "and no other row"
     reader.refresh()
-    true = brute_force(plain := read_plain(store, purged=frozenset(chunks) - frozenset(living)), plain, 2)[1]
+    true = brute_force(plain := read_plain(store, purged=frozenset(chunks) - frozenset(live)), plain, 2)[1]
     for row, i in enumerate(plain.ids):
-        if plain.living[row]:
+        if plain.live[row]:
             assert [d for _, d in reader.neighbour_ids(int(i))] == pytest.approx(true[row].tolist(), abs=1e-4)
     assert api.neighbours(store, saved=2).queries == 0
     assert api.verify(store).problems == []

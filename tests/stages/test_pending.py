@@ -128,7 +128,7 @@ def test_a_purge_of_them_is_undone(interrupted: Callable[..., Path], tmp_path: P
     if finished:
         api.chunk(store, [])
         assert api.info(store).documents == 23
-    api.restore(store, found.purge, reason="not meant")
+    api.undo(store, found.purge, reason="not meant")
     if not finished:
         api.chunk(store, [])
     assert api.info(store).documents == 25

@@ -72,7 +72,7 @@ def some(store: Path, share: float, seed: int = 0) -> list[int]:
 def short_rows(before: np.ndarray, plain: Plain, purged: list[int], k: int = K) -> np.ndarray:
     """Which rows are to be searched again, from the tables and what was purged."""
     left = (before >= 0) & ~np.isin(before, purged)
-    return plain.living & (left.sum(axis=1) < k)
+    return plain.live & (left.sum(axis=1) < k)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def assert_as_anew(store: Path, purged: list[int], name: str = "main", k: int = 
     true_ids, true = brute_force(plain, plain, k)
     reader = retrotool.open(store)
     same = total = 0
-    for row in np.flatnonzero(plain.living):
+    for row in np.flatnonzero(plain.live):
         found = reader.neighbour_ids(int(plain.ids[row]), name)
         assert len(found) == int(np.isfinite(true[row]).sum())
         np.testing.assert_allclose([d for _, d in found], true[row][: len(found)], rtol=1e-4, atol=1e-3)
@@ -123,7 +123,7 @@ def test_refilled_is_as_computed_anew_and_only_short_rows_are_searched(
     assert short.sum() > 10
     asked.clear()
     done = refill(store, **options)
-    assert (done.queries, done.rows) == (short.sum(), plain.living.sum())
+    assert (done.queries, done.rows) == (short.sum(), plain.live.sum())
     searched = np.concatenate(asked)
     assert len(searched) == done.queries
     assert np.array_equal(np.unique(searched, axis=0), np.unique(vectors[short], axis=0))

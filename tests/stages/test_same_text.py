@@ -1,4 +1,4 @@
-"""A purge of a document that was set aside says under which names its text is living."""
+"""A purge of a document that was rejected says under which names its text is live."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "said by several, and by none of them first"
 
 @pytest.fixture
 def store(tmp_path: Path, byte_level_tokenizer: Path) -> Path:
-    """Kept in two plans: x, x2, x3 and x4 with one text; then y set aside as it has this text, too."""
+    """Kept in two plans: x, x2, x3 and x4 with one text; then y rejected as it has this text, too."""
     kept = [{"id": name, "text": TEXT} for name in ("x", "x2", "x3", "it's x4")]
     plans = [("keep", [*kept[:3], *make_rows(3)]), ("keep", kept[3:]), ("skip", [{"id": "y", "text": TEXT}])]
     for number, (duplicates, rows) in enumerate(plans):
@@ -39,7 +39,7 @@ def test_it_is_told_by_a_dry_run_and_by_the_purge(store: Path, erase: bool) -> N
         assert (result.chunks, result.same_text) == (0, purged_chunks.SameText(4, ("x", "x2", "x3")))
         told = purge_text.purged(store, result, erase).splitlines()[-1]
         assert told == (
-            f"The same text is living in 4 documents: x, x2, x3, …. To take it there: retrotool purge {store} "
+            f"The same text is live in 4 documents: x, x2, x3, …. To take it there: retrotool purge {store} "
             "--document x --document x2 --document x3 --reason ..."
         )
     log = b"".join(file.read_bytes() for file in stored_files(store, "log/*"))
@@ -51,7 +51,7 @@ def test_what_is_selected_too_or_purged_is_not_told(store: Path) -> None:
     result = purge(store, "y", "x3", dry_run=True)
     assert result.same_text == purged_chunks.SameText(1, ("it's x4",))
     told = purge_text.purged(store, result, erase=False).splitlines()[-1]
-    assert told.startswith("The same text is living as it's x4. ")
+    assert told.startswith("The same text is live as it's x4. ")
     assert told.endswith("""--document 'it'"'"'s x4' --reason ...""")
     purge(store, "it's x4", "x3")
     assert purge(store, "y", dry_run=True).same_text.documents == 0

@@ -32,7 +32,7 @@ STORY = [
     "neighbours STORE --saved 6 --materialise",
     "export STORE OUT",
     "purge STORE --where ARTICLE --reason one --yes",
-    "purge STORE --restore PURGE --reason mistake --yes",
+    "purge STORE --undo PURGE --reason mistake --yes",
     "purge STORE --where ARTICLE --reason again --erase --yes",
     "purge STORE PURGE --verify --out HERE",
     "search STORE SECRET",

@@ -64,7 +64,7 @@ def numbered(state: State, root: Path) -> list[str]:
     return [stored_file(root, state.part_file("chunks", part).path).read_text() for part in state.all_parts()]
 
 
-TOTALS = {**dict.fromkeys(COUNTS, 0), "set_aside": 10 + 11 + 12 + 10}
+TOTALS = {**dict.fromkeys(COUNTS, 0), "rejected": 10 + 11 + 12 + 10}
 """Totals of a store in which all units are committed: their plans are not finished, so their parts are pending."""
 IN_ORDER = ["a 0 0000.chunks", "a 1 0000.chunks", "a 1 0001.chunks", "b 0 0000.chunks"]
 

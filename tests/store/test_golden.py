@@ -51,7 +51,7 @@ def make_golden(store: Path, inputs: Path, encoder: Path) -> None:
     purges = [
         api.purge(store, api.Selectors(where=f"id = 'doc-{i}'"), reason="golden", erase=i == 4).purge for i in (4, 5, 6)
     ]
-    api.restore(store, purges[1], reason="golden")
+    api.undo(store, purges[1], reason="golden")
     last = write_jsonl(inputs / "last.jsonl", make_rows(3, first=20, words=40))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(chunk_run, "finish_plans", _stop)
@@ -79,7 +79,7 @@ def described(store: Path) -> dict[str, Any]:
         for i in texts
         if reader.is_searchable([i])[0]
     }
-    purges = {purge: [record["erased"], "restored" in record] for purge, record in info.purges.items()}
+    purges = {purge: [record["erased"], "undone" in record] for purge, record in info.purges.items()}
     return json.loads(
         json.dumps({
             "format": FORMAT, **{name: getattr(found, name) for name in (*DIGESTS, *COUNTS)}, "texts": texts,

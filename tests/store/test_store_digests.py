@@ -90,8 +90,8 @@ def test_content_and_ids(parts: dict[int, list[Document]], token: tuple[str, str
     for part in order:
         found += digest(part, parts[part], dtype)
     assert (hexadecimal(found.content), hexadecimal(found.ids)) == naive(parts, LENGTH, letter)
-    living = [chunk for ds in parts.values() for d in ds for chunk in d.chunks if chunk[2]]
-    assert (found.chunks, found.tokens) == (len(living), sum(len(tokens) for _, tokens, _ in living))
+    live = [chunk for ds in parts.values() for d in ds for chunk in d.chunks if chunk[2]]
+    assert (found.chunks, found.tokens) == (len(live), sum(len(tokens) for _, tokens, _ in live))
     assert found.documents == sum(any(lives for *_, lives in d.chunks) for ds in parts.values() for d in ds)
 
 

@@ -58,14 +58,14 @@ def test_nothing_is_removed_through_a_link_in_a_folder(tmp_path: Path, kind: str
 
 def test_a_purge_in_a_store_with_links_leaves_another_store_whole(store_copy: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(store_copy, tmp_path / "other"))
-    for link, target in (("restored", "chunks"), ("scans", "embeddings")):
+    for link, target in (("undone", "chunks"), ("scans", "embeddings")):
         shutil.rmtree(store_copy / link, ignore_errors=True)
         (store_copy / link).symlink_to(other / target)
     before = files_in(other)
     api.purge(store_copy, api.Selectors(document=("doc-1",)), reason="test")
     assert files_in(other) == before
     assert api.verify(other).problems == []
-    assert api.verify(store_copy).problems == ["restored is a symbolic link", "scans is a symbolic link"]
+    assert api.verify(store_copy).problems == ["undone is a symbolic link", "scans is a symbolic link"]
 
 
 def linked(store: Path, file: Path, outside: Path) -> Path:

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from store_help import make_store, viewing
 from stored import stored_file
 
-from retrotool.embed.search_scope import count_keys, living, searchable_rows
+from retrotool.embed.search_scope import count_keys, live_rows, searchable_rows
 from retrotool.errors import CorruptError
 from retrotool.store import neighbour_tables, parts, tombstones
 from retrotool.store.log import FileEntry
@@ -109,7 +109,7 @@ def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool,
     dead = Tombstones(np.sort(np.concatenate([parts.chunk_ids(2, np.flatnonzero(purged)), np.array([5, 9 << 32])])))
     expected = [row for row, (n, is_key, gone) in enumerate(rows) if n > 0 and is_key and not gone]
     assert searchable_rows(view, 2, dead).tolist() == expected
-    assert living(chunks, dead).tolist() == [n > 0 and not gone for n, _, gone in rows]
+    assert live_rows(chunks, dead).tolist() == [n > 0 and not gone for n, _, gone in rows]
 
 
 def test_where_all_chunks_are_keys_nothing_is_said_of_keys(small: Store) -> None:

@@ -80,12 +80,12 @@ def test_a_bad_path_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "restored/000000.parquet",  # no token
-        "restored/000000-0123456789abcde.parquet",  # a short one
-        "restored/000000-0123456789ABCDEF.parquet",  # upper case
-        "restored/000000-0123456789abcdef",  # no extension
-        "restored/000000-0123456789abcdef.parquet\n",
-        "restored/name/000000-0123456789abcdef.parquet",  # a kind without names
+        "undone/000000.parquet",  # no token
+        "undone/000000-0123456789abcde.parquet",  # a short one
+        "undone/000000-0123456789ABCDEF.parquet",  # upper case
+        "undone/000000-0123456789abcdef",  # no extension
+        "undone/000000-0123456789abcdef.parquet\n",
+        "undone/name/000000-0123456789abcdef.parquet",  # a kind without names
         "embeddings/000000-0123456789abcdef.npy",  # a kind with names
         "embeddings/a/b/000000-0123456789abcdef.npy",
         "000000-0123456789abcdef.parquet",

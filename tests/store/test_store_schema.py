@@ -204,7 +204,7 @@ class Forger:
 
 @pytest.fixture(scope="module")
 def rich(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``built_store`` after purges, of which one was taken back and one erased; and a ``chunk`` that waits."""
+    """``built_store`` after purges, of which one was undone and one erased; and a ``chunk`` that waits."""
     folder = tmp_path_factory.mktemp("rich")
     store = copy_store(built_store, folder / "store")
     purged = [api.purge(store, api.Selectors(where=f"id = 'doc-{n}'"), reason="test").purge for n in (3, 4, 5)]

@@ -215,7 +215,7 @@ def test_no_flipped_bit_makes_another_state_of_a_checkpoint() -> None:
         for bit in range(8):
             data[place] ^= 1 << bit
             found = decode_checkpoint(bytes(data))
-            # The header's number and head are held against the log by who opens it.
+            # The header's number and head are compared with the log by who opens it.
             lies = found is not None and (found.number, found.head) != (state.number, state.head)
             assert found is None or lies or contents(found) == contents(state), (place, bit)
             data[place] ^= 1 << bit

@@ -1,4 +1,4 @@
-"""A purge that is taken back leaves what there was, as long as nothing of it is erased."""
+"""A purge that is undone leaves what there was, as long as nothing of it is erased."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stored import stored_file, stored_files
 import retrotool
 from retrotool import api
 from retrotool.errors import ConflictError, CorruptError, UsageError
-from retrotool.purge import undo as restoring
+from retrotool.purge import undo as undoing
 from retrotool.purge.erase import EraseStage
 from retrotool.purge.run import commit_purge
-from retrotool.purge.undo import restore
+from retrotool.purge.undo import undo
 from retrotool.store import folding, log, parts, staging
 from retrotool.store.blocked import read_blocked
 from retrotool.store.folding import writing
@@ -26,7 +26,7 @@ from retrotool.store.log import Draft
 from retrotool.store.paths import FileName
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones, restored_chunks, write_tombstones
+from retrotool.store.tombstones import read_tombstones, undone_chunks, write_tombstones
 
 
 def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> None:
@@ -47,12 +47,12 @@ def test_a_purge_that_is_taken_back_leaves_what_there_was(store_copy: Path) -> N
     state = Store.open(store_copy).state
     assert state.records["totals"] == totals
     record = state.records[f"purge:{purged.purge}"]
-    assert record["restored"] == state.number == result.commit
-    assert record["restored_reason"] == "it was another one" and record["restored_by"]
+    assert record["undone"] == state.number == result.commit
+    assert record["undone_reason"] == "it was another one" and record["undone_by"]
     assert not len(read_blocked(Store.open(store_copy)))
     assert [state.file(kind, purged.purge) for kind in ("tombstones", "blocked", "selectors")] == [None] * 3
     assert api.neighbours(store_copy).queries == 0 and verified(store_copy) == before
-    assert api.info(store_copy).purges[purged.purge]["restored"] == result.commit
+    assert api.info(store_copy).purges[purged.purge]["undone"] == result.commit
 
 
 def test_appending_the_same_crawl_gives_what_it_gave_before(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -79,11 +79,11 @@ def test_what_another_purge_names_stays_purged(store_copy: Path) -> None:
     result = back(store_copy, one)
     assert (result.chunks, result.documents, result.still_purged, result.named_by) == (1, 1, 1, (two,))
     reader = retrotool.open(store_copy)
-    assert reader.is_living(chunks).tolist() == [True, *[False] * (len(chunks) - 1)]
+    assert reader.is_live(chunks).tolist() == [True, *[False] * (len(chunks) - 1)]
     assert verified(store_copy)
     result = back(store_copy, two)
     assert (result.chunks, result.documents) == (len(chunks) - 1, 0)
-    assert retrotool.open(store_copy).is_living(chunks).all()
+    assert retrotool.open(store_copy).is_live(chunks).all()
     assert verified(store_copy)
 
 
@@ -111,7 +111,7 @@ def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> 
     with pytest.raises(UsageError, match="is erased"):
         back(store_copy, two)
     with pytest.raises(UsageError, match="--reason is empty"):
-        restore(store_copy, one, reason=" ")
+        undo(store_copy, one, reason=" ")
     done = back(store_copy, one)
     with pytest.raises(UsageError, match=f"was undone by commit {done.commit}"):
         back(store_copy, one)
@@ -154,8 +154,8 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
     with writing(store) as run:
         (task,) = stage.plan(store)
         staging.stage(store.storage, stage.open(store)(task, run.id, lambda _: None))
-        state = restoring.commit_restore(store, run, restoring.weigh(store, purged), "test", "me")
-        assert "restored" in state.records[f"purge:{purged}"]
+        state = undoing.commit_undo(store, run, undoing.weigh(store, purged), "test", "me")
+        assert "undone" in state.records[f"purge:{purged}"]
         assert len(folding.fold(store, run).refused) == 1
         with pytest.raises(ConflictError, match="undone"):
             stage.plan(store)
@@ -184,35 +184,35 @@ def test_an_erase_goes_on_with_a_purge_of_its_own_if_it_was_taken_back(
 
 def test_a_restore_that_an_erase_overtakes_is_refused(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purged = purge(store_copy, "doc-7").purge
-    weigh = restoring.weigh
+    weigh = undoing.weigh
 
-    def overtaken(store: Store, one: str) -> restoring.Restorable:
+    def overtaken(store: Store, one: str) -> undoing.Undoable:
         found = weigh(store, one)
-        monkeypatch.setattr(restoring, "weigh", weigh)
+        monkeypatch.setattr(undoing, "weigh", weigh)
         purge(store_copy, "doc-7", erase=True)
         return found
 
-    monkeypatch.setattr(restoring, "weigh", overtaken)
+    monkeypatch.setattr(undoing, "weigh", overtaken)
     with pytest.raises(UsageError, match="is erased"):
         back(store_copy, purged)
     assert verified(store_copy)
-    assert not stored_files(store_copy, "restored/*")
+    assert not stored_files(store_copy, "undone/*")
 
 
 def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = retrotool.open(store_copy).document("doc-7")
     purged = purge(store_copy, "doc-7").purge
-    weigh = restoring.weigh
+    weigh = undoing.weigh
 
-    def overtaken(store: Store, one: str) -> restoring.Restorable:
+    def overtaken(store: Store, one: str) -> undoing.Undoable:
         found = weigh(store, one)
-        monkeypatch.setattr(restoring, "weigh", weigh)
+        monkeypatch.setattr(undoing, "weigh", weigh)
         api.purge(store_copy, api.Selectors(chunk=(chunks[0], 0)), reason="test")
         return found
 
-    monkeypatch.setattr(restoring, "weigh", overtaken)
+    monkeypatch.setattr(undoing, "weigh", overtaken)
     assert back(store_copy, purged).still_purged == 1
-    assert retrotool.open(store_copy).is_living(chunks).tolist() == [False, *[True] * (len(chunks) - 1)]
+    assert retrotool.open(store_copy).is_live(chunks).tolist() == [False, *[True] * (len(chunks) - 1)]
     assert verified(store_copy)
 
 
@@ -315,29 +315,27 @@ def test_open_readers_keep_their_view(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7").purge
     reader, view = retrotool.open(store_copy), Store.open(store_copy)
     back(store_copy, purged)
-    assert not reader.is_living(chunks).any()
+    assert not reader.is_live(chunks).any()
     assert read_tombstones(view).contains(np.array(chunks)).all(), "also when it is read only now"
     reader.refresh()
-    assert reader.is_living(chunks).all()
-    assert restored_chunks(Store.open(store_copy), purged).tolist() == chunks
+    assert reader.is_live(chunks).all()
+    assert undone_chunks(Store.open(store_copy), purged).tolist() == chunks
 
 
 def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7").purge
     store = Store.open(store_copy)
-    undone = {"restored": 99, "restored_by": "me", "restored_reason": "", "parts": [[0, 0]], "repeats": 0}
+    undone = {"undone": 99, "undone_by": "me", "undone_reason": "", "parts": [[0, 0]], "repeats": 0}
     record = {**store.state.records[f"purge:{purged}"], **undone}
     with writing(store) as run:
-        store.commit(run, lambda _: Draft("restore", records={f"purge:{purged}": {**record, "erased": True}}))
-        name = FileName.new(run.id, "restored", "p0", "parquet")
+        store.commit(run, lambda _: Draft("undo", records={f"purge:{purged}": {**record, "erased": True}}))
+        name = FileName.new(run.id, "undone", "p0", "parquet")
         kept = write_tombstones(store, name, np.array([1 << 40]))
-        store.commit(run, lambda _: Draft("restore", add=(kept,)))
+        store.commit(run, lambda _: Draft("undo", add=(kept,)))
     problems = api.verify(store_copy).problems
-    left = [
-        f"purge {purged} was taken back, and still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")
-    ]
-    assert {*left, f"purge {purged} was taken back, and is erased"} <= set(problems)
-    assert "restored/p0: there is no purge p0 that was taken back" in problems
+    left = [f"purge {purged} was undone, and still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")]
+    assert {*left, f"purge {purged} was undone, and is erased"} <= set(problems)
+    assert "undone/p0: there is no purge p0 that was undone" in problems
 
 
 def test_what_is_committed_keeps_its_files_where_the_log_is_damaged_after_it(store_copy: Path) -> None:
@@ -353,5 +351,5 @@ def test_what_is_committed_keeps_its_files_where_the_log_is_damaged_after_it(sto
     with patch.object(log, "append", append_before_damage), pytest.raises(CorruptError):
         back(store_copy, purged)
     damaged[0].unlink()
-    assert "restored" in Store.open(store_copy).state.records[f"purge:{purged}"]
+    assert "undone" in Store.open(store_copy).state.records[f"purge:{purged}"]
     assert verified(store_copy)

@@ -1,4 +1,4 @@
-"""Purges, erases and restores in any order, against sets of chunk ids."""
+"""Purges, erases and undoes in any order, against sets of chunk ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stored import copy_store, remove_store
 import retrotool
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.purge.undo import restore
+from retrotool.purge.undo import undo
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
@@ -50,7 +50,7 @@ class Purging(RuleBasedStateMachine):
         self.named: dict[str, set[int]] = {}
         self.erased: set[int] = set()
         self.over: set[str] = set()
-        """Purges that were taken back."""
+        """Purges that were undone."""
 
     def teardown(self) -> None:
         """Remove the store."""
@@ -75,30 +75,30 @@ class Purging(RuleBasedStateMachine):
 
     @precondition(lambda self: self.named)
     @rule(data=st.data())
-    def restore(self, data: st.DataObject) -> None:
+    def undo(self, data: st.DataObject) -> None:
         purge = data.draw(st.sampled_from(sorted(self.named)))
         if purge in self.over or self.named[purge] <= self.erased:
             with pytest.raises(UsageError, match="was undone" if purge in self.over else "is erased"):
-                restore(self.store, purge, reason="test")
+                undo(self.store, purge, reason="test")
             return
         before = self.purged
         self.over.add(purge)
-        result = restore(self.store, purge, reason="test")
+        result = undo(self.store, purge, reason="test")
         assert result.chunks == len(before - self.purged)
         assert result.still_purged == len(self.named[purge] & self.purged)
 
     @invariant()
     def is_as_the_sets_say(self) -> None:
-        living = [chunk for chunk in self.chunks if chunk not in self.purged]
+        live = [chunk for chunk in self.chunks if chunk not in self.purged]
         store, reader = Store.open(self.store), retrotool.open(self.store)
-        assert [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)] == living
+        assert [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)] == live
         assert set(read_tombstones(store).ids.tolist()) == self.purged
         totals = store.state.records["totals"]
-        assert totals["chunks"] == len(living)
-        assert totals["tokens"] == sum(self.tokens[chunk] for chunk in living)
-        assert totals["documents"] == len({self.document[chunk] for chunk in living})
+        assert totals["chunks"] == len(live)
+        assert totals["tokens"] == sum(self.tokens[chunk] for chunk in live)
+        assert totals["documents"] == len({self.document[chunk] for chunk in live})
         records = store.state.with_prefix("purge:")
-        assert {purge for purge, record in records.items() if "restored" in record} == self.over
+        assert {purge for purge, record in records.items() if "undone" in record} == self.over
         gone = {purge for purge in set(self.named) - self.over if self.named[purge] <= self.erased}
         assert {purge for purge, record in records.items() if record["erased"]} == gone
         assert np.isin(sorted(self.erased), sorted(self.purged)).all()
